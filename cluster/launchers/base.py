@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.membership.join_handler import Certify, RefusalReason
-from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.membership.registry import Certify, RefusalReason, Registry
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.credentials import Credentials
 from llamaclust.worker.settings import WorkerSettings

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llamaclust.cluster.config.values import split_address
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.cluster.membership.join_handler import RefusalReason
+from llamaclust.cluster.membership.registry import RefusalReason
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline

@@ -1,21 +1,47 @@
-"""The registry: the service that workers join, and those that have."""
+"""The registry: the service that workers join, with the handshake of a connection, its messages and its end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
-from llamaclust.cluster.membership.join_handler import JoinHandler, JoinSettings
-from llamaclust.cluster.membership.members import Members
-from llamaclust.core.errors import DeadlineError
-from llamaclust.wire.control.messages import Shutdown
+from llamaclust.cluster.membership.members import Members, PeerReported
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.errors import DeadlineError, ProtocolError
+from llamaclust.core.limits import NUMERICS_VERSION
+from llamaclust.wire.codec import PROTOCOL_VERSION
+from llamaclust.wire.control import messages
+from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
+from llamaclust.wire.control.messages import CoordinatorMessage, Deadlines, Register
 from llamaclust.wire.rpc.client import JOIN
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.rpc.server import Server
-from llamaclust.wire.security.credentials import Credentials
+from llamaclust.wire.rpc.rejections import RefusalLog
+from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.wire.security.credentials import Credentials, Principal
 
+_HANDSHAKE_S = 10.0
+_LISTEN_S = 0.1
 _GOODBYE_S = 0.5
+
+RefusalReason = Callable[[str], str | None]
+"""Why a worker of a name is refused; None where it is not."""
+Certify = Callable[[bytes, Principal], bytes]
+"""A certificate (DER) for a certificate request (DER) of a principal; ProtocolError for a wrong request."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinSettings:
+    heartbeat_timeout_s: float = 5.0
+    """A worker that is silent for so long is lost."""
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    cluster: str = ""  # its name, for workers' logs
+    refusal: RefusalReason | None = None
+    certify: Certify | None = None  # renews certificates, where there are any
 
 
 class Registry(Members):
@@ -27,8 +53,10 @@ class Registry(Members):
         super().__init__(read_last_error)
         self._listen = listen
         self._credentials = credentials
-        self._joining = JoinHandler(self, settings)
+        self._settings = settings
+        self._refusals = RefusalLog(_log)
         self._server: Server | None = None
+        self._is_closed = False  # connections may end later than their server
 
     @property
     def address(self) -> str:
@@ -37,7 +65,7 @@ class Registry(Members):
         return self._server.address
 
     async def __aenter__(self) -> Registry:
-        self._server = await Server.start(self._listen, self._credentials, {JOIN: self._joining.join})
+        self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join})
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -45,11 +73,151 @@ class Registry(Members):
         present = self.present.values()
         for handle in present:
             handle.left = True
-        goodbye = Shutdown("the cluster was stopped")
+        goodbye = messages.Shutdown("the cluster was stopped")
         with contextlib.suppress(DeadlineError):
             async with deadline("saying goodbye", _GOODBYE_S):
                 await asyncio.gather(*(handle.channel.send(goodbye) for handle in present), return_exceptions=True)
         assert self._server is not None
-        self._joining.is_closed = True
+        self._is_closed = True
         await self._server.stop(_GOODBYE_S)
         await self.losing.close()
+
+    async def _join(self, stream: ServerStream) -> None:
+        await stream.accept()
+        async with deadline("a worker's registration", _HANDSHAKE_S):
+            data = await stream.read()
+        register = None if data is None else decode_worker_message(data)
+        if not isinstance(register, Register):
+            raise ProtocolError("a worker must register first")
+        if refusal := await self._refusal(register, stream.peer):
+            self._refusals.tell(refusal)
+            async with deadline("refusing a worker", _HANDSHAKE_S):
+                await stream.write(encode_coordinator_message(messages.Rejected(refusal)))
+            return
+        await self._serve(register, stream)
+
+    async def _refusal(self, register: Register, peer: Principal | None) -> str | None:
+        """Why a worker is refused. A member of the same name is probed first: it may hang."""
+        if mismatch := self._mismatch(register, peer):
+            return mismatch
+        if duplicate := self._duplicate(register):
+            await self._probe(duplicate)
+        if duplicate := self._duplicate(register):
+            pid = duplicate.registration.pid
+            return f"a worker named {register.name} is a member already (pid {pid}): choose another name"
+        return self._settings.refusal(register.name) if self._settings.refusal else None
+
+    def _mismatch(self, register: Register, peer: Principal | None) -> str | None:
+        name = register.name
+        if peer is not None and peer.worker != name:
+            return f"the certificate is of {peer}, which registers as worker {name}"
+        same = "install the same version of llamaclust everywhere"
+        if register.protocol_version != PROTOCOL_VERSION:
+            theirs = f"protocol {register.protocol_version}"
+            return f"worker {name} speaks {theirs}, this coordinator {PROTOCOL_VERSION}: {same}"
+        if register.numerics_version != (needed := self._numerics_version(register)):
+            theirs = f"numerics_version {register.numerics_version}"
+            return f"worker {name} computes by {theirs}, this cluster needs {needed}: {same}"
+        return None
+
+    def _duplicate(self, register: Register) -> WorkerHandle | None:
+        """Another process that is a member of that name."""
+        present = self.present.get(register.name)
+        return None if present is None or _is_same_process(present.registration, register) else present
+
+    async def _probe(self, member: WorkerHandle) -> None:
+        """Waits for its next message, or its loss."""
+        with contextlib.suppress(DeadlineError):
+            async with deadline("a heartbeat", self._settings.heartbeat_timeout_s + _HANDSHAKE_S):
+                await member.is_responsive()
+
+    def _numerics_version(self, register: Register) -> int:
+        """The first member's; of a first member, the one of this version."""
+        members = (handle.registration.numerics_version for handle in self.present.values())
+        return next(members, 0 if register.device == "reference" else NUMERICS_VERSION)
+
+    async def _serve(self, register: Register, stream: ServerStream) -> None:
+        name = register.name
+        if name in self.present:
+            self.fence(self.workers[name], "it joins again")
+        handle = WorkerHandle(register, _serial_sender(stream), lambda: self.read_last_error(name))
+        self.admit(handle)
+        reason = "its connection broke"
+        try:
+            async with deadline("admission of a worker", _HANDSHAKE_S):
+                await handle.channel.send(messages.Admitted(self._settings.deadlines, cluster=self._settings.cluster))
+            self.announce(handle)
+            reason = await self._listen_to(handle, stream)
+        except ProtocolError as error:
+            reason = str(error)
+            raise
+        finally:
+            if not self._is_closed:
+                self.report_loss(handle, reason)
+
+    async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:
+        """Until the connection ends; returns why."""
+        reading, lost = asyncio.create_task(stream.read()), asyncio.create_task(handle.lost.wait())
+        try:
+            while await self._has_message(reading, lost):
+                if handle.lost.is_set():
+                    return "it is not a member any more"
+                data = reading.result()
+                if data is None:
+                    return "its connection closed"
+                reading = asyncio.create_task(stream.read())
+                message = decode_worker_message(data)
+                if isinstance(message, messages.RenewCertificate):
+                    async with deadline("renewing a certificate", _HANDSHAKE_S):
+                        await handle.channel.send(self._renewal(message, stream.peer))
+                else:
+                    handle.receive(message)
+                    if isinstance(message, messages.PeerUnreachable) and message.epoch in handle.stages:
+                        self.publish(PeerReported(handle, message))
+            silent = f"no sign of life for {self._settings.heartbeat_timeout_s:g} s"
+            self.fence(handle, silent)  # the launcher has no report of its end
+            return silent
+        finally:
+            reading.cancel()
+            lost.cancel()
+
+    def _renewal(self, request: messages.RenewCertificate, peer: Principal | None) -> CoordinatorMessage:
+        """For the name of the present certificate."""
+        if self._settings.certify is None or peer is None:
+            raise ProtocolError("a certificate is to be renewed where there are none")
+        try:
+            return messages.CertificateRenewed(self._settings.certify(request.certificate_request, peer))
+        except ProtocolError as error:
+            return messages.RenewalFailed(messages.Failure(ProtocolError.__name__, str(error)))
+
+    async def _has_message(self, reading: asyncio.Task[bytes | None], lost: asyncio.Task[bool]) -> bool:
+        """False after the heartbeat timeout, in which this loop had time to read: while it is busy, messages wait."""
+        tasks = (reading, lost)
+        done, _ = await asyncio.wait(
+            tasks, timeout=self._settings.heartbeat_timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        clock, late = asyncio.get_running_loop().time, True
+        while late and not done:
+            begun = clock()
+            done, _ = await asyncio.wait(tasks, timeout=_LISTEN_S, return_when=asyncio.FIRST_COMPLETED)
+            late = clock() - begun > 2 * _LISTEN_S
+        return bool(done)
+
+
+def _is_same_process(known: Register, register: Register) -> bool:
+    """Whether a member registers again, and not another worker of its name."""
+    return (known.host, known.pid, known.address) == (register.host, register.pid, register.address)
+
+
+def _serial_sender(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:
+    """Writes messages one at a time, as gRPC wants it."""
+    writing = asyncio.Lock()
+
+    async def write(message: CoordinatorMessage) -> None:
+        async with writing:
+            await stream.write(encode_coordinator_message(message))
+
+    async def send(message: CoordinatorMessage) -> None:
+        await asyncio.shield(write(message))  # where its deadline passes, gRPC still has the message
+
+    return send

@@ -20,8 +20,7 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launch, Launcher
 from llamaclust.cluster.launchers.launch import launching
 from llamaclust.cluster.launchers.worker_settings import worker_settings
-from llamaclust.cluster.membership.join_handler import JoinSettings
-from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.membership.registry import JoinSettings, Registry
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings

@@ -15,7 +15,7 @@ import pytest
 
 from llamaclust.cluster.launchers.static import keep_renewed
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.cluster.membership.join_handler import JoinSettings
+from llamaclust.cluster.membership.registry import JoinSettings
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.wire.codec import PROTOCOL_VERSION
@@ -106,7 +106,7 @@ async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> Non
                 while await member.hear():
                     pass
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and not task.done()]
-    assert [task for task in left if re.search("Registry|Members|JoinHandler", str(task.get_coro()))] == []
+    assert [task for task in left if re.search("Registry|Members", str(task.get_coro()))] == []
 
 
 async def test_certificates_are_renewed_over_the_membership(trust: Authority) -> None:

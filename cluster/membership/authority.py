@@ -58,9 +58,8 @@ class Authority:
             key = load_private((folder / _CA_KEY).read_bytes())
             certificate = x509.load_pem_x509_certificate((folder / _CA_CERTIFICATE).read_bytes())
         except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{folder}: cannot be read: {error}; remove it for new certificates and a new token"
-            ) from error
+            what = f"{folder}: cannot be read: {error}"
+            raise UsageError(f"{what}; remove it for new certificates and a new token") from error
         if certificate.public_key() != key.public_key():
             raise UsageError(f"{folder}: key and certificate do not belong together; remove it for new ones")
         return cls(folder, key, certificate)
@@ -68,9 +67,8 @@ class Authority:
     def _read_token(self) -> JoinToken:
         token = JoinToken.read(self.token_file)
         if token.ca_hash != ca_hash(self.certificate):
-            raise UsageError(
-                f"token file {self.token_file}: of another CA than {self.token_file.parent / _CA_CERTIFICATE}"
-            )
+            certificate = self.token_file.parent / _CA_CERTIFICATE
+            raise UsageError(f"token file {self.token_file}: of another CA than {certificate}")
         return token
 
     @property

@@ -18,20 +18,9 @@ from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
+from llamaclust.wire.rpc.task_set import TaskSet
+from llamaclust.wire.security import enrolment as protocol
 from llamaclust.wire.security.credentials import Identity, Principal
-from llamaclust.wire.security.enrolment import (
-    MAX_ENROLMENT_BYTES,
-    NONCE_BYTES,
-    Challenge,
-    Grant,
-    Refusal,
-    Request,
-    ServerMessage,
-    decode_request,
-    encode_server_message,
-    read_message,
-    write_message,
-)
 
 MAX_CONNECTIONS = 64
 """At a time; more are closed at once."""
@@ -56,10 +45,10 @@ class EnrolmentServer:
         self._refusal = refusal
         self._port = port
         self._refusals = RefusalLog(_log)
-        self._connections: set[asyncio.Task[None]] = set()
+        self._accepting = TaskSet()
+        self._connections = TaskSet()
         self._tls: tuple[bytes, ssl.SSLContext] | None = None
         self._socket: socket.socket | None = None
-        self._accepting: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
@@ -69,15 +58,13 @@ class EnrolmentServer:
 
     async def __aenter__(self) -> EnrolmentServer:
         self._socket = _listening(self._listen)
-        self._accepting = asyncio.create_task(self._accept(self._socket))
+        self._accepting.start(self._accept(self._socket))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._accepting is not None and self._socket is not None
-        work = (self._accepting, *self._connections)
-        for task in work:
-            task.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
+        assert self._socket is not None
+        await self._accepting.close()
+        await self._connections.close()
         self._socket.close()
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -92,9 +79,7 @@ class EnrolmentServer:
                 connection.close()
                 self._refusals.tell(f"enrolment of {peer[0]}: {MAX_CONNECTIONS} others are under way")
                 continue
-            task = asyncio.create_task(self._serve(connection, str(peer[0])))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+            self._connections.start(self._serve(connection, str(peer[0])))
 
     async def _serve(self, connection: socket.socket, peer: str) -> None:
         try:
@@ -110,35 +95,35 @@ class EnrolmentServer:
     async def _exchange(self, connection: socket.socket) -> None:
         reader, writer = await _secured(connection, self._context())
         try:
-            challenge = Challenge(self._authority.certificate, secrets.token_bytes(NONCE_BYTES))
-            await write_message(writer, encode_server_message(challenge))
-            data = await read_message(reader)
+            challenge = protocol.Challenge(self._authority.certificate, secrets.token_bytes(protocol.NONCE_BYTES))
+            await protocol.write_message(writer, protocol.encode_server_message(challenge))
+            data = await protocol.read_message(reader)
             if data is None:
                 return  # it came for the CA's certificate
-            request = decode_request(data)
+            request = protocol.decode_request(data)
             answer = self._answer(challenge, request)
-            await write_message(writer, encode_server_message(answer))
-            if isinstance(answer, Refusal):
+            await protocol.write_message(writer, protocol.encode_server_message(answer))
+            if isinstance(answer, protocol.Refusal):
                 raise ProtocolError(f"worker {request.name}: {answer.reason}")
         finally:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    def _answer(self, challenge: Challenge, request: Request) -> ServerMessage:
+    def _answer(self, challenge: protocol.Challenge, request: protocol.Request) -> protocol.ServerMessage:
         token = self._authority.token
         if not request.is_proven(token, challenge):
-            return Refusal("its token belongs to another cluster or was rotated; copy the token file again")
+            return protocol.Refusal("its token belongs to another cluster or was rotated; copy the token file again")
         if request.protocol_version != PROTOCOL_VERSION:
             versions = f"{request.protocol_version}, this coordinator {PROTOCOL_VERSION}"
-            return Refusal(f"it speaks protocol {versions}: install the same version")
+            return protocol.Refusal(f"it speaks protocol {versions}: install the same version")
         if self._refusal is not None and (why := self._refusal(request.name)) is not None:
-            return Refusal(why)
+            return protocol.Refusal(why)
         try:
             certificate = self._authority.certify(request.certificate_request, Principal(request.name))
         except ProtocolError as error:
-            return Refusal(str(error))
-        return Grant(certificate, self._port).proven(token, challenge, request)
+            return protocol.Refusal(str(error))
+        return protocol.Grant(certificate, self._port).proven(token, challenge, request)
 
     def _context(self) -> ssl.SSLContext:
         """Of the present certificate."""
@@ -170,9 +155,8 @@ def _listening(address: str) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        raise UsageError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another: `join.listen`"
-        ) from error
+        what = f"cannot listen on {host} port {port}: {error.strerror}"
+        raise UsageError(f"{what}; choose another: `join.listen`") from error
     listener.setblocking(False)
     return listener
 
@@ -182,9 +166,9 @@ async def _secured(
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     loop = asyncio.get_running_loop()
     connection.setblocking(False)
-    reader = asyncio.StreamReader(limit=MAX_ENROLMENT_BYTES)
-    protocol = asyncio.StreamReaderProtocol(reader)
+    reader = asyncio.StreamReader(limit=protocol.MAX_ENROLMENT_BYTES)
+    adapter = asyncio.StreamReaderProtocol(reader)
     transport, _ = await loop.connect_accepted_socket(
-        lambda: protocol, connection, ssl=context, ssl_handshake_timeout=_HANDSHAKE_S, ssl_shutdown_timeout=1.0
+        lambda: adapter, connection, ssl=context, ssl_handshake_timeout=_HANDSHAKE_S, ssl_shutdown_timeout=1.0
     )
-    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+    return reader, asyncio.StreamWriter(transport, adapter, reader, loop)

@@ -10,6 +10,9 @@ from llamaclust.core.errors import DeadlineError, StalledError
 from llamaclust.core.sizes import mib
 from llamaclust.wire.rpc.deadlines import deadline
 
+Request = Callable[[deadline], Awaitable[Any]]
+"""Awaits an answer until a limit."""
+
 
 class ProgressDeadline:
     def __init__(self, what: str, timeout_s: float) -> None:
@@ -26,7 +29,7 @@ class ProgressDeadline:
             self._at = done_bytes, total_bytes
             self._limit.move(asyncio.get_running_loop().time() + self._timeout_s)
 
-    async def wait(self, request: Callable[[deadline], Awaitable[Any]]) -> Any:
+    async def wait(self, request: Request) -> Any:
         """The answer. StalledError where there is no progress for the timeout."""
         try:
             return await request(self._limit)

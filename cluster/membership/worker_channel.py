@@ -8,11 +8,14 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from llamaclust.cluster.membership.progress_deadline import ProgressDeadline, Request
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.wire.control.messages import CoordinatorMessage, WorkerMessage, WorkerRequest
+from llamaclust.wire.control.messages import CoordinatorMessage, FindWeightsProgress, LoadProgress, WorkerRequest
 from llamaclust.wire.rpc.deadlines import deadline
 
 Send = Callable[[CoordinatorMessage], Awaitable[None]]
+Progress = LoadProgress | FindWeightsProgress
+OnProgress = Callable[[Any], None] | None
 Key = str | int
 """Of an answer: the epoch's order, or the request id."""
 
@@ -20,8 +23,7 @@ Key = str | int
 class WorkerChannel:
     def __init__(self, send: Send) -> None:
         self.send = send
-        self.observers: dict[type[WorkerMessage], Callable[[Any], None]] = {}
-        """Of progress messages, by their type."""
+        self._observers: dict[type[Progress], Callable[[Any], None]] = {}
         self._pending: dict[Key, asyncio.Future[Any]] = {}
         self._ids = count(1)
         self._locks: dict[str, asyncio.Lock] = {}
@@ -57,10 +59,25 @@ class WorkerChannel:
         else:
             pending.set_result(answer)
 
-    def observe(self, message: WorkerMessage) -> None:
-        """A progress message."""
-        if (observer := self.observers.get(type(message))) is not None:
-            observer(message)
+    async def with_progress(
+        self, kind: type[Progress], request: Request, limit: ProgressDeadline, on_progress: OnProgress
+    ) -> Any:
+        """The answer to a request whose progress messages are of that kind, and extend its limit."""
+
+        def observe(progress: Progress) -> None:
+            limit.report(progress.done_bytes, progress.total_bytes)
+            if on_progress is not None:
+                on_progress(progress)
+
+        self._observers[kind] = observe
+        try:
+            return await limit.wait(request)
+        finally:
+            del self._observers[kind]
+
+    def observe(self, progress: Progress) -> None:
+        if (observer := self._observers.get(type(progress))) is not None:
+            observer(progress)
 
     def fail(self, error: LlamaclustError) -> None:
         """The worker is lost."""

@@ -14,27 +14,8 @@ from llamaclust.cluster.membership.worker_channel import Send, WorkerChannel
 from llamaclust.core import errors
 from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers, Gpu
-from llamaclust.wire.control.messages import (
-    Failure,
-    FindWeightsProgress,
-    Heartbeat,
-    Load,
-    Loaded,
-    LoadFailed,
-    LoadProgress,
-    LogTail,
-    PeerUnreachable,
-    ProbeResult,
-    Register,
-    RenewCertificate,
-    RequestFailed,
-    Unload,
-    Unloaded,
-    UnloadFailed,
-    WeightsFound,
-    WorkerMessage,
-)
-from llamaclust.wire.control.profiles import LinkProfiles, WorkerProfile
+from llamaclust.wire.control import messages, profiles
+from llamaclust.wire.control.messages import Heartbeat, Load, Loaded, LoadProgress, LogTail, ProbeResult, WeightsFound
 from llamaclust.wire.rpc.deadlines import deadline
 
 PROGRESS_TIMEOUT_S = 60.0
@@ -78,7 +59,7 @@ class UnreachablePeer:
 class WorkerHandle:
     """One member. `lost` is set once it is lost for any reason but the cluster's end; then `loss` says why."""
 
-    def __init__(self, registration: Register, send: Send, read_last_error: Callable[[], str]) -> None:
+    def __init__(self, registration: messages.Register, send: Send, read_last_error: Callable[[], str]) -> None:
         self.registration = registration
         self.channel = WorkerChannel(send)
         self.stages: dict[int, tuple[Load, Loaded]] = {}  # by epoch
@@ -167,24 +148,17 @@ class WorkerHandle:
         StalledError where it makes no progress for `progress_timeout_s`."""
         assert self.loading is None, "one load at a time"
         what = f"worker {self.name} gets no further with layers [{order.start}, {order.end})"
-        progress_deadline = ProgressDeadline(what, progress_timeout_s)
-
-        def observe(progress: LoadProgress) -> None:
-            progress_deadline.report(progress.done_bytes, progress.total_bytes)
-            if on_progress is not None:
-                on_progress(progress)
-
+        request = partial(self.channel.order, f"load of epoch {order.epoch}", order)
         self.loading = order
-        self.channel.observers[LoadProgress] = observe
         if order.exclusive:
             self.stages.clear()
             self._unreachable.clear()
         try:
-            request = partial(self.channel.order, f"load of epoch {order.epoch}", order)
-            loaded: Loaded = await progress_deadline.wait(request)
+            loaded = await self.channel.with_progress(
+                LoadProgress, request, ProgressDeadline(what, progress_timeout_s), on_progress
+            )
         finally:
             self.loading = None
-            del self.channel.observers[LoadProgress]
         self.stages[order.epoch] = (order, loaded)
         return loaded
 
@@ -192,35 +166,35 @@ class WorkerHandle:
         """Frees the stage of an epoch. Raises the worker's own error where it fails, WorkerError where the worker is
         lost, DeadlineError."""
         what = f"unload of epoch {epoch}"
-        await self.channel.order(what, Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
+        await self.channel.order(what, messages.Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self.stages.pop(epoch, None)
         self._unreachable.pop(epoch, None)
 
-    def receive(self, message: WorkerMessage) -> None:
+    def receive(self, message: messages.WorkerMessage) -> None:
         """Takes in a message of the worker. ProtocolError for one that has no place after its registration."""
         self._message.set()
         self._message = asyncio.Event()
         match message:
             case Heartbeat():
                 self.heartbeat = message
-            case LoadProgress() | FindWeightsProgress():
+            case LoadProgress() | messages.FindWeightsProgress():
                 self.channel.observe(message)
-            case WorkerProfile() | LinkProfiles() | WeightsFound() | ProbeResult() | LogTail():
+            case WeightsFound() | ProbeResult() | LogTail() | profiles.WorkerProfile() | profiles.LinkProfiles():
                 self.channel.answer(message.request_id, message)
-            case RequestFailed(failure, request_id):
+            case messages.RequestFailed(failure, request_id):
                 self.channel.answer(request_id, _error(self.name, failure))
             case Loaded(epoch):
                 self.channel.answer(f"load of epoch {epoch}", message)
-            case LoadFailed(epoch, failure):
+            case messages.LoadFailed(epoch, failure):
                 self.channel.answer(f"load of epoch {epoch}", _error(self.name, failure))
-            case Unloaded(epoch):
+            case messages.Unloaded(epoch):
                 self.channel.answer(f"unload of epoch {epoch}", None)
-            case UnloadFailed(epoch, failure):
+            case messages.UnloadFailed(epoch, failure):
                 self.channel.answer(f"unload of epoch {epoch}", _error(self.name, failure))
-            case PeerUnreachable(epoch, other):
+            case messages.PeerUnreachable(epoch, other):
                 if epoch in self.stages:
                     self.unreachable_peer(epoch).report(other)
-            case Register() | RenewCertificate():
+            case messages.Register() | messages.RenewCertificate():
                 raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 
     def lose(self, reason: str) -> None:
@@ -233,7 +207,7 @@ class WorkerHandle:
         self.lost.set()
 
 
-def _error(worker: str, failure: Failure) -> LlamaclustError:
+def _error(worker: str, failure: messages.Failure) -> LlamaclustError:
     """The error that a worker reports, as an exception of its own class where that is one of ours."""
     kind = getattr(errors, failure.kind, None)
     ours = isinstance(kind, type) and issubclass(kind, LlamaclustError)

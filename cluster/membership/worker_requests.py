@@ -9,23 +9,9 @@ from llamaclust.cluster.membership.progress_deadline import ProgressDeadline
 from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.profile import Profile
-from llamaclust.wire.control.messages import (
-    FindWeights,
-    FindWeightsProgress,
-    GetLog,
-    LogTail,
-    ProbePeer,
-    ProbeResult,
-    WeightsFound,
-)
-from llamaclust.wire.control.profiles import (
-    LinkEnd,
-    LinkProfile,
-    LinkProfiles,
-    ProfileLinks,
-    ProfileWorker,
-    WorkerProfile,
-)
+from llamaclust.wire.control import messages, profiles
+from llamaclust.wire.control.messages import FindWeights, FindWeightsProgress, LogTail, WeightsFound
+from llamaclust.wire.control.profiles import LinkProfile, ProfileWorker
 from llamaclust.wire.rpc.deadlines import deadline
 
 _PROFILE_S = 300.0
@@ -38,7 +24,7 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
     """Measures the worker's machine; it should be idle otherwise. ProtocolError for an answer about other GPUs than it
     has."""
     limit = deadline(f"worker {worker.name}: measurement", deadline_s)
-    measured: WorkerProfile = await worker.channel.request(request, limit)
+    measured: profiles.WorkerProfile = await worker.channel.request(request, limit)
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
     if measured_gpus != gpus:
         raise ProtocolError(f"worker {worker.name} measured {measured_gpus} GPUs, it has {gpus}")
@@ -48,8 +34,8 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
 async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkProfile:
     """Measures the worker's link to another one. Raises the error that it met."""
     limit = deadline(f"worker {worker.name}: measuring the link to worker {other.name}", deadline_s)
-    request = ProfileLinks((LinkEnd(other.name, other.registration.address),))
-    measured: LinkProfiles = await worker.channel.request(request, limit)
+    request = profiles.ProfileLinks((profiles.LinkEnd(other.name, other.registration.address),))
+    measured: profiles.LinkProfiles = await worker.channel.request(request, limit)
     if len(measured.links) != 1:
         raise ProtocolError(f"worker {worker.name} measured {len(measured.links)} links, asked for one")
     return measured.links[0]
@@ -61,15 +47,16 @@ async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) ->
     what = f"way to {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)
-        request = ProbePeer(other.name, other.registration.address)
-        result: ProbeResult = await worker.channel.request(request, limit)
+        request = messages.ProbePeer(other.name, other.registration.address)
+        result: messages.ProbeResult = await worker.channel.request(request, limit)
     return result.reason
 
 
 async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
     """The last lines of the worker's log. WorkerError where it is lost, DeadlineError."""
     async with worker.channel.one_at_a_time("log"):
-        tail: LogTail = await worker.channel.request(GetLog(), deadline(f"worker {worker.name}: its log", deadline_s))
+        limit = deadline(f"worker {worker.name}: its log", deadline_s)
+        tail: LogTail = await worker.channel.request(messages.GetLog(), limit)
     return tail
 
 
@@ -84,27 +71,8 @@ async def find_weights(
     async with worker.channel.one_at_a_time("weights"):
         key = request.model_id, request.describe
         if key not in worker.weights_found:
-            worker.weights_found[key] = await _find(worker, request, on_reading, progress_timeout_s)
+            what = f"worker {worker.name} gets no further with reading {request.model_path}"
+            limit, requested = ProgressDeadline(what, progress_timeout_s), partial(worker.channel.request, request)
+            found = await worker.channel.with_progress(FindWeightsProgress, requested, limit, on_reading)
+            worker.weights_found[key] = found
         return worker.weights_found[key]
-
-
-async def _find(
-    worker: WorkerHandle,
-    request: FindWeights,
-    on_reading: Callable[[FindWeightsProgress], None] | None,
-    progress_timeout_s: float,
-) -> WeightsFound:
-    what = f"worker {worker.name} gets no further with reading {request.model_path}"
-    progress_deadline = ProgressDeadline(what, progress_timeout_s)
-
-    def observe(progress: FindWeightsProgress) -> None:
-        progress_deadline.report(progress.done_bytes, progress.total_bytes)
-        if on_reading is not None:
-            on_reading(progress)
-
-    worker.channel.observers[FindWeightsProgress] = observe
-    try:
-        found: WeightsFound = await progress_deadline.wait(partial(worker.channel.request, request))
-    finally:
-        del worker.channel.observers[FindWeightsProgress]
-    return found

@@ -8,12 +8,7 @@ from dataclasses import dataclass, replace
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import context_length, limits_of, manual_plan, max_batch_tokens
-from llamaclust.cluster.control.resource_shares import (
-    WorkerResources,
-    machine_shares,
-    memory_shares,
-    share_gpus,
-)
+from llamaclust.cluster.control.resource_shares import WorkerResources, machine_shares, memory_shares, share_gpus
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.launchers.worker_settings import thread_shares
 from llamaclust.cluster.membership.worker_handle import WorkerHandle

@@ -50,9 +50,7 @@ OnLost = Callable[[LlamaclustError], None]
 """Called with the reason when a pipeline is lost."""
 
 
-def _callback(
-    work: Callable[Concatenate[Engine, _Arguments], None],
-) -> Callable[Concatenate[Engine, _Arguments], None]:
+def _callback(work: Callable[Concatenate[Engine, _Arguments], None]) -> Callable[Concatenate[Engine, _Arguments], None]:
     """Work that the event loop calls: an error ends the pipeline, so that readers get it."""
 
     @wraps(work)

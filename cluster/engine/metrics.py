@@ -168,10 +168,7 @@ class _Gauges(Collector):
     """Values of the scheduler and the stages, read at each scrape."""
 
     def __init__(
-        self,
-        counts: Callable[[], Counts],
-        report: Callable[[], tuple[StageReport, ...]],
-        meters: Sequence[_StageMeter],
+        self, counts: Callable[[], Counts], report: Callable[[], tuple[StageReport, ...]], meters: Sequence[_StageMeter]
     ) -> None:
         self._counts = counts
         self._report = report

@@ -77,10 +77,7 @@ def _shorter_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str:
 
 
 def idle_workers(
-    sizes: MemoryModel,
-    workers: Sequence[WorkerFacts],
-    used: Collection[str],
-    contexts: int,
+    sizes: MemoryModel, workers: Sequence[WorkerFacts], used: Collection[str], contexts: int
 ) -> tuple[IdleWorker, ...]:
     """Workers without layers. `contexts`: the whole contexts for which the plan has KV memory."""
     idle = [worker for worker in workers if worker.name not in used]

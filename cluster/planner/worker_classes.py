@@ -38,9 +38,7 @@ class WorkerClass:
 
 
 def worker_classes(
-    workers: Sequence[WorkerFacts],
-    tables: Callable[[WorkerFacts], tuple[Table, Table]],
-    unlike: Collection[str] = (),
+    workers: Sequence[WorkerFacts], tables: Callable[[WorkerFacts], tuple[Table, Table]], unlike: Collection[str] = ()
 ) -> list[WorkerClass]:
     """Workers grouped by cost, those in `unlike` each alone; `tables` has (slow, total) of one worker of each."""
     alike: dict[WorkerFacts, list[int]] = {}

@@ -36,13 +36,7 @@ class PrefixCache:
         return found, idle
 
     def register(
-        self,
-        keys: list[bytes],
-        tokens: Sequence[int],
-        table: Sequence[int],
-        registered: int,
-        full: int,
-        start: int = 0,
+        self, keys: list[bytes], tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
     ) -> None:
         """Registers blocks [registered, full), filled by the tokens, of a table that begins with block `start`."""
         if not self._enabled:

@@ -41,7 +41,7 @@ from split import prompts, run  # noqa: E402
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
 from llamaclust.cluster.config.sections import PlanEntry  # noqa: E402
-from llamaclust.cluster.control.observations import LinksChanged  # noqa: E402
+from llamaclust.cluster.control.observations import Signal  # noqa: E402
 from llamaclust.cluster.control.planning import ClusterPlanner  # noqa: E402
 from llamaclust.cluster.membership.worker_handle import WorkerHandle  # noqa: E402
 from llamaclust.cluster.planner.adjacency import Pairs  # noqa: E402
@@ -110,7 +110,7 @@ async def opened(shape: Shape, model: Path, box: Box | None) -> AsyncIterator[Cl
             keys += ["launcher=static", f"join={{listen: {here}:7100, members: {here}:7101}}"]
             keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in shape.workers)}]")
             report = _starter(shape, box, directory.path / "trust" / "token", hosts)
-        async with open_cluster(load_config(None, keys), model, directory, report) as cluster:
+        async with open_cluster(load_config(None, keys), model, directory, report, GivenPlans) as cluster:
             yield cluster
 
 
@@ -200,7 +200,8 @@ async def random_plans(cluster: Cluster, source: random.Random, count: int) -> l
     found: dict[str, Plan] = {}
     for _ in range(100 * count):
         if len(found) < count:
-            by_hand = copy.copy(cluster.supervisor.planner)
+            by_hand = copy.copy(planner_of(cluster))
+            by_hand.given = None
             by_hand.config = cluster.config.model_copy(update={"plan": random_entries(cluster, source)})
             try:
                 plan = await by_hand.plan(cluster.registry.present)
@@ -218,26 +219,29 @@ def layers_of(plan: Plan) -> str:
 async def serve(cluster: Cluster, plan: Plan) -> None:
     """The plan's epoch, and no other, in place of the one that serves. TimeoutError where it does not load."""
     supervisor = cluster.supervisor
-    supervisor.planner = OnePlan(supervisor.planner, plan)
-    supervisor.observed.post(LinksChanged())
+    planner_of(cluster).given = plan
+    supervisor.observed.post(Signal.LINKS_CHANGED)
     cluster.engine.interrupt(WorkerError("another plan is tried"))
     async with asyncio.timeout(_LOAD_S):
         while supervisor.observed.state.loss is not None or layers_of(cluster.plan) != layers_of(plan):  # noqa: ASYNC110  nothing reports it
             await asyncio.sleep(0.01)
 
 
-class OnePlan(ClusterPlanner):
-    """Always makes the same plan."""
+class GivenPlans(ClusterPlanner):
+    """Makes the plan that it is given, once there is one."""
 
-    def __init__(self, planner: ClusterPlanner, plan: Plan) -> None:
-        vars(self).update(vars(planner))
-        self._one = plan
+    given: Plan | None = None
 
     def update(self, links: Links) -> bool:
-        return False
+        return self.given is None and super().update(links)
 
     async def plan(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> Plan:
-        return self._one
+        return self.given or await super().plan(workers, partitions)
+
+
+def planner_of(cluster: Cluster) -> GivenPlans:
+    assert isinstance(cluster.supervisor.planner, GivenPlans)
+    return cluster.supervisor.planner
 
 
 async def asked_for_ms(cluster: Cluster, source: random.Random) -> float:

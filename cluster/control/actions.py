@@ -15,9 +15,8 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.planner.format import plan_lines
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.state.events import Notice, PlanMade, Report, WorkerLoading, WorkerReading
+from llamaclust.cluster.state.events import Notice, PlanMade, Report, WorkerLoading
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
-from llamaclust.wire.control.messages import FindWeightsProgress, LoadProgress
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -60,13 +59,13 @@ class ActionRunner:
                 assert self.epoch is not None
                 await self.epoch.pipeline.close()
                 await self._partitions.settled()
-                self._observed.post(seen.PipelineClosed())
+                self._observed.post(seen.Signal.PIPELINE_CLOSED)
             case act.Expel(expulsions):
                 for expulsion in expulsions:
                     name, join = expulsion.worker
                     if self._registry.joins[name] == join:
                         self._registry.fence(self._registry.workers[name], expulsion.reason)
-                self._observed.post(seen.WorkersExpelled())
+                self._observed.post(seen.Signal.WORKERS_EXPELLED)
             case act.FailRequests(reason):
                 self._fail_requests(reason)
             case act.Interrupt(error):
@@ -98,9 +97,9 @@ class ActionRunner:
             if is_exclusive:
                 await self._partitions.settled()
             error, suspects = (failed.error, failed.suspects) if isinstance(failed, StageLoadError) else (failed, ())
-            self._observed.post(seen.LoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
+            self._observed.post(seen.EpochLoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
             return
-        self._observed.post(seen.EpochLoaded())
+        self._observed.post(seen.Signal.EPOCH_LOADED)
 
     async def _open(self, plan: Plan, *, is_exclusive: bool) -> None:
         async with deadline("the end of lost workers' processes", _ENDING_S):
@@ -111,10 +110,13 @@ class ActionRunner:
         else:
             held = {name: worker.layers for name, worker in self._registry.workers.items() if worker.layers}
             self._report(Notice(moving_text(plan, held)))
-        observer = StartObserver(plan, self._report) if is_start else None
-        self._loaded = await self.epochs.open(plan, self.planner.links, is_exclusive=is_exclusive, observer=observer)
-        if observer is not None:
-            observer.loaded(self._loaded)
+        report, links = self._report if is_start else None, self.planner.links
+        self._loaded = await self.epochs.open(plan, links, is_exclusive=is_exclusive, report=report)
+        if report is not None:
+            for worker in self._loaded.workers:
+                order, loaded = worker.stages[self._loaded.number]
+                total_bytes = loaded.weight_bytes
+                report(WorkerLoading(worker.name, order.start, order.end, total_bytes, total_bytes))
 
     async def _serve(self) -> None:
         """The engine continues on the loaded epoch; layers of others are freed."""
@@ -123,7 +125,7 @@ class ActionRunner:
         self.epoch, self._loaded = epoch, None
         if self.engine is not None:
             self.engine.resume(epoch.pipeline, epoch.settings)
-        self._observed.post(seen.EpochServing())
+        self._observed.post(seen.Signal.EPOCH_SERVING)
         if self.engine is None or old is None:
             return
         await old.pipeline.close()
@@ -147,23 +149,3 @@ class ActionRunner:
             error = WorkerError(f"{error if lost is None else lost.error}; {reason}")
         self.engine.give_up(error)
         self._observed.post(seen.RequestsFailed(reason))
-
-
-class StartObserver:
-    """Reports how far the workers of a start are."""
-
-    def __init__(self, plan: Plan, report: Report) -> None:
-        self._stages = {stage.worker: stage for stage in plan.stages}
-        self._report = report
-
-    def loading(self, worker: str, progress: LoadProgress) -> None:
-        stage = self._stages[worker]
-        self._report(WorkerLoading(worker, stage.start, stage.end, progress.done_bytes, progress.total_bytes))
-
-    def reading(self, worker: str, progress: FindWeightsProgress) -> None:
-        self._report(WorkerReading(worker, progress.done_bytes, progress.total_bytes))
-
-    def loaded(self, epoch: Epoch) -> None:
-        for worker in epoch.workers:
-            order, loaded = worker.stages[epoch.number]
-            self._report(WorkerLoading(worker.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))

@@ -113,7 +113,7 @@ def _layers(plan: Plan) -> list[tuple[str, int, int, tuple[DeviceLayers, ...]]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class PipelineLoss:
     """A pipeline that is lost, until another one serves. At a start: that none serves yet."""
 
     since_s: float
@@ -136,7 +136,7 @@ class ClusterState:
     recovery_s: float  # `timeouts.recovery`
     worker_count: int  # of the cluster file
     tick: seen.Tick
-    loss: Loss | None
+    loss: PipelineLoss | None
     pool: PoolState = field(default_factory=PoolState)
     planning: Planning | None = None
     loading: Loading = field(default_factory=Loading)
@@ -181,58 +181,49 @@ class ClusterState:
 
 def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
     """The state after an observation."""
+    pool, planning, loss = state.pool, state.planning, state.loss
     match observation:
         case seen.Tick():
             return replace(state, tick=observation)
-        case seen.ActionEnded():
+        case seen.Signal.ACTION_ENDED:
             return replace(state, is_acting=False)
         case seen.Noticed(text):
-            planning = None if state.planning is None else replace(state.planning, is_noticed=True)
-            return replace(state, planning=planning, waits_for=text)
+            return replace(state, planning=planning and replace(planning, is_noticed=True), waits_for=text)
         case seen.Planned(inputs, plan, error):
             return replace(state, planning=Planning(inputs, plan, error))
-        case seen.LoadFailed():
+        case seen.EpochLoadFailed():
             return _load_failed(state, observation)
-        case seen.EpochLoaded():
+        case seen.Signal.EPOCH_LOADED:
             return replace(state, loading=replace(state.loading, is_loaded=True))
-        case seen.EpochServing():
+        case seen.Signal.EPOCH_SERVING:
             return _serving(state)
-        case seen.PipelineLost() | seen.PipelineClosed() | seen.RequestsFailed():
-            return _pipeline_lost(state, observation)
-        case seen.WorkersExpelled():
+        case seen.PipelineLost(error):
+            planning = planning and replace(planning, rejected=None, is_noticed=False)
+            return replace(state, loss=PipelineLoss(state.tick.now_s, error), planning=planning)
+        case seen.Signal.PIPELINE_CLOSED:
+            return state if loss is None else _attribute(replace(state, loss=replace(loss, is_closed=True)))
+        case seen.RequestsFailed(reason):
+            return replace(state, loss=loss and replace(loss, ends_requests=False, failed_because=reason))
+        case seen.Signal.WORKERS_EXPELLED:
             return replace(state, expulsions=())
+        case seen.Signal.LINKS_CHANGED:
+            return replace(state, pool=replace(pool, links=pool.links + 1))
         case _:
-            return replace(state, pool=_pool_changed(state.pool, observation))
+            return replace(state, pool=_pool_changed(pool, observation))
 
 
-def _pool_changed(pool: PoolState, observation: seen.Observation) -> PoolState:
+def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolState:
     match observation:
-        case seen.WorkerJoined(name, join):
+        case seen.WorkerSeen(name, join):
             return replace(pool, present={**pool.present, name: join})
         case seen.WorkerLost(name):
             return replace(pool, present={other: join for other, join in pool.present.items() if other != name})
         case seen.PartitionsChanged(pairs):
             return replace(pool, partitions=pairs)
-        case seen.LinksChanged():
-            return replace(pool, links=pool.links + 1)
         case seen.DrainRequested(name):
             return replace(pool, drained=pool.drained | {name})
         case seen.UndrainRequested(name):
             return replace(pool, drained=pool.drained - {name}, quarantine=pool.quarantine.release([name]))
-    raise AssertionError(f"{observation} is no change of the worker pool")
-
-
-def _pipeline_lost(
-    state: ClusterState, observation: seen.PipelineLost | seen.PipelineClosed | seen.RequestsFailed
-) -> ClusterState:
-    if isinstance(observation, seen.PipelineLost):
-        planning = None if state.planning is None else replace(state.planning, rejected=None, is_noticed=False)
-        return replace(state, loss=Loss(state.tick.now_s, observation.error), planning=planning)
-    if state.loss is None:
-        return state
-    if isinstance(observation, seen.RequestsFailed):
-        return replace(state, loss=replace(state.loss, ends_requests=False, failed_because=observation.reason))
-    return _attribute(replace(state, loss=replace(state.loss, is_closed=True)))
 
 
 def _attribute(state: ClusterState) -> ClusterState:
@@ -253,16 +244,13 @@ def _attribute(state: ClusterState) -> ClusterState:
     return replace(state, loss=loss, failures=failures, expulsions=(*state.expulsions, *expelled))
 
 
-def _load_failed(state: ClusterState, failed: seen.LoadFailed) -> ClusterState:
+def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
     """Where the plan is outdated, another one may be the remedy. Else the load is repeated after a pause, and
     workers that fail again and again, or do not answer, are expelled."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
-    hanging = {
-        suspect.name: f"it hangs: {suspect.error}"
-        for suspect in failed.suspects
-        if isinstance(suspect.error, StalledError)
-    }
+    stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
+    hanging = {suspect.name: f"it hangs: {suspect.error}" for suspect in stalled}
     if hanging or _is_outdated(planning.plan, planning.inputs, state.pool):
         return _expel(state, planning.inputs, hanging)
     if not failed.is_exclusive:
@@ -282,7 +270,7 @@ def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
     return lost or not set(pool.usable) <= set(inputs.workers) or pool.is_partitioned(plan)
 
 
-def _unfit(failed: seen.LoadFailed, failures: int) -> dict[str, str]:
+def _unfit(failed: seen.EpochLoadFailed, failures: int) -> dict[str, str]:
     """Workers that did not answer, or that fail again and again, and the notice of each."""
     reason = f"it takes no part in a new epoch: {failed.error}"
     return {

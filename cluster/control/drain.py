@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from llamaclust.cluster.control.epochs import Epoch
+from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.observations import DrainRequested, UndrainRequested
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
-from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import log_tail
@@ -16,19 +13,14 @@ from llamaclust.core.errors import UsageError, WorkerError
 from llamaclust.wire.control.messages import LogTail
 
 
-class Served(Protocol):
-    """The serving epoch and what plans it."""
-
-    planner: ClusterPlanner
-    epoch: Epoch | None
-
-
-class WorkerPool:
+class WorkerOperations:
     """The supervisor moves the layers."""
 
-    def __init__(self, registry: Registry, served: Served, observed: Observed, partitions: PartitionTracker) -> None:
+    def __init__(
+        self, registry: Registry, runner: ActionRunner, observed: Observed, partitions: PartitionTracker
+    ) -> None:
         self._registry = registry
-        self._served = served
+        self._runner = runner
         self._observed = observed
         self._partitions = partitions
 
@@ -47,10 +39,10 @@ class WorkerPool:
         others = {other: worker for other, worker in self._registry.present.items() if other not in excluded}
         if not others:
             raise WorkerError(f"no other worker is there that is not drained: {name} keeps its layers")
-        await self._served.planner.plan(others, self._partitions.pairs)
+        await self._runner.planner.plan(others, self._partitions.pairs)
         self._observed.post(DrainRequested(name))
         await self._observed.settled_or(lambda state: state.is_freed(name))
-        if self._served.epoch is not None and self._served.epoch.holds(name):
+        if self._runner.epoch is not None and self._runner.epoch.holds(name):
             self.undrain(name)
             await self._observed.settled.wait()
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Protocol
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.failure_attribution import root_cause
@@ -21,23 +20,14 @@ from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, Work
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.state.events import Report, WorkerLoading
 from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
-from llamaclust.wire.control.messages import FindWeightsProgress, Load, Loaded, LoadProgress
+from llamaclust.wire.control.messages import Load, Loaded, LoadProgress, WeightSources
 from llamaclust.wire.security.credentials import Credentials
 
 _log = logging.getLogger(__name__)
-
-
-class LoadObserver(Protocol):
-    """Observes how far workers are."""
-
-    def loading(self, worker: str, progress: LoadProgress) -> None: ...
-
-    def reading(self, worker: str, progress: FindWeightsProgress) -> None:
-        """The worker reads its model file for others."""
-        ...
 
 
 class StageLoadError(Exception):
@@ -64,82 +54,70 @@ class StageLoads:
 
 
 async def load_stages(
-    loads: StageLoads, workers: Mapping[str, WorkerHandle], observer: LoadObserver | None = None
+    loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
-    """The workers in the order of their stages, ready to serve the epoch.
+    """The workers in the order of their stages, ready to serve the epoch. `report` gets their progress.
 
     StageLoadError once all have answered, where a worker failed. Then loaded stages are freed, except `is_exclusive`:
     the next epoch may need their weights.
     """
     handles = tuple(workers[stage.worker] for stage in loads.stages)
-    names = [handle.name for handle in handles]
-    timeout_s = loads.progress_timeout_s
+    names, timeout_s = [handle.name for handle in handles], loads.progress_timeout_s
     weights = await weight_sources(
-        names, workers, loads.model, links=loads.links, observer=observer, progress_timeout_s=timeout_s
+        names, workers, loads.model, links=loads.links, report=report, progress_timeout_s=timeout_s
     )
-    orders = [
-        replace(order, weights=weights.get(name)) for name, order in zip(names, _orders(loads, handles), strict=True)
-    ]
-    answers = await asyncio.gather(
-        *(
-            handle.load(order, None if observer is None else partial(observer.loading, handle.name), timeout_s)
-            for handle, order in zip(handles, orders, strict=True)
-        ),
-        return_exceptions=True,
-    )
-    errors = _errors(handles, answers)
-    if errors:
+
+    async def load(index: int, handle: WorkerHandle) -> Loaded:
+        order = _order(loads, handles, index, weights.get(handle.name))
+
+        def loading(progress: LoadProgress) -> None:
+            if report is not None:
+                done_bytes, total_bytes = progress.done_bytes, progress.total_bytes
+                report(WorkerLoading(handle.name, order.start, order.end, done_bytes, total_bytes))
+
+        return await handle.load(order, loading, timeout_s)
+
+    answers = await asyncio.gather(*map(load, count(), handles), return_exceptions=True)
+    suspects = _suspects(handles, answers)
+    if suspects:
         if not loads.is_exclusive:
             await _discard(loads.epoch, handles)
-        raise StageLoadError(errors[0][1], tuple(Suspect(handle.name, error) for handle, error in errors))
+        raise StageLoadError(suspects[0].error, suspects)
     return handles
 
 
-def _errors(
-    handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseException]
-) -> list[tuple[WorkerHandle, LlamaclustError]]:
-    """Any other exception is a bug, and raised."""
-    errors = []
+def _suspects(handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseException]) -> tuple[Suspect, ...]:
+    """Any other exception than ours is a bug, and raised."""
+    suspects = []
     for handle, answer in zip(handles, answers, strict=True):
         if isinstance(answer, LlamaclustError):
-            errors.append((handle, answer))
+            suspects.append(Suspect(handle.name, answer))
         elif isinstance(answer, BaseException):
             raise answer
-    return errors
+    return tuple(suspects)
 
 
-def _orders(loads: StageLoads, handles: Sequence[WorkerHandle]) -> list[Load]:
-    """In the order of the stages."""
-    orders = []
-    for index, stage in enumerate(loads.stages):
-        order = Load(
-            loads.epoch,
-            loads.model.path,
-            loads.model.model_id,
-            stage.start,
-            stage.end,
-            loads.limits,
-            None,
-            exclusive=loads.is_exclusive,
-            devices=stage.devices,
-        )
-        orders.append(_with_neighbours(order, handles, index))
-    return orders
-
-
-def _with_neighbours(order: Load, handles: Sequence[WorkerHandle], index: int) -> Load:
-    """With the stages that the one at `index` calls and is called by."""
-    is_first, is_last = index == 0, index + 1 == len(handles)
+def _order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int, weights: WeightSources | None) -> Load:
+    """Of the stage at `index`, with the stages that it calls and is called by."""
+    stage, is_first, is_last = loads.stages[index], index == 0, index + 1 == len(handles)
     following = None if is_last else handles[index + 1]
     first = handles[0] if is_last and not is_first else None
-    return replace(
-        order,
+    return Load(
+        loads.epoch,
+        loads.model.path,
+        loads.model.model_id,
+        stage.start,
+        stage.end,
+        loads.limits,
         next_address=following.registration.address if following else None,
         next_worker=following.name if following else None,
         first_address=first.registration.address if first else None,
         first_worker=first.name if first else None,
         previous_worker=None if is_first else handles[index - 1].name,
         last_worker=handles[-1].name if is_first and not is_last else None,
+        exclusive=loads.is_exclusive,
+        weights=weights,
+        devices=stage.devices,
     )
 
 
@@ -147,8 +125,12 @@ async def unload_stages(epoch: int, workers: Iterable[WorkerHandle]) -> None:
     """Frees the stages of an epoch on those workers that have it and are present. Raises the first error once all have
     answered."""
     present = [worker for worker in workers if epoch in worker.stages and worker.loss is None]
-    answers = await asyncio.gather(*(_unload(worker, epoch) for worker in present), return_exceptions=True)
-    for error in filter(None, answers):
+    await _all(_unload(worker, epoch) for worker in present)
+
+
+async def _all(work: Iterable[Awaitable[None]]) -> None:
+    """Raises the first error once all have ended."""
+    for error in filter(None, await asyncio.gather(*work, return_exceptions=True)):
         raise error
 
 
@@ -206,22 +188,20 @@ class Epochs:
         """A worker has joined: those that fetch weights may fetch them there."""
         await announce_source(worker, self._registry.present.values(), self._reference)
 
-    async def open(
-        self, plan: Plan, links: Links, *, is_exclusive: bool, observer: LoadObserver | None = None
-    ) -> Epoch:
-        """The plan's stages, loaded and connected. Raises StageLoadError."""
+    async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
+        """The plan's stages, loaded and connected; `report` gets the progress. Raises StageLoadError."""
         self._last += 1
         number = self._last
         loads = StageLoads(
             number,
             [StageInfo(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages],
             self._reference,
-            stage_limits(self._config, plan),
+            stage_limits(self._config, plan.context_length, plan.kv_blocks, plan.window_blocks),
             is_exclusive=is_exclusive,
             links=links,
             progress_timeout_s=self._config.timeouts.load,
         )
-        workers = await load_stages(loads, self._registry.workers, observer)
+        workers = await load_stages(loads, self._registry.workers, report)
         try:
             pipeline = await RemotePipeline.open(number, workers, self._credentials)
         except LlamaclustError as error:
@@ -235,6 +215,4 @@ class Epochs:
         """Frees the stages of all epochs but this one. Raises the first error once all have answered."""
         workers = tuple(self._registry.present.values())
         numbers = {number for worker in workers for number in worker.stages} - {epoch.number}
-        answers = await asyncio.gather(*(unload_stages(number, workers) for number in numbers), return_exceptions=True)
-        for error in filter(None, answers):
-            raise error
+        await _all(unload_stages(number, workers) for number in numbers)

@@ -61,12 +61,8 @@ def max_outputs(config: ClusterConfig) -> int:
     return max(_OUTPUTS, config.max_sequences)
 
 
-def stage_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
-    """The limits that every stage of the plan is loaded with."""
-    return limits_of(config, plan.context_length, plan.kv_blocks, plan.window_blocks)
-
-
-def limits_of(config: ClusterConfig, context_length: int, kv_blocks: int, window_blocks: int = 0) -> StageLimits:
+def stage_limits(config: ClusterConfig, context_length: int, kv_blocks: int, window_blocks: int = 0) -> StageLimits:
+    """The limits that every stage of a plan is loaded with."""
     return StageLimits(
         max_batch_tokens=max_batch_tokens(config),
         max_outputs=max_outputs(config),

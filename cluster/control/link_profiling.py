@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 
 from llamaclust.cluster.config.values import is_loopback, split_address
-from llamaclust.cluster.control.observations import LinksChanged
+from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.membership.registry import Registry
@@ -42,13 +42,11 @@ async def measure_links(
     workers: Mapping[str, WorkerHandle], credentials: Credentials, state_dir: Path, report: Report
 ) -> Links:
     """Between all of them and the coordinator. What cannot be measured is reported, and unknown to the plan."""
-    for name, address in _unreachable_by_others(
-        {name: worker.registration.address for name, worker in workers.items()}
-    ).items():
+    registered = {name: worker.registration for name, worker in workers.items()}
+    for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
         what = "start it with --join and an address of its machine that others reach, or with --advertise"
         report(Notice(f"worker {name} is served at {address}, which no other machine can reach: {what}"))
-    names = [COORDINATOR, *workers]
-    keys = {pair: _key(pair, workers) for pair in combinations(names, 2)}
+    keys = _keys({name: _machine(own.host, own.address, own.fingerprint) for name, own in registered.items()})
     known, attempted = _read(state_dir), set[Pair]()
     new: dict[str, Link] = {}
     while missing := [pair for pair, key in keys.items() if key not in known | new and pair not in attempted]:
@@ -58,8 +56,7 @@ async def measure_links(
         new |= {keys[pair]: link for pair, link in zip(concurrent, found, strict=True) if link is not None}
     if new:
         write_private(state_dir / _FILE, json.dumps({key: asdict(link) for key, link in (known | new).items()}))
-    known |= new
-    return Links({frozenset(pair): known[key] for pair, key in keys.items() if key in known})
+    return _links(keys, known | new)
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
@@ -71,13 +68,9 @@ def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
 
 def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
     """What is known of local workers, given by name: from a start on the same machine."""
-    machines = {
-        name: machine_of(socket.gethostname(), "unix:", fingerprint) for name, fingerprint in fingerprints.items()
-    }
-    machines[COORDINATOR] = _coordinator()
-    known = _read(state_dir)
-    keys = {pair: _key_of(machines[pair[0]], machines[pair[1]]) for pair in combinations(machines, 2)}
-    return Links({frozenset(pair): known[key] for pair, key in keys.items() if key in known})
+    host = socket.gethostname()
+    machines = {name: _machine(host, "unix:", fingerprint) for name, fingerprint in fingerprints.items()}
+    return _links(_keys(machines), _read(state_dir))
 
 
 def _read(state_dir: Path) -> dict[str, Link]:
@@ -99,28 +92,18 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
     return disjoint
 
 
-def _key(pair: Pair, workers: Mapping[str, WorkerHandle]) -> str:
-    """Equal for pairs of the same two machines."""
-    return _key_of(*(_machine(name, workers) for name in pair))
-
-
-def _key_of(*machines: str) -> str:
-    return " - ".join(sorted(machines))
-
-
-def _machine(name: str, workers: Mapping[str, WorkerHandle]) -> str:
-    if name == COORDINATOR:
-        return _coordinator()
-    registration = workers[name].registration
-    return machine_of(registration.host, registration.address, registration.fingerprint)
-
-
-def machine_of(host: str, address: str, fingerprint: str) -> str:
+def _machine(host: str, address: str, fingerprint: str) -> str:
     return f"{host} ({address.rpartition(':')[0]}, {fingerprint})"
 
 
-def _coordinator() -> str:
-    return f"coordinator on {socket.gethostname()}"
+def _keys(machines: Mapping[str, str]) -> dict[Pair, str]:
+    """By pairs of the coordinator, which comes first, and workers; equal for pairs of the same two machines."""
+    machines = {COORDINATOR: f"coordinator on {socket.gethostname()}", **machines}
+    return {pair: " - ".join(sorted(machines[name] for name in pair)) for pair in combinations(machines, 2)}
+
+
+def _links(keys: Mapping[Pair, str], known: Mapping[str, Link]) -> Links:
+    return Links({frozenset(pair): known[key] for pair, key in keys.items() if key in known})
 
 
 async def _measured(
@@ -187,4 +170,4 @@ class LinkMonitor:
                 self._report(Notice(f"links were not measured again: {error}"))
                 return
             if self._planner.update(links):
-                self._observed.post(LinksChanged())
+                self._observed.post(Signal.LINKS_CHANGED)

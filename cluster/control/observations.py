@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.plan import Plan
@@ -23,7 +24,7 @@ class PlanInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerJoined:
+class WorkerSeen:
     """It is a member; seen again, the same `join` is the same membership."""
 
     name: str
@@ -40,11 +41,6 @@ class PartitionsChanged:
     """All pairs of live workers that cannot reach each other now."""
 
     pairs: Pairs
-
-
-@dataclass(frozen=True, slots=True)
-class LinksChanged:
-    """Links were measured again, with another result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +70,6 @@ class Tick:
     replay_tokens: int = 0
 
 
-# Results of actions
-
-
 @dataclass(frozen=True, slots=True)
 class Planned:
     """The plan for these inputs, or why there is none."""
@@ -91,32 +84,17 @@ class Suspect:
     """A worker that failed to load its stage."""
 
     name: str
-    error: BaseException
+    error: LlamaclustError
 
 
 @dataclass(frozen=True, slots=True)
-class LoadFailed:
+class EpochLoadFailed:
     """`is_exclusive`: see `LoadEpoch`. `file_is_absent`: no present worker has the model's file, and some need it."""
 
     error: LlamaclustError
     is_exclusive: bool
     suspects: tuple[Suspect, ...] = ()
     file_is_absent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class EpochLoaded:
-    """The planned epoch is loaded and connected."""
-
-
-@dataclass(frozen=True, slots=True)
-class EpochServing:
-    """The engine runs on the loaded epoch."""
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineClosed:
-    """The lost pipeline is closed, and reports of its workers about each other are confirmed or dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,38 +105,22 @@ class RequestsFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkersExpelled:
-    """The workers of the last `Expel` count as lost."""
-
-
-@dataclass(frozen=True, slots=True)
 class Noticed:
     """Operators were told."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ActionEnded:
-    """The next action may begin."""
+class Signal(Enum):
+    """Observations without figures."""
+
+    LINKS_CHANGED = auto()  # they were measured again, with another result
+    EPOCH_LOADED = auto()  # the planned one, and connected
+    EPOCH_SERVING = auto()  # the engine runs on the loaded epoch
+    PIPELINE_CLOSED = auto()  # the lost one, and reports of its workers about each other are confirmed or dropped
+    WORKERS_EXPELLED = auto()  # those of the last `Expel` count as lost
+    ACTION_ENDED = auto()  # the next one may begin
 
 
-Observation = (
-    WorkerJoined
-    | WorkerLost
-    | PartitionsChanged
-    | LinksChanged
-    | DrainRequested
-    | UndrainRequested
-    | PipelineLost
-    | Tick
-    | Planned
-    | LoadFailed
-    | EpochLoaded
-    | EpochServing
-    | PipelineClosed
-    | RequestsFailed
-    | WorkersExpelled
-    | Noticed
-    | ActionEnded
-)
+PoolObservation = WorkerSeen | WorkerLost | PartitionsChanged | DrainRequested | UndrainRequested
+Observation = PoolObservation | PipelineLost | Tick | Planned | EpochLoadFailed | RequestsFailed | Noticed | Signal

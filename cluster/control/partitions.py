@@ -6,10 +6,8 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
-from types import TracebackType
 from typing import Self
 
-from llamaclust.cluster.control.notices import healed_text, partition_text
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import probe
 from llamaclust.cluster.planner.adjacency import Pair, Pairs
@@ -57,7 +55,7 @@ class PartitionTracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._tasks.cancel()
 
     @property
@@ -126,7 +124,8 @@ class PartitionTracker:
         if is_new:
             self._partitions[pair] = _Partition(self._earlier_probes(pair))
             self._probing[pair] = self._tasks.start(self._probe_until_healed(pair))
-            self._report(Notice(partition_text(caller.name, other.name, why)))
+            what = f"workers {caller.name} and {other.name} cannot reach each other: {why}"
+            self._report(Notice(f"{what}; until they can, plans keep them apart"))
             self._on_change(self.pairs)
         self._partitions[pair].callers[caller.name] = other.name
         return is_new
@@ -145,7 +144,7 @@ class PartitionTracker:
             await asyncio.sleep(_BACKOFF.pause_s(partition.probes))
         del self._partitions[pair], self._probing[pair]
         self._healed[pair] = (asyncio.get_running_loop().time(), partition.probes)
-        self._report(Notice(healed_text(*sorted(pair))))
+        self._report(Notice(f"workers {' and '.join(sorted(pair))} reach each other again"))
         self._on_change(self.pairs)
 
     async def _is_healed(self, partition: _Partition) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.limits import context_length, limits_of, manual_plan, max_batch_tokens
+from llamaclust.cluster.control.limits import context_length, manual_plan, max_batch_tokens, stage_limits
 from llamaclust.cluster.control.resource_shares import WorkerResources, machine_shares, memory_shares, share_gpus
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.launchers.worker_settings import thread_shares
@@ -46,7 +46,7 @@ def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResource
     request = PlanRequest(
         context_length=length,
         max_sequences=config.max_sequences,
-        workspace=workspace_of(model, limits_of(config, length, kv_blocks=1)),
+        workspace=workspace_of(model, stage_limits(config, length, kv_blocks=1)),
         objective=config.objective,
         manual=None if config.plan is None else manual_plan(config),
         kv_memory_bytes=config.kv_memory,

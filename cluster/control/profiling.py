@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.notices import not_profiled_text
 from llamaclust.cluster.control.resource_shares import measurement_key
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_worker
@@ -106,7 +105,9 @@ class _Measuring:
             if worker.loss is not None:
                 raise
             self.failed.add(self._keys[worker.name])
-            self._report(Notice(not_profiled_text(worker.name, error)))
+            fallback = "plans use only its memory bandwidth and integer throughput"
+            what = f"could not time the model's steps on worker {worker.name}; {fallback}"
+            self._report(Notice(f"{what}: {error}"))
             return None
 
 

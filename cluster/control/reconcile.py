@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion
-from llamaclust.cluster.control.notices import waiting_text
 from llamaclust.cluster.control.observations import PlanInputs
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, NetworkPartitionError
@@ -143,18 +142,16 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
     """The reason is noticed once. After `timeouts.recovery` requests fail, but the cluster waits on; a start fails."""
     loss = state.loss
     assert loss is not None and state.planning is not None
-    is_partition = isinstance(why, NetworkPartitionError)
-    if state.is_start and state.planning.error is not None and state.is_whole and not is_partition:
+    what = "link" if isinstance(why, NetworkPartitionError) else "worker"
+    if state.is_start and state.planning.error is not None and state.is_whole and what == "worker":
         return Abort(why)
-    if (text := waiting_text(why, state.recovery_s)) != state.waits_for:
+    if (text := f"waiting for a {what}, requests for {state.recovery_s:g} s at most: {why}") != state.waits_for:
         return Notify(text)
     if state.tick.now_s < state.deadline_s:
         return Wait(_earliest(state.deadline_s, _quarantine_end_s(state)))
     if state.is_start:
         return Abort(why)
-    late = (
-        f"no {'link' if is_partition else 'worker'} came back within {state.recovery_s:g} s (timeouts.recovery): {why}"
-    )
+    late = f"no {what} came back within {state.recovery_s:g} s (timeouts.recovery): {why}"
     if late != loss.failed_because:
         return FailRequests(late)
     return Wait(_quarantine_end_s(state))

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.cluster_state import ClusterState, Loss
-from llamaclust.cluster.control.drain import WorkerPool
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss
+from llamaclust.cluster.control.drain import WorkerOperations
 from llamaclust.cluster.control.epochs import Epoch, Epochs
 from llamaclust.cluster.control.link_profiling import LinkMonitor, MeasureLinks
-from llamaclust.cluster.control.notices import joined_text, lost_text, not_restarted_text
+from llamaclust.cluster.control.notices import lost_text
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.planning import ClusterPlanner
@@ -32,7 +32,7 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 
 @dataclass(frozen=True, slots=True)
-class Members:
+class Fleet:
     """The workers: registered here, started by the launcher. Without `measure_links`, links stay as they are known."""
 
     registry: Registry
@@ -44,11 +44,11 @@ class Supervisor:
     """`start` opens the first epoch; from then on `run` sees to it that one serves."""
 
     def __init__(
-        self, config: ClusterConfig, epochs: Epochs, planner: ClusterPlanner, members: Members, report: Report
+        self, config: ClusterConfig, epochs: Epochs, planner: ClusterPlanner, fleet: Fleet, report: Report
     ) -> None:
-        registry = members.registry
+        registry = fleet.registry
         now_s = asyncio.get_running_loop().time()
-        state = ClusterState(config.timeouts.recovery, len(config.workers), seen.Tick(now_s), Loss(now_s))
+        state = ClusterState(config.timeouts.recovery, len(config.workers), seen.Tick(now_s), PipelineLoss(now_s))
         self.observed = Observed(state)
         self.partitions = PartitionTracker(
             lambda: registry.present,
@@ -57,9 +57,9 @@ class Supervisor:
             lambda pairs: self.observed.post(seen.PartitionsChanged(pairs)),
         )
         self._runner = ActionRunner(self.observed, epochs, planner, registry, self.partitions, report)
-        self.pool = WorkerPool(registry, self._runner, self.observed, self.partitions)
-        self._links = LinkMonitor(members.measure_links, registry, planner, self.observed, report)
-        self._members = members
+        self.pool = WorkerOperations(registry, self._runner, self.observed, self.partitions)
+        self._links = LinkMonitor(fleet.measure_links, registry, planner, self.observed, report)
+        self._fleet = fleet
         self._report = report
         self._announcing = TaskSet()
         self._action: asyncio.Task[None] | None = None
@@ -74,10 +74,6 @@ class Supervisor:
     def planner(self) -> ClusterPlanner:
         return self._runner.planner
 
-    @planner.setter
-    def planner(self, planner: ClusterPlanner) -> None:
-        self._runner.planner = planner
-
     @property
     def recoveries(self) -> int:
         return self._runner.recoveries
@@ -85,9 +81,9 @@ class Supervisor:
     async def start(self) -> Epoch:
         """The first epoch, whose workers have joined. Raises an error that no other worker can help, and after
         `timeouts.recovery` why there is none."""
-        for name in self._members.registry.present:
-            self.observed.post(seen.WorkerJoined(name, self._members.registry.joins[name]))
-        self._members.registry.subscribe(self._membership_changed)
+        for name in self._fleet.registry.present:
+            self.observed.post(seen.WorkerSeen(name, self._fleet.registry.joins[name]))
+        self._fleet.registry.subscribe(self._fleethip_changed)
         await self._loop(is_start=True)
         return self.epoch
 
@@ -110,7 +106,7 @@ class Supervisor:
 
     def not_restarted(self, name: str, why: str) -> None:
         """The launcher's report that it restarts a worker no more."""
-        self._report(Notice(not_restarted_text(name, why)))
+        self._report(Notice(f"worker {name} is not started again: {why}; look at `llamaclust logs {name}`"))
 
     async def _loop(self, *, is_start: bool) -> None:
         while not (is_start and self._runner.epoch is not None and self._action is None):
@@ -120,7 +116,7 @@ class Supervisor:
             if observation is not None:
                 self.observed.apply(self._tick())
                 self.observed.apply(observation)
-            if isinstance(observation, seen.ActionEnded):
+            if observation is seen.Signal.ACTION_ENDED:
                 assert self._action is not None
                 ended, self._action = self._action, None
                 ended.result()  # its error is a bug
@@ -138,7 +134,7 @@ class Supervisor:
                 return until_s
         self.observed.begin()
         self._action = asyncio.create_task(self._runner.run(action))
-        self._action.add_done_callback(lambda _: self.observed.post(seen.ActionEnded()))
+        self._action.add_done_callback(lambda _: self.observed.post(seen.Signal.ACTION_ENDED))
         return None
 
     def _tick(self) -> seen.Tick:
@@ -153,8 +149,8 @@ class Supervisor:
         if isinstance(event, PeerReported):
             self.partitions.suspect(worker, event.report)
         elif isinstance(event, MemberJoined):
-            self._report(Notice(joined_text(worker.name, worker.registration.pid)))
-            self.observed.post(seen.WorkerJoined(worker.name, self._members.registry.joins[worker.name]))
+            self._report(Notice(f"worker {worker.name} is here (pid {worker.registration.pid})"))
+            self.observed.post(seen.WorkerSeen(worker.name, self._fleet.registry.joins[worker.name]))
             self._links.measure_again()
             self._announcing.start(self._runner.epochs.announce(worker))
         else:
@@ -165,6 +161,6 @@ class Supervisor:
         serves = engine is not None and epoch is not None and worker in epoch.workers
         counts = engine.scheduler.counts if engine is not None and serves else None
         self._report(Notice(lost_text(worker.error, counts.running + counts.waiting if counts else 0)))
-        self._runner.ending.start(self._members.launcher.end(worker.name))
+        self._runner.ending.start(self._fleet.launcher.end(worker.name))
         self.partitions.forget(worker.name)
         self.observed.post(seen.WorkerLost(worker.name))

@@ -7,22 +7,15 @@ import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from math import inf, log
-from typing import Protocol
 
 from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.cluster.planner.links import UNKNOWN, Links
+from llamaclust.cluster.state.events import Report, WorkerReading
 from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
-from llamaclust.wire.control.messages import (
-    AddWeightSource,
-    FindWeights,
-    FindWeightsProgress,
-    WeightsFound,
-    WeightSource,
-    WeightSources,
-)
+from llamaclust.wire.control import messages
+from llamaclust.wire.control.messages import FindWeights, FindWeightsProgress, WeightsFound, WeightSource, WeightSources
 from llamaclust.wire.rpc.deadlines import deadline
 
 _log = logging.getLogger(__name__)
@@ -45,19 +38,13 @@ class ModelReference:
         return FindWeights(self.path, self.model_id, describe)
 
 
-class ReadObserver(Protocol):
-    """Observes workers that read their model file for others."""
-
-    def reading(self, worker: str, progress: FindWeightsProgress) -> None: ...
-
-
 async def weight_sources(
     loading: Collection[str],
     workers: Mapping[str, WorkerHandle],
     model: ModelReference,
     *,
     links: Links = UNKNOWN,
-    observer: ReadObserver | None = None,
+    report: Report | None = None,
     progress_timeout_s: float = PROGRESS_TIMEOUT_S,
 ) -> dict[str, WeightSources]:
     """The sources of each worker in `loading` without the file; workers with the file are left out, and so are all
@@ -69,8 +56,11 @@ async def weight_sources(
         return {}
 
     def describe(worker: WorkerHandle) -> Coroutine[None, None, WeightsFound]:
-        on_reading = None if observer is None else partial(observer.reading, worker.name)
-        return find_weights(worker, model.request(describe=True), on_reading, progress_timeout_s)
+        def reading(progress: FindWeightsProgress) -> None:
+            if report is not None:
+                report(WorkerReading(worker.name, progress.done_bytes, progress.total_bytes))
+
+        return find_weights(worker, model.request(describe=True), reading, progress_timeout_s)
 
     holders = [members[name] for name, weights in found.items() if weights.has_file]
     found |= await _find(holders, describe)
@@ -93,7 +83,7 @@ async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHand
             if weights.manifest is not None and weights.manifest == _fetched(worker):
                 with suppress(WorkerError, DeadlineError):  # it is lost, or will be
                     async with deadline(f"announcing a source to worker {worker.name}", _ANNOUNCE_S):
-                        await worker.channel.send(AddWeightSource(weights.manifest, source))
+                        await worker.channel.send(messages.AddWeightSource(weights.manifest, source))
 
 
 def _fetched(worker: WorkerHandle) -> str | None:

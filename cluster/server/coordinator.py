@@ -15,7 +15,7 @@ from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.link_profiling import MeasureLinks, hops_matter, measure_links
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.profiling import measure_workers
-from llamaclust.cluster.control.supervisor import Members, Supervisor
+from llamaclust.cluster.control.supervisor import Fleet, Supervisor
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launch, Launcher
 from llamaclust.cluster.launchers.launch import launching
@@ -56,7 +56,11 @@ class Cluster:
 
 @asynccontextmanager
 async def open_cluster(
-    config: ClusterConfig, model_path: Path, folder: ClusterDir, report: Report = lambda event: None
+    config: ClusterConfig,
+    model_path: Path,
+    folder: ClusterDir,
+    report: Report = lambda event: None,
+    make_planner: type[ClusterPlanner] = ClusterPlanner,
 ) -> AsyncIterator[Cluster]:
     """A cluster that is ready for requests. The caller holds `folder`'s lock. On the way out every worker ends.
 
@@ -76,9 +80,9 @@ async def open_cluster(
                 meter = _link_meter(config, measured, launch, folder, report)
                 links = UNKNOWN if meter is None else await meter(registry.present)
                 free_bytes = launcher.free_memory_bytes()
-                planner = ClusterPlanner(config, model, free_bytes=free_bytes, profiles=measured, links=links)
+                planner = make_planner(config, model, free_bytes=free_bytes, profiles=measured, links=links)
                 epochs = Epochs(config, model, registry, launch.credentials)
-                supervisor = Supervisor(config, epochs, planner, Members(registry, launcher, meter), report)
+                supervisor = Supervisor(config, epochs, planner, Fleet(registry, launcher, meter), report)
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)

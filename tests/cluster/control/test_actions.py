@@ -16,14 +16,13 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import actions, epochs
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.cluster_state import ClusterState, Loss, PoolState
-from llamaclust.cluster.control.drain import WorkerPool
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState
+from llamaclust.cluster.control.drain import WorkerOperations
 from llamaclust.cluster.control.epochs import Epochs, StageLoadError
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.reconcile import LoadEpoch
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
-from llamaclust.cluster.control.supervisor import Members as SupervisedMembers
-from llamaclust.cluster.control.supervisor import Supervisor
+from llamaclust.cluster.control.supervisor import Fleet, Supervisor
 from llamaclust.cluster.membership.members import Members
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import UNKNOWN
@@ -85,7 +84,7 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
         raise WorkerError("no connection")
 
     monkeypatch.setattr(WorkerHandle, "unload", partialmethod(WorkerHandle.unload, deadline_s=0.05))
-    monkeypatch.setattr(epochs, "stage_limits", lambda config, plan: LOAD.limits)
+    monkeypatch.setattr(epochs, "stage_limits", lambda *_: LOAD.limits)
     monkeypatch.setattr(RemotePipeline, "open", refused)
     workers = {
         "a": worker_handle("a", unload_failure=unload_failure),
@@ -100,7 +99,7 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
 
 
 def observed_cluster() -> Observed:
-    return Observed(ClusterState(120.0, 2, seen.Tick(0.0), Loss(0.0)))
+    return Observed(ClusterState(120.0, 2, seen.Tick(0.0), PipelineLoss(0.0)))
 
 
 def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionRunner:
@@ -120,7 +119,7 @@ def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionR
 async def load_failure(runner: ActionRunner, observed: Observed, *, is_exclusive: bool) -> LlamaclustError:
     await runner.run(LoadEpoch(plan_of("a"), is_exclusive))
     observation = await observed.next(None)
-    assert isinstance(observation, seen.LoadFailed)
+    assert isinstance(observation, seen.EpochLoadFailed)
     assert observation.is_exclusive is is_exclusive and observation.suspects == ()
     return observation.error
 
@@ -154,8 +153,8 @@ def supervisor_of(registry: Members) -> Supervisor:
     config = ClusterConfig.model_validate({"model": "m.gguf", "workers": [{"name": "a"}], "state_dir": Path("/none")})
     opener: Any = SimpleNamespace(announce=nothing)
     launcher: Any = SimpleNamespace(end=nothing)
-    members: Any = SupervisedMembers(registry, launcher)  # type: ignore[arg-type]
-    return Supervisor(config, opener, ANYTHING, members, lambda event: None)
+    fleet: Any = Fleet(registry, launcher)  # type: ignore[arg-type]
+    return Supervisor(config, opener, ANYTHING, fleet, lambda event: None)
 
 
 async def test_closing_waits_for_the_action_and_for_the_end_of_lost_workers() -> None:
@@ -189,7 +188,7 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
     await supervisor.start()
     registry.announce(handle)  # once it has got the answer to its registration
     joined = [await supervisor.observed.next(None) for _ in range(2)]
-    assert joined == [seen.WorkerJoined("a", 1)] * 2
+    assert joined == [seen.WorkerSeen("a", 1)] * 2
     for observation in joined:
         assert observation is not None
         supervisor.observed.apply(observation)
@@ -213,8 +212,8 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     joins = {"a": 1, "b": 2, "c": 3}
     observed.state = replace(observed.state, pool=PoolState(joins))
     observed.apply(seen.Planned(observed.state.inputs, plan_of("a", "b")))
-    observed.apply(seen.EpochServing())
-    pool = WorkerPool(registry, served, observed, SimpleNamespace(pairs=frozenset()))  # type: ignore[arg-type]
+    observed.apply(seen.Signal.EPOCH_SERVING)
+    pool = WorkerOperations(registry, served, observed, SimpleNamespace(pairs=frozenset()))  # type: ignore[arg-type]
     drains = {name: asyncio.create_task(pool.drain(name)) for name in "cb"}
     for _ in drains:
         observation = await observed.next(None)
@@ -226,7 +225,7 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     observed.apply(seen.Planned(observed.state.inputs, plan_of("a")))
     await asyncio.sleep(0)
     assert not drains["c"].done(), "an action runs"
-    observed.apply(seen.ActionEnded())
+    observed.apply(seen.Signal.ACTION_ENDED)
     async with asyncio.timeout(30):
         await drains["c"]
     assert not drains["b"].done(), "its layers are not moved yet"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from llamaclust.cluster.control import observations as seen
-from llamaclust.cluster.control.cluster_state import ClusterState, Loss, observe
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, observe
 from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.reconcile import (
     Abort,
@@ -63,14 +63,14 @@ class Cluster:
 
     @classmethod
     def starting(cls) -> Cluster:
-        return cls(ClusterState(RECOVERY_S, 2, seen.Tick(0.0), Loss(0.0)))
+        return cls(ClusterState(RECOVERY_S, 2, seen.Tick(0.0), PipelineLoss(0.0)))
 
     @classmethod
     def serving(cls) -> Cluster:
         cluster = cls.starting()
-        cluster.see(seen.WorkerJoined("a", 1), seen.WorkerJoined("b", 2))
+        cluster.see(seen.WorkerSeen("a", 1), seen.WorkerSeen("b", 2))
         cluster.plan(BOTH)
-        cluster.see(seen.EpochLoaded(), seen.EpochServing())
+        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
         return cluster
 
     def see(self, *observations: Observation) -> Action | None:
@@ -88,7 +88,7 @@ class Cluster:
 
     def lose_pipeline(self, error: WorkerError | ProtocolError = BROKEN) -> Action | None:
         assert self.see(seen.PipelineLost(error)) == ClosePipeline()
-        return self.see(seen.PipelineClosed())
+        return self.see(seen.Signal.PIPELINE_CLOSED)
 
     def load_failed(
         self,
@@ -96,7 +96,7 @@ class Cluster:
         *suspects: Suspect,
         is_exclusive: bool = True,
     ) -> Action | None:
-        return self.see(seen.LoadFailed(error, is_exclusive, suspects))
+        return self.see(seen.EpochLoadFailed(error, is_exclusive, suspects))
 
     def notified(self, action: Action | None) -> Action | None:
         """The action after a notice."""
@@ -107,15 +107,19 @@ class Cluster:
 STEPS: list[tuple[str, Sequence[Observation], Action | type[Action] | None]] = [
     ("nothing has changed", [], IDLE),
     ("an action runs", [], None),
-    ("a worker joins", [seen.WorkerJoined("c", 3)], MakePlan),
+    ("a worker joins", [seen.WorkerSeen("c", 3)], MakePlan),
     ("a worker is lost", [seen.WorkerLost("b")], MakePlan),
-    ("a worker joins again", [seen.WorkerLost("b"), seen.WorkerJoined("b", 4)], MakePlan),
-    ("links changed", [seen.LinksChanged()], MakePlan),
+    ("a worker joins again", [seen.WorkerLost("b"), seen.WorkerSeen("b", 4)], MakePlan),
+    ("links changed", [seen.Signal.LINKS_CHANGED], MakePlan),
     ("a partition", [seen.PartitionsChanged(frozenset({AB}))], MakePlan),
     ("a drain", [seen.DrainRequested("b")], MakePlan),
     ("a drain taken back", [seen.DrainRequested("b"), seen.UndrainRequested("b")], IDLE),
     ("the pipeline is lost", [seen.PipelineLost(BROKEN)], ClosePipeline()),
-    ("it is lost and closed", [seen.PipelineLost(BROKEN), seen.PipelineClosed()], LoadEpoch(BOTH, is_exclusive=True)),
+    (
+        "it is lost and closed",
+        [seen.PipelineLost(BROKEN), seen.Signal.PIPELINE_CLOSED],
+        LoadEpoch(BOTH, is_exclusive=True),
+    ),
 ]
 
 
@@ -135,17 +139,17 @@ def test_each_observation_of_a_serving_cluster(
 
 def test_a_start_plans_loads_and_serves() -> None:
     cluster = Cluster.starting()
-    cluster.see(seen.WorkerJoined("a", 1))
-    assert cluster.see(seen.WorkerJoined("b", 2)) == MakePlan(cluster.state.inputs)
+    cluster.see(seen.WorkerSeen("a", 1))
+    assert cluster.see(seen.WorkerSeen("b", 2)) == MakePlan(cluster.state.inputs)
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
-    assert cluster.see(seen.EpochLoaded()) == Serve()
-    assert cluster.see(seen.EpochServing()) == IDLE
+    assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
+    assert cluster.see(seen.Signal.EPOCH_SERVING) == IDLE
     assert cluster.state.serving is not None and cluster.state.serving.workers == (("a", 1), ("b", 2))
 
 
 def test_a_start_ends_with_an_error_that_no_other_worker_can_help() -> None:
     cluster = Cluster.starting()
-    cluster.see(seen.WorkerJoined("a", 1), seen.WorkerJoined("b", 2))
+    cluster.see(seen.WorkerSeen("a", 1), seen.WorkerSeen("b", 2))
     assert cluster.plan(MEMORY) == Abort(MEMORY)
     cluster.plan(BOTH)
     assert cluster.load_failed(FAILED, Suspect("a", FAILED)) == Abort(FAILED)
@@ -154,25 +158,25 @@ def test_a_start_ends_with_an_error_that_no_other_worker_can_help() -> None:
 def test_a_start_waits_for_missing_workers_and_links() -> None:
     for error in (MEMORY, NetworkPartitionError("a and b cannot reach each other")):
         cluster = Cluster.starting()
-        cluster.see(seen.WorkerJoined("a", 1))
+        cluster.see(seen.WorkerSeen("a", 1))
         if error is not MEMORY:
-            cluster.see(seen.WorkerJoined("b", 2))
+            cluster.see(seen.WorkerSeen("b", 2))
         assert cluster.notified(cluster.plan(error)) == Wait(RECOVERY_S)
         assert cluster.at(RECOVERY_S) == Abort(error)
 
 
 def test_a_worker_that_joins_while_a_load_fails_may_be_what_was_missing() -> None:
     cluster = Cluster.starting()
-    cluster.see(seen.WorkerJoined("a", 1))
+    cluster.see(seen.WorkerSeen("a", 1))
     cluster.plan(ONLY_A)
-    assert cluster.see(seen.WorkerJoined("b", 2)) == MakePlan(cluster.state.inputs)
+    assert cluster.see(seen.WorkerSeen("b", 2)) == MakePlan(cluster.state.inputs)
     assert cluster.load_failed(FILE, Suspect("a", FILE)) == MakePlan(cluster.state.inputs)
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
 
 
 def test_a_change_while_a_plan_is_made_makes_another_one_due() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerJoined("c", 3))
+    cluster.see(seen.WorkerSeen("c", 3))
     made_for = cluster.state.inputs
     cluster.see(seen.WorkerLost("c"))
     assert cluster.see(seen.Planned(made_for, plan_of("a", "b", "c"))) == MakePlan(cluster.state.inputs)
@@ -190,7 +194,7 @@ def test_requests_wait_for_workers_until_the_recovery_timeout() -> None:
     late = "no worker came back within 120 s (timeouts.recovery): 12 MiB are missing"
     assert cluster.at(10.0 + RECOVERY_S) == FailRequests(late)
     assert cluster.see(seen.RequestsFailed(late)) == Wait(None)
-    assert cluster.see(seen.WorkerJoined("b", 2)) == MakePlan(cluster.state.inputs)
+    assert cluster.see(seen.WorkerSeen("b", 2)) == MakePlan(cluster.state.inputs)
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
 
 
@@ -199,7 +203,7 @@ def test_the_same_reason_is_noticed_once() -> None:
     cluster.see(seen.WorkerLost("b"))
     cluster.lose_pipeline()
     assert isinstance(cluster.notified(cluster.plan(MEMORY)), Wait)
-    cluster.see(seen.LinksChanged())
+    cluster.see(seen.Signal.LINKS_CHANGED)
     assert isinstance(cluster.plan(MEMORY), Wait)
 
 
@@ -228,8 +232,8 @@ def test_workers_that_do_not_load_are_expelled(error: WorkerError) -> None:
     assert isinstance(action, Expel)
     (expulsion,) = action.expulsions
     assert expulsion.worker == ("b", 2) and expulsion.reason == f"it takes no part in a new epoch: {error}"
-    cluster.see(seen.WorkerLost("b"), seen.WorkersExpelled())
-    cluster.see(seen.WorkerJoined("b", 2))
+    cluster.see(seen.WorkerLost("b"), seen.Signal.WORKERS_EXPELLED)
+    cluster.see(seen.WorkerSeen("b", 2))
     assert cluster.state.inputs.quarantined == {"b"}
     cluster.at(10.0)
     assert cluster.state.inputs.quarantined == frozenset()
@@ -243,7 +247,7 @@ def test_a_worker_that_hangs_is_expelled_and_the_others_load_at_once() -> None:
             cluster.lose_pipeline()
         action = cluster.load_failed(FAILED, Suspect("b", hangs), is_exclusive=is_exclusive)
         assert isinstance(action, Expel) and action.expulsions[0].reason == "it hangs: worker b gets no further"
-        assert isinstance(cluster.see(seen.WorkerLost("b"), seen.WorkersExpelled()), MakePlan)
+        assert isinstance(cluster.see(seen.WorkerLost("b"), seen.Signal.WORKERS_EXPELLED), MakePlan)
 
 
 def test_workers_without_the_file_wait_for_one_that_has_it() -> None:
@@ -251,9 +255,9 @@ def test_workers_without_the_file_wait_for_one_that_has_it() -> None:
     cluster.see(seen.WorkerLost("a"))
     cluster.lose_pipeline()
     cluster.plan(ONLY_B)
-    action = cluster.see(seen.LoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
+    action = cluster.see(seen.EpochLoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
     assert isinstance(cluster.notified(action), Wait)
-    cluster.see(seen.WorkerJoined("a", 1))
+    cluster.see(seen.WorkerSeen("a", 1))
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
 
 
@@ -262,7 +266,7 @@ def test_the_loss_of_the_last_holder_is_the_reason_to_wait() -> None:
     cluster.lose_pipeline()
     cluster.plan(ONLY_B)
     cluster.see(seen.WorkerLost("a"))
-    action = cluster.see(seen.LoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
+    action = cluster.see(seen.EpochLoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
     assert action == Notify("waiting for a worker, requests for 120 s at most: no such file")
     assert isinstance(cluster.notified(action), Wait)
 
@@ -282,7 +286,7 @@ def test_requests_end_after_three_failures_without_a_lost_worker_or_an_answer() 
     cluster = Cluster.serving()
     for number in range(2):
         assert cluster.lose_pipeline() == LoadEpoch(BOTH, is_exclusive=True), number
-        cluster.see(seen.EpochLoaded(), seen.EpochServing())
+        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
     assert cluster.lose_pipeline() == FailRequests("")
     assert cluster.see(seen.RequestsFailed("")) == LoadEpoch(BOTH, is_exclusive=True)
 
@@ -292,13 +296,13 @@ def test_failures_between_answers_end_no_request() -> None:
     for number in range(6):
         cluster.at(float(number), answered=number)
         assert cluster.lose_pipeline() == LoadEpoch(BOTH, is_exclusive=True)
-        cluster.see(seen.EpochLoaded(), seen.EpochServing())
+        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
 
 
 def test_a_better_plan_waits_until_requests_hardly_pause() -> None:
     cluster = Cluster.serving()
     cluster.at(0.0, replay_tokens=1_000_000)
-    cluster.see(seen.WorkerJoined("c", 3))
+    cluster.see(seen.WorkerSeen("c", 3))
     better = plan_of("a", "b", "c")
     assert cluster.plan(better) == Wait(1.0)
     assert cluster.at(1.0, replay_tokens=1_000_000) == Wait(2.0)
@@ -310,8 +314,8 @@ def test_a_drain_moves_layers_whatever_requests_there_are() -> None:
     cluster.at(0.0, replay_tokens=1_000_000)
     cluster.see(seen.DrainRequested("b"))
     assert cluster.plan(ONLY_A) == LoadEpoch(ONLY_A, is_exclusive=False)
-    assert cluster.see(seen.EpochLoaded()) == Serve()
-    assert cluster.see(seen.EpochServing()) == IDLE
+    assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
+    assert cluster.see(seen.Signal.EPOCH_SERVING) == IDLE
 
 
 def test_a_drain_that_does_not_fit_beside_the_old_layers_interrupts_the_pipeline() -> None:
@@ -324,7 +328,7 @@ def test_a_drain_that_does_not_fit_beside_the_old_layers_interrupts_the_pipeline
 
 def test_a_move_that_fails_is_noticed_once_and_not_repeated() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerJoined("c", 3))
+    cluster.see(seen.WorkerSeen("c", 3))
     cluster.plan(plan_of("a", "b", "c"))
     action = cluster.load_failed(FAILED, is_exclusive=False)
     assert action == Notify("layers stay where they are: layers do not load")
@@ -343,8 +347,8 @@ def test_a_drain_without_a_plan_is_noticed_and_settled() -> None:
 
 def test_a_loss_during_a_move_is_recovered_by_the_move() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerJoined("c", 3))
+    cluster.see(seen.WorkerSeen("c", 3))
     cluster.plan(plan_of("a", "b", "c"))
     cluster.see(seen.PipelineLost(LOST))
-    assert cluster.see(seen.EpochLoaded()) == Serve()
-    assert cluster.see(seen.EpochServing()) == IDLE and cluster.state.loss is None
+    assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
+    assert cluster.see(seen.Signal.EPOCH_SERVING) == IDLE and cluster.state.loss is None

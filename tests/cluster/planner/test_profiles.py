@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control.cluster_state import ClusterState, Loss
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss
 from llamaclust.cluster.control.link_profiling import LinkMonitor
-from llamaclust.cluster.control.observations import LinksChanged, Tick
+from llamaclust.cluster.control.observations import Signal, Tick
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.weight_sources import nearest_first
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
@@ -157,14 +157,14 @@ def test_links_are_measured_again_once_a_pipeline_serves() -> None:
 
         planner: Any = SimpleNamespace(update=update)
         registry: Any = SimpleNamespace(present=present)
-        observed = Observed(ClusterState(120.0, 2, Tick(0.0), Loss(0.0)))
+        observed = Observed(ClusterState(120.0, 2, Tick(0.0), PipelineLoss(0.0)))
         monitor = LinkMonitor(measure, registry, planner, observed, lambda event: None)
         monitor.measure_again()
         await asyncio.sleep(0.01)
         assert not measured, "a pipeline comes first"
         observed.settled.set()
         async with asyncio.timeout(30):
-            assert await observed.next(None) == LinksChanged()
+            assert await observed.next(None) == Signal.LINKS_CHANGED
         assert not observed.settled.is_set()
 
     asyncio.run(run())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_link
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
-from llamaclust.cluster.state.directory import write_private
+from llamaclust.cluster.state.directory import read_values, write_values
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.profile import Profile
@@ -55,7 +53,7 @@ async def measure_links(
         found = await asyncio.gather(*(_measured(pair, workers, credentials, report) for pair in concurrent))
         new |= {keys[pair]: link for pair, link in zip(concurrent, found, strict=True) if link is not None}
     if new:
-        write_private(state_dir / _FILE, json.dumps({key: asdict(link) for key, link in (known | new).items()}))
+        write_values(state_dir / _FILE, known | new)
     return _links(keys, known | new)
 
 
@@ -74,11 +72,7 @@ def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
 
 
 def _read(state_dir: Path) -> dict[str, Link]:
-    try:
-        values = json.loads((state_dir / _FILE).read_text())
-        return {key: Link(float(link["one_way_s"]), float(link["byte_s"])) for key, link in values.items()}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        return {}
+    return read_values(state_dir / _FILE, lambda link: Link(float(link["one_way_s"]), float(link["byte_s"])))
 
 
 def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:

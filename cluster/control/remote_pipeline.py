@@ -68,15 +68,8 @@ class RemotePipeline:
     async def run(self, on_result: Callable[[Result], None]) -> None:
         """See `Pipeline`: until a stream ends, a write takes too long or a worker is lost, and then says which; with a
         ProtocolError where the last stage answers what it may not."""
-        work = [
-            asyncio.create_task(part)
-            for part in (
-                self._microbatches.run(),
-                self._inputs.run(),
-                self._read_results(on_result),
-                self._watch_forward(),
-            )
-        ]
+        parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_result), self._watch_forward()
+        work = [asyncio.create_task(part) for part in parts]
         losses = [asyncio.create_task(worker.lost.wait()) for worker in self._workers]
         try:
             await asyncio.wait((*work, *losses), return_when=asyncio.FIRST_COMPLETED)

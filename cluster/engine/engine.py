@@ -6,10 +6,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from enum import Enum, StrEnum, auto
-from functools import partial, wraps
+from functools import partial
 from time import monotonic_ns
-from types import TracebackType
-from typing import Concatenate, ParamSpec, Self
+from typing import Self
 
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import Pipeline
@@ -24,8 +23,6 @@ from llamaclust.wire.microbatch.messages import Result
 _STOPPING = "the cluster is stopping"
 
 _log = logging.getLogger(__name__)
-
-_Arguments = ParamSpec("_Arguments")
 
 
 class EngineState(StrEnum):
@@ -48,21 +45,6 @@ class _Phase(Enum):
 
 OnLost = Callable[[LlamaclustError], None]
 """Called with the reason when a pipeline is lost."""
-
-
-def _callback(work: Callable[Concatenate[Engine, _Arguments], None]) -> Callable[Concatenate[Engine, _Arguments], None]:
-    """Work that the event loop calls: an error ends the pipeline, so that readers get it."""
-
-    @wraps(work)
-    def run(engine: Engine, /, *arguments: _Arguments.args, **named: _Arguments.kwargs) -> None:
-        if engine.state is EngineState.DOWN:
-            return
-        try:
-            work(engine, *arguments, **named)
-        except Exception as error:  # noqa: BLE001  a border
-            engine.interrupt(error)
-
-    return run
 
 
 class Engine:
@@ -103,9 +85,7 @@ class Engine:
         self._start(self._pipeline)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.break_down(WorkerError(_STOPPING))
         if self._run is not None:
             await self._run.wait_stopped()
@@ -144,9 +124,17 @@ class Engine:
         """After the loop's other callbacks: requests that come together start together."""
         if not self._is_launch_due:
             self._is_launch_due = True
-            asyncio.get_running_loop().call_soon(self._launch)
+            asyncio.get_running_loop().call_soon(self._guard, self._launch)
 
-    @_callback
+    def _guard(self, work: Callable[..., None], *arguments: object) -> None:
+        """Work that the event loop calls: an error ends the pipeline, so that readers get it."""
+        if self.state is EngineState.DOWN:
+            return
+        try:
+            work(*arguments)
+        except Exception as error:  # noqa: BLE001  a border
+            self.interrupt(error)
+
     def _launch(self) -> None:
         self._is_launch_due = False
         if self._phase is not _Phase.RUNNING:
@@ -154,13 +142,12 @@ class Engine:
         while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
             self._pipeline.submit(scheduled.microbatch, scheduled.inputs)
 
-    @_callback
     def _complete(self, result: Result) -> None:
         if result.failure is not None:
             raise WorkerError(result.failure)
         now_ns = monotonic_ns()
         updated = self.scheduler.complete(result, now_ns)
-        self._launch()
+        self._guard(self._launch)
         tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
         self.metrics.completed(result, tokens, now_ns)
 
@@ -182,7 +169,7 @@ class Engine:
         self._run = PipelineRun(
             pipeline,
             self._deadlines,
-            on_result=self._complete,
+            on_result=partial(self._guard, self._complete),
             on_lost=self.interrupt,
             oldest_sent_ns=self.scheduler.oldest_sent_ns,
         )

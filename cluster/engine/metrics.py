@@ -22,10 +22,17 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _RECOVERIES = 16
 _PREFILL_ROWS = 32
 """Microbatches of at least so many rows are bound by arithmetic, as prompts are."""
-_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-_TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-_RECOVERY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
-_ROW_BUCKETS = tuple(1 << power for power in range(13))
+_TTFT = "time_to_first_token_seconds", "From arrival to answer"
+_TPOT = "time_per_output_token_seconds", "Mean of a request"
+_ROWS = "microbatch_rows", "Rows of a microbatch"
+_RECOVERY = "recovery_seconds", "Pauses after a loss"
+_BUCKETS: dict[tuple[str, str], Sequence[float]] = {
+    _TTFT: (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+    _TPOT: (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+    _ROWS: tuple(1 << power for power in range(13)),
+    _RECOVERY: (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
+}
+"""Of histograms, by name and description."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +105,9 @@ class _StageMeter:
         )
 
 
-class Metrics:
-    """The metrics of one engine. `now_ns` values come from one monotonic clock."""
+class Metrics(Collector):
+    """The metrics of one engine; values of the scheduler and the stages are read at each scrape. `now_ns` values come
+    from one monotonic clock."""
 
     def __init__(self, stages: Sequence[StageInfo], counts: Callable[[], Counts], clock_ns: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -112,19 +120,20 @@ class Metrics:
         )
         self._prompt = Counter("llamaclust_prompt_tokens", "Prompt tokens of ended requests", registry=self.registry)
         self._generated = Counter("llamaclust_generated_tokens", "Tokens chosen", registry=self.registry)
-        self._ttft = self._histogram("llamaclust_time_to_first_token_seconds", "From arrival to answer", _TTFT_BUCKETS)
-        self._tpot = self._histogram("llamaclust_time_per_output_token_seconds", "Mean of a request", _TPOT_BUCKETS)
-        self._rows = self._histogram("llamaclust_microbatch_rows", "Rows of a microbatch", _ROW_BUCKETS)
-        self._recovery = self._histogram("llamaclust_recovery_seconds", "Pauses after a loss", _RECOVERY_BUCKETS)
-        self.registry.register(_Gauges(counts, self.stage_report, self._meters))
+        self._histograms = {
+            (name, what): Histogram(f"llamaclust_{name}", what, buckets=buckets, registry=self.registry)
+            for (name, what), buckets in _BUCKETS.items()
+        }
+        self._counts = counts
+        self.registry.register(self)
 
     def restart(self, stages: Sequence[StageInfo]) -> None:
         """Other stages from now on."""
-        self._meters[:] = [_StageMeter(stage, self._clock_ns()) for stage in stages]
+        self._meters = [_StageMeter(stage, self._clock_ns()) for stage in stages]
 
     def recovered(self, seconds: float) -> None:
         """Requests continue after a pause of so many seconds for a recovery."""
-        self._recovery.observe(seconds)
+        self._histograms[_RECOVERY].observe(seconds)
         self.recovery_s.append(seconds)
 
     def completed(self, result: Result, tokens: int, now_ns: int) -> None:
@@ -135,7 +144,7 @@ class Metrics:
         for meter, timing in zip(self._meters, result.timings, strict=False):
             meter.add(timing, now_ns)
         if result.timings:
-            self._rows.observe(result.timings[0].rows)
+            self._histograms[_ROWS].observe(result.timings[0].rows)
 
     def finished(self, reason: str, timings: Timings) -> None:
         """A request has ended; `reason` is a finish reason or `error`."""
@@ -143,9 +152,9 @@ class Metrics:
         self._prompt.inc(timings.prompt_tokens)
         self._speed.finished(timings)
         if timings.generated_tokens:
-            self._ttft.observe(timings.ttft_ms / 1e3)
+            self._histograms[_TTFT].observe(timings.ttft_ms / 1e3)
         if timings.decode_tok_s > 0:
-            self._tpot.observe(1 / timings.decode_tok_s)
+            self._histograms[_TPOT].observe(1 / timings.decode_tok_s)
 
     def stage_report(self) -> tuple[StageReport, ...]:
         """First stage first."""
@@ -159,20 +168,6 @@ class Metrics:
     def render(self) -> bytes:
         """The text of `GET /metrics` (CONTENT_TYPE)."""
         return generate_latest(self.registry)
-
-    def _histogram(self, name: str, what: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(name, what, buckets=buckets, registry=self.registry)
-
-
-class _Gauges(Collector):
-    """Values of the scheduler and the stages, read at each scrape."""
-
-    def __init__(
-        self, counts: Callable[[], Counts], report: Callable[[], tuple[StageReport, ...]], meters: Sequence[_StageMeter]
-    ) -> None:
-        self._counts = counts
-        self._report = report
-        self._meters = meters
 
     def collect(self) -> Iterator[Metric]:
         counts = self._counts()
@@ -200,9 +195,8 @@ class _Gauges(Collector):
             for values, meter in named:
                 seconds.add_metric(values, getattr(meter, f"{name}_ns") / 1e9)
             yield seconds
-        busy = GaugeMetricFamily(
-            "llamaclust_stage_utilization_ratio", "Share of the last 10 s spent computing", labels=labels
-        )
-        for (values, _), report in zip(named, self._report(), strict=True):
+        what = "Share of the last 10 s spent computing"
+        busy = GaugeMetricFamily("llamaclust_stage_utilization_ratio", what, labels=labels)
+        for (values, _), report in zip(named, self.stage_report(), strict=True):
             busy.add_metric(values, report.utilization)
         yield busy

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from copy import copy
 from time import monotonic_ns
-from types import TracebackType
 from typing import Self
 
 from llamaclust.cluster.engine.metrics import Metrics
@@ -142,8 +141,7 @@ class RequestStream:
     def __init__(self, mailbox: Mailbox, abort: Callable[[], None]) -> None:
         self._mailbox = mailbox
         self._abort = abort
-        loop = asyncio.get_running_loop()
-        self._dropped = weakref.finalize(self, _abort_later, loop, abort)
+        self._dropped = weakref.finalize(self, _abort_later, asyncio.get_running_loop(), abort)
         self._dropped.atexit = False
 
     @property
@@ -159,9 +157,7 @@ class RequestStream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.abort()
 
     def __aiter__(self) -> Self:

@@ -31,10 +31,6 @@ def violated_pair(ring: Sequence[str], partitions: Pairs) -> Pair | None:
     return next((pair for pair in neighbours if pair in partitions), None)
 
 
-def names_in(pairs: Pairs) -> frozenset[str]:
-    return frozenset[str]().union(*pairs)
-
-
 def constrained_steps(classes: Sequence[WorkerClass], names: Sequence[str], partitions: Pairs) -> list[Steps]:
     """Steps along which no pair is adjacent. Workers of pairs each have a class of their own. `names`: of all workers,
     in the order of the cluster file."""

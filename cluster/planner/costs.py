@@ -81,11 +81,6 @@ class StageCosts:
             _layers_macs=macs,
         )
 
-    @property
-    def stages(self) -> NDArray[np.bool_]:
-        """Where start < end."""
-        return np.triu(np.ones(self.held_bytes.shape, np.bool_), 1)
-
     def weight_bytes(self, start: int, end: int) -> int:
         return int(self.held_bytes[start, end])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 
@@ -43,10 +43,10 @@ class Links:
     def between(self, one: str, other: str) -> Link:
         return self.measured.get(frozenset((one, other)), USUAL)
 
-    def round(self, stages: Sequence[str]) -> Iterator[Link]:
+    def round(self, stages: Sequence[str]) -> list[Link]:
         """The links that a token takes from stage to stage and back to the first one."""
-        path = [*stages, stages[0]] if len(stages) > 1 else []
-        return (self.between(one, other) for one, other in pairwise(path))
+        pairs = pairwise([*stages, stages[0]]) if len(stages) > 1 else ()
+        return [self.between(*pair) for pair in pairs]
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
         """Links as sums of what their two ends add, as far as that goes (least squares): then the order of stages does

@@ -35,11 +35,6 @@ Rounding = Callable[[str], Counts | int]
 same for all. It is to remember likewise."""
 
 
-def no_rounding(device: str) -> int:
-    """Memory is given out to the byte."""
-    return 0
-
-
 _WANTED_CONTEXTS = 4
 Split = Sequence[tuple[WorkerFacts, int, int]]
 """Stages in order: layers [start, end) on a worker."""
@@ -58,7 +53,7 @@ class PlanRequest:
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs that cannot reach each other: not adjacent
     max_batch_tokens: int = 0  # of a microbatch
-    rounding: Rounding = no_rounding
+    rounding: Rounding = lambda device: 0
 
     @property
     def context_blocks(self) -> int:
@@ -160,7 +155,7 @@ class MemoryModel:
             workspace = [self._workspace_to(worker, end) for end in range(stages.layers + 1)]
             held = stages.held_bytes + self.request.rounding(worker.device)
             missing = np.maximum(missing, held + kv + workspace - worker.memory_bytes)
-        return np.where(stages.stages, missing, np.inf)
+        return np.where(np.triu(np.ones(missing.shape, np.bool_), 1), missing, np.inf)
 
     def _division(self, worker: WorkerFacts, contexts: int) -> Division:
         return divide(worker, self.stages.layers, lambda device: self.shortfall_table(device, contexts))

@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, names_in, violated_pair
+from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, violated_pair
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
@@ -131,10 +131,11 @@ def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
     if not _is_measured(workers):
         workers = [_nominal(worker) for worker in workers]
     weight, slack = _AIMS[objective]
+    constrained = frozenset[str]().union(*partitions)
     chosen: tuple[Best, int] | None = None
     before: list[WorkerClass] = []
     for contexts in sizes.wanted_contexts:
-        classes = worker_classes(workers, partial(_times, sizes, contexts), names_in(partitions))
+        classes = worker_classes(workers, partial(_times, sizes, contexts), constrained)
         if chosen is not None and all(map(WorkerClass.costs_as, classes, before)):
             break  # memory is not what decides
         before = classes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from llamaclust.cluster.planner.costs import StageCosts
 from llamaclust.cluster.planner.devices import Held
@@ -26,12 +25,12 @@ class _Path:
 
     @classmethod
     def of(cls, links: Links, stages: list[str], hidden_bytes: int) -> _Path:
-        between = [links.between(one, other) for one, other in pairwise(stages)]
+        ring = links.round(stages)
         ends = [links.between(COORDINATOR, stages[0]), links.between(stages[-1], COORDINATOR)]
         return cls(
-            round_s=sum(link.one_way_s for link in links.round(stages)),
-            there_s=sum(link.one_way_s for link in (*between, *ends)),
-            row_s=tuple(link.byte_s * hidden_bytes for link in between),
+            round_s=sum(link.one_way_s for link in ring),
+            there_s=sum(link.one_way_s for link in (*ring[:-1], *ends)),
+            row_s=tuple(link.byte_s * hidden_bytes for link in ring[:-1]),
         )
 
 

@@ -10,14 +10,17 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.file_lock import FileLock, is_locked
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.profile import Profile, read_profile
+
+Value = TypeVar("Value")
 
 _PROFILES = ".profiles.json"  # no cluster's name begins with a dot
 _ELSEWHERE = ".elsewhere"
@@ -74,32 +77,24 @@ class ClusterDir:
     def locked(self) -> Iterator[None]:
         """Holds the cluster's name for this process; files that are deleted meanwhile are restored."""
         self.create()
-        lock = FileLock(self._lock)
+        lock, end = FileLock(self._lock), threading.Event()
+        watch = threading.Thread(target=self._bring_back, args=(lock, end), name="state", daemon=True)
         try:
             if not lock.take():
                 time.sleep(_PROBE_S)
                 if not lock.take():
                     raise UsageError(self._taken())
-            with self._watched(lock):
-                yield
-        finally:
-            lock.release()
-
-    @contextlib.contextmanager
-    def _watched(self, lock: FileLock) -> Iterator[None]:
-        """The folder of a running cluster may be deleted: without lock and record it could not be found, and a
-        second one could take its name."""
-        end = threading.Event()
-        watch = threading.Thread(target=self._bring_back, args=(lock, end), name="state", daemon=True)
-        watch.start()
-        try:
+            watch.start()
             yield
         finally:
             end.set()
-            watch.join()
+            if watch.is_alive():
+                watch.join()
+            lock.release()
 
     def _bring_back(self, lock: FileLock, end: threading.Event) -> None:
-        """Until `end`. Where it fails, as on a full disk or while another has the name, it is tried again."""
+        """The folder of a running cluster may be deleted: without lock and record it could not be found, and a second
+        one could take its name. Where it fails, as on a full disk or while another has the name, it is tried again."""
         while not end.wait(_LOOK_S):
             with contextlib.suppress(OSError, LlamaclustError):
                 if not lock.is_held:
@@ -158,17 +153,25 @@ class ClusterDir:
 
 def write_profiles(state_dir: Path, profiles: dict[str, Profile]) -> None:
     """Adds to what is known already."""
-    known = read_profiles(state_dir) | profiles
-    write_private(state_dir / _PROFILES, json.dumps({key: asdict(profile) for key, profile in known.items()}))
+    write_values(state_dir / _PROFILES, read_profiles(state_dir) | profiles)
 
 
 def read_profiles(state_dir: Path) -> dict[str, Profile]:
     """Of all clusters, by `resource_shares.measurement_key`; empty before the first start."""
+    return read_values(state_dir / _PROFILES, read_profile)
+
+
+def read_values(path: Path, read: Callable[[Any], Value]) -> dict[str, Value]:
+    """What `write_values` wrote; empty where the file is missing or damaged."""
     try:
-        values = json.loads((state_dir / _PROFILES).read_text())
-        return {key: read_profile(value) for key, value in values.items()}
+        return {key: read(value) for key, value in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
+
+
+def write_values(path: Path, values: Mapping[str, Any]) -> None:
+    """Dataclasses by key."""
+    write_private(path, json.dumps({key: asdict(value) for key, value in values.items()}))
 
 
 def write_private(path: Path, text: str) -> None:

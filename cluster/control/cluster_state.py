@@ -25,25 +25,22 @@ class Quarantine:
     suffice. Such a worker often joins again at once, as on a machine with a bad disk, and would fail the next plan.
     """
 
-    failures: Mapping[str, int] = field(default_factory=dict)
-    until_s: Mapping[str, float] = field(default_factory=dict)
+    terms: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # by name, (failures, end in s)
 
     def add(self, name: str, now_s: float) -> Quarantine:
-        failures = self.failures.get(name, 0)
-        until_s = now_s + _QUARANTINE_BACKOFF.pause_s(failures)
-        return Quarantine({**self.failures, name: failures + 1}, {**self.until_s, name: until_s})
+        failures, _ = self.terms.get(name, (0, 0.0))
+        return Quarantine({**self.terms, name: (failures + 1, now_s + _QUARANTINE_BACKOFF.pause_s(failures))})
 
     def release(self, names: Collection[str]) -> Quarantine:
         """Workers that took part in an epoch, or that an operator makes available again."""
-        failures = {name: count for name, count in self.failures.items() if name not in names}
-        return Quarantine(failures, {name: end_s for name, end_s in self.until_s.items() if name not in names})
+        return Quarantine({name: term for name, term in self.terms.items() if name not in names})
 
     def names(self, now_s: float) -> frozenset[str]:
         """The workers that are excluded now."""
-        return frozenset(name for name, end_s in self.until_s.items() if end_s > now_s)
+        return frozenset(name for name, (_, end_s) in self.terms.items() if end_s > now_s)
 
     def next_end_s(self, now_s: float) -> float | None:
-        return min((end_s for end_s in self.until_s.values() if end_s > now_s), default=None)
+        return min((end_s for _, end_s in self.terms.values() if end_s > now_s), default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.observations import DrainRequested, UndrainRequested
 from llamaclust.cluster.control.observed import Observed
@@ -13,16 +15,14 @@ from llamaclust.core.errors import UsageError, WorkerError
 from llamaclust.wire.control.messages import LogTail
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class WorkerOperations:
     """The supervisor moves the layers."""
 
-    def __init__(
-        self, registry: Registry, runner: ActionRunner, observed: Observed, partitions: PartitionTracker
-    ) -> None:
-        self._registry = registry
-        self._runner = runner
-        self._observed = observed
-        self._partitions = partitions
+    _registry: Registry
+    _runner: ActionRunner
+    _observed: Observed
+    _partitions: PartitionTracker
 
     @property
     def drained(self) -> frozenset[str]:

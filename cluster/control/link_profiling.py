@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
@@ -126,23 +127,16 @@ async def _from_here(worker: WorkerHandle, credentials: Credentials) -> LinkProf
 MeasureLinks = Callable[[Mapping[str, WorkerHandle]], Awaitable[Links]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class LinkMonitor:
     """Without `measure`, links stay as they are known."""
 
-    def __init__(
-        self,
-        measure: MeasureLinks | None,
-        registry: Registry,
-        planner: ClusterPlanner,
-        observed: Observed,
-        report: Report,
-    ) -> None:
-        self._measure = measure
-        self._registry = registry
-        self._planner = planner
-        self._observed = observed
-        self._report = report
-        self._measuring = TaskSet()
+    _measure: MeasureLinks | None
+    _registry: Registry
+    _planner: ClusterPlanner
+    _observed: Observed
+    _report: Report
+    _measuring: TaskSet = field(default_factory=TaskSet, init=False)
 
     def measure_again(self) -> None:
         """Once the pipeline serves and nothing else is to be done."""

@@ -115,24 +115,15 @@ def with_gpus(facts: WorkerFacts, resources: WorkerResources, profile: Profile |
     return replace(facts, gpus=gpus, gpu_layers=resources.gpu_layers)
 
 
+@dataclass(eq=False)
 class ClusterPlanner:
     """Plans of a running cluster, from what its start measured."""
 
-    def __init__(
-        self,
-        config: ClusterConfig,
-        model: Model,
-        *,
-        free_bytes: int | None,
-        profiles: Mapping[str, Profile],
-        links: Links,
-    ) -> None:
-        """`free_bytes`: see `ClusterResources`."""
-        self.config = config
-        self.links = links
-        self._model = model
-        self._free_bytes = free_bytes
-        self._profiles = profiles
+    config: ClusterConfig
+    model: Model
+    free_bytes: int | None  # see `ClusterResources`
+    profiles: Mapping[str, Profile]
+    links: Links
 
     def update(self, links: Links) -> bool:
         """Replaces the links; whether they changed."""
@@ -148,5 +139,5 @@ class ClusterPlanner:
         if not workers:
             raise WorkerError("no worker is left")
         known = {name: WorkerResources.of(worker.registration) for name, worker in workers.items()}
-        resources = ClusterResources(known, self._profiles, self.links, partitions, self._free_bytes)
-        return await asyncio.to_thread(plan_cluster, self.config, self._model, resources)
+        resources = ClusterResources(known, self.profiles, self.links, partitions, self.free_bytes)
+        return await asyncio.to_thread(plan_cluster, self.config, self.model, resources)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
@@ -56,17 +56,15 @@ def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: st
     return measurement_key(registration.fingerprint, len(sharers), threads, model_id)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Measuring:
     """Of workers whose profiles are not known, by their keys."""
 
-    def __init__(
-        self, workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: ProfileWorker, report: Report
-    ) -> None:
-        self._workers = workers
-        self._keys = keys
-        self._order = order
-        self._report = report
-        self.failed: set[str] = set()  # keys of workers whose steps of the model could not be timed
+    _workers: Mapping[str, WorkerHandle]
+    _keys: Mapping[str, str]
+    _order: ProfileWorker
+    _report: Report
+    failed: set[str] = field(default_factory=set)  # keys of workers whose steps of the model could not be timed
 
     async def profiles(self) -> dict[str, Profile]:
         """By key. All concurrently first; then, of workers with equal keys on a shared machine, one isolated."""

@@ -151,16 +151,15 @@ class Engine:
         tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
         self.metrics.completed(result, tokens, now_ns)
 
-    def _abort(self, key: int) -> None:
+    def _abort(self, key: int, error: LlamaclustError | None = None) -> None:
+        """Ends a request: cancelled, or failed with an error."""
         if self.scheduler.abort(key) is not None:
-            self.requests.abort(key)
+            self.requests.abort(key, error)
             self._launch_soon()
 
     def _expire(self, key: int) -> None:
-        self.scheduler.abort(key)
         limit = f"the request took longer than {self._deadlines.request_s:g} s (timeouts.request)"
-        self.requests.fail(key, DeadlineError(limit))
-        self._launch_soon()
+        self._abort(key, DeadlineError(limit))
 
     # -- a lost pipeline, another one, the end -----------------------------------------------------------------------
 
@@ -171,7 +170,7 @@ class Engine:
             self._deadlines,
             on_result=partial(self._guard, self._complete),
             on_lost=self.interrupt,
-            oldest_sent_ns=self.scheduler.oldest_sent_ns,
+            oldest_sent_ns=lambda: self.scheduler.in_flight.oldest_ns,
         )
 
     def _stop(self) -> None:
@@ -221,4 +220,4 @@ class Engine:
         self.error = error
         for key in self.requests.keys:
             self.scheduler.abort(key)
-            self.requests.fail(key, error)
+            self.requests.abort(key, error)

@@ -89,7 +89,7 @@ class OpenRequests:
         tokens = 0
         for update in updates:
             if isinstance(update, Failed):
-                self.fail(key, WorkerError(update.message))
+                self.abort(key, WorkerError(update.message))
                 continue
             self._mailboxes[key].put(update)
             tokens += isinstance(update, TokenSampled)
@@ -98,14 +98,12 @@ class OpenRequests:
                 self._close(key, update.reason)
         return tokens
 
-    def abort(self, key: int) -> None:
-        mailbox = self._mailboxes.get(key)
-        if mailbox is not None:
+    def abort(self, key: int, error: LlamaclustError | None = None) -> None:
+        """Ends a request: cancelled, or failed with an error."""
+        if error is None:
+            mailbox = self._mailboxes[key]
             mailbox.put(Finished(FinishReason.ABORT, mailbox.sequence.timings()))
-            self._close(key, FinishReason.ABORT)
-
-    def fail(self, key: int, error: LlamaclustError) -> None:
-        self._close(key, "error", error)
+        self._close(key, "error" if error else FinishReason.ABORT, error)
 
     def _close(self, key: int, reason: str, error: LlamaclustError | None = None) -> None:
         mailbox = self._mailboxes.pop(key)

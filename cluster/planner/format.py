@@ -30,9 +30,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def _stage_times(predicted: StagePrediction | None) -> dict[str, float | None]:
-    if predicted is None:
-        return {"decode_ms": None, "prefill_ms": None}
-    return {"decode_ms": 1e3 * predicted.decode_s, "prefill_ms": 1e3 * predicted.prefill_s}
+    return {
+        "decode_ms": predicted and 1e3 * predicted.decode_s,
+        "prefill_ms": predicted and 1e3 * predicted.prefill_s,
+    }
 
 
 def plan_lines(plan: Plan) -> tuple[str, ...]:

@@ -35,7 +35,6 @@ Rounding = Callable[[str], Counts | int]
 same for all. It is to remember likewise."""
 
 
-_WANTED_CONTEXTS = 4
 Split = Sequence[tuple[WorkerFacts, int, int]]
 """Stages in order: layers [start, end) on a worker."""
 
@@ -67,11 +66,6 @@ class MemoryModel:
 
     stages: StageCosts
     request: PlanRequest
-
-    @property
-    def wanted_contexts(self) -> tuple[int, ...]:
-        """For how many whole contexts a split should leave KV memory, best first; one is the least."""
-        return tuple(dict.fromkeys((min(_WANTED_CONTEXTS, self.request.max_sequences), 1)))
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int) -> int:
         """What a stage takes beside weights and KV memory."""

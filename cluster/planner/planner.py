@@ -41,6 +41,9 @@ _AIMS = {"throughput": (0, np.inf), "latency": (3, 1.1)}
 _STAGE_S = 1e-9
 """Decides between splits that take as long."""
 
+_WANTED_CONTEXTS = 4
+"""For so many whole contexts a split should leave KV memory; one is the least."""
+
 _WORTH_ROOM = 1.1
 """Less room for keys and values, though for a whole context, has to make a plan faster by so much."""
 
@@ -134,7 +137,7 @@ def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
     constrained = frozenset[str]().union(*partitions)
     chosen: tuple[Best, int] | None = None
     before: list[WorkerClass] = []
-    for contexts in sizes.wanted_contexts:
+    for contexts in dict.fromkeys((min(_WANTED_CONTEXTS, sizes.request.max_sequences), 1)):
         classes = worker_classes(workers, partial(_times, sizes, contexts), constrained)
         if chosen is not None and all(map(WorkerClass.costs_as, classes, before)):
             break  # memory is not what decides

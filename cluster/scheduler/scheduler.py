@@ -80,7 +80,7 @@ class Scheduler:
         self.queues = SequenceQueues(KvMemory(settings), settings.max_sequences)
         self._split = DecodeSplit(self.times)
         self._sequences: dict[int, Sequence] = {}
-        self._in_flight = InFlight(settings.model_id, epoch, self.times)
+        self.in_flight = InFlight(settings.model_id, epoch, self.times)
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
         self._next_key = 0
         self._retries = 0
@@ -92,7 +92,7 @@ class Scheduler:
         return Counts(
             running=len(self.queues.running),
             waiting=len(self.queues.waiting),
-            in_flight=len(self._in_flight),
+            in_flight=len(self.in_flight),
             kv_blocks=blocks.count,
             kv_blocks_held=blocks.held,
             preemptions=self.queues.preemptions,
@@ -105,10 +105,6 @@ class Scheduler:
     def sequences(self) -> list[Sequence]:
         """All that are not finished, by arrival."""
         return list(self._sequences.values())
-
-    def oldest_sent_ns(self) -> int | None:
-        """When the oldest microbatch in flight was sent."""
-        return self._in_flight.oldest_ns
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
         """Queues a request, unless it has no work. Raises ParameterError or QueueFullError."""
@@ -137,7 +133,7 @@ class Scheduler:
         self.settings = settings
         self.times = StageTimes(stages)
         self._split = DecodeSplit(self.times)
-        self._in_flight = InFlight(settings.model_id, epoch, self.times)
+        self.in_flight = InFlight(settings.model_id, epoch, self.times)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
     def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
@@ -145,7 +141,7 @@ class Scheduler:
         self.queues.memory.begin_microbatch()
         # Without decode, one more microbatch in flight keeps a stage from idling after a chunk that was quicker than
         # expected; beside decode it would delay every token.
-        room = self.times.in_flight - len(self._in_flight)
+        room = self.times.in_flight - len(self.in_flight)
         if room < 0 or (room == 0 and self.queues.decoding):
             return self._next_ahead(now_ns)
         ready = self._ready_to_decode()
@@ -162,7 +158,7 @@ class Scheduler:
         """
         updated: list[tuple[int, list[Update]]] = []
         row = 0
-        for taken in self._in_flight.complete(result, now_ns):
+        for taken in self.in_flight.complete(result, now_ns):
             sequence, count = taken.sequence, len(taken.tasks)
             rows = result.rows[row : row + count]
             row += count
@@ -199,7 +195,7 @@ class Scheduler:
             return 0
         decoding = self.queues.decoding
         groups = self._split.groups(decoding)
-        return 0 if self._in_flight.decoding >= groups else -(-decoding // groups)
+        return 0 if self.in_flight.decoding >= groups else -(-decoding // groups)
 
     def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
         """A lookahead step: decode after tokens that are not known yet, so that stages compute while results travel and
@@ -208,7 +204,7 @@ class Scheduler:
         One step ahead, where all decode together: with several groups, stages compute one while another one's results
         travel. And only without prompts to compute: these would wait behind it.
         """
-        if len(self._in_flight) != 1 or not self.times.lookahead_pays:
+        if len(self.in_flight) != 1 or not self.times.lookahead_pays:
             return None
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:
@@ -265,7 +261,7 @@ class Scheduler:
         for taken in slices[:decoding]:
             memory.filled(taken.sequence)
         memory.end_microbatch()
-        return self._in_flight.send(slices, decoding, now_ns)
+        return self.in_flight.send(slices, decoding, now_ns)
 
 
 def _sequence(key: int, request: GenerationRequest, max_tokens: int, now_ns: int) -> Sequence:

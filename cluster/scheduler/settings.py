@@ -29,9 +29,7 @@ class SchedulerSettings:
     window_blocks: int = 0  # these
 
     def __post_init__(self) -> None:
-        assert self.max_sequences < self.max_batch_tokens, (
-            "a microbatch must have room for all that decode and a prefill row"
-        )
+        assert self.max_sequences < self.max_batch_tokens, "all that decode together must leave room for a prefill row"
         assert self.max_sequences <= self.max_outputs, "all that decode together must have an output row"
         assert self.kv_blocks >= 1
         group = self.window_group

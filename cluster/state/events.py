@@ -93,18 +93,8 @@ class Draining:
     limit_s: float
 
 
-Event = (
-    AwaitingWorkers
-    | WorkerJoined
-    | Measuring
-    | PlanMade
-    | WorkerLoading
-    | WorkerReading
-    | Ready
-    | StartFailed
-    | Notice
-    | Draining
-)
+StartProgress = AwaitingWorkers | WorkerJoined | Measuring | PlanMade | WorkerLoading | WorkerReading | Ready
+Event = StartProgress | StartFailed | Notice | Draining
 Report = Callable[[Event], None]
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}

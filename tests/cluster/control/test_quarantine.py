@@ -10,7 +10,7 @@ def test_the_time_doubles_after_each_failure() -> None:
     for _ in range(12):
         quarantine = quarantine.add("b", 100.0)
         assert quarantine.names(100.0) == {"b"}
-        pauses.append(quarantine.until_s["b"] - 100.0)
+        pauses.append(quarantine.terms["b"][1] - 100.0)
     assert pauses == [10, 20, 40, 80, 160, 320, *[600] * 6]
 
 
@@ -21,4 +21,4 @@ def test_it_ends_by_itself_or_with_a_release() -> None:
     assert quarantine.next_end_s(15.0) is None
     released = quarantine.release(["b"])
     assert released.names(0.0) == {"a"}
-    assert released.add("b", 20.0).until_s["b"] == 30.0, "failures before the release do not count"
+    assert released.add("b", 20.0).terms["b"][1] == 30.0, "failures before the release do not count"

@@ -18,13 +18,17 @@ from llamaclust.kernels import _native, probes
 
 
 def test_bandwidth_is_at_least_what_numpy_reads() -> None:
-    """Give or take a busy machine. Both read 64 MiB or more, again and again: little memory has to be found."""
+    """Both read 64 MiB or more, again and again: little memory has to be found. In one of some rounds, since others use
+    the machine."""
     x = np.ones(8 << 20, np.uint64)
-    start = time.perf_counter()
-    for _ in range(4):
-        x.max()
-    numpy_gb_s = 4 * x.nbytes / (time.perf_counter() - start) / 1e9
-    assert _native.ReadProbe(1, 2).measure(0.2) / 1e9 > 0.4 * numpy_gb_s
+    ratios = [0.0]
+    while max(ratios) <= 0.4:
+        assert len(ratios) < 10, ratios
+        start = time.perf_counter()
+        for _ in range(4):
+            x.max()
+        numpy_bytes_s = 4 * x.nbytes / (time.perf_counter() - start)
+        ratios.append(_native.ReadProbe(1, 2).measure(0.2) / numpy_bytes_s)
 
 
 def test_peaks_are_plausible() -> None:

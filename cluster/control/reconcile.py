@@ -93,7 +93,13 @@ def reconcile(state: ClusterState) -> Action | None:
     """None while an action runs."""
     if state.is_acting:
         return None
-    return _serve(state) or _end_pipeline(state) or _plan(state) or _recover(state) or _improve(state)
+    if state.loading.is_loaded:
+        return Serve()
+    if (action := _end_pipeline(state)) is not None:
+        return action
+    if state.planning is None or state.planning.inputs != state.inputs:
+        return MakePlan(state.inputs)
+    return _recover(state) or _improve(state)
 
 
 def _end_pipeline(state: ClusterState) -> Action | None:
@@ -104,16 +110,6 @@ def _end_pipeline(state: ClusterState) -> Action | None:
         return Expel(state.expulsions)
     if loss is not None and loss.ends_requests:
         return FailRequests("")
-    return None
-
-
-def _serve(state: ClusterState) -> Action | None:
-    return Serve() if state.loading.is_loaded else None
-
-
-def _plan(state: ClusterState) -> Action | None:
-    if state.planning is None or state.planning.inputs != state.inputs:
-        return MakePlan(state.inputs)
     return None
 
 

@@ -123,7 +123,7 @@ class Registry(Members):
     def _duplicate(self, register: Register) -> WorkerHandle | None:
         """Another process that is a member of that name."""
         present = self.present.get(register.name)
-        return None if present is None or _is_same_process(present.registration, register) else present
+        return present if present is not None and _process(present.registration) != _process(register) else None
 
     async def _probe(self, member: WorkerHandle) -> None:
         """Waits for its next message, or its loss."""
@@ -204,9 +204,8 @@ class Registry(Members):
         return bool(done)
 
 
-def _is_same_process(known: Register, register: Register) -> bool:
-    """Whether a member registers again, and not another worker of its name."""
-    return (known.host, known.pid, known.address) == (register.host, register.pid, register.address)
+def _process(register: Register) -> tuple[str, int, str]:
+    return register.host, register.pid, register.address
 
 
 def _serial_sender(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:

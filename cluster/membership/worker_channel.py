@@ -1,4 +1,4 @@
-"""Requests to one worker, and the answers that are awaited."""
+"""Requests to one worker, the answers that are awaited, and deadlines that progress extends."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from llamaclust.cluster.membership.progress_deadline import ProgressDeadline, Request
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, StalledError
+from llamaclust.core.sizes import mib
 from llamaclust.wire.control.messages import CoordinatorMessage, FindWeightsProgress, LoadProgress, WorkerRequest
 from llamaclust.wire.rpc.deadlines import deadline
 
@@ -18,6 +18,37 @@ Progress = LoadProgress | FindWeightsProgress
 OnProgress = Callable[[Any], None] | None
 Key = str | int
 """Of an answer: the epoch's order, or the request id."""
+
+
+Request = Callable[[deadline], Awaitable[Any]]
+"""Awaits an answer until a limit."""
+
+
+class ProgressDeadline:
+    """A deadline that each progress report extends; its error says how far the worker was."""
+
+    def __init__(self, what: str, timeout_s: float) -> None:
+        self._what = what
+        self._timeout_s = timeout_s
+        self._limit = deadline(what, timeout_s)
+        self._at = 0, 0
+
+    def report(self, done_bytes: int, total_bytes: int) -> None:
+        if self._limit.is_expired:
+            return
+        is_first = self._at == (0, 0) != (done_bytes, total_bytes)
+        if is_first or done_bytes > self._at[0]:  # back and forth is no progress
+            self._at = done_bytes, total_bytes
+            self._limit.move(asyncio.get_running_loop().time() + self._timeout_s)
+
+    async def wait(self, request: Request) -> Any:
+        """The answer. StalledError where there is no progress for the timeout."""
+        try:
+            return await request(self._limit)
+        except DeadlineError as error:
+            done_bytes, total_bytes = self._at
+            at = f"{mib(done_bytes)} of {mib(total_bytes)} MiB"
+            raise StalledError(f"{self._what} for {self._timeout_s:g} s (timeouts.load): {at}") from error
 
 
 class WorkerChannel:

@@ -9,8 +9,7 @@ from enum import StrEnum
 from functools import partial
 from itertools import count
 
-from llamaclust.cluster.membership.progress_deadline import ProgressDeadline
-from llamaclust.cluster.membership.worker_channel import Send, WorkerChannel
+from llamaclust.cluster.membership.worker_channel import ProgressDeadline, Send, WorkerChannel
 from llamaclust.core import errors
 from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers, Gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from llamaclust.cluster.membership.progress_deadline import ProgressDeadline
+from llamaclust.cluster.membership.worker_channel import ProgressDeadline
 from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.profile import Profile

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.control import cluster_state
-from llamaclust.cluster.membership.progress_deadline import ProgressDeadline
+from llamaclust.cluster.membership.worker_channel import ProgressDeadline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.core.backoff import Backoff

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
 from copy import copy
 from time import monotonic_ns
@@ -25,41 +24,24 @@ class Mailbox:
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self.deadline: asyncio.TimerHandle | None = None
-        self._events: deque[Event] = deque()
-        self._is_closed = False
-        self._error: LlamaclustError | None = None
-        self._reader: asyncio.Future[None] | None = None
+        self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them
 
     def put(self, event: Event) -> None:
-        self._events.append(event)
-        self._wake()
+        self._events.put_nowait(event)
 
     def close(self, error: LlamaclustError | None = None) -> None:
         """No more events; the reader gets `error` after those that are there."""
-        self._is_closed = True
-        self._error = error
+        self._events.put_nowait(error)
         if self.deadline is not None:
             self.deadline.cancel()
-        self._wake()
 
     async def get(self) -> Event:
         """The next event. StopAsyncIteration after the last one, or the error."""
-        while not self._events:
-            if self._error is not None:
-                raise copy(self._error)
-            if self._is_closed:
-                raise StopAsyncIteration
-            assert self._reader is None, "a stream has one reader"
-            self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        return self._events.popleft()
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        event = await self._events.get()
+        if event is not None and not isinstance(event, LlamaclustError):
+            return event
+        self._events.put_nowait(event)  # the end stays
+        raise StopAsyncIteration if event is None else copy(event)
 
 
 class OpenRequests:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from math import ceil
 from typing import Any
 
-from llamaclust.cluster.planner.plan import DevicePlan, Plan, StagePlan, StagePrediction
+from llamaclust.cluster.planner.plan import HeldLayers, Plan, StagePlan, StagePrediction
 from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -63,7 +63,7 @@ def _stage_lines(stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
         yield f"    {part.device}: {_sizes(part)}"
 
 
-def _sizes(held: StagePlan | DevicePlan) -> str:
+def _sizes(held: HeldLayers) -> str:
     parts = {"weights": held.weight_bytes, "KV": held.kv_bytes, "workspace": held.workspace_bytes}
     sizes = " + ".join(f"{value / MIB:.0f} MiB {name}" for name, value in parts.items())
     room = "" if held.memory_bytes is None else f" of {held.memory_bytes / MIB:.0f} MiB"

@@ -14,11 +14,10 @@ def usual_prompt_tokens(context_length: int) -> int:
     return min(_PROMPT_TOKENS, context_length)
 
 
-@dataclass(frozen=True, slots=True)
-class DevicePlan:
-    """Layers [start, end) of a stage on one of its worker's devices."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldLayers:
+    """Layers [start, end) in a memory."""
 
-    device: str
     start: int
     end: int
     weight_bytes: int
@@ -28,32 +27,28 @@ class DevicePlan:
 
     @property
     def bytes(self) -> int:
-        """All that it takes there."""
+        """All that they take there."""
         return self.weight_bytes + self.kv_bytes + self.workspace_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StagePlan:
-    """Layers [start, end) on a worker."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePlan(HeldLayers):
+    """Layers of a stage on one of its worker's devices."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan(HeldLayers):
+    """Layers on a worker."""
 
     worker: str
-    start: int
-    end: int
-    weight_bytes: int
-    kv_bytes: int
-    workspace_bytes: int
-    memory_bytes: int | None  # what the worker may take; None: unknown
     devices: tuple[DevicePlan, ...] = ()  # of a worker with GPUs: what is where; the figures above are their sums
 
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
         """What its worker is told of that."""
         return tuple(DeviceLayers(one.device, one.start, one.end) for one in self.devices)
-
-    @property
-    def bytes(self) -> int:
-        """All that the stage takes."""
-        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
 
-from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.chunking import chunk_rows
 from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
@@ -110,7 +109,8 @@ class Scheduler:
         """Queues a request, unless it has no work. Raises ParameterError or QueueFullError."""
         validate(request, self.settings.vocabulary, self.settings.max_sequence_tokens)
         self._next_key += 1
-        sequence = _sequence(self._next_key, request, self.settings.max_sequence_tokens, now_ns)
+        max_new_tokens = min(request.max_new_tokens, self.settings.max_sequence_tokens - len(request.prompt))
+        sequence = Sequence(self._next_key, request, max_new_tokens, now_ns)
         if sequence.has_work:
             waiting = len(self.queues.waiting)
             starting = self.settings.max_sequences - len(self.queues.running)
@@ -262,19 +262,3 @@ class Scheduler:
             memory.filled(taken.sequence)
         memory.end_microbatch()
         return self.in_flight.send(slices, decoding, now_ns)
-
-
-def _sequence(key: int, request: GenerationRequest, max_tokens: int, now_ns: int) -> Sequence:
-    last = len(request.prompt) - 1
-    first_score = last if request.score_from is None else min(max(request.score_from, 1) - 1, last)
-    return Sequence(
-        key=key,
-        request=request,
-        max_new_tokens=min(request.max_new_tokens, max_tokens - len(request.prompt)),
-        arrived_ns=now_ns,
-        tokens=list(request.prompt),
-        breakers=SeenBreakers(request.breakers, request.prompt),
-        mu=request.params.chain.first_mu if request.params.chain is not None else 0.0,
-        next_score=first_score,
-        scored=first_score,
-    )

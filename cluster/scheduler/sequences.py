@@ -67,8 +67,8 @@ class Sequence:
     request: GenerationRequest
     max_new_tokens: int  # chosen tokens at most, the context considered
     arrived_ns: int
-    tokens: list[int]  # prompt, then answer
-    breakers: SeenBreakers  # for DRY
+    tokens: list[int] = field(init=False)  # prompt, then answer
+    breakers: SeenBreakers = field(init=False)  # for DRY
     mu: float = 0.0  # of Mirostat, for the next token
     table: BlockTable = field(default_factory=BlockTable)
     window: BlockTable = field(default_factory=BlockTable)  # of layers with a window
@@ -86,6 +86,13 @@ class Sequence:
     started_ns: int = 0
     first_ns: int = 0  # first answer
     last_ns: int = 0
+
+    def __post_init__(self) -> None:
+        request, last = self.request, self.prompt_length - 1
+        self.tokens, self.breakers = list(request.prompt), SeenBreakers(request.breakers, request.prompt)
+        self.mu = 0.0 if request.params.chain is None else request.params.chain.first_mu
+        self.scored = last if request.score_from is None else min(max(request.score_from, 1) - 1, last)
+        self.next_score = self.scored
 
     @property
     def is_running(self) -> bool:

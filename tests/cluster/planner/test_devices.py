@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
-from llamaclust.cluster.planner.plan import DevicePlan, Plan
+from llamaclust.cluster.planner.plan import DevicePlan, HeldLayers, Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Gpu
@@ -136,7 +136,7 @@ def test_random_clusters_keep_to_the_memory_of_every_device(seed: int) -> None:
     for stage in plan.stages:
         facts = next(one for one in workers if one.name == stage.worker)
         parts = stage.devices or (
-            DevicePlan("cpu", *(getattr(stage, name) for name in DevicePlan.__slots__ if name != "device")),
+            DevicePlan(device="cpu", **{held.name: getattr(stage, held.name) for held in fields(HeldLayers)}),
         )
         on_gpus = sum(part.end - part.start for part in parts if part.device != "cpu")
         assert facts.gpu_layers is None or on_gpus == min(facts.gpu_layers, stage.end - stage.start) or not facts.gpus

@@ -83,7 +83,7 @@ class Supervisor:
         `timeouts.recovery` why there is none."""
         for name in self._fleet.registry.present:
             self.observed.post(seen.WorkerSeen(name, self._fleet.registry.joins[name]))
-        self._fleet.registry.subscribe(self._fleethip_changed)
+        self._fleet.registry.subscribe(self._membership_changed)
         await self._loop(is_start=True)
         return self.epoch
 

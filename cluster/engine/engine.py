@@ -47,7 +47,8 @@ OnLost = Callable[[LlamaclustError], None]
 
 
 class PipelineRun:
-    """Runs one pipeline in tasks of its own, from its creation until it is stopped or lost. A microbatch whose result never comes means that the pipeline is lost."""
+    """Runs one pipeline in tasks of its own, from its creation until it is stopped or lost. A microbatch whose result
+    never comes means that the pipeline is lost."""
 
     def __init__(
         self,

@@ -94,7 +94,7 @@ class Steps:
 
     def _walk(self, allowed: dict[int, Table], before: Sequence[Table], best: Sequence[Table], last: int) -> Split:
         """The split behind best[last][layers]."""
-        stages: list[tuple[int, WorkerClass, int, int]] = []
+        stages: list[tuple[int, WorkerClass, int, int]] = []  # the last one first
         number, end = last, self._layers
         while end:
             place = self._places[number]
@@ -104,7 +104,9 @@ class Steps:
                 end = start
             if end:
                 number = min(place.before, key=lambda one: float(best[one][end]))
-        return _split(stages)
+        slowest = max(float(worker_class.slow[start, end]) for _, worker_class, start, end in stages)
+        total = sum(float(worker_class.total[start, end]) for _, worker_class, start, end in stages)
+        return Split(tuple((worker, start, end) for worker, _, start, end in reversed(stages)), slowest, total)
 
 
 def _cheapest(best: Sequence[Table], places: tuple[int, ...], never: Table) -> Table:
@@ -112,14 +114,6 @@ def _cheapest(best: Sequence[Table], places: tuple[int, ...], never: Table) -> T
         return best[places[0]] if places else never
     least: Table = np.minimum.reduce([best[place] for place in places])
     return least
-
-
-def _split(backwards: Sequence[tuple[int, WorkerClass, int, int]]) -> Split:
-    """Of stages from the last to the first."""
-    stages = tuple((worker, start, end) for worker, _, start, end in reversed(backwards))
-    slowest = max(float(worker_class.slow[start, end]) for _, worker_class, start, end in backwards)
-    total = sum(float(worker_class.total[start, end]) for _, worker_class, start, end in backwards)
-    return Split(stages, slowest, total)
 
 
 def in_order(order: Order, partitions: Ways = frozenset()) -> list[Step | Choice]:

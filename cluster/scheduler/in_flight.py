@@ -29,10 +29,6 @@ class _Sent:
     sent_ns: int
     begun_ns: int  # sent, and what it follows came back
 
-    @property
-    def is_decode(self) -> bool:
-        return self.decoding == len(self.slices)
-
 
 class InFlight:
     """The microbatches of one epoch, in order."""
@@ -90,5 +86,6 @@ class InFlight:
         self._sent.popleft()
         if self._sent and self._sent[0].is_lookahead:
             self._sent[0].begun_ns = now_ns
-        self._times.learn(result, due.is_decode, due.alone, now_ns - due.begun_ns, was_lookahead=due.is_lookahead)
+        is_decode = due.decoding == len(due.slices)
+        self._times.learn(result, is_decode, due.alone, now_ns - due.begun_ns, was_lookahead=due.is_lookahead)
         return due.slices

@@ -106,7 +106,9 @@ class StageTimes:
             return
         decode = self.alone if was_alone else self.beside
         (decode if is_decode else self.prefill).learn(timings[0].rows, timings)
-        self._learn_recent(timings)
+        now = [float(_occupied_ns(timing)) for timing in timings]
+        before = self._recent_ns or now
+        self._recent_ns = [old + 0.2 * (new - old) for old, new in zip(before, now, strict=True)]
         if was_alone:  # behind others it would wait where no stage sees it
             transit = max(0.0, elapsed_ns - sum(t.queue_ns + _occupied_ns(t) for t in timings))
             self.transit_ns = _moved(self.transit_ns, transit) if self.transit_ns else transit
@@ -131,8 +133,3 @@ class StageTimes:
         slowest = max(*self._recent_ns, 1.0)
         wanted = ceil((sum(self._recent_ns) + self.transit_ns) / slowest - _NEGLIGIBLE)
         return max(self.stages, min(wanted, 2 * self.stages + 1))
-
-    def _learn_recent(self, timings: Sequence[StageTiming]) -> None:
-        now = [float(_occupied_ns(timing)) for timing in timings]
-        before = self._recent_ns or now
-        self._recent_ns = [old + 0.2 * (new - old) for old, new in zip(before, now, strict=True)]

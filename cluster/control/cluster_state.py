@@ -11,6 +11,7 @@ from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, StalledError
+from llamaclust.core.gpus import DeviceLayers
 
 MAX_FAILURES = 3
 """Of the same workers, without one of them being lost or a request being answered."""
@@ -101,11 +102,11 @@ class Serving:
     workers: tuple[Incarnation, ...]  # in the order of their stages
 
     def has_layers_as(self, plan: Plan) -> bool:
-        own, other = (
-            [(stage.worker, stage.start, stage.end, stage.device_layers) for stage in stages]
-            for stages in (self.plan.stages, plan.stages)
-        )
-        return own == other
+        return _layers(self.plan) == _layers(plan)
+
+
+def _layers(plan: Plan) -> list[tuple[str, int, int, tuple[DeviceLayers, ...]]]:
+    return [(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,9 @@ class KvBlocks:
     def held(self) -> int:
         return self.count - self.available
 
+    def holders(self, block: int) -> int:
+        return self._holders[block]
+
     def take(self) -> int:
         """A block with one holder and undefined content. There must be one available."""
         if self._free:

@@ -68,6 +68,7 @@ def test_counts_are_right_whatever_happens(seed: int) -> None:
             blocks.release([holds.pop(random_.randrange(len(holds)))])
         counts = Counter(holds)
         assert blocks.held == len(counts)
+        assert all(blocks.holders(block) == counts[block] for block in range(blocks.count))
     blocks.release(holds)
     assert sorted(blocks.take() for _ in range(blocks.count)) == list(range(blocks.count))
 

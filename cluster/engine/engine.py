@@ -42,10 +42,6 @@ class _Phase(Enum):
     CLOSED = auto()
 
 
-OnLost = Callable[[LlamaclustError], None]
-"""Called with the reason when a pipeline is lost."""
-
-
 class PipelineRun:
     """Runs one pipeline in tasks of its own, from its creation until it is stopped or lost. A microbatch whose result
     never comes means that the pipeline is lost."""
@@ -110,7 +106,7 @@ class Engine:
         pipeline: Pipeline,
         settings: SchedulerSettings,
         deadlines: EngineSettings | None = None,
-        on_lost: OnLost | None = None,
+        on_lost: Callable[[LlamaclustError], None] | None = None,
     ) -> None:
         self.scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
         self.metrics = Metrics(pipeline.stages, lambda: self.scheduler.counts, monotonic_ns)

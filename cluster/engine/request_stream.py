@@ -93,22 +93,18 @@ class OpenRequests:
         timings = mailbox.sequence.timings()
         self._metrics.finished(reason, timings)
         if _log.isEnabledFor(logging.INFO):
-            fields = _log_fields(mailbox.sequence, reason, timings)
+            sequence = mailbox.sequence
+            fields = {  # none of its text
+                "request": sequence.request.request_id,
+                "reason": str(reason),
+                "prompt_tokens": timings.prompt_tokens,
+                "tokens": timings.generated_tokens,
+                "ttft_ms": round(timings.ttft_ms, 3),
+                "seconds": round((monotonic_ns() - sequence.arrived_ns) / 1e9, 3),
+            }
             _log.info("request ended%s", f": {error}" if error else "", extra=fields)
         if not self._mailboxes:
             self._empty.set()
-
-
-def _log_fields(sequence: Sequence, reason: str, timings: Timings) -> dict[str, object]:
-    """A request's id, end and figures; none of its text."""
-    return {
-        "request": sequence.request.request_id,
-        "reason": str(reason),
-        "prompt_tokens": timings.prompt_tokens,
-        "tokens": timings.generated_tokens,
-        "ttft_ms": round(timings.ttft_ms, 3),
-        "seconds": round((monotonic_ns() - sequence.arrived_ns) / 1e9, 3),
-    }
 
 
 class RequestStream:

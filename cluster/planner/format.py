@@ -7,7 +7,7 @@ from dataclasses import asdict
 from math import ceil
 from typing import Any
 
-from llamaclust.cluster.planner.plan import HeldLayers, Plan, StagePlan, StagePrediction
+from llamaclust.cluster.planner.plan import HeldLayers, Plan, StagePlan
 from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -25,15 +25,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "bottleneck": predicted and predicted.bottleneck,
     }
     times = [None] * len(plan.stages) if predicted is None else predicted.stages
-    stages = (asdict(stage) | _stage_times(time) for stage, time in zip(plan.stages, times, strict=True))
-    return values | {"stages": list(stages)}
-
-
-def _stage_times(predicted: StagePrediction | None) -> dict[str, float | None]:
-    return {
-        "decode_ms": predicted and 1e3 * predicted.decode_s,
-        "prefill_ms": predicted and 1e3 * predicted.prefill_s,
-    }
+    stages = [
+        asdict(stage) | {"decode_ms": time and 1e3 * time.decode_s, "prefill_ms": time and 1e3 * time.prefill_s}
+        for stage, time in zip(plan.stages, times, strict=True)
+    ]
+    return values | {"stages": stages}
 
 
 def plan_lines(plan: Plan) -> tuple[str, ...]:

@@ -200,12 +200,6 @@ def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterReco
     return {name: (folder, record) for name, (folder, record) in found.items() if record is not None}
 
 
-def _last_logs(state_dir: Path) -> str:
-    """Where the last cluster's logs are, which say why it ended."""
-    logs = sorted(state_dir.glob("*/logs"), key=lambda folder: folder.stat().st_mtime)
-    return f"; the last one's logs: {logs[-1]}" if logs else ""
-
-
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
     """The running cluster of that name, or the only one. Raises UsageError that lists what runs."""
     running = running_clusters(state_dir)
@@ -214,7 +208,9 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
     if name is not None and name in running:
         return running[name]
     if not running:
-        raise UsageError(f"no cluster is running: start one with `llamaclust up`{_last_logs(state_dir)}")
+        logs = sorted(state_dir.glob("*/logs"), key=lambda folder: folder.stat().st_mtime)
+        why = f"; the last one's logs: {logs[-1]}" if logs else ""
+        raise UsageError(f"no cluster is running: start one with `llamaclust up`{why}")
     names = ", ".join(running)
     asked = f"no cluster named {name!r} is running" if name else "several clusters are running"
     raise UsageError(f"{asked}: choose one of {names} with --cluster")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control import reconcile as act
@@ -23,29 +24,21 @@ from llamaclust.wire.rpc.task_set import TaskSet
 _ENDING_S = 30.0
 
 
+@dataclass(eq=False)
 class ActionRunner:
     """Owns the epoch that serves. Each result is an observation."""
 
-    def __init__(
-        self,
-        observed: Observed,
-        epochs: Epochs,
-        planner: ClusterPlanner,
-        registry: Registry,
-        partitions: PartitionTracker,
-        report: Report,
-    ) -> None:
-        self.epochs = epochs
-        self.planner = planner
-        self.epoch: Epoch | None = None  # that serves, or served until it was lost
-        self.engine: Engine | None = None  # None: at a start
-        self.recoveries = 0
-        self.ending = TaskSet()  # processes of lost workers, whose memory loads need
-        self._observed = observed
-        self._registry = registry
-        self._partitions = partitions
-        self._report = report
-        self._loaded: Epoch | None = None
+    _observed: Observed
+    epochs: Epochs
+    planner: ClusterPlanner
+    _registry: Registry
+    _partitions: PartitionTracker
+    _report: Report
+    epoch: Epoch | None = field(default=None, init=False)  # that serves, or served until it was lost
+    engine: Engine | None = field(default=None, init=False)  # None: at a start
+    recoveries: int = field(default=0, init=False)
+    ending: TaskSet = field(default_factory=TaskSet, init=False)  # processes of lost workers, whose memory loads need
+    _loaded: Epoch | None = field(default=None, init=False)
 
     async def run(self, action: act.Action) -> None:
         match action:

@@ -23,7 +23,6 @@ _MEMORY_S = 600.0
 _MAX_PROBES = 256
 """Up to so many links are probed at the same time."""
 
-Workers = Callable[[], Mapping[str, WorkerHandle]]
 _Direction = tuple[WorkerHandle, WorkerHandle]
 """From the first to the second."""
 
@@ -34,23 +33,20 @@ class _Partition:
     callers: dict[str, str] = field(default_factory=dict)  # workers that could not reach the other one
 
 
+@dataclass(slots=True, eq=False)
 class PartitionTracker:
     """A context manager: partitions are probed while it is entered. A link that fails in one direction is not used in
     either; it is healed when every worker reaches the other one again that did not."""
 
-    def __init__(
-        self, workers: Workers, heartbeat_timeout_s: float, report: Report, on_change: Callable[[Pairs], None]
-    ) -> None:
-        """`workers`: the present ones. `on_change` gets the new pairs."""
-        self._workers = workers
-        self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._report = report
-        self._on_change = on_change
-        self._partitions: dict[Pair, _Partition] = {}
-        self._healed: dict[Pair, tuple[float, int]] = {}  # (when, probes that had failed)
-        self._pending: dict[_Direction, asyncio.Task[None]] = {}
-        self._probing: dict[Pair, asyncio.Task[None]] = {}
-        self._tasks = TaskSet()
+    _workers: Callable[[], Mapping[str, WorkerHandle]]  # the present ones
+    _heartbeat_timeout_s: float
+    _report: Report
+    _on_change: Callable[[Pairs], None]  # gets the new pairs
+    _partitions: dict[Pair, _Partition] = field(default_factory=dict, init=False)
+    _healed: dict[Pair, tuple[float, int]] = field(default_factory=dict, init=False)  # (when, probes that had failed)
+    _pending: dict[_Direction, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    _probing: dict[Pair, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    _tasks: TaskSet = field(default_factory=TaskSet, init=False)
 
     def __enter__(self) -> Self:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from functools import partial
 from time import monotonic_ns
@@ -42,27 +43,21 @@ class _Phase(Enum):
     CLOSED = auto()
 
 
+@dataclass(eq=False, kw_only=True)
 class PipelineRun:
     """Runs one pipeline in tasks of its own, from its creation until it is stopped or lost. A microbatch whose result
     never comes means that the pipeline is lost."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        settings: EngineSettings,
-        *,
-        on_result: Callable[[Result], None],
-        on_lost: Callable[[BaseException], None],
-        oldest_sent_ns: Callable[[], int | None],
-    ) -> None:
-        self.pipeline = pipeline
-        self._settings = settings
-        self._on_result = on_result
-        self._on_lost = on_lost
-        self._oldest_sent_ns = oldest_sent_ns
+    pipeline: Pipeline
+    deadlines: EngineSettings
+    on_result: Callable[[Result], None]
+    on_lost: Callable[[BaseException], None]
+    oldest_sent_ns: Callable[[], int | None]
+
+    def __post_init__(self) -> None:
         self._is_stopped = False
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(work) for work in (pipeline.run(self._take), self._watch())]
+        self._tasks = [loop.create_task(work) for work in (self.pipeline.run(self._take), self._watch())]
         for task in self._tasks:
             task.add_done_callback(self._ended)
 
@@ -77,19 +72,19 @@ class PipelineRun:
 
     def _take(self, result: Result) -> None:
         if not self._is_stopped:
-            self._on_result(result)
+            self.on_result(result)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
         if error is not None and not self._is_stopped:
-            self._on_lost(error)
+            self.on_lost(error)
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.watch_s)
-            sent_ns = self._oldest_sent_ns()
+            await asyncio.sleep(self.deadlines.watch_s)
+            sent_ns = self.oldest_sent_ns()
             age_s = (monotonic_ns() - sent_ns) / 1e9 if sent_ns is not None else 0.0
-            if age_s > self._settings.result_s:
+            if age_s > self.deadlines.result_s:
                 stages = ", ".join(f"{s.worker} (layers {s.start}-{s.end - 1})" for s in self.pipeline.stages)
                 raise DeadlineError(f"no result of a microbatch for {age_s:.0f} s from the workers {stages}")
 
@@ -213,8 +208,8 @@ class Engine:
     def _start(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._run = PipelineRun(
-            pipeline,
-            self._deadlines,
+            pipeline=pipeline,
+            deadlines=self._deadlines,
             on_result=partial(self._guard, self._complete),
             on_lost=self.interrupt,
             oldest_sent_ns=lambda: self.scheduler.in_flight.oldest_ns,

@@ -18,8 +18,6 @@ Progress = LoadProgress | FindWeightsProgress
 OnProgress = Callable[[Any], None] | None
 Key = str | int
 """Of an answer: the epoch's order, or the request id."""
-
-
 Request = Callable[[deadline], Awaitable[Any]]
 """Awaits an answer until a limit."""
 

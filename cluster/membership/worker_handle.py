@@ -153,7 +153,7 @@ class WorkerHandle:
             self.stages.clear()
             self._unreachable.clear()
         try:
-            loaded = await self.channel.with_progress(
+            loaded: Loaded = await self.channel.with_progress(
                 LoadProgress, request, ProgressDeadline(what, progress_timeout_s), on_progress
             )
         finally:

@@ -123,7 +123,7 @@ def tokenize(
 ) -> None:
     """Print the token ids of a text. A file with a vocabulary and no weights will do."""
     from llamaclust.model.gguf.model_file import open_model
-    from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+    from llamaclust.model.tokenizers.loading import load_tokenizer
     from llamaclust.tools.hub.catalog import resolve_model
 
     tokenizer = load_tokenizer(open_model(resolve_model(model)).metadata)

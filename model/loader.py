@@ -21,7 +21,8 @@ from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
 from llamaclust.model.program import AddPosition, Embed, KvType, MatMul, Moe, Program, SelectRows, Step
 from llamaclust.model.quant_types import ActivationFormat
-from llamaclust.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _F32 = ActivationFormat.F32
 

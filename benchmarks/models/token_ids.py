@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+from llamaclust.model.tokenizers.loading import load_tokenizer
 
 _WORDS = "the of and to in is it that was for on are as with his they be at one have this from or had by hot word but"
 _CODE = (

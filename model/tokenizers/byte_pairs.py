@@ -9,8 +9,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.tokenizers.base import VocabularyTokenizer
 from llamaclust.model.tokenizers.pre_tokenizers import PreTokenizer, pre_tokenizer
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings
 
 _HOLDING_CHARACTERS: Final = 2048
@@ -30,7 +30,7 @@ def stand_ins() -> dict[str, bytes]:
 _BYTE_OF: Final = stand_ins()
 
 
-class BytePairTokenizer(VocabularyTokenizer):
+class BytePairTokenizer(Tokenizer):
     """Merges by rank inside the words that the pre-tokenizer cuts."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:

@@ -1,50 +1,81 @@
-"""SentencePiece vocabularies (`tokenizer.ggml.model` = llama): a model proto built from the fields of the file."""
+"""SentencePiece vocabularies, `tokenizer.ggml.model` = llama (BPE) or t5 (unigrams): a model proto built from the
+fields of the file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.tokenizers.base import VocabularyTokenizer
-from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, read_flag
+from llamaclust.model.tokenizers.charsmap import check_charsmap
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag
 
-SPACE: Final = "▁"
+_SPACE: Final = "▁"
 _PROTO: Any = sentencepiece_model_pb2
-_PIECE_TYPES: Final = {
-    TokenType.UNDEFINED: TokenType.UNUSED,
-    TokenType.UNKNOWN: TokenType.CONTROL,
-}
+_PIECE_TYPES: Final = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
 """GGUF's type numbers are SentencePiece's own; only one unknown piece is allowed, so a second one never matches."""
+_CHARSMAP: Final = key("precompiled_charsmap")
 
 
-class SentencePieceTokenizer(VocabularyTokenizer):
-    """Merges by score, bytes for what is not in the vocabulary, no normalization of the text."""
+class SentencePieceTokenizer(Tokenizer):
+    """BPE merges by score, bytes for text outside the vocabulary, no normalization. Unigrams: of all ways to write a
+    text the one with the greatest sum of scores, after the normalization of the file."""
 
-    def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any], *, is_unigram: bool = False) -> None:
         super().__init__(
             vocabulary,
-            add_bos=read_flag(metadata, "add_bos_token", True),
-            add_eos=read_flag(metadata, "add_eos_token", False),
-            add_space_prefix=read_flag(metadata, "add_space_prefix", True),
+            add_bos=read_flag(metadata, "add_bos_token", not is_unigram),
+            add_eos=read_flag(metadata, "add_eos_token", is_unigram),
+            add_space_prefix=read_flag(metadata, "add_space_prefix", not is_unigram),
         )
-        self._processor = load_processor(model_proto(vocabulary))
+        self._prefix = " " if self.add_space_prefix and not is_unigram else ""
+        model = _model_proto(vocabulary)
+        if is_unigram:
+            self._use_unigrams(model, vocabulary, metadata)
+        self._processor = _processor(model)
+
+    def _use_unigrams(self, model: Any, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
+        """The library normalizes text and finds user-defined words, as it does for the model's authors."""
+        self._user_defined = []
+        self._special = [(text, token_id) for text, token_id in self._special if self.is_control(token_id)]
+        if not np.isfinite(vocabulary.scores or [0.0]).all():
+            raise ModelFileError(f"{key('scores')}: holds what is no number")
+        model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
+        model.normalizer_spec.add_dummy_prefix = self.add_space_prefix
+        model.normalizer_spec.remove_extra_whitespaces = read_flag(metadata, "remove_extra_whitespaces", False)
+        model.normalizer_spec.precompiled_charsmap = _charsmap(metadata)
+        for piece in model.pieces:
+            if piece.type == TokenType.USER_DEFINED:
+                piece.piece = piece.piece.replace(" ", _SPACE)
 
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        prefix = " " if self.add_space_prefix and after_special else ""
-        ids: list[int] = self._processor.EncodeAsIds(prefix + text)
+        ids: list[int] = self._processor.EncodeAsIds(self._prefix + text if after_special else text)
         if ids and max(ids) >= self.vocabulary_size:
             return [token_id for token_id in ids if token_id < self.vocabulary_size]
         return ids
 
     def word_bytes(self, word: str) -> bytes:
-        return word.replace(SPACE, " ").encode()
+        return word.replace(_SPACE, " ").encode()
 
 
-def load_processor(model: Any) -> Any:
+def _charsmap(metadata: Mapping[str, Any]) -> bytes:
+    """The map of characters for normalization. It is checked here: older versions of the library do not check it."""
+    value = metadata.get(_CHARSMAP)
+    if value is None:
+        return b""
+    if not isinstance(value, np.ndarray) or value.dtype.itemsize != 1 or value.dtype.kind not in "iu":
+        raise ModelFileError(f"{_CHARSMAP} is not an array of bytes")
+    data = value.tobytes()
+    check_charsmap(data, _CHARSMAP)
+    return data
+
+
+def _processor(model: Any) -> Any:
     """The library's tokenizer of a ModelProto."""
     sentencepiece.set_min_log_level(2)  # what is wrong comes as an exception
     processor = sentencepiece.SentencePieceProcessor()
@@ -55,7 +86,7 @@ def load_processor(model: Any) -> Any:
     return processor
 
 
-def model_proto(vocabulary: Vocabulary) -> Any:
+def _model_proto(vocabulary: Vocabulary) -> Any:
     """A ModelProto that merges by score, with the vocabulary's words in their order; a piece for unknown text stands
     behind them where the file names none."""
     model = _PROTO.ModelProto()
@@ -65,24 +96,18 @@ def model_proto(vocabulary: Vocabulary) -> Any:
     model.normalizer_spec.add_dummy_prefix = False
     model.normalizer_spec.remove_extra_whitespaces = False
     model.normalizer_spec.escape_whitespaces = True
-    unknown = _unknown_id(vocabulary)
+    first_unknown = vocabulary.types.find(TokenType.UNKNOWN)
+    unknown = vocabulary.unknown_id if vocabulary.unknown_id is not None else first_unknown
     scores = vocabulary.scores or [0.0] * len(vocabulary)
     for index, (word, score) in enumerate(zip(vocabulary.words, scores, strict=True)):
         kind = _piece_type(vocabulary, index, unknown, model.trainer_spec.byte_fallback)
         model.pieces.add(piece=word, score=score, type=kind)
-    if unknown is None:
+    if unknown < 0:
         model.pieces.add(piece="\ufdd0unknown", score=0.0, type=TokenType.UNKNOWN)
     return model
 
 
-def _unknown_id(vocabulary: Vocabulary) -> int | None:
-    if vocabulary.unknown_id is not None:
-        return vocabulary.unknown_id
-    found = vocabulary.types.find(TokenType.UNKNOWN)
-    return found if found >= 0 else None
-
-
-def _piece_type(vocabulary: Vocabulary, index: int, unknown: int | None, byte_fallback: bool) -> int:
+def _piece_type(vocabulary: Vocabulary, index: int, unknown: int, byte_fallback: bool) -> int:
     kind = TokenType(vocabulary.types[index])
     if index == unknown:
         return TokenType.UNKNOWN

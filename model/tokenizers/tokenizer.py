@@ -1,85 +1,145 @@
-"""Text to token ids and back, as the model file says."""
+"""Text to token ids and back: special tokens are cut out of a text first; BOS and EOS; bytes of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 
-from llamaclust.core.errors import ModelFileError
-from llamaclust.model.tokenizers.vocabulary import read_vocabulary
+from llamaclust.core.errors import RequestError
+from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
+
+_CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
-class Tokenizer(Protocol):
-    """A model's tokenizer; safe to use from several threads. Ids outside the vocabulary raise RequestError."""
+class Tokenizer(ABC):
+    """A model's tokenizer; safe to use from several threads. Ids outside the vocabulary raise RequestError.
 
-    add_bos: bool
-    add_eos: bool
-    add_space_prefix: bool
-    longest_word: int
-    """Characters of the vocabulary's longest word; no token stands for more."""
+    `longest_word`: characters of the vocabulary's longest word; no token stands for more. `end_of_generation`: tokens
+    that end an answer, the file's eos, eot and eom and words known to mean the same.
+    """
 
-    @property
-    def vocabulary_size(self) -> int: ...
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def eos_id(self) -> int | None: ...
-    @property
-    def end_of_generation(self) -> frozenset[int]:
-        """Tokens that end an answer: the file's eos, eot and eom, and words known to mean the same."""
-        ...
+    def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
+        self._vocabulary = vocabulary
+        self.vocabulary_size = len(vocabulary)
+        self.longest_word = max(map(len, vocabulary.words))
+        self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
+        self.end_of_generation = vocabulary.end_of_generation
+        self.add_bos = add_bos and self.bos_id is not None
+        self.add_eos = add_eos and self.eos_id is not None
+        self.add_space_prefix = add_space_prefix
+        self._user_defined = _texts_of(vocabulary, TokenType.USER_DEFINED)
+        self._special = _texts_of(vocabulary, TokenType.USER_DEFINED, *_CONTROL)
+        self._bytes: dict[int, bytes] = {}
 
     @property
     def control_texts(self) -> Sequence[str]:
-        """Texts that become control tokens where special tokens are parsed."""
-        ...
+        """Texts that mean a control token where special tokens are parsed, the longest first."""
+        return [text for text, token_id in self._special if self.is_control(token_id)]
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether a token stands for no text of its own (control and unknown tokens)."""
+        return self._type_of(token_id) in _CONTROL
+
+    def token_id(self, word: str) -> int | None:
+        """The id of a word as it stands in the vocabulary."""
+        return self._vocabulary.ids.get(word)
+
+    def token_text(self, token_id: int) -> str:
+        """The word as it stands in the vocabulary."""
+        self._type_of(token_id)
+        return self._vocabulary.words[token_id]
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids; `add_special`: BOS and EOS where the model wants them; `parse_special`: control words in the text
-        become their tokens (never set it for text from a user)."""
-        ...
+        """Token ids of a text. `add_special` adds BOS and EOS where the model wants them; `parse_special` turns control
+        words in the text into their tokens, else they are ordinary text (never set it for text from a user)."""
+        parts = self.split_special(text, parse_special)
+        first = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
+        last = [self.eos_id] if add_special and self.add_eos and self.eos_id is not None else []
+        return [*first, *self.encode_parts(parts), *last]
 
     def split_special(self, text: str, parse_special: bool) -> list[str | int]:
-        """A text cut at special tokens: pieces of plain text and token ids."""
-        ...
+        """A text cut at special tokens: pieces of plain text and token ids. User-defined words are always found."""
+        return _split(_without_surrogates(text), self._special if parse_special else self._user_defined)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
         """Ids of what `split_special` gives."""
-        ...
+        ids: list[int] = []
+        after_special = True
+        for part in parts:
+            ids += self.encode_plain(part, after_special) if isinstance(part, str) else [part]
+            after_special = isinstance(part, int)
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text; bytes that are not UTF-8 become U+FFFD."""
-        ...
+        """The text of some tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
-    def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes: ...
+    def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes:
+        """As `decode`, before the bytes are read as UTF-8. The space that `encode` puts first is taken off."""
+        data = b"".join(self.token_bytes(i) for i in ids if not (skip_special and self.is_control(i)))
+        return data[1:] if self.add_space_prefix and data.startswith(b" ") else data
+
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token adds to a text."""
-        ...
+        """The bytes a token stands for; a control token's own name."""
+        data = self._bytes.get(token_id)
+        if data is None:
+            data = self._bytes[token_id] = self._bytes_of(token_id)
+        return data
 
-    def token_text(self, token_id: int) -> str:
-        """The word as it stands in the file."""
-        ...
+    @abstractmethod
+    def encode_plain(self, text: str, after_special: bool) -> list[int]:
+        """Ids of text without special tokens; `after_special`: it stands first or behind a special token."""
 
-    def token_id(self, word: str) -> int | None: ...
-    def is_control(self, token_id: int) -> bool:
-        """Whether the token stands for no text of its own (control and unknown tokens)."""
-        ...
+    @abstractmethod
+    def word_bytes(self, word: str) -> bytes:
+        """The bytes of a word of type NORMAL."""
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        kind = self._type_of(token_id)
+        word = self._vocabulary.words[token_id]
+        if kind == TokenType.BYTE:
+            return bytes([int(word[3:5], 16)])
+        if kind in (*_CONTROL, TokenType.USER_DEFINED):
+            return word.encode()
+        return self.word_bytes(word)
+
+    def _type_of(self, token_id: int) -> int:
+        if not 0 <= token_id < self.vocabulary_size:
+            raise RequestError(f"token id {token_id} is outside the vocabulary [0, {self.vocabulary_size})")
+        return self._vocabulary.types[token_id]
 
 
-def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a GGUF file. ModelFileError where the file has none, a damaged one or one of another kind."""
-    from llamaclust.model.tokenizers.byte_pairs import BytePairTokenizer
-    from llamaclust.model.tokenizers.sentence_pieces import SentencePieceTokenizer
-    from llamaclust.model.tokenizers.unigrams import UnigramTokenizer
+def _texts_of(vocabulary: Vocabulary, *kinds: TokenType) -> list[tuple[str, int]]:
+    """Words of these types with their ids, the longest first."""
+    wanted = bytes(kinds)
+    found = [(vocabulary.words[i], i) for i, kind in enumerate(vocabulary.types) if kind in wanted]
+    return sorted(found, key=lambda pair: (-len(pair[0].encode()), pair[1]))
 
-    kinds: dict[str, Callable[..., Tokenizer]] = {
-        "llama": SentencePieceTokenizer,
-        "gpt2": BytePairTokenizer,
-        "t5": UnigramTokenizer,
-    }
-    name = metadata.get("tokenizer.ggml.model")
-    kind = kinds.get(name) if isinstance(name, str) else None
-    if kind is None:
-        found = "no tokenizer" if name is None else f"a tokenizer of kind {ascii(name)[:66]}"
-        raise ModelFileError(f"tokenizer.ggml.model: the file has {found}; supported: {', '.join(kinds)}")
-    return kind(read_vocabulary(metadata), metadata)
+
+def _split(text: str, special: Sequence[tuple[str, int]]) -> list[str | int]:
+    """Text cut at special tokens: pieces of text and token ids. A longer token is cut out before any shorter one."""
+    parts: list[str | int] = [text] if text else []
+    for word, token_id in special:
+        if word in text:
+            parts = [piece for part in parts for piece in _cut(part, word, token_id)]
+    return parts
+
+
+def _cut(part: str | int, word: str, token_id: int) -> Iterator[str | int]:
+    if isinstance(part, int):
+        yield part
+        return
+    for index, piece in enumerate(part.split(word)):
+        if index:
+            yield token_id
+        if piece:
+            yield piece
+
+
+def _without_surrogates(text: str) -> str:
+    """Text that UTF-8 can carry: halves of surrogate pairs, which JSON may hold, are joined or become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

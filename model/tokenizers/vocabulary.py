@@ -10,41 +10,13 @@ from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
 
-END_OF_GENERATION_TEXTS: Final = frozenset(
-    {
-        "</s>",
-        "<EOT>",
-        "<REPO>",
-        "<eos>",
-        "<end_of_turn>",
-        "<end_of_utterance>",
-        "<fim-pad>",
-        "<fim_pad>",
-        "<fim-repo>",
-        "<reponame>",
-        "<turn|>",
-        "<|call|>",
-        "<|calls|>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "<|end|>",
-        "<|eom_id|>",
-        "<|eot_id|>",
-        "<|file_sep|>",
-        "<|fim_pad|>",
-        "<|fim_repo|>",
-        "<|flush|>",
-        "<|im_end|>",
-        "<|repo_name|>",
-        "<|return|>",
-        "<|tool_response>",
-        "<｜end▁of▁sentence｜>",
-        "[EOS]",
-        "[EOT]",
-        "[e~[",
-        "_<EOT>",
-    }
+_END_TEXTS: Final = (
+    "</s> <EOT> <REPO> <eos> <end_of_turn> <end_of_utterance> <fim-pad> <fim_pad> <fim-repo> <reponame> <turn|> "
+    "<|call|> <|calls|> <|end_of_text|> <|endoftext|> <|end|> <|eom_id|> <|eot_id|> <|file_sep|> <|fim_pad|> "
+    "<|fim_repo|> <|flush|> <|im_end|> <|repo_name|> <|return|> <|tool_response> <｜end▁of▁sentence｜> [EOS] [EOT] "
+    "[e~[ _<EOT>"
 )
+END_OF_GENERATION_TEXTS: Final = frozenset(_END_TEXTS.split())
 """Texts that end a generation whatever the file's own ids say, as llama.cpp knows them."""
 
 _PADDING_TEXTS: Final = frozenset({"<PAD>", "[PAD]"})

@@ -11,7 +11,8 @@ from llamaclust.model.chat.prompt import GUARD, encode_chat, guard_messages, ung
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.chat.template_choice import built_in
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from support.paths import DATA
 
 DATA_FOLDER = DATA / "tokenizers"

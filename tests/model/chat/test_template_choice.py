@@ -16,7 +16,7 @@ from llamaclust.core.errors import RequestError, UsageError
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.chat.template_choice import built_in, built_in_names, chosen_template, suggested_template
 from llamaclust.model.loader import Model
-from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+from llamaclust.model.tokenizers.loading import load_tokenizer
 from support.models.tiny_model import build_tiny_model
 from support.models.tiny_tokenizers import byte_level, sentencepiece
 

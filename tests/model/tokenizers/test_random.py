@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+from llamaclust.model.tokenizers.loading import load_tokenizer
 from support.paths import DATA, ROOT
 
 DATA_FOLDER = DATA / "tokenizers"

@@ -38,7 +38,8 @@ from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
-from llamaclust.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from support.clusters.fakes import FakePipeline
 from support.models.tiny_tokenizers import byte_level
 

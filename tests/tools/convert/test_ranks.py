@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.vocabularies import ranks
 from llamaclust.tools.convert.vocabularies.probe import PROBE

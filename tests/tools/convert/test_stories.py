@@ -9,7 +9,7 @@ import pytest
 
 from llamaclust import Client
 from llamaclust.model.gguf.model_file import ModelFile, open_model
-from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.tools.convert.conversion import convert
 from llamaclust.tools.convert.formats.opening import Hints
 from support.models.stories15m import (

@@ -14,7 +14,7 @@ import tokenizers
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.tokenizers.charsmap import check_charsmap
-from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType
 from llamaclust.tools.convert.vocabularies.probe import PROBE
 from llamaclust.tools.convert.vocabularies.words import Words

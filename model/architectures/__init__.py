@@ -1,52 +1,35 @@
-"""Architectures by their GGUF name; each emits a program through a ProgramBuilder."""
+"""Architectures by their GGUF name; each appends the steps of its layers to a ProgramBuilder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from llamaclust.model.architectures import (
-    baichuan,
-    chatglm,
-    falcon,
-    gemma,
-    gemma2,
-    gemma3,
-    glm4,
-    gpt2,
-    internlm2,
-    llama,
-    phi3,
-    qwen2,
-    qwen2moe,
-    qwen3,
-    qwen3moe,
-    starcoder2,
-)
+from llamaclust.model.architectures import gemma, glm, gpt, llama, phi3, qwen
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import read_architecture, read_hyperparameters
 from llamaclust.model.program import KvType, Program
 
-ARCHITECTURES: Mapping[str, Callable[[ProgramBuilder], Program]] = MappingProxyType(
+ARCHITECTURES: Mapping[str, Callable[[ProgramBuilder], None]] = MappingProxyType(
     {
-        "baichuan": baichuan.build,
-        "chatglm": chatglm.build,
-        "falcon": falcon.build,
-        "gemma": gemma.build,
-        "gemma2": gemma2.build,
-        "gemma3": gemma3.build,
-        "glm4": glm4.build,
-        "gpt2": gpt2.build,
-        "internlm2": internlm2.build,
-        "llama": llama.build,
-        "phi3": phi3.build,
-        "qwen2": qwen2.build,
-        "qwen2moe": qwen2moe.build,
-        "qwen3": qwen3.build,
-        "qwen3moe": qwen3moe.build,
-        "starcoder2": starcoder2.build,
+        "baichuan": llama.baichuan,
+        "chatglm": glm.chatglm,
+        "falcon": gpt.falcon,
+        "gemma": gemma.gemma,
+        "gemma2": gemma.gemma2,
+        "gemma3": gemma.gemma3,
+        "glm4": glm.glm4,
+        "gpt2": gpt.gpt2,
+        "internlm2": llama.internlm2,
+        "llama": llama.llama,
+        "phi3": phi3.phi3,
+        "qwen2": qwen.qwen2,
+        "qwen2moe": qwen.qwen2moe,
+        "qwen3": qwen.qwen3,
+        "qwen3moe": qwen.qwen3moe,
+        "starcoder2": gpt.starcoder2,
     }
 )
 
@@ -61,7 +44,8 @@ def build_program(
     """
     check_architecture(model)
     builder = ProgramBuilder(model, read_hyperparameters(model), start, end, kv_type, context_tokens)
-    return ARCHITECTURES[read_architecture(model)](builder)
+    ARCHITECTURES[read_architecture(model)](builder)
+    return builder.program()
 
 
 def check_architecture(model: ModelFile) -> None:

@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model import program as steps
 from llamaclust.model.architectures.rope import rope_table
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters
-from llamaclust.model.program import (
-    Activate,
-    ActivationFunction,
-    Add,
-    AddPosition,
-    Attention,
-    Buffer,
-    Embed,
-    KvType,
-    LayerNorm,
-    MatMul,
-    Moe,
-    Mul,
-    Program,
-    RmsNorm,
-    Rope,
-    RopeStyle,
-    RopeTable,
-    Scale,
-    SelectRows,
-    SigmoidGate,
-    SiluMul,
-    Slice,
-    SoftCap,
-    Step,
-)
+from llamaclust.model.program import ActivationFunction, Buffer, KvType, Program, RopeStyle, RopeTable
 from llamaclust.model.quant_types import QuantType
 
 _EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
@@ -78,12 +55,12 @@ class ProgramBuilder:
         assert 0 <= start < end <= hyperparameters.block_count, (start, end, hyperparameters.block_count)
         self.model = model
         self.hyperparameters = hyperparameters
-        self.start = start
-        self.end = end
+        self._start = start
+        self._end = end
         self.keys = ModelKeys(model, hyperparameters.architecture)
         self._kv_type = kv_type
         self._context_tokens = context_tokens or hyperparameters.context_length
-        self._steps: list[Step] = []
+        self._steps: list[steps.Step] = []
         width = hyperparameters.embedding_length
         self._hidden = Buffer("hidden", width)
         self._normed = Buffer("normed", width)
@@ -93,41 +70,50 @@ class ProgramBuilder:
 
     def program(self) -> Program:
         layers = self.hyperparameters.block_count
-        return Program(self.start, self.end, layers, self._hidden, self._out, tuple(self._steps))
+        return Program(self._start, self._end, layers, self._hidden, self._out, tuple(self._steps))
 
     def use_layer_norms(self) -> None:
         """From here on norms subtract the mean and add a bias."""
         self._layer_norm_epsilon = self.keys.real("attention.layer_norm_epsilon", minimum=1e-12, maximum=0.1)
 
-    def embed(self, factor: float = 1.0, *, positions: bool = False) -> None:
-        """On a first stage: token ids to hidden states, the embedding times `factor`; `positions` are learned, too."""
-        if self.start > 0:
+    def layers(
+        self, embedding_factor: float = 1.0, *, positions: bool = False, soft_cap: float | None = None
+    ) -> Iterator[int]:
+        """The layers to append, after the embedding of a first stage and before the head of a last one.
+
+        The embedding is multiplied by `embedding_factor`; `positions` are learned, too; `soft_cap`: of the logits."""
+        self._embed(embedding_factor, positions)
+        yield from range(self._start, self._end)
+        self._head(soft_cap)
+
+    def _embed(self, factor: float, positions: bool) -> None:
+        if self._start > 0:
             return
         hp = self.hyperparameters
         embedded = Buffer("embedded", self._hidden.width) if positions else self._hidden
         shape = (hp.vocabulary_size, hp.embedding_length)
-        self._steps.append(Embed(embedded, self.weight(_EMBEDDING, shape)))
+        self._steps.append(steps.Embed(embedded, self.weight(_EMBEDDING, shape)))
         if factor != 1.0:
-            self._steps.append(Scale(embedded, embedded, factor))
+            self._steps.append(steps.Scale(embedded, embedded, factor))
         if positions:
             weight = self.weight(_POSITIONS, (hp.context_length, hp.embedding_length))
             if self._context_tokens > hp.context_length:
                 what = f"{hp.context_length} positions, fewer than a context of {self._context_tokens} tokens"
                 raise self.error(_POSITIONS, what, f"set context_length to {hp.context_length} or less")
-            self._steps.append(AddPosition(embedded, self._hidden, weight))
+            self._steps.append(steps.AddPosition(embedded, self._hidden, weight))
 
-    def head(self, soft_cap: float | None = None) -> None:
-        """On a last stage: wanted rows, norm and logits. Without `output.weight` the embedding is used again."""
-        if self.end < self.hyperparameters.block_count:
+    def _head(self, soft_cap: float | None) -> None:
+        """Wanted rows, norm and logits. Without `output.weight` the embedding is used again."""
+        if self._end < self.hyperparameters.block_count:
             return
         self._out = Buffer("logits", self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
-        self._steps.append(SelectRows(self._hidden, selected))
+        self._steps.append(steps.SelectRows(self._hidden, selected))
         self._norm("output_norm", selected)
         weight = "output" if "output.weight" in self.model.tensors else _EMBEDDING.removesuffix(".weight")
         self._matmul(weight, self._normed, self._out)
         if soft_cap is not None:
-            self._steps.append(SoftCap(self._out, self._out, soft_cap))
+            self._steps.append(steps.SoftCap(self._out, self._out, soft_cap))
 
     def attention(self, layer: int, variant: AttentionVariant = AttentionVariant(), *, post_norm: bool = False) -> None:
         """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state. `post_norm` norms the output
@@ -137,12 +123,12 @@ class ProgramBuilder:
         self._attend(layer, variant)
         self._add_projected(f"{prefix}.post_attention_norm" if post_norm else None)
 
-    def parallel(self, layer: int, style: RopeStyle, table: RopeTable, activation: ActivationFunction) -> None:
+    def parallel(self, layer: int, variant: AttentionVariant, activation: ActivationFunction) -> None:
         """hidden += attention + down(activation(up)), both of the hidden state before; one or two norms."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(f"{second}.{part}" in self.model.tensors for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
-        self._attend(layer, AttentionVariant(style, table))
+        self._attend(layer, variant)
         if two:
             self._norm(f"{prefix}.attn_norm", self._hidden)
         self._add_projected()
@@ -156,13 +142,13 @@ class ProgramBuilder:
         key, value = Buffer("key", hp.kv_width), Buffer("value", hp.kv_width)
         self._project(prefix, query, key, value)
         if variant.head_norms:
-            self._norm_heads(f"{prefix}.attn_q_norm", query, hp.head_count)
-            self._norm_heads(f"{prefix}.attn_k_norm", key, hp.head_count_kv)
+            self._rms_norm(f"{prefix}.attn_q_norm", query, query, hp.head_count)
+            self._rms_norm(f"{prefix}.attn_k_norm", key, key, hp.head_count_kv)
         if variant.table is not None:
-            self._steps.append(Rope(query, hp.head_count, hp.key_length, variant.style, variant.table))
-            self._steps.append(Rope(key, hp.head_count_kv, hp.key_length, variant.style, variant.table))
+            self._steps.append(steps.Rope(query, hp.head_count, hp.key_length, variant.style, variant.table))
+            self._steps.append(steps.Rope(key, hp.head_count_kv, hp.key_length, variant.style, variant.table))
         self._steps.append(
-            Attention(
+            steps.Attention(
                 query,
                 key,
                 value,
@@ -201,9 +187,9 @@ class ProgramBuilder:
             self._matmul(f"{prefix}.ffn_gate", self._normed, gate)
             self._matmul(f"{prefix}.ffn_up", self._normed, up)
         if activation is ActivationFunction.SILU:
-            self._steps.append(SiluMul(gate, up, gate))
+            self._steps.append(steps.SiluMul(gate, up, gate))
         else:
-            self._steps += [Activate(gate, gate, activation), Mul(gate, up, gate)]
+            self._steps += [steps.Activate(gate, gate, activation), steps.Mul(gate, up, gate)]
         self._matmul(f"{prefix}.ffn_down", gate, self._projected)
         self._add_projected(f"{prefix}.post_ffw_norm" if post_norm else None)
 
@@ -217,7 +203,7 @@ class ProgramBuilder:
         up = Buffer("up", self.hyperparameters.feed_forward_length)
         activated = Buffer("gate", up.width)
         self._matmul(f"{prefix}.ffn_up", self._normed, up)
-        self._steps.append(Activate(up, activated, activation))
+        self._steps.append(steps.Activate(up, activated, activation))
         self._matmul(f"{prefix}.ffn_down", activated, self._projected)
 
     def experts(self, layer: int, *, normalized: bool = True, shared_width: int = 0) -> None:
@@ -232,7 +218,7 @@ class ProgramBuilder:
         width, ffn, count = hp.embedding_length, hp.expert_feed_forward_length, hp.expert_count
         self._norm(f"{prefix}.ffn_norm", self._hidden)
         self._steps.append(
-            Moe(
+            steps.Moe(
                 self._normed,
                 self._projected,
                 router=self.weight(f"{prefix}.ffn_gate_inp.weight", (count, width)),
@@ -255,11 +241,11 @@ class ProgramBuilder:
         out = Buffer("shared", self._projected.width)
         self._matmul(f"{prefix}.ffn_gate_shexp", self._normed, gate)
         self._matmul(f"{prefix}.ffn_up_shexp", self._normed, up)
-        self._steps.append(SiluMul(gate, up, gate))
+        self._steps.append(steps.SiluMul(gate, up, gate))
         self._matmul(f"{prefix}.ffn_down_shexp", gate, out)
         weight = self._vector(f"{prefix}.ffn_gate_inp_shexp.weight", self._normed.width)
-        self._steps.append(SigmoidGate(self._normed, out, out, weight))
-        self._steps.append(Add(self._projected, out, self._projected))
+        self._steps.append(steps.SigmoidGate(self._normed, out, out, weight))
+        self._steps.append(steps.Add(self._projected, out, self._projected))
 
     def rope_table(self, rope: RopeParameters | None = None) -> RopeTable:
         """The rotation of every layer, or of those that have one of their own."""
@@ -302,30 +288,25 @@ class ProgramBuilder:
         return name
 
     def _norm(self, name: str, x: Buffer) -> None:
-        weight = self._vector(f"{name}.weight", x.width)
         if self._layer_norm_epsilon is None:
-            self._steps.append(RmsNorm(x, self._normed, weight, self._rms_epsilon))
-        else:
-            bias = self._vector(f"{name}.bias", x.width)
-            self._steps.append(LayerNorm(x, self._normed, weight, bias, self._layer_norm_epsilon))
+            self._rms_norm(name, x, self._normed)
+            return
+        weight, bias = self._vector(f"{name}.weight", x.width), self._vector(f"{name}.bias", x.width)
+        self._steps.append(steps.LayerNorm(x, self._normed, weight, bias, self._layer_norm_epsilon))
 
-    @property
-    def _rms_epsilon(self) -> float:
-        """Of norms without a mean. ModelFileError where the file has the other kind's alone."""
-        if self.hyperparameters.rms_epsilon is None:
-            return self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-12, maximum=0.1)
-        return self.hyperparameters.rms_epsilon
-
-    def _norm_heads(self, name: str, x: Buffer, heads: int) -> None:
+    def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:
+        """ModelFileError where the file has the epsilon of the norms with a mean alone."""
         weight = self._vector(f"{name}.weight", x.width // heads)
-        self._steps.append(RmsNorm(x, x, weight, self._rms_epsilon, heads))
+        epsilon = self.hyperparameters.rms_epsilon
+        if epsilon is None:
+            epsilon = self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-12, maximum=0.1)
+        self._steps.append(steps.RmsNorm(x, out, weight, epsilon, heads))
 
     def _add_projected(self, norm: str | None = None) -> None:
         """hidden += projected, normed before where a norm is named."""
         if norm is not None:
-            weight = self._vector(f"{norm}.weight", self._projected.width)
-            self._steps.append(RmsNorm(self._projected, self._projected, weight, self._rms_epsilon))
-        self._steps.append(Add(self._hidden, self._projected, self._hidden))
+            self._rms_norm(norm, self._projected, self._projected)
+        self._steps.append(steps.Add(self._hidden, self._projected, self._hidden))
 
     def _project(self, prefix: str, query: Buffer, key: Buffer, value: Buffer) -> None:
         """Queries, keys and values of the normed hidden state, from tensors of their own or from one."""
@@ -341,7 +322,7 @@ class ProgramBuilder:
         self._matmul(name, self._normed, whole)
         start = 0
         for part in parts:
-            self._steps.append(Slice(whole, part, start))
+            self._steps.append(steps.Slice(whole, part, start))
             start += part.width
 
     def _matmul(self, name: str, x: Buffer, out: Buffer) -> None:
@@ -349,4 +330,4 @@ class ProgramBuilder:
         weight = self.weight(f"{name}.weight", (out.width, x.width))
         bias = f"{name}.bias"
         has_bias = bias in self.model.tensors
-        self._steps.append(MatMul(x, out, weight, self._vector(bias, out.width) if has_bias else None))
+        self._steps.append(steps.MatMul(x, out, weight, self._vector(bias, out.width) if has_bias else None))

@@ -1,21 +1,48 @@
-"""llama: LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and everything else that GGUF files call by this name."""
+"""LLaMA and models of its layers: llama, internlm2, baichuan."""
 
 from __future__ import annotations
 
+from llamaclust.model.architectures.alibi import alibi_slopes
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.program import Program, RopeStyle
+from llamaclust.model.program import RopeStyle
+
+_BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS = 32, 40
 
 
-def build(builder: ProgramBuilder) -> Program:
-    """GGUF files of this architecture have the rows of Q and K permuted for neighbouring pairs. A sliding window is
+def llama(builder: ProgramBuilder) -> None:
+    """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and everything else that GGUF files call by this name.
+
+    GGUF files of this architecture have the rows of Q and K permuted for neighbouring pairs. A sliding window is
     obeyed: Mistral 7B v0.1 was trained with one, and no switch of that model's configuration turns it off."""
     table = builder.rope_table()
-    builder.embed()
-    for layer in range(builder.start, builder.end):
+    for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, builder.hyperparameters.sliding_window))
         if builder.hyperparameters.expert_count:
             builder.experts(layer)
         else:
             builder.feed_forward(layer)
-    builder.head()
-    return builder.program()
+
+
+def internlm2(builder: ProgramBuilder) -> None:
+    """InternLM 2 and 2.5: LLaMA with tensor names of their own. GGUF files hold q, k and v apart, their rows permuted
+    for neighbouring pairs as those of LLaMA."""
+    table = builder.rope_table()
+    for layer in builder.layers():
+        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table))
+        builder.feed_forward(layer)
+
+
+def baichuan(builder: ProgramBuilder) -> None:
+    """Baichuan 7B, which is LLaMA by another name, and 13B, which has ALiBi instead of a rotation.
+
+    Files do not say which of the two a model is; its layers do, as in llama.cpp. A sliding window that the file names
+    is not used: the models were trained without."""
+    layers, heads = builder.hyperparameters.block_count, builder.hyperparameters.head_count
+    if layers not in (_BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS):
+        known = f"{_BAICHUAN_7B_LAYERS}, with a rotation, and {_BAICHUAN_13B_LAYERS}, with ALiBi, are known"
+        raise builder.model.error("baichuan.block_count", f"{layers} layers; only {known}", "take another model")
+    table = builder.rope_table() if layers == _BAICHUAN_7B_LAYERS else None
+    slopes = alibi_slopes(heads) if layers == _BAICHUAN_13B_LAYERS else None
+    for layer in builder.layers():
+        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, slopes=slopes))
+        builder.feed_forward(layer)

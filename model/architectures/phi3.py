@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.program import Program, RopeStyle
+from llamaclust.model.program import RopeStyle
 
 
-def build(builder: ProgramBuilder) -> Program:
+def phi3(builder: ProgramBuilder) -> None:
     """A sliding window is obeyed where the file names one: the models for 4096 tokens write nonsense without theirs.
 
     Rotations of a model for long contexts are divided by short or by long factors, whichever belong to the context that
     the cluster is set up for: `context_length` is part of what decides its tokens.
     """
     table = builder.rope_table()
-    builder.embed()
-    for layer in range(builder.start, builder.end):
+    for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, builder.hyperparameters.sliding_window))
         builder.feed_forward(layer, fused=True)
-    builder.head()
-    return builder.program()

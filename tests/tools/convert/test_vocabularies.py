@@ -15,8 +15,8 @@ from tokenizers import Regex, pre_tokenizers
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.tokenizers.byte_pairs import splitter, stand_ins
-from llamaclust.model.tokenizers.pre_tokenizers import known_pre_tokenizers
 from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.pre_tokenizers import known_pre_tokenizers
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.vocabularies.probe import PROBE, cut, recognised
 from llamaclust.tools.convert.vocabularies.reading import read_words

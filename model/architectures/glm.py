@@ -1,0 +1,20 @@
+"""GLM: chatglm, glm4. One tensor for q, k and v, with a bias, one for gate and up. `rope.dimension_count` says how many
+channels of a head turn, half of them, neighbouring ones together."""
+
+from __future__ import annotations
+
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
+from llamaclust.model.program import RopeStyle
+
+
+def chatglm(builder: ProgramBuilder, *, post_norms: bool = False) -> None:
+    """ChatGLM 2 and 3, GLM 4. `post_norms`: norms after attention and feed-forward too."""
+    table = builder.rope_table()
+    for layer in builder.layers():
+        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table), post_norm=post_norms)
+        builder.feed_forward(layer, fused=True, post_norm=post_norms)
+
+
+def glm4(builder: ProgramBuilder) -> None:
+    """GLM-4-0414."""
+    chatglm(builder, post_norms=True)

@@ -1,0 +1,34 @@
+"""Architectures whose norms subtract a mean and whose inner layer has no gate: gpt2, starcoder2, falcon."""
+
+from __future__ import annotations
+
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
+from llamaclust.model.program import ActivationFunction, RopeStyle
+
+
+def gpt2(builder: ProgramBuilder) -> None:
+    """GPT 2: learned positions instead of rotations, biases everywhere."""
+    builder.use_layer_norms()
+    for layer in builder.layers(positions=True):
+        builder.require(layer, "attn_qkv.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")
+        builder.attention(layer)
+        builder.plain_feed_forward(layer, ActivationFunction.GELU_TANH)
+
+
+def starcoder2(builder: ProgramBuilder) -> None:
+    """StarCoder 2: biases, rotations of pairs half a head apart. A sliding window is obeyed where the file names one:
+    these models were trained with it."""
+    table = builder.rope_table()
+    builder.use_layer_norms()
+    for layer in builder.layers():
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, builder.hyperparameters.sliding_window))
+        builder.plain_feed_forward(layer, ActivationFunction.GELU_TANH)
+
+
+def falcon(builder: ProgramBuilder) -> None:
+    """Falcon 7B, 40B, 180B: few key heads; attention and the inner layer side by side. Both read the hidden state as it
+    was before the layer: normed once for both, or, in the larger models, for each (`attn_norm_2` is attention's)."""
+    table = builder.rope_table()
+    builder.use_layer_norms()
+    for layer in builder.layers():
+        builder.parallel(layer, AttentionVariant(RopeStyle.NEOX, table), ActivationFunction.GELU_TANH)

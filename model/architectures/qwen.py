@@ -1,0 +1,49 @@
+"""Qwen: qwen2, qwen2moe, qwen3, qwen3moe. LLaMA with pairs half a head apart.
+
+A sliding window that the file names is not used: the models' configurations name one and switch it off
+(`use_sliding_window`), and GGUF has no key for the switch."""
+
+from __future__ import annotations
+
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
+from llamaclust.model.program import RopeStyle
+
+_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+
+
+def qwen2(builder: ProgramBuilder) -> None:
+    """Qwen 2 and 2.5: biases on q, k and v."""
+    table = builder.rope_table()
+    for layer in builder.layers():
+        builder.require(layer, *_BIASES)
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
+        builder.feed_forward(layer)
+
+
+def qwen2moe(builder: ProgramBuilder) -> None:
+    """Qwen 1.5 and 2 with experts. The weights of the chosen experts are their probabilities among all, not normalized;
+    each layer also has an expert that every token uses, weighed by a sigmoid of its own."""
+    shared = builder.keys.count(
+        "expert_shared_feed_forward_length", builder.hyperparameters.feed_forward_length, maximum=1 << 20
+    )
+    table = builder.rope_table()
+    for layer in builder.layers():
+        builder.require(layer, *_BIASES)
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
+        builder.experts(layer, normalized=False, shared_width=shared)
+
+
+def qwen3(builder: ProgramBuilder) -> None:
+    """Qwen 3: q and k are normed head by head before they are rotated. A head's width is a key of the file."""
+    table = builder.rope_table()
+    for layer in builder.layers():
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=True))
+        builder.feed_forward(layer)
+
+
+def qwen3moe(builder: ProgramBuilder) -> None:
+    """Qwen 3 with experts in every layer. Their weights are normalized (`norm_topk_prob` of all models of this kind)."""
+    table = builder.rope_table()
+    for layer in builder.layers():
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=True))
+        builder.experts(layer)

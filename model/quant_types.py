@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from math import prod
 
 
 class QuantType(IntEnum):
@@ -47,6 +48,10 @@ class QuantType(IntEnum):
     @property
     def info(self) -> TypeInfo:
         return TYPE_INFO[self]
+
+    def tensor_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of a row-major shape, slowest first."""
+        return prod(shape[:-1]) * self.info.row_bytes(shape[-1])
 
 
 class ActivationFormat(IntEnum):

@@ -42,7 +42,7 @@ def qwen3(builder: ProgramBuilder) -> None:
 
 
 def qwen3moe(builder: ProgramBuilder) -> None:
-    """Qwen 3 with experts in every layer. Their weights are normalized (`norm_topk_prob` of all models of this kind)."""
+    """Qwen 3 with experts in every layer, with normalized weights (`norm_topk_prob` of all models of this kind)."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=True))

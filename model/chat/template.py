@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from llamaclust.core.errors import DeadlineError, ModelFileError, RequestError
 from llamaclust.model.chat.template_choice import built_in, suggested_template
-from llamaclust.model.chat.template_frames import frame_of
 from llamaclust.model.chat.template_process import NotInTime, ProcessKilled, RenderingStopped, TemplateProcess
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -57,9 +56,7 @@ class ChatTemplate:
     def __enter__(self) -> ChatTemplate:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -102,7 +99,7 @@ class ChatTemplate:
         variables = {"tools": None, "documents": None, **self._tokens, **extra}
         variables |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            frame = frame_of(variables)
+            frame = _frame(variables)
         except RecursionError:
             raise RequestError("the messages are nested too deeply") from None
         except (TypeError, ValueError) as error:
@@ -144,14 +141,8 @@ class ChatTemplate:
         remembered, not tried again."""
         limits = self._limits
         child = TemplateProcess(limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16))
-        first = {
-            "source": self.source,
-            "cpu_seconds": limits.cpu_seconds,
-            "memory_bytes": limits.memory_bytes,
-            "max_text_bytes": limits.max_text_bytes,
-        }
         try:
-            problem = child.request(frame_of(first), limits.start_s).get("error")
+            problem = child.request(_frame({"source": self.source, **asdict(limits)}), limits.start_s).get("error")
         except (ProcessKilled, NotInTime):
             child.kill()
             raise
@@ -189,6 +180,11 @@ def load_chat_template(
         name = suggested_template(metadata, tokenizer)
         source = None if name is None else built_in(name)
     return ChatTemplate(source, _text(tokenizer, tokenizer.bos_id), _text(tokenizer, tokenizer.eos_id), limits)
+
+
+def _frame(values: Mapping[str, Any]) -> bytes:
+    """One line of JSON in plain ASCII. TypeError, ValueError or RecursionError for values that JSON cannot hold."""
+    return json.dumps(values).encode() + b"\n"
 
 
 def _line(text: object) -> str:

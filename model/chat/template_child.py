@@ -1,11 +1,10 @@
 """The process that renders chat templates. A template is a program from an untrusted file: it runs sandboxed,
-with little memory and CPU time, where it can be killed. Frames on stdin and stdout: a length and that much JSON."""
+with little memory and CPU time, where it can be killed. Requests on stdin and replies on stdout are lines of JSON."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-import os
 import resource
 import signal
 import sys
@@ -20,8 +19,6 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
-
-from llamaclust.model.chat.template_frames import FRAME_LENGTH, frame_of
 
 _MAX_REQUEST_BYTES: Final = 1 << 28
 _MAX_MESSAGE_CHARACTERS: Final = 500
@@ -99,29 +96,18 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
         return {"error": (str(error) or type(error).__name__)[:_MAX_MESSAGE_CHARACTERS]}
 
 
-def _read_exactly(count: int) -> bytes:
-    """The next bytes of stdin; ends the process where the parent has gone."""
-    data = bytearray()
-    while len(data) < count:
-        chunk = os.read(0, min(count - len(data), 1 << 20))
-        if not chunk:
-            sys.exit(0)
-        data += chunk
-    return bytes(data)
-
-
 def _read_frame() -> dict[str, Any]:
-    length = FRAME_LENGTH.unpack(_read_exactly(FRAME_LENGTH.size))[0]
-    if length > _MAX_REQUEST_BYTES:
-        sys.exit(2)
-    frame: dict[str, Any] = json.loads(_read_exactly(length))
+    """The next request; ends the process where the parent has gone."""
+    line = sys.stdin.buffer.readline(_MAX_REQUEST_BYTES)
+    if not line.endswith(b"\n"):
+        sys.exit(2 if line else 0)
+    frame: dict[str, Any] = json.loads(line)
     return frame
 
 
 def _write_frame(frame: Mapping[str, Any]) -> None:
-    rest = memoryview(frame_of(frame))
-    while rest:
-        rest = rest[os.write(1, rest) :]
+    sys.stdout.buffer.write(json.dumps(frame).encode() + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def _set_parent_death_signal() -> None:

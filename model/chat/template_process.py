@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
+from threading import Event, Timer
 from typing import Any
-
-from llamaclust.model.chat.template_frames import FRAME_LENGTH
 
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
 """Variables for Python's start and for dates in templates; keys and tokens are not passed."""
@@ -45,28 +42,39 @@ class TemplateProcess:
             env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
         )
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._input = self._process.stdin.fileno()
-        self._output = self._process.stdout.fileno()
-        os.set_blocking(self._input, False)
+        self._input, self._output = self._process.stdin, self._process.stdout
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def request(self, frame: bytes, timeout_s: float) -> dict[str, Any]:
-        """Sends a request and waits for the reply."""
-        deadline = time.monotonic() + timeout_s
+        """Sends a request, one line of JSON, and waits for the reply, another one."""
+        is_late = Event()
+
+        def end() -> None:
+            is_late.set()
+            self._process.kill()
+
+        timer = Timer(timeout_s, end)
+        timer.daemon = True
+        timer.start()
         try:
-            self._write(frame, deadline)
-            length = FRAME_LENGTH.unpack(self._read(FRAME_LENGTH.size, deadline))[0]
-            if length > self._max_reply_bytes:
-                raise RenderingStopped(f"a reply of {length} bytes")
-            reply: dict[str, Any] = json.loads(self._read(length, deadline))
-        except TimeoutError:
-            raise NotInTime(f"it did not end within {timeout_s:g} s") from None
-        except (BrokenPipeError, EOFError):
-            raise self._ending() from None
-        return reply
+            self._input.write(frame)
+            self._input.flush()
+            line = self._output.readline(self._max_reply_bytes + 1)
+        except BrokenPipeError:
+            line = b""
+        finally:
+            timer.cancel()
+        if line.endswith(b"\n"):
+            reply: dict[str, Any] = json.loads(line)
+            return reply
+        if is_late.is_set():
+            raise NotInTime(f"it did not end within {timeout_s:g} s")
+        if len(line) > self._max_reply_bytes:
+            raise RenderingStopped(f"a reply of more than {self._max_reply_bytes} bytes")
+        raise self._ending()
 
     def stop(self) -> None:
         """Makes the process end; may be called from any thread."""
@@ -88,26 +96,3 @@ class TemplateProcess:
         if code == -signal.SIGXCPU:
             return RenderingStopped("it used more CPU time than a template may")
         return RenderingStopped("it crashed the process that rendered it")
-
-    def _write(self, data: bytes, deadline: float) -> None:
-        rest = memoryview(data)
-        while rest:
-            _wait_for(self._input, select.POLLOUT, deadline)
-            rest = rest[os.write(self._input, rest) :]
-
-    def _read(self, count: int, deadline: float) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            _wait_for(self._output, select.POLLIN, deadline)
-            chunk = os.read(self._output, min(count - len(data), 1 << 20))
-            if not chunk:
-                raise EOFError
-            data += chunk
-        return bytes(data)
-
-
-def _wait_for(descriptor: int, event: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(descriptor, event)
-    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise TimeoutError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from struct import Struct
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.model.gguf.cursor import HeaderCursor
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor, open_regular, read_exactly
-from llamaclust.model.gguf.values import MetadataValue, fail_at, kind_of, shown
+from llamaclust.model.gguf.values import LENGTH, LazyStrings, MetadataValue, fail_at, kind_of, shown
 from llamaclust.model.quant_types import QuantType
 
 MAGIC = b"GGUF"
@@ -37,7 +37,11 @@ _MAX_NESTING = 4
 _MIN_KEY_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_FIRST_CHUNK_BYTES = 1 << 16
+_MAX_HEADER_BYTES = 1 << 28
+_MAX_STRINGS = 1 << 22
 
+_U32 = Struct("<I")
 _SCALARS = {number: Struct(code) for number, code in NUMBER_FORMATS.items()}
 
 
@@ -52,28 +56,146 @@ class Header:
     digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorEntry:
-    name: str
-    quant_type: QuantType
-    shape: tuple[int, ...]
-    offset: int  # from the start of the data section
+class _Cursor:
+    """A position in a file's header, read front to back in growing chunks; every length is checked against the file
+    before it is used. `place` names the part that is read now, for errors."""
+
+    __slots__ = ("_buffer", "_descriptor", "_nested", "_path", "_size_bytes", "place", "position")
+
+    def __init__(self, descriptor: int, path: Path, size_bytes: int) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        self._size_bytes = size_bytes
+        self._buffer = bytearray()
+        self.place = "header"
+        self.position = 0
+        self._nested = 0  # arrays inside arrays, which a hostile file could nest or repeat without end
 
     @property
-    def n_bytes(self) -> int:
-        return math.prod(self.shape[:-1]) * self.quant_type.info.row_bytes(self.shape[-1])
+    def consumed(self) -> memoryview:
+        """The bytes read so far, [0, position)."""
+        return memoryview(self._buffer)[: self.position]
+
+    @property
+    def remaining_bytes(self) -> int:
+        return self._size_bytes - self.position
+
+    def error(self, what: str, advice: str = "the file is damaged, download it again") -> ModelFileError:
+        return fail_at(self._path, f"{self.place} (byte {self.position})", what, advice)
+
+    def need(self, count: int) -> None:
+        """Makes the next `count` bytes ready; ModelFileError where there are fewer, or absurdly many."""
+        end = self.position + count
+        if end <= len(self._buffer):
+            return
+        if end > self._size_bytes:
+            raise self.error(f"{count} bytes needed, the file ends at byte {self._size_bytes}")
+        if end > _MAX_HEADER_BYTES:
+            raise self.error(f"the header is longer than {_MAX_HEADER_BYTES >> 20} MiB")
+        have = len(self._buffer)
+        wanted = min(self._size_bytes, _MAX_HEADER_BYTES, max(end, 2 * have, _FIRST_CHUNK_BYTES))
+        chunk = bytearray(wanted - have)
+        read_exactly(self._descriptor, self._path, have, memoryview(chunk))
+        self._buffer += chunk
+
+    def take(self, count: int) -> bytes:
+        self.need(count)
+        start = self.position
+        self.position = start + count
+        return bytes(memoryview(self._buffer)[start : self.position])
+
+    def u32(self) -> int:
+        value: int = _U32.unpack(self.take(4))[0]
+        return value
+
+    def u64(self) -> int:
+        value: int = LENGTH.unpack(self.take(8))[0]
+        return value
+
+    def string(self, max_bytes: int) -> str:
+        """A length and that many bytes of UTF-8."""
+        length = self.u64()
+        if length > max_bytes:
+            raise self.error(f"a string of {length} bytes, at most {max_bytes} allowed")
+        try:
+            return str(self.take(length), "utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error(f"a string that is not UTF-8 ({error.reason})") from error
+
+    def strings(self, count: int, key: str) -> LazyStrings:
+        """`count` strings, of which only the lengths are looked at."""
+        if count > min(_MAX_STRINGS, self.remaining_bytes // 8):
+            raise self.error(f"an array of {count} strings")
+        start = self.position
+        self._skip_strings(count)
+        return LazyStrings(bytes(memoryview(self._buffer)[start : self.position]), count, f"{self._path}: {shown(key)}")
+
+    def _skip_strings(self, count: int) -> None:
+        buffer, unpack = self._buffer, LENGTH.unpack_from
+        at, ready = self.position, len(buffer)
+        for _ in range(count):
+            if at + 8 > ready:
+                self.need(at + 8 - self.position)
+                ready = len(buffer)
+            at += 8 + unpack(buffer, at)[0]
+        self.need(at - self.position)
+        self.position = at
+
+    def value(self, key: str) -> MetadataValue:
+        """A metadata value, its type before it."""
+        value_type = self.u32()
+        return self._array(key, 1) if value_type == ARRAY_TYPE else self._scalar(value_type)
+
+    def _scalar(self, value_type: int) -> MetadataValue:
+        if value_type == STRING_TYPE:
+            return self.string(_MAX_TEXT_BYTES)
+        if value_type == BOOL_TYPE:
+            byte = self.take(1)[0]
+            if byte > 1:
+                raise self.error(f"a truth value of {byte}")
+            return byte == 1
+        scalar = _SCALARS.get(value_type)
+        if scalar is None:
+            raise self.error(f"unknown value type {value_type}")
+        value: int | float = scalar.unpack(self.take(scalar.size))[0]
+        return value
+
+    def _array(self, key: str, depth: int) -> MetadataValue:
+        item_type, count = self.u32(), self.u64()
+        if item_type == STRING_TYPE:
+            return self.strings(count, key)
+        if item_type == ARRAY_TYPE:
+            self._nested += count
+            if depth == _MAX_NESTING or self._nested > _MAX_NESTED_ARRAYS:
+                raise self.error(f"arrays nested {depth + 1} deep, {self._nested} in all", "the file is not usable")
+            return tuple(self._array(key, depth + 1) for _ in range(count))
+        return self._numbers(item_type, count)
+
+    def _numbers(self, item_type: int, count: int) -> NDArray[Any]:
+        code = "u1" if item_type == BOOL_TYPE else NUMBER_FORMATS.get(item_type)
+        if code is None:
+            raise self.error(f"unknown array type {item_type}")
+        dtype = np.dtype(code)
+        if count > self.remaining_bytes // dtype.itemsize:
+            raise self.error(f"an array of {count} numbers in a file with {self.remaining_bytes} bytes left")
+        values = np.frombuffer(self.take(count * dtype.itemsize), dtype)
+        if item_type != BOOL_TYPE:
+            return values
+        if count and values.max() > 1:
+            raise self.error(f"a truth value of {values.max()}")
+        return values.view(np.bool_)
 
 
 def read_header(path: Path) -> Header:
     """Reads and checks one file's header. Any fault is a ModelFileError that names the file and the place."""
     with open_regular(path) as descriptor:
         identity = FileIdentity.of(descriptor)
-        cursor = HeaderCursor(descriptor, path, identity.size_bytes)
+        cursor = _Cursor(descriptor, path, identity.size_bytes)
         key_count, tensor_count = _read_start(cursor)
         metadata = _read_metadata(cursor, key_count)
-        entries = _read_entries(cursor, tensor_count)
-        data_start = _aligned(cursor.position, _alignment(path, metadata))
-        tensors = {entry.name: _place(entry, path, data_start, identity) for entry in entries}
+        found = _read_tensors(cursor, tensor_count, path, identity)
+        data_start = padded(cursor.position, _alignment(path, metadata))
+        tensors = {name: _placed(tensor, data_start) for name, tensor in found.items()}
         _check_overlaps(path, tensors)
         digest = _digest(cursor, descriptor, path, data_start)
         if FileIdentity.of(descriptor) != identity:
@@ -84,20 +206,20 @@ def read_header(path: Path) -> Header:
 def raw_metadata(path: Path) -> dict[str, bytes]:
     """Every key's type and value as they stand in the file, for a copy that keeps them. Errors as for `read_header`."""
     with open_regular(path) as descriptor:
-        cursor = HeaderCursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
+        cursor = _Cursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
         key_count, _ = _read_start(cursor)
         return dict(_read_raw(cursor) for _ in range(key_count))
 
 
-def _read_raw(cursor: HeaderCursor) -> tuple[str, bytes]:
+def _read_raw(cursor: _Cursor) -> tuple[str, bytes]:
     key = cursor.string(_MAX_KEY_BYTES)
     start = cursor.position
-    _ValueReader(cursor).read(key)
+    cursor.value(key)
     with cursor.consumed as consumed:
         return key, bytes(consumed[start:])
 
 
-def _read_start(cursor: HeaderCursor) -> tuple[int, int]:
+def _read_start(cursor: _Cursor) -> tuple[int, int]:
     if cursor.remaining_bytes < 24 or cursor.take(4) != MAGIC:
         raise cursor.error("not a GGUF file", "give the path of a .gguf file")
     version = cursor.u32()
@@ -113,90 +235,34 @@ def _read_start(cursor: HeaderCursor) -> tuple[int, int]:
     return key_count, tensor_count
 
 
-def _read_metadata(cursor: HeaderCursor, count: int) -> dict[str, MetadataValue]:
+def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
     metadata: dict[str, MetadataValue] = {}
-    values = _ValueReader(cursor)
     for number in range(count):
         cursor.place = f"metadata key {number}"
         key = cursor.string(_MAX_KEY_BYTES)
         cursor.place = f"metadata {shown(key)}"
         if not key or key in metadata:
             raise cursor.error("the key stands twice in the file" if key else "an empty key")
-        metadata[key] = values.read(key)
+        metadata[key] = cursor.value(key)
     return metadata
 
 
-class _ValueReader:
-    """Reads values; counts arrays inside arrays, which a hostile file could nest or repeat without end."""
-
-    __slots__ = ("_cursor", "_nested")
-
-    def __init__(self, cursor: HeaderCursor) -> None:
-        self._cursor = cursor
-        self._nested = 0
-
-    def read(self, key: str) -> MetadataValue:
-        value_type = self._cursor.u32()
-        return self._array(key, 1) if value_type == ARRAY_TYPE else self._scalar(value_type)
-
-    def _scalar(self, value_type: int) -> MetadataValue:
-        cursor = self._cursor
-        if value_type == STRING_TYPE:
-            return cursor.string(_MAX_TEXT_BYTES)
-        if value_type == BOOL_TYPE:
-            byte = cursor.take(1)[0]
-            if byte > 1:
-                raise cursor.error(f"a truth value of {byte}")
-            return byte == 1
-        scalar = _SCALARS.get(value_type)
-        if scalar is None:
-            raise cursor.error(f"unknown value type {value_type}")
-        value: int | float = scalar.unpack(cursor.take(scalar.size))[0]
-        return value
-
-    def _array(self, key: str, depth: int) -> MetadataValue:
-        cursor = self._cursor
-        item_type, count = cursor.u32(), cursor.u64()
-        if item_type == STRING_TYPE:
-            return cursor.strings(count, key)
-        if item_type == ARRAY_TYPE:
-            self._nested += count
-            if depth == _MAX_NESTING or self._nested > _MAX_NESTED_ARRAYS:
-                raise cursor.error(f"arrays nested {depth + 1} deep, {self._nested} in all", "the file is not usable")
-            return tuple(self._array(key, depth + 1) for _ in range(count))
-        return self._numbers(item_type, count)
-
-    def _numbers(self, item_type: int, count: int) -> NDArray[Any]:
-        cursor = self._cursor
-        code = "u1" if item_type == BOOL_TYPE else NUMBER_FORMATS.get(item_type)
-        if code is None:
-            raise cursor.error(f"unknown array type {item_type}")
-        dtype = np.dtype(code)
-        if count > cursor.remaining_bytes // dtype.itemsize:
-            raise cursor.error(f"an array of {count} numbers in a file with {cursor.remaining_bytes} bytes left")
-        values = np.frombuffer(cursor.take(count * dtype.itemsize), dtype)
-        if item_type != BOOL_TYPE:
-            return values
-        if count and values.max() > 1:
-            raise cursor.error(f"a truth value of {values.max()}")
-        return values.view(np.bool_)
-
-
-def _read_entries(cursor: HeaderCursor, count: int) -> list[_TensorEntry]:
-    entries: list[_TensorEntry] = []
-    names: set[str] = set()
+def _read_tensors(cursor: _Cursor, count: int, path: Path, identity: FileIdentity) -> dict[str, Tensor]:
+    """By name; offsets are from the start of the data section."""
+    tensors: dict[str, Tensor] = {}
     for number in range(count):
         cursor.place = f"tensor {number}"
         name = cursor.string(_MAX_TENSOR_NAME_BYTES)
         cursor.place = f"tensor {shown(name)}"
-        if not name or name in names:
+        if not name or name in tensors:
             raise cursor.error("the name stands twice in the file" if name else "an empty name")
-        names.add(name)
-        entries.append(_read_entry(cursor, name))
-    return entries
+        quant_type, shape = _read_shape(cursor)
+        offset = cursor.u64()
+        tensors[name] = Tensor(name, quant_type, shape, path, offset, quant_type.tensor_bytes(shape), identity)
+    return tensors
 
 
-def _read_entry(cursor: HeaderCursor, name: str) -> _TensorEntry:
+def _read_shape(cursor: _Cursor) -> tuple[QuantType, tuple[int, ...]]:
     dimensions = cursor.u32()
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise cursor.error(f"{dimensions} dimensions, 1 to {MAX_DIMENSIONS} allowed")
@@ -207,10 +273,10 @@ def _read_entry(cursor: HeaderCursor, name: str) -> _TensorEntry:
     block_size = quant_type.info.block_size
     if sizes[0] % block_size:
         raise cursor.error(f"rows of {sizes[0]} weights, {quant_type.name} needs a multiple of {block_size}")
-    return _TensorEntry(name, quant_type, tuple(reversed(sizes)), cursor.u64())
+    return quant_type, tuple(reversed(sizes))
 
 
-def _quant_type(cursor: HeaderCursor, number: int) -> QuantType:
+def _quant_type(cursor: _Cursor, number: int) -> QuantType:
     try:
         return QuantType(number)
     except ValueError:
@@ -227,17 +293,18 @@ def _alignment(path: Path, metadata: dict[str, MetadataValue]) -> int:
     return value
 
 
-def _aligned(position: int, alignment: int) -> int:
-    return -(-position // alignment) * alignment
+def padded(count: int, alignment: int) -> int:
+    """The next multiple of `alignment`."""
+    return -(-count // alignment) * alignment
 
 
-def _place(entry: _TensorEntry, path: Path, data_start: int, identity: FileIdentity) -> Tensor:
-    offset = data_start + entry.offset
-    end = offset + entry.n_bytes
-    if end > identity.size_bytes:
-        what = f"ends at byte {end}, the file at byte {identity.size_bytes}"
-        raise fail_at(path, f"tensor {shown(entry.name)}", what, "the file is incomplete, download it again")
-    return Tensor(entry.name, entry.quant_type, entry.shape, path, offset, entry.n_bytes, identity)
+def _placed(tensor: Tensor, data_start: int) -> Tensor:
+    """The tensor with its offset in the file."""
+    offset, size_bytes = data_start + tensor.offset, tensor.file_identity.size_bytes
+    if offset + tensor.n_bytes > size_bytes:
+        what = f"ends at byte {offset + tensor.n_bytes}, the file at byte {size_bytes}"
+        raise fail_at(tensor.path, f"tensor {shown(tensor.name)}", what, "the file is incomplete, download it again")
+    return replace(tensor, offset=offset)
 
 
 def _check_overlaps(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -247,7 +314,7 @@ def _check_overlaps(path: Path, tensors: dict[str, Tensor]) -> None:
             raise fail_at(path, f"tensor {shown(after.name)}", f"overlaps tensor {shown(before.name)}")
 
 
-def _digest(cursor: HeaderCursor, descriptor: int, path: Path, data_start: int) -> bytes:
+def _digest(cursor: _Cursor, descriptor: int, path: Path, data_start: int) -> bytes:
     """SHA-256 of header, size and samples: two fine-tunes of one base model must not pass for the same model."""
     size_bytes = cursor.position + cursor.remaining_bytes
     hashed = hashlib.sha256(size_bytes.to_bytes(8, "little"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from struct import pack
 from typing import Any, BinaryIO, Self
@@ -13,7 +12,15 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.atomic_file import new_file, new_files
-from llamaclust.model.gguf.header import ARRAY_TYPE, BOOL_TYPE, DEFAULT_ALIGNMENT, MAGIC, NUMBER_FORMATS, STRING_TYPE
+from llamaclust.model.gguf.header import (
+    ARRAY_TYPE,
+    BOOL_TYPE,
+    DEFAULT_ALIGNMENT,
+    MAGIC,
+    NUMBER_FORMATS,
+    STRING_TYPE,
+    padded,
+)
 from llamaclust.model.gguf.values import MetadataValue, shown
 from llamaclust.model.quant_types import QuantType
 
@@ -52,7 +59,7 @@ class TensorSource:
 
     @property
     def n_bytes(self) -> int:
-        return prod(self.shape[:-1]) * self.quant_type.info.row_bytes(self.shape[-1])
+        return self.quant_type.tensor_bytes(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,7 @@ class Contents:
 
     @property
     def n_bytes(self) -> int:
-        return len(self.header) + sum(_padded(tensor.n_bytes, self.alignment) for tensor in self.tensors)
+        return len(self.header) + sum(padded(tensor.n_bytes, self.alignment) for tensor in self.tensors)
 
     def write(self, file: BinaryIO) -> None:
         file.write(self.header)
@@ -107,8 +114,8 @@ def header_bytes(
         header += _text(source.name) + pack("<I", len(source.shape))
         header += b"".join(pack("<Q", size) for size in reversed(source.shape))
         header += pack("<IQ", source.quant_type, offset)
-        offset += _padded(source.n_bytes, alignment)
-    return bytes(header.ljust(_padded(len(header), alignment), b"\0"))
+        offset += padded(source.n_bytes, alignment)
+    return bytes(header.ljust(padded(len(header), alignment), b"\0"))
 
 
 def _text(text: str) -> bytes:
@@ -149,13 +156,9 @@ def _fits(value: int, kind: type[np.integer[Any]]) -> bool:
     return bool(np.iinfo(kind).min <= value <= np.iinfo(kind).max)
 
 
-def _padded(count: int, alignment: int) -> int:
-    return -(-count // alignment) * alignment
-
-
 def _write_tensor(file: BinaryIO, source: TensorSource, alignment: int) -> None:
     made, written = source.produce(), 0
     for piece in (made,) if isinstance(made, bytes | bytearray | memoryview) else made:
         written += file.write(memoryview(piece).cast("B"))
     assert written == source.n_bytes, f"{source.name}: {written} bytes made, {source.n_bytes} announced"
-    file.write(bytes(_padded(written, alignment) - written))
+    file.write(bytes(padded(written, alignment) - written))

@@ -45,7 +45,7 @@ class TensorRecord:
 
     @property
     def n_bytes(self) -> int:
-        return prod(self.shape[:-1]) * self.quant_type.info.row_bytes(self.shape[-1])
+        return self.quant_type.tensor_bytes(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import dropwhile, takewhile
+from operator import attrgetter
 from pathlib import Path
 from typing import Self
 
@@ -19,12 +20,10 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
-from llamaclust.model.program import AddPosition, Embed, KvType, MatMul, Moe, Program, SelectRows, Step
+from llamaclust.model.program import AddPosition, Embed, KvType, MatMul, Moe, Program, SelectRows, Step, weights_of
 from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
-
-_F32 = ActivationFormat.F32
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +110,17 @@ class Model:
         return {name: self.file.tensor(name) for name in program.weights}
 
     def costs(self, kv_type: KvType) -> ModelCosts:
+        tensors = self.file.tensors
         embedding = [step for step in self._whole.steps if isinstance(step, Embed | AddPosition)]
         head = list(dropwhile(_is_before_head, self._whole.steps))
+        layers = [self.program(layer, layer + 1, kv_type) for layer in range(self.layer_count)]
         return ModelCosts(
-            embedding_bytes=self._weight_bytes(embedding, _resident_bytes),
-            head_bytes=self._weight_bytes(head, _resident_bytes),
+            embedding_bytes=_weight_bytes(tensors, embedding),
+            head_bytes=_weight_bytes(tensors, head),
             head_macs=_all_macs(head),
-            layers=tuple(
-                self._layer_cost(self.program(layer, layer + 1, kv_type)) for layer in range(self.layer_count)
-            ),
-            float_head_macs=sum(map(self._float_macs, head)),
-            head_file_bytes=self._weight_bytes(head, _file_bytes),
+            layers=tuple(_layer_cost(tensors, layer) for layer in layers),
+            float_head_macs=_float_macs(tensors, head),
+            head_file_bytes=_weight_bytes(tensors, head, _file_bytes),
             hidden_bytes=4 * self.hyperparameters.embedding_length,
         )
 
@@ -143,37 +142,6 @@ class Model:
         if "chat_template" in vars(self):
             self.chat_template.close()
 
-    def _layer_cost(self, program: Program) -> LayerCost:
-        """Of a program of one layer, without the embedding and the head of a first or last stage."""
-        steps = [
-            step for step in takewhile(_is_before_head, program.steps) if not isinstance(step, Embed | AddPosition)
-        ]
-        return LayerCost(
-            weight_bytes=self._weight_bytes(steps, _resident_bytes),
-            macs_per_token=_all_macs(steps),
-            kv_bytes_per_token=sum(step.kv_token_bytes for step in program.kv_layers),
-            idle_bytes=self._idle_bytes(steps, _resident_bytes),
-            window=program.window,
-            float_macs_per_token=sum(map(self._float_macs, steps)),
-            used_file_bytes=self._weight_bytes(steps, _file_bytes) - self._idle_bytes(steps, _file_bytes),
-        )
-
-    def _weight_bytes(self, steps: Iterable[Step], size: Callable[[Tensor], int]) -> int:
-        names = replace(self._whole, steps=tuple(steps)).weights
-        return sum(size(self.file.tensor(name)) for name in names)
-
-    def _idle_bytes(self, steps: Iterable[Step], size: Callable[[Tensor], int]) -> int:
-        """Of the experts that a token does not choose."""
-        idle = 0
-        for step in steps:
-            if isinstance(step, Moe):
-                held = sum(size(self.file.tensor(name)) for name in (step.gate, step.up, step.down))
-                idle += held // step.experts * (step.experts - step.used)
-        return idle
-
-    def _float_macs(self, step: Step) -> int:
-        return sum(macs for name, macs in _macs(step) if self.file.tensor(name).quant_type.info.activation is _F32)
-
     def _refuse_unknown_tensors(self) -> None:
         """An unread tensor may be a scale or a norm, without which every answer is wrong."""
         unknown = set(self.file.tensors) - set(self._whole.weights) - set(FACTOR_TENSORS)
@@ -191,12 +159,43 @@ def _named(path: Path) -> Iterator[None]:
         raise ModelFileError(f"{path}: {error}") from error
 
 
-def _resident_bytes(tensor: Tensor) -> int:
-    return tensor.resident_bytes
+_resident_bytes = attrgetter("resident_bytes")
+_file_bytes = attrgetter("n_bytes")
 
 
-def _file_bytes(tensor: Tensor) -> int:
-    return tensor.n_bytes
+def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
+    """Of a program of one layer, without the embedding and the head of a first or last stage."""
+    steps = [step for step in takewhile(_is_before_head, program.steps) if not isinstance(step, Embed | AddPosition)]
+    return LayerCost(
+        weight_bytes=_weight_bytes(tensors, steps),
+        macs_per_token=_all_macs(steps),
+        kv_bytes_per_token=sum(step.kv_token_bytes for step in program.kv_layers),
+        idle_bytes=_idle_bytes(tensors, steps, _resident_bytes),
+        window=program.window,
+        float_macs_per_token=_float_macs(tensors, steps),
+        used_file_bytes=_weight_bytes(tensors, steps, _file_bytes) - _idle_bytes(tensors, steps, _file_bytes),
+    )
+
+
+def _weight_bytes(
+    tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Callable[[Tensor], int] = _resident_bytes
+) -> int:
+    return sum(size(tensors[name]) for name in weights_of(steps))
+
+
+def _idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Callable[[Tensor], int]) -> int:
+    """Of the experts that a token does not choose."""
+    idle = 0
+    for step in steps:
+        if isinstance(step, Moe):
+            held = sum(size(tensors[name]) for name in (step.gate, step.up, step.down))
+            idle += held // step.experts * (step.experts - step.used)
+    return idle
+
+
+def _float_macs(tensors: Mapping[str, Tensor], steps: Iterable[Step]) -> int:
+    macs = (named for step in steps for named in _macs(step))
+    return sum(count for name, count in macs if tensors[name].quant_type.info.activation is ActivationFormat.F32)
 
 
 def _is_before_head(step: Step) -> bool:

@@ -6,6 +6,7 @@ the rows whose logits are wanted. Weights are named by their GGUF tensor names; 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -303,9 +304,7 @@ class Program:
     @property
     def weights(self) -> tuple[str, ...]:
         """Names of every tensor the steps read, in first-use order, each once."""
-        fields = ("weight", "bias", "router", "gate", "up", "down")
-        names = (getattr(step, field, None) for step in self.steps for field in fields)
-        return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
+        return weights_of(self.steps)
 
     @property
     def kv_layers(self) -> tuple[Attention, ...]:
@@ -316,3 +315,10 @@ class Program:
     def window(self) -> int | None:
         """The largest window of its layers, if any has one."""
         return max((step.window for step in self.kv_layers if step.window is not None), default=None)
+
+
+def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
+    """Names of every tensor the steps read, in first-use order, each once."""
+    fields = ("weight", "bias", "router", "gate", "up", "down")
+    names = (getattr(step, field, None) for step in steps for field in fields)
+    return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))

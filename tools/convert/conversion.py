@@ -12,14 +12,13 @@ from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.header import MAGIC
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.convert.elements import OUTPUT_TYPES
-from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.formats.opening import Hints, open_checkpoint
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.lazy import Lazy
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import build_page
-from llamaclust.tools.convert.stream import OnProgress, Output, write_stream
+from llamaclust.tools.convert.settings import Checkpoint
+from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, write_stream
 from llamaclust.tools.convert.vocabularies.reading import read_words
 from llamaclust.tools.convert.vocabularies.words import Words
 

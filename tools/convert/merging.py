@@ -1,26 +1,45 @@
-"""Merges an adapter into its checkpoint: into a GGUF file or a Hugging Face folder."""
+"""Merges an adapter of PEFT (LoRA) into its checkpoint: low-rank factors for matrices, and matrices that replace its
+own. The result is a GGUF file or a Hugging Face folder."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.model.gguf.atomic_file import hidden_name, new_file
-from llamaclust.tools.convert.adapter import merged, read_adapter, words_of
+from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.conversion import Converted, Target, thread_count, write_converted
-from llamaclust.tools.convert.elements import OUTPUT_TYPES
-from llamaclust.tools.convert.formats.checkpoint import Checkpoint
-from llamaclust.tools.convert.formats.hugging_face import CONFIG, read_folder
+from llamaclust.tools.convert.formats.hugging_face import CONFIG, read_folder, read_weight_file
 from llamaclust.tools.convert.formats.opening import Hints
-from llamaclust.tools.convert.formats.source_files import SourceFiles
-from llamaclust.tools.convert.lazy import Lazy, Storage
-from llamaclust.tools.convert.stream import OnProgress, Output, write_pieces
+from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
+from llamaclust.tools.convert.lazy import Array, Lazy, Storage, as_floats
+from llamaclust.tools.convert.settings import Checkpoint, Settings
+from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, write_pieces
 
+_NAMES: Final = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX: Final = "base_model.model."
+_FACTOR: Final = re.compile(r"(?P<module>.*)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(\.default)?(\.weight)?")
+_SAVED: Final = re.compile(r"(?P<module>.*?)(\.modules_to_save(\.default)?|\.original_module)?\.(?P<kind>weight|bias)")
+_REFUSED: Final = (
+    "use_dora",
+    "use_qalora",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "lora_bias",
+    "layer_replication",
+)
+_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin that take something off the base's matrices; adapters of a base as it was say `true`."""
+_PLAIN: Final = re.compile(r"[\w.-]+")
 _TOKENIZER_FILES: Final = (
     "tokenizer.model",
     "tokenizer.json",
@@ -45,9 +64,9 @@ def merge_adapter(
         raise ModelFileError(f"{base}: no {CONFIG}: the base must be a folder of Hugging Face's form, not quantized")
     with SourceFiles() as files:
         found = read_folder(files, base)
-        tensors = merged(found.tensors, read_adapter(files, adapter))
+        tensors = _merged(found.tensors, _read_adapter(files, adapter))
         vocabulary = adapter if _has_tokenizer(adapter) else base
-        whole = replace(found, tensors=tensors, settings=words_of(tensors, found.settings), vocabulary=vocabulary)
+        whole = replace(found, tensors=tensors, settings=_words_of(tensors, found.settings), vocabulary=vocabulary)
         if out.suffix == ".gguf":
             return write_converted(files, whole, Target(out, type_name), hints, on_progress)
         return _write_folder(files, whole, base, out, type_name, on_progress)
@@ -98,7 +117,7 @@ def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, on_p
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for output in outputs:
-        end = at + output.source.n_bytes
+        end = at + output.n_bytes
         header[output.name] = {"dtype": storage.name, "shape": list(output.tensor.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
@@ -107,3 +126,148 @@ def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, on_p
     with new_file(path, len(head) + at) as file:
         file.write(head)
         write_pieces(file, outputs, on_progress, thread_count(), alignment=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """W + scale * left @ right, or its transpose where the layer is stored so. left [rows, rank], right [rank, k]."""
+
+    left: NDArray[np.float32]
+    right: NDArray[np.float32]
+    scale: np.float32
+    exchanged: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = self.left.shape[0], self.right.shape[1]
+        return shape[::-1] if self.exchanged else shape
+
+    def added(self, start: int, end: int) -> NDArray[np.float32]:
+        """Rows [start, end) of what is added, in float32."""
+        if self.exchanged:
+            return (self.right[:, start:end].T @ self.left.T) * self.scale
+        return (self.left[start:end] @ self.right) * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """`factors` by the name of the matrix they belong to; `replaced` holds tensors that are taken instead."""
+
+    path: Path
+    factors: Mapping[str, _Factors]
+    replaced: Mapping[str, Lazy]
+
+
+def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
+    """ModelFileError for one that is damaged or of a kind that is not just W + scale * B @ A."""
+    if not folder.is_dir():
+        raise ModelFileError(f"{folder}: no folder; give the one that has adapter_config.json")
+    path = folder / "adapter_config.json"
+    settings = Settings(read_json(path), str(path))
+    _check_kind(settings)
+    weights = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
+    if weights is None:
+        raise ModelFileError(f"{folder}: no weights: neither {' nor '.join(_NAMES)}")
+    halves: dict[str, dict[str, Lazy]] = {}
+    replaced = {}
+    for name, tensor in read_weight_file(files, weights).items():
+        plain = name.removeprefix(_PREFIX)
+        found = _FACTOR.fullmatch(plain)
+        if found:
+            halves.setdefault(found["module"], {})[found["kind"]] = tensor
+        elif (saved := _SAVED.fullmatch(plain)) and "original_module" not in plain:
+            replaced[f"{saved['module']}.{saved['kind']}"] = tensor
+        elif not saved:
+            raise ModelFileError(f"{tensor.origin}: neither a factor of LoRA nor a weight")
+    factors = {f"{module}.weight": _factors(module, pair, settings) for module, pair in halves.items()}
+    return _Adapter(weights, factors, replaced)
+
+
+def _check_kind(settings: Settings) -> None:
+    kind = settings.text("peft_type", default="LORA")
+    if kind != "LORA":
+        raise settings.error("peft_type", f"{kind!r}; only LORA can be merged")
+    for name in _REFUSED:
+        if settings.values.get(name):
+            raise settings.error(name, "set, which is not supported")
+    begun = settings.values.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
+        raise settings.error("init_lora_weights", f"{begun!r}: it is of a base that was changed; save it as plain LoRA")
+    if settings.text("bias", default="none") != "none":
+        raise settings.error("bias", f"{settings.values['bias']!r}; only adapters without biases are supported")
+
+
+def _factors(module: str, pair: Mapping[str, Lazy], settings: Settings) -> _Factors:
+    """An embedding's factors stand the other way round: W + (B @ A) transposed."""
+    kinds = set(pair)
+    if kinds not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
+        origin = next(iter(pair.values())).origin
+        raise ModelFileError(f"{origin}: of two factors of {shown(module)} only {', '.join(sorted(kinds))} is there")
+    of_embedding = "embedding_A" in pair
+    left, right = (pair["embedding_B"], pair["embedding_A"]) if of_embedding else (pair["B"], pair["A"])
+    if len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
+        raise ModelFileError(f"{left.origin}: shapes {list(left.shape)} and {list(right.shape)} of B and A do not fit")
+    rank = _pattern(settings, "rank_pattern", module, settings.count("r", maximum=1 << 16))
+    if left.shape[1] != rank:
+        raise ModelFileError(f"{left.origin}: rank {left.shape[1]}, adapter_config.json says {rank:g}")
+    alpha = _pattern(settings, "alpha_pattern", module, settings.real("lora_alpha", default=rank))
+    scale = alpha / (rank**0.5 if settings.flag("use_rslora") else rank)
+    exchanged = of_embedding or settings.flag("fan_in_fan_out")
+    return _Factors(left.floats(), right.floats(), np.float32(scale), exchanged)
+
+
+def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
+    """A number that some modules have of their own, by the end of their names."""
+    inner = settings.inner(name)
+    strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
+    if strange is not None:
+        raise settings.error(name, f"{shown(strange)} is no end of a name; patterns are not supported")
+    key = next((key for key in inner.values if f".{module}".endswith(f".{key}")), None)
+    return default if key is None else inner.real(key, minimum=1e-9, maximum=1 << 20)
+
+
+def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
+    """The tensors of a checkpoint with the adapter's part in them. ModelFileError where they do not fit."""
+    found = dict(tensors)
+    for name, tensor in adapter.replaced.items():
+        found[name] = _replacement(tensor, found.get(name), name)
+    for name, factors in adapter.factors.items():
+        base = found.get(name)
+        if base is None:
+            raise ModelFileError(
+                f"{adapter.path}: {shown(name)} is no tensor of the base: the adapter of another model"
+            )
+        if base.shape != factors.shape:
+            shapes = f"shape {list(factors.shape)}, the base has {list(base.shape)}"
+            raise ModelFileError(f"{adapter.path}: {shown(name)}: {shapes}: the adapter of another model")
+        found[name] = _added(base, factors)
+    return found
+
+
+def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
+    """Rows may be more than the base has, for words that were added; all else is as it was."""
+    if base is None and not name.startswith("lm_head"):
+        raise ModelFileError(f"{tensor.origin}: {shown(name)} is no tensor of the base: the adapter of another model")
+    if base is not None and tensor.shape[1:] != base.shape[1:]:
+        shapes = f"shape {list(tensor.shape)}, the base has {list(base.shape)}"
+        raise ModelFileError(f"{tensor.origin}: {shapes}: the adapter of another model")
+    return tensor
+
+
+def _added(base: Lazy, factors: _Factors) -> Lazy:
+    """The sum is computed in float32."""
+
+    def read(start: int, end: int) -> Array:
+        values: Array = as_floats(base.read(start, end), base.storage) + factors.added(start, end)
+        return values
+
+    return Lazy(base.shape, Storage.F32, read, base.origin)
+
+
+def _words_of(tensors: Mapping[str, Lazy], settings: Settings) -> Settings:
+    """The settings of the base, with as many words as the embedding has now."""
+    embedding = tensors.get("model.embed_tokens.weight")
+    changed: dict[str, Any] = dict(settings.values)
+    if embedding is not None and settings.values.get("vocab_size") != embedding.shape[0]:
+        changed["vocab_size"] = embedding.shape[0]
+    return Settings(changed, settings.origin)

@@ -12,9 +12,8 @@ import numpy as np
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.gguf.writer import WritableValue
-from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.lazy import Lazy, gathered
-from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, MAX_WORDS
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, MAX_WORDS, Checkpoint
 
 SILU: Final = ("silu", "swish")
 GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")

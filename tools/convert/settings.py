@@ -1,13 +1,15 @@
-"""Numbers of a checkpoint's configuration, read with bounds; errors name a missing or invalid key."""
+"""A checkpoint after reading: tensors, and settings that are read with bounds; errors name a missing or invalid key."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
+from llamaclust.tools.convert.lazy import Lazy
 
 MAX_WIDTH: Final = 1 << 20
 MAX_LAYERS: Final = 1 << 10
@@ -87,6 +89,18 @@ class Settings:
         if default is None:
             raise self.error(names[0], "missing")
         return default
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`tensors` by their original names. `family` names the page that maps it: a class of Hugging Face's, or one of our
+    own for other formats. `vocabulary` is the file or the folder that its tokenizer is read from."""
+
+    family: str
+    settings: Settings
+    tensors: Mapping[str, Lazy]
+    vocabulary: Path
+    name: str
 
 
 def _shown(value: Any) -> str:

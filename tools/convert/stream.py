@@ -8,17 +8,34 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.kernels.cpu.dtype_cast import StoredType, narrowed
 from llamaclust.model.gguf.atomic_file import new_file
-from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT
+from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT, padded
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, header_bytes
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.convert.elements import encoded
-from llamaclust.tools.convert.lazy import Lazy
+from llamaclust.tools.convert.lazy import Array, Lazy, Storage, as_floats
 
+OUTPUT_TYPES: Final = {
+    "f32": QuantType.F32,
+    "f16": QuantType.F16,
+    "bf16": QuantType.BF16,
+    "q8_0": QuantType.Q8_0,
+}
+_SAME: Final = {Storage.F32: QuantType.F32, Storage.F16: QuantType.F16, Storage.BF16: QuantType.BF16}
+_STORED: Final = {
+    Storage.F32: StoredType.F32,
+    Storage.F16: StoredType.F16,
+    Storage.BF16: StoredType.BF16,
+}
+_LARGEST_F16: Final = 65504
 _CHUNK_ELEMENTS: Final = 1 << 21
 _FLUSH_BYTES: Final = 1 << 26
 
@@ -35,8 +52,8 @@ class Output:
     tensor: Lazy
 
     @property
-    def source(self) -> TensorSource:
-        return TensorSource(self.name, self.quant_type, self.tensor.shape, bytes)
+    def n_bytes(self) -> int:
+        return self.quant_type.tensor_bytes(self.tensor.shape)
 
 
 def write_stream(
@@ -49,9 +66,10 @@ def write_stream(
 ) -> None:
     """UsageError, before anything is written, where the disk has too little room. `check` is called before the file
     gets its name."""
-    sources = [output.source for output in outputs]
-    header = header_bytes(metadata, sources)
-    total = len(header) + sum(_padded(source.n_bytes, DEFAULT_ALIGNMENT) for source in sources)
+    header = header_bytes(
+        metadata, [TensorSource(output.name, output.quant_type, output.tensor.shape, bytes) for output in outputs]
+    )
+    total = len(header) + sum(padded(output.n_bytes, DEFAULT_ALIGNMENT) for output in outputs)
     with new_file(path, total) as file:
         file.write(header)
         write_pieces(file, outputs, lambda done, _: on_progress(len(header) + done, total), threads)
@@ -62,7 +80,7 @@ def write_pieces(
     file: BinaryIO, outputs: Sequence[Output], on_progress: OnProgress, threads: int, alignment: int = DEFAULT_ALIGNMENT
 ) -> None:
     """All tensors' bytes from where the file stands on, each from a multiple of `alignment` on."""
-    total = sum(_padded(output.source.n_bytes, alignment) for output in outputs)
+    total = sum(padded(output.n_bytes, alignment) for output in outputs)
     start = file.tell()
     done = flushed = 0
     on_progress(done, total)
@@ -105,26 +123,36 @@ def _tasks(outputs: Iterable[Output], alignment: int) -> Iterator[Callable[[], m
         tensor = output.tensor
         step = max(1, _CHUNK_ELEMENTS // max(1, tensor.row_elements))
         for start in range(0, tensor.shape[0], step):
-            yield _task(output, start, min(start + step, tensor.shape[0]))
-        n_bytes = output.source.n_bytes
-        padding = bytes(_padded(n_bytes, alignment) - n_bytes)
-        if padding:
-            yield lambda data=padding: data  # type: ignore[misc]
+            yield partial(_rows, output, start, min(start + step, tensor.shape[0]))
+        if padding := padded(output.n_bytes, alignment) - output.n_bytes:
+            yield partial(bytes, padding)
 
 
-def _task(output: Output, start: int, end: int) -> Callable[[], memoryview]:
-    def make() -> memoryview:
-        tensor = output.tensor
-        values = tensor.read(start, end)
-        assert values.shape == (end - start, *tensor.shape[1:]), (output.name, values.shape)
-        data = encoded(values, tensor.storage, output.quant_type, tensor.origin)
-        rows = (end - start) * prod(tensor.shape[1:-1]) if len(tensor.shape) > 1 else 1
-        width = tensor.shape[-1] if len(tensor.shape) > 1 else end - start
-        assert len(data) == rows * output.quant_type.info.row_bytes(width), output.name
-        return data
-
-    return make
+def _rows(output: Output, start: int, end: int) -> memoryview:
+    """Rows [start, end) as they are written."""
+    tensor = output.tensor
+    values = tensor.read(start, end)
+    assert values.shape == (end - start, *tensor.shape[1:]), (output.name, values.shape)
+    data = encoded(values, tensor.storage, output.quant_type, tensor.origin)
+    assert len(data) == output.quant_type.tensor_bytes(values.shape), output.name
+    return data
 
 
-def _padded(count: int, alignment: int) -> int:
-    return -(-count // alignment) * alignment
+def encoded(values: Array, storage: Storage, quant_type: QuantType, origin: str) -> memoryview:
+    """The bytes of some rows in a type of `OUTPUT_TYPES`. ModelFileError where float16 cannot hold a number."""
+    values = np.ascontiguousarray(values)
+    if _SAME.get(storage) is quant_type:
+        return values.data.cast("B")
+    if storage not in _STORED:
+        values, storage = as_floats(values, storage), Storage.F32
+    found = narrowed(values, _STORED[storage], quant_type)
+    if found is None:
+        raise _range_error(as_floats(values, storage), quant_type, origin)
+    return found.data
+
+
+def _range_error(values: NDArray[np.float32], quant_type: QuantType, origin: str) -> ModelFileError:
+    if not np.isfinite(values).all():
+        return ModelFileError(f"{origin}: holds what is no finite number; only --type f32 or bf16 can keep that")
+    what = f"{np.abs(values).max():g} does not fit {quant_type.name.lower()}"
+    return ModelFileError(f"{origin}: {what}, whose numbers end at {_LARGEST_F16}; convert with --type bf16")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.convert.elements import encoded
+from llamaclust.tools.convert.stream import encoded
 from llamaclust.tools.convert.lazy import Storage
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.tools.convert.eight_bit import E4M3
 from llamaclust.tools.convert.formats.hugging_face import read_folder
 from llamaclust.tools.convert.formats.llama2c import read_llama2c
 from llamaclust.tools.convert.formats.source_files import SourceFiles
+from llamaclust.tools.convert.quantized import E4M3
 from support.models.checkpoint_files import write_hugging_face
 
 ROWS, COLUMNS = 40, 24

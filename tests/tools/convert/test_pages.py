@@ -19,9 +19,9 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.program import Rope
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.convert.conversion import convert
-from llamaclust.tools.convert.elements import encoded
 from llamaclust.tools.convert.formats.opening import Hints
 from llamaclust.tools.convert.lazy import Storage
+from llamaclust.tools.convert.stream import encoded
 from support.models.checkpoint_files import stored_as, write_hugging_face
 from support.models.random_checkpoints import CASES, HEAD, HEADS, HIDDEN, KV_HEADS, LAYERS, checkpoint
 from support.models.tiny_tokenizers import tokenizer_json
@@ -183,10 +183,9 @@ def test_40_layers_of_baichuan_are_the_13b_model(tmp_path: Path) -> None:
 
 
 def test_the_head_of_baichuan_2_has_rows_of_length_one(tmp_path: Path) -> None:
-    from llamaclust.tools.convert.formats.checkpoint import Checkpoint
     from llamaclust.tools.convert.lazy import constant
     from llamaclust.tools.convert.pages import build_page
-    from llamaclust.tools.convert.settings import Settings
+    from llamaclust.tools.convert.settings import Checkpoint, Settings
 
     config, tensors = checkpoint("BaichuanForCausalLM")
     words = 125696

@@ -8,13 +8,12 @@ from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
-from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.formats.safetensors import read_safetensors
 from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
 from llamaclust.tools.convert.formats.torch_files import read_torch
 from llamaclust.tools.convert.lazy import Lazy
-from llamaclust.tools.convert.packed import unpacked
-from llamaclust.tools.convert.settings import Settings
+from llamaclust.tools.convert.quantized import dequantized
+from llamaclust.tools.convert.settings import Checkpoint, Settings
 
 CONFIG: Final = "config.json"
 _STEMS: Final = (("model", "safetensors"), ("pytorch_model", "bin"))
@@ -31,7 +30,7 @@ def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
     return Checkpoint(
         family=_family(settings),
         settings=settings,
-        tensors=unpacked(tensors, settings, files.recent),
+        tensors=dequantized(tensors, settings, files.recent),
         vocabulary=folder,
         name=_name(values, folder),
     )

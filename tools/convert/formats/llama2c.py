@@ -12,10 +12,17 @@ from typing import Final
 
 import numpy as np
 
-from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.formats.source_files import SourceFile, SourceFiles
 from llamaclust.tools.convert.lazy import Array, Lazy, Storage, rows
-from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, MAX_WORDS, Settings
+from llamaclust.tools.convert.settings import (
+    MAX_CONTEXT,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_WIDTH,
+    MAX_WORDS,
+    Checkpoint,
+    Settings,
+)
 
 _MAGIC: Final = 0x616B3432
 _OLD_HEADER: Final = 28

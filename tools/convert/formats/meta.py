@@ -8,11 +8,10 @@ from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
-from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
 from llamaclust.tools.convert.formats.torch_files import read_torch
 from llamaclust.tools.convert.lazy import Lazy, alike, below, beside
-from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, Settings
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, Checkpoint, Settings
 
 PARAMS: Final = "params.json"
 _PART: Final = re.compile(r"consolidated\.(\d\d)\.pth")

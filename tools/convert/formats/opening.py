@@ -7,10 +7,10 @@ from pathlib import Path
 
 from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.tools.convert.formats import hugging_face, meta
-from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.formats.llama2c import is_llama2c, read_llama2c
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.formats.tencent_pretrain import is_tencent_pretrain, read_tencent_pretrain
+from llamaclust.tools.convert.settings import Checkpoint
 
 _ZIP = b"PK\x03\x04"
 

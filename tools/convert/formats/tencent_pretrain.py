@@ -9,10 +9,9 @@ from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
-from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
 from llamaclust.tools.convert.lazy import Lazy
-from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, Settings
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, Checkpoint, Settings
 
 _EMBEDDING: Final = "embedding.word.embedding.weight"
 _ENDS: Final = {

@@ -1,29 +1,18 @@
-"""Pages by architecture: the name in a checkpoint, and the page that maps its tensors."""
+"""Pages by architecture: the name in a checkpoint, and the page that maps its tensors. Of a multimodal checkpoint the
+text model is taken."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
+from typing import Any, Final
 
 from llamaclust.model.gguf.values import shown
-from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import (
-    baichuan,
-    chatglm,
-    falcon,
-    gemma,
-    glm,
-    gpt2,
-    internlm2,
-    llama,
-    meta,
-    phi3,
-    qwen,
-    starcoder2,
-)
-from llamaclust.tools.convert.text_part import NOTE, TEXT_PARTS, text_part
+from llamaclust.tools.convert.pages import falcon, gemma, glm, gpt, llama, phi3, qwen
+from llamaclust.tools.convert.settings import Checkpoint, Settings
 
 PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
     {
@@ -32,17 +21,17 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "MistralForCausalLM": ("llama", llama.build),
         "MixtralForCausalLM": ("llama", llama.build),
         "YiForCausalLM": ("llama", llama.build),
-        "Meta": ("llama", meta.build),
-        "BaichuanForCausalLM": ("baichuan", baichuan.build),
-        "BaiChuanForCausalLM": ("baichuan", baichuan.build),
+        "Meta": ("llama", llama.build_meta),
+        "BaichuanForCausalLM": ("baichuan", llama.build_baichuan),
+        "BaiChuanForCausalLM": ("baichuan", llama.build_baichuan),
         "Qwen2ForCausalLM": ("qwen2", qwen.build),
         "Qwen2MoeForCausalLM": ("qwen2moe", qwen.build),
         "Qwen3ForCausalLM": ("qwen3", qwen.build),
         "Qwen3MoeForCausalLM": ("qwen3moe", qwen.build),
-        "ChatGLMModel": ("chatglm", chatglm.build),
-        "ChatGLMForConditionalGeneration": ("chatglm", chatglm.build),
+        "ChatGLMModel": ("chatglm", glm.build_chatglm),
+        "ChatGLMForConditionalGeneration": ("chatglm", glm.build_chatglm),
         "Phi3ForCausalLM": ("phi3", phi3.build),
-        "InternLM2ForCausalLM": ("internlm2", internlm2.build),
+        "InternLM2ForCausalLM": ("internlm2", llama.build_internlm2),
         "GemmaForCausalLM": ("gemma", gemma.build),
         "Gemma2ForCausalLM": ("gemma2", gemma.build),
         "Gemma3ForCausalLM": ("gemma3", gemma.build),
@@ -50,18 +39,40 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "Glm4ForCausalLM": ("glm4", glm.build),
         "FalconForCausalLM": ("falcon", falcon.build),
         "RWForCausalLM": ("falcon", falcon.build),
-        "Starcoder2ForCausalLM": ("starcoder2", starcoder2.build),
-        "GPT2LMHeadModel": ("gpt2", gpt2.build),
+        "Starcoder2ForCausalLM": ("starcoder2", gpt.build_starcoder2),
+        "GPT2LMHeadModel": ("gpt2", gpt.build_gpt2),
     }
+)
+
+
+_TEXT_PARTS: Final = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+_NOTE: Final = "only the text model is written, without what sees pictures"
+
+_DEFAULTS: Final[Mapping[str, Any]] = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256,
+}
+"""What the authors' configurations leave out of Gemma 3's text."""
+_PREFIXES: Final = (
+    ("language_model.model.", "model."),
+    ("language_model.", ""),
+    ("model.language_model.", "model."),
+)
+_PICTURES: Final = tuple(
+    f"{root}{part}." for root in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
 )
 
 
 def build_page(checkpoint: Checkpoint) -> Page:
     """Metadata and tensors of a checkpoint under GGUF's names; ModelFileError for an architecture without a page."""
-    text = text_part(checkpoint)
+    text = _text_part(checkpoint)
     found = PAGES.get(text.family)
     if found is None:
-        names = [name for name in (*PAGES, *TEXT_PARTS) if name != "Meta"]
+        names = [name for name in (*PAGES, *_TEXT_PARTS) if name != "Meta"]
         near = difflib.get_close_matches(checkpoint.family, names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         what = f"{shown(checkpoint.family)} cannot be converted, only {', '.join(names)}{hint}"
@@ -69,7 +80,25 @@ def build_page(checkpoint: Checkpoint) -> Page:
     architecture, build = found
     page = Page(text, architecture)
     if text is not checkpoint:
-        page.notes.append(NOTE)
+        page.notes.append(_NOTE)
     build(page)
     page.finish()
     return page
+
+
+def _text_part(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint of the text model alone; the same one where it holds nothing else."""
+    family = _TEXT_PARTS.get(checkpoint.family)
+    if family is None:
+        return checkpoint
+    inner = checkpoint.settings.inner("text_config")
+    settings = Settings({**_DEFAULTS, **inner.values}, inner.origin)
+    tensors = {_name(name): tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(_PICTURES)}
+    return replace(checkpoint, family=family, settings=settings, tensors=tensors)
+
+
+def _name(name: str) -> str:
+    for prefix, other in _PREFIXES:
+        if name.startswith(prefix):
+            return other + name.removeprefix(prefix)
+    return name

@@ -1,16 +1,23 @@
-"""llama: LLaMA of Hugging Face's form and what has its layers: Mistral, Mixtral, Yi, SmolLM, DeepSeek LLM."""
+"""LLaMA and models of its layers: llama, internlm2, baichuan."""
 
 from __future__ import annotations
 
-from llamaclust.tools.convert.page import Page
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.tools.convert.lazy import mapped, rows
+from llamaclust.tools.convert.page import Page, neighbours, picked
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import rotation
 from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 _MIXTRAL = ("w1", "w3", "w2")
+_BAICHUAN_2_WORDS = 125696
+"""The second generation divides each row of its last matrix by its length; its configuration does not show it."""
 
 
 def build(page: Page) -> None:
+    """LLaMA in Hugging Face's form, and what has its layers: Mistral, Mixtral, Yi, SmolLM, DeepSeek LLM."""
     width = decoder.feed_forward_width(page)
     count = page.settings.count("num_local_experts", default=0, minimum=0, maximum=1 << 10)
     page.usual_keys(width)
@@ -32,3 +39,93 @@ def build(page: Page) -> None:
             decoder.experts(page, layer, count, width, _MIXTRAL, f"{prefix}.experts")
         else:
             decoder.feed_forward(page, layer, width)
+
+
+def build_meta(page: Page) -> None:
+    """LLaMA as Meta names it, which files of llama2.c and TencentPretrain are brought to; Q and K need no change."""
+    width, hidden = decoder.feed_forward_width(page), page.width
+    page.usual_keys(width)
+    page.key("vocab_size", page.words)
+    page.rms_epsilon()
+    rotation(page, page.head_width)
+    page.copy("token_embd", "tok_embeddings", page.words, hidden)
+    page.copy("output_norm", "norm", hidden)
+    page.output("output")
+    for layer in range(page.layers):
+        place, source = f"blk.{layer}", f"layers.{layer}"
+        query, key = page.heads * page.head_width, page.kv_heads * page.head_width
+        page.copy(f"{place}.attn_norm", f"{source}.attention_norm", hidden)
+        page.copy(f"{place}.ffn_norm", f"{source}.ffn_norm", hidden)
+        page.copy(f"{place}.attn_q", f"{source}.attention.wq", query, hidden)
+        page.copy(f"{place}.attn_k", f"{source}.attention.wk", key, hidden)
+        page.copy(f"{place}.attn_v", f"{source}.attention.wv", key, hidden)
+        page.copy(f"{place}.attn_output", f"{source}.attention.wo", hidden, query)
+        _meta_feed_forward(page, place, source, width)
+
+
+def _meta_feed_forward(page: Page, place: str, source: str, width: int) -> None:
+    page.copy(f"{place}.ffn_gate", f"{source}.feed_forward.w1", width, page.width)
+    page.copy(f"{place}.ffn_down", f"{source}.feed_forward.w2", page.width, width)
+    page.copy(f"{place}.ffn_up", f"{source}.feed_forward.w3", width, page.width)
+
+
+def build_internlm2(page: Page) -> None:
+    """InternLM 2 and 2.5, whose Q, K and V are one matrix by groups of heads that share K and V."""
+    width, hidden = decoder.feed_forward_width(page), page.width
+    page.usual_keys(width)
+    page.rms_epsilon()
+    rotation(page, page.head_width)
+    page.copy("token_embd", "model.tok_embeddings", page.words, hidden)
+    page.copy("output_norm", "model.norm", hidden)
+    page.output("output")
+    for layer in range(page.layers):
+        place, source = f"blk.{layer}", f"model.layers.{layer}"
+        page.copy(f"{place}.attn_norm", f"{source}.attention_norm", hidden)
+        page.copy(f"{place}.ffn_norm", f"{source}.ffn_norm", hidden)
+        _internlm2_attention(page, place, f"{source}.attention")
+        page.copy(f"{place}.attn_output", f"{source}.attention.wo", hidden, page.heads * page.head_width)
+        _meta_feed_forward(page, place, source, width)
+
+
+def _internlm2_attention(page: Page, place: str, source: str) -> None:
+    """A group: the query heads, one of keys, one of values."""
+    head, shared = page.head_width, page.heads // page.kv_heads
+    group = (shared + 2) * head
+    packed = page.take(f"{source}.wqkv.weight", page.kv_heads * group, page.width)
+    starts = range(0, page.kv_heads * group, group)
+    query = picked(packed, [range(at, at + shared * head) for at in starts])
+    key = picked(packed, [range(at + shared * head, at + (shared + 1) * head) for at in starts])
+    page.put(f"{place}.attn_q.weight", neighbours(query, page.heads))
+    page.put(f"{place}.attn_k.weight", neighbours(key, page.kv_heads))
+    page.put(f"{place}.attn_v.weight", picked(packed, [range(at + group - head, at + group) for at in starts]))
+
+
+def build_baichuan(page: Page) -> None:
+    """Baichuan and Baichuan 2, whose Q, K and V are one matrix."""
+    width = decoder.feed_forward_width(page)
+    page.usual_keys(width)
+    page.rms_epsilon()
+    rotation(page, page.head_width)
+    page.metadata["baichuan.tensor_data_layout"] = "Meta AI original pth"
+    decoder.ends(page)
+    if page.words == _BAICHUAN_2_WORDS:
+        page.tensors["output.weight"] = mapped(page.tensors["output.weight"], _of_length_one)
+    for layer in range(page.layers):
+        decoder.norms(page, layer)
+        _baichuan_attention(page, layer)
+        decoder.feed_forward(page, layer, width)
+
+
+def _baichuan_attention(page: Page, layer: int) -> None:
+    place, source, width = f"blk.{layer}", f"model.layers.{layer}.self_attn", page.width
+    packed = page.take(f"{source}.W_pack.weight", 3 * width, width)
+    for number, part in enumerate(("q", "k", "v")):
+        found = rows(packed, number * width, (number + 1) * width)
+        page.put(f"{place}.attn_{part}.weight", found if part == "v" else neighbours(found, page.heads))
+    page.copy(f"{place}.attn_output", f"{source}.o_proj", width, width)
+
+
+def _of_length_one(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    lengths = np.sqrt(np.square(values, dtype=np.float64).sum(1, keepdims=True))
+    result: NDArray[np.float32] = (values / np.maximum(lengths, 1e-7)).astype(np.float32)
+    return result

@@ -1,0 +1,189 @@
+"""Dequantizes weights of quantized checkpoints while they are read: four-bit ones that GPTQ and AWQ pack eight to an
+int32, and eight-bit floats (E4M3) with separate scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.tools.convert.lazy import Array, Lazy, Recent, Storage
+from llamaclust.tools.convert.settings import MAX_WIDTH, Settings
+
+_EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
+_SCALES: Final = ("weight_scale_inv", "weight_scale")
+"""By the first name, too, they are what weights are multiplied with."""
+_NOT_NEEDED: Final = ("input_scale", "activation_scale")
+"""Activations keep their own precision here."""
+_ONE: Final = (1, 1)
+
+_EIGHT: Final = 8
+_SHIFTS: Final = np.arange(0, 32, 4, dtype=np.uint32)
+_AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+"""The place of an output among the eight of a number."""
+
+
+def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
+    """The same tensors, and a `.weight` for every `.qweight`, those with a scale as float32; ModelFileError for another
+    kind of quantization."""
+    if not settings.has("quantization_config"):
+        return tensors
+    said = settings.inner("quantization_config")
+    method = said.text("quant_method", default="")
+    if method in _EIGHT_BIT_METHODS:
+        return _eight_bit(tensors, said)
+    if method not in ("gptq", "awq"):
+        known = ", ".join(("gptq", "awq", *_EIGHT_BIT_METHODS))
+        raise said.error("quant_method", f"{method!r} is not supported, only {known}")
+    if said.count("bits", "w_bit", default=4, maximum=32) != 4:
+        raise said.error("bits", f"{said.values.get('bits')}, only 4 are supported")
+    found = {name: tensor for name, tensor in tensors.items() if not _is_part(name, tensors)}
+    zero_offset = 0 if method == "awq" or said.text("checkpoint_format", default="gptq") == "gptq_v2" else 1
+    for stem in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
+        found[f"{stem}.weight"] = _four_bit(stem, tensors, recent, is_awq=method == "awq", zero_offset=zero_offset)
+    return found
+
+
+def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
+    stem, _, part = name.rpartition(".")
+    return part in ("qweight", "qzeros", "scales", "g_idx") and f"{stem}.qweight" in tensors
+
+
+def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq: bool, zero_offset: int) -> Lazy:
+    """[outputs, inputs], as checkpoints that are not packed have it.
+
+    GPTQ packs inputs in weights, outputs in zeros; zeros are one less than they are meant (`zero_offset`), but in
+    version 2. AWQ packs outputs in both, in an order of its own."""
+    weight = tensors[f"{stem}.qweight"]
+    if len(weight.shape) != 2:
+        raise ModelFileError(f"{weight.origin}: shape {list(weight.shape)}, a matrix expected")
+    inputs, outputs = weight.shape
+    inputs, outputs = (inputs, outputs * _EIGHT) if is_awq else (inputs * _EIGHT, outputs)
+    zeros, scales, order = _beside(stem, tensors, inputs, outputs)
+    steps = _awq_steps if is_awq else _gptq_steps
+
+    def load() -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+        """Packed numbers, zeros and scales [groups, outputs], the group of each input."""
+        packed = _nibbles(zeros.all())
+        if is_awq:
+            packed = packed[..., _AWQ_ORDER]
+        added = packed.reshape(len(packed), -1).astype(np.float32) + np.float32(zero_offset)
+        return weight.all().view(np.uint32), added, scales.floats(), _groups(order, inputs, scales.shape[0])
+
+    def read(start: int, end: int) -> Array:
+        packed, added, factors, groups = recent.get(load, load)
+        values = steps(packed, start, end).astype(np.float32)
+        values -= added[groups, start:end]
+        values *= factors[groups, start:end]
+        return np.ascontiguousarray(values.T)
+
+    return Lazy((outputs, inputs), Storage.F32, read, weight.origin)
+
+
+def _beside(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int) -> tuple[Lazy, Lazy, Lazy | None]:
+    """Zeros and scales of groups of inputs, and, where they are not in order, the group of each input."""
+    weight = tensors[f"{stem}.qweight"]
+    missing = next((part for part in ("qzeros", "scales") if f"{stem}.{part}" not in tensors), None)
+    if missing is not None:
+        raise ModelFileError(f"{weight.origin}: {missing} beside it is missing")
+    zeros, scales, order = tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"], tensors.get(f"{stem}.g_idx")
+    groups = scales.shape[0]
+    fits = scales.shape == (groups, outputs) and zeros.shape == (groups, outputs // _EIGHT) and inputs % groups == 0
+    typed = weight.storage is zeros.storage is Storage.I32 and scales.storage.is_real
+    if not fits or not typed or outputs % _EIGHT or (order is not None and order.shape != (inputs,)):
+        shapes = f"{list(weight.shape)}, zeros {list(zeros.shape)}, scales {list(scales.shape)}"
+        raise ModelFileError(f"{weight.origin}: shapes that do not fit together: {shapes}")
+    return zeros, scales, order
+
+
+def _groups(order: Lazy | None, inputs: int, count: int) -> NDArray[np.int64]:
+    """The group of each input."""
+    if order is None:
+        return np.arange(inputs, dtype=np.int64) // (inputs // count)
+    groups = order.all().astype(np.int64)
+    if groups.min() < 0 or groups.max() >= count:
+        raise ModelFileError(f"{order.origin}: group {groups.max()} of {count}")
+    return groups
+
+
+def _gptq_steps(packed: NDArray[np.uint32], start: int, end: int) -> NDArray[np.uint8]:
+    """[inputs, end - start]"""
+    return _nibbles(packed[:, start:end].T).reshape(end - start, -1).T
+
+
+def _awq_steps(packed: NDArray[np.uint32], start: int, end: int) -> NDArray[np.uint8]:
+    """[inputs, end - start]"""
+    first = start // _EIGHT
+    steps = _nibbles(packed[:, first : -(-end // _EIGHT)])[..., _AWQ_ORDER].reshape(len(packed), -1)
+    return steps[:, start - first * _EIGHT : end - first * _EIGHT]
+
+
+def _nibbles(packed: Array) -> NDArray[np.uint8]:
+    """[..., n] of 32 bits as [..., n, 8] of four, the lowest first."""
+    return ((packed.view(np.uint32)[..., None] >> _SHIFTS) & np.uint32(15)).astype(np.uint8)
+
+
+def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
+    """The same tensors, those with a scale as float32; ModelFileError where a scale does not fit."""
+    block = _block(said)
+    found = {}
+    for name, tensor in tensors.items():
+        stem, _, part = name.rpartition(".")
+        if part in (*_SCALES, *_NOT_NEEDED) and f"{stem}.weight" in tensors:
+            continue
+        scales = next((tensors[f"{stem}.{scale}"] for scale in _SCALES if f"{stem}.{scale}" in tensors), None)
+        found[name] = tensor if part != "weight" or scales is None else _scaled(tensor, scales, block)
+    return found
+
+
+def _block(said: Settings) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where a configuration says so."""
+    value = said.values.get("weight_block_size")
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2:
+        raise said.error("weight_block_size", "two whole numbers expected")
+    both = Settings(dict(zip(("rows", "columns"), value, strict=True)), said.origin)
+    return both.count("rows", maximum=MAX_WIDTH), both.count("columns", maximum=MAX_WIDTH)
+
+
+def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
+    """A scale for each block, for each row, or for the whole matrix, recognized by its shape."""
+    if len(tensor.shape) != 2 or tensor.storage is not Storage.U8 or not scales.storage.is_real:
+        kinds = f"{tensor.storage.name} {list(tensor.shape)}, scales {scales.storage.name}"
+        raise ModelFileError(f"{tensor.origin}: {kinds}: no matrix of eight-bit floats with its scales")
+    rows, columns = tensor.shape
+    shape = (*scales.shape, 1)[:2]
+    sizes = {_ONE: (rows, columns), (rows, 1): (1, columns)}
+    if block is not None:
+        sizes = {(-(-rows // block[0]), -(-columns // block[1])): block}
+    if shape not in sizes or len(scales.shape) > 2:
+        raise ModelFileError(f"{tensor.origin}: scales of shape {list(scales.shape)} for {rows} rows of {columns}")
+    height, width = min(sizes[shape][0], rows), min(sizes[shape][1], columns)
+
+    def read(start: int, end: int) -> Array:
+        first = start // height
+        each = scales.floats().reshape(shape)[first : -(-end // height)]
+        rows_of = np.arange(start, end) // height - first
+        with np.errstate(over="ignore", invalid="ignore"):  # the type that is written decides what may be
+            values: Array = E4M3[tensor.read(start, end)] * np.repeat(each, width, axis=1)[rows_of, :columns]
+        return values
+
+    return Lazy(tensor.shape, Storage.F32, read, tensor.origin)
+
+
+def _all_numbers() -> Array:
+    """Four bits of exponent, biased by 7, three of fraction; all ones are no number, and there are no infinities."""
+    byte = np.arange(256)
+    exponent, fraction = byte >> 3 & 15, byte & 7
+    size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8.0 + fraction, exponent - 10))
+    size[byte & 127 == 127] = np.nan
+    numbers: Array = np.where(byte < 128, size, -size).astype(np.float32)
+    return numbers
+
+
+E4M3: Final = _all_numbers()
+"""What each byte stands for."""

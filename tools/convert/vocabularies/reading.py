@@ -1,24 +1,27 @@
-"""Finds and reads the tokenizer of a checkpoint, whichever kind it is."""
+"""Finds and reads the tokenizer of a checkpoint, whichever kind it is, and the files beside it: added tokens, which of
+them begin and end a text, and the chat template."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.tools.convert.formats.source_files import SourceFile, SourceFiles, read_json
-from llamaclust.tools.convert.vocabularies.llama2c import read_llama2c_words
-from llamaclust.tools.convert.vocabularies.ranks import is_ranks, read_ranks
-from llamaclust.tools.convert.vocabularies.sentence_piece import read_sentence_piece
-from llamaclust.tools.convert.vocabularies.special import read_special
-from llamaclust.tools.convert.vocabularies.tekken import read_tekken
+from llamaclust.tools.convert.vocabularies.ranks import is_ranks, read_ranks, read_tekken
+from llamaclust.tools.convert.vocabularies.sentence_piece import read_llama2c_words, read_sentence_piece
 from llamaclust.tools.convert.vocabularies.tokenizer_json import read_tokenizer_json
 from llamaclust.tools.convert.vocabularies.words import Words
 
 _TEKKEN: Final = "tekken.json"
 _NAMES: Final = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken", _TEKKEN, "tokenizer.bin")
 _MAX_BYTES: Final = 1 << 28
+_PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+"""Hugging Face's words and GGUF's, one of them as its writers spell it."""
+_NUMBER: Final = re.compile("[0-9]{1,9}")
+_MAX_TEMPLATE_BYTES: Final = 1 << 22
 
 
 def read_words(files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = ()) -> Words:
@@ -33,7 +36,7 @@ def read_words(files: SourceFiles, place: Path, rows: int, behind: Sequence[str]
             words.add(token_id, text, special=True)
     if place.is_dir():
         config = _json(place / "config.json") | _json(place / "generation_config.json")
-        read_special(words, place, config)
+        _read_special(words, place, config)
     words.fit(rows)
     return words
 
@@ -60,3 +63,69 @@ def _read(file: SourceFile) -> Words:
 
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def _read_special(words: Words, folder: Path, config: dict[str, Any]) -> None:
+    """Adds to `words` what tokenizer_config.json, added_tokens.json, config.json and chat templates of a folder say."""
+    said = _json(folder / "tokenizer_config.json")
+    for text, token_id in _json(folder / "added_tokens.json").items():
+        if type(token_id) is int and token_id >= 0:
+            words.add(token_id, text, special=False)
+    for number, token in _mapping(said.get("added_tokens_decoder")).items():
+        if _NUMBER.fullmatch(number) and isinstance(token, dict) and isinstance(token.get("content"), str):
+            words.add(int(number), token["content"], token.get("special") is True)
+    _read_parts(words, said, _json(folder / "special_tokens_map.json"), config)
+    for name in ("bos", "eos"):
+        flag = f"add_{name}_token"
+        if isinstance(said.get(flag), bool):
+            words.flags.setdefault(flag, said[flag])
+            if words.kind in ("llama", "t5"):
+                words.flags[flag] = said[flag]
+    if isinstance(said.get("add_prefix_space"), bool) and words.kind == "llama":
+        words.flags["add_space_prefix"] = said["add_prefix_space"]
+    words.template = _template(folder, said) or words.template
+
+
+def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
+    """The tokenizer's own files count before the model's configuration."""
+    places = {text: token_id for token_id, text in enumerate(words.texts)}
+    for short, name in _PARTS.items():
+        text = _content(said.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
+        token_id = config.get(f"{short}_token_id")
+        first = token_id[0] if isinstance(token_id, list) and token_id else token_id
+        if text is not None and text in places:
+            words.ids[name] = places[text]
+        elif type(first) is int and first >= 0:
+            words.ids[name] = first
+    ends = config.get("eos_token_id")
+    others = [end for end in ends if type(end) is int and end != words.ids.get("eos")] if isinstance(ends, list) else []
+    if others:
+        words.ids.setdefault("eot", others[-1])
+
+
+def _content(entry: Any) -> str | None:
+    found = entry.get("content") if isinstance(entry, dict) else entry
+    return found if isinstance(found, str) else None
+
+
+def _template(folder: Path, said: dict[str, Any]) -> str | None:
+    """The template in a file of its own, as newer folders have it, or the one (or the default one) among settings."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
+            raise ModelFileError(f"{path}: {path.stat().st_size >> 20} MiB of template")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelFileError(f"{path}: not UTF-8 ({error.reason})") from None
+        except OSError as error:
+            raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
+    template = said.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        defaults = [variant for variant in template if isinstance(variant, dict) and variant.get("name") == "default"]
+        template = defaults[-1].get("template") if defaults else None
+    return template if isinstance(template, str) else None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

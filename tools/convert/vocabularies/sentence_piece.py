@@ -1,8 +1,10 @@
-"""SentencePiece's own files: pieces with scores and types."""
+"""SentencePiece's own files, pieces with scores and types, and tokenizer.bin of llama2.c, which holds LLaMA's."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from struct import Struct
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
@@ -14,8 +16,12 @@ from llamaclust.model.tokenizers.vocabulary import TokenType
 from llamaclust.tools.convert.vocabularies.words import Words
 
 _PROTO: Any = sentencepiece_model_pb2
-_PIECES_OF_GGUF: Final = {int(kind): kind for kind in TokenType}
-"""GGUF's type numbers are SentencePiece's own."""
+_ENTRY: Final = Struct("<fI")
+_LONGEST: Final = 1 << 16
+_BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
+"""Files of 2023 hold the character of that number instead."""
+_FIRST: Final = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
+"""The file has its own spelling of these."""
 
 
 def read_sentence_piece(path: Path, data: bytes) -> Words:
@@ -32,21 +38,15 @@ def read_sentence_piece(path: Path, data: bytes) -> Words:
         pre="default",
         origin=path,
         texts=[piece.piece for piece in model.pieces],
-        types=[_PIECES_OF_GGUF[piece.type] for piece in model.pieces],
+        types=[TokenType(piece.type) for piece in model.pieces],  # GGUF's numbers are SentencePiece's own
         scores=[piece.score for piece in model.pieces],
     )
     words.flags["add_space_prefix"] = model.normalizer_spec.add_dummy_prefix
     if words.kind == "t5":
         _normalization(words, model)
     said = model.trainer_spec
-    for name, token_id in (
-        ("bos", said.bos_id),
-        ("eos", said.eos_id),
-        ("unknown", said.unk_id),
-        ("padding", said.pad_id),
-    ):
-        if 0 <= token_id < len(words.texts):
-            words.ids[name] = token_id
+    ids = {"bos": said.bos_id, "eos": said.eos_id, "unknown": said.unk_id, "padding": said.pad_id}
+    words.ids |= {name: token_id for name, token_id in ids.items() if 0 <= token_id < len(words.texts)}
     return words
 
 
@@ -73,3 +73,46 @@ def _normalization(words: Words, model: Any) -> None:
     }
     words.charsmap = model.normalizer_spec.precompiled_charsmap
     check_charsmap(words.charsmap, f"{words.origin}: its map of characters")
+
+
+def read_llama2c_words(path: Path, data: bytes) -> Words:
+    """A number, then for each word its score, its length and its bytes."""
+    texts: list[str] = []
+    types: list[TokenType] = []
+    scores: list[float] = []
+    at = 4
+    while at < len(data):
+        if at + _ENTRY.size > len(data):
+            raise _cut_short(path, len(texts))
+        score, length = _ENTRY.unpack_from(data, at)
+        at += _ENTRY.size
+        if length > _LONGEST or at + length > len(data):
+            raise _cut_short(path, len(texts))
+        text, kind = _word(path, len(texts), data[at : at + length])
+        at += length
+        texts.append(text)
+        types.append(kind)
+        scores.append(score)
+    if len(texts) < len(_FIRST):
+        raise _cut_short(path, len(texts))
+    words = Words(kind="llama", pre="default", origin=path, texts=texts, types=types, scores=scores)
+    words.ids = {"unknown": 0, "bos": 1, "eos": 2}
+    words.flags = {"add_bos_token": True, "add_eos_token": False, "add_space_prefix": True}
+    return words
+
+
+def _word(path: Path, number: int, data: bytes) -> tuple[str, TokenType]:
+    if number < len(_FIRST):
+        return _FIRST[number]
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise ModelFileError(f"{path}: word {number} is not UTF-8: not a tokenizer.bin of llama2.c") from None
+    byte = number - len(_FIRST)
+    if _BYTE.fullmatch(text) or (byte < 256 and text == chr(byte)):
+        return f"<0x{byte:02X}>" if len(text) == 1 else text, TokenType.BYTE
+    return text.replace(" ", "▁"), TokenType.NORMAL
+
+
+def _cut_short(path: Path, count: int) -> ModelFileError:
+    return ModelFileError(f"{path}: ends in word {count}: cut short, or no tokenizer.bin of llama2.c")

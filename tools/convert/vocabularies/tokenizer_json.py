@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -10,16 +12,18 @@ import tokenizers
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
+from llamaclust.model.tokenizers.charsmap import check_charsmap
+from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType
 from llamaclust.tools.convert.formats.source_files import read_json
 from llamaclust.tools.convert.settings import MAX_WORDS
-from llamaclust.tools.convert.vocabularies.probe import recognised
-from llamaclust.tools.convert.vocabularies.unigram_json import check_alike, read_unigrams
+from llamaclust.tools.convert.vocabularies.probe import PROBE, recognised
 from llamaclust.tools.convert.vocabularies.words import Words
 
-_BYTES: Final = [f"<0x{byte:02X}>" for byte in range(256)]
 _HARMLESS: Final = ("NFC", "NFKC")
 """Normalizers that change nothing in text as it is usually written; GGUF has no word for them."""
+_TEXTS: Final = ("a", " a", "  a  b ", " ", "a \n b", "\n a\t", *PROBE.splitlines())
+_BYTES: Final = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def read_tokenizer_json(path: Path) -> Words:
@@ -31,22 +35,15 @@ def read_tokenizer_json(path: Path) -> Words:
     for entry in _list(said.get("added_tokens"), path, "added_tokens"):
         _add(words, _object(entry, path, "added_tokens"))
     if is_unigram:
-        check_alike(words, _library(path))
+        _check_alike(words, _library(path))
     _read_ends(words, said)
     return words
-
-
-def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
-    steps = _parts(said.get("normalizer"), "normalizers")
-    cutters = _parts(said.get("pre_tokenizer"), "pretokenizers")
-    spaces = next((cutter for cutter in cutters if cutter.get("type") == "Metaspace"), {"prepend_scheme": "never"})
-    return read_unigrams(path, model, steps, spaces)
 
 
 def _merged(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
     texts = _texts(model, path)
     merges = _merges(model, path)
-    is_bytes = model.get("byte_fallback") is True and all(byte in texts for byte in _BYTES)
+    is_bytes = model.get("byte_fallback") is True and set(texts) >= _BYTES
     return _sentence_pieces(path, texts, merges, said) if is_bytes else _byte_level(path, texts, merges, said)
 
 
@@ -83,7 +80,8 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
     strange = next((entry.get("type") for entry in normalizers if entry.get("type") not in _HARMLESS), None)
     if strange is not None:
         raise ModelFileError(f"{path}: the normalizer {shown(str(strange))} is not supported for byte-level BPE")
-    name = recognised(_library(path).pre_tokenizer, _ignores_merges(said), _template_ends(said)[0] is not None)
+    ignores_merges = said["model"].get("ignore_merges") is True
+    name = recognised(_library(path).pre_tokenizer, ignores_merges, _template_ends(said)[0] is not None)
     if name is None:
         raise ModelFileError(
             f"{path}: its pre-tokenizer cuts text like none of those that are known (docs/convert.md lists them); "
@@ -98,10 +96,6 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
         merges=[f"{left} {right}" for left, right in merges],
         flags={"add_bos_token": False},
     )
-
-
-def _ignores_merges(said: dict[str, Any]) -> bool:
-    return said["model"].get("ignore_merges") is True
 
 
 def _library(path: Path) -> Any:
@@ -140,8 +134,6 @@ def _add(words: Words, entry: dict[str, Any]) -> None:
     token_id, text = entry.get("id"), entry.get("content")
     if type(token_id) is not int or not isinstance(text, str):
         raise ModelFileError(f"{words.origin}: an added token without id or content")
-    if token_id == words.ids.get("unknown"):
-        return
     words.add(token_id, text, entry.get("special") is True)
 
 
@@ -188,3 +180,69 @@ def _object(value: Any, path: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelFileError(f"{path}: {name} is not an object")
     return value
+
+
+def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
+    """SentencePiece's pieces and map of characters, with the treatment of spaces as steps of the library.
+    ModelFileError for entries that are none, and without a piece for unknown text."""
+    steps = _parts(said.get("normalizer"), "normalizers")
+    cutters = _parts(said.get("pre_tokenizer"), "pretokenizers")
+    spaces = next((cutter for cutter in cutters if cutter.get("type") == "Metaspace"), {"prepend_scheme": "never"})
+    entries = model.get("vocab")
+    if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+        raise ModelFileError(f"{path}: vocab is no list of words with their scores")
+    texts = [entry[0] for entry in entries]
+    in_bytes = model.get("byte_fallback") is True
+    types = [TokenType.BYTE if in_bytes and text in _BYTES else TokenType.NORMAL for text in texts]
+    words = Words(
+        kind="t5",
+        pre="default",
+        origin=path,
+        texts=texts,
+        types=types,
+        scores=[float(entry[1]) for entry in entries],
+        charsmap=_charsmap(path, steps),
+    )
+    unknown = model.get("unk_id")
+    if type(unknown) is not int or not 0 <= unknown < len(texts):
+        raise ModelFileError(f"{path}: no piece for unknown text")
+    words.ids["unknown"] = unknown
+    types[unknown] = TokenType.UNKNOWN
+    scheme = spaces.get("prepend_scheme", "always" if spaces.get("add_prefix_space", True) else "never")
+    words.flags = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_space_prefix": scheme != "never",
+        "remove_extra_whitespaces": any(step.get("type") == "Replace" and "{2,}" in str(step) for step in steps),
+    }
+    return words
+
+
+def _check_alike(words: Words, library: tokenizers.Tokenizer) -> None:
+    """ModelFileError where SentencePiece's way to do it gives other tokens than the library's."""
+    own = load_tokenizer(words.metadata())
+    for text in _TEXTS:
+        if own.encode(text, add_special=False) != library.encode(text, add_special_tokens=False).ids:
+            raise ModelFileError(f"{words.origin}: it cuts {shown(text[:40])} otherwise than SentencePiece would")
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, list)
+        and len(entry) == 2
+        and isinstance(entry[0], str)
+        and isinstance(entry[1], int | float)
+        and abs(entry[1]) < 1e30
+    )
+
+
+def _charsmap(path: Path, steps: list[dict[str, Any]]) -> bytes:
+    said = next((step.get("precompiled_charsmap") for step in steps if step.get("type") == "Precompiled"), None)
+    if said is None:
+        return b""
+    try:
+        data = base64.b64decode(said, validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        raise ModelFileError(f"{path}: its map of characters is not base64") from None
+    check_charsmap(data, f"{path}: its map of characters")
+    return data

@@ -40,7 +40,10 @@ class Words:
     """SentencePiece's precompiled normalization of characters."""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
-        """A token that was added to the tokenizer, or one of its own that is more than a word."""
+        """A token that was added to the tokenizer, or one of its own that is more than a word. The one for unknown text
+        stays that."""
+        if token_id == self.ids.get("unknown"):
+            return
         if not 0 <= token_id < MAX_WORDS:
             raise ModelFileError(f"{self.origin}: token {shown(text)} has the id {token_id}")
         while len(self.texts) <= token_id:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from threading import Event, Timer
 from typing import Any, Final
 
 from llamaclust.core.errors import DeadlineError, ModelFileError, RequestError
 from llamaclust.model.chat.template_choice import built_in, suggested_template
-from llamaclust.model.chat.template_process import NotInTime, ProcessKilled, RenderingStopped, TemplateProcess
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _NO_TEMPLATE: Final = (
@@ -21,6 +25,11 @@ _NO_TEMPLATE: Final = (
 )
 _MAX_REPLY_SHARE: Final = 6
 """JSON may write one byte of text as six."""
+_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
+"""Variables for Python's start and for dates in templates; keys and tokens are not passed."""
+_OTHERS_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+_END_S = 1.0
+"""Deadline from the child's last byte to its exit."""
 
 Message = Mapping[str, Any]
 
@@ -47,7 +56,7 @@ class ChatTemplate:
         self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._limits = limits or TemplateLimits()
-        self._child: TemplateProcess | None = None
+        self._child: _TemplateProcess | None = None
         self._broken: str | None = None
         self._closed = False
         # One thread owns the child for its whole life: Linux kills the child when the thread that started it ends.
@@ -112,7 +121,7 @@ class ChatTemplate:
     def _render(self, frame: bytes) -> str:
         try:
             reply = self._request_again(frame)
-        except RenderingStopped as failure:
+        except _RenderingStopped as failure:
             raise RequestError(f"the model's chat template was stopped: {failure}") from None
         if "error" in reply:
             raise RequestError(f"the model's chat template: {_line(reply['error'])}")
@@ -122,7 +131,7 @@ class ChatTemplate:
         """The child's reply; where others killed it, at work or before, that of the next one."""
         try:
             return self._request(frame)
-        except ProcessKilled:
+        except _ProcessKilled:
             return self._request(frame)
 
     def _request(self, frame: bytes) -> dict[str, Any]:
@@ -132,21 +141,21 @@ class ChatTemplate:
             self._child = self._start()
         try:
             return self._child.request(frame, self._limits.wall_s)
-        except RenderingStopped:
+        except _RenderingStopped:
             self._drop_child()
             raise
 
-    def _start(self) -> TemplateProcess:
+    def _start(self) -> _TemplateProcess:
         """A child that has compiled the template. A template that does not compile, or not with what it may use, is
         remembered, not tried again."""
         limits = self._limits
-        child = TemplateProcess(limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16))
+        child = _TemplateProcess(limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16))
         try:
             problem = child.request(_frame({"source": self.source, **asdict(limits)}), limits.start_s).get("error")
-        except (ProcessKilled, NotInTime):
+        except (_ProcessKilled, _NotInTime):
             child.kill()
             raise
-        except RenderingStopped as failure:
+        except _RenderingStopped as failure:
             problem = str(failure)
         if problem is not None:
             child.kill()
@@ -158,6 +167,87 @@ class ChatTemplate:
         if self._child is not None:
             self._child.kill()
             self._child = None
+
+
+class _RenderingStopped(Exception):
+    """The child ended, or did not answer in time; the message says how."""
+
+
+class _ProcessKilled(_RenderingStopped):
+    """The child was killed from outside, not by a template."""
+
+
+class _NotInTime(_RenderingStopped):
+    """No reply within the deadline: a slow template or a stalled machine."""
+
+
+class _TemplateProcess:
+    """The rendering process and its two pipes."""
+
+    def __init__(self, max_reply_bytes: int) -> None:
+        self._max_reply_bytes = max_reply_bytes
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "llamaclust.model.chat.template_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def request(self, frame: bytes, timeout_s: float) -> dict[str, Any]:
+        """Sends a request, one line of JSON, and waits for the reply, another one."""
+        is_late = Event()
+
+        def end() -> None:
+            is_late.set()
+            self._process.kill()
+
+        timer = Timer(timeout_s, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            self._input.write(frame)
+            self._input.flush()
+            line = self._output.readline(self._max_reply_bytes + 1)
+        except BrokenPipeError:
+            line = b""
+        finally:
+            timer.cancel()
+        if line.endswith(b"\n"):
+            reply: dict[str, Any] = json.loads(line)
+            return reply
+        if is_late.is_set():
+            raise _NotInTime(f"it did not end within {timeout_s:g} s")
+        if len(line) > self._max_reply_bytes:
+            raise _RenderingStopped(f"a reply of more than {self._max_reply_bytes} bytes")
+        raise self._ending()
+
+    def stop(self) -> None:
+        """Makes the process end; may be called from any thread."""
+        self._process.kill()
+
+    def kill(self) -> None:
+        """Ends the process and its pipes."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _ending(self) -> _RenderingStopped:
+        """How the child ended, which has closed its pipes."""
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return _RenderingStopped("its process does not answer")
+        if -code in _OTHERS_SIGNALS:
+            return _ProcessKilled(f"its process was killed by {signal.Signals(-code).name}")
+        if code == -signal.SIGXCPU:
+            return _RenderingStopped("it used more CPU time than a template may")
+        return _RenderingStopped("it crashed the process that rendered it")
 
 
 def load_chat_template(

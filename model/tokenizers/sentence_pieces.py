@@ -11,7 +11,6 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.tokenizers.charsmap import check_charsmap
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag
 
@@ -20,6 +19,9 @@ _PROTO: Any = sentencepiece_model_pb2
 _PIECE_TYPES: Final = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
 """GGUF's type numbers are SentencePiece's own; only one unknown piece is allowed, so a second one never matches."""
 _CHARSMAP: Final = key("precompiled_charsmap")
+_LEAF_BIT: Final = 1 << 8
+_VALUE_BIT: Final = 1 << 31
+_BLOCK: Final = 256
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -114,3 +116,27 @@ def _piece_type(vocabulary: Vocabulary, index: int, unknown: int, byte_fallback:
     if kind == TokenType.BYTE and not byte_fallback:
         return TokenType.CONTROL
     return _PIECE_TYPES.get(kind, kind)
+
+
+def check_charsmap(data: bytes, origin: str) -> None:
+    """Checks SentencePiece's precompiled map of characters: the length of a trie, the trie as a double array
+    (darts-clone), and the texts that its leaves point to, each ended by a zero byte. ModelFileError where following the
+    trie with any text could lead outside of it or of the texts."""
+    if not data:
+        return
+    length = int.from_bytes(data[:4], "little")
+    if len(data) < 4 or length < 4 * _BLOCK or length % 4 or 4 + length >= len(data) or data[-1] != 0:
+        raise ModelFileError(f"{origin}: {len(data)} bytes do not fit a trie of {length} and texts behind it")
+    units = np.frombuffer(data, "<u4", length // 4, 4).astype(np.int64)
+    inner = np.flatnonzero(units & _VALUE_BIT == 0)
+    first = inner ^ _offsets(units[inner])
+    if (first | (_BLOCK - 1)).max(initial=0) >= len(units):
+        raise ModelFileError(f"{origin}: a branch of its trie leads outside of it")
+    values = units[first[units[inner] & _LEAF_BIT != 0]] & (_VALUE_BIT - 1)
+    if values.max(initial=0) >= len(data) - 4 - length:
+        raise ModelFileError(f"{origin}: a leaf of its trie points outside of the texts")
+
+
+def _offsets(units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Where a unit's branches are, from its own place: 22 bits, eight times as far where another bit says so."""
+    return (units >> 10) << ((units & (1 << 9)) >> 6)

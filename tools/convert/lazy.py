@@ -108,16 +108,18 @@ def gathered(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
 
 def stacked(tensors: Sequence[Lazy]) -> Lazy:
     """Tensors of one shape as one with another dimension before."""
+    tensors = _alike(tensors)
     first = tensors[0]
 
     def read(start: int, end: int) -> Array:
-        return np.stack([_as(tensor, first.storage).all() for tensor in tensors[start:end]])
+        return np.stack([tensor.all() for tensor in tensors[start:end]])
 
     return replace(first, shape=(len(tensors), *first.shape), read=read)
 
 
 def below(tensors: Sequence[Lazy]) -> Lazy:
     """The rows of all, one tensor's after the other's."""
+    tensors = _alike(tensors)
     first = tensors[0]
     ends = np.cumsum([tensor.shape[0] for tensor in tensors]).tolist()
 
@@ -127,7 +129,7 @@ def below(tensors: Sequence[Lazy]) -> Lazy:
             begin = last - tensor.shape[0]
             low, high = max(start, begin), min(end, last)
             if low < high:
-                parts.append(_as(tensor, first.storage).read(low - begin, high - begin))
+                parts.append(tensor.read(low - begin, high - begin))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return replace(first, shape=(ends[-1], *first.shape[1:]), read=read)
@@ -135,11 +137,12 @@ def below(tensors: Sequence[Lazy]) -> Lazy:
 
 def beside(tensors: Sequence[Lazy]) -> Lazy:
     """Matrices of equally many rows, side by side."""
+    tensors = _alike(tensors)
     first = tensors[0]
     width = sum(tensor.shape[1] for tensor in tensors)
 
     def read(start: int, end: int) -> Array:
-        return np.concatenate([_as(tensor, first.storage).read(start, end) for tensor in tensors], axis=1)
+        return np.concatenate([tensor.read(start, end) for tensor in tensors], axis=1)
 
     return replace(first, shape=(first.shape[0], width), read=read)
 
@@ -170,19 +173,11 @@ def transposed(tensor: Lazy, recent: Recent) -> Lazy:
     return replace(tensor, shape=tensor.shape[::-1], read=read)
 
 
-def _as(tensor: Lazy, storage: Storage) -> Lazy:
-    """Parts that are put together are stored alike: float32 where one is not like the first."""
-    if tensor.storage is storage:
-        return tensor
-    assert storage is Storage.F32, (tensor.storage, storage)
-    return mapped(tensor, lambda values: values)
-
-
-def alike(tensors: Sequence[Lazy]) -> list[Lazy]:
-    """The same tensors, all stored as the first one, or as float32 where they differ."""
+def _alike(tensors: Sequence[Lazy]) -> Sequence[Lazy]:
+    """The same tensors, as float32 where not all are stored as the first one."""
     if len({tensor.storage for tensor in tensors}) == 1:
-        return list(tensors)
-    return [_as(tensor, Storage.F32) for tensor in tensors]
+        return tensors
+    return [mapped(tensor, lambda values: values) for tensor in tensors]
 
 
 class Recent:

@@ -16,8 +16,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.tokenizers.charsmap import check_charsmap
 from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.sentence_pieces import check_charsmap
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.vocabularies.probe import PROBE
 from llamaclust.tools.convert.vocabularies.reading import read_words

@@ -10,7 +10,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
 from llamaclust.tools.convert.formats.torch_files import read_torch
-from llamaclust.tools.convert.lazy import Lazy, alike, below, beside
+from llamaclust.tools.convert.lazy import Lazy, below, beside
 from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, Checkpoint, Settings
 
 PARAMS: Final = "params.json"
@@ -52,7 +52,7 @@ def _merged(files: SourceFiles, parts: list[Path], width: int) -> dict[str, Lazy
         if shard.keys() != shards[0].keys():
             strange = sorted(shard.keys() ^ shards[0].keys())[0]
             raise ModelFileError(f"{path}: {shown(strange)} is not in all parts; get all parts of one model")
-    return {name: _joined(name, alike([shard[name] for shard in shards]), width) for name in shards[0]}
+    return {name: _joined(name, [shard[name] for shard in shards], width) for name in shards[0]}
 
 
 def _joined(name: str, parts: list[Lazy], width: int) -> Lazy:

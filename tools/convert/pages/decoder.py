@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamaclust.tools.convert.lazy import alike, stacked
+from llamaclust.tools.convert.lazy import stacked
 from llamaclust.tools.convert.page import SILU, Page, neighbours
 from llamaclust.tools.convert.settings import MAX_WIDTH
 
@@ -45,7 +45,7 @@ def experts(page: Page, layer: int, count: int, width: int, names: tuple[str, st
     shapes = ((width, page.width), (width, page.width), (page.width, width))
     for part, name, shape in zip(("gate", "up", "down"), names, shapes, strict=True):
         found = [page.take(f"{prefix}.{number}.{name}.weight", *shape) for number in range(count)]
-        page.put(f"blk.{layer}.ffn_{part}_exps.weight", stacked(alike(found)))
+        page.put(f"blk.{layer}.ffn_{part}_exps.weight", stacked(found))
 
 
 def feed_forward_width(page: Page) -> int:

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.tokenizers.charsmap import check_charsmap
+from llamaclust.model.tokenizers.sentence_pieces import check_charsmap
 from llamaclust.model.tokenizers.vocabulary import TokenType
 from llamaclust.tools.convert.vocabularies.words import Words
 

@@ -12,8 +12,8 @@ import tokenizers
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.tokenizers.charsmap import check_charsmap
 from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.sentence_pieces import check_charsmap
 from llamaclust.model.tokenizers.vocabulary import TokenType
 from llamaclust.tools.convert.formats.source_files import read_json
 from llamaclust.tools.convert.settings import MAX_WORDS

@@ -69,15 +69,12 @@ class WeightCache:
         """What is there of an unfinished one; it counts as used now. One that a process writes is left as it is: it may
         be whole at this moment, and then its times say so."""
         try:
-            descriptor = os.open(self.part_path(content), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with _opened(self.part_path(content), os.O_NOFOLLOW | os.O_NONBLOCK) as descriptor:
+                if take_lock(descriptor):
+                    _use(descriptor)
+                return os.fstat(descriptor).st_size
         except OSError:
             return 0
-        try:
-            if take_lock(descriptor):
-                _use(descriptor)
-            return os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
 
     def find(self, content: str) -> FileIdentity | None:
         """None where it is not there; what was changed since it was written is deleted. It counts as used now."""
@@ -138,22 +135,21 @@ class WeightCache:
         self.prepare()
         made = self.path / f"{secrets.token_hex(8)}.tmp"
         path = made.with_suffix(LEASE)
-        descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            _use(made)
-            made.rename(path)  # one without a lock would be deleted: its process is gone
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+        with _opened(made, os.O_CREAT | os.O_EXCL) as descriptor:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _use(made)
+                made.rename(path)  # one without a lock would be deleted: its process is gone
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def make_room(self, n_bytes: int) -> None:
         """Deletes what was not used for longest and is in no load, until there is room for so many bytes more.
         LlamaclustError where there cannot be."""
         with self._locked():
             since_ns = self._oldest_lease_ns()
-            files = sorted(self._files(), key=lambda one: _used_ns(one[1]))
+            files = sorted(self._files(), key=lambda file: _used_ns(file[1]))
             held, free = sum(found.st_size for _, found in files), self._free_bytes()
             for path, found in files:
                 if held + n_bytes <= self.most_bytes and n_bytes <= free:
@@ -193,12 +189,9 @@ class WeightCache:
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
         """One process at a time makes what has that name; the others wait for as long as that takes."""
-        descriptor = os.open(self.path / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        with _opened(self.path / f"{key}.lock", os.O_CREAT) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(descriptor)
 
     def _free_bytes(self) -> int:
         disk = os.statvfs(self.path)
@@ -222,16 +215,22 @@ class WeightCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        with _opened(self.path / "lock", os.O_CREAT) as descriptor:
             end = time.monotonic() + _LOCK_WAIT_S
             while not take_lock(descriptor):
                 if time.monotonic() >= end:
                     raise LlamaclustError(f"{self.path}: another process has had the lock for {_LOCK_WAIT_S:g} s")
                 time.sleep(_LOCK_RETRY_S)
             yield
-        finally:
-            os.close(descriptor)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def take_lock(descriptor: int) -> bool:
@@ -260,11 +259,8 @@ def _used_ns(found: os.stat_result) -> int:
 
 def _delete(path: Path) -> bool:
     """Not what a process has a lock on. OSError where it is gone, or cannot be deleted."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        if not take_lock(descriptor):
-            return False
-        path.unlink()
-        return True
-    finally:
-        os.close(descriptor)
+    with _opened(path, os.O_NOFOLLOW | os.O_NONBLOCK) as descriptor:
+        is_free = take_lock(descriptor)
+        if is_free:
+            path.unlink()
+        return is_free

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import islice
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -60,10 +61,10 @@ class Manifest:
     def file(self, path: Path, held: Mapping[str, tuple[Path, FileIdentity]]) -> ModelFile:
         """The model as its file would be. `path`: what errors name; `held`: where bytes are, by their SHA-256."""
         tensors = {}
-        for one in self.tensors:
-            place, identity = held.get(one.content, (path, _NOWHERE))
-            tensors[one.name] = Tensor(
-                one.name, one.quant_type, one.shape, place, 0, one.n_bytes, identity, content=one.content
+        for record in self.tensors:
+            place, identity = held.get(record.content, (path, _NOWHERE))
+            tensors[record.name] = Tensor(
+                record.name, record.quant_type, record.shape, place, 0, record.n_bytes, identity, record.content
             )
         return ModelFile(path, (), self.size_bytes, self.model_id, self.metadata, MappingProxyType(tensors))
 
@@ -121,50 +122,40 @@ def read_manifest(path: Path) -> Manifest:
     metadata = read_header(path).metadata
     own = {key: value for key, value in metadata.items() if not key.startswith(_PREFIX)}
     try:
-        return _Reader(path, metadata).manifest(own)
+        return _manifest(metadata, MappingProxyType(own))
     except (ValueError, OverflowError) as error:
         raise fail_at(
             path, "manifest", str(error), "llamaclust of another version made it, or it is damaged"
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
+def _manifest(metadata: Mapping[str, MetadataValue], own: Mapping[str, MetadataValue]) -> Manifest:
     """ValueError for columns that do not fit together."""
 
-    path: Path
-    metadata: Mapping[str, MetadataValue]
-
-    def manifest(self, own: dict[str, MetadataValue]) -> Manifest:
-        if self._column("version", int) != _VERSION:
-            raise ValueError(f"not of version {_VERSION}")
-        names, contents = self._strings("names"), self._strings("contents")
-        kinds, dimensions = self._numbers("types"), self._numbers("dimensions")
-        sizes = self._numbers("sizes")
-        if not len(names) == len(contents) == len(kinds) == len(dimensions) == len(set(names)) <= MAX_TENSORS:
-            raise ValueError("columns of different lengths, or a name twice")
-        if any(not 1 <= count <= MAX_DIMENSIONS for count in dimensions) or sum(dimensions) != len(sizes):
-            raise ValueError("shapes that make no sense")
-        rest = iter(sizes)
-        shapes = [tuple(next(rest) for _ in range(count)) for count in dimensions]
-        tensors = tuple(map(_record, names, kinds, shapes, contents))
-        model_id, size_bytes = self._column("model_id", str), self._column("size", int)
-        return Manifest(model_id, size_bytes, MappingProxyType(own), tensors)
-
-    def _column(self, name: str, kind: type) -> Any:
-        value = self.metadata.get(_PREFIX + name)
+    def column(name: str, kind: type) -> Any:
+        value = metadata.get(_PREFIX + name)
         if not isinstance(value, kind):
             raise ValueError(f"no {name}")
         return value
 
-    def _strings(self, name: str) -> list[str]:
-        return list(self._column(name, LazyStrings))
-
-    def _numbers(self, name: str) -> list[int]:
-        values = self._column(name, np.ndarray)
+    def numbers(name: str) -> list[int]:
+        values = column(name, np.ndarray)
         if values.dtype.kind != "u":
             raise ValueError(f"{name} that are no whole numbers")
         return [int(value) for value in values]
+
+    if column("version", int) != _VERSION:
+        raise ValueError(f"not of version {_VERSION}")
+    names, contents = list(column("names", LazyStrings)), list(column("contents", LazyStrings))
+    kinds, dimensions, sizes = numbers("types"), numbers("dimensions"), numbers("sizes")
+    if not len(names) == len(contents) == len(kinds) == len(dimensions) == len(set(names)) <= MAX_TENSORS:
+        raise ValueError("columns of different lengths, or a name twice")
+    if any(not 1 <= count <= MAX_DIMENSIONS for count in dimensions) or sum(dimensions) != len(sizes):
+        raise ValueError("shapes that make no sense")
+    rest = iter(sizes)
+    shapes = [tuple(islice(rest, count)) for count in dimensions]
+    tensors = tuple(map(_record, names, kinds, shapes, contents))
+    return Manifest(column("model_id", str), column("size", int), own, tensors)
 
 
 def _record(name: str, kind: int, shape: tuple[int, ...], content: str) -> TensorRecord:

@@ -4,7 +4,7 @@ with a scale for each group in version 2."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from math import prod
 from pathlib import Path
 from struct import unpack
@@ -29,6 +29,17 @@ _OLD_HEADER: Final = 28
 _HEADER: Final = 256
 _EPSILON: Final = 1e-5
 
+_NUMBERS: Final = {
+    "hidden_size": MAX_WIDTH,
+    "intermediate_size": MAX_WIDTH,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": MAX_HEADS,
+    "num_key_value_heads": MAX_HEADS,
+    "vocab_size": MAX_WORDS,
+    "max_position_embeddings": MAX_CONTEXT,
+}
+"""The numbers of a header in their order, in Hugging Face's words, with their largest values."""
+
 _Place = tuple[str, tuple[int, ...]]
 
 
@@ -42,23 +53,14 @@ class _Header:
     words: int
     context: int
     tied: bool
-    version: int  # 0: the first form
-    group: int  # weights that share a scale, in version 2
+    version: int = 0  # 0: the first form
+    group: int = 0  # weights that share a scale, in version 2
 
     @property
     def values(self) -> dict[str, object]:
         """In Hugging Face's words."""
-        return {
-            "hidden_size": self.width,
-            "intermediate_size": self.feed_forward,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "vocab_size": self.words,
-            "max_position_embeddings": self.context,
-            "rms_norm_eps": _EPSILON,
-            "tie_word_embeddings": self.tied,
-        }
+        numbers = dict(zip(_NUMBERS, astuple(self), strict=False))
+        return {**numbers, "rms_norm_eps": _EPSILON, "tie_word_embeddings": self.tied}
 
 
 def is_llama2c(file: SourceFile) -> bool:
@@ -100,31 +102,26 @@ def _read_header(file: SourceFile) -> _Header:
     if version not in (1, 2):
         raise file.error(f"version {version} of llama2.c's format; only the first form, 1 and 2 are supported")
     numbers = unpack("<7i", file.read(8, 28))
-    (group,) = unpack("<i", file.read(37, 4)) if version == 2 else (0,)
-    header = _checked(numbers, tied=file.read(36, 1) == b"\1", version=version, group=group)
+    header = _checked(numbers, tied=file.read(36, 1) == b"\1")
     if header is None:
         raise file.error(f"its header makes no sense: {list(numbers)}")
+    (group,) = unpack("<i", file.read(37, 4)) if version == 2 else (0,)
     if version == 2 and not 0 < group <= header.width:
         raise file.error(f"groups of {group} weights, 1 to {header.width} expected")
-    return header
+    return replace(header, version=version, group=group)
 
 
 def _old_header(file: SourceFile) -> _Header | None:
     """A number of words below 0 says that the last matrix is not the embedding."""
-    numbers = list(unpack("<7i", file.read(0, _OLD_HEADER)))
-    tied = numbers[5] > 0
-    numbers[5] = abs(numbers[5])
-    return _checked(tuple(numbers), tied=tied, version=0, group=0)
+    *numbers, words, context = unpack("<7i", file.read(0, _OLD_HEADER))
+    return _checked((*numbers, abs(words), context), tied=words > 0)
 
 
-def _checked(numbers: tuple[int, ...], *, tied: bool, version: int, group: int) -> _Header | None:
-    most = (MAX_WIDTH, MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_HEADS, MAX_WORDS, MAX_CONTEXT)
-    if not all(0 < number <= limit for number, limit in zip(numbers, most, strict=True)):
+def _checked(numbers: tuple[int, ...], *, tied: bool) -> _Header | None:
+    if not all(0 < number <= limit for number, limit in zip(numbers, _NUMBERS.values(), strict=True)):
         return None
-    width, feed_forward, layers, heads, kv_heads, words, context = numbers
-    if width % heads or heads % kv_heads:
-        return None
-    return _Header(width, feed_forward, layers, heads, kv_heads, words, context, tied, version, group)
+    header = _Header(*numbers, tied=tied)
+    return None if header.width % header.heads or header.heads % header.kv_heads else header
 
 
 def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
@@ -166,22 +163,16 @@ def _scaled(numbers: Lazy, scales: Lazy, group: int) -> Lazy:
 
 
 def _old_order(header: _Header) -> Iterator[_Place]:
-    norms = _norms(header)
-    yield "tok_embeddings.weight", (header.words, header.width)
-    yield norms[0]
-    yield from _matrices(header)[:4]
-    yield norms[1]
-    yield from _matrices(header)[4:]
-    yield norms[2]
+    attention_norm, feed_forward_norm, last_norm = _norms(header)
+    embedding, *matrices = _matrices(header)
+    yield from (embedding, attention_norm, *matrices[:4], feed_forward_norm, *matrices[4:], last_norm)
     yield "", (header.context, header.width // header.heads)  # two tables of rotation
     if not header.tied:
         yield "output.weight", (header.words, header.width)
 
 
 def _order(header: _Header) -> Iterator[_Place]:
-    yield from _norms(header)
-    yield "tok_embeddings.weight", (header.words, header.width)
-    yield from _matrices(header)
+    yield from (*_norms(header), *_matrices(header))
     if not header.tied:
         yield "output.weight", (header.words, header.width)
 
@@ -193,7 +184,7 @@ def _norms(header: _Header) -> tuple[_Place, _Place, _Place]:
 
 
 def _matrices(header: _Header) -> list[_Place]:
-    """Those of attention, then those of the feed-forward network, each for all layers."""
+    """The embedding, then those of attention and of the feed-forward network, each for all layers."""
     width, inner = header.width, header.feed_forward
     key = width // header.heads * header.kv_heads
     shapes = (
@@ -205,4 +196,5 @@ def _matrices(header: _Header) -> list[_Place]:
         ("feed_forward.w2", (width, inner)),
         ("feed_forward.w3", (inner, width)),
     )
-    return [(f"layers.{{}}.{name}.weight", (header.layers * n, k)) for name, (n, k) in shapes]
+    of_layers = [(f"layers.{{}}.{name}.weight", (header.layers * n, k)) for name, (n, k) in shapes]
+    return [("tok_embeddings.weight", (header.words, width)), *of_layers]

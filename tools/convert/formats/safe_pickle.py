@@ -90,34 +90,28 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
-    def pop(self) -> Any:
-        return self._stack.pop()
-
     def run(self, name: str, argument: Any) -> None:
         if name in _IGNORED:
             return
-        if name in _LITERALS:
-            self._stack.append(argument)
-        elif name in _CONSTANTS:
-            self._stack.append(_CONSTANTS[name]())
-        elif name in _TUPLES:
-            self._stack.append(self._last(_TUPLES[name]))
-        elif name in _ACTIONS:
-            _ACTIONS[name](self, argument)
-        else:
+        if name == "POP":
+            self.pop()
+            return
+        if name not in _ACTIONS:
             of = f" {shown(argument)}" if isinstance(argument, str) else ""
             raise _Refused(f"the pickle uses {name}{of}, which no state dict needs")
+        self._stack.append(_ACTIONS[name](self, argument))
 
-    def _last(self, count: int) -> tuple[Any, ...]:
-        if count == 0:
-            return ()
+    def pop(self) -> Any:
+        return self._stack.pop()
+
+    def last(self, count: int) -> tuple[Any, ...]:
         if len(self._stack) < count:
             raise IndexError("too few values")
         values = tuple(self._stack[-count:])
         del self._stack[-count:]
         return values
 
-    def _to_mark(self) -> tuple[Any, ...]:
+    def to_mark(self) -> tuple[Any, ...]:
         place = next((i for i in range(len(self._stack) - 1, -1, -1) if self._stack[i] is _MARK), None)
         if place is None:
             raise IndexError("no mark")
@@ -125,108 +119,94 @@ class _Machine:
         del self._stack[place:]
         return values
 
-    def _remember(self, argument: Any) -> None:
-        self._memo[len(self._memo) if argument is None else argument] = self._stack[-1]
+    def remember(self, place: Any) -> Any:
+        value = self._stack.pop()
+        self._memo[len(self._memo) if place is None else place] = value
+        return value
 
-    def _recall(self, argument: Any) -> None:
-        self._stack.append(self._memo[argument])
+    def recall(self, place: Any) -> Any:
+        return self._memo[place]
 
-    def _add_items(self, values: tuple[Any, ...]) -> None:
-        target = self._stack[-1]
+    def set_items(self, values: tuple[Any, ...], target: Any = None) -> Any:
+        """`target`: by default the value on the stack."""
+        target = self._stack.pop() if target is None else target
         if not isinstance(target, dict) or len(values) % 2:
             raise _Refused("the pickle puts items into something that is no dict")
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not isinstance(key, str | int):
                 raise _Refused("the pickle has a dict whose keys are not names")
             target[key] = value
+        return target
 
-    def _dict(self, argument: Any) -> None:
-        values = self._to_mark()
-        self._stack.append({})
-        self._add_items(values)
-
-    def _add_values(self, values: tuple[Any, ...]) -> None:
-        if not isinstance(self._stack[-1], list):
+    def append_values(self, values: tuple[Any, ...]) -> Any:
+        target = self._stack.pop()
+        if not isinstance(target, list):
             raise _Refused("the pickle appends to something that is no list")
-        self._stack[-1].extend(values)
+        target.extend(values)
+        return target
 
-    def _named(self, module: Any, name: Any) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise _Refused("the pickle names something by what is no text")
-        self._stack.append(_allowed(module, name))
-
-    def _global(self, argument: Any) -> None:
-        module, _, name = str(argument).partition(" ")
-        self._named(module, name)
-
-    def _stack_global(self, argument: Any) -> None:
-        self._named(*self._last(2))
-
-    def _call(self, argument: Any) -> None:
-        target, arguments = self._last(2)
+    def call(self, argument: Any) -> Any:
+        target, arguments = self.last(2)
         if not isinstance(target, _Named) or not isinstance(arguments, tuple):
             raise _Refused("the pickle calls something that is no function")
-        self._stack.append(target.call(arguments))
+        return target.call(arguments)
 
-    def _set_state(self, argument: Any) -> None:
+    def set_state(self, argument: Any) -> Any:
         """Ignored: state dicts carry the versions of their modules this way."""
-        target, state = self._last(2)
+        target, state = self.last(2)
         if not isinstance(target, dict) or not isinstance(state, dict):
             raise _Refused("the pickle sets the state of something that is no dict")
-        self._stack.append(target)
-
-    def _storage(self, argument: Any) -> None:
-        said = self._last(1)[0]
-        if not isinstance(said, tuple) or len(said) != 5 or said[0] != "storage":
-            raise _Refused("the pickle refers to something that is no storage")
-        kind, key, count = said[1], said[2], said[4]
-        if not isinstance(kind, _Named) or kind.name not in _STORAGES or not isinstance(key, str):
-            raise _Refused("the pickle refers to a storage of no known type")
-        if type(count) is not int or not 0 <= count < 1 << 48:
-            raise _Refused("the pickle refers to a storage of no sane size")
-        self._stack.append(StorageRef(_STORAGES[kind.name], key, count))
+        return target
 
 
 _IGNORED: Final = frozenset({"PROTO", "FRAME"})
 _NUMBERS: Final = ("BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG", "BINFLOAT", "FLOAT")
 _TEXTS: Final = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE")
 _BYTES: Final = ("BINSTRING", "SHORT_BINSTRING", "STRING", "BINBYTES", "SHORT_BINBYTES")
-_LITERALS: Final = frozenset({*_NUMBERS, *_TEXTS, *_BYTES})
-_CONSTANTS: Final[dict[str, Callable[[], Any]]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "MARK": lambda: _MARK,
+_ACTIONS: Final[dict[str, Callable[[_Machine, Any], Any]]] = {
+    **dict.fromkeys((*_NUMBERS, *_TEXTS, *_BYTES), lambda _, argument: argument),
+    "NONE": lambda *_: None,
+    "NEWTRUE": lambda *_: True,
+    "NEWFALSE": lambda *_: False,
+    "EMPTY_TUPLE": lambda *_: (),
+    "EMPTY_LIST": lambda *_: [],
+    "EMPTY_DICT": lambda *_: {},
+    "MARK": lambda *_: _MARK,
+    "TUPLE1": lambda machine, _: machine.last(1),
+    "TUPLE2": lambda machine, _: machine.last(2),
+    "TUPLE3": lambda machine, _: machine.last(3),
+    "TUPLE": lambda machine, _: machine.to_mark(),
+    "LIST": lambda machine, _: list(machine.to_mark()),
+    "DICT": lambda machine, _: machine.set_items(machine.to_mark(), {}),
+    "APPEND": lambda machine, _: machine.append_values(machine.last(1)),
+    "APPENDS": lambda machine, _: machine.append_values(machine.to_mark()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.last(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.to_mark()),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"), _Machine.remember),
+    **dict.fromkeys(("BINGET", "LONG_BINGET", "GET"), _Machine.recall),
+    "GLOBAL": lambda _, argument: _allowed(*str(argument).partition(" ")[::2]),
+    "STACK_GLOBAL": lambda machine, _: _allowed(*machine.last(2)),
+    "REDUCE": _Machine.call,
+    "BUILD": _Machine.set_state,
+    "BINPERSID": lambda machine, _: _storage(machine.pop()),
 }
-_TUPLES: Final = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
-    "TUPLE": lambda machine, _: machine._stack.append(machine._to_mark()),
-    "LIST": lambda machine, _: machine._stack.append(list(machine._to_mark())),
-    "DICT": _Machine._dict,
-    "APPEND": lambda machine, _: machine._add_values(machine._last(1)),
-    "APPENDS": lambda machine, _: machine._add_values(machine._to_mark()),
-    "SETITEM": lambda machine, _: machine._add_items(machine._last(2)),
-    "SETITEMS": lambda machine, _: machine._add_items(machine._to_mark()),
-    "POP": lambda machine, _: machine._stack.pop(),
-    "BINPUT": _Machine._remember,
-    "LONG_BINPUT": _Machine._remember,
-    "PUT": _Machine._remember,
-    "MEMOIZE": _Machine._remember,
-    "BINGET": _Machine._recall,
-    "LONG_BINGET": _Machine._recall,
-    "GET": _Machine._recall,
-    "GLOBAL": _Machine._global,
-    "STACK_GLOBAL": _Machine._stack_global,
-    "REDUCE": _Machine._call,
-    "BUILD": _Machine._set_state,
-    "BINPERSID": _Machine._storage,
-}
+"""What an opcode puts on the stack."""
 
 
-def _allowed(module: str, name: str) -> _Named:
+def _storage(said: Any) -> StorageRef:
+    if not isinstance(said, tuple) or len(said) != 5 or said[0] != "storage":
+        raise _Refused("the pickle refers to something that is no storage")
+    _, kind, key, _, count = said
+    if not isinstance(kind, _Named) or kind.name not in _STORAGES or not isinstance(key, str):
+        raise _Refused("the pickle refers to a storage of no known type")
+    if type(count) is not int or not 0 <= count < 1 << 48:
+        raise _Refused("the pickle refers to a storage of no sane size")
+    return StorageRef(_STORAGES[kind.name], key, count)
+
+
+def _allowed(module: Any, name: Any) -> _Named:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise _Refused("the pickle names something by what is no text")
     full = f"{module}.{name}"
     if module in ("torch", "torch.storage") and name in _STORAGES:
         return _Named(name, _refuse_call)
@@ -277,13 +257,9 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str | int, Any]:
     return found
 
 
-def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return _shape(arguments[0])
-
-
 _FUNCTIONS: Final[dict[str, Callable[[tuple[Any, ...]], Any]]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
-    "torch.Size": _size,
+    "torch.Size": lambda arguments: _shape(arguments[0]),
     "collections.OrderedDict": _ordered_dict,
 }

@@ -10,7 +10,7 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model import program as steps
-from llamaclust.model.architectures.rope import rope_table
+from llamaclust.model.architectures.positions import rope_table
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters
 from llamaclust.model.program import ActivationFunction, Buffer, KvType, Program, RopeStyle, RopeTable

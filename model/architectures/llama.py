@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.alibi import alibi_slopes
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
+from llamaclust.model.architectures.positions import alibi_slopes
 from llamaclust.model.program import RopeStyle
 
 _BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS = 32, 40

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor, open_regular, read_exactly
-from llamaclust.model.gguf.values import LENGTH, LazyStrings, MetadataValue, fail_at, kind_of, shown
+from llamaclust.model.gguf.values import LENGTH, LazyStrings, MetadataValue, fail_at, kind_of, padded, shown
 from llamaclust.model.quant_types import QuantType
 
 MAGIC = b"GGUF"
@@ -291,11 +291,6 @@ def _alignment(path: Path, metadata: dict[str, MetadataValue]) -> int:
     if not 1 <= value <= _MAX_ALIGNMENT or value & (value - 1):
         raise fail_at(path, place, f"{value}, a power of two up to {_MAX_ALIGNMENT} expected")
     return value
-
-
-def padded(count: int, alignment: int) -> int:
-    """The next multiple of `alignment`."""
-    return -(-count // alignment) * alignment
 
 
 def _placed(tensor: Tensor, data_start: int) -> Tensor:

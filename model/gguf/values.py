@@ -41,12 +41,8 @@ class LazyStrings(Sequence[str]):
 
     def decoded(self) -> list[str]:
         """Every string; ModelFileError where one is not UTF-8. Decoded once, so do not change the list."""
-        if self._decoded is None:
-            self._decoded = self._decode()
-            self._data = b""
-        return self._decoded
-
-    def _decode(self) -> list[str]:
+        if self._decoded is not None:
+            return self._decoded
         data, unpack = self._data, LENGTH.unpack_from
         words: list[str] = []
         at = 0
@@ -57,6 +53,7 @@ class LazyStrings(Sequence[str]):
                 at = end
         except UnicodeDecodeError as error:
             raise ModelFileError(f"{self._origin}: string {len(words)} is not UTF-8 ({error.reason})") from error
+        self._decoded, self._data = words, b""
         return words
 
 
@@ -89,3 +86,8 @@ def fail_at(
 ) -> ModelFileError:
     """The error for a bad file: where, what, and what to do, on one line."""
     return ModelFileError(f"{path}: {place}: {what}; {advice}")
+
+
+def padded(count: int, alignment: int) -> int:
+    """The next multiple of `alignment`."""
+    return -(-count // alignment) * alignment

@@ -12,16 +12,8 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.atomic_file import new_file, new_files
-from llamaclust.model.gguf.header import (
-    ARRAY_TYPE,
-    BOOL_TYPE,
-    DEFAULT_ALIGNMENT,
-    MAGIC,
-    NUMBER_FORMATS,
-    STRING_TYPE,
-    padded,
-)
-from llamaclust.model.gguf.values import MetadataValue, shown
+from llamaclust.model.gguf.header import ARRAY_TYPE, BOOL_TYPE, DEFAULT_ALIGNMENT, MAGIC, NUMBER_FORMATS, STRING_TYPE
+from llamaclust.model.gguf.values import MetadataValue, padded, shown
 from llamaclust.model.quant_types import QuantType
 
 _VERSION = 3

@@ -19,7 +19,7 @@ from llamaclust.kernels.cuda.launches.attention import (
 )
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.runtime.sources import SRC
-from llamaclust.model.architectures.alibi import alibi_slopes
+from llamaclust.model.architectures.positions import alibi_slopes
 from llamaclust.model.program import Attention, KvType
 from support.arithmetic.batches import batch_of
 from support.cuda.attending import LARGE, SMALL, Attender, Told, attention, by_the_cpu, sequences_of

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.architectures import build_program
-from llamaclust.model.architectures.rope import rope_table
+from llamaclust.model.architectures.positions import rope_table
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
 from llamaclust.model.loader import Model

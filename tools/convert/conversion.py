@@ -82,8 +82,15 @@ def write_converted(
     words = read_words(files, hints.tokenizer or checkpoint.vocabulary, rows, behind)
     name = target.name or checkpoint.name
     path = target.path or Path(f"{_file_name(name)}-{target.type_name}.gguf")
-    outputs = [Output(one, output_type(one, tensor, kind), tensor) for one, tensor in page.tensors.items()]
-    metadata = _general(page, name, kind) | page.metadata | _vocabulary(page, words)
+    outputs = [Output(key, output_type(key, tensor, kind), tensor) for key, tensor in page.tensors.items()]
+    general: dict[str, WritableValue] = {
+        "general.architecture": page.architecture,
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": FILE_TYPES[kind],
+        "general.quantization_version": _QUANTIZATION_VERSION,
+    }
+    metadata = general | page.metadata | _vocabulary(page, words)
     _check_replaceable(path)
     write_stream(path, metadata, outputs, on_progress, thread_count(), files.check_unchanged)
     return Converted(path, page.architecture, len(outputs), tuple(page.notes))
@@ -108,16 +115,6 @@ def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):
         return QuantType.F32
     return wanted if tensor.shape[-1] % wanted.info.block_size == 0 else QuantType.F16
-
-
-def _general(page: Page, name: str, kind: QuantType) -> dict[str, WritableValue]:
-    return {
-        "general.architecture": page.architecture,
-        "general.type": "model",
-        "general.name": name,
-        "general.file_type": FILE_TYPES[kind],
-        "general.quantization_version": _QUANTIZATION_VERSION,
-    }
 
 
 def _vocabulary(page: Page, words: Words) -> dict[str, WritableValue]:

@@ -13,7 +13,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.tools.convert.lazy import Lazy, gathered
-from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, MAX_WORDS, Checkpoint
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WORDS, Checkpoint
 
 SILU: Final = ("silu", "swish")
 GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
@@ -83,7 +83,7 @@ class Page:
 
     @property
     def width(self) -> int:
-        return self.settings.count("hidden_size", "n_embd", maximum=MAX_WIDTH)
+        return self.settings.count("hidden_size", "n_embd")
 
     @property
     def heads(self) -> int:

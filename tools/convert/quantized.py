@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.tools.convert.lazy import Array, Lazy, Recent, Storage
-from llamaclust.tools.convert.settings import MAX_WIDTH, Settings
+from llamaclust.tools.convert.settings import Settings
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 _SCALES: Final = ("weight_scale_inv", "weight_scale")
@@ -147,7 +147,7 @@ def _block(said: Settings) -> tuple[int, int] | None:
     if not isinstance(value, list) or len(value) != 2:
         raise said.error("weight_block_size", "two whole numbers expected")
     both = Settings(dict(zip(("rows", "columns"), value, strict=True)), said.origin)
-    return both.count("rows", maximum=MAX_WIDTH), both.count("columns", maximum=MAX_WIDTH)
+    return both.count("rows"), both.count("columns")
 
 
 def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cpu.dtype_cast import StoredType, narrowed
 from llamaclust.model.gguf.atomic_file import new_file
-from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT, padded
+from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT
+from llamaclust.model.gguf.values import padded
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, header_bytes
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.convert.lazy import Array, Lazy, Storage, as_floats

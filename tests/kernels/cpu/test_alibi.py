@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.architectures.alibi import alibi_slopes
+from llamaclust.model.architectures.positions import alibi_slopes
 from llamaclust.model.program import Attention, KvType
 from support.arithmetic.attention_cases import MAKERS, Model, assert_same_bits, chunks_of, in_float64, run_chunks
 from support.arithmetic.backends import all_threads

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.architectures import ARCHITECTURES, build_program
-from llamaclust.model.architectures.alibi import alibi_slopes
+from llamaclust.model.architectures.positions import alibi_slopes
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.program import Rope
 from llamaclust.model.quant_types import QuantType

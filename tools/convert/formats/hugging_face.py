@@ -67,17 +67,14 @@ def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
         if not isinstance(shard, str) or not _FILE_NAME.fullmatch(shard) or not shard.isprintable():
             raise ModelFileError(f"{index}: {shown(name)} is said to be in {shown(str(shard))}, which is no file name")
         if shard not in shards:
-            shards[shard] = _shard(files, index.with_name(shard), index)
+            path = index.with_name(shard)
+            if not path.is_file():
+                raise ModelFileError(f"{path}: missing, but {index.name} names it; get all shards of the model")
+            shards[shard] = read_weight_file(files, path)
         if name not in shards[shard]:
             raise ModelFileError(f"{index.with_name(shard)}: no tensor {shown(name)}, which {index.name} says is there")
         found[name] = shards[shard][name]
     return found
-
-
-def _shard(files: SourceFiles, path: Path, index: Path) -> dict[str, Lazy]:
-    if not path.is_file():
-        raise ModelFileError(f"{path}: missing, but {index.name} names it; get all shards of the model")
-    return read_weight_file(files, path)
 
 
 def _all_shards(files: SourceFiles, shards: list[Path]) -> dict[str, Lazy]:

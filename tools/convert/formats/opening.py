@@ -9,7 +9,6 @@ from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.tools.convert.formats import hugging_face, meta
 from llamaclust.tools.convert.formats.llama2c import is_llama2c, read_llama2c
 from llamaclust.tools.convert.formats.source_files import SourceFiles
-from llamaclust.tools.convert.formats.tencent_pretrain import is_tencent_pretrain, read_tencent_pretrain
 from llamaclust.tools.convert.settings import Checkpoint
 
 _ZIP = b"PK\x03\x04"
@@ -52,8 +51,8 @@ def _file(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
     file = files.open(path)
     if file.size_bytes >= 4 and file.read(0, 4) == _ZIP:
         tensors = hugging_face.read_weight_file(files, path)
-        if is_tencent_pretrain(tensors):
-            return read_tencent_pretrain(files, path, tensors, hints.config, hints.context_length)
+        if meta.is_tencent_pretrain(tensors):
+            return meta.read_tencent_pretrain(files, path, tensors, hints.config, hints.context_length)
         raise file.error("weights of PyTorch without their folder: give the folder that has config.json or params.json")
     if path.suffix == ".safetensors":
         raise file.error("weights without their folder: give the folder that has config.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from llamaclust.tools.convert.lazy import stacked
 from llamaclust.tools.convert.page import SILU, Page, neighbours
-from llamaclust.tools.convert.settings import MAX_WIDTH
 
 
 def ends(page: Page) -> None:
@@ -51,4 +50,4 @@ def experts(page: Page, layer: int, count: int, width: int, names: tuple[str, st
 def feed_forward_width(page: Page) -> int:
     """How wide the inner layer is, whose gate is a SiLU."""
     page.activation(SILU, "hidden_act")
-    return page.settings.count("intermediate_size", "n_inner", maximum=MAX_WIDTH)
+    return page.settings.count("intermediate_size", "n_inner")

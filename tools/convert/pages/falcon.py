@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from llamaclust.tools.convert.page import GELU, Page, picked
 from llamaclust.tools.convert.rotation import rotation
-from llamaclust.tools.convert.settings import MAX_WIDTH
 
 
 def build(page: Page) -> None:
@@ -12,7 +11,7 @@ def build(page: Page) -> None:
     if settings.flag("alibi"):
         raise settings.error("alibi", "true is not supported")
     kv_heads = _kv_heads(page)
-    feed_forward = settings.count("ffn_hidden_size", default=4 * width, maximum=MAX_WIDTH)
+    feed_forward = settings.count("ffn_hidden_size", default=4 * width)
     page.activation(GELU[::-1], "activation")
     page.key("block_count", page.layers)
     page.key("context_length", settings.count("max_position_embeddings", default=2048, maximum=1 << 30))

@@ -9,7 +9,7 @@ from llamaclust.tools.convert.lazy import mapped
 from llamaclust.tools.convert.page import GELU, Page
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import local_base, rotation
-from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
 
 _ONE = np.float32(1)
 _PERIODS = {"gemma2": 2, "gemma3": 6}
@@ -17,7 +17,7 @@ _LAYERS_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def build(page: Page) -> None:
-    width, settings = page.settings.count("intermediate_size", maximum=MAX_WIDTH), page.settings
+    width, settings = page.settings.count("intermediate_size"), page.settings
     page.activation(GELU, "hidden_activation", "hidden_act")
     page.usual_keys(width)
     page.key("attention.key_length", page.head_width)

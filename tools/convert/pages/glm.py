@@ -6,7 +6,6 @@ from __future__ import annotations
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import rotating_channels, rotation
-from llamaclust.tools.convert.settings import MAX_WIDTH
 
 
 def build(page: Page) -> None:
@@ -30,7 +29,7 @@ def build(page: Page) -> None:
 def build_chatglm(page: Page) -> None:
     """The authors' form, whose Q, K and V are one matrix."""
     settings, width = page.settings, page.width
-    feed_forward = settings.count("ffn_hidden_size", maximum=MAX_WIDTH)
+    feed_forward = settings.count("ffn_hidden_size")
     head = settings.count("kv_channels", default=max(1, width // page.heads), maximum=1 << 12)
     kv_heads = page.heads
     if settings.flag("multi_query_attention"):

@@ -6,7 +6,7 @@ from llamaclust.tools.convert.lazy import Recent, transposed
 from llamaclust.tools.convert.page import GELU, Page
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import rotation
-from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_WIDTH
+from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 
 def build_gpt2(page: Page) -> None:
@@ -46,7 +46,7 @@ def build_gpt2(page: Page) -> None:
 
 def build_starcoder2(page: Page) -> None:
     settings, hidden = page.settings, page.width
-    width = settings.count("intermediate_size", maximum=MAX_WIDTH)
+    width = settings.count("intermediate_size")
     page.activation(GELU, "hidden_act")
     page.usual_keys(width)
     if settings.has("sliding_window"):

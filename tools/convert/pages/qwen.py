@@ -6,7 +6,6 @@ from llamaclust.tools.convert.lazy import squeezed
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import rotation
-from llamaclust.tools.convert.settings import MAX_WIDTH
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -42,7 +41,7 @@ def _expert_keys(page: Page) -> int:
         raise settings.error("mlp_only_layers", "layers without experts among those with them are not supported")
     page.key("expert_count", count)
     page.key("expert_used_count", settings.count("num_experts_per_tok", maximum=count))
-    page.key("expert_feed_forward_length", _expert_width(page))
+    page.key("expert_feed_forward_length", page.settings.count("moe_intermediate_size"))
     if page.architecture == "qwen2moe":
         page.key("expert_shared_feed_forward_length", settings.count("shared_expert_intermediate_size"))
         if settings.flag("norm_topk_prob"):
@@ -52,14 +51,10 @@ def _expert_keys(page: Page) -> int:
     return count
 
 
-def _expert_width(page: Page) -> int:
-    return page.settings.count("moe_intermediate_size", maximum=MAX_WIDTH)
-
-
 def _experts(page: Page, layer: int, count: int) -> None:
     prefix = f"model.layers.{layer}.mlp"
     page.copy(f"blk.{layer}.ffn_gate_inp", f"{prefix}.gate", count, page.width)
-    decoder.experts(page, layer, count, _expert_width(page), _PARTS, f"{prefix}.experts")
+    decoder.experts(page, layer, count, page.settings.count("moe_intermediate_size"), _PARTS, f"{prefix}.experts")
     if page.architecture == "qwen2moe":
         shared = page.settings.count("shared_expert_intermediate_size")
         decoder.feed_forward(page, layer, shared, source="mlp.shared_expert", suffix="_shexp")

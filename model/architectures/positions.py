@@ -1,15 +1,18 @@
-"""Rotation frequencies of a model, in decimal arithmetic: the same numbers on every machine, whatever its libm."""
+"""Rotation frequencies and ALiBi slopes, in decimal arithmetic: the same on every machine, whatever its libm."""
 
 from __future__ import annotations
 
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
 from functools import lru_cache
 
+import numpy as np
+
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
 from llamaclust.model.program import RopeTable
 
 _DIGITS = Context(prec=50)
+MAX_ALIBI_BIAS = 8
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
 
 
@@ -53,3 +56,15 @@ def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
     """The (fractional) pair that turns `turns` times over the original context."""
     per_turn = Decimal(rope.original_context_length) / (Decimal(turns) * 2 * _PI)
     return rope.dimension_count * per_turn.ln() / (2 * Decimal(rope.frequency_base).ln())
+
+
+@lru_cache(maxsize=64)
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """Slopes of attention with linear biases (ALiBi), a float32 for each head. With n = the greatest power of two that is
+    not above `heads`: 2^(-8 (h + 1) / n) of the first n heads, and of the others every second one that 2 n heads would
+    have, from the first on. (ALiBi, arXiv 2108.12409, and the authors' rule for other numbers of heads.)"""
+    whole = 1 << (heads.bit_length() - 1)
+    exponents = [(h + 1, whole) for h in range(whole)] + [(2 * h + 1, 2 * whole) for h in range(heads - whole)]
+    with localcontext(_DIGITS):
+        log = Decimal(2).ln() * MAX_ALIBI_BIAS
+        return tuple(float(np.float32(float((-log * part / of).exp()))) for part, of in exponents)

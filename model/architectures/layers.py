@@ -17,11 +17,7 @@ from llamaclust.model.program import ActivationFunction, Buffer, KvType, Program
 from llamaclust.model.quant_types import QuantType
 
 _EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
-_FACTORS, _SHORT_FACTORS, _LONG_FACTORS = (
-    "rope_freqs.weight",
-    "rope_factors_short.weight",
-    "rope_factors_long.weight",
-)
+_FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
 """Tensors that become part of the program and are none of its weights."""
 

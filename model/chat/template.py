@@ -251,10 +251,7 @@ class _TemplateProcess:
 
 
 def load_chat_template(
-    metadata: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    limits: TemplateLimits | None = None,
-    chosen: str | None = None,
+    metadata: Mapping[str, Any], tokenizer: Tokenizer, limits: TemplateLimits | None = None, chosen: str | None = None
 ) -> ChatTemplate:
     """The template of a GGUF file, in its place the text that a user chose, without one that which vocabulary or name
     suggest.

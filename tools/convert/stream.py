@@ -24,18 +24,8 @@ from llamaclust.model.gguf.writer import TensorSource, WritableValue, header_byt
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.convert.lazy import Array, Lazy, Storage, as_floats
 
-OUTPUT_TYPES: Final = {
-    "f32": QuantType.F32,
-    "f16": QuantType.F16,
-    "bf16": QuantType.BF16,
-    "q8_0": QuantType.Q8_0,
-}
-_SAME: Final = {Storage.F32: QuantType.F32, Storage.F16: QuantType.F16, Storage.BF16: QuantType.BF16}
-_STORED: Final = {
-    Storage.F32: StoredType.F32,
-    Storage.F16: StoredType.F16,
-    Storage.BF16: StoredType.BF16,
-}
+OUTPUT_TYPES: Final = {"f32": QuantType.F32, "f16": QuantType.F16, "bf16": QuantType.BF16, "q8_0": QuantType.Q8_0}
+_STORED: Final = {Storage.F32: StoredType.F32, Storage.F16: StoredType.F16, Storage.BF16: StoredType.BF16}
 _LARGEST_F16: Final = 65504
 _CHUNK_ELEMENTS: Final = 1 << 21
 _FLUSH_BYTES: Final = 1 << 26
@@ -142,7 +132,7 @@ def _rows(output: Output, start: int, end: int) -> memoryview:
 def encoded(values: Array, storage: Storage, quant_type: QuantType, origin: str) -> memoryview:
     """The bytes of some rows in a type of `OUTPUT_TYPES`. ModelFileError where float16 cannot hold a number."""
     values = np.ascontiguousarray(values)
-    if _SAME.get(storage) is quant_type:
+    if storage.name == quant_type.name:
         return values.data.cast("B")
     if storage not in _STORED:
         values, storage = as_floats(values, storage), Storage.F32

@@ -57,11 +57,7 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
     "query_pre_attn_scalar": 256,
 }
 """What the authors' configurations leave out of Gemma 3's text."""
-_PREFIXES: Final = (
-    ("language_model.model.", "model."),
-    ("language_model.", ""),
-    ("model.language_model.", "model."),
-)
+_PREFIXES: Final = (("language_model.model.", "model."), ("language_model.", ""), ("model.language_model.", "model."))
 _PICTURES: Final = tuple(
     f"{root}{part}." for root in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
 )

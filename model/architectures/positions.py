@@ -61,8 +61,8 @@ def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
 @lru_cache(maxsize=64)
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """Slopes of attention with linear biases (ALiBi), a float32 for each head. With n = the greatest power of two that
-    is not above `heads`: 2^(-8 (h + 1) / n) of the first n heads, and of the others every second one that 2 n heads would
-    have, from the first on. (ALiBi, arXiv 2108.12409, and the authors' rule for other numbers of heads.)"""
+    is not above `heads`: 2^(-8 (h + 1) / n) of the first n heads, and of the others every second one that 2 n heads
+    would have, from the first on. (ALiBi, arXiv 2108.12409, and the authors' rule for other numbers of heads.)"""
     whole = 1 << (heads.bit_length() - 1)
     exponents = [(h + 1, whole) for h in range(whole)] + [(2 * h + 1, 2 * whole) for h in range(heads - whole)]
     with localcontext(_DIGITS):

@@ -23,12 +23,12 @@ from llamaclust.tools.convert.vocabularies.reading import read_words
 from llamaclust.tools.convert.vocabularies.words import Words
 
 FILE_TYPES: Final = {QuantType.F32: 0, QuantType.F16: 1, QuantType.Q8_0: 7, QuantType.BF16: 32}
-"""`general.file_type`, llama.cpp's number for what most of a file's weights are."""
+"""`general.file_type`: llama.cpp's number for the type of most weights."""
 _QUANTIZATION_VERSION: Final = 2
 _EXACT: Final = re.compile(
     r".*_norm(_2)?\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight|position_embd\.weight|rope_.*|.*\.bias"
 )
-"""Few weights that much depends on; they stay float32 whatever the type of the file."""
+"""Small tensors with a large effect; they are float32 in every file."""
 _MOST_THREADS: Final = 8
 _CHATGLM_TURN: Final = "<|user|>"
 _CHATGLM_WORDS: Final = (
@@ -39,7 +39,7 @@ _CHATGLM_WORDS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What was written; `notes` are for the user."""
+    """The written file; `notes` are for the user."""
 
     path: Path
     architecture: str
@@ -97,7 +97,7 @@ def write_converted(
 
 
 def _check_replaceable(path: Path) -> None:
-    """Only model files are replaced: never what is converted."""
+    """Only a model file is replaced, never a file of the checkpoint."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -111,14 +111,14 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Vectors and what much depends on are float32; rows that have no whole blocks float16."""
+    """Vectors and `_EXACT` tensors are float32; rows that are not a multiple of the block are float16."""
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):
         return QuantType.F32
     return wanted if tensor.shape[-1] % wanted.info.block_size == 0 else QuantType.F16
 
 
 def _vocabulary(page: Page, words: Words) -> dict[str, WritableValue]:
-    """What an architecture's models want of a vocabulary, whatever its files say."""
+    """The vocabulary's metadata, with the flags that an architecture requires."""
     if page.architecture in ("chatglm", "glm4"):
         words.flags["add_bos_token"] = False
         if _CHATGLM_TURN in words.texts:

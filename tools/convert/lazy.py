@@ -18,7 +18,7 @@ Rows = Callable[[int, int], Array]
 
 MAX_DIMENSIONS: Final = 4
 _WASTE = 4
-"""Rows in another order are read with all between the first and the last, where that is at most so many times more."""
+"""Permuted rows are read as one range if the range has at most this many times their number of rows."""
 
 
 class Storage(Enum):
@@ -69,7 +69,7 @@ class Lazy:
         return self.read(0, self.shape[0])
 
     def floats(self) -> NDArray[np.float32]:
-        """All of it as float32."""
+        """The whole tensor as float32."""
         return as_floats(self.all(), self.storage)
 
 
@@ -80,7 +80,7 @@ def as_floats(values: Array, storage: Storage) -> NDArray[np.float32]:
 
 
 def constant(values: NDArray[np.float32], origin: str) -> Lazy:
-    """A tensor that is there already."""
+    """A tensor in memory."""
     return Lazy(values.shape, Storage.F32, lambda start, end: values[start:end], origin)
 
 
@@ -91,7 +91,7 @@ def rows(tensor: Lazy, start: int, end: int) -> Lazy:
 
 
 def gathered(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
-    """Row i is the given one's row index[i]."""
+    """Row i is row index[i] of `tensor`."""
 
     def read(start: int, end: int) -> Array:
         wanted = index[start:end]
@@ -107,7 +107,7 @@ def gathered(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
 
 
 def stacked(tensors: Sequence[Lazy]) -> Lazy:
-    """Tensors of one shape as one with another dimension before."""
+    """Stacks tensors of equal shape along a new first dimension."""
     tensors = _alike(tensors)
     first = tensors[0]
 
@@ -118,7 +118,7 @@ def stacked(tensors: Sequence[Lazy]) -> Lazy:
 
 
 def below(tensors: Sequence[Lazy]) -> Lazy:
-    """The rows of all, one tensor's after the other's."""
+    """Concatenates tensors along the first dimension."""
     tensors = _alike(tensors)
     first = tensors[0]
     ends = np.cumsum([tensor.shape[0] for tensor in tensors]).tolist()
@@ -136,7 +136,7 @@ def below(tensors: Sequence[Lazy]) -> Lazy:
 
 
 def beside(tensors: Sequence[Lazy]) -> Lazy:
-    """Matrices of equally many rows, side by side."""
+    """Concatenates matrices along the second dimension."""
     tensors = _alike(tensors)
     first = tensors[0]
     width = sum(tensor.shape[1] for tensor in tensors)
@@ -148,7 +148,7 @@ def beside(tensors: Sequence[Lazy]) -> Lazy:
 
 
 def mapped(tensor: Lazy, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Lazy:
-    """`change` of the rows as float32, which keeps their shape."""
+    """Applies `change` to rows in float32; it keeps the shape."""
 
     def read(start: int, end: int) -> Array:
         return change(as_floats(tensor.read(start, end), tensor.storage))
@@ -164,7 +164,7 @@ def squeezed(tensor: Lazy) -> Lazy:
 
 
 def transposed(tensor: Lazy, recent: Recent) -> Lazy:
-    """A matrix with rows and columns exchanged; it is read whole."""
+    """The transpose of a matrix, which is read whole."""
 
     def read(start: int, end: int) -> Array:
         whole = recent.get(tensor, tensor.all)
@@ -174,14 +174,14 @@ def transposed(tensor: Lazy, recent: Recent) -> Lazy:
 
 
 def _alike(tensors: Sequence[Lazy]) -> Sequence[Lazy]:
-    """The same tensors, as float32 where not all are stored as the first one."""
+    """The same tensors, as float32 if their storage types differ."""
     if len({tensor.storage for tensor in tensors}) == 1:
         return tensors
     return [mapped(tensor, lambda values: values) for tensor in tensors]
 
 
 class Recent:
-    """Keeps the last two things that were read whole, for threads that each take a part of them."""
+    """A cache of the last two results, for threads that each need a part of one."""
 
     def __init__(self) -> None:
         self._lock = Lock()

@@ -38,7 +38,7 @@ _REFUSED: Final = (
     "layer_replication",
 )
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to begin that take something off the base's matrices; adapters of a base as it was say `true`."""
+"""Initializations that change the base's matrices. An adapter of an unchanged base has `true`."""
 _PLAIN: Final = re.compile(r"[\w.-]+")
 _TOKENIZER_FILES: Final = (
     "tokenizer.model",
@@ -143,7 +143,7 @@ class _Factors:
         return shape[::-1] if self.exchanged else shape
 
     def added(self, start: int, end: int) -> NDArray[np.float32]:
-        """Rows [start, end) of what is added, in float32."""
+        """Rows [start, end) of the product to add, in float32."""
         if self.exchanged:
             return (self.right[:, start:end].T @ self.left.T) * self.scale
         return (self.left[start:end] @ self.right) * self.scale
@@ -151,7 +151,7 @@ class _Factors:
 
 @dataclass(frozen=True, slots=True)
 class _Adapter:
-    """`factors` by the name of the matrix they belong to; `replaced` holds tensors that are taken instead."""
+    """`factors` by matrix name; `replaced`: tensors that replace those of the base, by name."""
 
     path: Path
     factors: Mapping[str, _Factors]
@@ -159,7 +159,7 @@ class _Adapter:
 
 
 def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
-    """ModelFileError for one that is damaged or of a kind that is not just W + scale * B @ A."""
+    """ModelFileError for a damaged adapter and for any kind other than W + scale * B @ A."""
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: no folder; give the one that has adapter_config.json")
     path = folder / "adapter_config.json"
@@ -198,7 +198,7 @@ def _check_kind(settings: Settings) -> None:
 
 
 def _factors(module: str, pair: Mapping[str, Lazy], settings: Settings) -> _Factors:
-    """An embedding's factors stand the other way round: W + (B @ A) transposed."""
+    """The factors of an embedding are transposed: W + (B @ A)^T."""
     kinds = set(pair)
     if kinds not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
         origin = next(iter(pair.values())).origin
@@ -217,7 +217,7 @@ def _factors(module: str, pair: Mapping[str, Lazy], settings: Settings) -> _Fact
 
 
 def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
-    """A number that some modules have of their own, by the end of their names."""
+    """A number with exceptions for some modules, which are named by a suffix."""
     inner = settings.inner(name)
     strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
     if strange is not None:
@@ -227,7 +227,7 @@ def _pattern(settings: Settings, name: str, module: str, default: float) -> floa
 
 
 def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
-    """The tensors of a checkpoint with the adapter's part in them. ModelFileError where they do not fit."""
+    """The tensors of a checkpoint with the adapter merged. ModelFileError if they do not fit."""
     found = dict(tensors)
     for name, tensor in adapter.replaced.items():
         found[name] = _replacement(tensor, found.get(name), name)
@@ -245,7 +245,7 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
 
 
 def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
-    """Rows may be more than the base has, for words that were added; all else is as it was."""
+    """A replacement may have more rows than the base, for added tokens; the other dimensions are equal."""
     if base is None and not name.startswith("lm_head"):
         raise ModelFileError(f"{tensor.origin}: {shown(name)} is no tensor of the base: the adapter of another model")
     if base is not None and tensor.shape[1:] != base.shape[1:]:
@@ -265,7 +265,7 @@ def _added(base: Lazy, factors: _Factors) -> Lazy:
 
 
 def _words_of(tensors: Mapping[str, Lazy], settings: Settings) -> Settings:
-    """The settings of the base, with as many words as the embedding has now."""
+    """The settings of the base with the vocabulary size of the merged embedding."""
     embedding = tensors.get("model.embed_tokens.weight")
     changed: dict[str, Any] = dict(settings.values)
     if embedding is not None and settings.values.get("vocab_size") != embedding.shape[0]:

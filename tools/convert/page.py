@@ -17,11 +17,11 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS
 
 SILU: Final = ("silu", "swish")
 GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
-"""Names of activations in configurations; by tanh and by erf are taken for the same, as llama.cpp does."""
+"""Names of activations in configurations. The tanh and erf forms of GELU count as equal, as in llama.cpp."""
 _NOT_NEEDED: Final = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|rope\.freqs)"
 )
-"""Tables and masks that follow from the settings."""
+"""Tables and masks that are computed from the settings."""
 
 
 class Page:
@@ -57,18 +57,18 @@ class Page:
         self.tensors[name] = tensor
 
     def copy(self, name: str, source: str, *shape: int, bias: bool | None = False) -> None:
-        """`source`.weight as `name`.weight, and its bias: None where it may have one."""
+        """Copies `source`.weight to `name`.weight, and the bias; `bias` None: if there is one."""
         self.put(f"{name}.weight", self.take(f"{source}.weight", *shape))
         if bias or (bias is None and self.has(f"{source}.bias")):
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
 
     def drop(self, *names: str) -> None:
-        """Tensors that GGUF files have no use for."""
+        """Discards tensors that GGUF files do not need."""
         for name in names:
             self._left.pop(name, None)
 
     def finish(self) -> None:
-        """ModelFileError where something was left."""
+        """ModelFileError if a tensor was not taken."""
         left = [name for name in self._left if not _NOT_NEEDED.fullmatch(name)]
         if left:
             more = f" and {len(left) - 1} others" if len(left) > 1 else ""
@@ -109,13 +109,13 @@ class Page:
         return self.settings.count("vocab_size", "padded_vocab_size", maximum=MAX_WORDS)
 
     def activation(self, names: Sequence[str], *keys: str) -> None:
-        """ModelFileError where the configuration wants another activation than those that the architecture has."""
+        """ModelFileError if the configuration has an activation that the architecture does not compute."""
         said = self.settings.text(*keys, default=names[0])
         if said not in names:
             raise self.settings.error(keys[0], f"{shown(said)}: {self.architecture} computes {names[0]}")
 
     def usual_keys(self, feed_forward: int) -> None:
-        """What nearly every architecture has."""
+        """Metadata that nearly every architecture has."""
         context = ("max_position_embeddings", "n_positions", "n_ctx", "model_max_length", "seq_length")
         self.key("block_count", self.layers)
         self.key("context_length", self.settings.count(*context, maximum=MAX_CONTEXT))
@@ -135,7 +135,7 @@ class Page:
         self.key("attention.layer_norm_epsilon", self.settings.real(*names, minimum=1e-12, maximum=0.1))
 
     def output(self, source: str = "lm_head", *, tied: bool = False) -> None:
-        """The last matrix; left out where it is the embedding."""
+        """The output matrix; omitted if it is the embedding."""
         if self.settings.flag("tie_word_embeddings", default=tied) or not self.has(f"{source}.weight"):
             if not self.settings.flag("tie_word_embeddings", default=True):
                 raise self._error(f"{source}.weight", "missing")
@@ -153,6 +153,6 @@ def neighbours(tensor: Lazy, heads: int) -> Lazy:
 
 
 def picked(tensor: Lazy, parts: Sequence[range]) -> Lazy:
-    """The rows of some ranges, in their order."""
+    """The rows of several ranges, in this order."""
     index = np.concatenate([np.arange(part.start, part.stop, dtype=np.int64) for part in parts])
     return gathered(tensor, index)

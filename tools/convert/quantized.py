@@ -15,15 +15,15 @@ from llamaclust.tools.convert.settings import Settings
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 _SCALES: Final = ("weight_scale_inv", "weight_scale")
-"""By the first name, too, they are what weights are multiplied with."""
+"""Despite the first name, weights are multiplied by both."""
 _NOT_NEEDED: Final = ("input_scale", "activation_scale")
-"""Activations keep their own precision here."""
+"""Scales of activations, which are not quantized here."""
 _ONE: Final = (1, 1)
 
 _EIGHT: Final = 8
 _SHIFTS: Final = np.arange(0, 32, 4, dtype=np.uint32)
 _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-"""The place of an output among the eight of a number."""
+"""Positions of the outputs among the eight of an int32."""
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:

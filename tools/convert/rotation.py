@@ -1,4 +1,4 @@
-"""Rotary embedding and how it is stretched, from a configuration's words to GGUF's."""
+"""Rotary embedding and its scaling: from a configuration to GGUF keys."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def rotation(page: Page, dimensions: int, *, base: float | None = None, says_dim
 
 
 def rotating_channels(page: Page, default_share: float = 1.0) -> int:
-    """How many channels of a head turn, where a configuration says which share of them."""
+    """The number of rotated channels of a head; a configuration may give a share."""
     share = _parameters(page.settings).real("partial_rotary_factor", default=default_share, maximum=1.0)
     return int(share * page.head_width)
 
 
 def local_base(settings: Settings) -> float:
-    """The base of layers with a window, where theirs is another."""
+    """The rotation base of layers with a sliding window."""
     said = settings.inner("rope_parameters", "rope_scaling").inner("sliding_attention")
     if said.text("rope_type", "type", default="default") != "default":
         raise said.error("rope_type", "layers with a window whose rotation is stretched are not supported")
@@ -55,7 +55,7 @@ def local_base(settings: Settings) -> float:
 
 
 def _parameters(settings: Settings) -> Settings:
-    """All that is said of rotation in one place: newer configurations have an object for it, older ones a part."""
+    """All settings of the rotation; newer configurations have one object for them, older ones several keys."""
     inner = settings.inner("rope_parameters", "rope_scaling")
     inner = inner.inner("full_attention") if inner.has("full_attention") else inner
     outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings", "partial_rotary_factor")
@@ -68,8 +68,8 @@ def _base(said: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, said: Settings) -> None:
-    """GGUF's factor for the magnitude of queries and keys is multiplied by YaRN's own, a configuration's stands for it.
-    That is not written where it is YaRN's."""
+    """GGUF's magnitude factor is multiplied by YaRN's own; a configuration's replaces YaRN's. It is written only if it
+    differs."""
     factor = said.real("factor", minimum=1e-3, maximum=1e6)
     page.key("rope.scaling.type", "yarn")
     page.key("rope.scaling.factor", factor)
@@ -91,7 +91,7 @@ def _yarn(page: Page, said: Settings) -> None:
 
 
 def _magnitude(said: Settings, factor: float) -> float:
-    """DeepSeek's models name two shares of YaRN's growth, of which one is taken off again."""
+    """DeepSeek's models have two shares of YaRN's magnitude; the result is their ratio."""
     if not (said.has("mscale") and said.has("mscale_all_dim")):
         return _growth(factor)
     up, down = (said.real(name, maximum=1e3) for name in ("mscale", "mscale_all_dim"))
@@ -103,7 +103,7 @@ def _growth(factor: float, share: float = 1.0) -> float:
 
 
 def _dynamic(page: Page, said: Settings) -> None:
-    """Frequencies change only for texts that are longer than what the model was trained for."""
+    """Frequencies change only beyond the trained context length."""
     if said.has("alpha"):
         raise said.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]
@@ -113,7 +113,7 @@ def _dynamic(page: Page, said: Settings) -> None:
 
 
 def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
-    """Slow pairs are slowed down by `factor`, fast ones are left, and those between in part."""
+    """Divides low frequencies by `factor`, keeps high ones and interpolates between them."""
     defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
     factor, low, high, original = (said.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
     frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, dimensions, 2, dtype=np.float32) / dimensions)

@@ -22,7 +22,7 @@ _MISSING: Final = object()
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Values by name; of several names the first that is there counts. `origin` names the file for errors."""
+    """Values by name; of several names the first one present is read. `origin` names the file for errors."""
 
     values: Mapping[str, Any]
     origin: str
@@ -66,7 +66,7 @@ class Settings:
         return value
 
     def reals(self, name: str, count: int) -> list[float]:
-        """So many finite numbers."""
+        """A list of `count` positive finite numbers."""
         value = self.values.get(name)
         if not isinstance(value, list) or len(value) != count:
             there = f"{len(value)} entries" if isinstance(value, list) else _shown(value)
@@ -76,7 +76,7 @@ class Settings:
         return [float(number) for number in value]
 
     def inner(self, *names: str) -> Settings:
-        """The object of that name; an empty one where there is none."""
+        """The object of that name, empty if missing."""
         value = self._find(names, {})
         if not isinstance(value, dict):
             raise self.error(names[0], f"{_shown(value)}, an object expected")

@@ -31,12 +31,12 @@ _CHUNK_ELEMENTS: Final = 1 << 21
 _FLUSH_BYTES: Final = 1 << 26
 
 OnProgress = Callable[[int, int], None]
-"""Called with the bytes done and the total."""
+"""Called with the number of bytes written and the total."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor as it is to be written."""
+    """A tensor to write."""
 
     name: str
     quant_type: QuantType
@@ -70,7 +70,7 @@ def write_stream(
 def write_pieces(
     file: BinaryIO, outputs: Sequence[Output], on_progress: OnProgress, threads: int, alignment: int = DEFAULT_ALIGNMENT
 ) -> None:
-    """All tensors' bytes from where the file stands on, each from a multiple of `alignment` on."""
+    """Writes all tensors at the current position of the file, each aligned to `alignment` bytes."""
     total = sum(padded(output.n_bytes, alignment) for output in outputs)
     start = file.tell()
     done = flushed = 0
@@ -86,8 +86,7 @@ def write_pieces(
 
 
 def _begin_writing(file: BinaryIO, start: int, count: int) -> None:
-    """Lets the disk write while the next pieces are made, so that little is left for the end; and what has been
-    written needs no memory any more."""
+    """Starts write-back of a range while the next pieces are converted, and frees its page cache."""
     file.flush()
     os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
 
@@ -95,7 +94,7 @@ def _begin_writing(file: BinaryIO, start: int, count: int) -> None:
 def _pieces(
     outputs: Iterable[Output], pool: ThreadPoolExecutor, threads: int, alignment: int
 ) -> Iterator[memoryview | bytes]:
-    """All tensors' bytes in order, with the zeros between them; a few pieces are made ahead."""
+    """All tensors' bytes in order, with padding; a few pieces are converted ahead."""
     ahead: deque[Future[memoryview | bytes]] = deque()
     try:
         for make in _tasks(outputs, alignment):
@@ -120,7 +119,7 @@ def _tasks(outputs: Iterable[Output], alignment: int) -> Iterator[Callable[[], m
 
 
 def _rows(output: Output, start: int, end: int) -> memoryview:
-    """Rows [start, end) as they are written."""
+    """Rows [start, end) in the output type."""
     tensor = output.tensor
     values = tensor.read(start, end)
     assert values.shape == (end - start, *tensor.shape[1:]), (output.name, values.shape)

@@ -57,7 +57,7 @@ def read_weight_file(files: SourceFiles, path: Path) -> dict[str, Lazy]:
 
 
 def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
-    """Tensors from the files that an index says, and no others of them."""
+    """The tensors that an index lists, from the files it names."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ModelFileError(f"{index}: no weight_map")
@@ -78,7 +78,7 @@ def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
 
 
 def _all_shards(files: SourceFiles, shards: list[Path]) -> dict[str, Lazy]:
-    """Shards without an index are complete where their names count up to what they say."""
+    """Shards without an index are complete if their numbers run from 1 to the count in their names."""
     names = [name for path in shards if (name := _SHARD.fullmatch(path.name))]
     first = names[0]
     wanted = [(first["stem"], number, int(first["count"])) for number in range(1, int(first["count"]) + 1)]

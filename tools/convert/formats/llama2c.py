@@ -38,7 +38,7 @@ _NUMBERS: Final = {
     "vocab_size": MAX_WORDS,
     "max_position_embeddings": MAX_CONTEXT,
 }
-"""The numbers of a header in their order, in Hugging Face's words, with their largest values."""
+"""The numbers of a header in order, under Hugging Face's names, with their upper bounds."""
 
 _Place = tuple[str, tuple[int, ...]]
 
@@ -58,13 +58,13 @@ class _Header:
 
     @property
     def values(self) -> dict[str, object]:
-        """In Hugging Face's words."""
+        """The settings under Hugging Face's names."""
         numbers = dict(zip(_NUMBERS, astuple(self), strict=False))
         return {**numbers, "rms_norm_eps": _EPSILON, "tie_word_embeddings": self.tied}
 
 
 def is_llama2c(file: SourceFile) -> bool:
-    """Whether a file begins with numbers that fit together and with its size."""
+    """Whether a file begins with a valid header."""
     if file.size_bytes < _HEADER:
         return False
     magic, version = unpack("<2I", file.read(0, 8))
@@ -72,7 +72,7 @@ def is_llama2c(file: SourceFile) -> bool:
 
 
 def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
-    """The tokenizer is tokenizer.bin beside it, unless another one is named."""
+    """The default tokenizer is tokenizer.bin in the same folder."""
     file = files.open(path)
     header = _read_header(file)
     tensors: dict[str, Lazy] = {}
@@ -112,7 +112,7 @@ def _read_header(file: SourceFile) -> _Header:
 
 
 def _old_header(file: SourceFile) -> _Header | None:
-    """A number of words below 0 says that the last matrix is not the embedding."""
+    """A negative vocabulary size means that the output matrix is not the embedding."""
     *numbers, words, context = unpack("<7i", file.read(0, _OLD_HEADER))
     return _checked((*numbers, abs(words), context), tied=words > 0)
 
@@ -125,7 +125,7 @@ def _checked(numbers: tuple[int, ...], *, tied: bool) -> _Header | None:
 
 
 def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
-    """A tensor of all layers as one for each."""
+    """Splits a tensor of all layers into one for each layer."""
     count = whole.shape[0] // layers
     return {name.format(layer): rows(whole, layer * count, (layer + 1) * count) for layer in range(layers)}
 
@@ -133,7 +133,7 @@ def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
 def _quantized(
     file: SourceFile, header: _Header, name: str, shape: tuple[int, ...], at: int
 ) -> tuple[dict[str, Lazy], int]:
-    """Matrices of version 2, one for each layer, and where they end: each is followed by its scales."""
+    """Matrices of version 2, one for each layer and each followed by its scales, and the offset of their end."""
     layers = header.layers if "{}" in name else 1
     shape = (shape[0] // layers, shape[1])
     count = prod(shape)
@@ -149,7 +149,7 @@ def _quantized(
 
 
 def _scaled(numbers: Lazy, scales: Lazy, group: int) -> Lazy:
-    """Groups follow each other through the whole matrix; they need not end with a row."""
+    """Groups run through the whole matrix and may cross rows."""
     width = numbers.row_elements
 
     def read(start: int, end: int) -> Array:

@@ -74,7 +74,7 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _merged(files: SourceFiles, parts: list[Path], width: int) -> dict[str, Lazy]:
-    """Each tensor put together again. ModelFileError where the parts are not of one model."""
+    """Joins the parts of each tensor. ModelFileError if the parts are not of one model."""
     shards = [read_torch(files.open(path), files.recent) for path in parts]
     for path, shard in zip(parts, shards, strict=True):
         if shard.keys() != shards[0].keys():
@@ -132,7 +132,7 @@ def _context(params: Settings, values: dict[str, Any]) -> int:
 
 
 def _tokenizer(folder: Path) -> Path:
-    """Beside the parts, or a folder above, where Meta's script puts it."""
+    """The tokenizer in the folder of the weights or in its parent, where Meta's download script puts it."""
     above = folder.resolve().parent / "tokenizer.model"
     return above if not (folder / "tokenizer.model").is_file() and above.is_file() else folder / "tokenizer.model"
 
@@ -144,7 +144,7 @@ def is_tencent_pretrain(tensors: Mapping[str, Lazy]) -> bool:
 def read_tencent_pretrain(
     files: SourceFiles, path: Path, tensors: Mapping[str, Lazy], config: Path | None, context_length: int | None
 ) -> Checkpoint:
-    """`config` is its configuration, in TencentPretrain's words (models/llama/7b_config.json there)."""
+    """`config`: TencentPretrain's configuration file (models/llama/7b_config.json there)."""
     place = config or path.with_suffix(".json")
     if not place.is_file():
         raise ModelFileError(f"{path}: how many heads it has is not in it: name its configuration with --config")
@@ -169,7 +169,7 @@ def _meta_name(name: str, path: Path) -> str:
 def _tencent_settings(
     said: Settings, tensors: Mapping[str, Lazy], path: Path, context_length: int | None
 ) -> dict[str, Any]:
-    """In Hugging Face's words; heads of K and V follow from their rows."""
+    """The settings under Hugging Face's names. The number of KV heads follows from the rows of K."""
     width, heads = said.count("hidden_size", "emb_size"), said.count("heads_num", maximum=MAX_HEADS)
     key = tensors.get("layers.0.attention.wk.weight")
     if key is None:

@@ -16,14 +16,14 @@ _ZIP = b"PK\x03\x04"
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What a checkpoint may leave out: the file or folder of its tokenizer, its configuration, its context."""
+    """Options for data that a checkpoint may lack: tokenizer file or folder, configuration, context length."""
 
     tokenizer: Path | None = None
     config: Path | None = None
     context_length: int | None = None
 
     def check(self, kind: str, *, config: bool = False, context_length: bool = False) -> None:
-        """UsageError for what such a checkpoint has no use for, as it says it itself."""
+        """UsageError for an option that such a checkpoint does not need."""
         if self.config is not None and not config:
             raise UsageError(f"--config {self.config}: is for TencentPretrain's files, this is {kind}")
         if self.context_length is not None and not context_length:
@@ -31,8 +31,8 @@ class Hints:
 
 
 def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
-    """ModelFileError for a path that leads to no checkpoint, and for one that is damaged or not supported; UsageError
-    for hints that it has no use for."""
+    """ModelFileError for a path without a checkpoint and for a damaged or unsupported one; UsageError for hints that
+    it does not need."""
     if not path.exists():
         raise ModelFileError(f"{path}: no such file or folder; check the path")
     if not path.is_dir():

@@ -17,7 +17,7 @@ _MAX_STEPS: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """Some numbers of a file: the member that holds them, and how many they are."""
+    """A storage: `key` is the archive member, `count` its number of elements."""
 
     storage: Storage
     key: str
@@ -26,7 +26,7 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A view of such numbers; offset and strides in numbers."""
+    """A view of a storage; offset and strides in elements."""
 
     storage: StorageRef
     offset: int
@@ -36,18 +36,18 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """A name that a pickle may use, and what calling it does here."""
+    """A name that a pickle may use, and the function for it."""
 
     name: str
     call: Callable[[tuple[Any, ...]], Any]
 
 
 class _Refused(Exception):
-    """What a pickle holds that it may not."""
+    """The pickle contains something that is not allowed."""
 
 
 class _Mark:
-    """Where a list of arguments begins on the stack."""
+    """The start of a list of arguments on the stack."""
 
 
 _MARK: Final = _Mark()
@@ -66,7 +66,7 @@ _STORAGES: Final = {
 
 
 def read_pickle(data: bytes, origin: str) -> Any:
-    """What the pickle holds; ModelFileError for one that is damaged or holds anything but a state dict."""
+    """The object in a pickle; ModelFileError for a damaged one and for anything but a state dict."""
     machine = _Machine()
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
@@ -84,7 +84,7 @@ def read_pickle(data: bytes, origin: str) -> Any:
 
 
 class _Machine:
-    """The stack and the memory of a pickle."""
+    """The stack and the memo of a pickle."""
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
@@ -190,7 +190,7 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], Any]]] = {
     "BUILD": _Machine.set_state,
     "BINPERSID": lambda machine, _: _storage(machine.pop()),
 }
-"""What an opcode puts on the stack."""
+"""Functions that return the value an opcode pushes."""
 
 
 def _storage(said: Any) -> StorageRef:

@@ -13,7 +13,7 @@ from llamaclust.tools.convert.lazy import MAX_DIMENSIONS, Lazy, Storage
 _MAX_HEADER_BYTES: Final = 100_000_000
 _METADATA: Final = "__metadata__"
 _AS_BYTES: Final = {"F8_E4M3": Storage.U8}
-"""Floats of eight bits, which mean nothing without the scales beside them."""
+"""8-bit floats, which need the scales in other tensors."""
 
 
 def read_safetensors(file: SourceFile) -> dict[str, Lazy]:
@@ -55,7 +55,7 @@ def _entry(file: SourceFile, name: str, said: Any) -> _Entry:
 
 
 def _check_places(file: SourceFile, first: int, entries: dict[str, _Entry]) -> None:
-    """Tensors lie one behind the other, without gaps and to the end of the file."""
+    """Checks that the tensors are contiguous and end with the file."""
     at = 0
     for name, (_, _, start, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if start != at:

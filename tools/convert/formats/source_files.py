@@ -37,7 +37,7 @@ class SourceFile:
         return bytes(buffer)
 
     def tensor(self, name: str, offset: int, shape: tuple[int, ...], storage: Storage) -> Lazy:
-        """A tensor whose rows lie one after the other from `offset` on."""
+        """A tensor with contiguous rows from `offset` on."""
         origin = f"{self.path}: tensor {shown(name)}"
         if not 0 < len(shape) <= MAX_DIMENSIONS or min(shape) < 1:
             raise ModelFileError(f"{origin}: shape {list(shape)}; 1 to {MAX_DIMENSIONS} dimensions expected, none 0")
@@ -60,7 +60,7 @@ class SourceFile:
 
 
 class SourceFiles:
-    """Opens files and closes them at the end. `recent` keeps what had to be read whole."""
+    """Opens files and closes them at the end. `recent` caches tensors that are read whole."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -81,7 +81,7 @@ class SourceFiles:
         return self._open[path][0]
 
     def check_unchanged(self) -> None:
-        """ModelFileError where a file was written to since it was opened."""
+        """ModelFileError if a file was modified since it was opened."""
         for file, identity in self._open.values():
             if FileIdentity.of(file.descriptor) != identity:
                 raise file.error("changed while it was read; try again when it is complete")
@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
-    """A JSON object; no key twice."""
+    """A JSON object; duplicate keys are an error."""
     try:
         found = json.loads(data, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -47,7 +47,7 @@ def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
 
 
 def _named_tensors(found: Any, file: SourceFile) -> dict[str, TensorRef]:
-    """A state dict, which may lie in another one under a usual name."""
+    """A state dict, or one nested in it under a usual name."""
     for _ in range(2):
         inner = [found[name] for name in _WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
         if not inner:
@@ -92,7 +92,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _members(file: SourceFile) -> dict[str, _Member]:
-    """Where stored members lie. ModelFileError for compressed ones and for sizes beyond the file."""
+    """Members by name. ModelFileError for compressed ones and for sizes beyond the file."""
     if file.read(0, min(4, file.size_bytes)) != _ZIP:
         raise file.error("no zip file, as torch.save has written since 1.6; save it again with a newer PyTorch")
     try:
@@ -123,7 +123,7 @@ def _data_offset(file: SourceFile, entry: zipfile.ZipInfo) -> int:
 
 
 def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
-    """No two members share bytes: a small file could claim to hold any number of large tensors."""
+    """Refuses overlapping members: with them a small file could contain any number of large tensors."""
     at = 0
     for name, member in sorted(members.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
         if member.offset < at:
@@ -134,7 +134,7 @@ def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
 
 
 class _Window(io.RawIOBase):
-    """What `zipfile` sees of a file; it never gets more at once than a directory of members may have."""
+    """The file for `zipfile`, with a limit on the bytes of one read: the largest directory of members."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file

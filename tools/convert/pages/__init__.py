@@ -56,7 +56,7 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
     "max_position_embeddings": 131072,
     "query_pre_attn_scalar": 256,
 }
-"""What the authors' configurations leave out of Gemma 3's text."""
+"""Defaults of Gemma 3's text model, which the authors' configurations omit."""
 _PREFIXES: Final = (("language_model.model.", "model."), ("language_model.", ""), ("model.language_model.", "model."))
 _PICTURES: Final = tuple(
     f"{root}{part}." for root in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
@@ -83,7 +83,7 @@ def build_page(checkpoint: Checkpoint) -> Page:
 
 
 def _text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint of the text model alone; the same one where it holds nothing else."""
+    """The text model of a multimodal checkpoint; any other checkpoint unchanged."""
     family = _TEXT_PARTS.get(checkpoint.family)
     if family is None:
         return checkpoint

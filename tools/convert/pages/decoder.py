@@ -7,7 +7,7 @@ from llamaclust.tools.convert.page import SILU, Page, neighbours
 
 
 def ends(page: Page) -> None:
-    """Embedding, last norm and last matrix."""
+    """Embedding, output norm and output matrix."""
     page.copy("token_embd", "model.embed_tokens", page.words, page.width)
     page.copy("output_norm", "model.norm", page.width)
     page.output()
@@ -19,7 +19,7 @@ def norms(page: Page, layer: int) -> None:
 
 
 def attention(page: Page, layer: int, *, bias: bool | None = None, pairs: bool = False) -> None:
-    """`pairs`: Q and K are wanted for rotation of neighbouring channels."""
+    """`pairs`: Q and K are permuted for rotation of neighbouring channels."""
     place, source = f"blk.{layer}", f"model.layers.{layer}.self_attn"
     for part, heads in (("q", page.heads), ("k", page.kv_heads), ("v", page.kv_heads)):
         rows = heads * page.head_width
@@ -48,6 +48,6 @@ def experts(page: Page, layer: int, count: int, width: int, names: tuple[str, st
 
 
 def feed_forward_width(page: Page) -> int:
-    """How wide the inner layer is, whose gate is a SiLU."""
+    """The width of the inner layer; its activation is SiLU."""
     page.activation(SILU, "hidden_act")
     return page.settings.count("intermediate_size", "n_inner")

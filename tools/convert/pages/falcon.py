@@ -30,7 +30,7 @@ def build(page: Page) -> None:
 
 
 def _kv_heads(page: Page) -> int:
-    """The 7B model shares one head of keys; what newer programs write beside `multi_query` is not to be heeded."""
+    """The 7B model has one KV head; with `multi_query`, other keys of newer programs are ignored."""
     settings = page.settings
     large = settings.flag("new_decoder_architecture", default=settings.has("n_head_kv"))
     if not large and not settings.flag("parallel_attn", default=True):
@@ -41,7 +41,7 @@ def _kv_heads(page: Page) -> int:
 
 
 def _layer(page: Page, place: str, source: str, kv_heads: int, feed_forward: int) -> None:
-    """The 40B model norms the inputs of attention and feed-forward apart; GGUF calls the latter's `attn_norm`."""
+    """The 40B model has separate norms for attention and feed-forward; the latter is `attn_norm` in GGUF."""
     width, attention = page.width, f"{source}.self_attention"
     if page.has(f"{source}.ln_attn.weight"):
         page.copy(f"{place}.attn_norm", f"{source}.ln_mlp", width, bias=True)

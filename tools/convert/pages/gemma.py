@@ -44,7 +44,7 @@ def build(page: Page) -> None:
 
 
 def _window(page: Page) -> None:
-    """Which layers have it is written where it is not as in the models that were published."""
+    """The window, and the layers that have it if they differ from those of the published models."""
     settings = page.settings
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     usual = _PERIODS[page.architecture]
@@ -60,7 +60,7 @@ def _window(page: Page) -> None:
 
 
 def _caps(page: Page) -> None:
-    """Gemma 3 caps no scores, and Gemma 2 both."""
+    """Gemma 2 caps scores and logits, Gemma 3 at most the logits."""
     settings = page.settings
     scores, final = "attn_logit_softcapping", "final_logit_softcapping"
     if page.architecture == "gemma2":
@@ -76,7 +76,7 @@ def _caps(page: Page) -> None:
 
 
 def _check_scale(page: Page) -> None:
-    """No key of a file says how scores are scaled; readers take it from the number of layers."""
+    """GGUF has no key for the scale of scores; readers derive it from the number of layers."""
     settings, name = page.settings, "query_pre_attn_scalar"
     whole = page.layers == _LAYERS_27B[page.architecture]
     wanted = page.width // page.heads if whole else page.head_width

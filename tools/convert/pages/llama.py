@@ -13,7 +13,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 _MIXTRAL = ("w1", "w3", "w2")
 _BAICHUAN_2_WORDS = 125696
-"""The second generation divides each row of its last matrix by its length; its configuration does not show it."""
+"""Baichuan 2 normalizes the rows of its output matrix to length 1; only its vocabulary size identifies it."""
 
 
 def build(page: Page) -> None:

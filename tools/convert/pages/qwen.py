@@ -11,7 +11,7 @@ _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def build(page: Page) -> None:
-    """A sliding window that the configuration names is left out: `use_sliding_window` switches it off."""
+    """A sliding window of the configuration is ignored: `use_sliding_window` disables it."""
     if page.settings.flag("use_sliding_window"):
         raise page.settings.error("use_sliding_window", "true is not supported")
     width = decoder.feed_forward_width(page)

@@ -27,7 +27,7 @@ Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """The name to write into the file, or None where no known one cuts the text so.
+    """The name of the pre-tokenizer, or None if no known one splits the text in this way.
 
     Names that cut alike differ in what else they stand for: words that are not merged, BOS where a file is silent.
     """
@@ -40,7 +40,7 @@ def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str |
 
 
 def cut(pre_tokenizer: Any) -> Pieces:
-    """The probe's pieces, in the letters that stand for bytes."""
+    """The pieces of the probe, in the alphabet of byte-level BPE."""
     return tuple(piece for piece, _ in pre_tokenizer.pre_tokenize_str(PROBE))
 
 

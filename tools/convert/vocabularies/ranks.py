@@ -41,7 +41,7 @@ _OLD_SPECIAL: Final = (
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
     *("[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
 )
-"""What files before the seventh version do not say."""
+"""Files before version 7 do not list these."""
 _PARTS: Final = {"unknown": "<unk>", "bos": "<s>", "eos": "</s>", "padding": "<pad>"}
 
 
@@ -55,7 +55,7 @@ def is_ranks(data: bytes) -> bool:
 
 
 def read_ranks(path: Path, data: bytes) -> Words:
-    """Words, merges, and the control tokens that the model's own program adds behind them."""
+    """Words, merges, and the control tokens that the model's own program appends."""
     ranks = _parse(path, data)
     texts = spelled(ranks)
     pre = _model_of(path, len(texts))
@@ -75,12 +75,12 @@ def read_ranks(path: Path, data: bytes) -> Words:
 
 
 def spelled(ranks: Mapping[bytes, int]) -> list[str]:
-    """Words by rank, in the letters that stand for bytes."""
+    """Words by rank, in the alphabet of byte-level BPE."""
     return [_spell(word) for word in sorted(ranks, key=ranks.__getitem__)]
 
 
 def merges_of(ranks: Mapping[bytes, int], path: Path) -> list[str]:
-    """The merges that make the words, by rank; ModelFileError where none lead to one of them."""
+    """The merges that produce the words, by rank; ModelFileError for a word that no merges produce."""
     pairs = (_split(word, ranks, path) for word in sorted(ranks, key=ranks.__getitem__) if len(word) > 1)
     return [f"{_spell(left)} {_spell(right)}" for left, right in pairs]
 
@@ -90,7 +90,7 @@ def _spell(word: bytes) -> str:
 
 
 def _model_of(path: Path, count: int) -> str:
-    """How the model cuts text, which such files do not say."""
+    """The pre-tokenizer, which such files do not contain."""
     if path.suffix == ".tiktoken":
         return "qwen2"
     known = {_LLAMA3_WORDS: "llama-bpe", _GLM4_WORDS: "chatglm-bpe"}
@@ -113,7 +113,7 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """ModelFileError where they are not numbered from 0 on, or cannot write every text."""
+    """ModelFileError if ranks are not consecutive from 0 on or a byte is missing."""
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
         raise ModelFileError(f"{path}: its {len(ranks)} ranks are not the numbers from 0 on, each once")
     if max(map(len, ranks)) > _MOST_BYTES:
@@ -125,7 +125,7 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
 
 
 def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, bytes]:
-    """The last two parts that merging by rank makes of a word before it is whole."""
+    """The two parts of a word before its last merge."""
     parts = [word[place : place + 1] for place in range(len(word))]
     own = ranks[word]
     while len(parts) > 2:
@@ -139,7 +139,7 @@ def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, 
 
 
 def read_tekken(path: Path) -> Words:
-    """ModelFileError where it is damaged, or cuts text like no pre-tokenizer that is known."""
+    """ModelFileError for a damaged file or an unknown pre-tokenizer."""
     said = read_json(path)
     config = Settings(said, str(path)).inner("config")
     count = config.count("default_num_special_tokens", minimum=0, maximum=MAX_WORDS)
@@ -160,7 +160,7 @@ def read_tekken(path: Path) -> Words:
 
 
 def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
-    """By their ids, which come before all others; those that have no part to play are numbered."""
+    """Special tokens by id; their ids come before all others. Those without a text are numbered."""
     texts = [f"<SPECIAL_{number}>" for number in range(count)]
     listed = said.get("special_tokens")
     if listed is None:

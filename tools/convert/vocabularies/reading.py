@@ -19,7 +19,7 @@ _TEKKEN: Final = "tekken.json"
 _NAMES: Final = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken", _TEKKEN, "tokenizer.bin")
 _MAX_BYTES: Final = 1 << 28
 _PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
-"""Hugging Face's words and GGUF's, one of them as its writers spell it."""
+"""Names of roles in Hugging Face's files and in GGUF, whose spelling of "separator" differs."""
 _NUMBER: Final = re.compile("[0-9]{1,9}")
 _MAX_TEMPLATE_BYTES: Final = 1 << 22
 
@@ -66,7 +66,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _read_special(words: Words, folder: Path, config: dict[str, Any]) -> None:
-    """Adds to `words` what tokenizer_config.json, added_tokens.json, config.json and chat templates of a folder say."""
+    """Adds the contents of tokenizer_config.json, added_tokens.json, config.json and chat templates to `words`."""
     said = _json(folder / "tokenizer_config.json")
     for text, token_id in _json(folder / "added_tokens.json").items():
         if type(token_id) is int and token_id >= 0:
@@ -87,7 +87,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any]) -> None:
 
 
 def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
-    """The tokenizer's own files count before the model's configuration."""
+    """The tokenizer's own files take precedence over the model's configuration."""
     places = {text: token_id for token_id, text in enumerate(words.texts)}
     for short, name in _PARTS.items():
         text = _content(said.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
@@ -109,7 +109,7 @@ def _content(entry: Any) -> str | None:
 
 
 def _template(folder: Path, said: dict[str, Any]) -> str | None:
-    """The template in a file of its own, as newer folders have it, or the one (or the default one) among settings."""
+    """The chat template: of its own file in newer folders, else of the settings (of several the default one)."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:

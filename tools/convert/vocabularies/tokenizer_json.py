@@ -21,13 +21,13 @@ from llamaclust.tools.convert.vocabularies.probe import PROBE, recognised
 from llamaclust.tools.convert.vocabularies.words import Words
 
 _HARMLESS: Final = ("NFC", "NFKC")
-"""Normalizers that change nothing in text as it is usually written; GGUF has no word for them."""
+"""Normalizers that do not change usual text; GGUF has no key for them."""
 _TEXTS: Final = ("a", " a", "  a  b ", " ", "a \n b", "\n a\t", *PROBE.splitlines())
 _BYTES: Final = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def read_tokenizer_json(path: Path) -> Words:
-    """ModelFileError where its kind, or the way it cuts text, is not known."""
+    """ModelFileError for an unknown kind or pre-tokenizer."""
     said = read_json(path)
     model = _object(said.get("model"), path, "model")
     is_unigram = model.get("type") == "Unigram"
@@ -48,7 +48,7 @@ def _merged(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
 
 
 def _texts(model: dict[str, Any], path: Path) -> list[str]:
-    """Words by id; ids that no word has are for added tokens."""
+    """Words by id; ids without a word are for added tokens."""
     if model.get("type", "BPE") != "BPE":
         raise ModelFileError(
             f"{path}: a tokenizer of kind {shown(str(model.get('type')))}; only BPE and Unigram are supported"
@@ -109,7 +109,7 @@ def _library(path: Path) -> Any:
 
 
 def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]], said: dict[str, Any]) -> Words:
-    """The merges stand in the order of the scores that SentencePiece's file had: an earlier one is better."""
+    """The merges are ordered by the scores of SentencePiece's file, the best first."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -138,7 +138,7 @@ def _add(words: Words, entry: dict[str, Any]) -> None:
 
 
 def _read_ends(words: Words, said: dict[str, Any]) -> None:
-    """BOS and EOS as the template that is put around a text says."""
+    """BOS and EOS of the template for a single text."""
     first, last = _template_ends(said)
     if first in words.texts:
         words.ids.setdefault("bos", words.texts.index(first))
@@ -163,7 +163,7 @@ def _special(item: Any) -> str | None:
 
 
 def _parts(said: Any, inner: str) -> list[dict[str, Any]]:
-    """A thing of the library, or the things that it is a sequence of."""
+    """A component, or the components of a sequence."""
     if not isinstance(said, dict):
         return []
     parts = said.get(inner) if said.get("type") == "Sequence" else [said]
@@ -219,7 +219,7 @@ def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
 
 
 def _check_alike(words: Words, library: tokenizers.Tokenizer) -> None:
-    """ModelFileError where SentencePiece's way to do it gives other tokens than the library's."""
+    """ModelFileError if SentencePiece's algorithm gives other tokens than the library."""
     own = load_tokenizer(words.metadata())
     for text in _TEXTS:
         if own.encode(text, add_special=False) != library.encode(text, add_special_tokens=False).ids:

@@ -1,4 +1,4 @@
-"""A vocabulary on its way into a GGUF file: words by id with their types, and what says how text is cut."""
+"""A vocabulary to be written: words by id with their types, and the settings of the tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 @dataclass(slots=True)
 class Words:
-    """`kind` is GGUF's `tokenizer.ggml.model`; `scores` for SentencePiece's, `merges` for byte-level BPE."""
+    """`kind` is `tokenizer.ggml.model`; `scores` are of SentencePiece vocabularies, `merges` of byte-level BPE."""
 
     kind: str
     pre: str
@@ -33,7 +33,7 @@ class Words:
     scores: list[float] | None = None
     merges: list[str] | None = None
     ids: dict[str, int] = field(default_factory=dict)
-    """Of tokens with a part to play, by that part: bos, eos, eot, unknown, padding, ..."""
+    """Ids of special tokens by role: bos, eos, eot, unknown, padding, ..."""
     flags: dict[str, bool] = field(default_factory=dict)
     template: str | None = None
     charsmap: bytes = b""
@@ -55,7 +55,7 @@ class Words:
             self.scores[token_id] = ADDED_SCORE
 
     def fit(self, rows: int) -> None:
-        """Words for all rows of the embedding. ModelFileError where the vocabulary is that of another model."""
+        """Adds or drops unused words to match the embedding. ModelFileError for the vocabulary of another model."""
         while len(self.texts) > rows and self.types[-1] is TokenType.UNUSED:
             self._drop()
         count = len(self.texts)
@@ -106,6 +106,6 @@ class Words:
 
 
 def _looks_special(text: str) -> bool:
-    """Some tokenizers forget to say so."""
+    """Some tokenizers do not mark their control tokens."""
     marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return text in _MARKED_CONTROL or any(text.startswith(left) and text.endswith(right) for left, right in marks)

@@ -120,19 +120,15 @@ class ChatTemplate:
 
     def _render(self, frame: bytes) -> str:
         try:
-            reply = self._request_again(frame)
+            try:
+                reply = self._request(frame)
+            except _ProcessKilled:  # by others, at work or before
+                reply = self._request(frame)
         except _RenderingStopped as failure:
             raise RequestError(f"the model's chat template was stopped: {failure}") from None
         if "error" in reply:
             raise RequestError(f"the model's chat template: {_line(reply['error'])}")
         return str(reply["text"])
-
-    def _request_again(self, frame: bytes) -> dict[str, Any]:
-        """The child's reply; where others killed it, at work or before, that of the next one."""
-        try:
-            return self._request(frame)
-        except _ProcessKilled:
-            return self._request(frame)
 
     def _request(self, frame: bytes) -> dict[str, Any]:
         if self._closed or self._broken is not None:

@@ -107,7 +107,7 @@ def _locked(path: Path) -> Iterator[None]:
     part = hidden_name(path)
     while True:
         with open(part, "ab", opener=_no_links) as file:
-            if not _lock(file):
+            if not take_lock(file):
                 raise UsageError(f"{path}: another process is writing it; wait for it or give another name")
             if _is_at(file, part):  # else the process that held the lock has given it its name meanwhile
                 file.truncate(0)
@@ -115,7 +115,8 @@ def _locked(path: Path) -> Iterator[None]:
                 return
 
 
-def _lock(file: BinaryIO) -> bool:
+def take_lock(file: BinaryIO | int) -> bool:
+    """False where another process, or another descriptor of this one, has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -146,7 +147,7 @@ def _clear(paths: Sequence[Path]) -> None:
 def _delete_unlocked(parts: Sequence[Path]) -> None:
     """All, the first one last, unless a process holds the lock, which is on the first one."""
     with open(parts[0], "ab", opener=_no_links) as file:
-        if _lock(file):
+        if take_lock(file):
             for part in reversed(parts):
                 part.unlink(missing_ok=True)
 

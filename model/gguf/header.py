@@ -207,16 +207,14 @@ def raw_metadata(path: Path) -> dict[str, bytes]:
     """Every key's type and value as they stand in the file, for a copy that keeps them. Errors as for `read_header`."""
     with open_regular(path) as descriptor:
         cursor = _Cursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
-        key_count, _ = _read_start(cursor)
-        return dict(_read_raw(cursor) for _ in range(key_count))
-
-
-def _read_raw(cursor: _Cursor) -> tuple[str, bytes]:
-    key = cursor.string(_MAX_KEY_BYTES)
-    start = cursor.position
-    cursor.value(key)
-    with cursor.consumed as consumed:
-        return key, bytes(consumed[start:])
+        values = {}
+        for _ in range(_read_start(cursor)[0]):
+            key = cursor.string(_MAX_KEY_BYTES)
+            start = cursor.position
+            cursor.value(key)
+            with cursor.consumed as consumed:
+                values[key] = bytes(consumed[start:])
+        return values
 
 
 def _read_start(cursor: _Cursor) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.header import Header, read_header
-from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.tensors import FileIdentity, Tensor
 from llamaclust.model.gguf.values import LazyStrings, MetadataValue, fail_at, kind_of, shown
 
 PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -127,7 +127,7 @@ def _other_parts(first: Header) -> list[Header]:
     if number != 0 or int(name["number"]) != 1:
         start = f"{name['stem']}-00001-of-{count:05}.gguf"
         raise fail_at(first.path, "split.no", f"part {number + 1} of {count}", f"give the first part, {shown(start)}")
-    seen = {_file_key(first): first.path}
+    seen = {first.file_identity: first.path}
     return [
         _part(first, f"{name['stem']}-{part + 1:05}-of-{count:05}.gguf", part, count, seen) for part in range(1, count)
     ]
@@ -137,16 +137,16 @@ _RENAME = "give the file back the name it was published with"
 _GET_PART = "get the missing part of the same model"
 
 
-def _part(first: Header, name: str, number: int, count: int, seen: dict[tuple[int, int], Path]) -> Header:
+def _part(first: Header, name: str, number: int, count: int, seen: dict[FileIdentity, Path]) -> Header:
     path = first.path.with_name(name)
     try:
         header = read_header(path)
     except ModelFileError as error:
         raise ModelFileError(f"{error} (part {number + 1} of {count} of {first.path.name})") from error
-    key = _file_key(header)
-    if key in seen:
-        raise fail_at(path, "split model", f"the same file as {seen[key].name}", _GET_PART)
-    seen[key] = path
+    identity = header.file_identity
+    if identity in seen:
+        raise fail_at(path, "split model", f"the same file as {seen[identity].name}", _GET_PART)
+    seen[identity] = path
     said = _split_number(header, "split.no", default=None, minimum=0)
     if said != number:
         raise fail_at(path, "split.no", f"{said}, {number} expected for part {number + 1}", _RENAME)
@@ -169,7 +169,3 @@ def _split_number(header: Header, key: str, *, default: int | None, minimum: int
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise fail_at(header.path, key, f"{kind_of(value)}, a whole number from {minimum} up expected")
     return value
-
-
-def _file_key(header: Header) -> tuple[int, int]:
-    return header.file_identity.device, header.file_identity.inode

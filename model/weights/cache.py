@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sizes import mib
+from llamaclust.model.gguf.atomic_file import take_lock
 from llamaclust.model.gguf.tensors import FileIdentity
 
 WHOLE, UNFINISHED, KNOWN, LEASE = ".weights", ".part", ".manifest", ".load"
@@ -231,15 +232,6 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def take_lock(descriptor: int) -> bool:
-    """False where another process, or another descriptor of this one, has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def mark_whole(path: Path) -> None:

@@ -9,7 +9,8 @@ from threading import Lock
 
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sizes import mib
-from llamaclust.model.weights.cache import WeightCache, mark_whole, take_lock
+from llamaclust.model.gguf.atomic_file import take_lock
+from llamaclust.model.weights.cache import WeightCache, mark_whole
 
 _READ_BYTES = 1 << 22
 

@@ -81,7 +81,8 @@ def write_converted(
     rows = page.tensors["token_embd.weight"].shape[0]
     words = read_words(files, hints.tokenizer or checkpoint.vocabulary, rows, behind)
     name = target.name or checkpoint.name
-    path = target.path or Path(f"{_file_name(name)}-{target.type_name}.gguf")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    path = target.path or Path(f"{stem}-{target.type_name}.gguf")
     outputs = [Output(key, output_type(key, tensor, kind), tensor) for key, tensor in page.tensors.items()]
     general: dict[str, WritableValue] = {
         "general.architecture": page.architecture,
@@ -126,7 +127,3 @@ def _vocabulary(page: Page, words: Words) -> dict[str, WritableValue]:
     if page.architecture.startswith("gemma") and words.kind == "llama":
         words.flags["add_space_prefix"] = False
     return words.metadata()
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

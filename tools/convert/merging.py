@@ -65,15 +65,11 @@ def merge_adapter(
     with SourceFiles() as files:
         found = read_folder(files, base)
         tensors = _merged(found.tensors, _read_adapter(files, adapter))
-        vocabulary = adapter if _has_tokenizer(adapter) else base
+        vocabulary = adapter if any((adapter / name).is_file() for name in _TOKENIZER_FILES[:2]) else base
         whole = replace(found, tensors=tensors, settings=_words_of(tensors, found.settings), vocabulary=vocabulary)
         if out.suffix == ".gguf":
             return write_converted(files, whole, Target(out, type_name), hints, on_progress)
         return _write_folder(files, whole, base, out, type_name, on_progress)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def _write_folder(

@@ -62,11 +62,6 @@ class Page:
         if bias or (bias is None and self.has(f"{source}.bias")):
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
 
-    def drop(self, *names: str) -> None:
-        """Discards tensors that GGUF files do not need."""
-        for name in names:
-            self._left.pop(name, None)
-
     def finish(self) -> None:
         """ModelFileError if a tensor was not taken."""
         left = [name for name in self._left if not _NOT_NEEDED.fullmatch(name)]
@@ -139,7 +134,7 @@ class Page:
         if self.settings.flag("tie_word_embeddings", default=tied) or not self.has(f"{source}.weight"):
             if not self.settings.flag("tie_word_embeddings", default=True):
                 raise self._error(f"{source}.weight", "missing")
-            self.drop(f"{source}.weight")
+            self._left.pop(f"{source}.weight", None)
             return
         self.copy("output", source, self.words, self.width)
 

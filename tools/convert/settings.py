@@ -17,7 +17,6 @@ MAX_CONTEXT: Final = 1 << 30
 MAX_WORDS: Final = 1 << 20
 MAX_HEADS: Final = 1 << 14
 _MAX_REAL: Final = 1e12
-_MISSING: Final = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +82,10 @@ class Settings:
         return Settings(value, f"{self.origin}: {shown(names[0])}")
 
     def _find(self, names: tuple[str, ...], default: Any) -> Any:
-        found = next((self.values[name] for name in names if self.values.get(name) is not None), _MISSING)
-        if found is not _MISSING:
-            return found
-        if default is None:
+        found = next((self.values[name] for name in names if self.has(name)), default)
+        if found is None:
             raise self.error(names[0], "missing")
-        return default
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
@@ -26,13 +26,15 @@ def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
     path = folder / CONFIG
     values = read_json(path)
     settings = Settings(values, str(path))
+    said = values.get("_name_or_path")
+    last = Path(said).name if isinstance(said, str) else ""
     tensors = read_weights(files, folder)
     return Checkpoint(
         family=_family(settings),
         settings=settings,
         tensors=dequantized(tensors, settings, files.recent),
         vocabulary=folder,
-        name=_name(values, folder),
+        name=last or folder.resolve().name,
     )
 
 
@@ -100,9 +102,3 @@ def _family(settings: Settings) -> str:
     if not isinstance(listed, list) or not listed or not isinstance(listed[0], str):
         raise settings.error("architectures", "missing, so it is not known what to make of the weights")
     return listed[0]
-
-
-def _name(values: dict[str, Any], folder: Path) -> str:
-    said = values.get("_name_or_path")
-    last = Path(said).name if isinstance(said, str) else ""
-    return last or folder.resolve().name

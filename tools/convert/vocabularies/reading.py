@@ -71,7 +71,8 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any]) -> None:
     for text, token_id in _json(folder / "added_tokens.json").items():
         if type(token_id) is int and token_id >= 0:
             words.add(token_id, text, special=False)
-    for number, token in _mapping(said.get("added_tokens_decoder")).items():
+    added = said.get("added_tokens_decoder")
+    for number, token in added.items() if isinstance(added, dict) else ():
         if _NUMBER.fullmatch(number) and isinstance(token, dict) and isinstance(token.get("content"), str):
             words.add(int(number), token["content"], token.get("special") is True)
     _read_parts(words, said, _json(folder / "special_tokens_map.json"), config)
@@ -125,7 +126,3 @@ def _template(folder: Path, said: dict[str, Any]) -> str | None:
         defaults = [variant for variant in template if isinstance(variant, dict) and variant.get("name") == "default"]
         template = defaults[-1].get("template") if defaults else None
     return template if isinstance(template, str) else None
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

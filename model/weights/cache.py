@@ -148,10 +148,10 @@ class WeightCache:
     def make_room(self, n_bytes: int) -> None:
         """Deletes what was not used for longest and is in no load, until there is room for so many bytes more.
         LlamaclustError where there cannot be."""
-        with self._locked():
-            since_ns = self._oldest_lease_ns()
-            files = sorted(self._files(), key=lambda file: _used_ns(file[1]))
-            held, free = sum(found.st_size for _, found in files), self._free_bytes()
+        with _locked(self.path):
+            since_ns = _oldest_lease_ns(self.path)
+            files = sorted(_files(self.path), key=lambda file: _used_ns(file[1]))
+            held, free = sum(found.st_size for _, found in files), _free_bytes(self.path)
             for path, found in files:
                 if held + n_bytes <= self.most_bytes and n_bytes <= free:
                     break
@@ -164,65 +164,66 @@ class WeightCache:
                 f"{self.path}: {what}, {mib(self.most_bytes)} MiB are allowed (LLAMACLUST_WEIGHTS_SIZE)"
             )
         if n_bytes > free:
-            raise self.disk_full(n_bytes, free)
-
-    def disk_full(self, n_bytes: int, free_bytes: int) -> LlamaclustError:
-        what = f"the disk has {mib(free_bytes)} MiB free, {mib(n_bytes)} MiB more of weights are needed"
-        return LlamaclustError(f"{self.path}: {what}; make room there, or set LLAMACLUST_HOME to another disk")
+            what = f"the disk has {mib(free)} MiB free, {mib(n_bytes)} MiB more of weights are needed"
+            raise LlamaclustError(f"{self.path}: {what}; make room there, or set LLAMACLUST_HOME to another disk")
 
     def list_files(self) -> tuple[list[int], list[int]]:
         """Sizes of whole files, and of unfinished ones."""
-        found = [(path.suffix, status.st_size) for path, status in self._files()]
+        found = [(path.suffix, status.st_size) for path, status in _files(self.path)]
         return [size for kind, size in found if kind == WHOLE], [size for kind, size in found if kind == UNFINISHED]
 
     def clear(self) -> Cleared:
         """Deletes all of it. BlockingIOError where a load is under way; OSError."""
         if not self.path.is_dir():
             return Cleared(0, 0)
-        with self._locked():
-            if self._oldest_lease_ns() <= time.time_ns():
+        with _locked(self.path):
+            if _oldest_lease_ns(self.path) <= time.time_ns():
                 raise BlockingIOError(errno.EAGAIN, "a load is using it; try again later")
-            files = list(self._files())
+            files = list(_files(self.path))
             for path in (*(path for path, _ in files), *self.path.glob(f"*{KNOWN}"), *self.path.glob("*.tmp")):
                 path.unlink(missing_ok=True)
         return Cleared(len(files), sum(found.st_size for _, found in files))
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """One process at a time makes what has that name; the others wait for as long as that takes."""
+        """A lock on one key; other processes wait without a limit."""
         with _opened(self.path / f"{key}.lock", os.O_CREAT) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
 
-    def _free_bytes(self) -> int:
-        disk = os.statvfs(self.path)
-        return disk.f_bavail * disk.f_frsize
 
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in self.path.glob("*"):
-            if path.suffix in (WHOLE, UNFINISHED):
-                with contextlib.suppress(FileNotFoundError):
-                    yield path, path.lstat()
+def _free_bytes(folder: Path) -> int:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
 
-    def _oldest_lease_ns(self) -> int:
-        """When the oldest load that is under way began; the far future where there is none."""
-        begun = [1 << 63]
-        for path in self.path.glob(f"*{LEASE}"):
-            with contextlib.suppress(OSError):
-                begun_ns = path.stat().st_mtime_ns
-                if not _delete(path):
-                    begun.append(begun_ns)
-        return min(begun)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with _opened(self.path / "lock", os.O_CREAT) as descriptor:
-            end = time.monotonic() + _LOCK_WAIT_S
-            while not take_lock(descriptor):
-                if time.monotonic() >= end:
-                    raise LlamaclustError(f"{self.path}: another process has had the lock for {_LOCK_WAIT_S:g} s")
-                time.sleep(_LOCK_RETRY_S)
-            yield
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in folder.glob("*"):
+        if path.suffix in (WHOLE, UNFINISHED):
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.lstat()
+
+
+def _oldest_lease_ns(folder: Path) -> int:
+    """When the oldest load that is under way began; the far future where there is none."""
+    begun = [1 << 63]
+    for path in folder.glob(f"*{LEASE}"):
+        with contextlib.suppress(OSError):
+            begun_ns = path.stat().st_mtime_ns
+            if not _delete(path):
+                begun.append(begun_ns)
+    return min(begun)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with _opened(folder / "lock", os.O_CREAT) as descriptor:
+        end = time.monotonic() + _LOCK_WAIT_S
+        while not take_lock(descriptor):
+            if time.monotonic() >= end:
+                raise LlamaclustError(f"{folder}: another process has had the lock for {_LOCK_WAIT_S:g} s")
+            time.sleep(_LOCK_RETRY_S)
+        yield
 
 
 @contextmanager
@@ -235,7 +236,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def mark_whole(path: Path) -> None:
-    """Its bytes are as its name says; it counts as used now."""
+    """Marks a file whose bytes match its name; it counts as used now."""
     os.utime(path, ns=(time.time_ns(), _WHOLE_NS))
 
 
@@ -250,7 +251,7 @@ def _used_ns(found: os.stat_result) -> int:
 
 
 def _delete(path: Path) -> bool:
-    """Not what a process has a lock on. OSError where it is gone, or cannot be deleted."""
+    """Deletes a file that no process has locked. OSError if it is gone or cannot be deleted."""
     with _opened(path, os.O_NOFOLLOW | os.O_NONBLOCK) as descriptor:
         is_free = take_lock(descriptor)
         if is_free:

@@ -13,11 +13,8 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.tools.convert.lazy import Lazy, gathered
-from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WORDS, Checkpoint
+from llamaclust.tools.convert.settings import MAX_HEADS, MAX_LAYERS, MAX_WORDS, Checkpoint
 
-SILU: Final = ("silu", "swish")
-GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
-"""Names of activations in configurations. The tanh and erf forms of GELU count as equal, as in llama.cpp."""
 _NOT_NEEDED: Final = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|rope\.freqs)"
 )
@@ -102,32 +99,6 @@ class Page:
     @property
     def words(self) -> int:
         return self.settings.count("vocab_size", "padded_vocab_size", maximum=MAX_WORDS)
-
-    def activation(self, names: Sequence[str], *keys: str) -> None:
-        """ModelFileError if the configuration has an activation that the architecture does not compute."""
-        said = self.settings.text(*keys, default=names[0])
-        if said not in names:
-            raise self.settings.error(keys[0], f"{shown(said)}: {self.architecture} computes {names[0]}")
-
-    def usual_keys(self, feed_forward: int) -> None:
-        """Metadata that nearly every architecture has."""
-        context = ("max_position_embeddings", "n_positions", "n_ctx", "model_max_length", "seq_length")
-        self.key("block_count", self.layers)
-        self.key("context_length", self.settings.count(*context, maximum=MAX_CONTEXT))
-        self.key("embedding_length", self.width)
-        self.key("feed_forward_length", feed_forward)
-        self.key("attention.head_count", self.heads)
-        self.key("attention.head_count_kv", self.kv_heads)
-        if self.settings.has("head_dim"):
-            self.key("attention.key_length", self.head_width)
-            self.key("attention.value_length", self.head_width)
-
-    def rms_epsilon(self, *names: str, default: float | None = None) -> None:
-        epsilon = self.settings.real(*(names or ("rms_norm_eps",)), default=default, minimum=1e-12, maximum=0.1)
-        self.key("attention.layer_norm_rms_epsilon", epsilon)
-
-    def norm_epsilon(self, *names: str) -> None:
-        self.key("attention.layer_norm_epsilon", self.settings.real(*names, minimum=1e-12, maximum=0.1))
 
     def output(self, source: str = "lm_head", *, tied: bool = False) -> None:
         """The output matrix; omitted if it is the embedding."""

@@ -1,9 +1,48 @@
-"""Names of layers and their parts, shared by architectures derived from Hugging Face's LLaMA."""
+"""Metadata of all architectures, and tensors of those derived from Hugging Face's LLaMA."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
+from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.lazy import stacked
-from llamaclust.tools.convert.page import SILU, Page, neighbours
+from llamaclust.tools.convert.page import Page, neighbours
+from llamaclust.tools.convert.settings import MAX_CONTEXT
+
+SILU: Final = ("silu", "swish")
+GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
+"""Names of activations in configurations. The tanh and erf forms of GELU count as equal, as in llama.cpp."""
+
+
+def activation(page: Page, names: Sequence[str], *keys: str) -> None:
+    """ModelFileError if the configuration has an activation that the architecture does not compute."""
+    said = page.settings.text(*keys, default=names[0])
+    if said not in names:
+        raise page.settings.error(keys[0], f"{shown(said)}: {page.architecture} computes {names[0]}")
+
+
+def usual_keys(page: Page, feed_forward: int) -> None:
+    """Metadata that nearly every architecture has."""
+    context = ("max_position_embeddings", "n_positions", "n_ctx", "model_max_length", "seq_length")
+    page.key("block_count", page.layers)
+    page.key("context_length", page.settings.count(*context, maximum=MAX_CONTEXT))
+    page.key("embedding_length", page.width)
+    page.key("feed_forward_length", feed_forward)
+    page.key("attention.head_count", page.heads)
+    page.key("attention.head_count_kv", page.kv_heads)
+    if page.settings.has("head_dim"):
+        page.key("attention.key_length", page.head_width)
+        page.key("attention.value_length", page.head_width)
+
+
+def rms_epsilon(page: Page, *names: str, default: float | None = None) -> None:
+    epsilon = page.settings.real(*(names or ("rms_norm_eps",)), default=default, minimum=1e-12, maximum=0.1)
+    page.key("attention.layer_norm_rms_epsilon", epsilon)
+
+
+def norm_epsilon(page: Page, *names: str) -> None:
+    page.key("attention.layer_norm_epsilon", page.settings.real(*names, minimum=1e-12, maximum=0.1))
 
 
 def ends(page: Page) -> None:
@@ -49,5 +88,5 @@ def experts(page: Page, layer: int, count: int, width: int, names: tuple[str, st
 
 def feed_forward_width(page: Page) -> int:
     """The width of the inner layer; its activation is SiLU."""
-    page.activation(SILU, "hidden_act")
+    activation(page, SILU, "hidden_act")
     return page.settings.count("intermediate_size", "n_inner")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llamaclust.tools.convert.page import GELU, Page, picked
+from llamaclust.tools.convert.page import Page, picked
+from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import rotation
 
 
@@ -12,7 +13,7 @@ def build(page: Page) -> None:
         raise settings.error("alibi", "true is not supported")
     kv_heads = _kv_heads(page)
     feed_forward = settings.count("ffn_hidden_size", default=4 * width)
-    page.activation(GELU[::-1], "activation")
+    decoder.activation(page, decoder.GELU[::-1], "activation")
     page.key("block_count", page.layers)
     page.key("context_length", settings.count("max_position_embeddings", default=2048, maximum=1 << 30))
     page.key("tensor_data_layout", "jploski")
@@ -20,7 +21,7 @@ def build(page: Page) -> None:
     page.key("feed_forward_length", feed_forward)
     page.key("attention.head_count", page.heads)
     page.key("attention.head_count_kv", kv_heads)
-    page.norm_epsilon("layer_norm_epsilon")
+    decoder.norm_epsilon(page, "layer_norm_epsilon")
     rotation(page, page.head_width, says_dimensions=False)
     page.copy("token_embd", "transformer.word_embeddings", page.words, width)
     page.copy("output_norm", "transformer.ln_f", width, bias=True)

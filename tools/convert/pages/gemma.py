@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.tools.convert.lazy import mapped
-from llamaclust.tools.convert.page import GELU, Page
+from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import local_base, rotation
 from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
@@ -18,11 +18,11 @@ _LAYERS_27B = {"gemma2": 46, "gemma3": 62}
 
 def build(page: Page) -> None:
     width, settings = page.settings.count("intermediate_size"), page.settings
-    page.activation(GELU, "hidden_activation", "hidden_act")
-    page.usual_keys(width)
+    decoder.activation(page, decoder.GELU, "hidden_activation", "hidden_act")
+    decoder.usual_keys(page, width)
     page.key("attention.key_length", page.head_width)
     page.key("attention.value_length", page.head_width)
-    page.rms_epsilon(default=1e-6)
+    decoder.rms_epsilon(page, default=1e-6)
     if page.architecture == "gemma3":
         rotation(page, page.head_width, base=1e6, says_dimensions=False)
         page.key("rope.freq_base_swa", local_base(settings))

@@ -11,8 +11,8 @@ from llamaclust.tools.convert.rotation import rotating_channels, rotation
 def build(page: Page) -> None:
     """Hugging Face's form. In GLM-4-0414 attention and feed-forward have norms behind them too."""
     width, hidden = decoder.feed_forward_width(page), page.width
-    page.usual_keys(width)
-    page.rms_epsilon()
+    decoder.usual_keys(page, width)
+    decoder.rms_epsilon(page)
     rotation(page, rotating_channels(page, 0.5))
     decoder.ends(page)
     for layer in range(page.layers):
@@ -36,9 +36,9 @@ def build_chatglm(page: Page) -> None:
         kv_heads = settings.count("multi_query_group_num", maximum=page.heads)
     if not settings.flag("rmsnorm", default=True) or settings.flag("apply_residual_connection_post_layernorm"):
         raise settings.error("rmsnorm", "a model with other norms is not supported")
-    page.usual_keys(feed_forward)
+    decoder.usual_keys(page, feed_forward)
     page.key("attention.head_count_kv", kv_heads)
-    page.rms_epsilon("layernorm_epsilon")
+    decoder.rms_epsilon(page, "layernorm_epsilon")
     page.key("rope.dimension_count", head // 2)
     page.key("rope.freq_base", 10000.0 * settings.real("rope_ratio", default=1.0, minimum=1e-3))
     page.copy("token_embd", "transformer.embedding.word_embeddings", page.words, width)

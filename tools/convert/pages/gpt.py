@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamaclust.tools.convert.lazy import Recent, transposed
-from llamaclust.tools.convert.page import GELU, Page
+from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import rotation
 from llamaclust.tools.convert.settings import MAX_CONTEXT
@@ -15,14 +15,14 @@ def build_gpt2(page: Page) -> None:
     context = settings.count("n_ctx", "n_positions", maximum=1 << 20)
     if settings.flag("scale_attn_by_inverse_layer_idx") or not settings.flag("scale_attn_weights", default=True):
         raise settings.error("scale_attn_weights", "scores that are scaled otherwise are not supported")
-    page.activation(GELU, "activation_function")
+    decoder.activation(page, decoder.GELU, "activation_function")
     feed_forward = settings.count("n_inner", default=4 * width)
     page.key("block_count", page.layers)
     page.key("context_length", context)
     page.key("embedding_length", width)
     page.key("feed_forward_length", feed_forward)
     page.key("attention.head_count", page.heads)
-    page.norm_epsilon("layer_norm_epsilon")
+    decoder.norm_epsilon(page, "layer_norm_epsilon")
     root = "transformer." if page.has("transformer.wte.weight") else ""
     page.copy("token_embd", f"{root}wte", page.words, width)
     page.copy("position_embd", f"{root}wpe", context, width)
@@ -47,11 +47,11 @@ def build_gpt2(page: Page) -> None:
 def build_starcoder2(page: Page) -> None:
     settings, hidden = page.settings, page.width
     width = settings.count("intermediate_size")
-    page.activation(GELU, "hidden_act")
-    page.usual_keys(width)
+    decoder.activation(page, decoder.GELU, "hidden_act")
+    decoder.usual_keys(page, width)
     if settings.has("sliding_window"):
         page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
-    page.norm_epsilon("norm_epsilon", "layer_norm_epsilon")
+    decoder.norm_epsilon(page, "norm_epsilon", "layer_norm_epsilon")
     rotation(page, page.head_width, says_dimensions=False)
     page.copy("token_embd", "model.embed_tokens", page.words, hidden)
     page.copy("output_norm", "model.norm", hidden, bias=True)

@@ -20,9 +20,9 @@ def build(page: Page) -> None:
     """LLaMA in Hugging Face's form, and what has its layers: Mistral, Mixtral, Yi, SmolLM, DeepSeek LLM."""
     width = decoder.feed_forward_width(page)
     count = page.settings.count("num_local_experts", default=0, minimum=0, maximum=1 << 10)
-    page.usual_keys(width)
+    decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
-    page.rms_epsilon(default=1e-6)
+    decoder.rms_epsilon(page, default=1e-6)
     rotation(page, page.head_width)
     if page.settings.has("sliding_window"):
         page.key("attention.sliding_window", page.settings.count("sliding_window", maximum=MAX_CONTEXT))
@@ -44,9 +44,9 @@ def build(page: Page) -> None:
 def build_meta(page: Page) -> None:
     """LLaMA as Meta names it, which files of llama2.c and TencentPretrain are brought to; Q and K need no change."""
     width, hidden = decoder.feed_forward_width(page), page.width
-    page.usual_keys(width)
+    decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
-    page.rms_epsilon()
+    decoder.rms_epsilon(page)
     rotation(page, page.head_width)
     page.copy("token_embd", "tok_embeddings", page.words, hidden)
     page.copy("output_norm", "norm", hidden)
@@ -72,8 +72,8 @@ def _meta_feed_forward(page: Page, place: str, source: str, width: int) -> None:
 def build_internlm2(page: Page) -> None:
     """InternLM 2 and 2.5, whose Q, K and V are one matrix by groups of heads that share K and V."""
     width, hidden = decoder.feed_forward_width(page), page.width
-    page.usual_keys(width)
-    page.rms_epsilon()
+    decoder.usual_keys(page, width)
+    decoder.rms_epsilon(page)
     rotation(page, page.head_width)
     page.copy("token_embd", "model.tok_embeddings", page.words, hidden)
     page.copy("output_norm", "model.norm", hidden)
@@ -103,8 +103,8 @@ def _internlm2_attention(page: Page, place: str, source: str) -> None:
 def build_baichuan(page: Page) -> None:
     """Baichuan and Baichuan 2, whose Q, K and V are one matrix."""
     width = decoder.feed_forward_width(page)
-    page.usual_keys(width)
-    page.rms_epsilon()
+    decoder.usual_keys(page, width)
+    decoder.rms_epsilon(page)
     rotation(page, page.head_width)
     page.metadata["baichuan.tensor_data_layout"] = "Meta AI original pth"
     decoder.ends(page)

@@ -11,8 +11,8 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 def build(page: Page) -> None:
     """`attention.sliding_window` is 0 for a model without one."""
     settings, width = page.settings, decoder.feed_forward_width(page)
-    page.usual_keys(width)
-    page.rms_epsilon()
+    decoder.usual_keys(page, width)
+    decoder.rms_epsilon(page)
     rotation(page, rotating_channels(page))
     original = settings.count("original_max_position_embeddings", default=0, minimum=0, maximum=MAX_CONTEXT)
     if original:

@@ -15,8 +15,8 @@ def build(page: Page) -> None:
     if page.settings.flag("use_sliding_window"):
         raise page.settings.error("use_sliding_window", "true is not supported")
     width = decoder.feed_forward_width(page)
-    page.usual_keys(width)
-    page.rms_epsilon()
+    decoder.usual_keys(page, width)
+    decoder.rms_epsilon(page)
     rotation(page, page.head_width, says_dimensions=False)
     decoder.ends(page)
     count = _expert_keys(page) if page.architecture.endswith("moe") else 0

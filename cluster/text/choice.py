@@ -6,8 +6,7 @@ from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason,
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.stop_strings import StopStrings
 from llamaclust.core.sampling import RowResult
-from llamaclust.model.tokenizers.detokenizer import Detokenizer
-from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 
 
 class ChoiceText:

@@ -51,8 +51,7 @@ class ProgramBuilder:
         assert 0 <= start < end <= hyperparameters.block_count, (start, end, hyperparameters.block_count)
         self.model = model
         self.hyperparameters = hyperparameters
-        self._start = start
-        self._end = end
+        self._layers = range(start, end)
         self.keys = ModelKeys(model, hyperparameters.architecture)
         self._kv_type = kv_type
         self._context_tokens = context_tokens or hyperparameters.context_length
@@ -66,7 +65,7 @@ class ProgramBuilder:
 
     def program(self) -> Program:
         layers = self.hyperparameters.block_count
-        return Program(self._start, self._end, layers, self._hidden, self._out, tuple(self._steps))
+        return Program(self._layers.start, self._layers.stop, layers, self._hidden, self._out, tuple(self._steps))
 
     def use_layer_norms(self) -> None:
         """From here on norms subtract the mean and add a bias."""
@@ -79,11 +78,11 @@ class ProgramBuilder:
 
         The embedding is multiplied by `embedding_factor`; `positions` are learned, too; `soft_cap`: of the logits."""
         self._embed(embedding_factor, positions)
-        yield from range(self._start, self._end)
+        yield from self._layers
         self._head(soft_cap)
 
     def _embed(self, factor: float, positions: bool) -> None:
-        if self._start > 0:
+        if self._layers.start > 0:
             return
         hp = self.hyperparameters
         embedded = Buffer("embedded", self._hidden.width) if positions else self._hidden
@@ -100,7 +99,7 @@ class ProgramBuilder:
 
     def _head(self, soft_cap: float | None) -> None:
         """Wanted rows, norm and logits. Without `output.weight` the embedding is used again."""
-        if self._end < self.hyperparameters.block_count:
+        if self._layers.stop < self.hyperparameters.block_count:
             return
         self._out = Buffer("logits", self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)

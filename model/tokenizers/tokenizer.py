@@ -1,7 +1,8 @@
-"""Text to token ids and back: special tokens are cut out of a text first; BOS and EOS; bytes of tokens."""
+"""Text to token ids and back, whole or as a stream of tokens: special tokens, BOS and EOS, bytes of tokens."""
 
 from __future__ import annotations
 
+import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -107,6 +108,36 @@ class Tokenizer(ABC):
         if not 0 <= token_id < self.vocabulary_size:
             raise RequestError(f"token id {token_id} is outside the vocabulary [0, {self.vocabulary_size})")
         return self._vocabulary.types[token_id]
+
+
+class Detokenizer:
+    """Text of one stream of tokens, without half characters.
+
+    By default the stream continues a text (a prompt), so a leading space stays; with `text_start` it is a whole text and
+    reads as `Tokenizer.decode` would give it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, *, text_start: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._strip_space = text_start and tokenizer.add_space_prefix
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes; bytes that cannot be UTF-8 become U+FFFD."""
+        if self._skip_special and self._tokenizer.is_control(token_id):
+            return ""
+        data = self._tokenizer.token_bytes(token_id)
+        if self._strip_space and data:
+            self._strip_space = False
+            data = data.removeprefix(b" ")
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """What is left when the stream ends: U+FFFD for a character that was never completed. Starts anew after it."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
 
 
 def _texts_of(vocabulary: Vocabulary, *kinds: TokenType) -> list[tuple[str, int]]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, WorkerError
-from llamaclust.model.weights.cache import WeightCache
-from llamaclust.model.weights.partial_tensor import WeightPart
+from llamaclust.model.weights.cache import WeightCache, WeightPart
 from llamaclust.wire.rpc.client import FETCH, ClientStream, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, WeightsNotFoundError, decode_frame, encode_range

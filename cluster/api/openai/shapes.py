@@ -13,8 +13,7 @@ from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.core.sampling import RowResult
 from llamaclust.core.version import VERSION
-from llamaclust.model.tokenizers.detokenizer import Detokenizer
-from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 
 FINGERPRINT = f"llamaclust-{VERSION}-numerics-{NUMERICS_VERSION}"
 """`system_fingerprint`: equal ones compute alike."""

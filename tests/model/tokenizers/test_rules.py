@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from llamaclust.core.errors import ModelFileError, RequestError
 from llamaclust.model.tokenizers.byte_pairs import _BYTE_OF
-from llamaclust.model.tokenizers.detokenizer import Detokenizer
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.pre_tokenizers import _BY_NAME
-from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType
 
 CONTROL, USER_DEFINED, BYTE = TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE

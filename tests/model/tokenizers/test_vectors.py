@@ -8,9 +8,8 @@ from functools import cache
 import pytest
 
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.tokenizers.detokenizer import Detokenizer
 from llamaclust.model.tokenizers.loading import load_tokenizer
-from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 from support.paths import DATA
 
 DATA_FOLDER = DATA / "tokenizers"

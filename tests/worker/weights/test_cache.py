@@ -15,9 +15,8 @@ from llamaclust.cli.app import app
 from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.model.gguf.writer import header_bytes
 from llamaclust.model.loader import Model
-from llamaclust.model.weights.cache import WeightCache
+from llamaclust.model.weights.cache import WeightCache, WeightPart
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
-from llamaclust.model.weights.partial_tensor import WeightPart
 from llamaclust.wire.control.messages import FindWeights
 from llamaclust.worker.weights.weights import Weights
 from support.models.tiny_model import build_tiny_model

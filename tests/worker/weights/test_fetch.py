@@ -15,8 +15,7 @@ import pytest
 
 from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.model.loader import Model
-from llamaclust.model.weights.cache import WeightCache
-from llamaclust.model.weights.partial_tensor import WeightPart
+from llamaclust.model.weights.cache import WeightCache, WeightPart
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, frames_of
 from support.clusters.weight_peers import Answer, fetch, holder, manifest_of, wanted

@@ -113,8 +113,8 @@ class Tokenizer(ABC):
 class Detokenizer:
     """Text of one stream of tokens, without half characters.
 
-    By default the stream continues a text (a prompt), so a leading space stays; with `text_start` it is a whole text and
-    reads as `Tokenizer.decode` would give it.
+    By default the stream continues a text (a prompt), so a leading space stays; with `text_start` it is a whole text
+    and reads as `Tokenizer.decode` would give it.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, *, text_start: bool = False) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llamaclust.tools.convert.elements import OUTPUT_TYPES, encoded
 from llamaclust.tools.convert.lazy import Storage
+from llamaclust.tools.convert.stream import OUTPUT_TYPES, encoded
 
 HEADS, WORDS = 32, 32000
 WEIGHTS = "model.safetensors"

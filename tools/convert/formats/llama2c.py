@@ -120,8 +120,10 @@ def _old_header(file: SourceFile) -> _Header | None:
 def _checked(numbers: tuple[int, ...], *, tied: bool) -> _Header | None:
     if not all(0 < number <= limit for number, limit in zip(numbers, _NUMBERS.values(), strict=True)):
         return None
-    header = _Header(*numbers, tied=tied)
-    return None if header.width % header.heads or header.heads % header.kv_heads else header
+    width, feed_forward, layers, heads, kv_heads, words, context = numbers
+    if width % heads or heads % kv_heads:
+        return None
+    return _Header(width, feed_forward, layers, heads, kv_heads, words, context, tied)
 
 
 def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:

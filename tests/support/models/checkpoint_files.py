@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.convert.stream import encoded
 from llamaclust.tools.convert.lazy import Storage
+from llamaclust.tools.convert.stream import encoded
 
 Arrays = Mapping[str, NDArray[Any]]
 _SAFE_TYPES = {

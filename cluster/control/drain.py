@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.observations import DrainRequested, UndrainRequested
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
@@ -13,6 +13,9 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import log_tail
 from llamaclust.core.errors import UsageError, WorkerError
 from llamaclust.wire.control.messages import LogTail
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.control.actions import ActionRunner
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaclust.cluster.api.schema import Body
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
-from llamaclust.cluster.text.samplers import effective_chain, parse_samplers
+from llamaclust.cluster.scheduler.validation import check_chain
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain, SamplerName
+from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS, MAX_MIROSTAT
 
+_ALIASES = {
+    "nucleus": SamplerName.TOP_P,
+    "temp": SamplerName.TEMPERATURE,
+    "typ": SamplerName.TYPICAL_P,
+    "typical_p": SamplerName.TYPICAL_P,
+}
+_LETTERS = dict(zip("edskfypmxt", SAMPLERS, strict=True))
 
-def read_texts(value: Any) -> tuple[str, ...]:
+
+def _samplers(value: Any) -> tuple[SamplerName, ...]:
+    """A list of names, or a string of llama.cpp's letters for them. Raises ValueError."""
+    if isinstance(value, str):
+        names = [_LETTERS.get(letter) or _unknown(letter) for letter in value]
+    elif isinstance(value, list) and all(isinstance(name, str) for name in value):
+        names = [_parse_name(name) for name in value]
+    else:
+        raise ValueError("must be a list of samplers' names")
+    if len(set(names)) < len(names):
+        raise ValueError("a sampler is listed twice")
+    return tuple(names)
+
+
+def _parse_name(name: str) -> SamplerName:
+    plain = name.replace("-", "_")
+    return _ALIASES.get(plain) or next((known for known in SAMPLERS if known == plain), None) or _unknown(name)
+
+
+def _unknown(name: str) -> SamplerName:
+    raise ValueError(f"{name[:60]!r} is none of {', '.join(SAMPLERS)}")
+
+
+def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError("must be a list of strings")
     return tuple(value)
@@ -30,9 +61,9 @@ def _bounded(name: str) -> Any:
 
 
 _NAMES: dict[str, Any] = {"anyOf": [{"type": "array", "items": {"enum": list(SAMPLERS)}}, {"type": "string"}]}
-SamplersField = Annotated[tuple[SamplerName, ...], BeforeValidator(parse_samplers), WithJsonSchema(_NAMES)]
+SamplersField = Annotated[tuple[SamplerName, ...], BeforeValidator(_samplers), WithJsonSchema(_NAMES)]
 TextsField = Annotated[
-    tuple[str, ...], BeforeValidator(read_texts), WithJsonSchema({"type": "array", "items": {"type": "string"}})
+    tuple[str, ...], BeforeValidator(_texts), WithJsonSchema({"type": "array", "items": {"type": "string"}})
 ]
 
 
@@ -76,11 +107,31 @@ class SamplerFields(Body):
     """Which samplers act, and in which order; what is not among them does not act."""
 
     def chain(self) -> SamplerChain | None:
-        """None where the plain samplers in their order do the same."""
-        settings = {name: getattr(self, name) for name in CHAIN_BOUNDS}
-        return effective_chain(self.samplers, self.dry_allowed_length, self.mirostat, settings)
+        """The samplers that change anything, in their order; None where the plain ones do the same. ParameterError for
+        a setting out of bounds."""
+        settings = {name: getattr(self, name) for name in (*CHAIN_BOUNDS, "dry_allowed_length", "mirostat")}
+        chain = SamplerChain(self.samplers, **settings)
+        check_chain(chain)
+        chain = replace(chain, order=_effective_order(chain))
+        is_plain = chain.order == PLAIN_ORDER and not chain.mirostat and not chain.dynatemp_range
+        return None if is_plain else chain
 
     @property
     def dry_window(self) -> int | None:
         """None: all tokens."""
         return None if self.dry_penalty_last_n == -1 else self.dry_penalty_last_n
+
+
+def _effective_order(chain: SamplerChain) -> tuple[SamplerName, ...]:
+    off = {
+        SamplerName.DRY: chain.dry_multiplier == 0,
+        SamplerName.TOP_N_SIGMA: chain.top_n_sigma <= 0,
+        SamplerName.TFS_Z: chain.tfs_z == 1,
+        SamplerName.TYPICAL_P: chain.typical_p == 1,
+        SamplerName.XTC: chain.xtc_probability == 0 or chain.xtc_threshold > 0.5,
+    }
+    order = tuple(name for name in chain.order if not off.get(name))
+    if chain.mirostat:
+        penalties = (SamplerName.PENALTIES, SamplerName.DRY)
+        return (*(name for name in order if name in penalties), SamplerName.TEMPERATURE)
+    return order

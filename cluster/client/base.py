@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from types import TracebackType
-from typing import Literal, Self, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
-from llamaclust.cluster.client.types import ChunkStream, Message, Options, Settings
+from llamaclust.cluster.client.http_codec import chat_body, completion_body
+from llamaclust.cluster.client.types import ChunkStream, CompletionOptions, Message, Options
 from llamaclust.cluster.text.answer import Answer, TextChunk, join
 
 Prompt = str | Sequence[int]
@@ -22,23 +22,17 @@ class TextClient(ABC):
 
     @overload
     def generate(
-        self,
-        prompt: Prompt,
-        *,
-        stream: Literal[False] = False,
-        score_from: int | None = None,
-        **options: Unpack[Options],
+        self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[CompletionOptions]
     ) -> Answer: ...
     @overload
     def generate(
-        self, prompt: Prompt, *, stream: Literal[True], score_from: int | None = None, **options: Unpack[Options]
+        self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[CompletionOptions]
     ) -> ChunkStream: ...
     def generate(
-        self, prompt: Prompt, *, stream: bool = False, score_from: int | None = None, **options: Unpack[Options]
+        self, prompt: Prompt, *, stream: bool = False, **options: Unpack[CompletionOptions]
     ) -> Answer | ChunkStream:
-        """Completes a text or token ids. With `score_from` the prompt's tokens [max(score_from, 1), end) get
-        logprobs."""
-        chunks = self._complete(prompt, Settings(**options), score_from)
+        """Completes a text or token ids."""
+        chunks = self._complete(completion_body(prompt, options))
         return ChunkStream(chunks) if stream else join(chunks)
 
     @overload
@@ -53,7 +47,7 @@ class TextClient(ABC):
         self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
     ) -> Answer | ChunkStream:
         """Answers the last message, as the model's chat template writes them."""
-        chunks = self._chat(messages, Settings(**options))
+        chunks = self._chat(chat_body(messages, options))
         return ChunkStream(chunks) if stream else join(chunks)
 
     @abstractmethod
@@ -71,13 +65,13 @@ class TextClient(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @abstractmethod
-    def _complete(
-        self, prompt: Prompt, settings: Settings, score_from: int | None
-    ) -> Generator[TextChunk, None, None]: ...
+    def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
+        """Chunks of a body of `POST /v1/completions`."""
 
     @abstractmethod
-    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[TextChunk, None, None]: ...
+    def _chat(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
+        """Chunks of a body of `POST /v1/chat/completions`."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
 from os import PathLike
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import httpx
@@ -21,7 +20,7 @@ from llamaclust.cluster.client.http_codec import (
     field_of,
     reply_error,
 )
-from llamaclust.cluster.client.types import AsyncChunkStream, ChunkStream, Message, Options, Settings
+from llamaclust.cluster.client.types import AsyncChunkStream, ChunkStream, CompletionOptions, Message, Options
 from llamaclust.cluster.config.values import is_loopback
 from llamaclust.cluster.text.answer import Answer, TextChunk, join
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
@@ -34,6 +33,7 @@ __all__ = ["Answer", "AsyncChunkStream", "AsyncClient", "ChunkStream", "Client",
 DEFAULT_URL = "http://127.0.0.1:8080"
 _CONNECT_S = 10.0
 _IDLE_S = 60.0
+_STREAMED = {"stream": True, "return_token_ids": True}
 _CUT_SHORT = "the server ended the answer before it was complete"
 
 
@@ -73,17 +73,16 @@ class Client(TextClient):
     def close(self) -> None:
         self._http.close()
 
-    def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[TextChunk, None, None]:
-        body = completion_body(prompt, settings, score_from)
+    def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
         return self._stream("v1/completions", body, CompletionReader())
 
-    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[TextChunk, None, None]:
-        return self._stream("v1/chat/completions", chat_body(messages, settings), ChatReader())
+    def _chat(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
+        return self._stream("v1/chat/completions", body, ChatReader())
 
-    def _stream(self, path: str, body: Mapping[str, Any], reader: ChunkReader) -> Generator[TextChunk, None, None]:
+    def _stream(self, path: str, body: dict[str, Any], reader: ChunkReader) -> Generator[TextChunk, None, None]:
         events = EventReader()
         try:
-            with self._http.stream("POST", path, content=encode(body)) as reply:
+            with self._http.stream("POST", path, content=encode(body | _STREAMED)) as reply:
                 if reply.status_code != httpx.codes.OK:
                     raise reply_error(reply.status_code, reply.headers.get("retry-after"), reply.read())
                 for data in reply.iter_bytes():
@@ -93,7 +92,7 @@ class Client(TextClient):
         if not events.is_done:
             raise ProtocolError(_CUT_SHORT)
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
+    def _post(self, path: str, body: dict[str, Any]) -> bytes:
         try:
             reply = self._http.post(path, content=encode(body))
         except httpx.HTTPError as error:
@@ -110,23 +109,17 @@ class AsyncClient:
 
     @overload
     def generate(
-        self,
-        prompt: Prompt,
-        *,
-        stream: Literal[False] = False,
-        score_from: int | None = None,
-        **options: Unpack[Options],
+        self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[CompletionOptions]
     ) -> Coroutine[None, None, Answer]: ...
     @overload
     def generate(
-        self, prompt: Prompt, *, stream: Literal[True], score_from: int | None = None, **options: Unpack[Options]
+        self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[CompletionOptions]
     ) -> AsyncChunkStream: ...
     def generate(
-        self, prompt: Prompt, *, stream: bool = False, score_from: int | None = None, **options: Unpack[Options]
+        self, prompt: Prompt, *, stream: bool = False, **options: Unpack[CompletionOptions]
     ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
         """As `Client.generate`."""
-        body = completion_body(prompt, Settings(**options), score_from)
-        chunks = self._stream("v1/completions", body, CompletionReader())
+        chunks = self._stream("v1/completions", completion_body(prompt, options), CompletionReader())
         return AsyncChunkStream(chunks) if stream else _collect(chunks)
 
     @overload
@@ -141,7 +134,7 @@ class AsyncClient:
         self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
     ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
         """As `Client.chat`."""
-        chunks = self._stream("v1/chat/completions", chat_body(messages, Settings(**options)), ChatReader())
+        chunks = self._stream("v1/chat/completions", chat_body(messages, options), ChatReader())
         return AsyncChunkStream(chunks) if stream else _collect(chunks)
 
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
@@ -160,15 +153,13 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
-    async def _stream(self, path: str, body: Mapping[str, Any], reader: ChunkReader) -> AsyncGenerator[TextChunk, None]:
+    async def _stream(self, path: str, body: dict[str, Any], reader: ChunkReader) -> AsyncGenerator[TextChunk, None]:
         events = EventReader()
         try:
-            async with self._http.stream("POST", path, content=encode(body)) as reply:
+            async with self._http.stream("POST", path, content=encode(body | _STREAMED)) as reply:
                 if reply.status_code != httpx.codes.OK:
                     raise reply_error(reply.status_code, reply.headers.get("retry-after"), await reply.aread())
                 async for data in reply.aiter_bytes():
@@ -179,7 +170,7 @@ class AsyncClient:
         if not events.is_done:
             raise ProtocolError(_CUT_SHORT)
 
-    async def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
+    async def _post(self, path: str, body: dict[str, Any]) -> bytes:
         try:
             reply = await self._http.post(path, content=encode(body))
         except httpx.HTTPError as error:

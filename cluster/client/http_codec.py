@@ -1,14 +1,15 @@
-"""Requests and replies of the HTTP API for clients. Pure: bytes and values, no connection."""
+"""Requests and replies of the HTTP API for clients. Pure: bytes and values, no connection. The client in this process
+reads the same requests."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from llamaclust.cluster.client.types import Message, Settings
+from llamaclust.cluster.client.types import CompletionOptions, Message, Options
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.errors import (
@@ -22,7 +23,6 @@ from llamaclust.core.errors import (
 )
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import RowResult
-from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 
 _SHOWN_BYTES = 300
 _SERVER_ERRORS = 500
@@ -32,64 +32,29 @@ _KINDS: dict[Any, type[LlamaclustError]] = {
 _TIMINGS = tuple(field.name for field in fields(Timings))
 
 
-def completion_body(prompt: str | Sequence[int], settings: Settings, score_from: int | None) -> dict[str, Any]:
-    """The body of `POST /v1/completions`."""
-    most = MAX_CONTEXT_TOKENS if settings.max_tokens is None else settings.max_tokens
-    return {
-        "prompt": prompt if isinstance(prompt, str) else list(prompt),
-        "max_tokens": most,
-        "logprobs": 0,
-        "echo": score_from is not None,
-        "score_from": score_from,
-        **_shared(settings),
-    }
+def completion_body(prompt: str | Sequence[int], options: CompletionOptions) -> dict[str, Any]:
+    """The body of `POST /v1/completions`, with logprobs. TypeError for an unknown option."""
+    more = _more(options, CompletionOptions)
+    given = prompt if isinstance(prompt, str) else list(prompt)
+    return {"prompt": given, "max_tokens": MAX_CONTEXT_TOKENS, "logprobs": 0, "echo": "score_from" in more, **more}
 
 
-def chat_body(messages: Sequence[Message], settings: Settings) -> dict[str, Any]:
-    """The body of `POST /v1/chat/completions`."""
-    listed = [dict(message) for message in messages]
-    return {"messages": listed, "max_tokens": settings.max_tokens, "logprobs": True, **_shared(settings)}
+def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
+    """The body of `POST /v1/chat/completions`, with logprobs. TypeError for an unknown option."""
+    return {"messages": [dict(message) for message in messages], "logprobs": True, **_more(options, Options)}
 
 
-def _shared(settings: Settings) -> dict[str, Any]:
-    return {
-        "temperature": settings.temperature,
-        "seed": settings.seed,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "min_p": settings.min_p,
-        "repetition_penalty": settings.repetition_penalty,
-        "frequency_penalty": settings.frequency_penalty,
-        "presence_penalty": settings.presence_penalty,
-        "repeat_last_n": -1 if settings.penalty_window is None else settings.penalty_window,
-        "logit_bias": {str(token): bias for token, bias in settings.logit_bias.items()},
-        "stop": settings.stop_strings,
-        "stop_token_ids": list(settings.stop_token_ids),
-        "min_tokens": settings.min_tokens,
-        "ignore_eos": settings.ignore_eos,
-        "stream": True,
-        "return_token_ids": True,
-        **{name: value for name, value in _samplers(settings).items() if value != _OFF[name]},
-    }
+def _more(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    if unknown := options.keys() - kind.__annotations__.keys():
+        raise TypeError(f"unknown option {min(unknown)!r}")
+    given = {name: _json(value) for name, value in options.items() if value is not None}
+    return {"temperature": 0.0, "repeat_last_n": given.pop("penalty_window", -1), **given}
 
 
-def _samplers(settings: Settings) -> dict[str, Any]:
-    """Settings of samplers beyond the plain ones, by the names that they have in the API."""
-    chosen = {name: getattr(settings, name) for name in _SAMPLER_NAMES}
-    lists = {name: list(chosen[name]) for name in ("dry_sequence_breakers", "samplers")}
-    return chosen | lists
-
-
-_SAMPLER_NAMES = (
-    *CHAIN_BOUNDS,
-    "dry_allowed_length",
-    "dry_penalty_last_n",
-    "dry_sequence_breakers",
-    "mirostat",
-    "penalize_nl",
-    "samplers",
-)
-_OFF = _samplers(Settings())
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 def encode(body: Mapping[str, Any]) -> bytes:

@@ -10,15 +10,13 @@ from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar
 
-from llamaclust.cluster.api.openai.schema import Messages
+from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.schema import read_fields
-from llamaclust.cluster.client.base import Prompt, TextClient
-from llamaclust.cluster.client.request import completion_request
-from llamaclust.cluster.client.types import Message, Settings
+from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.errors import LlamaclustError, ParameterError
 
 OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
 
@@ -126,17 +124,17 @@ class ServiceClient(TextClient):
     def close(self) -> None:
         self._closed()
 
-    def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[TextChunk, None, None]:
-        async def start() -> CompletionStream:
-            return await self._service.start(completion_request(prompt, settings, score_from))
+    def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
+        requests = read_fields(CompletionBody, body).requests()
+        if len(requests) != 1:
+            raise ParameterError("prompt", f"{len(requests)} prompts in one call; give them one by one")
+        return self._stream(lambda: self._service.start(requests[0]))
 
-        return self._stream(start)
+    def _chat(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
+        chat = read_fields(ChatBody, body)
 
-    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[TextChunk, None, None]:
         async def start() -> CompletionStream:
-            chat = read_fields(Messages, {"messages": [dict(message) for message in messages]})
-            prompt = await self._service.chat_prompt(chat.variables)
-            return await self._service.start(completion_request(prompt, settings))
+            return await self._service.start(chat.request(await self._service.chat_prompt(chat.variables)))
 
         return self._stream(start)
 

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
-from llamaclust.cluster.api.fields import StopField, is_int, is_token_id
 from llamaclust.cluster.api.openai.schema import MessagesField
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
-from llamaclust.cluster.api.schema import Body
+from llamaclust.cluster.api.schema import Body, StopField, is_int, is_token_id
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sampling_bounds import MAX_PENALTY

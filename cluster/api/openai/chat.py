@@ -32,14 +32,12 @@ class ChatEndpoint:
     async def create(self, request: Request) -> Response:
         body = await read_body(request, ChatBody, CHAT, self._settings)
         check_model(body.model, self._service)
-        body.check_stream()
+        body.check()
         run = OpenAiRun(self._service, self._settings, _ChatShape(self._service.tokenizer, body))
         return await run.respond(request, self._requests(body), body.streaming)
 
     async def _requests(self, body: ChatBody) -> list[CompletionRequest]:
-        max_new_tokens, top = body.max_new_tokens, body.top
-        prompt = await self._service.chat_prompt(body.variables, body.chat_template_kwargs)
-        return [body.request(prompt, max_new_tokens, top)]
+        return [body.request(await self._service.chat_prompt(body.variables, body.chat_template_kwargs))]
 
 
 class _ChatShape:

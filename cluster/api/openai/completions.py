@@ -15,12 +15,10 @@ from llamaclust.cluster.api.openai.run import Choice, OpenAiRun
 from llamaclust.cluster.api.openai.schema import CompletionBody
 from llamaclust.cluster.api.openai.shapes import NO_ECHO, Echo, ShownToken, completion_logprobs, ending, make_echo
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
 from llamaclust.cluster.text.answer import Answer, TextChunk
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
-from llamaclust.core.errors import ParameterError
 
 
 class CompletionEndpoint:
@@ -33,25 +31,13 @@ class CompletionEndpoint:
     async def create(self, request: Request) -> Response:
         body = await read_body(request, CompletionBody, COMPLETION, self._settings)
         check_model(body.model, self._service)
-        _check(body)
+        body.check()
         run = OpenAiRun(self._service, self._settings, _CompletionShape(self._service, body))
         return await run.respond(request, _requests(body), body.streaming)
 
 
 async def _requests(body: CompletionBody) -> list[CompletionRequest]:
     return body.requests()
-
-
-def _check(body: CompletionBody) -> None:
-    body.check_stream()
-    if body.best_of not in (None, body.n):
-        raise ParameterError("best_of", f"is {shown(body.best_of)}, but only n, {shown(body.n)}, is supported")
-    if body.score_from is not None and (not body.echo or body.logprobs is None):
-        raise ParameterError("score_from", "only makes sense with echo and logprobs")
-    answers = len(body.prompt) * body.n
-    if answers > MAX_CHOICES:
-        prompts = f" to {len(body.prompt)} prompts" if len(body.prompt) > 1 else ""
-        raise ParameterError("n", f"asks for {shown(answers)} answers{prompts}, at most {MAX_CHOICES} are given")
 
 
 class _CompletionShape:

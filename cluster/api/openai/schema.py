@@ -6,16 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field
 
-from llamaclust.cluster.api.fields import BiasField, ContentField, Prompt, PromptsField, StopField
 from llamaclust.cluster.api.no_op_fields import MESSAGE
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
-from llamaclust.cluster.api.schema import Body, read_fields
-from llamaclust.cluster.scheduler.validation import shown
+from llamaclust.cluster.api.schema import BiasField, Body, ContentField, Prompt, PromptsField, StopField, read_fields
+from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
 from llamaclust.cluster.text.request import MAX_STOP_TOKENS, CompletionRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import SamplingParams
-from llamaclust.core.sampling_bounds import MAX_TOP_K
+from llamaclust.core.sampling_bounds import MAX_TOP_K, REAL_BOUNDS
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
@@ -113,33 +112,24 @@ class _Sampling(SamplerFields):
         """None: the reply is whole."""
         return (self.stream_options or StreamOptions()) if self.stream else None
 
-    def sampling(self) -> SamplingParams:
-        """How tokens are chosen."""
-        return SamplingParams(
-            temperature=self.temperature,
+    def _request(self, prompt: Prompt, max_new_tokens: int | None, **more: Any) -> CompletionRequest:
+        """The completion of one prompt. `more` are further fields of CompletionRequest."""
+        params = SamplingParams(
             top_k=0 if self.top_k == -1 else self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
             logit_bias=self.logit_bias,
             chain=self.chain(),
+            **{name: getattr(self, name) for name in REAL_BOUNDS},
         )
-
-    def request(self, prompt: Prompt, max_new_tokens: int | None, top_logprobs: int, **more: Any) -> CompletionRequest:
-        """The completion of one prompt. `more` are further fields of CompletionRequest."""
         return CompletionRequest(
             prompt,
             max_new_tokens,
-            self.sampling(),
+            params,
             seed=self.seed,
             stop=self.stop,
             stop_token_ids=frozenset(self.stop_token_ids),
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             n=self.n,
-            top_logprobs=top_logprobs,
             penalty_window=None if self.repeat_last_n == -1 else self.repeat_last_n,
             penalize_nl=self.penalize_nl,
             dry_window=self.dry_window,
@@ -147,27 +137,17 @@ class _Sampling(SamplerFields):
             **more,
         )
 
-    def check_stream(self) -> None:
-        """ParameterError for stream_options without a stream."""
+    def check(self) -> None:
+        """ParameterError for fields that contradict each other."""
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "only makes sense with stream: true")
 
 
-class Messages(Body):
-    """A chat."""
+class ChatBody(_Sampling):
+    """`POST /v1/chat/completions`."""
 
     messages: MessagesField
     """The chat so far."""
-
-    @property
-    def variables(self) -> list[dict[str, str]]:
-        """The messages as chat templates know them."""
-        return [message.as_variables() for message in self.messages]
-
-
-class ChatBody(_Sampling, Messages):
-    """`POST /v1/chat/completions`."""
-
     max_tokens: int | None = None
     """Tokens of an answer, at most; by default what the context leaves."""
     max_completion_tokens: int | None = None
@@ -180,20 +160,23 @@ class ChatBody(_Sampling, Messages):
     """More variables for the chat template."""
 
     @property
-    def max_new_tokens(self) -> int | None:
-        """max_tokens under either name."""
+    def variables(self) -> list[dict[str, str]]:
+        """The messages as chat templates know them."""
+        return [message.as_variables() for message in self.messages]
+
+    def check(self) -> None:
+        super().check()
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
-            raise ParameterError(
-                "max_completion_tokens", f"is {shown(new)}, but max_tokens is {shown(old)}: give one of them"
-            )
-        return new if old is None else old
-
-    @property
-    def top(self) -> int:
+            reason = f"is {shown(new)}, but max_tokens is {shown(old)}: give one of them"
+            raise ParameterError("max_completion_tokens", reason)
         if self.top_logprobs is not None and not self.logprobs:
             raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
-        return self.top_logprobs or 0
+
+    def request(self, prompt: tuple[int, ...]) -> CompletionRequest:
+        """The completion of the chat as tokens."""
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._request(prompt, most, top_logprobs=self.top_logprobs or 0)
 
 
 class CompletionBody(_Sampling):
@@ -216,8 +199,23 @@ class CompletionBody(_Sampling):
     parse_special: bool = True
     """Control words in a prompt's text become their tokens."""
 
+    def check(self) -> None:
+        super().check()
+        if self.best_of not in (None, self.n):
+            raise ParameterError("best_of", f"is {shown(self.best_of)}, but only n, {shown(self.n)}, is supported")
+        if self.score_from is not None and (not self.echo or self.logprobs is None):
+            raise ParameterError("score_from", "only makes sense with echo and logprobs")
+        answers = len(self.prompt) * self.n
+        if answers > MAX_CHOICES:
+            prompts = f" to {len(self.prompt)} prompts" if len(self.prompt) > 1 else ""
+            raise ParameterError("n", f"asks for {shown(answers)} answers{prompts}, at most {MAX_CHOICES} are given")
+
     def requests(self) -> list[CompletionRequest]:
         """A completion for each prompt."""
-        score_from = (self.score_from or 0) if self.echo and self.logprobs is not None else None
-        more = {"score_from": score_from, "add_special": self.add_special_tokens, "parse_special": self.parse_special}
-        return [self.request(prompt, self.max_tokens, self.logprobs or 0, **more) for prompt in self.prompt]
+        more = {
+            "top_logprobs": self.logprobs or 0,
+            "score_from": (self.score_from or 0) if self.echo and self.logprobs is not None else None,
+            "add_special": self.add_special_tokens,
+            "parse_special": self.parse_special,
+        }
+        return [self._request(prompt, self.max_tokens, **more) for prompt in self.prompt]

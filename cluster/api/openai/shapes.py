@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llamaclust.cluster.api.fields import Prompt
+from llamaclust.cluster.api.schema import Prompt
 from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.cluster.text.answer import Answer, TextChunk, json_logprob
 from llamaclust.cluster.text.stream import CompletionStream

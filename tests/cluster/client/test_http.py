@@ -14,18 +14,20 @@ import pytest
 from llamaclust import AsyncClient, Client
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.in_process import ServiceClient
-from llamaclust.cluster.client.types import Options, Settings
+from llamaclust.cluster.client.types import Options
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.answer import TextChunk, join
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, QueueFullError, RequestError, UsageError, WorkerError
 from llamaclust.core.sampler_chain import SamplerChain
+from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 from support.arithmetic.sampled import SAMPLERS
 from support.clusters import served
 from support.clusters.served import END, ScriptedEngine, ids, logprob, says, serving
 
 _Value = TypeVar("_Value")
+CHAT = [{"role": "user", "content": "Hello"}]
 _EVERYTHING: Options = {
     "max_tokens": 7,
     "temperature": 0.5,
@@ -187,10 +189,18 @@ async def test_both_kinds_of_client_ask_for_the_same(more: Options) -> None:
     assert all(getattr(chain, name) != getattr(off, name) for name in CHAIN_BOUNDS)
 
 
-def test_options_and_settings_have_the_same_names() -> None:
-    names = {field.name for field in dataclasses.fields(Settings)}
-    assert set(get_type_hints(Options)) == names
-    assert set(_EVERYTHING) | {"ignore_eos", "mirostat"} == names
+def test_every_option_is_tested() -> None:
+    assert set(_EVERYTHING) | {"ignore_eos", "mirostat"} == set(get_type_hints(Options))
+
+
+async def test_options_that_are_none_have_their_defaults() -> None:
+    async with scripted("a") as (url, engine):
+        none: Any = dict.fromkeys(get_type_hints(Options))
+        await with_client(url, lambda client: (client.generate("x", seed=1), client.chat(CHAT, seed=1)))
+        await with_client(url, lambda client: (client.generate("x", **none | {"seed": 1}),))
+        await with_client(url, lambda client: (client.chat(CHAT, **none | {"seed": 1}),))
+    assert _submitted(engine)[:2] == _submitted(engine)[2:]
+    assert engine.submitted[0].params == SamplingParams()
 
 
 def test_an_unknown_option_is_refused() -> None:

@@ -57,76 +57,41 @@ _BOTH: Final = {
     **_NO_OPS,
     **_SAMPLERS,
     **_CONSTRAINTS,
-    "store": only(False),
+    **_names("store use_beam_search early_stopping include_stop_str_in_output return_tokens_as_token_ids", only(False)),
+    **_names("skip_special_tokens spaces_between_special_tokens", only(True)),
+    **_names("truncate_prompt_tokens lora prompt_logprobs", only()),
     "response_format": only({"type": "text"}),
-    "use_beam_search": only(False),
-    "early_stopping": only(False),
     "length_penalty": number(1),
-    "include_stop_str_in_output": only(False),
-    "skip_special_tokens": only(True),
-    "spaces_between_special_tokens": only(True),
-    "truncate_prompt_tokens": only(),
     "priority": number(0),
-    "lora": only(),
 }
 
 CHAT: Final[dict[str, Neutral]] = {
     **_BOTH,
-    "tools": only(),
-    "functions": only(),
-    "tool_choice": only("none", "auto"),
-    "function_call": only("none", "auto"),
+    **_names("tools functions audio web_search_options prediction chat_template documents", only()),
+    **_names("tool_choice function_call", only("none", "auto")),
+    **_names("reasoning_effort verbosity", only("medium")),
+    **_names("echo continue_final_message add_special_tokens", only(False)),
     "parallel_tool_calls": only(True, False),
     "modalities": only(["text"]),
-    "audio": only(),
-    "web_search_options": only(),
-    "prediction": only(),
-    "reasoning_effort": only("medium"),
-    "verbosity": only("medium"),
-    "chat_template": only(),
-    "documents": only(),
-    "echo": only(False),
     "best_of": number(1),
-    "prompt_logprobs": only(),
     "add_generation_prompt": only(True),
-    "continue_final_message": only(False),
-    "add_special_tokens": only(False),
-    "return_tokens_as_token_ids": only(False),
 }
 
-MESSAGE: Final[dict[str, Neutral]] = {
-    "refusal": only(),
-    "annotations": only(),
-    "audio": only(),
-    "function_call": only(),
-    "tool_calls": only(),
-    "tool_call_id": only(),
-}
+MESSAGE: Final[dict[str, Neutral]] = _names("refusal annotations audio function_call tool_calls tool_call_id", only())
 """An answer of this API may be sent back as a message."""
 
-COMPLETION: Final[dict[str, Neutral]] = {
-    **_BOTH,
-    "suffix": only(),
-    "prompt_logprobs": only(),
-    "return_tokens_as_token_ids": only(False),
-    "prompt_embeds": only(),
-}
+COMPLETION: Final[dict[str, Neutral]] = {**_BOTH, **_names("suffix prompt_embeds", only())}
 
 LLAMACPP: Final[dict[str, Neutral]] = {
     **_NO_OPS,
     **_SAMPLERS,
     **_CONSTRAINTS,
+    **_names("response_fields lora image_data multimodal_data", only()),
+    **_names("post_sampling_probs backend_sampling", only(False)),
+    **_names("t_max_predict_ms t_max_prompt_ms", only(-1, 0)),
     "n_indent": number(0),
     "min_keep": only(0, 1),
     "n_cmpl": number(1),
-    "t_max_predict_ms": only(-1, 0),
-    "t_max_prompt_ms": only(-1, 0),
-    "post_sampling_probs": only(False),
-    "response_fields": only(),
-    "lora": only(),
-    "image_data": only(),
-    "multimodal_data": only(),
-    "backend_sampling": only(False),
 }
 
 TEMPLATE: Final[dict[str, Neutral]] = {"tools": only(), "add_generation_prompt": only(True)}

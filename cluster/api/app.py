@@ -19,9 +19,10 @@ from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.models import ModelsEndpoint
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.api.operations import Operations, ServingEngine, WorkerPool, Workers
+from llamaclust.cluster.api.operations import Operations, WorkerPool, Workers
 from llamaclust.cluster.api.security import Security
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.version import VERSION
 
@@ -31,7 +32,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def create_app(
     service: TextService,
     settings: ApiSettings,
-    engine: ServingEngine,
+    engine: Engine,
     cluster_status: Callable[[], Mapping[str, Any]],
     admission: Admission | None = None,
     pool: WorkerPool | None = None,
@@ -40,56 +41,39 @@ def create_app(
     `pool` there are no workers to drain."""
     app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    _add_openai(app, service, settings)
-    _add_llamacpp(app, service, settings)
-    _add_operations(app, Operations(service, engine, cluster_status))
+    llamacpp, models = LlamaCppEndpoints(service, settings), ModelsEndpoint(service)
+    _post(app, "/v1/chat/completions", ChatEndpoint(service, settings).create, ChatBody)
+    _post(app, "/v1/completions", CompletionEndpoint(service, settings).create, CompletionBody)
+    _post(app, "/completion", llamacpp.complete, LlamaCppBody)
+    _post(app, "/tokenize", llamacpp.tokenize, TokenizeBody)
+    _post(app, "/detokenize", llamacpp.detokenize, DetokenizeBody)
+    _post(app, "/apply-template", llamacpp.apply_template, TemplateBody)
+    _route(app, "GET", "/v1/models", models.list)
+    _route(app, "GET", "/v1/models/{model:path}", models.retrieve)
+    operations = Operations(service, engine, cluster_status)
+    for name in ("health", "live", "metrics", "cluster", "props", "slots"):
+        _route(app, "GET", f"/{name}", getattr(operations, name))
     if pool is not None:
-        _add_workers(app, Workers(pool))
+        workers = Workers(pool)
+        for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
+            _route(app, method, f"/cluster/workers/{{worker}}/{name}", getattr(workers, name))
     if settings.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
-        )
+        origins = settings.allowed_origins
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
     app.add_middleware(Security, settings=settings)
     return app
 
 
-def _add_openai(app: FastAPI, service: TextService, settings: ApiSettings) -> None:
-    models = ModelsEndpoint(service)
-    _post(app, "/v1/chat/completions", ChatEndpoint(service, settings).create, ChatBody)
-    _post(app, "/v1/completions", CompletionEndpoint(service, settings).create, CompletionBody)
-    _get(app, "/v1/models", models.list)
-    _get(app, "/v1/models/{model:path}", models.retrieve)
-
-
-def _add_llamacpp(app: FastAPI, service: TextService, settings: ApiSettings) -> None:
-    llamacpp = LlamaCppEndpoints(service, settings)
-    _post(app, "/completion", llamacpp.complete, LlamaCppBody)
-    _post(app, "/tokenize", llamacpp.tokenize, TokenizeBody)
-    _post(app, "/detokenize", llamacpp.detokenize, DetokenizeBody)
-    _post(app, "/apply-template", llamacpp.apply_template, TemplateBody)
-
-
-def _add_operations(app: FastAPI, operations: Operations) -> None:
-    for name in ("health", "live", "metrics", "cluster", "props", "slots"):
-        _get(app, f"/{name}", getattr(operations, name))
-
-
-def _add_workers(app: FastAPI, workers: Workers) -> None:
-    for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
-        path = f"/cluster/workers/{{worker}}/{name}"
-        app.add_api_route(path, getattr(workers, name), methods=[method], response_model=None)
-
-
-def _get(app: FastAPI, path: str, endpoint: Endpoint) -> None:
-    app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+def _route(app: FastAPI, method: str, path: str, endpoint: Endpoint, schema: dict[str, Any] | None = None) -> None:
+    app.add_api_route(path, endpoint, methods=[method], response_model=None, openapi_extra=schema)
 
 
 def _post(app: FastAPI, path: str, endpoint: Endpoint, body: type[BaseModel]) -> None:
     """The endpoint reads its body itself; the schema is for openapi.json."""
     schema = _inlined(body.model_json_schema())
     content = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-    app.add_api_route(path, endpoint, methods=["POST"], response_model=None, openapi_extra=content)
+    _route(app, "POST", path, endpoint, content)
 
 
 def _inlined(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:

@@ -10,29 +10,14 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
-from llamaclust.cluster.engine.engine import EngineState
-from llamaclust.cluster.engine.metrics import CONTENT_TYPE, Metrics
-from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.engine.engine import Engine, EngineState
+from llamaclust.cluster.engine.metrics import CONTENT_TYPE
 from llamaclust.cluster.text.service import TextService
-from llamaclust.core.errors import LlamaclustError
 from llamaclust.wire.control.messages import LogTail
 from llamaclust.wire.rpc.deadlines import deadline
 
 _DRAIN_S = 600.0
 """Layers are loaded elsewhere meanwhile; a repeated request waits on."""
-
-
-class ServingEngine(Protocol):
-    """The engine as operators see it."""
-
-    @property
-    def state(self) -> EngineState: ...
-    @property
-    def error(self) -> LlamaclustError | None: ...
-    @property
-    def metrics(self) -> Metrics: ...
-    @property
-    def scheduler(self) -> Scheduler: ...
 
 
 class WorkerPool(Protocol):
@@ -66,16 +51,14 @@ class Workers:
     async def log(self, request: Request) -> Response:
         """As many lines as the worker keeps; `before` says how many its process wrote before them."""
         name = request.path_params["worker"]
-        told = await self._pool.log(name)
-        return JsonResponse({"worker": name, "before": told.before, "lines": told.lines})
+        tail = await self._pool.log(name)
+        return JsonResponse({"worker": name, "before": tail.before, "lines": tail.lines})
 
 
 class Operations:
     """Reads only."""
 
-    def __init__(
-        self, service: TextService, engine: ServingEngine, cluster_status: Callable[[], Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, service: TextService, engine: Engine, cluster_status: Callable[[], Mapping[str, Any]]) -> None:
         self._service = service
         self._engine = engine
         self._cluster_status = cluster_status

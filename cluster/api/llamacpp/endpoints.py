@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from itertools import chain
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,16 +21,18 @@ from llamaclust.cluster.api.llamacpp.schema import (
     TemplateBody,
     TokenizeBody,
 )
-from llamaclust.cluster.api.llamacpp.shapes import LlamaCppShape, piece_entry
 from llamaclust.cluster.api.no_op_fields import LLAMACPP, TEMPLATE
+from llamaclust.cluster.api.openai.shapes import row_entry
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import WAITING, begin_events, event, unless_disconnected
-from llamaclust.cluster.text.answer import collect
+from llamaclust.cluster.scheduler.requests import FinishReason, Timings
+from llamaclust.cluster.text.answer import Answer, TextChunk, collect
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream, chunks_or_silence
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _MAX_PIECES = 1 << 16
 
@@ -45,7 +48,7 @@ class LlamaCppEndpoints:
         body = await read_body(request, LlamaCppBody, LLAMACPP, self._settings)
         async with AsyncExitStack() as cleanup:
             stream = await unless_disconnected(request, self._start(body, cleanup))
-            shape = LlamaCppShape(self._service, body, stream)
+            shape = _Shape(self._service, body, stream)
             if body.stream:
                 first = stream.wait_first(self._settings.first_chunk_s)
                 return await begin_events(request, first, self._events(stream, shape), cleanup)
@@ -60,7 +63,7 @@ class LlamaCppEndpoints:
             if len(ids) > _MAX_PIECES:
                 reason = f"the text has {len(ids)} tokens, at most {_MAX_PIECES} are shown as pieces; send less at once"
                 raise ParameterError("with_pieces", reason)
-            return JsonResponse({"tokens": [piece_entry(self._service.tokenizer, token) for token in ids]})
+            return JsonResponse({"tokens": [_piece_entry(self._service.tokenizer, token) for token in ids]})
         return JsonResponse({"tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
@@ -74,7 +77,7 @@ class LlamaCppEndpoints:
         rendering = self._service.chat_text(messages, body.chat_template_kwargs)
         return JsonResponse({"prompt": await unless_disconnected(request, rendering)})
 
-    async def _events(self, stream: CompletionStream, shape: LlamaCppShape) -> AsyncGenerator[bytes, None]:
+    async def _events(self, stream: CompletionStream, shape: _Shape) -> AsyncGenerator[bytes, None]:
         async for chunk in chunks_or_silence(stream, self._settings.keepalive_s):
             if chunk is None:
                 yield WAITING
@@ -113,3 +116,94 @@ class LlamaCppEndpoints:
         for part, (_, bias) in zip(ids, given, strict=True):
             biases.update(dict.fromkeys(part, bias))
         return tuple(sorted(biases.items()))
+
+
+class _Shape:
+    """The replies to one request."""
+
+    def __init__(self, service: TextService, body: LlamaCppBody, stream: CompletionStream) -> None:
+        self._service = service
+        self._body = body
+        self._stream = stream
+        self._predicted = 0
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        tokens = answer.token_ids if self._body.return_tokens else ()
+        return {
+            "index": 0,
+            "content": answer.text,
+            "tokens": tokens,
+            **self._end(answer),
+            **self._probabilities(answer),
+        }
+
+    def chunk(self, chunk: TextChunk) -> dict[str, Any]:
+        """One event. The last has no tokens."""
+        self._predicted += len(chunk.rows)
+        shown = {"index": 0, "content": chunk.text, "tokens": chunk.token_ids}
+        if chunk.finish_reason is not None:
+            return {**shown, **self._end(chunk)}
+        return {**shown, **self._counts(self._predicted), "stop": False, **self._probabilities(chunk)}
+
+    def _end(self, part: TextChunk | Answer) -> dict[str, Any]:
+        assert part.timings is not None
+        predicted = len(part.rows) or self._predicted
+        word = part.stopped_by if isinstance(part.stopped_by, str) else ""
+        return {
+            **self._counts(predicted),
+            "stop": True,
+            "model": self._service.settings.model_name,
+            "stop_type": _stop_type(part),
+            "stopping_word": word,
+            "truncated": False,
+            "tokens_cached": part.timings.cached_tokens,
+            "generation_settings": self._settings(),
+            "timings": _timings(part.timings),
+        }
+
+    def _counts(self, predicted: int) -> dict[str, int]:
+        return {"id_slot": 0, "tokens_predicted": predicted, "tokens_evaluated": len(self._stream.prompt_token_ids)}
+
+    def _probabilities(self, part: TextChunk | Answer) -> dict[str, Any]:
+        if not self._body.n_probs:
+            return {}
+        return {"completion_probabilities": [row_entry(self._service.tokenizer, row) for row in part.rows]}
+
+    def _settings(self) -> dict[str, Any]:
+        fields = self._body.model_dump(exclude={"prompt", "return_tokens"})
+        return {**fields, "seed": self._stream.seed, "n_ctx": self._service.settings.context_length}
+
+
+def _timings(timings: Timings) -> dict[str, float]:
+    computed = timings.prompt_tokens - timings.cached_tokens
+    return {
+        "cache_n": timings.cached_tokens,
+        **_phase("prompt", computed, computed, timings.prefill_tok_s),
+        **_phase("predicted", timings.generated_tokens, max(0, timings.generated_tokens - 1), timings.decode_tok_s),
+    }
+
+
+def _piece_entry(tokenizer: Tokenizer, token: int) -> dict[str, Any]:
+    """A token with its text, or its bytes where they are only a part of a character."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return {"id": token, "piece": data.decode()}
+    except UnicodeDecodeError:
+        return {"id": token, "piece": list(data)}
+
+
+def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str, float]:
+    """`measured` of the tokens were computed within the time that the rate is of."""
+    ms = measured / per_second * 1e3 if per_second else 0.0
+    return {
+        f"{name}_n": tokens,
+        f"{name}_ms": ms,
+        f"{name}_per_token_ms": ms / measured if measured else 0.0,
+        f"{name}_per_second": per_second,
+    }
+
+
+def _stop_type(part: TextChunk | Answer) -> str:
+    if part.finish_reason is FinishReason.LENGTH:
+        return "limit"
+    return "word" if isinstance(part.stopped_by, str) else "eos"

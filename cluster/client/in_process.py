@@ -141,7 +141,7 @@ class ServiceClient(TextClient):
     def _stream(self, start: Callable[[], Coroutine[Any, Any, CompletionStream]]) -> Generator[TextChunk, None, None]:
         stream = self._thread.call(start())
         try:
-            yield TextChunk(prompt_token_ids=stream.prompt_token_ids, seed=stream.seed)
+            yield TextChunk(prompt_token_ids=stream.generation.prompt, seed=stream.generation.seed)
             while (chunk := self._thread.call(_next(stream))) is not None:
                 yield chunk
         finally:

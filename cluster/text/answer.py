@@ -17,31 +17,8 @@ def json_logprob(value: float) -> float:
     return value if math.isfinite(value) else _LEAST_LOGPROB
 
 
-class _Rows:
-    """Views of sampled and scored rows."""
-
-    __slots__ = ()
-
-    rows: tuple[RowResult, ...]
-    prompt_rows: tuple[RowResult, ...]
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return tuple(row.token for row in self.rows)
-
-    @property
-    def logprobs(self) -> tuple[float, ...]:
-        """Float32 values, one a token; -9999 stands for minus infinity."""
-        return tuple(json_logprob(row.logprob) for row in self.rows)
-
-    @property
-    def prompt_logprobs(self) -> tuple[float, ...]:
-        """Likewise of the scored prompt tokens, in order."""
-        return tuple(json_logprob(row.logprob) for row in self.prompt_rows)
-
-
 @dataclass(frozen=True, slots=True)
-class TextChunk(_Rows):
+class TextChunk:
     """What one event adds to choice `index`. Text may come later than its tokens (half characters, stop strings).
 
     `rows` holds every sampled token with its logprob, also the end token or those of a stop string, whose text is not
@@ -60,22 +37,27 @@ class TextChunk(_Rows):
     prompt_token_ids: tuple[int, ...] = ()  # on the first chunk that a client gets, with the seed
     seed: int | None = None
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(row.token for row in self.rows)
 
-@dataclass(frozen=True, slots=True)
-class Answer(_Rows):
-    """One finished choice; fields as in TextChunk."""
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Float32 values, one a token; -9999 stands for minus infinity."""
+        return tuple(json_logprob(row.logprob) for row in self.rows)
 
-    index: int
-    text: str
-    rows: tuple[RowResult, ...]
-    offsets: tuple[int, ...]
-    prompt_start: int
-    prompt_rows: tuple[RowResult, ...]
+    @property
+    def prompt_logprobs(self) -> tuple[float, ...]:
+        """Likewise of the scored prompt tokens, in order."""
+        return tuple(json_logprob(row.logprob) for row in self.prompt_rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(TextChunk):
+    """One finished choice: all its chunks as one."""
+
     finish_reason: FinishReason
-    stopped_by: str | int | None
     timings: Timings
-    prompt_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
 
 
 async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:

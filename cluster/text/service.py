@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest
 from llamaclust.cluster.text.stream import CompletionStream, TextEngine
@@ -56,12 +55,6 @@ class TextService:
     def active_requests(self) -> int:
         """Requests that were accepted and have not ended."""
         return len(self._active)
-
-    async def complete(self, request: CompletionRequest) -> AsyncIterator[TextChunk]:
-        """Chunks of the request's choices. The request ends where the iterator is closed. Raises as `start`."""
-        async with await self.start(request) as stream:
-            async for chunk in stream:
-                yield chunk
 
     async def start(self, request: CompletionRequest) -> CompletionStream:
         """Submits a request; the caller must close the stream.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Protocol, Self
 
 from llamaclust.cluster.scheduler.requests import Event, GenerationRequest, Timings
@@ -60,18 +59,14 @@ class CompletionStream:
         on_close: Callable[[CompletionStream], None],
     ) -> None:
         """Submits the first choice; raises what the engine raises."""
-        self.request_id = generation.request_id
-        self.prompt_token_ids = generation.prompt
-        self.seed = generation.seed
+        self.generation = generation
         self._engine = engine
-        self._generation = generation
         self._on_close = on_close
         self._chunks: asyncio.Queue[TextChunk | BaseException] = asyncio.Queue()
         self._unread_rows = 0
         self._most_unread_rows: int | None = None  # None: not read yet, as where prompts are read one by one
         self._unfinished = len(choices)
         self._is_primed = asyncio.Event()
-        self._is_closed = False
         self._head: TextChunk | None = None
         self._streams = [engine.submit(generation)]
         self._tasks = [asyncio.create_task(self._run(i, choice)) for i, choice in enumerate(choices)]
@@ -81,9 +76,7 @@ class CompletionStream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     def __aiter__(self) -> Self:
@@ -115,9 +108,6 @@ class CompletionStream:
 
     async def aclose(self) -> None:
         """Aborts choices that have not ended. Nothing of the request is left in the engine afterwards."""
-        if self._is_closed:
-            return
-        self._is_closed = True
         for stream in self._streams:
             stream.abort()
         for task in self._tasks:
@@ -138,8 +128,7 @@ class CompletionStream:
 
     async def _submit(self, index: int) -> EventStream:
         await self._is_primed.wait()
-        generation = self._generation
-        generation = replace(generation, request_id=f"{generation.request_id}-{index}", choice=index)
+        generation = replace(self.generation, request_id=f"{self.generation.request_id}-{index}", choice=index)
         clock = asyncio.get_running_loop().time
         end = clock() + _QUEUE_S
         while True:

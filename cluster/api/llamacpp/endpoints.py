@@ -145,7 +145,7 @@ class _Shape:
             return {**shown, **self._end(chunk)}
         return {**shown, **self._counts(self._predicted), "stop": False, **self._probabilities(chunk)}
 
-    def _end(self, part: TextChunk | Answer) -> dict[str, Any]:
+    def _end(self, part: TextChunk) -> dict[str, Any]:
         assert part.timings is not None
         predicted = len(part.rows) or self._predicted
         word = part.stopped_by if isinstance(part.stopped_by, str) else ""
@@ -162,16 +162,16 @@ class _Shape:
         }
 
     def _counts(self, predicted: int) -> dict[str, int]:
-        return {"id_slot": 0, "tokens_predicted": predicted, "tokens_evaluated": len(self._stream.prompt_token_ids)}
+        return {"id_slot": 0, "tokens_predicted": predicted, "tokens_evaluated": len(self._stream.generation.prompt)}
 
-    def _probabilities(self, part: TextChunk | Answer) -> dict[str, Any]:
+    def _probabilities(self, part: TextChunk) -> dict[str, Any]:
         if not self._body.n_probs:
             return {}
         return {"completion_probabilities": [row_entry(self._service.tokenizer, row) for row in part.rows]}
 
     def _settings(self) -> dict[str, Any]:
         fields = self._body.model_dump(exclude={"prompt", "return_tokens"})
-        return {**fields, "seed": self._stream.seed, "n_ctx": self._service.settings.context_length}
+        return {**fields, "seed": self._stream.generation.seed, "n_ctx": self._service.settings.context_length}
 
 
 def _timings(timings: Timings) -> dict[str, float]:
@@ -203,7 +203,7 @@ def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str
     }
 
 
-def _stop_type(part: TextChunk | Answer) -> str:
+def _stop_type(part: TextChunk) -> str:
     if part.finish_reason is FinishReason.LENGTH:
         return "limit"
     return "word" if isinstance(part.stopped_by, str) else "eos"

@@ -51,7 +51,7 @@ class _ChatShape:
         self._with_ids = body.return_token_ids
 
     def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice:
-        ids = {"prompt_token_ids": stream.prompt_token_ids} if self._with_ids else {}
+        ids = {"prompt_token_ids": stream.generation.prompt} if self._with_ids else {}
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **ids}
 
@@ -68,7 +68,7 @@ class _ChatShape:
         }
 
     def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice:
-        ids = {"token_ids": answer.token_ids, "prompt_token_ids": stream.prompt_token_ids} if self._with_ids else {}
+        ids = {"token_ids": answer.token_ids, "prompt_token_ids": stream.generation.prompt} if self._with_ids else {}
         return {
             "index": answer.index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},

@@ -56,7 +56,7 @@ class _CompletionShape:
         echo = self._echo(prompt, stream)
         logprobs = self._logprobs(echo.unscored)
         choice = {"index": self._index(prompt, index), "text": echo.text, "logprobs": logprobs, "finish_reason": None}
-        return choice | self._ids(token_ids=(), prompt_token_ids=stream.prompt_token_ids)
+        return choice | self._ids(token_ids=(), prompt_token_ids=stream.generation.prompt)
 
     def chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
         has_tokens = bool(chunk.rows) and self._body.return_token_ids
@@ -77,7 +77,7 @@ class _CompletionShape:
             "index": self._index(prompt, answer.index),
             "text": echo.text + answer.text,
             "logprobs": self._logprobs([*echo.unscored, *self._tokens(prompt, answer)]),
-            **self._ids(token_ids=answer.token_ids, prompt_token_ids=stream.prompt_token_ids),
+            **self._ids(token_ids=answer.token_ids, prompt_token_ids=stream.generation.prompt),
             **ending(answer),
         }
 
@@ -96,7 +96,7 @@ class _CompletionShape:
             self._echoes[prompt] = echo
         return self._echoes[prompt]
 
-    def _tokens(self, prompt: int, part: TextChunk | Answer) -> list[ShownToken]:
+    def _tokens(self, prompt: int, part: TextChunk) -> list[ShownToken]:
         echo = self._echoes.get(prompt, NO_ECHO)
         first = part.prompt_start
         scored = zip(part.prompt_rows, echo.offsets[first : first + len(part.prompt_rows)], strict=True)

@@ -70,7 +70,7 @@ class OpenAiRun:
     async def _start(self, requests: Awaitable[Sequence[CompletionRequest]]) -> None:
         """Submits all prompts, with one seed."""
         for request in await requests:
-            seed = self.streams[0].seed if self.streams else request.seed
+            seed = self.streams[0].generation.seed if self.streams else request.seed
             self.streams.append(await self._service.start(replace(request, seed=seed)))
 
     async def _close(self) -> None:
@@ -90,17 +90,17 @@ class OpenAiRun:
 
     def _reply(self, kind: str, choices: list[Choice]) -> dict[str, Any]:
         return {
-            "id": self._shape.id_prefix + self.streams[0].request_id,
+            "id": self._shape.id_prefix + self.streams[0].generation.request_id,
             "object": kind,
             "created": self._created,
             "model": self._service.settings.model_name,
             "system_fingerprint": FINGERPRINT,
-            "seed": self.streams[0].seed,
+            "seed": self.streams[0].generation.seed,
             "choices": choices,
         }
 
     def _usage(self, tokens: int, timings: Sequence[Timings]) -> dict[str, Any]:
-        return usage([len(stream.prompt_token_ids) for stream in self.streams], tokens, timings)
+        return usage([len(stream.generation.prompt) for stream in self.streams], tokens, timings)
 
     async def _events(self, options: StreamOptions) -> AsyncGenerator[bytes, None]:
         tokens, timings = 0, []

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamaclust.cluster.api.schema import Prompt
 from llamaclust.cluster.scheduler.requests import Timings
-from llamaclust.cluster.text.answer import Answer, TextChunk, json_logprob
+from llamaclust.cluster.text.answer import TextChunk, json_logprob
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.core.sampling import RowResult
@@ -47,7 +47,7 @@ def usage(prompts: Iterable[int], completion_tokens: int, timings: Sequence[Timi
     }
 
 
-def ending(part: TextChunk | Answer) -> dict[str, Any]:
+def ending(part: TextChunk) -> dict[str, Any]:
     """How a choice ended, null while it goes on. `stop_reason` (vLLM's) is the stop string or the end token's id."""
     if part.finish_reason is None or part.timings is None:
         return {"finish_reason": None}
@@ -81,7 +81,7 @@ NO_ECHO = Echo("", (), ())
 
 def make_echo(tokenizer: Tokenizer, prompt: Prompt, stream: CompletionStream, score_from: int) -> Echo:
     """The prompt as it was given, or the text of its token ids. Its first token never has a logprob."""
-    ids = stream.prompt_token_ids
+    ids = stream.generation.prompt
     text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special=True)
     detokenizer = Detokenizer(tokenizer, text_start=True)
     offsets, length = [], 0

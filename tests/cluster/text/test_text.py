@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from itertools import product
 
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaclust.cluster.scheduler.requests import FinishReason
-from llamaclust.cluster.text.answer import Answer, collect
+from llamaclust.cluster.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.text.choice import StopStrings
 from llamaclust.cluster.text.request import CompletionRequest
-from llamaclust.cluster.text.stop_strings import StopStrings
+from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, ParameterError, QueueFullError, RequestError, WorkerError
 from llamaclust.core.sampling import SamplingParams
 from support.clusters.served import (
@@ -35,6 +37,12 @@ GENERATION = CompletionRequest("Hello", seed=7)
 async def answers(engine: ScriptedEngine, generation: CompletionRequest) -> list[Answer]:
     async with await make_service(engine).start(generation) as stream:
         return await collect(stream)
+
+
+async def chunks_of(service: TextService, generation: CompletionRequest) -> AsyncGenerator[TextChunk, None]:
+    async with await service.start(generation) as stream:
+        async for chunk in stream:
+            yield chunk
 
 
 async def one(text: str, **fields: object) -> Answer:
@@ -107,7 +115,7 @@ async def test_an_answer_ends_at_max_tokens() -> None:
 async def test_never_half_a_character() -> None:
     text = "a 🦙 é 中文"
     engine = ScriptedEngine(says(text))
-    chunks = [chunk async for chunk in make_service(engine).complete(GENERATION)]
+    chunks = [chunk async for chunk in chunks_of(make_service(engine), GENERATION)]
     assert "".join(chunk.text for chunk in chunks) == text
     assert all("\ufffd" not in chunk.text for chunk in chunks)
     assert any(chunk.rows and not chunk.text for chunk in chunks), "no character came in parts"
@@ -188,7 +196,7 @@ async def test_seeds() -> None:
     assert (first, second, minus_one, most) == (0, 5, 2**64 - 1, 2**64 - 1)
     assert drawn != other and max(drawn, other) < 2**53
     async with await make_service(engine).start(GENERATION) as stream:
-        assert stream.seed == 7
+        assert stream.generation.seed == 7
 
 
 async def test_prompt_logprobs() -> None:
@@ -205,10 +213,10 @@ async def test_prompt_logprobs() -> None:
 async def test_a_cancelled_reader_ends_the_request() -> None:
     async with real_engine() as (engine, _):
         service = make_service(engine)
-        chunks = service.complete(replace(GENERATION, n=4))
+        chunks = chunks_of(service, replace(GENERATION, n=4))
         await anext(chunks)
         assert service.active_requests == 1 and engine.scheduler.counts.running >= 1
-        await chunks.aclose()  # type: ignore[attr-defined]
+        await chunks.aclose()
         assert service.active_requests == 0
         assert engine.scheduler.counts.running == engine.scheduler.counts.waiting == 0
 
@@ -217,7 +225,7 @@ async def test_an_error_reaches_the_reader_and_ends_all_choices() -> None:
     engine = ScriptedEngine(says("a b c d"), failure=WorkerError("worker b (layers 3-5) is gone"), failure_after=2)
     texts = []
     with pytest.raises(WorkerError, match="layers 3-5"):
-        async for chunk in make_service(engine).complete(replace(GENERATION, n=2)):
+        async for chunk in chunks_of(make_service(engine), replace(GENERATION, n=2)):
             texts.append(chunk.text)
     assert texts and engine.running == 0
 

@@ -127,7 +127,7 @@ def work(settings: WorkerSettings) -> NoReturn:
 
 
 def _address(value: str) -> str:
-    from llamaclust.cluster.config.values import split_address
+    from llamaclust.core.addresses import split_address
 
     split_address(value)
     return value
@@ -135,7 +135,7 @@ def _address(value: str) -> str:
 
 def _advertised(value: str) -> str:
     """HOST or HOST:PORT."""
-    from llamaclust.cluster.config.values import split_address
+    from llamaclust.core.addresses import split_address
 
     split_address(value if ":" in value.rpartition("]")[2] else f"{value}:0")
     return value

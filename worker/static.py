@@ -8,6 +8,7 @@ import logging
 import socket
 from dataclasses import replace
 
+from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.bounds import one_line
 from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
@@ -16,14 +17,7 @@ from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.sched_slice import short_slices
 from llamaclust.wire.rpc.server import Server
-from llamaclust.wire.security.credentials import (
-    COORDINATOR,
-    Credentials,
-    Identity,
-    Insecure,
-    joined_address,
-    split_address,
-)
+from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Insecure
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.devices.system_info import log_place
 from llamaclust.worker.enrolment import enrol
@@ -111,7 +105,7 @@ class _StaticWorker:
         with short_slices():
             self._server = await Server.start(listen, credentials, self._worker.handlers)
         host, _ = split_address(listen)
-        if host in ("0.0.0.0", "::"):
+        if host in ANYWHERE:
             host = await _own_host(self._host, self._port)
         self._address = settings.advertise or joined_address(host, self._server.port)
         if ":" not in self._address.rpartition("]")[2]:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.config.values import is_loopback
+from llamaclust.core.addresses import is_loopback
 
 OPEN_PATHS = frozenset({"/health", "/live"})
 

@@ -21,8 +21,8 @@ from llamaclust.cluster.client.http_codec import (
     reply_error,
 )
 from llamaclust.cluster.client.types import AsyncChunkStream, ChunkStream, CompletionOptions, Message, Options
-from llamaclust.cluster.config.values import is_loopback
 from llamaclust.cluster.text.answer import Answer, TextChunk, join
+from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 
 if TYPE_CHECKING:

@@ -14,18 +14,8 @@ from llamaclust.cluster.config.document import Document, override, read_document
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.errors import PlaceError, explain, hint
 from llamaclust.cluster.config.sections import AnyWorker, Join, PlanEntry, Ray, Section, Timeouts, WorkerConfig
-from llamaclust.cluster.config.values import (
-    Address,
-    FilePath,
-    Name,
-    OrAuto,
-    OrCount,
-    Size,
-    expand_home,
-    is_loopback,
-    not_built,
-    split_address,
-)
+from llamaclust.cluster.config.values import Address, FilePath, Name, OrAuto, OrCount, Size, expand_home, not_built
+from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_SEQUENCES
 from llamaclust.model.chat.template_choice import built_in_names

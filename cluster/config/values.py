@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
+
+from llamaclust.core.addresses import split_address
 
 MAX_BYTES = 1 << 50
 MAX_SECONDS = 30 * 86_400
@@ -94,23 +95,6 @@ def parse_duration(value: object) -> float:
     if not 0 < seconds <= MAX_SECONDS:
         raise ValueError(f"{shown(value)} is not a possible duration; more than 0 and up to 30 days is")
     return float(seconds)
-
-
-def split_address(value: object) -> tuple[str, int]:
-    """(host, port) of 'HOST:PORT' or '[IPV6]:PORT'. Raises ValueError."""
-    text = value if isinstance(value, str) else ""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.%]{2,60}\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", text)
-    if match is None or int(match[2]) > 65535:
-        raise ValueError(f"{shown(value)} is not an address; write it like 127.0.0.1:8080 or [::1]:8080")
-    return match[1].strip("[]"), int(match[2])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to an address of this host. Names other than localhost are not trusted."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _parse_address(value: object) -> object:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from llamaclust.cluster.config.values import is_loopback, split_address
 from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.planning import ClusterPlanner
@@ -19,6 +18,7 @@ from llamaclust.cluster.membership.worker_requests import profile_link
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.state.directory import read_values, write_values
 from llamaclust.cluster.state.events import Notice, Report
+from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.profile import Profile
 from llamaclust.wire.control.profiles import LinkProfile

@@ -33,8 +33,8 @@ from llamaclust.cluster.launchers.mpi_messages import (
 from llamaclust.cluster.launchers.worker_process import describe_exit
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
-from llamaclust.wire.security.credentials import split_address
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.enrolment import pinned
 from llamaclust.worker.settings import WorkerSettings

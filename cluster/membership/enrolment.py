@@ -11,9 +11,9 @@ import ssl
 import tempfile
 from pathlib import Path
 
-from llamaclust.cluster.config.values import split_address
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.registry import RefusalReason
+from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import stat
 import time
@@ -14,6 +13,7 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 
 from llamaclust.cluster.config.environment import HubSettings
+from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import DownloadError, UsageError
 from llamaclust.tools.hub.download import Patience
 from llamaclust.tools.hub.sources import HubFile
@@ -59,16 +59,9 @@ def _headers(settings: HubSettings) -> dict[str, str]:
     if not _TOKEN.fullmatch(token):
         raise UsageError("HF_TOKEN: not 1 to 512 printable ASCII characters without spaces")
     parts = urlsplit(settings.endpoint)
-    if parts.scheme != "https" and not _is_loopback(parts.hostname or ""):
+    if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
         raise UsageError(f"HF_ENDPOINT={settings.endpoint}: a token goes to https addresses only")
     return {"Authorization": f"Bearer {token}"}
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _token_of_file(settings: HubSettings) -> str | None:

@@ -5,16 +5,15 @@ Names in certificates are host names below `<cluster>.llamaclust`: `coordinator`
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import time
 from dataclasses import dataclass, field
 
+from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.wire.security.token import ClusterToken
 
 _DOMAIN = "llamaclust"
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]{2,60}\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +96,6 @@ class Insecure:
 Credentials = ClusterToken | Identity | Insecure
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT or [IPV6]:PORT; UsageError for anything else."""
-    match = _ADDRESS.fullmatch(address)
-    if match is None or int(match[2]) > 65535:
-        raise UsageError(f"address {address[:300]!r}: HOST:PORT is expected")
-    return match[1].strip("[]"), int(match[2])
-
-
-def joined_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def check_address(address: str, credentials: Credentials) -> None:
     """UsageError for an address that must not be used with such credentials, or is none."""
     if isinstance(credentials, ClusterToken):
@@ -119,14 +106,6 @@ def check_address(address: str, credentials: Credentials) -> None:
 
 def check_private(address: str) -> None:
     """UsageError for an address where other machines could listen in: links are not encrypted."""
-    host = address.rpartition(":")[0].strip("[]")
-    if not (address.startswith("unix:") or host == "localhost" or _is_loopback(host)):
+    if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
         what = "only unix:PATH and loopback HOST:PORT are possible here, because these links are not encrypted"
         raise UsageError(f"address {address!r}: {what}")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

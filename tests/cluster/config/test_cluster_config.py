@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig, json_schema, load_config
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.config.values import is_loopback, parse_duration, parse_size, split_address
+from llamaclust.cluster.config.values import parse_duration, parse_size
+from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import UsageError
 from support.paths import ROOT
 

@@ -1,0 +1,40 @@
+"""Network addresses: HOST:PORT and [IPV6]:PORT."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from llamaclust.core.errors import UsageError
+
+ANYWHERE = ("0.0.0.0", "::")
+"""Hosts of a listener that takes connections to any address of its machine."""
+
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]{2,60}\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", re.ASCII)
+_MOST_SHOWN = 64
+
+
+class AddressError(UsageError, ValueError):
+    """A text that is not HOST:PORT."""
+
+
+def split_address(value: object) -> tuple[str, int]:
+    """(host, port) of 'HOST:PORT' or '[IPV6]:PORT'. Raises AddressError."""
+    match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if match is None or int(match[2]) > 65535:
+        shown = "an empty value" if value is None else repr(value)[:_MOST_SHOWN]
+        raise AddressError(f"{shown} is not an address; write it like 127.0.0.1:8080 or [::1]:8080")
+    return match[1].strip("[]"), int(match[2])
+
+
+def joined_address(host: str, port: int) -> str:
+    """The inverse of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to an address of this host. Names other than localhost are not trusted."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -6,22 +6,25 @@ import asyncio
 import os
 import signal
 from asyncio.subprocess import PIPE, STDOUT, Process
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from llamaclust.cluster.launchers.base import Exited, GaveUp
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.launchers.base import Exited, GaveUp, Launcher
 from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.run_directory import RunDirectory
 from llamaclust.cluster.launchers.worker_process import (
     describe_exit,
+    open_log,
     worker_command,
     worker_environment,
     worker_input,
 )
 from llamaclust.cluster.membership.log_tail import last_error
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.devices.devices import check_devices
@@ -29,12 +32,15 @@ from llamaclust.worker.devices.system_info import available_memory_bytes
 from llamaclust.worker.settings import WorkerSettings
 
 _GRACE_S = 1.0
+_JOIN_S = 60.0
 
 
-class LocalLauncher:
+class LocalLauncher(Launcher):
     """See `Launcher`. Call `start` from a thread that lives as long as the cluster: workers end with that thread."""
 
     def __init__(self, run: RunDirectory, logs: Path) -> None:
+        self.listen = run.coordinator
+        self.credentials = run.token
         self._run = run
         self._logs = logs
         self._processes: dict[str, Process] = {}
@@ -45,10 +51,6 @@ class LocalLauncher:
         self._kept_up = asyncio.Event()
         self._stopping = asyncio.Event()
 
-    @property
-    def pids(self) -> Mapping[str, int]:
-        return {name: process.pid for name, process in self._processes.items() if process.returncode is None}
-
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         check_devices(((worker.device, worker.feature_level) for worker in workers), model)
 
@@ -57,6 +59,10 @@ class LocalLauncher:
             joining = replace(settings, join=join, token_file=self._run.token_file)
             await self._spawn(joining)
             self._watches.append(asyncio.create_task(self._watch(joining, exited)))
+
+    async def joined(self, config: ClusterConfig, registry: Registry) -> ClusterConfig:
+        await registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
+        return config
 
     @contextmanager
     def keeping_up(self, gave_up: GaveUp) -> Iterator[None]:
@@ -99,8 +105,7 @@ class LocalLauncher:
     async def _spawn(self, settings: WorkerSettings) -> None:
         """A new process for a worker. The first one begins its log, others go on with it."""
         name = settings.name
-        anew = 0 if name in self._processes else os.O_TRUNC
-        log = os.open(self._log_file(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | anew, 0o600)
+        log = open_log(self._log_file(name), anew=name not in self._processes)
         try:
             self._log_starts[name] = os.fstat(log).st_size
             self._processes[name] = process = await asyncio.create_subprocess_exec(

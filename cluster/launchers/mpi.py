@@ -11,11 +11,10 @@ import socket
 import stat
 import struct
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch
+from llamaclust.cluster.launchers.base import Exited
 from llamaclust.cluster.launchers.mpi_messages import (
     EndWorker,
     Message,
@@ -25,54 +24,39 @@ from llamaclust.cluster.launchers.mpi_messages import (
     from_bytes,
     to_bytes,
 )
-from llamaclust.cluster.launchers.restarts import Upkeep
-from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
-from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.launchers.static import RestartingLauncher
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
+from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
 from llamaclust.core.errors import UsageError
-from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.task_set import TaskSet
-from llamaclust.wire.security.credentials import joined_address, split_address
 from llamaclust.worker.settings import WorkerSettings
 
 _GRACE_S = 1.0
-_ANYWHERE = ("0.0.0.0", "::")
 _GET_ADDRESS = 0x8915
 """SIOCGIFADDR."""
 
 
-def mpi_launch(config: ClusterConfig, folder: ClusterDir, report: Report) -> Launch:
-    """Standard input is a socket to the rank that has started this process."""
-    authority = cluster_authority(config, folder)
-    static = StaticLauncher(config, authority, report)
-    launcher = MpiLauncher(config, static)
-    return Launch(launcher, config.join.members, static.credentials, launcher.joined, static.refusal, authority.certify)
+class MpiLauncher(RestartingLauncher):
+    """See `Launcher`. Rank i has the i-th worker; standard input is a socket to the rank that has started this
+    process."""
 
-
-class MpiLauncher:
-    """See `Launcher`. Rank i has the i-th worker, which joins as a static one does."""
-
-    def __init__(self, config: ClusterConfig, static: StaticLauncher) -> None:
-        self._config = config
-        self._static = static
+    def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
+        super().__init__(config, folder, report)
+        self.coordinator_s = 0.0  # workers end with the job
         self._orders: dict[str, StartWorker] = {}  # by name
         self._running: dict[str, asyncio.Event] = {}  # set when that process has ended
-        self._last_errors: dict[str, str] = {}
         self._lost: set[str] = set()
-        self._upkeep = Upkeep()
         self._writer: asyncio.StreamWriter | None = None
         self._tasks = TaskSet()
 
-    def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
-        """Nothing is known of other machines yet; their workers say it when they load."""
-
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         reader, self._writer = await asyncio.open_connection(sock=_own_rank())
-        host, port = split_address(await self._static.open(join))
-        addresses = tuple(joined_address(one, port) for one in (_own_addresses() if host in _ANYWHERE else [host]))
-        assert self._static.authority is not None
-        token = self._static.authority.token.text
+        host, port = split_address(await self.open(join))
+        hosts = _own_addresses() if host in ANYWHERE else [host]
+        addresses = tuple(joined_address(host, port) for host in hosts)
+        assert self.authority is not None
+        token = self.authority.token.text
         for rank, (worker, config) in enumerate(zip(workers, self._config.workers, strict=True)):
             settings = replace(worker, threads=config.threads, token=token)
             self._orders[worker.name] = StartWorker(rank, settings.to_json(), addresses)
@@ -90,11 +74,7 @@ class MpiLauncher:
         self._tasks.cancel()
         if self._writer is not None:
             self._writer.close()
-        await self._static.stop()
-
-    def keeping_up(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """The same rank starts it again, unless it is lost; one that ends too often within a minute is given up."""
-        return self._upkeep.on(gave_up)
+        await super().stop()
 
     async def end(self, name: str) -> None:
         """By SIGKILL: a lost worker may not react to anything else."""
@@ -104,18 +84,6 @@ class MpiLauncher:
         self._send(EndWorker(self._orders[name].rank, signal.SIGKILL))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(running.wait(), _GRACE_S)
-
-    def free_memory_bytes(self) -> None:
-        """Its workers' machines may be others."""
-
-    def last_error(self, name: str) -> str:
-        """As its rank tells them with its end."""
-        return self._last_errors.get(name, "")
-
-    async def joined(self, registry: Registry) -> ClusterConfig:
-        """DeadlineError names the missing workers after `join.wait`, WorkerError one that ended before."""
-        await registry.wait_for(list(self._orders), self._config.join.wait)
-        return self._static.found(registry)
 
     def _start(self, name: str) -> None:
         self._running[name] = asyncio.Event()

@@ -30,7 +30,7 @@ from llamaclust.cluster.launchers.mpi_messages import (
     from_bytes,
     to_bytes,
 )
-from llamaclust.cluster.launchers.worker_process import describe_exit
+from llamaclust.cluster.launchers.worker_process import describe_exit, open_log
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.addresses import split_address
@@ -181,9 +181,7 @@ class _Rank:
             error = last_error(log, start_bytes) if code else ""
             self.ends.put(WorkerEnded(order.rank, describe_exit(code), error))
 
-        anew = os.O_TRUNC if self._child is None else 0
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | anew, 0o600)
-        with os.fdopen(descriptor, "ab") as file:
+        with os.fdopen(open_log(log, anew=self._child is None), "ab") as file:
             self._child = Child(settings, ended, file)
 
 

@@ -8,74 +8,46 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch
+from llamaclust.cluster.launchers.base import Exited
 from llamaclust.cluster.launchers.ray_cluster import RayCluster
 from llamaclust.cluster.launchers.ray_workers import RayWorkers, resources
-from llamaclust.cluster.launchers.restarts import Upkeep
-from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
-from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.launchers.static import RestartingLauncher
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import AwaitingWorkers, Report
+from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
 from llamaclust.core.errors import DeadlineError
-from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.security.credentials import joined_address, split_address
 from llamaclust.worker.settings import WorkerSettings
 
 _PATIENCE_S = 2.0
 _GRACE_S = 1.0
 _PAUSE_S = 0.2
 _END_S = 2.0
-_ANYWHERE = ("0.0.0.0", "::")
 _Value = TypeVar("_Value")
 
 
-def ray_launch(config: ClusterConfig, folder: ClusterDir, report: Report) -> Launch:
-    """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
-    authority = cluster_authority(config, folder)
-    static = StaticLauncher(config, authority, report)
-    launcher = RayLauncher(config, folder, static, report)
-    return Launch(
-        launcher,
-        config.join.members,
-        static.credentials,
-        launcher.joined,
-        static.refusal,
-        authority.certify,
-        config.timeouts.coordinator,
-    )
+class RayLauncher(RestartingLauncher):
+    """See `Launcher`. Calls into Ray block: they have a thread of their own."""
 
-
-class RayLauncher:
-    """See `Launcher`. Its workers join as static ones do. Calls into Ray block: they have a thread of their own."""
-
-    def __init__(self, config: ClusterConfig, folder: ClusterDir, static: StaticLauncher, report: Report) -> None:
-        self._config = config
-        self._static = static
-        self._report = report
+    def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
+        super().__init__(config, folder, report)
         self._cluster = RayCluster(config.ray, f"llamaclust-{config.name}", folder.path / "ray")
         self._workers: RayWorkers | None = None
         self._thread = ThreadPoolExecutor(1, "ray")  # Ray's own processes end with the thread that has started them
         self._watches: list[asyncio.Task[None]] = []
-        self._last_errors: dict[str, str] = {}
         self._incarnations: dict[str, str] = {}  # of the actors that are followed
-        self._upkeep = Upkeep()
         self._stopping = False
 
-    def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
-        """Nothing is known of Ray's nodes yet; their workers say it when they load."""
-
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
-        where = await self._static.open(join)
+        where = await self.open(join)
         library = await self._call(lambda: self._cluster.open(workers))
         _hear_signals_again()
-        assert self._static.authority is not None
-        authority = self._static.authority
+        authority = self.authority
+        assert authority is not None
         self._workers = placed = RayWorkers(library, authority.cluster)
         join = await self._call(lambda: _reachable(library, where))
 
@@ -104,11 +76,7 @@ class RayLauncher:
         finally:
             await self._call(self._cluster.close)
             self._thread.shutdown()
-            await self._static.stop()
-
-    def keeping_up(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """Ray starts them again; one that ends too often within a minute is removed."""
-        return self._upkeep.on(gave_up)
+            await super().stop()
 
     async def end(self, name: str) -> None:
         """Kills its actor, unless Ray has started another worker already."""
@@ -122,18 +90,6 @@ class RayLauncher:
             async with deadline(f"the end of worker {name}", _END_S):
                 seen = await _answer(self._placed.actors[name].incarnation.remote())
                 await self._call(restart)
-
-    def free_memory_bytes(self) -> None:
-        """Its workers' machines may be others."""
-
-    def last_error(self, name: str) -> str:
-        """As its actor tells them with its worker's end."""
-        return self._last_errors.get(name, "")
-
-    async def joined(self, registry: Registry) -> ClusterConfig:
-        """DeadlineError names the missing workers after `join.wait`, WorkerError one that ended before."""
-        await registry.wait_for([worker.name for worker in self._config.workers], self._config.join.wait)
-        return self._static.found(registry)
 
     @property
     def _placed(self) -> RayWorkers:
@@ -228,7 +184,7 @@ async def _replaced(actor: Any) -> None:
 def _reachable(library: Any, where: str) -> str:
     """The enrolment port's address as workers on other nodes know it."""
     host, port = split_address(where)
-    return joined_address(library.util.get_node_ip_address() if host in _ANYWHERE else host, port)
+    return joined_address(library.util.get_node_ip_address() if host in ANYWHERE else host, port)
 
 
 def _shortage(workers: Sequence[WorkerSettings], free: Any) -> tuple[str, ...]:

@@ -9,13 +9,14 @@ from collections.abc import Collection, Iterator, Sequence
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import WorkerConfig
-from llamaclust.cluster.config.values import is_loopback, split_address
-from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch
+from llamaclust.cluster.launchers.base import Exited, GaveUp, Launcher
+from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import AwaitingWorkers, Report, WorkerJoined
+from llamaclust.core.addresses import ANYWHERE, is_loopback, joined_address, split_address
 from llamaclust.core.errors import DeadlineError
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
@@ -31,34 +32,22 @@ INSECURE = (
 )
 
 
-def static_launch(config: ClusterConfig, folder: ClusterDir, report: Report) -> Launch:
-    """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
-    launcher = StaticLauncher(config, None if config.insecure else cluster_authority(config, folder), report)
-    return Launch(
-        launcher,
-        config.join.listen if config.insecure else config.join.members,
-        launcher.credentials,
-        launcher.joined,
-        launcher.refusal,
-        None if launcher.authority is None else launcher.authority.certify,
-        config.timeouts.coordinator,
-    )
-
-
-def cluster_authority(config: ClusterConfig, folder: ClusterDir) -> Authority:
-    """A new one where there is none yet. Raises what `Authority.open` does."""
-    return Authority.open(config.join.trust_dir or folder.path / _TRUST)
-
-
-class StaticLauncher:
+class StaticLauncher(Launcher):
     """See `Launcher`. It starts no process: it serves the enrolment port and says what to type elsewhere."""
 
-    def __init__(self, config: ClusterConfig, authority: Authority | None, report: Report) -> None:
-        """`authority`: None for a cluster that is insecure."""
+    def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
+        """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
+        self.authority: Authority | None = None
+        self.credentials: Identity | Insecure = Insecure()
+        self.listen = config.join.listen
+        self.coordinator_s = config.timeouts.coordinator
+        if not config.insecure:
+            self.authority = Authority.open(config.join.trust_dir or folder.path / _TRUST)
+            self.credentials = self.authority.identity()
+            self.certify = self.authority.certify
+            self.listen = config.join.members
         self._config = config
-        self.authority = authority
         self._report = report
-        self.credentials: Identity | Insecure = Insecure() if authority is None else authority.identity()
         self._names = None if config.awaits_any else [worker.name for worker in config.workers]
         self._registry: Registry | None = None
         self._ends = contextlib.AsyncExitStack()
@@ -92,9 +81,6 @@ class StaticLauncher:
     async def end(self, name: str) -> None:
         """What is lost ends its stages itself, when it hears that it is no member any more."""
 
-    def free_memory_bytes(self) -> None:
-        """Its workers' machines are others."""
-
     def last_error(self, name: str) -> str:
         """Logs stay where the worker is."""
         return ""
@@ -111,18 +97,17 @@ class StaticLauncher:
             return f"the cluster has its {len(wanted)} workers: {', '.join(wanted)}"
         return f"the cluster file has no worker named {name}; it has {', '.join(wanted)}"
 
-    async def joined(self, registry: Registry) -> ClusterConfig:
-        """DeadlineError names the missing workers after `join.wait`."""
+    async def joined(self, config: ClusterConfig, registry: Registry) -> ClusterConfig:
         self._registry = registry
-        told: set[str] = set()
-        wait_s = self._config.join.wait
+        reported: set[str] = set()
+        wait_s = config.join.wait
         try:
             async with deadline("workers joining", wait_s):
                 while True:
                     missing = self._missing(registry.present)
                     for name in registry.present:
-                        if name not in told:
-                            told.add(name)
+                        if name not in reported:
+                            reported.add(name)
                             host = registry.workers[name].registration.host
                             self._report(WorkerJoined(name, host, tuple(missing)))
                     if not missing:
@@ -154,14 +139,35 @@ class StaticLauncher:
     def _instructions(self, listen: str) -> list[str]:
         """What to type on the other machines; the secret itself is in a file."""
         host, port = split_address(listen)
-        here = host if is_loopback(host) else "THIS_MACHINE" if host in ("0.0.0.0", "::") else host
-        command = f"llamaclust worker --join {f'[{here}]' if ':' in here else here}:{port}"
+        here = host if is_loopback(host) else "THIS_MACHINE" if host in ANYWHERE else host
+        command = f"llamaclust worker --join {joined_address(here, port)}"
         which = f"{len(self._config.workers)} workers" if self._names is None else f"workers {', '.join(self._names)}"
         name = "" if self._names is None else " --name NAME"
         if self.authority is None:
             return [INSECURE, f"waiting for {which}; on each machine:", f"  {command}{name} --insecure", _GPU]
         copy = f"copy {self.authority.token_file} to each machine (mode 0600: it is a secret), then there"
         return [f"waiting for {which}; {copy}:", f"  {command}{name} --token-file FILE", _GPU]
+
+
+class RestartingLauncher(StaticLauncher):
+    """See `Launcher`. Its workers are started elsewhere, and again; they join as those of a static cluster do."""
+
+    def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
+        super().__init__(config, folder, report)
+        self._upkeep = Upkeep()
+        self._last_errors: dict[str, str] = {}
+
+    def keeping_up(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
+        """One that ends too often within a minute is given up."""
+        return self._upkeep.on(gave_up)
+
+    def last_error(self, name: str) -> str:
+        """As it came with the worker's end."""
+        return self._last_errors.get(name, "")
+
+    async def joined(self, config: ClusterConfig, registry: Registry) -> ClusterConfig:
+        await registry.wait_for([worker.name for worker in config.workers], config.join.wait)
+        return self.found(registry)
 
 
 async def keep_renewed(authority: Authority, identity: Identity) -> None:

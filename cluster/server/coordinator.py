@@ -17,7 +17,7 @@ from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.profiling import measure_workers
 from llamaclust.cluster.control.supervisor import Fleet, Supervisor
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.launchers.base import Launch, Launcher
+from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.launch import launching
 from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.registry import JoinSettings, Registry
@@ -66,8 +66,8 @@ async def open_cluster(
 
     Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left
     running."""
-    with short_slices(), launching(config, folder, report) as launch:
-        launcher, registry = launch.launcher, _registry(config, launch)
+    with short_slices(), launching(config, folder, report) as launcher:
+        registry = _registry(config, launcher)
         model = await asyncio.to_thread(Model.open, model_path, config.chat_template)
         with closing(model):
             check_plan(config, model)
@@ -75,40 +75,40 @@ async def open_cluster(
             async with _stopping(launcher), registry:
                 await launcher.start(worker_settings(config), registry.address, registry.process_exited)
                 named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
-                config, _ = await asyncio.gather(launch.joined(registry), named)
+                config, _ = await asyncio.gather(launcher.joined(config, registry), named)
                 measured = await measure_workers(config, model, registry.workers, folder.path.parent, report)
-                meter = _link_meter(config, measured, launch, folder, report)
+                meter = _link_meter(config, measured, launcher, folder, report)
                 links = UNKNOWN if meter is None else await meter(registry.present)
                 free_bytes = launcher.free_memory_bytes()
                 planner = make_planner(config, model, free_bytes=free_bytes, profiles=measured, links=links)
-                epochs = Epochs(config, model, registry, launch.credentials)
+                epochs = Epochs(config, model, registry, launcher.credentials)
                 supervisor = Supervisor(config, epochs, planner, Fleet(registry, launcher, meter), report)
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)
 
 
-def _registry(config: ClusterConfig, launch: Launch) -> Registry:
+def _registry(config: ClusterConfig, launcher: Launcher) -> Registry:
     """Workers send so many heartbeats that a few may be late."""
     timeout_s = config.timeouts.worker
     heartbeat_s = min(_HEARTBEAT_S, timeout_s / _HEARTBEATS)
     settings = JoinSettings(
         heartbeat_timeout_s=timeout_s,
-        deadlines=Deadlines(heartbeat_s=heartbeat_s, coordinator_s=launch.coordinator_s, peer_s=timeout_s),
+        deadlines=Deadlines(heartbeat_s=heartbeat_s, coordinator_s=launcher.coordinator_s, peer_s=timeout_s),
         cluster=config.name,
-        refusal=launch.refusal,
-        certify=launch.certify,
+        refusal=launcher.refusal,
+        certify=launcher.certify,
     )
-    return Registry(launch.listen, launch.credentials, launch.launcher.last_error, settings)
+    return Registry(launcher.listen, launcher.credentials, launcher.last_error, settings)
 
 
 def _link_meter(
-    config: ClusterConfig, measured: Mapping[str, Profile], launch: Launch, folder: ClusterDir, report: Report
+    config: ClusterConfig, measured: Mapping[str, Profile], launcher: Launcher, folder: ClusterDir, report: Report
 ) -> MeasureLinks | None:
     """None where links are taken to be the usual ones."""
     if config.launcher == "local" and not hops_matter(measured):
         return None
-    return partial(measure_links, credentials=launch.credentials, state_dir=folder.path.parent, report=report)
+    return partial(measure_links, credentials=launcher.credentials, state_dir=folder.path.parent, report=report)
 
 
 @asynccontextmanager

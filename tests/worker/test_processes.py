@@ -119,7 +119,7 @@ def test_a_killed_worker_is_an_error_that_names_it(
             async with running(pipeline) as at_work:
                 pipeline.submit(*microbatches(Model.open(model).model_id, 1, 1)[0])
                 await at_work.next_result()
-                os.kill(cluster.launcher.pids[victim], signal.SIGKILL)
+                os.kill(cluster.pids[victim], signal.SIGKILL)
                 with pytest.raises(WorkerError) as caught:
                     await at_work.next_result()
             start, end = {"a": (0, 2), "b": (2, 3), "c": (3, 5)}[victim]
@@ -141,7 +141,7 @@ def test_a_killed_worker_is_an_error_that_names_it(
 async def test_a_silent_worker_is_lost_after_the_timeout(model: Path, tmp_path: Path) -> None:
     async with real_cluster(tmp_path, 2, heartbeat_timeout_s=1.5) as cluster:
         pipeline = await cluster.load(model, (0, 2, 5))
-        pid = cluster.launcher.pids["b"]
+        pid = cluster.pids["b"]
         os.kill(pid, signal.SIGSTOP)
         try:
             async with running(pipeline) as at_work:

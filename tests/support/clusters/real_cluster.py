@@ -35,6 +35,10 @@ class RealCluster:
     launcher: LocalLauncher
     registry: Registry
 
+    @property
+    def pids(self) -> dict[str, int]:
+        return {name: worker.registration.pid for name, worker in self.registry.workers.items()}
+
     async def load(self, model: Path, cuts: Sequence[int], epoch: int = 1) -> RemotePipeline:
         """A pipeline of layers [cuts[0], cuts[1]) on worker a, [cuts[1], cuts[2]) on b and so on."""
         handles = await self.load_stages(model, cuts, epoch)

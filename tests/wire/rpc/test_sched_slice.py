@@ -34,7 +34,7 @@ def test_threads_inherit_short_slices_and_the_usual_ones_come_back() -> None:
 
 async def test_a_worker_computes_in_usual_slices_and_talks_in_short_ones(tmp_path: Path) -> None:
     async with real_cluster(tmp_path, 1) as cluster:
-        pid = cluster.launcher.pids["a"]
+        pid = cluster.pids["a"]
         threads = [thread.id for thread in psutil.Process(pid).threads()]
         assert time_slice_ns(pid) == time_slice_ns()
         assert SHORT_SLICE_NS in map(time_slice_ns, threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
 _MOST_SHOWN = 100
 _TEXT = "tag:yaml.org,2002:str"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_DECIMAL = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.ASCII | re.IGNORECASE)
 
 Place = tuple[str | int, ...]
 """Where a value stands: ('workers', 1, 'threads')."""
@@ -73,7 +76,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """Adds the line to numbers and dates that only look like some."""
+        """Refuses numbers that YAML 1.1 alone knows (0777, 0x1F, 10:20, 1_000); adds the line to numbers and dates that
+        only look like some."""
+        if node.tag in _NUMBERS and not _DECIMAL.fullmatch(node.value):
+            what = f"{node.value[:60]!r} is no decimal number; write it in decimal digits, or put it in quotes"
+            raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
         try:
             return super().construct_object(node, deep)
         except ValueError as error:

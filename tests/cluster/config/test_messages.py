@@ -18,6 +18,7 @@ SMALL = "model: m\nworkers: [{name: a}, {name: b}]\n"
 NAME = "is not a name; write 1 to 63 letters, digits, dots, dashes or underscores, a letter or digit at either end"
 COUNT = "give a whole number from 1 to"
 ADDRESS = "is not an address; write it like 127.0.0.1:8080 or [::1]:8080"
+DECIMAL = "is no decimal number; write it in decimal digits, or put it in quotes"
 NO_PATH = "no path has a zero byte in it; write the place of a file or folder"
 NO_HOME = "begins in a home directory that is not there; write the whole path"
 SIZE = "is not a size; write it like 8GiB or 512MiB (KiB, MiB, GiB, TiB; kB, MB, GB, TB)"
@@ -33,6 +34,13 @@ TOP_KEYS = {
     "context_length: 1.5": f"context_length: 1.5 is not possible; {COUNT} 1048576",
     "context_length: null": f"context_length: an empty value is not possible; {COUNT} 1048576",
     "context_length: 2024-13-45": "not valid YAML: '2024-13-45' is no number or date; put it in quotes",
+    "context_length: 0777": f"not valid YAML: '0777' {DECIMAL}",
+    "context_length: 0x1F": f"not valid YAML: '0x1F' {DECIMAL}",
+    "context_length: 1_000": f"not valid YAML: '1_000' {DECIMAL}",
+    "context_length: -0b11": f"not valid YAML: '-0b11' {DECIMAL}",
+    "timeouts: {request: 10:20}": f"not valid YAML: '10:20' {DECIMAL}",
+    "timeouts: {request: 1:30.5}": f"not valid YAML: '1:30.5' {DECIMAL}",
+    "name: 007": f"not valid YAML: '007' {DECIMAL}",
     "max_sequences: 1000000": f"max_sequences: 1000000 is not possible; {COUNT} 1024",
     "max_waiting: -1": "max_waiting: -1 is not possible; give a whole number from 0 to 100000",
     "prefill_chunk: none": "prefill_chunk: 'none' is not possible; give auto or a whole number from 1 to 4096",

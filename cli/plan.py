@@ -8,6 +8,7 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 
+from llamaclust.cluster.api.settings import read_api_keys
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.link_profiling import hops_matter, kept_links
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
@@ -46,12 +47,13 @@ def plan_of(file: Path | None, overrides: list[str]) -> Plan:
 
 def _planned(config: ClusterConfig) -> tuple[Plan, int]:
     """The plan, and the bytes that a worker's process takes by itself: it is taken to be as large as this one, which
-    has loaded the kernels too and holds nothing of the model yet."""
+    has loaded the kernels too and holds nothing of the model yet. API keys and chat template are checked as by `up`."""
     if not _is_of_this_machine(config):
         why = "what its machines have is known once their workers have joined"
         raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
+    read_api_keys(config.api_keys_file)
     own_bytes = resident_bytes()
-    with closing(Model.open(resolve_model(config.model))) as model:
+    with closing(Model.open(resolve_model(config.model), config.chat_template)) as model:
         measured = _measured(config, model.model_id)
         check_devices(((spec.device, spec.feature_level) for spec in worker_settings(config)), model)
         resources = ClusterResources(

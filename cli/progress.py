@@ -175,7 +175,9 @@ class ClusterView:
         bar = self._bars.get(label)
         if bar is None:
             if self._progress.disable:
-                print(f"{label}: {doing} {event.total_bytes / MIB:.1f} MiB", file=sys.stderr)
+                size = f"{event.total_bytes / MIB:.1f} MiB"
+                has_begun = event.done_bytes < event.total_bytes  # else all is there: it was kept, or did not take long
+                print(f"{label}: {doing} {size}" if has_begun else f"{label}: {size} are there", file=sys.stderr)
             self._progress.start()
             bar = self._bars[label] = self._progress.add_task(label, total=event.total_bytes)
         self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)

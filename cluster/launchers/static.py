@@ -104,13 +104,12 @@ class StaticLauncher(Launcher):
         try:
             async with deadline("workers joining", wait_s):
                 while True:
-                    missing = self._missing(registry.present)
                     for name in registry.present:
                         if name not in reported:
                             reported.add(name)
                             host = registry.workers[name].registration.host
-                            self._report(WorkerJoined(name, host, tuple(missing)))
-                    if not missing:
+                            self._report(WorkerJoined(name, host, tuple(self._missing(reported))))
+                    if not self._missing(registry.present):
                         return self.found(registry)
                     await registry.changed()
         except DeadlineError as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from types import MappingProxyType
 
-from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import DeadlineError, WorkerError
 from llamaclust.wire.control.messages import PeerUnreachable
 from llamaclust.wire.rpc.deadlines import deadline
@@ -115,7 +115,7 @@ class Members:
 
     def fence(self, handle: WorkerHandle, reason: str) -> None:
         """Counts a worker as lost, although its process may live on: its messages are ignored."""
-        if handle.state not in (WorkerState.LOST, WorkerState.LEFT):
+        if not handle.state.is_gone:
             handle.lose(reason)
             self.publish(MemberLost(handle))
 

@@ -30,6 +30,10 @@ class WorkerState(StrEnum):
     LEFT = "left"  # the cluster ended
     LOST = "lost"
 
+    @property
+    def is_gone(self) -> bool:
+        return self in (WorkerState.LEFT, WorkerState.LOST)
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:

@@ -79,8 +79,11 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
         "gpus": [asdict(gpu) for gpu in handle.gpus],
         "threads": handle.registration.threads,
         "feature_level": handle.registration.feature_level,
-        "layers": handle.layers,
-        "device_layers": [{"device": one.device, "layers": (one.start, one.end)} for one in handle.device_layers],
+        "layers": None if handle.state.is_gone else handle.layers,
+        "device_layers": [
+            {"device": part.device, "layers": (part.start, part.end)}
+            for part in (() if handle.state.is_gone else handle.device_layers)
+        ],
         "state": str(handle.state),
         "memory_bytes": memory_bytes(handle),
         "busy": 0.0 if report is None else report.utilization,
@@ -94,6 +97,6 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
 
 
 def memory_bytes(handle: WorkerHandle) -> int:
-    """Of all its stages together."""
-    stages = (loaded for _, loaded in handle.stages.values())
+    """Of all its stages together; 0 of a worker that is gone."""
+    stages = (loaded for _, loaded in handle.stages.values() if not handle.state.is_gone)
     return sum(stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes for stage in stages)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
 
 _COUNTERS = {
     "worker_received_bytes": ("received_bytes", "Bytes of microbatches, with hidden states, that a stage received"),
@@ -31,16 +31,13 @@ class WorkerMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         workers = self._workers()
-        up = {name: worker for name, worker in workers.items() if worker.state not in _GONE}
+        up = {name: worker for name, worker in workers.items() if not worker.state.is_gone}
         alive = _gauge("worker_up", "Whether a worker is connected", "worker")
         for name in workers:
             alive.add_metric([name], float(name in up))
         yield alive
         yield from _of_heartbeats(up)
         yield from _of_devices(up)
-
-
-_GONE = (WorkerState.LOST, WorkerState.LEFT)
 
 
 def _of_heartbeats(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
+from typing import Self
 
 from llamaclust.cluster.api.errors import HttpError, error_body, to_json
 
@@ -16,17 +16,22 @@ _LEAVE_S = 1.0  # for a client that still sends: one that is cut off sees a rese
 
 
 class StartingReplies:
-    """Answers on a listening socket, which stays open, until it is closed."""
+    """Answers on a listening socket, which stays open, while it is entered; `close` it when the API itself answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, listener: socket.socket) -> None:
         body = to_json(error_body(HttpError(503, "cluster_starting", "the cluster is starting: try again later")))
         head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         self._reply = f"{head}Retry-After: 5\r\nConnection: close\r\n\r\n".encode() + body
+        self._listener = listener
         self._open = 0
         self._server: asyncio.Server | None = None
 
-    async def start(self, listener: socket.socket) -> None:
-        self._server = await asyncio.start_server(self._answer, sock=listener.dup(), limit=_HEAD_BYTES)
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._answer, sock=self._listener.dup(), limit=_HEAD_BYTES)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         if self._server is not None:
@@ -51,14 +56,3 @@ class StartingReplies:
             async with asyncio.timeout(_LEAVE_S):
                 while await reader.read(_HEAD_BYTES):
                     pass
-
-
-@asynccontextmanager
-async def starting_replies(listener: socket.socket) -> AsyncIterator[StartingReplies]:
-    """`close` what it gives when the API itself answers."""
-    replies = StartingReplies()
-    await replies.start(listener)
-    try:
-        yield replies
-    finally:
-        replies.close()

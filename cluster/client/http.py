@@ -10,9 +10,7 @@ import httpx
 
 from llamaclust.cluster.client.base import Prompt, TextClient
 from llamaclust.cluster.client.http_codec import (
-    ChatReader,
     ChunkReader,
-    CompletionReader,
     EventReader,
     chat_body,
     completion_body,
@@ -74,13 +72,13 @@ class Client(TextClient):
         self._http.close()
 
     def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
-        return self._stream("v1/completions", body, CompletionReader())
+        return self._stream("v1/completions", body)
 
     def _chat(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
-        return self._stream("v1/chat/completions", body, ChatReader())
+        return self._stream("v1/chat/completions", body)
 
-    def _stream(self, path: str, body: dict[str, Any], reader: ChunkReader) -> Generator[TextChunk, None, None]:
-        events = EventReader()
+    def _stream(self, path: str, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
+        events, reader = EventReader(), ChunkReader()
         try:
             with self._http.stream("POST", path, content=encode(body | _STREAMED)) as reply:
                 if reply.status_code != httpx.codes.OK:
@@ -119,7 +117,7 @@ class AsyncClient:
         self, prompt: Prompt, *, stream: bool = False, **options: Unpack[CompletionOptions]
     ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
         """As `Client.generate`."""
-        chunks = self._stream("v1/completions", completion_body(prompt, options), CompletionReader())
+        chunks = self._stream("v1/completions", completion_body(prompt, options))
         return AsyncChunkStream(chunks) if stream else _collect(chunks)
 
     @overload
@@ -134,7 +132,7 @@ class AsyncClient:
         self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
     ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
         """As `Client.chat`."""
-        chunks = self._stream("v1/chat/completions", chat_body(messages, options), ChatReader())
+        chunks = self._stream("v1/chat/completions", chat_body(messages, options))
         return AsyncChunkStream(chunks) if stream else _collect(chunks)
 
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
@@ -156,8 +154,8 @@ class AsyncClient:
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
-    async def _stream(self, path: str, body: dict[str, Any], reader: ChunkReader) -> AsyncGenerator[TextChunk, None]:
-        events = EventReader()
+    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[TextChunk, None]:
+        events, reader = EventReader(), ChunkReader()
         try:
             async with self._http.stream("POST", path, content=encode(body | _STREAMED)) as reply:
                 if reply.status_code != httpx.codes.OK:

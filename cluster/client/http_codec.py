@@ -4,7 +4,6 @@ reads the same requests."""
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -95,7 +94,7 @@ class EventReader:
         return event
 
 
-class ChunkReader(ABC):
+class ChunkReader:
     """Events of one answer as chunks. ProtocolError for events that this API would not send."""
 
     def __init__(self) -> None:
@@ -107,44 +106,33 @@ class ChunkReader(ABC):
             choice = event["choices"][0]
             if "prompt_token_ids" in choice:  # the first one: any text in it is the prompt's
                 self._prompt = tuple(choice["prompt_token_ids"])
-                self._scored = len(_token_logprobs(choice))
+                self._scored = len(_logprobs(choice))
                 return TextChunk(prompt_token_ids=self._prompt, seed=event["seed"])
             return self._chunk(choice)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             shown = _shown(json.dumps(event).encode())
             raise ProtocolError(f"the server does not answer as llamaclust does: {shown}") from error
 
-    def _prompt_rows(self, logprobs: Sequence[float]) -> dict[str, Any]:
-        start, self._scored = self._scored, self._scored + len(logprobs)
-        return {"prompt_start": start, "prompt_rows": _rows(self._prompt[start : self._scored], logprobs)}
-
-    @abstractmethod
-    def _chunk(self, choice: Mapping[str, Any]) -> TextChunk: ...
-
-
-class CompletionReader(ChunkReader):
-    """Reads `/v1/completions`."""
-
     def _chunk(self, choice: Mapping[str, Any]) -> TextChunk:
-        ids, logprobs = choice["token_ids"], _token_logprobs(choice)
-        of_prompt = len(logprobs) - len(ids)
-        scored = self._prompt_rows(logprobs[:of_prompt]) if of_prompt > 0 else {}
-        rows = _rows(ids, logprobs[of_prompt:])
-        return TextChunk(text=choice["text"], rows=rows, **scored, **_ending(choice))
+        ids, logprobs = choice["token_ids"], _logprobs(choice)
+        of_prompt = max(0, len(logprobs) - len(ids))
+        start, self._scored = self._scored, self._scored + of_prompt
+        return TextChunk(
+            text=choice["text"] if "text" in choice else choice["delta"].get("content") or "",
+            rows=_rows(ids, logprobs[of_prompt:]),
+            prompt_start=start if of_prompt else 0,
+            prompt_rows=_rows(self._prompt[start : self._scored], logprobs[:of_prompt]),
+            **_ending(choice),
+        )
 
 
-class ChatReader(ChunkReader):
-    """Reads `/v1/chat/completions`."""
-
-    def _chunk(self, choice: Mapping[str, Any]) -> TextChunk:
-        entries = (choice["logprobs"] or {}).get("content", ())
-        rows = _rows(choice["token_ids"], [entry["logprob"] for entry in entries])
-        return TextChunk(text=choice["delta"].get("content") or "", rows=rows, **_ending(choice))
-
-
-def _token_logprobs(choice: Mapping[str, Any]) -> Sequence[float]:
-    logprobs: Sequence[float] = (choice["logprobs"] or {}).get("token_logprobs", ())
-    return logprobs
+def _logprobs(choice: Mapping[str, Any]) -> Sequence[float]:
+    """Of a chat's answer, or of a completion's prompt and answer."""
+    logprobs = choice["logprobs"] or {}
+    if "content" in logprobs:
+        return [entry["logprob"] for entry in logprobs["content"]]
+    scored: Sequence[float] = logprobs.get("token_logprobs", ())
+    return scored
 
 
 def _rows(tokens: Sequence[int], logprobs: Sequence[float]) -> tuple[RowResult, ...]:

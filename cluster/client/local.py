@@ -244,12 +244,13 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
     chunk = settings.prefill_chunk
     if not 0 < context <= trained:
         raise UsageError(f"context_length: {context}: the model was made for {trained} tokens; set {trained} or less")
-    if not 0 < settings.max_sequences <= _OUTPUTS:
-        raise UsageError(f"max_sequences: {settings.max_sequences}: set 1 to {_OUTPUTS}")
-    if chunk is not None and not 0 < chunk <= MAX_BATCH_TOKENS - settings.max_sequences:
-        raise UsageError(f"prefill_chunk: {chunk}: set 1 to {MAX_BATCH_TOKENS - settings.max_sequences}")
-    if settings.kv_blocks is not None and not 0 < settings.kv_blocks <= MAX_KV_BLOCKS - _blocks(context):
-        raise UsageError(f"kv_blocks: {settings.kv_blocks}: set 1 to {MAX_KV_BLOCKS - _blocks(context)}")
+    for name, value, most in (
+        ("max_sequences", settings.max_sequences, _OUTPUTS),
+        ("prefill_chunk", chunk, MAX_BATCH_TOKENS - settings.max_sequences),
+        ("kv_blocks", settings.kv_blocks, MAX_KV_BLOCKS - _blocks(context)),
+    ):
+        if value is not None and not 0 < value <= most:
+            raise UsageError(f"{name}: {value}: set 1 to {most}")
     if settings.kv_type not in set(KvType):
         raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
     kv_blocks = settings.kv_blocks or 2 * _blocks(context)

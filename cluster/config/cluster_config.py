@@ -8,13 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from llamaclust.cluster.config.document import Document, override, read_document
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.errors import PlaceError, explain, hint
 from llamaclust.cluster.config.sections import AnyWorker, Join, PlanEntry, Ray, Section, Timeouts, WorkerConfig
-from llamaclust.cluster.config.values import Address, FilePath, Name, OrAuto, OrCount, Size, expand_home, not_built
+from llamaclust.cluster.config.values import (
+    Address,
+    FilePath,
+    Name,
+    OrAuto,
+    OrCount,
+    Size,
+    check_wire_type,
+    expand_home,
+)
 from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_SEQUENCES
@@ -57,7 +66,7 @@ class ClusterConfig(Section):
     """auto, or the layers of each worker."""
     objective: Literal["latency", "throughput"] = "latency"
     """What an automatic plan is good at: one request's speed, or many requests' together."""
-    wire: Annotated[Literal["f32"], not_built(wire_type=("f16", "q8_0"))] = "f32"
+    wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
     """Type of activations between workers; f32 is exact."""
     kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
     """Type of keys and values in KV memory; q8_0 takes about half of f16's, and gives slightly other answers."""
@@ -109,21 +118,15 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _check_launcher(self) -> Self:
+        if self.launcher != "ray" and self.ray != Ray():
+            raise PlaceError(("ray",), f"is for launcher: ray, and this one is {self.launcher}")
         if self.launcher == "static":
-            for index, worker in enumerate(self.workers):
-                if given := [key for key in _THEIR_OWN if key in worker.model_fields_set]:
-                    options = " ".join(_as_option(worker, key) for key in given)
-                    why = (
-                        f"a worker of a static cluster is told so where it is started: llamaclust worker ... {options}"
-                    )
-                    raise PlaceError(("workers", index, given[0]), why)
             return self
         if self.awaits_any:
             raise PlaceError(("workers",), f"name the workers: only launcher static waits for any {len(self.workers)}")
         if self.launcher == "local" and self.join != Join():
-            raise PlaceError(
-                ("join",), "is for launcher: static, ray or mpi; only processes of this machine reach local workers"
-            )
+            why = "is for launcher: static, ray or mpi; only processes of this machine reach local workers"
+            raise PlaceError(("join",), why)
         if self.insecure:
             raise PlaceError(("insecure",), "is for launcher: static; other launchers bring workers their token")
         if self.launcher != "ray" and self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:
@@ -132,22 +135,18 @@ class ClusterConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_gpus(self) -> Self:
+    def _check_workers(self) -> Self:
         for index, worker in enumerate(self.workers):
+            given = [key for key in _THEIR_OWN if key in worker.model_fields_set]
+            if self.launcher == "static" and given:
+                options = " ".join(_as_option(worker, key) for key in given)
+                why = f"a worker of a static cluster gets this where it is started: llamaclust worker ... {options}"
+                raise PlaceError(("workers", index, given[0]), why)
             for key in ("gpu_layers", "gpu_memory"):
                 if worker.device == "cpu" and getattr(worker, key) is not None:
                     why = "is for workers with a GPU: set device to cuda:0 as well"
                     raise PlaceError(("workers", index, key), why)
-        return self
-
-    @model_validator(mode="after")
-    def _check_ray(self) -> Self:
-        if self.launcher != "ray":
-            if self.ray != Ray():
-                raise PlaceError(("ray",), f"is for launcher: ray, and this one is {self.launcher}")
-            return self
-        for index, worker in enumerate(self.workers):
-            if worker.threads is None:
+            if self.launcher == "ray" and worker.threads is None:
                 raise PlaceError(("workers", index), "threads is needed with launcher: ray: Ray reserves so many CPUs")
         return self
 

@@ -1,4 +1,4 @@
-"""The kinds of values a cluster file has: sizes, durations, addresses, layer ranges, names that are not built yet."""
+"""The kinds of values a cluster file has: sizes, durations, addresses, layer ranges."""
 
 from __future__ import annotations
 
@@ -127,17 +127,11 @@ def _parse_path(value: object) -> object:
     return Path(expand_home(value)) if isinstance(value, str) and value else value
 
 
-def not_built(**reasons: tuple[str, ...]) -> BeforeValidator:
-    """Refuses names that the contract has and this build lacks: not_built(feature=(name, ...))."""
-    missing = {name: feature for feature, names in reasons.items() for name in names}
-
-    def check(value: object) -> object:
-        feature = missing.get(value) if isinstance(value, str) else None
-        if feature is not None:
-            raise ValueError(f"this build has no {feature} {value} yet")
-        return value
-
-    return BeforeValidator(check)
+def check_wire_type(value: object) -> object:
+    """Refuses types that may come. Raises ValueError."""
+    if value in ("f16", "q8_0"):
+        raise ValueError(f"this build has no wire_type {value} yet")
+    return value
 
 
 def parse_device(value: object) -> str:

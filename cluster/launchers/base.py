@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Self
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.membership.registry import Certify, Registry
@@ -59,6 +60,12 @@ class Launcher(ABC):
     @abstractmethod
     async def end(self, name: str) -> None:
         """Ends the process of a worker that is lost, if it is still there and can be reached; returns when it has."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.stop()
 
     def free_memory_bytes(self) -> int | None:
         """What its workers may take of this machine, all together; None where they are elsewhere."""

@@ -48,7 +48,14 @@ class Child:
     def _live(self, settings: WorkerSettings, ended: Ended) -> None:
         """In a thread that lives as long as the worker: the kernel ends it with the thread that started it."""
         try:
-            self._process = process = _spawn(worker_command(settings), self._log)
+            self._process = process = subprocess.Popen(
+                worker_command(settings),
+                stdin=subprocess.PIPE,  # the token is on no command line, in no environment, on no disk
+                stdout=self._log,
+                stderr=self._log,
+                env=worker_environment(os.environ),
+                start_new_session=True,
+            )
         except OSError as error:
             self._error = error
             return
@@ -61,14 +68,3 @@ class Child:
         except BrokenPipeError:
             pass  # it has ended, which `wait` reports
         ended(process.wait())
-
-
-def _spawn(command: list[str], log: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,  # the token is on no command line, in no environment, on no disk
-        stdout=log,
-        stderr=log,
-        env=worker_environment(os.environ),
-        start_new_session=True,
-    )

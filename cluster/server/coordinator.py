@@ -72,7 +72,7 @@ async def open_cluster(
         with closing(model):
             check_plan(config, model)
             launcher.check(worker_settings(config), model)
-            async with _stopping(launcher), registry:
+            async with launcher, registry:  # workers that got the registry's goodbye have gone when the launcher stops
                 await launcher.start(worker_settings(config), registry.address, registry.process_exited)
                 named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
                 config, _ = await asyncio.gather(launcher.joined(config, registry), named)
@@ -109,15 +109,6 @@ def _link_meter(
     if config.launcher == "local" and not hops_matter(measured):
         return None
     return partial(measure_links, credentials=launcher.credentials, state_dir=folder.path.parent, report=report)
-
-
-@asynccontextmanager
-async def _stopping(launcher: Launcher) -> AsyncIterator[None]:
-    """Ends the workers last: those that heard the registry's goodbye have gone by then."""
-    try:
-        yield
-    finally:
-        await launcher.stop()
 
 
 @asynccontextmanager

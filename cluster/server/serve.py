@@ -7,8 +7,8 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.server import allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
-from llamaclust.cluster.api.starting import starting_replies
+from llamaclust.cluster.api.sse import first_of
+from llamaclust.cluster.api.starting import StartingReplies
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
@@ -91,7 +92,7 @@ async def _until_signal(config: ClusterConfig, model_path: Path, folder: Cluster
     signals = _Signals()
     try:
         async with (
-            starting_replies(front.listener) as replies,
+            StartingReplies(front.listener) as replies,
             open_cluster(config, model_path, folder, front.report) as cluster,
         ):
             replies.close()
@@ -129,8 +130,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         signals.ready = True
         front.report(Ready(record.name, record.api, record.model))
         await signals.asked.wait()
-        async with _reporting_requests(service, front.report):
-            await _drain(cluster.engine, admission)
+        await first_of(_drain(cluster.engine, admission), _report_requests(service, front.report))
         server.should_exit = True  # replies that are being written have a moment
         await _ended(serving)
     finally:
@@ -138,17 +138,8 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         await _ended(serving)
 
 
-@asynccontextmanager
-async def _reporting_requests(service: TextService, report: Report) -> AsyncIterator[None]:
-    """Meanwhile, reports how many requests are left, whenever that changes."""
-    reporting = asyncio.create_task(_report_requests(service, report))
-    try:
-        yield
-    finally:
-        reporting.cancel()
-
-
 async def _report_requests(service: TextService, report: Report) -> None:
+    """How many requests are left, whenever that changes."""
     reported = 0
     while True:
         left = service.active_requests

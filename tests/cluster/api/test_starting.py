@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from llamaclust.cluster.api.starting import starting_replies
+from llamaclust.cluster.api.starting import StartingReplies
 
 
 @asynccontextmanager
@@ -22,14 +22,14 @@ async def port() -> AsyncIterator[tuple[socket.socket, str]]:
 
 @pytest.mark.parametrize("body", [b"", b"x" * 3_000_000], ids=len)
 async def test_every_request_gets_the_starting_error(body: bytes) -> None:
-    async with port() as (listener, url), starting_replies(listener), httpx.AsyncClient(timeout=20) as client:
+    async with port() as (listener, url), StartingReplies(listener), httpx.AsyncClient(timeout=20) as client:
         reply = await client.post(f"{url}/v1/completions", content=body)
         assert reply.status_code == 503 and int(reply.headers["retry-after"]) > 0
         assert reply.json()["error"]["code"] == "cluster_starting"
 
 
 async def test_silent_clients_do_not_block_others() -> None:
-    async with port() as (listener, url), starting_replies(listener), httpx.AsyncClient(timeout=20) as client:
+    async with port() as (listener, url), StartingReplies(listener), httpx.AsyncClient(timeout=20) as client:
         address = listener.getsockname()
         silent = [await asyncio.open_connection(*address) for _ in range(8)]
         assert (await client.get(f"{url}/health")).status_code == 503
@@ -43,7 +43,7 @@ async def test_the_socket_stays_open_for_the_server() -> None:
         writer.close()
 
     async with port() as (listener, _):
-        async with starting_replies(listener) as replies:
+        async with StartingReplies(listener) as replies:
             replies.close()
         async with await asyncio.start_server(serve, sock=listener.dup()):
             reader, writer = await asyncio.open_connection(*listener.getsockname())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.client.http_codec import CompletionReader, EventReader
+from llamaclust.cluster.client.http_codec import ChunkReader, EventReader
 from llamaclust.core.errors import LlamaclustError, ProtocolError
 
 
@@ -42,7 +42,7 @@ def test_an_error_event_is_raised() -> None:
 
 
 def test_scored_rows_that_come_in_several_events() -> None:
-    rows, reader = [[0.5, 1.5], [2.5], [3.5, 4.5]], CompletionReader()
+    rows, reader = [[0.5, 1.5], [2.5], [3.5, 4.5]], ChunkReader()
     seen: list[float] = []
     opening = {"text": "", "prompt_token_ids": [9, 8, 7, 6, 5, 4], "logprobs": {"token_logprobs": [None]}}
     reader.read({"seed": 1, "choices": [opening]})

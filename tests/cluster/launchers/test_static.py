@@ -213,7 +213,7 @@ def test_up_gives_up_on_workers_that_do_not_come(line: CommandLine, model: Path)
 
 
 MISTAKES = {
-    "workers: [{name: a, threads: 2}]": "is told so where it is started: llamaclust worker ... --threads 2",
+    "workers: [{name: a, threads: 2}]": "gets this where it is started: llamaclust worker ... --threads 2",
     "workers: [{name: a, memory: 8GiB}]": "where it is started: llamaclust worker ... --memory 8GiB",
     "workers: [{name: a, gpu_layers: 3}]": "where it is started: llamaclust worker ... --gpu-layers 3",
     "workers: [{name: a, device: [cuda:0, cuda:1], gpu_layers: 3}]": "--device cuda:0,cuda:1 --gpu-layers 3",

@@ -6,8 +6,8 @@ import asyncio
 import os
 import signal
 from asyncio.subprocess import PIPE, STDOUT, Process
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -48,8 +48,7 @@ class LocalLauncher(Launcher):
         self._sockets = count()
         self._watches: list[asyncio.Task[None]] = []
         self._upkeep = Upkeep()
-        self._kept_up = asyncio.Event()
-        self._stopping = asyncio.Event()
+        self._is_stopping = False
 
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         check_devices(((worker.device, worker.feature_level) for worker in workers), model)
@@ -64,15 +63,9 @@ class LocalLauncher(Launcher):
         await registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
         return config
 
-    @contextmanager
-    def keeping_up(self, gave_up: GaveUp) -> Iterator[None]:
+    def keeping_up(self, gave_up: GaveUp) -> AbstractContextManager[None]:
         """One that ends too often within a minute is given up."""
-        with self._upkeep.on(gave_up):
-            self._kept_up.set()
-            try:
-                yield
-            finally:
-                self._kept_up.clear()
+        return self._upkeep.on(gave_up)
 
     async def end(self, name: str) -> None:
         """By SIGKILL: a lost worker may not react to anything else."""
@@ -84,8 +77,8 @@ class LocalLauncher(Launcher):
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL to what is still there a second later."""
-        self._stopping.set()
-        self._kept_up.set()
+        self._is_stopping = True
+        self._upkeep.end()
         self._signal(signal.SIGTERM)
         if self._watches:
             await asyncio.wait(self._watches, timeout=_GRACE_S)
@@ -126,19 +119,18 @@ class LocalLauncher(Launcher):
     async def _watch(self, settings: WorkerSettings, exited: Exited) -> None:
         """A worker's processes, one after the other."""
         while True:
-            code = await self._processes[settings.name].wait()
-            if self._stopping.is_set():
+            how = describe_exit(await self._processes[settings.name].wait())
+            if self._is_stopping:
                 return
-            exited(settings.name, describe_exit(code))
-            await self._kept_up.wait()
-            if not await self._restart(settings, describe_exit(code)):
+            exited(settings.name, how)
+            if not await self._restart(settings, how):
                 return
-            if self._stopping.is_set():
+            if self._is_stopping:
                 _kill(self._processes[settings.name], signal.SIGKILL)
 
     async def _restart(self, settings: WorkerSettings, how: str) -> bool:
         """False where it is started no more."""
-        while await self._may_restart(settings.name, how):
+        while await self._upkeep.may_restart(settings.name, how):
             try:
                 await self._spawn(settings)
             except OSError as error:  # no room for a process now may be there later
@@ -146,14 +138,6 @@ class LocalLauncher(Launcher):
             else:
                 return True
         return False
-
-    async def _may_restart(self, name: str, how: str) -> bool:
-        """Waits as long as is due. False where it is started no more."""
-        if self._stopping.is_set() or (pause_s := self._upkeep.pause_s(name, how)) is None:
-            return False
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), pause_s)
-        return self._kept_up.is_set() and not self._stopping.is_set()
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes.values():

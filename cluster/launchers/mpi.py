@@ -121,11 +121,7 @@ class MpiLauncher(RestartingLauncher):
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def _restart(self, name: str, how: str) -> None:
-        pause_s = self._upkeep.pause_s(name, how)
-        if pause_s is None:
-            return
-        await asyncio.sleep(pause_s)
-        if self._upkeep.is_on and name not in self._lost:
+        if await self._upkeep.may_restart(name, how) and name not in self._lost:
             self._start(name)
 
 

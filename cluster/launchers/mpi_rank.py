@@ -61,8 +61,8 @@ def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
     """This rank's part of `mpirun -n WORKERS llamaclust up ...`; returns its exit code. `arguments`: those of `up`."""
     ranks = _Ranks()
     rank = _Rank(ranks, config)
-    signal.signal(signal.SIGTERM, rank.hear_signal)
-    signal.signal(signal.SIGINT, rank.hear_signal)
+    signal.signal(signal.SIGTERM, rank.on_signal)
+    signal.signal(signal.SIGINT, rank.on_signal)
     try:
         return _Coordinator(rank, config, arguments).run() if ranks.own == 0 else rank.run()
     finally:
@@ -120,14 +120,14 @@ class _Rank:
 
     def __init__(self, ranks: _Ranks, config: ClusterConfig) -> None:
         self.ranks = ranks
-        self.told = False  # by a signal, to end
+        self.is_signalled = False  # to end
         self.ends: queue.SimpleQueue[WorkerEnded] = queue.SimpleQueue()
         self._folder = ClusterDir(config.state_dir / config.name)
         self._child: Child | None = None
         self._leave_s: float | None = None
 
-    def hear_signal(self, number: int, frame: object) -> None:
-        self.told = True
+    def on_signal(self, number: int, frame: object) -> None:
+        self.is_signalled = True
 
     def run(self) -> int:
         """Of a rank that is not the coordinator's: until it is told to leave."""
@@ -150,7 +150,7 @@ class _Rank:
 
     def _is_time(self) -> bool:
         """Whether it was told to end long ago: until then the coordinator has the last message, too."""
-        if self.told and self._leave_s is None:
+        if self.is_signalled and self._leave_s is None:
             self._leave_s = time.monotonic() + _DRAIN_S
         return self._leave_s is not None and time.monotonic() > self._leave_s
 
@@ -161,9 +161,8 @@ class _Rank:
             self._child.signal(signal.Signals(message.number))
 
     def update(self) -> Iterator[WorkerEnded]:
-        with suppress(queue.Empty):
-            while True:
-                yield self.ends.get_nowait()
+        while not self.ends.empty():
+            yield self.ends.get()
 
     def kill(self) -> None:
         if self._child is not None:
@@ -235,10 +234,10 @@ class _Coordinator:
             with theirs:
                 process = _spawn(self._arguments, theirs)
             ours.setblocking(False)
-            told = False
+            is_passed_on = False
             while (code := process.poll()) is None:
-                if self._rank.told and not told:
-                    told = True
+                if self._rank.is_signalled and not is_passed_on:
+                    is_passed_on = True
                     process.terminate()
                 self._carry(ours)
                 time.sleep(_REST_S)

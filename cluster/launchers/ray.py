@@ -45,7 +45,7 @@ class RayLauncher(RestartingLauncher):
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         where = await self.open(join)
         library = await self._call(lambda: self._cluster.open(workers))
-        _hear_signals_again()
+        _restore_signal_handlers()
         authority = self.authority
         assert authority is not None
         self._workers = placed = RayWorkers(library, authority.cluster)
@@ -66,6 +66,7 @@ class RayLauncher(RestartingLauncher):
         """Those that have heard the registry's goodbye have a moment; then all is removed, and a Ray cluster that was
         started here is ended."""
         self._stopping = True
+        self._upkeep.end()
         if self._watches:
             await asyncio.wait(self._watches, timeout=_GRACE_S)
         for task in self._watches:
@@ -128,23 +129,15 @@ class RayLauncher(RestartingLauncher):
             del self._incarnations[name]
             if not self._stopping:
                 exited(name, how)
-            if not await self._may_restart(name, how):
+            if not await self._upkeep.may_restart(name, how):
+                if self._upkeep.is_on:  # given up: Ray is not to start it again either
+                    await self._call(lambda: self._placed.forget(name))
                 return
             await self._call(lambda: self._placed.restart(name))
             await _replaced(actor)
 
-    async def _may_restart(self, name: str, how: str) -> bool:
-        """Waits as long as is due. False where it is started no more; then Ray does not do so either."""
-        pause_s = self._upkeep.pause_s(name, how)
-        if pause_s is None:
-            if self._upkeep.is_on:
-                await self._call(lambda: self._placed.forget(name))
-            return False
-        await asyncio.sleep(pause_s)
-        return self._upkeep.is_on
 
-
-def _hear_signals_again() -> None:
+def _restore_signal_handlers() -> None:
     """Ray has put handlers in front of ours that print where each thread is."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from llamaclust.cluster.launchers.base import GaveUp
@@ -19,17 +19,14 @@ class Restarts:
     within_s: float = 60.0
     first_s: float = 0.1
 
-    def pause_s(self, before: int) -> float:
-        """After `before` earlier restarts."""
-        return Backoff(self.first_s, self.within_s).pause_s(before - 1) if before else 0.0
-
 
 class Upkeep:
-    """Workers of one launcher: see `Launcher.keeping_up`. It decides; the launcher starts them."""
+    """Workers of one launcher: see `Launcher.keeping_up`. It decides when; the launcher starts them."""
 
-    def __init__(self, limits: Restarts | None = None) -> None:
-        self.limits = limits or Restarts()
+    def __init__(self) -> None:
+        self.limits = Restarts()
         self._gave_up: GaveUp | None = None
+        self._begun, self._ended = asyncio.Event(), asyncio.Event()
         self._starts_s: dict[str, list[float]] = {}  # restarts of each worker
 
     @property
@@ -40,6 +37,7 @@ class Upkeep:
     def on(self, gave_up: GaveUp) -> Iterator[None]:
         """Meanwhile, workers are restarted; one that ends too often is given up."""
         self._gave_up = gave_up
+        self._begun.set()
         try:
             yield
         finally:
@@ -48,21 +46,24 @@ class Upkeep:
     def end(self) -> None:
         """No more restarts."""
         self._gave_up = None
+        self._begun.set()
+        self._ended.set()
 
     def give_up(self, name: str, why: str) -> None:
         if self._gave_up is not None:
             self._gave_up(name, why)
 
-    def pause_s(self, name: str, how: str) -> float | None:
-        """Until a worker is to be started again that has ended, and `how`. None: it is not, for that is over, or it
-        ended too often, which is told."""
-        if self._gave_up is None:
-            return None
+    async def may_restart(self, name: str, how: str) -> bool:
+        """Of a worker that has ended, and `how`: waits until restarts are on, and for as long as is due. False where it
+        is not started again, since they are over, or since it ended too often, which is reported."""
+        await self._begun.wait()
         now_s, limits = asyncio.get_running_loop().time(), self.limits
         starts_s = [start_s for start_s in self._starts_s.get(name, ()) if start_s > now_s - limits.within_s]
         if len(starts_s) >= limits.most:
-            often = f"it was restarted {limits.most} times within {limits.within_s:g} s"
-            self._gave_up(name, f"{how}; {often}")
-            return None
+            self.give_up(name, f"{how}; it was restarted {limits.most} times within {limits.within_s:g} s")
+            return False
         self._starts_s[name] = [*starts_s, now_s]
-        return limits.pause_s(len(starts_s))
+        backoff = Backoff(limits.first_s, limits.within_s)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), backoff.pause_s(len(starts_s) - 1) if starts_s else 0.0)
+        return self.is_on

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
@@ -79,23 +80,18 @@ class Client(TextClient):
 
     def _stream(self, path: str, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
         events, reader = EventReader(), ChunkReader()
-        try:
-            with self._http.stream("POST", path, content=encode(body | _STREAMED)) as reply:
-                if reply.status_code != httpx.codes.OK:
-                    raise reply_error(reply.status_code, reply.headers.get("retry-after"), reply.read())
-                for data in reply.iter_bytes():
-                    yield from map(reader.read, events.feed(data))
-        except httpx.HTTPError as error:
-            raise _unreachable(self._http.base_url, error) from error
+        request = self._http.stream("POST", path, content=encode(body | _STREAMED))
+        with _reaching(self._http.base_url), request as reply:
+            if reply.status_code != httpx.codes.OK:
+                raise reply_error(reply.status_code, reply.headers.get("retry-after"), reply.read())
+            for data in reply.iter_bytes():
+                yield from map(reader.read, events.feed(data))
         if not events.is_done:
             raise ProtocolError(_CUT_SHORT)
 
     def _post(self, path: str, body: dict[str, Any]) -> bytes:
-        try:
-            reply = self._http.post(path, content=encode(body))
-        except httpx.HTTPError as error:
-            raise _unreachable(self._http.base_url, error) from error
-        return _checked(reply)
+        with _reaching(self._http.base_url):
+            return _checked(self._http.post(path, content=encode(body)))
 
 
 class AsyncClient:
@@ -156,24 +152,20 @@ class AsyncClient:
 
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[TextChunk, None]:
         events, reader = EventReader(), ChunkReader()
-        try:
-            async with self._http.stream("POST", path, content=encode(body | _STREAMED)) as reply:
+        request = self._http.stream("POST", path, content=encode(body | _STREAMED))
+        with _reaching(self._http.base_url):
+            async with request as reply:
                 if reply.status_code != httpx.codes.OK:
                     raise reply_error(reply.status_code, reply.headers.get("retry-after"), await reply.aread())
                 async for data in reply.aiter_bytes():
                     for event in events.feed(data):
                         yield reader.read(event)
-        except httpx.HTTPError as error:
-            raise _unreachable(self._http.base_url, error) from error
         if not events.is_done:
             raise ProtocolError(_CUT_SHORT)
 
     async def _post(self, path: str, body: dict[str, Any]) -> bytes:
-        try:
-            reply = await self._http.post(path, content=encode(body))
-        except httpx.HTTPError as error:
-            raise _unreachable(self._http.base_url, error) from error
-        return _checked(reply)
+        with _reaching(self._http.base_url):
+            return _checked(await self._http.post(path, content=encode(body)))
 
 
 async def _collect(chunks: AsyncGenerator[TextChunk, None]) -> Answer:
@@ -207,8 +199,13 @@ def _checked(reply: httpx.Response) -> bytes:
     return reply.content
 
 
-def _unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
-    reason = str(error) or type(error).__name__
-    return LlamaclustError(
-        f"{str(url).rstrip('/')} does not answer ({reason}); is the cluster up? see `llamaclust status`"
-    )
+@contextmanager
+def _reaching(url: httpx.URL) -> Iterator[None]:
+    """LlamaclustError where the server does not answer."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        reason = str(error) or type(error).__name__
+        raise LlamaclustError(
+            f"{str(url).rstrip('/')} does not answer ({reason}); is the cluster up? see `llamaclust status`"
+        ) from error

@@ -17,8 +17,7 @@ from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.profiling import measure_workers
 from llamaclust.cluster.control.supervisor import Fleet, Supervisor
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.launchers.base import Launcher
-from llamaclust.cluster.launchers.launch import launching
+from llamaclust.cluster.launchers.base import Launcher, launching
 from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.registry import JoinSettings, Registry
 from llamaclust.cluster.planner.links import UNKNOWN

@@ -17,10 +17,9 @@ import uvicorn
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.server import allow_many_files, server_config
+from llamaclust.cluster.api.server import StartingReplies, allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
 from llamaclust.cluster.api.sse import first_of
-from llamaclust.cluster.api.starting import StartingReplies
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster

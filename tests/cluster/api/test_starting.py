@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from llamaclust.cluster.api.starting import StartingReplies
+from llamaclust.cluster.api.server import StartingReplies
 
 
 @asynccontextmanager

@@ -46,16 +46,13 @@ class EventResponse(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for data in self._guarded():
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _guarded(self) -> AsyncGenerator[bytes, None]:
+        last = b""
         try:
             async for data in self._events:
-                yield data
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         except LlamaclustError as error:
-            yield event(error_body(error))
+            last = event(error_body(error))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 async def begin_events(

@@ -119,7 +119,7 @@ class ServiceClient(TextClient):
         return self._thread.call(self._service.tokenize(text, add_special))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return self._service.detokenize(ids)
+        return self._service.tokenizer.decode(ids)
 
     def close(self) -> None:
         self._closed()

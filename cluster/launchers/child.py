@@ -36,11 +36,6 @@ class Child:
         if self._error is not None:
             raise self._error
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._process.send_signal(number)

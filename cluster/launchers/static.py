@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import WorkerConfig
@@ -73,10 +73,9 @@ class StaticLauncher(Launcher):
         """Workers have heard the registry's goodbye; they are not ours to kill."""
         await self._ends.aclose()
 
-    @contextlib.contextmanager
-    def keeping_up(self, gave_up: GaveUp) -> Iterator[None]:
+    def keeping_up(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
         """They are restarted by what started them."""
-        yield
+        return contextlib.nullcontext()
 
     async def end(self, name: str) -> None:
         """What is lost ends its stages itself, when it hears that it is no member any more."""

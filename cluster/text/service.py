@@ -88,10 +88,6 @@ class TextService:
         self._check_characters(sum(len(part) for part in parts if isinstance(part, str)), most_tokens, param)
         return await asyncio.to_thread(self._encode_all, parts, add_special)
 
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of some tokens. RequestError for an id outside the vocabulary."""
-        return self.tokenizer.decode(ids)
-
     async def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
     ) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ class LlamaCppEndpoints:
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, DetokenizeBody, {}, self._settings)
-        detokenizing = asyncio.to_thread(self._service.detokenize, body.tokens)
+        detokenizing = asyncio.to_thread(self._service.tokenizer.decode, body.tokens)
         return JsonResponse({"content": await unless_disconnected(request, detokenizing)})
 
     async def apply_template(self, request: Request) -> Response:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.openai.schema import StreamOptions
-from llamaclust.cluster.api.openai.shapes import FINGERPRINT, usage
+from llamaclust.cluster.api.openai.shapes import FINGERPRINT
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import DONE, WAITING, begin_events, event, unless_disconnected
 from llamaclust.cluster.scheduler.requests import Timings
@@ -100,7 +100,14 @@ class OpenAiRun:
         }
 
     def _usage(self, tokens: int, timings: Sequence[Timings]) -> dict[str, Any]:
-        return usage([len(stream.generation.prompt) for stream in self.streams], tokens, timings)
+        """Token counts: of the prompts, of all answers, and the cached ones of each prompt's first choice."""
+        prompts = sum(len(stream.generation.prompt) for stream in self.streams)
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": tokens,
+            "total_tokens": prompts + tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(timing.cached_tokens for timing in timings)},
+        }
 
     async def _events(self, options: StreamOptions) -> AsyncGenerator[bytes, None]:
         tokens, timings = 0, []

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from llamaclust.cluster.api.schema import Prompt
-from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.cluster.text.answer import TextChunk, json_logprob
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.limits import NUMERICS_VERSION
@@ -19,32 +18,17 @@ FINGERPRINT = f"llamaclust-{VERSION}-numerics-{NUMERICS_VERSION}"
 """`system_fingerprint`: equal ones compute alike."""
 
 
-def token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """A token as /v1/chat/completions and llama.cpp show it; `id` is llama.cpp's."""
-    data = tokenizer.token_bytes(token)
-    return {
-        "id": token,
-        "token": data.decode("utf-8", "replace"),
-        "logprob": json_logprob(logprob),
-        "bytes": list(data),
-    }
-
-
 def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
     """A chosen token with the likeliest ones in its place."""
-    top = [token_entry(tokenizer, token, logprob) for token, logprob in row.top_logprobs]
-    return {**token_entry(tokenizer, row.token, row.logprob), "top_logprobs": top}
+    top = [_token_entry(tokenizer, token, logprob) for token, logprob in row.top_logprobs]
+    return {**_token_entry(tokenizer, row.token, row.logprob), "top_logprobs": top}
 
 
-def usage(prompts: Iterable[int], completion_tokens: int, timings: Sequence[Timings]) -> dict[str, Any]:
-    """Token counts: prompts' lengths, tokens chosen in all, and the timings of each prompt's first choice."""
-    prompt_tokens = sum(prompts)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(timing.cached_tokens for timing in timings)},
-    }
+def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """As /v1/chat/completions and llama.cpp show it; `id` is llama.cpp's."""
+    data = tokenizer.token_bytes(token)
+    text = data.decode("utf-8", "replace")
+    return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}
 
 
 def ending(part: TextChunk) -> dict[str, Any]:

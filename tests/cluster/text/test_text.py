@@ -302,11 +302,11 @@ async def test_a_chat_cannot_forge_control_words() -> None:
 async def test_tokens_and_back() -> None:
     service = make_service(ScriptedEngine(says("a")))
     for text in ("Hello world", "x" * 5000, "", "🦙<|im_end|>"):
-        assert service.detokenize(await service.tokenize(text)) == text
+        assert service.tokenizer.decode(await service.tokenize(text)) == text
     assert END in await service.tokenize("<|im_end|>")
     assert END not in await service.tokenize("<|im_end|>", parse_special=False)
     with pytest.raises(RequestError, match="320"):
-        service.detokenize([320])
+        service.tokenizer.decode([320])
 
 
 async def test_tokenizing_a_long_text_does_not_block_the_loop() -> None:

@@ -67,6 +67,10 @@ def test_off_a_terminal_every_event_is_a_line(capsys: pytest.CaptureFixture[str]
     ]
 
 
+def test_weights_that_were_kept_are_not_loading(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, WorkerLoading("a", 0, 2, 2 * MIB, 2 * MIB)) == ["worker a, layers 0-1: 2.0 MiB are there"]
+
+
 def test_on_a_terminal_the_measurement_is_shown_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "context too long": ({"context_length": 4096}, "the model was made for 2048 tokens"),
     "open to everybody": ({"listen": "0.0.0.0:0"}, "set api_keys_file as well"),
     "keys that others may read": ({"api_keys_file": "keys"}, "chmod 600"),
+    "keys that are not there": ({"api_keys_file": "no-keys"}, "no-keys: cannot read the API keys"),
+    "a chat template that is not there": ({"chat_template": "no-template"}, "no-template"),
     "a state directory that is none": ({"state_dir": "/dev/null/x"}, "/dev/null/x/tiny: cannot be made"),
 }
 
@@ -45,7 +47,7 @@ def test_a_wrong_cluster_file_is_refused_before_a_worker_starts(line: CommandLin
     assert not line.cluster_dir("tiny").joinpath("logs", "a.log").exists()
 
 
-@pytest.mark.parametrize("name", ["unknown key", "layers overlap", "a hole"])
+@pytest.mark.parametrize("name", [name for name in WRONG if name != "a state directory that is none"])
 def test_plan_refuses_the_same(line: CommandLine, name: str) -> None:
     keys, says = WRONG[name]
     done = line.run("plan", line.cluster_file("good.gguf", **keys))

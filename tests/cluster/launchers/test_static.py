@@ -66,6 +66,7 @@ def test_three_workers_joined_before_and_after_give_the_single_workers_bits(
         assert [worker["layers"] for worker in status["workers"]] == [[0, 2], [2, 4], [4, 6]]
         assert {worker["address"].rpartition(":")[0] for worker in status["workers"]} == {"127.0.0.1"}
         assert not status["insecure"]
+        assert coordinator.err.read_text().count("all are there") == 1
         log = logs_of(line, "b")
         assert "waiting for the coordinator" in log and "layers [2, 4) are loaded" in log
         assert log in early.err.read_text()
@@ -97,7 +98,13 @@ def test_workers_keep_their_weights_and_join_a_coordinator_that_comes_back(
     line: CommandLine, model: Path, undisturbed: Answers
 ) -> None:
     port = free_port()
-    keys = {"join": {"listen": f"127.0.0.1:{port}", "members": "127.0.0.1:0"}, "kv_memory": "8MiB"}
+    layers = {"a": [0, 2], "b": [2, 4], "c": [4, 6]}  # a busy machine's links would suggest others the second time
+    keys = {
+        "join": {"listen": f"127.0.0.1:{port}", "members": "127.0.0.1:0"},
+        "kv_memory": "8MiB",
+        "plan": [{"worker": name, "layers": layers[name]} for name in layers],
+        "timeouts": {"worker": "60s"},
+    }
     coordinator = start_coordinator(line, model, **keys)
     join_port(coordinator)
     workers = [start_worker(line, port, name) for name in ("a", "b", "c")]
@@ -113,6 +120,7 @@ def test_workers_keep_their_weights_and_join_a_coordinator_that_comes_back(
     for worker in workers:
         assert worker.wait().code == 0
         assert worker.err.read_text().count("its weights were kept") == 1
+    assert ": loading" not in again.err.read_text() and again.err.read_text().count("MiB are there") == 3
 
 
 def test_a_killed_worker_is_done_without_and_may_come_back(
@@ -124,6 +132,8 @@ def test_a_killed_worker_is_done_without_and_may_come_back(
     with ready(coordinator, line) as cluster:
         workers[2].kill()
         eventually(lambda: cluster.status["workers"][2]["state"] == "lost", 30.0, "the loss of worker c")
+        lost = cluster.status["workers"][2]
+        assert (lost["layers"], lost["device_layers"], lost["memory_bytes"]) == (None, [], 0)
         coordinator.says("worker c (layers [")
         coordinator.says(f"; look at {workers[2].err} on ")
         assert answers(cluster) == undisturbed

@@ -9,13 +9,8 @@ from llamaclust.cluster.api.schema import Neutral
 
 def only(*values: Any) -> Neutral:
     """Neutral at these values, or where nothing is in it."""
-
-    def check(value: Any) -> bool:
-        if isinstance(value, list | dict | str) and not value:
-            return True
-        return any(type(value) is type(known) and value == known for known in values)
-
-    return check
+    known = [(type(value), value) for value in values]
+    return lambda value: value in ([], {}, "") or (type(value), value) in known
 
 
 def anything(value: Any) -> bool:
@@ -25,11 +20,7 @@ def anything(value: Any) -> bool:
 
 def number(neutral: float) -> Neutral:
     """Neutral at one number, written as 1 or 1.0."""
-
-    def check(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == neutral
-
-    return check
+    return lambda value: type(value) in (int, float) and value == neutral
 
 
 def _names(names: str, neutral: Neutral) -> dict[str, Neutral]:

@@ -62,12 +62,10 @@ class Client(TextClient):
         return LocalClient(path, threads, feature_level, settings)
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        ids: list[int] = field_of(self._post("tokenize", _tokenize_body(text, add_special)), "tokens")
-        return ids
+        return field_of(self._post("tokenize", _tokenize_body(text, add_special)), "tokens", list)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        text: str = field_of(self._post("detokenize", {"tokens": list(ids)}), "content")
-        return text
+        return field_of(self._post("detokenize", {"tokens": list(ids)}), "content", str)
 
     def close(self) -> None:
         self._http.close()
@@ -133,13 +131,11 @@ class AsyncClient:
 
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         """As `Client.tokenize`."""
-        ids: list[int] = field_of(await self._post("tokenize", _tokenize_body(text, add_special)), "tokens")
-        return ids
+        return field_of(await self._post("tokenize", _tokenize_body(text, add_special)), "tokens", list)
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         """As `Client.detokenize`."""
-        text: str = field_of(await self._post("detokenize", {"tokens": list(ids)}), "content")
-        return text
+        return field_of(await self._post("detokenize", {"tokens": list(ids)}), "content", str)
 
     async def aclose(self) -> None:
         await self._http.aclose()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from llamaclust.cluster.client.types import CompletionOptions, Message, Options
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
@@ -23,6 +23,7 @@ from llamaclust.core.errors import (
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import RowResult
 
+_Value = TypeVar("_Value")
 _SHOWN_BYTES = 300
 _SERVER_ERRORS = 500
 _KINDS: dict[Any, type[LlamaclustError]] = {
@@ -170,12 +171,12 @@ def reported_error(report: Any, status: int | None = None, retry_after: str | No
     return error
 
 
-def field_of(body: bytes, name: str) -> Any:
-    """One field of a reply's JSON object. ProtocolError where it is not there."""
-    answer = _object(body)
-    if name not in answer:
+def field_of(body: bytes, name: str, kind: type[_Value]) -> _Value:
+    """One field of a reply's JSON object. ProtocolError where it is not there or of another type."""
+    value = _object(body).get(name)
+    if not isinstance(value, kind):
         raise ProtocolError(f"the server does not answer as llamaclust does: {_shown(body)}")
-    return answer[name]
+    return value
 
 
 def _object(payload: bytes) -> dict[str, Any]:

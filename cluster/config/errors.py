@@ -52,14 +52,12 @@ def _deeper(key: str, schema: Schema) -> str:
     """Where a key belongs that only one section has; "" for others."""
     within = []
     for name, section in schema["properties"].items():
-        for one in _alternatives(section, schema):
-            items = [] if "items" not in one else list(_alternatives(one["items"], schema))
-            within += [name for part in (one, *items) if key in part.get("properties", ())]
+        for option in _alternatives(section, schema):
+            items = [] if "items" not in option else list(_alternatives(option["items"], schema))
+            within += [name for part in (option, *items) if key in part.get("properties", ())]
     match within:
         case ["workers"]:
-            return (
-                f"; it is a worker's: workers.0.{key}, or by the worker's name, with --set; in files under `workers:`"
-            )
+            return f"; it is a worker's: workers.0.{key}, or by its name, with --set; in files under `workers:`"
         case [name]:
             return f"; it is one of `{name}`: {name}.{key} with --set"
     return ""
@@ -84,7 +82,7 @@ def _schema_at(root: Schema, place: Place) -> Schema:
     schema = root
     for part in place:
         key = "items" if isinstance(part, int) else "properties"
-        within = next(one[key] for one in _alternatives(schema, root) if key in one)
+        within = next(option[key] for option in _alternatives(schema, root) if key in option)
         schema = within if isinstance(part, int) else within[part]
     return schema
 
@@ -93,15 +91,15 @@ def _alternatives(schema: Schema, root: Schema) -> Iterator[Schema]:
     if "$ref" in schema:
         yield from _alternatives(root["$defs"][schema["$ref"].rsplit("/", 1)[-1]], root)
     elif "anyOf" in schema:
-        for one in schema["anyOf"]:
-            yield from _alternatives(one, root)
+        for option in schema["anyOf"]:
+            yield from _alternatives(option, root)
     else:
         yield schema
 
 
 def _allowed(schema: Schema, root: Schema) -> str:
     """In plain words."""
-    ways = [_way(one) for one in _alternatives(schema, root) if one.get("type") != "null"]
+    ways = [_way(option) for option in _alternatives(schema, root) if option.get("type") != "null"]
     return " or ".join(ways)
 
 

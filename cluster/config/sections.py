@@ -53,13 +53,11 @@ class WorkerConfig(Section):
     def _check_speeds(self) -> Self:
         if (self.memory_bandwidth_gb_s is None) != (self.int8_gmac_s is None):
             given = "memory_bandwidth_gb_s" if self.int8_gmac_s is None else "int8_gmac_s"
-            raise PlaceError(
-                (given,), "memory_bandwidth_gb_s and int8_gmac_s go together: give both, or none to have them measured"
-            )
+            why = "memory_bandwidth_gb_s and int8_gmac_s go together: give both, or none to have them measured"
+            raise PlaceError((given,), why)
         if self.memory_bandwidth_gb_s is not None and self.device != "cpu":
-            raise PlaceError(
-                ("memory_bandwidth_gb_s",), "is of a processor: a worker with GPUs measures itself; leave it out"
-            )
+            why = "is of a processor: a worker with GPUs measures itself; leave it out"
+            raise PlaceError(("memory_bandwidth_gb_s",), why)
         return self
 
 

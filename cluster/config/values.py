@@ -139,14 +139,14 @@ def parse_device(value: object) -> str:
     if value == "cpu":
         return "cpu"
     given = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",") if isinstance(value, str) else value
-    if not isinstance(given, Sequence) or not given or not all(isinstance(one, str) for one in given):
+    if not isinstance(given, Sequence) or not given or not all(isinstance(name, str) for name in given):
         raise ValueError(f"{shown(value)} is not possible; {_DEVICES}")
     gpus = []
-    for one in given:
-        found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", one.strip())
+    for name in map(str.strip, given):
+        found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
         if found is None:
-            what = "stands for itself, and computes beside GPUs in any case" if one.strip() == "cpu" else "is no device"
-            raise ValueError(f"{shown(one.strip())} {what}; {_DEVICES}")
+            what = "stands for itself, and computes beside GPUs in any case" if name == "cpu" else "is no device"
+            raise ValueError(f"{shown(name)} {what}; {_DEVICES}")
         gpus.append(f"cuda:{int(found[1] or 0)}")
     if len(set(gpus)) < len(gpus) or len(gpus) > _MOST_GPUS:
         raise ValueError(f"{shown(value)}: name each GPU once, {_MOST_GPUS} of them at most")

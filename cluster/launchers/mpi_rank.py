@@ -4,6 +4,7 @@ join token, nothing else; a rank that has nothing to do sleeps."""
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import queue
 import signal
@@ -116,7 +117,7 @@ class _Ranks:
 
 
 class _Rank:
-    """What every rank does: it obeys orders about its one worker and tells of its end."""
+    """What every rank does: it obeys orders about its one worker and reports its end."""
 
     def __init__(self, ranks: _Ranks, config: ClusterConfig) -> None:
         self.ranks = ranks
@@ -124,15 +125,18 @@ class _Rank:
         self.ends: queue.SimpleQueue[WorkerEnded] = queue.SimpleQueue()
         self._folder = ClusterDir(config.state_dir / config.name)
         self._child: Child | None = None
-        self._leave_s: float | None = None
+        self._leave_s = math.inf  # by the monotonic clock
 
     def on_signal(self, number: int, frame: object) -> None:
-        self.is_signalled = True
+        """Leaves after a while: until then the coordinator has the last message, too."""
+        if not self.is_signalled:
+            self.is_signalled = True
+            self._leave_s = time.monotonic() + _DRAIN_S
 
     def run(self) -> int:
-        """Of a rank that is not the coordinator's: until it is told to leave."""
+        """Of a rank that is not the coordinator's: until it has to leave."""
         self.ranks.send(Machine(self.ranks.own, _BOOT_ID.read_text()), 0)
-        while not self._is_time():
+        while time.monotonic() < self._leave_s:
             try:
                 for message in self.ranks.received(0):
                     if isinstance(message, Leave):
@@ -147,12 +151,6 @@ class _Rank:
             time.sleep(_REST_S)
         self.kill()
         return 1
-
-    def _is_time(self) -> bool:
-        """Whether it was told to end long ago: until then the coordinator has the last message, too."""
-        if self.is_signalled and self._leave_s is None:
-            self._leave_s = time.monotonic() + _DRAIN_S
-        return self._leave_s is not None and time.monotonic() > self._leave_s
 
     def obey(self, message: Message) -> None:
         if isinstance(message, StartWorker):

@@ -39,9 +39,9 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         "model": record.model,
         "insecure": cluster.config.insecure,
         "workers": [
-            _worker(workers[one.name], reports.get(one.name), predicted.get(one.name))
-            | {"drained": one.name in supervisor.pool.drained}
-            for one in cluster.config.workers
+            _worker(workers[worker.name], reports.get(worker.name), predicted.get(worker.name))
+            | {"drained": worker.name in supervisor.pool.drained}
+            for worker in cluster.config.workers
         ],
         "requests": {"running": counts.running, "waiting": counts.waiting},
         "epoch": supervisor.epoch.number,
@@ -54,7 +54,7 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
 def _predicted_stages(plan: Plan) -> dict[str, StagePrediction]:
     if plan.prediction is None:
         return {}
-    return {stage.worker: one for stage, one in zip(plan.stages, plan.prediction.stages, strict=True)}
+    return {stage.worker: prediction for stage, prediction in zip(plan.stages, plan.prediction.stages, strict=True)}
 
 
 def _speed(plan: Plan, measured: MeasuredSpeed) -> dict[str, Any]:

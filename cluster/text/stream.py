@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol, Self
 
@@ -100,11 +101,9 @@ class CompletionStream:
 
     async def wait_first(self, timeout_s: float) -> None:
         """Waits until there is a chunk, that long at most. Raises where the request has failed by then."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 self._head = await anext(self)
-        except TimeoutError:
-            return
 
     async def aclose(self) -> None:
         """Aborts choices that have not ended. Nothing of the request is left in the engine afterwards."""

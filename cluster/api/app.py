@@ -19,7 +19,7 @@ from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.models import ModelsEndpoint
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.api.operations import Operations, WorkerPool, Workers
+from llamaclust.cluster.api.operations import DrainControl, Operations, Workers
 from llamaclust.cluster.api.security import Security
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
@@ -35,7 +35,7 @@ def create_app(
     engine: Engine,
     cluster_status: Callable[[], Mapping[str, Any]],
     admission: Admission | None = None,
-    pool: WorkerPool | None = None,
+    pool: DrainControl | None = None,
 ) -> FastAPI:
     """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app; without a
     `pool` there are no workers to drain."""

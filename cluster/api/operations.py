@@ -20,7 +20,7 @@ _DRAIN_S = 600.0
 """Layers are loaded elsewhere meanwhile; a repeated request waits on."""
 
 
-class WorkerPool(Protocol):
+class DrainControl(Protocol):
     """Decides which workers hold layers, and reads their logs."""
 
     async def drain(self, name: str) -> None: ...
@@ -32,7 +32,7 @@ class Workers:
     """Takes layers away from workers, and gives them back: `POST /cluster/workers/NAME/drain` and `.../undrain`. Tells
     the last lines of their logs: `GET /cluster/workers/NAME/log`."""
 
-    def __init__(self, pool: WorkerPool) -> None:
+    def __init__(self, pool: DrainControl) -> None:
         self._pool = pool
 
     async def drain(self, request: Request) -> Response:

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.operations import WorkerPool
+from llamaclust.cluster.api.operations import DrainControl
 from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
@@ -171,7 +171,7 @@ def make_app(
     engine: Any,
     chat_template: ChatTemplate | None = None,
     admission: Admission | None = None,
-    pool: WorkerPool | None = None,
+    pool: DrainControl | None = None,
     **settings: Any,
 ) -> FastAPI:
     """An app on a scripted engine; operators see an engine that does nothing."""

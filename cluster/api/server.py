@@ -33,10 +33,16 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: clos
 
 def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
     """How an app is served. Warnings are not logged: any client can cause them without end."""
+
+    class Connection(_Connection):
+        """The server makes connections of a class; those of this one share a room."""
+
+        room = _Room(settings)
+
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     return uvicorn.Config(
         app,
-        http=_protocol(settings),
+        http=Connection,
         ws="none",
         backlog=_BACKLOG,
         lifespan="off",
@@ -119,15 +125,6 @@ class _Connection(H11Protocol):
     @property
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
-
-
-def _protocol(settings: ApiSettings) -> type[asyncio.Protocol]:
-    """The server makes connections of a class; this one's share a room."""
-
-    class Connection(_Connection):
-        room = _Room(settings)
-
-    return Connection
 
 
 def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:

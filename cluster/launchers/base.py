@@ -17,8 +17,6 @@ from llamaclust.worker.settings import WorkerSettings
 
 Exited = Callable[[str, str], None]
 """Called with a worker's name and how its process ended, such as "killed by signal 9 (SIGKILL)"."""
-
-
 GaveUp = Callable[[str, str], None]
 """Called with a worker's name and why it is not started again."""
 

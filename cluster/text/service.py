@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest
-from llamaclust.cluster.text.stream import CompletionStream, TextEngine
+from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
@@ -42,7 +43,7 @@ class TextService:
     """One served model. Use from one event loop."""
 
     def __init__(
-        self, engine: TextEngine, tokenizer: Tokenizer, chat_template: ChatTemplate, settings: TextSettings
+        self, engine: Engine, tokenizer: Tokenizer, chat_template: ChatTemplate, settings: TextSettings
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template

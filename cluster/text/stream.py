@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol, Self
+from typing import Self
 
-from llamaclust.cluster.scheduler.requests import Event, GenerationRequest, Timings
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.request_stream import RequestStream
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
@@ -18,29 +20,6 @@ _MAX_UNREAD_ROWS = 4096
 
 _QUEUE_S = 120.0
 """How long a later choice waits for a place in a full queue."""
-
-
-class EventStream(Protocol):
-    """The engine's events of one request."""
-
-    def __aiter__(self) -> AsyncIterator[Event]: ...
-
-    @property
-    def timings(self) -> Timings:
-        """As far as the request came."""
-        ...
-
-    def abort(self) -> None:
-        """Ends the generation where it has not ended, and frees what it holds."""
-        ...
-
-
-class TextEngine(Protocol):
-    """The engine as text needs it."""
-
-    def submit(self, generation: GenerationRequest) -> EventStream:
-        """Queues a generation. Raises RequestError, QueueFullError, WorkerError."""
-        ...
 
 
 class CompletionStream:
@@ -54,7 +33,7 @@ class CompletionStream:
 
     def __init__(
         self,
-        engine: TextEngine,
+        engine: Engine,
         generation: GenerationRequest,
         choices: Sequence[ChoiceText],
         on_close: Callable[[CompletionStream], None],
@@ -125,7 +104,7 @@ class CompletionStream:
         if error is not None:
             self._chunks.put_nowait(error)
 
-    async def _submit(self, index: int) -> EventStream:
+    async def _submit(self, index: int) -> RequestStream:
         await self._is_primed.wait()
         generation = replace(self.generation, request_id=f"{self.generation.request_id}-{index}", choice=index)
         clock = asyncio.get_running_loop().time
@@ -141,7 +120,7 @@ class CompletionStream:
                 self._streams.append(stream)
                 return stream
 
-    async def _follow(self, stream: EventStream, choice: ChoiceText) -> None:
+    async def _follow(self, stream: RequestStream, choice: ChoiceText) -> None:
         async for event in stream:
             self._is_primed.set()
             chunk = choice.take(event)

@@ -26,7 +26,7 @@ class Launcher(ABC):
     workers on other machines."""
 
     listen: str
-    """GRPC target of the coordinator."""
+    """Of the coordinator, as gRPC names it."""
     credentials: Credentials
     certify: Certify | None = None
     coordinator_s = 0.0

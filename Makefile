@@ -77,7 +77,7 @@ proto: ## regenerate the stubs in proto/ with pinned tools in an environment of 
 
 chart: build $(VENV)/.helm ## the Helm chart's README and schema from its values; looked through by helm
 	$(BIN)/python deploy/helm/generate.py
-	$(BIN)/helm lint --strict deploy/helm/llamaclust
+	$(BIN)/helm lint --strict deploy/helm/llamaclust --set image.repository=llamaclust
 
 image: ## a container image by docker, podman or buildah; BASE, EXTRAS and IMAGE_FLAGS are handed on
 	builder=$$(deploy/builder.sh) || exit 1; [ $$builder = docker ] || format="--format docker"; \

@@ -110,6 +110,7 @@ def test_strict_validation_notices_a_wrong_key() -> None:
         ({"coordinator": {"ports": {"api": 80}}}, "/coordinator/ports/api"),
         ({"coordinator": {"ports": {"api": 7101}}}, "7101"),
         ({"image": {"digest": "latest"}}, "/image/digest"),
+        ({"image": {"repository": ""}}, "no image is published"),
         ({"model": {"volume": {"kind": "nfs"}}}, "/model/volume/kind"),
         ({"model": {"volume": {"kind": "existingClaim"}}}, "which claim"),
         ({"model": {"volume": {"kind": "hostPath"}}}, "which folder"),
@@ -159,6 +160,15 @@ def test_every_value_is_in_the_schema_and_used() -> None:
             part = part["properties"][word]
         assert re.search(rf"\.{name.split('.')[-1]}\b", templates), f"{name} changes nothing"
     assert len(listed) > 70
+
+
+def test_every_form_of_source_is_named() -> None:
+    generated = runpy.run_path(str(ROOT / "deploy/helm/generate.py"), run_name="generate")
+    (meaning,) = (
+        each.meaning for each in generated["values"]((CHART / "values.yaml").read_text()) if each.name == "model.source"
+    )
+    for form in ("catalog name", "hf:OWNER/NAME/FILE[@REVISION]", "https", "pypi:PACKAGE==VERSION/FILE"):
+        assert form in meaning
 
 
 # -- objects that fit each other ---------------------------------------------------------------------------------------
@@ -252,6 +262,30 @@ def test_no_pod_may_do_more_than_it_must(values: Mapping[str, Any]) -> None:
             assert container["resources"]["requests"]["cpu"] and container["resources"]["limits"]["memory"]
 
 
+def test_the_defaults_are_for_a_small_cluster() -> None:
+    """That of docs/kubernetes.md: it starts on a laptop's cluster."""
+    cpu_m = memory = storage = 0
+    for each in rendered("defaults"):
+        spec, copies = each.get("spec", {}), 1
+        if each["kind"] in ("Deployment", "StatefulSet"):
+            copies = spec["replicas"]
+            (container,) = spec["template"]["spec"]["containers"]
+            requests = container["resources"]["requests"]
+            cpu_m += copies * millicores(requests["cpu"])
+            memory += copies * mebibytes(requests["memory"])
+        claims = [each] if each["kind"] == "PersistentVolumeClaim" else spec.get("volumeClaimTemplates", ())
+        storage += sum(copies * mebibytes(claim["spec"]["resources"]["requests"]["storage"]) for claim in claims)
+    assert (cpu_m, memory, storage) == (2500, 2560, 6144)
+
+
+def millicores(quantity: str) -> int:
+    return int(quantity.removesuffix("m")) if quantity.endswith("m") else 1000 * int(quantity)
+
+
+def mebibytes(quantity: str) -> int:
+    return int(quantity[:-2]) * {"Mi": 1, "Gi": 1024}[quantity[-2:]]
+
+
 def test_secrets_reach_only_files() -> None:
     """No environment and no command line holds one, and only init containers see the Secret's own volume."""
     for pod in (*pod_templates(rendered("defaults")), *pod_templates(rendered("ray"))):
@@ -281,7 +315,7 @@ def test_workers_can_join_before_the_coordinator_is_ready() -> None:
 def test_gpus_are_limits_of_the_workers_alone() -> None:
     manifests = rendered("gpus")
     worker = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
-    assert worker["containers"][0]["resources"]["limits"] == {"memory": "4Gi", "nvidia.com/gpu": "2"}
+    assert worker["containers"][0]["resources"]["limits"] == {"memory": "1Gi", "nvidia.com/gpu": "2"}
     assert {"--device=cuda:0,cuda:1", "--gpu-layers=20", "--gpu-memory=9GiB"} <= set(worker["containers"][0]["args"])
     assert "nvidia.com/gpu" not in json.dumps(one(manifests, "Deployment"))
 
@@ -302,7 +336,7 @@ def test_groups_of_workers_are_of_one_cluster() -> None:
     assert "--device=cuda:0" in gpu_pod["containers"][0]["args"] and gpu_pod["runtimeClassName"] == "nvidia"
     assert not [one for one in pod["containers"][0]["args"] if "gpu" in one or "cuda" in one]
     assert gpu_pod["containers"][0]["resources"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": "1"}
-    assert pod["containers"][0]["resources"]["limits"] == {"memory": "4Gi"} and "nodeSelector" not in pod
+    assert pod["containers"][0]["resources"]["limits"] == {"memory": "1Gi"} and "nodeSelector" not in pod
     labels, gpu_labels = plain["template"]["metadata"]["labels"], gpus["template"]["metadata"]["labels"]
     assert plain["selector"]["matchLabels"].items() <= labels.items() and "llamaclust/group" not in labels
     assert gpus["selector"]["matchLabels"]["llamaclust/group"] == gpu_labels["llamaclust/group"] == "gpu"

@@ -21,6 +21,7 @@ from support.paths import ROOT
 CHART = ROOT / "deploy/helm/llamaclust"
 RELEASE = "lab"
 NAMESPACE = "models"
+IMAGE = {"image": {"repository": "registry.example/llamaclust"}}
 Manifest = dict[str, Any]
 
 
@@ -47,14 +48,18 @@ def _home() -> dict[str, str]:
     return dict.fromkeys(names, folder) | {"KUBECONFIG": f"{folder}/none", "PATH": os.environ["PATH"]}
 
 
+def with_image(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With the only value that has no default."""
+    return {**values, "image": {**IMAGE["image"], **values.get("image", {})}}
+
+
 def helm(
     *arguments: str, values: Mapping[str, Any] | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """One helm command; `values` come as a file on its standard input."""
-    with_values = [*arguments, *(["-f", "-"] if values else [])]
     return subprocess.run(
-        [helm_binary(), *with_values],
-        input=yaml.safe_dump(dict(values)) if values else None,
+        [helm_binary(), *arguments, "-f", "-"],
+        input=yaml.safe_dump(with_image(values or {})),
         capture_output=True,
         text=True,
         timeout=60,

@@ -5,50 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from llamaclust.model.program import (
-    Add,
-    Attention,
-    Buffer,
-    Embed,
-    MatMul,
-    Moe,
-    Mul,
-    Program,
-    Rope,
-    RowStep,
-    SelectRows,
-    SigmoidGate,
-    SiluMul,
-    Step,
-)
+from llamaclust.model import program as ir
 
 
 @dataclass(frozen=True, slots=True)
 class Products:
     """Matrix products of the same x: it is quantized once, and the threads meet once."""
 
-    x: Buffer
-    steps: tuple[MatMul, ...]
+    x: ir.Buffer
+    steps: tuple[ir.MatMul, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Attend:
     """Attention that rotates queries and keys on the way."""
 
-    attention: Attention
-    rotate_q: Rope | None = None
-    rotate_k: Rope | None = None
+    attention: ir.Attention
+    rotate_q: ir.Rope | None = None
+    rotate_k: ir.Rope | None = None
 
 
-FusedStep = Embed | Products | Attend | Moe | SelectRows | RowStep
+FusedStep = ir.Embed | Products | Attend | ir.Moe | ir.SelectRows | ir.RowStep
 
 
-def fuse(program: Program) -> Iterator[FusedStep]:
+def fuse(program: ir.Program) -> Iterator[FusedStep]:
     """Groups the program's steps. All buffers that later steps read are unchanged."""
     steps, at = program.steps, 0
     while at < len(steps):
         step = steps[at]
-        if isinstance(step, MatMul):
+        if isinstance(step, ir.MatMul):
             products = _products(steps[at:])
             yield Products(step.x, products)
             at += len(products)
@@ -56,17 +41,17 @@ def fuse(program: Program) -> Iterator[FusedStep]:
             yield attend
             at += 1 + (attend.rotate_q is not None) + (attend.rotate_k is not None)
         else:
-            assert not isinstance(step, Attention)
+            assert not isinstance(step, ir.Attention)
             yield step
             at += 1
 
 
-def _products(steps: Sequence[Step]) -> tuple[MatMul, ...]:
+def _products(steps: Sequence[ir.Step]) -> tuple[ir.MatMul, ...]:
     """The products at the front of `steps` that read one buffer and write others."""
-    found: list[MatMul] = []
+    found: list[ir.MatMul] = []
     written: set[str] = set()
     for step in steps:
-        if not isinstance(step, MatMul) or step.out.name in written:
+        if not isinstance(step, ir.MatMul) or step.out.name in written:
             break
         if found and (step.x != found[0].x or step.x.name in written):
             break
@@ -75,17 +60,17 @@ def _products(steps: Sequence[Step]) -> tuple[MatMul, ...]:
     return tuple(found)
 
 
-def _attend(program: Program, at: int) -> Attend | None:
+def _attend(program: ir.Program, at: int) -> Attend | None:
     """Attention at `at`, with the rotations of its q and k before it if no other step reads their results."""
-    ropes: dict[str, Rope] = {}
+    ropes: dict[str, ir.Rope] = {}
     step = program.steps[at]
-    while isinstance(step, Rope):
+    while isinstance(step, ir.Rope):
         if step.x.name in ropes or at + 1 == len(program.steps):
             return None
         ropes[step.x.name] = step
         at += 1
         step = program.steps[at]
-    if not isinstance(step, Attention):
+    if not isinstance(step, ir.Attention):
         return None
     parts = {step.q.name: step.heads, step.k.name: step.kv_heads}
     fits = all(
@@ -97,7 +82,7 @@ def _attend(program: Program, at: int) -> Attend | None:
     return Attend(step, ropes.get(step.q.name), ropes.get(step.k.name))
 
 
-def is_read(program: Program, at: int, name: str) -> bool:
+def is_read(program: ir.Program, at: int, name: str) -> bool:
     """Whether a step from `at` on reads what stands in the buffer now."""
     for step in program.steps[at:]:
         if any(buffer.name == name for buffer in reads_of(step)):
@@ -107,19 +92,19 @@ def is_read(program: Program, at: int, name: str) -> bool:
     return program.out.name == name
 
 
-def reads_of(step: Step) -> tuple[Buffer, ...]:
+def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
     match step:
-        case Embed():
+        case ir.Embed():
             return ()
-        case Attention():
+        case ir.Attention():
             return step.q, step.k, step.v
-        case SiluMul():
+        case ir.SiluMul():
             return step.gate, step.up
-        case Add() | Mul() | SigmoidGate():
+        case ir.Add() | ir.Mul() | ir.SigmoidGate():
             return step.x, step.y
         case _:
             return (step.x,)
 
 
-def written_by(step: Step) -> Buffer:
-    return step.x if isinstance(step, Rope) else step.out
+def written_by(step: ir.Step) -> ir.Buffer:
+    return step.x if isinstance(step, ir.Rope) else step.out

@@ -10,41 +10,17 @@ from llamaclust.kernels._native import Plan
 from llamaclust.kernels._native import kv_block_bytes as native_kv_block_bytes
 from llamaclust.kernels.fuse import Attend, FusedStep, Products, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
-from llamaclust.model.program import (
-    Activate,
-    Add,
-    AddPosition,
-    Attention,
-    Buffer,
-    Embed,
-    KvType,
-    LayerNorm,
-    MatMul,
-    Moe,
-    Mul,
-    Program,
-    RmsNorm,
-    Rope,
-    RopeStyle,
-    RopeTable,
-    RowStep,
-    Scale,
-    SelectRows,
-    SigmoidGate,
-    SiluMul,
-    Slice,
-    SoftCap,
-)
+from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""
 
-_KV_TYPES = tuple(KvType)
+_KV_TYPES = tuple(ir.KvType)
 """Likewise: the native enum has the order of `KvType`."""
 
 
-def kv_block_bytes(step: Attention) -> int:
+def kv_block_bytes(step: ir.Attention) -> int:
     """Bytes that one KV block costs in the layer of `step`."""
     return native_kv_block_bytes(step.kv_heads, step.head_dim, _KV_TYPES.index(step.kv_type))
 
@@ -70,19 +46,19 @@ class _Buffers:
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     selected: bool = False
 
-    def read(self, buffer: Buffer) -> int:
+    def read(self, buffer: ir.Buffer) -> int:
         return self.current[buffer.name][0]
 
-    def is_shared(self, buffer: Buffer) -> bool:
+    def is_shared(self, buffer: ir.Buffer) -> bool:
         return not self.current[buffer.name][1]
 
-    def write_rows(self, buffer: Buffer, multiple: int = 1) -> int:
+    def write_rows(self, buffer: ir.Buffer, multiple: int = 1) -> int:
         return self._write(buffer, multiple, True)
 
-    def write_shared(self, buffer: Buffer, multiple: int = 1) -> int:
+    def write_shared(self, buffer: ir.Buffer, multiple: int = 1) -> int:
         return self._write(buffer, multiple, False)
 
-    def _write(self, buffer: Buffer, multiple: int, private: bool) -> int:
+    def _write(self, buffer: ir.Buffer, multiple: int, private: bool) -> int:
         key = (buffer.name, private, self.selected)
         if key not in self.ids:
             self.ids[key] = self.plan.add_buffer(buffer.width, multiple, private, self.selected)
@@ -93,7 +69,7 @@ class _Buffers:
 class _Compiler:
     def __init__(
         self,
-        program: Program,
+        program: ir.Program,
         weights: Mapping[str, Weight],
         limits: StageLimits,
         observed: list[Observed] | None = None,
@@ -111,7 +87,7 @@ class _Compiler:
         self._program = program
         self._weights = weights
         self._buffers = _Buffers(self.plan)
-        self._rotations: dict[RopeTable, int] = {}
+        self._rotations: dict[ir.RopeTable, int] = {}
 
     def run(self) -> Plan:
         if not self._program.is_first:
@@ -124,57 +100,57 @@ class _Compiler:
     def _emit(self, step: FusedStep) -> None:
         buffers = self._buffers
         match step:
-            case Embed():
+            case ir.Embed():
                 self.plan.embed(self._weights[step.weight].matrix, buffers.write_rows(step.out))
             case Products():
                 self._products(step.x, step.steps)
             case Attend():
                 self._attend(step.attention, step.rotate_q, step.rotate_k)
-            case Moe():
+            case ir.Moe():
                 self._experts(step)
-            case SelectRows():
+            case ir.SelectRows():
                 x = buffers.read(step.x)
                 buffers.selected = True
                 self.plan.select_rows(x, buffers.write_rows(step.out))
             case _:
                 self._emit_rows(step)
 
-    def _emit_rows(self, step: RowStep) -> None:
+    def _emit_rows(self, step: ir.RowStep) -> None:
         plan = self.plan
         x, *others = map(self._buffers.read, reads_of(step))
-        if isinstance(step, SoftCap) and step.x == step.out and self._buffers.is_shared(step.x):
+        if isinstance(step, ir.SoftCap) and step.x == step.out and self._buffers.is_shared(step.x):
             plan.elementwise("soft_cap", x, x, x, step.cap)
             return
         y = others[0] if others else x
         out = self._buffers.write_rows(written_by(step))
         match step:
-            case RmsNorm():
+            case ir.RmsNorm():
                 plan.rms_norm(x, out, self._weights[step.weight].vector, step.epsilon)
-            case LayerNorm():
+            case ir.LayerNorm():
                 weight, bias = self._weights[step.weight].vector, self._weights[step.bias].vector
                 plan.layer_norm(x, out, weight, bias, step.epsilon)
-            case AddPosition():
+            case ir.AddPosition():
                 plan.add_position(x, out, self._weights[step.weight].matrix)
-            case Rope():
+            case ir.Rope():
                 plan.rope(x, out, step.heads, step.head_dim, self._rotation(step))
-            case SiluMul() | Activate() | Add() | Mul() | Scale() | SoftCap():
+            case ir.SiluMul() | ir.Activate() | ir.Add() | ir.Mul() | ir.Scale() | ir.SoftCap():
                 op, number = _elementwise(step)
                 plan.elementwise(op, x, y, out, number)
-            case Slice():
+            case ir.Slice():
                 plan.slice(x, out, step.start)
-            case SigmoidGate():
+            case ir.SigmoidGate():
                 plan.sigmoid_gate(x, y, out, self._weights[step.weight].vector)
 
-    def _finish(self, out: Buffer) -> None:
+    def _finish(self, out: ir.Buffer) -> None:
         if self._buffers.is_shared(out):
             self.plan.set_result(self._buffers.read(out))
             return
         self.plan.set_result(self._copy(self._buffers.read(out), out.width))
 
-    def _rotation(self, step: Rope) -> tuple[int, bool]:
+    def _rotation(self, step: ir.Rope) -> tuple[int, bool]:
         if step.table not in self._rotations:
             self._rotations[step.table] = self.plan.add_rotation(list(step.table.frequencies), step.table.scale)
-        return self._rotations[step.table], step.style is RopeStyle.NEOX
+        return self._rotations[step.table], step.style is ir.RopeStyle.NEOX
 
     def _quantize(self, x: int, types: Sequence[QuantType]) -> list[int]:
         """Quantizes x once for each activation format that the weight types ask for; slots in the order of `types`."""
@@ -187,7 +163,7 @@ class _Compiler:
                 self.plan.quantize(x, slots[activation], _FORMATS.index(activation))
         return [slots[kind.info.activation] for kind in types if kind.info.activation is not None]
 
-    def _observe(self, names: Sequence[str], x: Buffer, choice: int | None = None, used: int = 1) -> None:
+    def _observe(self, names: Sequence[str], x: ir.Buffer, choice: int | None = None, used: int = 1) -> None:
         """Copies the inputs of the next products, if they are observed."""
         if self._observed is None:
             return
@@ -199,7 +175,7 @@ class _Compiler:
         self.plan.write_result(x, out)
         return out
 
-    def _products(self, x: Buffer, steps: Sequence[MatMul]) -> None:
+    def _products(self, x: ir.Buffer, steps: Sequence[ir.MatMul]) -> None:
         self._observe([step.weight for step in steps], x)
         weights = [self._weights[step.weight] for step in steps]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in weights])
@@ -215,7 +191,7 @@ class _Compiler:
             ]
         )
 
-    def _attend(self, step: Attention, rotate_q: Rope | None, rotate_k: Rope | None) -> None:
+    def _attend(self, step: ir.Attention, rotate_q: ir.Rope | None, rotate_k: ir.Rope | None) -> None:
         q, k, v = (self._buffers.read(buffer) for buffer in (step.q, step.k, step.v))
         self.plan.attend(
             q,
@@ -234,30 +210,30 @@ class _Compiler:
             None if rotate_k is None else self._rotation(rotate_k),
         )
 
-    def _kv_layer(self, step: Attention) -> int:
+    def _kv_layer(self, step: ir.Attention) -> int:
         windowed = self._limits.gives_up(step.window)
         return self.plan.add_kv_layer(step.kv_heads, step.head_dim, _KV_TYPES.index(step.kv_type), windowed)
 
-    def _experts(self, step: Moe) -> None:
+    def _experts(self, step: ir.Moe) -> None:
         buffers, used = self._buffers, step.used
         x = buffers.read(step.x)
         router, gate, up, down = (self._weights[name] for name in (step.router, step.gate, step.up, step.down))
         self._observe([step.router], step.x)
-        logits = buffers.write_shared(Buffer("router logits", step.experts))
+        logits = buffers.write_shared(ir.Buffer("router logits", step.experts))
         (slot,) = self._quantize(x, [router.quant_type])
         self.plan.multiply([(router.matrix, None, logits, slot)])
-        choice = buffers.write_rows(Buffer("chosen experts", 2 * used))
+        choice = buffers.write_rows(ir.Buffer("chosen experts", 2 * used))
         self.plan.choose_experts(logits, choice, step.experts, used, step.normalized)
         chosen = None if self._observed is None else self._copy(choice, 2 * used)
         self._observe([step.gate, step.up], step.x, chosen)
-        inner = {name: Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up", "activated")}
+        inner = {name: ir.Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up", "activated")}
         products = [(weight, buffers.write_shared(inner[name], used)) for name, weight in (("gate", gate), ("up", up))]
         self._multiply_experts(x, products, choice, used, per_rank=False)
         activated = buffers.write_rows(inner["activated"], used)
         gate_and_up = (buffers.read(inner["gate"]), buffers.read(inner["up"]))
         self.plan.elementwise("silu_mul", *gate_and_up, activated, 0)
         self._observe([step.down], inner["activated"], chosen, used)
-        projected = buffers.write_shared(Buffer("expert down", step.out.width), used)
+        projected = buffers.write_shared(ir.Buffer("expert down", step.out.width), used)
         self._multiply_experts(activated, [(down, projected)], choice, used, per_rank=True)
         self.plan.combine_experts(choice, projected, buffers.write_rows(step.out), used)
 
@@ -275,25 +251,25 @@ class _Compiler:
 
 
 def compile_program(
-    program: Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
+    program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
 ) -> Plan:
     """ValueError where the program does not hold together (widths, heads, angles). To a list of what is `observed`,
     what each product multiplies is added, and the plan then keeps copies of it; results are the same."""
     return _Compiler(program, weights, limits, observed).run()
 
 
-def _elementwise(step: SiluMul | Activate | Add | Mul | Scale | SoftCap) -> tuple[str, float]:
+def _elementwise(step: ir.SiluMul | ir.Activate | ir.Add | ir.Mul | ir.Scale | ir.SoftCap) -> tuple[str, float]:
     """Name and number of the native operation."""
     match step:
-        case SiluMul():
+        case ir.SiluMul():
             return "silu_mul", 0
-        case Activate():
+        case ir.Activate():
             return step.function, 0
-        case Add():
+        case ir.Add():
             return "add", 0
-        case Mul():
+        case ir.Mul():
             return "mul", 0
-        case Scale():
+        case ir.Scale():
             return "scale", step.factor
-        case SoftCap():
+        case ir.SoftCap():
             return "soft_cap", step.cap

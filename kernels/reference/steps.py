@@ -10,30 +10,7 @@ import numpy as np
 
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.reference.kv import Float64, LayerKv
-from llamaclust.model.program import (
-    Activate,
-    ActivationFunction,
-    Add,
-    AddPosition,
-    Attention,
-    Buffer,
-    Embed,
-    LayerNorm,
-    MatMul,
-    Moe,
-    Mul,
-    RmsNorm,
-    Rope,
-    RopeStyle,
-    RowStep,
-    Scale,
-    SelectRows,
-    SigmoidGate,
-    SiluMul,
-    Slice,
-    SoftCap,
-    Step,
-)
+from llamaclust.model import program as ir
 
 
 @dataclass(slots=True)
@@ -45,58 +22,58 @@ class State:
     batch: Batch
     buffers: dict[str, Float32] = field(default_factory=dict)
 
-    def __getitem__(self, buffer: Buffer) -> Float32:
+    def __getitem__(self, buffer: ir.Buffer) -> Float32:
         return self.buffers[buffer.name]
 
-    def __setitem__(self, buffer: Buffer, value: Float32 | Float64) -> None:
+    def __setitem__(self, buffer: ir.Buffer, value: Float32 | Float64) -> None:
         assert value.shape[1] == buffer.width, (buffer, value.shape)
         with np.errstate(over="ignore"):
             self.buffers[buffer.name] = value.astype(np.float32)
 
 
-def run_step(step: Step, state: State) -> None:
+def run_step(step: ir.Step, state: State) -> None:
     match step:
-        case Embed():
+        case ir.Embed():
             state[step.out] = state.weights[step.weight][state.batch.tokens]
-        case MatMul():
+        case ir.MatMul():
             bias = state.weights[step.bias] if step.bias else None
             state[step.out] = matmul(state[step.x], state.weights[step.weight], bias)
-        case Attention():
+        case ir.Attention():
             state[step.out] = attention(step, state)
-        case Moe():
+        case ir.Moe():
             state[step.out] = moe(step, state)
-        case SelectRows():
+        case ir.SelectRows():
             state[step.out] = state[step.x][state.batch.output_rows]
         case _:
             run_row_step(step, state)
 
 
-def run_row_step(step: RowStep, state: State) -> None:
+def run_row_step(step: ir.RowStep, state: State) -> None:
     match step:
-        case RmsNorm():
+        case ir.RmsNorm():
             state[step.out] = rms_norm(state[step.x], state.weights[step.weight], step.epsilon, step.heads)
-        case LayerNorm():
+        case ir.LayerNorm():
             weight, bias = state.weights[step.weight], state.weights[step.bias]
             state[step.out] = layer_norm(state[step.x], weight, bias, step.epsilon)
-        case AddPosition():
+        case ir.AddPosition():
             state[step.out] = state[step.x] + state.weights[step.weight][state.batch.positions]
-        case Rope():
+        case ir.Rope():
             state[step.x] = rope(step, state[step.x], state.batch)
-        case SiluMul():
+        case ir.SiluMul():
             state[step.out] = silu(state[step.gate].astype(np.float64)) * state[step.up]
-        case Activate():
+        case ir.Activate():
             state[step.out] = ACTIVATIONS[step.function](state[step.x].astype(np.float64))
-        case Add():
+        case ir.Add():
             state[step.out] = state[step.x] + state[step.y]
-        case Mul():
+        case ir.Mul():
             state[step.out] = state[step.x] * state[step.y]
-        case Scale():
+        case ir.Scale():
             state[step.out] = state[step.x] * np.float32(step.factor)
-        case SoftCap():
+        case ir.SoftCap():
             state[step.out] = soft_cap(state[step.x].astype(np.float64), step.cap)
-        case Slice():
+        case ir.Slice():
             state[step.out] = state[step.x][:, step.start : step.start + step.out.width]
-        case SigmoidGate():
+        case ir.SigmoidGate():
             state[step.out] = state[step.y] * sigmoid(matmul(state[step.x], state.weights[step.weight][None]))
 
 
@@ -145,10 +122,10 @@ def gelu_tanh(x: Float64) -> Float64:
     return out
 
 
-ACTIVATIONS: Mapping[ActivationFunction, Callable[[Float64], Float64]] = {
-    ActivationFunction.SILU: silu,
-    ActivationFunction.GELU_ERF: gelu_erf,
-    ActivationFunction.GELU_TANH: gelu_tanh,
+ACTIVATIONS: Mapping[ir.ActivationFunction, Callable[[Float64], Float64]] = {
+    ir.ActivationFunction.SILU: silu,
+    ir.ActivationFunction.GELU_ERF: gelu_erf,
+    ir.ActivationFunction.GELU_TANH: gelu_tanh,
 }
 
 
@@ -157,12 +134,12 @@ def soft_cap(x: Float64, cap: float) -> Float64:
     return out
 
 
-def rope(step: Rope, x: Float32, batch: Batch) -> Float64:
+def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:
     pairs = len(step.table.frequencies)
     angles = batch.positions[:, None, None] * np.array(step.table.frequencies)
     cos, sin = np.cos(angles) * step.table.scale, np.sin(angles) * step.table.scale
     heads = x.reshape(len(x), step.heads, step.head_dim).astype(np.float64)
-    if step.style is RopeStyle.NORM:
+    if step.style is ir.RopeStyle.NORM:
         first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
     else:
         first, second = slice(0, pairs), slice(pairs, 2 * pairs)
@@ -172,7 +149,7 @@ def rope(step: Rope, x: Float32, batch: Batch) -> Float64:
     return out.reshape(x.shape)
 
 
-def attention(step: Attention, state: State) -> Float32:
+def attention(step: ir.Attention, state: State) -> Float32:
     """Stores the rows' keys and values first: a row sees its own position and every one before, or those of its
     window."""
     batch, kv = state.batch, state.kv[step.layer]
@@ -191,7 +168,7 @@ def attention(step: Attention, state: State) -> Float32:
     return out
 
 
-def attend(step: Attention, query: Float32, keys: Float64, values: Float64) -> Float64:
+def attend(step: ir.Attention, query: Float32, keys: Float64, values: Float64) -> Float64:
     """One row: query [heads * head_dim], keys and values [positions, kv_heads, head_dim], those of the row itself last
     -> [heads * head_dim]."""
     grouped = query.astype(np.float64).reshape(step.kv_heads, -1, step.head_dim)
@@ -211,7 +188,7 @@ def softmax(x: Float64) -> Float64:
     return powers / total
 
 
-def moe(step: Moe, state: State) -> Float64:
+def moe(step: ir.Moe, state: State) -> Float64:
     x, weights = state[step.x], state.weights
     shares = softmax(matmul(x, weights[step.router]))
     chosen = np.argsort(-shares, axis=1, kind="stable")[:, : step.used]
@@ -223,7 +200,7 @@ def moe(step: Moe, state: State) -> Float64:
     return out
 
 
-def _expert(step: Moe, weights: Mapping[str, Float32], expert: int, x: Float32) -> Float64:
+def _expert(step: ir.Moe, weights: Mapping[str, Float32], expert: int, x: Float32) -> Float64:
     gate = matmul(x, weights[step.gate][expert])
     up = matmul(x, weights[step.up][expert])
     return matmul((silu(gate) * up).astype(np.float32), weights[step.down][expert])

@@ -15,28 +15,7 @@ from llamaclust.kernels.cuda.launches import attention, elementwise, experts, ma
 from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.fuse import Attend, Products, reads_of, written_by
-from llamaclust.model.program import (
-    Activate,
-    ActivationFunction,
-    Add,
-    AddPosition,
-    Buffer,
-    Embed,
-    LayerNorm,
-    MatMul,
-    Moe,
-    Mul,
-    RmsNorm,
-    Rope,
-    RopeTable,
-    RowStep,
-    Scale,
-    SelectRows,
-    SigmoidGate,
-    SiluMul,
-    Slice,
-    SoftCap,
-)
+from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 _FLOAT = 4
@@ -61,13 +40,13 @@ class Emitter:
         yield from self._rotations()
         yield from AttentionSteps(self.context, self.shape).plans()
         for step in fuse_for_gpu(program, lambda name: self.context.weights[name].quant_type):
-            if isinstance(step, SelectRows) and self.shape.outputs == 0:
+            if isinstance(step, ir.SelectRows) and self.shape.outputs == 0:
                 return
             yield from self._emit(step)
 
     def _emit(self, step: GpuStep) -> Iterator[Launch]:
         match step:
-            case Embed():
+            case ir.Embed():
                 yield self._dequantized(step.weight, self.context.inputs.tokens, self._out(step.out))
             case Products():
                 yield from self._products(step.x, step.steps)
@@ -79,9 +58,9 @@ class Emitter:
                 yield self._norm(step)
             case Gated():
                 yield self._gated(step)
-            case Moe():
+            case ir.Moe():
                 yield from self._experts(step)
-            case SelectRows():
+            case ir.SelectRows():
                 x, self._selected = self._current[step.x.name], True
                 self._quantized.clear()
                 out = self._out(step.out)
@@ -100,7 +79,7 @@ class Emitter:
         """Rows of a buffer."""
         return self.context.limits.max_outputs if self._selected else self.context.limits.max_batch_tokens
 
-    def _out(self, buffer: Buffer, multiple: int = 1) -> np.uint64:
+    def _out(self, buffer: ir.Buffer, multiple: int = 1) -> np.uint64:
         self._current[buffer.name] = self._scratch(buffer.name, buffer.width, multiple)
         return self._current[buffer.name]
 
@@ -142,7 +121,7 @@ class Emitter:
         kind = weight.activation
         return x if kind is ActivationFormat.F32 else self.context.layout.at(("activations", kind), 0)
 
-    def _products(self, x: Buffer, steps: Sequence[MatMul]) -> Iterator[Launch]:
+    def _products(self, x: ir.Buffer, steps: Sequence[ir.MatMul]) -> Iterator[Launch]:
         at, sms = self._current[x.name], self.context.gpu.sms
         yield from self._quantize(x.name, at, x.width, [step.weight for step in steps])
         products = [
@@ -172,54 +151,54 @@ class Emitter:
         out = self._activations(step.format, step.out.name, step.out.width)
         return matmul.quantize_gated(step.format, step.function, (gate, up), step.out.width, self._rows, out)
 
-    def _row_step(self, step: RowStep) -> Iterator[Launch]:
+    def _row_step(self, step: ir.RowStep) -> Iterator[Launch]:
         x, *others = (self._current[buffer.name] for buffer in reads_of(step))
-        out = x if isinstance(step, Rope) else self._out(written_by(step))
+        out = x if isinstance(step, ir.Rope) else self._out(written_by(step))
         width, rows = written_by(step).width, self._rows
         match step:
-            case RmsNorm():
+            case ir.RmsNorm():
                 weight = self._vector(step.weight)
                 yield elementwise.rms_norm(step, x, weight, out, rows)
-            case LayerNorm():
+            case ir.LayerNorm():
                 weight, bias = self._vector(step.weight), self._vector(step.bias)
                 yield elementwise.layer_norm(step, x, weight, bias, out, rows)
-            case AddPosition():
+            case ir.AddPosition():
                 added = self._scratch("positions", width)
                 yield self._dequantized(step.weight, self.context.inputs.positions, added)
                 yield elementwise.elementwise("add_rows", (x, added), out, width, rows)
-            case Rope():
+            case ir.Rope():
                 yield self._rotated(step, x)
-            case SiluMul():
+            case ir.SiluMul():
                 yield elementwise.elementwise("silu_mul", (x, *others), out, width, rows)
-            case Activate():
+            case ir.Activate():
                 yield elementwise.elementwise(f"{step.function}_rows", (x,), out, width, rows)
-            case Add():
+            case ir.Add():
                 yield elementwise.elementwise("add_rows", (x, *others), out, width, rows)
-            case Mul():
+            case ir.Mul():
                 yield elementwise.elementwise("mul_rows", (x, *others), out, width, rows)
-            case Scale():
+            case ir.Scale():
                 yield elementwise.elementwise("scale_rows", (x, np.float32(step.factor)), out, width, rows)
-            case SoftCap():
+            case ir.SoftCap():
                 yield elementwise.elementwise("soft_cap_rows", (x, np.float32(step.cap)), out, width, rows)
-            case Slice():
+            case ir.Slice():
                 yield elementwise.slice_rows(step, x, out, rows)
-            case SigmoidGate():
+            case ir.SigmoidGate():
                 weight = self._vector(step.weight)
                 yield elementwise.sigmoid_gate(step, x, weight, others[0], out, rows)
 
     def _rotations(self) -> Iterator[Launch]:
         """Of every table, once for all layers."""
-        tables = dict.fromkeys(step.table for step in self.context.program.steps if isinstance(step, Rope))
+        tables = dict.fromkeys(step.table for step in self.context.program.steps if isinstance(step, ir.Rope))
         for table in tables:
             frequencies = self.context.constant(np.array(table.frequencies, np.float64))
             positions = self.context.inputs.positions
             yield elementwise.rotation(table, positions, frequencies, self._angles(table), self._rows)
 
-    def _angles(self, table: RopeTable) -> np.uint64:
+    def _angles(self, table: ir.RopeTable) -> np.uint64:
         n_bytes = _FLOAT * 2 * len(table.frequencies) * self.context.limits.max_batch_tokens
         return self.context.layout.at(("rotation", table), n_bytes)
 
-    def _rotated(self, step: Rope, x: np.uint64) -> Launch:
+    def _rotated(self, step: ir.Rope, x: np.uint64) -> Launch:
         self._is_written(step.x.name)
         return elementwise.rope(step, x, self._angles(step.table), self._rows)
 
@@ -245,7 +224,7 @@ class Emitter:
             return attention.NO_ROTATION
         return attention.Rotation(self._angles(q.table), len(q.table.frequencies), q.style)
 
-    def _experts(self, step: Moe) -> Iterator[Launch]:
+    def _experts(self, step: ir.Moe) -> Iterator[Launch]:
         x, used, rows = self._current[step.x.name], step.used, self._rows
         router = self._weight(step.router)
         yield from self._quantize(step.x.name, x, step.x.width, [step.router])
@@ -264,15 +243,17 @@ class Emitter:
         yield from self._expert_products(step, gate, ((step.down, down),), chosen, piece, 1)
         yield experts.combine(step, down, chosen, self._out(step.out), rows)
 
-    def _expert_gate(self, step: Moe, gate: np.uint64, up: np.uint64) -> Launch:
+    def _expert_gate(self, step: ir.Moe, gate: np.uint64, up: np.uint64) -> Launch:
         """silu(gate) * up, as floats where it is or quantized."""
         rows, used, kind = self._rows, step.used, self._weight(step.down).activation
         if kind is ActivationFormat.F32:
             return elementwise.elementwise("silu_mul", (gate, up), gate, used * step.ffn_width, rows)
         out = self._activations(kind, "expert gate", step.ffn_width, used)
-        return matmul.quantize_gated(kind, ActivationFunction.SILU, (gate, up), step.ffn_width, rows.times(used), out)
+        return matmul.quantize_gated(
+            kind, ir.ActivationFunction.SILU, (gate, up), step.ffn_width, rows.times(used), out
+        )
 
-    def _chosen(self, step: Moe) -> experts.ExpertBuffers:
+    def _chosen(self, step: ir.Moe) -> experts.ExpertBuffers:
         at, lines = self.context.layout.at, experts.choice_bytes(step, self._room)
         names = ("expert ids", "expert weights", "expert lines")
         items = at("expert items", experts.items_bytes(step, self._room, _LEAST_PIECE))
@@ -281,7 +262,7 @@ class Emitter:
 
     def _expert_products(
         self,
-        step: Moe,
+        step: ir.Moe,
         x: np.uint64,
         outs: Sequence[tuple[str, np.uint64]],
         chosen: experts.ExpertBuffers,

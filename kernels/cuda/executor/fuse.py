@@ -9,19 +9,7 @@ from dataclasses import dataclass, replace
 from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
 from llamaclust.kernels.cuda.launches.matmul import MOST_PRODUCTS
 from llamaclust.kernels.fuse import Attend, FusedStep, Products, fuse, is_read
-from llamaclust.model.program import (
-    Activate,
-    ActivationFunction,
-    Add,
-    Buffer,
-    MatMul,
-    Moe,
-    Mul,
-    Program,
-    RmsNorm,
-    SiluMul,
-    Step,
-)
+from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 TypeOf = Callable[[str], QuantType]
@@ -33,8 +21,8 @@ class Norm:
     """A sum, if there is an `add`, and its norm in the formats that the products after it ask for: F32, which later
     steps may read as well, or others."""
 
-    norm: RmsNorm
-    add: Add | None
+    norm: ir.RmsNorm
+    add: ir.Add | None
     formats: frozenset[ActivationFormat]
 
 
@@ -42,10 +30,10 @@ class Norm:
 class Gated:
     """`out` = activation(gate) * up in the format of the product after it, and in no other."""
 
-    gate: Buffer
-    up: Buffer
-    out: Buffer
-    function: ActivationFunction
+    gate: ir.Buffer
+    up: ir.Buffer
+    out: ir.Buffer
+    function: ir.ActivationFunction
     format: ActivationFormat
 
 
@@ -60,7 +48,7 @@ class Attended:
 GpuStep = FusedStep | Norm | Gated | Attended
 
 
-def fuse_for_gpu(program: Program, type_of: TypeOf) -> Iterator[GpuStep]:
+def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
     """The program's steps in groups; nothing that a later step can see is different. `Products` have one type."""
     steps = tuple(fuse(program))
     at = done = 0  # of these; of the program's own
@@ -78,11 +66,11 @@ def fuse_for_gpu(program: Program, type_of: TypeOf) -> Iterator[GpuStep]:
 class _Reader:
     """Finds the readers of buffers that steps from `done` on write."""
 
-    program: Program
+    program: ir.Program
     done: int
     type_of: TypeOf
 
-    def formats(self, out: Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
+    def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
         """The formats of `out` that the `makers` steps before `reader` must write; empty if it does not read it."""
         weights = _weights_of(reader, out)
         found = {activation for name in weights if (activation := self.type_of(name).info.activation) is not None}
@@ -95,19 +83,19 @@ class _Reader:
 def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
     """How many of the next steps go together, and as what."""
     match steps:
-        case [Add() as add, RmsNorm() as norm, after] if norm.x == add.out != norm.out and _fits(norm):
+        case [ir.Add() as add, ir.RmsNorm() as norm, after] if norm.x == add.out != norm.out and _fits(norm):
             if formats := reader.formats(norm.out, 2, after):
                 return 2, Norm(norm, add, formats)
-        case [RmsNorm() as norm, after, *_] if _fits(norm):
+        case [ir.RmsNorm() as norm, after, *_] if _fits(norm):
             if formats := reader.formats(norm.out, 1, after):
                 return 1, Norm(norm, None, formats)
         case [Attend() as attend, after, *_]:
             if (only := _single(reader.formats(attend.attention.out, len(_plain(attend)), after))) is not None:
                 return 1, Attended(attend, only)
-        case [SiluMul(gate, up, out), after, *_]:
+        case [ir.SiluMul(gate, up, out), after, *_]:
             if (only := _single(reader.formats(out, 1, after))) is not None:
-                return 1, Gated(gate, up, out, ActivationFunction.SILU, only)
-        case [Activate() as activate, Mul() as mul, after] if (
+                return 1, Gated(gate, up, out, ir.ActivationFunction.SILU, only)
+        case [ir.Activate() as activate, ir.Mul() as mul, after] if (
             mul.x == activate.out != mul.y and activate.out == mul.out
         ):
             if (only := _single(reader.formats(mul.out, 2, after))) is not None:
@@ -115,7 +103,7 @@ def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
     return 1, steps[0]
 
 
-def _fits(norm: RmsNorm) -> bool:
+def _fits(norm: ir.RmsNorm) -> bool:
     return norm.heads == 1 and norm.width <= WIDEST_ROW
 
 
@@ -124,16 +112,16 @@ def _single(formats: frozenset[ActivationFormat]) -> ActivationFormat | None:
     return next(iter(formats)) if len(formats) == 1 and ActivationFormat.F32 not in formats else None
 
 
-def _weights_of(step: FusedStep, x: Buffer) -> tuple[str, ...]:
+def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
     """The weights of a step that multiplies x."""
     if isinstance(step, Products) and step.x == x:
         return tuple(product.weight for product in step.steps)
-    return (step.router, step.gate, step.up) if isinstance(step, Moe) and step.x == x else ()
+    return (step.router, step.gate, step.up) if isinstance(step, ir.Moe) and step.x == x else ()
 
 
 def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
     """Groups of equal type, at most as large as a launch takes."""
-    alike: dict[QuantType, list[MatMul]] = {}
+    alike: dict[QuantType, list[ir.MatMul]] = {}
     for step in products.steps:
         alike.setdefault(type_of(step.weight), []).append(step)
     for steps in alike.values():
@@ -141,7 +129,7 @@ def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
             yield replace(products, steps=tuple(steps[at : at + MOST_PRODUCTS]))
 
 
-def _plain(step: FusedStep) -> tuple[Step, ...]:
+def _plain(step: FusedStep) -> tuple[ir.Step, ...]:
     """The steps of the program that it fuses."""
     match step:
         case Products():

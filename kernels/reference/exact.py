@@ -13,18 +13,8 @@ Float64 = NDArray[np.float64]
 
 _SHIFT32 = float.fromhex("0x1.8p23")
 _SHIFT64 = float.fromhex("0x1.8p52")
-_EXP32 = [
-    float.fromhex(text)
-    for text in (
-        "0x1.6a4d5ap-10",
-        "0x1.12398ep-7",
-        "0x1.5558bp-5",
-        "0x1.555492p-3",
-        "0x1.fffffcp-2",
-        "0x1p0",
-        "0x1p0",
-    )
-]
+_EXP32_HEX = "0x1.6a4d5ap-10 0x1.12398ep-7 0x1.5558bp-5 0x1.555492p-3 0x1.fffffcp-2 0x1p0 0x1p0"
+_EXP32 = [float.fromhex(text) for text in _EXP32_HEX.split()]
 _LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e42fefa38p-1"), float.fromhex("0x1.ef35793c7673p-45")
 LN2 = float.fromhex("0x1.62e42fefa39efp-1")
 _ARTANH = [1 / n for n in range(3, 22, 2)]

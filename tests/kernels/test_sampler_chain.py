@@ -14,7 +14,7 @@ from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
 from llamaclust.kernels import _native
 from llamaclust.kernels.reference import exact
 from llamaclust.kernels.reference import sampling as reference
-from llamaclust.kernels.reference.repetitions import repetitions
+from llamaclust.kernels.reference.sampler_chain import repetitions
 from llamaclust.kernels.sampling import Sampler
 from support.arithmetic.sampled import sampled
 from support.arithmetic.sampling_cases import random_logits, random_task, same

@@ -9,7 +9,7 @@ import pytest
 
 from llamaclust.core.sampling import SampleTask, SamplingParams, ScoreTask
 from llamaclust.kernels import _native
-from llamaclust.kernels.reference import sampling_steps as reference
+from llamaclust.kernels.reference import candidates as reference
 from llamaclust.kernels.sampling import Sampler
 from support.arithmetic.sampled import sampled
 

@@ -1,5 +1,5 @@
-// The grids' points, for one source of a program or of a GPU's. The same as in kernels/reference/iq_tables.py; tests compare
-// every one.
+// The grids' points, for one source of a program or of a GPU's. kernels/reference/iq_tables.py reads them here; tests compare
+// every weight with gguf-py.
 #pragma once
 
 #include "pack/grids.h"

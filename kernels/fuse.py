@@ -106,5 +106,25 @@ def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
             return (step.x,)
 
 
+Elementwise = ir.SiluMul | ir.Activate | ir.Add | ir.Mul | ir.Scale | ir.SoftCap
+
+
+def elementwise(step: Elementwise) -> tuple[str, float | None]:
+    """Name of the operation in kernels, and its number if it has one."""
+    match step:
+        case ir.SiluMul():
+            return "silu_mul", None
+        case ir.Activate():
+            return step.function, None
+        case ir.Scale():
+            return "scale", step.factor
+        case ir.SoftCap():
+            return "soft_cap", step.cap
+        case ir.Add():
+            return "add", None
+        case ir.Mul():
+            return "mul", None
+
+
 def written_by(step: ir.Step) -> ir.Buffer:
     return step.x if isinstance(step, ir.Rope) else step.out

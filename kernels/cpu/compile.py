@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
 from llamaclust.kernels._native import kv_block_bytes as native_kv_block_bytes
-from llamaclust.kernels.fuse import Attend, FusedStep, Products, fuse, reads_of, written_by
+from llamaclust.kernels.fuse import Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
@@ -134,8 +134,8 @@ class _Compiler:
             case ir.Rope():
                 plan.rope(x, out, step.heads, step.head_dim, self._rotation(step))
             case ir.SiluMul() | ir.Activate() | ir.Add() | ir.Mul() | ir.Scale() | ir.SoftCap():
-                op, number = _elementwise(step)
-                plan.elementwise(op, x, y, out, number)
+                op, number = elementwise(step)
+                plan.elementwise(op, x, y, out, number or 0)
             case ir.Slice():
                 plan.slice(x, out, step.start)
             case ir.SigmoidGate():
@@ -256,20 +256,3 @@ def compile_program(
     """ValueError where the program does not hold together (widths, heads, angles). To a list of what is `observed`,
     what each product multiplies is added, and the plan then keeps copies of it; results are the same."""
     return _Compiler(program, weights, limits, observed).run()
-
-
-def _elementwise(step: ir.SiluMul | ir.Activate | ir.Add | ir.Mul | ir.Scale | ir.SoftCap) -> tuple[str, float]:
-    """Name and number of the native operation."""
-    match step:
-        case ir.SiluMul():
-            return "silu_mul", 0
-        case ir.Activate():
-            return step.function, 0
-        case ir.Add():
-            return "add", 0
-        case ir.Mul():
-            return "mul", 0
-        case ir.Scale():
-            return "scale", step.factor
-        case ir.SoftCap():
-            return "soft_cap", step.cap

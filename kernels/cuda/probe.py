@@ -10,7 +10,7 @@ from time import perf_counter
 import numpy as np
 
 from llamaclust.kernels.cuda.launches import matmul
-from llamaclust.kernels.cuda.launches.row_count import RowCount
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Device, Launch, Scalar
 from llamaclust.model.quant_types import QuantType
 

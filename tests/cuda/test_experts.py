@@ -19,7 +19,7 @@ from llamaclust.kernels.cuda.launches.experts import (
     items_bytes,
     max_items,
 )
-from llamaclust.kernels.cuda.launches.row_count import RowCount
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer as Memory
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf

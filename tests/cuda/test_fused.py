@@ -17,7 +17,7 @@ from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches import elementwise, matmul
 from llamaclust.kernels.cuda.launches.attention import can_quantize
 from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
-from llamaclust.kernels.cuda.launches.row_count import RowCount
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
 from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
 from llamaclust.kernels.fuse import Attend

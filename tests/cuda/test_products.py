@@ -16,7 +16,7 @@ from llamaclust.kernels.cuda.launches.matmul import (
     multiply,
     multiply_experts,
 )
-from llamaclust.kernels.cuda.launches.row_count import RowCount
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights

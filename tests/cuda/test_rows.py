@@ -59,7 +59,7 @@ def test_steps_of_two_matrices(bench: Bench, width: int) -> None:
     steps: dict[str, Callable[[Buffer, Buffer], Step]] = {
         "elementwise.rows.add_rows": lambda a, b: Add(a, b, b),
         "elementwise.rows.mul_rows": lambda a, b: Mul(a, b, b),
-        "elementwise.rows.silu_mul": lambda a, b: SiluMul(a, b, b),
+        "elementwise.rows.silu_mul_rows": lambda a, b: SiluMul(a, b, b),
     }
     for kernel, step in steps.items():
         left, right = bench.put(first), bench.put(second)

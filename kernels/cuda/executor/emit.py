@@ -12,9 +12,10 @@ from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm
 from llamaclust.kernels.cuda.executor.launch_context import LaunchContext
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul
-from llamaclust.kernels.cuda.launches.row_count import RowCount
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.fuse import Attend, Products, reads_of, written_by
+from llamaclust.kernels.fuse import elementwise as operation_of
 from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
@@ -47,7 +48,9 @@ class Emitter:
     def _emit(self, step: GpuStep) -> Iterator[Launch]:
         match step:
             case ir.Embed():
-                yield self._dequantized(step.weight, self.context.inputs.tokens, self._out(step.out))
+                yield matmul.embed(
+                    self._weight(step.weight), self.context.inputs.tokens, self._rows, self._out(step.out)
+                )
             case Products():
                 yield from self._products(step.x, step.steps)
             case Attend():
@@ -79,8 +82,8 @@ class Emitter:
         """Rows of a buffer."""
         return self.context.limits.max_outputs if self._selected else self.context.limits.max_batch_tokens
 
-    def _out(self, buffer: ir.Buffer, multiple: int = 1) -> np.uint64:
-        self._current[buffer.name] = self._scratch(buffer.name, buffer.width, multiple)
+    def _out(self, buffer: ir.Buffer) -> np.uint64:
+        self._current[buffer.name] = self._scratch(buffer.name, buffer.width)
         return self._current[buffer.name]
 
     def _scratch(self, name: str, width: int, multiple: int = 1) -> np.uint64:
@@ -98,23 +101,18 @@ class Emitter:
     def _vector(self, name: str | None) -> np.uint64:
         return NULL if name is None else self.context.weights[name].address
 
-    def _dequantized(self, name: str, ids: np.uint64, out: np.uint64) -> Launch:
-        return matmul.embed(self._weight(name), ids, self._rows, out)
-
     def _activations(self, kind: ActivationFormat, name: str, width: int, multiple: int = 1) -> np.uint64:
         """The destination of `name` in this format."""
         self._quantized[kind] = name
         n_bytes = matmul.activation_bytes(kind, self._room * multiple, width)
         return self.context.layout.at(("activations", kind), n_bytes)
 
-    def _quantize(
-        self, name: str, x: np.uint64, width: int, weights: Sequence[str], multiple: int = 1
-    ) -> Iterator[Launch]:
-        """Quantizes x, whose name is `name`, in each format of the weights that is not there yet."""
+    def _quantize(self, x: ir.Buffer, weights: Sequence[str]) -> Iterator[Launch]:
+        """Quantizes x in each format of the weights that is not there yet."""
         for kind in dict.fromkeys(self._weight(weight).activation for weight in weights):
-            if kind is not ActivationFormat.F32 and self._quantized.get(kind) != name:
-                out = self._activations(kind, name, width, multiple)
-                yield matmul.quantize(kind, x, width, self._rows.times(multiple), out)
+            if kind is not ActivationFormat.F32 and self._quantized.get(kind) != x.name:
+                out = self._activations(kind, x.name, x.width)
+                yield matmul.quantize(kind, self._current[x.name], x.width, self._rows, out)
 
     def _activation_of(self, weight: matmul.Weights, x: np.uint64) -> np.uint64:
         """The address of x in the format of the weight."""
@@ -123,7 +121,7 @@ class Emitter:
 
     def _products(self, x: ir.Buffer, steps: Sequence[ir.MatMul]) -> Iterator[Launch]:
         at, sms = self._current[x.name], self.context.gpu.sms
-        yield from self._quantize(x.name, at, x.width, [step.weight for step in steps])
+        yield from self._quantize(x, [step.weight for step in steps])
         products = [
             matmul.Product(self._weight(step.weight), self._vector(step.bias), self._out(step.out)) for step in steps
         ]
@@ -164,33 +162,25 @@ class Emitter:
                 yield elementwise.layer_norm(step, x, weight, bias, out, rows)
             case ir.AddPosition():
                 added = self._scratch("positions", width)
-                yield self._dequantized(step.weight, self.context.inputs.positions, added)
-                yield elementwise.elementwise("add_rows", (x, added), out, width, rows)
+                yield matmul.embed(self._weight(step.weight), self.context.inputs.positions, rows, added)
+                yield elementwise.elementwise("add", (x, added), out, width, rows)
             case ir.Rope():
                 yield self._rotated(step, x)
-            case ir.SiluMul():
-                yield elementwise.elementwise("silu_mul", (x, *others), out, width, rows)
-            case ir.Activate():
-                yield elementwise.elementwise(f"{step.function}_rows", (x,), out, width, rows)
-            case ir.Add():
-                yield elementwise.elementwise("add_rows", (x, *others), out, width, rows)
-            case ir.Mul():
-                yield elementwise.elementwise("mul_rows", (x, *others), out, width, rows)
-            case ir.Scale():
-                yield elementwise.elementwise("scale_rows", (x, np.float32(step.factor)), out, width, rows)
-            case ir.SoftCap():
-                yield elementwise.elementwise("soft_cap_rows", (x, np.float32(step.cap)), out, width, rows)
             case ir.Slice():
                 yield elementwise.slice_rows(step, x, out, rows)
             case ir.SigmoidGate():
                 weight = self._vector(step.weight)
                 yield elementwise.sigmoid_gate(step, x, weight, others[0], out, rows)
+            case _:
+                operation, number = operation_of(step)
+                numbers = () if number is None else (np.float32(number),)
+                yield elementwise.elementwise(operation, (x, *others, *numbers), out, width, rows)
 
     def _rotations(self) -> Iterator[Launch]:
         """Of every table, once for all layers."""
         tables = dict.fromkeys(step.table for step in self.context.program.steps if isinstance(step, ir.Rope))
         for table in tables:
-            frequencies = self.context.constant(np.array(table.frequencies, np.float64))
+            frequencies = self.context.layout.constant(np.array(table.frequencies, np.float64))
             positions = self.context.inputs.positions
             yield elementwise.rotation(table, positions, frequencies, self._angles(table), self._rows)
 
@@ -227,7 +217,7 @@ class Emitter:
     def _experts(self, step: ir.Moe) -> Iterator[Launch]:
         x, used, rows = self._current[step.x.name], step.used, self._rows
         router = self._weight(step.router)
-        yield from self._quantize(step.x.name, x, step.x.width, [step.router])
+        yield from self._quantize(step.x, [step.router])
         logits = self._scratch("router logits", step.experts)
         given, sms = self._activation_of(router, x), self.context.gpu.sms
         yield matmul.multiply([matmul.Product(router, NULL, logits)], given, rows, sms)
@@ -236,7 +226,7 @@ class Emitter:
         yield experts.choose(step, logits, chosen, rows)
         yield experts.group(step, chosen, piece, rows)
         gate, up = (self._scratch(f"expert {name}", step.ffn_width, used) for name in ("gate", "up"))
-        yield from self._quantize(step.x.name, x, step.x.width, [step.gate, step.up])
+        yield from self._quantize(step.x, [step.gate, step.up])
         yield from self._expert_products(step, x, ((step.gate, gate), (step.up, up)), chosen, piece, used)
         yield self._expert_gate(step, gate, up)
         down = self._scratch("expert down", step.out.width, used)

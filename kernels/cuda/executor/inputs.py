@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.cuda.launches.inputs import Inputs
 from llamaclust.kernels.cuda.runtime.memory import aligned
 from llamaclust.model.program import KV_BLOCK_TOKENS, Program
 
@@ -18,22 +18,7 @@ _HEADER = 8  # rows, sequences, outputs, zeros
 _INT = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Addresses:
-    """Where kernels find a microbatch's numbers, all of them int32."""
-
-    rows: np.uint64  # how many; the header, which goes on with sequences and outputs
-    outputs: np.uint64  # how many
-    tokens: np.uint64
-    positions: np.uint64
-    sequence_starts: np.uint64
-    table_starts: np.uint64
-    output_rows: np.uint64
-    block_tables: np.uint64
-    window_tables: np.uint64  # `block_tables` where no layer gives up its blocks
-
-
-class Inputs:
+class InputBuffer:
     """The parts of that buffer, tables last: of it, only what a microbatch has is copied."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
@@ -49,12 +34,12 @@ class Inputs:
     def n_bytes(self) -> int:
         return self._offsets[-1]
 
-    def addresses(self, base: int) -> Addresses:
+    def addresses(self, base: int) -> Inputs:
         """Where they are in a buffer that begins there."""
         header, *parts = (np.uint64(base + offset) for offset in self._offsets[:-1])
         if not self._window:
             parts[-1] = parts[-2]
-        return Addresses(header, header + np.uint64(2 * _INT), *parts)
+        return Inputs(header, header + np.uint64(2 * _INT), *parts)
 
     def fill(self, pinned: NDArray[np.uint8], batch: Batch) -> int:
         """Writes a microbatch's numbers; returns how many bytes of `pinned` are to be copied. ValueError where it

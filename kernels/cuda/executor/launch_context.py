@@ -1,22 +1,59 @@
-"""The context of launches: a program, addresses of its weights, buffers and KV memory, and limits of the GPU."""
+"""What launches refer to: a program, its weights, KV memory and buffers, and limits of the GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.cuda.executor.buffer_layout import BufferLayout
-from llamaclust.kernels.cuda.executor.inputs import Addresses
 from llamaclust.kernels.cuda.launches.attention import LaunchLimits
+from llamaclust.kernels.cuda.launches.inputs import Inputs
+from llamaclust.kernels.cuda.runtime.memory import aligned
 from llamaclust.model.program import Program
 
 if TYPE_CHECKING:
     from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
+
+
+@dataclass(slots=True)
+class BufferLayout:
+    """Named buffers in one allocation. Before `lay_out`, `at` records their sizes; afterwards it gives addresses."""
+
+    n_bytes: int = 0
+    base: int = 0
+    _sizes: dict[object, int] = field(default_factory=dict)
+    _offsets: dict[object, int] = field(default_factory=dict)
+
+    def at(self, name: object, n_bytes: int) -> np.uint64:
+        """The address of a buffer; 0 before `lay_out`."""
+        if not self._offsets:
+            self._sizes[name] = max(n_bytes, self._sizes.get(name, 0))
+            return np.uint64(0)
+        assert n_bytes <= self._sizes[name], (name, n_bytes, self._sizes[name])
+        return np.uint64(self.base + self._offsets[name])
+
+    def constant(self, numbers: NDArray[Any]) -> np.uint64:
+        """The address of numbers that are uploaded before the first launch."""
+        data = numbers.tobytes()
+        return self.at(data, len(data))
+
+    @property
+    def constants(self) -> Iterator[tuple[int, bytes]]:
+        """Their offsets and bytes."""
+        return ((offset, name) for name, offset in self._offsets.items() if isinstance(name, bytes))
+
+    def lay_out(self) -> None:
+        """Assigns consecutive offsets."""
+        for name, n_bytes in self._sizes.items():
+            self._offsets[name] = self.n_bytes
+            self.n_bytes = aligned(self.n_bytes + n_bytes)
+
+    def offset(self, name: object) -> int:
+        return self._offsets[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +64,6 @@ class LaunchContext:
     weights: Mapping[str, DeviceWeight]
     limits: StageLimits
     layout: BufferLayout
-    inputs: Addresses
+    inputs: Inputs
     kv: Mapping[int, np.uint64]  # by layer
-    constants: set[bytes]  # uploaded before the first launch
     gpu: LaunchLimits
-
-    def constant(self, numbers: NDArray[Any]) -> np.uint64:
-        """Their address on the device."""
-        data = numbers.tobytes()
-        self.constants.add(data)
-        return self.layout.at(constant_name(data), len(data))
-
-
-def constant_name(data: bytes) -> object:
-    """The name of its buffer."""
-    return "constant", data

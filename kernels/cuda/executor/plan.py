@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.cuda.executor.buffer_layout import BufferLayout
 from llamaclust.kernels.cuda.executor.emit import Emitter
-from llamaclust.kernels.cuda.executor.inputs import Inputs
-from llamaclust.kernels.cuda.executor.launch_context import LaunchContext, constant_name
+from llamaclust.kernels.cuda.executor.inputs import InputBuffer
+from llamaclust.kernels.cuda.executor.launch_context import BufferLayout, LaunchContext
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches.attention import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES)
 """For planning without a GPU: sizes are equal on all."""
-
 
 _LAYER_ALIGNMENT_BYTES = 256
 
@@ -39,12 +37,11 @@ class Plan:
         self.program = program
         self.weights = weights
         self.limits = limits
-        self.inputs = Inputs(program, limits)
+        self.inputs = InputBuffer(program, limits)
         self._layout = BufferLayout()
         self._layout.at("inputs", self.inputs.n_bytes)
         *offsets, self._kv_end = layer_offsets(program.kv_layers, limits)
         self._kv_offsets = dict(zip((step.layer for step in program.kv_layers), offsets, strict=True))
-        self._constants: set[bytes] = set()
         self._kv_base, self._gpu = 0, gpu
         for shape in Shape.all(limits):
             self.launches(shape)
@@ -85,15 +82,13 @@ class Plan:
         """Sets all addresses and uploads constants."""
         self.weights = weights
         self._layout.base, self._kv_base = buffers.address, kv.address
-        for data in self._constants:
-            device.upload(buffers, self._layout.offset(constant_name(data)), np.frombuffer(data, np.uint8))
+        for offset, data in self._layout.constants:
+            device.upload(buffers, offset, np.frombuffer(data, np.uint8))
 
     def launches(self, shape: Shape) -> tuple[Launch, ...]:
         inputs = self.inputs.addresses(int(self._layout.at("inputs", self.inputs.n_bytes)))
         kv = {layer: np.uint64(self._kv_base + offset) for layer, offset in self._kv_offsets.items()}
-        context = LaunchContext(
-            self.program, self.weights, self.limits, self._layout, inputs, kv, self._constants, self._gpu
-        )
+        context = LaunchContext(self.program, self.weights, self.limits, self._layout, inputs, kv, self._gpu)
         return tuple(Emitter(context, shape).launches())
 
 

@@ -6,11 +6,13 @@ its keys and values, computes tiles of few queries (decoding) and of many (prefi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.kernels.cuda.launches.inputs import Inputs
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
 from llamaclust.model.program import KV_GROUP_CHANNELS, SPAN_TOKENS, Attention, KvType, Program, RopeStyle
 
@@ -43,40 +45,11 @@ class Room:
 
     @property
     def plan_bytes(self) -> int:
-        """For each `Cut` one plan of this size."""
+        """For each `likeness` one plan of this size."""
         return 4 * (8 + 4 * self.max_rows + 2 * 8 * (self.max_rows + self.slots))
 
     def partial_bytes(self, step: Attention) -> int:
         return self.slots * _slot_bytes(step)
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How rows become tiles. Steps with equal cuts share a plan."""
-
-    tile_rows: int
-    few_rows: int
-    window: int
-    split_below: int
-
-
-@dataclass(frozen=True, slots=True)
-class BatchBounds:
-    """The largest microbatch of a launch; in `decode`, each row is of another sequence."""
-
-    rows: int
-    max_sequences: int
-    decode: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """Device arrays of a microbatch, int32: rows, sequences in `header`, the rest as in `Batch`."""
-
-    header: np.uint64
-    positions: np.uint64
-    sequence_starts: np.uint64
-    table_starts: np.uint64
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +66,7 @@ NO_ROTATION = Rotation(NULL, 0, RopeStyle.NORM)
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuffers:
-    """Where an attention step finds everything; `slopes` is 0 without. `plan` is that of its cut."""
+    """Where an attention step finds everything; `slopes` is 0 without. `plan` is that of its likeness."""
 
     q: np.uint64
     k: np.uint64
@@ -152,14 +125,13 @@ def check_attention(program: Program) -> None:
             raise ModelFileError(f"{at} cannot be computed: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
 
 
-def cut_of(step: Attention, gpu: LaunchLimits) -> Cut:
-    group, blocks = _group(step), step.kv_heads * _parts(step, gpu)
-    return Cut(
-        tile_rows=max(1, _many_queries(step, gpu) // group),
-        few_rows=_few_queries(step) // group,
-        window=step.window or _NO_WINDOW,
-        split_below=-(-2 * gpu.sms // blocks),
-    )
+def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
+    return max(1, _many_queries(step, gpu) // _group(step))
+
+
+def likeness(step: Attention) -> tuple[object, ...]:
+    """Equal for layers whose rows become the same tiles on any GPU: they share a plan."""
+    return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window
 
 
 def _stage_floats(step: Attention, blocks: int) -> int:
@@ -193,66 +165,62 @@ def can_quantize(step: Attention, room: Room) -> bool:
     return fits and _merges(step, room)
 
 
-def plan_launch(cut: Cut, room: Room, inputs: Inputs, plan: np.uint64) -> Launch:
-    """Once for a microbatch and cut, before the first attention."""
-    arrays = (inputs.header, inputs.positions, inputs.sequence_starts, inputs.table_starts)
-    figures = (cut.tile_rows, cut.few_rows, cut.window, room.max_rows, room.slots, cut.split_below)
-    return Launch("attention.rows.plan", (1, 1, 1), (256, 1, 1), (*arrays, *map(np.int32, figures), plan))
+@dataclass(frozen=True, slots=True)
+class AttentionLaunches:
+    """Launches for microbatches of up to `rows` rows; in `decode`, each row is of another sequence."""
 
+    gpu: LaunchLimits
+    room: Room
+    inputs: Inputs
+    rows: int
+    max_sequences: int
+    decode: bool = False
 
-def attention_launches(
-    step: Attention,
-    gpu: LaunchLimits,
-    room: Room,
-    inputs: Inputs,
-    places: AttentionBuffers,
-    batch: BatchBounds,
-) -> tuple[Launch, ...]:
-    few, spans, rows = _few_queries(step), _spans(step, room.max_context_tokens), batch.rows
-    launches = [_store(step, room, inputs, places, rows)]
-    if few:
-        blocks = min(rows * spans, -(-4 * gpu.sms // step.kv_heads))
-        grid, shared_bytes = (blocks, step.kv_heads, 1), few_shared_bytes(step, few)
-        name = f"attention.few.few_{step.kv_type}_{few}"
-        launches.append(Launch(name, grid, (256, 1, 1), _arguments(step, room, inputs, places), shared_bytes))
-    if not (few and batch.decode):
-        many, parts = _many_queries(step, gpu), _parts(step, gpu)
-        tile_rows = max(1, many // _group(step))
-        tiles = min(rows, rows // tile_rows + batch.max_sequences)
-        blocks = max(tiles, min(rows * spans, -(-2 * gpu.sms // (step.kv_heads * parts))))
-        grid, shared_bytes = (blocks, step.kv_heads * parts, 1), many_shared_bytes(step, many)
-        name = f"attention.tile.tile_{step.kv_type}_{many}"
-        launches.append(Launch(name, grid, (256, 1, 1), _arguments(step, room, inputs, places), shared_bytes))
-    if _merges(step, room):
-        launches.append(_merge(step, room, inputs, places, rows))
-    return tuple(launches)
+    def plan(self, step: Attention, plan: np.uint64) -> Launch:
+        """Once for a microbatch and likeness, before the first attention."""
+        inputs, room, group = self.inputs, self.room, _group(step)
+        split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self.gpu)))
+        tiles = (tile_rows(step, self.gpu), _few_queries(step) // group, step.window or _NO_WINDOW)
+        arrays = (inputs.rows, inputs.positions, inputs.sequence_starts, inputs.table_starts)
+        figures = map(np.int32, (*tiles, room.max_rows, room.slots, split_below))
+        return Launch("attention.rows.plan", (1, 1, 1), (256, 1, 1), (*arrays, *figures, plan))
 
+    def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:
+        few, spans, rows, sms = _few_queries(step), _spans(step, self.room.max_context_tokens), self.rows, self.gpu.sms
+        yield self._store(step, at)
+        if few:
+            grid = min(rows * spans, -(-4 * sms // step.kv_heads)), step.kv_heads, 1
+            yield self._attend(f"few.few_{step.kv_type}_{few}", grid, few_shared_bytes(step, few), step, at)
+        if not (few and self.decode):
+            many, parts = _many_queries(step, self.gpu), _parts(step, self.gpu)
+            tiles = min(rows, rows // tile_rows(step, self.gpu) + self.max_sequences)
+            blocks = max(tiles, min(rows * spans, -(-2 * sms // (step.kv_heads * parts))))
+            grid = blocks, step.kv_heads * parts, 1
+            yield self._attend(f"tile.tile_{step.kv_type}_{many}", grid, many_shared_bytes(step, many), step, at)
+        if _merges(step, self.room):
+            yield self._merge(step, at)
 
-def _store(step: Attention, room: Room, inputs: Inputs, places: AttentionBuffers, rows: int) -> Launch:
-    turn = places.rotation
-    args: tuple[Scalar, ...] = (
-        *(inputs.header, inputs.positions, places.plan, np.int32(room.max_rows), np.int32(room.slots)),
-        *(places.tables, places.q, places.k, places.v),
-        *map(np.int32, (step.heads, step.kv_heads, step.head_dim)),
-        *(places.kv, turn.angles, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)),
-    )
-    return Launch(f"attention.rows.store_{step.kv_type}", (rows, step.kv_heads, 1), (128, 1, 1), args)
+    def _plan_args(self, at: AttentionBuffers) -> tuple[Scalar, ...]:
+        return at.plan, np.int32(self.room.max_rows), np.int32(self.room.slots)
 
+    def _store(self, step: Attention, at: AttentionBuffers) -> Launch:
+        turn, sizes = at.rotation, map(np.int32, (step.heads, step.kv_heads, step.head_dim))
+        rows = self.inputs.rows, self.inputs.positions, *self._plan_args(at)
+        rotation = turn.angles, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)
+        args = (*rows, at.tables, at.q, at.k, at.v, *sizes, at.kv, *rotation)
+        return Launch(f"attention.rows.store_{step.kv_type}", (self.rows, step.kv_heads, 1), (128, 1, 1), args)
 
-def _arguments(step: Attention, room: Room, inputs: Inputs, places: AttentionBuffers) -> tuple[Scalar, ...]:
-    figures = (step.heads, step.kv_heads, step.head_dim, step.window or _NO_WINDOW)
-    return (
-        *(places.plan, np.int32(room.max_rows), np.int32(room.slots)),
-        *(inputs.positions, places.tables, places.q, places.kv, places.slopes),
-        *map(np.int32, figures),
-        *(np.float32(step.scale), np.float32(step.soft_cap or 0.0)),
-        *(places.partials, places.out),
-    )
+    def _attend(
+        self, kernel: str, grid: tuple[int, int, int], shared_bytes: int, step: Attention, at: AttentionBuffers
+    ) -> Launch:
+        figures = map(np.int32, (step.heads, step.kv_heads, step.head_dim, step.window or _NO_WINDOW))
+        scores = np.float32(step.scale), np.float32(step.soft_cap or 0.0)
+        arrays = self.inputs.positions, at.tables, at.q, at.kv, at.slopes
+        args = (*self._plan_args(at), *arrays, *figures, *scores, at.partials, at.out)
+        return Launch(f"attention.{kernel}", grid, (256, 1, 1), args, shared_bytes)
 
-
-def _merge(step: Attention, room: Room, inputs: Inputs, places: AttentionBuffers, rows: int) -> Launch:
-    plan = (inputs.header, places.plan, np.int32(room.max_rows), np.int32(room.slots))
-    outs = (places.out, places.by_32, places.by_256)
-    args = (*plan, places.partials, np.int32(step.heads), np.int32(step.head_dim), *outs)
-    heads = 1 if places.by_32 == places.by_256 else _MERGED_CHANNELS // step.head_dim
-    return Launch("attention.rows.merge", (rows, step.heads // heads, 1), (128, heads, 1), args)
+    def _merge(self, step: Attention, at: AttentionBuffers) -> Launch:
+        outs = (at.partials, np.int32(step.heads), np.int32(step.head_dim), at.out, at.by_32, at.by_256)
+        heads = 1 if at.by_32 == at.by_256 else _MERGED_CHANNELS // step.head_dim
+        args = (self.inputs.rows, *self._plan_args(at), *outs)
+        return Launch("attention.rows.merge", (self.rows, step.heads // heads, 1), (128, heads, 1), args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llamaclust.kernels.cuda.launches.row_count import RowCount
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.program import LayerNorm, RmsNorm, Rope, RopeStyle, RopeTable, SigmoidGate, Slice
 
@@ -27,9 +27,9 @@ def _blocks(width: int) -> int:
     return -(-width // _BLOCK_CHANNELS)
 
 
-def elementwise(kernel: str, inputs: tuple[Scalar, ...], out: np.uint64, width: int, rows: RowCount) -> Launch:
+def elementwise(name: str, inputs: tuple[Scalar, ...], out: np.uint64, width: int, rows: RowCount) -> Launch:
     """out = a function of `inputs`: buffers [rows, width] and scalars."""
-    return _launch(f"rows.{kernel}", _blocks(width), rows, (*inputs, np.int32(width), rows.address, out))
+    return _launch(f"rows.{name}_rows", _blocks(width), rows, (*inputs, np.int32(width), rows.address, out))
 
 
 def slice_rows(step: Slice, x: np.uint64, out: np.uint64, rows: RowCount) -> Launch:

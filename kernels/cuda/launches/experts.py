@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamaclust.kernels.cuda.launches.row_count import RowCount
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import Launch
 from llamaclust.model.program import Moe
 

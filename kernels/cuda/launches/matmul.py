@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamaclust.kernels.cuda.launches.row_count import RowCount
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.program import ActivationFunction
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType

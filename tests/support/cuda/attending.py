@@ -24,7 +24,7 @@ from llamaclust.kernels.cuda.launches.attention import (
     room_of,
 )
 from llamaclust.kernels.cuda.launches.elementwise import rotation
-from llamaclust.kernels.cuda.launches.row_count import RowCount
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf

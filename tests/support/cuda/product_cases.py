@@ -14,7 +14,7 @@ from llamaclust.kernels.cuda.launches.matmul import (
     activation_bytes,
     quantize,
 )
-from llamaclust.kernels.cuda.launches.row_count import RowCount
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES
 from support.cuda.launching import Bench

@@ -1,0 +1,34 @@
+"""Where kernels find a microbatch's numbers on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Addresses of int32 arrays, as in `Batch`."""
+
+    rows: np.uint64  # how many; the header, which goes on with sequences and outputs
+    outputs: np.uint64  # how many
+    tokens: np.uint64
+    positions: np.uint64
+    sequence_starts: np.uint64
+    table_starts: np.uint64
+    output_rows: np.uint64
+    block_tables: np.uint64
+    window_tables: np.uint64  # `block_tables` where no layer gives up its blocks
+
+
+@dataclass(frozen=True, slots=True)
+class RowCount:
+    """The grid is sized for `bucket` rows; `multiple` times the int32 at `address` are computed."""
+
+    bucket: int
+    address: np.uint64
+    multiple: int = 1
+
+    def times(self, multiple: int) -> RowCount:
+        return RowCount(self.bucket * multiple, self.address, multiple)

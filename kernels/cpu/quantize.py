@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.packed.load import to_float
 from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.quant_types import QuantType
 
@@ -22,20 +23,12 @@ _LEAST_IMPORTANCE = 1e-6
 
 def to_floats(quant_type: QuantType, data: bytearray, width: int) -> Float32:
     """Whole rows as a model file holds them -> float32 [rows, width]."""
-    match quant_type:
-        case QuantType.F32:
-            flat = np.frombuffer(data, np.float32)
-        case QuantType.F16:
-            flat = np.frombuffer(data, np.float16).astype(np.float32)
-        case QuantType.BF16:
-            flat = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-        case _:
-            rows = len(data) // quant_type.info.row_bytes(width)
-            matrix = _native.PackedMatrix(int(quant_type), rows, width)
-            matrix.pack_rows(0, np.frombuffer(data, np.uint8))
-            return _native.dequantize("", matrix)
-    floats: Float32 = flat.reshape(-1, width)
-    return floats
+    stored = np.frombuffer(data, np.uint8)
+    if quant_type in (QuantType.F32, QuantType.F16, QuantType.BF16):
+        return to_float(quant_type, stored).reshape(-1, width)
+    matrix = _native.PackedMatrix(int(quant_type), len(data) // quant_type.info.row_bytes(width), width)
+    matrix.pack_rows(0, stored)
+    return _native.dequantize("", matrix)
 
 
 def most_of(quant_type: QuantType) -> float:

@@ -7,12 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from weakref import WeakValueDictionary
 
-import numpy as np
-
-from llamaclust.kernels._native import Memory
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.packed.cache import PackedCache
-from llamaclust.kernels.packed.packed_layer import Buffers, Chunk, PackedLayer, chunks_of, packed_layers_of
+from llamaclust.kernels.packed.load import load_tensors
 from llamaclust.kernels.packed.weights import Weight, check_weights, needs_of
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
@@ -45,39 +42,11 @@ class WeightStore:
             return sum(tensor.resident_bytes for tensor in tensors if _key(tensor) in self._loaded)
 
     def _load(self, tensors: Sequence[Tensor], progress: Progress) -> dict[str, Weight]:
-        layers = packed_layers_of(tensors)
         with ThreadPoolExecutor(self._threads, "load-weights") as pool:
-            found = {} if self._packed_cache is None else self._packed_cache.open(layers, pool, progress)
-            made = {layer: Memory(layer.n_bytes) for layer in layers if layer not in found}
-            weights = _weights(found) | _weights(made)
-            vectors = {tensor.name: _vector(tensor) for tensor in tensors if len(tensor.shape) == 1}
-            unread = [tensor for layer in made for tensor in layer.tensors]
-            unread += [tensor for tensor in tensors if tensor.name in vectors]
-            _read(unread, weights | vectors, pool, progress)
+            loaded = load_tensors(tensors, self._packed_cache, pool, progress)
         if self._packed_cache is not None:
-            self._packed_cache.keep(made)
-        return weights | vectors
-
-
-def _read(
-    tensors: Sequence[Tensor], weights: Mapping[str, Weight], pool: ThreadPoolExecutor, progress: Progress
-) -> None:
-    buffers = Buffers()
-
-    def load(chunk: Chunk) -> int:
-        chunk.load(buffers.get(chunk.file_bytes))
-        return chunk.resident_bytes
-
-    for n_bytes in pool.map(load, [chunk for tensor in tensors for chunk in chunks_of(tensor, weights[tensor.name])]):
-        progress(n_bytes)
-
-
-def _weights(memories: Mapping[PackedLayer, Memory]) -> dict[str, Weight]:
-    return {name: weight for layer, memory in memories.items() for name, weight in layer.weights(memory).items()}
-
-
-def _vector(tensor: Tensor) -> Weight:
-    return Weight(tensor.quant_type, vector=np.empty(tensor.shape, np.float32))
+            self._packed_cache.keep(loaded.packed)
+        return loaded.weights
 
 
 def _key(tensor: Tensor) -> tuple[object, ...]:

@@ -16,11 +16,12 @@ from llamaclust.kernels.cuda.executor.plan import ANY_GPU, Plan, kv_bytes
 from llamaclust.kernels.cuda.executor.stage import CudaStage
 from llamaclust.kernels.cuda.launches import attention
 from llamaclust.kernels.cuda.launches.attention import check_attention
+from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.probe import limits, measure
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
-from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight, DeviceWeights, LayerMemory, layers_of_weights
+from llamaclust.kernels.cuda.weights.device_weights import DeviceWeights, LayerMemory, layers_of_weights
 from llamaclust.kernels.cuda.weights.load_progress import LoadProgress
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
@@ -168,4 +169,5 @@ def _plan(
 ) -> Plan:
     check_weights(program, tensors)
     check_attention(program)
-    return Plan(program, {name: DeviceWeight.of(tensors[name]) for name in program.weights}, limits, gpu)
+    weights = {name: Weights(tensors[name].quant_type, tensors[name].shape) for name in program.weights}
+    return Plan(program, weights, limits, gpu)

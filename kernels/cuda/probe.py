@@ -47,7 +47,7 @@ def measure(device: Device) -> tuple[float, float]:
 
         def product(index: int, rows: int, outputs: int) -> Launch:
             device.upload(count, 0, np.array([rows], np.int32).view(np.uint8))
-            matrix = matmul.Weights(_KIND, outputs, _COLS, weights.at(index * outputs // 16 * tile_bytes))
+            matrix = matmul.Weights(_KIND, (outputs, _COLS), weights.at(index * outputs // 16 * tile_bytes))
             return matmul.multiply(
                 [matmul.Product(matrix, NULL, out.at())], x.at(), RowCount(rows, count.at()), device.sms
             )

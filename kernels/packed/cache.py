@@ -41,9 +41,8 @@ _SETTLED_NS = 100_000_000
 @dataclass(frozen=True, slots=True)
 class _Found:
     layer: PackedLayer
-    key: str
     entry: Entry
-    memory: Memory | None  # mapped; None where it is to be copied
+    memory: Memory | None = None  # mapped; None where it is to be copied
 
 
 class PackedCache:
@@ -52,27 +51,19 @@ class PackedCache:
     def __init__(self, folder: PackedCacheFolder) -> None:
         self._folder = folder
         self._usable: bool | None = None
-        self._keys: dict[PackedLayer, str] = {}
-        self._blocked: dict[PackedLayer, OSError] = {}
+        self._keys: dict[PackedLayer, str | None] = {}  # None: not to be written
         self._started_ns = time.time_ns()
         self._writer = BackgroundWriter(folder)
 
     def open(
-        self,
-        layers: Sequence[PackedLayer],
-        pool: Executor,
-        progress: Progress | None,
-        since_ns: int | None = None,
+        self, layers: Sequence[PackedLayer], pool: Executor, progress: Progress | None, since_ns: int | None = None
     ) -> dict[PackedLayer, Memory]:
         """The intact cached layers. `progress` counts their bytes. `since_ns`: start of the load they belong to, if it
         began earlier. MemoryError if the system refuses the memory."""
         if not self._is_usable():
             return {}
         self._started_ns = since_ns or time.time_ns()
-        self._keys = {layer: key for layer in layers if (key := layer_key(layer)) is not None}
-        self._blocked = {}
-        found = [cached for cached in pool.map(self._find, self._keys.items()) if cached is not None]
-        self._report_blocked()
+        found = [cached for cached in self._found(layers, pool) if cached is not None]
         passes = 1
         if not is_remote(self._folder.path):
             passes = 2
@@ -82,14 +73,9 @@ class PackedCache:
 
     def keep(self, made: Mapping[PackedLayer, Memory]) -> None:
         """Writes layers that were not cached, in the background, one after the other."""
-        if not self._is_usable():
-            return
-        since_ns = self._started_ns
-        self._writer.add(
-            Made(layer, self._keys[layer], ref(memory), since_ns)
-            for layer, memory in made.items()
-            if layer in self._keys and layer not in self._blocked
-        )
+        if self._is_usable():
+            keys = ((layer, self._keys.get(layer), memory) for layer, memory in made.items())
+            self._writer.add(Made(layer, key, ref(memory), self._started_ns) for layer, key, memory in keys if key)
 
     def wait(self) -> None:
         """Until all is written."""
@@ -105,26 +91,31 @@ class PackedCache:
                 warn_not_kept(self._folder, error)
         return self._usable and self._writer.is_usable
 
-    def _report_blocked(self) -> None:
-        """One message a load, as usually all files have the same problem."""
-        if self._blocked:
-            first, more = next(iter(self._blocked.values())), len(self._blocked) - 1
-            others = f", and {more} more" if more else ""
-            _log.warning("packed-weight cache cannot be used: %s%s; they are packed anew", reason(first), others)
+    def _found(self, layers: Sequence[PackedLayer], pool: Executor) -> Iterator[_Found | None]:
+        """One message a load where entries cannot be read, as usually all files have the same problem."""
+        self._keys.update((layer, layer_key(layer)) for layer in layers)
+        blocked: list[OSError] = []
+        for layer, found in zip(layers, pool.map(self._find, layers), strict=True):
+            if isinstance(found, OSError):
+                self._keys[layer] = None
+                blocked.append(found)
+            else:
+                yield found
+        if blocked:
+            others = f", and {len(blocked) - 1} more" if len(blocked) > 1 else ""
+            what = f"{reason(blocked[0])}{others}"
+            _log.warning("packed-weight cache cannot be used: %s; they are packed anew", what)
 
-    def _find(self, wanted: tuple[PackedLayer, str]) -> _Found | None:
-        layer, key = wanted
+    def _find(self, layer: PackedLayer) -> _Found | OSError | None:
+        key = self._keys[layer]
         try:
-            entry = self._folder.find(key)
+            entry = None if key is None else self._folder.find(key)
         except OSError as error:
-            self._blocked[layer] = error
+            return error
+        if entry is not None and entry.n_bytes != layer.n_bytes:
+            self._folder.discard(entry)
             return None
-        if entry is None:
-            return None
-        if entry.n_bytes != layer.n_bytes:
-            self._folder.discard(key, entry)
-            return None
-        return _Found(layer, key, entry, memory=None)
+        return None if entry is None else _Found(layer, entry)
 
     def _map(self, found: _Found) -> _Found:
         try:
@@ -155,7 +146,7 @@ class PackedCache:
         if memory is not None and memory.checksum() == found.entry.checksum:
             return memory
         _log.warning("packed layer %s is damaged: %s", found.layer.name, self._folder.image_path(found.entry))
-        self._folder.discard(found.key, found.entry)
+        self._folder.discard(found.entry)
         return None
 
 

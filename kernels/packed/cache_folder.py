@@ -7,48 +7,72 @@ One process writes at a time; readers need no lock.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import logging
+import json
 import os
+import re
 import stat
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from llamaclust.core.sizes import mib
-from llamaclust.kernels.packed.cache_entries import Entry, NotAFileError, open_regular, read_entry
-
-_log = logging.getLogger(__name__)
-
-_WRITE_BYTES = 1 << 21
-"""One write call, at a multiple of it: some file systems then keep the file in huge pages (ext4 of Linux 6.16)."""
+from llamaclust.kernels.packed.cache_files import (
+    NotAFileError,
+    Writing,
+    delete,
+    drop,
+    locked,
+    mark_used,
+    open_regular,
+    remove,
+    write_whole,
+)
 
 _FREE_SHARE, _FREE_BYTES = 20, 2 << 30
 """Reserved free space of the disk: a twentieth of it, at most 2 GiB."""
 
-_LOCK_WAIT_S = 10.0
-"""How long a writer waits for another one, which has the lock while it writes one image."""
-
-_LOCK_RETRY_S = 0.02
-
+_MOST_ENTRY_BYTES = 1 << 18
+"""Names are short, the path of a model file at most 4096 bytes."""
 
 _PATTERNS = ("*.json", "*.tiles", "*.tmp")
-
-
-class BusyError(OSError):
-    """Another process has the lock."""
 
 
 class NoRoomError(OSError):
     """An image that may not be written, with the reason."""
 
 
-class StoppedError(Exception):
-    """A stopped write."""
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A cached layer; its key covers everything its image depends on."""
+
+    key: str  # also the name of its file: a moved or copied entry is invalid
+    model: str
+    layer: str
+    image: str  # SHA-256 of its bytes, in hex
+    n_bytes: int
+    checksum: int
+
+
+_FIELDS = {field.name: int if field.type == "int" else str for field in fields(Entry)}
+
+
+def _read_entry(path: Path) -> Entry | None:
+    """None if it is missing or damaged. OSError as of `open_regular`."""
+    try:
+        descriptor = open_regular(path)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        data = file.read(_MOST_ENTRY_BYTES + 1)
+    try:
+        found: Any = json.loads(data) if len(data) <= _MOST_ENTRY_BYTES else None
+        is_sound = {name: type(value) for name, value in found.items()} == _FIELDS
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    if not is_sound or found["key"] != path.stem or not re.fullmatch("[0-9a-f]{64}", found["image"]):
+        return None
+    return Entry(**found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +92,6 @@ class Cleared:
     files: int
     size_bytes: int
     left: tuple[OSError, ...]
-
-
-class Writing:
-    """The state of a writer, and the means to stop it."""
-
-    def __init__(self) -> None:
-        self.is_stopped = False
-        self.waits = False  # for the lock
-        self.unfinished: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +118,11 @@ class PackedCacheFolder:
         """The entry of that key if its image is there with the right size; it counts as used now.
         OSError with the name of what cannot be read, or is in the way and cannot be deleted."""
         try:
-            entry = read_entry(self._entry_path(key))
+            entry = _read_entry(self.path / f"{key}.json")
         except NotAFileError as error:
-            _drop(error)
+            drop(error)
             return None
-        if entry is None or not self._has_image(entry):
-            return None
-        return entry
+        return entry if entry is not None and self._has_image(entry) else None
 
     def open_image(self, entry: Entry) -> int | None:
         """A descriptor of a file of the right size. None where there is none; what else lies there is deleted, OSError
@@ -120,44 +133,39 @@ class PackedCacheFolder:
         except FileNotFoundError:
             return None
         except NotAFileError as error:
-            _drop(error)
+            drop(error)
             return None
         if os.fstat(descriptor).st_size == entry.n_bytes:
             return descriptor
         os.close(descriptor)
-        _remove(path)
+        remove(path)
         return None
 
-    def discard(self, key: str, entry: Entry) -> None:
+    def discard(self, entry: Entry) -> None:
         """Deletes an entry and its image; existing maps stay valid."""
-        for path in (self._entry_path(key), self.image_path(entry)):
-            _remove(path)
+        remove(self.path / f"{entry.key}.json")
+        remove(self.image_path(entry))
 
-    def store(
-        self, key: str, model: str, layer: str, data: memoryview, checksum: int, since_ns: int, writing: Writing
-    ) -> None:
+    def store(self, entry: Entry, data: memoryview, since_ns: int, writing: Writing) -> None:
         """Writes an entry, and its image if that is not there. To make room, those go that were not used since
         `since_ns`, the oldest first. OSError where it cannot be written, NoRoomError where it may not, BusyError where
         others write long, StoppedError soon after `writing` was stopped."""
-        if self.find(key) is not None:
-            return
-        entry = Entry(key, model, layer, sha256(data).hexdigest(), len(data), checksum)
-        with self._locked(writing):
+        with locked(self.path / "lock", writing):
             for left, _ in self._files("*.tmp"):  # of killed processes: the lock excludes other writers
-                _remove(left)
-            if self.find(key) is not None:
+                remove(left)
+            if self.find(entry.key) is not None:
                 return
             if not self._has_image(entry):
                 self._make_room(len(data), since_ns)
-                _write(self.image_path(entry), data, writing)
-            _write(self._entry_path(key), memoryview(entry.as_bytes()), writing)
+                write_whole(self.image_path(entry), data, writing)
+            write_whole(self.path / f"{entry.key}.json", memoryview(json.dumps(asdict(entry)).encode()), writing)
 
     def list_models(self) -> list[Listed]:
         """What is there, by model."""
         models: dict[str, dict[str, os.stat_result]] = {}
         for path in sorted(self.path.glob("*.json")):
             with contextlib.suppress(OSError):
-                entry = read_entry(path)
+                entry = _read_entry(path)
                 found = None if entry is None else self.image_path(entry).lstat()
                 if entry is not None and found is not None and stat.S_ISREG(found.st_mode):
                     models.setdefault(entry.model, {})[entry.image] = found
@@ -187,20 +195,17 @@ class PackedCacheFolder:
         files, size_bytes, left = 0, 0, []
         lock = self.path / "lock"
         if lock in self.in_the_way():
-            _delete(lock)
-        with self._locked(Writing()):
+            delete(lock)
+        with locked(lock, Writing()):
             for path in sorted({path for pattern in _PATTERNS for path in self.path.glob(pattern)}):
                 try:
-                    size_bytes += _delete(path)
+                    size_bytes += delete(path)
                     files += 1
                 except FileNotFoundError:
                     continue
                 except OSError as error:
                     left.append(error)
         return Cleared(files, size_bytes, tuple(left))
-
-    def _entry_path(self, key: str) -> Path:
-        return self.path / f"{key}.json"
 
     def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
         """Skips files that other processes delete meanwhile, as deleting needs no lock."""
@@ -216,7 +221,7 @@ class PackedCacheFolder:
         if descriptor is None:
             return False
         try:
-            _use(descriptor)
+            mark_used(descriptor)
         finally:
             os.close(descriptor)
         return True
@@ -246,94 +251,9 @@ class PackedCacheFolder:
     def _forget_missing(self) -> None:
         for path, _ in self._files("*.json"):
             with contextlib.suppress(OSError):
-                entry = read_entry(path)
+                entry = _read_entry(path)
                 if entry is None or not self.image_path(entry).exists():
                     path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _locked(self, writing: Writing) -> Iterator[None]:
-        descriptor = open_regular(self.path / "lock", os.O_RDWR | os.O_CREAT)
-        try:
-            _lock(descriptor, writing)
-            yield
-        finally:
-            os.close(descriptor)
-
-
-def _write(path: Path, data: memoryview, writing: Writing) -> None:
-    """A whole file or none."""
-    made = path.with_suffix(".tmp")
-    try:
-        file = made.open("xb", buffering=0)
-    except FileExistsError:
-        raise NotAFileError(errno.EEXIST, "is in the way", str(made)) from None
-    writing.unfinished = made
-    try:
-        with file:
-            for start in range(0, len(data), _WRITE_BYTES):
-                if writing.is_stopped:
-                    raise StoppedError
-                _write_all(file.fileno(), data[start : start + _WRITE_BYTES])
-            os.fsync(file.fileno())
-            _use(file.fileno())
-        made.rename(path)
-    finally:
-        _remove(made)
-        writing.unfinished = None
-
-
-def _lock(descriptor: int, writing: Writing) -> None:
-    deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            writing.waits = False
-            return
-        except BlockingIOError:
-            if writing.is_stopped:
-                raise StoppedError from None
-            if time.monotonic() >= deadline:
-                reason = f"another process has written there for {_LOCK_WAIT_S:g} s; try again later"
-                raise BusyError(errno.EAGAIN, reason) from None
-            time.sleep(_LOCK_RETRY_S)
-
-
-def _use(descriptor: int) -> None:
-    """Not by the kernel's clock, which is some milliseconds behind the one of `since_ns`."""
-    now_ns = time.time_ns()
-    os.utime(descriptor, ns=(now_ns, now_ns))
-
-
-def _drop(found: NotAFileError) -> None:
-    """Deletes a path that is no regular file. OSError that names it if that fails."""
-    try:
-        Path(found.filename).unlink()
-    except FileNotFoundError:
-        return
-    except OSError:
-        raise found from None
-    _log.warning("%s was no regular file; it is deleted", found.filename)
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def _delete(path: Path) -> int:
-    """Also an empty directory; its size. OSError with its name."""
-    found = path.lstat()
-    if stat.S_ISDIR(found.st_mode):
-        path.rmdir()
-    else:
-        path.unlink()
-    return found.st_size if stat.S_ISREG(found.st_mode) else 0
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        done += os.write(descriptor, data[done:])
 
 
 def _total(found: Iterable[os.stat_result]) -> int:

@@ -10,12 +10,14 @@ import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from threading import Lock, Thread, get_native_id
 from typing import TYPE_CHECKING
 from weakref import ref
 
 from llamaclust.kernels._native import Memory
-from llamaclust.kernels.packed.cache_folder import BusyError, NoRoomError, PackedCacheFolder, StoppedError, Writing
+from llamaclust.kernels.packed.cache_files import BusyError, StoppedError, Writing
+from llamaclust.kernels.packed.cache_folder import Entry, NoRoomError, PackedCacheFolder
 
 if TYPE_CHECKING:
     from llamaclust.kernels.packed.packed_layer import PackedLayer
@@ -119,8 +121,11 @@ class BackgroundWriter:
                 self._forget()
 
     def _store(self, made: Made, memory: Memory) -> None:
-        path, layer = str(made.layer.tensors[0].origin.absolute()), made.layer.name
-        self._folder.store(made.key, path, layer, memory.view.data, memory.checksum(), made.since_ns, self._writing)
+        if self._folder.find(made.key) is None:
+            path, data = str(made.layer.tensors[0].origin.absolute()), memory.view.data
+            image = sha256(data).hexdigest()
+            entry = Entry(made.key, path, made.layer.name, image, len(data), memory.checksum())
+            self._folder.store(entry, data, made.since_ns, self._writing)
 
     def _forget(self) -> None:
         with self._lock:

@@ -19,7 +19,6 @@ from llamaclust.kernels.cuda.launches.attention import can_quantize
 from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
-from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
 from llamaclust.kernels.fuse import Attend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import (
@@ -247,7 +246,9 @@ def test_launches_of_a_layer_in_decode(
 
     def launches(end: int) -> int:
         program = model.program(1, end)
-        weights = {name: DeviceWeight.of(tensor) for name, tensor in model.tensors_for(program).items()}
+        weights = {
+            name: matmul.Weights(tensor.quant_type, tensor.shape) for name, tensor in model.tensors_for(program).items()
+        }
         return len(Plan(program, weights, limits).launches(Shape(1, 1, decode=True)))
 
     assert launches(3) - launches(2) == count

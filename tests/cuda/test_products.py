@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llamaclust.kernels import _native
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.launches.matmul import (
     SUPPORTED_TYPES,
     Experts,
@@ -16,7 +17,6 @@ from llamaclust.kernels.cuda.launches.matmul import (
     multiply,
     multiply_experts,
 )
-from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
@@ -98,7 +98,7 @@ def test_one_wrong_bit_of_a_weight_is_noticed(bench: Bench, kind: QuantType, row
     damaged = loaded.memory.view.copy()
     damaged[4 * 9 + (kind in FLOAT_TYPES)] ^= 4  # the first k-group of row 9
     tiles = bench.put(damaged).at()
-    after = products(bench, Weights(kind, 16, cols, tiles), x)
+    after = products(bench, Weights(kind, (16, cols), tiles), x)
     differ = (before.view(np.uint32) != after.view(np.uint32)).any(0)
     wrong = 2 if kind in (QuantType.F16, QuantType.BF16) else 9  # whose columns are half as long
     assert list(np.flatnonzero(differ)) == [wrong]
@@ -110,7 +110,6 @@ def test_lines_of_experts(bench: Bench, kind: QuantType, piece: int, divisor: in
     experts, rows, cols, lines = 3, 18, 2 * segment_cols(kind), 90
     generator = generator_of(kind, piece, divisor)
     loaded = [load(bench, kind, random_weights(generator, kind, rows, cols), rows, cols) for _ in range(experts)]
-    matrix_bytes = loaded[0].memory.bytes
     tiles = bench.put(np.concatenate([one.memory.view for one in loaded])).at()
     x = random_activations(generator, lines // divisor, cols)
     choice = generator.integers(0, experts, lines)
@@ -125,11 +124,9 @@ def test_lines_of_experts(bench: Bench, kind: QuantType, piece: int, divisor: in
     grouped = Experts(
         bench.put(table).at(), count_of(bench, len(items)), bench.put(order).at(), len(table), piece, divisor
     )
-    weights = Weights(kind, rows, cols, tiles)
+    weights = Weights(kind, (experts, rows, cols), tiles)
     activations = quantized(bench, weights, x, len(x))
-    bench.device.launch(
-        multiply_experts([Product(weights, np.uint64(0), out.at())], matrix_bytes, activations, grouped, 4)
-    )
+    bench.device.launch(multiply_experts([Product(weights, np.uint64(0), out.at())], activations, grouped, 4))
     expected = np.stack([_native.matmul(LEVEL, one.on_cpu, x) for one in loaded])  # [experts, rows of x, rows]
     every = np.arange(lines)
     check_equal_bits(bench.get(out, (lines, rows)), expected[choice, every // divisor], items)

@@ -94,9 +94,7 @@ class Emitter:
         self._quantized = {kind: owner for kind, owner in self._quantized.items() if owner != name}
 
     def _weight(self, name: str) -> matmul.Weights:
-        weight = self.context.weights[name]
-        n_rows, cols = weight.shape[-2:]
-        return matmul.Weights(weight.quant_type, n_rows, cols, weight.address)
+        return self.context.weights[name]
 
     def _vector(self, name: str | None) -> np.uint64:
         return NULL if name is None else self.context.weights[name].address
@@ -266,7 +264,6 @@ class Emitter:
         for name, out in outs:
             alike.setdefault(self._weight(name).quant_type, []).append((name, out))
         for group in alike.values():
-            matrix_bytes = self.context.weights[group[0][0]].matrix_bytes
             products = [matmul.Product(self._weight(name), NULL, out) for name, out in group]
             given, sms = self._activation_of(products[0].weights, x), self.context.gpu.sms
-            yield matmul.multiply_experts(products, matrix_bytes, given, lines, sms)
+            yield matmul.multiply_experts(products, given, lines, sms)

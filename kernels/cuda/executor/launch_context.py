@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.launches.attention import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import Inputs
+from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.memory import aligned
 from llamaclust.model.program import Program
-
-if TYPE_CHECKING:
-    from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
 
 
 @dataclass(slots=True)
@@ -61,7 +59,7 @@ class LaunchContext:
     """Addresses are 0 while sizes are computed."""
 
     program: Program
-    weights: Mapping[str, DeviceWeight]
+    weights: Mapping[str, Weights]
     limits: StageLimits
     layout: BufferLayout
     inputs: Inputs

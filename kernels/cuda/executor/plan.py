@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,12 +12,10 @@ from llamaclust.kernels.cuda.executor.inputs import InputBuffer
 from llamaclust.kernels.cuda.executor.launch_context import BufferLayout, LaunchContext
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches.attention import LaunchLimits
+from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated
 from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Program
-
-if TYPE_CHECKING:
-    from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES)
 """For planning without a GPU: sizes are equal on all."""
@@ -30,7 +27,7 @@ class Plan:
     """A program's buffers, and its launches once these have addresses."""
 
     def __init__(
-        self, program: Program, weights: Mapping[str, DeviceWeight], limits: StageLimits, gpu: LaunchLimits = ANY_GPU
+        self, program: Program, weights: Mapping[str, Weights], limits: StageLimits, gpu: LaunchLimits = ANY_GPU
     ) -> None:
         """Weights without addresses. The size of buffers does not depend on the GPU. ValueError where the program
         does not hold together."""
@@ -78,7 +75,7 @@ class Plan:
     def out_offset(self) -> int:
         return self._layout.offset((self.program.out.name, self.program.is_last))
 
-    def bind(self, device: Device, weights: Mapping[str, DeviceWeight], buffers: Buffer, kv: Buffer) -> None:
+    def bind(self, device: Device, weights: Mapping[str, Weights], buffers: Buffer, kv: Buffer) -> None:
         """Sets all addresses and uploads constants."""
         self.weights = weights
         self._layout.base, self._kv_base = buffers.address, kv.address

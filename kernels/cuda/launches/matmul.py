@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -39,12 +40,24 @@ _SEGMENTS_OF_A_WARP = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A matrix [rows, cols] whose tiles are on the device."""
+    """A tensor on the device: a vector of float32, or matrices [rows, cols] in tiles (one, or one for each expert), one
+    behind the other."""
 
     quant_type: QuantType
-    rows: int
-    cols: int
-    tiles: np.uint64
+    shape: tuple[int, ...]
+    address: np.uint64 = NULL  # of its first byte; 0 in planning
+
+    @property
+    def n_bytes(self) -> int:
+        return 4 * self.shape[0] if len(self.shape) == 1 else prod(self.shape[:-2]) * self.matrix_bytes
+
+    @property
+    def rows(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def cols(self) -> int:
+        return self.shape[-1]
 
     @property
     def activation(self) -> ActivationFormat:
@@ -59,6 +72,11 @@ class Weights:
     @property
     def tile_bytes(self) -> int:
         return self.quant_type.info.tile_bytes(self.cols)
+
+    @property
+    def matrix_bytes(self) -> int:
+        """From one expert's matrix to the next."""
+        return self.tile_count * self.tile_bytes
 
     @property
     def segments(self) -> int:
@@ -145,7 +163,7 @@ def embed(weights: Weights, ids: np.uint64, rows: RowCount, out: np.uint64) -> L
         name = f"elementwise.embed.embed_{weights.quant_type.name.lower()}"
     else:
         name = kernel_name("embed", weights.quant_type)
-    args = (ids, weights.tiles, np.int32(weights.tile_bytes), np.int32(weights.cols), rows.address, out)
+    args = (ids, weights.address, np.int32(weights.tile_bytes), np.int32(weights.cols), rows.address, out)
     return Launch(name, (-(-weights.cols // 1024), rows.bucket, 1), (256, 1, 1), args)
 
 
@@ -156,11 +174,9 @@ def multiply(products: Sequence[Product], activations: np.uint64, rows: RowCount
     return _launch(products, activations, RowCount(min(rows.bucket, piece), rows.address), experts, sms)
 
 
-def multiply_experts(
-    products: Sequence[Product], matrix_bytes: int, activations: np.uint64, experts: Experts, sms: int
-) -> Launch:
-    """`products` have the first expert's matrices; those of the others follow `matrix_bytes` apart."""
-    return _launch(products, activations, RowCount(experts.piece, NULL), experts, sms, matrix_bytes)
+def multiply_experts(products: Sequence[Product], activations: np.uint64, experts: Experts, sms: int) -> Launch:
+    """`products` have the matrices of all experts."""
+    return _launch(products, activations, RowCount(experts.piece, NULL), experts, sms)
 
 
 def _blocks(products: Sequence[Product], tiles: int) -> int:
@@ -176,15 +192,9 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
     return rows > 4 * _GROUP_ROWS or _blocks(products, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
 
 
-def _launch(
-    products: Sequence[Product],
-    activations: np.uint64,
-    rows: RowCount,
-    experts: Experts,
-    sms: int,
-    matrix_bytes: int = 0,
-) -> Launch:
+def _launch(products: Sequence[Product], activations: np.uint64, rows: RowCount, experts: Experts, sms: int) -> Launch:
     weights, is_gemm = products[0].weights, experts.piece > _GROUP_ROWS
+    matrix_bytes = 0 if experts.items == NULL else weights.matrix_bytes
     args: tuple[Scalar, ...] = (
         *_matrices(products),
         *map(np.int32, (weights.tile_bytes, matrix_bytes, weights.cols)),
@@ -208,7 +218,7 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
     assert len(products) <= MOST_PRODUCTS
     args: list[Scalar] = []
     for product in products:
-        args += (product.weights.tiles, np.int32(product.weights.rows), product.bias, product.out)
+        args += (product.weights.address, np.int32(product.weights.rows), product.bias, product.out)
     return (*args, *(MOST_PRODUCTS - len(products)) * (NULL, np.int32(0), NULL, NULL))
 
 

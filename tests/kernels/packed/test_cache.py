@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from llamaclust.cli.app import app
 from llamaclust.kernels._native import Memory, available_levels, packing_fingerprint
 from llamaclust.kernels.packed import cache, cache_folder
-from llamaclust.kernels.packed.cache_folder import PackedCacheFolder, Writing
+from llamaclust.kernels.packed.cache_files import Writing, locked
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.packed_layer import packed_layers_of
 from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.loader import Model
@@ -263,18 +264,14 @@ def test_weights_that_nobody_has_any_more_are_not_written(model: Path, folder: P
     program = opened.program(0, 1)
     found = packed_layers_of(opened.tensors_for(program).values())
     layers = cache.PackedCache(folder)
-    with cache_folder.PackedCacheFolder._locked(_made(folder), Writing()):
+    folder.create()
+    with locked(folder.path / "lock", Writing()):
         layers._keys = {image: cache.layer_key(image) or "" for image in found}
         memories = {image: Memory(image.n_bytes) for image in found}
         layers.keep(memories)
         del memories
     layers.wait()
     assert len(images(folder)) <= 1  # the one that it had begun with
-
-
-def _made(folder: PackedCacheFolder) -> PackedCacheFolder:
-    folder.create()
-    return folder
 
 
 def test_the_command_lists_and_clears(model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,9 @@ import pytest
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels._native import Memory
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.packed import cache, cache_folder
-from llamaclust.kernels.packed.cache_folder import PackedCacheFolder, Writing
+from llamaclust.kernels.packed import cache, cache_files, cache_writer
+from llamaclust.kernels.packed.cache_files import Writing, locked
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.packed_layers import IMAGES, LAYERS, LIMITS, images, run, settled
@@ -85,7 +86,7 @@ def test_an_image_deleted_before_it_is_read_is_no_damage(
 def test_a_writer_that_fails_says_so_and_is_done(
     model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache_folder, "sha256", None)
+    monkeypatch.setattr(cache_writer, "sha256", None)
     assert run(model, folder) == run(model, None)
     (record,) = caplog.records
     assert record.levelname == "ERROR" and record.exc_info is not None
@@ -95,9 +96,9 @@ def test_a_writer_that_fails_says_so_and_is_done(
 def test_a_writer_gives_up_on_a_lock_with_one_line(
     model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache_folder, "_LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(cache_files, "_LOCK_WAIT_S", 0.05)
     folder.create()
-    with folder._locked(Writing()):
+    with locked(folder.path / "lock", Writing()):
         run(model, folder)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "another process" in record.getMessage()
@@ -132,7 +133,7 @@ def test_a_write_that_fails_is_one_warning(
     def full(descriptor: int, data: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_folder, "_write_all", full)
+    monkeypatch.setattr(cache_files, "_write_all", full)
     assert run(model, folder) == run(model, None)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "No space left on device" in record.getMessage()

@@ -8,14 +8,16 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
-from llamaclust.kernels.packed import cache_folder
-from llamaclust.kernels.packed.cache_folder import BusyError, PackedCacheFolder, Writing
+from llamaclust.kernels.packed import cache_files
+from llamaclust.kernels.packed.cache_files import BusyError, Writing
+from llamaclust.kernels.packed.cache_folder import Entry, PackedCacheFolder
 from llamaclust.kernels.packed.file_systems import file_system, is_remote
 
 DATA = memoryview(bytes(range(256)) * 16)
@@ -29,7 +31,8 @@ def folder(tmp_path: Path) -> PackedCacheFolder:
 
 
 def store(folder: PackedCacheFolder, key: str, data: memoryview = DATA, since_ns: int = 0) -> None:
-    folder.store(key, "m.gguf", "blk.0", data, 7, since_ns, Writing())
+    entry = Entry(key, "m.gguf", "blk.0", sha256(data).hexdigest(), len(data), 7)
+    folder.store(entry, data, since_ns, Writing())
 
 
 def test_what_a_load_used_is_never_older_than_the_load(folder: PackedCacheFolder) -> None:
@@ -96,7 +99,7 @@ def held(folder: PackedCacheFolder) -> Iterator[None]:
 
 
 def test_nobody_waits_long_for_the_lock(folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_folder, "_LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(cache_files, "_LOCK_WAIT_S", 0.1)
     monkeypatch.setenv("LLAMACLUST_HOME", str(folder.path.parent))
     with held(folder):
         with pytest.raises(BusyError, match="another process"):

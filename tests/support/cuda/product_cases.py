@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels import _native
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.launches.matmul import (
     Weights,
     activation_bytes,
     quantize,
 )
-from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES
 from support.cuda.launching import Bench
@@ -45,7 +45,7 @@ def load(bench: Bench, kind: QuantType, data: bytes, rows: int, cols: int) -> Lo
     memory = _native.Memory(n_bytes)
     matrix = _native.PackedMatrix(kind, rows, cols, memory, 0)
     matrix.pack_rows(0, data)
-    return Loaded(matrix, memory, Weights(kind, rows, cols, bench.put(memory.view).at()))
+    return Loaded(matrix, memory, Weights(kind, (rows, cols), bench.put(memory.view).at()))
 
 
 def segment_cols(kind: QuantType) -> int:

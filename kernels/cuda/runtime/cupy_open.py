@@ -75,19 +75,21 @@ def _count(cupy: Any) -> int:
     try:
         count: int = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
-        driver, built_for = _version(runtime.driverGetVersion()), _version(runtime.runtimeGetVersion())
-        if error.status == _NO_DEVICE:
-            raise UsageError("device cuda: no NVIDIA GPU is visible (nvidia-smi, CUDA_VISIBLE_DEVICES)") from error
-        if driver == "0.0":
-            raise UsageError("device cuda: no NVIDIA driver is installed, or this container is not given it") from error
-        if error.status == _OLD_DRIVER:
-            raise UsageError(
-                f"device cuda: the driver is for CUDA {driver}, this CuPy for {built_for}: update it, or {_INSTALL}"
-            ) from error
-        raise UsageError(f"device cuda: {error}") from error
+        if error.status != _NO_DEVICE:
+            raise UsageError(f"device cuda: {_driver_problem(runtime, error)}") from error
+        count = 0
     if count == 0:
         raise UsageError("device cuda: no NVIDIA GPU is visible (nvidia-smi, CUDA_VISIBLE_DEVICES)")
     return count
+
+
+def _driver_problem(runtime: Any, error: Any) -> str:
+    driver, built_for = _version(runtime.driverGetVersion()), _version(runtime.runtimeGetVersion())
+    if driver == "0.0":
+        return "no NVIDIA driver is installed, or this container is not given it"
+    if error.status == _OLD_DRIVER:
+        return f"the driver is for CUDA {driver}, this CuPy for {built_for}: update it, or {_INSTALL}"
+    return str(error)
 
 
 def _version(number: int) -> str:

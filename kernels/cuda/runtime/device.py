@@ -105,10 +105,6 @@ class Device(Protocol):
         """Returns when the copy is complete."""
         ...
 
-    def download(self, buffer: Buffer, offset_bytes: int, n_bytes: int) -> Bytes:
-        """The content after all earlier calls."""
-        ...
-
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
         """In order with launches; `pinned`, a part of an array of `pinned`, must stay as it is until then."""
         ...

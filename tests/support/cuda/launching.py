@@ -41,8 +41,9 @@ class Bench:
 
     def get(self, buffer: Buffer, shape: Size, dtype: type[Any] = np.float32) -> NDArray[Any]:
         """What stands in the buffer, from its begin."""
-        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        values: NDArray[Any] = self.device.download(buffer, 0, n_bytes).view(dtype).reshape(shape)
+        values: NDArray[Any] = np.empty(shape, dtype)
+        self.device.copy_out(values.reshape(-1).view(np.uint8), buffer, 0)
+        self.device.synchronize()
         return values
 
     def run(

@@ -136,10 +136,6 @@ class ShimDevice:
         assert self._captured is None, "a graph has no uploads: copy_in"
         _view(buffer, offset_bytes, data.nbytes)[:] = data.reshape(-1).view(np.uint8)
 
-    def download(self, buffer: Buffer, offset_bytes: int, n_bytes: int) -> Bytes:
-        assert self._captured is None, "a graph has no downloads: copy_out"
-        return _view(buffer, offset_bytes, n_bytes).copy()
-
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
         place = _view(buffer, offset_bytes, pinned.nbytes)
         self._do(lambda: np.copyto(place, pinned))

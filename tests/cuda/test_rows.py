@@ -210,7 +210,7 @@ def test_rows_of_weights(bench: Bench, quant_type: QuantType, width: int) -> Non
     tiles, tile_bytes = tiles_of(weight)
     there, rows, on_device = bench.room(ROWS * width * 4), rows_of(bench), bench.put(tiles)
     args = bench.put(ids), on_device, tile_bytes, width, rows, there
-    bench.run(f"elementwise.embed.embed_{quant_type.name.lower()}", pieces(width), 256, *args)
+    bench.run(f"matmul.float.embed_{quant_type.name}", pieces(width), 256, *args)
     batch = batch_of([(ids, range(ROWS), range(1))])
     wanted = on_cpu(program_of(out, out, Embed(out, "w"), first=True), {"w": weight}, batch, None)
     same_bits(bench.get(there, (ROWS, width)), wanted)

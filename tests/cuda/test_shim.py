@@ -90,13 +90,10 @@ def test_matrix_products(probe: Bench, k: int, is_unsigned: bool) -> None:
 
 def test_dot_products_of_bytes(probe: Bench) -> None:
     a, b = generator().integers(-(1 << 31), 1 << 31, (2, 1000)).astype(np.int32)
-    out = probe.room(16000)
+    out = probe.room(8000)
     probe.run("probe.bytes", 16, 64, probe.put(a), probe.put(b), 1000, out)
     columns = b.view(np.int8).reshape(-1, 4).astype(np.int32)
-    for found, kind in zip(probe.get(out, (2, 1000), np.int32), (np.uint8, np.int8), strict=True):
-        wanted = (a.view(kind).reshape(-1, 4) * columns).sum(1) + np.arange(1000)
-        np.testing.assert_array_equal(found, wanted)
-    for found, two in zip(probe.get(out, (4, 1000), np.int32)[2:], (columns[:, :2], columns[:, 2:]), strict=True):
+    for found, two in zip(probe.get(out, (2, 1000), np.int32), (columns[:, :2], columns[:, 2:]), strict=True):
         np.testing.assert_array_equal(found, (a.view(np.int16).reshape(-1, 2) * two).sum(1) + np.arange(1000))
 
 

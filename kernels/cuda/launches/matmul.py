@@ -159,12 +159,9 @@ def _quantize(
 
 def embed(weights: Weights, ids: np.uint64, rows: RowCount, out: np.uint64) -> Launch:
     """Row i of out, float32, is row ids[i] of the weights."""
-    if weights.activation is ActivationFormat.F32:
-        name = f"elementwise.embed.embed_{weights.quant_type.name.lower()}"
-    else:
-        name = kernel_name("embed", weights.quant_type)
     args = (ids, weights.address, np.int32(weights.tile_bytes), np.int32(weights.cols), rows.address, out)
-    return Launch(name, (-(-weights.cols // 1024), rows.bucket, 1), (256, 1, 1), args)
+    grid = (-(-weights.cols // 1024), rows.bucket, 1)
+    return Launch(kernel_name("embed", weights.quant_type), grid, (256, 1, 1), args)
 
 
 def multiply(products: Sequence[Product], activations: np.uint64, rows: RowCount, sms: int) -> Launch:

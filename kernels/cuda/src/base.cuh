@@ -24,8 +24,27 @@ inline constexpr int kWarp = 32;
 inline constexpr uint32_t kAllLanes = 0xffffffff;
 
 // Four neighbours in one access of 16 bytes, to which p is aligned.
-DEVICE float4 load_four_floats(const float* p) { return *reinterpret_cast<const float4*>(p); }
-DEVICE void store_four_floats(float* p, float4 x) { *reinterpret_cast<float4*>(p) = x; }
+DEVICE float4 load_four(const float* p) { return *reinterpret_cast<const float4*>(p); }
+DEVICE int4 load_four(const int32_t* p) { return *reinterpret_cast<const int4*>(p); }
+DEVICE void store_four(float* p, float4 x) { *reinterpret_cast<float4*>(p) = x; }
+
+// `count` neighbours, a multiple of four.
+template <int count, class T>
+DEVICE void load_fours(const T* p, T (&to)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; i += 4) {
+    const auto four = load_four(p + i);
+    to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+  }
+}
+
+// x of all lanes of a warp, or of `lanes` neighbours, by f: halves are joined, 16 + 16, ... 1 + 1. Every lane gets it.
+template <int lanes = kWarp, class T, class F>
+DEVICE T reduce(T x, F f) {
+#pragma unroll
+  for (int with = lanes / 2; with > 0; with /= 2) x = f(x, __shfl_xor_sync(kAllLanes, x, with));
+  return x;
+}
 
 // Every NaN becomes the same one.
 DEVICE float canonical(float x) { return x == x ? x : __int_as_float(0x7fc00000); }

@@ -29,10 +29,7 @@ DEVICE void softmax(float* x, int n) {
   const int lane = threadIdx.x % kWarp;
   float greatest = x[0];
   for (int i = lane; i < n; i += kWarp) greatest = greatest > x[i] ? greatest : x[i];
-  for (int with = kWarp / 2; with > 0; with /= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, greatest, with);
-    greatest = greatest > other ? greatest : other;
-  }
+  greatest = reduce(greatest, [](float a, float b) { return a > b ? a : b; });
   __syncwarp();
   for (int i = lane; i < n; i += kWarp) x[i] = exp(sub(x[i], greatest));
   __syncwarp();
@@ -92,6 +89,7 @@ DEVICE int count_lines(const int32_t* ids, int begin, int end, int expert) {
 KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t experts, int32_t piece, const int32_t* rows,
        int32_t* lines, int32_t* items, int32_t* item_count) {
   constexpr int kExpertsAtOnce = 512 / kWarp;
+  const auto sum = [](int a, int b) { return a + b; };
   int32_t* counts = reinterpret_cast<int32_t*>(DYNAMIC_SHARED);
   int32_t* pieces = counts + experts;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, all = *rows * used;
@@ -99,7 +97,7 @@ KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t expert
   const int end = begin + each < all ? begin + each : all;
   for (int expert = warp; expert < experts; expert += kExpertsAtOnce) {
     int count = count_lines(ids, begin, end, expert);
-    for (int with = kWarp / 2; with > 0; with /= 2) count += __shfl_xor_sync(kAllLanes, count, with);
+    count = reduce(count, sum);
     if (lane == 0) {
       counts[expert] = count;
       pieces[expert] = (count + piece - 1) / piece;
@@ -112,10 +110,7 @@ KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t expert
       place += counts[other];
       item += pieces[other];
     }
-    for (int with = kWarp / 2; with > 0; with /= 2) {
-      place += __shfl_xor_sync(kAllLanes, place, with);
-      item += __shfl_xor_sync(kAllLanes, item, with);
-    }
+    place = reduce(place, sum), item = reduce(item, sum);
     for (int i = lane; i < pieces[expert]; i += kWarp) {
       const int left = counts[expert] - i * piece;
       int32_t* to = items + 3 * (item + i);

@@ -39,29 +39,16 @@ __device__ __forceinline__ uint16_t float_to_half(float x) {
   return r;
 }
 
-// c + the sum of four products of bytes: unsigned, or signed, times signed.
-__device__ __forceinline__ int32_t dp4a(uint32_t a, int32_t b, int32_t c) {
-  int32_t r;
-  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-__device__ __forceinline__ int32_t dp4a(int32_t a, int32_t b, int32_t c) {
-  int32_t r;
-  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-
 // c + two products: the int16s of a with the lower, or the upper, two bytes of b, all signed.
-__device__ __forceinline__ int32_t dp2a_low(int32_t a, int32_t b, int32_t c) {
-  int32_t r;
-  asm("dp2a.lo.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-__device__ __forceinline__ int32_t dp2a_high(int32_t a, int32_t b, int32_t c) {
-  int32_t r;
-  asm("dp2a.hi.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
+#define LLAMACLUST_DP2A(name, instruction)                                       \
+  __device__ __forceinline__ int32_t name(int32_t a, int32_t b, int32_t c) {     \
+    int32_t r;                                                                   \
+    asm(instruction " %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));      \
+    return r;                                                                    \
+  }
+LLAMACLUST_DP2A(dp2a_low, "dp2a.lo.s32.s32")
+LLAMACLUST_DP2A(dp2a_high, "dp2a.hi.s32.s32")
+#undef LLAMACLUST_DP2A
 
 // d += a b over a whole warp: matrices of bytes, of which each lane holds some (mma.cuh), a unsigned or signed, b signed.
 #define LLAMACLUST_MMA(Registers, type)                                                                             \

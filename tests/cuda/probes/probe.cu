@@ -49,14 +49,12 @@ KERNEL(32, multiply, const int32_t* a, const int32_t* b, int32_t k, int32_t is_u
   for (int i = 0; i < 4; i++) d[4 * lane + i] = sums[i];
 }
 
-// Blocks of 64. out = the dot products of bytes, a unsigned, then signed; of int16 and the lower bytes, and the upper ones.
+// Blocks of 64. out = the dot products of int16 and the lower bytes, and the upper ones.
 KERNEL(64, bytes, const int32_t* a, const int32_t* b, int32_t n, int32_t* out) {
   const int i = blockIdx.x * 64 + threadIdx.x;
   if (i >= n) return;
-  out[i] = dp4a(static_cast<uint32_t>(a[i]), b[i], i);
-  out[n + i] = dp4a(a[i], b[i], i);
-  out[2 * n + i] = dp2a_low(a[i], b[i], i);
-  out[3 * n + i] = dp2a_high(a[i], b[i], i);
+  out[i] = dp2a_low(a[i], b[i], i);
+  out[n + i] = dp2a_high(a[i], b[i], i);
 }
 
 // Blocks of 64. Every half as a float; every float as a half.
@@ -95,7 +93,7 @@ KERNEL(64, mistakes, int32_t kind, const float* x, float* out) {
   if (kind == 2 && i % 2 == 0) __shfl_sync(kAllLanes, i, 0);
   if (kind == 3) out[i] = lanes[i + (i == 63)];
   if (kind == 4) out[i + (i == 63)] = lanes[i];
-  if (kind == 5) out[0] = load_four_floats(x + i).x;
+  if (kind == 5) out[0] = load_four(x + i).x;
   if (kind == 6) out[i] = x[i - 100000 * (i == 63)];
   if (kind == 7) __shfl_sync(1u << i % 32, i, 5);
   if (kind == 8) out[-1] = 1;

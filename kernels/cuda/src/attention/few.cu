@@ -55,7 +55,7 @@ struct F16Scores {
 #pragma unroll
     for (int c = 0; c < F16Kv::kChannels; c++) {
       float q[TQ];
-      read_queries(queries + c * TQ, q);
+      load_fours(queries + c * TQ, q);
 #pragma unroll
       for (int p = 0; p < kPositions; p++) {
         const float x = element_of(F16Kv{}, keys[p], c);
@@ -99,7 +99,7 @@ struct Q8Scores {
 #pragma unroll
     for (int pair = 0; pair < 8; pair++) {
       int32_t q[TQ];
-      read_queries(pairs + pair * TQ, q);
+      load_fours(pairs + pair * TQ, q);
 #pragma unroll
       for (int p = 0; p < kPositions; p++) {
         const int32_t word = static_cast<int32_t>(word_of(keys[p], pair / 2));
@@ -133,7 +133,7 @@ struct Q8Scores {
       add_chunk(queries + group * 16 * TQ, k[0], sums);
       add_chunk(queries + (group * 16 + 8) * TQ, k[1], sums);
       float by[TQ];
-      read_queries(reinterpret_cast<const float*>(queries) + (groups * 16 + group) * TQ, by);
+      load_fours(reinterpret_cast<const float*>(queries) + (groups * 16 + group) * TQ, by);
 #pragma unroll
       for (int p = 0; p < kPositions; p++)
 #pragma unroll

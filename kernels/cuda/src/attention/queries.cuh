@@ -15,6 +15,8 @@ DEVICE void load_queries(const Span<F16Kv, TQ>& span, float* to) {
   }
 }
 
+inline constexpr int32_t kLeastQuery = 0x0d800000;  // 2^-100: below it a group of a query counts as zero
+
 struct RoundedQuery {
   int32_t q;
   float scale;
@@ -22,7 +24,7 @@ struct RoundedQuery {
 
 // A group of 32 channels of a query that meets keys in q8_0, one a lane: q = x * (32767 / m) to nearest, scale = m / 32767.
 DEVICE RoundedQuery round_query(float x) {
-  const int32_t greatest = greatest_magnitude(x);
+  const int32_t greatest = greatest_of(magnitude(x));
   const float maximum = __int_as_float(greatest);
   if (greatest >= kNotFinite) return {0, __int_as_float(0x7fc00000)};
   if (greatest < kLeastQuery) return {0, 0.0f};
@@ -49,24 +51,6 @@ DEVICE void load_queries(const Span<Q8Kv, TQ>& span, int32_t* to) {
     if (lane % 2 == 0) to[(group * 16 + lane / 2) * TQ + query] = (rounded.q & 0xffff) | other << 16;
     if (lane == 0) to[(groups * 16 + group) * TQ + query] = __float_as_int(rounded.scale);
   });
-}
-
-// `count` of them from one channel or pair: a multiple of four.
-template <int count>
-DEVICE void read_queries(const float* from, float (&to)[count]) {
-#pragma unroll
-  for (int i = 0; i < count; i += 4) {
-    const float4 four = load_four_floats(from + i);
-    to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
-  }
-}
-template <int count>
-DEVICE void read_queries(const int32_t* from, int32_t (&to)[count]) {
-#pragma unroll
-  for (int i = 0; i < count; i += 4) {
-    const int4 four = *reinterpret_cast<const int4*>(from + i);
-    to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
-  }
 }
 
 }  // namespace llamaclust::cuda

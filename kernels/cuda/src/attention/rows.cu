@@ -184,7 +184,7 @@ struct Rounded {
 
 // A group of 32 channels, one a lane: m / 127 rounded to float16 is the scale; q = x * (1 / scale) to nearest.
 DEVICE Rounded round_group(float x) {
-  const int32_t greatest = greatest_magnitude(x);
+  const int32_t greatest = greatest_of(magnitude(x));
   if (greatest >= kNotFinite) return {0, 0x7e00};  // not a number
   const uint16_t half = float_to_half(div(__int_as_float(greatest), 127.0f));
   const float scale = half_to_float(half), inverse = scale > 0.0f ? div(1.0f, scale) : 0.0f;
@@ -280,7 +280,7 @@ KERNEL(1024, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_
   __syncthreads();
   if (place > 0 || threadIdx.x >= kWarp) return;
   Eight eight;
-  load_eight(merged + 8 * threadIdx.x, eight);
+  load_fours(merged + 8 * threadIdx.x, eight);
   if (by_32 != nullptr) quantize(eight, row, blockIdx.y, heads * head_dim, reinterpret_cast<Activations32*>(by_32));
   if (by_256 != nullptr) quantize(eight, row, blockIdx.y, heads * head_dim, reinterpret_cast<Activations256*>(by_256));
 }

@@ -114,8 +114,7 @@ struct Span {
       score[i] = own[at];
       if (at >= first && at < end) top = greater(top, score[i]);
     }
-#pragma unroll
-    for (int with = kWarp / 2; with > 0; with /= 2) top = greater(top, __shfl_xor_sync(kAllLanes, top, with));
+    top = reduce(top, [](float a, float b) { return greater(a, b); });
     // Positions 16 apart are added in order: a lane's own ones and those of the lane 16 on take turns.
     float sum = 0;
 #pragma unroll
@@ -127,8 +126,7 @@ struct Span {
       sum = add(sum, lane < 16 ? weight : other);
       sum = add(sum, lane < 16 ? other : weight);
     }
-#pragma unroll
-    for (int with = 8; with > 0; with /= 2) sum = add(sum, __shfl_xor_sync(kAllLanes, sum, with));
+    sum = reduce<16>(sum, [](float a, float b) { return add(a, b); });
     if (lane == 0) keep_sums(query, top, sum);
   }
 

@@ -70,7 +70,7 @@ struct F16Tile {
 #pragma unroll 4
     for (int c = 0; c < kChannels; c++) {
       float q[kRows], k[columns];
-      read_queries(queries + c * TQ, q);
+      load_fours(queries + c * TQ, q);
 #pragma unroll
       for (int j = 0; j < columns; j++) k[j] = keys[c * kSpanTokens + j * kColumnStep];
 #pragma unroll

@@ -58,7 +58,7 @@ struct Values {
 #pragma unroll
       for (int c = 0; c < Kv::kChannels; c += 4) {
         const uint4& x = loaded.pieces[n];
-        store_four_floats(span.stage + piece * Kv::kChannels + c,
+        store_four(span.stage + piece * Kv::kChannels + c,
                           make_float4(element_of(Kv{}, x, c), element_of(Kv{}, x, c + 1), element_of(Kv{}, x, c + 2),
                                       element_of(Kv{}, x, c + 3)));
       }
@@ -100,7 +100,7 @@ struct Values {
     float x[kChannels];
     const float* from = span.stage + at * C + first_channel();
     if constexpr (kChannels == 4) {
-      const float4 four = load_four_floats(from);
+      const float4 four = load_four(from);
       x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
     } else if constexpr (kChannels == 2) {
       const float2 two = *reinterpret_cast<const float2*>(from);
@@ -126,7 +126,7 @@ struct Values {
     for (int at = 0; at < kPositions; at += 4) {
       float4 four[kQueries];
 #pragma unroll
-      for (int q = 0; q < kQueries; q++) four[q] = load_four_floats(weights + q * kQuerySteps * kScoreStride + at);
+      for (int q = 0; q < kQueries; q++) four[q] = load_four(weights + q * kQuerySteps * kScoreStride + at);
       const auto always = [](int) { return true; };
       add_position(at, [&](int q) { return four[q].x; }, always, sums);
       add_position(at + 1, [&](int q) { return four[q].y; }, always, sums);

@@ -10,33 +10,19 @@ DEVICE size_t line(int row, int width) { return static_cast<size_t>(row) * stati
 
 inline constexpr int kPiece = 1024;  // elements of a row that a block of 256 threads has, four each
 
-// out = f(x) on one piece of a row. Grid: (pieces of a row, rows); neither x nor out are restricted: they may be the same.
-template <class F>
-DEVICE void each(const float* x, int width, const int32_t* rows, float* out, F f) {
+// out = f(x...) on one piece of a row, of one matrix or more. Grid: (pieces of a row, rows); neither x nor out are
+// restricted: they may be the same.
+template <class F, class... Matrix>
+DEVICE void each(int width, const int32_t* rows, float* out, F f, const Matrix*... x) {
   const int row = blockIdx.y, first = kPiece * blockIdx.x + 4 * threadIdx.x;
   if (row >= *rows) return;
-  x += line(row, width), out += line(row, width);
+  const size_t begin = line(row, width);
   if (width % 4 == 0) {
     if (first >= width) return;
-    const float4 a = load_four_floats(x + first);
-    store_four_floats(out + first, {f(a.x), f(a.y), f(a.z), f(a.w)});
+    const auto four = [f](auto... a) -> float4 { return {f(a.x...), f(a.y...), f(a.z...), f(a.w...)}; };
+    store_four(out + begin + first, four(load_four(x + begin + first)...));
   } else {
-    for (int i = first; i < first + 4 && i < width; i++) out[i] = f(x[i]);
-  }
-}
-
-// The same of two matrices.
-template <class F>
-DEVICE void each(const float* x, const float* y, int width, const int32_t* rows, float* out, F f) {
-  const int row = blockIdx.y, first = kPiece * blockIdx.x + 4 * threadIdx.x;
-  if (row >= *rows) return;
-  x += line(row, width), y += line(row, width), out += line(row, width);
-  if (width % 4 == 0) {
-    if (first >= width) return;
-    const float4 a = load_four_floats(x + first), b = load_four_floats(y + first);
-    store_four_floats(out + first, {f(a.x, b.x), f(a.y, b.y), f(a.z, b.z), f(a.w, b.w)});
-  } else {
-    for (int i = first; i < first + 4 && i < width; i++) out[i] = f(x[i], y[i]);
+    for (int i = first; i < first + 4 && i < width; i++) out[begin + i] = f(x[begin + i]...);
   }
 }
 
@@ -85,7 +71,7 @@ DEVICE float sum_of_row(const float* x, int n, Term term) {
     const int count = n - from < kStaged ? n - from : kStaged;
     __syncthreads();
     if (n % 4 == 0) {
-      for (int i = 4 * threadIdx.x; i < count; i += 1024) store_four_floats(staged + i, load_four_floats(x + from + i));
+      for (int i = 4 * threadIdx.x; i < count; i += 1024) store_four(staged + i, load_four(x + from + i));
     } else {
       for (int i = threadIdx.x; i < count; i += 256) staged[i] = x[from + i];
     }

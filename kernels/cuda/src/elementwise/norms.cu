@@ -26,13 +26,13 @@ namespace {
 DEVICE void share_row(const float* x, const float* y, int width, float* sum, float* shared) {
   if (width % 4 == 0) {
     for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
-      float4 a = load_four_floats(x + i);
+      float4 a = load_four(x + i);
       if (y != nullptr) {
-        const float4 b = load_four_floats(y + i);
+        const float4 b = load_four(y + i);
         a = {add(a.x, b.x), add(a.y, b.y), add(a.z, b.z), add(a.w, b.w)};
-        store_four_floats(sum + i, a);
+        store_four(sum + i, a);
       }
-      store_four_floats(shared + i, a);
+      store_four(shared + i, a);
     }
   } else {
     for (int i = threadIdx.x; i < width; i += blockDim.x) shared[i] = y == nullptr ? x[i] : sum[i] = add(x[i], y[i]);
@@ -47,8 +47,8 @@ DEVICE void quantize_normed(const float* shared, float scale, const float* weigh
     const int column = 256 * piece + 8 * (threadIdx.x % kWarp);
     Eight values = {}, by = {};
     if (column < width) {
-      load_eight(shared + column, values);
-      load_eight(weight + column, by);
+      load_fours(shared + column, values);
+      load_fours(weight + column, by);
     }
     for (int i = 0; i < 8; i++) values[i] = mul(mul(values[i], scale), by[i]);
     quantize(values, row, piece, width, reinterpret_cast<Activations*>(out));

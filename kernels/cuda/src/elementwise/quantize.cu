@@ -21,8 +21,8 @@ template <class Activations, class F>
 DEVICE void quantize_gated(const float* gate, const float* up, int cols, int rows, uint8_t* out, F f) {
   quantize_rows<Activations>(cols, rows, out, [=](size_t at, Eight& values) {
     Eight by;
-    load_eight(gate + at, values);
-    load_eight(up + at, by);
+    load_fours(gate + at, values);
+    load_fours(up + at, by);
     for (int i = 0; i < 8; i++) values[i] = mul(f(values[i]), by[i]);
   });
 }
@@ -32,7 +32,7 @@ DEVICE void quantize_gated(const float* gate, const float* up, int cols, int row
 #define QUANTIZE_KERNELS(cols_of_a_segment, Activations)                                                              \
   KERNEL(256, rows_##cols_of_a_segment, const float* x, int32_t cols, const int32_t* count, int32_t multiple,         \
          uint8_t* out) {                                                                                              \
-    const auto load = [x](size_t at, Eight& values) { load_eight(x + at, values); };                                  \
+    const auto load = [x](size_t at, Eight& values) { load_fours(x + at, values); };                                  \
     quantize_rows<Activations>(cols, *count * multiple, out, load);                                                   \
   }
 #define QUANTIZE_GATED(function, cols_of_a_segment, Activations)                                                      \

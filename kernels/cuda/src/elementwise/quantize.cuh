@@ -3,11 +3,11 @@
 #pragma once
 
 #include "matmul/activations.cuh"
+#include "rounding.cuh"
 
 namespace llamaclust::cuda {
 
 inline constexpr int32_t kSmallestMaximum = 0x04800000;  // 2^-118: below it a segment counts as zero
-inline constexpr int32_t kInfinity = 0x7f800000;
 
 struct SegmentScale {
   float scale;
@@ -15,38 +15,16 @@ struct SegmentScale {
 };
 
 DEVICE SegmentScale scale_of(int32_t greatest) {
-  if (greatest >= kInfinity) return {__int_as_float(0x7fc00000), 0.0f};
+  if (greatest >= kNotFinite) return {__int_as_float(0x7fc00000), 0.0f};
   if (greatest < kSmallestMaximum) return {0.0f, 0.0f};
   const float maximum = __int_as_float(greatest);
   return {div(maximum, 127.0f), div(127.0f, maximum)};
 }
 
-// Nearest, ties to even.
-DEVICE int32_t quant_of(float x, float inverse) {
-  if (inverse == 0.0f) return 0;
-  return __float_as_int(add(mul(x, inverse), 12582912.0f)) - 0x4b400000;  // 1.5 * 2^23: the integer is in the low bits
-}
-
-DEVICE int32_t magnitude(float x) { return __float_as_int(x) & 0x7fffffff; }
-
-template <int lanes>
-DEVICE int32_t greatest_of(int32_t x) {
-  for (int with = 1; with < lanes; with *= 2) {
-    const int32_t other = __shfl_xor_sync(kAllLanes, x, with);
-    x = other > x ? other : x;
-  }
-  return x;
-}
+DEVICE int32_t quant_of(float x, float inverse) { return inverse == 0.0f ? 0 : nearest(mul(x, inverse)); }
 
 // Eight columns of one row.
 using Eight = float[8];
-
-DEVICE void load_eight(const float* x, Eight& to) {
-  for (int i = 0; i < 8; i += 4) {
-    const float4 four = load_four_floats(x + i);
-    to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
-  }
-}
 
 // They as two k-groups and their sum.
 struct QuantizedEight {

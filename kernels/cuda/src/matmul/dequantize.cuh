@@ -37,7 +37,7 @@ DEVICE float4 dequantize_group(const uint8_t* tile, int row, int segments, int g
   return make_float4(value(0), value(1), value(2), value(3));
 }
 
-// out[row] = weights of tokens[row], as in embed.cu. Grid: (width / 1024 rounded up, rows), blocks of 256.
+// out[row] = weights of tokens[row]. Grid: (width / 1024 rounded up, rows), blocks of 256.
 template <class Type>
 DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, int width, const int32_t* rows,
                   float* out) {
@@ -45,7 +45,7 @@ DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, i
   if (row >= *rows || 4 * group >= width) return;
   const uint8_t* tile = tiles + static_cast<size_t>(tokens[row] / 16) * tile_bytes;
   const float4 four = dequantize_group<Type>(tile, tokens[row] % 16, width / Type::kLayout.segment_cols, group);
-  store_four_floats(out + static_cast<size_t>(row) * width + 4 * group, four);
+  store_four(out + static_cast<size_t>(row) * width + 4 * group, four);
 }
 
 }  // namespace

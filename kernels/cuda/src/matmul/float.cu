@@ -118,13 +118,27 @@ DEVICE void gemm_floats(const Products& all) {
         store_result(p.matrix(), out_row(p, share, token + i), 16 * (first_tile + tile) + row + r, totals[i][r]);
 }
 
+// out[row] = weights of tokens[row]. Grid: (width / 1024 rounded up, rows), blocks of 256.
+template <class Type>
+DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, int width, const int32_t* rows,
+                  float* out) {
+  const int row = blockIdx.y;
+  if (row >= *rows) return;
+  const int index = tokens[row];
+  const uint8_t* column = tiles + static_cast<size_t>(index / 16) * tile_bytes + index % 16 * Type::kBytes;
+  out += static_cast<size_t>(row) * width;
+  for (int i = 1024 * blockIdx.x + threadIdx.x, k = 0; k < 4; i += 256, k++)
+    if (i < width) out[i] = Type::value(column + i * kColumnBytes<Type>);
+}
+
 }  // namespace
 
 // Grids: (groups of eight rows or items, tiles of all matrices), blocks of 128; (groups of 64 or items, for each matrix
-// tiles / 4 rounded up), blocks of 256.
+// tiles / 4 rounded up), blocks of 256; of `embed`.
 #define FLOAT_KERNELS(TYPE)                                                                                           \
-  KERNEL(128, gemv_##TYPE, MATMUL_PARAMETERS) { gemv_floats<TYPE>(MATMUL_ARGUMENTS); }                       \
-  KERNEL(256, gemm_##TYPE, MATMUL_PARAMETERS) { gemm_floats<TYPE>(MATMUL_ARGUMENTS); }
+  KERNEL(128, gemv_##TYPE, MATMUL_PARAMETERS) { gemv_floats<TYPE>(MATMUL_ARGUMENTS); }                                \
+  KERNEL(256, gemm_##TYPE, MATMUL_PARAMETERS) { gemm_floats<TYPE>(MATMUL_ARGUMENTS); }                                \
+  EMBED_KERNEL(TYPE)
 FLOAT_KERNELS(F32)
 FLOAT_KERNELS(F16)
 FLOAT_KERNELS(BF16)

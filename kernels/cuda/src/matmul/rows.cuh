@@ -19,6 +19,13 @@ namespace {
   {{tiles, out_rows, bias, out}, {tiles_2, out_rows_2, bias_2, out_2}, {tiles_3, out_rows_3, bias_3, out_3},          \
    tile_bytes, matrix_bytes, cols, activations, count, items, item_count, lines, divisor}
 
+// Rows of a matrix as float32: out[row] = weights of tokens[row].
+#define EMBED_KERNEL(TYPE)                                                                                            \
+  KERNEL(256, embed_##TYPE, const int32_t* tokens, const uint8_t* tiles, int32_t tile_bytes, int32_t width,           \
+         const int32_t* rows, float* out) {                                                                           \
+    embed<TYPE>(tokens, tiles, tile_bytes, width, rows, out);                                                         \
+  }
+
 struct Matrix {
   const uint8_t* tiles;
   int out_rows;

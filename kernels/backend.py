@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Program
+from llamaclust.model.program import KV_BLOCK_TOKENS, Program
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -53,7 +53,6 @@ class Stage(Protocol):
     @property
     def weights(self) -> object:
         """A reference that keeps the weights in memory, also after `close`."""
-        ...
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         """Computes the batch. `hidden` [rows, embedding] for any but a first stage.
@@ -61,11 +60,9 @@ class Stage(Protocol):
         Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary]: a view that the next `run`
         overwrites.
         """
-        ...
 
     def close(self) -> None:
         """Frees weights and KV memory; the stage must not run again."""
-        ...
 
 
 class Backend(Protocol):
@@ -80,12 +77,14 @@ class Backend(Protocol):
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         """Bytes of the program's weights that are in memory already, for a stage loaded before: `load` takes no more
         for them."""
-        ...
 
     def kv_bytes(self, program: Program, limits: StageLimits) -> int:
         """Bytes of KV memory over all layers of the program."""
-        ...
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         """What the loaded stage will take beside weights and KV memory. Errors as of `load`; reads no weights."""
-        ...
+
+
+def kv_bytes(program: Program, limits: StageLimits) -> int:
+    """KV memory of CPUs and GPUs, without gaps between layers."""
+    return sum(KV_BLOCK_TOKENS * step.kv_token_bytes * limits.layer_blocks(step.window) for step in program.kv_layers)

@@ -12,8 +12,8 @@ from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, Usag
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.sizes import needed
 from llamaclust.kernels import _native
-from llamaclust.kernels.backend import Batch, Float32, Int32, Progress
-from llamaclust.kernels.cpu.compile import Observed, compile_program, kv_block_bytes
+from llamaclust.kernels.backend import Batch, Float32, Int32, Progress, kv_bytes
+from llamaclust.kernels.cpu.compile import Observed, compile_program
 from llamaclust.kernels.cpu.weight_store import WeightStore
 from llamaclust.kernels.packed.cache import PackedCache
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
@@ -151,7 +151,7 @@ class CpuBackend:
         return self._weights.held_bytes(tensors[name] for name in program.weights)
 
     def kv_bytes(self, program: Program, limits: StageLimits) -> int:
-        return sum(kv_block_bytes(step) * limits.layer_blocks(step.window) for step in program.kv_layers)
+        return kv_bytes(program, limits)
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         return workspace_bytes(program, tensors, limits, self.threads)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
-from llamaclust.kernels._native import kv_block_bytes as native_kv_block_bytes
 from llamaclust.kernels.fuse import Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
@@ -18,11 +17,6 @@ _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_25
 
 _KV_TYPES = tuple(ir.KvType)
 """Likewise: the native enum has the order of `KvType`."""
-
-
-def kv_block_bytes(step: ir.Attention) -> int:
-    """Bytes that one KV block costs in the layer of `step`."""
-    return native_kv_block_bytes(step.kv_heads, step.head_dim, _KV_TYPES.index(step.kv_type))
 
 
 @dataclass(frozen=True, slots=True)

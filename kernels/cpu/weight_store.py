@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.packed.cache import PackedCache
 from llamaclust.kernels.packed.load import load_tensors
-from llamaclust.kernels.packed.weights import Weight, check_weights, needs_of
+from llamaclust.kernels.packed.weights import Weight, check_weights
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
 
@@ -27,12 +27,11 @@ class WeightStore:
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> dict[str, Weight]:
         """ModelFileError for a tensor of the wrong shape or of a type without kernels, or a file that changed."""
         check_weights(program, tensors)
-        needs = needs_of(program)
         with self._lock:
-            weights = {name: self._loaded.get(_key(tensors[name])) for name in needs}
+            weights = {name: self._loaded.get(_key(tensors[name])) for name in program.weights}
             present = {name: weight for name, weight in weights.items() if weight is not None}
             progress(sum(tensors[name].resident_bytes for name in present))
-            missing = self._load([tensors[name] for name in needs if name not in present], progress)
+            missing = self._load([tensors[name] for name in program.weights if name not in present], progress)
             self._loaded.update((_key(tensors[name]), weight) for name, weight in missing.items())
         return present | missing
 

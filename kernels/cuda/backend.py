@@ -10,19 +10,17 @@ from dataclasses import replace
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.profile import DeviceProfile
-from llamaclust.kernels.backend import Progress
-from llamaclust.kernels.cuda.cache_flush import CacheFlush
-from llamaclust.kernels.cuda.executor.plan import ANY_GPU, Plan, kv_bytes
+from llamaclust.kernels.backend import Progress, kv_bytes
+from llamaclust.kernels.cuda.device_weights import DeviceWeights, LayerMemory, LoadProgress, layers_of_weights
+from llamaclust.kernels.cuda.executor.plan import ANY_GPU, Plan
 from llamaclust.kernels.cuda.executor.stage import CudaStage
 from llamaclust.kernels.cuda.launches import attention
 from llamaclust.kernels.cuda.launches.attention import check_attention
 from llamaclust.kernels.cuda.launches.matmul import Weights
-from llamaclust.kernels.cuda.probe import limits, measure
+from llamaclust.kernels.cuda.probe import CacheFlush, limits, measure
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
-from llamaclust.kernels.cuda.weights.device_weights import DeviceWeights, LayerMemory, layers_of_weights
-from llamaclust.kernels.cuda.weights.load_progress import LoadProgress
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.model.gguf.tensors import Tensor

@@ -19,10 +19,12 @@ _COLS = 4096
 _TILES_AN_SM = 16
 """Of 16 rows: two such matrices are more than a last cache holds."""
 _MANY_ROWS = 128
-BLOCK, PIECE_BYTES = 256, 65536
+_BLOCK, _PIECE_BYTES = 256, 65536
 _ROUNDS, _MACS = 1024, 8 * 16 * 32 * 8
 """Of src/limits.cu."""
 _READ_BYTES = 1 << 30
+_FLUSHED_BYTES = 256 << 20
+"""More than the largest last-level cache of a GPU (126 MiB)."""
 _SCALES = (1 / 1024, 1 / 64, 1 / 8, 1.0)
 _LONG_S = 0.002
 """Work that takes so long is large enough to tell a rate; it is repeated for `_REPEATED_S`."""
@@ -68,19 +70,19 @@ def measure(device: Device) -> tuple[float, float]:
 
 def limits(device: Device) -> tuple[float, float]:
     """(bytes a second, multiply-accumulates a second) that no kernel exceeds: plain reads, products of registers."""
-    pieces, blocks = min(_READ_BYTES, device.free_bytes // 4) // PIECE_BYTES, 8 * device.sms
-    with closing(device.allocate(pieces * PIECE_BYTES)) as memory, closing(device.allocate(4)) as out:
+    pieces, blocks = min(_READ_BYTES, device.free_bytes // 4) // _PIECE_BYTES, 8 * device.sms
+    with closing(device.allocate(pieces * _PIECE_BYTES)) as memory, closing(device.allocate(4)) as out:
 
         def launch(kernel: str, blocks: int, *args: Scalar) -> list[Launch]:
-            return [Launch(f"limits.{kernel}", (blocks, 1, 1), (BLOCK, 1, 1), (*args, out.at()))]
+            return [Launch(f"limits.{kernel}", (blocks, 1, 1), (_BLOCK, 1, 1), (*args, out.at()))]
 
         def read(scale: float) -> _Work:
             count = max(1, int(pieces * scale))
-            return launch("read", min(count, blocks), memory.at(), np.int32(count)), count * PIECE_BYTES
+            return launch("read", min(count, blocks), memory.at(), np.int32(count)), count * _PIECE_BYTES
 
         def multiply(scale: float) -> _Work:
             rounds = int(_ROUNDS * scale)
-            return launch("multiply", blocks, np.int32(rounds)), rounds * blocks * (BLOCK // 32) * _MACS
+            return launch("multiply", blocks, np.int32(rounds)), rounds * blocks * (_BLOCK // 32) * _MACS
 
         return _rate(device, read), _rate(device, multiply)
 
@@ -106,3 +108,22 @@ def _taken_s(device: Device, work: Sequence[Launch], times: int) -> float:
             device.launch(launch)
     device.synchronize()
     return (perf_counter() - begun_s) / times
+
+
+class CacheFlush:
+    """Memory whose read replaces the content of the cache; at most a quarter of the free memory."""
+
+    def __init__(self, device: Device) -> None:
+        """InsufficientMemoryError if too little is free."""
+        self._device = device
+        self._pieces = max(4 * _PIECE_BYTES, min(_FLUSHED_BYTES, device.free_bytes // 4)) // _PIECE_BYTES
+        self._memory = device.allocate(self._pieces * _PIECE_BYTES)
+
+    def flush(self) -> None:
+        """Returns after the read, at most about a millisecond."""
+        args = self._memory.at(), np.int32(self._pieces), self._memory.at()
+        self._device.launch(Launch("limits.read", (8 * self._device.sms, 1, 1), (_BLOCK, 1, 1), args))
+        self._device.synchronize()
+
+    def close(self) -> None:
+        self._memory.close()

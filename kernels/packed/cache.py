@@ -24,8 +24,7 @@ from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.packed.cache_entries import Entry
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.cache_writer import BackgroundWriter, Made, reason, warn_not_kept
-from llamaclust.kernels.packed.file_systems import is_remote
-from llamaclust.kernels.packed.huge_pages import in_huge_pages
+from llamaclust.kernels.packed.mapping import in_huge_pages, is_remote
 from llamaclust.kernels.packed.packed_layer import PackedLayer
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor
 

@@ -20,32 +20,8 @@ SUPPORTED_TYPES = tuple(map(QuantType, quant_types()))
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What a program takes a tensor for; -1 stands for any number of rows."""
-
-    shape: tuple[int, ...]
-
-    @property
-    def is_vector(self) -> bool:
-        return len(self.shape) == 1
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) == len(self.shape) and all(
-            wanted in (-1, found) for wanted, found in zip(self.shape, shape, strict=True)
-        )
-
-
-def needs_of(program: Program) -> dict[str, list[Need]]:
-    """For every tensor of the program, what its steps take it for."""
-    needs: dict[str, list[Need]] = {}
-    for step in program.steps:
-        for name, shape in _shapes(step):
-            needs.setdefault(name, []).append(Need(shape))
-    return needs
-
-
 def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors that it takes, and in which shape; -1 stands for any number of rows."""
     match step:
         case Embed():
             yield step.weight, (-1, step.out.width)
@@ -103,18 +79,23 @@ def _shape_only(tensor: Tensor) -> Weight:
 
 def check_weights(program: Program, tensors: Mapping[str, Tensor]) -> None:
     """ModelFileError for a tensor of the wrong shape or of a type without kernels. Reads no weights."""
-    for name, wanted in needs_of(program).items():
-        for need in wanted:
-            _check(tensors[name], need)
+    for step in program.steps:
+        for name, wanted in _shapes(step):
+            _check(tensors[name], wanted)
 
 
-def _check(tensor: Tensor, need: Need) -> None:
-    allowed = _VECTOR_TYPES if need.is_vector else SUPPORTED_TYPES
+def _check(tensor: Tensor, wanted: tuple[int, ...]) -> None:
+    allowed = _VECTOR_TYPES if len(wanted) == 1 else SUPPORTED_TYPES
     if tensor.quant_type not in allowed:
         known = ", ".join(kind.name for kind in allowed)
         what = f"type {tensor.quant_type.name} cannot be computed with on cpu, only {known}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the model")
-    if not need.fits(tensor.shape) or max(tensor.shape) >= 1 << 31:
-        wanted = [size if size >= 0 else "any" for size in need.shape]
-        what = f"shape {list(tensor.shape)}, the model's own figures ask for {wanted}"
+    fits = len(wanted) == len(tensor.shape) and all(map(_is_size, wanted, tensor.shape))
+    if not fits or max(tensor.shape) >= 1 << 31:
+        sizes = [size if size >= 0 else "any" for size in wanted]
+        what = f"shape {list(tensor.shape)}, the model's own figures ask for {sizes}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; the file is damaged")
+
+
+def _is_size(wanted: int, found: int) -> bool:
+    return wanted in (-1, found)

@@ -37,6 +37,15 @@ def single_bits(data: Bytes) -> Bytes:
     return np.unpackbits(data, axis=-1, bitorder="little")
 
 
+def scaled(weights: Float32, scales: Float32, minima: Float32 | None = None) -> Float32:
+    """weights [blocks, ...] in groups * scales [blocks, groups] (- minima), as [blocks, 256]."""
+    blocks, groups = scales.shape
+    out = weights.reshape(blocks, groups, -1) * scales[:, :, None]
+    if minima is not None:
+        out = out - minima[:, :, None]
+    return out.reshape(blocks, 256)
+
+
 def signs(bits: Bytes) -> Float32:
     """1.0 where a bit is clear, -1.0 where it is set."""
     return np.where(bits == 0, np.float32(1), np.float32(-1))

@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, nibble_pairs, signs, single_bits, words
+from llamaclust.kernels.reference.bits import (
+    Bytes,
+    Float32,
+    fields,
+    floats16,
+    nibble_pairs,
+    scaled,
+    signs,
+    single_bits,
+    words,
+)
 from llamaclust.kernels.reference.iq_tables import grid
 from llamaclust.kernels.reference.simple_quants import IQ4_VALUES
 
 _IQ1_DELTA = np.float32(0.125)
-
-
-def _scaled(points: Float32, scales: Float32) -> Float32:
-    """points [blocks, groups * n, dims] times scales [blocks, groups], as [blocks, 256]."""
-    blocks, groups = scales.shape
-    return (scales[:, :, None] * points.reshape(blocks, groups, -1)).reshape(blocks, 256)
 
 
 def _packed_signs(words32: NDArray[np.uint32]) -> Float32:
@@ -49,28 +53,28 @@ def iq2_xxs(blocks: Bytes) -> Float32:
     pairs = words(blocks[:, 2:], np.uint32).reshape(-1, 8, 2)
     indices = words(blocks[:, 2:], np.uint8).reshape(-1, 8, 8)[:, :, :4].reshape(-1, 32)
     points = _signed(grid("IQ2_XXS")[indices], _packed_signs(pairs[:, :, 1]))
-    return _scaled(points, _half_scales(blocks, pairs[:, :, 1] >> 28, 0.25))
+    return scaled(points, _half_scales(blocks, pairs[:, :, 1] >> 28, 0.25))
 
 
 def iq2_xs(blocks: Bytes) -> Float32:
     """d f16 | for 8 weights: 9 grid bits and 7 sign bits | for 16 weights: a 4-bit scale."""
     codes = words(blocks[:, 2:66], np.uint16)
     points = _signed(grid("IQ2_XS")[codes & 511], _with_parity((codes >> 9).astype(np.uint8)))
-    return _scaled(points, _half_scales(blocks, nibble_pairs(blocks[:, 66:]), 0.25))
+    return scaled(points, _half_scales(blocks, nibble_pairs(blocks[:, 66:]), 0.25))
 
 
 def iq2_s(blocks: Bytes) -> Float32:
     """d f16 | for 8 weights: a grid byte | a sign byte | 2 upper grid bits | for 16 weights: a 4-bit scale."""
     high = fields(blocks[:, 66:74], 2).swapaxes(1, 2).reshape(-1, 32).astype(np.uint16)
     points = _signed(grid("IQ2_S")[blocks[:, 2:34] | high << 8], _plain_signs(blocks[:, 34:66]))
-    return _scaled(points, _half_scales(blocks, nibble_pairs(blocks[:, 74:]), 0.25))
+    return scaled(points, _half_scales(blocks, nibble_pairs(blocks[:, 74:]), 0.25))
 
 
 def iq3_xxs(blocks: Bytes) -> Float32:
     """d f16 | for 4 weights: a grid byte | for 32 weights: a word of 4 x 7 sign bits and a 4-bit scale above them."""
     codes = words(blocks[:, 66:], np.uint32)
     points = _signed(grid("IQ3_XXS")[blocks[:, 2:66]], _packed_signs(codes))
-    return _scaled(points, _half_scales(blocks, codes >> 28, 0.5))
+    return scaled(points, _half_scales(blocks, codes >> 28, 0.5))
 
 
 def iq3_s(blocks: Bytes) -> Float32:
@@ -78,7 +82,7 @@ def iq3_s(blocks: Bytes) -> Float32:
     high = single_bits(blocks[:, 66:74]).astype(np.uint16)
     points = _signed(grid("IQ3_S")[blocks[:, 2:66] | high << 8], _plain_signs(blocks[:, 74:106]))
     scales = 1 + 2 * nibble_pairs(blocks[:, 106:]).astype(np.float32)
-    return _scaled(points, floats16(blocks, 0) * scales)
+    return scaled(points, floats16(blocks, 0) * scales)
 
 
 def _iq1_indices(low: Bytes, high: NDArray[np.integer]) -> NDArray[np.uint16]:
@@ -96,7 +100,7 @@ def iq1_s(blocks: Bytes) -> Float32:
     high = (codes[:, :, None] >> np.array([0, 3, 6, 9], np.uint16)).reshape(-1, 32)
     points = grid("IQ1")[_iq1_indices(blocks[:, 2:34], high)].reshape(-1, 8, 32)
     points = points + _delta(codes >> 15 == 1)[:, :, None]
-    return _scaled(points, floats16(blocks, 0) * (2 * (codes >> 12 & 7) + 1).astype(np.float32))
+    return scaled(points, floats16(blocks, 0) * (2 * (codes >> 12 & 7) + 1).astype(np.float32))
 
 
 def iq1_m(blocks: Bytes) -> Float32:
@@ -108,7 +112,7 @@ def iq1_m(blocks: Bytes) -> Float32:
     scales = (codes[:, :, None] >> np.array([0, 3, 6, 9], np.uint16) & 7).reshape(-1, 16)
     high = nibble_pairs(blocks[:, 32:48])
     points = grid("IQ1")[_iq1_indices(blocks[:, :32], high)] + _delta(high >> 3 == 1)[:, :, None]
-    return _scaled(points, d * (2 * scales + 1).astype(np.float32))
+    return scaled(points, d * (2 * scales + 1).astype(np.float32))
 
 
 def iq4_xs(blocks: Bytes) -> Float32:
@@ -116,4 +120,4 @@ def iq4_xs(blocks: Bytes) -> Float32:
     high = words(blocks[:, 2:4], np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     scales = (nibble_pairs(blocks[:, 4:8]) | high << 4).astype(np.float32) - np.float32(32)
     weights = IQ4_VALUES[fields(blocks[:, 8:].reshape(-1, 8, 16), 4)]
-    return _scaled(weights.reshape(-1, 8, 32), floats16(blocks, 0) * scales)
+    return scaled(weights.reshape(-1, 8, 32), floats16(blocks, 0) * scales)

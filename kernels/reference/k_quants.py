@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16
-
-
-def _scaled(weights: Float32, scales: Float32, minima: Float32 | None = None) -> Float32:
-    """weights [blocks, groups, size] * scales [blocks, groups] (- minima), as [blocks, 256]."""
-    out = weights * scales[:, :, None]
-    if minima is not None:
-        out = out - minima[:, :, None]
-    return out.reshape(len(weights), 256)
+from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, scaled
 
 
 def _grouped(weights: Bytes, groups: int) -> Bytes:
@@ -24,7 +16,7 @@ def q2_k(blocks: Bytes) -> Float32:
     scales = blocks[:, :16]
     weights = _grouped(fields(blocks[:, 16:80].reshape(-1, 2, 32), 2), 16).astype(np.float32)
     d, dmin = floats16(blocks, 80), floats16(blocks, 82)
-    return _scaled(weights, d * (scales & 15).astype(np.float32), dmin * (scales >> 4).astype(np.float32))
+    return scaled(weights, d * (scales & 15).astype(np.float32), dmin * (scales >> 4).astype(np.float32))
 
 
 def q3_k(blocks: Bytes) -> Float32:
@@ -35,7 +27,7 @@ def q3_k(blocks: Bytes) -> Float32:
     scale_low = fields(blocks[:, 96:104], 4).reshape(-1, 16)
     scale_high = fields(blocks[:, 104:108], 2).reshape(-1, 16)
     scales = (scale_low | scale_high << 4).astype(np.float32) - np.float32(32)
-    return _scaled(weights, floats16(blocks, 108) * scales)
+    return scaled(weights, floats16(blocks, 108) * scales)
 
 
 def six_bit_scales(packed: Bytes) -> tuple[Float32, Float32]:
@@ -52,7 +44,7 @@ def six_bit_scales(packed: Bytes) -> tuple[Float32, Float32]:
 
 def _q45(blocks: Bytes, weights: Bytes) -> Float32:
     scales, minima = six_bit_scales(blocks[:, 4:16])
-    return _scaled(weights.astype(np.float32), floats16(blocks, 0) * scales, floats16(blocks, 2) * minima)
+    return scaled(weights.astype(np.float32), floats16(blocks, 0) * scales, floats16(blocks, 2) * minima)
 
 
 def q4_k(blocks: Bytes) -> Float32:
@@ -71,7 +63,7 @@ def q6_k(blocks: Bytes) -> Float32:
     low = _grouped(fields(blocks[:, :128].reshape(-1, 2, 64), 4), 16)
     high = _grouped(fields(blocks[:, 128:192].reshape(-1, 2, 32), 2), 16)
     weights = (low | high << 4).astype(np.float32) - np.float32(32)
-    return _scaled(weights, floats16(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32))
+    return scaled(weights, floats16(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32))
 
 
 def _ternary_digits(data: Bytes, digits: int) -> Bytes:

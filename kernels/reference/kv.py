@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +20,8 @@ def block_bytes(step: Attention) -> int:
     return LayerKv(step, 1).n_bytes
 
 
-class _Rows(Protocol):
-    """Keys or values [positions, kv_heads, head_dim] of one KV type. What was never stored is NaN."""
-
-    @property
-    def n_bytes(self) -> int: ...
-    def store(self, places: Int32, rows: Float32) -> None: ...
-    def load(self, places: Int32) -> Float64: ...
-
-
 class _HalfRows:
-    """Float16."""
+    """Keys or values [positions, kv_heads, head_dim] in float16. What was never stored is NaN."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self._values: Float16 = np.full(shape, np.nan, np.float16)
@@ -49,7 +39,7 @@ class _HalfRows:
 
 
 class _ByteRows:
-    """Int8, a float16 scale for each 32 channels of a head."""
+    """The same in int8, with a float16 scale for each 32 channels of a head."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         groups = -(-shape[2] // KV_GROUP_CHANNELS)
@@ -108,8 +98,7 @@ class LayerKv:
         self.windowed = windowed  # its blocks are those of `Batch.window_tables`
         self._shape = (blocks * KV_BLOCK_TOKENS, step.kv_heads, step.head_dim)
         rows = _HalfRows if step.kv_type is KvType.F16 else _ByteRows
-        self._keys: _Rows = rows(self._shape)
-        self._values: _Rows = rows(self._shape)
+        self._keys, self._values = rows(self._shape), rows(self._shape)
 
     @property
     def n_bytes(self) -> int:

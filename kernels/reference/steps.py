@@ -44,12 +44,6 @@ def run_step(step: ir.Step, state: State) -> None:
             state[step.out] = moe(step, state)
         case ir.SelectRows():
             state[step.out] = state[step.x][state.batch.output_rows]
-        case _:
-            run_row_step(step, state)
-
-
-def run_row_step(step: ir.RowStep, state: State) -> None:
-    match step:
         case ir.RmsNorm():
             state[step.out] = rms_norm(state[step.x], state.weights[step.weight], step.epsilon, step.heads)
         case ir.LayerNorm():

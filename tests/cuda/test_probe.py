@@ -11,7 +11,7 @@ from llamaclust.cli.bench import _table
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.cuda import cache_flush
+from llamaclust.kernels.cuda import probe as gpu_probe
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.model.loader import Model
@@ -40,7 +40,7 @@ def test_steps_of_a_model_are_tried_on_a_gpu(device: Device, tmp_path: Path, mon
     path = build_tiny_model(tmp_path / "m.gguf", layers=3, hidden=64, heads=2, ffn=96, context=64)
     gpu = CudaBackend("cuda:0", device, 1)
     monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
-    monkeypatch.setattr(cache_flush, "_MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(gpu_probe, "_FLUSHED_BYTES", 1 << 20)
     free = gpu.free_bytes
     tried = replace(ProfiledDevice.gpu(gpu, 1, ""), size=replace(profiler.GPU, tries={1: 3, 8: 2, 16: 1}))
     with Model.open(path) as model:

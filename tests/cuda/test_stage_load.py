@@ -15,8 +15,8 @@ from llamaclust.core.errors import DeviceLostError, InsufficientMemoryError, Lla
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.cuda.device_weights import LoadProgress
 from llamaclust.kernels.cuda.runtime.device import Bytes, Device, Launch
-from llamaclust.kernels.cuda.weights.load_progress import LoadProgress
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from llamaclust.worker.devices.workspace import planned_workspace_bytes

@@ -110,7 +110,7 @@ class Emitter:
         for kind in dict.fromkeys(self._weight(weight).activation for weight in weights):
             if kind is not ActivationFormat.F32 and self._quantized.get(kind) != x.name:
                 out = self._activations(kind, x.name, x.width)
-                yield matmul.quantize(kind, self._current[x.name], x.width, self._rows, out)
+                yield matmul.quantize(kind, (self._current[x.name],), x.width, self._rows, out)
 
     def _activation_of(self, weight: matmul.Weights, x: np.uint64) -> np.uint64:
         """The address of x in the format of the weight."""
@@ -145,7 +145,7 @@ class Emitter:
         gate, up = self._current[step.gate.name], self._current[step.up.name]
         self._out(step.out)
         out = self._activations(step.format, step.out.name, step.out.width)
-        return matmul.quantize_gated(step.format, step.function, (gate, up), step.out.width, self._rows, out)
+        return matmul.quantize(step.format, (gate, up), step.out.width, self._rows, out, step.function)
 
     def _row_step(self, step: ir.RowStep) -> Iterator[Launch]:
         x, *others = (self._current[buffer.name] for buffer in reads_of(step))
@@ -237,9 +237,8 @@ class Emitter:
         if kind is ActivationFormat.F32:
             return elementwise.elementwise("silu_mul", (gate, up), gate, used * step.ffn_width, rows)
         out = self._activations(kind, "expert gate", step.ffn_width, used)
-        return matmul.quantize_gated(
-            kind, ir.ActivationFunction.SILU, (gate, up), step.ffn_width, rows.times(used), out
-        )
+        silu, rows = ir.ActivationFunction.SILU, rows.times(used)
+        return matmul.quantize(kind, (gate, up), step.ffn_width, rows, out, silu)
 
     def _chosen(self, step: ir.Moe) -> experts.ExpertBuffers:
         at, lines = self.context.layout.at, experts.choice_bytes(step, self._room)

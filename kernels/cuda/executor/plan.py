@@ -89,11 +89,6 @@ class Plan:
         return tuple(Emitter(context, shape).launches())
 
 
-def kv_bytes(program: Program, limits: StageLimits) -> int:
-    """KV memory without gaps between layers: equal to the CPU's."""
-    return sum(block_bytes(step) * limits.layer_blocks(step.window) for step in program.kv_layers)
-
-
 def block_bytes(step: Attention) -> int:
     """Bytes of one block of a layer, equal to the CPU's. The layout is that of src/attention/kv.cuh."""
     return KV_BLOCK_TOKENS * step.kv_token_bytes

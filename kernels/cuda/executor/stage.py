@@ -9,14 +9,14 @@ from weakref import finalize
 
 import numpy as np
 
-from llamaclust.kernels.backend import Batch, Float32
-from llamaclust.kernels.cuda.executor.plan import Plan, kv_bytes
+from llamaclust.kernels.backend import Batch, Float32, kv_bytes
+from llamaclust.kernels.cuda.executor.plan import Plan
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Graph, Launch
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 
 if TYPE_CHECKING:
-    from llamaclust.kernels.cuda.weights.device_weights import LayerMemory
+    from llamaclust.kernels.cuda.device_weights import LayerMemory
 
 _FLOAT = 4
 _MAX_SHAPES = 64

@@ -22,7 +22,6 @@ _MODULES = {
     "matmul.grid": (_Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XXS, _Q.IQ2_XS, _Q.IQ2_S, _Q.IQ3_XXS, _Q.IQ3_S),
 }
 _MODULE_OF = {kind: module for module, kinds in _MODULES.items() for kind in kinds}
-SUPPORTED_TYPES = tuple(_MODULE_OF)
 
 _WITH_MIN = (_Q.Q4_1, _Q.Q5_1, _Q.Q2_K, _Q.Q4_K, _Q.Q5_K)
 _SUB_BLOCKS = {
@@ -127,34 +126,19 @@ def activation_bytes(activation: ActivationFormat, rows: int, cols: int) -> int:
     return -(-rows // _GROUP_ROWS) * (cols // int(activation)) * _GROUP_BYTES[activation]
 
 
-def quantize(activation: ActivationFormat, x: np.uint64, cols: int, rows: RowCount, out: np.uint64) -> Launch:
-    """x float32 [rows][cols]."""
-    return _quantize("rows", activation, (x,), cols, rows, out)
-
-
-def quantize_gated(
-    activation: ActivationFormat,
-    function: ActivationFunction,
-    inputs: tuple[np.uint64, np.uint64],
-    cols: int,
-    rows: RowCount,
-    out: np.uint64,
-) -> Launch:
-    """function(gate) * up, quantized; `inputs`: gate and up."""
-    return _quantize(f"{function}_mul", activation, inputs, cols, rows, out)
-
-
-def _quantize(
-    name: str,
+def quantize(
     activation: ActivationFormat,
     inputs: tuple[np.uint64, ...],
     cols: int,
     rows: RowCount,
     out: np.uint64,
+    function: ActivationFunction | None = None,
 ) -> Launch:
+    """`inputs`: x float32 [rows][cols]; or gate and up: function(gate) * up is quantized."""
+    name = f"{'rows' if function is None else f'{function}_mul'}_{activation.value}"
     grid = (-(-cols // 256), -(-rows.bucket // _GROUP_ROWS), 1)
     args: tuple[Scalar, ...] = (*inputs, np.int32(cols), rows.address, np.int32(rows.multiple), out)
-    return Launch(f"elementwise.quantize.{name}_{activation.value}", grid, (256, 1, 1), args)
+    return Launch(f"elementwise.quantize.{name}", grid, (256, 1, 1), args)
 
 
 def embed(weights: Weights, ids: np.uint64, rows: RowCount, out: np.uint64) -> Launch:

@@ -34,11 +34,9 @@ class Buffer(Protocol):
 
     def at(self, offset_bytes: int = 0) -> np.uint64:
         """A pointer into it, as an argument of a kernel. AssertionError outside of it."""
-        ...
 
     def close(self) -> None:
         """Frees it; no launch that is under way may use it."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,6 @@ class Graph(Protocol):
 
     def launch(self) -> None:
         """Executes all of them, in order with other calls of the device."""
-        ...
 
     def close(self) -> None: ...
 
@@ -67,7 +64,6 @@ class Event(Protocol):
 
     def wait(self) -> None:
         """Returns when everything before it is done."""
-        ...
 
 
 class Device(Protocol):
@@ -85,48 +81,37 @@ class Device(Protocol):
     @property
     def free_bytes(self) -> int:
         """The most that `allocate` can give now."""
-        ...
 
     def prepare(self, kernels: Iterable[str]) -> None:
         """Compiles the modules of these kernels: seconds, once on a machine. `launch` also compiles, except during
         the capture of a graph."""
-        ...
 
     def allocate(self, n_bytes: int) -> Buffer:
         """InsufficientMemoryError where there is less."""
-        ...
 
     def pinned(self, n_bytes: int) -> Bytes:
         """Memory of the host that the device copies from and to by itself; freed with the array.
         InsufficientMemoryError where there is less."""
-        ...
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
         """Returns when the copy is complete."""
-        ...
 
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
         """In order with launches; `pinned`, a part of an array of `pinned`, must stay as it is until then."""
-        ...
 
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
         """Fills `pinned`, in order with launches: it is there after `synchronize`, or when an event is reached."""
-        ...
 
     def launch(self, launch: Launch) -> None: ...
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Records the launches and copies of `work` without executing them."""
-        ...
 
     def event(self) -> Event:
         """The point that the calls so far have reached."""
-        ...
 
     def synchronize(self) -> None:
         """Returns when everything is done."""
-        ...
 
     def close(self) -> None:
         """Frees everything that is left."""
-        ...

@@ -1,9 +1,38 @@
 // Products with float weights: one fused multiply-add a weight, in k order, one thread an output. Activations are
 // float32 rows.
-#include "float_weights.cuh"
+#include "rows.cuh"
 
 namespace llamaclust::cuda {
 namespace {
+
+// Types of float weights: a tile is columns of sixteen values, widened exactly.
+struct F32 {
+  static constexpr int kBytes = 4;
+  static DEVICE float value(const uint8_t* p) { return *reinterpret_cast<const float*>(p); }
+  static DEVICE float4 four(const uint8_t* p) { return *reinterpret_cast<const float4*>(p); }
+};
+
+struct F16 {
+  static constexpr int kBytes = 2;
+  static DEVICE float value(const uint8_t* p) { return half_to_float(*reinterpret_cast<const uint16_t*>(p)); }
+  static DEVICE float4 four(const uint8_t* p) { return {value(p), value(p + 2), value(p + 4), value(p + 6)}; }
+};
+
+struct BF16 {
+  static constexpr int kBytes = 2;
+  static DEVICE float value(const uint8_t* p) {
+    return __uint_as_float(static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(p)) << 16);
+  }
+  static DEVICE float4 four(const uint8_t* p) { return {value(p), value(p + 2), value(p + 4), value(p + 6)}; }
+};
+
+template <class Type>
+constexpr int kColumnBytes = 16 * Type::kBytes;
+
+// Asks for `bytes`, a multiple of 16.
+DEVICE void copy_bytes(const uint8_t* from, int bytes, uint8_t* to) {
+  for (int i = 16 * threadIdx.x; i < bytes; i += 16 * blockDim.x) copy_async_16(to + i, from + i);
+}
 
 constexpr int kGemvColumns = 128, kGemvStages = 3, kGemvRowStride = kGemvColumns + 4;
 
@@ -134,7 +163,7 @@ DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, i
 }  // namespace
 
 // Grids: (groups of eight rows or items, tiles of all matrices), blocks of 128; (groups of 64 or items, for each matrix
-// tiles / 4 rounded up), blocks of 256; of `embed`.
+// tiles / 4 rounded up), blocks of 256.
 #define FLOAT_KERNELS(TYPE)                                                                                           \
   KERNEL(128, gemv_##TYPE, MATMUL_PARAMETERS) { gemv_floats<TYPE>(MATMUL_ARGUMENTS); }                                \
   KERNEL(256, gemm_##TYPE, MATMUL_PARAMETERS) { gemm_floats<TYPE>(MATMUL_ARGUMENTS); }                                \

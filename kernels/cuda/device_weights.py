@@ -29,6 +29,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
 
 _STAGING_BYTES = 16 << 20
+_KERNELS_SHARE = 10
 
 
 class LayerMemory:
@@ -160,3 +161,33 @@ class _Uploads:
         if event is not None:
             with self._gpu_lock.driver_errors():
                 event.wait()
+
+
+class LoadProgress:
+    """Reports all weight bytes; 1 / `_KERNELS_SHARE` of them as modules are compiled, so that a load that waits for the
+    compiler makes progress. Thread-safe."""
+
+    def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
+        self._progress = progress
+        self._total_bytes = total_bytes
+        self._modules = self._modules_left = modules
+        self._uploaded_bytes = self._reported_bytes = 0
+        self._lock = Lock()
+
+    def add_bytes(self, n_bytes: int) -> None:
+        """Counts uploaded weights."""
+        with self._lock:
+            self._uploaded_bytes += n_bytes
+            self._report()
+
+    def module_done(self) -> None:
+        with self._lock:
+            self._modules_left -= 1
+            self._report()
+
+    def _report(self) -> None:
+        withheld = self._total_bytes * self._modules_left // (_KERNELS_SHARE * max(1, self._modules))
+        known = min(self._uploaded_bytes, self._total_bytes - withheld)
+        if known > self._reported_bytes:
+            more, self._reported_bytes = known - self._reported_bytes, known
+            self._progress(more)

@@ -1,1 +1,0 @@
-"""Packed weights in GPU memory."""

@@ -46,13 +46,7 @@ class _Buffers:
     def is_shared(self, buffer: ir.Buffer) -> bool:
         return not self.current[buffer.name][1]
 
-    def write_rows(self, buffer: ir.Buffer, multiple: int = 1) -> int:
-        return self._write(buffer, multiple, True)
-
-    def write_shared(self, buffer: ir.Buffer, multiple: int = 1) -> int:
-        return self._write(buffer, multiple, False)
-
-    def _write(self, buffer: ir.Buffer, multiple: int, private: bool) -> int:
+    def write(self, buffer: ir.Buffer, multiple: int = 1, *, private: bool = False) -> int:
         key = (buffer.name, private, self.selected)
         if key not in self.ids:
             self.ids[key] = self.plan.add_buffer(buffer.width, multiple, private, self.selected)
@@ -62,11 +56,7 @@ class _Buffers:
 
 class _Compiler:
     def __init__(
-        self,
-        program: ir.Program,
-        weights: Mapping[str, Weight],
-        limits: StageLimits,
-        observed: list[Observed] | None = None,
+        self, program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None
     ) -> None:
         self._observed = observed
         self.plan = Plan(
@@ -85,7 +75,7 @@ class _Compiler:
 
     def run(self) -> Plan:
         if not self._program.is_first:
-            self.plan.read_hidden(self._buffers.write_rows(self._program.hidden))
+            self.plan.read_hidden(self._buffers.write(self._program.hidden, private=True))
         for step in fuse(self._program):
             self._emit(step)
         self._finish(self._program.out)
@@ -95,7 +85,7 @@ class _Compiler:
         buffers = self._buffers
         match step:
             case ir.Embed():
-                self.plan.embed(self._weights[step.weight].matrix, buffers.write_rows(step.out))
+                self.plan.embed(self._weights[step.weight].matrix, buffers.write(step.out, private=True))
             case Products():
                 self._products(step.x, step.steps)
             case Attend():
@@ -105,7 +95,7 @@ class _Compiler:
             case ir.SelectRows():
                 x = buffers.read(step.x)
                 buffers.selected = True
-                self.plan.select_rows(x, buffers.write_rows(step.out))
+                self.plan.select_rows(x, buffers.write(step.out, private=True))
             case _:
                 self._emit_rows(step)
 
@@ -116,7 +106,7 @@ class _Compiler:
             plan.elementwise("soft_cap", x, x, x, step.cap)
             return
         y = others[0] if others else x
-        out = self._buffers.write_rows(written_by(step))
+        out = self._buffers.write(written_by(step), private=True)
         match step:
             case ir.RmsNorm():
                 plan.rms_norm(x, out, self._weights[step.weight].vector, step.epsilon)
@@ -136,10 +126,8 @@ class _Compiler:
                 plan.sigmoid_gate(x, y, out, self._weights[step.weight].vector)
 
     def _finish(self, out: ir.Buffer) -> None:
-        if self._buffers.is_shared(out):
-            self.plan.set_result(self._buffers.read(out))
-            return
-        self.plan.set_result(self._copy(self._buffers.read(out), out.width))
+        result = self._buffers.read(out)
+        self.plan.set_result(result if self._buffers.is_shared(out) else self._copy(result, out.width))
 
     def _rotation(self, step: ir.Rope) -> tuple[int, bool]:
         if step.table not in self._rotations:
@@ -178,7 +166,7 @@ class _Compiler:
                 (
                     weight.matrix,
                     None if step.bias is None else self._weights[step.bias].vector,
-                    self._buffers.write_shared(step.out),
+                    self._buffers.write(step.out),
                     slot,
                 )
                 for step, weight, slot in zip(steps, weights, slots, strict=True)
@@ -191,7 +179,7 @@ class _Compiler:
             q,
             k,
             v,
-            self._buffers.write_shared(step.out),
+            self._buffers.write(step.out),
             self._kv_layer(step),
             step.heads,
             step.kv_heads,
@@ -213,23 +201,23 @@ class _Compiler:
         x = buffers.read(step.x)
         router, gate, up, down = (self._weights[name] for name in (step.router, step.gate, step.up, step.down))
         self._observe([step.router], step.x)
-        logits = buffers.write_shared(ir.Buffer("router logits", step.experts))
+        logits = buffers.write(ir.Buffer("router logits", step.experts))
         (slot,) = self._quantize(x, [router.quant_type])
         self.plan.multiply([(router.matrix, None, logits, slot)])
-        choice = buffers.write_rows(ir.Buffer("chosen experts", 2 * used))
+        choice = buffers.write(ir.Buffer("chosen experts", 2 * used), private=True)
         self.plan.choose_experts(logits, choice, step.experts, used, step.normalized)
         chosen = None if self._observed is None else self._copy(choice, 2 * used)
         self._observe([step.gate, step.up], step.x, chosen)
         inner = {name: ir.Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up", "activated")}
-        products = [(weight, buffers.write_shared(inner[name], used)) for name, weight in (("gate", gate), ("up", up))]
+        products = [(weight, buffers.write(inner[name], used)) for name, weight in (("gate", gate), ("up", up))]
         self._multiply_experts(x, products, choice, used, per_rank=False)
-        activated = buffers.write_rows(inner["activated"], used)
+        activated = buffers.write(inner["activated"], used, private=True)
         gate_and_up = (buffers.read(inner["gate"]), buffers.read(inner["up"]))
         self.plan.elementwise("silu_mul", *gate_and_up, activated, 0)
         self._observe([step.down], inner["activated"], chosen, used)
-        projected = buffers.write_shared(ir.Buffer("expert down", step.out.width), used)
+        projected = buffers.write(ir.Buffer("expert down", step.out.width), used)
         self._multiply_experts(activated, [(down, projected)], choice, used, per_rank=True)
-        self.plan.combine_experts(choice, projected, buffers.write_rows(step.out), used)
+        self.plan.combine_experts(choice, projected, buffers.write(step.out, private=True), used)
 
     def _multiply_experts(
         self, x: int, products: Sequence[tuple[Weight, int]], choice: int, used: int, per_rank: bool

@@ -3,6 +3,8 @@ on threads, or on the feature level."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,18 @@ MOST_SCALED = 65504.0
 """The largest half: no block scale is larger, so no weight can be."""
 
 _LEAST_IMPORTANCE = 1e-6
+
+_CAST_NUMBERS = {QuantType.F32: 0, QuantType.F16: 1, QuantType.BF16: 2, QuantType.Q8_0: 3}
+"""The native module's (kernels/cpu/native/runtime/dtype_cast.h)."""
+
+
+def narrowed(values: NDArray[Any], stored: QuantType, quant_type: QuantType) -> NDArray[np.uint8] | None:
+    """The bytes of contiguous `values` [..., k], which are F32, F16 or BF16, in one of these types or Q8_0, rounded to
+    nearest, without the interpreter's lock; None where a number is none, is infinite, or does not fit a float16 that is
+    wanted. k is a multiple of the type's block."""
+    out = np.empty(values.size // quant_type.info.block_size * quant_type.info.block_bytes, np.uint8)
+    numbers = _CAST_NUMBERS[stored], _CAST_NUMBERS[quant_type]
+    return out if _native.cast_dtype(values.reshape(-1).view(np.uint8), numbers[0], out, numbers[1]) else None
 
 
 def to_floats(quant_type: QuantType, data: bytearray, width: int) -> Float32:

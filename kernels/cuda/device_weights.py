@@ -160,7 +160,7 @@ class _Uploads:
         event = self._free[turn]
         if event is not None:
             with self._gpu_lock.driver_errors():
-                event.wait()
+                event.synchronize()
 
 
 class LoadProgress:

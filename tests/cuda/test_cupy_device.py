@@ -220,7 +220,7 @@ def test_copies_are_in_order_with_launches(monkeypatch: pytest.MonkeyPatch, nvrt
     device.launch(launch)
     device.copy_out(back, buffer, 31)
     assert cupy.launches == [] and not back.any()
-    device.event().wait()
+    device.event().synchronize()
     np.testing.assert_array_equal(back, [7] * 39 + [70])
     assert cupy.launches == [("add_rows", (1, 2, 1), (256, 1, 1), (np.uint64(buffer.address + 8), np.int32(5)), 0)]
     with pytest.raises(AssertionError):

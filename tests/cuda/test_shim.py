@@ -207,7 +207,7 @@ def test_graphs(probe: Bench) -> None:
     for value in (1, 3):
         pinned.view(np.int32)[:] = value
         graph.launch()
-        device.event().wait()
+        device.event().synchronize()
         np.testing.assert_array_equal(back[:128].view(np.int32), np.arange(32) + value * value)
     assert (back[256:] == 0xFF).all()
     graph.close()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.kernels.cpu.dtype_cast import StoredType, narrowed
+from llamaclust.kernels.cpu.quantize import narrowed
 from llamaclust.model.gguf.atomic_file import new_file
 from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT
 from llamaclust.model.gguf.values import padded
@@ -25,7 +25,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.convert.lazy import Array, Lazy, Storage, as_floats
 
 OUTPUT_TYPES: Final = {"f32": QuantType.F32, "f16": QuantType.F16, "bf16": QuantType.BF16, "q8_0": QuantType.Q8_0}
-_STORED: Final = {Storage.F32: StoredType.F32, Storage.F16: StoredType.F16, Storage.BF16: StoredType.BF16}
+_STORED: Final = {Storage.F32: QuantType.F32, Storage.F16: QuantType.F16, Storage.BF16: QuantType.BF16}
 _LARGEST_F16: Final = 65504
 _CHUNK_ELEMENTS: Final = 1 << 21
 _FLUSH_BYTES: Final = 1 << 26

@@ -200,7 +200,7 @@ class Emitter:
         q, k, v = (self._current[buffer.name] for buffer in (step.attention.q, step.attention.k, step.attention.v))
         out = self._out(step.attention.out)
         by_32 = by_256 = NULL
-        if wanted is not None and steps.can_quantize(step.attention):
+        if wanted is not None and attention.can_quantize(step.attention, steps.room):
             at = self._activations(wanted, step.attention.out.name, step.attention.out.width)
             by_32, by_256 = (at, NULL) if wanted is ActivationFormat.Q8_32 else (NULL, at)
         yield from steps.launches(step.attention, (q, k, v), out, rotation, (by_32, by_256))

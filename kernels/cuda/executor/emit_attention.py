@@ -26,9 +26,6 @@ class AttentionSteps:
         for step in {attention.likeness(step): step for step in self.context.program.kv_layers}.values():
             yield self._launches.plan(step, self._plan(step))
 
-    def can_quantize(self, step: Attention) -> bool:
-        return attention.can_quantize(step, self._room)
-
     def launches(
         self,
         step: Attention,
@@ -45,7 +42,7 @@ class AttentionSteps:
             kv=context.kv[step.layer],
             slopes=NULL if step.slopes is None else context.layout.constant(np.array(step.slopes, np.float32)),
             plan=self._plan(step),
-            partials=context.layout.at("partials", self._room.partial_bytes(step)),
+            partials=context.layout.at("partials", self.room.partial_bytes(step)),
             rotation=rotation,
             by_32=quantized[0],
             by_256=quantized[1],
@@ -53,7 +50,7 @@ class AttentionSteps:
         return self._launches.step(step, places)
 
     @property
-    def _room(self) -> attention.Room:
+    def room(self) -> attention.Room:
         limits = self.context.limits
         return attention.room_of(self.context.program.kv_layers, limits.max_batch_tokens, limits.max_context_tokens)
 
@@ -61,8 +58,8 @@ class AttentionSteps:
     def _launches(self) -> attention.AttentionLaunches:
         context, shape = self.context, self.shape
         return attention.AttentionLaunches(
-            context.gpu, self._room, context.inputs, shape.rows, context.limits.max_sequences, shape.decode
+            context.gpu, self.room, context.inputs, shape.rows, context.limits.max_sequences, shape.decode
         )
 
     def _plan(self, step: Attention) -> np.uint64:
-        return self.context.layout.at(("attention", attention.likeness(step)), self._room.plan_bytes)
+        return self.context.layout.at(("attention", attention.likeness(step)), self.room.plan_bytes)

@@ -62,13 +62,7 @@ class CudaStage:
     """See `kernels.backend.Stage`. ValueError for a batch beyond the limits."""
 
     def __init__(
-        self,
-        gpu_lock: GpuLock,
-        plan: Plan,
-        weights: Sequence[LayerMemory],
-        kv: Buffer,
-        buffers: Buffer,
-        graphs: bool,
+        self, gpu_lock: GpuLock, plan: Plan, weights: Sequence[LayerMemory], kv: Buffer, buffers: Buffer, graphs: bool
     ) -> None:
         """`plan` is bound to its buffers; `graphs`: whether launches are captured. `kv` and `buffers` are freed with
         the stage."""

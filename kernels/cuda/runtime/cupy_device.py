@@ -13,7 +13,7 @@ import numpy as np
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import MIB, mib
 from llamaclust.kernels.cuda.runtime.cupy_open import gpu_properties, import_cupy
-from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Launch
+from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Event, Launch
 from llamaclust.kernels.cuda.runtime.kernel_loader import KernelLoader
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
@@ -48,16 +48,6 @@ class CupyGraph:
 
     def close(self) -> None:
         self.graph = None
-
-
-@dataclass(frozen=True, slots=True)
-class CupyEvent:
-    """See `kernels.cuda.runtime.device.Event`."""
-
-    event: Any
-
-    def wait(self) -> None:
-        self.event.synchronize()
 
 
 def _part(buffer: Buffer, offset_bytes: int, n_bytes: int) -> int:
@@ -178,11 +168,10 @@ class CupyDevice:
         self._select()
         graph.launch(stream=self._stream)
 
-    def event(self) -> CupyEvent:
+    def event(self) -> Event:
         self._select()
-        event = self._cupy.cuda.Event(disable_timing=True)
-        event.record(self._stream)
-        return CupyEvent(event)
+        event: Event = self._stream.record(self._cupy.cuda.Event(disable_timing=True))
+        return event
 
     def synchronize(self) -> None:
         self._select()

@@ -62,7 +62,7 @@ class Graph(Protocol):
 class Event(Protocol):
     """A point in the order of the device's work."""
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Returns when everything before it is done."""
 
 

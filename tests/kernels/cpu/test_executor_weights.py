@@ -13,9 +13,9 @@ import pytest
 
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.core.limits import StageLimits
+from llamaclust.kernels import _native
 from llamaclust.kernels._native import PackedMatrix
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
-from llamaclust.kernels.cpu.compile import kv_block_bytes
 from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor
@@ -115,7 +115,8 @@ def test_plans_know_what_keys_and_values_take(kv_type: KvType) -> None:
     for dim in range(1, 513):
         x, out = Buffer("x", 2 * dim), Buffer("out", 2 * dim)
         step = Attention(x, x, x, out, 0, heads=2, kv_heads=2, head_dim=dim, scale=1.0, kv_type=kv_type)
-        assert kv_block_bytes(step) == KV_BLOCK_TOKENS * step.kv_token_bytes, dim
+        kind = tuple(KvType).index(step.kv_type)
+        assert _native.kv_block_bytes(step.kv_heads, step.head_dim, kind) == KV_BLOCK_TOKENS * step.kv_token_bytes, dim
         if dim not in (40, 80, 100, 128):
             continue
         program = program_of(x, out, step)

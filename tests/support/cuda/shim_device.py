@@ -63,7 +63,7 @@ class ShimGraph:
 
 
 class ShimEvent:
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Everything is done at once."""
 
 

@@ -148,15 +148,8 @@ struct Q8Scores {
 
 // Grid: (any number of blocks, KV heads), blocks of 256; as many rows times query heads of a KV head in a tile as the name
 // says at most (attention_rows.plan's few_rows).
-#define FEW(kv_name, TQ, Kv, Scores)                                                                   \
-  KERNEL_IN_BLOCKS(256, 2, few_##kv_name##_##TQ, ATTENTION_ARGUMENTS) {                                             \
-    float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                          \
-    SHARED(Queries<TQ>, queries, );                                                                    \
-    const Step step = ATTENTION_STEP;                                                                  \
-    const auto values = [](const Span<Kv, TQ>& span) { add_values<kValueBlocks<TQ>>(span); };          \
-    attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), Work::kFew, queries, scores,         \
-                               scores + TQ * kScoreStride, values);                                    \
-  }
+#define FEW(kv_name, TQ, Kv, Scores)                                                                     \
+  ATTENTION_KERNEL(few_##kv_name##_##TQ, TQ, Kv, Scores, Work::kFew, TQ * kScoreStride, kValueBlocks<TQ>)
 FEW(f16, 4, F16Kv, F16Scores)
 FEW(f16, 8, F16Kv, F16Scores)
 FEW(f16, 16, F16Kv, F16Scores)

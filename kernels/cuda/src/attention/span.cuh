@@ -192,11 +192,19 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
   }
 }
 
-#define ATTENTION_ARGUMENTS                                                                                         \
-  int32_t *plan, int32_t max_rows, int32_t slots, const int32_t *positions, const int32_t *tables, const float *q,    \
-      const uint8_t *kv, const float *slopes, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t window,      \
-      float scale, float soft_cap, float *partials, float *out
-#define ATTENTION_STEP \
-  Step { positions, tables, q, kv, slopes, partials, out, heads, kv_heads, head_dim, window, slots, scale, soft_cap }
+// A kernel for tiles of up to TQ queries; `stage` floats after the scores' begin there is room for values, of BLOCKS
+// blocks at a time.
+#define ATTENTION_KERNEL(name, TQ, Kv, Scores, kind, stage, BLOCKS)                                                   \
+  KERNEL_IN_BLOCKS(256, 2, name, int32_t* plan, int32_t max_rows, int32_t slots, const int32_t* positions,            \
+                   const int32_t* tables, const float* q, const uint8_t* kv, const float* slopes, int32_t heads,      \
+                   int32_t kv_heads, int32_t head_dim, int32_t window, float scale, float soft_cap, float* partials,  \
+                   float* out) {                                                                                      \
+    float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \
+    SHARED(Queries<TQ>, queries, );                                                                                   \
+    const Step step{positions, tables,   q,        kv,     slopes, partials, out,                                     \
+                    heads,     kv_heads, head_dim, window, slots,  scale,    soft_cap};                               \
+    const auto values = [](const Span<Kv, TQ>& span) { add_values<BLOCKS>(span); };                                   \
+    attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), kind, queries, scores, scores + (stage), values);   \
+  }
 
 }  // namespace llamaclust::cuda

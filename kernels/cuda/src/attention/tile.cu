@@ -223,7 +223,7 @@ struct Q8Tile {
 
 // Where scores are weighed, what they are made of was before. Values have room behind it.
 template <int TQ, class Scores>
-DEVICE int scores_floats(int head_dim) {
+DEVICE int scores_floats(Scores, int head_dim) {
   const int staged = Scores::staged_floats(head_dim), scores = TQ * kScoreStride;
   return staged > scores ? staged : scores;
 }
@@ -232,15 +232,8 @@ DEVICE int scores_floats(int head_dim) {
 
 // Grid: (any number of blocks, KV heads times parts of TQ query heads that share one), blocks of 256. A tile has TQ
 // divided by these heads rows, one at least (attention_rows.plan's tile_rows).
-#define TILE(kv_name, TQ, Kv, Scores)                                                                              \
-  KERNEL_IN_BLOCKS(256, 2, tile_##kv_name##_##TQ, ATTENTION_ARGUMENTS) {                                                        \
-    float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                      \
-    SHARED(Queries<TQ>, queries, );                                                                                \
-    const Step step = ATTENTION_STEP;                                                                              \
-    const auto values = [](const Span<Kv, TQ>& span) { add_values<1>(span); };                                     \
-    attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), Work::kMany, queries, scores,                    \
-                               scores + scores_floats<TQ, Scores<TQ>>(head_dim), values);                          \
-  }
+#define TILE(kv_name, TQ, Kv, Scores)                                                                                 \
+  ATTENTION_KERNEL(tile_##kv_name##_##TQ, TQ, Kv, Scores, Work::kMany, scores_floats<TQ>(Scores<TQ>{}, head_dim), 1)
 TILE(f16, 16, F16Kv, F16Tile)
 TILE(f16, 32, F16Kv, F16Tile)
 TILE(q8_0, 16, Q8Kv, Q8Tile)

@@ -48,19 +48,15 @@ struct Places {
   int8_t shift[8];
   uint8_t mask[8];
 };
-__host__ __device__ constexpr uint64_t shifts_of(const Places& places) {
+template <class T>
+__host__ __device__ constexpr uint64_t packed(const T (&bytes)[8], int mask) {
   uint64_t all = 0;
-  for (int i = 0; i < 8; i++) all |= static_cast<uint64_t>(places.shift[i] & 31) << 8 * i;
-  return all;
-}
-__host__ __device__ constexpr uint64_t masks_of(const Places& places) {
-  uint64_t all = 0;
-  for (int i = 0; i < 8; i++) all |= static_cast<uint64_t>(places.mask[i]) << 8 * i;
+  for (int i = 0; i < 8; i++) all |= static_cast<uint64_t>(bytes[i] & mask) << 8 * i;
   return all;
 }
 template <Places places>
 DECODE Bytes field_of(Bytes line, int g) {
-  constexpr uint64_t shifts = shifts_of(places), masks = masks_of(places);
+  constexpr uint64_t shifts = packed(places.shift, 31), masks = packed(places.mask, 255);
   const uint32_t mask = static_cast<uint32_t>(masks >> 8 * g) & 255;
   return __funnelshift_r(line, line, static_cast<uint32_t>(shifts >> 8 * g)) & mask * 0x01010101u;
 }

@@ -40,21 +40,19 @@ class MultiDeviceBackend:
         stages: list[Stage] = []
         with ExitStack() as loaded:
             for part, own in self._programs(program):
-                stages.append(part.backend.load(own, _named(own, tensors), limits, progress))
+                stages.append(part.backend.load(own, tensors, limits, progress))
                 loaded.callback(stages[-1].close)
             loaded.pop_all()
         return MultiDeviceStage(stages)
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
-        return sum(part.backend.held_bytes(own, _named(own, tensors)) for part, own in self._programs(program))
+        return sum(part.backend.held_bytes(own, tensors) for part, own in self._programs(program))
 
     def kv_bytes(self, program: Program, limits: StageLimits) -> int:
         return sum(part.backend.kv_bytes(own, limits) for part, own in self._programs(program))
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        return sum(
-            part.backend.workspace_bytes(own, _named(own, tensors), limits) for part, own in self._programs(program)
-        )
+        return sum(part.backend.workspace_bytes(own, tensors, limits) for part, own in self._programs(program))
 
     def _programs(self, program: Program) -> Iterator[tuple[BackendLayers, Program]]:
         assert (program.start, program.end) == (self.parts[0].start, self.parts[-1].end), "another stage's parts"
@@ -107,7 +105,3 @@ def _layer(step: Step) -> int | None:
         return step.layer
     parts = str(getattr(step, "weight", None) or getattr(step, "router", "")).split(".")
     return int(parts[1]) if parts[0] == "blk" else None
-
-
-def _named(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensors[name] for name in program.weights}

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels import _native
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Measured limits: gigabytes (10^9) a second read from memory, 10^9 8-bit multiply-adds a second."""
-
-    read_gb_s: float
-    int8_gmac_s: float
 
 
 class ReadProbe:
@@ -40,9 +31,6 @@ def fma_peak(threads: int, seconds: float = 0.2) -> float:
     return _native.fma_peak(threads, seconds) / 1e9
 
 
-def measure_machine(threads: int) -> Machine:
+def measure_machine(threads: int) -> DeviceProfile:
     """Both limits in less than half a second, over a smaller buffer: for a worker's registration."""
-    return Machine(
-        read_gb_s=_native.ReadProbe(threads, 3).measure(0.15) / 1e9,
-        int8_gmac_s=_native.int8_peak(threads, 0.05) / 1e9,
-    )
+    return DeviceProfile(_native.ReadProbe(threads, 3).measure(0.15), _native.int8_peak(threads, 0.05))

@@ -59,12 +59,12 @@ class CpuStage:
         return self._result[:lines]
 
     def inputs(self, rows: int) -> Iterator[Inputs]:
-        """What the matrices multiplied in the last run, of `rows` rows, where the stage was loaded to tell."""
+        """What the matrices multiplied in the last run, of `rows` rows, where the stage was loaded as `observed`."""
         assert self._native is not None, "the stage was closed"
-        for one in self._observed:
-            ids = None if one.choice is None else self._native.contents(one.choice)[:rows]
+        for seen in self._observed:
+            ids = None if seen.choice is None else self._native.contents(seen.choice)[:rows]
             chosen = None if ids is None else ids[:, : ids.shape[1] // 2].astype(np.int32)
-            yield Inputs(one.weights, self._native.contents(one.buffer)[: rows * one.used], chosen)
+            yield Inputs(seen.weights, self._native.contents(seen.buffer)[: rows * seen.used], chosen)
 
     def close(self) -> None:
         self._native = None
@@ -120,30 +120,23 @@ class CpuBackend:
         self.packed_cache = None if packed_cache is None else PackedCache(packed_cache)
         self._weights = WeightStore(threads, self.packed_cache)
 
-    def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CpuStage:
-        """ModelFileError for weights without kernels or figures that do not fit together; InsufficientMemoryError
-        where the system refuses the memory."""
-        return self._load(program, tensors, limits, progress, None)
-
-    def load_observed(
-        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
-    ) -> CpuStage:
-        """A stage that tells the `inputs` of its matrices after each run. Errors as of `load`."""
-        return self._load(program, tensors, limits, progress, [])
-
-    def _load(
+    def load(
         self,
         program: Program,
         tensors: dict[str, Tensor],
         limits: StageLimits,
         progress: Progress,
-        observed: list[Observed] | None,
+        *,
+        observed: bool = False,
     ) -> CpuStage:
+        """ModelFileError for weights without kernels or figures that do not fit together; InsufficientMemoryError
+        where the system refuses the memory. `observed`: the stage has `inputs` of its matrices after each run."""
+        found: list[Observed] = []
         try:
             with _explained(program):
                 weights = self._weights.load(program, tensors, progress)
-                plan = compile_program(program, weights, limits, observed)
-                return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights, observed or ())
+                plan = compile_program(program, weights, limits, found if observed else None)
+                return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights, found)
         except MemoryError as error:
             raise InsufficientMemoryError(self._memory_error_text(program, tensors, limits)) from error
 

@@ -17,7 +17,7 @@ from llamaclust.kernels.cuda.executor.stage import CudaStage
 from llamaclust.kernels.cuda.launches import attention
 from llamaclust.kernels.cuda.launches.attention import check_attention
 from llamaclust.kernels.cuda.launches.matmul import Weights
-from llamaclust.kernels.cuda.probe import CacheFlush, limits, measure
+from llamaclust.kernels.cuda.probe import allocate_flush, flush_cache, limits, measure
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
@@ -78,17 +78,17 @@ class CudaBackend:
     def cache_flush(self) -> Iterator[Callable[[], None]]:
         """Yields a function that flushes the GPU's cache. InsufficientMemoryError where memory is short."""
         with self._gpu_lock.exclusive():
-            cache = CacheFlush(self._device)
+            memory = allocate_flush(self._device)
 
         def sweep() -> None:
             with self._gpu_lock.exclusive():
-                cache.flush()
+                flush_cache(self._device, memory)
 
         try:
             yield sweep
         finally:
             with self._gpu_lock.exclusive():
-                cache.close()
+                memory.close()
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
         """ModelFileError for weights without kernels or figures that do not fit together; InsufficientMemoryError

@@ -11,7 +11,7 @@ import numpy as np
 
 from llamaclust.kernels.cuda.launches import matmul
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.runtime.device import NULL, Device, Launch, Scalar
+from llamaclust.kernels.cuda.runtime.device import NULL, Buffer, Device, Launch, Scalar
 from llamaclust.model.quant_types import QuantType
 
 _KIND = QuantType.Q4_0
@@ -110,20 +110,15 @@ def _taken_s(device: Device, work: Sequence[Launch], times: int) -> float:
     return (perf_counter() - begun_s) / times
 
 
-class CacheFlush:
-    """Memory whose read replaces the content of the cache; at most a quarter of the free memory."""
+def allocate_flush(device: Device) -> Buffer:
+    """Memory whose read replaces the content of the GPU's cache, as other weights do between two tokens; at most a
+    quarter of the free memory. InsufficientMemoryError if too little is free."""
+    pieces = max(4, min(_FLUSHED_BYTES, device.free_bytes // 4) // _PIECE_BYTES)
+    return device.allocate(pieces * _PIECE_BYTES)
 
-    def __init__(self, device: Device) -> None:
-        """InsufficientMemoryError if too little is free."""
-        self._device = device
-        self._pieces = max(4 * _PIECE_BYTES, min(_FLUSHED_BYTES, device.free_bytes // 4)) // _PIECE_BYTES
-        self._memory = device.allocate(self._pieces * _PIECE_BYTES)
 
-    def flush(self) -> None:
-        """Returns after the read, at most about a millisecond."""
-        args = self._memory.at(), np.int32(self._pieces), self._memory.at()
-        self._device.launch(Launch("limits.read", (8 * self._device.sms, 1, 1), (_BLOCK, 1, 1), args))
-        self._device.synchronize()
-
-    def close(self) -> None:
-        self._memory.close()
+def flush_cache(device: Device, memory: Buffer) -> None:
+    """Returns after the read, at most about a millisecond."""
+    args = memory.at(), np.int32(memory.n_bytes // _PIECE_BYTES), memory.at()
+    device.launch(Launch("limits.read", (8 * device.sms, 1, 1), (_BLOCK, 1, 1), args))
+    device.synchronize()

@@ -17,17 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.core.sizes import mib
-from llamaclust.kernels.packed.cache_files import (
-    NotAFileError,
-    Writing,
-    delete,
-    drop,
-    locked,
-    mark_used,
-    open_regular,
-    remove,
-    write_whole,
-)
+from llamaclust.kernels.packed import cache_files
 
 _FREE_SHARE, _FREE_BYTES = 20, 2 << 30
 """Reserved free space of the disk: a twentieth of it, at most 2 GiB."""
@@ -60,7 +50,7 @@ _FIELDS = {field.name: int if field.type == "int" else str for field in fields(E
 def _read_entry(path: Path) -> Entry | None:
     """None if it is missing or damaged. OSError as of `open_regular`."""
     try:
-        descriptor = open_regular(path)
+        descriptor = cache_files.open_regular(path)
     except FileNotFoundError:
         return None
     with os.fdopen(descriptor, "rb") as file:
@@ -119,8 +109,8 @@ class PackedCacheFolder:
         OSError with the name of what cannot be read, or is in the way and cannot be deleted."""
         try:
             entry = _read_entry(self.path / f"{key}.json")
-        except NotAFileError as error:
-            drop(error)
+        except cache_files.NotAFileError as error:
+            cache_files.drop(error)
             return None
         return entry if entry is not None and self._has_image(entry) else None
 
@@ -129,36 +119,38 @@ class PackedCacheFolder:
         with its name where that fails."""
         path = self.image_path(entry)
         try:
-            descriptor = open_regular(path)
+            descriptor = cache_files.open_regular(path)
         except FileNotFoundError:
             return None
-        except NotAFileError as error:
-            drop(error)
+        except cache_files.NotAFileError as error:
+            cache_files.drop(error)
             return None
         if os.fstat(descriptor).st_size == entry.n_bytes:
             return descriptor
         os.close(descriptor)
-        remove(path)
+        cache_files.remove(path)
         return None
 
     def discard(self, entry: Entry) -> None:
         """Deletes an entry and its image; existing maps stay valid."""
-        remove(self.path / f"{entry.key}.json")
-        remove(self.image_path(entry))
+        cache_files.remove(self.path / f"{entry.key}.json")
+        cache_files.remove(self.image_path(entry))
 
-    def store(self, entry: Entry, data: memoryview, since_ns: int, writing: Writing) -> None:
+    def store(self, entry: Entry, data: memoryview, since_ns: int, writing: cache_files.Writing) -> None:
         """Writes an entry, and its image if that is not there. To make room, those go that were not used since
         `since_ns`, the oldest first. OSError where it cannot be written, NoRoomError where it may not, BusyError where
         others write long, StoppedError soon after `writing` was stopped."""
-        with locked(self.path / "lock", writing):
+        with cache_files.locked(self.path / "lock", writing):
             for left, _ in self._files("*.tmp"):  # of killed processes: the lock excludes other writers
-                remove(left)
+                cache_files.remove(left)
             if self.find(entry.key) is not None:
                 return
             if not self._has_image(entry):
                 self._make_room(len(data), since_ns)
-                write_whole(self.image_path(entry), data, writing)
-            write_whole(self.path / f"{entry.key}.json", memoryview(json.dumps(asdict(entry)).encode()), writing)
+                cache_files.write_whole(self.image_path(entry), data, writing)
+            cache_files.write_whole(
+                self.path / f"{entry.key}.json", memoryview(json.dumps(asdict(entry)).encode()), writing
+            )
 
     def list_models(self) -> list[Listed]:
         """What is there, by model."""
@@ -195,11 +187,11 @@ class PackedCacheFolder:
         files, size_bytes, left = 0, 0, []
         lock = self.path / "lock"
         if lock in self.in_the_way():
-            delete(lock)
-        with locked(lock, Writing()):
+            cache_files.delete(lock)
+        with cache_files.locked(lock, cache_files.Writing()):
             for path in sorted({path for pattern in _PATTERNS for path in self.path.glob(pattern)}):
                 try:
-                    size_bytes += delete(path)
+                    size_bytes += cache_files.delete(path)
                     files += 1
                 except FileNotFoundError:
                     continue
@@ -221,7 +213,7 @@ class PackedCacheFolder:
         if descriptor is None:
             return False
         try:
-            mark_used(descriptor)
+            cache_files.mark_used(descriptor)
         finally:
             os.close(descriptor)
         return True

@@ -107,18 +107,18 @@ class BackgroundWriter:
                 continue
             try:
                 self._store(made, memory)
+                continue
             except StoppedError:
-                self._forget()
+                pass
             except NoRoomError as error:
                 _log.info("packed layers from %s on are not cached on disk: %s", made.layer.name, error)
-                self._forget()
             except BusyError as error:
                 _log.warning("packed layers from %s on are not cached on disk: %s", made.layer.name, error.strerror)
-                self._forget()
             except OSError as error:
                 self.is_usable = False
                 warn_not_kept(self._folder, error)
-                self._forget()
+            with self._lock:
+                self._queue.clear()
 
     def _store(self, made: Made, memory: Memory) -> None:
         if self._folder.find(made.key) is None:
@@ -126,10 +126,6 @@ class BackgroundWriter:
             image = sha256(data).hexdigest()
             entry = Entry(made.key, path, made.layer.name, image, len(data), memory.checksum())
             self._folder.store(entry, data, made.since_ns, self._writing)
-
-    def _forget(self) -> None:
-        with self._lock:
-            self._queue.clear()
 
     def _next(self) -> Made | None:
         with self._lock:

@@ -8,7 +8,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-Float32 = NDArray[np.float32]
+from llamaclust.kernels.backend import Float32
+
 Float64 = NDArray[np.float64]
 
 _SHIFT32 = float.fromhex("0x1.8p23")

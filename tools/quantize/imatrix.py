@@ -38,7 +38,7 @@ def collect(
     program = model.program(0, model.layer_count)
     sums = _Sums(model, with_output)
     with closing(
-        CpuBackend(threads).load_observed(program, model.tensors_for(program), limits, lambda done_bytes: None)
+        CpuBackend(threads).load(program, model.tensors_for(program), limits, lambda done_bytes: None, observed=True)
     ) as stage:
         for number, chunk in enumerate(chunks):
             for count in _run(stage, chunk, rows, blocks):

@@ -88,8 +88,7 @@ class Device:
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 
-        speed = measure_machine(self.threads)
-        cpu = DeviceProfile(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
+        cpu = measure_machine(self.threads)
         if model is not None and self.kind != _REFERENCE:
             device = ProfiledDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
             cpu = replace(cpu, concurrent=try_stages(device, model))

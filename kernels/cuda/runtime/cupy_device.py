@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -170,8 +170,9 @@ class CupyDevice:
 
     def event(self) -> Event:
         self._select()
-        event: Event = self._stream.record(self._cupy.cuda.Event(disable_timing=True))
-        return event
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(self._stream)
+        return cast(Event, event)
 
     def synchronize(self) -> None:
         self._select()

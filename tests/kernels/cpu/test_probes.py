@@ -104,7 +104,7 @@ def test_machine_is_measured_quickly() -> None:
     probes.measure_machine(2)  # touches memory that the system may have to find first
     start = time.process_time()
     machine = probes.measure_machine(2)
-    assert machine.read_gb_s > 0.1 and machine.int8_gmac_s > 0.1
+    assert machine.read_bytes_s > 1e8 and machine.int8_macs_s > 1e8
     assert time.process_time() - start < 4.0  # of two threads; half a second on an idle machine
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.packed import cache_folder, cache_writer
+from llamaclust.kernels.packed import cache_files, cache_writer
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -219,7 +219,7 @@ def test_the_end_finishes_a_layer_and_no_more(
 
 def load(model: Path, folder: Path) -> None:
     """A load that ends while its first layer is being written, which takes a while."""
-    writes, begun = cache_folder.write_whole, threading.Event()
+    writes, begun = cache_files.write_whole, threading.Event()
 
     def slow(*arguments: object) -> None:
         begun.set()
@@ -227,7 +227,7 @@ def load(model: Path, folder: Path) -> None:
         writes(*arguments)  # type: ignore[arg-type]
 
     use_any_disk()
-    cache_folder.write_whole = slow  # type: ignore[assignment]
+    cache_files.write_whole = slow  # type: ignore[assignment]
     cache_writer._FINISH_S = 30.0  # the test machine's disk may be slow
     opened, backend = Model.open(model), CpuBackend(2, packed_cache=PackedCacheFolder(folder, 1 << 30))
     program = opened.program(0, opened.layer_count)

@@ -100,8 +100,7 @@ struct Values {
     float x[kChannels];
     const float* from = span.stage + at * C + first_channel();
     if constexpr (kChannels == 4) {
-      const float4 four = load_four(from);
-      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+      load_fours(from, x);
     } else if constexpr (kChannels == 2) {
       const float2 two = *reinterpret_cast<const float2*>(from);
       x[0] = two.x, x[1] = two.y;

@@ -78,9 +78,6 @@ class Backend(Protocol):
         """Bytes of the program's weights that are in memory already, for a stage loaded before: `load` takes no more
         for them."""
 
-    def kv_bytes(self, program: Program, limits: StageLimits) -> int:
-        """Bytes of KV memory over all layers of the program."""
-
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         """What the loaded stage will take beside weights and KV memory. Errors as of `load`; reads no weights."""
 

@@ -48,9 +48,6 @@ class MultiDeviceBackend:
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         return sum(part.backend.held_bytes(own, tensors) for part, own in self._programs(program))
 
-    def kv_bytes(self, program: Program, limits: StageLimits) -> int:
-        return sum(part.backend.kv_bytes(own, limits) for part, own in self._programs(program))
-
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         return sum(part.backend.workspace_bytes(own, tensors, limits) for part, own in self._programs(program))
 

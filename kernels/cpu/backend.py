@@ -143,16 +143,13 @@ class CpuBackend:
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         return self._weights.held_bytes(tensors[name] for name in program.weights)
 
-    def kv_bytes(self, program: Program, limits: StageLimits) -> int:
-        return kv_bytes(program, limits)
-
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         return workspace_bytes(program, tensors, limits, self.threads)
 
     def _memory_error_text(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
         parts = {
             "weights": sum(tensors[name].resident_bytes for name in program.weights),
-            "KV memory": self.kv_bytes(program, limits),
+            "KV memory": kv_bytes(program, limits),
         }
         what = f"layers [{program.start}, {program.end}) need {needed(parts)}"
         return f"{what}, which the system refuses; take fewer layers or a shorter context"

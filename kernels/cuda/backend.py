@@ -130,9 +130,6 @@ class CudaBackend:
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         return self._weights.held_bytes(tensors[name] for name in program.weights)
 
-    def kv_bytes(self, program: Program, limits: StageLimits) -> int:
-        return kv_bytes(program, limits)
-
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         return workspace_bytes(program, tensors, limits)
 

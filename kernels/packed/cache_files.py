@@ -90,7 +90,7 @@ def _lock(descriptor: int, writing: Writing) -> None:
             time.sleep(_LOCK_RETRY_S)
 
 
-def write_whole(path: Path, data: memoryview, writing: Writing) -> None:
+def write_whole(path: Path, data: memoryview | bytes, writing: Writing) -> None:
     """A whole file or none."""
     made = path.with_suffix(".tmp")
     try:
@@ -144,7 +144,7 @@ def delete(path: Path) -> int:
     return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
+def _write_all(descriptor: int, data: memoryview | bytes) -> None:
     done = 0
     while done < len(data):
         done += os.write(descriptor, data[done:])

@@ -148,9 +148,7 @@ class PackedCacheFolder:
             if not self._has_image(entry):
                 self._make_room(len(data), since_ns)
                 cache_files.write_whole(self.image_path(entry), data, writing)
-            cache_files.write_whole(
-                self.path / f"{entry.key}.json", memoryview(json.dumps(asdict(entry)).encode()), writing
-            )
+            cache_files.write_whole(self.path / f"{entry.key}.json", json.dumps(asdict(entry)).encode(), writing)
 
     def list_models(self) -> list[Listed]:
         """What is there, by model."""

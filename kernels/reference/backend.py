@@ -10,7 +10,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch, Float32, Progress
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
-from llamaclust.kernels.reference.kv import LayerKv, block_bytes
+from llamaclust.kernels.reference.kv import LayerKv
 from llamaclust.kernels.reference.steps import State, run_step
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Program
@@ -73,9 +73,6 @@ class ReferenceBackend:
             weights[name] = _load(tensors[name])
             progress(tensors[name].n_bytes)
         return ReferenceStage(program, weights, limits)
-
-    def kv_bytes(self, program: Program, limits: StageLimits) -> int:
-        return sum(block_bytes(step) * limits.layer_blocks(step.window) for step in program.kv_layers)
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         """None: each stage has weights of its own."""

@@ -15,11 +15,6 @@ Float64 = NDArray[np.float64]
 Int8 = NDArray[np.int8]
 
 
-def block_bytes(step: Attention) -> int:
-    """Bytes of one layer's K and V of a KV block; nothing is padded here."""
-    return LayerKv(step, 1).n_bytes
-
-
 class _HalfRows:
     """Keys or values [positions, kv_heads, head_dim] in float16. What was never stored is NaN."""
 

@@ -13,6 +13,7 @@ import pytest
 
 from llamaclust.core.errors import DeviceLostError, InsufficientMemoryError, LlamaclustError, ModelFileError
 from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.backend import kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device_weights import LoadProgress
@@ -33,7 +34,7 @@ def test_memory_is_what_was_planned_to_the_byte(opened: Open, cuda: CudaBackend,
         tensors = model.tensors_for(program)
         stage = load_stage(cuda, model, start, end, LIMITS)
         weights = sum(tensor.resident_bytes for tensor in tensors.values())
-        planned = weights, cuda.kv_bytes(program, LIMITS), cuda.workspace_bytes(program, tensors, LIMITS)
+        planned = weights, kv_bytes(program, LIMITS), cuda.workspace_bytes(program, tensors, LIMITS)
         assert planned == (stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
         assert cuda.held_bytes(program, tensors) == weights
         assert before.taken == sum(planned) or not before.is_exact

@@ -8,7 +8,7 @@ from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import RowResult
-from llamaclust.kernels.backend import Backend, Float32, Progress
+from llamaclust.kernels.backend import Backend, Float32, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
@@ -40,8 +40,7 @@ def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: St
     program = model_program(model, start, end, limits)
     tensors = model.tensors_for(program)
     weights = sum(tensor.resident_bytes for tensor in tensors.values())
-    kv_bytes = backend.kv_bytes(program, limits)
-    return StageMemory(weights, kv_bytes, backend.workspace_bytes(program, tensors, limits))
+    return StageMemory(weights, kv_bytes(program, limits), backend.workspace_bytes(program, tensors, limits))
 
 
 def held_weight_bytes(backend: Backend, model: Model, start: int, end: int, limits: StageLimits) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import available_levels
+from llamaclust.kernels.backend import kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -138,7 +139,7 @@ def test_memory_is_as_promised(model: Model) -> None:
     backend = all_threads(2)
     program = model.program(0, model.layer_count)
     stage = backend.load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)
-    assert stage.kv_bytes == backend.kv_bytes(program, LIMITS)
+    assert stage.kv_bytes == kv_bytes(program, LIMITS)
     tensors = model.tensors_for(program)
     assert stage.weight_bytes == pytest.approx(sum(tensor.n_bytes for tensor in tensors.values()), rel=0.02)
     assert stage.workspace_bytes == backend.workspace_bytes(program, tensors, LIMITS)

@@ -15,7 +15,7 @@ from llamaclust.cluster.planner import memory as memory_module
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.backend import Backend, Float32
+from llamaclust.kernels.backend import Backend, Float32, kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.loader import Model
@@ -55,7 +55,7 @@ def logits(
     """Logits of all rows and the stage's KV memory; window blocks are a ring that is written over again and again."""
     program = program_of(model, window, limits)
     stage = backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
-    assert stage.kv_bytes == backend.kv_bytes(program, limits)
+    assert stage.kv_bytes == kv_bytes(program, limits)
     rows = []
     for at in range(0, len(tokens), chunk):
         part = tokens[at : at + chunk]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.backend import Batch, kv_bytes
 from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceStage
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
@@ -210,7 +210,7 @@ def test_what_memory_is_said_to_cost(tmp_path: Path) -> None:
     program, limits, done = model.program(0, 3), StageLimits(8, 8, 2, 64, 4), list[int]()
     backend = ReferenceBackend()
     loaded = backend.load(program, model.tensors_for(program), limits, done.append)
-    assert loaded.kv_bytes == backend.kv_bytes(program, limits) == 4 * 3 * 16 * 2 * 32 * 2
+    assert loaded.kv_bytes == kv_bytes(program, limits) == 4 * 3 * 16 * 2 * 32 * 2
     assert sum(done) == sum(tensor.n_bytes for tensor in model.file.tensors.values())
     said = backend.workspace_bytes(program, model.tensors_for(program), limits)
     assert said == loaded.workspace_bytes == 8 * 4 * (64 * 6 + 32 * 2 + 96 * 2 + 320)

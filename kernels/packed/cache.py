@@ -8,7 +8,6 @@ damaged layer is packed again.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
+from io import FileIO
 from typing import TypeVar
 from weakref import ref
 
@@ -118,13 +118,11 @@ class PackedCache:
 
     def _map(self, found: _Found) -> _Found:
         try:
-            descriptor = self._folder.open_image(found.entry)
-            if descriptor is None:
+            file = self._folder.open_image(found.entry)
+            if file is None:
                 return found
-            try:
-                memory = Memory.mapped(descriptor, found.entry.n_bytes)
-            finally:
-                os.close(descriptor)
+            with file:
+                memory = Memory.mapped(file.fileno(), found.entry.n_bytes)
         except OSError:  # some file systems have no maps; any other error is found by the read
             return found
         memory.touch()
@@ -135,10 +133,10 @@ class PackedCache:
         memory = found.memory
         try:
             if memory is None:
-                descriptor = self._folder.open_image(found.entry)
-                if descriptor is None:
+                file = self._folder.open_image(found.entry)
+                if file is None:
                     return None
-                memory = _read(descriptor, found.entry.n_bytes)
+                memory = _read(file, found.entry.n_bytes)
         except OSError as error:
             _log.warning("packed layer %s cannot be read: %s", found.layer.name, reason(error))
             return None
@@ -198,16 +196,15 @@ def _quickest(found: Sequence[_Found]) -> list[_Found]:
     ]
 
 
-def _read(descriptor: int, n_bytes: int) -> Memory | None:
+def _read(file: FileIO, n_bytes: int) -> Memory | None:
     """Reads a file into memory and closes it; None if it is too short or the disk fails."""
     done = 0
     try:
-        memory = Memory(n_bytes)
-        view = memory.view.data
-        while done < n_bytes and (count := os.preadv(descriptor, [view[done : done + _READ_BYTES]], done)):
-            done += count
+        with file:
+            memory = Memory(n_bytes)
+            view = memory.view.data
+            while done < n_bytes and (count := file.readinto(view[done : done + _READ_BYTES])):
+                done += count
     except OSError:
         return None
-    finally:
-        os.close(descriptor)
     return memory if done == n_bytes else None

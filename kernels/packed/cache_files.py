@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -48,8 +49,8 @@ class Writing:
         self.unfinished: Path | None = None
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Its descriptor. FileNotFoundError, NotAFileError, or another OSError with its name."""
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> FileIO:
+    """Unbuffered. FileNotFoundError, NotAFileError, or another OSError with its name."""
     not_a_file = NotAFileError(errno.EINVAL, "is no regular file, and in the way", str(path))
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -57,21 +58,18 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
         if error.errno not in _NOT_A_FILE:
             raise
         raise not_a_file from error
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise not_a_file
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise not_a_file
+    return FileIO(descriptor)
 
 
 @contextmanager
 def locked(path: Path, writing: Writing) -> Iterator[None]:
     """BusyError where another process has the lock for long, StoppedError soon after `writing` was stopped."""
-    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
-    try:
-        _lock(descriptor, writing)
+    with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
+        _lock(file.fileno(), writing)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _lock(descriptor: int, writing: Writing) -> None:

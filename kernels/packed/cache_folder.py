@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,10 @@ _FIELDS = {field.name: int if field.type == "int" else str for field in fields(E
 def _read_entry(path: Path) -> Entry | None:
     """None if it is missing or damaged. OSError as of `open_regular`."""
     try:
-        descriptor = cache_files.open_regular(path)
+        with cache_files.open_regular(path) as file:
+            data = file.read(_MOST_ENTRY_BYTES + 1)
     except FileNotFoundError:
         return None
-    with os.fdopen(descriptor, "rb") as file:
-        data = file.read(_MOST_ENTRY_BYTES + 1)
     try:
         found: Any = json.loads(data) if len(data) <= _MOST_ENTRY_BYTES else None
         is_sound = {name: type(value) for name, value in found.items()} == _FIELDS
@@ -114,20 +114,20 @@ class PackedCacheFolder:
             return None
         return entry if entry is not None and self._has_image(entry) else None
 
-    def open_image(self, entry: Entry) -> int | None:
-        """A descriptor of a file of the right size. None where there is none; what else lies there is deleted, OSError
+    def open_image(self, entry: Entry) -> FileIO | None:
+        """A file of the right size. None where there is none; what else lies there is deleted, OSError
         with its name where that fails."""
         path = self.image_path(entry)
         try:
-            descriptor = cache_files.open_regular(path)
+            file = cache_files.open_regular(path)
         except FileNotFoundError:
             return None
         except cache_files.NotAFileError as error:
             cache_files.drop(error)
             return None
-        if os.fstat(descriptor).st_size == entry.n_bytes:
-            return descriptor
-        os.close(descriptor)
+        if os.fstat(file.fileno()).st_size == entry.n_bytes:
+            return file
+        file.close()
         cache_files.remove(path)
         return None
 
@@ -207,13 +207,11 @@ class PackedCacheFolder:
 
     def _has_image(self, entry: Entry) -> bool:
         """Whether the image is there with the right size; it counts as used now."""
-        descriptor = self.open_image(entry)
-        if descriptor is None:
+        file = self.open_image(entry)
+        if file is None:
             return False
-        try:
-            cache_files.mark_used(descriptor)
-        finally:
-            os.close(descriptor)
+        with file:
+            cache_files.mark_used(file.fileno())
         return True
 
     def _make_room(self, n_bytes: int, since_ns: int) -> None:

@@ -95,25 +95,21 @@ def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:
 
 def silu(x: Float64) -> Float64:
     with np.errstate(over="ignore"):
-        out: Float64 = x / (1 + np.exp(-x))
-    return out
+        return np.asarray(x / (1 + np.exp(-x)))
 
 
 def sigmoid(x: Float64) -> Float64:
     with np.errstate(over="ignore"):
-        out: Float64 = 1 / (1 + np.exp(-x))
-    return out
+        return np.asarray(1 / (1 + np.exp(-x)))
 
 
 def gelu_erf(x: Float64) -> Float64:
     share = np.array([math.erf(value / math.sqrt(2)) for value in x.flat], np.float64).reshape(x.shape)
-    out: Float64 = x / 2 * (1 + share)
-    return out
+    return np.asarray(x / 2 * (1 + share))
 
 
 def gelu_tanh(x: Float64) -> Float64:
-    out: Float64 = x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return out
+    return np.asarray(x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
 ACTIVATIONS: Mapping[ir.ActivationFunction, Callable[[Float64], Float64]] = {
@@ -124,8 +120,7 @@ ACTIVATIONS: Mapping[ir.ActivationFunction, Callable[[Float64], Float64]] = {
 
 
 def soft_cap(x: Float64, cap: float) -> Float64:
-    out: Float64 = np.tanh(x / cap) * cap
-    return out
+    return np.asarray(np.tanh(x / cap) * cap)
 
 
 def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:

@@ -9,7 +9,7 @@ import numpy as np
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.executor.emit import Emitter
 from llamaclust.kernels.cuda.executor.inputs import InputBuffer
-from llamaclust.kernels.cuda.executor.launch_context import BufferLayout, LaunchContext
+from llamaclust.kernels.cuda.executor.operands import BufferLayout, Operands
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches.attention import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
@@ -85,8 +85,8 @@ class Plan:
     def launches(self, shape: Shape) -> tuple[Launch, ...]:
         inputs = self.inputs.addresses(int(self._layout.at("inputs", self.inputs.n_bytes)))
         kv = {layer: np.uint64(self._kv_base + offset) for layer, offset in self._kv_offsets.items()}
-        context = LaunchContext(self.program, self.weights, self.limits, self._layout, inputs, kv, self._gpu)
-        return tuple(Emitter(context, shape).launches())
+        operands = Operands(self.program, self.weights, self.limits, self._layout, inputs, kv, self._gpu, shape)
+        return tuple(Emitter(operands).launches())
 
 
 def block_bytes(step: Attention) -> int:

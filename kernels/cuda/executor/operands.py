@@ -1,0 +1,116 @@
+"""What launches refer to: a program, its weights, KV memory and buffers, and limits of the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.cuda.executor.shapes import Shape
+from llamaclust.kernels.cuda.launches.attention import LaunchLimits
+from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
+from llamaclust.kernels.cuda.launches.matmul import Weights, activation_bytes
+from llamaclust.kernels.cuda.runtime.device import NULL
+from llamaclust.kernels.cuda.runtime.memory import aligned
+from llamaclust.model.program import Buffer, Program, RopeTable
+from llamaclust.model.quant_types import ActivationFormat
+
+_FLOAT = 4
+
+
+@dataclass(slots=True)
+class BufferLayout:
+    """Named buffers in one allocation. Before `lay_out`, `at` records their sizes; afterwards it gives addresses."""
+
+    n_bytes: int = 0
+    base: int = 0
+    _sizes: dict[object, int] = field(default_factory=dict)
+    _offsets: dict[object, int] = field(default_factory=dict)
+
+    def at(self, name: object, n_bytes: int) -> np.uint64:
+        """The address of a buffer; 0 before `lay_out`."""
+        if not self._offsets:
+            self._sizes[name] = max(n_bytes, self._sizes.get(name, 0))
+            return np.uint64(0)
+        assert n_bytes <= self._sizes[name], (name, n_bytes, self._sizes[name])
+        return np.uint64(self.base + self._offsets[name])
+
+    def constant(self, numbers: NDArray[Any]) -> np.uint64:
+        """The address of numbers that are uploaded before the first launch."""
+        data = numbers.tobytes()
+        return self.at(data, len(data))
+
+    @property
+    def constants(self) -> Iterator[tuple[int, bytes]]:
+        """Their offsets and bytes."""
+        return ((offset, name) for name, offset in self._offsets.items() if isinstance(name, bytes))
+
+    def lay_out(self) -> None:
+        """Assigns consecutive offsets."""
+        for name, n_bytes in self._sizes.items():
+            self._offsets[name] = self.n_bytes
+            self.n_bytes = aligned(self.n_bytes + n_bytes)
+
+    def offset(self, name: object) -> int:
+        return self._offsets[name]
+
+
+@dataclass(slots=True)
+class Operands:
+    """Where launches for one shape find them. Addresses are 0 while sizes are computed."""
+
+    program: Program
+    weights: Mapping[str, Weights]
+    limits: StageLimits
+    layout: BufferLayout
+    inputs: Inputs
+    kv: Mapping[int, np.uint64]  # by layer
+    gpu: LaunchLimits
+    shape: Shape
+    selected: bool = False
+    current: dict[str, np.uint64] = field(default_factory=dict)  # where a buffer's newest values are
+    quantized: dict[ActivationFormat, str] = field(default_factory=dict)  # the buffer that is there in this format
+
+    @property
+    def rows(self) -> RowCount:
+        if self.selected:
+            return RowCount(self.shape.outputs, self.inputs.outputs)
+        return RowCount(self.shape.rows, self.inputs.rows)
+
+    @property
+    def room(self) -> int:
+        """Rows of a buffer."""
+        return self.limits.max_outputs if self.selected else self.limits.max_batch_tokens
+
+    def out(self, buffer: Buffer) -> np.uint64:
+        self.current[buffer.name] = self.scratch(buffer.name, buffer.width)
+        return self.current[buffer.name]
+
+    def scratch(self, name: str, width: int, multiple: int = 1) -> np.uint64:
+        self.is_written(name)
+        return self.layout.at((name, self.selected), _FLOAT * width * multiple * self.room)
+
+    def is_written(self, name: str) -> None:
+        self.quantized = {kind: owner for kind, owner in self.quantized.items() if owner != name}
+
+    def vector(self, name: str | None) -> np.uint64:
+        return NULL if name is None else self.weights[name].address
+
+    def angles(self, table: RopeTable) -> np.uint64:
+        n_bytes = _FLOAT * 2 * len(table.frequencies) * self.limits.max_batch_tokens
+        return self.layout.at(("rotation", table), n_bytes)
+
+    def activations(self, kind: ActivationFormat, name: str, width: int, multiple: int = 1) -> np.uint64:
+        """The destination of `name` in this format."""
+        self.quantized[kind] = name
+        n_bytes = activation_bytes(kind, self.room * multiple, width)
+        return self.layout.at(("activations", kind), n_bytes)
+
+    def activation_of(self, weight: Weights, x: np.uint64) -> np.uint64:
+        """The address of x in the format of the weight."""
+        kind = weight.activation
+        return x if kind is ActivationFormat.F32 else self.layout.at(("activations", kind), 0)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from itertools import groupby
 
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
@@ -107,13 +108,12 @@ class CudaBackend:
         self, plan: Plan, tensors: Mapping[str, Tensor], progress: Progress
     ) -> tuple[LayerMemory, ...]:
         """Kernels are compiled while weights are brought, where that is still to be done: seconds."""
-        modules: dict[str, list[str]] = {}
-        for kernel in plan.kernels:
-            modules.setdefault(kernel.rpartition(".")[0], []).append(kernel)
+        by_module = groupby(sorted(plan.kernels), key=lambda kernel: kernel.rpartition(".")[0])
+        modules = [tuple(kernels) for _, kernels in by_module]
         told = LoadProgress(progress, plan.weight_bytes, len(modules))
 
         def compile_kernels() -> None:
-            for kernels in modules.values():
+            for kernels in modules:
                 with self._gpu_lock.driver_errors():
                     self._device.prepare(kernels)
                 told.module_done()

@@ -1,5 +1,5 @@
 """Measures a GPU: rates of matrix products (weight bytes with one row, multiply-accumulates with many rows), and peak
-rates."""
+rates; flushes its cache before a measurement."""
 
 from __future__ import annotations
 
@@ -37,10 +37,8 @@ _Work = tuple[Sequence[Launch], float]
 def measure(device: Device) -> tuple[float, float]:
     """(bytes a second, multiply-accumulates a second), in less than half a second on any GPU. Where little memory is
     free, of smaller matrices."""
-    tile_bytes = _KIND.info.tile_bytes(_COLS)
-    activation = _KIND.info.activation
-    assert activation is not None
-    x_bytes = matmul.activation_bytes(activation, _MANY_ROWS, _COLS)
+    tile = matmul.Weights(_KIND, (16, _COLS))
+    tile_bytes, x_bytes = tile.tile_bytes, matmul.activation_bytes(tile.activation, _MANY_ROWS, _COLS)
     room = (device.free_bytes // 2 - x_bytes) // (2 * tile_bytes + 4 * 16 * _MANY_ROWS)
     most = 16 * max(1, min(_TILES_AN_SM * device.sms, room))
     with ExitStack() as held:

@@ -21,8 +21,7 @@ from weakref import ref
 
 from llamaclust.kernels._native import Memory, packing_fingerprint
 from llamaclust.kernels.backend import Progress
-from llamaclust.kernels.packed.cache_entries import Entry
-from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
+from llamaclust.kernels.packed.cache_folder import Entry, PackedCacheFolder
 from llamaclust.kernels.packed.cache_writer import BackgroundWriter, Made, reason, warn_not_kept
 from llamaclust.kernels.packed.mapping import in_huge_pages, is_remote
 from llamaclust.kernels.packed.packed_layer import PackedLayer

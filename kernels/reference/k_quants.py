@@ -7,22 +7,18 @@ import numpy as np
 from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, scaled
 
 
-def _grouped(weights: Bytes, groups: int) -> Bytes:
-    return weights.reshape(len(weights), groups, 256 // groups)
-
-
 def q2_k(blocks: Bytes) -> Float32:
     """16 x (scale, min of 4 bits) | 256 x 2 bits | d f16 | dmin f16; 128 weights lie in 32 bytes."""
     scales = blocks[:, :16]
-    weights = _grouped(fields(blocks[:, 16:80].reshape(-1, 2, 32), 2), 16).astype(np.float32)
+    weights = fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).astype(np.float32)
     d, dmin = floats16(blocks, 80), floats16(blocks, 82)
     return scaled(weights, d * (scales & 15).astype(np.float32), dmin * (scales >> 4).astype(np.float32))
 
 
 def q3_k(blocks: Bytes) -> Float32:
     """256 x third bit | 256 x 2 bits | 16 scales of 6 bits, less 32 | d f16. A clear third bit subtracts 4."""
-    high = fields(blocks[:, :32], 1).reshape(-1, 16, 16)
-    low = _grouped(fields(blocks[:, 32:96].reshape(-1, 2, 32), 2), 16)
+    high = fields(blocks[:, :32], 1).reshape(-1, 256)
+    low = fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
     weights = (low | high << 2).astype(np.float32) - np.float32(4)
     scale_low = fields(blocks[:, 96:104], 4).reshape(-1, 16)
     scale_high = fields(blocks[:, 104:108], 2).reshape(-1, 16)
@@ -49,19 +45,19 @@ def _q45(blocks: Bytes, weights: Bytes) -> Float32:
 
 def q4_k(blocks: Bytes) -> Float32:
     """d f16 | dmin f16 | 12 bytes of scales | 256 x 4 bits, 64 weights in 32 bytes."""
-    return _q45(blocks, _grouped(fields(blocks[:, 16:].reshape(-1, 4, 32), 4), 8))
+    return _q45(blocks, fields(blocks[:, 16:].reshape(-1, 4, 32), 4))
 
 
 def q5_k(blocks: Bytes) -> Float32:
     """d f16 | dmin f16 | 12 bytes of scales | 256 x fifth bit, 32 a field | 256 x 4 bits, 64 weights in 32 bytes."""
-    low = _grouped(fields(blocks[:, 48:].reshape(-1, 4, 32), 4), 8)
+    low = fields(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
     return _q45(blocks, low | fields(blocks[:, 16:48], 1) << np.uint8(4))
 
 
 def q6_k(blocks: Bytes) -> Float32:
     """256 x 4 bits, 128 weights in 64 bytes | 256 x upper 2 bits, 128 in 32 | 16 x int8 scale | d f16."""
-    low = _grouped(fields(blocks[:, :128].reshape(-1, 2, 64), 4), 16)
-    high = _grouped(fields(blocks[:, 128:192].reshape(-1, 2, 32), 2), 16)
+    low = fields(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 256)
+    high = fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 256)
     weights = (low | high << 4).astype(np.float32) - np.float32(32)
     return scaled(weights, floats16(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32))
 

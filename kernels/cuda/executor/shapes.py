@@ -28,15 +28,11 @@ class Shape:
     @classmethod
     def all(cls, limits: StageLimits) -> list[Shape]:
         """Every kind of launch is in one of these, at its largest: few rows and many, of prompts and not."""
-        rows = sorted(
-            {
-                _bucket(min(count, limits.max_batch_tokens), limits.max_batch_tokens)
-                for count in (*_EDGES, limits.max_batch_tokens)
-            }
-        )
+        most = limits.max_batch_tokens
+        rows = {_bucket(min(count, most), most) for count in (*_EDGES, most)}
         return [
             cls(count, min(count, limits.max_outputs), decode)
-            for count in reversed(rows)
+            for count in sorted(rows, reverse=True)
             for decode in (False, True)
             if not decode or count <= limits.max_sequences
         ]

@@ -40,7 +40,8 @@ class CubinCache:
         if folder is not None and not anew:
             for path in (folder / f"{stem}.{kind}" for kind in _KINDS):
                 if path.is_file():
-                    _touch(path)
+                    with suppress(OSError):  # of another user
+                        os.utime(path)
                     return path
         binary = nvrtc.compile(name, text, architecture)
         file = f"{stem}.{binary.kind}"
@@ -71,11 +72,6 @@ def kernel_files(folder: Path) -> list[tuple[Path, os.stat_result]]:
             with suppress(FileNotFoundError):  # another process cleans up
                 found.append((path, path.lstat()))
     return found
-
-
-def _touch(path: Path) -> None:
-    with suppress(OSError):  # of another user
-        os.utime(path)
 
 
 def _evict_unused(folder: Path) -> None:

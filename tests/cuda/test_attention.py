@@ -12,10 +12,10 @@ import pytest
 
 from llamaclust.kernels.cuda.launches.attention import (
     LaunchLimits,
-    cut_of,
     few_shared_bytes,
     many_shared_bytes,
     room_of,
+    tile_rows,
 )
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.runtime.sources import SRC
@@ -157,8 +157,8 @@ def test_shared_memory_is_what_every_gpu_has() -> None:
             assert max(*sizes, many_shared_bytes(step, 16)) + 1024 <= PLAIN_SHARED_BYTES
         widest = attention(32, 8, 512, kv_type)
         assert many_shared_bytes(widest, 16) + 1024 <= LEAST_SHARED_BYTES
-    assert cut_of(attention(32, 8, 128), SMALL).tile_rows == 4
-    assert cut_of(attention(32, 8, 128), LARGE).tile_rows == 8
+    assert tile_rows(attention(32, 8, 128), SMALL) == 4
+    assert tile_rows(attention(32, 8, 128), LARGE) == 8
 
 
 def test_sums_of_spans_take_bounded_memory() -> None:

@@ -14,17 +14,13 @@ from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cuda.executor.plan import block_bytes
 from llamaclust.kernels.cuda.launches.attention import (
     AttentionBuffers,
-    BatchBounds,
-    Inputs,
+    AttentionLaunches,
     LaunchLimits,
     Rotation,
-    attention_launches,
-    cut_of,
-    plan_launch,
     room_of,
 )
 from llamaclust.kernels.cuda.launches.elementwise import rotation
-from llamaclust.kernels.cuda.launches.inputs import RowCount
+from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
@@ -132,16 +128,16 @@ class Attender:
         q, k, v = (put(np.concatenate([part, np.full((unused, part.shape[1]), np.nan, np.float32)])) for part in parts)
         out = self.bench.room(4 * (len(rows) + unused) * step.out.width)
         header = np.array([batch.rows, len(batch.sequence_starts) - 1, 0], np.int32)
-        arrays = (header, batch.positions, batch.sequence_starts, batch.table_starts)
-        inputs = Inputs(*(put(array).at() for array in arrays))
-        tables = batch.block_tables if batch.window_tables is None else batch.window_tables
+        arrays = (batch.positions, batch.sequence_starts, batch.table_starts)
+        tables = put(batch.block_tables if batch.window_tables is None else batch.window_tables).at()
+        inputs = Inputs(put(header).at(), NULL, NULL, *(put(array).at() for array in arrays), NULL, tables, tables)
         slopes = NO_SLOPES if self.slopes is None else self.slopes.at()
         places = AttentionBuffers(
             q.at(),
             k.at(),
             v.at(),
             out.at(),
-            put(tables).at(),
+            tables,
             self.kv.at(),
             slopes,
             self.plan.at(),
@@ -151,9 +147,8 @@ class Attender:
         )
         if self.rotation is not None:
             places = replace(places, rotation=self._rotation(self.rotation, inputs, len(rows) + unused))
-        bounds = BatchBounds(len(rows) + unused, LIMITS.max_sequences, one_row_each)
-        launches = attention_launches(step, self.gpu, self.room, inputs, places, bounds)
-        launches = (plan_launch(cut_of(step, self.gpu), self.room, inputs, self.plan.at()), *launches)
+        made = AttentionLaunches(self.gpu, self.room, inputs, len(rows) + unused, LIMITS.max_sequences, one_row_each)
+        launches = (made.plan(step, self.plan.at()), *made.step(step, places))
         for launch in launches[: 2 if store_only else None]:
             self.bench.device.launch(launch)
             self.launched.add(launch.kernel)
@@ -162,7 +157,7 @@ class Attender:
     def _rotation(self, rope: Rope, inputs: Inputs, rows: int) -> Rotation:
         table, pairs = rope.table, len(rope.table.frequencies)
         angles, frequencies = self.bench.room(8 * rows * pairs), self.bench.put(np.array(table.frequencies))
-        count = RowCount(rows, inputs.header)
+        count = RowCount(rows, inputs.rows)
         self.bench.device.launch(rotation(table, inputs.positions, frequencies.at(), angles.at(), count))
         return Rotation(angles.at(), pairs, rope.style)
 

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.kernels.backend import Float32
-
 Bytes = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
 
 
 def floats16(blocks: Bytes, offset: int) -> Float32:

@@ -75,7 +75,15 @@ def test_any_chain_has_the_bits_of_one_stage(
 class _Full(CpuBackend):
     """One that has no room."""
 
-    def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CpuStage:
+    def load(
+        self,
+        program: Program,
+        tensors: dict[str, Tensor],
+        limits: StageLimits,
+        progress: Progress,
+        *,
+        observed: bool = False,
+    ) -> CpuStage:
         raise InsufficientMemoryError("full")
 
 

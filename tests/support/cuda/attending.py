@@ -129,8 +129,9 @@ class Attender:
         out = self.bench.room(4 * (len(rows) + unused) * step.out.width)
         header = np.array([batch.rows, len(batch.sequence_starts) - 1, 0], np.int32)
         arrays = (batch.positions, batch.sequence_starts, batch.table_starts)
+        positions, starts, table_starts = (put(array).at() for array in arrays)
         tables = put(batch.block_tables if batch.window_tables is None else batch.window_tables).at()
-        inputs = Inputs(put(header).at(), NULL, NULL, *(put(array).at() for array in arrays), NULL, tables, tables)
+        inputs = Inputs(put(header).at(), NULL, NULL, positions, starts, table_starts, NULL, tables, tables)
         slopes = NO_SLOPES if self.slopes is None else self.slopes.at()
         places = AttentionBuffers(
             q.at(),

@@ -8,6 +8,7 @@ import pytest
 from llamaclust.kernels import _native
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.launches.matmul import (
+    _MODULE_OF,
     Experts,
     Product,
     Weights,

@@ -32,8 +32,8 @@ from llamaclust.worker.heartbeats import send_heartbeats
 from llamaclust.worker.renewal import Renewal
 from llamaclust.worker.requests import Requests
 from llamaclust.worker.session import Session
-from llamaclust.worker.stage.executor import Counters
 from llamaclust.worker.stage.loads import Loads
+from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.worker import Worker
 
 

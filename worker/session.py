@@ -10,7 +10,7 @@ from llamaclust.core.errors import LlamaclustError
 from llamaclust.wire.control.messages import Deadlines, Failure, WorkerMessage
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.security.credentials import Credentials, Principal
-from llamaclust.worker.stage.executor import Counters
+from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.worker import Worker
 
 Send = Callable[[WorkerMessage], Awaitable[None]]

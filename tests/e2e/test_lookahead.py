@@ -16,6 +16,7 @@ from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs
 from llamaclust.wire.rpc.client import SAMPLED_TOKENS, StreamBrokenError
+from llamaclust.worker.stage.dependencies import Dependencies
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
 from support.clusters.stage_chain import chain, runner_of
@@ -230,10 +231,10 @@ def test_a_row_without_an_answer_counts_as_token_0() -> None:
 
 
 async def test_waiting_ends_with_the_stream_of_tokens() -> None:
-    box = SampledTokensBox()
-    waiting = asyncio.create_task(box.known(Microbatch("m", 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 0)),)), 5.0))
+    dependencies = Dependencies(epoch=1, inputs_s=5.0)
+    waiting = asyncio.create_task(dependencies.known(Microbatch("m", 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 0)),))))
     await asyncio.sleep(0)
-    box.fail(WorkerError("the last stage is gone"))
+    dependencies.fail(WorkerError("the last stage is gone"))
     with pytest.raises(WorkerError, match="the last stage is gone"):
         await waiting
 

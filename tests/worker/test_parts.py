@@ -17,7 +17,7 @@ import pytest
 from llamaclust.core.errors import DeadlineError, DeviceLostError, InsufficientMemoryError, ProtocolError, UsageError
 from llamaclust.core.logs import LogFormat
 from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, Unload, UnloadFailed, WorkerMessage
-from llamaclust.wire.microbatch.messages import SamplingInputs
+from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.devices import nvidia, system_info
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.nvidia import advice
@@ -25,8 +25,8 @@ from llamaclust.worker.session import Session
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage import loads
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
-from llamaclust.worker.stage.executor import Counters
-from llamaclust.worker.stage.sampling_inputs import SamplingInputsBox
+from llamaclust.worker.stage.dependencies import Dependencies
+from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.weights import load
 from llamaclust.worker.worker import Worker
@@ -66,27 +66,29 @@ async def test_jobs_never_overlap_not_even_after_a_cancelled_one() -> None:
 
 
 async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
-    box = SamplingInputsBox(epoch=1, deadline_s=0.05)
+    dependencies = Dependencies(epoch=1, inputs_s=0.05)
     inputs = [SamplingInputs(1, number, ()) for number in range(300)]
-    box.put(inputs[0])
-    assert await box.take(0) is inputs[0]
-    box.done(0)
-    taking = asyncio.create_task(box.take(1))
+    microbatches = [Microbatch("m", 1, number, ()) for number in range(3)]
+    dependencies.put_inputs(inputs[0])
+    assert await dependencies.inputs(microbatches[0]) is inputs[0]
+    dependencies.done(microbatches[0])
+    taking = asyncio.create_task(dependencies.inputs(microbatches[1]))
     await asyncio.sleep(0)
-    box.put(inputs[1])
+    dependencies.put_inputs(inputs[1])
     assert await taking is inputs[1]
-    box.done(1)
+    dependencies.done(microbatches[1])
     with pytest.raises(DeadlineError, match="sampling inputs of microbatch 2"):
-        await box.take(2)
-    box.done(2)
-    box.put(inputs[2])
-    assert not box._waiting
+        await dependencies.inputs(microbatches[2])
+    dependencies.done(microbatches[2])
+    dependencies.put_inputs(inputs[2])
+    with pytest.raises(DeadlineError, match="sampling inputs of microbatch 2"):
+        await dependencies.inputs(microbatches[2])
     with pytest.raises(ProtocolError, match=r"\(1, 5\) where \(1, 3\)"):
-        box.put(inputs[5])
+        dependencies.put_inputs(inputs[5])
     for number in range(3, 3 + 256):
-        box.put(inputs[number])
+        dependencies.put_inputs(inputs[number])
     with pytest.raises(ProtocolError, match="more than 256"):
-        box.put(inputs[3 + 256])
+        dependencies.put_inputs(inputs[3 + 256])
 
 
 def test_settings_survive_the_pipe_to_a_worker() -> None:

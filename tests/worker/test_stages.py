@@ -18,20 +18,18 @@ from llamaclust.core.errors import WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
-from llamaclust.wire.microbatch.frames import decode_frame, encode_hidden
+from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
 from llamaclust.wire.rpc.client import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError, UnreachableError
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
-from llamaclust.worker.stage.executor import Answer, Arrival, Counters, StageContext, StageExecutor
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
-from llamaclust.worker.stage.sampling_inputs import SamplingInputsBox
+from llamaclust.worker.stage.loop import Answer, Counters, StageContext, StageLoop
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from support.clusters.real_cluster import microbatches
-from support.clusters.stage_chain import DEADLINES, TOKEN, chain, not_reported, runner_of
+from support.clusters.stage_chain import DEADLINES, TOKEN, chain, runner_of
 from support.models.tiny_model import build_tiny_model
 
 
@@ -72,15 +70,13 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
 
     async def run() -> int:
         compute = Compute()
-        stage_streams = StageStreams(
-            1, runner_of(model, 0, 3), StageContext("w", compute, counters), DEADLINES, Neighbours(not_reported)
-        )
+        loop = StageLoop(1, runner_of(model, 0, 3), StageContext("w", compute, counters), DEADLINES)
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         answered.set_result(Answer(b""))
         async with recurring_deadline("handing on", 5.0) as limit:
-            await stage_streams._send(Outlet(), answered, limit)
+            await loop._send(Outlet(), None, limit, answered)
         compute.close()
-        return stage_streams._wire_ns
+        return loop._wire_ns
 
     assert asyncio.run(run()) < computed_ns
 
@@ -93,16 +89,10 @@ def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: 
 
     async def run() -> None:
         compute = Recording()
-        step = StageExecutor(
-            runner_of(model, 0, 1),
-            StageContext("w", compute, Counters()),
-            SamplingInputsBox(1, 1.0),
-            SampledTokensBox(),
-        )
+        loop = StageLoop(1, runner_of(model, 0, 1), StageContext("w", compute, Counters()), DEADLINES)
         for number, position in enumerate((0, 0, 240, 240)):
             microbatch = Microbatch(model.model_id, 1, number, (Chunk((1,) * 8, position, (0, 16), 0),))
-            header = encode_microbatch(microbatch)
-            await step.begin(Arrival(decode_frame(encode_hidden(header, (), None)), microbatch, 0, 0))
+            await loop.compute(loop.receive(encode_hidden(encode_microbatch(microbatch), (), None), number))
         compute.close()
 
     seen: list[int] = []
@@ -195,7 +185,7 @@ def _hostile(model: Model) -> dict[str, bytes]:
         "foreign block": replace(good, chunks=(Chunk((1,), 0, (64, 1), 1),)),
         "too many rows": replace(good, chunks=(Chunk((1,) * 65, 0, (0, 5), 1),)),
     }
-    frames = {name: encode_hidden(encode_microbatch(one), (), None) for name, one in changed.items()}
+    frames = {name: encode_hidden(encode_microbatch(microbatch), (), None) for name, microbatch in changed.items()}
     frames["no frame"] = b"GET / HTTP/1.1"
     frames["empty"] = b""
     frames["hidden state for a first stage"] = encode_hidden(encode_microbatch(good), (), np.zeros((1, 64), np.float32))

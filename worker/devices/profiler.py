@@ -24,15 +24,14 @@ from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.backend import Backend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
-from llamaclust.wire.microbatch.codec import decode_inputs, decode_microbatch, encode_inputs, encode_microbatch
-from llamaclust.wire.microbatch.frames import decode_frame, encode_hidden
+from llamaclust.wire.control.messages import Deadlines
+from llamaclust.wire.microbatch.codec import decode_inputs, encode_inputs, encode_microbatch
+from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
 from llamaclust.wire.rpc.cache_flush import CacheFlush, largest_cache_bytes
 from llamaclust.worker.stage.compute import Compute
-from llamaclust.worker.stage.executor import Arrival, Counters, StageContext, StageExecutor
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
-from llamaclust.worker.stage.sampling_inputs import SamplingInputsBox
+from llamaclust.worker.stage.loop import Counters, StageContext, StageLoop
 from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner, plan_memory
 
 if TYPE_CHECKING:
@@ -47,8 +46,6 @@ _LEAST_LAYERS = 3
 _LEAST_BYTES = 32 << 20
 """Of layers that are tried: fewer stay in caches, and differ by less than a machine's moods."""
 _EPOCH = 1
-_DEADLINE_S = 60.0
-
 
 Sweep = Callable[[], None]
 """Leaves nothing in caches."""
@@ -184,19 +181,16 @@ async def _tried(runner: StageRunner, size: ProfileSize, sweep: Sweep) -> dict[i
 
 async def _taken_s(runner: StageRunner, rows: int, tries: int, sweep: Sweep) -> float:
     """The median of some steps, behind one that finds everything for the first time; of that where it takes long."""
-    inputs, compute = SamplingInputsBox(_EPOCH, _DEADLINE_S), Compute()
-    step = StageExecutor(runner, StageContext("profile", compute, Counters()), inputs, SampledTokensBox())
-    times = []
+    compute, times = Compute(), []
+    loop = StageLoop(_EPOCH, runner, StageContext("profile", compute, Counters()), Deadlines())
     try:
         for number in range(tries + 1):
             frame, tasks = _task(runner, rows, number)
             sweep()
             begun_ns = perf_counter_ns()
             if runner.program.is_last:
-                inputs.put(decode_inputs(tasks))
-            arrived = decode_frame(frame)
-            answer = await step.begin(Arrival(arrived, decode_microbatch(arrived.header), begun_ns, 0))
-            await answer
+                loop.dependencies.put_inputs(decode_inputs(tasks))
+            await (await loop.compute(loop.receive(frame, number)))
             times.append((perf_counter_ns() - begun_ns) / 1e9)
             if sum(times) > _ENOUGH_S:
                 break

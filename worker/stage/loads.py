@@ -25,7 +25,7 @@ from llamaclust.wire.control.messages import (
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.session import Session, failure_of
-from llamaclust.worker.stage.executor import StageContext
+from llamaclust.worker.stage.loop import StageContext
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from llamaclust.worker.weights.load import load_stage
 

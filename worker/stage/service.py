@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from llamaclust.core.errors import ProtocolError
@@ -25,7 +25,12 @@ class StageService:
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
-        return {FORWARD: self._forward, SAMPLE: self._sample, SAMPLED_TOKENS: self._sampled_tokens, ECHO: serve_echo}
+        return {
+            FORWARD: self._handler(StageStreams.forward),
+            SAMPLE: self._handler(StageStreams.sample),
+            SAMPLED_TOKENS: self._handler(StageStreams.sampled_tokens),
+            ECHO: serve_echo,
+        }
 
     def __contains__(self, epoch: int) -> bool:
         return epoch in self._stages
@@ -68,20 +73,16 @@ class StageService:
             await self.remove(epoch)
         return weights
 
-    async def _forward(self, stream: ServerStream) -> None:
-        await self._streams_of(stream).forward(stream)
+    def _handler(self, serve: Callable[[StageStreams, ServerStream], Awaitable[None]]) -> Handler:
+        """Of streams for the stage of an epoch."""
 
-    async def _sample(self, stream: ServerStream) -> None:
-        await self._streams_of(stream).sample(stream)
+        async def handle(stream: ServerStream) -> None:
+            streams = self._stages.get(stream.epoch)
+            if streams is None:
+                raise ProtocolError(f"worker {self._worker} holds no stage for epoch {stream.epoch}")
+            await serve(streams, stream)
 
-    async def _sampled_tokens(self, stream: ServerStream) -> None:
-        await self._streams_of(stream).sampled_tokens(stream)
-
-    def _streams_of(self, stream: ServerStream) -> StageStreams:
-        streams = self._stages.get(stream.epoch)
-        if streams is None:
-            raise ProtocolError(f"worker {self._worker} holds no stage for epoch {stream.epoch}")
-        return streams
+        return handle
 
 
 def _serves(held: StageRunner, order: Load) -> bool:

@@ -32,8 +32,8 @@ from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Insecure, Principal
 from llamaclust.worker.membership import Member
 from llamaclust.worker.session import Session
-from llamaclust.worker.stage.executor import Counters
 from llamaclust.worker.stage.loads import Loads
+from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.worker import Worker
 from support.clusters.control_messages import LOAD, REGISTER
 from support.clusters.real_cluster import real_cluster

@@ -1,0 +1,80 @@
+"""What microbatches need beside their frames, which comes on other streams: sampling inputs to the last stage, sampled
+tokens to the first of several."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Container
+
+from llamaclust.core.errors import LlamaclustError, ProtocolError
+from llamaclust.wire.microbatch.messages import Microbatch, SampledTokens, SamplingInputs
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, newest_dependency
+
+_TOKENS_S = 600.0
+"""A microbatch waits so long for tokens that it depends on; a coordinator that misses a result gives up earlier."""
+_MOST_INPUTS = 256
+"""That wait for their microbatch: more than any coordinator has in flight."""
+
+
+class Dependencies:
+    """Of one epoch. One microbatch waits at a time, in number order."""
+
+    def __init__(self, epoch: int, inputs_s: float) -> None:
+        """`inputs_s`: how long a microbatch waits for its sampling inputs."""
+        self.tokens = SampledTokensBox()
+        self._epoch = epoch
+        self._inputs_s = inputs_s
+        self._inputs: dict[int, SamplingInputs] = {}
+        self._next_put = self._next_done = 0
+        self._came = asyncio.Event()
+        self._broken: LlamaclustError | None = None
+
+    def put_inputs(self, inputs: SamplingInputs) -> None:
+        """ProtocolError for inputs out of turn, or more than any coordinator has in flight. Late ones are dropped."""
+        found, expected = (inputs.epoch, inputs.number), (self._epoch, self._next_put)
+        if found != expected:
+            raise ProtocolError(f"sampling inputs {found} where {expected} was expected")
+        if len(self._inputs) >= _MOST_INPUTS:
+            raise ProtocolError(f"sampling inputs for more than {_MOST_INPUTS} microbatches that did not come")
+        self._next_put += 1
+        if inputs.number >= self._next_done:
+            self._inputs[inputs.number] = inputs
+            self._came.set()
+
+    def put_tokens(self, sampled: SampledTokens) -> None:
+        """ProtocolError for tokens out of turn."""
+        self.tokens.put(sampled)
+        self._came.set()
+
+    def fail(self, error: LlamaclustError) -> None:
+        """No more will come."""
+        self._broken = error
+        self._came.set()
+
+    async def inputs(self, microbatch: Microbatch) -> SamplingInputs:
+        """DeadlineError where they do not come, ProtocolError where they cannot any more."""
+        await self._wait("sampling inputs", microbatch.number, self._inputs, self._inputs_s)
+        return self._inputs[microbatch.number]
+
+    async def known(self, microbatch: Microbatch) -> None:
+        """Returns when every token that the microbatch follows is there. DeadlineError where one does not come,
+        WorkerError where it cannot any more."""
+        newest = newest_dependency(microbatch)
+        if newest is not None:
+            await self._wait("the tokens", newest, self.tokens, _TOKENS_S)
+
+    def done(self, microbatch: Microbatch) -> None:
+        """Forgets its sampling inputs, be they here or on their way."""
+        self._inputs.pop(microbatch.number, None)
+        self._next_done = microbatch.number + 1
+
+    async def _wait(self, what: str, number: int, values: Container[int], deadline_s: float) -> None:
+        if number in values:
+            return
+        async with deadline(f"{what} of microbatch {number}", deadline_s):
+            while number not in values:
+                if self._broken is not None:
+                    raise type(self._broken)(str(self._broken))
+                self._came.clear()
+                await self._came.wait()

@@ -1,0 +1,257 @@
+"""The loop of a loaded stage: receive a microbatch, compute it, send its answer, in number order.
+
+The answer is a frame for the next stage; of the last stage a result for the coordinator, and tokens for the first one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from time import perf_counter_ns
+from typing import TypeVar
+
+from llamaclust.core.errors import DeviceLostError, LlamaclustError, ProtocolError
+from llamaclust.core.sampling import RowResult
+from llamaclust.kernels.backend import Float32
+from llamaclust.wire.control.messages import Deadlines
+from llamaclust.wire.microbatch.codec import decode_microbatch, encode_result, encode_sampled_tokens
+from llamaclust.wire.microbatch.frames import Frame, FrameKind, decode_frame, encode_failure, encode_hidden
+from llamaclust.wire.microbatch.messages import Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
+from llamaclust.wire.rpc.deadlines import recurring_deadline
+from llamaclust.wire.rpc.send_queue import Writable
+from llamaclust.wire.rpc.server import ServerStream
+from llamaclust.worker.stage.compute import INLINE_NS, Compute
+from llamaclust.worker.stage.dependencies import Dependencies
+from llamaclust.worker.stage.sampled_tokens import newest_dependency, sampled_tokens_of
+from llamaclust.worker.stage.stage_runner import StageRunner
+
+_log = logging.getLogger(__name__)
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals of a worker since its start."""
+
+    busy_ns: int = 0
+    microbatches: int = 0
+    tokens: int = 0
+    received_bytes: int = 0
+    sent_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """Shared by the stages of one membership."""
+
+    worker: str
+    compute: Compute
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A microbatch as received; `wire_ns`: time to send the one before it."""
+
+    frame: Frame
+    microbatch: Microbatch
+    received_ns: int
+    wire_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Bytes to send on; of a last stage also the sampled tokens."""
+
+    data: bytes
+    sampled: SampledTokens | None = None
+
+
+class StageLoop:
+    """Of one epoch. A microbatch that fails is answered with its failure, in its turn."""
+
+    def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
+        self.runner = runner
+        self.dependencies = Dependencies(epoch, deadlines.sampling_inputs_s)
+        self._tokens = self.dependencies.tokens
+        self._epoch = epoch
+        self._compute = context.compute
+        self._counters = context.counters
+        self._forward_s = deadlines.forward_s
+        self._where = f"worker {context.worker} (layers [{runner.program.start}, {runner.program.end}))"
+        self._wire_ns = 0
+        self._taken_ns: dict[tuple[str, int, int], int] = {}  # by job and number of bits in rows and attended keys
+
+    async def run(self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None) -> None:
+        """Until the stream ends: while one microbatch is computed, the next is received and the one before is sent.
+
+        Where they are far apart, none waits until the next one's receipt is prepared.
+        """
+        await stream.accept()
+        reading = asyncio.create_task(stream.read())
+        sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        sending.set_result(None)
+        try:
+            async with recurring_deadline("handing on a microbatch", self._forward_s) as limit:
+                send = partial(self._send, outlet, to_first, limit)
+                for number in count():
+                    is_close = reading.done()  # to the one before
+                    data = await reading
+                    if data is None:
+                        break
+                    arrival = self.receive(data, number)
+                    if is_close:
+                        reading = asyncio.create_task(stream.read())
+                        await asyncio.sleep(0)  # it begins before a short computation takes the event loop
+                    answer = await self.compute(arrival)
+                    await sending
+                    if not is_close:
+                        reading = asyncio.create_task(stream.read())
+                    if is_close or not answer.done():
+                        sending = asyncio.create_task(send(answer))
+                    else:
+                        await send(answer)
+                await sending
+        finally:
+            reading.cancel()
+            sending.cancel()
+            await asyncio.gather(reading, sending, return_exceptions=True)
+
+    def receive(self, data: bytes, number: int) -> Arrival:
+        """ProtocolError where the bytes are no frame of that microbatch."""
+        received_ns = perf_counter_ns()
+        self._counters.received_bytes += len(data)
+        frame = decode_frame(data)
+        microbatch = decode_microbatch(frame.header)
+        found, expected = (microbatch.epoch, microbatch.number), (self._epoch, number)
+        if found != expected:
+            raise ProtocolError(f"microbatch {found} where {expected} was expected")
+        return Arrival(frame, microbatch, received_ns, self._wire_ns)
+
+    async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
+        """Returns when the next microbatch may begin: with the answer, or while the thread computes it.
+
+        So steps of a whole model that are sent ahead follow each other on that thread without a pause, while messages
+        come and go on the event loop. The answer is a ProtocolError where the frame itself breaks the protocol.
+        """
+        program, microbatch = self.runner.program, arrival.microbatch
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        try:
+            if arrival.frame.kind is FrameKind.FAILURE:
+                answered.set_result(self._failed(arrival, arrival.frame.failure))
+            elif program.is_first and program.is_last and newest_dependency(microbatch) is not None:
+                inputs = await self.dependencies.inputs(microbatch)
+                return self._compute.queue(partial(self._whole_step, arrival, inputs))
+            else:
+                answered.set_result(await self._step(arrival))
+        except Exception as error:  # noqa: BLE001  a border, see there
+            answered.set_result(self._failure(arrival, error))
+        finally:
+            self.dependencies.done(microbatch)
+        return answered
+
+    def _whole_step(self, arrival: Arrival, inputs: SamplingInputs) -> Answer:
+        """Of a whole model, in the thread that computes."""
+        microbatch, started_ns = arrival.microbatch, perf_counter_ns()
+        try:
+            queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(microbatch))
+            logits = self._run_layers(arrival)
+            rows = self.runner.finish(logits, self._tokens.fill_inputs(inputs, microbatch))
+            return self._result(arrival, rows, queue_ns, perf_counter_ns() - started_ns)
+        except Exception as error:  # noqa: BLE001  a border, see there
+            return self._failure(arrival, error)
+
+    async def _step(self, arrival: Arrival) -> Answer:
+        program, microbatch = self.runner.program, arrival.microbatch
+        if program.is_first and not program.is_last:
+            await self.dependencies.known(microbatch)
+        ready_ns = max(arrival.received_ns, self._tokens.came_ns(microbatch))
+        size, attended = microbatch.rows.bit_length(), _attended_keys(microbatch).bit_length()
+        out, started_ns, compute_ns = await self._timed(("run", size, attended), partial(self._run_layers, arrival))
+        queue_ns = started_ns - ready_ns
+        if not program.is_last:
+            return Answer(encode_hidden(arrival.frame.header, self._timings(arrival, queue_ns, compute_ns), out))
+        inputs = self._tokens.fill_inputs(await self.dependencies.inputs(microbatch), microbatch)
+        rows, _, finish_ns = await self._timed(("finish", size, 0), partial(self.runner.finish, out, inputs))
+        return self._result(arrival, rows, queue_ns, compute_ns + finish_ns)
+
+    def _run_layers(self, arrival: Arrival) -> Float32:
+        program, microbatch = self.runner.program, arrival.microbatch
+        hidden = arrival.frame.hidden(microbatch.rows, 0 if program.is_first else program.hidden.width)
+        if program.is_first:
+            return self.runner.run(self._tokens.fill(microbatch), None)
+        return self.runner.run(microbatch, hidden)
+
+    async def _timed(self, kind: tuple[str, int, int], job: Callable[[], _Value]) -> tuple[_Value, int, int]:
+        """What `job` returns, when it began, what it took: as long as the last of its kind, it is expected."""
+
+        def timed() -> tuple[_Value, int, int]:
+            begun_ns = perf_counter_ns()
+            value = job()
+            return value, begun_ns, perf_counter_ns() - begun_ns
+
+        taken = await self._compute.run(timed, self._taken_ns.get(kind, INLINE_NS))
+        self._taken_ns[kind] = taken[2]
+        return taken
+
+    def _result(self, arrival: Arrival, rows: tuple[RowResult, ...], queue_ns: int, compute_ns: int) -> Answer:
+        microbatch, timings = arrival.microbatch, self._timings(arrival, queue_ns, compute_ns)
+        data = encode_result(Result(microbatch.epoch, microbatch.number, rows, timings))
+        if not rows:
+            return Answer(data)
+        sampled = sampled_tokens_of(microbatch.number, rows)
+        self._tokens.put(sampled)
+        return Answer(data, sampled)
+
+    def _timings(self, arrival: Arrival, queue_ns: int, compute_ns: int) -> tuple[StageTiming, ...]:
+        rows = arrival.microbatch.rows
+        self._counters.busy_ns += compute_ns
+        self._counters.microbatches += 1
+        self._counters.tokens += rows
+        return (*arrival.frame.timings, StageTiming(queue_ns, compute_ns, arrival.wire_ns, rows))
+
+    def _failure(self, arrival: Arrival, error: Exception) -> Answer:
+        """One microbatch fails, the worker serves on."""
+        if isinstance(error, ProtocolError):
+            raise error
+        if isinstance(error, DeviceLostError):
+            self._compute.give_up(error)
+        if isinstance(error, LlamaclustError):
+            _log.error("microbatch %d: %s", arrival.microbatch.number, error)
+            return self._failed(arrival, f"{self._where}: {error}")
+        _log.error("microbatch %d failed", arrival.microbatch.number, exc_info=error)
+        return self._failed(arrival, f"{self._where}: {type(error).__name__}: {error}")
+
+    def _failed(self, arrival: Arrival, failure: str) -> Answer:
+        microbatch, timings = arrival.microbatch, arrival.frame.timings
+        if not self.runner.program.is_last:
+            return Answer(encode_failure(arrival.frame.header, timings, failure))
+        data = encode_result(Result(microbatch.epoch, microbatch.number, (), timings, failure))
+        return Answer(data, SampledTokens(microbatch.number, ()))
+
+    async def _send(
+        self,
+        outlet: Writable,
+        to_first: Writable | None,
+        limit: recurring_deadline,
+        answering: asyncio.Future[Answer],
+    ) -> None:
+        answer = await asyncio.shield(answering)
+        begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
+        with limit:
+            if to_first is not None and answer.sampled is not None:
+                await to_first.write(encode_sampled_tokens(answer.sampled))
+            await outlet.write(answer.data)
+        self._counters.sent_bytes += len(answer.data)
+        computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
+        self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)
+
+
+def _attended_keys(microbatch: Microbatch) -> int:
+    """About how many keys its rows look at in all: with a long context, attention takes most of the time."""
+    return sum(len(chunk.tokens) * (chunk.position + len(chunk.tokens)) for chunk in microbatch.chunks)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
 
 from llamaclust.core.errors import ProtocolError
 
@@ -55,7 +56,7 @@ def one_line(text: str, most: int = 1000) -> str:
     return folded if len(folded) <= most else folded[: most - 3] + "..."
 
 
-def worker_name(value: str) -> str:
+def worker_name(_: str, value: str) -> str:
     """A name that is safe as a file name."""
     if not _NAME.fullmatch(value):
         raise ProtocolError(
@@ -64,128 +65,69 @@ def worker_name(value: str) -> str:
     return value
 
 
-class Bound(Protocol):
-    """The check of one field."""
-
-    def check(self, what: str, value: Any) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Integer:
-    """Within [low, high]."""
-
-    low: int
-    high: int
-
-    def check(self, what: str, value: int) -> int:
-        return bounded(what, value, self.low, self.high)
-
-
-@dataclass(frozen=True, slots=True)
-class Real:
-    """A finite number within [low, high]."""
-
-    low: float
-    high: float
-
-    def check(self, what: str, value: float) -> float:
-        return finite(what, value, self.low, self.high)
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of printable text of at most `most` characters."""
-
-    most: int
-
-    def check(self, what: str, value: str) -> str:
-        return line(what, value, self.most)
-
-
-@dataclass(frozen=True, slots=True)
-class Sentence:
-    """Text for people: the sender shortens it to one line."""
-
-    def fit(self, value: str) -> str:
-        return one_line(value)
-
-    def check(self, what: str, value: str) -> str:
-        return line(what, value)
-
-
-@dataclass(frozen=True, slots=True)
-class LogLine:
+def log_line(what: str, value: str, most: int) -> str:
     """A line of a log, indented as it was, without characters that move a terminal's cursor."""
-
-    most: int
-
-    def fit(self, value: str) -> str:
-        text = value.encode("utf-8", "backslashreplace").decode()  # protobuf refuses lone surrogates
-        return text if len(text) <= self.most else text[: self.most - 3] + "..."
-
-    def check(self, what: str, value: str) -> str:
-        bounded(f"length of {what}", len(value), 0, self.most)
-        return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in value)
+    bounded(f"length of {what}", len(value), 0, most)
+    return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in value)
 
 
-@dataclass(frozen=True, slots=True)
-class FilePath:
-    """Not empty, without zero bytes."""
-
-    def check(self, what: str, value: str) -> str:
-        return path(what, value)
+def fitted_log_line(text: str, most: int) -> str:
+    """Local text in the form that `log_line` accepts on the other side."""
+    text = text.encode("utf-8", "backslashreplace").decode()  # protobuf refuses lone surrogates
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A worker's name."""
-
-    def check(self, what: str, value: str) -> str:
-        return worker_name(value)
+def _choice(what: str, value: str, values: tuple[str, ...]) -> str:
+    if value not in values:
+        raise ProtocolError(f"{what} {line(what, value, 64)!r} is not one of {', '.join(values)}")
+    return value
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One of `values`."""
-
-    values: tuple[str, ...]
-
-    def check(self, what: str, value: str) -> str:
-        if value not in self.values:
-            raise ProtocolError(f"{what} {line(what, value, 64)!r} is not one of {', '.join(self.values)}")
-        return value
+def _size(what: str, value: Any, low: int, high: int) -> Any:
+    bounded(f"size of {what}", len(value), low, high)
+    return value
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Number of items or bytes, within [low, high]."""
+def _sha256(what: str, value: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", value):
+        raise ProtocolError(f"{what} is not a SHA-256 in hexadecimal digits")
+    return value
 
-    low: int
-    high: int
+
+class Bound:
+    """The bound of one field: `check(what, value, *limits)` on what is decoded; `fit(value, *limits)` before it is
+    encoded, where local text is shortened."""
+
+    def __init__(self, check: Callable[..., Any], *limits: Any, fit: Callable[..., Any] | None = None) -> None:
+        self._check = check
+        self._limits = limits
+        self._fit = fit
 
     def check(self, what: str, value: Any) -> Any:
-        bounded(f"size of {what}", len(value), self.low, self.high)
-        return value
+        return self._check(what, value, *self._limits)
+
+    def fit(self, value: Any) -> Any:
+        return value if self._fit is None else self._fit(value, *self._limits)
 
 
-@dataclass(frozen=True, slots=True)
-class Sha256:
-    """64 hexadecimal digits."""
-
-    def check(self, what: str, value: str) -> str:
-        if not re.fullmatch("[0-9a-f]{64}", value):
-            raise ProtocolError(f"{what} is not a SHA-256 in hexadecimal digits")
-        return value
-
+Integer = partial(Bound, bounded)
+Real = partial(Bound, finite)
+Size = partial(Bound, _size)
+"""Each of (low, high); `Size`: of items or bytes."""
+Line = partial(Bound, line)
+LogLine = partial(Bound, log_line, fit=fitted_log_line)
+"""Of (most characters)."""
+Choice = partial(Bound, _choice)
 
 Address = Annotated[str, Line(512)]
 """gRPC target."""
 DeviceName = Annotated[str, Line(64)]
-Digest = Annotated[str, Sha256()]
+Digest = Annotated[str, Bound(_sha256)]
+"""64 hexadecimal digits."""
 MemoryBytes = Annotated[int, Integer(0, 1 << 50)]
 """Few enough that sums are exact in any type."""
 ModelId = Annotated[str, Line(128)]
-ModelPath = Annotated[str, FilePath()]
+ModelPath = Annotated[str, Bound(path)]
 Rate = Annotated[float, Real(1.0, 1e18)]
-Reason = Annotated[str, Sentence()]
-WorkerName = Annotated[str, Name()]
+Reason = Annotated[str, Bound(line, fit=one_line)]
+WorkerName = Annotated[str, Bound(worker_name)]

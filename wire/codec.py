@@ -63,8 +63,7 @@ class _Field:
 
     def _fit(self, value: Any) -> Any:
         for bound in self.bounds:
-            fit: Callable[[Any], Any] | None = getattr(bound, "fit", None)
-            value = value if fit is None else fit(value)
+            value = bound.fit(value)
         return value
 
     def read(self, record: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean
 from typing import Annotated, Any
@@ -97,18 +97,10 @@ def mean_step_times(series: Sequence[StepTimes]) -> StepTimes:
 
 
 def read_profile(value: Mapping[str, Any]) -> Profile:
-    """From the JSON of `dataclasses.asdict`. KeyError, TypeError or ValueError for anything else."""
-    return Profile(_read_device(value["cpu"]), tuple(map(_read_device, value["gpus"])))
+    """From the JSON of `dataclasses.asdict`. ValueError for anything else."""
+    from pydantic import TypeAdapter
 
-
-def _read_device(value: Mapping[str, Any]) -> DeviceProfile:
-    speeds = float(value["read_bytes_s"]), float(value["int8_macs_s"])
-    return DeviceProfile(*speeds, _read_steps(value["concurrent"]), _read_steps(value["isolated"]))
-
-
-def _read_steps(points: Iterable[Mapping[str, Any]]) -> StepTimes:
-    names = [field.name for field in fields(StepTime)[1:]]
-    return tuple(StepTime(int(point["rows"]), *(float(point[name]) for name in names)) for point in points)
+    return TypeAdapter(Profile).validate_python(value)
 
 
 def _values(point: StepTime) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ This file and `server.py` alone make channels and servers. Streams carry bytes; 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import grpc
@@ -86,41 +87,35 @@ class ClientStream:
 
     async def opened(self) -> None:
         """Returns when the other side has accepted the stream; StreamBrokenError where it does not."""
-        try:
-            metadata = await self._call.initial_metadata()
-        except asyncio.CancelledError:
-            self._check_told()
-            raise
+        metadata = await self._result(self._call.initial_metadata())
         if ACCEPTED_KEY not in dict(metadata or ()):
             raise await self._broken()
 
     async def write(self, data: bytes) -> None:
         """Returns when the network has taken the message; StreamBrokenError where it does not."""
-        try:
-            await self._call.write(data)
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            raise await self._broken() from error
-        except asyncio.CancelledError:
-            self._check_told()
-            raise
+        await self._result(self._call.write(data))
 
     async def read(self) -> bytes | None:
         """The next message; None once the other side has ended the stream in order."""
-        try:
-            data = await self._call.read()
-        except grpc.RpcError as error:
-            raise await self._broken() from error
-        except asyncio.CancelledError:
-            self._check_told()
-            raise
+        data: Any = await self._result(self._call.read())
         return None if data is _EOF else data
 
     async def done_writing(self) -> None:
         """StreamBrokenError where the stream has ended otherwise."""
+        await self._result(self._call.done_writing())
+
+    async def _result(self, operation: Awaitable[Any]) -> Any:
+        """gRPC's errors as StreamBrokenError, also where this task was not cancelled itself: gRPC cancels all tasks
+        that wait for a stream that another task has cancelled, or was cancelled in while it wrote."""
         try:
-            await self._call.done_writing()
+            return await operation
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise await self._broken() from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise StreamBrokenError(f"the stream to {self.address} was cancelled", self._worker) from None
 
     def cancel(self) -> None:
         self._call.cancel()
@@ -133,13 +128,6 @@ class ClientStream:
             return kind(f"connection to {self.address} lost ({details or code.name})", self._worker)
         named = dict(await self._call.trailing_metadata() or ()).get(ROOT_CAUSE_KEY)
         return StreamBrokenError(details or code.name, self._worker if named is None else str(named)[:_LONGEST_NAME])
-
-    def _check_told(self) -> None:
-        """StreamBrokenError where this task was not told to end: gRPC cancels all tasks that wait for a stream that
-        another task has cancelled, or was cancelled in while it wrote."""
-        task = asyncio.current_task()
-        if task is not None and not task.cancelling():
-            raise StreamBrokenError(f"the stream to {self.address} was cancelled", self._worker)
 
 
 class Peer:

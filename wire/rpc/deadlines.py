@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from llamaclust.core.errors import DeadlineError
 
@@ -30,11 +29,9 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
         """To another time of the event loop's clock, which may have passed; None: no end for now."""
         self._limit.reschedule(at_s)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: Any) -> None:
         try:
-            await self._limit.__aexit__(kind, error, trace)
+            await self._limit.__aexit__(*error)
         except TimeoutError as late:
             raise DeadlineError(f"{self._what}: not within {self._seconds:g} s") from late
 
@@ -61,19 +58,15 @@ class recurring_deadline:  # noqa: N801  reads as a statement
         self._look()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: Any) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        await self._deadline.__aexit__(kind, error, trace)
+        await self._deadline.__aexit__(*error)
 
     def __enter__(self) -> None:
         self._begun_s = self._loop.time()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._begun_s = None
 
     def _look(self) -> None:

@@ -1,13 +1,21 @@
-"""Refused peers in the log: a line each, of a bounded number, so that connection attempts cannot fill a disk."""
+"""Refused peers in the log: a line each, of a bounded number, so that connection attempts cannot fill a disk. Also of
+connections that end before they show a certificate, which gRPC refuses silently."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
-from collections import deque
+from collections import OrderedDict, deque
 
 from llamaclust.core.bounds import one_line
 
+HANDSHAKE_S = 10.0
+"""What a handshake may take."""
+_REMEMBERED = 4096
+_TOLD_S = 0.5
+"""After the handshake's limit: a call needs a moment to come."""
 _MOST = 20
 _SECONDS = 60.0
 
@@ -29,3 +37,38 @@ class RefusalLog:
         more = f" (and {self._omitted} more like this)" if self._omitted else ""
         self._omitted = 0
         self._log.warning("refused: %s%s", one_line("".join(c for c in text if c.isprintable())), more)
+
+
+class Handshakes:
+    """Of one server. A connection whose handshake began and from which no call came in time was refused."""
+
+    def __init__(self, address: str, limit_s: float, refusals: RefusalLog) -> None:
+        self._address = address
+        self._due_s = limit_s + _TOLD_S
+        self._refusals = refusals
+        self._loop = asyncio.get_running_loop()
+        self._callers: OrderedDict[str, None] = OrderedDict()
+        self._due = self._answered = self._told = 0
+        self._is_closed = False
+
+    def begun(self) -> None:
+        """Called on gRPC's threads."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the log
+            self._loop.call_soon_threadsafe(self._loop.call_later, self._due_s, self._judge)
+
+    def done(self, caller: str) -> None:
+        """A call came from `caller`, as gRPC names the connection's other end."""
+        if caller not in self._callers:
+            self._answered += 1
+            self._callers[caller] = None
+            if len(self._callers) > _REMEMBERED:
+                self._callers.popitem(last=False)
+
+    def _judge(self) -> None:
+        self._due += 1
+        if self._due - self._answered > self._told and not self._is_closed:
+            self._told += 1
+            self._refusals.tell(f"a connection to {self._address}: no certificate of this cluster was shown")
+
+    def close(self) -> None:
+        self._is_closed = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import NoReturn, Protocol
 
 from llamaclust.wire.rpc.deadlines import recurring_deadline
@@ -23,23 +22,13 @@ class SendQueue:
         self._stream = stream
         self._what = what
         self._seconds = seconds
-        self._waiting: deque[bytes] = deque()
-        self._idle: asyncio.Future[None] | None = None
-
-    def put(self, data: bytes) -> None:
-        self._waiting.append(data)
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        self._waiting: asyncio.Queue[bytes] = asyncio.Queue()
+        self.put = self._waiting.put_nowait
 
     async def run(self) -> NoReturn:
         """Until it is cancelled. DeadlineError where the network does not take a message, or the stream's error."""
         async with recurring_deadline(self._what, self._seconds) as limit:
             while True:
-                await self._filled()
+                data = await self._waiting.get()
                 with limit:
-                    await self._stream.write(self._waiting.popleft())
-
-    async def _filled(self) -> None:
-        while not self._waiting:
-            self._idle = asyncio.get_running_loop().create_future()
-            await self._idle
+                    await self._stream.write(data)

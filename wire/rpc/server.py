@@ -14,8 +14,7 @@ from grpc import aio
 from llamaclust.core.bounds import UINT64, one_line
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.rpc.client import ACCEPTED_KEY, EPOCH_KEY, OPTIONS, ROOT_CAUSE_KEY, TOKEN_KEY, StreamBrokenError
-from llamaclust.wire.rpc.handshakes import HANDSHAKE_S, Handshakes
-from llamaclust.wire.rpc.rejections import RefusalLog
+from llamaclust.wire.rpc.rejections import HANDSHAKE_S, Handshakes, RefusalLog
 from llamaclust.wire.security.credentials import Credentials, Identity, Principal, check_address
 from llamaclust.wire.security.token import ClusterToken
 
@@ -75,45 +74,30 @@ class ServerStream:
 Handler = Callable[[ServerStream], Awaitable[None]]
 
 
-class _Gate(aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Refuses calls that do not show the token."""
-
-    def __init__(self, token: ClusterToken, refusals: RefusalLog) -> None:
-        self._token = token
-        self._refusals = refusals
-        self._refuse = grpc.stream_stream_rpc_method_handler(self._refused)
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        shown = dict(details.invocation_metadata).get(TOKEN_KEY)
-        return await continuation(details) if self._token.matches(shown) else self._refuse
-
-    async def _refused(self, _: Any, context: Any) -> None:
-        why = "the cluster token is missing or wrong"
-        self._refusals.tell(f"a call from {context.peer()}: {why}")
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
-
-
 class _Entry:
-    """Knows callers by their certificates, where there are any."""
+    """Checks callers: by the token that they show, or by their certificates."""
 
-    def __init__(self, identity: Identity | None, handshakes: Handshakes, refusals: RefusalLog) -> None:
-        self._identity = identity
+    def __init__(self, credentials: Credentials, handshakes: Handshakes, refusals: RefusalLog) -> None:
+        self._credentials = credentials
         self._handshakes = handshakes
         self._refusals = refusals
 
     async def principal(self, context: Any) -> Principal | None:
-        """Ends the call of one whose certificate will not do."""
-        if self._identity is None:
-            return None
-        from llamaclust.wire.security.tls import peer_principal
-
-        self._handshakes.done(context.peer())
+        """Ends the call of one whose token or certificate will not do."""
         try:
-            return peer_principal(context.auth_context(), self._identity)
+            if isinstance(self._credentials, Identity):
+                from llamaclust.wire.security.tls import peer_principal
+
+                self._handshakes.done(context.peer())
+                return peer_principal(context.auth_context(), self._credentials)
+            shown = dict(context.invocation_metadata()).get(TOKEN_KEY)
+            if isinstance(self._credentials, ClusterToken) and not self._credentials.matches(shown):
+                raise UsageError("the cluster token is missing or wrong")
         except UsageError as error:
             self._refusals.tell(f"a call from {context.peer()}: {error}")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, one_line(str(error)))
             raise AssertionError from error  # abort raises
+        return None
 
 
 def _guarded(handler: Handler, entry: _Entry) -> Any:
@@ -174,10 +158,9 @@ class Server:
         check_address(address, credentials)
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)
-        gates = (_Gate(credentials, refusals),) if isinstance(credentials, ClusterToken) else ()
         limit = ("grpc.server_handshake_timeout_ms", int(1000 * handshake_s))
-        server = aio.server(interceptors=gates, options=(*OPTIONS, limit))
-        entry = _Entry(credentials if isinstance(credentials, Identity) else None, handshakes, refusals)
+        server = aio.server(options=(*OPTIONS, limit))
+        entry = _Entry(credentials, handshakes, refusals)
         for method, handler in handlers.items():
             service, _, name = method.strip("/").rpartition("/")
             generic = grpc.method_handlers_generic_handler(service, {name: _guarded(handler, entry)})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import replace
+from functools import partial
 
-from llamaclust.core.errors import DeviceLostError, LlamaclustError, ModelFileError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ModelFileError, WorkerError
 from llamaclust.core.logs import last_lines
 from llamaclust.wire.control.messages import (
     FindWeights,
@@ -22,10 +22,8 @@ from llamaclust.wire.control.messages import (
 )
 from llamaclust.wire.control.profiles import LinkProfile, LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
-from llamaclust.worker.session import Session, failure_of
+from llamaclust.worker.session import Session
 from llamaclust.worker.weights.weights import Reading
-
-_log = logging.getLogger(__name__)
 
 _REPORT_S = 0.25
 
@@ -38,15 +36,8 @@ class Requests:
         self._exclusive = exclusive
 
     async def answer(self, request: WorkerRequest) -> None:
-        try:
-            answer = await self._answer(request)
-        except Exception as error:  # noqa: BLE001  a border: the answer reports it, the worker stays
-            _log.error("%s: %s", type(request).__name__, error)
-            if isinstance(error, DeviceLostError):
-                self._session.worker.compute.give_up(error)
-                return
-            answer = RequestFailed(failure_of(error), request.request_id)
-        await self._session.send(answer)
+        failed = partial(RequestFailed, request_id=request.request_id)
+        await self._session.answer(self._answer(request), failed, type(request).__name__)
 
     async def _answer(self, request: WorkerRequest) -> WorkerMessage:
         match request:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from llamaclust.core.bounds import one_line
-from llamaclust.core.errors import LlamaclustError
-from llamaclust.wire.control.messages import Deadlines, Failure, WorkerMessage
+from llamaclust.core.errors import DeviceLostError, LlamaclustError
+from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, WorkerMessage
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.security.credentials import Credentials, Principal
 from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.worker import Worker
+
+_log = logging.getLogger(__name__)
 
 Send = Callable[[WorkerMessage], Awaitable[None]]
 
@@ -26,13 +30,29 @@ class Session:
     counters: Counters
     send: Send
 
+    async def answer(
+        self, work: Awaitable[WorkerMessage], failed: Callable[[Failure], WorkerMessage], what: str
+    ) -> None:
+        """Sends what `work` returns, or its failure. The end of a process without its device answers everything."""
+        try:
+            answer = await work
+        except Exception as error:  # noqa: BLE001  a border: the answer reports it, the worker stays
+            _log.error("%s: %s", what, error)
+            if isinstance(error, DeviceLostError):
+                self.worker.compute.give_up(error)
+                return
+            answer = failed(_failure_of(error))
+        if isinstance(answer, LoadFailed):
+            gc.collect()  # a future and its error hold each other, and what was loaded until then
+        await self.send(answer)
+
     def peer(self, address: str, worker: str | None) -> Peer:
         """Another worker, which must show this name where one is given."""
         principal = None if worker is None else Principal(worker)
         return Peer(address, self.credentials, principal, self.deadlines.peer_s)
 
 
-def failure_of(error: Exception) -> Failure:
+def _failure_of(error: Exception) -> Failure:
     """An error as it crosses the wire."""
     known = isinstance(error, LlamaclustError)
     text = str(error) if known else f"{type(error).__name__}: {error}"

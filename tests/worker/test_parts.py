@@ -18,6 +18,7 @@ from llamaclust.core.errors import DeadlineError, DeviceLostError, InsufficientM
 from llamaclust.core.logs import LogFormat
 from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, Unload, UnloadFailed, WorkerMessage
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
+from llamaclust.worker import session as session_module
 from llamaclust.worker.devices import nvidia, system_info
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.nvidia import advice
@@ -189,7 +190,7 @@ def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monke
         told.append((message, loaded[0]()))
 
     monkeypatch.setattr(load, "_load", fails)
-    monkeypatch.setattr(loads, "_log", logging.getLogger("not kept"))
+    monkeypatch.setattr(session_module, "_log", logging.getLogger("not kept"))
     logging.getLogger("not kept").propagate = False
     nothing: Any = None
     weights: Any = SimpleNamespace(received_bytes=0)

@@ -23,7 +23,9 @@ class SendQueue:
         self._what = what
         self._seconds = seconds
         self._waiting: asyncio.Queue[bytes] = asyncio.Queue()
-        self.put = self._waiting.put_nowait
+
+    def put(self, data: bytes) -> None:
+        self._waiting.put_nowait(data)
 
     async def run(self) -> NoReturn:
         """Until it is cancelled. DeadlineError where the network does not take a message, or the stream's error."""

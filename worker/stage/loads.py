@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
-from collections.abc import Awaitable, Callable
 from functools import partial
 
-from llamaclust.core.errors import DeadlineError, DeviceLostError, ProtocolError, WorkerError
+from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.core.gpus import placed
-from llamaclust.wire.control.messages import (
-    Failure,
-    Load,
-    Loaded,
-    LoadFailed,
-    PeerUnreachable,
-    Unload,
-    Unloaded,
-    UnloadFailed,
-    WorkerMessage,
-)
+from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, UnloadFailed
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.worker.session import Session, failure_of
+from llamaclust.worker.session import Session
 from llamaclust.worker.stage.loop import StageContext
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from llamaclust.worker.weights.load import load_stage
@@ -43,29 +31,12 @@ class Loads:
     async def load(self, order: Load) -> None:
         async with self._exclusive:
             layers = f"layers [{order.start}, {order.end}) of epoch {order.epoch}"
-            await self._answer(self._load(order), partial(LoadFailed, order.epoch), layers)
+            await self._session.answer(self._load(order), partial(LoadFailed, order.epoch), layers)
 
     async def unload(self, order: Unload) -> None:
         async with self._exclusive:
-            await self._answer(
-                self._unload(order), partial(UnloadFailed, order.epoch), f"unload of epoch {order.epoch}"
-            )
-
-    async def _answer(
-        self, work: Awaitable[WorkerMessage], failed: Callable[[Failure], WorkerMessage], what: str
-    ) -> None:
-        """Sends the result of an order, or its failure. The end of a process without its device answers all orders."""
-        try:
-            answer = await work
-        except Exception as error:  # noqa: BLE001  a border: the answer reports it, the worker stays
-            _log.error("%s: %s", what, error)
-            if isinstance(error, DeviceLostError):
-                self._worker.compute.give_up(error)
-                return
-            answer = failed(failure_of(error))
-        if isinstance(answer, LoadFailed):
-            gc.collect()  # a future and its error hold each other, and what was loaded until then
-        await self._session.send(answer)
+            what = f"unload of epoch {order.epoch}"
+            await self._session.answer(self._unload(order), partial(UnloadFailed, order.epoch), what)
 
     async def _unload(self, order: Unload) -> Unloaded:
         await self._worker.service.remove(order.epoch)

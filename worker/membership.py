@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from time import perf_counter_ns
 
-from llamaclust.core.errors import ProtocolError, UsageError, WorkerError
-from llamaclust.core.logs import name_cluster
+from llamaclust.core.errors import DeviceLostError, ProtocolError, UsageError, WorkerError
+from llamaclust.core.logs import last_trouble, name_cluster
 from llamaclust.wire.codec import PROTOCOL_VERSION
+from llamaclust.wire.control import messages
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
-from llamaclust.wire.control.messages import (
-    AddWeightSource,
-    Admitted,
-    CertificateRenewed,
-    CoordinatorMessage,
-    Deadlines,
-    Load,
-    Register,
-    Rejected,
-    RenewalFailed,
-    Shutdown,
-    Unload,
-    WorkerMessage,
-    WorkerRequest,
-)
 from llamaclust.wire.rpc.client import JOIN, ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import Credentials, Identity
-from llamaclust.worker.heartbeats import send_heartbeats
+from llamaclust.worker.devices.system_info import resident_bytes
 from llamaclust.worker.renewal import Renewal
 from llamaclust.worker.requests import Requests
 from llamaclust.worker.session import Session
@@ -44,13 +30,13 @@ class Member:
         self._worker = worker
         self._credentials = credentials
         self._renewal = Renewal(credentials, self.send) if isinstance(credentials, Identity) else None
-        self._deadlines = Deadlines()
+        self._deadlines = messages.Deadlines()
         self._tasks = TaskSet()
         self._writing = asyncio.Lock()
         self._stream: ClientStream | None = None
 
     async def join(
-        self, coordinator: Peer, registration: Register, join_s: float, *, wait_for_ready: bool = True
+        self, coordinator: Peer, registration: messages.Register, join_s: float, *, wait_for_ready: bool = True
     ) -> None:
         """Registers. UsageError where the coordinator refuses, DeadlineError where it does not answer."""
         self._stream = coordinator.open(JOIN, wait_for_ready=wait_for_ready)
@@ -58,9 +44,9 @@ class Member:
             await self._stream.opened()
             await self.send(registration)
             answer = await self._receive()
-        if isinstance(answer, Rejected):
+        if isinstance(answer, messages.Rejected):
             raise UsageError(f"the coordinator refused: {answer.reason}")
-        if not isinstance(answer, Admitted):
+        if not isinstance(answer, messages.Admitted):
             raise ProtocolError(f"the coordinator answered {type(answer).__name__} to a registration")
         if answer.protocol_version != PROTOCOL_VERSION:
             versions = f"{answer.protocol_version}, this worker {PROTOCOL_VERSION}"
@@ -79,45 +65,71 @@ class Member:
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send)
         exclusive = asyncio.Lock()
         loads, requests = Loads(session, exclusive), Requests(session, exclusive)
-        self._tasks.start(send_heartbeats(session))
+        self._tasks.start(self._send_heartbeats(session))
         if self._renewal is not None:
-            self._tasks.start(self._renew(self._renewal))
+            self._tasks.start(self._renewal.run())
         try:
-            while not isinstance(message := await self._receive(), Shutdown):
+            while not isinstance(message := await self._receive(), messages.Shutdown):
                 self._dispatch(message, session, loads, requests)
             return message.reason
         finally:
             self._tasks.cancel()
 
-    def _dispatch(self, message: CoordinatorMessage, session: Session, loads: Loads, requests: Requests) -> None:
+    def _dispatch(
+        self, message: messages.CoordinatorMessage, session: Session, loads: Loads, requests: Requests
+    ) -> None:
         match message:
-            case Load():
+            case messages.Load():
                 self._tasks.start(loads.load(message))
-            case Unload():
+            case messages.Unload():
                 self._tasks.start(loads.unload(message))
-            case AddWeightSource():
+            case messages.AddWeightSource():
                 self._worker.weights.add_source(message, session.peer)
-            case CertificateRenewed() | RenewalFailed() if self._renewal is not None:
+            case messages.CertificateRenewed() | messages.RenewalFailed() if self._renewal is not None:
                 self._renewal.receive(message)
-            case _ if isinstance(message, WorkerRequest):
+            case _ if isinstance(message, messages.WorkerRequest):
                 self._tasks.start(requests.answer(message))
             case _:
                 raise ProtocolError(f"the coordinator sent {type(message).__name__} to a member")
 
-    async def _renew(self, renewal: Renewal) -> None:
-        with contextlib.suppress(WorkerError):  # as with heartbeats
-            await renewal.run()
+    async def _send_heartbeats(self, session: Session) -> None:
+        """Until the stream ends, which its reader reports."""
+        counters, device, weights = session.counters, self._worker.device, self._worker.weights
+        last_ns, busy_ns = perf_counter_ns(), counters.busy_ns
+        try:
+            while True:
+                await asyncio.sleep(session.deadlines.heartbeat_s)
+                now_ns, total_ns = perf_counter_ns(), counters.busy_ns
+                heartbeat = messages.Heartbeat(
+                    busy=min(1.0, (total_ns - busy_ns) / (now_ns - last_ns)),
+                    microbatches=counters.microbatches,
+                    tokens=counters.tokens,
+                    resident_bytes=resident_bytes(),
+                    free_memory_bytes=device.free_memory_bytes,
+                    received_bytes=counters.received_bytes,
+                    sent_bytes=counters.sent_bytes,
+                    weight_bytes_sent=weights.sent_bytes,
+                    weight_bytes_received=weights.received_bytes,
+                    last_error=last_trouble(),
+                    gpu_free_bytes=tuple(gpu.free_bytes for gpu in device.gpus),
+                )
+                await session.send(heartbeat)
+                last_ns, busy_ns = now_ns, total_ns
+        except DeviceLostError as error:  # the free memory of its GPUs is read
+            self._worker.compute.give_up(error)
+        except WorkerError:
+            return
 
-    async def send(self, message: WorkerMessage) -> None:
+    async def send(self, message: messages.WorkerMessage) -> None:
         """Goes on if the caller is cancelled, such as a stage's stream that breaks: gRPC would end the membership."""
         await asyncio.shield(self._write(message))
 
-    async def _write(self, message: WorkerMessage) -> None:
+    async def _write(self, message: messages.WorkerMessage) -> None:
         assert self._stream is not None
         async with self._writing:
             await self._stream.write(encode_worker_message(message))
 
-    async def _receive(self) -> CoordinatorMessage:
+    async def _receive(self) -> messages.CoordinatorMessage:
         assert self._stream is not None
         data = await self._stream.read()
         if data is None:

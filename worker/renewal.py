@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from llamaclust.core.errors import ProtocolError
+from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.wire.control.messages import CertificateRenewed, RenewalFailed, RenewCertificate
 from llamaclust.wire.security.credentials import Identity
 
@@ -27,14 +28,16 @@ class Renewal:
         self._key: NewKey | None = None
 
     async def run(self) -> None:
-        """Asks when two thirds of the certificate's life are over, and again where no answer came. Until cancelled."""
+        """Asks when two thirds of the certificate's life are over, and again where no answer came. Until the stream
+        ends."""
         from llamaclust.wire.security.certificates import NewKey
 
-        while True:
-            await asyncio.sleep(self._identity.pair.renewal_in_s)
-            self._key = NewKey()
-            await self._send(RenewCertificate(self._key.request))
-            await asyncio.sleep(min(_AGAIN_S, self._identity.pair.life_s / 10))
+        with contextlib.suppress(WorkerError):  # of the stream, which its reader reports
+            while True:
+                await asyncio.sleep(self._identity.pair.renewal_in_s)
+                self._key = NewKey()
+                await self._send(RenewCertificate(self._key.request))
+                await asyncio.sleep(min(_AGAIN_S, self._identity.pair.life_s / 10))
 
     def receive(self, answer: CertificateRenewed | RenewalFailed) -> None:
         """ProtocolError for an answer to nothing, or of another key."""

@@ -23,7 +23,7 @@ from llamaclust.wire.control.messages import (
 from llamaclust.wire.control.profiles import LinkProfile, LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
 from llamaclust.worker.session import Session
-from llamaclust.worker.weights.weights import Reading
+from llamaclust.worker.weights.weights import Progress
 
 _REPORT_S = 0.25
 
@@ -77,12 +77,13 @@ class Requests:
             await peer.close()
 
     async def _find_weights(self, request: FindWeights) -> WeightsFound:
-        reading = Reading()
-        finding = asyncio.create_task(asyncio.to_thread(self._session.worker.weights.locate, request, reading))
-        while not (await asyncio.wait((finding,), timeout=_REPORT_S))[0]:
-            if reading.total_bytes:
-                await self._session.send(FindWeightsProgress(reading.done_bytes, reading.total_bytes))
-        return replace(finding.result(), request_id=request.request_id)
+        async def progressed(done_bytes: int, total_bytes: int) -> None:
+            if total_bytes:
+                await self._session.send(FindWeightsProgress(done_bytes, total_bytes))
+
+        progress = Progress()
+        finding = asyncio.to_thread(self._session.worker.weights.locate, request, progress)
+        return replace(await progress.during(finding, progressed, _REPORT_S), request_id=request.request_id)
 
     async def _probe(self, request: ProbePeer) -> ProbeResult:
         """On a connection of its own: that of a stage may outlast the link, or be broken."""

@@ -30,7 +30,7 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.devices.whole_model import backend_of, held_layers
+from llamaclust.worker.devices.whole_model import held_layers
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
 from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
@@ -117,7 +117,7 @@ class LocalStage:
                 gpus.callback(gpu.close)
             held = held_layers(device, self.model, limits)
             self._runner = StageRunner(
-                backend_of(device, held),
+                device.backend_for(held),
                 self.model,
                 0,
                 self.model.layer_count,

@@ -78,9 +78,9 @@ class Device:
         """What may still be taken of a device's memory."""
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 
-    def backend_for(self, order: Load) -> Backend:
-        """What computes the layers of a stage: one device, or several in a chain."""
-        parts = [BackendLayers(self.backend_of(one.device), one.start, one.end) for one in self.layers(order)]
+    def backend_for(self, held: Iterable[DeviceLayers]) -> Backend:
+        """What computes these layers: one device, or several in a chain."""
+        parts = [BackendLayers(self.backend_of(part.device), part.start, part.end) for part in held]
         return parts[0].backend if len(parts) == 1 else MultiDeviceBackend(parts)
 
     def measure(self, model: Model | None = None) -> Profile:

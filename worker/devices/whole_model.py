@@ -9,11 +9,9 @@ from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import missing
-from llamaclust.kernels.backend import Backend
-from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.model.loader import Model
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.stage.stage_runner import plan_memory
+from llamaclust.worker.stage.stage_runner import StageMemory, plan_memory
 
 _CPU = "cpu"
 
@@ -31,30 +29,29 @@ def held_layers(device: Device, model: Model, limits: StageLimits) -> tuple[Devi
             name, until = device.gpus[index].device, end
             layers = range(least, until)
             start = least + bisect_left(
-                layers, True, key=lambda at: _lacking_bytes(device, DeviceLayers(name, at, until), model, limits) <= 0
+                layers, True, key=lambda at: _fits(device, DeviceLayers(name, at, until), model, limits)
             )
         held.append(DeviceLayers(device.gpus[index].device, start, end))
         end = start
-    parts = tuple(one for one in (DeviceLayers(_CPU, 0, end), *reversed(held)) if one.start < one.end)
-    for one in parts:
-        _check(device, one, model, limits)
+    parts = tuple(part for part in (DeviceLayers(_CPU, 0, end), *reversed(held)) if part.start < part.end)
+    for part in parts:
+        _check(device, part, model, limits)
     return parts
 
 
-def backend_of(device: Device, held: tuple[DeviceLayers, ...]) -> Backend:
-    """What computes these layers: one device, or several in a chain."""
-    parts = [BackendLayers(device.backend_of(one.device), one.start, one.end) for one in held]
-    return parts[0].backend if len(parts) == 1 else MultiDeviceBackend(parts)
-
-
-def _lacking_bytes(device: Device, held: DeviceLayers, model: Model, limits: StageLimits) -> int:
+def _planned(device: Device, held: DeviceLayers, model: Model, limits: StageLimits) -> tuple[StageMemory, int]:
+    """(what the layers will take, what is free)"""
     planned = plan_memory(device.backend_of(held.device), model, held.start, held.end, limits)
-    return planned.total_bytes - device.free_bytes_of(held.device)
+    return planned, device.free_bytes_of(held.device)
+
+
+def _fits(device: Device, held: DeviceLayers, model: Model, limits: StageLimits) -> bool:
+    planned, free_bytes = _planned(device, held, model, limits)
+    return planned.total_bytes <= free_bytes
 
 
 def _check(device: Device, held: DeviceLayers, model: Model, limits: StageLimits) -> None:
-    planned = plan_memory(device.backend_of(held.device), model, held.start, held.end, limits)
-    free_bytes = device.free_bytes_of(held.device)
+    planned, free_bytes = _planned(device, held, model, limits)
     if planned.total_bytes > free_bytes:
         which = "" if not device.gpus else f", layers [{held.start}, {held.end}) on {held.device},"
         fewer = "fewer layers on GPUs (auto: as many as fit), or " if held.device != _CPU else ""

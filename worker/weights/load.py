@@ -6,10 +6,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError
-from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.sizes import missing
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, LoadProgress
@@ -23,7 +22,7 @@ from llamaclust.worker.stage.stage_runner import (
     plan_memory,
 )
 from llamaclust.worker.weights.remote_model import RemoteModel
-from llamaclust.worker.weights.weights import Reach, Weights
+from llamaclust.worker.weights.weights import Progress, Reach, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -31,44 +30,31 @@ Report = Callable[[LoadProgress], Awaitable[None]]
 _REPORT_S = 0.1
 
 
-@dataclass(slots=True)
-class _Progress:
-    """Of fetching and loading together."""
-
-    total_bytes: int = 0
-    done_bytes: int = 0
-
-    def add(self, more_bytes: int) -> None:
-        self.done_bytes += more_bytes
-
-
 async def load_stage(order: Load, device: Device, report: Report, weights: Weights, reach: Reach) -> StageRunner:
     """The stage of `order`. ModelFileError for a missing, another or a damaged file, InsufficientMemoryError where
     memory is short; what `RemoteModel` raises where there is no file."""
-    progress = _Progress()
-    loading = asyncio.create_task(_load(order, device, weights, reach, progress))
-    try:
-        while not (await asyncio.wait((loading,), timeout=_REPORT_S))[0]:
-            total_bytes = max(progress.total_bytes, 1)
-            await report(LoadProgress(order.epoch, min(progress.done_bytes, total_bytes), total_bytes))
-    finally:
-        loading.cancel()
-    return loading.result()
+
+    async def progressed(done_bytes: int, total_bytes: int) -> None:
+        total_bytes = max(total_bytes, 1)
+        await report(LoadProgress(order.epoch, min(done_bytes, total_bytes), total_bytes))
+
+    progress = Progress()  # of fetching and loading together
+    return await progress.during(_load(order, device, weights, reach, progress), progressed, _REPORT_S)
 
 
-async def _load(order: Load, device: Device, weights: Weights, reach: Reach, progress: _Progress) -> StageRunner:
+async def _load(order: Load, device: Device, weights: Weights, reach: Reach, progress: Progress) -> StageRunner:
     model = await asyncio.to_thread(_open, order, weights)
     if model is not None:
         progress.total_bytes = (await asyncio.to_thread(_planned, order, device, model)).weight_bytes
         return await asyncio.to_thread(_runner, order, device, model, progress)
     assert order.weights is not None
-    sources = {one.worker: reach(one.address, one.worker) for one in order.weights.sources}
-    async with RemoteModel(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as absent:
-        outline = await absent.outline()
+    sources = {source.worker: reach(source.address, source.worker) for source in order.weights.sources}
+    async with RemoteModel(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as remote:
+        outline = await remote.outline()
         planned = await asyncio.to_thread(_planned, order, device, outline)
         names = model_program(outline, order.start, order.end, order.limits).weights
-        progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + absent.missing_bytes(names)
-        model = await absent.complete(names)
+        progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + remote.missing_bytes(names)
+        model = await remote.complete(names)
         return await asyncio.to_thread(_runner, order, device, model, progress)
 
 
@@ -90,29 +76,21 @@ def _open(order: Load, weights: Weights) -> Model | None:
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
     """What the stage will take, on all devices together. InsufficientMemoryError names one that has too little."""
-    parts = [_part(one, order, device, model) for one in device.layers(order)]
-    return StageMemory(*(sum(sizes) for sizes in zip(*map(astuple, parts), strict=True)))
+    planned = []
+    for part in device.layers(order):
+        backend = device.backend_of(part.device)
+        memory = plan_memory(backend, model, part.start, part.end, order.limits)
+        held_bytes = held_weight_bytes(backend, model, part.start, part.end, order.limits)
+        free_bytes = device.free_bytes_of(part.device) + held_bytes
+        if memory.total_bytes > free_bytes:
+            where = f"on {part.device}, " if order.devices else ""
+            needs = missing(memory.parts, free_bytes)
+            raise InsufficientMemoryError(f"{where}layers [{part.start}, {part.end}) need {needs}")
+        planned.append(astuple(memory))
+    return StageMemory(*map(sum, zip(*planned, strict=True)))
 
 
-def _part(one: DeviceLayers, order: Load, device: Device, model: Model) -> StageMemory:
-    backend = device.backend_of(one.device)
-    planned = plan_memory(backend, model, one.start, one.end, order.limits)
-    held_bytes = held_weight_bytes(backend, model, one.start, one.end, order.limits)
-    free_bytes = device.free_bytes_of(one.device) + held_bytes
-    if planned.total_bytes > free_bytes:
-        where = f"on {one.device}, " if order.devices else ""
-        raise InsufficientMemoryError(
-            f"{where}layers [{one.start}, {one.end}) need {missing(planned.parts, free_bytes)}"
-        )
-    return planned
-
-
-def _runner(order: Load, device: Device, model: Model, progress: _Progress) -> StageRunner:
-    return StageRunner(
-        device.backend_for(order),
-        model,
-        order.start,
-        order.end,
-        order.limits,
-        StageOptions(device.feature_level, device.threads, order.devices, progress.add),
-    )
+def _runner(order: Load, device: Device, model: Model, progress: Progress) -> StageRunner:
+    backend = device.backend_for(device.layers(order))
+    options = StageOptions(device.feature_level, device.threads, order.devices, progress.add)
+    return StageRunner(backend, model, order.start, order.end, order.limits, options)

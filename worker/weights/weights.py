@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolError
 from llamaclust.model.gguf.model_file import ModelFile
@@ -31,23 +31,32 @@ _IDLE_S = 120.0
 _FRAME_S = 30.0
 _MOST_STREAMS = 256
 
+_Value = TypeVar("_Value")
 
-class Reading:
-    """How much of a file was read for its SHA-256; told by several threads, and asked by another one."""
+
+class Progress:
+    """Bytes that several threads have done, of a total; reported by the event loop."""
 
     def __init__(self) -> None:
-        self.total_bytes = 0  # 0: it has not begun
+        self.total_bytes = 0  # 0: not known yet
         self.done_bytes = 0
         self._lock = Lock()
 
-    def begun(self, file: ModelFile) -> Callable[[int], None]:
-        """Called with the size of each piece."""
-        self.total_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
-        return self._add
-
-    def _add(self, n_bytes: int) -> None:
+    def add(self, n_bytes: int) -> None:
         with self._lock:
             self.done_bytes += n_bytes
+
+    async def during(
+        self, work: Coroutine[None, None, _Value], report: Callable[[int, int], Awaitable[None]], every_s: float
+    ) -> _Value:
+        """What `work` returns; meanwhile `report` is called with the bytes done and the total."""
+        working = asyncio.create_task(work)
+        try:
+            while not (await asyncio.wait((working,), timeout=every_s))[0]:
+                await report(self.done_bytes, self.total_bytes)
+        finally:
+            working.cancel()
+        return working.result()
 
 
 Reach = Callable[[str, str], Peer]
@@ -113,9 +122,9 @@ class Weights:
         path = Path(model_path)
         return [path] if self._model_dir is None else [path, self._model_dir / path.name]
 
-    def locate(self, wanted: FindWeights, reading: Reading | None = None) -> WeightsFound:
-        """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file;
-        `reading` tells how far that is."""
+    def locate(self, wanted: FindWeights, progress: Progress | None = None) -> WeightsFound:
+        """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file:
+        `progress` counts that."""
         try:
             model = self.open_file(wanted.model_path, wanted.model_id)
         except ModelFileError as error:
@@ -125,7 +134,7 @@ class Weights:
             return self._in_cache(wanted.model_id)
         with model:
             if wanted.describe and self.cache is not None and wanted.model_id not in self._located:
-                self._located[wanted.model_id] = self._describe(self.cache, model.file, reading or Reading())
+                self._located[wanted.model_id] = self._describe(self.cache, model.file, progress or Progress())
             return self._located.get(wanted.model_id, WeightsFound(True))
 
     def _in_cache(self, model_id: str) -> WeightsFound:
@@ -134,14 +143,15 @@ class Weights:
             return WeightsFound(False)
         return WeightsFound(False, content, self.cache.place(content).stat().st_size)
 
-    def _describe(self, cache: WeightCache, file: ModelFile, reading: Reading) -> WeightsFound:
+    def _describe(self, cache: WeightCache, file: ModelFile, progress: Progress) -> WeightsFound:
         cache.prepare()
         key = _file_key(file)
         with cache.making(key):
             content = cache.known_manifest(key)
             if content is None:
                 _log.info("reading %s for the SHA-256 of each tensor", file.path)
-                content = cache.keep_manifest(key, make_manifest(file, reading.begun(file)))
+                progress.total_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
+                content = cache.keep_manifest(key, make_manifest(file, progress.add))
         path = cache.place(content)
         for record in read_manifest(path).tensors:
             self._given[record.content] = file.tensor(record.name)

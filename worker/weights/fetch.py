@@ -101,41 +101,39 @@ class WeightFetch:
         cache: WeightCache,
         sources: Iterable[tuple[str, Peer]],
         on_bytes: OnBytes,
-        patience: Patience | None = None,
-        on_others_bytes: OnBytes = lambda n_bytes: None,
+        on_others_bytes: OnBytes,
+        patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` hears of what comes; `on_others_bytes` of what another process brings into the same cache."""
+        """`on_bytes` is called with what comes; `on_others_bytes` with what another process brings into the cache."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
         self._on_others_bytes = on_others_bytes
-        self._patience = patience or Patience()
+        self._patience = patience
         self._items: list[_Item] = []
         self._lanes: asyncio.TaskGroup | None = None
 
     def renew(self, name: str, peer: Peer) -> None:
         """From now on this source is asked there, whatever it answered before; it may be a new one."""
         _log.info("weights are asked of %s at %s", name, peer.address)
-        runs = any(not lane.done() for one in self._sources for lane in one.lanes)
-        known = [place for place, one in enumerate(self._sources) if one.name == name]
-        for place in known:
-            for lane in self._sources[place].lanes:
+        runs = any(not lane.done() for source in self._sources for lane in source.lanes)
+        renewed, names = _Source(name, peer), [source.name for source in self._sources]
+        place = names.index(name) if name in names else len(names)
+        for former in self._sources[place : place + 1]:
+            for lane in former.lanes:
                 lane.cancel()
         for item in self._items:
             item.lacking.discard(name)
-        place = known[0] if known else len(self._sources)
-        self._sources[place : place + 1] = [_Source(name, peer)]
+        self._sources[place : place + 1] = [renewed]
         if self._lanes is not None and runs:
-            self._begin(self._sources[place], self._lanes)
+            self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
         """Returns when all are in the cache. The caller holds it `in_use`. WorkerError where a tensor is to be had
         nowhere, LlamaclustError where it cannot be kept."""
-        by_content = {one.content: one for one in wanted}
-        self._items = [
-            _Item(one, self._cache.part_bytes(one.content))
-            for one in sorted(by_content.values(), key=lambda one: -one.n_bytes)
-        ]
+        by_content = {weights.content: weights for weights in wanted}
+        largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
+        self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]
         try:
             async with asyncio.TaskGroup() as self._lanes:
                 for source in self._sources:
@@ -191,8 +189,8 @@ class WeightFetch:
 
     def _asked_for(self, item: _Item) -> list[_Source]:
         """The best of those that may have it."""
-        able = [one for one in self._sources if one.given_up is None and one.name not in item.lacking]
-        return sorted(able, key=lambda one: one.failed_since_s is not None)[:_MOST_SOURCES]
+        able = [source for source in self._sources if source.given_up is None and source.name not in item.lacking]
+        return sorted(able, key=lambda source: source.failed_since_s is not None)[:_MOST_SOURCES]
 
     async def _open(self, source: _Source) -> ClientStream:
         stream = source.peer.open(FETCH)
@@ -212,7 +210,7 @@ class WeightFetch:
             self._others_brought(item, wanted.n_bytes)
             self._items.remove(item)
             return
-        part = await _in_thread(WeightPart.open, self._cache, wanted.content, wanted.n_bytes, undo=_close)
+        part = await _in_thread(WeightPart.open, self._cache, wanted.content, wanted.n_bytes)
         if part is None:
             self._others_brought(item, self._cache.part_bytes(wanted.content))
             item.not_before_s = asyncio.get_running_loop().time() + _LOOK_S
@@ -264,27 +262,21 @@ class WeightFetch:
         await _in_thread(part.write, frames)
 
     def _not_found(self, item: _Item) -> WorkerError:
-        whys = [f"{one.name}: {one.given_up or 'does not have it'}" for one in self._sources]
+        whys = [f"{source.name}: {source.given_up or 'does not have it'}" for source in self._sources]
         where = "; ".join(whys) or "no source is known"
         return WorkerError(
             f"weights of {item.wanted.name} ({item.wanted.n_bytes} bytes) are to be had nowhere ({where})"
         )
 
 
-async def _in_thread(
-    function: Callable[..., _Value], *arguments: object, undo: Callable[[_Value], None] = lambda value: None
-) -> _Value:
-    """To its end also where the task is cancelled meanwhile: the file is in exclusive use until then. Then `undo`."""
+async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
+    """To its end also where the task is cancelled meanwhile: the file is in exclusive use until then. A part that was
+    opened is closed then."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
         await asyncio.wait((working,))
-        if working.exception() is None:
-            undo(working.result())
+        if working.exception() is None and isinstance(opened := working.result(), WeightPart):
+            opened.close()
         raise
-
-
-def _close(part: WeightPart | None) -> None:
-    if part is not None:
-        part.close()

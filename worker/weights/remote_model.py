@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from llamaclust.core.errors import LlamaclustError, ModelFileError
@@ -14,7 +13,7 @@ from llamaclust.model.architectures.layers import FACTOR_TENSORS
 from llamaclust.model.gguf.tensors import FileIdentity
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
-from llamaclust.model.weights.manifest import Manifest, TensorRecord, read_manifest
+from llamaclust.model.weights.manifest import Manifest, read_manifest
 from llamaclust.wire.control.messages import WeightSources
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.worker.weights.fetch import WantedWeights, WeightFetch
@@ -54,9 +53,7 @@ class RemoteModel:
         self._stack.enter_context(self._weights.fetching(self))
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self._stack.close()
         peers = (*self._sources.values(), *self._left)
         await asyncio.gather(*(peer.close() for peer in peers), return_exceptions=True)
@@ -87,8 +84,8 @@ class RemoteModel:
 
     def missing_bytes(self, names: Iterable[str]) -> int:
         """Of those tensors, what is not here."""
-        wanted = {one.content: one for one in self._wanted(names)}
-        return sum(one.n_bytes - self._cache.part_bytes(one.content) for one in self._missing(wanted.values()))
+        wanted = {tensor.content: tensor for tensor in self._wanted(names)}
+        return self._missing_bytes(self._missing(wanted.values()))
 
     async def complete(self, names: Iterable[str]) -> Model:
         """The model with those tensors."""
@@ -98,24 +95,24 @@ class RemoteModel:
             raise LlamaclustError(f"{self._cache.path}: weights were deleted there while they were loaded")
         return await asyncio.to_thread(self._model)
 
-    def _records(self, names: Iterable[str]) -> list[TensorRecord]:
+    def _wanted(self, names: Iterable[str]) -> list[WantedWeights]:
         assert self._manifest is not None, "its outline comes first"
         wanted = set(names)
-        return [record for record in self._manifest.tensors if record.name in wanted]
-
-    def _wanted(self, names: Iterable[str]) -> list[WantedWeights]:
-        return [WantedWeights(one.content, one.n_bytes, f"tensor {one.name}") for one in self._records(names)]
+        records = [record for record in self._manifest.tensors if record.name in wanted]
+        return [WantedWeights(record.content, record.n_bytes, f"tensor {record.name}") for record in records]
 
     def _missing(self, wanted: Iterable[WantedWeights]) -> list[WantedWeights]:
-        return [one for one in wanted if self._cache.find(one.content) is None]
+        return [weights for weights in wanted if self._cache.find(weights.content) is None]
+
+    def _missing_bytes(self, missing: Iterable[WantedWeights]) -> int:
+        return sum(weights.n_bytes - self._cache.part_bytes(weights.content) for weights in missing)
 
     async def _fetch(self, wanted: Sequence[WantedWeights]) -> None:
         missing = await asyncio.to_thread(self._missing, wanted)
         if missing:
-            n_bytes = sum(one.n_bytes - self._cache.part_bytes(one.content) for one in missing)
-            await asyncio.to_thread(self._cache.make_room, n_bytes)
+            await asyncio.to_thread(self._cache.make_room, self._missing_bytes(missing))
             sources = [(_named(worker), peer) for worker, peer in self._sources.items()]
-            self._fetch_now = WeightFetch(self._cache, sources, self._count, on_others_bytes=self._on_bytes)
+            self._fetch_now = WeightFetch(self._cache, sources, self._count, self._on_bytes)
             try:
                 await self._fetch_now.run(missing)
             finally:

@@ -86,7 +86,7 @@ async def fetch(
     sources = [(f"holder {index}", one.peer) for index, one in enumerate(holders)]
     with cache.in_use():
         try:
-            await WeightFetch(cache, sources, count, IMPATIENT).run(what)
+            await WeightFetch(cache, sources, count, lambda n_bytes: None, IMPATIENT).run(what)
         finally:
             for _, peer in sources:
                 await peer.close()

@@ -11,23 +11,15 @@ from functools import lru_cache
 from operator import add
 from typing import Literal
 
+from llamaclust.core import limits, sampling_bounds
 from llamaclust.core.bounds import bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.limits import (
-    MAX_BATCH_TOKENS,
-    MAX_CONTEXT_TOKENS,
-    MAX_KV_BLOCKS,
-    MAX_SEQUENCES,
-    MAX_TOP_LOGPROBS,
-    MAX_VOCABULARY,
-)
+from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
-from llamaclust.core.sampling_bounds import MAX_BIAS, MAX_MU, MAX_TOP_K, REAL_BOUNDS
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
-from llamaclust.wire.microbatch.sampler_chain_codec import breakers_in, chain_in, chain_out
 
 MAX_MICROBATCH_BYTES = 1 << 23
 MAX_INPUTS_BYTES = 1 << 26
@@ -57,26 +49,26 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
 def decode_microbatch(data: bytes) -> Microbatch:
     """Raises ProtocolError for bytes that are no microbatch or break a bound."""
     message = parse(microbatch_proto.Microbatch, data, MAX_MICROBATCH_BYTES)
-    bounded("chunks", len(message.chunks), 1, MAX_SEQUENCES)
+    bounded("chunks", len(message.chunks), 1, limits.MAX_SEQUENCES)
     microbatch = Microbatch(
         line("model_id", message.model_id, 128),
         message.epoch,
         message.number,
         tuple(_chunk(chunk, message.number) for chunk in message.chunks),
     )
-    bounded("tokens of a microbatch", microbatch.rows, 1, MAX_BATCH_TOKENS)
+    bounded("tokens of a microbatch", microbatch.rows, 1, limits.MAX_BATCH_TOKENS)
     return microbatch
 
 
 def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     tokens = tuple(message.tokens)
-    bounded("tokens of a chunk", len(tokens), 1, MAX_BATCH_TOKENS)
-    bounded("token", max(tokens), 0, MAX_VOCABULARY - 1)
-    bounded("last position", message.position + len(tokens) - 1, 0, MAX_CONTEXT_TOKENS - 1)
+    bounded("tokens of a chunk", len(tokens), 1, limits.MAX_BATCH_TOKENS)
+    bounded("token", max(tokens), 0, limits.MAX_VOCABULARY - 1)
+    bounded("last position", message.position + len(tokens) - 1, 0, limits.MAX_CONTEXT_TOKENS - 1)
     bounded("outputs", message.outputs, 0, len(tokens))
     depends_on = _depends_on(message.depends_on, tokens, number) if message.HasField("depends_on") else None
     window = _table(message.window_table) if message.window_table else ()
-    start = bounded("window_start", message.window_start, 0, MAX_CONTEXT_TOKENS)
+    start = bounded("window_start", message.window_start, 0, limits.MAX_CONTEXT_TOKENS)
     return Chunk(tokens, message.position, _table(message.table), message.outputs, depends_on, window, start)
 
 
@@ -84,7 +76,7 @@ def _depends_on(message: microbatch_proto.RowReference, tokens: tuple[int, ...],
     if tokens != (0,):
         raise ProtocolError("a chunk that depends on a row has tokens of its own")
     bounded("number of the microbatch depended on", message.number, 0, number - 1)
-    return message.number, bounded("row depended on", message.row, 0, MAX_BATCH_TOKENS - 1)
+    return message.number, bounded("row depended on", message.row, 0, limits.MAX_BATCH_TOKENS - 1)
 
 
 def encode_sampled_tokens(sampled: SampledTokens) -> bytes:
@@ -94,17 +86,17 @@ def encode_sampled_tokens(sampled: SampledTokens) -> bytes:
 def decode_sampled_tokens(data: bytes) -> SampledTokens:
     """Raises ProtocolError for bytes that are not sampled tokens or break a bound."""
     message = parse(microbatch_proto.SampledTokens, data, MAX_MICROBATCH_BYTES)
-    bounded("sampled tokens", len(message.tokens), 0, MAX_BATCH_TOKENS)
+    bounded("sampled tokens", len(message.tokens), 0, limits.MAX_BATCH_TOKENS)
     return SampledTokens(message.number, _tokens(message.tokens))
 
 
 def _table(numbers: Sequence[int]) -> tuple[int, ...]:
     table = tuple(numbers)
     starts, counts = table[::2], table[1::2]
-    bounded("runs of a table", len(counts), 1, MAX_CONTEXT_TOKENS)
+    bounded("runs of a table", len(counts), 1, limits.MAX_CONTEXT_TOKENS)
     bounded("numbers of a table", len(table), 2 * len(counts), 2 * len(counts))
-    bounded("blocks of a run", min(counts), 1, MAX_CONTEXT_TOKENS)
-    bounded("last block of a run", max(map(add, starts, counts)) - 1, 0, MAX_KV_BLOCKS - 1)
+    bounded("blocks of a run", min(counts), 1, limits.MAX_CONTEXT_TOKENS)
+    bounded("last block of a run", max(map(add, starts, counts)) - 1, 0, limits.MAX_KV_BLOCKS - 1)
     return table
 
 
@@ -135,30 +127,33 @@ def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
     )
 
 
-@lru_cache(_PLAIN_PARAMS)
-def _plain_params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
-    """Without biases: made once, since a sequence brings the same ones with every token."""
-    return _params_out(params)
-
-
 def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
     return sampling_proto.SamplingParams(
-        temperature=params.temperature,
         top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        frequency_penalty=params.frequency_penalty,
-        presence_penalty=params.presence_penalty,
         logit_bias=[sampling_proto.LogitBias(token=token, bias=bias) for token, bias in params.logit_bias],
-        chain=chain_out(params.chain),
+        chain=None if params.chain is None else _chain_out(params.chain),
+        **{name: getattr(params, name) for name in sampling_bounds.REAL_BOUNDS},
+    )
+
+
+_plain_params_out = lru_cache(_PLAIN_PARAMS)(_params_out)
+"""Without biases: made once, since a sequence brings the same ones with every token."""
+
+
+def _chain_out(chain: SamplerChain) -> sampling_proto.SamplerChain:
+    return sampling_proto.SamplerChain(
+        order=[SAMPLERS.index(step) for step in chain.order],
+        dry_allowed_length=chain.dry_allowed_length,
+        mirostat=chain.mirostat,
+        unpenalized=chain.unpenalized,
+        **{name: getattr(chain, name) for name in sampling_bounds.CHAIN_BOUNDS},
     )
 
 
 def decode_inputs(data: bytes) -> SamplingInputs:
     """Raises ProtocolError for bytes that are no sampling inputs or break a bound."""
     message = parse(sampling_proto.SamplingInputs, data, MAX_INPUTS_BYTES)
-    bounded("tasks", len(message.tasks), 0, MAX_BATCH_TOKENS)
+    bounded("tasks", len(message.tasks), 0, limits.MAX_BATCH_TOKENS)
     return SamplingInputs(message.epoch, message.number, tuple(_task(task) for task in message.tasks))
 
 
@@ -173,22 +168,21 @@ def _task(message: sampling_proto.RowTask) -> RowTask:
 
 
 def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
-    bounded("history", len(message.history), 0, MAX_CONTEXT_TOKENS)
-    bounded("suppressed", len(message.suppressed), 0, MAX_VOCABULARY)
+    bounded("history", len(message.history), 0, limits.MAX_CONTEXT_TOKENS)
+    bounded("suppressed", len(message.suppressed), 0, limits.MAX_VOCABULARY)
+    params = message.params
     return SampleTask(
-        _params_in(message.params)
-        if message.params.logit_bias
-        else _plain_params_in(message.params.SerializeToString()),
+        _params_in(params) if params.logit_bias else _plain_params_in(params.SerializeToString()),
         message.seed,
         message.choice,
-        bounded("position", message.position, 0, MAX_CONTEXT_TOKENS),
+        bounded("position", message.position, 0, limits.MAX_CONTEXT_TOKENS),
         _tokens(message.history),
         _tokens(message.suppressed),
         _top(message.top_logprobs),
         message.history_follows,
         _window("penalty_window", message),
         _window("dry_window", message),
-        breakers_in(message.breakers),
+        _breakers(message.breakers),
         _mu(message.mu),
     )
 
@@ -200,39 +194,59 @@ def _plain_params_in(data: bytes) -> SamplingParams:
 
 
 def _params_in(message: sampling_proto.SamplingParams) -> SamplingParams:
-    bounded("logit biases", len(message.logit_bias), 0, MAX_VOCABULARY)
+    bounded("logit biases", len(message.logit_bias), 0, limits.MAX_VOCABULARY)
+    most = -sampling_bounds.MAX_BIAS, sampling_bounds.MAX_BIAS
     return SamplingParams(
-        top_k=bounded("top_k", message.top_k, 0, MAX_TOP_K),
-        logit_bias=tuple(_bias(bias) for bias in message.logit_bias),
-        chain=chain_in(message),
-        **{name: finite(name, getattr(message, name), *bounds) for name, bounds in REAL_BOUNDS.items()},
+        top_k=bounded("top_k", message.top_k, 0, sampling_bounds.MAX_TOP_K),
+        logit_bias=tuple((_token(bias.token), finite("logit_bias", bias.bias, *most)) for bias in message.logit_bias),
+        chain=_chain_in(message.chain) if message.HasField("chain") else None,
+        **{name: finite(name, getattr(message, name), *bounds) for name, bounds in sampling_bounds.REAL_BOUNDS.items()},
     )
 
 
+def _chain_in(chain: sampling_proto.SamplerChain) -> SamplerChain:
+    bounded("steps", len(chain.order), 0, len(SAMPLERS))
+    steps = tuple(SAMPLERS[bounded("step", number, 0, len(SAMPLERS) - 1)] for number in chain.order)
+    if len(set(steps)) < len(steps):
+        raise ProtocolError("a sampler stands twice in one order")
+    bounded("unpenalized", len(chain.unpenalized), 0, limits.MAX_VOCABULARY)
+    return SamplerChain(
+        steps,
+        dry_allowed_length=bounded("dry_allowed_length", chain.dry_allowed_length, 1, limits.MAX_CONTEXT_TOKENS),
+        mirostat=bounded("mirostat", chain.mirostat, 0, sampling_bounds.MAX_MIROSTAT),
+        unpenalized=_tokens(chain.unpenalized),
+        **{name: finite(name, getattr(chain, name), *bounds) for name, bounds in sampling_bounds.CHAIN_BOUNDS.items()},
+    )
+
+
+def _breakers(messages: Sequence[sampling_proto.TokenSequence]) -> tuple[tuple[int, ...], ...]:
+    """Token sequences of DRY."""
+    bounded("breakers", len(messages), 0, sampling_bounds.MAX_BREAKERS)
+    for message in messages:
+        bounded("tokens of a breaker", len(message.tokens), 1, sampling_bounds.MAX_BREAKER_TOKENS)
+    return tuple(_tokens(message.tokens) for message in messages)
+
+
 def _window(name: Literal["penalty_window", "dry_window"], message: sampling_proto.SampleTask) -> int | None:
-    return bounded(name, getattr(message, name), 0, MAX_CONTEXT_TOKENS) if message.HasField(name) else None
+    return bounded(name, getattr(message, name), 0, limits.MAX_CONTEXT_TOKENS) if message.HasField(name) else None
 
 
 def _mu(value: float) -> float:
-    return finite("mu", value, -MAX_MU, MAX_MU)
-
-
-def _bias(message: sampling_proto.LogitBias) -> tuple[int, float]:
-    return _token(message.token), finite("logit_bias", message.bias, -MAX_BIAS, MAX_BIAS)
+    return finite("mu", value, -sampling_bounds.MAX_MU, sampling_bounds.MAX_MU)
 
 
 def _token(value: int) -> int:
-    return bounded("token", value, 0, MAX_VOCABULARY - 1)
+    return bounded("token", value, 0, limits.MAX_VOCABULARY - 1)
 
 
 def _tokens(values: Iterable[int]) -> tuple[int, ...]:
     tokens = tuple(values)
-    bounded("token", max(tokens, default=0), 0, MAX_VOCABULARY - 1)
+    bounded("token", max(tokens, default=0), 0, limits.MAX_VOCABULARY - 1)
     return tokens
 
 
 def _top(value: int) -> int:
-    return bounded("top_logprobs", value, 0, MAX_TOP_LOGPROBS)
+    return bounded("top_logprobs", value, 0, limits.MAX_TOP_LOGPROBS)
 
 
 def encode_result(result: Result) -> bytes:
@@ -262,7 +276,7 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
 def decode_result(data: bytes) -> Result:
     """Raises ProtocolError for bytes that are no result or break a bound."""
     message = parse(sampling_proto.Result, data, MAX_INPUTS_BYTES)
-    bounded("rows", len(message.rows), 0, MAX_BATCH_TOKENS)
+    bounded("rows", len(message.rows), 0, limits.MAX_BATCH_TOKENS)
     bounded("timings", len(message.timings), 0, MAX_STAGES)
     return Result(
         message.epoch,
@@ -276,7 +290,7 @@ def decode_result(data: bytes) -> Result:
 def _row(message: sampling_proto.RowResult) -> RowResult:
     if message.HasField("failure"):
         return RowResult(-1, math.nan, failure=line("failure", message.failure))
-    bounded("top_logprobs", len(message.top), 0, MAX_TOP_LOGPROBS)
+    bounded("top_logprobs", len(message.top), 0, limits.MAX_TOP_LOGPROBS)
     top = tuple((_token(entry.token), _logprob(entry.logprob)) for entry in message.top)
     mu = _mu(message.mu) if message.HasField("mu") else None
     return RowResult(_token(message.chosen.token), _logprob(message.chosen.logprob), top, mu=mu)

@@ -79,7 +79,13 @@ def decode_frame(data: bytes) -> Frame:
     if len(data) < _PREFIX.size:
         raise ProtocolError(f"frame of {len(data)} bytes, shorter than its prefix")
     magic, version, kind, stages, header_bytes, body_bytes = _PREFIX.unpack_from(data)
-    _check_prefix(magic, version, kind, stages)
+    if magic != _MAGIC:
+        raise ProtocolError(f"frame begins with {magic!r}, not with {_MAGIC!r}")
+    if version != _VERSION:
+        raise ProtocolError(f"frame version {version}, this worker speaks {_VERSION}")
+    if kind not in (FrameKind.HIDDEN, FrameKind.FAILURE):
+        raise ProtocolError(f"frame kind {kind} is not known")
+    bounded("stages", stages, 0, MAX_STAGES)
     bounded("header bytes", header_bytes, 1, MAX_MICROBATCH_BYTES)
     body_at = _PREFIX.size + stages * _TIMING.size
     header_at = body_at + body_bytes
@@ -91,13 +97,3 @@ def decode_frame(data: bytes) -> Frame:
     if frame.kind is FrameKind.FAILURE:
         bounded("length of failure", body_bytes, 1, MAX_TEXT)
     return frame
-
-
-def _check_prefix(magic: bytes, version: int, kind: int, stages: int) -> None:
-    if magic != _MAGIC:
-        raise ProtocolError(f"frame begins with {magic!r}, not with {_MAGIC!r}")
-    if version != _VERSION:
-        raise ProtocolError(f"frame version {version}, this worker speaks {_VERSION}")
-    if kind not in (FrameKind.HIDDEN, FrameKind.FAILURE):
-        raise ProtocolError(f"frame kind {kind} is not known")
-    bounded("stages", stages, 0, MAX_STAGES)

@@ -57,28 +57,19 @@ def _quoted(value: object) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
-class _Trouble(logging.Handler):
-    """Keeps the last record that tells of trouble."""
-
-    text = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self.text = record.getMessage()
-        except Exception:  # noqa: BLE001  as every handler does
-            self.handleError(record)
-
-
-class _Last(logging.Handler):
-    """Keeps the last lines."""
+class _Memory(logging.Handler):
+    """Keeps the last lines, and the last warning or error."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.count = 0  # also those that are kept no more
+        self.trouble = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            if record.levelno >= logging.WARNING:
+                self.trouble = record.getMessage()
             for line in self.format(record).splitlines():
                 self.lines.append(line[:_KEPT_CHARACTERS])
                 self.count += 1
@@ -86,8 +77,7 @@ class _Last(logging.Handler):
             self.handleError(record)
 
 
-_trouble = _Trouble(logging.WARNING)
-_last = _Last()
+_memory = _Memory()
 
 
 def start_logging(form: LogFormat, **where: str) -> None:
@@ -95,13 +85,13 @@ def start_logging(form: LogFormat, **where: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(plain if form is LogFormat.TEXT else _Fields(form, where))
-    _last.setFormatter(handler.formatter)
-    logging.basicConfig(level=logging.INFO, handlers=[handler, _trouble, _last])
+    _memory.setFormatter(handler.formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler, _memory])
 
 
 def name_cluster(name: str) -> None:
     """Later log lines carry the cluster name; errors from before it are not reported as the last error."""
-    _trouble.text = ""
+    _memory.trouble = ""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, _Fields):
             handler.formatter.name_cluster(name)
@@ -109,13 +99,13 @@ def name_cluster(name: str) -> None:
 
 def last_trouble() -> str:
     """The last warning or error since `name_cluster`."""
-    return _trouble.text
+    return _memory.trouble
 
 
 def last_lines() -> tuple[tuple[str, ...], int]:
     """(the last lines of this process's log, as it wrote them; how many were before)."""
-    with _last.lock or nullcontext():
-        return tuple(_last.lines), _last.count - len(_last.lines)
+    with _memory.lock or nullcontext():
+        return tuple(_memory.lines), _memory.count - len(_memory.lines)
 
 
 def read_line(line: str) -> tuple[str, str] | None:

@@ -14,20 +14,9 @@ from dataclasses import dataclass
 from llamaclust.core.errors import ProtocolError, UsageError, WorkerError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security import enrolment
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, pem
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, Principal
-from llamaclust.wire.security.enrolment import (
-    MAX_ENROLMENT_BYTES,
-    NONCE_BYTES,
-    Challenge,
-    Grant,
-    Refusal,
-    Request,
-    decode_server_message,
-    encode_request,
-    read_message,
-    write_message,
-)
 from llamaclust.wire.security.token import JoinToken
 
 _CONNECT_S = 10.0
@@ -50,12 +39,12 @@ async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
         authority = await pinned(host, port, token, where)
         cluster = cluster_id(token.ca_hash)
         key = NewKey()
-        async with _connected(host, port, _verifying(authority), COORDINATOR.host(cluster)) as (reader, writer):
+        async with _connected(host, port, authority, COORDINATOR.host(cluster)) as (reader, writer):
             challenge = await _challenge(reader)
-            nonce = secrets.token_bytes(NONCE_BYTES)
-            request = Request(name, key.request, nonce).proven(token, challenge)
-            await write_message(writer, encode_request(request))
-            grant = _granted(await read_message(reader), where)
+            nonce = secrets.token_bytes(enrolment.NONCE_BYTES)
+            request = enrolment.Request(name, key.request, nonce).proven(token, challenge)
+            await enrolment.write_message(writer, enrolment.encode_request(request))
+            grant = _granted(await enrolment.read_message(reader), where)
         if not grant.is_proven(token, challenge, request):
             raise UsageError(f"the coordinator at {where} does not know this token's secret: copy the token file again")
         pair = key.with_certificate(grant.certificate)
@@ -64,7 +53,7 @@ async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
 
 async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
     """The CA certificate (DER) that the token names, as the coordinator shows it: before, nothing is told."""
-    async with _connected(host, port, _unverifying(), None) as (reader, _):
+    async with _connected(host, port, None, "") as (reader, _):
         challenge = await _challenge(reader)
     if ca_hash(challenge.ca_certificate) != token.ca_hash:
         why = "the token is of another cluster, or the connection is intercepted"
@@ -75,45 +64,37 @@ async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
     return challenge.ca_certificate
 
 
-async def _challenge(reader: asyncio.StreamReader) -> Challenge:
-    data = await read_message(reader)
-    message = None if data is None else decode_server_message(data)
-    if not isinstance(message, Challenge):
+async def _challenge(reader: asyncio.StreamReader) -> enrolment.Challenge:
+    data = await enrolment.read_message(reader)
+    message = None if data is None else enrolment.decode_server_message(data)
+    if not isinstance(message, enrolment.Challenge):
         raise ProtocolError("no challenge came: is this the enrolment port of a coordinator?")
     return message
 
 
-def _granted(data: bytes | None, where: str) -> Grant:
+def _granted(data: bytes | None, where: str) -> enrolment.Grant:
     if data is None:
         raise ProtocolError(f"the coordinator at {where} ended the enrolment")
-    message = decode_server_message(data)
-    if isinstance(message, Refusal):
+    message = enrolment.decode_server_message(data)
+    if isinstance(message, enrolment.Refusal):
         raise UsageError(f"the coordinator at {where} refused: {message.reason}")
-    if not isinstance(message, Grant):
+    if not isinstance(message, enrolment.Grant):
         raise ProtocolError(f"the coordinator at {where} answered a request with a challenge")
     return message
 
 
-def _unverifying() -> ssl.SSLContext:
-    """For the CA's certificate alone, which the token's hash vouches for."""
-    context = _client_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def _verifying(authority: bytes) -> ssl.SSLContext:
-    context = _client_context()
+def _context(authority: bytes | None) -> ssl.SSLContext:
+    """`authority`: the CA's certificate (DER); None: to get just that, which the token's hash vouches for."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if authority is None:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context
     try:
         context.load_verify_locations(cadata=authority)
     except ssl.SSLError as error:
         raise ProtocolError("the CA certificate is damaged") from error
-    return context
-
-
-def _client_context() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
     return context
 
 
@@ -126,13 +107,14 @@ def _reason(error: OSError) -> str:
 
 @asynccontextmanager
 async def _connected(
-    host: str, port: int, context: ssl.SSLContext, name: str | None
+    host: str, port: int, authority: bytes | None, name: str
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """`name`: what the other side's certificate must say; None where that is not looked at."""
+    """`name`: what the other side's certificate must say, where it is verified."""
+    context, limit = _context(authority), enrolment.MAX_ENROLMENT_BYTES
     try:
         async with deadline(f"connecting to {host}:{port}", _CONNECT_S):
             reader, writer = await asyncio.open_connection(
-                host, port, ssl=context, server_hostname=name or "", limit=MAX_ENROLMENT_BYTES, ssl_shutdown_timeout=1.0
+                host, port, ssl=context, server_hostname=name, limit=limit, ssl_shutdown_timeout=1.0
             )
     except ssl.SSLCertVerificationError as error:
         why = f"{error.verify_message}; are the clocks of both machines right?"

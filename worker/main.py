@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -19,7 +20,6 @@ from llamaclust.wire.rpc.sched_slice import short_slices
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.membership import Member
-from llamaclust.worker.parent_death import set_parent_death_signal
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.worker import Worker
 
@@ -30,6 +30,7 @@ _SWITCH_INTERVAL_S = 0.0005
 _COLLECT_EVERY = 20_000
 """Objects between two looks for garbage, 700 by default: a step makes hundreds, and none in cycles."""
 _GRACE_S = 0.5
+_PR_SET_PDEATHSIG = 1
 
 
 def run_worker(settings: WorkerSettings) -> int:
@@ -43,7 +44,7 @@ def run_worker(settings: WorkerSettings) -> int:
     gc.set_threshold(_COLLECT_EVERY)
     try:
         if settings.parent_pid is not None:
-            set_parent_death_signal(settings.parent_pid)
+            _die_with(settings.parent_pid)
         return asyncio.run(_until_signal(settings))
     except LlamaclustError as error:
         _log.error("%s", error)
@@ -61,9 +62,26 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _die_with(parent_pid: int) -> None:
+    """Has the kernel kill this process, native calls or not, when its parent ends; ends it now if it has ended (Linux).
+
+    The kernel means the thread that started this process: the starter does so from a thread that lives as long as it.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent_pid:
+        raise SystemExit(f"the process that started this worker ({parent_pid}) is gone")
+
+
 async def _until_signal(settings: WorkerSettings) -> int:
     """0 after SIGTERM, SIGINT or the coordinator's Shutdown."""
-    running = asyncio.create_task(_run(settings))
+    if settings.static:
+        from llamaclust.worker.static import run_static_worker as run
+    else:
+        run = _run_started_worker
+    running = asyncio.create_task(run(settings))
     received: list[signal.Signals] = []
 
     def stop(number: signal.Signals) -> None:
@@ -78,14 +96,6 @@ async def _until_signal(settings: WorkerSettings) -> int:
     except asyncio.CancelledError:
         _log.info("stopping: received %s", " and ".join(number.name for number in received))
     return 0
-
-
-async def _run(settings: WorkerSettings) -> str:
-    if settings.static:
-        from llamaclust.worker.static import run_static_worker
-
-        return await run_static_worker(settings)
-    return await _run_started_worker(settings)
 
 
 async def _run_started_worker(settings: WorkerSettings) -> str:

@@ -8,19 +8,7 @@ from functools import partial
 
 from llamaclust.core.errors import LlamaclustError, ModelFileError, WorkerError
 from llamaclust.core.logs import last_lines
-from llamaclust.wire.control.messages import (
-    FindWeights,
-    FindWeightsProgress,
-    GetLog,
-    LogTail,
-    ProbePeer,
-    ProbeResult,
-    RequestFailed,
-    WeightsFound,
-    WorkerMessage,
-    WorkerRequest,
-)
-from llamaclust.wire.control.profiles import LinkProfile, LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
+from llamaclust.wire.control import messages, profiles
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
 from llamaclust.worker.session import Session
 from llamaclust.worker.weights.weights import Progress
@@ -35,27 +23,27 @@ class Requests:
         self._session = session
         self._exclusive = exclusive
 
-    async def answer(self, request: WorkerRequest) -> None:
-        failed = partial(RequestFailed, request_id=request.request_id)
+    async def answer(self, request: messages.WorkerRequest) -> None:
+        failed = partial(messages.RequestFailed, request_id=request.request_id)
         await self._session.answer(self._answer(request), failed, type(request).__name__)
 
-    async def _answer(self, request: WorkerRequest) -> WorkerMessage:
+    async def _answer(self, request: messages.WorkerRequest) -> messages.WorkerMessage:
         match request:
-            case ProfileWorker():
+            case profiles.ProfileWorker():
                 async with self._exclusive:
                     return await asyncio.to_thread(self._profile, request)
-            case ProfileLinks(ends, request_id):
+            case profiles.ProfileLinks(ends, request_id):
                 async with self._exclusive:
                     links = [await self._profile_link(end.worker, end.address) for end in ends]
-                return LinkProfiles(tuple(links), request_id)
-            case FindWeights():
+                return profiles.LinkProfiles(tuple(links), request_id)
+            case messages.FindWeights():
                 return await self._find_weights(request)
-            case ProbePeer():
+            case messages.ProbePeer():
                 return await self._probe(request)
-            case GetLog(request_id):
-                return LogTail.bounded(*last_lines(), request_id)
+            case messages.GetLog(request_id):
+                return messages.LogTail.bounded(*last_lines(), request_id)
 
-    def _profile(self, request: ProfileWorker) -> WorkerProfile:
+    def _profile(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
         """Where the model's file is missing, of the machine alone."""
         worker = self._session.worker
         try:
@@ -63,11 +51,11 @@ class Requests:
         except ModelFileError:  # reported when its layers are to be loaded
             model = None
         if model is None:
-            return WorkerProfile(worker.device.measure(), request.request_id)
+            return profiles.WorkerProfile(worker.device.measure(), request.request_id)
         with model:
-            return WorkerProfile(worker.device.measure(model), request.request_id)
+            return profiles.WorkerProfile(worker.device.measure(model), request.request_id)
 
-    async def _profile_link(self, worker: str, address: str) -> LinkProfile:
+    async def _profile_link(self, worker: str, address: str) -> profiles.LinkProfile:
         peer = self._session.peer(address, worker)
         try:
             return await measure_link(peer)
@@ -76,16 +64,16 @@ class Requests:
         finally:
             await peer.close()
 
-    async def _find_weights(self, request: FindWeights) -> WeightsFound:
+    async def _find_weights(self, request: messages.FindWeights) -> messages.WeightsFound:
         async def progressed(done_bytes: int, total_bytes: int) -> None:
             if total_bytes:
-                await self._session.send(FindWeightsProgress(done_bytes, total_bytes))
+                await self._session.send(messages.FindWeightsProgress(done_bytes, total_bytes))
 
         progress = Progress()
         finding = asyncio.to_thread(self._session.worker.weights.locate, request, progress)
         return replace(await progress.during(finding, progressed, _REPORT_S), request_id=request.request_id)
 
-    async def _probe(self, request: ProbePeer) -> ProbeResult:
+    async def _probe(self, request: messages.ProbePeer) -> messages.ProbeResult:
         """On a connection of its own: that of a stage may outlast the link, or be broken."""
         peer = self._session.peer(request.address, request.worker)
         reason = ""
@@ -95,4 +83,4 @@ class Requests:
             reason = str(error)
         finally:
             await peer.close()
-        return ProbeResult(request.worker, reason, request.request_id)
+        return messages.ProbeResult(request.worker, reason, request.request_id)

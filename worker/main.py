@@ -44,7 +44,7 @@ def run_worker(settings: WorkerSettings) -> int:
     gc.set_threshold(_COLLECT_EVERY)
     try:
         if settings.parent_pid is not None:
-            _die_with(settings.parent_pid)
+            _set_parent_death_signal(settings.parent_pid)
         return asyncio.run(_until_signal(settings))
     except LlamaclustError as error:
         _log.error("%s", error)
@@ -62,7 +62,7 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _die_with(parent_pid: int) -> None:
+def _set_parent_death_signal(parent_pid: int) -> None:
     """Has the kernel kill this process, native calls or not, when its parent ends; ends it now if it has ended (Linux).
 
     The kernel means the thread that started this process: the starter does so from a thread that lives as long as it.

@@ -166,7 +166,12 @@ class Server:
             generic = grpc.method_handlers_generic_handler(service, {name: _guarded(handler, entry)})
             server.add_generic_rpc_handlers((generic,))
         try:
-            port = _add_port(server, address, credentials, handshakes)
+            if isinstance(credentials, Identity):
+                from llamaclust.wire.security.tls import server_credentials
+
+                port: int = server.add_secure_port(address, server_credentials(credentials, handshakes.begun))
+            else:
+                port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise UsageError(f"cannot listen on {address}: in use or not allowed") from error
         await _started(server)
@@ -182,13 +187,3 @@ class Server:
         """Ends streams after `grace_s` at the latest."""
         await self._server.stop(grace_s)
         self._handshakes.close()
-
-
-def _add_port(server: Any, address: str, credentials: Credentials, handshakes: Handshakes) -> int:
-    if isinstance(credentials, Identity):
-        from llamaclust.wire.security.tls import server_credentials
-
-        port: int = server.add_secure_port(address, server_credentials(credentials, handshakes.begun))
-    else:
-        port = server.add_insecure_port(address)
-    return port

@@ -17,14 +17,8 @@ from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, Register
-from llamaclust.worker.devices import backends
+from llamaclust.worker.devices import backends, system_info
 from llamaclust.worker.devices.backends import GpuBackend
-from llamaclust.worker.devices.system_info import (
-    available_memory_bytes,
-    processor_name,
-    resident_bytes,
-    total_memory_bytes,
-)
 from llamaclust.worker.settings import WorkerSettings
 
 _CPU = "cpu"
@@ -47,7 +41,8 @@ class Device:
     def open(cls, settings: WorkerSettings) -> Device:
         """UsageError for a device or feature level that this machine does not have."""
         threads = settings.threads or len(os.sched_getaffinity(0))
-        level, packed_cache = settings.feature_level, _packed_cache(settings)
+        level, folder = settings.feature_level, settings.packed_cache_dir
+        packed_cache = None if folder is None else PackedCacheFolder(folder, settings.packed_cache_bytes)
         backend = backends.open_processor(settings.device, threads, level, packed_cache)
         cap, kernels = settings.gpu_memory_bytes, settings.kernels_dir
         gpus = tuple(
@@ -58,10 +53,10 @@ class Device:
     @property
     def free_memory_bytes(self) -> int:
         """What may still be taken: of the machine, and of the cap that holds for all this process has."""
-        available = available_memory_bytes()
+        available = system_info.available_memory_bytes()
         if self.memory_cap_bytes is None:
             return available
-        return max(0, min(available, self.memory_cap_bytes - resident_bytes()))
+        return max(0, min(available, self.memory_cap_bytes - system_info.resident_bytes()))
 
     def layers(self, order: Load) -> tuple[DeviceLayers, ...]:
         """Which devices are to hold which layers of a stage."""
@@ -88,19 +83,17 @@ class Device:
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 
-        cpu = measure_machine(self.threads)
-        if model is not None and self.kind != _REFERENCE:
-            device = ProfiledDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
-            cpu = replace(cpu, concurrent=try_stages(device, model))
-        return Profile(cpu, tuple(self._gpu_profile(gpu, model) for gpu in self.gpus))
-
-    def _gpu_profile(self, gpu: GpuBackend, model: Model | None) -> DeviceProfile:
-        from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
-
-        speed = gpu.measure()
-        if model is None:
-            return speed
-        return replace(speed, concurrent=try_stages(ProfiledDevice.gpu(gpu, self.threads, self.feature_level), model))
+        threads, level = self.threads, self.feature_level
+        cpu = measure_machine(threads)
+        gpus = [gpu.measure() for gpu in self.gpus]
+        if model is not None:
+            if self.kind != _REFERENCE:
+                device = ProfiledDevice(self.backend, threads, level, self.free_memory_bytes, os.getpid())
+                cpu = replace(cpu, concurrent=try_stages(device, model))
+            for index, gpu in enumerate(self.gpus):
+                steps = try_stages(ProfiledDevice.gpu(gpu, threads, level), model)
+                gpus[index] = replace(gpus[index], concurrent=steps)
+        return Profile(cpu, tuple(gpus))
 
     def registration(self, name: str, address: str) -> Register:
         level = self.backend.feature_level
@@ -113,10 +106,10 @@ class Device:
             device=self.kind,
             threads=self.threads,
             feature_level=level,
-            total_memory_bytes=total_memory_bytes(),
+            total_memory_bytes=system_info.total_memory_bytes(),
             free_memory_bytes=self.free_memory_bytes,
             fingerprint=_fingerprint(self.kind, self.threads, level, gpus),
-            machine_free_bytes=available_memory_bytes(),
+            machine_free_bytes=system_info.available_memory_bytes(),
             numerics_version=self.backend.numerics_version,
             gpus=gpus,
             gpu_layers=self.gpu_layers,
@@ -144,7 +137,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...]) -> 
     cores = len(os.sched_getaffinity(0))
     alike = Counter(f"{gpu.name} with {gpu.total_bytes // MIB} MiB" for gpu in gpus)
     beside = "".join(f", {count} x {gpu}" for gpu, count in alike.items())
-    return f"{processor_name()}, {cores} cores, {threads} threads, {kind} {level}{beside}"
+    return f"{system_info.processor_name()}, {cores} cores, {threads} threads, {kind} {level}{beside}"
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
@@ -154,18 +147,8 @@ def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
     """
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
-        _check_model(kind, model)
+        if kind != _REFERENCE:
+            from llamaclust.kernels.packed.weights import check_weights
 
-
-def _check_model(kind: str, model: Model) -> None:
-    if kind != "reference":
-        from llamaclust.kernels.packed.weights import check_weights
-
-        program = model.program(0, model.layer_count)
-        check_weights(program, model.tensors_for(program))
-
-
-def _packed_cache(settings: WorkerSettings) -> PackedCacheFolder | None:
-    if settings.packed_cache_dir is None:
-        return None
-    return PackedCacheFolder(settings.packed_cache_dir, settings.packed_cache_bytes)
+            program = model.program(0, model.layer_count)
+            check_weights(program, model.tensors_for(program))

@@ -147,7 +147,9 @@ def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
     with device.cold(read_bytes, left_bytes) as sweep:
         for start, end in ranges:
             with closing(device.runner(model, start, end)) as runner:
-                parts.append(_Part(sum(sizes[start:end]), asyncio.run(_tried(runner, device.size, sweep))))
+                tries = device.size.tries.items()
+                seconds = {rows: asyncio.run(_taken_s(runner, rows, most, sweep)) for rows, most in tries}
+                parts.append(_Part(sum(sizes[start:end]), seconds))
     return tuple(_step_times(*parts))
 
 
@@ -172,11 +174,6 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
             (low, low_s), (high, high_s) = heads
             head_s = high_s + (rows - high) / (high - low) * max(0.0, high_s - low_s)
         yield StepTime(rows, stage_s, byte_s, head_s)
-
-
-async def _tried(runner: StageRunner, size: ProfileSize, sweep: Sweep) -> dict[int, float]:
-    """Seconds by rows."""
-    return {rows: await _taken_s(runner, rows, tries, sweep) for rows, tries in size.tries.items()}
 
 
 async def _taken_s(runner: StageRunner, rows: int, tries: int, sweep: Sweep) -> float:

@@ -25,7 +25,13 @@ def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int, wi
     lengths = [len(chunk.tokens) for chunk in chunks]
     outputs = [chunk.outputs for chunk in chunks]
     row_ends = list(accumulate(lengths))
-    _check_counts(chunks, row_ends[-1], sum(outputs), limits)
+    for what, value, most in (
+        ("tokens", row_ends[-1], limits.max_batch_tokens),
+        ("output rows", sum(outputs), limits.max_outputs),
+        ("sequences", len(chunks), limits.max_sequences),
+    ):
+        if value > most:
+            raise ProtocolError(f"microbatch with {value} {what}, this stage is planned for {most}")
     table_lengths = [_table_length(chunk, limits) for chunk in chunks]
     return Batch(
         tokens=_tokens(chunks, row_ends[-1], vocabulary),
@@ -63,16 +69,6 @@ def _window_blocks(chunk: Chunk, limits: StageLimits, window: int) -> NDArray[np
         has = f"[{chunk.window_start}, {chunk.window_start + sum(counts)})"
         raise ProtocolError(f"window table of blocks {has}, of {window} positions to see needs [{first}, {last})")
     return _ranges(list(starts), list(counts))
-
-
-def _check_counts(chunks: tuple[Chunk, ...], rows: int, outputs: int, limits: StageLimits) -> None:
-    for what, value, most in (
-        ("tokens", rows, limits.max_batch_tokens),
-        ("output rows", outputs, limits.max_outputs),
-        ("sequences", len(chunks), limits.max_sequences),
-    ):
-        if value > most:
-            raise ProtocolError(f"microbatch with {value} {what}, this stage is planned for {most}")
 
 
 def _table_length(chunk: Chunk, limits: StageLimits) -> int:

@@ -24,6 +24,7 @@ class StageMemory:
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    held_weight_bytes: int = 0  # of the weights, what was in memory already
 
     @property
     def parts(self) -> dict[str, int]:
@@ -39,14 +40,12 @@ def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: St
     """What layers [start, end) will take."""
     program = model_program(model, start, end, limits)
     tensors = model.tensors_for(program)
-    weights = sum(tensor.resident_bytes for tensor in tensors.values())
-    return StageMemory(weights, kv_bytes(program, limits), backend.workspace_bytes(program, tensors, limits))
-
-
-def held_weight_bytes(backend: Backend, model: Model, start: int, end: int, limits: StageLimits) -> int:
-    """What of the weights of layers [start, end) is in memory already."""
-    program = model_program(model, start, end, limits)
-    return backend.held_bytes(program, model.tensors_for(program))
+    return StageMemory(
+        weight_bytes=sum(tensor.resident_bytes for tensor in tensors.values()),
+        kv_bytes=kv_bytes(program, limits),
+        workspace_bytes=backend.workspace_bytes(program, tensors, limits),
+        held_weight_bytes=backend.held_bytes(program, tensors),
+    )
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:
@@ -65,10 +64,6 @@ class StageOptions:
     threads: int = 1
     devices: tuple[DeviceLayers, ...] = ()  # of a worker with several, which of the layers they hold
     progress: Progress | None = None  # called with weight bytes as they are loaded
-
-
-def _not_reported(done_bytes: int) -> None:
-    pass
 
 
 class StageRunner:
@@ -91,7 +86,7 @@ class StageRunner:
         self.devices = options.devices
         self._vocabulary = model.hyperparameters.vocabulary_size
         self._sampler = Sampler(self._vocabulary, options.feature_level, options.threads) if program.is_last else None
-        self._stage = backend.load(program, model.tensors_for(program), limits, options.progress or _not_reported)
+        self._stage = backend.load(program, model.tensors_for(program), limits, options.progress or (lambda _: None))
         stage = self._stage
         self.memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
 

@@ -13,14 +13,7 @@ from llamaclust.core.sizes import missing
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, LoadProgress
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.stage.stage_runner import (
-    StageMemory,
-    StageOptions,
-    StageRunner,
-    held_weight_bytes,
-    model_program,
-    plan_memory,
-)
+from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, model_program, plan_memory
 from llamaclust.worker.weights.remote_model import RemoteModel
 from llamaclust.worker.weights.weights import Progress, Reach, Weights
 
@@ -78,10 +71,8 @@ def _planned(order: Load, device: Device, model: Model) -> StageMemory:
     """What the stage will take, on all devices together. InsufficientMemoryError names one that has too little."""
     planned = []
     for part in device.layers(order):
-        backend = device.backend_of(part.device)
-        memory = plan_memory(backend, model, part.start, part.end, order.limits)
-        held_bytes = held_weight_bytes(backend, model, part.start, part.end, order.limits)
-        free_bytes = device.free_bytes_of(part.device) + held_bytes
+        memory = plan_memory(device.backend_of(part.device), model, part.start, part.end, order.limits)
+        free_bytes = device.free_bytes_of(part.device) + memory.held_weight_bytes
         if memory.total_bytes > free_bytes:
             where = f"on {part.device}, " if order.devices else ""
             needs = missing(memory.parts, free_bytes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -84,18 +85,16 @@ class _Field:
         return value
 
 
-_known: dict[type, tuple[_Field, ...]] = {}
-
-
+@cache
 def _fields(kind: Any) -> tuple[_Field, ...]:
-    if kind not in _known:
-        hints = get_type_hints(kind, include_extras=True)
-        _known[kind] = tuple(_compiled(kind, field.name, hints[field.name]) for field in fields(kind))
-    return _known[kind]
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple(_compiled(kind, field.name, hints[field.name]) for field in fields(kind))
 
 
 def _compiled(kind: type, name: str, hint: Any) -> _Field:
-    hint, is_optional = _without_none(hint)
+    is_optional = get_origin(hint) in (Union, UnionType)
+    if is_optional:
+        (hint,) = (choice for choice in get_args(hint) if choice is not NoneType)
     hint, bounds = _without_bounds(hint)
     is_repeated, sizes = get_origin(hint) is tuple, bounds
     if is_repeated:
@@ -105,13 +104,6 @@ def _compiled(kind: type, name: str, hint: Any) -> _Field:
     if not bounds and (hint in (str, float) or (is_repeated and not sizes)):
         raise TypeError(f"{label} has no bound")
     return _Field(name, label, nested, is_repeated, is_optional, bounds, sizes if is_repeated else ())
-
-
-def _without_none(hint: Any) -> tuple[Any, bool]:
-    if get_origin(hint) not in (Union, UnionType):
-        return hint, False
-    (inner,) = (choice for choice in get_args(hint) if choice is not NoneType)
-    return inner, True
 
 
 def _without_bounds(hint: Any) -> tuple[Any, tuple[Bound, ...]]:

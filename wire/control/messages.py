@@ -32,12 +32,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.wire.codec import PROTOCOL_VERSION
-from llamaclust.wire.control.profiles import (
-    LinkProfiles,
-    ProfileLinks,
-    ProfileWorker,
-    WorkerProfile,
-)
+from llamaclust.wire.control.profiles import LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
 
 _Timeout = Annotated[float, Real(0.01, 86400.0)]
 _LogLine = LogLine(2000)

@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from llamaclust.core.bounds import (
-    Address,
-    ModelId,
-    ModelPath,
-    Real,
-    Size,
-    WorkerName,
-)
+from llamaclust.core.bounds import Address, ModelId, ModelPath, Real, Size, WorkerName
 from llamaclust.core.profile import Profile
 
 

@@ -235,11 +235,7 @@ class StageLoop:
         return Answer(data, SampledTokens(microbatch.number, ()))
 
     async def _send(
-        self,
-        outlet: Writable,
-        to_first: Writable | None,
-        limit: recurring_deadline,
-        answering: asyncio.Future[Answer],
+        self, outlet: Writable, to_first: Writable | None, limit: recurring_deadline, answering: asyncio.Future[Answer]
     ) -> None:
         answer = await asyncio.shield(answering)
         begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns

@@ -72,12 +72,7 @@ class StageStreams:
     """One loaded stage in an epoch."""
 
     def __init__(
-        self,
-        epoch: int,
-        runner: StageRunner,
-        context: StageContext,
-        deadlines: Deadlines,
-        neighbours: Neighbours,
+        self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines, neighbours: Neighbours
     ) -> None:
         self.epoch = epoch
         self.runner = runner

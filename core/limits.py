@@ -34,9 +34,8 @@ class StageLimits:
     max_context_tokens: Annotated[int, Integer(1, MAX_CONTEXT_TOKENS)]
     kv_blocks: Annotated[int, Integer(1, MAX_KV_BLOCKS)]
     kv_type: Annotated[str, Choice(KV_TYPES)] = "f16"
-    window_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = (
-        0  # of layers with a window, which then keep no more than that; 0: they are as all others
-    )
+    # of layers with a window, which then keep no more than that; 0: they are as all others
+    window_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
 
     def gives_up(self, window: int | None) -> bool:
         """Whether a layer with this window, or none, gives up its blocks behind it: then its blocks are others."""

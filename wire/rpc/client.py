@@ -183,16 +183,14 @@ class Peer:
             if not self._channels:
                 self._channels.append(aio.insecure_channel(self.address, options=self._options))
         elif self._pair is not self._credentials.pair:
+            from llamaclust.wire.security.tls import TARGET_NAME, channel_credentials
+
+            assert self.principal is not None, "the expected identity"
             self._pair = self._credentials.pair
-            self._channels.append(self._secure(self._credentials))
+            options = (*self._options, (TARGET_NAME, self.principal.host(self._credentials.cluster)))
+            credentials = channel_credentials(self._credentials)
+            self._channels.append(aio.secure_channel(f"dns:///{self.address}", credentials, options=options))
         return self._channels[-1]
-
-    def _secure(self, identity: Identity) -> Any:
-        from llamaclust.wire.security.tls import TARGET_NAME, channel_credentials
-
-        assert self.principal is not None, "the expected identity"
-        options = (*self._options, (TARGET_NAME, self.principal.host(identity.cluster)))
-        return aio.secure_channel(f"dns:///{self.address}", channel_credentials(identity), options=options)
 
     async def close(self) -> None:
         await asyncio.gather(*(channel.close(grace=None) for channel in self._channels))

@@ -17,12 +17,6 @@ _CALLS = {"x86_64": (314, 315), "aarch64": (274, 275)}  # sched_setattr, sched_g
 _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr: size, policy, flags, nice, priority, runtime, ...
 
 
-def time_slice_ns(thread_id: int = 0) -> int | None:
-    """What a thread asks for, 0 being this one; None where that cannot be known, or it is no ordinary thread."""
-    attributes = _attributes(thread_id)
-    return None if attributes is None else attributes[5]
-
-
 def request_slices(slice_ns: int) -> None:
     """Of this thread, and of those that it starts from now on: SHORT_SLICE_NS or USUAL_SLICE_NS."""
     attributes = _attributes(0)

@@ -27,7 +27,11 @@ class Principal:
 
     def host(self, cluster: str) -> str:
         """The one name that its certificate has."""
-        return _coordinator_host(cluster) if self.worker is None else f"{_label(self.worker)}{_worker_suffix(cluster)}"
+        if self.worker is None:
+            return f"coordinator.{cluster}.{_DOMAIN}"
+        # one name, one label, whatever becomes of capitals on the way: host names are compared without them
+        label = re.sub(r"[^a-z0-9.-]", lambda match: f"_{ord(match[0]):02x}", self.worker)
+        return f"{label}.worker.{cluster}.{_DOMAIN}"
 
 
 COORDINATOR = Principal(None)
@@ -35,26 +39,13 @@ COORDINATOR = Principal(None)
 
 def principal_of(host: str, cluster: str) -> Principal | None:
     """The identity in a certificate's name; None for one of another cluster or of an unknown kind."""
-    if host == _coordinator_host(cluster):
+    if host == COORDINATOR.host(cluster):
         return COORDINATOR
-    label = host.removesuffix(_worker_suffix(cluster))
+    label = host.removesuffix(Principal("").host(cluster))
     if label == host:
         return None
     named = Principal(re.sub(r"_([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), label))
     return named if named.host(cluster) == host else None
-
-
-def _coordinator_host(cluster: str) -> str:
-    return f"coordinator.{cluster}.{_DOMAIN}"
-
-
-def _worker_suffix(cluster: str) -> str:
-    return f".worker.{cluster}.{_DOMAIN}"
-
-
-def _label(worker: str) -> str:
-    """One name, one label, whatever becomes of capitals on the way: host names are compared without them."""
-    return re.sub(r"[^a-z0-9.-]", lambda match: f"_{ord(match[0]):02x}", worker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +67,15 @@ class KeyPair:
         return max(0.0, self.made_at_s + self.life_s * 2 / 3 - time.time())
 
 
+@dataclass(slots=True, eq=False)
 class Identity:
     """What this process shows and what it accepts: certificates of one CA. A renewed pair takes the old one's place;
     connections that stand are not disturbed."""
 
-    def __init__(self, ca: bytes, cluster: str, principal: Principal, pair: KeyPair) -> None:
-        """`ca`: its certificate, PEM."""
-        self.ca = ca
-        self.cluster = cluster
-        self.principal = principal
-        self.pair = pair
+    ca: bytes  # its certificate, PEM
+    cluster: str
+    principal: Principal
+    pair: KeyPair
 
 
 @dataclass(frozen=True, slots=True)

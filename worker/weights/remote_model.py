@@ -39,7 +39,7 @@ class RemoteModel:
         self._cache: WeightCache = weights.cache
         self._path = Path(model_path)
         self._model_id = model_id
-        self._known = known
+        self.known = known
         self._weights = weights
         self._sources = dict(sources)
         self._left: list[Peer] = []  # where sources were before
@@ -50,17 +50,14 @@ class RemoteModel:
 
     async def __aenter__(self) -> Self:
         self._stack.enter_context(self._cache.in_use())
-        self._stack.enter_context(self._weights.fetching(self))
+        self._weights.fetching.append(self)
+        self._stack.callback(self._weights.fetching.remove, self)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self._stack.close()
         peers = (*self._sources.values(), *self._left)
         await asyncio.gather(*(peer.close() for peer in peers), return_exceptions=True)
-
-    @property
-    def manifest(self) -> str:
-        return self._known.manifest
 
     def renew(self, worker: str, peer: Peer) -> None:
         """From now on this worker is asked there."""
@@ -72,8 +69,8 @@ class RemoteModel:
 
     async def outline(self) -> Model:
         """The model, with those of its weights that are here."""
-        content = self._known.manifest
-        await self._fetch([WantedWeights(content, self._known.manifest_bytes, "the model's manifest")])
+        content = self.known.manifest
+        await self._fetch([WantedWeights(content, self.known.manifest_bytes, "the model's manifest")])
         manifest = await asyncio.to_thread(read_manifest, self._cache.place(content))
         if manifest.model_id != self._model_id:
             raise ModelFileError(f"{self._path}: the manifest is of model {manifest.model_id}, not {self._model_id}")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolError
 from llamaclust.model.gguf.model_file import ModelFile
@@ -23,6 +22,9 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import Handler, ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, decode_range, encode_missing, frames_of
 from llamaclust.worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from llamaclust.worker.weights.remote_model import RemoteModel
 
 _log = logging.getLogger(__name__)
 
@@ -63,14 +65,6 @@ Reach = Callable[[str, str], Peer]
 """A channel to a worker, by address and name."""
 
 
-class Fetching(Protocol):
-    """Weights of one manifest, on their way to here."""
-
-    @property
-    def manifest(self) -> str: ...
-    def renew(self, worker: str, peer: Peer) -> None: ...
-
-
 class Weights:
     """Of one worker. Without a `cache` it neither fetches nor gives any."""
 
@@ -83,25 +77,16 @@ class Weights:
         self._given: dict[str, Tensor] = {}  # of files, by SHA-256
         self._located: dict[str, WeightsFound] = {}  # of files with a manifest, by model id
         self._streams = 0
-        self._fetching: list[Fetching] = []
+        self.fetching: list[RemoteModel] = []  # which new sources are reported to
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
         return {FETCH: self._serve}
 
-    @contextmanager
-    def fetching(self, what: Fetching) -> Iterator[None]:
-        """Meanwhile, it is told of new sources."""
-        self._fetching.append(what)
-        try:
-            yield
-        finally:
-            self._fetching.remove(what)
-
     def add_source(self, update: AddWeightSource, reach: Reach) -> None:
-        for fetch in self._fetching:
-            if fetch.manifest == update.manifest:
-                fetch.renew(update.source.worker, reach(update.source.address, update.source.worker))
+        for model in self.fetching:
+            if model.known.manifest == update.manifest:
+                model.renew(update.source.worker, reach(update.source.address, update.source.worker))
 
     def open_file(self, model_path: str, model_id: str) -> Model | None:
         """The file of that identity, at its path or under its name in `model_dir`; None where there is no file.

@@ -9,8 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llamaclust.wire.rpc.sched_slice import SHORT_SLICE_NS, short_slices, time_slice_ns
+from llamaclust.wire.rpc import sched_slice
+from llamaclust.wire.rpc.sched_slice import SHORT_SLICE_NS, short_slices
 from support.clusters.real_cluster import real_cluster
+
+
+def time_slice_ns(thread_id: int = 0) -> int | None:
+    """That a thread has requested, 0 being this one; None where that cannot be known, or it is no ordinary thread."""
+    attributes = sched_slice._attributes(thread_id)
+    return None if attributes is None else attributes[5]
 
 
 def _obeys() -> bool:

@@ -113,7 +113,7 @@ def read_line(line: str) -> tuple[str, str] | None:
     text = _TEXT.fullmatch(line)
     if text is not None:
         return text["level"], text["message"]
-    fields = _json_fields(line) if line.startswith("{") else _logfmt_fields(line)
+    fields = _fields_of(line)
     level, message = fields.get("level"), fields.get("msg")
     if not isinstance(level, str) or not isinstance(message, str):
         return None
@@ -122,21 +122,17 @@ def read_line(line: str) -> tuple[str, str] | None:
     return level.upper(), last
 
 
-def _json_fields(line: str) -> dict[str, object]:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
-
-
-def _logfmt_fields(line: str) -> dict[str, object]:
+def _fields_of(line: str) -> dict[str, object]:
+    """Of a line in JSON or logfmt; none of any other."""
     fields: dict[str, object] = {}
     at = 0
     try:
+        if line.startswith("{"):
+            parsed = json.loads(line)
+            return parsed if isinstance(parsed, dict) else {}
         while found := _FIELD.match(line, at):
             at, value = found.end(), found["value"]
             fields[found["key"]] = json.loads(value, strict=False) if value.startswith('"') else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return fields if at == len(line) else {}

@@ -23,23 +23,18 @@ class GpuBackend(Backend, Protocol):
     @property
     def free_bytes(self) -> int:
         """What may still be taken of its memory, a cap considered."""
-        ...
 
     def gpu(self) -> Gpu:
         """What it is."""
-        ...
 
     def measure(self) -> DeviceProfile:
         """What its kernels reach; blocks for a moment."""
-        ...
 
     def limits(self) -> DeviceProfile:
         """What it can do at best."""
-        ...
 
     def cache_flush(self) -> AbstractContextManager[Callable[[], None]]:
         """What makes its cache cold, each time that it is called."""
-        ...
 
     def close(self) -> None: ...
 

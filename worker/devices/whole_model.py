@@ -11,7 +11,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import missing
 from llamaclust.model.loader import Model
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.stage.stage_runner import StageMemory, plan_memory
+from llamaclust.worker.stage.stage_runner import plan_memory
 
 _CPU = "cpu"
 
@@ -29,31 +29,22 @@ def held_layers(device: Device, model: Model, limits: StageLimits) -> tuple[Devi
             name, until = device.gpus[index].device, end
             layers = range(least, until)
             start = least + bisect_left(
-                layers, True, key=lambda at: _fits(device, DeviceLayers(name, at, until), model, limits)
+                layers, True, key=lambda at: not _shortage(device, DeviceLayers(name, at, until), model, limits)
             )
         held.append(DeviceLayers(device.gpus[index].device, start, end))
         end = start
     parts = tuple(part for part in (DeviceLayers(_CPU, 0, end), *reversed(held)) if part.start < part.end)
     for part in parts:
-        _check(device, part, model, limits)
+        if shortage := _shortage(device, part, model, limits):
+            which = "" if not device.gpus else f", layers [{part.start}, {part.end}) on {part.device},"
+            fewer = "fewer layers on GPUs (auto: as many as fit), or " if part.device != _CPU else ""
+            what = f"{model.file.path}{which} needs {shortage}"
+            raise InsufficientMemoryError(f"{what}; take {fewer}a smaller context_length")
     return parts
 
 
-def _planned(device: Device, held: DeviceLayers, model: Model, limits: StageLimits) -> tuple[StageMemory, int]:
-    """(what the layers will take, what is free)"""
+def _shortage(device: Device, held: DeviceLayers, model: Model, limits: StageLimits) -> str:
+    """What these layers need and what is free; "" where they fit."""
     planned = plan_memory(device.backend_of(held.device), model, held.start, held.end, limits)
-    return planned, device.free_bytes_of(held.device)
-
-
-def _fits(device: Device, held: DeviceLayers, model: Model, limits: StageLimits) -> bool:
-    planned, free_bytes = _planned(device, held, model, limits)
-    return planned.total_bytes <= free_bytes
-
-
-def _check(device: Device, held: DeviceLayers, model: Model, limits: StageLimits) -> None:
-    planned, free_bytes = _planned(device, held, model, limits)
-    if planned.total_bytes > free_bytes:
-        which = "" if not device.gpus else f", layers [{held.start}, {held.end}) on {held.device},"
-        fewer = "fewer layers on GPUs (auto: as many as fit), or " if held.device != _CPU else ""
-        what = f"{model.file.path}{which} needs {missing(planned.parts, free_bytes)}"
-        raise InsufficientMemoryError(f"{what}; take {fewer}a smaller context_length")
+    free_bytes = device.free_bytes_of(held.device)
+    return missing(planned.parts, free_bytes) if planned.total_bytes > free_bytes else ""

@@ -65,7 +65,7 @@ class RemoteModel:
             self._left.append(self._sources[worker])
         self._sources[worker] = peer
         if self._fetch_now is not None:
-            self._fetch_now.renew(_named(worker), peer)
+            self._fetch_now.renew(f"worker {worker}", peer)
 
     async def outline(self) -> Model:
         """The model, with those of its weights that are here."""
@@ -108,7 +108,7 @@ class RemoteModel:
         missing = await asyncio.to_thread(self._missing, wanted)
         if missing:
             await asyncio.to_thread(self._cache.make_room, self._missing_bytes(missing))
-            sources = [(_named(worker), peer) for worker, peer in self._sources.items()]
+            sources = [(f"worker {worker}", peer) for worker, peer in self._sources.items()]
             self._fetch_now = WeightFetch(self._cache, sources, self._count, self._on_bytes)
             try:
                 await self._fetch_now.run(missing)
@@ -127,8 +127,3 @@ class RemoteModel:
             if found is not None:
                 held[record.content] = self._cache.place(record.content), found
         return Model(self._manifest.file(self._path, held))
-
-
-def _named(worker: str) -> str:
-    """For messages."""
-    return f"worker {worker}"

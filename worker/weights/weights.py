@@ -148,8 +148,12 @@ class Weights:
         self._streams += 1
         try:
             await stream.accept()
-            while (wanted := await _asked(stream)) is not None:
-                await self._give(stream, wanted)
+            while True:
+                async with deadline("the next range of weights that is asked for", _IDLE_S):
+                    data = await stream.read()
+                if data is None:
+                    return
+                await self._give(stream, decode_range(data))
         finally:
             self._streams -= 1
 
@@ -205,12 +209,6 @@ def _file_key(file: ModelFile) -> str:
 def _check_end(content: str, end: int, n_bytes: int) -> None:
     if end > n_bytes:
         raise ModelFileError(f"weights with SHA-256 {content} are {n_bytes} bytes, asked for up to {end}")
-
-
-async def _asked(stream: ServerStream) -> WeightRange | None:
-    async with deadline("the next range of weights that is asked for", _IDLE_S):
-        data = await stream.read()
-    return None if data is None else decode_range(data)
 
 
 async def _write(stream: ServerStream, frame: bytes) -> None:

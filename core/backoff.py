@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_MAX_DOUBLINGS = 64
-"""Failures can go on for hours; a float ends at 2 ** 1024."""
+_MAX_DOUBLINGS = 64  # failures can go on for hours; a float ends at 2 ** 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,7 @@ from llamaclust.wire.control.profiles import LinkProfiles, ProfileLinks, Profile
 _Timeout = Annotated[float, Real(0.01, 86400.0)]
 _LogLine = LogLine(2000)
 _MAX_LOG_LINES = 1000
-_MAX_LOG_BYTES = 1 << 17
-"""Of all lines as UTF-8: little else is in such a message."""
+_MAX_LOG_BYTES = 1 << 17  # of all lines as UTF-8: little else is in such a message
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,7 @@ BYTES = 64 << 20
 _MOST_BYTES = 1 << 30
 _LEVELS = "/sys/devices/system/cpu/cpu0/cache"
 _TURN_BYTES = 1 << 20
-_REST_S = 0.0005
-"""Threads that spin for work sleep by then."""
+_REST_S = 0.0005  # threads that spin for work sleep by then
 
 
 def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:

@@ -50,8 +50,7 @@ _TRANSPORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.Statu
 _TRYING = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 _CONNECT_S = 20.0
 _LONGEST_NAME = 63
-_LEAST_ANSWER_S = 1.0
-"""A lossy link, or a crowded machine, may need so long for an answer."""
+_LEAST_ANSWER_S = 1.0  # a lossy link, or a crowded machine, may need so long for an answer
 
 
 class StreamBrokenError(WorkerError):

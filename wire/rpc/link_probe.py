@@ -15,11 +15,9 @@ from llamaclust.wire.rpc.server import ServerStream
 _SERVE_S = 60.0
 _MEASURE_S = 20.0
 _ANSWER = b"here"
-_PING_BYTES = 8192
-"""About what one token's hidden state takes."""
+_PING_BYTES = 8192  # about what one token's hidden state takes
 _WARM_UP, _PINGS = 3, 12
-_BETWEEN_S = 0.002
-"""The other side is ready by then."""
+_BETWEEN_S = 0.002  # the other side is ready by then
 _FIRST_BYTES, _FRAME_BYTES, _MOST_BYTES = 1 << 16, 1 << 19, 1 << 25
 _LONG_ENOUGH_S = 0.1
 _MOST_MESSAGES = 256

@@ -14,8 +14,7 @@ from llamaclust.core.bounds import one_line
 HANDSHAKE_S = 10.0
 """What a handshake may take."""
 _REMEMBERED = 4096
-_TOLD_S = 0.5
-"""After the handshake's limit: a call needs a moment to come."""
+_TOLD_S = 0.5  # after the handshake's limit: a call needs a moment to come
 _MOST = 20
 _SECONDS = 60.0
 

@@ -38,13 +38,11 @@ if TYPE_CHECKING:
     from llamaclust.worker.devices.backends import GpuBackend
 
 _DECODE_ROWS = (1, 8)
-_ENOUGH_S = 2.0
-"""Of steps at so many rows: large layers on a slow machine are tried less often, and in the end once."""
+_ENOUGH_S = 2.0  # of steps at so many rows: large layers on a slow machine are tried less often, and in the end once
 _CONTEXT = 256  # tokens before those of a decode step
 _BLOCKS = (_CONTEXT + 16) // 16
 _LEAST_LAYERS = 3
-_LEAST_BYTES = 32 << 20
-"""Of layers that are tried: fewer stay in caches, and differ by less than a machine's moods."""
+_LEAST_BYTES = 32 << 20  # of layers that are tried: fewer stay in caches, and differ by less than a machine's moods
 _EPOCH = 1
 
 Sweep = Callable[[], None]

@@ -14,8 +14,7 @@ from llamaclust.kernels.backend import Batch
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 
-_FEW = 256
-"""So many numbers are made faster by plain Python than by NumPy's calls."""
+_FEW = 256  # so many numbers are made faster by plain Python than by NumPy's calls
 
 
 def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int, window: int | None = None) -> Batch:

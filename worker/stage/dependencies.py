@@ -13,8 +13,7 @@ from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, newest_depe
 
 _TOKENS_S = 600.0
 """A microbatch waits so long for tokens that it depends on; a coordinator that misses a result gives up earlier."""
-_MOST_INPUTS = 256
-"""That wait for their microbatch: more than any coordinator has in flight."""
+_MOST_INPUTS = 256  # that wait for their microbatch: more than any coordinator has in flight
 
 
 class Dependencies:

@@ -9,8 +9,7 @@ from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, SamplingInputs
 
-_MOST_KEPT = 256
-"""More microbatches than any coordinator has in flight."""
+_MOST_KEPT = 256  # more microbatches than any coordinator has in flight
 
 
 def sampled_tokens_of(number: int, rows: tuple[RowResult, ...]) -> SampledTokens:

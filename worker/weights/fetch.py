@@ -16,10 +16,8 @@ from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, WeightsNotFo
 
 _log = logging.getLogger(__name__)
 
-_LANES = 2
-"""Streams to each source: one can be answered while the other's bytes are checked and written."""
-_MOST_SOURCES = 4
-"""Asked at the same time; others take the place of those that fail."""
+_LANES = 2  # streams to each source: one can be answered while the other's bytes are checked and written
+_MOST_SOURCES = 4  # asked at the same time; others take the place of those that fail
 _WRITE_BYTES = 8 * FRAME_BYTES
 _MOST_MIXED = 2
 _LOOK_S = 0.05

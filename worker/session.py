@@ -41,7 +41,10 @@ class Session:
             if isinstance(error, DeviceLostError):
                 self.worker.compute.give_up(error)
                 return
-            answer = failed(_failure_of(error))
+            known = isinstance(error, LlamaclustError)
+            text = str(error) if known else f"{type(error).__name__}: {error}"
+            kind = type(error) if known else LlamaclustError
+            answer = failed(Failure(kind.__name__, one_line(text)))
         if isinstance(answer, LoadFailed):
             gc.collect()  # a future and its error hold each other, and what was loaded until then
         await self.send(answer)
@@ -50,10 +53,3 @@ class Session:
         """Another worker, which must show this name where one is given."""
         principal = None if worker is None else Principal(worker)
         return Peer(address, self.credentials, principal, self.deadlines.peer_s)
-
-
-def _failure_of(error: Exception) -> Failure:
-    """An error as it crosses the wire."""
-    known = isinstance(error, LlamaclustError)
-    text = str(error) if known else f"{type(error).__name__}: {error}"
-    return Failure(type(error).__name__ if known else LlamaclustError.__name__, one_line(text))

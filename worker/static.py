@@ -47,7 +47,8 @@ class _StaticWorker:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._host, self._port = split_address(settings.join)
-        self._token = _join_token(settings)
+        file = settings.token_file
+        self._token = JoinToken.parse(settings.token) if file is None else JoinToken.read(file)  # None: insecure
         self._worker = Worker.open(settings)
         self._rejoin = _RejoinLimit(settings.join)
         self._credentials: Credentials | None = None
@@ -127,13 +128,6 @@ class _StaticWorker:
             with contextlib.suppress(DeadlineError):
                 async with deadline("closing streams", _GRACE_S):
                     await self._server.stop(0.0)
-
-
-def _join_token(settings: WorkerSettings) -> JoinToken | None:
-    """None: insecure."""
-    if settings.token_file is not None:
-        return JoinToken.read(settings.token_file)
-    return JoinToken.parse(settings.token) if settings.token else None
 
 
 class _RejoinLimit:

@@ -155,7 +155,7 @@ def test_a_stage_does_the_steps_that_are_timed(tiny: Path) -> None:
         run = stage._runner.run
 
         def spy(microbatch, hidden):  # type: ignore[no-untyped-def]
-            seen.append((microbatch.rows, microbatch.outputs))
+            seen.append((microbatch.rows, sum(chunk.outputs for chunk in microbatch.chunks)))
             return run(microbatch, hidden)
 
         stage._runner.run = spy  # type: ignore[method-assign]

@@ -40,10 +40,6 @@ class Microbatch:
     def rows(self) -> int:
         return sum(len(chunk.tokens) for chunk in self.chunks)
 
-    @property
-    def outputs(self) -> int:
-        return sum(chunk.outputs for chunk in self.chunks)
-
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 _log = logging.getLogger(__name__)
@@ -20,9 +20,6 @@ class TaskSet:
 
     def __len__(self) -> int:
         return len(self._tasks)
-
-    def __iter__(self) -> Iterator[asyncio.Task[Any]]:
-        return iter(tuple(self._tasks))
 
     def start(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
         task = asyncio.create_task(work)
@@ -42,7 +39,7 @@ class TaskSet:
 
     def cancel(self) -> None:
         """Requests the end of all tasks."""
-        for task in self:
+        for task in tuple(self._tasks):
             task.cancel()
 
     async def close(self) -> None:

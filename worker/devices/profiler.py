@@ -91,10 +91,6 @@ class ProfiledDevice:
         free_bytes = gpu.free_bytes * 3 // 4  # the rest is for what makes its cache cold
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
-    def runner(self, model: Model, start: int, end: int) -> StageRunner:
-        limits, level = self.size.limits, self.feature_level
-        return StageRunner(self.backend, model, start, end, limits, StageOptions(level, self.threads))
-
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
         """A processor's caches need no more than `most_bytes`, and take no more than what is left of its memory."""
@@ -142,9 +138,10 @@ def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
     left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)
     read_bytes = max(SWEEP_BYTES, sum(sizes))  # by the stages together, for every token
     parts = []
+    limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
     with device.cold(read_bytes, left_bytes) as sweep:
         for start, end in ranges:
-            with closing(device.runner(model, start, end)) as runner:
+            with closing(StageRunner(device.backend, model, start, end, limits, options)) as runner:
                 tries = device.size.tries.items()
                 seconds = {rows: asyncio.run(_taken_s(runner, rows, most, sweep)) for rows, most in tries}
                 parts.append(_Part(sum(sizes[start:end]), seconds))

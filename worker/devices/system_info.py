@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -18,7 +19,8 @@ def total_memory_bytes() -> int:
 
 def available_memory_bytes() -> int:
     """What may still be taken without swapping: the kernel's own estimate, less in a confined control group."""
-    available = _meminfo("MemAvailable") or os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES
+    found = re.search(r"^MemAvailable: +(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)
+    available = int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES
     most, used = _number(_group_file("memory.max")), _number(_group_file("memory.current"))
     return available if most is None or used is None else max(0, min(available, most - used))
 
@@ -48,13 +50,6 @@ def log_place() -> str:
     if target.name.startswith("socket:") and group.suffix == ".service":
         return f"`journalctl{' --user' if 'user.slice' in group.parts else ''} -u {group.name}`"
     return "its standard error"
-
-
-def _meminfo(key: str) -> int | None:
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _group_file(name: str) -> Path:

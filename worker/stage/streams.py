@@ -64,9 +64,6 @@ class Neighbours:
     previous_worker: str | None = None  # opens FORWARD; None: this is the first stage, where the coordinator does
     last_worker: str | None = None  # of the first of several stages: opens SAMPLED_TOKENS
 
-    async def close(self) -> None:
-        await asyncio.gather(*(peer.close() for peer in (self.next, self.first) if peer is not None))
-
 
 class StageStreams:
     """One loaded stage in an epoch."""
@@ -156,7 +153,8 @@ class StageStreams:
         """Ends the stage's ways to others, and what comes to it; what is loaded is the caller's then."""
         if self._forwarding is not None:
             self._forwarding.cancel()
-        await self._neighbours.close()
+        peers = (self._neighbours.next, self._neighbours.first)
+        await asyncio.gather(*(peer.close() for peer in peers if peer is not None))
         return self.runner
 
     async def close(self) -> None:

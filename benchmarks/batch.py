@@ -18,7 +18,8 @@ from pathlib import Path
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.tools.bench.limits import Spread
-from llamaclust.tools.bench.stage import BenchStage, Sampling, stage_limits
+from llamaclust.tools.bench.stage import BenchStage, stage_limits
+from llamaclust.worker.stage.stage_runner import StageOptions
 
 _SEQUENCES = 8
 _STEPS = 32
@@ -58,7 +59,9 @@ class Scaling:
     @contextmanager
     def _stage(self, batch: int, context: int) -> Iterator[BenchStage]:
         with Model.open(self.path) as model:
-            opened = BenchStage(model, CpuBackend(self.threads), stage_limits(batch, context), Sampling(self.threads))
+            opened = BenchStage(
+                model, CpuBackend(self.threads), stage_limits(batch, context), StageOptions(threads=self.threads)
+            )
             try:
                 yield opened
             finally:

@@ -21,11 +21,11 @@ from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.probes import ReadProbe, int8_peak
 from llamaclust.model.loader import Model
-from llamaclust.tools.bench.stage import BenchStage, Sampling, stage_limits
+from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.worker.devices import backends
 from llamaclust.worker.devices.backends import GpuBackend
 from llamaclust.worker.devices.system_info import available_memory_bytes
-from llamaclust.worker.stage.stage_runner import StageMemory, plan_memory
+from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
 """What is left of VRAM so that its bandwidth can be measured beside the model, or so large a part of a small GPU's."""
@@ -118,8 +118,9 @@ class Loaded:
                 raise UsageError(f"beside llama-bench all layers must be on the GPU: {self.placement}")
             report(f"loading {task.model.stem}: {self.placement}")
             started, progress = time.perf_counter(), _Progress()
-            backend, sampling = self.placement.backend(self.gpu, processor), Sampling(task.threads)
-            stage = BenchStage(self.model, backend, stage_limits(task.sequences, task.context), sampling, progress.add)
+            backend = self.placement.backend(self.gpu, processor)
+            options = StageOptions(threads=task.threads, progress=progress.add)
+            stage = BenchStage(self.model, backend, stage_limits(task.sequences, task.context), options)
             self._stage = held.enter_context(closing(stage))
             self.load_s = time.perf_counter() - started
             report(f"loaded {progress.done_bytes / 1e9:.1f} GB in {self.load_s:.1f} s")

@@ -27,7 +27,8 @@ from llamaclust.tools.bench.bench import BenchTask, Work, cores, run_bench
 from llamaclust.tools.bench.even_split import even_split
 from llamaclust.tools.bench.limits import Pair, Spread, paired
 from llamaclust.tools.bench.load import LoadMeter, OtherLoad
-from llamaclust.tools.bench.stage import BenchStage, Sampling, stage_limits
+from llamaclust.tools.bench.stage import BenchStage, stage_limits
+from llamaclust.worker.stage.stage_runner import StageOptions
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
@@ -150,7 +151,7 @@ def test_a_limit_is_measured_before_and_after() -> None:
 
 def test_a_stage_does_the_steps_that_are_timed(tiny: Path) -> None:
     with Model.open(tiny) as model:
-        stage = BenchStage(model, CpuBackend(1), stage_limits(3, 100), Sampling(1))
+        stage = BenchStage(model, CpuBackend(1), stage_limits(3, 100), StageOptions(threads=1))
         seen: list[tuple[int, int]] = []
         run = stage._runner.run
 

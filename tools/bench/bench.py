@@ -22,9 +22,10 @@ from llamaclust.tools.background import in_background
 from llamaclust.tools.bench.gpu import GpuLimits
 from llamaclust.tools.bench.limits import Limits, MachineLimits, Pair, Spread, paired
 from llamaclust.tools.bench.load import LoadMeter, OtherLoad
-from llamaclust.tools.bench.stage import BenchStage, Sampling, stage_limits
+from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.tools.model_info import describe
 from llamaclust.worker.devices.backends import open_gpu
+from llamaclust.worker.stage.stage_runner import StageOptions
 
 OnStep = Callable[[str], None]
 """Called with the name of the next measurement."""
@@ -199,8 +200,8 @@ def _stage_runs(
     model: Model, backend: Backend, level: str, measurement: _Measurement, limits: GpuLimits | None = None
 ) -> None:
     task = measurement.task
-    sampling = Sampling(task.threads_each, environment().feature_level or "" if limits else level)
-    with closing(BenchStage(model, backend, stage_limits(task.batch, task.context, task.kv_type), sampling)) as stage:
+    options = StageOptions(environment().feature_level or "" if limits else level, task.threads_each)
+    with closing(BenchStage(model, backend, stage_limits(task.batch, task.context, task.kv_type), options)) as stage:
         asyncio.run(measurement.run(_StageRunner(stage, task), limits))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from time import perf_counter_ns
 
 import numpy as np
@@ -14,7 +13,7 @@ from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import RowTask, SampleTask, SamplingParams
-from llamaclust.kernels.backend import Backend, Progress
+from llamaclust.kernels.backend import Backend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs, StageTiming
@@ -23,14 +22,6 @@ from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
 _EPOCH = 1
 _MOST_ROWS = 512
 _SEED = 20_240_601
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """What the sampler computes with, whatever the backend; "" is the best feature level."""
-
-    threads: int
-    feature_level: str = ""
 
 
 def stage_limits(batch: int, context: int, kv_type: KvType = KvType.F16) -> StageLimits:
@@ -42,18 +33,10 @@ def stage_limits(batch: int, context: int, kv_type: KvType = KvType.F16) -> Stag
 class BenchStage:
     """A loaded stage and sequences of random tokens: as many and as long as `stage_limits` says."""
 
-    def __init__(
-        self,
-        model: Model,
-        backend: Backend,
-        limits: StageLimits,
-        sampling: Sampling,
-        progress: Progress = lambda done_bytes: None,
-    ) -> None:
-        """Loads the weights; `progress` is called with the bytes loaded."""
+    def __init__(self, model: Model, backend: Backend, limits: StageLimits, options: StageOptions) -> None:
+        """Loads the weights."""
         batch, context = limits.max_sequences, limits.max_context_tokens
         blocks = limits.kv_blocks // batch
-        options = StageOptions(sampling.feature_level, sampling.threads, progress=progress)
         self._runner = StageRunner(backend, model, 0, model.layer_count, limits, options)
         self._tables = [(blocks * index, blocks) for index in range(batch)]
         self._model_id = model.model_id

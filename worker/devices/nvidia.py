@@ -21,15 +21,9 @@ def advice(root: Path = Path("/")) -> str:
     if not memory.exists():
         return f"there is no {memory}: `sudo nvidia-modprobe -u -c 0` makes it; {_CONTAINER}"
     for device in (control, memory):
-        if why := _refusal(device):
+        try:
+            os.close(os.open(device, os.O_RDWR))
+        except OSError as error:
+            why = error.strerror or str(error)
             return f"{device}: {why}: let this user into the file's group (often video); {_SERVICE}"
-    return ""
-
-
-def _refusal(device: Path) -> str:
-    """Why it cannot be opened; "" where it can."""
-    try:
-        os.close(os.open(device, os.O_RDWR))
-    except OSError as error:
-        return error.strerror or str(error)
     return ""

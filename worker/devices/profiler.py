@@ -110,9 +110,6 @@ class ProfiledDevice:
         """Of memory, beside such a stage."""
         return self.free_bytes - plan_memory(self.backend, model, start, end, self.size.limits).total_bytes
 
-    def fits(self, model: Model, start: int, end: int) -> bool:
-        return self.left_bytes(model, start, end) >= SWEEP_BYTES
-
 
 @dataclass(frozen=True, slots=True)
 class _Part:
@@ -130,12 +127,12 @@ def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
     if layers < _LEAST_LAYERS or sum(sizes) < _LEAST_BYTES:
         return ()
     some = max(2, min(layers - 1, device.size.layers_bytes // max(sizes[0], 1)))
-    while some > 2 and not device.fits(model, 0, some):
+    while some > 2 and device.left_bytes(model, 0, some) < SWEEP_BYTES:
         some = max(2, some * 3 // 4)
     ranges = _ranges(layers, some, device.place)
-    if sum(sizes[:some]) < _LEAST_BYTES or not all(device.fits(model, start, end) for start, end in ranges):
-        return ()
     left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)
+    if sum(sizes[:some]) < _LEAST_BYTES or left_bytes < SWEEP_BYTES:
+        return ()
     read_bytes = max(SWEEP_BYTES, sum(sizes))  # by the stages together, for every token
     parts = []
     limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)

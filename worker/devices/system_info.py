@@ -13,7 +13,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 def total_memory_bytes() -> int:
     """Of the machine, or of the control group that this process is confined to."""
     machine = os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES
-    confined = _number(_group_file("memory.max"))
+    confined = _group_number("memory.max")
     return machine if confined is None else min(machine, confined)
 
 
@@ -21,7 +21,7 @@ def available_memory_bytes() -> int:
     """What may still be taken without swapping: the kernel's own estimate, less in a confined control group."""
     found = re.search(r"^MemAvailable: +(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)
     available = int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES
-    most, used = _number(_group_file("memory.max")), _number(_group_file("memory.current"))
+    most, used = _group_number("memory.max"), _group_number("memory.current")
     return available if most is None or used is None else max(0, min(available, most - used))
 
 
@@ -52,14 +52,10 @@ def log_place() -> str:
     return "its standard error"
 
 
-def _group_file(name: str) -> Path:
-    """A file of this process's control group (version 2); one that does not exist where there is none."""
+def _group_number(name: str) -> int | None:
+    """Of this process's control group (version 2); None where there is none, or no limit."""
     group = _read(Path("/proc/self/cgroup")).strip().rpartition("0::/")[2]
-    return Path("/sys/fs/cgroup") / group / name
-
-
-def _number(path: Path) -> int | None:
-    text = _read(path).strip()
+    text = _read(Path("/sys/fs/cgroup") / group / name).strip()
     return int(text) if text.isdigit() else None
 
 

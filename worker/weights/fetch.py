@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, WorkerError
 from llamaclust.model.weights.cache import WeightCache, WeightPart
 from llamaclust.wire.rpc.client import FETCH, ClientStream, Peer, StreamBrokenError
@@ -21,7 +22,7 @@ _MOST_SOURCES = 4  # asked at the same time; others take the place of those that
 _WRITE_BYTES = 8 * FRAME_BYTES
 _MOST_MIXED = 2
 _LOOK_S = 0.05
-_LEAST_REST_S, _MOST_REST_S = 0.1, 2.0
+_BACKOFF = Backoff(0.1, 2.0)
 
 OnBytes = Callable[[int], None]
 _Value = TypeVar("_Value")
@@ -65,7 +66,7 @@ class _Source:
     peer: Peer
     given_up: str | None = None  # why
     failed_since_s: float | None = None
-    rest_s: float = _LEAST_REST_S
+    failures: int = 0  # since then
     lanes: list[asyncio.Task[None]] = field(default_factory=list)
 
     def give_up(self, error: LlamaclustError) -> None:
@@ -76,7 +77,7 @@ class _Source:
     def works(self) -> None:
         if self.failed_since_s is not None:
             _log.info("weights from %s come again", self.name)
-        self.failed_since_s, self.rest_s = None, _LEAST_REST_S
+        self.failed_since_s, self.failures = None, 0
 
     async def rest(self, error: LlamaclustError, limit_s: float) -> None:
         """After a failure; gives up after `limit_s` of them."""
@@ -84,11 +85,12 @@ class _Source:
         if self.failed_since_s is None:
             self.failed_since_s = now_s
             _log.warning("weights from %s: %s; it is asked again for %g s", self.name, error, limit_s)
-        if now_s + self.rest_s - self.failed_since_s > limit_s:
+        pause_s = _BACKOFF.pause_s(self.failures)
+        if now_s + pause_s - self.failed_since_s > limit_s:
             self.give_up(error)
             return
-        await asyncio.sleep(self.rest_s)
-        self.rest_s = min(_MOST_REST_S, 2 * self.rest_s)
+        await asyncio.sleep(pause_s)
+        self.failures += 1
 
 
 class WeightFetch:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
 from time import perf_counter_ns
+from typing import TYPE_CHECKING
 
 from llamaclust.core.errors import DeviceLostError, ProtocolError, UsageError, WorkerError
 from llamaclust.core.logs import last_trouble, name_cluster
@@ -15,12 +19,49 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import Credentials, Identity
 from llamaclust.worker.devices.system_info import resident_bytes
-from llamaclust.worker.renewal import Renewal
 from llamaclust.worker.requests import Requests
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from llamaclust.wire.security.certificates import NewKey
+
+_log = logging.getLogger(__name__)
+_RENEW_AGAIN_S = 60.0
+
+
+class Renewal:
+    """Of the identity of one member."""
+
+    def __init__(self, identity: Identity, send: Callable[[messages.RenewCertificate], Awaitable[None]]) -> None:
+        self._identity = identity
+        self._send = send
+        self._key: NewKey | None = None
+
+    async def run(self) -> None:
+        """Asks when two thirds of the certificate's life are over, and again where no answer came. Until the stream
+        ends."""
+        from llamaclust.wire.security.certificates import NewKey
+
+        with contextlib.suppress(WorkerError):  # of the stream, which its reader reports
+            while True:
+                await asyncio.sleep(self._identity.pair.renewal_in_s)
+                self._key = NewKey()
+                await self._send(messages.RenewCertificate(self._key.request))
+                await asyncio.sleep(min(_RENEW_AGAIN_S, self._identity.pair.life_s / 10))
+
+    def receive(self, answer: messages.CertificateRenewed | messages.RenewalFailed) -> None:
+        """ProtocolError for an answer to nothing, or of another key."""
+        if isinstance(answer, messages.RenewalFailed):
+            _log.error("the certificate was not renewed: %s", answer.failure.message)
+            return
+        key, self._key = self._key, None
+        if key is None:
+            raise ProtocolError("the coordinator renews a certificate that was not asked for")
+        self._identity.pair = key.with_certificate(answer.certificate)
+        _log.info("the certificate is renewed")
 
 
 class Member:

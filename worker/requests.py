@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -50,9 +51,7 @@ class Requests:
             model = worker.weights.open_file(request.model_path, request.model_id) if request.model_path else None
         except ModelFileError:  # reported when its layers are to be loaded
             model = None
-        if model is None:
-            return profiles.WorkerProfile(worker.device.measure(), request.request_id)
-        with model:
+        with model or nullcontext():
             return profiles.WorkerProfile(worker.device.measure(model), request.request_id)
 
     async def _profile_link(self, worker: str, address: str) -> profiles.LinkProfile:

@@ -17,8 +17,6 @@ from llamaclust.worker.worker import Worker
 
 _log = logging.getLogger(__name__)
 
-Send = Callable[[WorkerMessage], Awaitable[None]]
-
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -28,7 +26,7 @@ class Session:
     credentials: Credentials
     deadlines: Deadlines
     counters: Counters
-    send: Send
+    send: Callable[[WorkerMessage], Awaitable[None]]
 
     async def answer(
         self, work: Awaitable[WorkerMessage], failed: Callable[[Failure], WorkerMessage], what: str

@@ -57,21 +57,19 @@ class Loads:
         finally:
             held.clear()
         context = StageContext(self._worker.name, self._worker.compute, session.counters)
-        service.add(StageStreams(order.epoch, runner, context, session.deadlines, self._neighbours(order)))
+        neighbours = Neighbours(
+            partial(self._report_unreachable, order.epoch),
+            session.peer(order.next_address, order.next_worker) if order.next_address else None,
+            session.peer(order.first_address, order.first_worker) if order.first_address else None,
+            order.previous_worker,
+            order.last_worker,
+        )
+        service.add(StageStreams(order.epoch, runner, context, session.deadlines, neighbours))
         memory = runner.memory
         where = f", {placed(order.devices)}" if order.devices else ""
         _log.info("layers [%d, %d) are loaded as epoch %d%s", order.start, order.end, order.epoch, where)
         fetched_bytes = weights.received_bytes - received_bytes
         return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
-
-    def _neighbours(self, order: Load) -> Neighbours:
-        return Neighbours(
-            partial(self._report_unreachable, order.epoch),
-            self._session.peer(order.next_address, order.next_worker) if order.next_address else None,
-            self._session.peer(order.first_address, order.first_worker) if order.first_address else None,
-            order.previous_worker,
-            order.last_worker,
-        )
 
     async def _report_unreachable(self, epoch: int, peer: Peer, reason: str) -> None:
         """To the coordinator, if it can be reached."""

@@ -171,8 +171,12 @@ class StageLoop:
         if program.is_first and not program.is_last:
             await self.dependencies.known(microbatch)
         ready_ns = max(arrival.received_ns, self._tokens.came_ns(microbatch))
-        size, attended = microbatch.rows.bit_length(), _attended_keys(microbatch).bit_length()
-        out, started_ns, compute_ns = await self._timed(("run", size, attended), partial(self._run_layers, arrival))
+        # about how many keys its rows look at in all: with a long context, attention takes most of the time
+        attended = sum(len(chunk.tokens) * (chunk.position + len(chunk.tokens)) for chunk in microbatch.chunks)
+        size = microbatch.rows.bit_length()
+        out, started_ns, compute_ns = await self._timed(
+            ("run", size, attended.bit_length()), partial(self._run_layers, arrival)
+        )
         queue_ns = started_ns - ready_ns
         if not program.is_last:
             return Answer(encode_hidden(arrival.frame.header, self._timings(arrival, queue_ns, compute_ns), out))
@@ -246,8 +250,3 @@ class StageLoop:
         self._counters.sent_bytes += len(answer.data)
         computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
         self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)
-
-
-def _attended_keys(microbatch: Microbatch) -> int:
-    """About how many keys its rows look at in all: with a long context, attention takes most of the time."""
-    return sum(len(chunk.tokens) * (chunk.position + len(chunk.tokens)) for chunk in microbatch.chunks)

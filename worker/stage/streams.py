@@ -50,15 +50,11 @@ def _check_caller(stream: ServerStream, expected: Principal) -> None:
         raise ProtocolError(f"{stream.peer} opens a stream that is for {expected} alone")
 
 
-OnLost = Callable[[Peer, str], Awaitable[None]]
-"""Called with a neighbour that cannot be reached and why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Neighbours:
     """The stages that this one calls, and the workers of those that call it."""
 
-    on_lost: OnLost
+    on_lost: Callable[[Peer, str], Awaitable[None]]  # called with a neighbour that cannot be reached and why
     next: Peer | None = None  # None: this is the last
     first: Peer | None = None  # of the last stage, which receives the sampled tokens; None: this is the first
     previous_worker: str | None = None  # opens FORWARD; None: this is the first stage, where the coordinator does

@@ -32,7 +32,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.certificates import NewKey
 from llamaclust.wire.security.credentials import COORDINATOR, Insecure, Principal
-from llamaclust.worker.renewal import Renewal
+from llamaclust.worker.membership import Renewal
 from llamaclust.worker.stage.service import StageService
 from support.clusters.control_messages import REGISTER
 from support.clusters.members import ANY, Joined, join, registry, registry_of

@@ -174,9 +174,8 @@ class StageLoop:
         # about how many keys its rows look at in all: with a long context, attention takes most of the time
         attended = sum(len(chunk.tokens) * (chunk.position + len(chunk.tokens)) for chunk in microbatch.chunks)
         size = microbatch.rows.bit_length()
-        out, started_ns, compute_ns = await self._timed(
-            ("run", size, attended.bit_length()), partial(self._run_layers, arrival)
-        )
+        kind = ("run", size, attended.bit_length())
+        out, started_ns, compute_ns = await self._timed(kind, partial(self._run_layers, arrival))
         queue_ns = started_ns - ready_ns
         if not program.is_last:
             return Answer(encode_hidden(arrival.frame.header, self._timings(arrival, queue_ns, compute_ns), out))

@@ -146,16 +146,16 @@ def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
         token = next(line.cluster_dir("tiny").rglob("token")).read_text().strip()
         log = cluster.command.err
         eventually(lambda: "request ended" in log.read_text(), 30.0, "the request's line")
-        records = [json.loads(one) for one in log.read_text().splitlines()]
+        records = [json.loads(text) for text in log.read_text().splitlines()]
         logs = {name: (line.cluster_dir("tiny") / "logs" / f"{name}.log").read_text() for name in "ab"}
     assert all(record["cluster"] == "tiny" for record in records)
     [ended] = [record for record in records if record["msg"] == "request ended"]
     assert reply["id"] == f"cmpl-{ended['request']}"
     assert (ended["reason"], ended["tokens"]) == ("length", 3) and ended["seconds"] > 0
     for name, text in logs.items():
-        for one in text.splitlines():
-            record = json.loads(one)
-            assert (record["cluster"], record["worker"]) == ("tiny", name), one
+        for entry in text.splitlines():
+            record = json.loads(entry)
+            assert (record["cluster"], record["worker"]) == ("tiny", name), entry
         assert "are loaded as epoch" in text
     for text in (log.read_text(), *logs.values()):
         for secret in ("a-key-nobody-knows", token, "secret prompt"):

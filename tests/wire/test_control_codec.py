@@ -145,6 +145,6 @@ def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
     "held", [[("cpu", 2, 3)], [("cpu", 2, 3), ("cuda:0", 2, 4)], [("cpu", 1, 4)], [("cpu", 2, 4), ("cuda:0", 4, 5)]]
 )
 def test_devices_hold_all_layers_of_a_load_each_once(held: list[tuple[str, int, int]]) -> None:
-    order = replace(LOAD, devices=tuple(DeviceLayers(*one) for one in held))
+    order = replace(LOAD, devices=tuple(DeviceLayers(*part) for part in held))
     with pytest.raises(ProtocolError, match=r"devices hold layers .* of \[2, 4\)"):
         decode_coordinator_message(encode_coordinator_message(order))

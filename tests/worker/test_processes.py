@@ -95,7 +95,7 @@ async def test_two_epochs_live_side_by_side_and_memory_is_given_back(model: Path
         assert list(worker.stages) == [2]
         order, _ = worker.stages[2]
         await worker.load(replace(order, epoch=3), seen.append)
-        assert all(one.epoch == 3 and one.done_bytes <= one.total_bytes for one in seen)
+        assert all(progress.epoch == 3 and progress.done_bytes <= progress.total_bytes for progress in seen)
 
 
 @pytest.mark.parametrize("victim", ["a", "b", "c"])
@@ -270,7 +270,7 @@ async def test_a_worker_that_does_not_start_is_named_with_its_last_words(tmp_pat
 
 async def test_workers_on_the_reference_are_a_cluster_among_themselves(tmp_path: Path) -> None:
     async with real_cluster(tmp_path, 2, device="reference") as cluster:
-        assert {one.registration.numerics_version for one in cluster.registry.workers.values()} == {0}
+        assert {worker.registration.numerics_version for worker in cluster.registry.workers.values()} == {0}
         answer = await _say_hello(cluster, REGISTER)
         assert isinstance(answer, Rejected) and answer.reason.startswith(
             f"worker x computes by numerics_version {NUMERICS_VERSION},"

@@ -58,15 +58,17 @@ async def holder(model: Path, folder: Path, answer: Answer | None = None) -> Asy
         await server.stop(0.0)
 
 
-def manifest_of(one: Holder, model: Path) -> Manifest:
-    located = one.weights.locate(FindWeights(str(model), Model.open(model).model_id, describe=True))
-    assert located.manifest is not None and one.weights.cache is not None
-    return read_manifest(one.weights.cache.place(located.manifest))
+def manifest_of(source: Holder, model: Path) -> Manifest:
+    located = source.weights.locate(FindWeights(str(model), Model.open(model).model_id, describe=True))
+    assert located.manifest is not None and source.weights.cache is not None
+    return read_manifest(source.weights.cache.place(located.manifest))
 
 
 def wanted(manifest: Manifest, part: str = "") -> list[WantedWeights]:
     """All tensors with that in their name."""
-    return [WantedWeights(one.content, one.n_bytes, one.name) for one in manifest.tensors if part in one.name]
+    return [
+        WantedWeights(record.content, record.n_bytes, record.name) for record in manifest.tensors if part in record.name
+    ]
 
 
 async def fetch(
@@ -83,7 +85,7 @@ async def fetch(
         came += n_bytes
         on_bytes(n_bytes)
 
-    sources = [(f"holder {index}", one.peer) for index, one in enumerate(holders)]
+    sources = [(f"holder {index}", source.peer) for index, source in enumerate(holders)]
     with cache.in_use():
         try:
             await WeightFetch(cache, sources, count, lambda n_bytes: None, IMPATIENT).run(what)

@@ -40,8 +40,12 @@ def cluster(line: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def listening(running: Running) -> list[tuple[str, int]]:
     """Addresses and ports that a process and its children listen on."""
     process = psutil.Process(running.process.pid)
-    found = [connection for one in (process, *process.children(recursive=True)) for connection in one.net_connections()]
-    return [(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN]
+    found = [
+        connection for member in (process, *process.children(recursive=True)) for connection in member.net_connections()
+    ]
+    return [
+        (connection.laddr.ip, connection.laddr.port) for connection in found if connection.status == psutil.CONN_LISTEN
+    ]
 
 
 def says(port: int, sent: bytes) -> bytes:

@@ -57,7 +57,9 @@ def with_new_fields(message: Any) -> bytes:
     return bytes(message.SerializeToString())
 
 
-@pytest.mark.parametrize(("name", "message", "encode", "decode", "stubs"), CASES, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    ("name", "message", "encode", "decode", "stubs"), CASES, ids=lambda value: type(value).__name__
+)
 def test_fields_of_a_newer_version_are_ignored_everywhere(
     name: str, message: Any, encode: Callable[[Any], bytes], decode: Callable[[bytes], Any], stubs: Any
 ) -> None:

@@ -114,15 +114,15 @@ def test_a_manifest_says_what_the_file_says(tmp_path: Path, architecture: str) -
     path.write_bytes(data)
     found = read_manifest(path)
     assert make_manifest(model.file) == data and len(data) < 10_000
-    assert [(one.name, one.n_bytes) for one in found.tensors] == [
+    assert [(record.name, record.n_bytes) for record in found.tensors] == [
         (name, tensor.n_bytes) for name, tensor in model.file.tensors.items()
     ]
     outline = Model(found.file(Path("/nowhere"), {}))
     assert outline.hyperparameters == model.hyperparameters and outline.model_id == model.model_id
     assert outline.program(0, 2) == model.program(0, 2)
     assert not [key for key in found.metadata if key.startswith("tokenizer")]
-    for one in found.tensors:
-        assert sha256(model.file.tensor(one.name).read()).hexdigest() == one.content
+    for record in found.tensors:
+        assert sha256(model.file.tensor(record.name).read()).hexdigest() == record.content
 
 
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:

@@ -132,10 +132,10 @@ async def test_four_workers_get_their_own_layers_from_one_and_a_second_start_get
             assert all(order.weights is not None and order.weights.sources[0].worker == "a" for order in orders)
             manifest_bytes = orders[0].weights.manifest_bytes if orders[0].weights else 0
             due = [own_bytes(model, *cut) + manifest_bytes for cut in pairwise(CUTS)]
-            assert [one.fetched_bytes for one in loaded] == (due if first else [0, 0, 0, 0])
+            assert [answer.fetched_bytes for answer in loaded] == (due if first else [0, 0, 0, 0])
             assert max(due) < sum(due) / 2
             assert await results(cluster, handles, model) == whole
-            received = {name: one.fetched_bytes for name, one in zip(FOUR, loaded, strict=True)}
+            received = {name: answer.fetched_bytes for name, answer in zip(FOUR, loaded, strict=True)}
             await until(lambda: moved(cluster) == (sum(due) * first, {"a": 0, **received}))
             print(f"{'first' if first else 'second'} load: {took_s:.3f} s, {sum(due)} bytes")
             await asyncio.to_thread(_wait_for_layers, tmp_path / "run", 4)
@@ -148,7 +148,7 @@ async def test_four_workers_get_their_own_layers_from_one_and_a_second_start_get
 
 def moved(cluster: Members) -> tuple[int, dict[str, int]]:
     """Bytes of weights that were sent, and that each worker received, as signs of life tell."""
-    beats = {name: one.heartbeat for name, one in cluster.registry.workers.items()}
+    beats = {name: worker.heartbeat for name, worker in cluster.registry.workers.items()}
     told = {name: beat for name, beat in beats.items() if beat is not None}
     sent = sum(beat.weight_bytes_sent for beat in told.values())
     return sent, {name: beat.weight_bytes_received for name, beat in told.items()}
@@ -198,13 +198,13 @@ async def test_two_workers_of_one_host_share_a_cache(model: Path, tmp_path: Path
         for name in names:  # so that both are asked at once below
             await find_weights(workers[name], FindWeights(NOWHERE, model_id, False))
         loads = [
-            load_stages(StageLoads(1, one, ModelReference(NOWHERE, model_id), LIMITS),
-                        {one[0].worker: workers[one[0].worker], "a": workers["a"]})
-            for one in stages
+            load_stages(StageLoads(1, stage, ModelReference(NOWHERE, model_id), LIMITS),
+                        {stage[0].worker: workers[stage[0].worker], "a": workers["a"]})
+            for stage in stages
         ]  # fmt: skip
         await find_weights(workers["a"], FindWeights(NOWHERE, model_id, False))
         await find_weights(workers["a"], FindWeights(NOWHERE, model_id, True))
-        handles = [one[0] for one in await asyncio.gather(*loads)]
+        handles = [loaded[0] for loaded in await asyncio.gather(*loads)]
         order = handles[0].stages[1][0]
         fetched = [handle.stages[1][1].fetched_bytes for handle in handles]
         assert order.weights is not None

@@ -43,12 +43,12 @@ async def test_all_tensors_come_once_from_several_peers(model: Path, tmp_path_fa
     cache = WeightCache(folder / "cache", ROOM)
     async with holder(model, folder / "a") as a, holder(model, folder / "b") as b:
         what = wanted(manifest_of(a, model))
-        assert await fetch(cache, [a, b], what) == sum(one.n_bytes for one in what)
+        assert await fetch(cache, [a, b], what) == sum(tensor.n_bytes for tensor in what)
         assert a.weights.sent_bytes > 0 and b.weights.sent_bytes > 0
         assert await fetch(cache, [a, b], what) == 0
     check(cache)
     opened = Model.open(model).file
-    assert contents(cache) == {one.content: opened.tensor(one.name).read() for one in what}
+    assert contents(cache) == {tensor.content: opened.tensor(tensor.name).read() for tensor in what}
 
 
 async def test_a_cut_link_is_resumed_from_the_bytes_that_are_there(
@@ -72,9 +72,9 @@ async def test_a_cut_link_is_resumed_from_the_bytes_that_are_there(
 
         async with holder(model, folder / "bad", cut) as bad:
             came = await fetch(cache, [bad], what)
-    assert len(cuts) == len([one for one in what if one.n_bytes > FRAME_BYTES]) > 2
-    assert came == sum(one.n_bytes for one in what)
-    assert {(one.content, one.start) for one in bad.asked} >= set(cuts.items())
+    assert len(cuts) == len([tensor for tensor in what if tensor.n_bytes > FRAME_BYTES]) > 2
+    assert came == sum(tensor.n_bytes for tensor in what)
+    assert {(wanted_range.content, wanted_range.start) for wanted_range in bad.asked} >= set(cuts.items())
     check(cache)
 
 
@@ -100,7 +100,7 @@ async def test_a_peer_that_ends_in_the_middle_is_resumed_at_another(
             await bad.server.stop(0.0)
             came = await getting
     assert came == what[0].n_bytes
-    assert [one.start for one in good.asked] == [FRAME_BYTES]
+    assert [wanted_range.start for wanted_range in good.asked] == [FRAME_BYTES]
     check(cache)
 
 
@@ -125,11 +125,13 @@ async def test_a_flipped_bit_is_refused_and_the_tensor_comes_from_elsewhere(
         async with holder(model, folder / "bad", flip) as bad:
             await fetch(cache, [bad, good], what)
             assert len(bad.asked) in (1, 2)  # by the two streams that were under way
-            assert {one.content for one in bad.asked} <= {one.content for one in good.asked}
+            assert {wanted_range.content for wanted_range in bad.asked} <= {
+                wanted_range.content for wanted_range in good.asked
+            }
             with pytest.raises(WorkerError, match=r"nowhere .holder 0: .*other bytes than those with SHA-256"):
                 await fetch(WeightCache(folder / "alone", ROOM), [bad], what)
     check(cache)
-    assert len(contents(cache)) == len({one.content for one in what})
+    assert len(contents(cache)) == len({tensor.content for tensor in what})
     assert "no more weights from holder 0" in caplog.text
 
 
@@ -177,7 +179,7 @@ HOSTILE: list[Answer] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("answer", HOSTILE, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("answer", HOSTILE, ids=lambda function: function.__name__)
 async def test_a_hostile_peer_costs_nothing_but_time(
     model: Path, tmp_path_factory: pytest.TempPathFactory, answer: Answer
 ) -> None:
@@ -188,7 +190,7 @@ async def test_a_hostile_peer_costs_nothing_but_time(
         await fetch(cache, [bad, good], what)
         assert bad.asked
         check(cache)
-        assert len(contents(cache)) == len({one.content for one in what})
+        assert len(contents(cache)) == len({tensor.content for tensor in what})
         assert not list(cache.path.glob("*.part"))
         with pytest.raises(WorkerError, match=r"to be had nowhere .holder 0: "):
             await fetch(WeightCache(folder / "alone", ROOM), [bad], what[:1])
@@ -199,12 +201,12 @@ async def test_a_peer_refuses_ranges_that_it_does_not_have(
 ) -> None:
     folder = tmp_path_factory.mktemp("w")
     async with holder(model, folder / "a") as a:
-        one = wanted(manifest_of(a, model))[0]
+        tensor = wanted(manifest_of(a, model))[0]
         with pytest.raises(WorkerError, match=r"nowhere .holder 0: does not have it"):
-            unknown = type(one)(sha256(b"?").hexdigest(), 10, "x")
+            unknown = type(tensor)(sha256(b"?").hexdigest(), 10, "x")
             await fetch(WeightCache(folder / "b", ROOM), [a], [unknown])
         with pytest.raises(WorkerError, match=r"nowhere .holder 0: does not have it"):
-            too_long = type(one)(one.content, one.n_bytes + 1, "x")
+            too_long = type(tensor)(tensor.content, tensor.n_bytes + 1, "x")
             await fetch(WeightCache(folder / "c", ROOM), [a], [too_long])
         assert a.weights.sent_bytes == 0
 
@@ -216,7 +218,7 @@ async def test_two_fetches_share_a_folder_and_each_tensor_comes_once(
     async with holder(model, folder / "a") as a:
         what = wanted(manifest_of(a, model))
         both = [fetch(WeightCache(folder / "cache", ROOM), [a], what) for _ in range(2)]
-        assert sum(await asyncio.gather(*both)) == sum(one.n_bytes for one in what)
+        assert sum(await asyncio.gather(*both)) == sum(tensor.n_bytes for tensor in what)
     check(WeightCache(folder / "cache", ROOM))
 
 
@@ -249,7 +251,7 @@ async def test_a_disk_that_becomes_full_leaves_nothing_that_is_taken_for_whole(
         with pytest.raises(LlamaclustError, match="of weights cannot be written: no space left on device"):
             await fetch(cache, [a], what)
     check(cache)
-    assert len(contents(cache)) < len({one.content for one in what})
+    assert len(contents(cache)) < len({tensor.content for tensor in what})
 
 
 async def test_a_file_that_may_not_grow_is_an_error_too(model: Path, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ def test_workers_without_the_file_answer_as_the_one_that_has_it(line: CommandLin
     model = build_tiny_model(line.folder / "m.gguf", hidden=512, ffn=1024, layers=6)
     with line.cluster(
         model, "whole", workers=[{"name": "a", "threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}]
-    ) as one:
-        whole = one.answer()
+    ) as cluster:
+        whole = cluster.answer()
         assert line.run("down", "--cluster", "whole").code == 0
     new_trust(line)
     plan = [{"worker": name, "layers": [2 * i, 2 * i + 2]} for i, name in enumerate("bcd")]

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 MAX_TOP_K = (1 << 31) - 1
 MAX_PENALTY = 1000.0
 MAX_BIAS = 1e9
 """Added to a logit: a token that is never chosen, or always."""
 
-REAL_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "temperature": (0.0, 100.0),
-        "top_p": (0.0, 1.0),
-        "min_p": (0.0, 1.0),
-        "repetition_penalty": (1 / MAX_PENALTY, MAX_PENALTY),
-        "frequency_penalty": (-MAX_PENALTY, MAX_PENALTY),
-        "presence_penalty": (-MAX_PENALTY, MAX_PENALTY),
-    }
-)
+REAL_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1 / MAX_PENALTY, MAX_PENALTY),
+    "frequency_penalty": (-MAX_PENALTY, MAX_PENALTY),
+    "presence_penalty": (-MAX_PENALTY, MAX_PENALTY),
+}
 """Least and greatest value of each decimal number among SamplingParams."""
 
-CHAIN_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "top_n_sigma": (-1.0, 100.0),
-        "tfs_z": (0.0, 1.0),
-        "typical_p": (0.0, 1.0),
-        "xtc_probability": (0.0, 1.0),
-        "xtc_threshold": (0.0, 1.0),
-        "dynatemp_range": (0.0, 100.0),
-        "dynatemp_exponent": (0.0, 100.0),
-        "dry_multiplier": (0.0, MAX_PENALTY),
-        "dry_base": (1.0, MAX_PENALTY),
-        "mirostat_tau": (0.0, 100.0),
-        "mirostat_eta": (0.0, 100.0),
-    }
-)
+CHAIN_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "top_n_sigma": (-1.0, 100.0),
+    "tfs_z": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "xtc_probability": (0.0, 1.0),
+    "xtc_threshold": (0.0, 1.0),
+    "dynatemp_range": (0.0, 100.0),
+    "dynatemp_exponent": (0.0, 100.0),
+    "dry_multiplier": (0.0, MAX_PENALTY),
+    "dry_base": (1.0, MAX_PENALTY),
+    "mirostat_tau": (0.0, 100.0),
+    "mirostat_eta": (0.0, 100.0),
+}
 """Likewise among those of a SamplerChain."""
 
 MAX_LOGIT_BIASES = 1024

@@ -28,7 +28,7 @@ class SampledTokensBox:
     def __init__(self) -> None:
         self._tokens: dict[int, tuple[tuple[int, ...], int]] = {}  # (tokens, perf_counter_ns) by ascending number
 
-    def __contains__(self, number: int) -> bool:
+    def __contains__(self, number: object) -> bool:
         return number in self._tokens
 
     def put(self, sampled: SampledTokens) -> None:

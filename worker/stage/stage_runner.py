@@ -115,8 +115,8 @@ class StageRunner:
             return {"cpu": self.memory.total_bytes}
         stages = self._stage.stages if isinstance(self._stage, MultiDeviceStage) else (self._stage,)
         return {
-            one.device: stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes
-            for one, stage in zip(self.devices, stages, strict=True)
+            part.device: stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes
+            for part, stage in zip(self.devices, stages, strict=True)
         }
 
     @property

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 MAX_TOP_K = (1 << 31) - 1
 MAX_PENALTY = 1000.0
-MAX_BIAS = 1e9
-"""Added to a logit: a token that is never chosen, or always."""
+MAX_BIAS = 1e9  # added to a logit: a token that is never chosen, or always
 
 REAL_BOUNDS: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 100.0),
@@ -37,8 +36,6 @@ CHAIN_BOUNDS: Mapping[str, tuple[float, float]] = {
 MAX_LOGIT_BIASES = 1024
 MAX_MIROSTAT = 2
 MAX_MU = 1e12
-MAX_BREAKERS = 1 << 16
-MAX_BREAKER_TOKENS = 64
-"""Token sequences of one request that DRY does not look beyond, and tokens of each."""
-MAX_BREAKERS_TOKENS = 1 << 15
-"""Tokens of all of them: they go to the last stage with every token."""
+MAX_BREAKERS = 1 << 16  # token sequences of one request that DRY does not look beyond
+MAX_BREAKER_TOKENS = 64  # tokens of each
+MAX_BREAKERS_TOKENS = 1 << 15  # tokens of all of them: they go to the last stage with every token

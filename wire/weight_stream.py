@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from llamaclust.core.bounds import line, one_line
 from llamaclust.core.errors import ProtocolError
 
-FRAME_BYTES = 1 << 18
-"""A link of 100 kbit/s brings one within a deadline of 30 s; a fast one does not feel it."""
+FRAME_BYTES = 1 << 18  # a link of 100 kbit/s brings one within a deadline of 30 s; a fast one does not feel it
 
 _ASKED = struct.Struct("<32sQQ")
 _MISSING, _BYTES = b"\x00", b"\x01"

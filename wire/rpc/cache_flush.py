@@ -9,8 +9,7 @@ from time import sleep
 
 import numpy as np
 
-BYTES = 64 << 20
-"""More than what lies near a core, and all caches of most processors."""
+BYTES = 64 << 20  # more than what lies near a core, and all caches of most processors
 _MOST_BYTES = 1 << 30
 _LEVELS = "/sys/devices/system/cpu/cpu0/cache"
 _TURN_BYTES = 1 << 20

@@ -11,8 +11,7 @@ from collections import OrderedDict, deque
 
 from llamaclust.core.bounds import one_line
 
-HANDSHAKE_S = 10.0
-"""What a handshake may take."""
+HANDSHAKE_S = 10.0  # what a handshake may take
 _REMEMBERED = 4096
 _TOLD_S = 0.5  # after the handshake's limit: a call needs a moment to come
 _MOST = 20

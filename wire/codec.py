@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -84,10 +83,14 @@ class _Field:
         return value
 
 
-@cache
+_known: dict[type, tuple[_Field, ...]] = {}
+
+
 def _fields(kind: Any) -> tuple[_Field, ...]:
-    hints = get_type_hints(kind, include_extras=True)
-    return tuple(_compiled(kind, field.name, hints[field.name]) for field in fields(kind))
+    if kind not in _known:
+        hints = get_type_hints(kind, include_extras=True)
+        _known[kind] = tuple(_compiled(kind, field.name, hints[field.name]) for field in fields(kind))
+    return _known[kind]
 
 
 def _compiled(kind: type, name: str, hint: Any) -> _Field:

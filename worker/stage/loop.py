@@ -88,11 +88,11 @@ class StageLoop:
         self._taken_ns: dict[tuple[str, int, int], int] = {}  # by job and number of bits in rows and attended keys
 
     async def run(self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None) -> None:
-        """Until the stream ends: while one microbatch is computed, the next is received and the one before is sent.
+        """Until the stream, which is accepted, ends: while one microbatch is computed, the next is received and the one
+        before is sent.
 
         Where they are far apart, none waits until the next one's receipt is prepared.
         """
-        await stream.accept()
         reading = asyncio.create_task(stream.read())
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)

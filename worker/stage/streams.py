@@ -116,20 +116,24 @@ class StageStreams:
         self._forwarding = asyncio.current_task()
         first, results = self._neighbours.first, self._results
         if self._neighbours.next is not None:
-            await self._with_stream_to(self._neighbours.next, FORWARD, "next", partial(self._loop.run, stream))
+            use: _Use = partial(self._loop.run, stream)
+            await self._with_stream_to(self._neighbours.next, FORWARD, "next", stream, use)
         elif results is None:
             raise ProtocolError("microbatches for a last stage before its sampling stream")
         elif first is None:
+            await stream.accept()
             await self._loop.run(stream, results)
         else:
-            await self._with_stream_to(first, SAMPLED_TOKENS, "first", partial(self._loop.run, stream, results))
+            use = partial(self._loop.run, stream, results)
+            await self._with_stream_to(first, SAMPLED_TOKENS, "first", stream, use)
 
-    async def _with_stream_to(self, stage: Peer, method: str, which: str, use: _Use) -> None:
+    async def _with_stream_to(self, stage: Peer, method: str, which: str, incoming: ServerStream, use: _Use) -> None:
         """Where its connection fails, now or later, the failure is reported before our own streams end."""
         stream = stage.open(method, epoch=self.epoch)
         try:
             await stage.connected()
             await self._opened(stream, stage, which)
+            await incoming.accept()  # before anything can cancel this: gRPC breaks where that happens within
             await _while_open(stream, which, use(stream))
         except UnreachableError as error:
             await self._neighbours.on_lost(stage, str(error))

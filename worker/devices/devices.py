@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu, gpu_names
-from llamaclust.core.profile import DeviceProfile, Profile
+from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend

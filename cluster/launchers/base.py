@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Self
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.membership.registry import Certify, Registry
-from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Report
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.credentials import Credentials
 from llamaclust.worker.settings import WorkerSettings
@@ -74,27 +72,3 @@ class Launcher(ABC):
     @abstractmethod
     def last_error(self, name: str) -> str:
         """The last trouble that a worker logged; empty where there was none."""
-
-
-@contextmanager
-def launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iterator[Launcher]:
-    """The launcher of a cluster file; what it needs on disk is there meanwhile. The caller holds `folder`'s lock."""
-    match config.launcher:
-        case "local":
-            from llamaclust.cluster.launchers.local import LocalLauncher
-            from llamaclust.cluster.launchers.run_directory import run_directory
-
-            with run_directory(folder.path) as run:
-                yield LocalLauncher(run, folder.logs)
-        case "static":
-            from llamaclust.cluster.launchers.static import StaticLauncher
-
-            yield StaticLauncher(config, folder, report)
-        case "ray":
-            from llamaclust.cluster.launchers.ray import RayLauncher
-
-            yield RayLauncher(config, folder, report)
-        case "mpi":
-            from llamaclust.cluster.launchers.mpi import MpiLauncher
-
-            yield MpiLauncher(config, folder, report)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager, closing
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,9 @@ from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.profiling import measure_workers
 from llamaclust.cluster.control.supervisor import Fleet, Supervisor
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.launchers.base import Launcher, launching
+from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.launchers.local import LocalLauncher
+from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.registry import JoinSettings, Registry
 from llamaclust.cluster.planner.links import UNKNOWN
@@ -65,7 +67,7 @@ async def open_cluster(
 
     Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left
     running."""
-    with short_slices(), launching(config, folder, report) as launcher:
+    with short_slices(), _launching(config, folder, report) as launcher:
         registry = _registry(config, launcher)
         model = await asyncio.to_thread(Model.open, model_path, config.chat_template)
         with closing(model):
@@ -85,6 +87,27 @@ async def open_cluster(
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)
+
+
+@contextmanager
+def _launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iterator[Launcher]:
+    """The launcher of a cluster file; what it needs on disk is there meanwhile. The caller holds `folder`'s lock."""
+    match config.launcher:
+        case "local":
+            with run_directory(folder.path) as run:
+                yield LocalLauncher(run, folder.logs)
+        case "static":
+            from llamaclust.cluster.launchers.static import StaticLauncher
+
+            yield StaticLauncher(config, folder, report)
+        case "ray":
+            from llamaclust.cluster.launchers.ray import RayLauncher
+
+            yield RayLauncher(config, folder, report)
+        case "mpi":
+            from llamaclust.cluster.launchers.mpi import MpiLauncher
+
+            yield MpiLauncher(config, folder, report)
 
 
 def _registry(config: ClusterConfig, launcher: Launcher) -> Registry:

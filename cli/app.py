@@ -1,21 +1,22 @@
-"""The `llamaclust` command put together from its groups."""
+"""The `llamaclust` command and its groups of commands."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from llamaclust.cli import bench, cache, cluster, convert, generate, model, quantize, worker
-from llamaclust.cli.options import PlainGroup
+from llamaclust.cli.options import FileCommand, PlainCommand, PlainGroup
 from llamaclust.core.version import VERSION
 
 BadUsage: type[Any] = typer.BadParameter.__mro__[1]
 """The base of all mistakes on a command line, whose name is no part of typer's interface."""
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         print(f"llamaclust {VERSION}")
         raise typer.Exit
 
@@ -25,23 +26,52 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Runs one language model on several machines: the same tokens however the cluster is cut."""
+    """Options of the program itself."""
 
 
-app = typer.Typer(
-    name="llamaclust",
-    cls=PlainGroup,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+def _group(name: str, text: str, commands: dict[str, Callable[..., None]]) -> typer.Typer:
+    """Commands by name."""
+    group = typer.Typer(
+        name=name, help=text, cls=PlainGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+    for word, command in commands.items():
+        group.command(word, cls=FileCommand if word in ("up", "plan") else PlainCommand)(command)
+    return group
+
+
+_cache = _group(
+    "cache",
+    "List and clear the packed-weight cache, fetched weights and compiled kernels.",
+    {"list": cache.list_layers, "clear": cache.clear},
+)
+_model = _group(
+    "model",
+    "Download, inspect, convert, quantize and evaluate model files.",
+    {
+        "pull": model.pull,
+        "list": model.list_models,
+        "rm": model.remove,
+        "info": model.info,
+        "tokenize": model.tokenize,
+        "perplexity": model.perplexity,
+        "split": convert.split,
+        "merge": convert.merge,
+        "convert": convert.convert,
+        "merge-lora": convert.merge_lora,
+        "quantize": quantize.quantize,
+        "imatrix": quantize.imatrix,
+    },
+)
+_model.add_typer(_cache)
+_commands = (
+    *(cluster.up, cluster.down, cluster.status, cluster.plan, cluster.drain, cluster.undrain, cluster.logs),
+    *(worker.worker, generate.generate, generate.chat, bench.bench),
+)
+app = _group(
+    "llamaclust",
+    "Run one large language model across several machines. Output is bit-identical however the model is split.",
+    {command.__name__: command for command in _commands},
 )
 app.callback(cls=PlainGroup)(_options)
-cluster.register(app)
-worker.register(app)
-app.add_typer(worker.token_app, name="token")
-generate.register(app)
-bench.register(app)
-convert.register(model.app)
-model.app.add_typer(cache.app, name="cache")
-quantize.register(model.app)
-app.add_typer(model.app, name="model")
+app.add_typer(_group("token", "The join token of a static cluster.", {"rotate": worker.rotate}))
+app.add_typer(_model)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from llamaclust.cli.options import PlainCommand, PlainGroup
+from llamaclust.cli.options import Json
 from llamaclust.cli.terminal import printable
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sizes import MIB
@@ -18,18 +16,8 @@ if TYPE_CHECKING:
     from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
     from llamaclust.model.weights.cache import WeightCache
 
-app = typer.Typer(
-    name="cache",
-    cls=PlainGroup,
-    help="List and clear the packed-weight cache, fetched weights and compiled kernels.",
-    no_args_is_help=True,
-)
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-@app.command("list", cls=PlainCommand)
-def list_layers(as_json: JsonOption = False) -> None:
+def list_layers(as_json: Json = False) -> None:
     """Show the packed-weight cache by model, and weights fetched from workers.
 
     A part is a layer, the embedding or the output matrix."""
@@ -71,8 +59,7 @@ def list_layers(as_json: JsonOption = False) -> None:
         print(f"{sum(kernels.values()) / MIB:10,.2f} MiB  {len(kernels):4} files of kernels compiled for GPUs")
 
 
-@app.command(cls=PlainCommand)
-def clear(as_json: JsonOption = False) -> None:
+def clear(as_json: Json = False) -> None:
     """Delete packed layers, fetched weights and compiled kernels. Processes that use them go on; the next start makes
     them anew."""
     folder, weights = _folder(), _weights()

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
+from llamaclust.cli import terminal
 from llamaclust.cli.interrupts import ends_at_once
-from llamaclust.cli.options import FileCommand, PlainCommand
+from llamaclust.cli.options import Cluster, Json, option_value
+from llamaclust.core.errors import LlamaclustError, UsageError
 
-ConfigFile = Annotated[Path | None, typer.Argument(metavar="FILE", help="Cluster file (YAML). Without it: the demo.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file.")]
-ClusterName = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Which, where several run.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+if TYPE_CHECKING:
+    from llamaclust.cluster.client.operations import ClusterApi
+    from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
+
+ConfigFile = Annotated[Path | None, Argument(metavar="FILE", help="Cluster file (YAML). Without it: the demo.")]
+Worker = Annotated[str, Argument(metavar="WORKER", help="A worker's name.")]
+Overrides = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a key of the file; repeatable.")]
+
+_KILL_S = 10.0
+_STOP_S = 60.0
+_IDLE_S = 1.5
+_FILE_S, _TAIL_S = 0.05, 0.5
+"""Between two looks at a log that is followed."""
+_COORDINATOR = "coordinator"
 
 
 def up(
     file: ConfigFile = None,
     overrides: Overrides = [],  # noqa: B006  typer reads the default
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, metavar="N", help="Port of the HTTP API; 0: any free one.")
+        int | None, Option(min=0, max=65535, metavar="N", help="Port of the HTTP API; 0: any free one.")
     ] = None,
     chat_template: Annotated[
-        str | None, typer.Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's.")
+        str | None, Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's template.")
     ] = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
-    notify: Annotated[int | None, typer.Option("--notify", hidden=True)] = None,
-    ranked: Annotated[bool, typer.Option("--ranked", hidden=True)] = False,
+    detach: Annotated[bool, Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
+    notify: Annotated[int | None, Option("--notify", hidden=True)] = None,
+    ranked: Annotated[bool, Option("--ranked", hidden=True)] = False,
 ) -> None:
     """Start the cluster that FILE describes and serve its API until Ctrl-C."""
     with ends_at_once():
@@ -38,63 +54,115 @@ def up(
     run_cluster(file, overrides, port, detach=detach, notify=notify, ranked=ranked)
 
 
-def down(cluster: ClusterName = None) -> None:
-    """Stop a running cluster: running requests are finished first, for a while."""
-    from llamaclust.cli.status import stop
-
-    stop(cluster)
+def down(cluster: Cluster = None) -> None:
+    """Stop a running cluster. Running requests get up to 30 seconds to finish; a second `down` stops it at once."""
+    folder, record = _running(cluster)
+    os.kill(record.pid, signal.SIGTERM)
+    if not folder.ends_within(_IDLE_S):
+        print("running requests are finished first; `llamaclust down` again stops at once", file=sys.stderr)
+    if not folder.ends_within(_STOP_S):
+        print(f"{record.name} still answers requests after {_STOP_S:.0f} s: ending it now", file=sys.stderr)
+        os.kill(record.pid, signal.SIGKILL)
+        if not folder.ends_within(_KILL_S):
+            raise LlamaclustError(f"cluster {record.name} (pid {record.pid}) does not end; look at it with `ps`")
+        folder.remove_record()
+    print(f"{record.name} is stopped", file=sys.stderr)
 
 
 def status(
-    cluster: ClusterName = None,
+    cluster: Cluster = None,
     as_json: Json = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second, until Ctrl-C.")] = False,
+    watch: Annotated[bool, Option("--watch", "-w", help="Repeat every second until Ctrl-C.")] = False,
 ) -> None:
-    """Show a running cluster: workers, layers, memory, requests, speed beside the predicted one."""
+    """Show a running cluster: workers, layers, memory, requests, measured and predicted speed."""
     from llamaclust.cli.status import show_status
 
     show_status(cluster, as_json, watch)
 
 
-def drain(
-    worker: Annotated[str, typer.Argument(metavar="WORKER", help="A worker's name.")], cluster: ClusterName = None
-) -> None:
-    """Move a worker's layers to others without dropping a token, and give it none until `undrain`."""
-    from llamaclust.cli.status import drain
-
-    drain(cluster, worker)
+def drain(worker: Worker, cluster: Cluster = None) -> None:
+    """Move a worker's layers to other workers, without losing a token. It gets none until `undrain`."""
+    with _api(_running(cluster)[1]) as api:
+        api.drain(_worker_name(worker))
+    print(f"worker {worker} is drained: it holds no layers, and gets none until `undrain`", file=sys.stderr)
 
 
-def undrain(
-    worker: Annotated[str, typer.Argument(metavar="WORKER", help="A worker's name.")], cluster: ClusterName = None
-) -> None:
-    """Let a drained worker have layers again."""
-    from llamaclust.cli.status import undrain
-
-    undrain(cluster, worker)
+def undrain(worker: Worker, cluster: Cluster = None) -> None:
+    """Make a drained worker available again."""
+    with _api(_running(cluster)[1]) as api:
+        api.undrain(_worker_name(worker))
+    print(f"worker {worker} is used again: it gets layers where that makes the cluster faster", file=sys.stderr)
 
 
 def logs(
-    worker: Annotated[
-        str, typer.Argument(metavar="WORKER", help="A worker's name, or `coordinator` for a detached one.")
-    ],
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as the log grows.")] = False,
-    cluster: ClusterName = None,
+    worker: Annotated[str, Argument(metavar="WORKER", help="A worker's name, or `coordinator` for a detached one.")],
+    follow: Annotated[bool, Option("-f", "--follow", help="Follow the log.")] = False,
+    cluster: Cluster = None,
 ) -> None:
-    """Print a worker's log."""
-    from llamaclust.cli.status import print_log
+    """Print a worker's log, of a cluster that runs or of the one that ran last under that name."""
+    folder, record = _running_or_last(cluster)
+    if record is not None and record.launcher != "local" and worker != _COORDINATOR:
+        _print_tail(record, _worker_name(worker), follow)
+        return
+    files = {path.stem: path for path in sorted(folder.logs.glob("*.log"))}
+    if worker not in files:
+        what = f"of a worker named {worker!r}"
+        if worker == _COORDINATOR:
+            what = "of the coordinator, which logs to its terminal unless `up --detach` started it"
+        raise UsageError(f"no log {what}; there are logs of: {', '.join(files) or 'none'}")
+    with files[worker].open(errors="replace") as file:
+        terminal.write(file.read())
+        while follow:
+            time.sleep(_FILE_S)
+            terminal.write(file.read())
 
-    print_log(cluster, worker, follow)
+
+def _print_tail(record: ClusterRecord, worker: str, follow: bool) -> None:
+    """The last lines that the worker reports. Printed ones are not printed again, unless they are another process's."""
+    printed = 0
+    with _api(record) as api:
+        while True:
+            before, lines = api.log(worker)
+            printed = printed if printed <= before + len(lines) else 0
+            terminal.write("".join(f"{line}\n" for line in lines[max(0, printed - before) :]))
+            printed = before + len(lines)
+            if not follow:
+                return
+            time.sleep(_TAIL_S)
 
 
 def plan(file: ConfigFile = None, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
-    """Show which layers would go where, and how fast that will be, without starting anything."""
+    """Show the split, its memory and its predicted speed, without starting anything."""
     from llamaclust.cli.plan import show_plan
 
     show_plan(file, overrides, as_json)
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands of this file."""
-    for command in (up, down, status, plan, drain, undrain, logs):
-        app.command(cls=FileCommand if command in (up, plan) else PlainCommand)(command)
+def _running(name: str | None) -> tuple[ClusterDir, ClusterRecord]:
+    from llamaclust.cluster.config.environment import environment
+    from llamaclust.cluster.state.directory import find_running
+
+    return find_running(environment().state_dir, name)
+
+
+def _running_or_last(name: str | None) -> tuple[ClusterDir, ClusterRecord | None]:
+    """A running cluster with its record, or one that has ended."""
+    from llamaclust.cluster.config.environment import environment
+    from llamaclust.cluster.state.directory import ClusterDir, running_clusters
+
+    state_dir = environment().state_dir
+    if name in {path.name for path in state_dir.glob("*/")} - running_clusters(state_dir).keys():
+        return ClusterDir(state_dir / name), None
+    return _running(name)
+
+
+def _api(record: ClusterRecord) -> ClusterApi:
+    from llamaclust.cluster.client.operations import ClusterApi
+
+    return ClusterApi(record)
+
+
+def _worker_name(worker: str) -> str:
+    from llamaclust.cluster.config.values import parse_name
+
+    return option_value("WORKER", parse_name, worker)

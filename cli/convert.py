@@ -10,45 +10,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
-from llamaclust.cli.options import PlainCommand
+from llamaclust.cli.options import LocalModel, option_value
 from llamaclust.cli.terminal import printable
 from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
     from llamaclust.tools.split import Part
 
+DryRun = Annotated[bool, Option("--dry-run", help="Only show what would be written.")]
 TypeOption = Annotated[
-    str, typer.Option("--type", "-t", metavar="TYPE", help="Type of the matrices: f32, f16, bf16 or q8_0.")
+    str, Option("--type", "-t", metavar="TYPE", help="Type of the matrices: f32, f16, bf16 or q8_0.")
 ]
 
 
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder with config.json or params.json, TencentPretrain's .bin, or llama2.c's .bin.",
+        Argument(
+            metavar="SRC", help="Folder with config.json or params.json, TencentPretrain's .bin, or llama2.c's .bin."
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The file; NAME-TYPE.gguf here by default.")
+        Path | None, Option("--out", "-o", metavar="FILE", help="The file; NAME-TYPE.gguf here by default.")
     ] = None,
     kind: TypeOption = "f16",
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", metavar="PATH", help="Its tokenizer, where it is not beside it.")
+        Path | None, Option("--tokenizer", metavar="PATH", help="Its tokenizer, where it is not beside it.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="TencentPretrain's configuration in JSON.")
+        Path | None, Option("--config", metavar="FILE", help="TencentPretrain's configuration in JSON.")
     ] = None,
     context_length: Annotated[
         int | None,
-        typer.Option(
-            "--context-length", metavar="N", min=1, max=1 << 30, help="Tokens, where the checkpoint does not say."
-        ),
+        Option("--context-length", metavar="N", min=1, max=1 << 30, help="Tokens, where the checkpoint does not say."),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="The model's name in the file.")] = None,
+    name: Annotated[str | None, Option("--name", metavar="NAME", help="The model's name in the file.")] = None,
 ) -> None:
     """Write a checkpoint as a GGUF file. Needs no PyTorch and little memory, and runs nothing that a file holds."""
     from llamaclust.tools.convert.conversion import convert as run
@@ -62,14 +60,12 @@ def convert(
 
 
 def merge_lora(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="The model: a folder of Hugging Face's form.")],
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder that has adapter_config.json.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="OUT", help="A name that ends in .gguf, or a folder to make.")
-    ],
+    base: Annotated[Path, Argument(metavar="BASE", help="The model: a folder of Hugging Face's form.")],
+    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="The folder that has adapter_config.json.")],
+    out: Annotated[Path, Option("--out", "-o", metavar="OUT", help="A name that ends in .gguf, or a folder to make.")],
     kind: TypeOption = "f16",
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", metavar="PATH", help="Its tokenizer, where neither folder has it.")
+        Path | None, Option("--tokenizer", metavar="PATH", help="Its tokenizer, where neither folder has it.")
     ] = None,
 ) -> None:
     """Add an adapter (LoRA, as PEFT saves it) to the weights of its model. Sums are computed in float32."""
@@ -91,48 +87,44 @@ def _told(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done_bytes, total_bytes: progress(what, done_bytes, total_bytes)
 
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be written.")]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")]
-
-
 def split(
-    model: ModelArgument,
+    model: LocalModel,
     prefix: Annotated[
-        Path | None,
-        typer.Argument(metavar="PREFIX", help="Parts are PREFIX-00001-of-0000N.gguf; MODEL without .gguf by default."),
+        Path | None, Argument(metavar="PREFIX", help="PREFIX-00001-of-0000N.gguf; default: MODEL without .gguf.")
     ] = None,
     max_size: Annotated[
-        str | None, typer.Option("--split-max-size", metavar="SIZE", help="Bytes of tensors a part, like 2GiB or 2G.")
+        str | None, Option("--split-max-size", metavar="SIZE", help="Bytes of tensors a part, like 2GiB or 2G.")
     ] = None,
     max_tensors: Annotated[
-        int | None, typer.Option("--split-max-tensors", metavar="N", min=1, help="Tensors a part; 128 by default.")
+        int | None, Option("--split-max-tensors", metavar="N", min=1, help="Tensors a part; 128 by default.")
     ] = None,
     no_tensor_first: Annotated[
-        bool, typer.Option("--no-tensor-first-split", help="Metadata alone in the first part.")
+        bool, Option("--no-tensor-first-split", help="Metadata alone in the first part.")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Cut a model file into parts, as llama.cpp's llama-gguf-split does. Every tensor stays as it is."""
+    """Split a model file into parts, as llama.cpp's llama-gguf-split does. Tensors are unchanged."""
+    from llamaclust.cluster.config.values import parse_size
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.tools.hub.catalog import made_beside, resolve_model
     from llamaclust.tools.split import DEFAULT_TENSORS, SplitRules, plan_split
 
     if max_size is not None and max_tensors is not None:
         raise UsageError("--split-max-size and --split-max-tensors: give one of them")
-    most_bytes = None if max_size is None else _size(max_size)
+    most_bytes = None if max_size is None else option_value("--split-max-size", parse_size, max_size)
     path = resolve_model(model)
     rules = SplitRules(most_bytes, max_tensors or DEFAULT_TENSORS, no_tensor_first)
     _write(plan_split(open_model(path), prefix or made_beside(path, path.stem), rules), dry_run)
 
 
 def merge(
-    model: Annotated[str, typer.Argument(metavar="FIRST", help="The first part, NAME-00001-of-0000N.gguf.")],
+    model: Annotated[str, Argument(metavar="FIRST", help="The first part, NAME-00001-of-0000N.gguf.")],
     out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="The new file; NAME.gguf beside the parts by default.")
+        Path | None, Argument(metavar="OUT", help="The new file; NAME.gguf beside the parts by default.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Put the parts of a model together in one file. Every tensor stays as it is."""
+    """Merge the parts of a model into one file. Tensors are unchanged."""
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.tools.hub.catalog import made_beside, resolve_model
     from llamaclust.tools.split import plan_merge
@@ -140,24 +132,6 @@ def merge(
     path = resolve_model(model)
     name = re.sub(r"-\d{5}-of-\d{5}\.gguf$", ".gguf", path.name)
     _write([plan_merge(open_model(path), out or made_beside(path, name))], dry_run)
-
-
-def register(models: typer.Typer) -> None:
-    """Adds the commands of this file to those of `model`."""
-    models.command(cls=PlainCommand)(split)
-    models.command(cls=PlainCommand)(merge)
-    models.command(cls=PlainCommand)(convert)
-    models.command("merge-lora", cls=PlainCommand)(merge_lora)
-
-
-def _size(text: str) -> int:
-    """Bytes; M and G are powers of ten, as llama.cpp has them."""
-    from llamaclust.cluster.config.values import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise UsageError(f"--split-max-size: {error}") from error
 
 
 def _write(parts: list[Part], dry_run: bool) -> None:

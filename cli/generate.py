@@ -8,10 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from llamaclust.cli import terminal
-from llamaclust.cli.options import NO_GPUS, Devices, GpuLayers, Gpus, PlainCommand, with_samplers
+from llamaclust.cli.options import (
+    NO_GPUS,
+    Cluster,
+    Devices,
+    Endpoint,
+    GpuLayers,
+    Gpus,
+    Json,
+    KeyFile,
+    Threads,
+    with_samplers,
+)
 from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,46 +31,34 @@ if TYPE_CHECKING:
     from llamaclust.cluster.client.types import Options
     from llamaclust.cluster.text.answer import Answer
 
-Cluster = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Which, where several run.")]
-Endpoint = Annotated[str | None, typer.Option("--endpoint", metavar="URL", help="Address of a cluster's API.")]
-KeyFile = Annotated[
-    Path | None, typer.Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")
-]
 ModelFile = Annotated[
-    str | None, typer.Option("--model", metavar="FILE", help="Run this model in this process, without a cluster.")
+    str | None, Option("--model", metavar="FILE", help="Run this model in this process, without a cluster.")
 ]
-Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", metavar="N", min=1, max=1024, help="Threads that compute, for --model.")
-]
-Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0 chooses the likeliest token.")]
+Temperature = Annotated[float, Option("--temperature", metavar="X", help="Sampling temperature; 0: greedy.")]
 Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="The same seed gives the same answer; drawn by default.")
+    int | None, Option("--seed", metavar="N", help="The same seed gives the same answer; default: random.")
 ]
-TopK = Annotated[int, typer.Option("--top-k", metavar="N", help="Only that many of the likeliest tokens; 0: all.")]
+TopK = Annotated[int, Option("--top-k", metavar="N", help="Keep the N most probable tokens; 0: all.")]
 TopP = Annotated[
-    float, typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that reach this probability.")
+    float, Option("--top-p", metavar="P", help="Keep the most probable tokens up to this cumulative probability.")
 ]
 MinP = Annotated[
     float,
-    typer.Option(
-        "--min-p", metavar="P", help="Keep tokens with at least this fraction of the top token's probability."
-    ),
+    Option("--min-p", metavar="P", help="Keep tokens with at least this fraction of the top token's probability."),
 ]
 
 
 @with_samplers
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The text to go on from; `-`: standard input.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", metavar="N", help="Tokens, at most.")] = 128,
+    prompt: Annotated[str | None, Argument(metavar="PROMPT", help="The text to complete; `-`: standard input.")] = None,
+    max_tokens: Annotated[int, Option("-n", "--max-tokens", metavar="N", help="Maximum number of tokens.")] = 128,
     temperature: Temperature = 0.0,
     seed: Seed = None,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
-    stop: Annotated[list[str], typer.Option("--stop", metavar="TEXT", help="End before this text.")] = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    stop: Annotated[list[str], Option("--stop", metavar="TEXT", help="End before this text.")] = [],  # noqa: B006
+    as_json: Json = False,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     model: ModelFile = None,
@@ -70,7 +69,7 @@ def generate(
     *,
     more: dict[str, Any],
 ) -> None:
-    """Go on from PROMPT and print the text as it comes."""
+    """Complete PROMPT and stream the text."""
     text = given_or_piped(prompt)
     target = Target(cluster, endpoint, api_key_file, model, threads, gpus=Gpus(tuple(device), gpu_layers))
     options = sampling(max_tokens, temperature, seed, top_k, top_p, min_p, more)
@@ -80,11 +79,9 @@ def generate(
 
 @with_samplers
 def chat(
-    system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="What the model is told first.")
-    ] = None,
+    system: Annotated[str | None, Option("--system", metavar="TEXT", help="System message.")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("-n", "--max-tokens", metavar="N", help="Tokens of an answer, at most.")
+        int | None, Option("-n", "--max-tokens", metavar="N", help="Maximum number of tokens of an answer.")
     ] = None,
     temperature: Temperature = 0.8,
     seed: Seed = None,
@@ -96,7 +93,7 @@ def chat(
     model: ModelFile = None,
     chat_template: Annotated[
         str | None,
-        typer.Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's, for --model."),
+        Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's template, for --model."),
     ] = None,
     threads: Threads = None,
     device: Devices = [],  # noqa: B006  typer reads the default
@@ -105,7 +102,7 @@ def chat(
     *,
     more: dict[str, Any],
 ) -> None:
-    """Chat: Ctrl-C interrupts an answer, /help shows more. Piped input is taken line by line."""
+    """Chat: Ctrl-C interrupts an answer, /help shows the commands. Piped input is read line by line."""
     from llamaclust.cli.chat import Chat
 
     target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, Gpus(tuple(device), gpu_layers))
@@ -132,12 +129,6 @@ def sampling(
         "min_p": min_p,
     }
     return {**plain, **more}  # type: ignore[typeddict-item]
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the commands of this file."""
-    app.command(cls=PlainCommand)(generate)
-    app.command(cls=PlainCommand)(chat)
 
 
 def given_or_piped(prompt: str | None) -> str:

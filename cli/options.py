@@ -1,4 +1,4 @@
-"""How options are declared, shown and read: help without Python's types, GPUs, samplers, keys of workers."""
+"""Options of several commands: declaration, help without Python's types, values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from itertools import zip_longest
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import typer
+from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
 from llamaclust.core.errors import UsageError
@@ -30,11 +31,11 @@ class PlainGroup(TyperGroup):
 
 
 def _without_types(params: list[Any]) -> list[Any]:
-    for one in params:
-        if one.param_type_name == "argument":
-            one.display_type_rich = lambda ctx: None
-        elif one.is_flag:
-            one.metavar = ""
+    for param in params:
+        if param.param_type_name == "argument":
+            param.display_type_rich = lambda ctx: None
+        elif param.is_flag:
+            param.metavar = ""
     return params
 
 
@@ -65,14 +66,27 @@ class FileCommand(PlainCommand):
         return rest
 
 
+Json = Annotated[bool, Option("--json", help="One JSON object on standard output.")]
+LocalModel = Annotated[str, Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")]
+Cluster = Annotated[str | None, Option("--cluster", metavar="NAME", help="Name of the cluster, if several run.")]
+Endpoint = Annotated[str | None, Option("--endpoint", metavar="URL", help="Address of a running cluster's API.")]
+KeyFile = Annotated[Path | None, Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")]
+Threads = Annotated[
+    int | None, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Compute threads; all cores by default.")
+]
+Workers = Annotated[
+    int, Option("--workers", min=1, max=64, metavar="K", help="Split the model over K local processes.")
+]
+KvTypeOption = Annotated[
+    str | None, Option("--kv-type", metavar="TYPE", help="Type of keys and values in memory: f16 (default) or q8_0.")
+]
+Chunks = Annotated[int | None, Option("--chunks", min=1, metavar="N", help="Only the first N.")]
 Devices = Annotated[
     list[str],
-    typer.Option(
-        "--device", metavar="DEVICE", help="What computes: cpu (default), or GPUs beside it: cuda:0 or cuda:0,cuda:1."
-    ),
+    Option("--device", metavar="DEVICE", help="cpu (default), or GPUs in addition: cuda:0, or cuda:0,cuda:1."),
 ]
 GpuLayers = Annotated[
-    str, typer.Option("--gpu-layers", "-ngl", metavar="N", help="Layers on GPUs, or auto: as many as VRAM takes.")
+    str, Option("--gpu-layers", "-ngl", metavar="N", help="Layers on GPUs, or auto: as many as fit in VRAM.")
 ]
 _Value = TypeVar("_Value")
 
@@ -110,59 +124,52 @@ def option_value(option: str, read: Callable[[str], _Value], given: str) -> _Val
         raise UsageError(f"{option}: {error}") from error
 
 
-_HELP: dict[str, tuple[type, str, str]] = {
-    "top_n_sigma": (float, "X", "Only tokens within so many standard deviations of the likeliest's logit."),
+_SAMPLERS: dict[str, tuple[Any, str, str]] = {
+    "top_n_sigma": (float, "X", "Keep tokens within X standard deviations of the highest logit."),
     "tfs_z": (float, "Z", "Tail-free sampling; 1: off."),
-    "typical_p": (float, "P", "Only the tokens of the most typical probability; 1: off."),
-    "xtc_probability": (float, "P", "How often the likeliest tokens are taken out."),
-    "xtc_threshold": (float, "P", "All at least so likely but the last."),
-    "dynatemp_range": (float, "X", "How far the temperature goes with the entropy, down and up."),
-    "dynatemp_exponent": (float, "X", "The power of the entropy that it goes with."),
-    "dry_multiplier": (float, "X", "What repetitions cost (DRY); 0: off."),
-    "dry_base": (float, "X", "How it grows with each token repeated."),
-    "dry_allowed_length": (int, "N", "Shorter repetitions cost nothing."),
-    "dry_penalty_last_n": (int, "N", "Last tokens that DRY looks at; -1: all."),
+    "typical_p": (float, "P", "Locally typical sampling: keep tokens up to this probability; 1: off."),
+    "xtc_probability": (float, "P", "How often XTC removes the most probable tokens."),
+    "xtc_threshold": (float, "P", "XTC removes all tokens with at least this probability but the last."),
+    "dynatemp_range": (float, "X", "Range of the dynamic temperature, below and above."),
+    "dynatemp_exponent": (float, "X", "Exponent of the entropy in the dynamic temperature."),
+    "dry_multiplier": (float, "X", "Penalty of repetitions (DRY); 0: off."),
+    "dry_base": (float, "X", "Base of the penalty's growth with each repeated token."),
+    "dry_allowed_length": (int, "N", "Shorter repetitions have no penalty."),
+    "dry_penalty_last_n": (int, "N", "How many last tokens DRY examines; -1: all."),
     "mirostat": (int, "N", "1 or 2: that version of Mirostat; 0: off."),
-    "mirostat_tau": (float, "X", "The surprise that it aims at, in bits."),
-    "mirostat_eta": (float, "X", "How fast it learns."),
+    "mirostat_tau": (float, "X", "Mirostat's target surprise in bits."),
+    "mirostat_eta": (float, "X", "Mirostat's learning rate."),
     "repetition_penalty": (float, "X", "Divides the logits of tokens that occurred; 1: off."),
-    "frequency_penalty": (float, "X", "Subtracted for each time a token occurred."),
+    "frequency_penalty": (float, "X", "Subtracted for each occurrence of a token."),
     "presence_penalty": (float, "X", "Subtracted from the logits of tokens that occurred."),
+    "samplers": (str, "A;B", "Order: penalties, dry, top_n_sigma, top_k, tfs_z, typ_p, top_p, min_p, ..."),
+    "dry_sequence_breakers": (list[str], "TEXT", "No repetition continues across this text; repeatable."),
 }
+"""Request fields with type, placeholder and help."""
+_OPTIONS = {"repetition_penalty": "--repeat-penalty", "dry_sequence_breakers": "--dry-sequence-breaker"}
+"""Those that are not named as their field."""
 
 
 def with_samplers(command: Callable[..., None]) -> Callable[..., None]:
     """The command with these options; those that are given reach it in its argument `more`, by name."""
-    signature = inspect.signature(command, eval_str=True)
-    own = {name: one for name, one in signature.parameters.items() if name != "more"}
-    added = {name: _parameter(name) for name in (*_HELP, "samplers", "dry_sequence_breakers")}
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [*(parameter for parameter in own if parameter.name != "more"), *map(_parameter, _SAMPLERS)]
 
     @wraps(command)
     def run(**arguments: Any) -> None:
-        given = {name: value for name in added if (value := arguments.pop(name)) not in (None, [])}
-        if "samplers" in given:
-            given["samplers"] = [name for name in given["samplers"].replace(";", ",").split(",") if name]
-        command(**arguments, more=given)
+        more = {name: value for name in _SAMPLERS if (value := arguments.pop(name)) not in (None, [])}
+        if "samplers" in more:
+            more["samplers"] = [name for name in more["samplers"].replace(";", ",").split(",") if name]
+        command(**arguments, more=more)
 
-    parameters = [*own.values(), *added.values()]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
 def _parameter(name: str) -> inspect.Parameter:
-    annotation = _annotation(name)
-    default: list[str] | None = [] if name == "dry_sequence_breakers" else None
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _annotation(name: str) -> Any:
-    if name == "samplers":
-        said = "Which samplers act, in this order: penalties, dry, top_n_sigma, top_k, tfs_z, typ_p, top_p, min_p, ..."
-        return Annotated[str | None, typer.Option("--samplers", metavar="A;B", help=said)]
-    if name == "dry_sequence_breakers":
-        said = "No repetition goes beyond this text; may be given several times."
-        return Annotated[list[str], typer.Option("--dry-sequence-breaker", metavar="TEXT", help=said)]
-    kind, metavar, said = _HELP[name]
-    option = "--repeat-penalty" if name == "repetition_penalty" else f"--{name.replace('_', '-')}"
-    return Annotated[kind | None, typer.Option(option, metavar=metavar, help=said)]
+    kind, metavar, text = _SAMPLERS[name]
+    option = Option(_OPTIONS.get(name, f"--{name.replace('_', '-')}"), metavar=metavar, help=text)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )

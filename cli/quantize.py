@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
-from llamaclust.cli.options import PlainCommand
+from llamaclust.cli.options import Chunks, LocalModel, Threads
 from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,54 +15,46 @@ if TYPE_CHECKING:
     from llamaclust.tools.quantize.quantize import Quantizing
     from llamaclust.tools.quantize.type_choice import Wishes
 
-Source = Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")]
 Out = Annotated[
     list[str],
-    typer.Argument(
+    Argument(
         metavar="OUT",
         default_factory=list,
         show_default=False,
         help="The new file; MODEL-TYPE.gguf beside the old one by default (here, where that was pulled).",
     ),
 ]
-Type = Annotated[str, typer.Argument(metavar="TYPE", help="Q4_K_M, Q8_0, ...: docs/quantize.md lists them.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", metavar="N", min=1, max=1024, help="Threads; all cores by default.")
-]
+Type = Annotated[str, Argument(metavar="TYPE", help="Q4_K_M, Q8_0, ...: docs/quantize.md lists them.")]
 
 
 def quantize(
-    model: Source,
+    model: LocalModel,
     out: Out,
     type_name: Type,
     imatrix_file: Annotated[
         Path | None,
-        typer.Option("--imatrix", metavar="FILE", help="Which weights matter, of `model imatrix` or llama-imatrix."),
+        Option("--imatrix", metavar="FILE", help="Which weights matter, of `model imatrix` or llama-imatrix."),
     ] = None,
     tensor_type: Annotated[
         list[str] | None,
-        typer.Option(
-            "--tensor-type", metavar="PATTERN=TYPE", help="A type for tensors whose name the pattern matches."
-        ),
+        Option("--tensor-type", metavar="PATTERN=TYPE", help="A type for tensors whose name the pattern matches."),
     ] = None,
     output_tensor_type: Annotated[
-        str | None, typer.Option("--output-tensor-type", metavar="TYPE", help="A type for output.weight.")
+        str | None, Option("--output-tensor-type", metavar="TYPE", help="A type for output.weight.")
     ] = None,
     token_embedding_type: Annotated[
-        str | None, typer.Option("--token-embedding-type", metavar="TYPE", help="A type for token_embd.weight.")
+        str | None, Option("--token-embedding-type", metavar="TYPE", help="A type for token_embd.weight.")
     ] = None,
-    leave_output_tensor: Annotated[
-        bool, typer.Option("--leave-output-tensor", help="Keep output.weight as it is.")
-    ] = False,
-    pure: Annotated[bool, typer.Option("--pure", help="One type for all matrices, no mix.")] = False,
+    leave_output_tensor: Annotated[bool, Option("--leave-output-tensor", help="Keep output.weight as it is.")] = False,
+    pure: Annotated[bool, Option("--pure", help="One type for all matrices, no mix.")] = False,
     allow_requantize: Annotated[
-        bool, typer.Option("--allow-requantize", help="Take quantized weights, too; quality suffers twice.")
+        bool, Option("--allow-requantize", help="Take quantized weights, too; quality suffers twice.")
     ] = False,
-    keep_split: Annotated[bool, typer.Option("--keep-split", help="As many files as the model has.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would become of the tensors.")] = False,
+    keep_split: Annotated[bool, Option("--keep-split", help="As many files as the model has.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show the new types and sizes.")] = False,
     threads: Threads = None,
 ) -> None:
-    """Write a model file in a smaller type; which tensors get which type is as llama-quantize has it."""
+    """Write a model file in a smaller type. Each tensor gets the type that llama-quantize gives it."""
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.model.imatrix import read_imatrix
     from llamaclust.tools.hub.catalog import resolve_model
@@ -88,17 +80,17 @@ def quantize(
 
 
 def imatrix(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")],
-    text: Annotated[Path, typer.Option("-f", "--file", metavar="TEXT", help="UTF-8 text like what is to come.")],
+    model: LocalModel,
+    text: Annotated[Path, Option("-f", "--file", metavar="TEXT", help="UTF-8 text like what is to come.")],
     out: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="The matrix: GGUF, or the old format for .dat.")
+        Path, Option("-o", "--output", metavar="FILE", help="The matrix: GGUF, or the old format for .dat.")
     ],
-    context: Annotated[int, typer.Option("-c", "--context", metavar="N", min=4, help="Tokens of a chunk.")] = 512,
-    chunks: Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Only the first N.")] = None,
-    process_output: Annotated[bool, typer.Option("--process-output", help="Of output.weight, too.")] = False,
+    context: Annotated[int, Option("-c", "--context", metavar="N", min=4, help="Tokens of a chunk.")] = 512,
+    chunks: Chunks = None,
+    process_output: Annotated[bool, Option("--process-output", help="Of output.weight, too.")] = False,
     threads: Threads = None,
 ) -> None:
-    """Find out which weights matter most: run MODEL over a text, and sum up the squares of what matrices multiply."""
+    """Compute an importance matrix: run MODEL over a text and sum the squares of each matrix's inputs."""
     from llamaclust.cli.progress import shown_progress
     from llamaclust.model.imatrix import write_imatrix
     from llamaclust.model.loader import Model
@@ -216,9 +208,3 @@ def _print_sizes(job: Quantizing) -> None:
     weights = sum(change.tensor.rows * change.tensor.shape[-1] for change in job.changes)
     bits = f"{8 * before / weights:.2f} -> {8 * after / weights:.2f} bits a weight"
     print(f"{before / MIB:,.2f} -> {after / MIB:,.2f} MiB, {bits}")
-
-
-def register(models: typer.Typer) -> None:
-    """Adds the commands of this file to those of `model`."""
-    models.command(cls=PlainCommand)(quantize)
-    models.command(cls=PlainCommand)(imatrix)

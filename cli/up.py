@@ -17,7 +17,7 @@ from llamaclust.cli.interrupts import ends_at_once, exits_when_told
 from llamaclust.cli.progress import ClusterView, cluster_view, shown_progress
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Event, Ready, StartFailed, from_line, to_line
+from llamaclust.cluster.state.events import Event, Notice, Ready, StartFailed, from_line, to_line
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def run_cluster(
         from llamaclust.cluster.server.serve import serve
 
         serve(config, model, view.show)
+        view.show(Notice(f"{config.name} is stopped"))
 
 
 def _tune_grpc() -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from llamaclust.core.errors import ProtocolError, UsageError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security import enrolment
@@ -49,6 +49,15 @@ async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
             raise UsageError(f"the coordinator at {where} does not know this token's secret: copy the token file again")
         pair = key.with_certificate(grant.certificate)
         return Enrolled(Identity(pem(authority), cluster, Principal(name), pair), grant.port)
+
+
+async def speaks_tls(host: str, port: int) -> bool:
+    """Whether a server answers with TLS; what it shows is not verified."""
+    try:
+        async with _connected(host, port, _unverifying(), None):
+            return True
+    except LlamaclustError:
+        return False
 
 
 async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
@@ -119,6 +128,11 @@ async def _connected(
     except ssl.SSLCertVerificationError as error:
         why = f"{error.verify_message}; are the clocks of both machines right?"
         raise WorkerError(f"the certificate that {host}:{port} shows is refused: {why}") from error
+    except ssl.SSLError as error:
+        if error.reason == "WRONG_VERSION_NUMBER":
+            advice = "an insecure cluster? Then start the worker with --insecure instead of a token"
+            raise UsageError(f"{host}:{port} does not use TLS: is it {advice}") from error
+        raise WorkerError(f"{host}:{port} cannot be reached: {_reason(error)}") from error
     except OSError as error:
         raise WorkerError(f"{host}:{port} cannot be reached: {_reason(error)}") from error
     try:

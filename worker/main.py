@@ -12,8 +12,8 @@ import signal
 import sys
 from typing import NoReturn
 
-from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, WorkerError
-from llamaclust.core.logs import start_logging
+from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
+from llamaclust.core.logs import LogFormat, start_logging
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.sched_slice import short_slices
@@ -34,7 +34,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Runs a worker to its end and returns its exit code. Errors are one line each on standard error.
+    """Runs a worker to its end and returns its exit code. Errors are one line each in the log, but the UsageError of a
+    worker that a user started, which is raised.
 
     A native call may go on computing: the caller ends the process by `end_process`.
     """
@@ -47,6 +48,8 @@ def run_worker(settings: WorkerSettings) -> int:
             _set_parent_death_signal(settings.parent_pid)
         return asyncio.run(_until_signal(settings))
     except LlamaclustError as error:
+        if isinstance(error, UsageError) and settings.static and settings.log_format is LogFormat.TEXT:
+            raise
         _log.error("%s", error)
         return error.exit_code
     except Exception:  # noqa: BLE001  the border of the process

@@ -20,7 +20,7 @@ from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Insecure
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.devices.system_info import log_place
-from llamaclust.worker.enrolment import enrol
+from llamaclust.worker.enrolment import enrol, speaks_tls
 from llamaclust.worker.membership import Member
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.worker import Worker
@@ -61,6 +61,9 @@ class _StaticWorker:
             try:
                 return await self._run_membership()
             except LlamaclustError as error:
+                if self._token is None and self._coordinator_s is None and await speaks_tls(self._host, self._port):
+                    advice = "start the worker with --token-file instead of --insecure"
+                    raise UsageError(f"the coordinator at {self._settings.join} requires TLS: {advice}") from error
                 is_refused = isinstance(error, UsageError) and self._coordinator_s is None
                 if is_refused or isinstance(error, DeviceLostError):
                     raise

@@ -26,6 +26,7 @@ _PROFILES = ".profiles.json"  # no cluster's name begins with a dot
 _ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
 """Longer than a process that checks for a running cluster has its lock."""
+_POLL_S = 0.05
 _LOOK_S = 0.5
 """Between two looks whether a running cluster's folder is still there."""
 
@@ -116,6 +117,15 @@ class ClusterDir:
     def is_running(self) -> bool:
         """Whether a process holds the lock now."""
         return is_locked(self._lock)
+
+    def ends_within(self, seconds: float) -> bool:
+        """Waits for the end of the process that holds the lock."""
+        end = time.monotonic() + seconds
+        while self.is_running:
+            if time.monotonic() > end:
+                return False
+            time.sleep(_POLL_S)
+        return True
 
     def write_record(self, record: ClusterRecord) -> None:
         """From now on other processes find the cluster, through a link where they would not look in its folder."""
@@ -208,8 +218,8 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
     if name is not None and name in running:
         return running[name]
     if not running:
-        logs = sorted(state_dir.glob("*/logs"), key=lambda folder: folder.stat().st_mtime)
-        why = f"; the last one's logs: {logs[-1]}" if logs else ""
+        logs = [folder for folder in state_dir.glob("*/logs") if any(folder.iterdir())]
+        why = f"; the last one's logs: {max(logs, key=lambda folder: folder.stat().st_mtime)}" if logs else ""
         raise UsageError(f"no cluster is running: start one with `llamaclust up`{why}")
     names = ", ".join(running)
     asked = f"no cluster named {name!r} is running" if name else "several clusters are running"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from llamaclust.cli.plan import _gpus_here, plan_of
+from llamaclust.cli.plan import planned
 from llamaclust.cli.status import gpu_lines
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
@@ -181,13 +181,13 @@ def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkey
     monkeypatch.setattr(backends, "open_gpu", open_gpu)
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
     given = [f"model={model}", "context_length=64", "max_sequences=2"]
-    plan = plan_of(None, [*given, "workers=[{name: a, device: cuda, gpu_layers: 3}, {name: b, memory: 1GiB}]"])
+    workers = "workers=[{name: a, device: cuda, gpu_layers: 3}, {name: b, memory: 1GiB}]"
+    plan, _ = planned(load_config(None, [*given, workers]))
     parts = [(one.device, one.end - one.start) for stage in plan.stages for one in stage.devices]
     assert ("cuda:0", 3) in parts or ("cuda:0", plan.stages[0].end) in parts
     assert opened == ["cuda:0"], "opened once, for all that is to be known"
     assert plan.prediction is None, "nothing was measured here"
     device.memory_bytes = 3 << 20
-    _gpus_here.cache_clear()
     told = r"a cuda:0 2;.* MiB are missing.*; or set gpu_layers to auto, which fits: [0-3] layers are on GPUs then"
     with pytest.raises(InsufficientMemoryError, match=told):
-        plan_of(None, [*given, "workers=[{name: a, device: cuda, gpu_layers: 4}]"])
+        planned(load_config(None, [*given, "workers=[{name: a, device: cuda, gpu_layers: 4}]"]))

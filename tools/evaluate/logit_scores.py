@@ -35,11 +35,7 @@ def keep_logits(client: LocalClient, chunks: Sequence[tuple[int, ...]], file: Pa
 
 
 def measure_divergence(
-    client: LocalClient,
-    tokenizer: Tokenizer,
-    base: LogitsFile,
-    chunks: int,
-    on_chunk: Callable[[int, float], None],
+    client: LocalClient, tokenizer: Tokenizer, base: LogitsFile, chunks: int, on_chunk: Callable[[int, float], None]
 ) -> Divergence:
     """Compares the model with the first `chunks` of a file of logits; `on_chunk` gets the number done and the mean
     divergence so far. UsageError where the file is of another vocabulary."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cli.plan import plan_of
-from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cli.plan import planned
+from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.config.environment import FEATURE_LEVELS
 from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
@@ -97,10 +97,10 @@ async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path
     file = tmp_path / "cluster.yaml"
     values = {"name": "third", "model": str(tiny), "objective": "throughput", "context_length": 256}
     file.write_text(json.dumps({**values, "state_dir": str(tmp_path), "workers": workers}))
-    planned = plan_of(file, [])
-    assert planned.prediction is not None and plan.prediction is not None
-    assert planned.prediction.token_s == plan.prediction.token_s
-    assert plan_of(file, ["workers.a.threads=2"]).prediction is None
+    known, _ = planned(load_config(file))
+    assert known.prediction is not None and plan.prediction is not None
+    assert known.prediction.token_s == plan.prediction.token_s
+    assert planned(load_config(file, ["workers.a.threads=2"]))[0].prediction is None
 
 
 def test_a_feature_level_that_is_not_there_is_refused_before_a_worker_starts(
@@ -122,7 +122,7 @@ def test_a_feature_level_that_is_not_there_is_refused_before_a_worker_starts(
     file = tmp_path / "cluster.yaml"
     file.write_text(json.dumps({"model": str(tiny), "state_dir": str(tmp_path), "workers": [{"name": "a"}]}))
     with pytest.raises(UsageError) as caught:
-        plan_of(file, [])
+        planned(load_config(file))
     assert str(caught.value) == says
 
 

@@ -1,0 +1,69 @@
+"""Client of a running cluster's operations: status, drain, undrain, logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from llamaclust.cluster.api.settings import first_key
+from llamaclust.cluster.state.directory import ClusterRecord
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError
+
+_ANSWER_S = 10.0
+_DRAIN_S = 630.0
+"""The coordinator gives up a little earlier, and says why."""
+_KINDS: dict[int, type[LlamaclustError]] = {kind.http_status: kind for kind in (UsageError, InsufficientMemoryError)}
+
+
+class ClusterApi:
+    """A context manager: holds a connection while it is entered. Errors name the cluster and its address."""
+
+    def __init__(self, record: ClusterRecord) -> None:
+        headers = {}
+        if record.api_keys_file is not None:
+            headers["Authorization"] = f"Bearer {first_key(Path(record.api_keys_file))}"
+        self._where = f"cluster {record.name} at {record.api}"
+        self._client = httpx.Client(base_url=record.api, headers=headers, timeout=_ANSWER_S, trust_env=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._client.close()
+
+    def status(self) -> dict[str, Any]:
+        """The `status` part of GET /cluster."""
+        state: dict[str, Any] = self._request("GET", "/cluster")["status"]
+        return state
+
+    def drain(self, worker: str) -> None:
+        """`worker` is a name that a worker may have. Returns when it holds no layers; InsufficientMemoryError or
+        another error where it has to hold them."""
+        self._request("POST", f"/cluster/workers/{worker}/drain", read_s=_DRAIN_S)
+
+    def undrain(self, worker: str) -> None:
+        self._request("POST", f"/cluster/workers/{worker}/undrain")
+
+    def log(self, worker: str) -> tuple[int, list[str]]:
+        """(how many lines its process wrote before, the last ones)."""
+        tail = self._request("GET", f"/cluster/workers/{worker}/log")
+        return tail["before"], tail["lines"]
+
+    def _request(self, method: str, path: str, read_s: float = _ANSWER_S) -> dict[str, Any]:
+        try:
+            answer = self._client.request(method, path, timeout=httpx.Timeout(_ANSWER_S, read=read_s))
+        except httpx.HTTPError as error:
+            raise LlamaclustError(f"{self._where} does not answer: {error}") from error
+        if answer.status_code == httpx.codes.OK:
+            body: dict[str, Any] = answer.json()
+            return body
+        raise _KINDS.get(answer.status_code, LlamaclustError)(f"{self._where}: {_message(answer)}")
+
+
+def _message(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text.strip()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,9 +17,7 @@ from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT, raw_metadata
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import Contents, RawValue, TensorSource, WritableValue, header_bytes, write_gguf_parts
-
-OnBytes = Callable[[str, int, int], None]
-"""Called with the name of the file, the tensor bytes written and the total."""
+from llamaclust.tools.progress import ByteProgress, Progress
 
 DEFAULT_TENSORS: Final = 128
 _MOST_PARTS: Final = 99_999
@@ -47,12 +46,9 @@ class Part:
     @property
     def n_bytes(self) -> int:
         """Of the whole file."""
-        header = header_bytes(self.metadata, [_source(tensor) for tensor in self.tensors], self.alignment)
-        return len(header) + self.tensor_bytes
-
-    @property
-    def tensor_bytes(self) -> int:
-        return sum(-(-tensor.n_bytes // self.alignment) * self.alignment for tensor in self.tensors)
+        sources = [TensorSource(tensor.name, tensor.quant_type, tensor.shape, bytes) for tensor in self.tensors]
+        tensors = sum(-(-tensor.n_bytes // self.alignment) * self.alignment for tensor in self.tensors)
+        return len(header_bytes(self.metadata, sources, self.alignment)) + tensors
 
 
 def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
@@ -86,34 +82,21 @@ def plan_merge(model: ModelFile, out: Path) -> Part:
     return Part(out, _whole_metadata(model), tuple(model.tensors.values()), _alignment(model))
 
 
-def write_parts(parts: Sequence[Part], on_bytes: OnBytes = lambda name, done, total: None) -> None:
+def write_parts(parts: Sequence[Part], progress: Progress) -> None:
     """Writes all files, or none: they get their names when the last is complete, the first one last. UsageError where
-    one is there already, or the disk has too little room."""
+    one is there already, or the disk has too little room. `progress` gets the name of the file and bytes of tensors."""
     for part in parts:
         if part.path.exists():
             raise UsageError(f"{part.path}: is there already; delete it or choose another name")
-    progress = _Progress(on_bytes, sum(tensor.n_bytes for part in parts for tensor in part.tensors))
+    done = ByteProgress(progress, sum(tensor.n_bytes for part in parts for tensor in part.tensors))
     files = {}
     for part in parts:
-        sources = [_source(tensor, progress.of(part.path.name)) for tensor in part.tensors]
+        sources = [_source(tensor, partial(done.add, part.path.name)) for tensor in part.tensors]
         files[part.path] = Contents.of(part.metadata, sources)
     write_gguf_parts(files)
 
 
-class _Progress:
-    def __init__(self, on_bytes: OnBytes, total: int) -> None:
-        self._on_bytes = on_bytes
-        self._done, self._total = 0, total
-
-    def of(self, name: str) -> Callable[[int], None]:
-        def more(count: int) -> None:
-            self._done += count
-            self._on_bytes(name, self._done, self._total)
-
-        return more
-
-
-def _source(tensor: Tensor, on_read: Callable[[int], None] = lambda count: None) -> TensorSource:
+def _source(tensor: Tensor, on_read: Callable[[int], None]) -> TensorSource:
     def pieces() -> Iterator[bytes]:
         for start in range(0, tensor.n_bytes, _PIECE_BYTES):
             piece = tensor.read_range(start, min(start + _PIECE_BYTES, tensor.n_bytes))

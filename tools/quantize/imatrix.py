@@ -3,7 +3,7 @@ llama-imatrix does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -17,13 +17,12 @@ from llamaclust.model.gguf.values import shown
 from llamaclust.model.imatrix import Importance, ImportanceMatrix
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.tools.progress import Progress
 
 _ROWS = 64
 """At a time: every input of every matrix is kept for so many."""
 
 _OUTPUT = "output.weight"
-
-Progress = Callable[[str, int, int | None], None]
 
 
 def collect(

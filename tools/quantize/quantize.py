@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -20,15 +20,13 @@ from llamaclust.model.gguf.values import shown
 from llamaclust.model.gguf.writer import Contents, TensorSource, WritableValue, write_gguf_parts
 from llamaclust.model.imatrix import ImportanceMatrix
 from llamaclust.model.quant_types import QuantType
+from llamaclust.tools.progress import ByteProgress, Progress
 from llamaclust.tools.quantize.mixes import FLOATS
 from llamaclust.tools.quantize.type_choice import EMBEDDINGS, Wishes, choose_types, needs_importance
 
 _CHUNK_WEIGHTS = 1 << 20
 _QUANTIZATION_VERSION = 2
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
-
-Progress = Callable[[str, int, int | None], None]
-Task = Callable[[], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +56,8 @@ class Quantizing:
         return next((change for change in self.changes if change.importance is None and self._needs(change)), None)
 
     def _needs(self, change: Change) -> bool:
-        tensor = change.tensor
-        same = tensor.quant_type == change.quant_type
-        return not same and needs_importance(tensor.name, change.quant_type, self.wishes.mix)
+        kind = change.quant_type
+        return kind != change.tensor.quant_type and needs_importance(change.tensor.name, kind, self.wishes.mix)
 
 
 def plan_quantizing(
@@ -110,16 +107,19 @@ def _importance(matrix: ImportanceMatrix, tensor: Tensor) -> NDArray[np.float32]
 def write_quantized(job: Quantizing, out: Path, threads: int, keep_split: bool, progress: Progress) -> None:
     """Writes `out`, or its parts where `keep_split` and the model has several. UsageError, with nothing written, where
     the disk has too little room and for weights that are no finite numbers."""
-    done_bytes = _ByteProgress(progress, sum(change.n_bytes for change in job.changes))
+    done = ByteProgress(progress, sum(change.n_bytes for change in job.changes))
     count = len(job.model.parts) if keep_split else 1
     files = {}
-    with _Workers(threads) as workers:
+    pool = ThreadPoolExecutor(threads)
+    try:
         for number, path in enumerate(part_paths(out, count)):
             part = job.model.parts[number] if count > 1 else None
             changes = [change for change in job.changes if part is None or change.tensor.path == part]
-            sources = [_source(change, workers, done_bytes) for change in changes]
+            sources = [_source(change, pool, done) for change in changes]
             files[path] = Contents.of(_metadata(job, number, count), sources)
         write_gguf_parts(files)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _metadata(job: Quantizing, number: int, count: int) -> dict[str, WritableValue]:
@@ -136,90 +136,48 @@ def _metadata(job: Quantizing, number: int, count: int) -> dict[str, WritableVal
     return metadata
 
 
-class _ByteProgress:
-    def __init__(self, progress: Progress, total_bytes: int) -> None:
-        self._progress, self._total, self._done = progress, total_bytes, 0
-
-    def add(self, n_bytes: int) -> None:
-        self._done += n_bytes
-        self._progress("quantizing", self._done, self._total)
-
-
-class _Workers:
-    """Threads; at the end, also the end by an error, what has not begun is dropped."""
-
-    def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads)
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def in_order(self, tasks: Sequence[Task]) -> Iterator[NDArray[np.uint8]]:
-        yield from self._pool.map(lambda task: task(), tasks)
-
-
-def _source(change: Change, workers: _Workers, done_bytes: _ByteProgress) -> TensorSource:
-    tensor = change.tensor
-
+def _source(change: Change, pool: ThreadPoolExecutor, progress: ByteProgress) -> TensorSource:
     def produce() -> memoryview:
         out = np.empty(change.n_bytes, np.uint8)
         done = 0
-        for piece in workers.in_order(_tasks(change)):
+        for piece in pool.map(lambda rows: _quantized(change, rows), _row_ranges(change.tensor)):
             out[done : done + piece.size] = piece.reshape(-1)
             done += piece.size
-            done_bytes.add(piece.size)
+            progress.add("quantizing", piece.size)
         return out.data
 
-    return TensorSource(tensor.name, change.quant_type, tensor.shape, produce)
+    return TensorSource(change.tensor.name, change.quant_type, change.tensor.shape, produce)
 
 
-def _tasks(change: Change) -> list[Task]:
-    """Rows of one expert at a time, some of them a task."""
-    tensor = change.tensor
+def _row_ranges(tensor: Tensor) -> list[range]:
+    """All rows, in ranges of one expert each."""
     rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
     step = max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
-    tasks: list[Task] = []
-    for expert in range(prod(tensor.shape[:-2])):
-        known = None if change.importance is None else as_importance(change.importance[expert])
-        for row in range(0, rows, step):
-            first, end = expert * rows + row, expert * rows + min(row + step, rows)
-            tasks.append(_Rows(tensor, change.quant_type, first, end, known))
-    return tasks
+    starts = range(0, tensor.rows, rows)
+    return [
+        range(first, min(first + step, start + rows)) for start in starts for first in range(start, start + rows, step)
+    ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows [first, end) of a tensor in another type."""
-
-    tensor: Tensor
-    quant_type: QuantType
-    first: int
-    end: int
-    importance: NDArray[np.float32] | None
-
-    def __call__(self) -> NDArray[np.uint8]:
-        tensor = self.tensor
-        data = bytearray((self.end - self.first) * tensor.row_bytes)
-        tensor.read_into(data, self.first * tensor.row_bytes)
-        if self.quant_type == tensor.quant_type:
-            return np.frombuffer(data, np.uint8)
-        x = to_floats(tensor.quant_type, data, tensor.shape[-1])
-        self._check(x)
-        return quantize(self.quant_type, x, self.importance)
-
-    def _check(self, x: NDArray[np.float32]) -> None:
-        low, high, most = float(x.min()), float(x.max()), most_of(self.quant_type)
-        if -most <= low and high <= most:
-            return
-        bad = ~(np.abs(x) <= most)
-        row, column = (int(index[0]) for index in np.nonzero(bad))
+def _quantized(change: Change, rows: range) -> NDArray[np.uint8]:
+    """Some rows of one expert in the new type."""
+    tensor = change.tensor
+    data = bytearray(len(rows) * tensor.row_bytes)
+    tensor.read_into(data, rows.start * tensor.row_bytes)
+    if change.quant_type == tensor.quant_type:
+        return np.frombuffer(data, np.uint8)
+    x = to_floats(tensor.quant_type, data, tensor.shape[-1])
+    most = most_of(change.quant_type)
+    if not (-most <= float(x.min()) and float(x.max()) <= most):
+        row, column = (int(index[0]) for index in np.nonzero(~(np.abs(x) <= most)))
         raise UsageError(
-            f"tensor {shown(self.tensor.name)} has {x[row, column]:g} at row {self.first + row}, column {column}:"
-            f" {self.quant_type.name} holds numbers up to {most:g}; take a model file without such weights"
+            f"tensor {shown(tensor.name)} has {x[row, column]:g} at row {rows.start + row}, column {column}:"
+            f" {change.quant_type.name} holds numbers up to {most:g}; take a model file without such weights"
         )
+    expert = rows.start // tensor.shape[-2] if len(tensor.shape) > 1 else 0
+    return quantize(
+        change.quant_type, x, None if change.importance is None else as_importance(change.importance[expert])
+    )
 
 
 def sizes_by_type(job: Quantizing) -> Mapping[tuple[QuantType, QuantType], tuple[int, int, int]]:

@@ -22,6 +22,7 @@ from llamaclust.cli.options import (
     LocalModel,
     Threads,
     Workers,
+    option_value,
 )
 from llamaclust.cli.terminal import printable
 from llamaclust.core.errors import LlamaclustError
@@ -89,13 +90,16 @@ def info(
     """Show what a model file holds: metadata, parameters, bits a weight, bytes a type and a layer; what fits in memory.
 
     Only reads: a file that is shown may still be one that cannot be run."""
+    from llamaclust.cluster.config.values import parse_size
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.tools.hub.catalog import resolve_model
-    from llamaclust.tools.model_fit import fit, parse_memory
+    from llamaclust.tools.model_fit import fit
     from llamaclust.tools.model_info import as_json as info_as_json
     from llamaclust.tools.model_info import describe
+    from llamaclust.worker.devices.system_info import available_memory_bytes
 
-    file, available_bytes = open_model(resolve_model(model)), parse_memory(memory)
+    file = open_model(resolve_model(model))
+    available_bytes = available_memory_bytes() if memory is None else option_value("--memory", parse_size, memory)
     found, fitting, problem = describe(file), None, None
     try:
         fitting = fit(file.path, available_bytes, threads)

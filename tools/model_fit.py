@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llamaclust.cluster.config.values import parse_size
 from llamaclust.cluster.scheduler.kv_groups import window_group
-from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import LayerCost, Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
-from llamaclust.worker.devices.system_info import available_memory_bytes
 from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from llamaclust.worker.stage.stage_runner import model_program
 
@@ -52,22 +50,29 @@ def fit(path: Path, available_bytes: int, threads: int) -> Fit:
         context, count = min(trained, _CONTEXT), model.layer_count
         costs = {kv_type: model.costs(kv_type).layers for kv_type in KvType}
 
+        def weights(layers: int) -> int:
+            tensors = model.tensors_for(model_program(model, 0, layers, _limits(KV_BLOCK_TOKENS)))
+            return sum(tensor.resident_bytes for tensor in tensors.values())
+
+        def workspace(layers: int, tokens: int) -> int:
+            return planned_workspace_bytes(model, 0, layers, _limits(tokens), threads)
+
         def needed(layers: int, tokens: int) -> int:
-            workspace = _workspace(model, layers, tokens, threads)
-            return _weights(model, layers) + workspace + _kv_bytes(costs[KvType.F16][:layers], model.window, tokens)
+            kv_bytes = _kv_bytes(costs[KvType.F16][:layers], model.window, tokens)
+            return weights(layers) + workspace(layers, tokens) + kv_bytes
 
         return Fit(
             available_bytes=available_bytes,
-            weight_bytes=_weights(model, count),
+            weight_bytes=weights(count),
             layer_bytes=tuple(layer.weight_bytes for layer in costs[KvType.F16]),
             kv_bytes_per_token={
                 str(kind): sum(layer_cost.kv_bytes_per_token for layer_cost in each) for kind, each in costs.items()
             },
-            workspace_bytes=_workspace(model, count, context, threads),
+            workspace_bytes=workspace(count, context),
             context_length=context,
             total_bytes=needed(count, context),
-            layers=_most(count, lambda layers: needed(layers, context) <= available_bytes),
-            most_context=_most(trained, lambda tokens: needed(count, tokens) <= available_bytes),
+            layers=_most(count, lambda layers: needed(layers, context) > available_bytes),
+            most_context=_most(trained, lambda tokens: needed(count, tokens) > available_bytes),
         )
 
 
@@ -80,23 +85,9 @@ def _kv_bytes(layers: Sequence[LayerCost], window: int | None, tokens: int) -> i
     return sum(KV_BLOCK_TOKENS * layer.kv_bytes_per_token * n for layer, n in zip(layers, blocks, strict=True))
 
 
-def parse_memory(given: str | None) -> int:
-    """Bytes of `8GiB`, or what is free on this machine. UsageError for what is no size."""
-    if given is None:
-        return available_memory_bytes()
-    try:
-        return parse_size(given)
-    except ValueError as error:
-        raise UsageError(f"--memory: {error}") from error
-
-
-def _most(count: int, fits: Callable[[int], bool]) -> int:
-    """The greatest number up to `count` that fits, where each that is less than one that fits does too."""
-    least, most = 0, count
-    while least < most:
-        middle = (least + most + 1) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle - 1)
-    return least
+def _most(count: int, exceeds: Callable[[int], bool]) -> int:
+    """The greatest number up to `count` that does not exceed the memory."""
+    return bisect_left(range(1, count + 1), True, key=exceeds)
 
 
 def _limits(tokens: int) -> StageLimits:
@@ -108,12 +99,3 @@ def _limits(tokens: int) -> StageLimits:
         kv_blocks=-(-tokens // KV_BLOCK_TOKENS),
         kv_type=KvType.F16.value,
     )
-
-
-def _weights(model: Model, layers: int) -> int:
-    tensors = model.tensors_for(model_program(model, 0, layers, _limits(KV_BLOCK_TOKENS)))
-    return sum(tensor.resident_bytes for tensor in tensors.values())
-
-
-def _workspace(model: Model, layers: int, tokens: int, threads: int) -> int:
-    return planned_workspace_bytes(model, 0, layers, _limits(tokens), threads)

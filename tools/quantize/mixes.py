@@ -74,7 +74,7 @@ NARROW_TYPES = {
 
 
 class Part(Enum):
-    """What a tensor is for."""
+    """The purpose of a tensor."""
 
     OUTPUT = auto()
     EMBEDDING = auto()
@@ -105,30 +105,33 @@ class Place:
     query_share: int
     has_importance: bool
 
-    @property
     def in_first_eighth(self) -> bool:
         return self.index < self.count // 8
 
-    @property
     def in_first_sixteenth(self) -> bool:
         return self.index < self.count // 16
 
-    @property
     def in_middle(self) -> bool:
         return self.count // 8 <= self.index < 7 * self.count // 8
 
-    @property
     def wants_more_bits(self) -> bool:
         """The first and the last eighth, and every third between them."""
-        return not self.in_middle or (self.index - self.count // 8) % 3 == 2
+        return not self.in_middle() or (self.index - self.count // 8) % 3 == 2
 
-    @property
     def shares_values(self) -> bool:
         return self.query_share >= 4
 
-    @property
+    def shares_values_or_has_experts(self) -> bool:
+        return self.shares_values() or self.experts >= 4
+
     def is_eightfold(self) -> bool:
         return self.experts == 8
+
+    def is_not_eightfold(self) -> bool:
+        return self.experts != 8
+
+    def is_early_and_unweighted(self) -> bool:
+        return self.in_first_eighth() and not self.has_importance
 
 
 When = Callable[[Place], bool]
@@ -151,14 +154,6 @@ LOWEST = "IQ2_XXS IQ2_XS IQ2_S IQ2_M IQ1_S IQ1_M"
 
 _IQ2_SM = "IQ2_S IQ2_M"
 _OTHER_LOWEST = "IQ2_XXS IQ2_XS IQ1_S IQ1_M"
-_SHARED: When = lambda place: place.shares_values  # noqa: E731
-_EIGHT: When = lambda place: place.is_eightfold  # noqa: E731
-_MORE: When = lambda place: place.wants_more_bits  # noqa: E731
-_EARLY: When = lambda place: place.in_first_eighth  # noqa: E731
-_MIDDLE: When = lambda place: place.in_middle  # noqa: E731
-_SHARED_OR_EXPERTS: When = lambda place: place.shares_values or place.experts >= 4  # noqa: E731
-_NOT_EIGHT: When = lambda place: not place.is_eightfold  # noqa: E731
-_EARLY_UNWEIGHED: When = lambda place: place.in_first_eighth and not place.has_importance  # noqa: E731
 
 EMBEDDING_RULES = (
     Rule(_OTHER_LOWEST, Q.Q2_K),
@@ -168,69 +163,70 @@ EMBEDDING_RULES = (
 
 LOWEST_RULES: dict[Part, tuple[Rule, ...]] = {
     **dict.fromkeys(
-        VALUES, (Rule(LOWEST, Q.Q4_K, _SHARED_OR_EXPERTS), Rule(_IQ2_SM, Q.IQ3_S), Rule(_OTHER_LOWEST, Q.Q2_K))
+        VALUES,
+        (Rule(LOWEST, Q.Q4_K, Place.shares_values_or_has_experts), Rule(_IQ2_SM, Q.IQ3_S), Rule(_OTHER_LOWEST, Q.Q2_K)),
     ),
-    Part.K: (Rule(LOWEST, Q.Q4_K, _EIGHT),),
-    Part.DOWN: (Rule(_IQ2_SM, Q.IQ3_S, _EARLY), Rule(_OTHER_LOWEST, Q.Q2_K, _EARLY)),
+    Part.K: (Rule(LOWEST, Q.Q4_K, Place.is_eightfold),),
+    Part.DOWN: (Rule(_IQ2_SM, Q.IQ3_S, Place.in_first_eighth), Rule(_OTHER_LOWEST, Q.Q2_K, Place.in_first_eighth)),
     Part.ATTENTION_OUTPUT: (
-        Rule(LOWEST, Q.Q5_K, _EIGHT),
+        Rule(LOWEST, Q.Q5_K, Place.is_eightfold),
         Rule("IQ1_S IQ1_M", Q.IQ2_XXS),
         Rule(_IQ2_SM, Q.IQ3_S),
     ),
 }
 
 _VALUE_RULES = (
-    Rule(" ".join(MIXES), Q.Q8_0, _EIGHT),
-    Rule("Q2_K Q2_K_S IQ3_XXS IQ3_XS IQ3_S", Q.Q4_K, _SHARED),
+    Rule(" ".join(MIXES), Q.Q8_0, Place.is_eightfold),
+    Rule("Q2_K Q2_K_S IQ3_XXS IQ3_XS IQ3_S", Q.Q4_K, Place.shares_values),
     Rule("Q2_K", Q.Q3_K),
     Rule("IQ3_XXS", Q.IQ3_S, lambda place: not place.has_importance),
     Rule("IQ3_M", Q.Q4_K),
     Rule("Q3_K_M", Q.Q5_K, lambda place: place.index < 2),
     Rule("Q3_K_M", Q.Q4_K),
     Rule("Q3_K_L", Q.Q5_K),
-    Rule("IQ4_NL IQ4_XS", Q.Q5_K, _SHARED),
-    Rule("Q4_K_M Q5_K_M", Q.Q6_K, _MORE),
+    Rule("IQ4_NL IQ4_XS", Q.Q5_K, Place.shares_values),
+    Rule("Q4_K_M Q5_K_M", Q.Q6_K, Place.wants_more_bits),
     Rule("Q4_K_S", Q.Q5_K, lambda place: place.index < 4),
 )
 
 RULES: dict[Part, tuple[Rule, ...]] = {
     **dict.fromkeys(VALUES, _VALUE_RULES),
-    Part.K: (Rule(" ".join(MIXES), Q.Q8_0, _EIGHT), Rule("IQ3_XS", Q.IQ3_XXS), Rule("IQ3_XXS", Q.IQ2_S)),
+    Part.K: (Rule(" ".join(MIXES), Q.Q8_0, Place.is_eightfold), Rule("IQ3_XS", Q.IQ3_XXS), Rule("IQ3_XXS", Q.IQ2_S)),
     Part.Q: (Rule("IQ3_XS", Q.IQ3_XXS), Rule("IQ3_XXS", Q.IQ2_S)),
     Part.DOWN: (
         Rule("Q2_K", Q.Q3_K),
-        Rule("Q2_K_S", Q.Q4_K, _EARLY),
-        Rule("IQ3_XXS", Q.Q4_K, _EARLY_UNWEIGHED),
+        Rule("Q2_K_S", Q.Q4_K, Place.in_first_eighth),
+        Rule("IQ3_XXS", Q.Q4_K, Place.is_early_and_unweighted),
         Rule("IQ3_XXS", Q.Q3_K, lambda place: not place.has_importance),
-        Rule("Q3_K_M", Q.Q5_K, lambda place: place.in_first_sixteenth),
+        Rule("Q3_K_M", Q.Q5_K, Place.in_first_sixteenth),
         Rule("Q3_K_M", Q.Q4_K),
-        Rule("IQ3_M", Q.Q4_K, lambda p: p.in_first_eighth or (p.is_eightfold and p.wants_more_bits)),
+        Rule("IQ3_M", Q.Q4_K, lambda p: p.in_first_eighth() or (p.is_eightfold() and p.wants_more_bits())),
         Rule("Q3_K_L", Q.Q5_K),
-        Rule("Q4_K_M Q5_K_M", Q.Q6_K, _MORE),
-        Rule("IQ4_NL IQ4_XS", Q.Q5_K, _EARLY_UNWEIGHED),
-        Rule("Q4_K_S", Q.Q5_K, _EARLY),
-        Rule("Q4_0", Q.Q4_1, lambda place: place.in_first_eighth and place.has_importance),
-        Rule("Q5_0", Q.Q5_1, lambda place: place.in_first_eighth and place.has_importance),
+        Rule("Q4_K_M Q5_K_M", Q.Q6_K, Place.wants_more_bits),
+        Rule("IQ4_NL IQ4_XS", Q.Q5_K, Place.is_early_and_unweighted),
+        Rule("Q4_K_S", Q.Q5_K, Place.in_first_eighth),
+        Rule("Q4_0", Q.Q4_1, lambda place: place.in_first_eighth() and place.has_importance),
+        Rule("Q5_0", Q.Q5_1, lambda place: place.in_first_eighth() and place.has_importance),
     ),
     Part.ATTENTION_OUTPUT: (
-        Rule("Q2_K IQ3_XS IQ3_XXS Q3_K_S Q3_K_M IQ4_NL Q4_K_S Q4_K_M IQ3_S IQ3_M IQ4_XS", Q.Q5_K, _EIGHT),
-        Rule("Q2_K", Q.Q3_K, _NOT_EIGHT),
-        Rule("IQ3_XXS", Q.IQ3_S, _NOT_EIGHT),
-        Rule("Q3_K_M IQ3_M", Q.Q4_K, _NOT_EIGHT),
-        Rule("Q3_K_L", Q.Q5_K, _NOT_EIGHT),
+        Rule("Q2_K IQ3_XS IQ3_XXS Q3_K_S Q3_K_M IQ4_NL Q4_K_S Q4_K_M IQ3_S IQ3_M IQ4_XS", Q.Q5_K, Place.is_eightfold),
+        Rule("Q2_K", Q.Q3_K, Place.is_not_eightfold),
+        Rule("IQ3_XXS", Q.IQ3_S, Place.is_not_eightfold),
+        Rule("Q3_K_M IQ3_M", Q.Q4_K, Place.is_not_eightfold),
+        Rule("Q3_K_L", Q.Q5_K, Place.is_not_eightfold),
     ),
-    Part.GATE: (Rule("IQ3_XS", Q.IQ3_XXS, _MIDDLE),),
-    Part.UP: (Rule("IQ3_XS", Q.IQ3_XXS, _MIDDLE),),
+    Part.GATE: (Rule("IQ3_XS", Q.IQ3_XXS, Place.in_middle),),
+    Part.UP: (Rule("IQ3_XS", Q.IQ3_XXS, Place.in_middle),),
 }
 
 FALCON_RULES: dict[Part, tuple[Rule, ...]] = RULES | {
     Part.DOWN: (
-        Rule("Q3_K_M", Q.Q5_K, lambda place: place.in_first_sixteenth),
-        Rule("Q3_K_M", Q.Q4_K, _MORE),
+        Rule("Q3_K_M", Q.Q5_K, Place.in_first_sixteenth),
+        Rule("Q3_K_M", Q.Q4_K, Place.wants_more_bits),
         Rule("Q3_K_M", Q.Q3_K),
         Rule("Q3_K_L Q4_K_S", Q.Q4_K),
-        Rule("Q4_K_M", Q.Q6_K, lambda place: place.in_first_sixteenth),
-        Rule("Q4_K_M", Q.Q5_K, _MORE),
+        Rule("Q4_K_M", Q.Q6_K, Place.in_first_sixteenth),
+        Rule("Q4_K_M", Q.Q5_K, Place.wants_more_bits),
         Rule("Q4_K_M", Q.Q4_K),
         *RULES[Part.DOWN],
     ),

@@ -11,21 +11,8 @@ from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.quantize.mixes import (
-    EMBEDDING_RULES,
-    FALCON_RULES,
-    FLOATS,
-    LOWEST,
-    LOWEST_RULES,
-    NARROW_TYPES,
-    NEEDS_IMPORTANCE,
-    RULES,
-    VALUES,
-    Mix,
-    Part,
-    Place,
-    Rule,
-)
+from llamaclust.tools.quantize import mixes
+from llamaclust.tools.quantize.mixes import FLOATS, LOWEST, NEEDS_IMPORTANCE, VALUES, Mix, Part, Place, Rule
 
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _OUTPUT = "output.weight"
@@ -104,14 +91,12 @@ class _Chooser:
         key = f"{architecture}."
         self._layers = model.metadata_int(f"{key}block_count", 0)
         self._experts = model.metadata_int(f"{key}expert_count", 0)
-        heads, pairs = (
-            _first_int(model, f"{key}attention.head_count"),
-            _first_int(model, f"{key}attention.head_count_kv"),
-        )
+        heads = _first_int(model, f"{key}attention.head_count")
+        pairs = _first_int(model, f"{key}attention.head_count_kv")
         pairs = heads if pairs is None else pairs
         self._query_share = heads // pairs if heads and pairs else 0
         self._is_falcon = architecture == "falcon"
-        self._rules = FALCON_RULES if self._is_falcon else RULES
+        self._rules = mixes.FALCON_RULES if self._is_falcon else mixes.RULES
         self._is_70b = architecture == "llama" and self._layers == 80 and heads != pairs
         self._values = sum(_part(name) in VALUES for name in model.tensors)
         self._is_tied = _OUTPUT not in model.tensors
@@ -122,7 +107,8 @@ class _Chooser:
         if is_kept(tensor.name, tensor.shape) or (wishes.keep_output and tensor.name == _OUTPUT):
             return tensor.quant_type
         named = next((kind for pattern, kind in wishes.by_pattern if pattern.search(tensor.name)), None)
-        if wishes.embedding_type is not None and part is Part.EMBEDDING and not _named_apart(tensor.name, named):
+        is_named = named is not None and tensor.name == EMBEDDINGS[1]  # the large table of embeddings for each layer
+        if wishes.embedding_type is not None and part is Part.EMBEDDING and not is_named:
             return wishes.embedding_type
         if wishes.output_type is not None and part is Part.OUTPUT:
             return wishes.output_type
@@ -138,10 +124,10 @@ class _Chooser:
         if mix == "MXFP4_MOE":
             return base if len(tensor.shape) == 3 and tensor.shape[0] > 1 else QuantType.Q8_0
         if part is Part.EMBEDDING:
-            return _first(EMBEDDING_RULES, mix, self._place(tensor, part), base)
+            return _first(mixes.EMBEDDING_RULES, mix, self._place(tensor, part), base)
         lowest = mix in LOWEST.split()
         place = self._place(tensor, part, by_name=not lowest)
-        chosen = _first((LOWEST_RULES if lowest else self._rules).get(part, ()), mix, place, base)
+        chosen = _first((mixes.LOWEST_RULES if lowest else self._rules).get(part, ()), mix, place, base)
         self._seen[Part.V if part in VALUES else part] += 1
         if self._is_70b and part in VALUES and not lowest and chosen in (QuantType.Q3_K, QuantType.Q4_K):
             return QuantType.Q5_K
@@ -172,15 +158,8 @@ def _first(rules: Sequence[Rule], mix: str, place: Place, otherwise: QuantType) 
 
 
 def _that_fits(quant_type: QuantType, width: int) -> QuantType:
-    for kind in (quant_type, NARROW_TYPES.get(quant_type, quant_type)):
-        if width % kind.info.block_size == 0:
-            return kind
-    return QuantType.F16
-
-
-def _named_apart(name: str, named: QuantType | None) -> bool:
-    """The table of embeddings for each layer is large: a pattern that names it goes before the embeddings' type."""
-    return name == EMBEDDINGS[1] and named is not None
+    kinds = (quant_type, mixes.NARROW_TYPES.get(quant_type, quant_type))
+    return next((kind for kind in kinds if width % kind.info.block_size == 0), QuantType.F16)
 
 
 def _part(name: str) -> Part:

@@ -42,14 +42,14 @@ from llamaclust.core.logs import LogFormat, start_logging
 from llamaclust.core.sizes import MIB
 
 if TYPE_CHECKING:
-    from llamaclust.tools.hub.download import Progress as Told
+    from llamaclust.tools.progress import Progress as ShowProgress
 
 _STEPS = 10
 _LINE_S = 10.0
 
 
 @contextmanager
-def shown_progress(counts_bytes: bool = True) -> Iterator[Told]:
+def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
     """What to tell of it; nothing is shown before something is told."""
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -21,7 +21,7 @@ from llamaclust.cluster.state.events import Event, Notice, Ready, StartFailed, f
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 if TYPE_CHECKING:
-    from llamaclust.tools.hub.download import Progress
+    from llamaclust.tools.progress import Progress
 
 
 def run_cluster(
@@ -90,7 +90,7 @@ def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
     """Serves as the detached process: events go to the one that waits, later ones to the log."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
-    from llamaclust.tools.hub.pull import silent
+    from llamaclust.tools.progress import silent
 
     view = cluster_view(config.name)
 

@@ -28,6 +28,11 @@ class Environment:
     log_format: LogFormat  # LLAMACLUST_LOG: how log lines are written
 
     @property
+    def models_dir(self) -> Path:
+        """Where downloaded models are."""
+        return self.home / "models"
+
+    @property
     def packed_cache_dir(self) -> Path:
         """Where layers that were packed once are kept for the next start."""
         return self.home / "packed"

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.model_file import PART_NAME
-from llamaclust.tools.hub.paths import default_models_dir
 from llamaclust.tools.hub.sources import HubFile, LocalFile, PackageFile, WebFile, parse_source
 
 
@@ -88,7 +88,7 @@ def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
     source = parse_source(entry.source if entry else spec)
     if isinstance(source, LocalFile):
         return _existing(spec, source.path, models_dir)
-    directory = (models_dir or default_models_dir()) / (entry.name if entry else source.directory)
+    directory = (models_dir or environment().models_dir) / (entry.name if entry else source.directory)
     sha256 = source.sha256 if isinstance(source, WebFile) else None
     return WantedFile(
         spec=entry.name if entry else spec,
@@ -113,12 +113,12 @@ def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
 def made_beside(source: Path, name: str) -> Path:
     """Where a file that is made from a model goes by default: beside it, or into the current folder where it lies among
     the downloaded ones, which `model rm` deletes with all that is there."""
-    return Path(name) if default_models_dir() in source.parents else source.with_name(name)
+    return Path(name) if environment().models_dir in source.parents else source.with_name(name)
 
 
 def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
     """Every complete model in the models directory, by name."""
-    root = models_dir or default_models_dir()
+    root = models_dir or environment().models_dir
     directories = sorted(root.iterdir()) if root.is_dir() else []
     return [StoredModel(path.parent.name, path, _size_of(path)) for each in directories for path in _models(each)]
 
@@ -126,7 +126,7 @@ def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
 def remove_model(spec: str, models_dir: Path | None = None) -> Path:
     """Deletes a downloaded model with everything fetched for it and returns its directory; UsageError if there is none.
     A file outside the models directory is never touched."""
-    root = models_dir or default_models_dir()
+    root = models_dir or environment().models_dir
     directory = _stored_directory(spec, root)
     if not directory.is_dir():
         names = sorted({model.name for model in stored_models(root)})

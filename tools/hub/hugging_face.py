@@ -15,14 +15,13 @@ import httpx
 from llamaclust.cluster.config.environment import HubSettings
 from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import DownloadError, UsageError
-from llamaclust.tools.hub.download import Patience
+from llamaclust.tools.hub.download import RETRY_STATUSES, Patience, byte_count
 from llamaclust.tools.hub.sources import HubFile
 
 _SHA256: Final = re.compile(r'(?:W/)?"?([0-9a-f]{64})"?')
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _TOKEN: Final = re.compile(r"[!-~]{1,512}")
 _REDIRECTS: Final = 5
-_BUSY: Final = {408, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +47,7 @@ def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, pa
     size = said.get("x-linked-size") or ("" if response.is_redirect else said.get("content-length", ""))
     commit = said.get("x-repo-commit", "")
     pinned = source.url(settings.endpoint, commit) if _COMMIT.fullmatch(commit) else url
-    known_size = int(size) if re.fullmatch("[0-9]{1,18}", size) else None
-    return RemoteFile(pinned, digest[1] if digest else None, known_size, headers)
+    return RemoteFile(pinned, digest[1] if digest else None, byte_count(size), headers)
 
 
 def _headers(settings: HubSettings) -> dict[str, str]:
@@ -82,26 +80,25 @@ def _token_of_file(settings: HubSettings) -> str | None:
 
 def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: Patience) -> httpx.Response:
     """The hub's own answer: redirects within it, as of a renamed repository, are followed; one away from it is not."""
-    place, pause = url, patience.first_pause_s
-    for tries_left in reversed(range(patience.tries)):
+    place = url
+    for failures in range(patience.tries):
+        tries_left = patience.tries - failures - 1
         try:
             for _ in range(_REDIRECTS):
                 response = client.head(
                     place, headers={**headers, "Accept-Encoding": "identity"}, follow_redirects=False
                 )
                 target = _target(place, response)
-                if not response.is_redirect or _origin(target) != _origin(url):
-                    break
-                if "x-linked-etag" in response.headers:
+                is_away = not response.is_redirect or _origin(target) != _origin(url)
+                if is_away or "x-linked-etag" in response.headers:
                     break
                 place = target
-            if response.status_code not in _BUSY or not tries_left:
+            if response.status_code not in RETRY_STATUSES or not tries_left:
                 return response
         except (httpx.TransportError, httpx.InvalidURL) as error:
             if not tries_left or isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
                 raise DownloadError(f"{url}: {error or type(error).__name__}") from error
-        time.sleep(pause)
-        pause = min(2 * pause, patience.longest_pause_s)
+        time.sleep(patience.backoff.pause_s(failures))
     raise AssertionError("the last try returns or raises")
 
 

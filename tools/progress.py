@@ -1,0 +1,23 @@
+"""Progress of long work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with the step, what is done of it, in bytes or pieces, and the total (None: unknown)."""
+
+
+def silent(what: str, done: int, total: int | None) -> None:
+    """Shows nothing."""
+
+
+class ByteProgress:
+    """Adds up the bytes that are done of a known total."""
+
+    def __init__(self, progress: Progress, total_bytes: int) -> None:
+        self._progress, self._total_bytes, self._done_bytes = progress, total_bytes, 0
+
+    def add(self, what: str, n_bytes: int) -> None:
+        self._done_bytes += n_bytes
+        self._progress(what, self._done_bytes, self._total_bytes)

@@ -59,9 +59,8 @@ class Scaling:
     @contextmanager
     def _stage(self, batch: int, context: int) -> Iterator[BenchStage]:
         with Model.open(self.path) as model:
-            opened = BenchStage(
-                model, CpuBackend(self.threads), stage_limits(batch, context), StageOptions(threads=self.threads)
-            )
+            options = StageOptions(threads=self.threads)
+            opened = BenchStage(model, CpuBackend(self.threads), stage_limits(batch, context), options)
             try:
                 yield opened
             finally:

@@ -1,4 +1,4 @@
-"""What Ctrl-C and other signals do to a command before, and beside, what a running cluster makes of them."""
+"""How Ctrl-C and other signals end a command. A running cluster handles its signals itself."""
 
 from __future__ import annotations
 
@@ -41,17 +41,32 @@ Held = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
+def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handles the first of these signals and ignores later ones. A signal that was ignored, as by nohup, stays so."""
+    handled = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+
+    def first(number: int, frame: FrameType | None) -> None:
+        for other in handled:
+            signal.signal(other, signal.SIG_IGN)
+        handle(number, frame)
+
+    for number in handled:
+        signal.signal(number, first)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
 def exits_when_told(*numbers: signal.Signals) -> Iterator[Held]:
-    """For what has to be tidied up: the first of these signals is SystemExit with the code that a shell shows for it,
-    later ones are not heard. One that is ignored, as nohup has it, stays so."""
-    heard = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    """For what has to be tidied up: the first of these signals is SystemExit with a shell's exit code for it."""
     holds = False
-    told: list[int] = []
+    received: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
-        for one in heard:
-            signal.signal(one, signal.SIG_IGN)
-        told.append(number)
+        received.append(number)
         if not holds:
             raise SystemExit(128 + number)
 
@@ -63,45 +78,33 @@ def exits_when_told(*numbers: signal.Signals) -> Iterator[Held]:
             yield
         finally:
             holds = False
-        if told:
-            raise SystemExit(128 + told[0])
+        if received:
+            raise SystemExit(128 + received[0])
 
-    for number in heard:
-        signal.signal(number, leave)
-    try:
+    with _handled(numbers, leave):
         yield held
-    finally:
-        for number in heard:
-            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
 def heard_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
     """The first of these signals does what Ctrl-C does, so that what runs tidies up; then the process ends with the
-    code that a shell shows for it. Later ones are not heard. One that is ignored, as nohup has it, stays so."""
-    heard = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    told: list[int] = []
+    code that a shell shows for it."""
+    received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for one in heard:
-            signal.signal(one, signal.SIG_IGN)
-        told.append(number)
+        received.append(number)
         usual = signal.getsignal(signal.SIGINT)
         if not callable(usual):  # ignored, as in a shell's background
             raise KeyboardInterrupt
         usual(signal.SIGINT, frame)
 
-    for number in heard:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if told:
-            end_at_once(128 + told[0])
-        raise
-    finally:
-        for number in heard:
-            signal.signal(number, signal.SIG_DFL)
+    with _handled(numbers, interrupt):
+        try:
+            yield
+        except KeyboardInterrupt:
+            if received:
+                end_at_once(128 + received[0])
+            raise
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
@@ -33,6 +32,7 @@ from llamaclust.cluster.state.events import (
     Notice,
     PlanMade,
     Ready,
+    Report,
     StartFailed,
     WorkerJoined,
     WorkerLoading,
@@ -50,7 +50,7 @@ _LINE_S = 10.0
 
 @contextmanager
 def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
-    """What to tell of it; nothing is shown before something is told."""
+    """Shows progress on standard error; nothing before the first call."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield ProgressLines(counts_bytes=counts_bytes)
@@ -71,20 +71,20 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
 
 
 class ProgressLines:
-    """A line for each new thing that is done, then one for every tenth of it, and one where ten seconds passed."""
+    """A line for each new step, then one for every tenth of it, and one after ten seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, counts_bytes: bool = True) -> None:
         self._clock = clock
         self._counts_bytes = counts_bytes
-        self._told: tuple[str, int] | None = None
-        self._told_at = 0.0
+        self._shown: tuple[str, int] | None = None
+        self._shown_at = 0.0
 
     def __call__(self, what: str, done_bytes: int, total_bytes: int | None) -> None:
         step = (what, _STEPS * done_bytes // total_bytes if total_bytes else 0)
         now = self._clock()
-        if step == self._told and now - self._told_at < _LINE_S:
+        if step == self._shown and now - self._shown_at < _LINE_S:
             return
-        self._told, self._told_at = step, now
+        self._shown, self._shown_at = step, now
         line = _line(what, done_bytes, total_bytes) if self._counts_bytes else f"{what}: {done_bytes} of {total_bytes}"
         print(line, file=sys.stderr)
 
@@ -123,7 +123,7 @@ class ClusterView:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         with suppress(OSError):
             self._clear()
 
@@ -183,41 +183,36 @@ class ClusterView:
         self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)
 
 
-class LoggedCluster:
-    """Events as log records: a record an event, none while weights load."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Nothing was put on a terminal."""
-
-    def show(self, event: Event) -> None:
-        match event:
-            case WorkerLoading() | WorkerReading() | StartFailed():  # the command itself says how it failed
-                pass
-            case Measuring():
-                _log.info("workers measure their machine: %s", ", ".join(event.workers))
-            case PlanMade() | AwaitingWorkers():
-                for line in event.lines:
-                    _log.info("%s", line.strip())
-            case Ready():
-                _log.info("%s is ready: %s at %s", event.name, event.model, event.api)
-            case WorkerJoined():
-                _log.info("%s", joined_text(event))
-            case Notice():
-                _log.info("%s", event.text)
-            case Draining():
-                _log.info("%s", left_text(event))
+def _log_event(event: Event) -> None:
+    """A log record an event, none while weights load."""
+    match event:
+        case WorkerLoading() | WorkerReading() | StartFailed():  # the command itself says how it failed
+            pass
+        case Measuring():
+            _log.info("workers measure their machine: %s", ", ".join(event.workers))
+        case PlanMade() | AwaitingWorkers():
+            for line in event.lines:
+                _log.info("%s", line.strip())
+        case Ready():
+            _log.info("%s is ready: %s at %s", event.name, event.model, event.api)
+        case WorkerJoined():
+            _log.info("%s", joined_text(event))
+        case Notice():
+            _log.info("%s", event.text)
+        case Draining():
+            _log.info("%s", left_text(event))
 
 
-def cluster_view(cluster: str) -> ClusterView | LoggedCluster:
-    """For people, or where LLAMACLUST_LOG asks for fields, as log lines."""
+@contextmanager
+def cluster_view(cluster: str) -> Iterator[Report]:
+    """Shows a cluster's events on standard error: for people, or where LLAMACLUST_LOG asks for fields, as log lines."""
     form = environment().log_format
     if form is LogFormat.TEXT:
-        return ClusterView()
-    start_logging(form, cluster=cluster)
-    return LoggedCluster()
+        with ClusterView() as view:
+            yield view.show
+    else:
+        start_logging(form, cluster=cluster)
+        yield _log_event
 
 
 def joined_text(joined: WorkerJoined) -> str:

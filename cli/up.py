@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from llamaclust.cli.interrupts import ends_at_once, exits_when_told
 from llamaclust.cli.progress import ClusterView, cluster_view, shown_progress
@@ -19,9 +19,6 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Event, Notice, Ready, StartFailed, from_line, to_line
 from llamaclust.core.errors import LlamaclustError, UsageError
-
-if TYPE_CHECKING:
-    from llamaclust.tools.progress import Progress
 
 
 def run_cluster(
@@ -36,17 +33,19 @@ def run_cluster(
         return
     if config.launcher == "mpi" and not ranked:
         _run_as_rank(config, _arguments(file, overrides), detach=detach)
+    from llamaclust.tools.hub.pull import pull_model
+
     with shown_progress() as progress:
-        model = pull(config, progress)
+        model = pull_model(config.model, progress)
     if detach:
         run_detached(config, _arguments(file, overrides))
         return
-    with ends_at_once(), cluster_view(config.name) as view:  # until the cluster handles signals itself
+    with ends_at_once(), cluster_view(config.name) as show:  # until the cluster handles signals itself
         _tune_grpc()
         from llamaclust.cluster.server.serve import serve
 
-        serve(config, model, view.show)
-        view.show(Notice(f"{config.name} is stopped"))
+        serve(config, model, show)
+        show(Notice(f"{config.name} is stopped"))
 
 
 def _tune_grpc() -> None:
@@ -72,13 +71,6 @@ def _run_as_rank(config: ClusterConfig, arguments: list[str], *, detach: bool) -
     raise SystemExit(run_ranks(config, arguments))
 
 
-def pull(config: ClusterConfig, progress: Progress) -> Path:
-    """The model's file, downloaded first where it is a catalog's and not there yet."""
-    from llamaclust.tools.hub.pull import pull_model
-
-    return pull_model(config.model, progress)
-
-
 def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
     arguments = [str(file.absolute())] if file else []
     for override in overrides:
@@ -90,18 +82,19 @@ def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
     """Serves as the detached process: events go to the one that waits, later ones to the log."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
+    from llamaclust.tools.hub.pull import pull_model
     from llamaclust.tools.progress import silent
 
-    view = cluster_view(config.name)
+    with cluster_view(config.name) as show:
 
-    def report(event: Event) -> None:
-        (starter.tell if starter.waits else view.show)(event)
+        def report(event: Event) -> None:
+            (starter.tell if starter.waits else show)(event)
 
-    try:
-        serve(config, pull(config, silent), report)
-    except LlamaclustError as error:
-        report(StartFailed(str(error), error.exit_code))
-        raise
+        try:
+            serve(config, pull_model(config.model, silent), report)
+        except LlamaclustError as error:
+            report(StartFailed(str(error), error.exit_code))
+            raise
 
 
 _END_S = 10.0
@@ -189,11 +182,7 @@ def _watch_start(events: Iterator[Event], log: Path) -> None:
             if isinstance(event, Ready):
                 return
             if isinstance(event, StartFailed):
-                raise _failure(event)
+                failure = LlamaclustError(event.message)
+                failure.exit_code = event.exit_code
+                raise failure
     raise LlamaclustError(f"the coordinator ended before the cluster was ready: see {log}")
-
-
-def _failure(event: StartFailed) -> LlamaclustError:
-    error = LlamaclustError(event.message)
-    error.exit_code = event.exit_code
-    return error

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,8 +19,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
 from llamaclust.tools.background import in_background
-from llamaclust.tools.bench.gpu import GpuLimits
-from llamaclust.tools.bench.limits import Limits, MachineLimits, Pair, Spread, paired
+from llamaclust.tools.bench.limits import GpuLimits, Limits, MachineLimits, Pair, Spread, paired
 from llamaclust.tools.bench.load import LoadMeter, OtherLoad
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.tools.model_info import describe
@@ -158,6 +157,11 @@ class Runner(Protocol):
     def decode(self) -> Awaitable[float]: ...
 
 
+_Runs = tuple[tuple[Pair, ...], tuple[Pair, ...], MachineLimits]
+"""Prefills in GMAC/s, decodes in GB/s, the machine's limits meanwhile."""
+_Measure = Callable[[Runner], Awaitable[_Runs]]
+
+
 class _StageRunner:
     """One stage in this process; nothing else runs meanwhile."""
 
@@ -181,68 +185,56 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
         if task.context > trained:
             raise UsageError(f"{task.context} tokens requested, the model's context length is {trained}")
         backend = CpuBackend(task.threads_each, environment().feature_level)
-        measurement = _Measurement(task, Work.of(model, task), on_step)
-        load, level, gpu_name = LoadMeter(), backend.feature_level, ""
+        work, load = Work.of(model, task), LoadMeter()
+        measure = partial(_measure, task, work, on_step)
+        level, gpu_name = backend.feature_level, ""
         if task.device != "cpu":
             kernels = environment().kernels_dir
             with closing(open_gpu(task.device, task.threads_each, None, kernels_dir=kernels)) as gpu:
                 level, gpu_name = gpu.feature_level, gpu.gpu().name
-                in_background(partial(_stage_runs, model, gpu, level, measurement, GpuLimits(gpu))).result()
+                of_gpu = partial(measure, limits=GpuLimits(gpu))
+                sampler_level = environment().feature_level or ""
+                runs = in_background(partial(_stage_runs, task, model, gpu, sampler_level, of_gpu)).result()
         elif task.workers > 1:
-            asyncio.run(_cluster_runs(measurement))
+            runs = asyncio.run(_cluster_runs(task, on_step, measure))
         else:
-            in_background(partial(_stage_runs, model, backend, level, measurement)).result()
+            runs = in_background(partial(_stage_runs, task, model, backend, level, measure)).result()
         quant_type = max(describe(model.file).by_type, key=lambda share: share.bytes).name
-        return replace(measurement.report(quant_type, level), other_load=load.measure(), gpu=gpu_name)
+        return BenchReport(task, quant_type, level, work, *runs, load.measure(), gpu_name)
 
 
-def _stage_runs(
-    model: Model, backend: Backend, level: str, measurement: _Measurement, limits: GpuLimits | None = None
-) -> None:
-    task = measurement.task
-    options = StageOptions(environment().feature_level or "" if limits else level, task.threads_each)
+def _stage_runs(task: BenchTask, model: Model, backend: Backend, sampler_level: str, measure: _Measure) -> _Runs:
+    options = StageOptions(sampler_level, task.threads_each)
     with closing(BenchStage(model, backend, stage_limits(task.batch, task.context, task.kv_type), options)) as stage:
-        asyncio.run(measurement.run(_StageRunner(stage, task), limits))
+        return asyncio.run(measure(_StageRunner(stage, task)))
 
 
-async def _cluster_runs(measurement: _Measurement) -> None:
+async def _cluster_runs(task: BenchTask, on_step: OnStep, measure: _Measure) -> _Runs:
     from llamaclust.tools.bench.cluster import ClusterRunner
     from llamaclust.tools.bench.temporary_cluster import temporary_cluster
 
-    task = measurement.task
-    measurement.on_step("starting the workers")
+    on_step("starting the workers")
     ways = (task.workers, task.threads_each, task.context, task.batch, task.kv_type)
     async with temporary_cluster(task.model, *ways) as cluster:
-        await measurement.run(ClusterRunner(cluster, task))
+        return await measure(ClusterRunner(cluster, task))
 
 
-@dataclass(slots=True)
-class _Measurement:
-    task: BenchTask
-    work: Work
-    on_step: OnStep
-    prefills: list[Pair] = field(default_factory=list)
-    decodes: list[Pair] = field(default_factory=list)
-    machine: MachineLimits | None = None
-
-    async def run(self, runner: Runner, of_gpu: GpuLimits | None = None) -> None:
-        """Interleaves decode and prefill, so that a change of the machine's speed affects both."""
-        task, work = self.task, self.work
-        self.on_step("warming up")
-        threads = min(task.threads_each * task.workers, cores())
-        limits = of_gpu or await Limits.open(threads, work.float_share)
-        await runner.prefill()
-        for number in range(1, task.repeats + 1):
-            self.on_step(f"decode {number}/{task.repeats}")
-            self.decodes.append(await paired(runner.decode, work.decode_bytes * task.generate, limits.read))
-            self.on_step(f"prefill {number}/{task.repeats}")
-            self.prefills.append(await paired(runner.prefill, work.prefill_macs, limits.peak))
-        self.machine = limits.machine
-
-    def report(self, quant_type: str, feature_level: str) -> BenchReport:
-        assert self.machine is not None
-        pairs = (tuple(self.prefills), tuple(self.decodes))
-        return BenchReport(self.task, quant_type, feature_level, self.work, *pairs, self.machine)
+async def _measure(
+    task: BenchTask, work: Work, on_step: OnStep, runner: Runner, limits: GpuLimits | Limits | None = None
+) -> _Runs:
+    """Interleaves decode and prefill, so that a change of the machine's speed affects both. `limits`: None for those of
+    the processor."""
+    on_step("warming up")
+    threads = min(task.threads_each * task.workers, cores())
+    limits = limits or await Limits.open(threads, work.float_share)
+    await runner.prefill()
+    prefills, decodes = list[Pair](), list[Pair]()
+    for number in range(1, task.repeats + 1):
+        on_step(f"decode {number}/{task.repeats}")
+        decodes.append(await paired(runner.decode, work.decode_bytes * task.generate, limits.read))
+        on_step(f"prefill {number}/{task.repeats}")
+        prefills.append(await paired(runner.prefill, work.prefill_macs, limits.peak))
+    return tuple(prefills), tuple(decodes), limits.machine
 
 
 def cores() -> int:

@@ -8,12 +8,16 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels import probes
 from llamaclust.tools.background import in_background
 from llamaclust.wire.rpc.deadlines import deadline
+
+if TYPE_CHECKING:
+    from llamaclust.worker.devices.backends import GpuBackend
 
 _Result = TypeVar("_Result")
 
@@ -103,6 +107,32 @@ class Limits:
         self._int8_gmac_s.append(await _elsewhere(partial(probes.int8_peak, self._threads, _PEAK_S)))
         self._fma_gmac_s.append(await _elsewhere(partial(probes.fma_peak, self._threads, _PEAK_S)))
         return 1 / ((1 - self._float_share) / self._int8_gmac_s[-1] + self._float_share / self._fma_gmac_s[-1])
+
+
+class GpuLimits:
+    """Limits of a GPU: of its memory's bandwidth, and of 8-bit products, against which float weights are held, too. Its
+    measurements block."""
+
+    def __init__(self, gpu: GpuBackend) -> None:
+        self._gpu = gpu
+        self._found: list[DeviceProfile] = []
+
+    @property
+    def machine(self) -> MachineLimits:
+        read, macs = (
+            median(getattr(profile, name) for profile in self._found) for name in ("read_bytes_s", "int8_macs_s")
+        )
+        return MachineLimits(read / 1e9, macs / 1e9, fma_gmac_s=0.0)
+
+    async def read(self) -> float:
+        """GB/s."""
+        self._found.append(self._gpu.limits())
+        return self._found[-1].read_bytes_s / 1e9
+
+    async def peak(self) -> float:
+        """10^9 multiply-adds a second."""
+        self._found.append(self._gpu.limits())
+        return self._found[-1].int8_macs_s / 1e9
 
 
 async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:

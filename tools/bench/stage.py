@@ -34,7 +34,7 @@ class BenchStage:
     """A loaded stage and sequences of random tokens: as many and as long as `stage_limits` says."""
 
     def __init__(self, model: Model, backend: Backend, limits: StageLimits, options: StageOptions) -> None:
-        """Loads the weights."""
+        """Loads the weights. `options`: what the sampler computes with, whatever the backend."""
         batch, context = limits.max_sequences, limits.max_context_tokens
         blocks = limits.kv_blocks // batch
         self._runner = StageRunner(backend, model, 0, model.layer_count, limits, options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,75 +23,75 @@ def list_layers(as_json: Json = False) -> None:
     """Show the packed-weight cache by model, and weights fetched from workers.
 
     A part is a layer, the embedding or the output matrix."""
-    folder = _folder()
-    try:
+    folder, weights, kernels_dir = _caches()
+    with _named(f"{folder.path}: cannot be listed"):
         found, unfinished, strange = folder.list_models(), folder.unfinished_bytes(), folder.in_the_way()
         used_bytes = folder.used_bytes()
-        weights = _weights()
         fetched, begun = weights.list_files()
-        kernels = _kernels()
-    except OSError as error:
-        raise LlamaclustError(f"{folder.path}: cannot be listed: {_reason(error)}") from error
+    kernels = _kernels(kernels_dir)
     if as_json:
-        models = [asdict(one) for one in found]
-        left = {"files": len(unfinished), "size_bytes": sum(unfinished)}
-        brought = {"folder": str(weights.path), "most_bytes": weights.most_bytes, "tensors": len(fetched)}
-        brought |= {"size_bytes": sum(fetched), "unfinished_bytes": sum(begun)}
+        held = {"folder": str(weights.path), "most_bytes": weights.most_bytes, "tensors": len(fetched)}
         listed = {
-            "fetched": brought,
-            "models": models,
-            "unfinished": left,
+            "fetched": held | {"size_bytes": sum(fetched), "unfinished_bytes": sum(begun)},
+            "models": [asdict(model) for model in found],
+            "unfinished": {"files": len(unfinished), "size_bytes": sum(unfinished)},
             "in_the_way": [str(path) for path in strange],
             "kernels": {"files": len(kernels), "size_bytes": sum(kernels.values())},
         }
         print(json.dumps({"folder": str(folder.path), "most_bytes": folder.most_bytes, **listed}))
         return
-    for one in found:
-        print(f"{one.size_bytes / MIB:10,.2f} MiB  {one.parts:4} parts  {printable(one.model)}")
+    for model in found:
+        print(f"{_mib(model.size_bytes)}  {model.parts:4} parts  {printable(model.model)}")
     if unfinished:
         why = "being written, or left by a process that was killed: the next one that writes deletes it"
-        print(f"{sum(unfinished) / MIB:10,.2f} MiB  {len(unfinished):4} unfinished  ({why})")
+        print(f"{_mib(sum(unfinished))}  {len(unfinished):4} unfinished  ({why})")
     for path in strange:
         print(f"in the way, as it is no regular file: {printable(str(path))}")
-    print(f"{used_bytes / MIB:10,.2f} MiB of {folder.most_bytes / MIB:,.2f} in {folder.path}")
+    print(f"{_mib(used_bytes)} of {folder.most_bytes / MIB:,.2f} in {folder.path}")
     if fetched or begun:
-        held = f"{(sum(fetched) + sum(begun)) / MIB:10,.2f} MiB of {weights.most_bytes / MIB:,.2f} in {weights.path}"
-        print(f"{held}: weights fetched from other workers, {len(begun)} of them unfinished")
+        used = f"{_mib(sum(fetched) + sum(begun))} of {weights.most_bytes / MIB:,.2f} in {weights.path}"
+        print(f"{used}: weights fetched from other workers, {len(begun)} of them unfinished")
     if kernels:
-        print(f"{sum(kernels.values()) / MIB:10,.2f} MiB  {len(kernels):4} files of kernels compiled for GPUs")
+        print(f"{_mib(sum(kernels.values()))}  {len(kernels):4} files of kernels compiled for GPUs")
 
 
 def clear(as_json: Json = False) -> None:
     """Delete packed layers, fetched weights and compiled kernels. Processes that use them go on; the next start makes
     them anew."""
-    folder, weights = _folder(), _weights()
-    try:
+    folder, weights, kernels_dir = _caches()
+    with _named(f"{folder.path}: cannot be cleared"):
         cleared = folder.clear()
-    except OSError as error:
-        raise LlamaclustError(f"{folder.path}: cannot be cleared: {_reason(error)}") from error
-    try:
-        brought = weights.clear()
-    except OSError as error:
-        raise LlamaclustError(f"{weights.path}: cannot be cleared: {_reason(error)}") from error
-    kernels = _kernels()
-    try:
+    with _named(f"{weights.path}: cannot be cleared"):
+        fetched = weights.clear()
+    kernels = _kernels(kernels_dir)
+    with _named("compiled kernels cannot be deleted"):
         for path in kernels:
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise LlamaclustError(f"compiled kernels cannot be deleted: {_reason(error)}") from error
     if as_json:
         deleted = {"files": cleared.files, "size_bytes": cleared.size_bytes}
         deleted |= {"kernel_files": len(kernels), "kernel_bytes": sum(kernels.values())}
-        deleted |= {"fetched_files": brought.files, "fetched_bytes": brought.size_bytes}
+        deleted |= {"fetched_files": fetched.files, "fetched_bytes": fetched.size_bytes}
         print(json.dumps({"folder": str(folder.path), **deleted, "left": [error.filename for error in cleared.left]}))
     else:
         print(f"{cleared.files} files, {cleared.size_bytes / MIB:,.2f} MiB deleted in {folder.path}")
-        if brought.files:
-            print(f"{brought.files} files, {brought.size_bytes / MIB:,.2f} MiB deleted in {weights.path}")
+        if fetched.files:
+            print(f"{fetched.files} files, {fetched.size_bytes / MIB:,.2f} MiB deleted in {weights.path}")
         if kernels:
             print(f"{len(kernels)} files, {sum(kernels.values()) / MIB:,.2f} MiB of compiled kernels deleted")
     if cleared.left:
         raise LlamaclustError(f"{folder.path}: cannot be deleted: {'; '.join(map(_reason, cleared.left))}")
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / MIB:10,.2f} MiB"
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LlamaclustError(f"{what}: {_reason(error)}") from error
 
 
 def _reason(error: OSError) -> str:
@@ -97,29 +99,19 @@ def _reason(error: OSError) -> str:
     return what if error.filename is None else f"{printable(str(error.filename))}: {what}"
 
 
-def _folder() -> PackedCacheFolder:
+def _caches() -> tuple[PackedCacheFolder, WeightCache, Path]:
     from llamaclust.cluster.config.environment import environment
     from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
-
-    variables = environment()
-    return PackedCacheFolder(variables.packed_cache_dir, variables.packed_cache_bytes)
-
-
-def _weights() -> WeightCache:
-    from llamaclust.cluster.config.environment import environment
     from llamaclust.model.weights.cache import WeightCache
 
     variables = environment()
-    return WeightCache(variables.weights_dir, variables.weights_bytes)
+    packed = PackedCacheFolder(variables.packed_cache_dir, variables.packed_cache_bytes)
+    return packed, WeightCache(variables.weights_dir, variables.weights_bytes), variables.kernels_dir
 
 
-def _kernels() -> dict[Path, int]:
-    """Files of kernels compiled for GPUs, and their bytes. LlamaclustError where they cannot be listed."""
-    from llamaclust.cluster.config.environment import environment
+def _kernels(folder: Path) -> dict[Path, int]:
+    """Files of kernels compiled for GPUs, and their bytes."""
     from llamaclust.kernels.cuda.runtime.cubin_cache import kernel_files
 
-    folder = environment().kernels_dir
-    try:
+    with _named(f"{folder}: cannot be listed"):
         return {path: found.st_size for path, found in kernel_files(folder)}
-    except OSError as error:
-        raise LlamaclustError(f"{folder}: cannot be listed: {_reason(error)}") from error

@@ -72,9 +72,13 @@ def generate(
     """Complete PROMPT and stream the text."""
     text = given_or_piped(prompt)
     target = Target(cluster, endpoint, api_key_file, model, threads, gpus=Gpus(tuple(device), gpu_layers))
-    options = sampling(max_tokens, temperature, seed, top_k, top_p, min_p, more)
-    options["stop"] = stop
-    (print_json if as_json else print_stream)(target, text, options)
+    options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
+    options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
+    with target.open() as client:
+        if as_json:
+            print(json.dumps(reply_json(client.generate(text, **options))))
+        else:
+            _print_stream(client, text, options)
 
 
 @with_samplers
@@ -106,29 +110,10 @@ def chat(
     from llamaclust.cli.chat import Chat
 
     target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, Gpus(tuple(device), gpu_layers))
+    options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
     with target.open() as client:
-        Chat(client, system, sampling(max_tokens, temperature, seed, top_k, top_p, min_p, more)).run()
-
-
-def sampling(
-    max_tokens: int | None,
-    temperature: float,
-    seed: int | None,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    more: dict[str, Any],
-) -> Options:
-    """The options that both commands take."""
-    plain: Options = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-    }
-    return {**plain, **more}  # type: ignore[typeddict-item]
+        Chat(client, system, options).run()
 
 
 def given_or_piped(prompt: str | None) -> str:
@@ -140,19 +125,14 @@ def given_or_piped(prompt: str | None) -> str:
     return terminal.piped().removesuffix("\n").removesuffix("\r")
 
 
-def print_stream(target: Target, prompt: str, options: Options) -> None:
+def _print_stream(client: TextClient, prompt: str, options: Options) -> None:
     """Prints the text as it comes, and a line break where it does not end with one."""
     last = "\n"
-    with target.open() as client, client.generate(prompt, stream=True, **options) as chunks:
+    with client.generate(prompt, stream=True, **options) as chunks:
         for chunk in chunks:
             last = chunk.text or last
             terminal.write(chunk.text)
     print(end="" if last.endswith("\n") else "\n")
-
-
-def print_json(target: Target, prompt: str, options: Options) -> None:
-    with target.open() as client:
-        print(json.dumps(reply_json(client.generate(prompt, **options))))
 
 
 def reply_json(reply: Answer) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -109,9 +109,8 @@ class Source:
 
     def _open(self, context: int, sequences: int) -> TextClient:
         if self.gpus != NO_GPUS and (self.endpoint is not None or self.workers > 1):
-            raise UsageError(
-                "--device and --gpu-layers are for a model in this process: not with --endpoint, --workers"
-            )
+            options = "--device and --gpu-layers"
+            raise UsageError(f"{options} are for a model in this process: not with --endpoint, --workers")
         if self.endpoint is not None:
             if self.workers > 1 or self.threads is not None or self.kv_type is not None:
                 given = "--workers, --threads and --kv-type"
@@ -119,16 +118,14 @@ class Source:
             return connect(self.endpoint, self.api_key_file)
         if self.api_key_file is not None:
             raise UsageError("--api-key-file is for --endpoint")
-        return self._of_cluster(context) if self.workers > 1 else self.local(context, sequences)
-
-    def _of_cluster(self, context: int) -> TextClient:
+        if self.workers == 1:
+            return self.local(context, sequences)
         tune_grpc()
         from llamaclust.cluster.client.in_process import ServiceClient
         from llamaclust.tools.bench.temporary_cluster import cluster_service
 
-        return ServiceClient(
-            cluster_service(self.model, self.workers, self.threads, context, self.kv_type or KvType.F16)
-        )
+        kv_type = self.kv_type or KvType.F16
+        return ServiceClient(cluster_service(self.model, self.workers, self.threads, context, kv_type))
 
 
 def evaluate(source: Source, asked: Asked, as_json: bool) -> None:
@@ -154,17 +151,18 @@ def _print(value: Mapping[str, Any], lines: list[str], as_json: bool) -> None:
 def _perplexity(source: Source, text: str, context: int, most: int | None, base: Path | None) -> Perplexity:
     tokenizer = source.tokenizer()
     chunks = cut(tokenizer, text, context, most)
-    with ExitStack() as stack:
-        show = stack.enter_context(_progress("perplexity", len(chunks)))
+    with _progress("perplexity", len(chunks)) as show:
 
         def on_chunk(value: Perplexity) -> None:
             show(value.chunks, f"perplexity {value.perplexity:.4f}")
 
         if base is None:
-            return measure(stack.enter_context(source.opened(tokenizer, text, context)), chunks, on_chunk)
+            with source.opened(tokenizer, text, context) as client:
+                return measure(client, chunks, on_chunk)
         from llamaclust.tools.evaluate.logit_scores import keep_logits
 
-        return keep_logits(stack.enter_context(source.local(context)), chunks, base, on_chunk)
+        with source.local(context) as local:
+            return keep_logits(local, chunks, base, on_chunk)
 
 
 def _divergence(source: Source, base: Path, most: int | None) -> Divergence:

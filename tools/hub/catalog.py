@@ -11,6 +11,7 @@ from typing import Final
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import UsageError
+from llamaclust.model.gguf.atomic_file import part_paths
 from llamaclust.model.gguf.model_file import PART_NAME
 from llamaclust.tools.hub.sources import HubFile, LocalFile, PackageFile, WebFile, parse_source
 
@@ -63,14 +64,11 @@ class WantedFile:
         if match is None:
             return [self]
         number, count = int(match["number"]), int(match["count"])
+        paths = part_paths(self.path, count)
         if number != 1:
-            first = f"{match['stem']}-00001-of-{match['count']}.gguf"
-            raise UsageError(f"{self.spec}: part {number} of {count}; give the first part, {first}")
-        return [self, *(self._part(f"{match['stem']}-{n:05}-of-{match['count']}.gguf") for n in range(2, count + 1))]
-
-    def _part(self, name: str) -> WantedFile:
-        source = self.source.named(name)
-        return replace(self, source=source, path=self.path.with_name(name), size_bytes=None, sha256=None)
+            raise UsageError(f"{self.spec}: part {number} of {count}; give the first part, {paths[0].name}")
+        unknown = replace(self, size_bytes=None, sha256=None)
+        return [self, *(replace(unknown, source=self.source.named(path.name), path=path) for path in paths[1:])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +153,8 @@ def _models(directory: Path) -> Iterator[Path]:
 def _size_of(first: Path) -> int:
     """Of a model in one file or in parts."""
     part = PART_NAME.fullmatch(first.name)
-    if part is None:
-        return first.stat().st_size
-    names = [f"{part['stem']}-{number + 1:05}-of-{part['count']}.gguf" for number in range(int(part["count"]))]
-    return sum(path.stat().st_size for name in names if (path := first.with_name(name)).is_file())
+    paths = part_paths(first, int(part["count"]) if part else 1)
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:

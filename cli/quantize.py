@@ -102,7 +102,7 @@ def imatrix(
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"{out}: no place for a file; check the path")
     path = resolve_model(model)
-    if out.exists() and any(one.exists() and out.samefile(one) for one in (path, text)):
+    if out.exists() and any(source.exists() and out.samefile(source) for source in (path, text)):
         raise UsageError(f"{out}: would replace what is read; give another name")
     words = read_text(text)
     with Model.open(path) as loaded, shown_progress(counts_bytes=False) as progress:

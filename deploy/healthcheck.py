@@ -18,7 +18,7 @@ _DEADLINE_S = 5.0
 
 
 def arguments_of(process: int) -> list[str]:
-    return [os.fsdecode(one) for one in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")]
+    return [os.fsdecode(word) for word in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")]
 
 
 def _listens(arguments: list[str]) -> Iterator[tuple[int, str]]:

@@ -21,7 +21,7 @@ def requirements(extras: str) -> list[str]:
     missing = [name for name in wanted if name not in known]
     if missing:
         raise ValueError(f"EXTRAS: no extra {missing[0]!r} in pyproject.toml; there is {', '.join(known) or 'none'}")
-    return [*project["dependencies"], *(one for name in wanted for one in known[name])]
+    return [*project["dependencies"], *(package for name in wanted for package in known[name])]
 
 
 def useless(packages: Path) -> Iterator[Path]:

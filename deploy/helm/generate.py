@@ -70,8 +70,8 @@ def _shown(default: Any) -> str:
 def readme() -> str:
     """README.md: README.md.in with the table of values in its place."""
     rows = [
-        f"| `{one.name}` | {_shown(one.default)} | {one.meaning} |"
-        for one in values((CHART / "values.yaml").read_text())
+        f"| `{value.name}` | {_shown(value.default)} | {value.meaning} |"
+        for value in values((CHART / "values.yaml").read_text())
     ]
     table = "\n".join(["| value | default | meaning |", "|---|---|---|", *rows])
     return (CHART / "README.md.in").read_text().replace("@VALUES@", table)

@@ -210,8 +210,7 @@ def _stage_runs(task: BenchTask, model: Model, backend: Backend, sampler_level: 
 
 
 async def _cluster_runs(task: BenchTask, on_step: OnStep, measure: _Measure) -> _Runs:
-    from llamaclust.tools.bench.cluster import ClusterRunner
-    from llamaclust.tools.bench.temporary_cluster import temporary_cluster
+    from llamaclust.tools.bench.temporary_cluster import ClusterRunner, temporary_cluster
 
     on_step("starting the workers")
     ways = (task.workers, task.threads_each, task.context, task.batch, task.kv_type)

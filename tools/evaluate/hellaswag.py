@@ -93,9 +93,7 @@ def _task(path: Path, tokenizer: Tokenizer, lines: Sequence[str], line: int) -> 
     return Task(encoded, shared, int(right))
 
 
-def measure_hellaswag(
-    client: TextClient, tasks: Sequence[Task], on_task: Callable[[Accuracy], None] = lambda value: None
-) -> Accuracy:
+def measure_hellaswag(client: TextClient, tasks: Sequence[Task], on_task: Callable[[Accuracy], None]) -> Accuracy:
     """`on_task` sees the value so far. The same logprobs, and so the same value, wherever the model runs."""
     value = Accuracy()
     with ThreadPoolExecutor(AT_ONCE, "hellaswag") as pool:

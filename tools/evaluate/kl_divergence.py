@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import numpy as np
@@ -72,8 +72,7 @@ def compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
 
 def joined(parts: Sequence[Scores]) -> Scores:
     """Those of several pieces of text, in order."""
-    names = ("nll", "base_nll", "kld", "same_top")
-    return Scores(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    return Scores(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Scores)))
 
 
 def _compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
@@ -163,7 +162,7 @@ class Divergence:
 
     def as_json(self) -> dict[str, Any]:
         """Shares in [0, 1]; each estimate as a pair of value and standard error."""
-        estimates = (
+        estimates = [
             "base_perplexity",
             "log_ratio",
             "difference",
@@ -171,14 +170,14 @@ class Divergence:
             "p_difference",
             "p_difference_rms",
             "same_top",
-        )
+        ]
         mine, ratio = self.perplexity, self.log_ratio.exp()
         return {
             "perplexity": mine.value,
             "stderr": mine.stderr,
             "chunks": self.chunks,
             "tokens": self.tokens,
-            **{name: _pair(getattr(self, name)) for name in estimates},
+            **{name: _pair(getattr(self, name)) for name in names},
             "ratio": _pair(ratio),
             "correlation": self.correlation,
             "kld_quantiles": self.kld_quantiles,

@@ -13,7 +13,7 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.atomic_file import part_paths
 from llamaclust.model.gguf.model_file import PART_NAME
-from llamaclust.tools.hub.sources import HubFile, LocalFile, PackageFile, WebFile, parse_source
+from llamaclust.tools.hub.sources import RemoteSource, WebFile, parse_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class WantedFile:
     """A file that has to be fetched: from where, to where, and what is known of its bytes."""
 
     spec: str
-    source: WebFile | PackageFile | HubFile
+    source: RemoteSource
     path: Path
     size_bytes: int | None
     sha256: str | None
@@ -84,8 +84,8 @@ def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
     """The path of a model that needs no fetching, or what would have to be fetched; UsageError for anything else."""
     entry = CATALOG.get(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
     source = parse_source(entry.source if entry else spec)
-    if isinstance(source, LocalFile):
-        return _existing(spec, source.path, models_dir)
+    if isinstance(source, Path):
+        return _existing(spec, source, models_dir)
     directory = (models_dir or environment().models_dir) / (entry.name if entry else source.directory)
     sha256 = source.sha256 if isinstance(source, WebFile) else None
     return WantedFile(

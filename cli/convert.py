@@ -106,19 +106,18 @@ def split(
     """Split a model file into parts, as llama.cpp's llama-gguf-split does. Tensors are unchanged."""
     from llamaclust.cluster.config.values import parse_size
     from llamaclust.model.gguf.model_file import open_model
-    from llamaclust.tools.hub.catalog import made_beside, resolve_model
+    from llamaclust.tools.hub.catalog import made_beside
     from llamaclust.tools.split import DEFAULT_TENSORS, SplitRules, plan_split
 
     if max_size is not None and max_tensors is not None:
         raise UsageError("--split-max-size and --split-max-tensors: give one of them")
     most_bytes = None if max_size is None else option_value("--split-max-size", parse_size, max_size)
-    path = resolve_model(model)
     rules = SplitRules(most_bytes, max_tensors or DEFAULT_TENSORS, no_tensor_first)
-    _write(plan_split(open_model(path), prefix or made_beside(path, path.stem), rules), dry_run)
+    _write(plan_split(open_model(model), prefix or made_beside(model, model.stem), rules), dry_run)
 
 
 def merge(
-    model: Annotated[str, Argument(metavar="FIRST", help="The first part, NAME-00001-of-0000N.gguf.")],
+    model: LocalModel,
     out: Annotated[
         Path | None, Argument(metavar="OUT", help="The new file; NAME.gguf beside the parts by default.")
     ] = None,
@@ -126,12 +125,11 @@ def merge(
 ) -> None:
     """Merge the parts of a model into one file. Tensors are unchanged."""
     from llamaclust.model.gguf.model_file import open_model
-    from llamaclust.tools.hub.catalog import made_beside, resolve_model
+    from llamaclust.tools.hub.catalog import made_beside
     from llamaclust.tools.split import plan_merge
 
-    path = resolve_model(model)
-    name = re.sub(r"-\d{5}-of-\d{5}\.gguf$", ".gguf", path.name)
-    _write([plan_merge(open_model(path), out or made_beside(path, name))], dry_run)
+    name = re.sub(r"-\d{5}-of-\d{5}\.gguf$", ".gguf", model.name)
+    _write([plan_merge(open_model(model), out or made_beside(model, name))], dry_run)
 
 
 def _write(parts: list[Part], dry_run: bool) -> None:

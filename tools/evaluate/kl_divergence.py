@@ -162,15 +162,7 @@ class Divergence:
 
     def as_json(self) -> dict[str, Any]:
         """Shares in [0, 1]; each estimate as a pair of value and standard error."""
-        estimates = [
-            "base_perplexity",
-            "log_ratio",
-            "difference",
-            "kld",
-            "p_difference",
-            "p_difference_rms",
-            "same_top",
-        ]
+        names = ("base_perplexity", "log_ratio", "difference", "kld", "p_difference", "p_difference_rms", "same_top")
         mine, ratio = self.perplexity, self.log_ratio.exp()
         return {
             "perplexity": mine.value,

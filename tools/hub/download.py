@@ -7,21 +7,27 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 import httpx
 
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DownloadError
-from llamaclust.tools.hub.download_ranges import RangeSource
 from llamaclust.tools.progress import Progress
 
 _COUNT = re.compile("[0-9]{1,18}")
 _DISK_RESERVE_BYTES = 1 << 26
 _LARGE_BYTES = 1 << 26
 """From here on several connections are worth their set-up."""
+_CONNECTIONS = 4
+_PIECE_BYTES = 8 << 20
+_AHEAD = 6
+"""Pieces in memory or on their way: a slow one does not stop the others at once."""
 RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -95,6 +101,67 @@ def check_room(directory: Path, needed_bytes: int, what: str) -> None:
     if free < needed_bytes + _DISK_RESERVE_BYTES:
         needed = (needed_bytes + _DISK_RESERVE_BYTES) >> 20
         raise DownloadError(f"{what} needs {needed} MiB on the disk of {directory}, {free >> 20} MiB are free")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some bytes, and why there are no more of them where the connection was lost."""
+
+    data: bytes
+    failure: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RangeSource:
+    """A large file over several connections at a time: ranges of it, handed on in their order. `headers` are those of
+    every request; a validator among them keeps pieces of one file."""
+
+    client: httpx.Client
+    url: str
+    headers: Mapping[str, str]
+    deadline: float  # of time.monotonic()
+
+    def pieces(self, start: int, end: int) -> Iterator[Piece]:
+        """Bytes [start, end) in order. After a piece with a failure there is no other."""
+        stop = Event()
+        ranges = iter([(at, min(at + _PIECE_BYTES, end)) for at in range(start, end, _PIECE_BYTES)])
+        with ThreadPoolExecutor(_CONNECTIONS, "download") as pool:
+            waiting: deque[Future[Piece]] = deque()
+            try:
+                while True:
+                    for first, last in ranges:
+                        waiting.append(pool.submit(self._piece, first, last, stop))
+                        if len(waiting) == _AHEAD:
+                            break
+                    if not waiting:
+                        return
+                    yield (piece := waiting.popleft().result())
+                    if piece.failure is not None:
+                        return
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+
+    def _piece(self, start: int, end: int, stop: Event) -> Piece:
+        data = bytearray()
+        headers = {**self.headers, "Range": f"bytes={start}-{end - 1}"}
+        try:
+            with self.client.stream("GET", self.url, headers=headers) as response:
+                wanted = f"bytes {start}-{end - 1}/"
+                if response.status_code != httpx.codes.PARTIAL_CONTENT:
+                    return Piece(b"", f"the server answered {response.status_code} for a range")
+                if not response.headers.get("content-range", "").startswith(wanted):
+                    return Piece(b"", "the server answered another range")
+                for chunk in response.iter_raw():
+                    data += chunk
+                    if len(data) > end - start:
+                        return Piece(b"", "the server sent more than the requested range")
+                    if stop.is_set() or time.monotonic() > self.deadline:
+                        return Piece(bytes(data[: end - start]), "the time for this download is over")
+        except httpx.TransportError as error:
+            return Piece(bytes(data[: end - start]), str(error) or type(error).__name__)
+        missing = end - start - len(data)
+        return Piece(bytes(data[: end - start]), f"{missing} bytes are missing" if missing > 0 else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from llamaclust.core.errors import DownloadError, UsageError
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.hub import download, download_ranges
+from llamaclust.tools.hub import download
 from llamaclust.tools.hub.catalog import remove_model, resolve_model, stored_models
 from llamaclust.tools.hub.download import Patience
 from llamaclust.tools.hub.pull import pull_model
@@ -232,7 +232,7 @@ def test_room_for_all_parts_is_asked_for_first(
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "_LARGE_BYTES", 50_000)
-    monkeypatch.setattr(download_ranges, "_PIECE_BYTES", 40_000)
+    monkeypatch.setattr(download, "_PIECE_BYTES", 40_000)
 
 
 @pytest.mark.usefixtures("pieces")
@@ -309,6 +309,6 @@ def test_a_range_that_does_not_end_is_hung_up_on() -> None:
         return httpx.Response(206, headers={"Content-Range": "bytes 0-4999/9999"}, content=body())
 
     with httpx.Client(transport=httpx.MockTransport(answer)) as client:
-        source = download_ranges.RangeSource(client, "http://x/m.gguf", {}, time.monotonic() + 30)
+        source = download.RangeSource(client, "http://x/m.gguf", {}, time.monotonic() + 30)
         (piece,) = source.pieces(0, 5000)
     assert piece.failure == "the server sent more than the requested range" and not piece.data and given < 10_000

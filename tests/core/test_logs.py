@@ -87,7 +87,7 @@ def test_the_last_lines_are_kept_as_they_were_written(capsys: pytest.CaptureFixt
 
 def test_the_last_words_of_a_worker_elsewhere_are_those_of_its_last_sign_of_life() -> None:
     async def say(message: CoordinatorMessage) -> None:
-        """To nobody."""
+        """Drops it."""
 
     handle = WorkerHandle(replace(REGISTER, log="/var/log/a.log", host="far"), say, lambda: "")
     assert str(handle.error).endswith("is lost: no reason is known; look at /var/log/a.log on far")
@@ -135,9 +135,9 @@ def line() -> Iterator[CommandLine]:
 def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
     """Coordinator, workers, requests by the ids that their replies have; no key, no token, no prompt."""
     keys = line.folder / "keys"
-    keys.write_text("a-key-nobody-knows\n")
+    keys.write_text("a-secret-key\n")
     keys.chmod(0o600)
-    header = {"Authorization": "Bearer a-key-nobody-knows"}
+    header = {"Authorization": "Bearer a-secret-key"}
     seed = SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     with line.logging("json"), line.cluster("good.gguf", api_keys_file=str(keys)) as cluster:
@@ -158,7 +158,7 @@ def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
             assert (record["cluster"], record["worker"]) == ("tiny", name), entry
         assert "are loaded as epoch" in text
     for text in (log.read_text(), *logs.values()):
-        for secret in ("a-key-nobody-knows", token, "secret prompt"):
+        for secret in ("a-secret-key", token, "secret prompt"):
             assert secret not in text
 
 

@@ -136,7 +136,7 @@ def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_ty
 
 
 def test_a_key_that_is_no_number(bench: Bench, tmp_path: Path) -> None:
-    """Whoever sees it is none: in decoding and prefill, whole and by spans."""
+    """Each output that depends on it is none: in decoding and prefill, whole and by spans."""
     step = attention(4, 1, 64, KvType.Q8_0)
     (told,) = sequences_of(tmp_path, step, (560,), generator())
     rows = told.rows.copy()

@@ -171,7 +171,7 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_of_a_lost_gpu_is_dropped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call fails from then on. Buffers go with what held them, where nobody could catch an error."""
+    """Every call fails from then on. Buffers go with what held them, where no code could catch an error."""
     cupy = install(monkeypatch)
     device: Any = CupyDevice()
     buffer = device.allocate(1 << 10)
@@ -344,7 +344,7 @@ def test_closing_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cupy.runtime.memory == {} and cupy.runtime.free_bytes == 1 << 20
 
 
-def test_kernels_that_nobody_uses_any_more_are_deleted(tmp_path: Path) -> None:
+def test_unused_kernels_are_deleted(tmp_path: Path) -> None:
     """With what killed processes left; those in use stay, however old they are."""
     compiler: Any = FakeNvrtc()
     text = '#line 1 "rows.cu"\nKERNEL'

@@ -84,7 +84,7 @@ def test_sum_norm_and_quantization(bench: Bench, width: int, adds: bool) -> None
     there, out = bench.put(x), bench.room(x.nbytes)
     eights = {kind: cleared(bench, kind, width) for kind in kinds}
     at = [eights[kind].at() if kind in eights else NONE for kind in EIGHT_BITS]
-    for floats in (out.at(), NONE):  # the second time nobody wants floats
+    for floats in (out.at(), NONE):  # the second time without floats
         bench.device.upload(there, 0, x.reshape(-1).view(np.uint8))
         second, total = (bench.put(y).at(), there.at()) if adds else (NONE, NONE)
         outs = (floats, at[0], at[1])

@@ -70,7 +70,7 @@ def test_a_plan_counts_what_layers_take(device: Device, tmp_path: Path, start: i
 
 @pytest.mark.parametrize("free_bytes", [1 << 20, 3 << 20])
 def test_a_gpu_that_is_nearly_full_is_measured(free_bytes: int) -> None:
-    """Whoever names it may want no layer there."""
+    """It may be named without any layer on it."""
     reached = CudaBackend("cuda:0", ShimDevice(build(), memory_bytes=free_bytes), 1).measure()
     assert reached.read_bytes_s > 0 and reached.int8_macs_s > 0
 

@@ -149,7 +149,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_mistakes_are_errors(probe: Bench, kind: int) -> None:
-    """Nobody waits for ever, and the next launch is as good as ever."""
+    """No launch blocks, and the next one is as good as ever."""
     x = probe.put(np.zeros(68, np.float32))
     out = probe.room(256)
     with pytest.raises(KernelError, match=MISTAKES[kind]):

@@ -58,7 +58,7 @@ def test_the_builder_gets_what_the_package_is_made_of() -> None:
     assert not is_sent("kernels/cpu/native/build.so") and not is_sent("cluster/__pycache__/config.pyc")
 
 
-def test_nobody_is_root_and_pins_are_obeyed() -> None:
+def test_no_process_is_root_and_pins_are_obeyed() -> None:
     last = DOCKERFILE.rpartition("\nFROM ")[2]
     assert re.search(r"^USER 10001:10001$", last, re.MULTILINE) and "HEALTHCHECK" in last
     installs = [line for line in DOCKERFILE.splitlines() if "pip install" in line or "python install" in line]

@@ -263,7 +263,7 @@ def test_baichuan_of_another_size_is_refused(make: Callable[..., ModelFile]) -> 
         build_program(model, 0, 3)
 
 
-def test_a_tensor_that_nobody_reads_is_refused(make: Callable[..., ModelFile]) -> None:
+def test_an_unused_tensor_is_refused(make: Callable[..., ModelFile]) -> None:
     model = make()
     extra = replace(model.tensor("blk.0.attn_norm.weight"), name="blk.0.attn_q_norm.weight")
     with pytest.raises(ModelFileError, match=r"blk\.0\.attn_q_norm\.weight.*not part of architecture llama"):

@@ -63,7 +63,7 @@ def test_the_machine_s_own_network_is_as_before() -> None:
         assert own_network() == before
 
 
-def test_a_host_reaches_nobody_outside(box: Box) -> None:
+def test_a_host_reaches_no_address_outside(box: Box) -> None:
     with pytest.raises(OSError) as caught:
         box["a"].call(lambda: socket.create_connection(("192.0.2.1", 80), 0.2))
     assert caught.value.errno == errno.ENETUNREACH

@@ -40,7 +40,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 from support.clusters.real_cluster import LIMITS, NAMES, RealCluster, losses, microbatches, real_cluster, running
 from support.models.tiny_model import build_tiny_model
 
-REGISTER = Register("x", 1, "host", "unix:/nobody.sock", "cpu", 1, "generic", 1, 1, "nothing")
+REGISTER = Register("x", 1, "host", "unix:/absent.sock", "cpu", 1, "generic", 1, 1, "nothing")
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def _order(cluster: RealCluster, model: Path, **changes: object) -> Load:
 
 BAD_ORDERS: dict[str, tuple[dict[str, object], type[LlamaclustError], str]] = {
     "another model": ({"model_id": "00"}, ModelFileError, "worker a: .*changed or replaced"),
-    "no file": ({"model_path": "/nobody.gguf"}, ModelFileError, "worker a: /nobody.gguf: no such file"),
+    "no file": ({"model_path": "/absent.gguf"}, ModelFileError, "worker a: /absent.gguf: no such file"),
     "no such layers": ({"end": 6}, UsageError, r"worker a: layers \[0, 6\) of a model that has 5"),
     "memory": (
         {"limits": replace(LIMITS, kv_blocks=1 << 26)},

@@ -257,19 +257,19 @@ async def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, 
     compute = Compute()
     runner = runner_of(model, 0, 1)
     service = StageService("w0")
-    nobody = Peer(f"unix:{tmp_path}/nobody.sock", TOKEN)
+    absent = Peer(f"unix:{tmp_path}/absent.sock", TOKEN)
     told: list[tuple[Peer, str]] = []
 
     async def tell(peer: Peer, why: str) -> None:
         told.append((peer, why))
 
-    service.add(StageStreams(1, runner, StageContext("w0", compute, Counters()), DEADLINES, Neighbours(tell, nobody)))
+    service.add(StageStreams(1, runner, StageContext("w0", compute, Counters()), DEADLINES, Neighbours(tell, absent)))
     server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
     first = Peer(server.address, TOKEN)
-    with pytest.raises(StreamBrokenError, match=r"connection to unix:.*nobody\.sock lost"):
+    with pytest.raises(StreamBrokenError, match=r"connection to unix:.*absent\.sock lost"):
         await first.open(FORWARD, epoch=1).opened()
     ((peer, why),) = told
-    assert peer is nobody and "nobody.sock lost" in why
+    assert peer is absent and "absent.sock lost" in why
     await first.close()
     await server.stop(0.0)
     await service.remove(1)
@@ -305,7 +305,7 @@ async def test_only_a_connection_that_fails_is_told(model: Model, tmp_path: Path
     compute.close()
 
 
-async def test_a_connection_that_nobody_answers_fails_in_time() -> None:
+async def test_an_unanswered_connection_fails_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         peer = Peer(f"127.0.0.1:{silent.getsockname()[1]}", TOKEN, patience_s=1.0)
         peer.open(FORWARD, epoch=1)

@@ -155,7 +155,7 @@ def _refusals(client: Client | LocalClient) -> list[str]:
     chats: list[list[dict[str, object]]] = [
         [],
         [{**CHAT[0]}, {"role": "tool", "content": "x"}],
-        [{"role": "nobody", "content": "x"}],
+        [{"role": "unknown", "content": "x"}],
         [{"role": "user", "content": 5}],
         [{"role": "user"}],
         [{"role": "user", "content": "x", "name": 5}],

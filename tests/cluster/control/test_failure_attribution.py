@@ -1,4 +1,4 @@
-"""Which worker is named when a pipeline breaks or cannot be opened, whoever tells of it first, on however busy a
+"""Which worker is named when a pipeline breaks or cannot be opened, whichever report comes first, on however busy a
 machine."""
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ async def test_a_loss_is_waited_for_where_others_tell_of_it_sooner(monkeypatch: 
     assert str(error).startswith("worker c (layers [2, 4)) is lost: its process was killed") and error.worker == "c"
 
 
-async def test_whoever_lives_and_is_not_reached_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unreachable_live_worker_is_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 20.0)
     workers = three()
     asking = asyncio.create_task(
@@ -98,7 +98,7 @@ async def test_whoever_lives_and_is_not_reached_is_not_waited_for(monkeypatch: p
 
 @pytest.mark.parametrize("guilty", ["b", "c"])
 async def test_a_stage_that_cannot_be_opened_is_blamed_on_its_worker_by_name(tmp_path: Path, guilty: str) -> None:
-    """Also where another stage meets it, and nobody says an address."""
+    """Also where another stage meets it, and no message holds an address."""
     model = build_tiny_model(tmp_path / "tiny.gguf", layers=3, context=256)
 
     async with real_cluster(tmp_path, 3) as cluster:
@@ -106,7 +106,7 @@ async def test_a_stage_that_cannot_be_opened_is_blamed_on_its_worker_by_name(tmp
         worker = cluster.registry.workers[guilty]
         kept = dict(worker.stages)
         await worker.unload(1)
-        worker.stages.update(kept)  # nobody knows
+        worker.stages.update(kept)  # no other part knows
         with pytest.raises(WorkerError, match=f"worker {guilty} holds no stage for epoch 1") as caught:
             await RemotePipeline.open(1, handles, cluster.run.token)
         assert caught.value.worker == guilty

@@ -29,14 +29,14 @@ AB, BC = frozenset("ab"), frozenset("bc")
 
 @dataclass
 class Members:
-    """Workers a, b, ..., of whom nobody runs; and what is told."""
+    """Workers a, b, ..., without processes; and what is reported."""
 
     cut: set[str] = field(default_factory=set)  # "ab": a does not reach b
     asked: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     changes: int = 0
     names: str = "abc"
-    at_once: int = 0  # nobody answers before so many were asked
+    at_once: int = 0  # no probe is answered before so many were sent
 
     def __post_init__(self) -> None:
         self.enough = asyncio.Event()
@@ -109,7 +109,7 @@ async def test_only_who_is_alive_is_cut_off() -> None:
         assert members.told == [why]
 
 
-async def test_reports_of_nobody_and_of_oneself_count_for_nothing() -> None:
+async def test_reports_about_unknown_workers_and_about_the_sender_are_ignored() -> None:
     members = Members()
     with members.tracker:
         members.says("a", "x")

@@ -153,8 +153,8 @@ def test_a_worker_of_no_launcher_ends_when_its_coordinator_is_gone(tmp_path: Pat
     assert "the coordinator is gone" in log.splitlines()[-1]
 
 
-def joining_nobody(folder: Path, **more: Any) -> WorkerSettings:
-    return WorkerSettings(name="x", join=f"unix:{folder}/nobody.sock", token_file=folder / "token", **more)
+def without_coordinator(folder: Path, **more: Any) -> WorkerSettings:
+    return WorkerSettings(name="x", join=f"unix:{folder}/absent.sock", token_file=folder / "token", **more)
 
 
 def ended(settings: WorkerSettings) -> subprocess.CompletedProcess[str]:
@@ -165,7 +165,7 @@ def ended(settings: WorkerSettings) -> subprocess.CompletedProcess[str]:
 
 def test_a_worker_that_finds_no_coordinator_gives_up_by_name(tmp_path: Path) -> None:
     ClusterToken.create(tmp_path / "token")
-    done = ended(joining_nobody(tmp_path, device="reference", join_s=0.3))
+    done = ended(without_coordinator(tmp_path, device="reference", join_s=0.3))
     assert done.returncode == 1
     assert "joining the coordinator at unix:" in done.stderr.splitlines()[-1]
     assert "not within 0.3 s" in done.stderr.splitlines()[-1]
@@ -174,7 +174,7 @@ def test_a_worker_that_finds_no_coordinator_gives_up_by_name(tmp_path: Path) -> 
 
 def test_a_worker_whose_parent_has_gone_before_it_looks_does_not_start(tmp_path: Path) -> None:
     ClusterToken.create(tmp_path / "token")
-    done = ended(joining_nobody(tmp_path, parent_pid=1))
+    done = ended(without_coordinator(tmp_path, parent_pid=1))
     assert done.returncode == 1
     assert "the process that started this worker (1) is gone" in done.stderr
 

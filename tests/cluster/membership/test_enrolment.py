@@ -110,7 +110,7 @@ async def test_a_coordinator_that_the_token_does_not_name_hears_nothing(trust: A
 async def test_a_server_with_the_right_ca_certificate_but_no_key_of_it_is_refused(
     trust: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody in between may show the CA's certificate: it is public."""
+    """An interceptor may show the CA's certificate: it is public."""
     other = authority(tmp_path, "other")
     monkeypatch.setattr(Authority, "certificate", trust.certificate)
     async with enrolment(other) as (host, port):

@@ -141,7 +141,7 @@ async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> 
     assert identity.pair.ends_at_s > short.ends_at_s + 3600
 
 
-async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_one_harms_nobody(
+async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_one_harms_no_member(
     trust: Authority,
 ) -> None:
     async with registry(trust) as there:

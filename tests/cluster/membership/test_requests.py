@@ -1,4 +1,4 @@
-"""What a coordinator asks of workers: answers find their questions, and a start does without steps nobody could try."""
+"""What a coordinator asks of workers: replies find their requests, and a start skips steps that no worker could try."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans of workers of whom some cannot reach each other, beside every plan that there is."""
+"""Plans for workers of which some cannot reach each other, compared with every possible plan."""
 
 from __future__ import annotations
 

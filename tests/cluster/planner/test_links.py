@@ -124,7 +124,7 @@ def test_links_are_measured_once_between_machines_that_are_alike(tmp_path: Path)
             first = await measure()
             for name in ("a", "b", "c"):
                 cluster.registry.workers[name].channel.send = silent
-            return first, await measure()  # nobody is asked
+            return first, await measure()  # without a probe
 
     async def silent(_: object) -> None:
         raise AssertionError("asked again")
@@ -145,7 +145,7 @@ def test_a_link_that_is_cut_is_told_and_unknown(tmp_path: Path) -> None:
     async def run() -> Links:
         async with real_cluster(tmp_path, 2) as cluster:
             a, b = (cluster.registry.workers[name] for name in "ab")
-            b.registration = replace(b.registration, address=f"unix:{tmp_path}/nobody.sock")
+            b.registration = replace(b.registration, address=f"unix:{tmp_path}/absent.sock")
             return await measure_links({"a": a, "b": b}, cluster.run.token, tmp_path, told.append)
 
     links = asyncio.run(run())

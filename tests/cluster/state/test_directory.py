@@ -27,7 +27,7 @@ from llamaclust.core.profile import DeviceProfile, Profile
 from support.clusters.command_line import eventually
 
 
-def test_looking_whether_a_cluster_runs_disturbs_nobody(tmp_path: Path) -> None:
+def test_checks_for_a_running_cluster_disturb_no_process(tmp_path: Path) -> None:
     """One who looks is neither taken for a cluster by another, nor in the way of a start."""
     folder = ClusterDir(tmp_path / "home")
     with folder.locked():

@@ -60,7 +60,7 @@ void take_memory() {
   dynamic_end = pages_before_a_gap(256 << 10) + (256 << 10);
 }
 
-// Who waits where, and who has ended: why nobody goes on.
+// Which fibres wait where, and which have ended: the reason of a deadlock.
 std::string stuck() {
   int ended = 0, waiting = 0, in_warps = 0;
   const Fibre *in_block = nullptr, *in_warp = nullptr;

@@ -1,6 +1,6 @@
 // A GPU's threads as fibres of one thread of the CPU: blocks run one after the other, the threads of a block take turns
-// wherever they wait for each other; in one launch from the first to the last, in the next one the other way round. Nobody
-// waits for ever: when nobody can go on, the launch is an error.
+// wherever they wait for each other; in one launch from the first to the last, in the next one the other way round. A
+// deadlock is an error of the launch.
 #pragma once
 
 #include <cstddef>

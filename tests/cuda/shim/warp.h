@@ -140,7 +140,7 @@ void mma_m8n8k16(int32_t& d0, int32_t& d1, A a, int32_t b, SHIM_HERE) {
   d0 = d[0], d1 = d[1];
 }
 
-// A card would forgive an address where nothing is; whoever asks for one has counted wrongly.
+// A card would forgive an address where nothing is; such a request is a miscalculation.
 inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile uint8_t*>(p)); }
 
 // Copied when it is waited for, so that who does not wait reads what was there before.

@@ -37,7 +37,7 @@ class Machine:
     stolen: float = 0.0
     taken: int = 1
     gap_ns: int = 200_000  # between jobs
-    stolen_gap_ns: int = 0  # as well, where jobs of all threads leave no core to whoever gives the next one
+    stolen_gap_ns: int = 0  # as well, where jobs of all threads leave no core to the thread that gives the next one
     hiccup: float = 0.0  # how probable
     now_ns: int = 10**9
     random: random.Random = field(default_factory=lambda: random.Random(7))
@@ -107,7 +107,7 @@ def test_a_trial_that_is_far_too_slow_ends_early() -> None:
 
 
 def test_a_core_that_only_others_miss_is_left_to_them() -> None:
-    """The jobs themselves are as fast, but whoever gives them waits for a core in between."""
+    """The jobs themselves are as fast, but the thread that gives them waits for a core in between."""
     machine = Machine(lambda threads: 1.0 + 0.25 * (threads - 1), stolen=0.15, stolen_gap_ns=1_500_000)
     assert share(1, machine.jobs(CoreContention(2), 2000)) > 0.9
 

@@ -76,7 +76,7 @@ def test_soft_cap(tmp_path: Path, cap: float) -> None:
 
 
 def test_a_soft_cap_of_a_product_in_place(tmp_path: Path) -> None:
-    """What all threads share is capped where it lies, and nobody reads it before that is done."""
+    """What all threads share is capped where it lies, and read only afterwards."""
     generator, x, logits, out = generator_of("cap"), Buffer("x", 64), Buffer("logits", 1000), Buffer("out", 1000)
     steps: list[Step] = [MatMul(x, logits, "w"), SoftCap(logits, logits, 2.0), Scale(logits, out, 3.0)]
     weights = {"w": Weight(normal(generator, 1000, 64))}

@@ -259,7 +259,7 @@ def test_a_process_that_is_killed_leaves_nothing_half_written(tmp_path: Path, fo
     assert killed > 0
 
 
-def test_weights_that_nobody_has_any_more_are_not_written(model: Path, folder: PackedCacheFolder) -> None:
+def test_released_weights_are_not_written(model: Path, folder: PackedCacheFolder) -> None:
     opened = Model.open(model)
     program = opened.program(0, 1)
     found = packed_layers_of(opened.tensors_for(program).values())

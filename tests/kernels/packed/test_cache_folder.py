@@ -1,4 +1,4 @@
-"""The folder of packed layers: what counts as used, who waits for whom, which file systems it is mapped from."""
+"""The folder of packed layers: what counts as used, which process waits for which, possible file systems."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def held(folder: PackedCacheFolder) -> Iterator[None]:
         yield
 
 
-def test_nobody_waits_long_for_the_lock(folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_waits_long_for_the_lock(folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_files, "_LOCK_WAIT_S", 0.1)
     monkeypatch.setenv("LLAMACLUST_HOME", str(folder.path.parent))
     with held(folder):

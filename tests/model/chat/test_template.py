@@ -124,7 +124,7 @@ def test_a_template_that_loops_for_ever_is_stopped_and_the_next_render_works() -
         assert template.render(HELLO) == "ok"
 
 
-def test_cpu_time_is_limited_even_if_nobody_waits() -> None:
+def test_cpu_time_is_limited_even_without_a_waiting_caller() -> None:
     limits = TemplateLimits(wall_s=20.0, cpu_seconds=1)
     with ChatTemplate(FOR_EVER, "", "", limits) as template, pytest.raises(RequestError, match="CPU time"):
         template.render(HELLO)

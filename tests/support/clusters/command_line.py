@@ -219,7 +219,7 @@ class CommandLine:
         return Done(code, out.read_text(), err.read_text())
 
     def cluster_file(self, model: Path | str, name: str = "tiny", **keys: Any) -> Path:
-        """A cluster of two workers whose speed nobody needs to measure, at any free port."""
+        """A cluster of two workers with stated speeds, which are not measured, at any free port."""
         speed = {"threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
         workers = [{"name": "a", **speed}, {"name": "b", **speed}]
         values = {"name": name, "model": str(model), "listen": "127.0.0.1:0", "workers": workers, **keys}

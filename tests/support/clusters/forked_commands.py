@@ -27,7 +27,7 @@ _IMPORTED = [
 """None of them imports gRPC, which takes settings from the environment when it is."""
 
 _PIPE_BYTES = 1 << 16
-"""What a pipe holds before anybody reads."""
+"""What a pipe holds before it is read."""
 
 
 def run_forked(

@@ -23,7 +23,7 @@ def answers(cluster: Cluster) -> Answers:
 
 
 def of_one_worker(model: Path) -> Answers:
-    """What nobody disturbs."""
+    """The answers of one undisturbed worker."""
     with command_line() as line, line.cluster(model, workers=named("a")) as cluster:
         return answers(cluster)
 

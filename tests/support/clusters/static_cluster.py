@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def named(*names: str) -> list[dict[str, Any]]:
-    """Workers of a cluster file whose speed nobody needs to measure."""
+    """Workers of a cluster file with stated speeds, which are not measured."""
     return [{"name": name, **SPEED} for name in names]
 
 

@@ -40,8 +40,8 @@ class Echo:
     server: Server
     callers: list[Principal | None]
 
-    def call(self, credentials: Credentials, whom: Principal = A) -> ClientStream:
-        return Peer(self.server.address, credentials, whom).open(FORWARD, epoch=1)
+    def call(self, credentials: Credentials, principal: Principal = A) -> ClientStream:
+        return Peer(self.server.address, credentials, principal).open(FORWARD, epoch=1)
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ Work = Callable[[], None]
 
 @dataclass
 class FakeStream:
-    """Work is done when somebody waits for it."""
+    """Work is done when it is waited for."""
 
     queue: list[Work] = field(default_factory=list)
     captured: list[Work] | None = None

@@ -163,7 +163,7 @@ class ShimDevice:
         return ShimEvent()
 
     def synchronize(self) -> None:
-        assert self._captured is None, "nobody waits while a graph is captured"
+        assert self._captured is None, "no synchronization while a graph is captured"
 
     def close(self) -> None:
         for buffer in list(self._buffers):

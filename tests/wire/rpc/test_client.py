@@ -92,9 +92,9 @@ def test_an_epoch_that_is_no_number_is_refused(epoch: str) -> None:
         _ = ServerStream(Context()).epoch
 
 
-async def test_nobody_there_and_unknown_methods_are_told_apart(address: str, tmp_path: Path) -> None:
+async def test_absent_servers_and_unknown_methods_have_different_errors(address: str, tmp_path: Path) -> None:
     with pytest.raises(StreamBrokenError, match="lost"):
-        await Peer(f"unix:{tmp_path}/nobody.sock", TOKEN).open(FORWARD).opened()
+        await Peer(f"unix:{tmp_path}/absent.sock", TOKEN).open(FORWARD).opened()
     server = await Server.start(address, TOKEN, {FORWARD: _echo})
     with pytest.raises(StreamBrokenError, match="Method not found"):
         await Peer(server.address, TOKEN).open(SAMPLE).opened()
@@ -163,7 +163,7 @@ def test_grpc_is_tuned_without_a_word_on_standard_error() -> None:
     program = (
         "from llamaclust.wire.rpc.grpc_options import tune_grpc; tune_grpc(); import os, asyncio, grpc;"
         "assert 'GRPC_EXPERIMENTS' in os.environ or not grpc.__version__.startswith('1.85.');"
-        "grpc.insecure_channel('unix:/nobody').close()"
+        "grpc.insecure_channel('unix:/absent').close()"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GRPC_")}
     done = subprocess.run(

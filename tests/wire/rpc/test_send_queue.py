@@ -26,10 +26,10 @@ class Slow:
             self.all_taken.set()
 
 
-async def test_messages_go_out_in_order_and_nobody_waits() -> None:
+async def test_messages_go_out_in_order_without_waiting() -> None:
     stream = Slow()
     box = SendQueue(stream, "a message", 5.0)
-    box.put(b"0")  # before anybody sends
+    box.put(b"0")  # before the sender runs
     running = asyncio.create_task(box.run())
     for number in range(1, 9):
         box.put(b"%d" % number)

@@ -1,4 +1,4 @@
-"""Malformed and oversized messages of every kind, seeded: refused in one line, and nobody else is disturbed."""
+"""Malformed and oversized messages of every kind, seeded: refused in one line, and no other peer is disturbed."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def says(port: int, sent: bytes) -> bytes:
 
 
 def handshake(port: int) -> ssl.SSLSocket:
-    """A TLS connection of somebody without a certificate."""
+    """A TLS connection of a client without a certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])

@@ -49,7 +49,7 @@ def test_room_is_made_from_what_was_not_used_for_longest_and_is_in_no_load(tmp_p
     assert cache.find(held) is None
 
 
-def test_a_part_that_somebody_writes_is_not_deleted(tmp_path: Path) -> None:
+def test_a_part_that_is_being_written_is_not_deleted(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path / "w", 3000)
     cache.prepare()
     data = os.urandom(2000)

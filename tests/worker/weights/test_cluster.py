@@ -237,7 +237,7 @@ def test_who_has_fetched_gives_to_others_when_the_file_is_gone(model: Path, tmp_
     asyncio.run(then())
 
 
-async def test_without_anybody_who_has_it_the_error_says_so(model: Path, tmp_path: Path) -> None:
+async def test_without_a_worker_that_has_it_the_error_says_so(model: Path, tmp_path: Path) -> None:
     async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
         lives = [cluster.start("b"), cluster.start("c")]
         await cluster.registry.wait_for(("b", "c"), 20)

@@ -58,7 +58,7 @@ def worker(folder: Path, join: str, name: str, model_dir: Path | None = None) ->
 
 
 def stall_after(monkeypatch: pytest.MonkeyPatch, frames: int) -> asyncio.Event:
-    """Whoever gives weights stops after so many frames; set when that is so."""
+    """The sender of weights stops after so many frames; set when that is so."""
     stalled, give, left = asyncio.Event(), Weights._give, frames
 
     async def stall(weights: Weights, stream: ServerStream, wanted: WeightRange) -> None:
@@ -112,7 +112,7 @@ async def answers(
 async def test_a_holder_that_is_back_elsewhere_is_asked_at_once(
     model: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The load goes on, although where the holder was nobody will answer any more."""
+    """The load goes on, although the holder's address answers no more."""
     patience = Patience(connect_s=60.0, source_s=60.0)
     monkeypatch.setattr("llamaclust.worker.weights.remote_model.WeightFetch", partial(WeightFetch, patience=patience))
     join, told = f"127.0.0.1:{free_port()}", list[str]()

@@ -60,6 +60,8 @@ def test_logs_are_those_of_the_worker(line: CommandLine, cluster: Cluster) -> No
     assert "layers [2, 4)" not in line.run("logs", "a").out
     done = line.run("logs", "c")
     assert done.code == 2 and "there are logs of: a, b" in done.error
+    done = line.run("logs", "coordinator")
+    assert done.code == 2 and "of the coordinator, which logs to its terminal unless" in done.error
     done = line.run("logs", "x" * 4000)
     assert done.code == 2 and "there are logs of: a, b" in done.error and len(done.error) < 300
     following = line.start("logs", "a", "-f")

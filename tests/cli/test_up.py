@@ -67,6 +67,7 @@ def test_a_lost_worker_gets_a_line(line: CommandLine) -> None:
         cluster.command.press_ctrl_c()
         ended = cluster.command.wait()
     assert ended.code == 0 and ended.err.count("is lost") == 1 and "Traceback" not in ended.err
+    assert ended.err.endswith("\ntiny is stopped\n")
 
 
 def test_a_lost_worker_of_a_detached_cluster_is_in_its_log(line: CommandLine) -> None:

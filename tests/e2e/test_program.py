@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from typer.main import get_command
@@ -118,18 +119,15 @@ def parse(words: list[str], container: Manifest) -> str:
         command, words = command.commands[words[0]], words[1:]
     with command.make_context(command.name, words) as context:
         if command.name == "worker":
-            check_worker(context.params)
+            check_worker(command, context.params)
         return str(command.name)
 
 
-def check_worker(options: Mapping[str, Any]) -> None:
+def check_worker(command: Any, options: Mapping[str, Any]) -> None:
     """What the options of a worker say is looked at beyond the parser."""
-    from llamaclust.cli.options import Gpus
-    from llamaclust.cli.worker import worker_settings
-
-    others = dict(options)
-    gpus = Gpus(*(others.pop(name) for name in ("device", "gpu_layers", "gpu_memory")))
-    settings = worker_settings(gpus=gpus, **others)
+    with patch("llamaclust.cli.worker._run") as run:
+        command.callback(**options)
+    (settings,) = run.call_args.args
     assert settings.join.startswith(f"{options['join'].partition(':')[0]}:") and settings.name.endswith("-worker-0")
 
 

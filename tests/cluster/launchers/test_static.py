@@ -194,6 +194,16 @@ def test_an_insecure_cluster_is_loud(line: CommandLine, model: Path, undisturbed
     assert not token_file(line).exists()
 
 
+def test_a_worker_whose_security_differs_from_the_coordinators_says_so(line: CommandLine, model: Path) -> None:
+    secure = start_coordinator(line, model)
+    done = start_worker(line, port := join_port(secure), "a", "--insecure").wait()
+    advice = "start the worker with --token-file instead of --insecure"
+    assert f"error: the coordinator at 127.0.0.1:{port} requires TLS: {advice}" in done.err and done.code == 2
+    insecure = start_coordinator(line, model, name="open", insecure=True)
+    done = start_worker(line, port := join_port(insecure), "a", token=token_file(line)).wait()
+    assert f"error: 127.0.0.1:{port} does not use TLS: is it an insecure cluster?" in done.err and done.code == 2
+
+
 def test_what_the_authority_leaves_is_private(line: CommandLine, model: Path) -> None:
     coordinator = start_coordinator(line, model)
     join_port(coordinator)
@@ -293,7 +303,7 @@ def test_the_systemd_unit_starts_what_the_program_accepts(line: CommandLine) -> 
     program, *arguments = shlex.split(unit["Service"]["ExecStart"])
     assert program.endswith("/llamaclust")
     done = line.run(*arguments)
-    assert done.code == 2 and "token file /etc/llamaclust/join-token: cannot be read" in done.err
+    assert done.code == 2 and done.err.startswith("error: token file /etc/llamaclust/join-token: cannot be read")
     service = unit["Service"]
     assert service["DevicePolicy"] == "closed" and service["DeviceAllow"].startswith("char-nvidia*")
     assert (

@@ -65,6 +65,9 @@ def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
             nearer.remove_record()
         folder.remove_record()
     assert list((usual / ".elsewhere").iterdir()) == []
+    with pytest.raises(UsageError, match=r"start one with `llamaclust up`$"):
+        find_running(usual, None)
+    nearer.log_file("a").touch()
     with pytest.raises(UsageError, match=rf"no cluster is running: .*; the last one's logs: {nearer.logs}"):
         find_running(usual, None)
     with pytest.raises(UsageError, match=r"start one with `llamaclust up`$"):

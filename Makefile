@@ -38,11 +38,11 @@ test: build $(VENV)/.test $(VENV)/.helm model ## every test; downloads the demo 
 	$(BIN)/python -m pytest -m alone
 
 test-gpu: build $(VENV)/.test ## tests of the GPU's kernels on the first NVIDIA card
-	$(BIN)/python -m pytest tests/cuda --gpu
+	$(BIN)/python -m pytest tests/kernels/cuda --gpu
 
 cuda-matrix: build $(VENV)/.test ## those kernels compiled for every architecture, by NVIDIA's run-time compiler
 	$(PIP) install -c constraints.txt --group cuda
-	$(BIN)/python -m pytest tests/cuda/test_compile.py --all-architectures
+	$(BIN)/python -m pytest tests/kernels/cuda/test_compile.py --all-architectures
 
 lint: build $(VENV)/.lint $(VENV)/.test ## format, style, types of program and tests, imports between packages
 	$(BIN)/ruff format --check .

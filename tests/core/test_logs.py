@@ -18,8 +18,8 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.logs import LogFormat, last_lines, last_trouble, name_cluster, read_line, start_logging
 from llamaclust.wire.control.messages import CoordinatorMessage, Heartbeat
 from support.clusters.command_line import CommandLine, command_line, eventually
-from support.clusters.control_messages import REGISTER
 from support.models.hostile_models import tiny
+from support.wire.control_messages import REGISTER
 
 HOSTILE = ('a "b" \\ c', "two\nlines", "\x1b[31mred", "level=info msg=x", "{", "", "naïve ☃", "a=b", "\\x", "\ud800")
 FIELDS = (LogFormat.LOGFMT, LogFormat.JSON)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from kubernetes_validate import utils as kubernetes
 
-from support.clusters.charts import (
+from support.kubernetes.charts import (
     CHART,
     MATRIX,
     RELEASE,

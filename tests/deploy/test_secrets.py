@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.clusters.charts import CHART, NAMESPACE, RELEASE, Manifest, helm, named, one, render
-from support.clusters.kubernetes_api import fake_api
+from support.kubernetes.charts import CHART, NAMESPACE, RELEASE, Manifest, helm, named, one, render
+from support.kubernetes.kubernetes_api import fake_api
 
 JOIN, KEYS = f"{RELEASE}-llamaclust-join", f"{RELEASE}-llamaclust-api-keys"
 

@@ -20,7 +20,7 @@ from llamaclust.cli.app import app
 from llamaclust.cluster.config import environment as environment_module
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.core.errors import UsageError
-from support.clusters.charts import (
+from support.kubernetes.charts import (
     MATRIX,
     RELEASE,
     Manifest,
@@ -31,7 +31,7 @@ from support.clusters.charts import (
     pod_templates,
     render,
 )
-from support.clusters.local_pods import LocalPod
+from support.kubernetes.local_pods import LocalPod
 
 NAME = f"{RELEASE}-llamaclust"
 _START_S = 60.0

@@ -26,12 +26,10 @@ def modules() -> Modules:
     return Modules.read()
 
 
-def test_folders_of_the_program_are_small() -> None:
+def test_folders_are_small() -> None:
     modules()
-    files = {path for path, count in files_in_folders().items() if count > MOST_FILES and path.parts[0] != "tests"}
-    assert files <= LARGE
-    folders = {path: count for path, count in folders_in_folders().items() if path.parts[:1] != ("tests",)}
-    assert {path: count for path, count in folders.items() if count > MOST_FOLDERS} == {}
+    assert {path for path, count in files_in_folders().items() if count > MOST_FILES} <= LARGE
+    assert {path: count for path, count in folders_in_folders().items() if count > MOST_FOLDERS} == {}
 
 
 @pytest.mark.parametrize("kind", MOST_DEPTH)

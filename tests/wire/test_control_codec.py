@@ -34,7 +34,7 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from llamaclust.wire.control.profiles import WorkerProfile
-from support.clusters.control_messages import COORDINATOR_MESSAGES, LOAD, REGISTER, WORKER_MESSAGES
+from support.wire.control_messages import COORDINATOR_MESSAGES, LOAD, REGISTER, WORKER_MESSAGES
 
 
 @pytest.mark.parametrize("message", WORKER_MESSAGES, ids=lambda message: type(message).__name__)

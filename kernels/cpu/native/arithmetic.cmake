@@ -1,4 +1,4 @@
-# The arithmetic as objects, for the Python module and for tests/native. The sources in level/ are compiled once per CPU
+# The arithmetic as objects, for the Python module and for tests/kernels/native. The sources in level/ are compiled once per CPU
 # feature level, each into a namespace of its own, everything else once for any CPU. Sets `objects`, what to link, and
 # `checks`, commands that are to follow; `check_isa` is the script that they run.
 set(native ${CMAKE_CURRENT_LIST_DIR})

@@ -40,8 +40,8 @@ from llamaclust.wire.control.messages import (
     UnloadFailed,
     WeightsFound,
 )
-from support.clusters.control_messages import LOAD, REGISTER
-from support.clusters.plan_inputs import REQUEST, SMALL, worker
+from support.plans.plan_inputs import REQUEST, SMALL, worker
+from support.wire.control_messages import LOAD, REGISTER
 
 ANYTHING: Any = SimpleNamespace()
 

@@ -35,9 +35,9 @@ from llamaclust.worker.session import Session
 from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.worker import Worker
-from support.clusters.control_messages import LOAD, REGISTER
 from support.clusters.real_cluster import real_cluster
 from support.models.tiny_model import build_tiny_model
+from support.wire.control_messages import LOAD, REGISTER
 
 ALIVE = Heartbeat(0.0, 0, 0, 0, 0)
 INSECURE = Insecure()

@@ -21,7 +21,7 @@ from llamaclust.wire.control.messages import (
     ProbePeer,
     ProbeResult,
 )
-from support.clusters.control_messages import LOAD, REGISTER
+from support.wire.control_messages import LOAD, REGISTER
 
 ALIVE = Heartbeat(0.0, 0, 0, 0, 0)
 AB, BC = frozenset("ab"), frozenset("bc")

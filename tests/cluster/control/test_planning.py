@@ -14,7 +14,7 @@ from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.wire.rpc import cache_flush
 from llamaclust.wire.rpc.cache_flush import CacheFlush
-from support.clusters.control_messages import REGISTER
+from support.wire.control_messages import REGISTER
 
 NOTHING: Any = None
 

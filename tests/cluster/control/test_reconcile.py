@@ -35,7 +35,7 @@ from llamaclust.core.errors import (
     StalledError,
     WorkerError,
 )
-from support.clusters.plan_inputs import REQUEST, SMALL, worker
+from support.plans.plan_inputs import REQUEST, SMALL, worker
 
 RECOVERY_S = 120.0
 AB = frozenset("ab")

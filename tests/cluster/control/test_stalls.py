@@ -26,9 +26,9 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from llamaclust.wire.rpc.deadlines import deadline
-from support.clusters.control_messages import LOAD, REGISTER
 from support.clusters.recovering import config, generations, model_in, recovering, undisturbed
 from support.seed import SEED
+from support.wire.control_messages import LOAD, REGISTER
 
 PROGRESS_TIMEOUT_S = 0.4
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.membership.authority import Authority
-from support.clusters.trust import authority
+from support.wire.trust import authority
 
 
 @pytest.fixture

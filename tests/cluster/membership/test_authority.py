@@ -12,7 +12,7 @@ from llamaclust.core.errors import UsageError
 from llamaclust.wire.security.certificates import NewKey, cluster_id
 from llamaclust.wire.security.credentials import COORDINATOR, Principal
 from llamaclust.wire.security.token import JoinToken
-from support.clusters.trust import authority
+from support.wire.trust import authority
 
 
 def test_an_authority_is_the_same_at_every_start_and_private(tmp_path: Path) -> None:

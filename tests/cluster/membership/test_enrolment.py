@@ -37,8 +37,8 @@ from llamaclust.wire.security.enrolment import (
 )
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.enrolment import enrol
-from support.clusters.enrolment_bytes import raw
-from support.clusters.trust import A, authority, echo, enrolment, refusals
+from support.wire.enrolment_bytes import raw
+from support.wire.trust import A, authority, echo, enrolment, refusals
 
 OTHER_VERSION = PROTOCOL_VERSION + 1
 NONCE = bytes(range(32))

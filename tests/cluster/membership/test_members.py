@@ -34,12 +34,12 @@ from llamaclust.wire.security.certificates import NewKey
 from llamaclust.wire.security.credentials import COORDINATOR, Insecure, Principal
 from llamaclust.worker.membership import Renewal
 from llamaclust.worker.stage.service import StageService
-from support.clusters.control_messages import REGISTER
 from support.clusters.members import ANY, Joined, join, registry, registry_of
 from support.clusters.real_cluster import microbatches
 from support.clusters.stage_chain import chain
-from support.clusters.trust import A, B, refusals
 from support.models.tiny_model import build_tiny_model
+from support.wire.control_messages import REGISTER
+from support.wire.trust import A, B, refusals
 
 SECOND = replace(REGISTER, pid=REGISTER.pid + 1)
 ALIVE = Heartbeat(0.5, 1, 2, 3, 4)

@@ -30,7 +30,7 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from llamaclust.wire.control.profiles import LinkProfile, LinkProfiles, ProfileWorker, WorkerProfile
-from support.clusters.control_messages import REGISTER
+from support.wire.control_messages import REGISTER
 
 RequestCall = Callable[[WorkerHandle], Awaitable[object]]
 

@@ -19,8 +19,8 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.model.loader import ModelCosts
-from support.clusters.plan_inputs import profile
-from support.clusters.random_plans import FILE_ORDER, GB, MODELS, REQUEST, SLACK, WORKERS, Every, Split, large, named
+from support.plans.plan_inputs import profile
+from support.plans.random_plans import FILE_ORDER, GB, MODELS, REQUEST, SLACK, WORKERS, Every, Split, large, named
 
 
 def pairs(*names: str) -> Pairs:

@@ -26,8 +26,8 @@ from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.model.loader import Model
 from llamaclust.worker.devices.workspace import planned_workspace_bytes, weight_rounding_bytes
 from llamaclust.worker.stage.stage_runner import model_program
-from support.clusters.plan_inputs import REQUEST, SMALL, profile, step_time, worker
 from support.models.tiny_architectures import build_architecture
+from support.plans.plan_inputs import REQUEST, SMALL, profile, step_time, worker
 
 
 def workspace(place: StagePlace) -> int:

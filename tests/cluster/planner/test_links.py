@@ -22,10 +22,10 @@ from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
-from support.clusters.plan_inputs import link as link_ms
-from support.clusters.plan_inputs import profile
-from support.clusters.plan_inputs import reach as reach_ms
 from support.clusters.real_cluster import real_cluster
+from support.plans.plan_inputs import link as link_ms
+from support.plans.plan_inputs import profile
+from support.plans.plan_inputs import reach as reach_ms
 
 MODEL = ModelCosts(20 * MIB, 20 * MIB, 30_000_000, (LayerCost(10 * MIB, 20_000_000, 4096),) * 12, hidden_bytes=16_384)
 

@@ -15,7 +15,7 @@ from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
-from support.clusters.plan_inputs import LAYER, REQUEST, SMALL, link, worker
+from support.plans.plan_inputs import LAYER, REQUEST, SMALL, link, worker
 
 DEMO = ModelCosts(  # SmolLM2-135M in Q4_1
     30_000_000, 30_000_000, 28_311_552, (LayerCost(2_217_600, 3_538_944, 768),) * 30

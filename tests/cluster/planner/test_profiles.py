@@ -28,8 +28,8 @@ from llamaclust.model.loader import LayerCost, Model, ModelCosts
 from llamaclust.wire.rpc.cache_flush import largest_cache_bytes
 from llamaclust.worker.devices import profiler
 from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
-from support.clusters.plan_inputs import link, profile, step_time
 from support.models.tiny_model import build_tiny_model
+from support.plans.plan_inputs import link, profile, step_time
 
 GB = 10**9
 ISOLATED = (step_time(1, 0.2, 30.0, 1.0), step_time(8, 0.3, 90.0, 1.4), step_time(128, 0.6, 900.0, 5.0))

@@ -21,8 +21,8 @@ from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.profile import StepTimes
 from llamaclust.model.loader import ModelCosts
-from support.clusters.plan_inputs import profile, reach, step_time
-from support.clusters.random_plans import FILE_ORDER, GB, MODELS, REQUEST, SLACK, WORKERS, Every, large, named
+from support.plans.plan_inputs import profile, reach, step_time
+from support.plans.random_plans import FILE_ORDER, GB, MODELS, REQUEST, SLACK, WORKERS, Every, large, named
 
 
 def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], objective: str) -> Plan | None:

@@ -38,7 +38,7 @@ def program(name: str, *options: str) -> Path:
     """Built in a folder that is kept, so that only what has changed is compiled again."""
     folder = ROOT / "build" / f"level-bits-{name}"
     options = ("-DCMAKE_BUILD_TYPE=Release", *options)
-    run("cmake", "-S", str(ROOT / "tests/native"), "-B", str(folder), "-G", "Ninja", *options)
+    run("cmake", "-S", str(ROOT / "tests/kernels/native"), "-B", str(folder), "-G", "Ninja", *options)
     run("cmake", "--build", str(folder), "--target", "level_bits", deadline_s=BUILD_DEADLINE_S)
     return folder / "level_bits"
 

@@ -30,7 +30,7 @@ def require_thread_sanitizer(folder: Path) -> None:
 def test_jobs_in_a_row_have_no_data_race(tmp_path: Path) -> None:
     require_thread_sanitizer(tmp_path)
     program = tmp_path / "pool_jobs"
-    built = build(program, ROOT / "tests/native/pool_jobs.cpp", NATIVE / "runtime/thread_pool.cpp")
+    built = build(program, ROOT / "tests/kernels/native/pool_jobs.cpp", NATIVE / "runtime/thread_pool.cpp")
     assert built.returncode == 0, built.stderr
     done = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from pathlib import Path
 from llamaclust.kernels.cuda.runtime.sources import INCLUDE, modules, whole_text
 from support.paths import ROOT, TESTS
 
-SHIM = TESTS / "cuda" / "shim"
+SHIM = TESTS / "kernels" / "cuda" / "shim"
 BUILT = ROOT / "build" / "cuda-shim"
 COMPILE_DEADLINE_S = 600.0
 

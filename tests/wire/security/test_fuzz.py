@@ -20,11 +20,11 @@ from llamaclust.wire.security.certificates import NewKey
 from llamaclust.wire.security.credentials import COORDINATOR, Insecure
 from llamaclust.wire.security.enrolment import Challenge, Grant, Request, encode_request
 from llamaclust.worker.enrolment import enrol
-from support.clusters.control_messages import REGISTER
-from support.clusters.enrolment_bytes import raw
-from support.clusters.fuzzed import COUNT, SEED, Kind, damaged, kinds
 from support.clusters.members import join, registry
-from support.clusters.trust import A, B, authority, enrolment, refusals
+from support.wire.control_messages import REGISTER
+from support.wire.enrolment_bytes import raw
+from support.wire.fuzzed import COUNT, SEED, Kind, damaged, kinds
+from support.wire.trust import A, B, authority, enrolment, refusals
 
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)

@@ -28,7 +28,7 @@ from llamaclust.wire.security.credentials import (
 )
 from llamaclust.wire.security.tls import TARGET_NAME, peer_principal
 from llamaclust.wire.security.token import ClusterToken
-from support.clusters.trust import A, B, answers, authority, echo, expired, refusals, with_pair
+from support.wire.trust import A, B, answers, authority, echo, expired, refusals, with_pair
 
 TOLD_S = 3.0
 

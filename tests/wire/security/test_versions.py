@@ -18,8 +18,8 @@ from llamaclust.wire.control.codec import (
     decode_worker_message,
     encode_worker_message,
 )
-from support.clusters.control_messages import REGISTER
-from support.clusters.version_cases import CASES
+from support.wire.control_messages import REGISTER
+from support.wire.version_cases import CASES
 
 NEW_FIELD = 1000
 NEW_KIND = 1001

@@ -32,7 +32,7 @@ from llamaclust.wire.security.enrolment import (
     encode_request,
     encode_server_message,
 )
-from support.clusters.control_messages import COORDINATOR_MESSAGES, WORKER_MESSAGES
+from support.wire.control_messages import COORDINATOR_MESSAGES, WORKER_MESSAGES
 
 NONCE = bytes(32)
 

@@ -15,7 +15,7 @@ from llamaclust.wire.microbatch.frames import decode_frame, encode_failure, enco
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, StageTiming
 from llamaclust.wire.weight_stream import WeightRange, decode_range, encode_missing, encode_range, frames_of
 from llamaclust.wire.weight_stream import decode_frame as decode_weights
-from support.clusters.version_cases import CASES
+from support.wire.version_cases import CASES
 
 COUNT = int(os.environ.get("FUZZ_CASES", "2000"))
 """Cases of each test; docs/security.md says how to run more."""

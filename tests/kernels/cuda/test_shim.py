@@ -14,7 +14,7 @@ from support.cuda.shim_build import build
 from support.cuda.shim_device import KernelError, ShimDevice
 from support.paths import TESTS
 
-PROBE = TESTS / "cuda" / "probes" / "probe.cu"
+PROBE = TESTS / "kernels" / "cuda" / "probes" / "probe.cu"
 VARIANTS = {
     "old cards": (("-DLLAMACLUST_ARCH=750",), ()),
     "new cards": (("-DLLAMACLUST_ARCH=900",), ()),

@@ -12,7 +12,7 @@ from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.model.loader import LayerCost, ModelCosts
-from support.clusters.plan_inputs import profile, reach
+from support.plans.plan_inputs import profile, reach
 
 GB = 10**9
 

@@ -51,7 +51,7 @@ def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """For the processes that are started, where no real card is to be tested."""
     if request.config.getoption("--gpu", default=False):
         return
-    folders = [TESTS / "cuda" / "shim_site", TESTS]
+    folders = [TESTS / "kernels" / "cuda" / "shim_site", TESTS]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]))
 
 

@@ -13,7 +13,7 @@ from llamaclust.kernels.cuda.runtime.sources import OPTIONS, whole_text
 from support.cuda.shim_build import compiler
 from support.paths import TESTS
 
-FAKE = TESTS / "cuda" / "fake_nvrtc.cpp"
+FAKE = TESTS / "kernels" / "cuda" / "fake_nvrtc.cpp"
 
 
 def library(folder: Path, *defines: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from support.clusters.charts import Manifest, named
+from support.kubernetes.charts import Manifest, named
 
 _INIT_S = 60.0
 

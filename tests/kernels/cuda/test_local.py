@@ -48,7 +48,7 @@ def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         return CudaBackend(name, ShimDevice(build(), memory_bytes=min(cap or ROOM, ROOM), sms=1), threads, packed_cache)
 
     monkeypatch.setattr(backends, "open_gpu", open_gpu)
-    folders = [TESTS / "cuda" / "shim_site", TESTS]
+    folders = [TESTS / "kernels" / "cuda" / "shim_site", TESTS]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]))
 
 

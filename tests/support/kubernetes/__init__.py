@@ -1,0 +1,1 @@
+"""Helm charts, Kubernetes objects and pods."""

@@ -1,0 +1,1 @@
+"""Messages of every kind, damaged ones, and authenticated links."""

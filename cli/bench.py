@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from itertools import count
 from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,17 +19,7 @@ from llamaclust.core.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llamaclust.model.program import KvType
     from llamaclust.tools.bench.bench import BenchReport, BenchTask
-
-
-def known_kv_type(kv_type: str | None) -> KvType | None:
-    """UsageError for an unknown type."""
-    from llamaclust.model.program import KvType
-
-    if kv_type is not None and kv_type not in set(KvType):
-        raise UsageError(f"--kv-type {kv_type}: give one of {', '.join(KvType)}")
-    return None if kv_type is None else KvType(kv_type)
 
 
 def known_device(devices: list[str], workers: int) -> str:
@@ -65,9 +56,8 @@ def bench(
     from llamaclust.model.program import KvType
     from llamaclust.tools.bench.bench import BenchTask
 
-    known = known_kv_type(kv_type) or KvType.F16
-    one = known_device(device, workers)
-    task = BenchTask(model, threads, prompt, generate, batch, depth, repeats, workers, known, one)
+    kv, place = kv_type or KvType.F16, known_device(device, workers)
+    task = BenchTask(model, threads, prompt, generate, batch, depth, repeats, workers, kv, place)
     print_bench(task, as_json)
 
 
@@ -76,17 +66,15 @@ _WIDE_COLUMNS = 400
 
 def print_bench(task: BenchTask, as_json: bool) -> None:
     """Prints a table, or one JSON object; on standard error what makes the figures doubtful."""
-    from rich.progress import BarColumn, TextColumn
-
-    from llamaclust.cli.progress import bar_on_stderr
+    from llamaclust.cli.progress import step_bar
     from llamaclust.tools.bench.bench import cores, run_bench
     from llamaclust.wire.rpc.grpc_options import tune_grpc
 
     if task.workers > 1:
         tune_grpc()
-    with told_to_end(task.workers), bar_on_stderr(TextColumn("{task.description}"), BarColumn()) as bar:
-        shown = bar.add_task("loading", total=task.steps)
-        report = run_bench(task, lambda what: bar.update(shown, description=what, advance=1))
+    steps = count(1)
+    with told_to_end(task.workers), step_bar("loading", task.steps) as show:
+        report = run_bench(task, lambda what: show(next(steps), what))
     if as_json:
         print(json.dumps(report.as_json()))
     else:

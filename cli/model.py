@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from llamaclust.cli import terminal
-from llamaclust.cli.bench import known_kv_type
 from llamaclust.cli.options import (
     MODEL_HELP,
     Chunks,
@@ -216,5 +215,5 @@ def perplexity(
     asked = Asked(text, context, chunks, base, compare, hellaswag, tasks)
     asked.check()
     gpus = Gpus(tuple(device), gpu_layers)
-    source = Source(model, threads, workers, known_kv_type(kv_type), endpoint, api_key_file, gpus)
+    source = Source(model, threads, workers, kv_type, endpoint, api_key_file, gpus)
     evaluate(source, asked, as_json)

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from functools import wraps
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
 from llamaclust.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from llamaclust.model.program import KvType
 
 
 class PlainCommand(TyperCommand):
@@ -88,8 +91,20 @@ Threads = Annotated[
 Workers = Annotated[
     int, Option("--workers", min=1, max=64, metavar="K", help="Split the model over K local processes.")
 ]
+
+
+def kv_type(text: str) -> KvType:
+    """UsageError for an unknown type."""
+    from llamaclust.model.program import KvType
+
+    if text not in set(KvType):
+        raise UsageError(f"--kv-type {text}: give one of {', '.join(KvType)}")
+    return KvType(text)
+
+
 KvTypeOption = Annotated[
-    str | None, Option("--kv-type", metavar="TYPE", help="Type of keys and values in memory: f16 (default) or q8_0.")
+    Any,
+    Option("--kv-type", metavar="TYPE", parser=kv_type, help="Type of keys and values: f16 (default) or q8_0."),
 ]
 Chunks = Annotated[int | None, Option("--chunks", min=1, metavar="N", help="Only the first N.")]
 Devices = Annotated[

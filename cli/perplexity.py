@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
 from llamaclust.cli.generate import connect
 from llamaclust.cli.interrupts import told_to_end
 from llamaclust.cli.options import NO_GPUS, Gpus
-from llamaclust.cli.progress import bar_on_stderr
+from llamaclust.cli.progress import step_bar
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.core.errors import UsageError
 from llamaclust.model.loader import Model
@@ -151,7 +149,7 @@ def _print(value: Mapping[str, Any], lines: list[str], as_json: bool) -> None:
 def _perplexity(source: Source, text: str, context: int, most: int | None, base: Path | None) -> Perplexity:
     tokenizer = source.tokenizer()
     chunks = cut(tokenizer, text, context, most)
-    with _progress("perplexity", len(chunks)) as show:
+    with step_bar("perplexity", len(chunks)) as show:
 
         def on_chunk(value: Perplexity) -> None:
             show(value.chunks, f"perplexity {value.perplexity:.4f}")
@@ -171,7 +169,7 @@ def _divergence(source: Source, base: Path, most: int | None) -> Divergence:
 
     kept, tokenizer = LogitsFile.open(base), source.tokenizer()
     chunks = min(most or kept.shape.chunks, kept.shape.chunks)
-    with _progress("KL divergence", chunks) as show, source.local(kept.shape.context) as client:
+    with step_bar("KL divergence", chunks) as show, source.local(kept.shape.context) as client:
 
         def on_chunk(done: int, mean: float) -> None:
             show(done, f"KL divergence {mean:.6f}")
@@ -186,20 +184,12 @@ def _hellaswag(source: Source, file: Path, most: int | None) -> Accuracy:
     tasks = read_tasks(file, tokenizer, most)
     context = max(len(ending) for task in tasks for ending in task.endings)
     sample = tokenizer.decode(tasks[0].endings[0], skip_special=True)
-    with _progress("acc_norm", len(tasks)) as show, source.opened(tokenizer, sample, context, AT_ONCE) as client:
+    with step_bar("acc_norm", len(tasks)) as show, source.opened(tokenizer, sample, context, AT_ONCE) as client:
 
         def on_task(value: Accuracy) -> None:
             show(value.tasks, f"acc_norm {100 * value.acc_norm:.2f} %")
 
         return measure_hellaswag(client, tasks, on_task)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with bar_on_stderr(*columns) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done, text: bar.update(task, completed=done, description=text)
 
 
 def _shown_perplexity(result: Perplexity, context: int) -> str:

@@ -233,7 +233,11 @@ def _requests(draining: events.Draining) -> str:
     return "1 request is" if draining.requests == 1 else f"{draining.requests} requests are"
 
 
-def bar_on_stderr(*columns: ProgressColumn) -> Progress:
-    """On standard error, where that is a terminal; gone at the end."""
+@contextmanager
+def step_bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Yields a function of (steps done, description). The bar is on standard error, where that is a terminal."""
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done, text: bar.update(task, completed=done, description=text)

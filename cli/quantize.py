@@ -14,7 +14,7 @@ from llamaclust.core.errors import UsageError
 if TYPE_CHECKING:
     from llamaclust.model.quant_types import QuantType
     from llamaclust.tools.quantize.mixes import Mix
-    from llamaclust.tools.quantize.quantize import Quantizing
+    from llamaclust.tools.quantize.quantize import Change, Quantizing
 
 Out = Annotated[
     list[str],
@@ -56,9 +56,12 @@ def quantize(
     threads: Threads = None,
 ) -> None:
     """Write a model file in a smaller type. Each tensor gets the type that llama-quantize gives it."""
+    from llamaclust.cli.progress import shown_progress
+    from llamaclust.model.gguf.atomic_file import part_paths
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.model.imatrix import read_imatrix
-    from llamaclust.tools.quantize.quantize import plan_quantizing
+    from llamaclust.tools.bench.bench import cores
+    from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
     from llamaclust.tools.quantize.type_choice import Wishes
 
     if len(out) > 1:
@@ -83,8 +86,11 @@ def quantize(
         _print_sizes(job)
         return
     path = _out(file.path, out[0] if out else None, wishes.mix.name, file.parts, keep_split)
-    _check_importance(job, imatrix_file)
-    _write(job, path, threads, keep_split)
+    if (change := job.needing_importance) is not None:
+        raise _without_importance(change, imatrix_file)
+    with shown_progress() as progress:
+        write_quantized(job, path, threads or cores(), keep_split, progress)
+    print(part_paths(path, len(file.parts) if keep_split else 1)[0])
     _print_sizes(job)
 
 
@@ -164,25 +170,11 @@ def _out(source: Path, given: str | None, name: str, parts: tuple[Path, ...], ke
     return out
 
 
-def _check_importance(job: Quantizing, imatrix_file: Path | None) -> None:
-    change = job.needing_importance
-    if change is None:
-        return
+def _without_importance(change: Change, imatrix_file: Path | None) -> UsageError:
     what = f"{change.tensor.name} as {change.quant_type.name} needs an importance matrix"
     if imatrix_file is None:
-        raise UsageError(f"{what}: make one with `llamaclust model imatrix` and give it with --imatrix")
-    raise UsageError(f"{what}, and {imatrix_file} has nothing for it: make one of this model")
-
-
-def _write(job: Quantizing, out: Path, threads: int | None, keep_split: bool) -> None:
-    from llamaclust.cli.progress import shown_progress
-    from llamaclust.model.gguf.atomic_file import part_paths
-    from llamaclust.tools.bench.bench import cores
-    from llamaclust.tools.quantize.quantize import write_quantized
-
-    with shown_progress() as progress:
-        write_quantized(job, out, threads or cores(), keep_split, progress)
-    print(part_paths(out, len(job.model.parts) if keep_split else 1)[0])
+        return UsageError(f"{what}: make one with `llamaclust model imatrix` and give it with --imatrix")
+    return UsageError(f"{what}, and {imatrix_file} has nothing for it: make one of this model")
 
 
 def _print_sizes(job: Quantizing) -> None:

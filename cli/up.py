@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Lock, Thread
-from typing import NoReturn
 
 from llamaclust.cli.interrupts import ends_at_once, exits_when_told
 from llamaclust.cli.progress import ClusterView, cluster_view, shown_progress
@@ -32,7 +31,11 @@ def run_cluster(
         _run_notifying(config, Starter(notify))
         return
     if config.launcher == "mpi" and not ranked:
-        _run_as_rank(config, _arguments(file, overrides), detach=detach)
+        from llamaclust.cluster.launchers.mpi_rank import run_ranks
+
+        if detach:
+            raise UsageError("--detach: a cluster of launcher mpi ends with mpirun; put that into the background")
+        raise SystemExit(run_ranks(config, _arguments(file, overrides)))
     from llamaclust.tools.hub.pull import pull_model
 
     with shown_progress() as progress:
@@ -61,14 +64,6 @@ def template_of(choice: str) -> str:
 
     chosen_template(choice)
     return choice if choice in built_in_names() else str(Path(choice).expanduser().absolute())
-
-
-def _run_as_rank(config: ClusterConfig, arguments: list[str], *, detach: bool) -> NoReturn:
-    from llamaclust.cluster.launchers.mpi_rank import run_ranks
-
-    if detach:
-        raise UsageError("--detach: a cluster of launcher mpi lives as long as mpirun; put that into the background")
-    raise SystemExit(run_ranks(config, arguments))
 
 
 def _arguments(file: Path | None, overrides: list[str]) -> list[str]:

@@ -75,12 +75,8 @@ class Limits:
     Holds a buffer of up to 1 GiB to read from. Probes run in daemon threads."""
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
-        self._probe = probe
-        self._threads = threads
-        self._float_share = float_share
-        self._read_gb_s: list[float] = []
-        self._int8_gmac_s: list[float] = []
-        self._fma_gmac_s: list[float] = []
+        self._probe, self._threads, self._float_share = probe, threads, float_share
+        self._read_gb_s, self._int8_gmac_s, self._fma_gmac_s = list[float](), list[float](), list[float]()
 
     @classmethod
     async def open(cls, threads: int, float_share: float) -> Self:

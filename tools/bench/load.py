@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 _STAT = Path("/proc/stat")
 
@@ -24,8 +25,7 @@ class OtherLoad:
         return self.others + self.stolen > 0.1 * self.cores
 
 
-@dataclass(frozen=True, slots=True)
-class _Seconds:
+class _Seconds(NamedTuple):
     """Of these cores since the machine started; own ones with those of children that have ended."""
 
     busy: float
@@ -45,9 +45,8 @@ class LoadMeter:
         before, after = self._started, _read()
         if before is None or after is None or after.at - before.at < 0.1:
             return None
-        elapsed = after.at - before.at
-        others = max(0.0, (after.busy - before.busy) - (after.own - before.own)) / elapsed
-        return OtherLoad(len(os.sched_getaffinity(0)), others, max(0.0, after.stolen - before.stolen) / elapsed)
+        busy, stolen, own, elapsed = (end - start for start, end in zip(before, after, strict=True))
+        return OtherLoad(len(os.sched_getaffinity(0)), max(0.0, busy - own) / elapsed, max(0.0, stolen) / elapsed)
 
 
 def _read() -> _Seconds | None:

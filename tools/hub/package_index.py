@@ -69,7 +69,8 @@ def find_wheel(client: httpx.Client, settings: PipSettings, wanted: PackageFile)
     """The wheel of that package and version, one for every platform before others; DownloadError where none is
     offered."""
     problems: list[str] = []
-    for place in (*settings.find_links, *(_project_page(url, wanted.package) for url in settings.index_urls)):
+    pages = (f"{url.rstrip('/')}/{_normalized(wanted.package)}/" for url in settings.index_urls)
+    for place in (*settings.find_links, *pages):
         try:
             links = [link for link in _read_links(client, place) if _is_wheel_of(link.file_name, wanted)]
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
@@ -112,10 +113,6 @@ def _index_url() -> str:
     if match is None:
         raise DownloadError("pip's help names no package index; set one: pip config set global.index-url URL")
     return match["url"]
-
-
-def _project_page(index_url: str, package: str) -> str:
-    return f"{index_url.rstrip('/')}/{_normalized(package)}/"
 
 
 def _normalized(name: str) -> str:
@@ -186,7 +183,9 @@ def _json_links(page: bytes, base_url: str) -> Iterator[WheelLink]:
 
 
 def _html_links(page: str, base_url: str) -> Iterator[WheelLink]:
-    for reference in _References.of(page):
+    references = _References()
+    references.feed(page)
+    for reference in references.found:
         url, _, fragment = urljoin(base_url, reference).partition("#")
         match = re.search(r"(?:^|&)sha256=([0-9a-fA-F]{64})", fragment)
         yield WheelLink(url, match[1].lower() if match else None)
@@ -198,12 +197,6 @@ class _References(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
-
-    @classmethod
-    def of(cls, page: str) -> list[str]:
-        parser = cls()
-        parser.feed(page)
-        return parser.found
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]

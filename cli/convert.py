@@ -52,8 +52,8 @@ def convert(
     from llamaclust.tools.convert.conversion import convert as run
     from llamaclust.tools.convert.formats.opening import Hints
 
-    with _told("converting") as told:
-        done = run(source, out, kind, Hints(tokenizer, config, context_length), told, name)
+    with _progress("converting") as progress:
+        done = run(source, out, kind, Hints(tokenizer, config, context_length), progress, name)
     for note in done.notes:
         print(printable(f"note: {note}"), file=sys.stderr)
     print(done.path)
@@ -72,19 +72,19 @@ def merge_lora(
     from llamaclust.tools.convert.formats.opening import Hints
     from llamaclust.tools.convert.merging import merge_adapter
 
-    with _told("merging") as told:
-        done = merge_adapter(base, adapter, out, kind, Hints(tokenizer=tokenizer), told)
+    with _progress("merging") as progress:
+        done = merge_adapter(base, adapter, out, kind, Hints(tokenizer=tokenizer), progress)
     print(done.path)
 
 
 @contextmanager
-def _told(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress on standard error; what is told to end tidies up first."""
-    from llamaclust.cli.interrupts import heard_as_interrupts
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress on standard error; a signal to end lets the work tidy up first."""
+    from llamaclust.cli.interrupts import signals_as_interrupts
     from llamaclust.cli.progress import shown_progress
 
-    with heard_as_interrupts(signal.SIGTERM, signal.SIGHUP), shown_progress() as progress:
-        yield lambda done_bytes, total_bytes: progress(what, done_bytes, total_bytes)
+    with signals_as_interrupts(signal.SIGTERM, signal.SIGHUP), shown_progress() as show:
+        yield lambda done_bytes, total_bytes: show(what, done_bytes, total_bytes)
 
 
 def split(

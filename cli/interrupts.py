@@ -60,7 +60,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
 
 
 @contextmanager
-def exits_when_told(*numbers: signal.Signals) -> Iterator[Held]:
+def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
     """For what has to be tidied up: the first of these signals is SystemExit with a shell's exit code for it."""
     holds = False
     received: list[int] = []
@@ -86,7 +86,7 @@ def exits_when_told(*numbers: signal.Signals) -> Iterator[Held]:
 
 
 @contextmanager
-def heard_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
+def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
     """The first of these signals does what Ctrl-C does, so that what runs tidies up; then the process ends with the
     code that a shell shows for it."""
     received: list[int] = []
@@ -111,7 +111,7 @@ def heard_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
 def ends_in_one_line() -> Iterator[None]:
     """For a script: Ctrl-C, SIGTERM and SIGHUP tidy up and end it with their codes, other errors are a line."""
     try:
-        with heard_as_interrupts(signal.SIGTERM, signal.SIGHUP):
+        with signals_as_interrupts(signal.SIGTERM, signal.SIGHUP):
             yield
     except KeyboardInterrupt:
         end_at_once(128 + signal.SIGINT)
@@ -123,6 +123,6 @@ def ends_in_one_line() -> Iterator[None]:
         sys.exit(1)
 
 
-def told_to_end(workers: int) -> AbstractContextManager[None]:
+def ends_workers_cleanly(workers: int) -> AbstractContextManager[None]:
     """A cluster's folders and processes are tidied up, whichever signal ends it."""
-    return heard_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()
+    return signals_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()

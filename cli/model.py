@@ -210,10 +210,10 @@ def perplexity(
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, as llama.cpp's llama-perplexity does; lower is better."""
-    from llamaclust.cli.perplexity import Asked, Source, evaluate
+    from llamaclust.cli.perplexity import Evaluation, Source, evaluate
 
-    asked = Asked(text, context, chunks, base, compare, hellaswag, tasks)
-    asked.check()
+    evaluation = Evaluation(text, context, chunks, base, compare, hellaswag, tasks)
+    evaluation.check()
     gpus = Gpus(tuple(device), gpu_layers)
     source = Source(model, threads, workers, kv_type, endpoint, api_key_file, gpus)
-    evaluate(source, asked, as_json)
+    evaluate(source, evaluation, as_json)

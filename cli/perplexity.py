@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from llamaclust.cli.generate import connect
-from llamaclust.cli.interrupts import told_to_end
+from llamaclust.cli.interrupts import ends_workers_cleanly
 from llamaclust.cli.options import NO_GPUS, Gpus
 from llamaclust.cli.progress import step_bar
 from llamaclust.cluster.client.base import TextClient
@@ -30,7 +30,7 @@ _CONTEXT: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Evaluation:
     """What to measure."""
 
     text: Path | None
@@ -80,7 +80,7 @@ class Source:
     @contextmanager
     def opened(self, tokenizer: Tokenizer, sample: str, context: int, sequences: int = 1) -> Iterator[TextClient]:
         """UsageError where the options contradict each other, or a server serves another model."""
-        with told_to_end(self.workers), self._open(context, sequences) as client:
+        with ends_workers_cleanly(self.workers), self._open(context, sequences) as client:
             if self.endpoint is not None:
                 check_same_model(client, tokenizer, sample)
             yield client
@@ -126,19 +126,19 @@ class Source:
         return ServiceClient(cluster_service(self.model, self.workers, self.threads, context, kv_type))
 
 
-def evaluate(source: Source, asked: Asked, as_json: bool) -> None:
-    """Prints what is asked for, or one JSON object."""
-    if asked.hellaswag is not None:
-        accuracy = _hellaswag(source, asked.hellaswag, asked.tasks)
+def evaluate(source: Source, evaluation: Evaluation, as_json: bool) -> None:
+    """Prints the figures, or one JSON object."""
+    if evaluation.hellaswag is not None:
+        accuracy = _hellaswag(source, evaluation.hellaswag, evaluation.tasks)
         _print(accuracy.as_json(), [_shown_accuracy(accuracy)], as_json)
-    elif asked.compare:
-        assert asked.base is not None
-        divergence = _divergence(source, asked.base, asked.chunks)
+    elif evaluation.compare:
+        assert evaluation.base is not None
+        divergence = _divergence(source, evaluation.base, evaluation.chunks)
         _print(divergence.as_json(), _shown_divergence(divergence), as_json)
     else:
-        assert asked.text is not None
-        context = asked.context or _CONTEXT
-        result = _perplexity(source, read_text(asked.text), context, asked.chunks, asked.base)
+        assert evaluation.text is not None
+        context = evaluation.context or _CONTEXT
+        result = _perplexity(source, read_text(evaluation.text), context, evaluation.chunks, evaluation.base)
         _print(result.as_json(), [_shown_perplexity(result, context)], as_json)
 
 

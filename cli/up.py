@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Lock, Thread
 
-from llamaclust.cli.interrupts import ends_at_once, exits_when_told
+from llamaclust.cli.interrupts import ends_at_once, exits_on_signals
 from llamaclust.cli.progress import ClusterView, cluster_view, shown_progress
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.state.directory import ClusterDir
@@ -74,7 +74,7 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
-    """Serves as the detached process: events go to the one that waits, later ones to the log."""
+    """Serves as the detached process: events go to the command that waits, later ones to the log."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
     from llamaclust.tools.hub.pull import pull_model
@@ -83,7 +83,7 @@ def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
     with cluster_view(config.name) as show:
 
         def report(event: Event) -> None:
-            (starter.tell if starter.waits else show)(event)
+            (starter.report if starter.waits else show)(event)
 
         try:
             serve(config, pull_model(config.model, silent), report)
@@ -96,19 +96,19 @@ _END_S = 10.0
 
 
 class Starter:
-    """The command that waits for this process, at the other end of a pipe; it waits until it is told of a last event.
+    """The command that waits for this process, at the other end of a pipe, until the event `Ready` or `StartFailed`.
 
-    If it goes before, however it went, this process is told to end as by SIGTERM.
+    If it ends before, in whatever way, this process ends as by SIGTERM.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.waits = True
         self._pipe = os.fdopen(descriptor, "w", buffering=1)
-        self._telling = Lock()
+        self._lock = Lock()
         Thread(target=self._outlive, args=(descriptor,), name="starter", daemon=True).start()
 
-    def tell(self, event: Event) -> None:
-        with self._telling, suppress(BrokenPipeError):
+    def report(self, event: Event) -> None:
+        with self._lock, suppress(BrokenPipeError):
             self._pipe.write(to_line(event))
             self.waits = not isinstance(event, Ready | StartFailed)
 
@@ -116,7 +116,7 @@ class Starter:
         poll = select.poll()
         poll.register(descriptor, 0)  # a closed reading end is always reported
         poll.poll()
-        with self._telling:
+        with self._lock:
             if self.waits:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -130,7 +130,7 @@ def run_detached(config: ClusterConfig, arguments: list[str]) -> None:
     with folder.locked():  # refuses a name that is taken before its log is begun anew
         pass
     log = folder.log_file("coordinator")
-    with exits_when_told(signal.SIGTERM, signal.SIGHUP) as held, ExitStack() as undo:
+    with exits_on_signals(signal.SIGTERM, signal.SIGHUP) as held, ExitStack() as undo:
         with held():  # else a process that is being made might be forgotten
             reading, process = _spawn(arguments, log)
             events = undo.enter_context(os.fdopen(reading))  # the pipe outlives the end: one signal is enough

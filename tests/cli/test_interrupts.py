@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llamaclust.cli.interrupts import exits_when_told
+from llamaclust.cli.interrupts import exits_on_signals
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def _no_signal_is_ignored() -> Iterator[None]:
 
 def test_a_signal_is_heard_at_the_end_of_a_part_that_holds_it() -> None:
     reached: list[str] = []
-    with pytest.raises(SystemExit) as ended, exits_when_told(signal.SIGTERM) as held:
+    with pytest.raises(SystemExit) as ended, exits_on_signals(signal.SIGTERM) as held:
         with held():
             os.kill(os.getpid(), signal.SIGTERM)
             reached.append("the end of the part")
@@ -33,7 +33,7 @@ def test_a_signal_is_heard_at_the_end_of_a_part_that_holds_it() -> None:
 
 def test_other_signals_are_heard_at_once() -> None:
     reached: list[str] = []
-    with pytest.raises(SystemExit) as ended, exits_when_told(signal.SIGHUP) as held:
+    with pytest.raises(SystemExit) as ended, exits_on_signals(signal.SIGHUP) as held:
         with held():
             pass
         os.kill(os.getpid(), signal.SIGHUP)

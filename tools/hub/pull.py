@@ -102,10 +102,10 @@ def _remote(client: httpx.Client, wanted: WantedFile, is_part: bool, patience: P
     if isinstance(wanted.source, HubFile):
         return find_on_hub(client, hub_settings(), wanted.source, patience)
     assert isinstance(wanted.source, WebFile)
-    return RemoteFile(wanted.source.url, wanted.sha256, _told_size(client, wanted.source.url) if is_part else None)
+    return RemoteFile(wanted.source.url, wanted.sha256, _reported_size(client, wanted.source.url) if is_part else None)
 
 
-def _told_size(client: httpx.Client, url: str) -> int | None:
+def _reported_size(client: httpx.Client, url: str) -> int | None:
     """What a server says of a file's size, if it says anything."""
     try:
         response = client.head(url, headers={"Accept-Encoding": "identity"})

@@ -49,7 +49,7 @@ def nothing_left(line: CommandLine) -> None:
 
 @pytest.mark.parametrize("number", TOLD)
 @pytest.mark.parametrize("moment", [begun, loading])
-def test_a_start_that_is_ends_workers_cleanly_has_ended_when_its_command_has(
+def test_an_interrupted_start_has_ended_when_its_command_has(
     line: CommandLine, moment: Moment, number: signal.Signals
 ) -> None:
     running = moment(line)

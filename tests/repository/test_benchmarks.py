@@ -194,9 +194,7 @@ def test_what_is_no_llama_bench_is_one_line(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_script_that_is_ends_workers_cleanly_leaves_nothing(
-    folder: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_script_that_is_interrupted_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     """`shape.py` while it writes, `kernels.py` while it measures."""
     with subprocess.Popen(
         [sys.executable, FOLDER / "shape.py", "7b", "Q8_0", tmp_path / "m.gguf"], stderr=subprocess.PIPE, text=True

@@ -234,7 +234,7 @@ def test_a_cut_has_exactly_so_many_stages_and_the_slowest_is_quick() -> None:
 
 
 @pytest.mark.parametrize(("number", "command"), [(signal.SIGTERM, "bench"), (signal.SIGINT, "perplexity")])
-def test_a_cluster_that_is_ends_workers_cleanly_leaves_nothing(
+def test_an_interrupted_cluster_leaves_nothing(
     tiny: Path, tmp_path: Path, number: signal.Signals, command: str
 ) -> None:
     """As soon as it has made its folder, and once it works."""

@@ -8,13 +8,13 @@ from typing import Any, Self
 import httpx
 
 from llamaclust.cluster.api.settings import first_key
+from llamaclust.cluster.client.http_codec import reply_error
 from llamaclust.cluster.state.directory import ClusterRecord
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError
+from llamaclust.core.errors import LlamaclustError
 
 _ANSWER_S = 10.0
 _DRAIN_S = 630.0
 """The coordinator gives up a little earlier, and says why."""
-_KINDS: dict[int, type[LlamaclustError]] = {kind.http_status: kind for kind in (UsageError, InsufficientMemoryError)}
 
 
 class ClusterApi:
@@ -59,11 +59,5 @@ class ClusterApi:
         if answer.status_code == httpx.codes.OK:
             body: dict[str, Any] = answer.json()
             return body
-        raise _KINDS.get(answer.status_code, LlamaclustError)(f"{self._where}: {_message(answer)}")
-
-
-def _message(answer: httpx.Response) -> str:
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return answer.text.strip()
+        error = reply_error(answer.status_code, None, answer.content)
+        raise type(error)(f"{self._where}: {error}")

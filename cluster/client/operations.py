@@ -59,5 +59,5 @@ class ClusterApi:
         if answer.status_code == httpx.codes.OK:
             body: dict[str, Any] = answer.json()
             return body
-        error = reply_error(answer.status_code, None, answer.content)
-        raise type(error)(f"{self._where}: {error}")
+        failure = reply_error(answer.status_code, None, answer.content)
+        raise type(failure)(f"{self._where}: {failure}")

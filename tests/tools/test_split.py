@@ -19,6 +19,7 @@ from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools import split
+from llamaclust.tools.progress import silent
 from llamaclust.tools.split import SplitRules, plan_merge, plan_split, write_parts
 from support.models.tiny_model import build_tiny_model
 
@@ -39,7 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def split_into(tiny: Path, folder: Path, rules: SplitRules) -> list[Path]:
     parts = plan_split(open_model(tiny), folder / "m", rules)
-    write_parts(parts)
+    write_parts(parts, silent)
     return [part.path for part in parts]
 
 
@@ -123,7 +124,7 @@ def test_nothing_is_left_where_it_fails(tiny: Path, tmp_path: Path) -> None:
     with Path(copy).open("r+b") as file:
         file.truncate(Path(copy).stat().st_size // 2)
     with pytest.raises(LlamaclustError, match="shrank"):
-        write_parts(parts)
+        write_parts(parts, silent)
     assert list((tmp_path / "out").iterdir()) == []
 
 

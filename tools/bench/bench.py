@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -159,7 +159,7 @@ class Runner(Protocol):
 
 _Runs = tuple[tuple[Pair, ...], tuple[Pair, ...], MachineLimits]
 """Prefills in GMAC/s, decodes in GB/s, the machine's limits meanwhile."""
-_Measure = Callable[[Runner], Awaitable[_Runs]]
+_Measure = Callable[[Runner], Coroutine[None, None, _Runs]]
 
 
 class _StageRunner:

@@ -19,6 +19,7 @@ from llamaclust.model.gguf.atomic_file import hidden_name, new_file, new_files, 
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.imatrix import Importance, ImportanceMatrix, write_imatrix
 from llamaclust.tools.evaluate.logits_file import LogitsShape, writing
+from llamaclust.tools.progress import silent
 from llamaclust.tools.quantize.mixes import MIXES
 from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
 from llamaclust.tools.quantize.type_choice import Wishes
@@ -114,7 +115,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 
 
 def _split(model: Path, out: Path) -> None:
-    write_parts(plan_split(open_model(model), out, SplitRules(most_tensors=5)))
+    write_parts(plan_split(open_model(model), out, SplitRules(most_tensors=5)), silent)
 
 
 def _quantize(model: Path, out: Path) -> None:

@@ -25,6 +25,7 @@ from llamaclust.tools.hub.catalog import remove_model, resolve_model, stored_mod
 from llamaclust.tools.hub.download import Patience
 from llamaclust.tools.hub.pull import pull_model
 from llamaclust.tools.hub.sources import HubFile, parse_source
+from llamaclust.tools.progress import silent
 from llamaclust.tools.split import SplitRules, plan_split, write_parts
 from support.hub.download_server import Server, running_server
 
@@ -173,7 +174,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
     write_gguf(folder / "whole.gguf", {"general.architecture": "llama"}, sources)
     planned = plan_split(open_model(folder / "whole.gguf"), folder / "m", SplitRules(most_tensors=1))
-    write_parts(planned)
+    write_parts(planned, silent)
     return [part.path for part in planned]
 
 

@@ -80,7 +80,7 @@ def test_parts_hold_the_model_and_merge_to_the_same_bytes(rules: SplitRules, tin
             assert len(reader.tensors) == (0 if empty else rules.most_tensors)
     assert list(found.items()) == list(tensors_of(whole).items())
     if count > 1:
-        write_parts([plan_merge(open_model(paths[0]), tmp_path / "back.gguf")])
+        write_parts([plan_merge(open_model(paths[0]), tmp_path / "back.gguf")], silent)
         assert (tmp_path / "back.gguf").read_bytes() == tiny.read_bytes()
 
 
@@ -103,7 +103,7 @@ def test_an_alignment_of_its_own_is_kept(tmp_path: Path) -> None:
     for number, path in enumerate(paths):
         (tensor,) = gguf.GGUFReader(path).tensors
         assert (tensor.data.tobytes(), tensor.data_offset % 128) == (data[number], 0)
-    write_parts([plan_merge(open_model(paths[0]), tmp_path / "b.gguf")])
+    write_parts([plan_merge(open_model(paths[0]), tmp_path / "b.gguf")], silent)
     assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
 
 

@@ -213,8 +213,8 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(model: Path, small_disk: Pa
 _SLOW = """
 import sys, time
 from llamaclust.tools.quantize import quantize
-once = quantize._Rows.__call__
-quantize._Rows.__call__ = lambda self: (time.sleep(0.2), once(self))[1]
+once = quantize._quantized
+quantize._quantized = lambda change, rows: (time.sleep(0.2), once(change, rows))[1]
 sys.argv = ["llamaclust", "model", "quantize", *sys.argv[1:]]
 from llamaclust.cli.main import main
 main()

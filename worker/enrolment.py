@@ -54,7 +54,7 @@ async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
 async def speaks_tls(host: str, port: int) -> bool:
     """Whether a server answers with TLS; what it shows is not verified."""
     try:
-        async with _connected(host, port, _unverifying(), None):
+        async with _connected(host, port, None, ""):
             return True
     except LlamaclustError:
         return False

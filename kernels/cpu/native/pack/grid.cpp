@@ -55,113 +55,94 @@ void put_thirds(const uint16_t (&points)[2], int j, int row, uint8_t* lines) {
 }  // namespace
 
 // File: d, then for 32 columns four indices and a word: four times seven sign bits, four bits of scale.
-void pack_iq2_xxs(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++)
-    for (int j = 0; j < 8; j++) {
-      const uint8_t* part = blocks.row[r] + 2 + 8 * j;
-      const uint32_t word = word_at(part + 4);
-      for (int i = 0; i < 4; i++) {
-        put_index(part[i], 4 * j + i, r, body);
-        put_signs(signs_in(word, i), 4 * j + i, r, body + 512);
-      }
-      put_scale(word >> 28, j, r, body + 1024);
+void pack_iq2_xxs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  for (int j = 0; j < 8; j++) {
+    const uint8_t* part = block + 2 + 8 * j;
+    const uint32_t word = word_at(part + 4);
+    for (int i = 0; i < 4; i++) {
+      put_index(part[i], 4 * j + i, row, body);
+      put_signs(signs_in(word, i), 4 * j + i, row, body + 512);
     }
-  put_half(blocks, 0, tail);
+    put_scale(word >> 28, j, row, body + 1024);
+  }
+  put_half(block, row, tail);
 }
 
 // File: d, 32 times nine bits of index and seven sign bits, 16 scales of four bits.
-void pack_iq2_xs(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++) {
-    const uint8_t* block = blocks.row[r];
-    uint32_t ninth = 0;
-    for (int i = 0; i < 32; i++) {
-      const uint16_t code = half_at(block + 2 + 2 * i);
-      put_index(code, i, r, body);
-      ninth |= (code >> 8 & 1u) << (i / 2 + i % 2 * 16);
-      put_signs(with_parity(code >> 9), i, r, body + 576);
-    }
-    put_word(ninth, body + 512 + 4 * r);
-    for (int j = 0; j < 16; j++) put_scale(nibble_at(block + 66, j), j, r, body + 1088);
+void pack_iq2_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  uint32_t ninth = 0;
+  for (int i = 0; i < 32; i++) {
+    const uint16_t code = half_at(block + 2 + 2 * i);
+    put_index(code, i, row, body);
+    ninth |= (code >> 8 & 1u) << (i / 2 + i % 2 * 16);
+    put_signs(with_parity(code >> 9), i, row, body + 576);
   }
-  put_half(blocks, 0, tail);
+  put_word(ninth, row, body + 512);
+  for (int j = 0; j < 16; j++) put_scale(nibble_at(block + 66, j), j, row, body + 1088);
+  put_half(block, row, tail);
 }
 
 // File: d, 32 low bytes of indices, 32 bytes of signs, 32 times two high bits of indices, 16 scales of four bits.
-void pack_iq2_s(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++) {
-    const uint8_t* block = blocks.row[r];
-    const auto high = [&](int i) { return block[66 + i / 4] >> (i % 4 * 2) & 3; };
-    const auto point = [&](int i) { return kIQ2_SGrid.point[block[2 + i] | high(i) << 8]; };
-    for (int j = 0; j < 16; j++) {
-      put_thirds({point(2 * j), point(2 * j + 1)}, j, r, body);
-      put_scale(nibble_at(block + 74, j), j, r, body + 1408);
-    }
-    for (int i = 0; i < 32; i++) put_signs(block[34 + i], i, r, body + 896);
+void pack_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  const auto high = [&](int i) { return block[66 + i / 4] >> (i % 4 * 2) & 3; };
+  const auto point = [&](int i) { return kIQ2_SGrid.point[block[2 + i] | high(i) << 8]; };
+  for (int j = 0; j < 16; j++) {
+    put_thirds({point(2 * j), point(2 * j + 1)}, j, row, body);
+    put_scale(nibble_at(block + 74, j), j, row, body + 1408);
   }
-  put_half(blocks, 0, tail);
+  for (int i = 0; i < 32; i++) put_signs(block[34 + i], i, row, body + 896);
+  put_half(block, row, tail);
 }
 
 // File: d, 64 indices, then for 32 columns a word: four times seven sign bits, four bits of scale.
-void pack_iq3_xxs(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++) {
-    const uint8_t* block = blocks.row[r];
-    for (int i = 0; i < 64; i++) put_index(block[2 + i], i, r, body);
-    for (int i = 0; i < 32; i++) put_signs(signs_in(word_at(block + 66 + i / 4 * 4), i % 4), i, r, body + 1024);
-    for (int j = 0; j < 8; j++) put_scale(block[66 + 4 * j + 3] >> 4, j, r, body + 1536);
-  }
-  put_half(blocks, 0, tail);
+void pack_iq3_xxs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  for (int i = 0; i < 64; i++) put_index(block[2 + i], i, row, body);
+  for (int i = 0; i < 32; i++) put_signs(signs_in(word_at(block + 66 + i / 4 * 4), i % 4), i, row, body + 1024);
+  for (int j = 0; j < 8; j++) put_scale(block[66 + 4 * j + 3] >> 4, j, row, body + 1536);
+  put_half(block, row, tail);
 }
 
 // File: d, 64 low bytes of indices, 64 ninth bits, 32 bytes of signs, 8 scales of four bits.
-void pack_iq3_s(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++) {
-    const uint8_t* block = blocks.row[r];
-    for (int i = 0; i < 64; i++) {
-      const uint16_t point = kIQ3_SGrid.point[block[2 + i] | (block[66 + i / 8] >> (i % 8) & 1) << 8];
-      const int signs = nibble_at(block + 74, i), g = i % 8;
-      uint8_t* line = body + i / 8 * 256 + g % 4 * 64 + 4 * r;
-      for (int c = 0; c < 4; c++) {
-        const int level = level_of(point, 4, c);
-        line[c] |= static_cast<uint8_t>((signs >> c & 1 ? 7 - level : 8 + level) << (g / 4 * 4));
-      }
+void pack_iq3_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  for (int i = 0; i < 64; i++) {
+    const uint16_t point = kIQ3_SGrid.point[block[2 + i] | (block[66 + i / 8] >> (i % 8) & 1) << 8];
+    const int signs = nibble_at(block + 74, i), g = i % 8;
+    uint8_t* line = body + i / 8 * 256 + g % 4 * 64 + 4 * row;
+    for (int c = 0; c < 4; c++) {
+      const int level = level_of(point, 4, c);
+      line[c] |= static_cast<uint8_t>((signs >> c & 1 ? 7 - level : 8 + level) << (g / 4 * 4));
     }
-    for (int j = 0; j < 8; j++) put_scale(nibble_at(block + 106, j), j, r, body + 2048);
   }
-  put_half(blocks, 0, tail);
+  for (int j = 0; j < 8; j++) put_scale(nibble_at(block + 106, j), j, row, body + 2048);
+  put_half(block, row, tail);
 }
 
 // File: d, 32 low bytes of indices, then for 32 columns a half: four times three high bits of indices, three bits of
 // scale, and one that is set for - 1.
-void pack_iq1_s(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++) {
-    const uint8_t* block = blocks.row[r];
-    const auto half = [&](int j) { return half_at(block + 34 + 2 * j); };
-    const auto point = [&](int i) { return kIQ1Grid.point[block[2 + i] | (half(i / 4) >> (i % 4 * 3) & 7) << 8]; };
-    for (int j = 0; j < 16; j++) put_thirds({point(2 * j), point(2 * j + 1)}, j, r, body);
-    for (int j = 0; j < 8; j++) put_scale(half(j) >> 12 ^ 8, j, r, body + 896);
-  }
-  put_half(blocks, 0, tail);
+void pack_iq1_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  const auto half = [&](int j) { return half_at(block + 34 + 2 * j); };
+  const auto point = [&](int i) { return kIQ1Grid.point[block[2 + i] | (half(i / 4) >> (i % 4 * 3) & 7) << 8]; };
+  for (int j = 0; j < 16; j++) put_thirds({point(2 * j), point(2 * j + 1)}, j, row, body);
+  for (int j = 0; j < 8; j++) put_scale(half(j) >> 12 ^ 8, j, row, body + 896);
+  put_half(block, row, tail);
 }
 
 // File: 32 low bytes of indices, 32 times three high bits and one that is set for - 1, four halves: four times three
 // bits of scale, four bits of d.
-void pack_iq1_m(const Blocks& blocks, uint8_t* body, uint8_t*) {
-  for (int r = 0; r < kTileRows; r++) {
-    const uint8_t* block = blocks.row[r];
-    const auto high = [&](int i) { return nibble_at(block + 32, i); };
-    const auto point = [&](int i) { return kIQ1Grid.point[block[i] | (high(i) & 7) << 8]; };
-    int second_up = 0, d = 0;
-    for (int j = 0; j < 16; j++) {
-      const int scale = half_at(block + 48 + j / 4 * 2) >> (j % 4 * 3) & 7;
-      put_thirds({point(2 * j), point(2 * j + 1)}, j, r, body);
-      put_scale(scale | (~high(2 * j) & 8), j, r, body + 896);
-      second_up |= (~high(2 * j + 1) >> 3 & 1) << j;
-    }
-    for (int i = 0; i < 4; i++) d |= half_at(block + 48 + 2 * i) >> 12 << (4 * i);
-    const uint16_t halves[2] = {static_cast<uint16_t>(second_up), static_cast<uint16_t>(d)};
-    memcpy(body + 1024 + 2 * r, halves, 2);
-    memcpy(body + 1056 + 2 * r, halves + 1, 2);
+void pack_iq1_m(const uint8_t* block, int row, uint8_t* body, uint8_t*) {
+  const auto high = [&](int i) { return nibble_at(block + 32, i); };
+  const auto point = [&](int i) { return kIQ1Grid.point[block[i] | (high(i) & 7) << 8]; };
+  int second_up = 0, d = 0;
+  for (int j = 0; j < 16; j++) {
+    const int scale = half_at(block + 48 + j / 4 * 2) >> (j % 4 * 3) & 7;
+    put_thirds({point(2 * j), point(2 * j + 1)}, j, row, body);
+    put_scale(scale | (~high(2 * j) & 8), j, row, body + 896);
+    second_up |= (~high(2 * j + 1) >> 3 & 1) << j;
   }
+  for (int i = 0; i < 4; i++) d |= half_at(block + 48 + 2 * i) >> 12 << (4 * i);
+  const uint16_t halves[2] = {static_cast<uint16_t>(second_up), static_cast<uint16_t>(d)};
+  memcpy(body + 1024 + 2 * row, halves, 2);
+  memcpy(body + 1056 + 2 * row, halves + 1, 2);
 }
 
 }  // namespace llamaclust

@@ -1,3 +1,4 @@
+// Packers of types with blocks of 256 columns whose quants stand in the tile.
 #include "pack/blocks.h"
 
 namespace llamaclust {
@@ -9,16 +10,6 @@ void bit_pairs(const uint8_t* quants, int j, uint32_t (&groups)[4]) {
   for (int g = 0; g < 4; g++) groups[g] = word_at(source + 4 * g) >> (j % 8 / 2 * 2) & kLowPairs;
 }
 
-// File: 16 bytes of scale and, above it, min; bit pairs; d, dmin.
-void pack_q2_k_row(const uint8_t* block, int row, uint8_t* body) {
-  for (int j = 0; j < 16; j++) {
-    uint32_t q[4];
-    bit_pairs(block + 16, j, q);
-    put_word(q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6, body + 64 * j + 4 * row);
-  }
-  for (int i = 0; i < 4; i++) memcpy(body + 1024 + 64 * i + 4 * row, block + 4 * i, 4);
-}
-
 // Sixteen scales of six bits. File: low halves of the first and the last eight in eight bytes, then the upper bits of
 // scales 0-3, 4-7, 8-11, 12-15 from the lowest bit pair to the highest of four bytes.
 void pack_q3_k_scales(const uint8_t* packed, int row, uint8_t* out) {
@@ -27,26 +18,8 @@ void pack_q3_k_scales(const uint8_t* packed, int row, uint8_t* out) {
   const uint32_t last = low[3] | (high >> 6 & kLowPairs) << 4;
   for (int i = 0; i < 3; i++) {
     const uint32_t scales = low[i] | (high >> (2 * i) & kLowPairs) << 4;
-    put_word(scales | (last >> (2 * i) & kLowPairs) << 6, out + 64 * i + 4 * row);
+    put_word(scales | (last >> (2 * i) & kLowPairs) << 6, row, out + 64 * i);
   }
-}
-
-// File: 32 bytes of third bits, bit i those of columns 32 i to 32 i + 31; bit pairs; scales; d.
-void pack_q3_k_row(const uint8_t* block, int row, uint8_t* body) {
-  for (int pair = 0; pair < 8; pair++) {
-    uint32_t q[8];
-    for (int j = 0; j < 2; j++) {
-      uint32_t low[4];
-      bit_pairs(block + 32, 2 * pair + j, low);
-      for (int g = 0; g < 4; g++)
-        q[4 * j + g] = low[g] | (word_at(block + 16 * j + 4 * g) >> pair & kLowBits) << 2;
-    }
-    uint8_t* out = body + 192 * pair + 4 * row;
-    put_word(q[0] | q[1] << 3 | (q[6] & kLowPairs) << 6, out);
-    put_word(q[2] | q[3] << 3 | (q[7] & kLowPairs) << 6, out + 64);
-    put_word(q[4] | q[5] << 3 | (q[6] >> 2 & kLowBits) << 6 | (q[7] >> 2 & kLowBits) << 7, out + 128);
-  }
-  pack_q3_k_scales(block + 96, row, body + 1536);
 }
 
 // Eight scales and eight mins of six bits: twelve bytes in the file, three lines in the tile.
@@ -62,31 +35,6 @@ void pack_six_bit_scales(const uint8_t* packed, int row, uint8_t* out) {
   }
 }
 
-// File: d, dmin, scales and mins, then per 64 columns 32 bytes: low halves the first 32 columns, high halves the others.
-void pack_q4_k_row(const uint8_t* block, int row, uint8_t* body) {
-  const uint8_t* quants = block + 16;
-  for (int j = 0; j < 8; j++)
-    for (int g = 0; g < 4; g++) {
-      const uint8_t* source = quants + j / 2 * 32 + 4 * g;
-      const uint32_t first = word_at(source) >> (j % 2 * 4), second = word_at(source + 16) >> (j % 2 * 4);
-      put_word((first & kLowHalves) | (second & kLowHalves) << 4, body + 256 * j + 64 * g + 4 * row);
-    }
-  pack_six_bit_scales(block + 4, row, body + 2048);
-}
-
-// File: as Q4_K with, before the halves, 32 bytes of fifth bits: bit j those of sub-block j.
-void pack_q5_k_row(const uint8_t* block, int row, uint8_t* body) {
-  const uint8_t *high = block + 16, *low = block + 48;
-  for (int j = 0; j < 8; j++) {
-    uint32_t groups[8];
-    for (int g = 0; g < 8; g++)
-      groups[g] = (word_at(low + j / 2 * 32 + 4 * g) >> (j % 2 * 4) & kLowHalves) |
-                  (word_at(high + 4 * g) >> j & kLowBits) << 4;
-    put_five_bits(groups, body + 320 * j + 4 * row);
-  }
-  pack_six_bit_scales(block + 4, row, body + 2560);
-}
-
 // The quants of columns 4 * group to 4 * group + 3.
 // File: per 128 columns 64 bytes of low nibbles and 32 bytes of high bit pairs; 16 signed scales; d.
 uint32_t q6_k_group(const uint8_t* block, int group) {
@@ -96,9 +44,87 @@ uint32_t q6_k_group(const uint8_t* block, int group) {
   return (low & kLowHalves) | (high & kLowPairs) << 4;
 }
 
+// Quants of three values, below four, in sixteen lines (Ternary of level/quants/k.h).
+void put_pairs(const uint8_t (&quants)[256], int row, uint8_t* lines) {
+  for (int j = 0; j < 8; j++)
+    for (int i = 0; i < 2; i++) {
+      uint32_t word = 0;
+      for (int k = 0; k < 4; k++) word |= word_at(quants + 32 * j + 8 * k + 4 * i) << (2 * k);
+      put_word(word, row, lines + 128 * j + 64 * i);
+    }
+}
+
+// Digits to base three of `count` bytes, the highest of each first: a byte is a fraction of 256.
+uint8_t* put_digits(const uint8_t* bytes, int count, int digits, uint8_t* out) {
+  for (int power = 1; digits > 0; digits--, power *= 3)
+    for (int i = 0; i < count; i++) *out++ = static_cast<uint8_t>((bytes[i] * power & 255) * 3 >> 8);
+  return out;
+}
+
+}  // namespace
+
+// File: 16 bytes of scale and, above it, min; bit pairs; d, dmin.
+void pack_q2_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  for (int j = 0; j < 16; j++) {
+    uint32_t q[4];
+    bit_pairs(block + 16, j, q);
+    put_word(q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6, row, body + 64 * j);
+  }
+  put_groups(block, 4, row, body + 1024);
+  put_half(block + 80, row, tail);
+  put_half(block + 82, row, tail + 32);
+}
+
+// File: 32 bytes of third bits, bit i those of columns 32 i to 32 i + 31; bit pairs; scales; d.
+void pack_q3_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  for (int pair = 0; pair < 8; pair++) {
+    uint32_t q[8];
+    for (int j = 0; j < 2; j++) {
+      uint32_t low[4];
+      bit_pairs(block + 32, 2 * pair + j, low);
+      for (int g = 0; g < 4; g++)
+        q[4 * j + g] = low[g] | (word_at(block + 16 * j + 4 * g) >> pair & kLowBits) << 2;
+    }
+    uint8_t* out = body + 192 * pair;
+    put_word(q[0] | q[1] << 3 | (q[6] & kLowPairs) << 6, row, out);
+    put_word(q[2] | q[3] << 3 | (q[7] & kLowPairs) << 6, row, out + 64);
+    put_word(q[4] | q[5] << 3 | (q[6] >> 2 & kLowBits) << 6 | (q[7] >> 2 & kLowBits) << 7, row, out + 128);
+  }
+  pack_q3_k_scales(block + 96, row, body + 1536);
+  put_half(block + 108, row, tail);
+}
+
+// File: d, dmin, scales and mins, then per 64 columns 32 bytes: low halves the first 32 columns, high halves the others.
+void pack_q4_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  for (int j = 0; j < 8; j++)
+    for (int g = 0; g < 4; g++) {
+      const uint8_t* source = block + 16 + j / 2 * 32 + 4 * g;
+      const uint32_t first = word_at(source) >> (j % 2 * 4), second = word_at(source + 16) >> (j % 2 * 4);
+      put_word((first & kLowHalves) | (second & kLowHalves) << 4, row, body + 256 * j + 64 * g);
+    }
+  pack_six_bit_scales(block + 4, row, body + 2048);
+  put_half(block, row, tail);
+  put_half(block + 2, row, tail + 32);
+}
+
+// File: as Q4_K with, before the halves, 32 bytes of fifth bits: bit j those of sub-block j.
+void pack_q5_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  const uint8_t *high = block + 16, *low = block + 48;
+  for (int j = 0; j < 8; j++) {
+    uint32_t groups[8];
+    for (int g = 0; g < 8; g++)
+      groups[g] = (word_at(low + j / 2 * 32 + 4 * g) >> (j % 2 * 4) & kLowHalves) |
+                  (word_at(high + 4 * g) >> j & kLowBits) << 4;
+    put_five_bits(groups, row, body + 320 * j);
+  }
+  pack_six_bit_scales(block + 4, row, body + 2560);
+  put_half(block, row, tail);
+  put_half(block + 2, row, tail + 32);
+}
+
 // Tile: per sub-block of 16 two lines of nibbles (k-groups 0 and 2, 1 and 3) and one of bit pairs (k-groups 0 to 3);
 // then the scales of sub-blocks 4 i to 4 i + 3 as k-group i.
-void pack_q6_k_row(const uint8_t* block, int row, uint8_t* body) {
+void pack_q6_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   for (int j = 0; j < 16; j++) {
     uint32_t low[4], high[4];
     for (int g = 0; g < 4; g++) {
@@ -106,58 +132,42 @@ void pack_q6_k_row(const uint8_t* block, int row, uint8_t* body) {
       low[g] = group & kLowHalves;
       high[g] = group >> 4 & kLowPairs;
     }
-    uint8_t* out = body + 192 * j + 4 * row;
-    put_word(low[0] | low[2] << 4, out);
-    put_word(low[1] | low[3] << 4, out + 64);
-    put_word(high[0] | high[1] << 2 | high[2] << 4 | high[3] << 6, out + 128);
+    uint8_t* out = body + 192 * j;
+    put_word(low[0] | low[2] << 4, row, out);
+    put_word(low[1] | low[3] << 4, row, out + 64);
+    put_word(high[0] | high[1] << 2 | high[2] << 4 | high[3] << 6, row, out + 128);
   }
-  for (int i = 0; i < 4; i++) memcpy(body + 3072 + 64 * i + 4 * row, block + 192 + 4 * i, 4);
+  put_groups(block + 192, 4, row, body + 3072);
+  put_half(block + 208, row, tail);
 }
 
 // File: d, the upper two bits of eight scales, their lower four bits, then nibbles, 32 columns in 16 bytes. The scales
 // are 32 too big.
-int iq4_xs_scale(const uint8_t* block, int j) {
-  const int low = block[4 + j / 2] >> (j % 2 * 4) & 15, high = block[2 + j / 4] >> (j % 4 * 2) & 3;
-  return (low | high << 4) - 32;
+void pack_iq4_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  put_groups(block + 8, 32, row, body);
+  for (int j = 0; j < 8; j++) {
+    const int low = block[4 + j / 2] >> (j % 2 * 4) & 15, high = block[2 + j / 4] >> (j % 4 * 2) & 3;
+    body[2048 + 64 * (j / 4) + 4 * row + j % 4] = static_cast<uint8_t>((low | high << 4) - 32);
+  }
+  put_half(block, row, tail);
 }
 
-}  // namespace
-
-void pack_q2_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++) pack_q2_k_row(blocks.row[r], r, body);
-  put_half(blocks, 80, tail);
-  put_half(blocks, 82, tail + 32);
+// File: 128 columns in 32 bytes, the first 32 in the lowest two bits; d.
+void pack_tq2_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  uint8_t quants[256];
+  for (int i = 0; i < 256; i++) quants[i] = block[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+  put_pairs(quants, row, body);
+  put_half(block + 64, row, tail);
 }
 
-void pack_q3_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++) pack_q3_k_row(blocks.row[r], r, body);
-  put_half(blocks, 108, tail);
-}
-
-void pack_q4_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++) pack_q4_k_row(blocks.row[r], r, body);
-  put_half(blocks, 0, tail);
-  put_half(blocks, 2, tail + 32);
-}
-
-void pack_q5_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++) pack_q5_k_row(blocks.row[r], r, body);
-  put_half(blocks, 0, tail);
-  put_half(blocks, 2, tail + 32);
-}
-
-void pack_q6_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int r = 0; r < kTileRows; r++) pack_q6_k_row(blocks.row[r], r, body);
-  put_half(blocks, 208, tail);
-}
-
-void pack_iq4_xs(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  for (int i = 0; i < 32; i++) put_group(blocks, 8 + 4 * i, body + 64 * i);
-  uint8_t* scales = body + 2048;
-  for (int r = 0; r < kTileRows; r++)
-    for (int j = 0; j < 8; j++)
-      scales[64 * (j / 4) + 4 * r + j % 4] = static_cast<uint8_t>(iq4_xs_scale(blocks.row[r], j));
-  put_half(blocks, 0, tail);
+// File: 160 columns in 32 bytes, 80 in 16, 16 in 4; d.
+void pack_tq1_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  uint8_t quants[256];
+  uint8_t* next = put_digits(block, 32, 5, quants);
+  next = put_digits(block + 32, 16, 5, next);
+  put_digits(block + 48, 4, 4, next);
+  put_pairs(quants, row, body);
+  put_half(block + 52, row, tail);
 }
 
 }  // namespace llamaclust

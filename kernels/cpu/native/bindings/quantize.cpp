@@ -25,9 +25,9 @@ void quantize_rows(const std::string& level, int quant_type, const FloatRows& x,
   const QuantizeOps ops = find_level(level).quantize;
   const QuantType type{quant_type};
   const int64_t rows = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
-  const int block = ops.block_cols(type);
-  if (block == 0) throw std::invalid_argument("no quantizer for that type");
-  if (cols % block != 0) throw std::invalid_argument("not whole blocks");
+  const TileLayout layout = tile_layout(type);
+  if (layout.activation == ActivationFormat::F32) throw std::invalid_argument("no quantizer for that type");
+  if (cols % layout.segment_cols != 0) throw std::invalid_argument("not whole blocks");
   const size_t row_bytes = file_row_bytes(type, static_cast<int>(cols));
   if (out.shape(0) != x.shape(0) || out.shape(1) != row_bytes) throw std::invalid_argument("out of another shape");
   if (importance && importance->shape(0) != x.shape(1)) throw std::invalid_argument("importance of another width");

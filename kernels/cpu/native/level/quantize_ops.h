@@ -19,11 +19,10 @@ struct Source {
 };
 
 struct QuantizeOps {
-  // Columns in a block of that type, 0 where there is no quantizer for it.
-  int (*block_cols)(QuantType type);
   // How much an error at each of n weights of one row matters: w = importance * sqrt(mean(x^2) + x^2). `importance` is
   // [n] or null, for ones.
   void (*weigh)(const float* x, const float* importance, int n, float* w);
+  // For every type but those of floats.
   void (*quantize)(QuantType type, const Source& from, uint8_t* out);
 };
 

@@ -1,15 +1,103 @@
-// The best scale, or scale and offset, of each sub-block by itself: some scales are tried, each with the levels nearest
-// to it and then the scale that is best for those levels.
+// The best scale, or scale and offset, of each sub-block by itself, sixteen sub-blocks side by side, one in each lane, so
+// that searches need no sums across lanes: some scales are tried, each with the levels nearest to it and then the scale that
+// is best for those levels. And scales of sub-blocks as multiples of one scale of their block.
 #pragma once
 
-#include "level/quantize/batch.h"
+#include <algorithm>
+#include <cstdint>
+
+#include "level/quantize_ops.h"
+#include "simd/lanes.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
+// Element i of sub-block j is x[i], lane j. Lanes beyond the end of the data are all zero.
+template <int size>
+struct Batch {
+  F32x16 x[size], w[size];
+
+  static void turn(const float* from, int64_t subs, F32x16* to) {
+    alignas(64) float turned[size][16] = {};
+    for (int j = 0; j < subs; j++)
+      for (int i = 0; i < size; i++) turned[i][j] = from[j * size + i];
+    for (int i = 0; i < size; i++) to[i] = load(turned[i]);
+  }
+  Batch(const float* values, const float* weights, int64_t subs) {
+    turn(values, subs, x);
+    turn(weights, subs, w);
+  }
+};
+
+// Calls f(batch, first, subs) for every sixteen sub-blocks: `subs` of them are there, from `first` on.
+template <int size, typename F>
+void each_batch(const Source& from, F f) {
+  for (int64_t first = 0; first < from.count / size; first += 16) {
+    const int64_t subs = std::min<int64_t>(16, from.count / size - first);
+    f(Batch<size>(from.x + first * size, from.w + first * size, subs), first, static_cast<int>(subs));
+  }
+}
+
+// Levels, level(i) of elements i -> bytes [16 * size], in the order of the data.
+template <int size, typename F>
+void store_levels(F level, uint8_t* out) {
+  alignas(64) int32_t lanes[size][16];
+  for (int i = 0; i < size; i++) store(lanes[i], to_int(level(i)));
+  for (int j = 0; j < 16; j++)
+    for (int i = 0; i < size; i++) out[j * size + i] = static_cast<uint8_t>(lanes[i][j]);
+}
+
+[[maybe_unused]] F32x16 rounded(F32x16 x) { return to_float(to_int(x)); }
+[[maybe_unused]] F32x16 clamp(F32x16 x, float low, float high) { return min(max(x, broadcast(low)), broadcast(high)); }
+// x / y, and 0 where y is not above zero.
+[[maybe_unused]] F32x16 ratio(F32x16 x, F32x16 y) {
+  return select_less(zero(), y, div(x, select_less(zero(), y, y, broadcast(1.0f))), zero());
+}
+// 1 / x, and 0 for 0.
+[[maybe_unused]] F32x16 inverse(F32x16 x) {
+  const F32x16 size = max(x, sub(zero(), x));
+  return select_less(zero(), size, div(broadcast(1.0f), select_less(zero(), size, x, broadcast(1.0f))), zero());
+}
+
+[[maybe_unused]] uint16_t half_bits(float x) {
+  uint16_t halves[16];
+  to_f16(halves, broadcast(x));
+  return halves[0];
+}
+[[maybe_unused]] float half_value(uint16_t bits) {
+  uint16_t halves[16];
+  float values[16];
+  for (uint16_t& half : halves) half = bits;
+  store(values, from_f16(halves));
+  return values[0];
+}
+// What x becomes as a half.
+[[maybe_unused]] float as_half(float x) { return half_value(half_bits(x)); }
+[[maybe_unused]] void put_half(float x, uint8_t* out) {
+  const uint16_t bits = half_bits(x);
+  memcpy(out, &bits, 2);
+}
+
 // Sums over the elements of each sub-block, of weights w, values x and levels l.
 struct Sums {
   F32x16 wl = zero(), wll = zero(), wxl = zero();
+};
+
+template <int size, typename F>
+inline __attribute__((always_inline)) Sums sums_of(const Batch<size>& batch, F level) {
+  Sums s;
+  for (int i = 0; i < size; i++) {
+    const F32x16 l = level(i), wl = mul(batch.w[i], l);
+    s.wl = add(s.wl, wl);
+    s.wll = add(s.wll, mul(wl, l));
+    s.wxl = add(s.wxl, mul(wl, batch.x[i]));
+  }
+  return s;
+}
+
+// A scale, and what an error of it costs.
+struct Scaled {
+  F32x16 scale, curvature;
 };
 
 // The element of each sub-block that is furthest from zero.
@@ -39,10 +127,9 @@ struct ScaleSearch {
   }
 
   // With the levels nearest to itself once more.
-  F32x16 best(F32x16* curvature) {
+  Scaled best() {
     consider(inverse(scale));
-    *curvature = bend;
-    return scale;
+    return {scale, bend};
   }
 };
 
@@ -56,23 +143,16 @@ struct SymmetricFit {
 
   F32x16 level(int i, F32x16 inv) const { return clamp(rounded(mul(batch.x[i], inv)), -n, n - 1); }
 
-  Sums sums(F32x16 inv) const {
-    Sums s;
-    for (int i = 0; i < size; i++) {
-      const F32x16 l = level(i, inv), wl = mul(batch.w[i], l);
-      s.wll = add(s.wll, mul(wl, l));
-      s.wxl = add(s.wxl, mul(wl, batch.x[i]));
-    }
-    return s;
+  inline __attribute__((always_inline)) Sums sums(F32x16 inv) const {
+    return sums_of(batch, [&](int i) { return level(i, inv); });
   }
 
-  // The scale, and in `curvature` what an error of it costs. Tried are scales that put the largest weight at -(n + k / 10)
-  // for k from `first` on.
-  F32x16 best(F32x16* curvature, int first = -9) const {
+  // Tried are scales that put the largest weight at -(n + k / 10) for k from `first` on.
+  Scaled best(int first = -9) const {
     ScaleSearch<SymmetricFit> search{*this};
     const F32x16 unit = inverse(largest(batch));
     for (int k = first; k <= 9; k++) search.consider(mul(unit, broadcast(-(n + 0.1f * static_cast<float>(k)))));
-    return search.best(curvature);
+    return search.best();
   }
 };
 
@@ -103,20 +183,9 @@ struct AffineFit {
     return clamp(rounded(mul(sub(batch.x[i], offset), inv)), 0, n);
   }
 
-  Sums sums(F32x16 inv, F32x16 offset) const {
-    Sums s;
-    for (int i = 0; i < size; i++) {
-      const F32x16 l = level(i, inv, offset), wl = mul(batch.w[i], l);
-      s.wl = add(s.wl, wl);
-      s.wll = add(s.wll, mul(wl, l));
-      s.wxl = add(s.wxl, mul(wl, batch.x[i]));
-    }
-    return s;
-  }
-
   // The best line through the values over the levels that this one gives them.
   Line fitted(F32x16 inv, F32x16 offset) const {
-    const Sums s = sums(inv, offset);
+    const Sums s = sums_of(batch, [&](int i) { return level(i, inv, offset); });
     const F32x16 d = sub(mul(w, s.wll), mul(s.wl, s.wl));
     Line line;
     line.scale = ratio(sub(mul(w, s.wxl), mul(wx, s.wl)), d);
@@ -147,6 +216,60 @@ struct AffineFit {
     return best;
   }
 };
+
+// The multiples of d that a type can say.
+struct SignedMultiples {  // -n to n - 1
+  int n;
+  float top() const { return static_cast<float>(-n); }
+  float nearest(float x) const {
+    return __builtin_rintf(std::clamp(x, static_cast<float>(-n), static_cast<float>(n - 1)));
+  }
+};
+struct Multiples {  // 0 to n
+  int n;
+  float top() const { return static_cast<float>(n); }
+  float nearest(float x) const { return __builtin_rintf(std::clamp(x, 0.0f, static_cast<float>(n))); }
+};
+struct OddMultiples {  // 1, 3, ... 2 n + 1
+  int n;
+  float top() const { return static_cast<float>(2 * n + 1); }
+  float nearest(float x) const {
+    return 2.0f * __builtin_rintf(std::clamp((x - 1.0f) * 0.5f, 0.0f, static_cast<float>(n))) + 1.0f;
+  }
+};
+
+// d and multiples q [n] with the least sum of a (s - d q)^2 among seventeen tries: the largest scale is the largest
+// multiple, or up to eight steps from it.
+template <typename Grid>
+float fit_scales(const float* s, const float* a, int n, Grid grid, float* q, float step = 0.1f) {
+  float largest = 0;
+  for (int j = 0; j < n; j++)
+    if (__builtin_fabsf(s[j]) > __builtin_fabsf(largest)) largest = s[j];
+  for (int j = 0; j < n; j++) q[j] = grid.nearest(0);
+  if (largest == 0) return 0;
+  float best_gain = -1, best = 0;
+  for (int k = -8; k <= 8; k++) {
+    const float inv = (grid.top() + step * static_cast<float>(k)) / largest;
+    float sq = 0, qq = 0;
+    for (int j = 0; j < n; j++) {
+      const float multiple = grid.nearest(inv * s[j]);
+      sq += a[j] * s[j] * multiple;
+      qq += a[j] * multiple * multiple;
+    }
+    if (qq > 0 && sq * sq > best_gain * qq) {
+      best_gain = sq * sq / qq;
+      best = inv;
+    }
+  }
+  if (best == 0) best = grid.top() / largest;
+  float sq = 0, qq = 0;
+  for (int j = 0; j < n; j++) {
+    q[j] = grid.nearest(best * s[j]);
+    sq += a[j] * s[j] * q[j];
+    qq += a[j] * q[j] * q[j];
+  }
+  return qq > 0 ? sq / qq : 1 / best;
+}
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -28,20 +28,24 @@ struct Halves {
   memcpy(out, &word, 4);
 }
 
-// d f16 | m f16 where there is an offset | 32 fifth bits where there are | 32 x 4 bits.
-template <int bits>
-void put_simple(const uint16_t* d, const uint16_t* m, const uint8_t* levels, uint8_t* out) {
-  memcpy(out, d, 2);
-  out += 2;
-  if (m) {
-    memcpy(out, m, 2);
+// Of each of `subs` blocks: d f16 | m f16 where there is an offset | 32 fifth bits where there are | 32 x 4 bits.
+template <int bits, typename F>
+void put_blocks(const Halves& d, const Halves* m, F level, int subs, uint8_t* out) {
+  uint8_t levels[512];
+  store_levels<32>(level, levels);
+  for (int j = 0; j < subs; j++, out += 16) {
+    memcpy(out, d.bits + j, 2);
     out += 2;
+    if (m) {
+      memcpy(out, m->bits + j, 2);
+      out += 2;
+    }
+    if (bits == 5) {
+      put_fifth_bits(levels + 32 * j, out);
+      out += 4;
+    }
+    put_nibbles(levels + 32 * j, out);
   }
-  if (bits == 5) {
-    put_fifth_bits(levels, out);
-    out += 4;
-  }
-  put_nibbles(levels, out);
 }
 
 // Coarser scales would take the outermost level from the largest weight. That makes the error less, but a model that is
@@ -53,17 +57,13 @@ void quantize_symmetric(const Source& from, uint8_t* out) {
   constexpr int half = 1 << (bits - 1), block_bytes = 2 + (bits == 5 ? 4 : 0) + 16;
   each_batch<32>(from, [&](const Batch<32>& batch, int64_t first, int subs) {
     const SymmetricFit<32> fit(batch, half);
-    F32x16 curvature;
-    const Halves d(fit.best(&curvature, from.has_importance ? -9 : kKeepsLargest));
+    const Halves d(fit.best(from.has_importance ? -9 : kKeepsLargest).scale);
     const F32x16 inv = inverse(d.values);
-    F32x16 levels[32];
-    for (int i = 0; i < 32; i++) levels[i] = add(fit.level(i, inv), broadcast(static_cast<float>(half)));
-    uint8_t bytes[512];
-    store_levels<32>(levels, bytes);
-    for (int j = 0; j < subs; j++)
-      put_simple<bits>(d.bits + j, nullptr, bytes + 32 * j, out + (first + j) * block_bytes);
+    const auto level = [&](int i) { return add(fit.level(i, inv), broadcast(static_cast<float>(half))); };
+    put_blocks<bits>(d, nullptr, level, subs, out + first * block_bytes);
   });
 }
+constexpr auto quantize_Q4_0 = quantize_symmetric<4>, quantize_Q5_0 = quantize_symmetric<5>;
 
 template <int bits>
 void quantize_affine(const Source& from, uint8_t* out) {
@@ -73,26 +73,20 @@ void quantize_affine(const Source& from, uint8_t* out) {
     const auto line = fit.best(17, -0.8f, 0.1f);
     const Halves d(line.scale), m(line.offset);
     const F32x16 inv = inverse(d.values);
-    F32x16 levels[32];
-    for (int i = 0; i < 32; i++) levels[i] = fit.level(i, inv, m.values);
-    uint8_t bytes[512];
-    store_levels<32>(levels, bytes);
-    for (int j = 0; j < subs; j++)
-      put_simple<bits>(d.bits + j, m.bits + j, bytes + 32 * j, out + (first + j) * block_bytes);
+    put_blocks<bits>(d, &m, [&](int i) { return fit.level(i, inv, m.values); }, subs, out + first * block_bytes);
   });
 }
+constexpr auto quantize_Q4_1 = quantize_affine<4>, quantize_Q5_1 = quantize_affine<5>;
 
 // d f16 | 32 x int8. With 255 levels there is nothing to gain from a search.
-[[maybe_unused]] void quantize_q8_0(const Source& from, uint8_t* out) {
+[[maybe_unused]] void quantize_Q8_0(const Source& from, uint8_t* out) {
   each_batch<32>(from, [&](const Batch<32>& batch, int64_t first, int subs) {
     F32x16 extent = zero();
     for (const F32x16 v : batch.x) extent = max(extent, max(v, sub(zero(), v)));
     const Halves d(mul(extent, broadcast(1.0f / 127.0f)));
     const F32x16 inv = inverse(d.values);
-    F32x16 levels[32];
-    for (int i = 0; i < 32; i++) levels[i] = clamp(rounded(mul(batch.x[i], inv)), -127, 127);
     uint8_t bytes[512];
-    store_levels<32>(levels, bytes);
+    store_levels<32>([&](int i) { return clamp(rounded(mul(batch.x[i], inv)), -127, 127); }, bytes);
     for (int j = 0; j < subs; j++) {
       memcpy(out + (first + j) * 34, d.bits + j, 2);
       memcpy(out + (first + j) * 34 + 2, bytes + 32 * j, 32);

@@ -1,7 +1,6 @@
 // Types whose weights come out of a table of uneven steps.
 #pragma once
 
-#include "level/quantize/k.h"
 #include "level/quantize/simple.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -32,40 +31,32 @@ struct TableFit {
   const Batch<32>& batch;
 
   Sums sums(F32x16 inv) const {
-    Sums s;
-    for (int i = 0; i < 32; i++) {
-      F32x16 index;
-      const F32x16 value = nearest(kUneven, mul(batch.x[i], inv), &index), wl = mul(batch.w[i], value);
-      s.wll = add(s.wll, mul(wl, value));
-      s.wxl = add(s.wxl, mul(wl, batch.x[i]));
-    }
-    return s;
+    F32x16 index;
+    return sums_of(batch, [&](int i) { return nearest(kUneven, mul(batch.x[i], inv), &index); });
   }
 
-  F32x16 best(F32x16* curvature) const {
+  Scaled best() const {
     ScaleSearch<TableFit> search{*this};
     const F32x16 unit = inverse(largest(batch));
     const auto consider = [&](float value) { search.consider(mul(unit, broadcast(value))); };
     for (int k = -7; k <= 7; k++) consider(kUneven.value[0] + 1.5f * static_cast<float>(k));
     for (int k = -3; k <= 3; k++) consider(kUneven.value[15] + 3.0f * static_cast<float>(k));
-    return search.best(curvature);
+    return search.best();
   }
 
-  void levels(F32x16 inv, uint8_t* out) const {
-    F32x16 index[32];
-    for (int i = 0; i < 32; i++) nearest(kUneven, mul(batch.x[i], inv), index + i);
-    store_levels<32>(index, out);
+  F32x16 level(int i, F32x16 inv) const {
+    F32x16 index;
+    nearest(kUneven, mul(batch.x[i], inv), &index);
+    return index;
   }
 };
 
-[[maybe_unused]] void quantize_iq4_nl(const Source& from, uint8_t* out) {
+[[maybe_unused]] void quantize_IQ4_NL(const Source& from, uint8_t* out) {
   each_batch<32>(from, [&](const Batch<32>& batch, int64_t first, int subs) {
     const TableFit fit{batch};
-    F32x16 curvature;
-    const Halves d(fit.best(&curvature));
-    uint8_t levels[512];
-    fit.levels(inverse(d.values), levels);
-    for (int j = 0; j < subs; j++) put_simple<4>(d.bits + j, nullptr, levels + 32 * j, out + (first + j) * 18);
+    const Halves d(fit.best().scale);
+    const F32x16 inv = inverse(d.values);
+    put_blocks<4>(d, nullptr, [&](int i) { return fit.level(i, inv); }, subs, out + first * 18);
   });
 }
 
@@ -81,13 +72,13 @@ struct TableFit {
   for (int j = 0; j < 8; j++) put_nibbles(levels + 32 * j, out + 8 + 16 * j);
 }
 
-[[maybe_unused]] void quantize_iq4_xs(const Source& from, uint8_t* out) {
+[[maybe_unused]] void quantize_IQ4_XS(const Source& from, uint8_t* out) {
   each_batch<32>(from, [&](const Batch<32>& batch, int64_t, int subs) {
     const TableFit fit{batch};
     alignas(64) float scale[16], curvature[16], multiple[16], xa[16], aa[16], each[16];
-    F32x16 bend;
-    store(scale, fit.best(&bend));
-    store(curvature, bend);
+    const Scaled best = fit.best();
+    store(scale, best.scale);
+    store(curvature, best.curvature);
     float d[2];
     for (int k = 0; k < 2; k++)
       d[k] = as_half(fit_scales(scale + 8 * k, curvature + 8 * k, 8, SignedMultiples{32}, multiple + 8 * k));
@@ -104,8 +95,9 @@ struct TableFit {
       if (a_sum > 0) d[k] = as_half(x_sum / a_sum);
     }
     for (int j = 0; j < 16; j++) each[j] = d[j / 8] * multiple[j];
+    const F32x16 inv = inverse(load(each));
     uint8_t levels[512];
-    fit.levels(inverse(load(each)), levels);
+    store_levels<32>([&](int i) { return fit.level(i, inv); }, levels);
     for (int k = 0; k < subs / 8; k++, out += 136) put_iq4_xs(half_bits(d[k]), multiple + 8 * k, levels + 256 * k, out);
   });
 }
@@ -138,20 +130,20 @@ struct Exponents {
 };
 
 // Exponent byte | 32 x (sign, float of three bits).
-[[maybe_unused]] void quantize_mxfp4(const Source& from, uint8_t* out) {
+[[maybe_unused]] void quantize_MXFP4(const Source& from, uint8_t* out) {
   each_batch<32>(from, [&](const Batch<32>& batch, int64_t first, int subs) {
     const F32x16 furthest = largest(batch), extent = max(furthest, sub(zero(), furthest));
     const Exponents low(extent, 0), high(extent, 1);
     const F32x16 low_loss = low.loss(batch), high_loss = high.loss(batch);
     const F32x16 number = select_less(high_loss, low_loss, load(high.number), load(low.number));
     const F32x16 inv = select_less(high_loss, low_loss, load(high.inv), load(low.inv));
-    F32x16 levels[32];
-    for (int i = 0; i < 32; i++) {
-      nearest(kFloat4, mul(max(batch.x[i], sub(zero(), batch.x[i])), inv), levels + i);
-      levels[i] = add(levels[i], select_less(batch.x[i], zero(), broadcast(8.0f), zero()));
-    }
+    const auto level = [&](int i) {
+      F32x16 index;
+      nearest(kFloat4, mul(max(batch.x[i], sub(zero(), batch.x[i])), inv), &index);
+      return add(index, select_less(batch.x[i], zero(), broadcast(8.0f), zero()));
+    };
     uint8_t bytes[512];
-    store_levels<32>(levels, bytes);
+    store_levels<32>(level, bytes);
     alignas(64) int32_t exponent[16];
     store(exponent, to_int(number));
     for (int j = 0; j < subs; j++) {

@@ -1,4 +1,4 @@
-// Rows of weights as float32, by the rule of kernels/cpu/native/level/matmul/dequantize.h.
+// Rows of weights as float32, by the rule of kernels/cpu/native/level/matmul/matmul.cpp.
 #pragma once
 
 #include "matmul.cuh"

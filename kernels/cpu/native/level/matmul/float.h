@@ -19,20 +19,10 @@ struct BF16 {
   static DECODE F32x16 column(const uint8_t* p) { return from_bf16(halves(p)); }
 };
 
-struct FloatProduct {
-  const uint8_t* tiles;
-  size_t tile_bytes;
-  const float* activations;
-  size_t activation_stride;         // floats
-  const int32_t* activation_lines;  // of the tokens, or null
-  int cols;
-  Output output;
-};
-
 // R tiles times T tokens: as many independent sums as hide the latency of a multiply-add. Tiles and tokens past the
 // last are computed like it and thrown away.
 template <class Type, int R, int T>
-void multiply_float_block(const FloatProduct& p, int first_tile, int tile_end, int first_token, int tokens) {
+void multiply_float_block(const Product& p, int first_tile, int tile_end, int first_token, int tokens) {
   const uint8_t* w[R];
   const float* a[T];
   F32x16 acc[R][T];
@@ -40,12 +30,9 @@ void multiply_float_block(const FloatProduct& p, int first_tile, int tile_end, i
     const int tile = first_tile + r < tile_end ? first_tile + r : tile_end - 1;
     w[r] = p.tiles + static_cast<size_t>(tile) * p.tile_bytes;
   }
-  UNROLL for (int t = 0; t < T; t++) {
-    const int token = first_token + t < tokens ? first_token + t : tokens - 1;
-    a[t] = p.activations + line_of(p.activation_lines, token) * p.activation_stride;
-  }
+  UNROLL for (int t = 0; t < T; t++) a[t] = token_activations<Type>(p, first_token + t, tokens);
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) acc[r][t] = zero();
-  for (int k = 0; k < p.cols; k++) {
+  for (int k = 0; k < p.segments; k++) {
     F32x16 weights[R];
     UNROLL for (int r = 0; r < R; r++) {
       weights[r] = Type::column(w[r]);
@@ -63,13 +50,13 @@ void multiply_float_block(const FloatProduct& p, int first_tile, int tile_end, i
 }
 
 template <class Type, int R, int T>
-void multiply_in_blocks(const FloatProduct& p, int tokens, int tile_begin, int tile_end) {
+void multiply_in_blocks(const Product& p, int tokens, int tile_begin, int tile_end) {
   for (int tile = tile_begin; tile < tile_end; tile += R)
     for (int t = 0; t < tokens; t += T) multiply_float_block<Type, R, T>(p, tile, tile_end, t, tokens);
 }
 
 template <class Type>
-void multiply_floats(const FloatProduct& p, int tokens, int tile_begin, int tile_end) {
+void multiply_floats(const Product& p, int tokens, int tile_begin, int tile_end) {
   if (tokens == 1) return multiply_in_blocks<Type, 4, 1>(p, tokens, tile_begin, tile_end);
   if (tokens == 2) return multiply_in_blocks < Type, kFloatRows<2 ? 2 : kFloatRows, 2>(p, tokens, tile_begin, tile_end);
   multiply_in_blocks<Type, kFloatRows, kFloatTokens>(p, tokens, tile_begin, tile_end);

@@ -2,6 +2,8 @@
 // segment, then, in k order, total = fma(scale_w * scale_a, sum, total), and a second fma for types with a min.
 #pragma once
 
+#include <type_traits>
+
 #include "level/quants/decoder.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -104,15 +106,6 @@ DECODE I32x16 minus_offset(const Q8_256& a, int j) {
   return sub(broadcast(0), mul(sum, broadcast(Type::kOffset)));
 }
 
-// What the sums of a sub-block begin with, for every tile.
-template <class Type, bool from_offset, class Activations>
-DECODE Sums first_sums(const Activations& a, int j) {
-  if constexpr (from_offset)
-    return sums_from(minus_offset<Type>(a, j));
-  else
-    return no_sums();
-}
-
 // Whether sums begin with the offset, so that it need not be subtracted.
 template <class Type>
 constexpr bool kOffsetFirst = kSumsFrom && Type::kOffset != 0 && (!kWide<Type> || kSubScaled<Type>);
@@ -130,7 +123,8 @@ DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T
   UNROLL for (int first = 0; first < groups; first += chunk) {
     Sums sums[R][T];
     UNROLL for (int t = 0; t < T; t++) {
-      const Sums from = first_sums<Type, kOffsetFirst<Type>>(*a[t], j);
+      Sums from = no_sums();
+      if constexpr (kOffsetFirst<Type>) from = sums_from(minus_offset<Type>(*a[t], j));
       UNROLL for (int r = 0; r < R; r++) sums[r][t] = from;
     }
     UNROLL for (int g = first; g < first + chunk; g++) {

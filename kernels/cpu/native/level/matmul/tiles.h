@@ -39,23 +39,16 @@ inline __attribute__((always_inline)) F32x16 canonical(F32x16 x) {
   }
 }
 
-template <class Type, bool wide = kWide<Type>>
-struct ActivationOf {
-  using type = Q8_32;
-};
 template <class Type>
-struct ActivationOf<Type, true> {
-  using type = Q8_256;
-};
-template <class Type>
-using Activation = typename ActivationOf<Type>::type;
+using Activation = std::conditional_t<Type::kLayout.activation == ActivationFormat::F32, float,
+                                      std::conditional_t<kWide<Type>, Q8_256, Q8_32>>;
 
-// One product as the loops below see it.
+// One product, of any type.
 struct Product {
   const uint8_t* tiles;
   size_t tile_bytes;
   const uint8_t* activations;
-  size_t activation_stride;
+  size_t activation_stride;         // bytes
   const int32_t* activation_lines;  // of the tokens, or null
   int segments;
   Output output;

@@ -7,7 +7,7 @@ namespace {
 
 // Calls f(i, load, store) for i = 0, 16, ... n; the last piece may be partial, its missing lanes read as zero.
 template <typename F>
-inline __attribute__((always_inline)) void each_lanes(int n, F f) {
+INLINE void each_lanes(int n, F f) {
   int i = 0;
   for (; i + 16 <= n; i += 16) f(i, [](const float* p) { return load(p); }, [](float* p, F32x16 x) { store(p, x); });
   const int rest = n - i;
@@ -20,7 +20,7 @@ inline __attribute__((always_inline)) void each_lanes(int n, F f) {
 // Element i is added to lane i % 64 by `accumulate(lanes, i, load)`, sixteen at a time; then halves are added: 32 + 32,
 // 16 + 16, ... 1 + 1. Missing lanes of the last piece are read as zero.
 template <typename Accumulate>
-inline __attribute__((always_inline)) float sum_interleaved(int n, Accumulate accumulate) {
+INLINE float sum_interleaved(int n, Accumulate accumulate) {
   F32x16 lanes[4] = {zero(), zero(), zero(), zero()};
   const auto whole = [](const float* p) { return load(p); };
   int i = 0;
@@ -72,12 +72,12 @@ void rope(const float* x, const float* rotation, int pairs, int head_dim, RopeSt
 }
 
 template <typename F>
-inline __attribute__((always_inline)) void map(const float* x, int n, float* out, F f) {
+INLINE void map(const float* x, int n, float* out, F f) {
   each_lanes(n, [&](int i, auto read, auto write) { write(out + i, f(read(x + i))); });
 }
 
 template <typename F>
-inline __attribute__((always_inline)) void map(const float* x, const float* y, int n, float* out, F f) {
+INLINE void map(const float* x, const float* y, int n, float* out, F f) {
   each_lanes(n, [&](int i, auto read, auto write) { write(out + i, f(read(x + i), read(y + i))); });
 }
 

@@ -24,8 +24,6 @@
 #define UNROLL
 #endif
 
-#define DOT [[maybe_unused]] inline __attribute__((always_inline))
-
 #if defined(__AVX512VNNI__)
 #include "simd/avx512/dot_vnni.h"
 #elif defined(__AVX512BW__)
@@ -47,7 +45,7 @@ namespace {
 
 // What decoders read: lines of a tile, and 16 bits a row. (Where a lane is a thread, that also says which row it has.)
 using Lines = const uint8_t*;
-DOT const uint16_t* halves(Lines p) { return reinterpret_cast<const uint16_t*>(p); }
+INLINE const uint16_t* halves(Lines p) { return reinterpret_cast<const uint16_t*>(p); }
 
 // For each of up to eight k-groups, how its bits come out of a line: shifted, as `field` does it, and masked.
 struct Places {
@@ -55,7 +53,7 @@ struct Places {
   uint8_t mask[8];
 };
 template <Places places>
-DOT Bytes field_of(Bytes line, int g) {
+INLINE Bytes field_of(Bytes line, int g) {
   switch (g) {
     case 0: return field<places.shift[0], places.mask[0]>(line);
     case 1: return field<places.shift[1], places.mask[1]>(line);
@@ -75,5 +73,3 @@ using Points = I32x16;
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL
-
-#undef DOT

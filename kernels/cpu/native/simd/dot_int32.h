@@ -10,14 +10,14 @@ using Scale = I32x16;
 template <int kBits>
 constexpr int kGroupsPerSum = 64;
 
-DOT Sums no_sums() { return broadcast(0); }
-DOT Sums sums_from(I32x16 x) { return x; }
-DOT I32x16 add_sums(I32x16 total, Sums sums) { return add(total, sums); }
-DOT Scale make_scale(I32x16 scale) { return scale; }
-DOT I32x16 scale_lanes(Scale scale) { return scale; }
-DOT I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) { return add(total, mul(sums, scale)); }
+INLINE Sums no_sums() { return broadcast(0); }
+INLINE Sums sums_from(I32x16 x) { return x; }
+INLINE I32x16 add_sums(I32x16 total, Sums sums) { return add(total, sums); }
+INLINE Scale make_scale(I32x16 scale) { return scale; }
+INLINE I32x16 scale_lanes(Scale scale) { return scale; }
+INLINE I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) { return add(total, mul(sums, scale)); }
 // total + scale * (sums - offset); offset is even.
-DOT I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
+INLINE I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
   return add_scaled(total, sub(sums, broadcast(offset)), scale);
 }
 

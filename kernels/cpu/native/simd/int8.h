@@ -1,4 +1,5 @@
-// Int8 values in memory: as float lanes, and in pairs for integer dot products with int16. All of it is exact.
+// Int8 values in memory: as float lanes, and in pairs for integer dot products with int16, all of it exact; and how floats
+// are rounded to integers, in plain loops of which compilers make vectors.
 #pragma once
 
 #include "simd/dot.h"
@@ -6,19 +7,17 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-#define NARROW [[maybe_unused]] inline __attribute__((always_inline))
-
 // `Pairs` are two int16 a lane; `dot_pairs` adds to each lane's sum its two products with the int16s in `two`.
 #if defined(__AVX512BW__)
 
-NARROW F32x16 from_i8(const int8_t* p) {
+INLINE F32x16 from_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 using Pairs = __m512i;
-NARROW Pairs load_pairs(const int8_t* p) {
+INLINE Pairs load_pairs(const int8_t* p) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-NARROW I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
+INLINE I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpwssd_epi32(sum, a, _mm512_set1_epi32(two));
 #else
@@ -28,18 +27,18 @@ NARROW I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
 
 #elif defined(__AVX2__)
 
-NARROW __m256 half_from_i8(const int8_t* p) {
+INLINE __m256 half_from_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-NARROW F32x16 from_i8(const int8_t* p) { return {half_from_i8(p), half_from_i8(p + 8)}; }
+INLINE F32x16 from_i8(const int8_t* p) { return {half_from_i8(p), half_from_i8(p + 8)}; }
 struct Pairs {
   __m256i lo, hi;
 };
-NARROW __m256i half_pairs(const int8_t* p) {
+INLINE __m256i half_pairs(const int8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-NARROW Pairs load_pairs(const int8_t* p) { return {half_pairs(p), half_pairs(p + 16)}; }
-NARROW I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
+INLINE Pairs load_pairs(const int8_t* p) { return {half_pairs(p), half_pairs(p + 16)}; }
+INLINE I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
   const __m256i b = _mm256_set1_epi32(two);
 #if defined(__AVXVNNI__)
   return {_mm256_dpwssd_avx_epi32(sum.lo, a.lo, b), _mm256_dpwssd_avx_epi32(sum.hi, a.hi, b)};
@@ -50,7 +49,7 @@ NARROW I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
 
 #elif defined(LLAMACLUST_NEON)
 
-NARROW F32x16 from_i8(const int8_t* p) {
+INLINE F32x16 from_i8(const int8_t* p) {
   const int8x16_t q = vld1q_s8(p);
   const int16x8_t low = vmovl_s8(vget_low_s8(q)), high = vmovl_s8(vget_high_s8(q));
   return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
@@ -59,11 +58,11 @@ NARROW F32x16 from_i8(const int8_t* p) {
 struct Pairs {
   int16x8_t v[4];
 };
-NARROW Pairs load_pairs(const int8_t* p) {
+INLINE Pairs load_pairs(const int8_t* p) {
   const int8x16_t a = vld1q_s8(p), b = vld1q_s8(p + 16);
   return {{vmovl_s8(vget_low_s8(a)), vmovl_s8(vget_high_s8(a)), vmovl_s8(vget_low_s8(b)), vmovl_s8(vget_high_s8(b))}};
 }
-NARROW I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
+INLINE I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
   const int16x8_t b = vreinterpretq_s16_s32(vdupq_n_s32(two));
   UNROLL for (int i = 0; i < 4; i++) {
     const int32x4_t low = vmull_s16(vget_low_s16(a.v[i]), vget_low_s16(b)), high = vmull_high_s16(a.v[i], b);
@@ -74,7 +73,7 @@ NARROW I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
 
 #else
 
-NARROW F32x16 from_i8(const int8_t* p) {
+INLINE F32x16 from_i8(const int8_t* p) {
   alignas(64) float v[16];
   for (int i = 0; i < 16; i++) v[i] = p[i];
   return load(v);
@@ -82,12 +81,12 @@ NARROW F32x16 from_i8(const int8_t* p) {
 struct Pairs {
   int16_t v[32];
 };
-NARROW Pairs load_pairs(const int8_t* p) {
+INLINE Pairs load_pairs(const int8_t* p) {
   Pairs r;
   for (int i = 0; i < 32; i++) r.v[i] = p[i];
   return r;
 }
-NARROW I32x16 dot_pairs(I32x16 sum, const Pairs& a, int32_t two) {
+INLINE I32x16 dot_pairs(I32x16 sum, const Pairs& a, int32_t two) {
   alignas(64) int32_t v[16];
   store(v, sum);
   const int32_t low = static_cast<int16_t>(two & 0xffff), high = two >> 16;
@@ -97,7 +96,22 @@ NARROW I32x16 dot_pairs(I32x16 sum, const Pairs& a, int32_t two) {
 
 #endif
 
-#undef NARROW
+// Loops over values are not to be unrolled before they become vectors.
+#define AS_VECTORS _Pragma("GCC unroll 1")
+
+// Bits of the greatest magnitude of n values: magnitudes of floats are in the order of their bits, infinities and NaNs last.
+INLINE int32_t greatest_magnitude(const float* x, int n) {
+  int32_t greatest = 0;
+  AS_VECTORS for (int i = 0; i < n; i++) {
+    const int32_t magnitude = __builtin_bit_cast(int32_t, x[i]) & 0x7fffffff;
+    greatest = magnitude > greatest ? magnitude : greatest;
+  }
+  return greatest;
+}
+constexpr int32_t kNotFinite = 0x7f800000;
+
+// To nearest, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
+INLINE int32_t nearest_int(float x) { return __builtin_bit_cast(int32_t, x + 0x1.8p23f) - 0x4b400000; }
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -9,7 +9,10 @@
 #endif
 
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
+
+#define INLINE [[maybe_unused]] inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
 #include "simd/avx512/lanes.h"
@@ -35,6 +38,19 @@ namespace {
   alignas(64) float v[16];
   store(v, x);
   memcpy(p, v, static_cast<size_t>(n) * sizeof(float));
+}
+
+// A float16 nearest to x, and back.
+INLINE uint16_t half_bits(float x) {
+  alignas(64) uint16_t halves[16];
+  to_f16(halves, broadcast(x));
+  return halves[0];
+}
+INLINE float half_value(uint16_t bits) {
+  alignas(64) uint16_t halves[16] = {bits};
+  alignas(64) float values[16];
+  store(values, from_f16(halves));
+  return values[0];
 }
 
 // Fixed tree over sixteen lanes: halves are added, 8 + 8, 4 + 4, 2 + 2, 1 + 1.

@@ -1,7 +1,6 @@
 // Attention over one span: keys one lane a position, values one lane a channel, both walked in order, so that register
 // tiles and the number of queries computed together change nothing.
-#include "level/attention/f16.h"
-#include "level/attention/q8_0.h"
+#include "level/attention/kv_types.h"
 #include "simd/math.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {

@@ -1,59 +1,47 @@
-// Activations as int8 with one scale a segment (matrix.h says how each value comes about). Plain loops: what they do is
-// exact or one IEEE operation a value, and compilers make vectors of them.
+// Activations as int8 with one scale a segment (level/activations.h says how each value comes about). Plain loops: what they
+// do is exact or one IEEE operation a value.
 #pragma once
 
-#include <cstring>
-
 #include "level/activations.h"
+#include "simd/int8.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-#define QUANTIZE inline __attribute__((always_inline))
-
 // Below this a segment counts as zero: 127 / maximum would not be finite much further down.
 constexpr int32_t kSmallestMaximum = 0x04800000;  // 2^-118
-constexpr int32_t kInfinity = 0x7f800000;
 
 struct SegmentScale {
   float scale;
   float inverse;  // 0: every q is 0
 };
 
-// The loops below are not to be unrolled before they become vectors.
-#define AS_VECTORS _Pragma("GCC unroll 1")
-
 template <int n>
-QUANTIZE SegmentScale scale_of(const float* x) {
-  int32_t greatest = 0;  // magnitudes of floats are in the order of their bits, infinities and NaNs last
-  AS_VECTORS for (int i = 0; i < n; i++) {
-    const int32_t magnitude = __builtin_bit_cast(int32_t, x[i]) & 0x7fffffff;
-    greatest = magnitude > greatest ? magnitude : greatest;
-  }
-  if (greatest >= kInfinity) return {__builtin_nanf(""), 0.0f};
+INLINE SegmentScale scale_of(const float* x) {
+  const int32_t greatest = greatest_magnitude(x, n);
+  if (greatest >= kNotFinite) return {__builtin_nanf(""), 0.0f};
   if (greatest < kSmallestMaximum) return {0.0f, 0.0f};
   const float maximum = __builtin_bit_cast(float, greatest);
   return {maximum / 127.0f, 127.0f / maximum};
 }
 
-// Quantizes n values and returns their sum. Adding 1.5 * 2^23 rounds to nearest, ties to even, and leaves the integer
-// in the low bits.
+// Quantizes n values and returns their sum.
 template <int n>
-QUANTIZE int32_t quantize_values(const float* __restrict x, float inverse, int8_t* __restrict out) {
+INLINE int32_t quantize_values(const float* __restrict x, float inverse, int8_t* __restrict out) {
   if (inverse == 0.0f) {
     memset(out, 0, n);
     return 0;
   }
   int32_t sum = 0;
   AS_VECTORS for (int i = 0; i < n; i++) {
-    const int32_t q = __builtin_bit_cast(int32_t, x[i] * inverse + 0x1.8p23f) - 0x4b400000;
+    const int32_t q = nearest_int(x[i] * inverse);
     out[i] = static_cast<int8_t>(q);
     sum += q;
   }
   return sum;
 }
 
-QUANTIZE void quantize_segment(const float* x, Q8_32& out) {
+INLINE void quantize_segment(const float* x, Q8_32& out) {
   const SegmentScale s = scale_of<32>(x);
   out.scale = s.scale;
   out.sum = quantize_values<32>(x, s.inverse, out.q);
@@ -61,22 +49,19 @@ QUANTIZE void quantize_segment(const float* x, Q8_32& out) {
 }
 
 // sum = 128 * high + low with low in [-64, 63].
-QUANTIZE void split_sum(int32_t sum, int8_t& high, int8_t& low) {
+INLINE void split_sum(int32_t sum, int8_t& high, int8_t& low) {
   const int32_t multiple = (sum + 64) >> 7;
   high = static_cast<int8_t>(multiple);
   low = static_cast<int8_t>(sum - 128 * multiple);
 }
 
-QUANTIZE void quantize_segment(const float* x, Q8_256& out) {
+INLINE void quantize_segment(const float* x, Q8_256& out) {
   const SegmentScale s = scale_of<256>(x);
   out.scale = s.scale;
   for (int i = 0; i < 16; i++) out.sums[i] = quantize_values<16>(x + 16 * i, s.inverse, out.q + 16 * i);
   for (int j = 0; j < 8; j++) split_sum(out.sums[2 * j] + out.sums[2 * j + 1], out.sums_high[j], out.sums_low[j]);
   for (int j = 0; j < 16; j++) split_sum(out.sums[j], out.sums_16_high[j], out.sums_16_low[j]);
 }
-
-#undef AS_VECTORS
-#undef QUANTIZE
 
 void quantize(ActivationFormat format, const float* x, int cols, void* out) {
   if (format == ActivationFormat::Q8_32)

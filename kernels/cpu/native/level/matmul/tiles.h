@@ -8,7 +8,7 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 // Of a token among lines that may be given by TokenLines.
-inline __attribute__((always_inline)) size_t line_of(const int32_t* lines, int token) {
+INLINE size_t line_of(const int32_t* lines, int token) {
   return static_cast<size_t>(lines ? lines[token] : token);
 }
 
@@ -21,12 +21,12 @@ struct Output {
 };
 
 // Every NaN becomes the same one: which payload survives an operation is the compiler's choice of operand order.
-inline __attribute__((always_inline)) F32x16 canonical(F32x16 x) {
+INLINE F32x16 canonical(F32x16 x) {
   const F32x16 infinity = broadcast(__builtin_inff()), nan = broadcast(__builtin_nanf(""));
   return select_less(x, infinity, x, select_less(zero(), x, x, nan));
 }
 
-[[maybe_unused]] inline __attribute__((always_inline)) void store_rows(const Output& output, int tile, int token,
+INLINE void store_rows(const Output& output, int tile, int token,
                                                                        F32x16 x) {
   const int first_row = tile * kTileRows, rows = output.rows - first_row;
   float* out = output.out + line_of(output.lines, token) * output.stride + first_row;

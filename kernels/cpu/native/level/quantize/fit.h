@@ -59,18 +59,6 @@ void store_levels(F level, uint8_t* out) {
   return select_less(zero(), size, div(broadcast(1.0f), select_less(zero(), size, x, broadcast(1.0f))), zero());
 }
 
-[[maybe_unused]] uint16_t half_bits(float x) {
-  uint16_t halves[16];
-  to_f16(halves, broadcast(x));
-  return halves[0];
-}
-[[maybe_unused]] float half_value(uint16_t bits) {
-  uint16_t halves[16];
-  float values[16];
-  for (uint16_t& half : halves) half = bits;
-  store(values, from_f16(halves));
-  return values[0];
-}
 // What x becomes as a half.
 [[maybe_unused]] float as_half(float x) { return half_value(half_bits(x)); }
 [[maybe_unused]] void put_half(float x, uint8_t* out) {
@@ -84,7 +72,7 @@ struct Sums {
 };
 
 template <int size, typename F>
-inline __attribute__((always_inline)) Sums sums_of(const Batch<size>& batch, F level) {
+INLINE Sums sums_of(const Batch<size>& batch, F level) {
   Sums s;
   for (int i = 0; i < size; i++) {
     const F32x16 l = level(i), wl = mul(batch.w[i], l);
@@ -143,7 +131,7 @@ struct SymmetricFit {
 
   F32x16 level(int i, F32x16 inv) const { return clamp(rounded(mul(batch.x[i], inv)), -n, n - 1); }
 
-  inline __attribute__((always_inline)) Sums sums(F32x16 inv) const {
+  INLINE Sums sums(F32x16 inv) const {
     return sums_of(batch, [&](int i) { return level(i, inv); });
   }
 

@@ -15,7 +15,7 @@ constexpr Table kUneven = {16, {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13,
 constexpr Table kFloat4 = {8, {0, 1, 2, 3, 4, 6, 8, 12}};  // without sign
 
 // Of each lane, the number of the value nearest to x and that value itself.
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 nearest(const Table& table, F32x16 x, F32x16* index) {
+INLINE F32x16 nearest(const Table& table, F32x16 x, F32x16* index) {
   F32x16 value = broadcast(table.value[0]), at = zero();
   for (int k = 1; k < table.count; k++) {
     const F32x16 border = broadcast(0.5f * (table.value[k - 1] + table.value[k]));

@@ -17,7 +17,7 @@ template <int kBits>
 constexpr int kDirectTokens = 16;
 
 template <int kBits>
-DOT Sums step(Sums sums, Bytes w, int32_t activations) {
+INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
   const __m256i a = _mm256_set1_epi32(activations);
   return {_mm256_dpbusd_avx_epi32(sums.lo, w.lo, a), _mm256_dpbusd_avx_epi32(sums.hi, w.hi, a)};
 }

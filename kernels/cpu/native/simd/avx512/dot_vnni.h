@@ -17,7 +17,7 @@ template <int kBits>
 constexpr int kDirectTokens = kBits == 2 || kBits == 4 ? 128 : 32;
 
 template <int kBits>
-DOT Sums step(Sums sums, Bytes w, int32_t activations) {
+INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
   return _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(activations));
 }
 

@@ -25,26 +25,26 @@ constexpr int kDirectTokens = 16;
   for (int i = 0; i < n; i++) r.v[i] = (expression); \
   return r
 
-DOT Bytes load_bytes(const uint8_t* p) {
+INLINE Bytes load_bytes(const uint8_t* p) {
   Bytes r;
   memcpy(r.v, p, sizeof r.v);
   return r;
 }
-DOT void store_bytes(uint8_t* p, const Bytes& b) { memcpy(p, b.v, sizeof b.v); }
+INLINE void store_bytes(uint8_t* p, const Bytes& b) { memcpy(p, b.v, sizeof b.v); }
 template <int shift, int mask>
-DOT Bytes field(const Bytes& b) {
+INLINE Bytes field(const Bytes& b) {
   EACH(Bytes, 64, static_cast<uint8_t>((shift >= 0 ? b.v[i] >> (shift & 7) : b.v[i] << (-shift & 7)) & mask));
 }
-DOT Bytes merge(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, a.v[i] | b.v[i]); }
-DOT Bytes lookup(const uint8_t (&table)[16], const Bytes& b) { EACH(Bytes, 64, table[b.v[i] & 15]); }
+INLINE Bytes merge(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, a.v[i] | b.v[i]); }
+INLINE Bytes lookup(const uint8_t (&table)[16], const Bytes& b) { EACH(Bytes, 64, table[b.v[i] & 15]); }
 template <int n>
-DOT I32x16 column(const Bytes& b) { EACH(I32x16, 16, b.v[4 * i + n]); }
+INLINE I32x16 column(const Bytes& b) { EACH(I32x16, 16, b.v[4 * i + n]); }
 template <int n>
-DOT I32x16 signed_column(const Bytes& b) { EACH(I32x16, 16, static_cast<int8_t>(b.v[4 * i + n])); }
+INLINE I32x16 signed_column(const Bytes& b) { EACH(I32x16, 16, static_cast<int8_t>(b.v[4 * i + n])); }
 
-DOT Sums no_sums() { return {}; }
+INLINE Sums no_sums() { return {}; }
 // Bytes 0 and 2, or 1 and 3, of four activations as every pair's factors.
-DOT void broadcast_pair(int32_t even, int16_t (&out)[32]) {
+INLINE void broadcast_pair(int32_t even, int16_t (&out)[32]) {
   const int32_t low = static_cast<int8_t>(even), high = static_cast<int8_t>(even >> 16);
   const uint32_t pair = (static_cast<uint32_t>(low) & 0xffff) | static_cast<uint32_t>(high) << 16;
   uint32_t pairs[16];
@@ -52,11 +52,11 @@ DOT void broadcast_pair(int32_t even, int16_t (&out)[32]) {
   memcpy(out, pairs, sizeof out);
 }
 template <int kBits>
-DOT int16_t low_byte(uint16_t pair) {
+INLINE int16_t low_byte(uint16_t pair) {
   return kBits == 8 ? static_cast<int8_t>(pair ^ 0x80) : static_cast<int16_t>(pair & 255);
 }
 template <int kBits>
-DOT Sums step(const Sums& sums, const Bytes& w, int32_t activations) {
+INLINE Sums step(const Sums& sums, const Bytes& w, int32_t activations) {
   uint16_t pairs[32];
   int16_t first[32], second[32];
   memcpy(pairs, w.v, sizeof pairs);
@@ -68,30 +68,30 @@ DOT Sums step(const Sums& sums, const Bytes& w, int32_t activations) {
                                   low_byte<kBits>(static_cast<uint16_t>(pairs[i] >> 8)) * second[i]);
   return r;
 }
-DOT I32x16 in_lanes(const Sums& sums) {
+INLINE I32x16 in_lanes(const Sums& sums) {
   I32x16 pairs, r;
   memcpy(pairs.v, sums.v, sizeof pairs);
   for (int i = 0; i < 16; i++) r.v[i] = static_cast<int16_t>(pairs.v[i]) + (pairs.v[i] >> 16);
   return r;
 }
-DOT I32x16 add_sums(const I32x16& total, const Sums& sums) { return add(total, in_lanes(sums)); }
-DOT Scale make_scale(const I32x16& scale) { return scale; }
-DOT I32x16 scale_lanes(const Scale& scale) { return scale; }
-DOT I32x16 add_scaled(const I32x16& total, const Sums& sums, const Scale& scale) {
+INLINE I32x16 add_sums(const I32x16& total, const Sums& sums) { return add(total, in_lanes(sums)); }
+INLINE Scale make_scale(const I32x16& scale) { return scale; }
+INLINE I32x16 scale_lanes(const Scale& scale) { return scale; }
+INLINE I32x16 add_scaled(const I32x16& total, const Sums& sums, const Scale& scale) {
   return add(total, mul(in_lanes(sums), scale));
 }
 // total + scale * (sums - offset); offset is even.
-DOT I32x16 add_scaled(const I32x16& total, const Sums& sums, int32_t offset, const Scale& scale) {
+INLINE I32x16 add_scaled(const I32x16& total, const Sums& sums, int32_t offset, const Scale& scale) {
   return add(total, mul(sub(in_lanes(sums), broadcast(offset)), scale));
 }
 
-DOT I32x16 as_lanes(const Bytes& b) { return __builtin_bit_cast(I32x16, b); }
-DOT Bytes as_bytes(const I32x16& a) { return __builtin_bit_cast(Bytes, a); }
-DOT Bytes both(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, a.v[i] & b.v[i]); }
-DOT Bytes add_bytes(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, static_cast<uint8_t>(a.v[i] + b.v[i])); }
+INLINE I32x16 as_lanes(const Bytes& b) { return __builtin_bit_cast(I32x16, b); }
+INLINE Bytes as_bytes(const I32x16& a) { return __builtin_bit_cast(Bytes, a); }
+INLINE Bytes both(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, a.v[i] & b.v[i]); }
+INLINE Bytes add_bytes(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, static_cast<uint8_t>(a.v[i] + b.v[i])); }
 
 template <int n>
-DOT I32x16 lookup_points(const uint16_t* table, const I32x16& index) {
+INLINE I32x16 lookup_points(const uint16_t* table, const I32x16& index) {
   uint16_t halves[32];
   memcpy(halves, index.v, sizeof halves);
   for (uint16_t& half : halves) half = table[half];
@@ -101,7 +101,7 @@ DOT I32x16 lookup_points(const uint16_t* table, const I32x16& index) {
 }
 
 template <int bits>
-DOT Bytes spread(const I32x16& points, int half) {
+INLINE Bytes spread(const I32x16& points, int half) {
   uint32_t lanes[16];
   memcpy(lanes, points.v, sizeof lanes);
   for (uint32_t& lane : lanes) {
@@ -114,7 +114,7 @@ DOT Bytes spread(const I32x16& points, int half) {
 }
 
 template <int offset>
-DOT Bytes with_signs(const Bytes& b, const uint8_t* bits) {
+INLINE Bytes with_signs(const Bytes& b, const uint8_t* bits) {
   Bytes negative, r;
   for (int i = 0; i < 8; i++) {
     const uint64_t one_each = uint64_t{bits[i]} * 0x0101010101010101 & 0x8040201008040201;

@@ -1,9 +1,6 @@
 // Lanes in plain C++: no instruction set is assumed; what a compiler can vectorize keeps its IEEE meaning.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
@@ -14,73 +11,71 @@ struct I32x16 {
   int32_t v[16];
 };
 
-#define LANES [[maybe_unused]] inline __attribute__((always_inline))
 #define EACH(T, expression)                    \
   T r;                                         \
   for (int i = 0; i < 16; i++) r.v[i] = (expression); \
   return r
 
-LANES F32x16 load(const float* p) { EACH(F32x16, p[i]); }
-LANES void store(float* p, F32x16 x) { memcpy(p, x.v, sizeof x.v); }
-LANES F32x16 broadcast(float x) { EACH(F32x16, x); }
-LANES F32x16 zero() { EACH(F32x16, 0.0f); }
-LANES F32x16 add(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] + b.v[i]); }
-LANES F32x16 sub(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] - b.v[i]); }
-LANES F32x16 mul(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] * b.v[i]); }
-LANES F32x16 div(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] / b.v[i]); }
-LANES F32x16 sqrt(F32x16 a) { EACH(F32x16, __builtin_sqrtf(a.v[i])); }
-LANES F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { EACH(F32x16, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }    // a * b + c
-LANES F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { EACH(F32x16, __builtin_fmaf(-a.v[i], b.v[i], c.v[i])); }  // c - a * b
-LANES F32x16 max(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-LANES F32x16 min(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+INLINE F32x16 load(const float* p) { EACH(F32x16, p[i]); }
+INLINE void store(float* p, F32x16 x) { memcpy(p, x.v, sizeof x.v); }
+INLINE F32x16 broadcast(float x) { EACH(F32x16, x); }
+INLINE F32x16 zero() { EACH(F32x16, 0.0f); }
+INLINE F32x16 add(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] + b.v[i]); }
+INLINE F32x16 sub(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] - b.v[i]); }
+INLINE F32x16 mul(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] * b.v[i]); }
+INLINE F32x16 div(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] / b.v[i]); }
+INLINE F32x16 sqrt(F32x16 a) { EACH(F32x16, __builtin_sqrtf(a.v[i])); }
+INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { EACH(F32x16, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }    // a * b + c
+INLINE F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { EACH(F32x16, __builtin_fmaf(-a.v[i], b.v[i], c.v[i])); }  // c - a * b
+INLINE F32x16 max(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+INLINE F32x16 min(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 // Lanes [0, n) from a, the others from b.
-LANES F32x16 first(int n, F32x16 a, F32x16 b) { EACH(F32x16, i < n ? a.v[i] : b.v[i]); }
+INLINE F32x16 first(int n, F32x16 a, F32x16 b) { EACH(F32x16, i < n ? a.v[i] : b.v[i]); }
 // a < b ? x : y
-LANES F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) { EACH(F32x16, a.v[i] < b.v[i] ? x.v[i] : y.v[i]); }
+INLINE F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) { EACH(F32x16, a.v[i] < b.v[i] ? x.v[i] : y.v[i]); }
 // Exact: 2^112 moves a half's exponent to where a float has it, subnormal halves included. (The compiler's own conversion
 // is a call per value where the CPU has none.)
-LANES float half_to_float(uint16_t h) {
+INLINE float half_to_float(uint16_t h) {
   const uint32_t magnitude = (h & 0x7fffu) << 13, special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
   return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | special | (h & 0x8000u) << 16);
 }
-LANES uint16_t float_to_half(float x) {
+INLINE uint16_t float_to_half(float x) {
 #if defined(__aarch64__)
   return __builtin_bit_cast(uint16_t, static_cast<__fp16>(x));  // g++ 12 knows the other name on x86 only
 #else
   return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
 #endif
 }
-LANES float bfloat_to_float(uint16_t h) { return __builtin_bit_cast(float, static_cast<uint32_t>(h) << 16); }
-LANES F32x16 from_f16(const uint16_t* p) { EACH(F32x16, half_to_float(p[i])); }
-LANES void to_f16(uint16_t* p, F32x16 x) {
+INLINE float bfloat_to_float(uint16_t h) { return __builtin_bit_cast(float, static_cast<uint32_t>(h) << 16); }
+INLINE F32x16 from_f16(const uint16_t* p) { EACH(F32x16, half_to_float(p[i])); }
+INLINE void to_f16(uint16_t* p, F32x16 x) {
   for (int i = 0; i < 16; i++) p[i] = float_to_half(x.v[i]);
 }
-LANES F32x16 from_bf16(const uint16_t* p) { EACH(F32x16, bfloat_to_float(p[i])); }
+INLINE F32x16 from_bf16(const uint16_t* p) { EACH(F32x16, bfloat_to_float(p[i])); }
 // 2^(e - 128) of exponent bytes e: exact, the two least are subnormal.
-LANES float halved_e8m0_to_float(uint8_t e) {
+INLINE float halved_e8m0_to_float(uint8_t e) {
   return __builtin_bit_cast(float, e < 2 ? 0x200000u << e : (e - 1u) << 23);
 }
-LANES F32x16 from_halved_e8m0(const uint8_t* p) { EACH(F32x16, halved_e8m0_to_float(p[i])); }
-LANES I32x16 broadcast(int32_t x) { EACH(I32x16, x); }
-LANES I32x16 load(const int32_t* p) { EACH(I32x16, p[i]); }
-LANES void store(int32_t* p, I32x16 x) { memcpy(p, x.v, sizeof x.v); }
-LANES I32x16 add(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] + b.v[i]); }
-LANES I32x16 sub(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] - b.v[i]); }
-LANES I32x16 mul(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] * b.v[i]); }
+INLINE F32x16 from_halved_e8m0(const uint8_t* p) { EACH(F32x16, halved_e8m0_to_float(p[i])); }
+INLINE I32x16 broadcast(int32_t x) { EACH(I32x16, x); }
+INLINE I32x16 load(const int32_t* p) { EACH(I32x16, p[i]); }
+INLINE void store(int32_t* p, I32x16 x) { memcpy(p, x.v, sizeof x.v); }
+INLINE I32x16 add(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] + b.v[i]); }
+INLINE I32x16 sub(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] - b.v[i]); }
+INLINE I32x16 mul(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] * b.v[i]); }
 template <int n>
-LANES I32x16 shift_left(I32x16 a) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n)); }
-LANES I32x16 shift_right(I32x16 a, int n) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> n)); }
-LANES I32x16 keep(I32x16 a, int32_t mask) { EACH(I32x16, a.v[i] & mask); }
-LANES I32x16 either(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] | b.v[i]); }
-LANES F32x16 to_float(I32x16 a) { EACH(F32x16, static_cast<float>(a.v[i])); }
+INLINE I32x16 shift_left(I32x16 a) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n)); }
+INLINE I32x16 shift_right(I32x16 a, int n) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> n)); }
+INLINE I32x16 keep(I32x16 a, int32_t mask) { EACH(I32x16, a.v[i] & mask); }
+INLINE I32x16 either(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] | b.v[i]); }
+INLINE F32x16 to_float(I32x16 a) { EACH(F32x16, static_cast<float>(a.v[i])); }
 // Nearest, ties to even; |x| < 2^31 is the caller's duty (out of range differs between machines).
-LANES I32x16 to_int(F32x16 a) { EACH(I32x16, static_cast<int32_t>(__builtin_lrintf(a.v[i]))); }
-LANES F32x16 bits_to_float(I32x16 a) { return __builtin_bit_cast(F32x16, a); }
-LANES I32x16 float_to_bits(F32x16 a) { return __builtin_bit_cast(I32x16, a); }
+INLINE I32x16 to_int(F32x16 a) { EACH(I32x16, static_cast<int32_t>(__builtin_lrintf(a.v[i]))); }
+INLINE F32x16 bits_to_float(I32x16 a) { return __builtin_bit_cast(F32x16, a); }
+INLINE I32x16 float_to_bits(F32x16 a) { return __builtin_bit_cast(I32x16, a); }
 
 #undef EACH
-#undef LANES
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

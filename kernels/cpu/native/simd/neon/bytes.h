@@ -8,53 +8,53 @@ struct Bytes {
   uint8x16_t v[4];
 };
 
-DOT Bytes load_bytes(const uint8_t* p) { EACH_QUARTER(Bytes, vld1q_u8(p + 16 * i)); }
-DOT void store_bytes(uint8_t* p, Bytes b) {
+INLINE Bytes load_bytes(const uint8_t* p) { EACH_QUARTER(Bytes, vld1q_u8(p + 16 * i)); }
+INLINE void store_bytes(uint8_t* p, Bytes b) {
   vst1q_u8(p, b.v[0]);
   vst1q_u8(p + 16, b.v[1]);
   vst1q_u8(p + 32, b.v[2]);
   vst1q_u8(p + 48, b.v[3]);
 }
 template <int shift, int mask>
-DOT uint8x16_t field(uint8x16_t b) {
+INLINE uint8x16_t field(uint8x16_t b) {
   if constexpr (shift > 0) b = vshrq_n_u8(b, shift);
   if constexpr (shift < 0) b = vshlq_n_u8(b, -shift);
   constexpr int left = shift >= 0 ? 255 >> shift : 255 << -shift & 255;
   return left == (mask & left) ? b : vandq_u8(b, vdupq_n_u8(mask));
 }
 template <int shift, int mask>
-DOT Bytes field(Bytes b) {
+INLINE Bytes field(Bytes b) {
   EACH_QUARTER(Bytes, (field<shift, mask>(b.v[i])));
 }
-DOT Bytes merge(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vorrq_u8(a.v[i], b.v[i])); }
-DOT Bytes lookup(const uint8_t (&table)[16], Bytes b) {
+INLINE Bytes merge(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vorrq_u8(a.v[i], b.v[i])); }
+INLINE Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   const uint8x16_t entries = vld1q_u8(table), low = vdupq_n_u8(15);
   EACH_QUARTER(Bytes, vqtbl1q_u8(entries, vandq_u8(b.v[i], low)));
 }
 template <int n>
-DOT I32x16 column(Bytes b) {
+INLINE I32x16 column(Bytes b) {
   EACH_QUARTER(I32x16, vreinterpretq_s32_u32(vreinterpretq_u32_u8(b.v[i]) >> (8 * n) & 255));
 }
 template <int n>
-DOT I32x16 signed_column(Bytes b) {
+INLINE I32x16 signed_column(Bytes b) {
   EACH_QUARTER(I32x16, (vreinterpretq_s32_u8(b.v[i]) << (24 - 8 * n)) >> 24);
 }
 
 // What `step` multiplies: bytes of fewer than eight bits are signed as they are, others become so less 128.
 template <int kBits>
-DOT int8x16_t signed_bytes(uint8x16_t b) {
+INLINE int8x16_t signed_bytes(uint8x16_t b) {
   return vreinterpretq_s8_u8(kBits < 8 ? b : veorq_u8(b, vdupq_n_u8(0x80)));
 }
 template <int kBits>
 constexpr bool kCentred = kBits == 8;
 
-DOT I32x16 as_lanes(Bytes b) { EACH_QUARTER(I32x16, vreinterpretq_s32_u8(b.v[i])); }
-DOT Bytes as_bytes(I32x16 a) { EACH_QUARTER(Bytes, vreinterpretq_u8_s32(a.v[i])); }
-DOT Bytes both(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vandq_u8(a.v[i], b.v[i])); }
-DOT Bytes add_bytes(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vaddq_u8(a.v[i], b.v[i])); }
+INLINE I32x16 as_lanes(Bytes b) { EACH_QUARTER(I32x16, vreinterpretq_s32_u8(b.v[i])); }
+INLINE Bytes as_bytes(I32x16 a) { EACH_QUARTER(Bytes, vreinterpretq_u8_s32(a.v[i])); }
+INLINE Bytes both(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vandq_u8(a.v[i], b.v[i])); }
+INLINE Bytes add_bytes(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vaddq_u8(a.v[i], b.v[i])); }
 
 template <int n>
-DOT I32x16 lookup_points(const uint16_t* table, I32x16 index) {
+INLINE I32x16 lookup_points(const uint16_t* table, I32x16 index) {
   alignas(64) uint16_t halves[32];
   store_bytes(reinterpret_cast<uint8_t*>(halves), as_bytes(index));
   for (uint16_t& half : halves) half = table[half];
@@ -62,13 +62,13 @@ DOT I32x16 lookup_points(const uint16_t* table, I32x16 index) {
 }
 
 template <int bits>
-DOT Bytes spread(I32x16 points, int half) {
+INLINE Bytes spread(I32x16 points, int half) {
   const I32x16 lower = half == 0 ? keep(points, 0xffff) : shift_right(points, 16);
   return as_bytes(either(lower, shift_left<16>(shift_right(lower, bits))));
 }
 
 template <int offset>
-DOT Bytes with_signs(Bytes b, const uint8_t* bits) {
+INLINE Bytes with_signs(Bytes b, const uint8_t* bits) {
   const uint8x16_t one_bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201)),
                    twice = vdupq_n_u8(2 * offset & 255);
   EACH_QUARTER(Bytes, vbslq_u8(vtstq_u8(vcombine_u8(vdup_n_u8(bits[2 * i]), vdup_n_u8(bits[2 * i + 1])), one_bit),

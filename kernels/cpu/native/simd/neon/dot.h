@@ -22,12 +22,12 @@ constexpr int kFloatRows = 1, kFloatTokens = 6;
 template <int kBits>
 constexpr int kDirectTokens = 16;
 
-DOT Sums no_sums() {
+INLINE Sums no_sums() {
   const int16x8_t none = vdupq_n_s16(0);
   return {{none, none, none, none, none, none, none, none}};
 }
 template <int kBits>
-DOT Sums step(Sums sums, Bytes w, int32_t activations) {
+INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
   const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(activations));
   const auto low = [&](int i) __attribute__((always_inline)) {
     return vmlal_s8(sums.v[2 * i], vget_low_s8(signed_bytes<kBits>(w.v[i])), vget_low_s8(a));
@@ -37,18 +37,18 @@ DOT Sums step(Sums sums, Bytes w, int32_t activations) {
   };
   return {{low(0), high(0), low(1), high(1), low(2), high(2), low(3), high(3)}};
 }
-DOT I32x16 in_lanes(Sums sums) {
+INLINE I32x16 in_lanes(Sums sums) {
   EACH_QUARTER(I32x16, vpaddq_s32(vpaddlq_s16(sums.v[2 * i]), vpaddlq_s16(sums.v[2 * i + 1])));
 }
-DOT I32x16 add_sums(I32x16 total, Sums sums) { return add(total, in_lanes(sums)); }
-DOT Scale make_scale(I32x16 scale) { return scale; }
-DOT I32x16 scale_lanes(Scale scale) { return scale; }
-DOT I32x16 add_scaled(I32x16 total, I32x16 sums, Scale scale) {
+INLINE I32x16 add_sums(I32x16 total, Sums sums) { return add(total, in_lanes(sums)); }
+INLINE Scale make_scale(I32x16 scale) { return scale; }
+INLINE I32x16 scale_lanes(Scale scale) { return scale; }
+INLINE I32x16 add_scaled(I32x16 total, I32x16 sums, Scale scale) {
   EACH_QUARTER(I32x16, vmlaq_s32(total.v[i], sums.v[i], scale.v[i]));
 }
-DOT I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) { return add_scaled(total, in_lanes(sums), scale); }
+INLINE I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) { return add_scaled(total, in_lanes(sums), scale); }
 // total + scale * (sums - offset); offset is even.
-DOT I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
+INLINE I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
   return add_scaled(total, sub(in_lanes(sums), broadcast(offset)), scale);
 }
 

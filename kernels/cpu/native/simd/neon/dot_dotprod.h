@@ -15,7 +15,7 @@ template <int kBits>
 constexpr int kDirectTokens = 16;
 
 template <int kBits>
-DOT Sums step(Sums sums, Bytes w, int32_t activations) {
+INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
   const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(activations));
   EACH_QUARTER(Sums, vdotq_s32(sums.v[i], signed_bytes<kBits>(w.v[i]), a));
 }

@@ -24,16 +24,48 @@
 #define UNROLL
 #endif
 
-#if defined(__AVX512VNNI__)
-#include "simd/avx512/dot_vnni.h"
-#elif defined(__AVX512BW__)
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || (defined(LLAMACLUST_NEON) && defined(__ARM_FEATURE_DOTPROD))
+
+// An instruction adds four products of bytes to an int32 lane: sums are lanes.
+using Sums = I32x16;
+using Scale = I32x16;
+
+template <int kBits>
+constexpr int kGroupsPerSum = 64;
+
+INLINE Sums no_sums() { return broadcast(0); }
+INLINE Sums sums_from(I32x16 x) { return x; }
+INLINE I32x16 add_sums(I32x16 total, Sums sums) { return add(total, sums); }
+INLINE Scale make_scale(I32x16 scale) { return scale; }
+INLINE I32x16 scale_lanes(Scale scale) { return scale; }
+INLINE I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) { return add(total, mul(sums, scale)); }
+// total + scale * (sums - offset); offset is even.
+INLINE I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
+  return add_scaled(total, sub(sums, broadcast(offset)), scale);
+}
+
+#elif !defined(LLAMACLUST_NEON)
+
+// Sums are pairs of columns in 16 bits, below 32768: 2 columns * 127 * the greatest byte (128 for eight bits, see step) * groups.
+template <int kBits>
+constexpr int kGroupsPerSum = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+
+template <int kBits>
+constexpr bool kCentred = kBits == 8;
+constexpr bool kSumsFrom = false;
+
+#endif
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL
+
+#if defined(__AVX512BW__)
 #include "simd/avx512/dot.h"
-#elif defined(__AVXVNNI__)
-#include "simd/avx2/dot_vnni.h"
 #elif defined(__AVX2__)
 #include "simd/avx2/dot.h"
-#elif defined(LLAMACLUST_NEON) && defined(__ARM_FEATURE_DOTPROD)
-#include "simd/neon/dot_dotprod.h"
 #elif defined(LLAMACLUST_NEON)
 #include "simd/neon/dot.h"
 #else

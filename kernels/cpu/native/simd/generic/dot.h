@@ -1,8 +1,6 @@
 // Integer dot products in plain C++: pairs of columns in 16 bits, loops that a compiler turns into whatever there is.
 #pragma once
 
-#include "simd/dot_int16.h"
-
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
@@ -19,12 +17,6 @@ constexpr int kFloatRows = 1, kFloatTokens = 4;
 template <int kBits>
 constexpr int kDirectTokens = 16;
 
-// Every byte i of the result, or every lane.
-#define EACH(T, n, expression)                         \
-  T r;                                                 \
-  for (int i = 0; i < n; i++) r.v[i] = (expression); \
-  return r
-
 INLINE Bytes load_bytes(const uint8_t* p) {
   Bytes r;
   memcpy(r.v, p, sizeof r.v);
@@ -33,14 +25,14 @@ INLINE Bytes load_bytes(const uint8_t* p) {
 INLINE void store_bytes(uint8_t* p, const Bytes& b) { memcpy(p, b.v, sizeof b.v); }
 template <int shift, int mask>
 INLINE Bytes field(const Bytes& b) {
-  EACH(Bytes, 64, static_cast<uint8_t>((shift >= 0 ? b.v[i] >> (shift & 7) : b.v[i] << (-shift & 7)) & mask));
+  EACH(Bytes, static_cast<uint8_t>((shift >= 0 ? b.v[i] >> (shift & 7) : b.v[i] << (-shift & 7)) & mask));
 }
-INLINE Bytes merge(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, a.v[i] | b.v[i]); }
-INLINE Bytes lookup(const uint8_t (&table)[16], const Bytes& b) { EACH(Bytes, 64, table[b.v[i] & 15]); }
+INLINE Bytes merge(const Bytes& a, const Bytes& b) { EACH(Bytes, a.v[i] | b.v[i]); }
+INLINE Bytes lookup(const uint8_t (&table)[16], const Bytes& b) { EACH(Bytes, table[b.v[i] & 15]); }
 template <int n>
-INLINE I32x16 column(const Bytes& b) { EACH(I32x16, 16, b.v[4 * i + n]); }
+INLINE I32x16 column(const Bytes& b) { EACH(I32x16, b.v[4 * i + n]); }
 template <int n>
-INLINE I32x16 signed_column(const Bytes& b) { EACH(I32x16, 16, static_cast<int8_t>(b.v[4 * i + n])); }
+INLINE I32x16 signed_column(const Bytes& b) { EACH(I32x16, static_cast<int8_t>(b.v[4 * i + n])); }
 
 INLINE Sums no_sums() { return {}; }
 // Bytes 0 and 2, or 1 and 3, of four activations as every pair's factors.
@@ -87,8 +79,8 @@ INLINE I32x16 add_scaled(const I32x16& total, const Sums& sums, int32_t offset, 
 
 INLINE I32x16 as_lanes(const Bytes& b) { return __builtin_bit_cast(I32x16, b); }
 INLINE Bytes as_bytes(const I32x16& a) { return __builtin_bit_cast(Bytes, a); }
-INLINE Bytes both(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, a.v[i] & b.v[i]); }
-INLINE Bytes add_bytes(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, static_cast<uint8_t>(a.v[i] + b.v[i])); }
+INLINE Bytes both(const Bytes& a, const Bytes& b) { EACH(Bytes, a.v[i] & b.v[i]); }
+INLINE Bytes add_bytes(const Bytes& a, const Bytes& b) { EACH(Bytes, static_cast<uint8_t>(a.v[i] + b.v[i])); }
 
 template <int n>
 INLINE I32x16 lookup_points(const uint16_t* table, const I32x16& index) {
@@ -125,8 +117,6 @@ INLINE Bytes with_signs(const Bytes& b, const uint8_t* bits) {
     r.v[i] = static_cast<uint8_t>((b.v[i] ^ negative.v[i]) + ((2 * offset + 1) & negative.v[i]));
   return r;
 }
-
-#undef EACH
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -11,9 +11,10 @@ struct I32x16 {
   int32_t v[16];
 };
 
-#define EACH(T, expression)                    \
-  T r;                                         \
-  for (int i = 0; i < 16; i++) r.v[i] = (expression); \
+// Every lane i of the result, or every byte.
+#define EACH(T, expression)                                                                      \
+  T r;                                                                                           \
+  for (int i = 0; i < static_cast<int>(sizeof r.v / sizeof *r.v); i++) r.v[i] = (expression); \
   return r
 
 INLINE F32x16 load(const float* p) { EACH(F32x16, p[i]); }
@@ -74,8 +75,6 @@ INLINE F32x16 to_float(I32x16 a) { EACH(F32x16, static_cast<float>(a.v[i])); }
 INLINE I32x16 to_int(F32x16 a) { EACH(I32x16, static_cast<int32_t>(__builtin_lrintf(a.v[i]))); }
 INLINE F32x16 bits_to_float(I32x16 a) { return __builtin_bit_cast(F32x16, a); }
 INLINE I32x16 float_to_bits(F32x16 a) { return __builtin_bit_cast(I32x16, a); }
-
-#undef EACH
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

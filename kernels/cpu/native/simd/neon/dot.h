@@ -1,10 +1,96 @@
-// Integer dot products on NEON of any ARMv8 processor: one 16-bit sum a column.
+// A k-group in four NEON registers of four rows each, and integer dot products: with sdot, whose operands are both signed, or
+// on any ARMv8 processor one 16-bit sum a column.
 #pragma once
-
-#include "simd/neon/bytes.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
+
+struct Bytes {
+  uint8x16_t v[4];
+};
+
+INLINE Bytes load_bytes(const uint8_t* p) { EACH_QUARTER(Bytes, vld1q_u8(p + 16 * i)); }
+INLINE void store_bytes(uint8_t* p, Bytes b) {
+  vst1q_u8(p, b.v[0]);
+  vst1q_u8(p + 16, b.v[1]);
+  vst1q_u8(p + 32, b.v[2]);
+  vst1q_u8(p + 48, b.v[3]);
+}
+template <int shift, int mask>
+INLINE uint8x16_t field(uint8x16_t b) {
+  if constexpr (shift > 0) b = vshrq_n_u8(b, shift);
+  if constexpr (shift < 0) b = vshlq_n_u8(b, -shift);
+  constexpr int left = shift >= 0 ? 255 >> shift : 255 << -shift & 255;
+  return left == (mask & left) ? b : vandq_u8(b, vdupq_n_u8(mask));
+}
+template <int shift, int mask>
+INLINE Bytes field(Bytes b) {
+  EACH_QUARTER(Bytes, (field<shift, mask>(b.v[i])));
+}
+INLINE Bytes merge(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vorrq_u8(a.v[i], b.v[i])); }
+INLINE Bytes lookup(const uint8_t (&table)[16], Bytes b) {
+  const uint8x16_t entries = vld1q_u8(table), low = vdupq_n_u8(15);
+  EACH_QUARTER(Bytes, vqtbl1q_u8(entries, vandq_u8(b.v[i], low)));
+}
+template <int n>
+INLINE I32x16 column(Bytes b) {
+  EACH_QUARTER(I32x16, vreinterpretq_s32_u32(vreinterpretq_u32_u8(b.v[i]) >> (8 * n) & 255));
+}
+template <int n>
+INLINE I32x16 signed_column(Bytes b) {
+  EACH_QUARTER(I32x16, (vreinterpretq_s32_u8(b.v[i]) << (24 - 8 * n)) >> 24);
+}
+
+// What `step` multiplies: bytes of fewer than eight bits are signed as they are, others become so less 128.
+template <int kBits>
+INLINE int8x16_t signed_bytes(uint8x16_t b) {
+  return vreinterpretq_s8_u8(kBits < 8 ? b : veorq_u8(b, vdupq_n_u8(0x80)));
+}
+template <int kBits>
+constexpr bool kCentred = kBits == 8;
+
+INLINE I32x16 as_lanes(Bytes b) { EACH_QUARTER(I32x16, vreinterpretq_s32_u8(b.v[i])); }
+INLINE Bytes as_bytes(I32x16 a) { EACH_QUARTER(Bytes, vreinterpretq_u8_s32(a.v[i])); }
+INLINE Bytes both(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vandq_u8(a.v[i], b.v[i])); }
+INLINE Bytes add_bytes(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vaddq_u8(a.v[i], b.v[i])); }
+
+template <int n>
+INLINE I32x16 lookup_points(const uint16_t* table, I32x16 index) {
+  alignas(64) uint16_t halves[32];
+  store_bytes(reinterpret_cast<uint8_t*>(halves), as_bytes(index));
+  for (uint16_t& half : halves) half = table[half];
+  return as_lanes(load_bytes(reinterpret_cast<const uint8_t*>(halves)));
+}
+
+template <int bits>
+INLINE Bytes spread(I32x16 points, int half) {
+  const I32x16 lower = half == 0 ? keep(points, 0xffff) : shift_right(points, 16);
+  return as_bytes(either(lower, shift_left<16>(shift_right(lower, bits))));
+}
+
+template <int offset>
+INLINE Bytes with_signs(Bytes b, const uint8_t* bits) {
+  const uint8x16_t one_bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201)),
+                   twice = vdupq_n_u8(2 * offset & 255);
+  EACH_QUARTER(Bytes, vbslq_u8(vtstq_u8(vcombine_u8(vdup_n_u8(bits[2 * i]), vdup_n_u8(bits[2 * i + 1])), one_bit),
+                               vsubq_u8(twice, b.v[i]), b.v[i]));
+}
+
+constexpr bool kSumsFrom = false;
+constexpr int kFloatRows = 1, kFloatTokens = 6;
+template <int kBits>
+constexpr int kDirectTokens = 16;
+
+#if defined(__ARM_FEATURE_DOTPROD)
+
+constexpr int kPanelRows = 1, kPanelTokens = 4;
+template <int kBits>
+INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
+  const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(activations));
+  EACH_QUARTER(Sums, vdotq_s32(sums.v[i], signed_bytes<kBits>(w.v[i]), a));
+}
+
+#else
 
 struct Sums {
   int16x8_t v[8];  // [two rows][4 columns]
@@ -15,13 +101,7 @@ using Scale = I32x16;
 template <int kBits>
 constexpr int kGroupsPerSum = kBits <= 4 ? 16 : kBits == 5 ? 8 : kBits == 6 ? 4 : 2;
 
-constexpr bool kSumsFrom = false;
-
 constexpr int kPanelRows = 1, kPanelTokens = 2;
-constexpr int kFloatRows = 1, kFloatTokens = 6;
-template <int kBits>
-constexpr int kDirectTokens = 16;
-
 INLINE Sums no_sums() {
   const int16x8_t none = vdupq_n_s16(0);
   return {{none, none, none, none, none, none, none, none}};
@@ -51,6 +131,8 @@ INLINE I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) { return add_scal
 INLINE I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
   return add_scaled(total, sub(in_lanes(sums), broadcast(offset)), scale);
 }
+
+#endif
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

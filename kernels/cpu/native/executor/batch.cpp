@@ -1,4 +1,4 @@
-#include "executor/batch.h"
+#include "executor/executor.h"
 
 #include <algorithm>
 #include <stdexcept>

@@ -8,206 +8,208 @@
 
 namespace llamaclust {
 
-void Plan::check_alike(BufferId a, BufferId b) const {
-  require(buffer(a).width == buffer(b).width && buffer(a).multiple == buffer(b).multiple, "widths that differ");
-}
+struct Plan::Checks {
+  Plan& plan;
 
-void Plan::check_rotation(const Rotation& rotation, int head_dim) const {
-  require(rotation.table >= 0 && static_cast<size_t>(rotation.table) < rotations.size(), "unknown rotation table");
-  require(2 * rotations[rotation.table].pairs() <= head_dim, "rotation wider than a head");
-}
+  const Buffer& buffer(BufferId id) const { return plan.buffer(id); }
+  bool is_line(BufferId id) const { return buffer(id).multiple == 1; }
 
-void Plan::check_product(const Matrix& weight, const std::vector<float>& bias, BufferId out, int index) const {
-  require(is_supported(weight.type), "weights of an unsupported type");
-  require(weight.rows > 0 && buffer(out).width == weight.rows, "a product as wide as its weight has rows");
-  require(weight.cols == slot(index).cols, "activations as wide as the weight");
-  require(tile_layout(weight.type).activation == slot(index).format, "activations in the format of the weight");
-  require(bias.empty() || bias.size() == static_cast<size_t>(weight.rows), "a bias as wide as its product");
-}
-
-template <>
-Access Plan::check(const EmbedStep& step) {
-  require(is_supported(step.weight.type), "an embedding of an unsupported type");
-  require(buffer(step.out).width == step.weight.cols && buffer(step.out).multiple == 1, "embedding width");
-  require(step.weight.rows > 0 && !selects, "an embedding of nothing");
-  vocabulary = vocabulary > 0 ? std::min(vocabulary, step.weight.rows) : step.weight.rows;
-  return {{}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const InputStep& step) {
-  require(buffer(step.out).multiple == 1 && !selects, "a hidden state is one line a row");
-  require(hidden_width == 0 || hidden_width == buffer(step.out).width, "hidden states of two widths");
-  hidden_width = buffer(step.out).width;
-  return {{}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const NormStep& step) {
-  check_alike(step.x, step.out);
-  require(!step.weight.empty() && static_cast<size_t>(buffer(step.x).width) % step.weight.size() == 0,
-          "a norm weight of another width");
-  require(std::isfinite(step.epsilon) && step.epsilon >= 0, "a norm epsilon that is no small number");
-  return {{step.x}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const LayerNormStep& step) {
-  check_alike(step.x, step.out);
-  const size_t width = static_cast<size_t>(buffer(step.x).width);
-  require(step.weight.size() == width && step.bias.size() == width && buffer(step.x).multiple == 1,
-          "a norm weight of another width");
-  require(std::isfinite(step.epsilon) && step.epsilon >= 0, "a norm epsilon that is no small number");
-  return {{step.x}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const PositionStep& step) {
-  check_alike(step.x, step.out);
-  require(step.x != step.out && !selects, "positions added in place");
-  require(is_supported(step.weight.type), "an embedding of an unsupported type");
-  require(buffer(step.out).width == step.weight.cols && buffer(step.out).multiple == 1, "embedding width");
-  require(step.weight.rows >= limits.max_context_tokens, "fewer positions than the context has");
-  return {{step.x}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const RopeStep& step) {
-  check_alike(step.x, step.out);
-  require(step.heads > 0 && step.head_dim > 0 && step.head_dim <= kMaxHeadChannels && buffer(step.x).multiple == 1,
-          "heads");
-  require(static_cast<int64_t>(step.heads) * step.head_dim == buffer(step.x).width, "heads of another width");
-  check_rotation(step.rotation, step.head_dim);
-  return {{step.x}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const ElementwiseStep& step) {
-  check_alike(step.x, step.y);
-  check_alike(step.x, step.out);
-  const bool in_place = step.x == step.out && step.y == step.out;
-  require(in_place || buffer(step.out).private_copy, "an elementwise step from one shared buffer to another");
-  require(std::isfinite(step.number), "a factor that is no number");
-  require(step.op != RowOp::soft_cap || step.number > 0, "a soft cap that is no positive number");
-  return {{step.x, step.y}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const SliceStep& step) {
-  const int width = buffer(step.x).width;
-  require(buffer(step.x).multiple == 1 && buffer(step.out).multiple == 1 && step.x != step.out, "a slice in place");
-  require(step.start >= 0 && step.start <= width && buffer(step.out).width <= width - step.start,
-          "a slice beyond its source");
-  return {{step.x}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const SigmoidGateStep& step) {
-  check_alike(step.y, step.out);
-  require(buffer(step.x).multiple == 1 && buffer(step.y).multiple == 1, "a gate is one number a row");
-  require(step.weight.size() == static_cast<size_t>(buffer(step.x).width), "a gate's weight of another width");
-  return {{step.x, step.y}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const QuantizeStep& step) {
-  const Buffer& x = buffer(step.x);
-  require(step.slot >= 0 && step.slot < kMaxSlots, "activation slot out of range");
-  const int segment = step.format == ActivationFormat::Q8_256 ? 256 : step.format == ActivationFormat::Q8_32 ? 32 : 1;
-  require(x.width % segment == 0, "a width that is no multiple of the weights' blocks");
-  if (slots.size() <= static_cast<size_t>(step.slot)) slots.resize(static_cast<size_t>(step.slot) + 1);
-  ActivationSlot& slot = slots[step.slot];
-  const size_t row_bytes = activation_bytes(step.format, x.width) * static_cast<size_t>(x.multiple);
-  slot = {std::max(slot.max_row_bytes, row_bytes), x.width, x.multiple, step.format};
-  return {{step.x}, {}, true};
-}
-
-template <>
-Access Plan::check(const ChooseStep& step) {
-  require(step.experts > 0 && step.used > 0 && step.used <= step.experts && step.used <= 256, "experts");
-  require(buffer(step.logits).width == step.experts && buffer(step.logits).multiple == 1, "router width");
-  require(buffer(step.out).width == 2 * step.used && buffer(step.out).multiple == 1, "choice width");
-  choosable_ = std::max(choosable_, static_cast<size_t>(step.experts));
-  return {{step.logits}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const CombineStep& step) {
-  require(buffer(step.choice).width == 2 * step.used && buffer(step.choice).multiple == 1, "choice width");
-  require(buffer(step.x).multiple == step.used && buffer(step.out).multiple == 1, "a line for each expert used");
-  require(buffer(step.x).width == buffer(step.out).width, "widths that differ");
-  return {{step.choice, step.x}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const SelectStep& step) {
-  check_alike(step.x, step.out);
-  require(!selects && step.x != step.out && buffer(step.x).multiple == 1, "rows selected twice or in place");
-  selects = true;
-  return {{step.x}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const OutputStep& step) {
-  check_alike(step.x, step.out);
-  require(!buffer(step.out).private_copy, "a copy for the caller is one that all threads share");
-  return {{step.x}, {step.out}, true};
-}
-
-template <>
-Access Plan::check(const MatmulStep& step) {
-  Access access{{}, {}, false};
-  require(!step.products.empty(), "a step of no products");
-  for (const Product& product : step.products) {
-    check_product(product.weight, product.bias, product.out, product.slot);
-    require(buffer(product.out).multiple == slot(product.slot).multiple, "as many lines as activations");
-    require(std::ranges::count(access.writes, product.out) == 0, "two products into one buffer");
-    access.writes.push_back(product.out);
+  // An element of a list.
+  template <typename T>
+  static const T& at(int index, const std::vector<T>& list, const char* otherwise) {
+    require(index >= 0 && static_cast<size_t>(index) < list.size(), otherwise);
+    return list[index];
   }
-  return access;
-}
 
-template <>
-Access Plan::check(const ExpertsStep& step) {
-  Access access{{step.choice}, {}, false};
-  require(!step.products.empty() && choosable_ > 0, "a step of no experts");
-  require(buffer(step.choice).width == 2 * step.used, "choice width");
-  require(slot(step.slot).multiple == (step.per_rank ? step.used : 1), "as many activations as ranks");
-  for (const ExpertProduct& product : step.products) {
-    require(product.experts.size() >= choosable_, "as many experts as may be chosen");
-    require(buffer(product.out).multiple == step.used, "a line for each expert used");
-    require(std::ranges::count(access.writes, product.out) == 0, "two products into one buffer");
-    for (const Matrix& expert : product.experts) check_product(expert, {}, product.out, step.slot);
-    access.writes.push_back(product.out);
+  const ActivationSlot& slot(int index) const {
+    return at(index, plan.slots, "an activation slot that nothing was written to");
   }
-  return access;
-}
 
-template <>
-Access Plan::check(const AttentionStep& step) {
-  require(step.layer >= 0 && static_cast<size_t>(step.layer) < kv_layers.size(), "unknown layer of KV memory");
-  const KvShape& shape = kv_layers[step.layer];
-  require(shape.kv_heads == step.kv_heads && shape.head_dim == step.head_dim, "KV memory of another shape");
-  require(step.heads > 0 && step.heads % step.kv_heads == 0 && step.heads <= 65536, "heads in groups");
-  const int width = step.heads * step.head_dim, kv_width = step.kv_heads * step.head_dim;
-  require(buffer(step.q).width == width && buffer(step.out).width == width, "query width");
-  require(buffer(step.k).width == kv_width && buffer(step.v).width == kv_width, "key and value width");
-  for (BufferId id : {step.q, step.k, step.v, step.out})
-    require(buffer(id).multiple == 1 && !selects, "one line a row");
-  require(step.out != step.q && step.out != step.k && step.out != step.v, "attention in place");
-  require(std::isfinite(step.scale), "an attention scale that is no number");
-  require(std::isfinite(step.soft_cap) && step.soft_cap >= 0, "a soft cap that is no positive number");
-  require(step.slopes.empty() || step.slopes.size() == static_cast<size_t>(step.heads), "a slope for each head");
-  for (float slope : step.slopes) require(std::isfinite(slope), "a slope that is no number");
-  require(step.window > 0, "an attention window of nothing");
-  if (shape.windowed) window = std::max(window, step.window);
-  for (const auto& rotation : {step.rotate_q, step.rotate_k})
-    if (rotation) check_rotation(*rotation, step.head_dim);
-  return {{step.q, step.k, step.v}, {step.out}, false};
-}
+  void check_alike(BufferId a, BufferId b) const {
+    require(buffer(a).width == buffer(b).width && buffer(a).multiple == buffer(b).multiple, "widths that differ");
+  }
 
-Access Plan::check_step(const Step& step) {
-  return std::visit([this](const auto& body) { return check(body); }, step);
-}
+  void check_embedding(const Matrix& weight, BufferId out) const {
+    require(is_supported(weight.type), "an embedding of an unsupported type");
+    require(buffer(out).width == weight.cols && is_line(out), "embedding width");
+  }
+
+  static void check_epsilon(float epsilon) {
+    require(std::isfinite(epsilon) && epsilon >= 0, "a norm epsilon that is no small number");
+  }
+
+  void check_rotation(const Rotation& rotation, int head_dim) const {
+    const RotationAngles& angles = at(rotation.table, plan.rotations, "unknown rotation table");
+    require(2 * angles.pairs() <= head_dim, "rotation wider than a head");
+  }
+
+  void check_product(const Matrix& weight, const std::vector<float>& bias, BufferId out, int index) const {
+    require(is_supported(weight.type), "weights of an unsupported type");
+    require(weight.rows > 0 && buffer(out).width == weight.rows, "a product as wide as its weight has rows");
+    require(weight.cols == slot(index).cols, "activations as wide as the weight");
+    require(tile_layout(weight.type).activation == slot(index).format, "activations in the format of the weight");
+    require(bias.empty() || bias.size() == static_cast<size_t>(weight.rows), "a bias as wide as its product");
+  }
+
+  Access operator()(const EmbedStep& step) const {
+    check_embedding(step.weight, step.out);
+    require(step.weight.rows > 0 && !plan.selects, "an embedding of nothing");
+    plan.vocabulary = plan.vocabulary > 0 ? std::min(plan.vocabulary, step.weight.rows) : step.weight.rows;
+    return {{}, {step.out}, true};
+  }
+
+  Access operator()(const InputStep& step) const {
+    require(is_line(step.out) && !plan.selects, "a hidden state is one line a row");
+    require(plan.hidden_width == 0 || plan.hidden_width == buffer(step.out).width, "hidden states of two widths");
+    plan.hidden_width = buffer(step.out).width;
+    return {{}, {step.out}, true};
+  }
+
+  Access operator()(const NormStep& step) const {
+    check_alike(step.x, step.out);
+    require(!step.weight.empty() && static_cast<size_t>(buffer(step.x).width) % step.weight.size() == 0,
+            "a norm weight of another width");
+    check_epsilon(step.epsilon);
+    return {{step.x}, {step.out}, true};
+  }
+
+  Access operator()(const LayerNormStep& step) const {
+    check_alike(step.x, step.out);
+    const size_t width = static_cast<size_t>(buffer(step.x).width);
+    require(step.weight.size() == width && step.bias.size() == width && is_line(step.x),
+            "a norm weight of another width");
+    check_epsilon(step.epsilon);
+    return {{step.x}, {step.out}, true};
+  }
+
+  Access operator()(const PositionStep& step) const {
+    check_alike(step.x, step.out);
+    require(step.x != step.out && !plan.selects, "positions added in place");
+    check_embedding(step.weight, step.out);
+    require(step.weight.rows >= plan.limits.max_context_tokens, "fewer positions than the context has");
+    return {{step.x}, {step.out}, true};
+  }
+
+  Access operator()(const RopeStep& step) const {
+    check_alike(step.x, step.out);
+    require(step.heads > 0 && step.head_dim > 0 && step.head_dim <= kMaxHeadChannels && is_line(step.x), "heads");
+    require(static_cast<int64_t>(step.heads) * step.head_dim == buffer(step.x).width, "heads of another width");
+    check_rotation(step.rotation, step.head_dim);
+    return {{step.x}, {step.out}, true};
+  }
+
+  Access operator()(const ElementwiseStep& step) const {
+    check_alike(step.x, step.y);
+    check_alike(step.x, step.out);
+    const bool in_place = step.x == step.out && step.y == step.out;
+    require(in_place || buffer(step.out).private_copy, "an elementwise step from one shared buffer to another");
+    require(std::isfinite(step.number), "a factor that is no number");
+    require(step.op != RowOp::soft_cap || step.number > 0, "a soft cap that is no positive number");
+    return {{step.x, step.y}, {step.out}, true};
+  }
+
+  Access operator()(const SliceStep& step) const {
+    const int width = buffer(step.x).width;
+    require(is_line(step.x) && is_line(step.out) && step.x != step.out, "a slice in place");
+    require(step.start >= 0 && step.start <= width && buffer(step.out).width <= width - step.start,
+            "a slice beyond its source");
+    return {{step.x}, {step.out}, true};
+  }
+
+  Access operator()(const SigmoidGateStep& step) const {
+    check_alike(step.y, step.out);
+    require(is_line(step.x) && is_line(step.y), "a gate is one number a row");
+    require(step.weight.size() == static_cast<size_t>(buffer(step.x).width), "a gate's weight of another width");
+    return {{step.x, step.y}, {step.out}, true};
+  }
+
+  Access operator()(const QuantizeStep& step) const {
+    const Buffer& x = buffer(step.x);
+    require(step.slot >= 0 && step.slot < kMaxSlots, "activation slot out of range");
+    require(x.width % segment_cols(step.format) == 0, "a width that is no multiple of the weights' blocks");
+    if (plan.slots.size() <= static_cast<size_t>(step.slot)) plan.slots.resize(static_cast<size_t>(step.slot) + 1);
+    ActivationSlot& slot = plan.slots[step.slot];
+    const size_t row_bytes = activation_bytes(step.format, x.width) * static_cast<size_t>(x.multiple);
+    slot = {std::max(slot.max_row_bytes, row_bytes), x.width, x.multiple, step.format};
+    return {{step.x}, {}, true};
+  }
+
+  Access operator()(const ChooseStep& step) const {
+    require(step.experts > 0 && step.used > 0 && step.used <= step.experts && step.used <= 256, "experts");
+    require(buffer(step.logits).width == step.experts && is_line(step.logits), "router width");
+    require(buffer(step.out).width == 2 * step.used && is_line(step.out), "choice width");
+    plan.choosable_ = std::max(plan.choosable_, static_cast<size_t>(step.experts));
+    return {{step.logits}, {step.out}, true};
+  }
+
+  Access operator()(const CombineStep& step) const {
+    require(buffer(step.choice).width == 2 * step.used && is_line(step.choice), "choice width");
+    require(buffer(step.x).multiple == step.used && is_line(step.out), "a line for each expert used");
+    require(buffer(step.x).width == buffer(step.out).width, "widths that differ");
+    return {{step.choice, step.x}, {step.out}, true};
+  }
+
+  Access operator()(const SelectStep& step) const {
+    check_alike(step.x, step.out);
+    require(!plan.selects && step.x != step.out && is_line(step.x), "rows selected twice or in place");
+    plan.selects = true;
+    return {{step.x}, {step.out}, true};
+  }
+
+  Access operator()(const OutputStep& step) const {
+    check_alike(step.x, step.out);
+    require(!buffer(step.out).private_copy, "a copy for the caller is one that all threads share");
+    return {{step.x}, {step.out}, true};
+  }
+
+  Access operator()(const MatmulStep& step) const {
+    Access access{{}, {}, false};
+    require(!step.products.empty(), "a step of no products");
+    for (const Product& product : step.products) {
+      check_product(product.weight, product.bias, product.out, product.slot);
+      require(buffer(product.out).multiple == slot(product.slot).multiple, "as many lines as activations");
+      require(std::ranges::count(access.writes, product.out) == 0, "two products into one buffer");
+      access.writes.push_back(product.out);
+    }
+    return access;
+  }
+
+  Access operator()(const ExpertsStep& step) const {
+    Access access{{step.choice}, {}, false};
+    require(!step.products.empty() && plan.choosable_ > 0, "a step of no experts");
+    require(buffer(step.choice).width == 2 * step.used, "choice width");
+    require(slot(step.slot).multiple == (step.per_rank ? step.used : 1), "as many activations as ranks");
+    for (const ExpertProduct& product : step.products) {
+      require(product.experts.size() >= plan.choosable_, "as many experts as may be chosen");
+      require(buffer(product.out).multiple == step.used, "a line for each expert used");
+      require(std::ranges::count(access.writes, product.out) == 0, "two products into one buffer");
+      for (const Matrix& expert : product.experts) check_product(expert, {}, product.out, step.slot);
+      access.writes.push_back(product.out);
+    }
+    return access;
+  }
+
+  Access operator()(const AttentionStep& step) const {
+    const KvShape& shape = at(step.layer, plan.kv_layers, "unknown layer of KV memory");
+    require(shape.kv_heads == step.kv_heads && shape.head_dim == step.head_dim, "KV memory of another shape");
+    require(step.heads > 0 && step.heads % step.kv_heads == 0 && step.heads <= 65536, "heads in groups");
+    const int width = step.heads * step.head_dim, kv_width = step.kv_heads * step.head_dim;
+    require(buffer(step.q).width == width && buffer(step.out).width == width, "query width");
+    require(buffer(step.k).width == kv_width && buffer(step.v).width == kv_width, "key and value width");
+    for (BufferId id : {step.q, step.k, step.v, step.out}) require(is_line(id) && !plan.selects, "one line a row");
+    require(step.out != step.q && step.out != step.k && step.out != step.v, "attention in place");
+    require(std::isfinite(step.scale), "an attention scale that is no number");
+    require(std::isfinite(step.soft_cap) && step.soft_cap >= 0, "a soft cap that is no positive number");
+    require(step.slopes.empty() || step.slopes.size() == static_cast<size_t>(step.heads), "a slope for each head");
+    for (float slope : step.slopes) require(std::isfinite(slope), "a slope that is no number");
+    require(step.window > 0, "an attention window of nothing");
+    if (shape.windowed) plan.window = std::max(plan.window, step.window);
+    for (const auto& rotation : {step.rotate_q, step.rotate_k})
+      if (rotation) check_rotation(*rotation, step.head_dim);
+    return {{step.q, step.k, step.v}, {step.out}, false};
+  }
+};
+
+Access Plan::check(const Step& step) { return std::visit(Checks{*this}, step); }
 
 }  // namespace llamaclust

@@ -70,24 +70,16 @@ void Worker::work() {
 void Worker::compute(size_t begin, size_t end) {
   constexpr int kRowsAtOnce = 4;
   const std::vector<PlannedStep>& steps = run_.plan.steps;
-  if (!steps[begin].row_by_row) return compute_step(steps[begin].step, {0, 0});
+  const auto shared = [this](const auto& step) {
+    if constexpr (requires { execute(step); }) execute(step);
+  };
+  if (!steps[begin].row_by_row) return std::visit(shared, steps[begin].step);
   const Range mine = own_rows();
-  for (int row = mine.begin; row < mine.end; row += kRowsAtOnce)
+  for (int first = mine.begin; first < mine.end; first += kRowsAtOnce)
     for (size_t i = begin; i < end; i++) {
       lookahead_.fetch();
-      compute_step(steps[i].step, {row, std::min(row + kRowsAtOnce, mine.end)});
+      for (int row = first; row < std::min(first + kRowsAtOnce, mine.end); row++) compute_row(steps[i].step, row);
     }
-}
-
-void Worker::compute_step(const Step& step, Range rows) {
-  std::visit(
-      [&](const auto& body) {
-        if constexpr (requires { compute(body, rows); })
-          compute(body, rows);
-        else
-          execute(body);
-      },
-      step);
 }
 
 Executor::Executor(Plan plan, const Level& level, ThreadPool& pool)

@@ -1,4 +1,8 @@
-// Matrix products: threads split tiles of 16 output rows, never the sum over k.
+// Matrix products: threads split tiles of 16 output rows, never the sum over k. With experts, lines are grouped by expert,
+// so that an expert's weights are read once for all of its lines. Every line is computed as if it were alone, and experts
+// are added later, row by row in the router's order: the groups are no part of the arithmetic.
+#include <numeric>
+
 #include "executor/worker.h"
 #include "level/activations.h"
 
@@ -29,6 +33,89 @@ void Worker::execute(const MatmulStep& step) {
     share(tiles, 1, fixed_tiles(tiles, threads_), multiply_tiles);
   else
     share(0, 1, multiply_tiles);
+}
+
+namespace {
+
+// Reading and decoding a tile takes about as long as multiplying it with so many lines.
+constexpr int64_t kLinesOfReading = 8;
+
+// For threads to share the work: pieces of some tiles, equally many for each expert that has lines.
+struct ExpertWork {
+  const ExpertLines& groups;
+  int64_t pieces;  // of an expert
+
+  int64_t of_piece(size_t expert) const {
+    const int lines = groups.count(expert);
+    return lines == 0 ? 0 : kLinesOfReading + lines;
+  }
+  int64_t of_expert(size_t expert) const { return pieces * of_piece(expert); }
+
+  // Number of the expert's first piece that begins at `work` of the expert or later.
+  int piece_from(size_t expert, int64_t work) const {
+    const int64_t each = of_piece(expert);
+    return static_cast<int>(std::clamp((work + each - 1) / each, int64_t{0}, pieces));
+  }
+};
+
+}  // namespace
+
+// Every thread for itself: that is quicker than to wait for another.
+ExpertLines Worker::group_by_expert(const ExpertsStep& step) const {
+  const ExpertLines groups = run_.workspace.expert_lines(thread_);
+  const size_t experts = step.products[0].experts.size();
+  const auto chosen = [&](int index) -> int32_t& {
+    return groups.starts[static_cast<size_t>(line(step.choice, index / step.used)[index % step.used])];
+  };
+  const int lines = rows_ * step.used;
+  std::fill_n(groups.starts, experts + 1, 0);
+  for (int index = 0; index < lines; index++) chosen(index)++;
+  std::partial_sum(groups.starts, groups.starts + experts + 1, groups.starts);
+  for (int index = lines - 1; index >= 0; index--) {
+    const int32_t place = --chosen(index);
+    groups.lines[place] = index;
+    groups.rows[place] = index / step.used;
+  }
+  return groups;
+}
+
+void Worker::multiply_expert(const ExpertsStep& step, const ExpertLines& groups, size_t expert, int tile_begin,
+                             int tile_end) {
+  const int32_t first_line = groups.starts[expert];
+  const int32_t* lines = groups.lines + first_line;
+  const TokenLines places{step.per_rank ? lines : groups.rows + first_line, lines};
+  int first = 0;
+  for (const ExpertProduct& product : step.products) {
+    const Matrix& weight = product.experts[expert];
+    const int from = std::max(tile_begin - first, 0), to = std::min(tile_end - first, weight.tile_count());
+    if (from < to)
+      run_.level.matmul.matmul(weight, slot(step.slot), groups.count(expert), places, line(product.out, 0),
+                               static_cast<size_t>(weight.rows), nullptr, from, to, run_.workspace.scratch(thread_));
+    first += weight.tile_count();
+  }
+}
+
+void Worker::execute(const ExpertsStep& step) {
+  const ExpertLines groups = group_by_expert(step);
+  const size_t experts = step.products[0].experts.size();
+  int tiles = 0;
+  for (const ExpertProduct& product : step.products) tiles += product.experts[0].tile_count();
+  const int piece_tiles = rows_ > kFewRows ? kPanelTiles : 1;
+  const ExpertWork work{groups, (tiles + piece_tiles - 1) / piece_tiles};
+  int64_t all = 0, greatest = 1;
+  for (size_t expert = 0; expert < experts; expert++) {
+    all += work.of_expert(expert);
+    greatest = std::max(greatest, work.of_piece(expert));
+  }
+  share(all, greatest, [&](int64_t begin, int64_t end) {
+    for (size_t expert = 0; expert < experts; expert++) {
+      if (groups.count(expert) == 0) continue;
+      const int from = work.piece_from(expert, begin), to = work.piece_from(expert, end);
+      if (from < to) multiply_expert(step, groups, expert, from * piece_tiles, std::min(to * piece_tiles, tiles));
+      begin -= work.of_expert(expert);
+      end -= work.of_expert(expert);
+    }
+  });
 }
 
 }  // namespace llamaclust

@@ -50,11 +50,6 @@ int Plan::add_rotation(RotationAngles angles) {
   return static_cast<int>(rotations.size()) - 1;
 }
 
-const ActivationSlot& Plan::slot(int index) const {
-  require(index >= 0 && static_cast<size_t>(index) < slots.size(), "an activation slot that nothing was written to");
-  return slots[index];
-}
-
 int Plan::add_kv_layer(const KvShape& shape) {
   require(shape.kv_heads > 0 && shape.kv_heads <= 65536, "KV heads out of range");
   require(shape.head_dim > 0 && shape.head_dim <= kMaxHeadChannels, "head_dim out of range");
@@ -93,7 +88,7 @@ Sync Plan::sync_before(const Access& access, bool waits) {
 }
 
 void Plan::add(Step step) {
-  const Access access = check_step(step);
+  const Access access = check(step);
   const bool output = std::holds_alternative<OutputStep>(step);
   const bool in_place = std::holds_alternative<ElementwiseStep>(step) && !buffer(access.writes[0]).private_copy;
   for (BufferId id : access.writes) {

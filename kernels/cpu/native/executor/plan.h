@@ -195,13 +195,8 @@ class Plan {
 
  private:
   const Buffer& buffer(BufferId id) const;
-  const ActivationSlot& slot(int index) const;
-  void check_alike(BufferId a, BufferId b) const;
-  void check_rotation(const Rotation& rotation, int head_dim) const;
-  void check_product(const Matrix& weight, const std::vector<float>& bias, BufferId out, int slot) const;
-  template <typename Body>
-  Access check(const Body& step);
-  Access check_step(const Step& step);
+  struct Checks;
+  Access check(const Step& step);
   Sync sync_before(const Access& access, bool waits);
 
   size_t choosable_ = 0;              // experts that a choice may name

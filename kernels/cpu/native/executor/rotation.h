@@ -1,16 +1,26 @@
 // Rotation tables: cosine and sine of every angle a stage can need, computed once.
 #pragma once
 
-#include <cstddef>
-#include <vector>
-
 #include "executor/plan.h"
+#include "runtime/float_mode.h"
+#include "runtime/math.h"
 
 namespace llamaclust {
 
 class RotationTable {
  public:
-  RotationTable(const RotationAngles& angles, int positions);
+  RotationTable(const RotationAngles& angles, int positions) : pairs_(angles.pairs()), values_(row_offset(positions)) {
+    const FloatMode mode;
+    for (int position = 0; position < positions; position++) {
+      float* row = values_.data() + row_offset(position);
+      for (int i = 0; i < pairs_; i++) {
+        double sine, cosine;
+        sincos_double(position * angles.frequencies[i], &sine, &cosine);
+        row[i] = static_cast<float>(cosine * angles.scale);
+        row[pairs_ + i] = static_cast<float>(sine * angles.scale);
+      }
+    }
+  }
 
   int pairs() const { return pairs_; }
   // cos[pairs], then sin[pairs].

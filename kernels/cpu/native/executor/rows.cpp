@@ -6,93 +6,83 @@
 
 namespace llamaclust {
 
-void Worker::compute(const EmbedStep& step, Range rows) {
-  for (int row = rows.begin; row < rows.end; row++)
-    run_.level.matmul.dequantize_row(step.weight, run_.batch.tokens[row], line(step.out, row));
-}
+// A step's part for one row.
+struct RowStep {
+  const Worker& worker;
+  const int row;
 
-void Worker::compute(const InputStep& step, Range rows) {
-  const size_t width = static_cast<size_t>(line_width(step.out));
-  for (int row = rows.begin; row < rows.end; row++)
-    memcpy(line(step.out, row), run_.batch.hidden + static_cast<size_t>(row) * width, width * sizeof(float));
-}
-
-void Worker::compute(const NormStep& step, Range rows) {
-  const int width = static_cast<int>(step.weight.size()), parts = line_width(step.x) / width;
-  for (int i = rows.begin * parts; i < rows.end * parts; i++) {
-    const size_t offset = static_cast<size_t>(i) * static_cast<size_t>(width);
-    run_.level.vector.rms_norm(line(step.x, 0) + offset, step.weight.data(), step.epsilon, width,
-                               line(step.out, 0) + offset);
+  float* line(BufferId id) const { return worker.line(id, row); }
+  const Batch& batch() const { return worker.run_.batch; }
+  const VectorOps& vector() const { return worker.run_.level.vector; }
+  const MatmulOps& matmul() const { return worker.run_.level.matmul; }
+  // Of a step that threads share where few rows are not.
+  bool is_done_elsewhere() const { return worker.alone_ && worker.thread_ != 0; }
+  void copy(const float* from, BufferId out) const {
+    memcpy(line(out), from, static_cast<size_t>(worker.line_width(out)) * sizeof(float));
   }
-}
 
-void Worker::compute(const LayerNormStep& step, Range rows) {
-  for (int row = rows.begin; row < rows.end; row++)
-    run_.level.vector.layer_norm(line(step.x, row), step.weight.data(), step.bias.data(), step.epsilon,
-                                 line_width(step.x), line(step.out, row));
-}
-
-void Worker::compute(const PositionStep& step, Range rows) {
-  for (int row = rows.begin; row < rows.end; row++) {
-    float* out = line(step.out, row);
-    run_.level.matmul.dequantize_row(step.weight, run_.batch.positions[row], out);
-    run_.level.vector.elementwise(RowOp::add, line(step.x, row), out, 0, line_width(step.out), out);
+  void operator()(const EmbedStep& step) const {
+    matmul().dequantize_row(step.weight, batch().tokens[row], line(step.out));
   }
-}
 
-void Worker::compute(const RopeStep& step, Range rows) {
-  const RotationTable& table = run_.rotations[step.rotation.table];
-  for (int row = rows.begin; row < rows.end; row++) {
-    const float* angles = table.row(run_.batch.positions[row]);
-    for (int head = 0; head < step.heads; head++)
-      run_.level.vector.rope(line(step.x, row) + head * step.head_dim, angles, table.pairs(), step.head_dim,
-                             step.rotation.style, line(step.out, row) + head * step.head_dim);
+  void operator()(const InputStep& step) const {
+    copy(batch().hidden + static_cast<size_t>(row) * static_cast<size_t>(worker.line_width(step.out)), step.out);
   }
-}
 
-void Worker::compute(const ElementwiseStep& step, Range rows) {
-  if (!buffer(step.out).private_copy && alone_ && thread_ != 0) return;
-  for (int row = rows.begin; row < rows.end; row++)
-    run_.level.vector.elementwise(step.op, line(step.x, row), line(step.y, row), step.number, line_width(step.out),
-                                  line(step.out, row));
-}
-
-void Worker::compute(const SliceStep& step, Range rows) {
-  for (int row = rows.begin; row < rows.end; row++)
-    memcpy(line(step.out, row), line(step.x, row) + step.start,
-           static_cast<size_t>(line_width(step.out)) * sizeof(float));
-}
-
-void Worker::compute(const SigmoidGateStep& step, Range rows) {
-  const int cols = static_cast<int>(step.weight.size());
-  for (int row = rows.begin; row < rows.end; row++) {
-    const float factor = run_.level.vector.sigmoid_dot(line(step.x, row), step.weight.data(), cols);
-    const float* y = line(step.y, row);
-    run_.level.vector.elementwise(RowOp::scale, y, y, factor, line_width(step.out), line(step.out, row));
+  void operator()(const NormStep& step) const {
+    const int width = static_cast<int>(step.weight.size());
+    for (int i = 0; i < worker.line_width(step.x); i += width)
+      vector().rms_norm(line(step.x) + i, step.weight.data(), step.epsilon, width, line(step.out) + i);
   }
-}
 
-void Worker::compute(const QuantizeStep& step, Range rows) {
-  const Buffer& x = buffer(step.x);
-  const size_t bytes = activation_bytes(step.format, x.width);
-  const float* from = line(step.x, 0);
-  uint8_t* to = slot(step.slot);
-  for (int i = rows.begin * x.multiple; i < rows.end * x.multiple; i++)
-    run_.level.matmul.quantize(step.format, from + static_cast<size_t>(i) * static_cast<size_t>(x.width), x.width,
-                               to + static_cast<size_t>(i) * bytes);
-}
+  void operator()(const LayerNormStep& step) const {
+    vector().layer_norm(line(step.x), step.weight.data(), step.bias.data(), step.epsilon, worker.line_width(step.x),
+                        line(step.out));
+  }
 
-// The best experts first, ties to the lower id; the sum of their weights is added in that order.
-void Worker::compute(const ChooseStep& step, Range rows) {
-  float* probabilities = reinterpret_cast<float*>(run_.workspace.scratch(thread_));
-  for (int row = rows.begin; row < rows.end; row++) {
-    float *ids = line(step.out, row), *weights = ids + step.used, sum = 0.0f;
-    memcpy(probabilities, line(step.logits, row), static_cast<size_t>(step.experts) * sizeof(float));
-    run_.level.vector.softmax(probabilities, step.experts);
+  void operator()(const PositionStep& step) const {
+    float* out = line(step.out);
+    matmul().dequantize_row(step.weight, batch().positions[row], out);
+    vector().elementwise(RowOp::add, line(step.x), out, 0, worker.line_width(step.out), out);
+  }
+
+  void operator()(const RopeStep& step) const {
+    const RotationTable& table = worker.run_.rotations[step.rotation.table];
+    const float* angles = table.row(batch().positions[row]);
+    for (int i = 0; i < step.heads * step.head_dim; i += step.head_dim)
+      vector().rope(line(step.x) + i, angles, table.pairs(), step.head_dim, step.rotation.style, line(step.out) + i);
+  }
+
+  void operator()(const ElementwiseStep& step) const {
+    if (!worker.buffer(step.out).private_copy && is_done_elsewhere()) return;
+    vector().elementwise(step.op, line(step.x), line(step.y), step.number, worker.line_width(step.out), line(step.out));
+  }
+
+  void operator()(const SliceStep& step) const { copy(line(step.x) + step.start, step.out); }
+
+  void operator()(const SigmoidGateStep& step) const {
+    const float *y = line(step.y), *weight = step.weight.data();
+    const float factor = vector().sigmoid_dot(line(step.x), weight, static_cast<int>(step.weight.size()));
+    vector().elementwise(RowOp::scale, y, y, factor, worker.line_width(step.out), line(step.out));
+  }
+
+  void operator()(const QuantizeStep& step) const {
+    const Buffer& x = worker.buffer(step.x);
+    const size_t bytes = activation_bytes(step.format, x.width), first = static_cast<size_t>(row) * x.multiple;
+    const float* from = line(step.x);
+    uint8_t* to = worker.slot(step.slot) + first * bytes;
+    for (int i = 0; i < x.multiple; i++, from += x.width, to += bytes)
+      matmul().quantize(step.format, from, x.width, to);
+  }
+
+  // The best experts first, ties to the lower id; the sum of their weights is added in that order.
+  void operator()(const ChooseStep& step) const {
+    float* probabilities = reinterpret_cast<float*>(worker.run_.workspace.scratch(worker.thread_));
+    float *ids = line(step.out), *weights = ids + step.used, sum = 0.0f;
+    memcpy(probabilities, line(step.logits), static_cast<size_t>(step.experts) * sizeof(float));
+    vector().softmax(probabilities, step.experts);
     for (int rank = 0; rank < step.used; rank++) {
-      int best = 0;
-      for (int id = 1; id < step.experts; id++)
-        if (probabilities[id] > probabilities[best]) best = id;
+      const int best = static_cast<int>(std::max_element(probabilities, probabilities + step.experts) - probabilities);
       ids[rank] = static_cast<float>(best);
       weights[rank] = probabilities[best];
       sum += probabilities[best];
@@ -100,19 +90,24 @@ void Worker::compute(const ChooseStep& step, Range rows) {
     }
     for (int rank = 0; step.normalized && rank < step.used; rank++) weights[rank] /= sum;
   }
-}
 
-void Worker::compute(const CombineStep& step, Range rows) {
-  const int width = buffer(step.out).width;
-  for (int row = rows.begin; row < rows.end; row++) {
-    const float *weights = line(step.choice, row) + step.used, *x = line(step.x, row);
-    float* out = line(step.out, row);
+  void operator()(const CombineStep& step) const {
+    const int width = worker.buffer(step.out).width;
+    const float *weights = line(step.choice) + step.used, *x = line(step.x);
+    float* out = line(step.out);
     memset(out, 0, static_cast<size_t>(width) * sizeof(float));
-    for (int rank = 0; rank < step.used; rank++)
-      run_.level.vector.add_scaled(x + static_cast<size_t>(rank) * static_cast<size_t>(width), weights[rank], width,
-                                   out);
+    for (int rank = 0; rank < step.used; rank++, x += width) vector().add_scaled(x, weights[rank], width, out);
   }
-}
+
+  void operator()(const OutputStep& step) const {
+    if (!is_done_elsewhere()) copy(line(step.x), step.out);
+  }
+
+  template <typename Shared>
+  void operator()(const Shared&) const {}
+};
+
+void Worker::compute_row(const Step& step, int row) { std::visit(RowStep{*this, row}, step); }
 
 void Worker::execute(const SelectStep& step) {
   const float* x = line(step.x, 0);
@@ -123,12 +118,6 @@ void Worker::execute(const SelectStep& step) {
     const size_t from = static_cast<size_t>(run_.batch.output_rows[row]);
     memcpy(line(step.out, row), x + from * width, width * sizeof(float));
   }
-}
-
-void Worker::compute(const OutputStep& step, Range rows) {
-  if (alone_ && thread_ != 0) return;
-  for (int row = rows.begin; row < rows.end; row++)
-    memcpy(line(step.out, row), line(step.x, row), static_cast<size_t>(line_width(step.x)) * sizeof(float));
 }
 
 }  // namespace llamaclust

@@ -43,8 +43,7 @@ struct Weights {
 };
 
 // `wrong` becomes NaN where a weight is.
-INLINE Weights weigh_lanes(F32x16 x, F32x16 maximum, F32x16 divisor,
-                                                                          F32x16* wrong) {
+INLINE Weights weigh_lanes(F32x16 x, F32x16 maximum, F32x16 divisor, F32x16* wrong) {
   const F32x16 scale = broadcast(0x1p20f);
   F32x16 w = exp(div(sub(x, maximum), divisor));
   *wrong = add(*wrong, w);

@@ -145,8 +145,7 @@ class Sampler::Rows final : public ThreadPool::Job {
 
   void work(int thread) noexcept override {
     for (size_t row = next_++; row < tasks_.size(); row = next_++)
-      outcomes[row] =
-          sampler_.run_row(logits_ + row * sampler_.vocabulary_, tasks_[row], sampler_.scratch_[thread]);
+      outcomes[row] = sampler_.run_row(logits_ + row * sampler_.vocabulary_, tasks_[row], sampler_.scratch_[thread]);
   }
 
   std::vector<RowOutcome> outcomes;

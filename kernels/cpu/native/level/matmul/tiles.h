@@ -26,8 +26,7 @@ INLINE F32x16 canonical(F32x16 x) {
   return select_less(x, infinity, x, select_less(zero(), x, x, nan));
 }
 
-INLINE void store_rows(const Output& output, int tile, int token,
-                                                                       F32x16 x) {
+INLINE void store_rows(const Output& output, int tile, int token, F32x16 x) {
   const int first_row = tile * kTileRows, rows = output.rows - first_row;
   float* out = output.out + line_of(output.lines, token) * output.stride + first_row;
   if (rows >= kTileRows) {

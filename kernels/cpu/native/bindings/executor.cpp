@@ -37,6 +37,10 @@ RowOp row_op_named(const std::string& name) {
 
 // A plan and the Python objects whose memory it points into.
 struct PlanBuilder {
+  PlanBuilder(int max_tokens, int max_outputs, int max_sequences, int max_context_tokens, int kv_blocks,
+              int window_blocks)
+      : plan({max_tokens, max_outputs, max_sequences, max_context_tokens, kv_blocks, window_blocks}) {}
+
   Plan plan;
   std::vector<nb::object> kept;
   bool is_runnable = true;  // no weight is of shape_only
@@ -112,37 +116,38 @@ void add_attention(PlanBuilder& builder, int q, int k, int v, int out, int layer
                                  rotation_of(rotate_q), rotation_of(rotate_k)});
 }
 
+// Members of steps, from what Python gives.
+template <typename T>
+T member(PlanBuilder&, T value) { return value; }
+std::vector<float> member(PlanBuilder&, const Floats& x) { return vector_of(x); }
+Matrix member(PlanBuilder& builder, nb::handle weight) { return builder.keep(weight); }
+RowOp member(PlanBuilder&, const std::string& name) { return row_op_named(name); }
+Rotation member(PlanBuilder&, const std::pair<int, bool>& rotation) { return *rotation_of(rotation); }
+
+template <typename Step, typename... Members>
+void add(PlanBuilder& builder, Members... members) {
+  builder.plan.add(Step{member(builder, members)...});
+}
+
 void bind_row_steps(nb::class_<PlanBuilder>& plan) {
-  plan.def("embed", [](PlanBuilder& b, nb::handle weight, int out) { b.plan.add(EmbedStep{b.keep(weight), out}); })
-      .def("read_hidden", [](PlanBuilder& b, int out) { b.plan.add(InputStep{out}); })
-      .def("rms_norm", [](PlanBuilder& b, int x, int out, const Floats& weight,
-                          float epsilon) { b.plan.add(NormStep{x, out, vector_of(weight), epsilon}); })
-      .def("layer_norm",
-           [](PlanBuilder& b, int x, int out, const Floats& weight, const Floats& bias, float epsilon) {
-             b.plan.add(LayerNormStep{x, out, vector_of(weight), vector_of(bias), epsilon});
-           })
-      .def("add_position",
-           [](PlanBuilder& b, int x, int out, nb::handle weight) { b.plan.add(PositionStep{x, out, b.keep(weight)}); })
-      .def("rope",
-           [](PlanBuilder& b, int x, int out, int heads, int head_dim, std::pair<int, bool> rotation) {
-             b.plan.add(RopeStep{x, out, heads, head_dim, *rotation_of(rotation)});
-           })
-      .def("elementwise", [](PlanBuilder& b, const std::string& op, int x, int y, int out,
-                             float number) { b.plan.add(ElementwiseStep{row_op_named(op), x, y, out, number}); })
-      .def("slice", [](PlanBuilder& b, int x, int out, int start) { b.plan.add(SliceStep{x, out, start}); })
-      .def("sigmoid_gate", [](PlanBuilder& b, int x, int y, int out,
-                              const Floats& weight) { b.plan.add(SigmoidGateStep{x, y, out, vector_of(weight)}); })
+  plan.def("embed", &add<EmbedStep, nb::handle, int>)
+      .def("read_hidden", &add<InputStep, int>)
+      .def("rms_norm", &add<NormStep, int, int, Floats, float>)
+      .def("layer_norm", &add<LayerNormStep, int, int, Floats, Floats, float>)
+      .def("add_position", &add<PositionStep, int, int, nb::handle>)
+      .def("rope", &add<RopeStep, int, int, int, int, std::pair<int, bool>>)
+      .def("elementwise", &add<ElementwiseStep, std::string, int, int, int, float>)
+      .def("slice", &add<SliceStep, int, int, int>)
+      .def("sigmoid_gate", &add<SigmoidGateStep, int, int, int, Floats>)
       .def("quantize",
            [](PlanBuilder& b, int x, int slot, int format) {
              require(format >= 0 && format <= static_cast<int>(ActivationFormat::Q8_256), "unknown activation format");
              b.plan.add(QuantizeStep{x, slot, static_cast<ActivationFormat>(format)});
            })
-      .def("choose_experts", [](PlanBuilder& b, int logits, int out, int experts, int used,
-                                bool normalized) { b.plan.add(ChooseStep{logits, out, experts, used, normalized}); })
-      .def("combine_experts",
-           [](PlanBuilder& b, int choice, int x, int out, int used) { b.plan.add(CombineStep{choice, x, out, used}); })
-      .def("select_rows", [](PlanBuilder& b, int x, int out) { b.plan.add(SelectStep{x, out}); })
-      .def("write_result", [](PlanBuilder& b, int x, int out) { b.plan.add(OutputStep{x, out}); });
+      .def("choose_experts", &add<ChooseStep, int, int, int, int, bool>)
+      .def("combine_experts", &add<CombineStep, int, int, int, int>)
+      .def("select_rows", &add<SelectStep, int, int>)
+      .def("write_result", &add<OutputStep, int, int>);
 }
 
 }  // namespace
@@ -158,15 +163,8 @@ void bind_executor(nb::module_& module) {
       .def("report", &CoreContention::report, "rows"_a, "began_ns"_a, "ended_ns"_a, "waited_ns"_a);
 
   nb::class_<PlanBuilder> plan(module, "Plan");
-  plan.def(
-          "__init__",
-          [](PlanBuilder* self, int max_tokens, int max_outputs, int max_sequences, int max_context_tokens,
-             int kv_blocks, int window_blocks) {
-            new (self) PlanBuilder{
-                Plan({max_tokens, max_outputs, max_sequences, max_context_tokens, kv_blocks, window_blocks}), {}};
-          },
-          "max_tokens"_a, "max_outputs"_a, "max_sequences"_a, "max_context_tokens"_a, "kv_blocks"_a,
-          "window_blocks"_a = 0)
+  plan.def(nb::init<int, int, int, int, int, int>(), "max_tokens"_a, "max_outputs"_a, "max_sequences"_a,
+           "max_context_tokens"_a, "kv_blocks"_a, "window_blocks"_a = 0)
       .def(
           "add_buffer",
           [](PlanBuilder& b, int width, int multiple, bool private_copy, bool outputs_only) {

@@ -2,10 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "bindings/bindings.h"
 #include "pack/pack.h"

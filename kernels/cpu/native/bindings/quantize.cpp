@@ -1,11 +1,6 @@
 // Weights into the blocks of a model file, quantized or cast.
 
 #include <algorithm>
-#include <cmath>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "bindings/bindings.h"
 #include "pack/near_points.h"

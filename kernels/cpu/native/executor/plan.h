@@ -7,9 +7,9 @@
 #include <variant>
 #include <vector>
 
-#include "executor/kv_cache.h"
+#include "level/attention_ops.h"
 #include "level/matmul_ops.h"
-#include "level/vector_ops.h"
+#include "level/level.h"
 
 namespace llamaclust {
 
@@ -25,6 +25,18 @@ struct Limits {
 
 // std::invalid_argument where a program does not hold together.
 void require(bool holds, const char* what);
+
+struct KvShape {
+  int kv_heads;
+  int head_dim;
+  KvType type;
+  bool windowed = false;  // in the group of layers whose memory is given up behind their windows
+};
+
+// Bytes that one block costs in a layer of this shape.
+inline size_t kv_block_bytes(const KvShape& shape) {
+  return static_cast<size_t>(shape.kv_heads) * kv_piece_bytes(shape.type, shape.head_dim);
+}
 
 using BufferId = int;
 
@@ -113,6 +125,11 @@ struct Product {
 };
 struct MatmulStep {
   std::vector<Product> products;
+  int64_t tiles() const {
+    int64_t tiles = 0;
+    for (const Product& product : products) tiles += product.weight.tile_count();
+    return tiles;
+  }
 };
 struct ExpertProduct {
   std::vector<Matrix> experts;

@@ -18,9 +18,7 @@ class Lookahead {
   void set_target(const MatmulStep& step, int thread, int threads) {
     if (target_ == &step) return;
     target_ = &step;
-    int64_t tiles = 0;
-    for (const Product& product : step.products) tiles += product.weight.tile_count();
-    int64_t tile = fixed_tiles(tiles, threads) * thread;
+    int64_t tile = fixed_tiles(step.tiles(), threads) * thread;
     for (const Product& product : step.products) {
       const Matrix& weight = product.weight;
       if (tile < weight.tile_count()) {
@@ -81,7 +79,6 @@ class Worker {
 
   void compute(size_t begin, size_t end);
   void compute_row(const Step& step, int row);  // of a row by row step
-  void multiply(const Product& product, int tile_begin, int tile_end);
   ExpertLines group_by_expert(const ExpertsStep& step) const;
   void multiply_expert(const ExpertsStep& step, const ExpertLines& groups, size_t expert, int tile_begin, int tile_end);
 

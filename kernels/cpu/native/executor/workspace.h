@@ -1,10 +1,9 @@
-// Where the buffers of a plan lie: once for all threads, and for few rows once more for each thread.
+// Where the buffers of a plan lie: once for all threads, and for few rows once more for each thread. And its KV memory.
 #pragma once
 
 #include <vector>
 
 #include "executor/plan.h"
-#include "level/attention_ops.h"
 #include "runtime/memory.h"
 
 namespace llamaclust {
@@ -72,5 +71,26 @@ constexpr size_t span_sums_floats(int queries, int head_dim) {
   return 2 * ((count + 15) / 16 * 16 + 16) + count * static_cast<size_t>(padded_head(head_dim));
 }
 SpanSums span_sums_at(float* memory, int queries);
+
+// Paged KV memory of a stage: for each layer, pieces of 16 positions of one KV head (attention_ops.h), by block id of
+// the layer's group.
+class KvCache {
+ public:
+  KvCache() = default;
+  KvCache(const std::vector<KvShape>& layers, int blocks, int window_blocks) {
+    Layout layout;
+    for (const KvShape& shape : layers)
+      offsets_.push_back(layout.add(kv_block_bytes(shape) * (shape.windowed ? window_blocks : blocks)));
+    memory_ = Memory(layout.bytes());
+  }
+
+  // The piece of KV head 0 in block 0; heads lie one after another, then comes the next block.
+  uint8_t* layer(int index) const { return memory_.data() + offsets_[index]; }
+  size_t bytes() const { return memory_.bytes(); }
+
+ private:
+  std::vector<size_t> offsets_;
+  Memory memory_;
+};
 
 }  // namespace llamaclust

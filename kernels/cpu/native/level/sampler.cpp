@@ -1,4 +1,4 @@
-#include "level/sampler_ops.h"
+#include "level/level.h"
 
 #include <limits>
 

@@ -1,5 +1,5 @@
 // Row by row arithmetic: every output is a fixed list of IEEE operations, whatever the register width.
-#include "level/vector_ops.h"
+#include "level/level.h"
 #include "simd/math.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {

@@ -1,7 +1,7 @@
 // From rows as they lie in a model file to tiles, and the sizes of what kernels read.
 #pragma once
 
-#include "level/activations.h"
+#include "level/matmul_ops.h"
 
 namespace llamaclust {
 

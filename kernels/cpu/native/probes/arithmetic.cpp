@@ -1,6 +1,5 @@
-#include "probes/arithmetic.h"
-
-#include "runtime/cpu_features.h"
+#include "probes/probes.h"
+#include "runtime/levels.h"
 
 namespace llamaclust {
 namespace {

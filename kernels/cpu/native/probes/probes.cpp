@@ -6,9 +6,6 @@
 #include <functional>
 #include <stdexcept>
 #include <thread>
-#include <vector>
-
-#include "probes/arithmetic.h"
 
 namespace llamaclust {
 namespace {

@@ -1,4 +1,4 @@
-#include "probes/read.h"
+#include "probes/probes.h"
 
 #include <sys/mman.h>
 #include <unistd.h>

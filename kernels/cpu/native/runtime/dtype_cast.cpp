@@ -2,8 +2,8 @@
 
 #include <cstring>
 
-#include "runtime/cpu_features.h"
 #include "runtime/float_mode.h"
+#include "runtime/levels.h"
 
 namespace llamaclust {
 

@@ -8,6 +8,19 @@
 
 namespace llamaclust {
 
+// What this CPU can run and its operating system lets it run, by feature level.
+struct CpuFeatures {
+  bool generic = true;        // plain C++
+  bool avx2 = false;          // with FMA and F16C
+  bool avxvnni = false;       // and the 8-bit dot product in 256 bits
+  bool avx512 = false;        // F, BW, DQ, VL
+  bool avx512vnni = false;    // and the 8-bit dot product
+  bool neon = false;          // ARMv8's vectors
+  bool neon_dotprod = false;  // and its 8-bit dot product
+};
+
+CpuFeatures cpu_features();
+
 // Slowest first; the last is what an unforced choice takes.
 std::vector<Level> available_levels();
 

@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "runtime/math.h"
-#include "sampler/penalties.h"
 #include "sampler/random.h"
 #include "sampler/ranking.h"
 

@@ -8,6 +8,19 @@
 
 namespace llamaclust {
 
+// Penalties: subtracted from the logits of tokens that occurred before.
+
+// What cannot be ordered or subtracted becomes the nearest thing that can.
+float orderly(float logit);
+
+bool penalizes(const Choice& choice);
+
+// logits[vocabulary]: repetition, frequency and presence penalties.
+void penalize(const Choice& choice, float* logits);
+
+// logits[vocabulary]: DRY, for each token that would go on with a repetition of the history's end.
+void penalize_repetitions(const Choice& choice, const Chain& chain, float* logits);
+
 class ChainRun {
  public:
   // values[vocabulary]: logits after bias, -infinity for what may not be sampled, one at least above it. They are changed.

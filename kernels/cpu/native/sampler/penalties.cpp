@@ -1,4 +1,4 @@
-#include "sampler/penalties.h"
+#include "sampler/chain.h"
 
 #include <algorithm>
 #include <limits>

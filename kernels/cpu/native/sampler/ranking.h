@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "level/sampler_ops.h"
+#include "level/level.h"
 
 namespace llamaclust {
 

@@ -8,7 +8,6 @@
 
 #include "runtime/math.h"
 #include "sampler/chain.h"
-#include "sampler/penalties.h"
 #include "sampler/random.h"
 #include "sampler/ranking.h"
 

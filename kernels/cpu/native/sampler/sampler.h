@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "level/sampler_ops.h"
+#include "level/level.h"
 #include "runtime/thread_pool.h"
 #include "sampler/ranking.h"
 

@@ -1,8 +1,8 @@
-// Activations as int8 with one scale a segment (level/activations.h says how each value comes about). Plain loops: what they
+// Activations as int8 with one scale a segment (level/matmul_ops.h says how each value comes about). Plain loops: what they
 // do is exact or one IEEE operation a value.
 #pragma once
 
-#include "level/activations.h"
+#include "level/matmul_ops.h"
 #include "simd/int8.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {

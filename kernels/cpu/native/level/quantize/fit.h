@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "level/quantize_ops.h"
+#include "level/level.h"
 #include "simd/lanes.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {

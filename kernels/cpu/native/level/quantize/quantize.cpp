@@ -1,5 +1,5 @@
 // Weights into blocks: how much each matters, and which code serves which type.
-#include "level/quantize_ops.h"
+#include "level/level.h"
 
 #include "level/quantize/grid.h"
 #include "level/quantize/k.h"

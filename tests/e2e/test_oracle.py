@@ -77,7 +77,7 @@ SWAPS = {
     ),
     "attention": Swap(
         "attention/attention",
-        "attention/f16.h",
+        "attention/kv_types.h",
         "for (int d = 0; d < task.head_dim; d++) {",
         "for (int e = 0; e < task.head_dim; e++) {\n    const int d = e < 2 ? 1 - e : e;",
     ),

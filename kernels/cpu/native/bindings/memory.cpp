@@ -5,7 +5,6 @@
 
 #include "bindings/bindings.h"
 #include "pack/packed_matrix.h"
-#include "runtime/checksum.h"
 #include "runtime/memory.h"
 
 namespace llamaclust {

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "pack/pack.h"
-#include "runtime/checksum.h"
 
 namespace llamaclust {
 namespace {

@@ -47,8 +47,6 @@ double log_double(double x) {
   return std::fma(exponent, 0x1.62e42fefa38p-1, 2 * s + tail);  // ln 2 in two parts, the first product exact
 }
 
-void sincos_double(double angle, double* sine, double* cosine) {
-  sine_and_cosine(angle, *sine, *cosine);
-}
+void sincos_double(double angle, double* sine, double* cosine) { sine_and_cosine(angle, *sine, *cosine); }
 
 }  // namespace llamaclust

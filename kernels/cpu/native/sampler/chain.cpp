@@ -7,7 +7,6 @@
 
 #include "runtime/math.h"
 #include "sampler/random.h"
-#include "sampler/ranking.h"
 
 namespace llamaclust {
 namespace {

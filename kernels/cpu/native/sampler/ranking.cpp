@@ -1,4 +1,4 @@
-#include "sampler/ranking.h"
+#include "sampler/sampler.h"
 
 #include <algorithm>
 #include <array>

@@ -9,7 +9,6 @@
 #include "runtime/math.h"
 #include "sampler/chain.h"
 #include "sampler/random.h"
-#include "sampler/ranking.h"
 
 namespace llamaclust {
 namespace {

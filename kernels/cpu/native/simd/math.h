@@ -62,18 +62,11 @@ COEFFICIENTS float kErfP[] = {0x1.20dd74p+0f, 0x1.85e486p-3f,  0x1.b01762p-5f,
 COEFFICIENTS float kErfQ[] = {0x1p+0f,         0x1.010cbap-1f,  0x1.d3580ep-4f,
                            0x1.ea70a6p-7f, 0x1.30b2b4p-10f, 0x1.3f9842p-15f};
 
-ELEMENTARY F32x16 tanh(F32x16 x) {
-  return odd_quotient(x, kTanhLimit, kTanhP, kTanhQ);
-}
-
-ELEMENTARY F32x16 erf(F32x16 x) {
-  return odd_quotient(x, kErfLimit, kErfP, kErfQ);
-}
+ELEMENTARY F32x16 tanh(F32x16 x) { return odd_quotient(x, kTanhLimit, kTanhP, kTanhQ); }
+ELEMENTARY F32x16 erf(F32x16 x) { return odd_quotient(x, kErfLimit, kErfP, kErfQ); }
 
 // tanh(x / cap) * cap
-ELEMENTARY F32x16 soft_cap(F32x16 x, F32x16 cap) {
-  return mul(tanh(div(x, cap)), cap);
-}
+ELEMENTARY F32x16 soft_cap(F32x16 x, F32x16 cap) { return mul(tanh(div(x, cap)), cap); }
 
 // x / 2 * (1 + erf(x / sqrt(2)))
 ELEMENTARY F32x16 gelu_erf(F32x16 x) {
@@ -88,9 +81,7 @@ ELEMENTARY F32x16 gelu_tanh(F32x16 x) {
 }
 
 // x / (1 + e^-x)
-ELEMENTARY F32x16 silu(F32x16 x) {
-  return div(x, add(broadcast(1.0f), exp(sub(zero(), x))));
-}
+ELEMENTARY F32x16 silu(F32x16 x) { return div(x, add(broadcast(1.0f), exp(sub(zero(), x)))); }
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -1,7 +1,6 @@
 // Products with types of 256-wide blocks whose quants stand in the tile. (TQ1_0 lies there as TQ2_0 does.)
 #include "kernels.cuh"
 #include "level/quants/k.h"
-#include "level/quants/ternary.h"
 
 namespace llamaclust::cuda {
 

@@ -1,7 +1,7 @@
 // Products with F32, F16 and BF16 weights: one fused multiply-add per weight, in k order.
 #pragma once
 
-#include "level/matmul/tiles.h"
+#include "level/matmul/segment.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -7,7 +7,6 @@
 #include "level/quants/grid.h"
 #include "level/quants/k.h"
 #include "level/quants/simple.h"
-#include "level/quants/ternary.h"
 #include "pack/pack.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {

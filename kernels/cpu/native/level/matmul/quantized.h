@@ -2,7 +2,7 @@
 // by panels: a few tiles are decoded once, into scratch memory that stays in the cache, for all of them.
 #pragma once
 
-#include "level/matmul/tiles.h"
+#include "level/matmul/segment.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,4 +1,4 @@
-// Decoders of types with blocks of 256 columns whose sub-blocks have integer scales.
+// Decoders of types with blocks of 256 columns whose sub-blocks have integer scales, and of types of three values.
 #pragma once
 
 #include "level/quants/decoder.h"
@@ -90,13 +90,27 @@ struct Q6_K : Decoder<QuantType::Q6_K, 16, 6, 32> {
 // A segment's integers stay within 256 * 127 * 127 * 32 < 2^27.
 // Body: nibbles of 8 sub-blocks, then two lines of s as k-groups over j. Tail: scale.
 struct IQ4_XS : Decoder<QuantType::IQ4_XS, 8, 8, 128> {
-  static DECODE Bytes group(Lines body, int j, int g) {
-    return lookup(kIQ4Values, nibble_group(body + 256 * j, g));
-  }
+  static DECODE Bytes group(Lines body, int j, int g) { return lookup(kIQ4Values, nibble_group(body + 256 * j, g)); }
   static DECODE void sub_scales(Lines body, Scale (&out)[8]) {
     for (int i = 0; i < 2; i++) signed_scales(load_bytes(body + 2048 + 64 * i), out + 4 * i);
   }
 };
+
+// TQ2_0: weight = scale * (q - 1), q one of 0, 1, 2 and, in files that no quantizer wrote, 3.
+// Body: for every 32 columns two lines, k-groups i, i + 2, i + 4 and i + 6 in line i from its lowest bits on.
+// Tail: scale. Its sub-blocks have no scales.
+//
+// TQ1_0: the same. Digits to base three are pairs of bits in a tile: taking them apart for every product would cost more
+// time than the bytes that it saves.
+template <QuantType type>
+struct Ternary : Decoder<type, 8, 2, 1> {
+  static DECODE Bytes group(Lines body, int j, int g) {
+    constexpr Places pairs{{0, 0, 2, 2, 4, 4, 6, 6}, {3, 3, 3, 3, 3, 3, 3, 3}};
+    return field_of<pairs>(load_bytes(body + 128 * j + 64 * (g & 1)), g);
+  }
+};
+using TQ2_0 = Ternary<QuantType::TQ2_0>;
+using TQ1_0 = Ternary<QuantType::TQ1_0>;
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

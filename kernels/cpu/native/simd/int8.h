@@ -30,20 +30,18 @@ INLINE I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
 INLINE __m256 half_from_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-INLINE F32x16 from_i8(const int8_t* p) { return {half_from_i8(p), half_from_i8(p + 8)}; }
-struct Pairs {
-  __m256i lo, hi;
-};
+INLINE F32x16 from_i8(const int8_t* p) { EACH_HALF(F32x16, half_from_i8(p + 8 * i)); }
+using Pairs = I32x16;
 INLINE __m256i half_pairs(const int8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-INLINE Pairs load_pairs(const int8_t* p) { return {half_pairs(p), half_pairs(p + 16)}; }
+INLINE Pairs load_pairs(const int8_t* p) { EACH_HALF(Pairs, half_pairs(p + 16 * i)); }
 INLINE I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
   const __m256i b = _mm256_set1_epi32(two);
 #if defined(__AVXVNNI__)
-  return {_mm256_dpwssd_avx_epi32(sum.lo, a.lo, b), _mm256_dpwssd_avx_epi32(sum.hi, a.hi, b)};
+  EACH_HALF(I32x16, _mm256_dpwssd_avx_epi32(sum.v[i], a.v[i], b));
 #else
-  return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b)), _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b))};
+  EACH_HALF(I32x16, _mm256_add_epi32(sum.v[i], _mm256_madd_epi16(a.v[i], b)));
 #endif
 }
 
@@ -73,25 +71,14 @@ INLINE I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
 
 #else
 
-INLINE F32x16 from_i8(const int8_t* p) {
-  alignas(64) float v[16];
-  for (int i = 0; i < 16; i++) v[i] = p[i];
-  return load(v);
-}
+INLINE F32x16 from_i8(const int8_t* p) { EACH(F32x16, p[i]); }
 struct Pairs {
   int16_t v[32];
 };
-INLINE Pairs load_pairs(const int8_t* p) {
-  Pairs r;
-  for (int i = 0; i < 32; i++) r.v[i] = p[i];
-  return r;
-}
+INLINE Pairs load_pairs(const int8_t* p) { EACH(Pairs, p[i]); }
 INLINE I32x16 dot_pairs(I32x16 sum, const Pairs& a, int32_t two) {
-  alignas(64) int32_t v[16];
-  store(v, sum);
   const int32_t low = static_cast<int16_t>(two & 0xffff), high = two >> 16;
-  for (int i = 0; i < 16; i++) v[i] += a.v[2 * i] * low + a.v[2 * i + 1] * high;
-  return load(v);
+  EACH(I32x16, sum.v[i] + a.v[2 * i] * low + a.v[2 * i + 1] * high);
 }
 
 #endif

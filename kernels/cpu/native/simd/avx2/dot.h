@@ -8,12 +8,11 @@ namespace {
 using Bytes = I32x16;
 
 INLINE Bytes load_bytes(const uint8_t* p) {
-  return {_mm256_load_si256(reinterpret_cast<const __m256i*>(p)),
-          _mm256_load_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  EACH_HALF(Bytes, _mm256_load_si256(reinterpret_cast<const __m256i*>(p + 32 * i)));
 }
 INLINE void store_bytes(uint8_t* p, Bytes b) {
-  _mm256_store_si256(reinterpret_cast<__m256i*>(p), b.lo);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), b.hi);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p), b.v[0]);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), b.v[1]);
 }
 template <int shift, int mask>
 INLINE __m256i field(__m256i b) {
@@ -21,30 +20,25 @@ INLINE __m256i field(__m256i b) {
   return _mm256_and_si256(shifted, _mm256_set1_epi8(static_cast<char>(mask)));
 }
 template <int shift, int mask>
-INLINE Bytes field(Bytes b) {
-  return {field<shift, mask>(b.lo), field<shift, mask>(b.hi)};
-}
-INLINE Bytes merge(Bytes a, Bytes b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+INLINE Bytes field(Bytes b) { EACH_HALF(Bytes, (field<shift, mask>(b.v[i]))); }
+INLINE Bytes merge(Bytes a, Bytes b) { EACH_HALF(Bytes, _mm256_or_si256(a.v[i], b.v[i])); }
 INLINE Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
-  return {_mm256_shuffle_epi8(entries, b.lo), _mm256_shuffle_epi8(entries, b.hi)};
+  EACH_HALF(Bytes, _mm256_shuffle_epi8(entries, b.v[i]));
 }
 template <int n>
 INLINE I32x16 column(Bytes b) {
-  const __m256i mask = _mm256_set1_epi32(255);
-  return {_mm256_and_si256(_mm256_srli_epi32(b.lo, 8 * n), mask),
-          _mm256_and_si256(_mm256_srli_epi32(b.hi, 8 * n), mask)};
+  EACH_HALF(I32x16, _mm256_and_si256(_mm256_srli_epi32(b.v[i], 8 * n), _mm256_set1_epi32(255)));
 }
 template <int n>
 INLINE I32x16 signed_column(Bytes b) {
-  return {_mm256_srai_epi32(_mm256_slli_epi32(b.lo, 24 - 8 * n), 24),
-          _mm256_srai_epi32(_mm256_slli_epi32(b.hi, 24 - 8 * n), 24)};
+  EACH_HALF(I32x16, _mm256_srai_epi32(_mm256_slli_epi32(b.v[i], 24 - 8 * n), 24));
 }
 
 INLINE I32x16 as_lanes(Bytes b) { return b; }
 INLINE Bytes as_bytes(I32x16 a) { return a; }
-INLINE Bytes both(Bytes a, Bytes b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
-INLINE Bytes add_bytes(Bytes a, Bytes b) { return {_mm256_add_epi8(a.lo, b.lo), _mm256_add_epi8(a.hi, b.hi)}; }
+INLINE Bytes both(Bytes a, Bytes b) { EACH_HALF(Bytes, _mm256_and_si256(a.v[i], b.v[i])); }
+INLINE Bytes add_bytes(Bytes a, Bytes b) { EACH_HALF(Bytes, _mm256_add_epi8(a.v[i], b.v[i])); }
 
 INLINE __m256i sixteen_points(const uint16_t* table, const uint16_t* i) {
   const auto at = [&](int n) { return static_cast<int16_t>(table[i[n]]); };
@@ -55,7 +49,7 @@ template <int n>
 INLINE I32x16 lookup_points(const uint16_t* table, I32x16 index) {
   alignas(64) uint16_t indices[32];
   store_bytes(reinterpret_cast<uint8_t*>(indices), index);
-  return {sixteen_points(table, indices), sixteen_points(table, indices + 16)};
+  EACH_HALF(I32x16, sixteen_points(table, indices + 16 * i));
 }
 
 template <int bits>
@@ -66,9 +60,7 @@ INLINE __m256i spread(__m256i points, int half) {
   return _mm256_blend_epi16(twice, _mm256_srli_epi16(twice, bits), 0xAA);
 }
 template <int bits>
-INLINE Bytes spread(I32x16 points, int half) {
-  return {spread<bits>(points.lo, half), spread<bits>(points.hi, half)};
-}
+INLINE Bytes spread(I32x16 points, int half) { EACH_HALF(Bytes, (spread<bits>(points.v[i], half))); }
 
 template <int offset>
 INLINE __m256i with_signs(__m256i b, const uint8_t* bits) {
@@ -82,7 +74,7 @@ INLINE __m256i with_signs(__m256i b, const uint8_t* bits) {
 }
 template <int offset>
 INLINE Bytes with_signs(Bytes b, const uint8_t* bits) {
-  return {with_signs<offset>(b.lo, bits), with_signs<offset>(b.hi, bits + 4)};
+  EACH_HALF(Bytes, with_signs<offset>(b.v[i], bits + 4 * i));
 }
 
 constexpr int kPanelRows = 1, kPanelTokens = 4;
@@ -99,7 +91,7 @@ constexpr bool kSumsFrom = true;
 template <int kBits>
 INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
   const __m256i a = _mm256_set1_epi32(activations);
-  return {_mm256_dpbusd_avx_epi32(sums.lo, w.lo, a), _mm256_dpbusd_avx_epi32(sums.hi, w.hi, a)};
+  EACH_HALF(Sums, _mm256_dpbusd_avx_epi32(sums.v[i], w.v[i], a));
 }
 
 #else
@@ -107,7 +99,7 @@ INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
 using Sums = I32x16;   // [row][2 pairs of columns], 16 bits
 using Scale = I32x16;  // [row][2 times the same], 16 bits
 
-INLINE Sums no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+INLINE Sums no_sums() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
 INLINE __m256i add_pairs(__m256i sums, __m256i products) {
   __m256i r = _mm256_add_epi16(sums, products);
   asm("" : "+x"(r));  // else the compiler adds in a tree, for which it must keep every product
@@ -122,24 +114,22 @@ INLINE __m256i step(__m256i sums, __m256i w, __m256i a) {
 template <int kBits>
 INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
   const __m256i a = _mm256_set1_epi32(activations);
-  return {step<kBits>(sums.lo, w.lo, a), step<kBits>(sums.hi, w.hi, a)};
+  EACH_HALF(Sums, step<kBits>(sums.v[i], w.v[i], a));
 }
 INLINE I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) {
-  return {_mm256_add_epi32(total.lo, _mm256_madd_epi16(sums.lo, scale.lo)),
-          _mm256_add_epi32(total.hi, _mm256_madd_epi16(sums.hi, scale.hi))};
+  EACH_HALF(I32x16, _mm256_add_epi32(total.v[i], _mm256_madd_epi16(sums.v[i], scale.v[i])));
 }
 INLINE I32x16 add_sums(I32x16 total, Sums sums) {
-  return add_scaled(total, sums, {_mm256_set1_epi16(1), _mm256_set1_epi16(1)});
+  return add_scaled(total, sums, {{_mm256_set1_epi16(1), _mm256_set1_epi16(1)}});
 }
 INLINE Scale make_scale(I32x16 scale) {
-  return {_mm256_blend_epi16(scale.lo, _mm256_slli_epi32(scale.lo, 16), 0xAA),
-          _mm256_blend_epi16(scale.hi, _mm256_slli_epi32(scale.hi, 16), 0xAA)};
+  EACH_HALF(Scale, _mm256_blend_epi16(scale.v[i], _mm256_slli_epi32(scale.v[i], 16), 0xAA));
 }
-INLINE I32x16 scale_lanes(Scale scale) { return {_mm256_srai_epi32(scale.lo, 16), _mm256_srai_epi32(scale.hi, 16)}; }
+INLINE I32x16 scale_lanes(Scale scale) { EACH_HALF(I32x16, _mm256_srai_epi32(scale.v[i], 16)); }
 // total + scale * (sums - offset); offset is even.
 INLINE I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
   const __m256i halves = _mm256_set1_epi16(static_cast<int16_t>(-offset / 2));
-  return add_scaled(add_scaled(total, sums, scale), {halves, halves}, scale);
+  return add_scaled(add_scaled(total, sums, scale), {{halves, halves}}, scale);
 }
 
 #endif

@@ -7,59 +7,56 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 struct F32x16 {
-  __m256 lo, hi;
+  __m256 v[2];
 };
 struct I32x16 {
-  __m256i lo, hi;
+  __m256i v[2];
 };
 
-INLINE F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+// Returns the expression for each half i.
+#define EACH_HALF(T, expression)                                                        \
+  const auto half_of = [&](int i) __attribute__((always_inline)) { return expression; }; \
+  return T{{half_of(0), half_of(1)}}
+
+INLINE F32x16 load(const float* p) { EACH_HALF(F32x16, _mm256_loadu_ps(p + 8 * i)); }
 INLINE void store(float* p, F32x16 x) {
-  _mm256_storeu_ps(p, x.lo);
-  _mm256_storeu_ps(p + 8, x.hi);
+  _mm256_storeu_ps(p, x.v[0]);
+  _mm256_storeu_ps(p + 8, x.v[1]);
 }
-INLINE F32x16 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-INLINE F32x16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-INLINE F32x16 add(F32x16 a, F32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-INLINE F32x16 sub(F32x16 a, F32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
-INLINE F32x16 mul(F32x16 a, F32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
-INLINE F32x16 div(F32x16 a, F32x16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
-INLINE F32x16 sqrt(F32x16 a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
+INLINE F32x16 broadcast(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+INLINE F32x16 zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+INLINE F32x16 add(F32x16 a, F32x16 b) { EACH_HALF(F32x16, _mm256_add_ps(a.v[i], b.v[i])); }
+INLINE F32x16 sub(F32x16 a, F32x16 b) { EACH_HALF(F32x16, _mm256_sub_ps(a.v[i], b.v[i])); }
+INLINE F32x16 mul(F32x16 a, F32x16 b) { EACH_HALF(F32x16, _mm256_mul_ps(a.v[i], b.v[i])); }
+INLINE F32x16 div(F32x16 a, F32x16 b) { EACH_HALF(F32x16, _mm256_div_ps(a.v[i], b.v[i])); }
 // a * b + c
-INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
-  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
-}
+INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { EACH_HALF(F32x16, _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i])); }
 // c - a * b
-INLINE F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) {
-  return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
-}
-INLINE F32x16 max(F32x16 a, F32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }  // a > b ? a : b
-INLINE F32x16 min(F32x16 a, F32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }  // a < b ? a : b
+INLINE F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { EACH_HALF(F32x16, _mm256_fnmadd_ps(a.v[i], b.v[i], c.v[i])); }
+INLINE F32x16 max(F32x16 a, F32x16 b) { EACH_HALF(F32x16, _mm256_max_ps(a.v[i], b.v[i])); }  // a > b ? a : b
+INLINE F32x16 min(F32x16 a, F32x16 b) { EACH_HALF(F32x16, _mm256_min_ps(a.v[i], b.v[i])); }  // a < b ? a : b
 // Lanes [0, n) from a, the others from b.
 INLINE F32x16 first(int n, F32x16 a, F32x16 b) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i lo = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes);
-  const __m256i hi = _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lanes);
-  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(lo)), _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(hi))};
+  const auto mask = [&](int i) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8 * i), lanes)); };
+  EACH_HALF(F32x16, _mm256_blendv_ps(b.v[i], a.v[i], mask(i)));
 }
 // a < b ? x : y
 INLINE F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
-  return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
-          _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+  EACH_HALF(F32x16, _mm256_blendv_ps(y.v[i], x.v[i], _mm256_cmp_ps(a.v[i], b.v[i], _CMP_LT_OQ)));
 }
 INLINE F32x16 from_f16(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
-          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+  EACH_HALF(F32x16, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i))));
 }
 INLINE void to_f16(uint16_t* p, F32x16 x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.lo, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.hi, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v[0], _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.v[1], _MM_FROUND_TO_NEAREST_INT));
 }
 INLINE __m256 widen_bf16(const uint16_t* p) {
   const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
-INLINE F32x16 from_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+INLINE F32x16 from_bf16(const uint16_t* p) { EACH_HALF(F32x16, widen_bf16(p + 8 * i)); }
 // 2^(e - 128) of exponent bytes e: exact, the two least are subnormal.
 INLINE __m256 widen_halved_e8m0(const uint8_t* p) {
   const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -67,31 +64,25 @@ INLINE __m256 widen_halved_e8m0(const uint8_t* p) {
   const __m256i subnormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x200000), e);
   return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, subnormal, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
 }
-INLINE F32x16 from_halved_e8m0(const uint8_t* p) { return {widen_halved_e8m0(p), widen_halved_e8m0(p + 8)}; }
-INLINE I32x16 broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-INLINE I32x16 load(const int32_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
-}
+INLINE F32x16 from_halved_e8m0(const uint8_t* p) { EACH_HALF(F32x16, widen_halved_e8m0(p + 8 * i)); }
+INLINE I32x16 broadcast(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
 INLINE void store(int32_t* p, I32x16 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.lo);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.hi);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v[0]);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.v[1]);
 }
-INLINE I32x16 add(I32x16 a, I32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-INLINE I32x16 sub(I32x16 a, I32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
-INLINE I32x16 mul(I32x16 a, I32x16 b) { return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)}; }
+INLINE I32x16 add(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_add_epi32(a.v[i], b.v[i])); }
+INLINE I32x16 sub(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_sub_epi32(a.v[i], b.v[i])); }
+INLINE I32x16 mul(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_mullo_epi32(a.v[i], b.v[i])); }
 template <int n>
-INLINE I32x16 shift_left(I32x16 a) { return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)}; }
-INLINE I32x16 shift_right(I32x16 a, int n) { return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)}; }
-INLINE I32x16 keep(I32x16 a, int32_t mask) {
-  return {_mm256_and_si256(a.lo, _mm256_set1_epi32(mask)), _mm256_and_si256(a.hi, _mm256_set1_epi32(mask))};
-}
-INLINE I32x16 either(I32x16 a, I32x16 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
-INLINE F32x16 to_float(I32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+INLINE I32x16 shift_left(I32x16 a) { EACH_HALF(I32x16, _mm256_slli_epi32(a.v[i], n)); }
+INLINE I32x16 shift_right(I32x16 a, int n) { EACH_HALF(I32x16, _mm256_srli_epi32(a.v[i], n)); }
+INLINE I32x16 keep(I32x16 a, int32_t mask) { EACH_HALF(I32x16, _mm256_and_si256(a.v[i], _mm256_set1_epi32(mask))); }
+INLINE I32x16 either(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_or_si256(a.v[i], b.v[i])); }
+INLINE F32x16 to_float(I32x16 a) { EACH_HALF(F32x16, _mm256_cvtepi32_ps(a.v[i])); }
 // Nearest, ties to even; |x| < 2^31 is the caller's duty (out of range differs between machines).
-INLINE I32x16 to_int(F32x16 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
-INLINE F32x16 bits_to_float(I32x16 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
-INLINE I32x16 float_to_bits(F32x16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
+INLINE I32x16 to_int(F32x16 a) { EACH_HALF(I32x16, _mm256_cvtps_epi32(a.v[i])); }
+INLINE F32x16 bits_to_float(I32x16 a) { EACH_HALF(F32x16, _mm256_castsi256_ps(a.v[i])); }
+INLINE I32x16 float_to_bits(F32x16 a) { EACH_HALF(I32x16, _mm256_castps_si256(a.v[i])); }
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

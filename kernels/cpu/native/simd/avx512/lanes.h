@@ -17,7 +17,6 @@ INLINE F32x16 add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }
 INLINE F32x16 sub(F32x16 a, F32x16 b) { return _mm512_sub_ps(a, b); }
 INLINE F32x16 mul(F32x16 a, F32x16 b) { return _mm512_mul_ps(a, b); }
 INLINE F32x16 div(F32x16 a, F32x16 b) { return _mm512_div_ps(a, b); }
-INLINE F32x16 sqrt(F32x16 a) { return _mm512_sqrt_ps(a); }
 INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmadd_ps(a, b, c); }    // a * b + c
 INLINE F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
 INLINE F32x16 max(F32x16 a, F32x16 b) { return _mm512_max_ps(a, b); }                   // a > b ? a : b
@@ -48,7 +47,6 @@ INLINE F32x16 from_halved_e8m0(const uint8_t* p) {
   return _mm512_castsi512_ps(_mm512_mask_sllv_epi32(normal, subnormal, _mm512_set1_epi32(0x200000), e));
 }
 INLINE I32x16 broadcast(int32_t x) { return _mm512_set1_epi32(x); }
-INLINE I32x16 load(const int32_t* p) { return _mm512_loadu_si512(p); }
 INLINE void store(int32_t* p, I32x16 x) { _mm512_storeu_si512(p, x); }
 INLINE I32x16 add(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
 INLINE I32x16 sub(I32x16 a, I32x16 b) { return _mm512_sub_epi32(a, b); }

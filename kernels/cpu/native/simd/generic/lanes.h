@@ -25,7 +25,6 @@ INLINE F32x16 add(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] + b.v[i]); }
 INLINE F32x16 sub(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] - b.v[i]); }
 INLINE F32x16 mul(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] * b.v[i]); }
 INLINE F32x16 div(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] / b.v[i]); }
-INLINE F32x16 sqrt(F32x16 a) { EACH(F32x16, __builtin_sqrtf(a.v[i])); }
 INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { EACH(F32x16, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }    // a * b + c
 INLINE F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { EACH(F32x16, __builtin_fmaf(-a.v[i], b.v[i], c.v[i])); }  // c - a * b
 INLINE F32x16 max(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
@@ -60,7 +59,6 @@ INLINE float halved_e8m0_to_float(uint8_t e) {
 }
 INLINE F32x16 from_halved_e8m0(const uint8_t* p) { EACH(F32x16, halved_e8m0_to_float(p[i])); }
 INLINE I32x16 broadcast(int32_t x) { EACH(I32x16, x); }
-INLINE I32x16 load(const int32_t* p) { EACH(I32x16, p[i]); }
 INLINE void store(int32_t* p, I32x16 x) { memcpy(p, x.v, sizeof x.v); }
 INLINE I32x16 add(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] + b.v[i]); }
 INLINE I32x16 sub(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] - b.v[i]); }

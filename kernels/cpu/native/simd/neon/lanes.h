@@ -34,7 +34,6 @@ INLINE F32x16 add(F32x16 a, F32x16 b) { EACH_QUARTER(F32x16, vaddq_f32(a.v[i], b
 INLINE F32x16 sub(F32x16 a, F32x16 b) { EACH_QUARTER(F32x16, vsubq_f32(a.v[i], b.v[i])); }
 INLINE F32x16 mul(F32x16 a, F32x16 b) { EACH_QUARTER(F32x16, vmulq_f32(a.v[i], b.v[i])); }
 INLINE F32x16 div(F32x16 a, F32x16 b) { EACH_QUARTER(F32x16, vdivq_f32(a.v[i], b.v[i])); }
-INLINE F32x16 sqrt(F32x16 a) { EACH_QUARTER(F32x16, vsqrtq_f32(a.v[i])); }
 INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { EACH_QUARTER(F32x16, vfmaq_f32(c.v[i], a.v[i], b.v[i])); }   // a * b + c
 INLINE F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { EACH_QUARTER(F32x16, vfmsq_f32(c.v[i], a.v[i], b.v[i])); }  // c - a * b
 // By comparison, since fmax and fmin let a NaN through from either side: a > b ? a : b and a < b ? a : b.
@@ -70,7 +69,6 @@ INLINE I32x16 broadcast(int32_t x) {
   const int32x4_t r = vdupq_n_s32(x);
   return {{r, r, r, r}};
 }
-INLINE I32x16 load(const int32_t* p) { EACH_QUARTER(I32x16, vld1q_s32(p + 4 * i)); }
 INLINE void store(int32_t* p, I32x16 x) {
   vst1q_s32(p, x.v[0]);
   vst1q_s32(p + 4, x.v[1]);

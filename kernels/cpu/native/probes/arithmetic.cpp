@@ -17,30 +17,20 @@ constexpr int kRounds = 4000;
 #define DOT_ZMM(i) "vpdpbusd %%zmm14, %%zmm15, %%zmm" #i "\n"
 #define FMA_ZMM(i) "vfmadd231ps %%zmm14, %%zmm15, %%zmm" #i "\n"
 #define CLEAR_YMM(i) "vpxor %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n"
+#define DOT_VEX(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"  // of AVX-VNNI: no assembler's own choice
 #define FMA_YMM(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n"
-#define PAIRS_YMM(i)                        \
-  "vpmaddubsw %%ymm14, %%ymm15, %%ymm12\n"  \
-  "vpmaddwd %%ymm14, %%ymm12, %%ymm12\n"    \
-  "vpaddd %%ymm12, %%ymm" #i ", %%ymm" #i "\n"
-#define PAIRS_ZMM(i)                        \
-  "vpmaddubsw %%zmm14, %%zmm15, %%zmm12\n"  \
-  "vpmaddwd %%zmm14, %%zmm12, %%zmm12\n"    \
-  "vpaddd %%zmm12, %%zmm" #i ", %%zmm" #i "\n"
-#define LOOP(clear, clear14, op)                                                                        \
-  int rounds = kRounds;                                                                                 \
-  __asm__ volatile(TWELVE(clear) clear14 "1:\n" TWELVE(op) TWELVE(op) "decl %0\njnz 1b\nvzeroupper\n" \
-                   : "+r"(rounds)                                                                       \
-                   :                                                                                    \
-                   : "cc", CLOBBERS)
-
-#define PEAK(name, bytes, clear, op)            \
-  double name() {                               \
-    LOOP(clear, clear(14) clear(15), op);       \
-    return 24.0 * bytes * kRounds;              \
+#define PAIRS(r, i) \
+  "vpmaddubsw %%" r "14, %%" r "15, %%" r "12\nvpmaddwd %%" r "14, %%" r "12, %%" r "12\nvpaddd %%" r "12, %%" r #i ", %%" r #i "\n"
+#define PAIRS_YMM(i) PAIRS("ymm", i)
+#define PAIRS_ZMM(i) PAIRS("zmm", i)
+#define PEAK(name, bytes, clear, op)                                                                             \
+  double name() {                                                                                                \
+    int rounds = kRounds;                                                                                        \
+    __asm__ volatile(                                                                                            \
+        TWELVE(clear) clear(14) clear(15) "1:\n" TWELVE(op) TWELVE(op) "decl %0\njnz 1b\nvzeroupper\n"           \
+        : "+r"(rounds) : : "cc", CLOBBERS);                                                                      \
+    return 24.0 * bytes * kRounds;                                                                               \
   }
-
-// As an instruction of AVX-VNNI, which an assembler would not choose by itself.
-#define DOT_VEX(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"
 
 PEAK(int8_avx512vnni, 64, CLEAR_ZMM, DOT_ZMM)
 PEAK(int8_avxvnni, 32, CLEAR_YMM, DOT_VEX)
@@ -61,27 +51,17 @@ PEAK(fma_avx2, 8, CLEAR_YMM, FMA_YMM)
 #define DOT_V(i) "sdot v" #i ".4s, v30.16b, v31.16b\n"
 #define MLAL_V(i) "smlal v" #i ".8h, v30.8b, v31.8b\n"
 #define FMA_V(i) "fmla v" #i ".4s, v30.4s, v31.4s\n"
-#define LOOP(op)                                                                                                  \
-  int rounds = kRounds;                                                                                           \
-  __asm__ volatile(TWENTY_FOUR(CLEAR) CLEAR(30) CLEAR(31) "1:\n" TWENTY_FOUR(op) "subs %w0, %w0, #1\nb.ne 1b\n" \
-                   : "+r"(rounds)                                                                                 \
-                   :                                                                                              \
-                   : "cc", CLOBBERS)
+#define PEAK(name, lanes, op)                                                                                       \
+  double name() {                                                                                                   \
+    int rounds = kRounds;                                                                                           \
+    __asm__ volatile(TWENTY_FOUR(CLEAR) CLEAR(30) CLEAR(31) "1:\n" TWENTY_FOUR(op) "subs %w0, %w0, #1\nb.ne 1b\n" \
+                     : "+r"(rounds) : : "cc", CLOBBERS);                                                            \
+    return 24.0 * lanes * kRounds;                                                                                  \
+  }
 
-__attribute__((target("arch=armv8.2-a+dotprod"))) double int8_neon_dotprod() {
-  LOOP(DOT_V);
-  return 24.0 * 16 * kRounds;
-}
-
-double int8_neon() {
-  LOOP(MLAL_V);
-  return 24.0 * 8 * kRounds;
-}
-
-double fma_neon() {
-  LOOP(FMA_V);
-  return 24.0 * 4 * kRounds;
-}
+__attribute__((target("arch=armv8.2-a+dotprod"))) PEAK(int8_neon_dotprod, 16, DOT_V)
+PEAK(int8_neon, 8, MLAL_V)
+PEAK(fma_neon, 4, FMA_V)
 
 #endif
 

@@ -39,88 +39,62 @@ struct Activations {
   Memory memory;
 };
 
-// Products of several matrices with the same activations: every thread computes its part of the tiles of each.
-class Products final : public ThreadPool::Job {
- public:
-  Products(const MatmulOps& ops, std::vector<const PackedMatrix*> matrices, const FloatRows& x, const float* bias)
-      : ops_(ops),
-        matrices_(std::move(matrices)),
-        activations_(ops, format_of(matrices_, x), x),
-        tokens_(static_cast<int>(x.shape(0))),
-        bias_(bias) {}
-
-  // Returns how long it took, in seconds. `out` is overwritten by each of the matrices.
-  double run(ThreadPool& pool, float* out) {
-    pool_ = &pool;
-    scratch_.clear();
-    for (int thread = 0; thread < pool.threads(); thread++)
-      scratch_.emplace_back(matmul_scratch_bytes(matrices_[0]->matrix().cols));
-    out_ = out;
-    pool.run(*this);
-    return seconds_;
+// The shape that the matrices share.
+const Matrix& shape_of(const std::vector<const PackedMatrix*>& matrices, const FloatRows& x) {
+  if (matrices.empty()) throw std::invalid_argument("no matrices");
+  const Matrix& first = matrices[0]->matrix();
+  for (const PackedMatrix* packed : matrices) {
+    const Matrix& matrix = packed->matrix();
+    if (matrix.tiles == nullptr) throw std::invalid_argument("a matrix of shape_only has no weights");
+    if (matrix.type != first.type || matrix.rows != first.rows || matrix.cols != first.cols)
+      throw std::invalid_argument("matrices of several types or shapes");
   }
+  if (x.shape(1) != static_cast<size_t>(first.cols)) throw std::invalid_argument("activations of another width");
+  return first;
+}
 
-  void work(int thread) noexcept override {
-    const FloatMode mode;
-    const Memory& scratch = scratch_[thread];
+// Products with the same activations: every thread computes its part of the tiles of each matrix, and each overwrites `out`.
+// Returns how long it took, in seconds.
+double run_products(const std::string& level, const std::vector<const PackedMatrix*>& matrices, const FloatRows& x,
+                    const float* bias, int threads, float* out) {
+  const MatmulOps ops = find_level(level).matmul;
+  const Matrix& shape = matrices[0]->matrix();
+  const Activations activations(ops, tile_layout(shape.type).activation, x);
+  ThreadPool pool(threads);
+  std::vector<Memory> scratches;
+  for (int thread = 0; thread < threads; thread++) scratches.emplace_back(matmul_scratch_bytes(shape.cols));
+  double seconds = 0;
+  pool.run([&](int thread) {
+    const Memory& scratch = scratches[thread];
     std::fill_n(scratch.data(), scratch.bytes(), uint8_t{0});
-    pool_->barrier().arrive();
+    pool.barrier().arrive();
     const auto start = std::chrono::steady_clock::now();
-    for (const PackedMatrix* packed : matrices_) {
-      const Matrix& matrix = packed->matrix();
-      const auto border = [&](int64_t n) { return static_cast<int>(n * matrix.tile_count() / pool_->threads()); };
-      ops_.matmul(matrix, activations_.memory.data(), tokens_, {}, out_, static_cast<size_t>(matrix.rows), bias_,
-                  border(thread), border(thread + 1), scratch.data());
-    }
-    pool_->barrier().arrive();
-    if (thread == 0) seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  }
-
- private:
-  static ActivationFormat format_of(const std::vector<const PackedMatrix*>& matrices, const FloatRows& x) {
-    if (matrices.empty()) throw std::invalid_argument("no matrices");
-    const Matrix& first = matrices[0]->matrix();
-    for (const PackedMatrix* packed : matrices) {
-      const Matrix& matrix = packed->matrix();
-      if (matrix.tiles == nullptr) throw std::invalid_argument("a matrix of shape_only has no weights");
-      if (matrix.type != first.type || matrix.rows != first.rows || matrix.cols != first.cols)
-        throw std::invalid_argument("matrices of several types or shapes");
-    }
-    if (x.shape(1) != static_cast<size_t>(first.cols)) throw std::invalid_argument("activations of another width");
-    return tile_layout(first.type).activation;
-  }
-
-  const MatmulOps ops_;
-  const std::vector<const PackedMatrix*> matrices_;
-  const Activations activations_;
-  const int tokens_;
-  const float* const bias_;
-  std::vector<Memory> scratch_;
-  ThreadPool* pool_ = nullptr;
-  float* out_ = nullptr;
-  double seconds_ = 0;
-};
+    const auto border = [&](int64_t n) { return static_cast<int>(n * shape.tile_count() / threads); };
+    for (const PackedMatrix* packed : matrices)
+      ops.matmul(packed->matrix(), activations.memory.data(), static_cast<int>(x.shape(0)), {}, out,
+                 static_cast<size_t>(shape.rows), bias, border(thread), border(thread + 1), scratch.data());
+    pool.barrier().arrive();
+    if (thread == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  });
+  return seconds;
+}
 
 nb::object multiply(const std::string& level, const PackedMatrix& matrix, const FloatRows& x, int threads,
                     const std::optional<Floats>& bias) {
-  const size_t rows = static_cast<size_t>(matrix.matrix().rows);
+  const size_t rows = static_cast<size_t>(shape_of({&matrix}, x).rows);
   if (bias && bias->shape(0) != rows) throw std::invalid_argument("a bias of another length");
-  Products products(find_level(level).matmul, {&matrix}, x, bias ? bias->data() : nullptr);
-  ThreadPool pool(threads);
   float* out;
   nb::object result = new_array<float>({x.shape(0), rows}, &out);
   nb::gil_scoped_release unlocked;
-  products.run(pool, out);
+  run_products(level, {&matrix}, x, bias ? bias->data() : nullptr, threads, out);
   return result;
 }
 
 double multiply_seconds(const std::string& level, const std::vector<const PackedMatrix*>& matrices, const FloatRows& x,
                         int threads) {
-  Products products(find_level(level).matmul, matrices, x, nullptr);
-  ThreadPool pool(threads);
-  std::vector<float> out(x.shape(0) * static_cast<size_t>(matrices[0]->matrix().rows));
+  std::vector<float> out(x.shape(0) * static_cast<size_t>(shape_of(matrices, x).rows));
   nb::gil_scoped_release unlocked;
-  return products.run(pool, out.data());
+  return run_products(level, matrices, x, nullptr, threads, out.data());
 }
 
 ActivationFormat format_named(const std::string& name) {

@@ -8,13 +8,6 @@
 namespace llamaclust {
 namespace {
 
-struct WorkerJob final : ThreadPool::Job {
-  WorkerJob(const Worker::Run& run, const ThreadPool& pool) : run(run), pool(pool) {}
-  void work(int thread) noexcept override { Worker(run, thread, pool.active_threads()).work(); }
-  const Worker::Run& run;
-  const ThreadPool& pool;
-};
-
 std::vector<RotationTable> tables_of(const Plan& plan) {
   std::vector<RotationTable> tables;
   for (const RotationAngles& angles : plan.rotations) tables.emplace_back(angles, plan.limits.max_context_tokens);
@@ -100,8 +93,7 @@ int Executor::run(const Batch& batch) {
   for (Shares::Counter& counter : shares_.counters) counter.taken.store(0, std::memory_order_relaxed);
   const Worker::Run run{plan_, level_,   workspace_,   kv_,     rotations_,
                         batch, tilings_, next_matmul_, shares_, pool_.barrier()};
-  WorkerJob job(run, pool_);
-  pool_.run(job, batch.rows());
+  pool_.run([&](int thread) { Worker(run, thread, pool_.active_threads()).work(); }, batch.rows());
   return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
 }
 

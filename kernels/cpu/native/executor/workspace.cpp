@@ -36,31 +36,11 @@ struct ScratchBytes {
 };
 
 // Enough for two sequences that decode at the end of the longest context.
-size_t partial_floats_of(const Plan& plan) {
-  const size_t spans = static_cast<size_t>(plan.limits.max_context_tokens + kSpanTokens - 1) / kSpanTokens;
-  size_t floats = 0;
-  for (const PlannedStep& planned : plan.steps)
-    if (const auto* step = std::get_if<AttentionStep>(&planned.step)) {
-      const int group = step->heads / step->kv_heads;
-      const size_t units =
-          static_cast<size_t>(step->kv_heads) * static_cast<size_t>((group + kTileQueries - 1) / kTileQueries);
-      floats = std::max(floats, 2 * units * spans * span_sums_floats(std::min(group, kTileQueries), step->head_dim));
-    }
-  return floats;
-}
-
-struct ExpertCounts {
-  size_t lines, experts;
-};
-
-ExpertCounts expert_counts_of(const Plan& plan) {
-  ExpertCounts most{0, 0};
-  for (const PlannedStep& planned : plan.steps)
-    if (const auto* step = std::get_if<ExpertsStep>(&planned.step)) {
-      most.lines = std::max(most.lines, static_cast<size_t>(plan.limits.max_tokens) * static_cast<size_t>(step->used));
-      most.experts = std::max(most.experts, step->products[0].experts.size());
-    }
-  return most;
+size_t partial_floats_of(const AttentionStep& step, int max_context_tokens) {
+  const size_t spans = static_cast<size_t>(max_context_tokens + kSpanTokens - 1) / kSpanTokens;
+  const int group = step.heads / step.kv_heads, head_groups = (group + kTileQueries - 1) / kTileQueries;
+  const size_t units = static_cast<size_t>(step.kv_heads) * static_cast<size_t>(head_groups);
+  return 2 * units * spans * span_sums_floats(std::min(group, kTileQueries), step.head_dim);
 }
 
 }  // namespace
@@ -78,13 +58,18 @@ Workspace::Workspace(const Plan& plan, int threads) {
     shared_slots_.push_back(all.add(tokens * slot.max_row_bytes));
     own_slots_.push_back(each.add(kPrivateRows * slot.max_row_bytes));
   }
-  size_t scratch = 0;
-  for (const PlannedStep& planned : plan.steps) scratch = std::max(scratch, std::visit(ScratchBytes{}, planned.step));
+  size_t scratch = 0, experts = 0;
+  for (const PlannedStep& planned : plan.steps) {
+    scratch = std::max(scratch, std::visit(ScratchBytes{}, planned.step));
+    if (const auto* step = std::get_if<ExpertsStep>(&planned.step)) {
+      max_expert_lines_ = std::max(max_expert_lines_, tokens * static_cast<size_t>(step->used));
+      experts = std::max(experts, step->products[0].experts.size());
+    } else if (const auto* step = std::get_if<AttentionStep>(&planned.step); step && threads > 1) {
+      partial_floats_ = std::max(partial_floats_, partial_floats_of(*step, plan.limits.max_context_tokens));
+    }
+  }
   scratch_ = each.add(scratch);
-  const ExpertCounts most = expert_counts_of(plan);
-  max_expert_lines_ = most.lines;
-  expert_lines_ = each.add(most.lines == 0 ? 0 : (2 * most.lines + most.experts + 1) * sizeof(int32_t));
-  partial_floats_ = threads > 1 ? partial_floats_of(plan) : 0;
+  expert_lines_ = each.add(max_expert_lines_ == 0 ? 0 : (2 * max_expert_lines_ + experts + 1) * sizeof(int32_t));
   partials_ = all.add(partial_floats_ * sizeof(float));
   threads_ = (all.bytes() + kPage - 1) / kPage * kPage;
   thread_bytes_ = (each.bytes() + kPage - 1) / kPage * kPage;

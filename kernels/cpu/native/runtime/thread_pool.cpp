@@ -78,7 +78,12 @@ void ThreadPool::call(int thread) {
   count.notify_one();
 }
 
-void ThreadPool::run(Job& job, int rows) {
+void ThreadPool::work(int thread) noexcept {
+  (*job_)(thread);
+  barrier_.arrive();
+}
+
+void ThreadPool::run(const Job& job, int rows) {
   const std::lock_guard<std::mutex> lock(job_mutex_);
   const FloatMode mode;
   const int64_t start = now_ns();
@@ -86,8 +91,7 @@ void ThreadPool::run(Job& job, int rows) {
   active_threads_ = yields_ ? contention_.threads(rows) : threads_;
   barrier_.open(active_threads_);
   for (int thread = 1; thread < active_threads_; thread++) call(thread);
-  job.work(0);
-  barrier_.arrive();
+  work(0);
   if (yields_) contention_.report(rows, start, now_ns(), barrier_.waited_ns());
 }
 
@@ -96,8 +100,7 @@ void ThreadPool::serve(int thread) {
   for (int32_t seen = 0;; seen++) {
     wait_while_equal(calls_[thread].count, seen);
     if (job_ == nullptr) return;
-    job_->work(thread);
-    barrier_.arrive();
+    work(thread);
   }
 }
 

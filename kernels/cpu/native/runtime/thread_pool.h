@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -59,14 +60,8 @@ class Barrier {
 
 class ThreadPool {
  public:
-  class Job {
-   public:
-    // Called at once on every thread that takes part; must not throw.
-    virtual void work(int thread) noexcept = 0;
-
-   protected:
-    ~Job() = default;
-  };
+  // Called at once on every thread that takes part; must not throw.
+  using Job = std::function<void(int thread)>;
 
   // The caller of run() is one of the threads. Where `yields`, fewer take part while others keep the cores busy.
   // std::invalid_argument outside 1 to 1024, std::runtime_error where the system refuses.
@@ -81,7 +76,7 @@ class ThreadPool {
   Barrier& barrier() { return barrier_; }
 
   // The caller is thread 0; jobs of several callers run one by one. Those with as many rows are taken to be alike.
-  void run(Job& job, int rows = 1);
+  void run(const Job& job, int rows = 1);
 
  private:
   struct alignas(64) Call {
@@ -89,6 +84,7 @@ class ThreadPool {
   };
 
   void serve(int thread);
+  void work(int thread) noexcept;
   void call(int thread);
   void stop();
 
@@ -97,7 +93,7 @@ class ThreadPool {
   std::mutex job_mutex_;
   CoreContention contention_;
   Barrier barrier_;
-  Job* job_ = nullptr;  // null: a called thread ends
+  const Job* job_ = nullptr;  // null: a called thread ends
   int active_threads_ = 1;
   const std::unique_ptr<Call[]> calls_;
   std::vector<std::thread> others_;

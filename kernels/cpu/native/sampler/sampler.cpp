@@ -135,34 +135,19 @@ RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& s
   return outcome;
 }
 
-// The rows of one call; each thread takes the next that is free.
-class Sampler::Rows final : public ThreadPool::Job {
- public:
-  Rows(Sampler& sampler, const float* logits, const std::vector<RowTask>& tasks)
-      : outcomes(tasks.size()), sampler_(sampler), logits_(logits), tasks_(tasks) {}
-
-  void work(int thread) noexcept override {
-    for (size_t row = next_++; row < tasks_.size(); row = next_++)
-      outcomes[row] = sampler_.run_row(logits_ + row * sampler_.vocabulary_, tasks_[row], sampler_.scratch_[thread]);
-  }
-
-  std::vector<RowOutcome> outcomes;
-
- private:
-  Sampler& sampler_;
-  const float* logits_;
-  const std::vector<RowTask>& tasks_;
-  std::atomic<size_t> next_ = 0;
-};
-
 std::vector<RowOutcome> Sampler::run(const float* logits, const std::vector<RowTask>& tasks) {
   constexpr size_t kWorthWaking = 4;  // fewer rows are done before another core is awake
-  Rows rows(*this, logits, tasks);
+  std::vector<RowOutcome> outcomes(tasks.size());
+  std::atomic<size_t> next = 0;  // each thread takes the next row that is free
+  const auto work = [&](int thread) {
+    for (size_t row = next++; row < tasks.size(); row = next++)
+      outcomes[row] = run_row(logits + row * vocabulary_, tasks[row], scratch_[thread]);
+  };
   if (tasks.size() < kWorthWaking || pool_.threads() == 1)
-    rows.work(0);
+    work(0);
   else
-    pool_.run(rows);
-  return std::move(rows.outcomes);
+    pool_.run(work);
+  return outcomes;
 }
 
 }  // namespace llamaclust

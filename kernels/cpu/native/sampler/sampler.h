@@ -131,7 +131,6 @@ class Sampler {
   std::vector<RowOutcome> run(const float* logits, const std::vector<RowTask>& tasks);
 
  private:
-  class Rows;
   using Scratch = std::vector<float>;  // [vocabulary] logits after bias, penalties and suppression
 
   RowOutcome run_row(const float* logits, const RowTask& task, Scratch& scratch) const;

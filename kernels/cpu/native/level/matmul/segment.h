@@ -14,6 +14,10 @@ template <class Type>
 constexpr bool kWide = Type::kLayout.segment_cols == 256;
 
 template <class Type>
+using Activation = std::conditional_t<Type::kLayout.activation == ActivationFormat::F32, float,
+                                      std::conditional_t<kWide<Type>, Q8_256, Q8_32>>;
+
+template <class Type>
 constexpr int kGroups = Type::kLayout.segment_cols / Type::kSubBlocks / 4;  // k-groups in a sub-block
 
 // No sum of a segment overflows: 256 products of a quant, an activation and a sub-block scale of eight bits each.
@@ -161,23 +165,7 @@ DECODE I32x16 sum_of_mins(const Segment& w, const Q8_256& a) {
 }
 
 template <class Type, class Segment, int R, int T>
-DECODE void add_segment(const Segment (&w)[R], const Q8_32* const (&a)[T], F32x16 (&acc)[R][T]) {
-  I32x16 total[R][T];
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
-  add_sub_block<Type>(w, a, 0, total);
-  UNROLL for (int t = 0; t < T; t++) {
-    const F32x16 scale = broadcast(a[t]->scale), scaled_sum = broadcast(a[t]->scaled_sum);
-    UNROLL for (int r = 0; r < R; r++) {
-      if constexpr (Type::kOffset != 0 && !kCentred<Type::kBits> && !kOffsetFirst<Type>)
-        total[r][t] = add(total[r][t], minus_offset<Type>(*a[t], 0));
-      acc[r][t] = fma(mul(w[r].scale(), scale), to_float(total[r][t]), acc[r][t]);
-      if constexpr (Type::kHasMin) acc[r][t] = fma(w[r].min(), scaled_sum, acc[r][t]);
-    }
-  }
-}
-
-template <class Type, class Segment, int R, int T>
-DECODE void add_segment(const Segment (&w)[R], const Q8_256* const (&a)[T], F32x16 (&acc)[R][T]) {
+DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a)[T], F32x16 (&acc)[R][T]) {
   I32x16 total[R][T];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
 #pragma GCC unroll 1
@@ -186,11 +174,16 @@ DECODE void add_segment(const Segment (&w)[R], const Q8_256* const (&a)[T], F32x
   UNROLL for (int t = 0; t < T; t++) {
     const F32x16 scale = broadcast(a[t]->scale);
     UNROLL for (int r = 0; r < R; r++) {
-      if constexpr (!kSubScaled<Type>) total[r][t] = sub(total[r][t], broadcast(Type::kOffset * sum_of(*a[t])));
+      if constexpr (!kWide<Type> && Type::kOffset != 0 && !kCentred<Type::kBits> && !kOffsetFirst<Type>)
+        total[r][t] = add(total[r][t], minus_offset<Type>(*a[t], 0));
+      if constexpr (kWide<Type> && !kSubScaled<Type>)
+        total[r][t] = sub(total[r][t], broadcast(Type::kOffset * sum_of(*a[t])));
       acc[r][t] = fma(mul(w[r].scale(), scale), to_float(total[r][t]), acc[r][t]);
-      if constexpr (Type::kHasMin) {
+      if constexpr (kWide<Type> && Type::kHasMin) {
         const I32x16 mins = sub(broadcast(0), sum_of_mins<Type>(w[r], *a[t]));
         acc[r][t] = fma(mul(w[r].min(), scale), to_float(mins), acc[r][t]);
+      } else if constexpr (Type::kHasMin) {
+        acc[r][t] = fma(w[r].min(), broadcast(a[t]->scaled_sum), acc[r][t]);
       }
     }
   }
@@ -228,10 +221,6 @@ INLINE void store_rows(const Output& output, int tile, int token, F32x16 x) {
     store_first(rows, out, canonical(x));
   }
 }
-
-template <class Type>
-using Activation = std::conditional_t<Type::kLayout.activation == ActivationFormat::F32, float,
-                                      std::conditional_t<kWide<Type>, Q8_256, Q8_32>>;
 
 // One product, of any type.
 struct Product {

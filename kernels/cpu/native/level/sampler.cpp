@@ -53,20 +53,18 @@ INLINE Weights weigh_lanes(F32x16 x, F32x16 maximum, F32x16 divisor, F32x16* wro
   return {high, to_int(mul(rest, scale))};
 }
 
-int64_t total(I32x16 high, I32x16 low) {
-  alignas(64) int32_t h[16], l[16];
-  store(h, high);
-  store(l, low);
-  int64_t sum = 0;
-  for (int i = 0; i < 16; i++) sum += (int64_t{h[i]} << 20) + l[i];
-  return sum;
-}
-
 void combine(Weights w, int n, int64_t* out) {
   alignas(64) int32_t high[16], low[16];
   store(high, w.high);
   store(low, w.low);
   for (int i = 0; i < n; i++) out[i] = (int64_t{high[i]} << 20) + low[i];
+}
+
+int64_t total(Weights w) {
+  int64_t each[16], sum = 0;
+  combine(w, 16, each);
+  for (int64_t weight : each) sum += weight;
+  return sum;
 }
 
 // One int32 lane holds the sum of this many weights.
@@ -78,15 +76,14 @@ int64_t weigh(const float* x, int n, float maximum, float divisor, int64_t* weig
   int64_t sum = 0;
   for (int begin = 0; begin < n; begin += kSummands * 16) {
     const int end = n - begin < kSummands * 16 ? n : begin + kSummands * 16;
-    I32x16 high = broadcast(0), low = broadcast(0);
+    Weights all{broadcast(0), broadcast(0)};
     for (int i = begin; i < end; i += 16) {
       const int lanes = end - i < 16 ? end - i : 16;
       const Weights w = weigh_lanes(lanes < 16 ? load_tail(x + i, lanes) : load(x + i), m, d, &wrong);
-      high = add(high, w.high);
-      low = add(low, w.low);
+      all = {add(all.high, w.high), add(all.low, w.low)};
       if (weights) combine(w, lanes, weights + i);
     }
-    sum += total(high, low);
+    sum += total(all);
   }
   const float check = sum_tree(wrong);
   return check == check ? sum : 0;

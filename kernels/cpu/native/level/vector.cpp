@@ -36,24 +36,28 @@ INLINE float sum_interleaved(int n, Accumulate accumulate) {
   return sum_tree(add(add(lanes[0], lanes[2]), add(lanes[1], lanes[3])));
 }
 
-void rms_norm(const float* x, const float* weight, float epsilon, int n, float* out) {
+INLINE F32x16 sum_of(const float* x, int n) {
+  return broadcast(sum_interleaved(n, [x](F32x16 sum, int i, auto read) { return add(sum, read(x + i)); }));
+}
+
+// 1 / sqrt(mean(x^2) + epsilon)
+INLINE F32x16 inverse_root(const float* x, float epsilon, int n) {
   const float squares = sum_interleaved(n, [x](F32x16 sum, int i, auto read) {
     const F32x16 v = read(x + i);
     return fma(v, v, sum);
   });
-  const F32x16 scale = broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + epsilon));
+  return broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + epsilon));
+}
+
+void rms_norm(const float* x, const float* weight, float epsilon, int n, float* out) {
+  const F32x16 scale = inverse_root(x, epsilon, n);
   each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(mul(read(x + i), scale), read(weight + i))); });
 }
 
 void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int n, float* out) {
-  const float sum = sum_interleaved(n, [x](F32x16 total, int i, auto read) { return add(total, read(x + i)); });
-  const F32x16 mean = broadcast(sum / static_cast<float>(n));
+  const F32x16 mean = div(sum_of(x, n), broadcast(static_cast<float>(n)));
   each_lanes(n, [&](int i, auto read, auto write) { write(out + i, sub(read(x + i), mean)); });
-  const float squares = sum_interleaved(n, [out](F32x16 total, int i, auto read) {
-    const F32x16 v = read(out + i);
-    return fma(v, v, total);
-  });
-  const F32x16 scale = broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + epsilon));
+  const F32x16 scale = inverse_root(out, epsilon, n);
   each_lanes(n, [&](int i, auto read, auto write) {
     write(out + i, fma(mul(read(out + i), scale), read(weight + i), read(bias + i)));
   });
@@ -98,8 +102,8 @@ void elementwise(RowOp op, const float* x, const float* y, float number, int n, 
 
 float sigmoid_dot(const float* x, const float* y, int n) {
   alignas(64) float out[16];
-  const float sum = sum_interleaved(
-      n, [x, y](F32x16 total, int i, auto read) { return fma(read(x + i), read(y + i), total); });
+  const auto product = [x, y](F32x16 sum, int i, auto read) { return fma(read(x + i), read(y + i), sum); };
+  const float sum = sum_interleaved(n, product);
   store(out, div(broadcast(1.0f), add(broadcast(1.0f), exp(broadcast(-sum)))));
   return out[0];
 }
@@ -114,7 +118,7 @@ void softmax(float* x, int n) {
   for (int i = 1; i < n; i++) maximum = maximum > x[i] ? maximum : x[i];
   const F32x16 shift = broadcast(maximum);
   each_lanes(n, [&](int i, auto read, auto write) { write(x + i, exp(sub(read(x + i), shift))); });
-  const F32x16 sum = broadcast(sum_interleaved(n, [x](F32x16 total, int i, auto read) { return add(total, read(x + i)); }));
+  const F32x16 sum = sum_of(x, n);
   each_lanes(n, [&](int i, auto read, auto write) { write(x + i, div(read(x + i), sum)); });
 }
 

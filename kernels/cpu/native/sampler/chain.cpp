@@ -24,228 +24,258 @@ double power(double base, double exponent) {
   return exp_double(exponent * log_double(base));
 }
 
+class ChainRun {
+ public:
+  ChainRun(const SamplerOps& ops, float* values, int vocabulary, const Choice& choice)
+      : ops_(ops), values_(values), vocabulary_(vocabulary), choice_(choice), chain_(*choice.chain) {}
+
+  int32_t sample(double* mu) {
+    for (int32_t number : chain_.order) step(static_cast<Step>(number));
+    rank(vocabulary_);
+    if (size() == 0) return -1;
+    if (chain_.mirostat == 0) return ids_[draw()];
+    weigh();
+    if (chain_.mirostat == 1) {
+      keep(mirostat_candidates());
+    } else {
+      int count = 1;
+      while (count < size() && information(count) / kLn2 <= chain_.mu) count++;
+      keep(count);
+    }
+    const int sampled = draw();
+    const double surprise = -log_double(static_cast<double>(weights_[sampled]) / static_cast<double>(total_)) / kLn2;
+    *mu = chain_.mu - chain_.mirostat_eta * (surprise - chain_.mirostat_tau);
+    return ids_[sampled];
+  }
+
+ private:
+  // Candidates are values above -infinity until a step ranks them: then they are the first `ids_`, best first, with their
+  // values, which count as divided by the temperature.
+  void step(Step step) {
+    switch (step) {
+      case Step::kPenalties:
+        if (penalizes(choice_)) spread(), penalize(choice_, values_);
+        return;
+      case Step::kDry:
+        if (chain_.dry_multiplier > 0) spread(), penalize_repetitions(choice_, chain_, values_);
+        return;
+      case Step::kTopNSigma: return top_n_sigma();
+      case Step::kTopK:
+        if (choice_.top_k > 0) rank(choice_.top_k), keep(choice_.top_k);
+        return;
+      case Step::kTailFree: return tail_free();
+      case Step::kTypical: return typical();
+      case Step::kTopP: return top_p();
+      case Step::kMinP: return min_p();
+      case Step::kXtc: return xtc();
+      case Step::kTemperature: return temperature();
+      case Step::kCount: return;
+    }
+  }
+
+  // Makes the best candidates ready: all of them, or `most` where the next step keeps no more.
+  void rank(int most) {
+    if (is_ranked_) return;
+    is_ranked_ = true;
+    Ranking ranking(ops_, values_, vocabulary_);
+    const int count = std::min(ranking.extend(most), std::min(most, vocabulary_));
+    ranked_.assign(ranking.ready_values(), ranking.ready_values() + count);
+    ids_.resize(count);
+    for (int i = 0; i < count; i++) ids_[i] = ranking.id(i);
+  }
+
+  // Back to values by id, divided by the temperature where it was there before.
+  void spread() {
+    if (!is_ranked_) return;
+    is_ranked_ = false;
+    std::fill(values_, values_ + vocabulary_, -kInfinity);
+    for (int i = 0; i < size(); i++) values_[ids_[i]] = std::max(-kLargest, std::min(kLargest, ranked_[i] / divisor_));
+    divisor_ = 1;
+  }
+
+  void keep(int count) {
+    if (count >= size()) return;
+    ids_.resize(count);
+    ranked_.resize(count);
+  }
+
+  void drop(int count) {
+    ids_.erase(ids_.begin(), ids_.begin() + count);
+    ranked_.erase(ranked_.begin(), ranked_.begin() + count);
+  }
+
+  void weigh() {
+    rank(vocabulary_);
+    if (size() == 0) return;
+    weights_.resize(size());
+    total_ = ops_.weigh(ranked_.data(), size(), ranked_[0], divisor_, weights_.data());
+    log_total_ = log_double(static_cast<double>(total_) / kUnit);
+  }
+
+  // -ln of its probability; weigh() comes first
+  double information(int rank) const {
+    return log_total_ - static_cast<double>((ranked_[rank] - ranked_[0]) / divisor_);
+  }
+
+  // likewise
+  double entropy() const {
+    double sum = 0;
+    for (int i = 0; i < size(); i++)
+      if (weights_[i] > 0) sum += static_cast<double>(weights_[i]) * information(i);
+    return sum / static_cast<double>(total_);
+  }
+
+  void top_n_sigma() {
+    if (chain_.top_n_sigma <= 0) return;
+    spread();
+    const double greatest = *std::max_element(values_, values_ + vocabulary_);
+    const double least = greatest - kFarBelow;
+    double sum = 0, squares = 0, count = 0;
+    for (int i = 0; i < vocabulary_; i++)
+      if (values_[i] >= least) sum += values_[i], count++;
+    const double mean = sum / count;
+    for (int i = 0; i < vocabulary_; i++)
+      if (values_[i] >= least) squares += (values_[i] - mean) * (values_[i] - mean);
+    const double limit = greatest - chain_.top_n_sigma * std::sqrt(squares / count);
+    for (int i = 0; i < vocabulary_; i++)
+      if (values_[i] < limit) values_[i] = -kInfinity;
+  }
+
+  // Cuts where the second differences of the ranked probabilities, all positive, have come to a share of their sum.
+  void tail_free() {
+    if (chain_.tfs_z >= 1) return;
+    weigh();
+    if (size() <= 2) return;
+    std::vector<int64_t> bends(size() - 2);
+    int64_t sum = 0;
+    for (int i = 0; i < size() - 2; i++) sum += bends[i] = std::abs(weights_[i] - 2 * weights_[i + 1] + weights_[i + 2]);
+    if (sum == 0) {
+      std::fill(bends.begin(), bends.end(), 1);
+      sum = size() - 2;
+    }
+    int64_t so_far = bends[0];
+    for (int i = 1; i < size() - 2; i++) {
+      so_far += bends[i];
+      if (static_cast<double>(so_far) > chain_.tfs_z * static_cast<double>(sum)) return keep(i);
+    }
+  }
+
+  // Keeps those whose information is nearest to the entropy, until they are probable enough together.
+  void typical() {
+    if (chain_.typical_p >= 1) return;
+    weigh();
+    const double mean = entropy();
+    std::vector<std::pair<double, int>> order(size());
+    for (int i = 0; i < size(); i++) order[i] = {std::abs(information(i) - mean), i};
+    std::sort(order.begin(), order.end());
+    std::vector<int> kept;
+    int64_t so_far = 0;
+    for (const auto& [distance, rank] : order) {
+      kept.push_back(rank);
+      so_far += weights_[rank];
+      if (static_cast<double>(so_far) >= chain_.typical_p * static_cast<double>(total_)) break;
+    }
+    std::sort(kept.begin(), kept.end());
+    for (size_t i = 0; i < kept.size(); i++) ids_[i] = ids_[kept[i]], ranked_[i] = ranked_[kept[i]];
+    keep(static_cast<int>(kept.size()));
+  }
+
+  void top_p() {
+    if (choice_.top_p >= 1) return;
+    weigh();
+    const double nucleus = choice_.top_p * static_cast<double>(total_);
+    int64_t so_far = 0;
+    for (int i = 0; i < size(); i++) {
+      so_far += weights_[i];
+      if (static_cast<double>(so_far) >= nucleus) return keep(i + 1);
+    }
+  }
+
+  void min_p() {
+    if (choice_.min_p <= 0) return;
+    weigh();
+    const double least = choice_.min_p * kUnit;
+    for (int i = 1; i < size(); i++)
+      if (static_cast<double>(weights_[i]) < least) return keep(i);
+  }
+
+  // Now and then takes out all that are probable enough but the last of them.
+  void xtc() {
+    if (chain_.xtc_probability <= 0 || chain_.xtc_threshold > 0.5) return;
+    const uint64_t bits = random_bits(choice_.seed, choice_.choice, choice_.position, 1);
+    if (static_cast<double>(bits >> 11) * 0x1p-53 >= chain_.xtc_probability) return;
+    weigh();
+    const double least = chain_.xtc_threshold * static_cast<double>(total_);
+    int probable = 0;
+    while (probable < size() && static_cast<double>(weights_[probable]) >= least) probable++;
+    if (probable > 1) drop(probable - 1);
+  }
+
+  void temperature() {
+    rank(vocabulary_);
+    const double wanted = chain_.dynatemp_range > 0 && size() > 1 ? dynamic_temperature() : choice_.temperature;
+    const float temperature = std::min(static_cast<float>(wanted), kLargest);
+    if (temperature > 0)
+      divisor_ = temperature;
+    else
+      keep(1);
+  }
+
+  // Between the least and the greatest one by the entropy, as a share of the greatest there can be.
+  double dynamic_temperature() {
+    weigh();
+    const double share = std::min(1.0, std::max(0.0, entropy() / log_double(size())));
+    const double low = std::max(0.0, choice_.temperature - chain_.dynatemp_range);
+    const double high = choice_.temperature + chain_.dynatemp_range;
+    return low + (high - low) * power(share, chain_.dynatemp_exponent);
+  }
+
+  // Of version 1: how many to keep, so that the surprise expected of them is mu: by the exponent of Zipf's law that fits the best ones.
+  int mirostat_candidates() {
+    if (size() < 2) return 1;
+    double products = 0, squares = 0;
+    for (int i = 0; i < std::min(size(), kMirostatTokens) - 1; i++) {
+      const double t = log_double((i + 2.0) / (i + 1.0));
+      const double b = (static_cast<double>(ranked_[i]) - static_cast<double>(ranked_[i + 1])) / divisor_;
+      products += t * b;
+      squares += t * t;
+    }
+    const double exponent = products / squares;
+    if (!(exponent > 0)) return size();
+    const double excess = exponent - 1, log_n = log_double(vocabulary_);
+    const double shape = std::abs(excess) < 1e-9 ? 1 / log_n : excess / (1 - exp_double(-excess * log_n));
+    const double count = exp_double((log_double(shape) + chain_.mu * kLn2) / exponent);
+    return count >= size() ? size() : std::max(1, static_cast<int>(count));
+  }
+
+  int draw() {
+    weigh();
+    const int64_t target = scaled(random_bits(choice_.seed, choice_.choice, choice_.position), total_);
+    int rank = 0;
+    for (int64_t sum = weights_[0]; sum <= target; sum += weights_[rank]) rank++;
+    return rank;
+  }
+
+  int size() const { return static_cast<int>(ids_.size()); }
+
+  const SamplerOps& ops_;
+  float* values_;
+  int vocabulary_;
+  const Choice& choice_;
+  const Chain& chain_;
+  bool is_ranked_ = false;
+  float divisor_ = 1;
+  std::vector<int32_t> ids_;
+  std::vector<float> ranked_;
+  std::vector<int64_t> weights_;  // exp((value - best) / divisor) in units of 2^-40
+  int64_t total_ = 0;
+  double log_total_ = 0;
+};
+
 }  // namespace
 
-void ChainRun::step(Step step) {
-  switch (step) {
-    case Step::kPenalties:
-      if (penalizes(choice_)) spread(), penalize(choice_, values_);
-      return;
-    case Step::kDry:
-      if (chain_.dry_multiplier > 0) spread(), penalize_repetitions(choice_, chain_, values_);
-      return;
-    case Step::kTopNSigma: return top_n_sigma();
-    case Step::kTopK:
-      if (choice_.top_k > 0) rank(choice_.top_k), keep(choice_.top_k);
-      return;
-    case Step::kTailFree: return tail_free();
-    case Step::kTypical: return typical();
-    case Step::kTopP: return top_p();
-    case Step::kMinP: return min_p();
-    case Step::kXtc: return xtc();
-    case Step::kTemperature: return temperature();
-    case Step::kCount: return;
-  }
-}
-
-int32_t ChainRun::sample(double* mu) {
-  for (int32_t number : chain_.order) step(static_cast<Step>(number));
-  rank(vocabulary_);
-  if (size() == 0) return -1;
-  if (chain_.mirostat == 0) return ids_[draw()];
-  weigh();
-  if (chain_.mirostat == 1) {
-    keep(mirostat_candidates());
-  } else {
-    int count = 1;
-    while (count < size() && information(count) / kLn2 <= chain_.mu) count++;
-    keep(count);
-  }
-  const int sampled = draw();
-  const double surprise = -log_double(static_cast<double>(weights_[sampled]) / static_cast<double>(total_)) / kLn2;
-  *mu = chain_.mu - chain_.mirostat_eta * (surprise - chain_.mirostat_tau);
-  return ids_[sampled];
-}
-
-// Makes the best candidates ready: all of them, or `most` where the next step keeps no more.
-void ChainRun::rank(int most) {
-  if (is_ranked_) return;
-  is_ranked_ = true;
-  Ranking ranking(ops_, values_, vocabulary_);
-  const int count = std::min(ranking.extend(most), std::min(most, vocabulary_));
-  ranked_.assign(ranking.ready_values(), ranking.ready_values() + count);
-  ids_.resize(count);
-  for (int i = 0; i < count; i++) ids_[i] = ranking.id(i);
-}
-
-// Back to values by id, divided by the temperature where it was there before.
-void ChainRun::spread() {
-  if (!is_ranked_) return;
-  is_ranked_ = false;
-  std::fill(values_, values_ + vocabulary_, -kInfinity);
-  for (int i = 0; i < size(); i++) values_[ids_[i]] = std::max(-kLargest, std::min(kLargest, ranked_[i] / divisor_));
-  divisor_ = 1;
-}
-
-void ChainRun::keep(int count) {
-  if (count >= size()) return;
-  ids_.resize(count);
-  ranked_.resize(count);
-}
-
-void ChainRun::drop(int count) {
-  ids_.erase(ids_.begin(), ids_.begin() + count);
-  ranked_.erase(ranked_.begin(), ranked_.begin() + count);
-}
-
-void ChainRun::weigh() {
-  rank(vocabulary_);
-  if (size() == 0) return;
-  weights_.resize(size());
-  total_ = ops_.weigh(ranked_.data(), size(), ranked_[0], divisor_, weights_.data());
-  log_total_ = log_double(static_cast<double>(total_) / kUnit);
-}
-
-double ChainRun::information(int rank) const {
-  return log_total_ - static_cast<double>((ranked_[rank] - ranked_[0]) / divisor_);
-}
-
-double ChainRun::entropy() const {
-  double sum = 0;
-  for (int i = 0; i < size(); i++)
-    if (weights_[i] > 0) sum += static_cast<double>(weights_[i]) * information(i);
-  return sum / static_cast<double>(total_);
-}
-
-void ChainRun::top_n_sigma() {
-  if (chain_.top_n_sigma <= 0) return;
-  spread();
-  const double greatest = *std::max_element(values_, values_ + vocabulary_);
-  const double least = greatest - kFarBelow;
-  double sum = 0, squares = 0, count = 0;
-  for (int i = 0; i < vocabulary_; i++)
-    if (values_[i] >= least) sum += values_[i], count++;
-  const double mean = sum / count;
-  for (int i = 0; i < vocabulary_; i++)
-    if (values_[i] >= least) squares += (values_[i] - mean) * (values_[i] - mean);
-  const double limit = greatest - chain_.top_n_sigma * std::sqrt(squares / count);
-  for (int i = 0; i < vocabulary_; i++)
-    if (values_[i] < limit) values_[i] = -kInfinity;
-}
-
-// Cuts where the second differences of the ranked probabilities, all positive, have come to a share of their sum.
-void ChainRun::tail_free() {
-  if (chain_.tfs_z >= 1) return;
-  weigh();
-  if (size() <= 2) return;
-  std::vector<int64_t> bends(size() - 2);
-  int64_t sum = 0;
-  for (int i = 0; i < size() - 2; i++) sum += bends[i] = std::abs(weights_[i] - 2 * weights_[i + 1] + weights_[i + 2]);
-  if (sum == 0) {
-    std::fill(bends.begin(), bends.end(), 1);
-    sum = size() - 2;
-  }
-  int64_t so_far = bends[0];
-  for (int i = 1; i < size() - 2; i++) {
-    so_far += bends[i];
-    if (static_cast<double>(so_far) > chain_.tfs_z * static_cast<double>(sum)) return keep(i);
-  }
-}
-
-// Keeps those whose information is nearest to the entropy, until they are probable enough together.
-void ChainRun::typical() {
-  if (chain_.typical_p >= 1) return;
-  weigh();
-  const double mean = entropy();
-  std::vector<std::pair<double, int>> order(size());
-  for (int i = 0; i < size(); i++) order[i] = {std::abs(information(i) - mean), i};
-  std::sort(order.begin(), order.end());
-  std::vector<int> kept;
-  int64_t so_far = 0;
-  for (const auto& [distance, rank] : order) {
-    kept.push_back(rank);
-    so_far += weights_[rank];
-    if (static_cast<double>(so_far) >= chain_.typical_p * static_cast<double>(total_)) break;
-  }
-  std::sort(kept.begin(), kept.end());
-  for (size_t i = 0; i < kept.size(); i++) ids_[i] = ids_[kept[i]], ranked_[i] = ranked_[kept[i]];
-  keep(static_cast<int>(kept.size()));
-}
-
-void ChainRun::top_p() {
-  if (choice_.top_p >= 1) return;
-  weigh();
-  const double nucleus = choice_.top_p * static_cast<double>(total_);
-  int64_t so_far = 0;
-  for (int i = 0; i < size(); i++) {
-    so_far += weights_[i];
-    if (static_cast<double>(so_far) >= nucleus) return keep(i + 1);
-  }
-}
-
-void ChainRun::min_p() {
-  if (choice_.min_p <= 0) return;
-  weigh();
-  const double least = choice_.min_p * kUnit;
-  for (int i = 1; i < size(); i++)
-    if (static_cast<double>(weights_[i]) < least) return keep(i);
-}
-
-// Now and then takes out all that are probable enough but the last of them.
-void ChainRun::xtc() {
-  if (chain_.xtc_probability <= 0 || chain_.xtc_threshold > 0.5) return;
-  const uint64_t bits = random_bits(choice_.seed, choice_.choice, choice_.position, 1);
-  if (static_cast<double>(bits >> 11) * 0x1p-53 >= chain_.xtc_probability) return;
-  weigh();
-  const double least = chain_.xtc_threshold * static_cast<double>(total_);
-  int probable = 0;
-  while (probable < size() && static_cast<double>(weights_[probable]) >= least) probable++;
-  if (probable > 1) drop(probable - 1);
-}
-
-void ChainRun::temperature() {
-  rank(vocabulary_);
-  const double wanted = chain_.dynatemp_range > 0 && size() > 1 ? dynamic_temperature() : choice_.temperature;
-  const float temperature = std::min(static_cast<float>(wanted), kLargest);
-  if (temperature > 0)
-    divisor_ = temperature;
-  else
-    keep(1);
-}
-
-// Between the least and the greatest one by the entropy, as a share of the greatest there can be.
-double ChainRun::dynamic_temperature() {
-  weigh();
-  const double share = std::min(1.0, std::max(0.0, entropy() / log_double(size())));
-  const double low = std::max(0.0, choice_.temperature - chain_.dynatemp_range);
-  const double high = choice_.temperature + chain_.dynatemp_range;
-  return low + (high - low) * power(share, chain_.dynatemp_exponent);
-}
-
-// How many to keep, so that the surprise expected of them is mu: by the exponent of Zipf's law that fits the best ones.
-int ChainRun::mirostat_candidates() {
-  if (size() < 2) return 1;
-  double products = 0, squares = 0;
-  for (int i = 0; i < std::min(size(), kMirostatTokens) - 1; i++) {
-    const double t = log_double((i + 2.0) / (i + 1.0));
-    const double b = (static_cast<double>(ranked_[i]) - static_cast<double>(ranked_[i + 1])) / divisor_;
-    products += t * b;
-    squares += t * t;
-  }
-  const double exponent = products / squares;
-  if (!(exponent > 0)) return size();
-  const double excess = exponent - 1, log_n = log_double(vocabulary_);
-  const double shape = std::abs(excess) < 1e-9 ? 1 / log_n : excess / (1 - exp_double(-excess * log_n));
-  const double count = exp_double((log_double(shape) + chain_.mu * kLn2) / exponent);
-  return count >= size() ? size() : std::max(1, static_cast<int>(count));
-}
-
-int ChainRun::draw() {
-  weigh();
-  const int64_t target = scaled(random_bits(choice_.seed, choice_.choice, choice_.position), total_);
-  int rank = 0;
-  for (int64_t sum = weights_[0]; sum <= target; sum += weights_[rank]) rank++;
-  return rank;
+int32_t sample_by_chain(const SamplerOps& ops, float* values, int vocabulary, const Choice& choice, double* mu) {
+  return ChainRun(ops, values, vocabulary, choice).sample(mu);
 }
 
 }  // namespace llamaclust

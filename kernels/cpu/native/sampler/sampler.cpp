@@ -113,7 +113,7 @@ int32_t Sampler::chained(const float* logits, const Choice& c, Scratch& scratch,
   for (const auto& [id, bias] : c.logit_bias) scratch[id] = orderly(scratch[id] + bias);
   for (int32_t id : c.suppressed) scratch[id] = -kInfinity;
   if (*std::max_element(scratch.begin(), scratch.end()) == -kInfinity) return -1;
-  return ChainRun(ops_, scratch.data(), vocabulary_, c).sample(mu);
+  return sample_by_chain(ops_, scratch.data(), vocabulary_, c, mu);
 }
 
 RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& scratch) const {

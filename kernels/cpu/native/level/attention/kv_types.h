@@ -20,20 +20,14 @@ INLINE const uint8_t* values_at(const SpanTask& task, int block) {
   return keys_at(task, block) + kv_key_bytes(Kv::kType, task.head_dim);
 }
 
-// Blocks of the span that queries [query, query + count) see.
-INLINE int block_begin(const SpanTask& task, int query) { return task.firsts[query] / kKvBlockTokens; }
-INLINE int block_end(const SpanTask& task, int query, int count) {
-  return (task.ends[query + count - 1] + kKvBlockTokens - 1) / kKvBlockTokens;
-}
-
 // What queries of a span read, in order, in units of the keys or the values of one block: keys, values, and then the
 // keys of the next span. Units are fetched into the cache some time before they are computed with.
 template <typename Kv>
 struct KeyValuePrefetch {
   KeyValuePrefetch(const SpanTask& task, int query, int count)
       : task(task),
-        begin(block_begin(task, query)),
-        blocks(block_end(task, query, count) - begin),
+        begin(task.firsts[query] / kKvBlockTokens),
+        blocks((task.ends[query + count - 1] + kKvBlockTokens - 1) / kKvBlockTokens - begin),
         last(query > 0 ? 0 : 2 * blocks + task.blocks_after) {}
 
   // `other`, which is in the cache, where there is nothing to fetch.
@@ -45,7 +39,7 @@ struct KeyValuePrefetch {
   }
 
   const SpanTask& task;
-  const int begin, blocks, last;
+  const int begin, blocks, last;  // blocks of the span that queries [query, query + count) see
 };
 
 INLINE void fetch_line(const uint8_t* unit, int offset) { __builtin_prefetch(unit + offset, 0, 2); }

@@ -4,7 +4,6 @@
 #include "level/quantize/grid.h"
 #include "level/quantize/k.h"
 #include "level/quantize/simple.h"
-#include "level/quantize/table.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

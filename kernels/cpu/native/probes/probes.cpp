@@ -1,6 +1,5 @@
 #include "probes/probes.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,11 +8,20 @@
 #include <cstring>
 #include <fstream>
 #include <functional>
-#include <new>
 #include <stdexcept>
 #include <thread>
 
 namespace llamaclust {
+
+struct ReadPattern {
+  int streams;          // places that one thread reads from in turn, a cache line each
+  bool interleaved;     // threads take turns at chunks; else each has a region of its own
+  int prefetch_chunks;  // how many chunks ahead of the reads lines are prefetched; 0: left to the hardware
+};
+
+constexpr ReadPattern kReadPatterns[] = {{1, false, 0}, {1, false, 1}, {1, true, 0}, {1, true, 1}, {2, false, 0},
+                                                {2, false, 1}, {2, true, 0},  {4, false, 0}, {4, false, 1}, {8, false, 0}};
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -66,7 +74,6 @@ double peak(const ArithmeticPiece piece, int threads, double seconds) {
 constexpr size_t kChunkBytes = 4096;
 constexpr size_t kPieceBytes = 64 * kChunkBytes;
 constexpr size_t kMaxStreams = 8;
-constexpr size_t kHugePageBytes = size_t{2} << 20;
 constexpr size_t kMostBytes = size_t{1} << 30;
 constexpr size_t kUsualCacheBytes = size_t{32} << 20;
 
@@ -80,10 +87,12 @@ size_t cache_bytes(int threads) {
   return slice_kib > 0 ? std::min(most, (slice_kib << 10) * static_cast<size_t>(threads)) : most;
 }
 
-size_t buffer_bytes(int threads, int cache_multiple) {
+// Of the part of a buffer that a thread reads.
+size_t chunks_of(int threads, int cache_multiple) {
   const size_t wanted = cache_bytes(threads) * static_cast<size_t>(cache_multiple);
   const size_t free = static_cast<size_t>(sysconf(_SC_AVPHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return std::min({wanted, free / 4, kMostBytes});
+  const size_t pieces = std::min({wanted, free / 4, kMostBytes}) / kPieceBytes / static_cast<size_t>(threads);
+  return std::max<size_t>(pieces, 1) * (kPieceBytes / kChunkBytes);
 }
 
 // Reads `lines` cache lines of each stream, in turn.
@@ -113,26 +122,12 @@ Reader reader_of(int streams) {
 
 }  // namespace
 
-ReadBuffer::ReadBuffer(int threads, int cache_multiple)
-    : threads_(threads),
-      chunks_(std::max<size_t>(buffer_bytes(threads, cache_multiple) / kPieceBytes / threads, 1) * (kPieceBytes / kChunkBytes)),
-      places_(threads) {
-  const size_t bytes = (chunks_ * kChunkBytes * threads + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
-  memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kHugePageBytes, bytes)));
-  if (!memory_) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  madvise(memory_.get(), bytes, MADV_HUGEPAGE);
-#endif
-}
-
-void ReadBuffer::fill(int thread) { memset(memory_.get() + thread * chunks_ * kChunkBytes, 1, chunks_ * kChunkBytes); }
-
-const uint8_t* ReadBuffer::chunk(int thread, size_t number, const ReadPattern& pattern) const {
+const uint8_t* ReadProbe::chunk(int thread, size_t number, const ReadPattern& pattern) const {
   number %= chunks_;
-  return memory_.get() + (pattern.interleaved ? number * threads_ + thread : thread * chunks_ + number) * kChunkBytes;
+  return memory_.data() + (pattern.interleaved ? number * threads_ + thread : thread * chunks_ + number) * kChunkBytes;
 }
 
-double ReadBuffer::read(int thread, const ReadPattern& pattern) {
+double ReadProbe::read(int thread, const ReadPattern& pattern) {
   Place& place = places_[thread];
   const Reader reader = (pattern.prefetch_chunks ? reader_of<true> : reader_of<false>)(pattern.streams);
   for (size_t bytes = 0; bytes < kPieceBytes; bytes += pattern.streams * kChunkBytes, place.chunk++) {
@@ -148,8 +143,14 @@ double ReadBuffer::read(int thread, const ReadPattern& pattern) {
 }
 
 ReadProbe::ReadProbe(int threads, int cache_multiple)
-    : threads_(checked_threads(threads)), buffer_(threads, checked_multiple(cache_multiple)) {
-  rate(threads, 0, [this](int thread) { return buffer_.fill(thread), 1.0; });
+    : threads_(checked_threads(threads)),
+      chunks_(chunks_of(threads, checked_multiple(cache_multiple))),
+      memory_(chunks_ * kChunkBytes * static_cast<size_t>(threads)),
+      places_(threads) {
+  rate(threads, 0, [this](int thread) {  // so that memory is really there, near the thread
+    memset(memory_.data() + thread * chunks_ * kChunkBytes, 1, chunks_ * kChunkBytes);
+    return 1.0;
+  });
 }
 
 double ReadProbe::measure(double seconds) {
@@ -159,7 +160,7 @@ double ReadProbe::measure(double seconds) {
   double best = 0;
   for (int round = 0; round < kRounds; round++)
     for (const ReadPattern& pattern : kReadPatterns)
-      best = std::max(best, rate(threads_, slice, [&](int thread) { return buffer_.read(thread, pattern); }));
+      best = std::max(best, rate(threads_, slice, [&](int thread) { return read(thread, pattern); }));
   return best;
 }
 

@@ -4,7 +4,6 @@
 
 #include "level_bits.h"
 #include "pack/pack.h"
-#include "pack/packed_matrix.h"
 
 using namespace llamaclust;
 

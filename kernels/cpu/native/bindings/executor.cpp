@@ -6,7 +6,7 @@
 
 #include "bindings/bindings.h"
 #include "executor/executor.h"
-#include "pack/packed_matrix.h"
+#include "pack/pack.h"
 #include "runtime/levels.h"
 
 namespace llamaclust {

@@ -5,7 +5,6 @@
 
 #include "bindings/bindings.h"
 #include "pack/pack.h"
-#include "pack/packed_matrix.h"
 #include "runtime/float_mode.h"
 #include "runtime/levels.h"
 #include "runtime/thread_pool.h"

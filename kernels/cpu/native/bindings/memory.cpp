@@ -4,7 +4,7 @@
 #include <system_error>
 
 #include "bindings/bindings.h"
-#include "pack/packed_matrix.h"
+#include "pack/pack.h"
 #include "runtime/memory.h"
 
 namespace llamaclust {

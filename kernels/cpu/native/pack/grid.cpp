@@ -1,7 +1,7 @@
 #include <bit>
 
 #include "pack/blocks.h"
-#include "pack/grids.h"
+#include "pack/grid_points.h"
 
 namespace llamaclust {
 namespace {

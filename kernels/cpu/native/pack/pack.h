@@ -1,7 +1,11 @@
 // From rows as they lie in a model file to tiles, and the sizes of what kernels read.
 #pragma once
 
+#include <memory>
+#include <span>
+
 #include "level/matmul_ops.h"
+#include "runtime/memory.h"
 
 namespace llamaclust {
 
@@ -21,5 +25,34 @@ size_t matmul_scratch_bytes(int cols);
 
 // Packs `rows` (1 to 16) rows that lie one after the other in the file's layout; further rows of the tile become zero.
 void pack_tile(QuantType type, const uint8_t* file_rows, int rows, int cols, uint8_t* tile);
+
+// A weight matrix in tiles, in memory of its own or in a part of what several share.
+class PackedMatrix {
+ public:
+  // All zero at first. std::invalid_argument for a type without products or a width that is not whole segments.
+  PackedMatrix(int type, int rows, int cols);
+
+  // Tiles that are, or are to be, at an offset of `memory`. Throws as above, and where they do not fit there.
+  PackedMatrix(int type, int rows, int cols, std::shared_ptr<const Memory> memory, size_t offset);
+
+  // Only the type and the shape, for planning: it has no memory and must not be read. Throws as above.
+  static PackedMatrix shape_only(int type, int rows, int cols);
+
+  // Packs rows as a model file holds them; first_row is a multiple of 16, as is their number but at the matrix's end.
+  void pack_rows(int first_row, std::span<const uint8_t> data);
+
+  const Matrix& matrix() const { return matrix_; }
+  size_t bytes() const { return static_cast<size_t>(matrix_.tile_count()) * matrix_.tile_bytes; }
+
+ private:
+  explicit PackedMatrix(const Matrix& matrix) : matrix_(matrix) {}
+
+  std::shared_ptr<const Memory> memory_;
+  Matrix matrix_;
+  uint8_t* tiles_ = nullptr;  // null where they must not be written
+};
+
+// A number that changes with what packing makes of blocks of a type. std::invalid_argument as above.
+uint64_t packing_fingerprint(int type);
 
 }  // namespace llamaclust

@@ -102,6 +102,21 @@ INLINE Bytes field_of(Bytes line, int g) {
 // table that is aligned to 64. spread<bits>: one half of each lane in both, shifted right by `bits` in the upper.
 // with_signs<offset>: bytes offset + x become offset - x where their bit is set, bit i for byte i.
 using Points = I32x16;
+#if !defined(__AVX2__)
+template <int n>
+INLINE I32x16 lookup_points(const uint16_t* table, I32x16 index) {
+  alignas(64) uint16_t halves[32];
+  store_bytes(reinterpret_cast<uint8_t*>(halves), as_bytes(index));
+  for (uint16_t& half : halves) half = table[half];
+  return as_lanes(load_bytes(reinterpret_cast<const uint8_t*>(halves)));
+}
+
+template <int bits>
+INLINE Bytes spread(I32x16 points, int half) {
+  const I32x16 lower = half == 0 ? keep(points, 0xffff) : shift_right(points, 16);
+  return as_bytes(either(lower, shift_left<16>(shift_right(lower, bits))));
+}
+#endif
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -1,4 +1,4 @@
-// Activations as int8 with one scale a segment: the rule of kernels/cpu/native/level/matmul/quantize_activations.h, in the layout
+// Activations as int8 with one scale a segment: the rule of kernels/cpu/native/level/matmul/matmul.cpp, in the layout
 // of activations.cuh. A warp has 256 columns of a row, a lane eight of them.
 #pragma once
 

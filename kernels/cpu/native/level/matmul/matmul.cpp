@@ -1,16 +1,82 @@
 // The matrix operations of a level: a decoder a quant type, the loops around it the same for all.
 #include "level/matmul_ops.h"
 
-#include "level/matmul/quantize_activations.h"
-#include "level/matmul/float.h"
-#include "level/matmul/quantized.h"
+#include "level/matmul/products.h"
 #include "level/quants/grid.h"
 #include "level/quants/k.h"
 #include "level/quants/simple.h"
 #include "pack/pack.h"
+#include "simd/int8.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
+
+// Activations as int8 with one scale a segment (level/matmul_ops.h says how each value comes about). Plain loops: what they
+// do is exact or one IEEE operation a value.
+
+// Below this a segment counts as zero: 127 / maximum would not be finite much further down.
+constexpr int32_t kSmallestMaximum = 0x04800000;  // 2^-118
+
+struct SegmentScale {
+  float scale;
+  float inverse;  // 0: every q is 0
+};
+
+template <int n>
+INLINE SegmentScale scale_of(const float* x) {
+  const int32_t greatest = greatest_magnitude(x, n);
+  if (greatest >= kNotFinite) return {__builtin_nanf(""), 0.0f};
+  if (greatest < kSmallestMaximum) return {0.0f, 0.0f};
+  const float maximum = __builtin_bit_cast(float, greatest);
+  return {maximum / 127.0f, 127.0f / maximum};
+}
+
+// Quantizes n values and returns their sum.
+template <int n>
+INLINE int32_t quantize_values(const float* __restrict x, float inverse, int8_t* __restrict out) {
+  if (inverse == 0.0f) {
+    memset(out, 0, n);
+    return 0;
+  }
+  int32_t sum = 0;
+  AS_VECTORS for (int i = 0; i < n; i++) {
+    const int32_t q = nearest_int(x[i] * inverse);
+    out[i] = static_cast<int8_t>(q);
+    sum += q;
+  }
+  return sum;
+}
+
+INLINE void quantize_segment(const float* x, Q8_32& out) {
+  const SegmentScale s = scale_of<32>(x);
+  out.scale = s.scale;
+  out.sum = quantize_values<32>(x, s.inverse, out.q);
+  out.scaled_sum = s.scale * static_cast<float>(out.sum);
+}
+
+// sum = 128 * high + low with low in [-64, 63].
+INLINE void split_sum(int32_t sum, int8_t& high, int8_t& low) {
+  const int32_t multiple = (sum + 64) >> 7;
+  high = static_cast<int8_t>(multiple);
+  low = static_cast<int8_t>(sum - 128 * multiple);
+}
+
+INLINE void quantize_segment(const float* x, Q8_256& out) {
+  const SegmentScale s = scale_of<256>(x);
+  out.scale = s.scale;
+  for (int i = 0; i < 16; i++) out.sums[i] = quantize_values<16>(x + 16 * i, s.inverse, out.q + 16 * i);
+  for (int j = 0; j < 8; j++) split_sum(out.sums[2 * j] + out.sums[2 * j + 1], out.sums_high[j], out.sums_low[j]);
+  for (int j = 0; j < 16; j++) split_sum(out.sums[j], out.sums_16_high[j], out.sums_16_low[j]);
+}
+
+void quantize(ActivationFormat format, const float* x, int cols, void* out) {
+  if (format == ActivationFormat::Q8_32)
+    for (int s = 0; s < cols / 32; s++) quantize_segment(x + 32 * s, static_cast<Q8_32*>(out)[s]);
+  else if (format == ActivationFormat::Q8_256)
+    for (int s = 0; s < cols / 256; s++) quantize_segment(x + 256 * s, static_cast<Q8_256*>(out)[s]);
+  else
+    memcpy(out, x, static_cast<size_t>(cols) * sizeof(float));
+}
 
 // One row of a tile as float32: every product is exact; types with a min round once, when it comes in.
 

@@ -206,24 +206,15 @@ struct AffineFit {
 };
 
 // The multiples of d that a type can say.
-struct SignedMultiples {  // -n to n - 1
-  int n;
-  float top() const { return static_cast<float>(-n); }
-  float nearest(float x) const {
-    return __builtin_rintf(std::clamp(x, static_cast<float>(-n), static_cast<float>(n - 1)));
-  }
-};
-struct Multiples {  // 0 to n
-  int n;
-  float top() const { return static_cast<float>(n); }
-  float nearest(float x) const { return __builtin_rintf(std::clamp(x, 0.0f, static_cast<float>(n))); }
+struct Multiples {
+  float low, high, top;  // `top` stands for the largest scale
+  static Multiples up_to(int n) { return {0, static_cast<float>(n), static_cast<float>(n)}; }
+  static Multiples with_sign(int n) { return {static_cast<float>(-n), static_cast<float>(n - 1), static_cast<float>(-n)}; }
+  float nearest(float x) const { return __builtin_rintf(std::clamp(x, low, high)); }
 };
 struct OddMultiples {  // 1, 3, ... 2 n + 1
-  int n;
-  float top() const { return static_cast<float>(2 * n + 1); }
-  float nearest(float x) const {
-    return 2.0f * __builtin_rintf(std::clamp((x - 1.0f) * 0.5f, 0.0f, static_cast<float>(n))) + 1.0f;
-  }
+  float n, top = 2 * n + 1;
+  float nearest(float x) const { return 2.0f * __builtin_rintf(std::clamp((x - 1.0f) * 0.5f, 0.0f, n)) + 1.0f; }
 };
 
 // d and multiples q [n] with the least sum of a (s - d q)^2 among seventeen tries: the largest scale is the largest
@@ -237,7 +228,7 @@ float fit_scales(const float* s, const float* a, int n, Grid grid, float* q, flo
   if (largest == 0) return 0;
   float best_gain = -1, best = 0;
   for (int k = -8; k <= 8; k++) {
-    const float inv = (grid.top() + step * static_cast<float>(k)) / largest;
+    const float inv = (grid.top + step * static_cast<float>(k)) / largest;
     float sq = 0, qq = 0;
     for (int j = 0; j < n; j++) {
       const float multiple = grid.nearest(inv * s[j]);
@@ -249,7 +240,7 @@ float fit_scales(const float* s, const float* a, int n, Grid grid, float* q, flo
       best = inv;
     }
   }
-  if (best == 0) best = grid.top() / largest;
+  if (best == 0) best = grid.top / largest;
   float sq = 0, qq = 0;
   for (int j = 0; j < n; j++) {
     q[j] = grid.nearest(best * s[j]);

@@ -43,8 +43,8 @@ struct AffineBlocks {
     store(wx, fit.wx);
     for (int k = 0; k < kBlocks; k++) {
       const int j = k * kSubs;
-      d[k] = half_bits(fit_scales(scale + j, curvature + j, kSubs, Multiples{top}, a + j));
-      m[k] = half_bits(fit_scales(offset + j, w + j, kSubs, Multiples{top}, b + j));
+      d[k] = half_bits(fit_scales(scale + j, curvature + j, kSubs, Multiples::up_to(top), a + j));
+      m[k] = half_bits(fit_scales(offset + j, w + j, kSubs, Multiples::up_to(top), b + j));
     }
   }
 
@@ -118,7 +118,7 @@ struct SymmetricBlock {
     const Scaled best = fit.best();
     store(scale, best.scale);
     store(curvature, best.curvature);
-    d = half_bits(fit_scales(scale, curvature, 16, SignedMultiples{top}, a));
+    d = half_bits(fit_scales(scale, curvature, 16, Multiples::with_sign(top), a));
     refit(fit);
     const F32x16 inv = inverse(mul(broadcast(half_value(d)), load(a)));
     store_levels<16>([&](int i) { return add(fit.level(i, inv), broadcast(static_cast<float>(n))); }, levels);

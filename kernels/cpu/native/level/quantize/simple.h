@@ -170,7 +170,7 @@ struct TableFit {
     store(curvature, best.curvature);
     float d[2];
     for (int k = 0; k < 2; k++)
-      d[k] = as_half(fit_scales(scale + 8 * k, curvature + 8 * k, 8, SignedMultiples{32}, multiple + 8 * k));
+      d[k] = as_half(fit_scales(scale + 8 * k, curvature + 8 * k, 8, Multiples::with_sign(32), multiple + 8 * k));
     for (int j = 0; j < 16; j++) each[j] = d[j / 8] * multiple[j];
     const Sums s = fit.sums(inverse(load(each)));
     store(xa, mul(s.wxl, load(multiple)));

@@ -82,29 +82,6 @@ INLINE Bytes as_bytes(const I32x16& a) { return __builtin_bit_cast(Bytes, a); }
 INLINE Bytes both(const Bytes& a, const Bytes& b) { EACH(Bytes, a.v[i] & b.v[i]); }
 INLINE Bytes add_bytes(const Bytes& a, const Bytes& b) { EACH(Bytes, static_cast<uint8_t>(a.v[i] + b.v[i])); }
 
-template <int n>
-INLINE I32x16 lookup_points(const uint16_t* table, const I32x16& index) {
-  uint16_t halves[32];
-  memcpy(halves, index.v, sizeof halves);
-  for (uint16_t& half : halves) half = table[half];
-  I32x16 r;
-  memcpy(r.v, halves, sizeof r.v);
-  return r;
-}
-
-template <int bits>
-INLINE Bytes spread(const I32x16& points, int half) {
-  uint32_t lanes[16];
-  memcpy(lanes, points.v, sizeof lanes);
-  for (uint32_t& lane : lanes) {
-    const uint32_t point = half == 0 ? lane & 0xffff : lane >> 16;
-    lane = point | point >> bits << 16;
-  }
-  Bytes r;
-  memcpy(r.v, lanes, sizeof r.v);
-  return r;
-}
-
 template <int offset>
 INLINE Bytes with_signs(const Bytes& b, const uint8_t* bits) {
   Bytes negative, r;

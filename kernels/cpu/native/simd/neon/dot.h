@@ -54,20 +54,6 @@ INLINE Bytes as_bytes(I32x16 a) { EACH_QUARTER(Bytes, vreinterpretq_u8_s32(a.v[i
 INLINE Bytes both(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vandq_u8(a.v[i], b.v[i])); }
 INLINE Bytes add_bytes(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vaddq_u8(a.v[i], b.v[i])); }
 
-template <int n>
-INLINE I32x16 lookup_points(const uint16_t* table, I32x16 index) {
-  alignas(64) uint16_t halves[32];
-  store_bytes(reinterpret_cast<uint8_t*>(halves), as_bytes(index));
-  for (uint16_t& half : halves) half = table[half];
-  return as_lanes(load_bytes(reinterpret_cast<const uint8_t*>(halves)));
-}
-
-template <int bits>
-INLINE Bytes spread(I32x16 points, int half) {
-  const I32x16 lower = half == 0 ? keep(points, 0xffff) : shift_right(points, 16);
-  return as_bytes(either(lower, shift_left<16>(shift_right(lower, bits))));
-}
-
 template <int offset>
 INLINE Bytes with_signs(Bytes b, const uint8_t* bits) {
   const uint8x16_t one_bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201)),

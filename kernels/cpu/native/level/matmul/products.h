@@ -1,4 +1,4 @@
-// Products with quantized weights: few tokens straight from the tiles, which are then read at the speed of memory; many
+// The loops of products. With quantized weights few tokens straight from the tiles, which are then read at the speed of memory; many
 // by panels: a few tiles are decoded once, into scratch memory that stays in the cache, for all of them.
 #pragma once
 
@@ -6,6 +6,64 @@
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
+
+// Float weights: one fused multiply-add per weight, in k order.
+
+struct F32 {
+  static constexpr TileLayout kLayout = tile_layout(QuantType::F32);
+  static DECODE F32x16 column(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
+};
+struct F16 {
+  static constexpr TileLayout kLayout = tile_layout(QuantType::F16);
+  static DECODE F32x16 column(const uint8_t* p) { return from_f16(halves(p)); }
+};
+struct BF16 {
+  static constexpr TileLayout kLayout = tile_layout(QuantType::BF16);
+  static DECODE F32x16 column(const uint8_t* p) { return from_bf16(halves(p)); }
+};
+
+// R tiles times T tokens: as many independent sums as hide the latency of a multiply-add. Tiles and tokens past the
+// last are computed like it and thrown away.
+template <class Type, int R, int T>
+void multiply_float_block(const Product& p, int first_tile, int tile_end, int first_token, int tokens) {
+  const uint8_t* w[R];
+  const float* a[T];
+  F32x16 acc[R][T];
+  UNROLL for (int r = 0; r < R; r++) {
+    const int tile = first_tile + r < tile_end ? first_tile + r : tile_end - 1;
+    w[r] = p.tiles + static_cast<size_t>(tile) * p.tile_bytes;
+  }
+  UNROLL for (int t = 0; t < T; t++) a[t] = token_activations<Type>(p, first_token + t, tokens);
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) acc[r][t] = zero();
+  for (int k = 0; k < p.segments; k++) {
+    F32x16 weights[R];
+    UNROLL for (int r = 0; r < R; r++) {
+      weights[r] = Type::column(w[r]);
+      __builtin_prefetch(w[r] + 2048);
+      w[r] += Type::kLayout.body_bytes;
+    }
+    UNROLL for (int t = 0; t < T; t++) {
+      const F32x16 activation = broadcast(a[t][k]);
+      UNROLL for (int r = 0; r < R; r++) acc[r][t] = fma(weights[r], activation, acc[r][t]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int t = 0; t < T; t++) if (first_tile + r < tile_end && first_token + t < tokens)
+          store_rows(p.output, first_tile + r, first_token + t, acc[r][t]);
+}
+
+template <class Type, int R, int T>
+void multiply_in_blocks(const Product& p, int tokens, int tile_begin, int tile_end) {
+  for (int tile = tile_begin; tile < tile_end; tile += R)
+    for (int t = 0; t < tokens; t += T) multiply_float_block<Type, R, T>(p, tile, tile_end, t, tokens);
+}
+
+template <class Type>
+void multiply_floats(const Product& p, int tokens, int tile_begin, int tile_end) {
+  if (tokens == 1) return multiply_in_blocks<Type, 4, 1>(p, tokens, tile_begin, tile_end);
+  if (tokens == 2) return multiply_in_blocks < Type, kFloatRows<2 ? 2 : kFloatRows, 2>(p, tokens, tile_begin, tile_end);
+  multiply_in_blocks<Type, kFloatRows, kFloatTokens>(p, tokens, tile_begin, tile_end);
+}
 
 template <class Type, bool has = Type::kHasMin>
 struct SegmentMin {};

@@ -1,1 +1,0 @@
-#include "pack/grid_points.h"

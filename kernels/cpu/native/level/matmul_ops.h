@@ -46,8 +46,11 @@ struct TokenLines {
   const int32_t* out = nullptr;
 };
 
+// Bytes of one token's activations, a multiple of 64.
+size_t activation_bytes(ActivationFormat format, int cols);
+
 struct MatmulOps {
-  // Quantizes x[cols] into one activation row of activation_bytes(format, cols) (pack/pack.h).
+  // Quantizes x[cols] into one activation row of activation_bytes(format, cols).
   void (*quantize)(ActivationFormat format, const float* x, int cols, void* out);
   // out[line of t * out_stride + row] = dot(weights of row, activations of token t) for the rows of tiles [tile_begin,
   // tile_end) and tokens [0, tokens); rows past the matrix's end are not written. bias may be null. `scratch` holds

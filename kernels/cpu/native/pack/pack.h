@@ -18,8 +18,6 @@ size_t file_row_bytes(QuantType type, int cols);
 size_t tile_bytes(QuantType type, int cols);
 // Columns that an activation format quantizes together.
 int segment_cols(ActivationFormat format);
-// Bytes of one token's activations, a multiple of 64.
-size_t activation_bytes(ActivationFormat format, int cols);
 // Bytes of scratch memory that one thread needs for a product with any matrix of that many columns.
 size_t matmul_scratch_bytes(int cols);
 

@@ -5,7 +5,6 @@
 #include "level/quants/grid.h"
 #include "level/quants/k.h"
 #include "level/quants/simple.h"
-#include "pack/pack.h"
 #include "simd/int8.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {

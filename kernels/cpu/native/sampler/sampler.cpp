@@ -57,24 +57,10 @@ int draw(Ranking& ranking, const Choice& c) {
   return ranking.id(rank);
 }
 
-int sample(Ranking& ranking, const Choice& c) { return c.temperature > 0 ? draw(ranking, c) : ranking.best(); }
-
-// Log-softmax over raw logits.
-class Logprobs {
- public:
-  Logprobs(float maximum, int64_t total)
-      : maximum_(maximum), log_sum_(log_double(static_cast<double>(total) / static_cast<double>(kUnitWeight))) {}
-  float of(float logit) const { return static_cast<float>(static_cast<double>(logit) - maximum_ - log_sum_); }
-
- private:
-  double maximum_, log_sum_;
-};
-
-std::vector<TokenValue> top_logprobs(Ranking& raw, const Logprobs& logprobs, int count) {
-  std::vector<TokenValue> top;
-  const int ready = std::min(count, raw.extend(count));
-  for (int i = 0; i < ready; i++) top.emplace_back(raw.id(i), logprobs.of(raw.ready_values()[i]));
-  return top;
+// -1 where every token is suppressed.
+int sample(Ranking& ranking, const Choice& c) {
+  if (ranking.maximum() == -kInfinity) return -1;
+  return c.temperature > 0 ? draw(ranking, c) : ranking.best();
 }
 
 RowOutcome failed(std::string why) {
@@ -89,30 +75,16 @@ RowOutcome failed(std::string why) {
 Sampler::Sampler(const SamplerOps& ops, int vocabulary, int threads)
     : ops_(ops), vocabulary_(vocabulary), pool_(threads), scratch_(threads) {}
 
-// The logits themselves where the task changes none of them.
-const float* Sampler::adjusted(const float* logits, const Choice& c, Scratch& scratch) const {
-  if (c.logit_bias.empty() && c.suppressed.empty() && !penalizes(c)) return logits;
+// The sampled token, -1 where every one is suppressed; *mu is set where Mirostat chose.
+int32_t Sampler::sampled(Ranking& raw, const float* logits, const Choice& c, Scratch& scratch, double* mu) const {
+  const bool is_penalized = !c.chain && penalizes(c);  // a chain says when
+  if (!c.chain && c.logit_bias.empty() && c.suppressed.empty() && !is_penalized) return sample(raw, c);
   scratch.assign(logits, logits + vocabulary_);
   for (const auto& [id, bias] : c.logit_bias) scratch[id] = orderly(scratch[id] + bias);
-  if (penalizes(c)) penalize(c, scratch.data());
+  if (is_penalized) penalize(c, scratch.data());
   for (int32_t id : c.suppressed) scratch[id] = -kInfinity;
-  return scratch.data();
-}
-
-// The sampled token; -1 where every one is suppressed.
-int32_t Sampler::plain(Ranking& raw, const float* logits, const Choice& c, Scratch& scratch) const {
-  const float* values = adjusted(logits, c, scratch);
-  std::optional<Ranking> changed;
-  Ranking& ranking = values == logits ? raw : changed.emplace(ops_, values, vocabulary_);
-  return ranking.maximum() == -kInfinity ? -1 : sample(ranking, c);
-}
-
-// Likewise by all steps of a chain; *mu is set where Mirostat chose.
-int32_t Sampler::chained(const float* logits, const Choice& c, Scratch& scratch, double* mu) const {
-  scratch.assign(logits, logits + vocabulary_);
-  for (const auto& [id, bias] : c.logit_bias) scratch[id] = orderly(scratch[id] + bias);
-  for (int32_t id : c.suppressed) scratch[id] = -kInfinity;
-  if (*std::max_element(scratch.begin(), scratch.end()) == -kInfinity) return -1;
+  Ranking ranking(ops_, scratch.data(), vocabulary_);
+  if (!c.chain || ranking.maximum() == -kInfinity) return sample(ranking, c);
   return sample_by_chain(ops_, scratch.data(), vocabulary_, c, mu);
 }
 
@@ -125,13 +97,15 @@ RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& s
   RowOutcome outcome;
   outcome.token = task.token;
   if (!task.scored) {
-    outcome.token = task.choice.chain ? chained(logits, task.choice, scratch, &outcome.mu)
-                                      : plain(raw, logits, task.choice, scratch);
+    outcome.token = sampled(raw, logits, task.choice, scratch, &outcome.mu);
     if (outcome.token < 0) return failed("every token is suppressed");
   }
-  const Logprobs logprobs(raw.maximum(), total);
-  outcome.logprob = logprobs.of(logits[outcome.token]);
-  outcome.top_logprobs = top_logprobs(raw, logprobs, task.top_logprobs);
+  // Log-softmax over raw logits.
+  const double maximum = raw.maximum(), log_sum = log_double(static_cast<double>(total) / static_cast<double>(kUnitWeight));
+  const auto logprob = [&](float x) { return static_cast<float>(static_cast<double>(x) - maximum - log_sum); };
+  outcome.logprob = logprob(logits[outcome.token]);
+  const int top = std::min(task.top_logprobs, raw.extend(task.top_logprobs));
+  for (int i = 0; i < top; i++) outcome.top_logprobs.emplace_back(raw.id(i), logprob(raw.ready_values()[i]));
   return outcome;
 }
 

@@ -134,9 +134,7 @@ class Sampler {
   using Scratch = std::vector<float>;  // [vocabulary] logits after bias, penalties and suppression
 
   RowOutcome run_row(const float* logits, const RowTask& task, Scratch& scratch) const;
-  int32_t plain(Ranking& raw, const float* logits, const Choice& choice, Scratch& scratch) const;
-  int32_t chained(const float* logits, const Choice& choice, Scratch& scratch, double* mu) const;
-  const float* adjusted(const float* logits, const Choice& choice, Scratch& scratch) const;
+  int32_t sampled(Ranking& raw, const float* logits, const Choice& choice, Scratch& scratch, double* mu) const;
 
   SamplerOps ops_;
   int vocabulary_;

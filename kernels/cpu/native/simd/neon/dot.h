@@ -11,10 +11,7 @@ struct Bytes {
 
 INLINE Bytes load_bytes(const uint8_t* p) { EACH_QUARTER(Bytes, vld1q_u8(p + 16 * i)); }
 INLINE void store_bytes(uint8_t* p, Bytes b) {
-  vst1q_u8(p, b.v[0]);
-  vst1q_u8(p + 16, b.v[1]);
-  vst1q_u8(p + 32, b.v[2]);
-  vst1q_u8(p + 48, b.v[3]);
+  for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, b.v[i]);
 }
 template <int shift, int mask>
 INLINE uint8x16_t field(uint8x16_t b) {

@@ -20,10 +20,7 @@ struct I32x16 {
 
 INLINE F32x16 load(const float* p) { EACH_QUARTER(F32x16, vld1q_f32(p + 4 * i)); }
 INLINE void store(float* p, F32x16 x) {
-  vst1q_f32(p, x.v[0]);
-  vst1q_f32(p + 4, x.v[1]);
-  vst1q_f32(p + 8, x.v[2]);
-  vst1q_f32(p + 12, x.v[3]);
+  for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, x.v[i]);
 }
 INLINE F32x16 broadcast(float x) {
   const float32x4_t r = vdupq_n_f32(x);
@@ -70,10 +67,7 @@ INLINE I32x16 broadcast(int32_t x) {
   return {{r, r, r, r}};
 }
 INLINE void store(int32_t* p, I32x16 x) {
-  vst1q_s32(p, x.v[0]);
-  vst1q_s32(p + 4, x.v[1]);
-  vst1q_s32(p + 8, x.v[2]);
-  vst1q_s32(p + 12, x.v[3]);
+  for (int i = 0; i < 4; i++) vst1q_s32(p + 4 * i, x.v[i]);
 }
 INLINE I32x16 add(I32x16 a, I32x16 b) { EACH_QUARTER(I32x16, vaddq_s32(a.v[i], b.v[i])); }
 INLINE I32x16 sub(I32x16 a, I32x16 b) { EACH_QUARTER(I32x16, vsubq_s32(a.v[i], b.v[i])); }

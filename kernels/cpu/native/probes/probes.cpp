@@ -9,6 +9,7 @@
 #include <fstream>
 #include <functional>
 #include <stdexcept>
+#include <string>
 #include <thread>
 
 namespace llamaclust {
@@ -52,18 +53,15 @@ double rate(int threads, double seconds, const Piece& piece) {
   return sum;
 }
 
+int checked(int value, int limit, const char* what) {
+  if (value < 1 || value > limit)
+    throw std::invalid_argument(std::string(what) + " must be 1 to " + std::to_string(limit));
+  return value;
+}
+int checked_threads(int threads) { return checked(threads, 1024, "threads"); }
+
 void check_seconds(double seconds) {
   if (!(seconds > 0 && seconds <= 60)) throw std::invalid_argument("seconds must be above 0 and at most 60");
-}
-
-int checked_threads(int threads) {
-  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be 1 to 1024");
-  return threads;
-}
-
-int checked_multiple(int cache_multiple) {
-  if (cache_multiple < 1 || cache_multiple > 64) throw std::invalid_argument("cache_multiple must be 1 to 64");
-  return cache_multiple;
 }
 
 double peak(const ArithmeticPiece piece, int threads, double seconds) {
@@ -144,7 +142,7 @@ double ReadProbe::read(int thread, const ReadPattern& pattern) {
 
 ReadProbe::ReadProbe(int threads, int cache_multiple)
     : threads_(checked_threads(threads)),
-      chunks_(chunks_of(threads, checked_multiple(cache_multiple))),
+      chunks_(chunks_of(threads, checked(cache_multiple, 64, "cache_multiple"))),
       memory_(chunks_ * kChunkBytes * static_cast<size_t>(threads)),
       places_(threads) {
   rate(threads, 0, [this](int thread) {  // so that memory is really there, near the thread

@@ -27,13 +27,9 @@ class Barrier {
     waited_ns_.store(0, std::memory_order_relaxed);
   }
 
-  void arrive() {
-    arrive([] { return false; });
-  }
-
   // `idle` is called again and again while others are waited for, until it returns false.
-  template <typename Idle>
-  void arrive(Idle idle) {
+  template <typename Idle = bool (*)()>
+  void arrive(Idle idle = [] { return false; }) {
     const int threads = threads_;  // before the increment: after it, the next open() may have changed it
     if (threads == 1) return;
     const int32_t phase = phase_.load(std::memory_order_relaxed);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <utility>
 
 #include "runtime/math.h"
@@ -11,8 +10,6 @@
 namespace llamaclust {
 namespace {
 
-constexpr float kLargest = std::numeric_limits<float>::max();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kUnit = static_cast<double>(kUnitWeight);
 constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 constexpr double kFarBelow = 1e6;  // no logit of a model is: a bias put it there

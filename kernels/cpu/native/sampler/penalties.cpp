@@ -1,14 +1,11 @@
 #include "sampler/chain.h"
 
 #include <algorithm>
-#include <limits>
 #include <map>
 #include <unordered_map>
 
 namespace llamaclust {
 namespace {
-
-constexpr float kLargest = std::numeric_limits<float>::max();
 
 // The newest tokens of a history, newest first; all where `window` is negative.
 std::vector<int32_t> newest(const std::vector<int32_t>& history, int32_t window) {

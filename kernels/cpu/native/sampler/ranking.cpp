@@ -4,12 +4,9 @@
 #include <array>
 #include <bit>
 #include <functional>
-#include <limits>
 
 namespace llamaclust {
 namespace {
-
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 // An integer that grows as the value falls, then as the id grows. Both zeros are one value.
 uint64_t key_of(float value, int id) {
@@ -60,12 +57,12 @@ float Ranking::threshold(int count) const {
   std::vector<float> sample;
   for (int i = 0; i < n_; i += kStride) sample.push_back(values_[i]);
   const int rank = count / kStride + count / (8 * kStride) + 16;
-  return rank < static_cast<int>(sample.size()) ? nth_greatest(std::move(sample), rank) : kLowest;
+  return rank < static_cast<int>(sample.size()) ? nth_greatest(std::move(sample), rank) : -kInfinity;
 }
 
 // Makes every entry ready that reaches the threshold.
 void Ranking::collect(float threshold) {
-  complete_ = threshold == kLowest;
+  complete_ = threshold == -kInfinity;
   size_t count = 0;
   for (size_t b = 0; b < blocks_.size(); b++) {
     if (blocks_[b] < threshold) continue;
@@ -73,7 +70,7 @@ void Ranking::collect(float threshold) {
     if (keys_.size() < count + kRankBlock) keys_.resize(2 * count + kRankBlock);
     for (int i = begin; i < end; i++) {
       keys_[count] = key_of(values_[i], i);
-      count += values_[i] >= threshold && values_[i] != kLowest;
+      count += values_[i] >= threshold && values_[i] != -kInfinity;
     }
   }
   keys_.resize(count);
@@ -86,7 +83,7 @@ int Ranking::extend(int count) {
   count = std::min(count, n_);
   const auto lacking = [&] { return count > static_cast<int>(keys_.size()) && !complete_; };
   if (lacking()) collect(threshold(count));
-  if (lacking()) collect(kLowest);
+  if (lacking()) collect(-kInfinity);
   return static_cast<int>(keys_.size());
 }
 

@@ -13,9 +13,6 @@
 namespace llamaclust {
 namespace {
 
-constexpr float kLargest = std::numeric_limits<float>::max();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 std::optional<int32_t> foreign_token(const RowTask& task, int vocabulary) {
   const auto foreign = [vocabulary](int32_t id) { return id < 0 || id >= vocabulary; };
   if (task.scored) return foreign(task.token) ? std::optional(task.token) : std::nullopt;

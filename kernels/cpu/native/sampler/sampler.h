@@ -14,6 +14,8 @@
 
 namespace llamaclust {
 
+inline constexpr float kLargest = std::numeric_limits<float>::max(), kInfinity = std::numeric_limits<float>::infinity();
+
 using TokenValue = std::pair<int32_t, float>;
 using Breakers = std::vector<std::vector<int32_t>>;
 

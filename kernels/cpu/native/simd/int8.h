@@ -27,15 +27,13 @@ INLINE I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
 
 #elif defined(__AVX2__)
 
-INLINE __m256 half_from_i8(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+INLINE F32x16 from_i8(const int8_t* p) {
+  EACH_HALF(F32x16, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i)))));
 }
-INLINE F32x16 from_i8(const int8_t* p) { EACH_HALF(F32x16, half_from_i8(p + 8 * i)); }
 using Pairs = I32x16;
-INLINE __m256i half_pairs(const int8_t* p) {
-  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+INLINE Pairs load_pairs(const int8_t* p) {
+  EACH_HALF(Pairs, _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i))));
 }
-INLINE Pairs load_pairs(const int8_t* p) { EACH_HALF(Pairs, half_pairs(p + 16 * i)); }
 INLINE I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
   const __m256i b = _mm256_set1_epi32(two);
 #if defined(__AVXVNNI__)

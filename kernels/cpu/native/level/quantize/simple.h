@@ -22,13 +22,6 @@ struct Halves {
   for (int i = 0; i < 16; i++) out[i] = static_cast<uint8_t>((levels[i] & 15) | levels[16 + i] << 4);
 }
 
-// The fifth bits of 32 levels.
-[[maybe_unused]] void put_fifth_bits(const uint8_t* levels, uint8_t* out) {
-  uint32_t word = 0;
-  for (int i = 0; i < 32; i++) word |= static_cast<uint32_t>(levels[i] >> 4 & 1) << i;
-  memcpy(out, &word, 4);
-}
-
 // Of each of `subs` blocks: d f16 | m f16 where there is an offset | 32 fifth bits where there are | 32 x 4 bits.
 template <int bits, typename F>
 void put_blocks(const Halves& d, const Halves* m, F level, int subs, uint8_t* out) {
@@ -42,7 +35,9 @@ void put_blocks(const Halves& d, const Halves* m, F level, int subs, uint8_t* ou
       out += 2;
     }
     if (bits == 5) {
-      put_fifth_bits(levels + 32 * j, out);
+      uint32_t fifth = 0;
+      for (int i = 0; i < 32; i++) fifth |= static_cast<uint32_t>(levels[32 * j + i] >> 4 & 1) << i;
+      memcpy(out, &fifth, 4);
       out += 4;
     }
     put_nibbles(levels + 32 * j, out);

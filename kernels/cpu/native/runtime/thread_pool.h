@@ -2,15 +2,18 @@
 // kernel: two workers on one machine must not keep each other's cores busy.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <atomic>
+#include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
-
-#include "runtime/core_contention.h"
 
 namespace llamaclust {
 
@@ -52,6 +55,109 @@ class Barrier {
   alignas(64) std::atomic<int32_t> arrived_{0};
   alignas(64) std::atomic<int32_t> phase_{0};
   alignas(64) std::atomic<int64_t> waited_ns_{0};
+};
+
+// How many threads are worth using while other programs want the same cores: a thread that is not running keeps all
+// others waiting at the next barrier. Found by experiment; results do not depend on the number.
+
+// The threads for jobs that are alike.
+class SimilarJobs {
+ public:
+  // Where arithmetic is the limit, half the threads do as well only if one is missing for more than half of the time;
+  // where memory is, which it is with few rows, much earlier.
+  SimilarJobs(int threads, bool few_rows)
+      : all_(threads), compared_(few_rows ? 8 : 3), contended_share_(few_rows ? 0.2 : 0.5), threads_(threads) {}
+
+  // How many should take part in the next job.
+  int threads() const { return trying_ ? other_ : threads_; }
+
+  // After a job that cost so much, in which threads waited that share of the time for one that was missing. Another
+  // number is tried for a few jobs where they wait much or are not all there, less often each time it is in vain.
+  void report(double cost, double waited_share) {
+    costs_[seen_++] = cost;
+    waited_ += waited_share;
+    if (trying_ && hopeless()) return end_probe(false);
+    if (!trying_ && held_jobs_ > 0) held_jobs_--;
+    if (seen_ < compared_) return;
+    if (trying_) return end_probe(typical() < kClearlyLess * usual_);
+    usual_ = typical();
+    const bool contended = waited_ > contended_share_ * compared_;
+    forget();
+    if (held_jobs_ > 0) return;
+    if (threads_ == all_ && !contended) hold_ = kShortestHold;
+    const bool fewer = contended && (threads_ == all_ || other_ > threads_);  // below all, more and fewer take turns
+    other_ = fewer ? std::max(threads_ / 2, 1) : std::min(2 * threads_, all_);
+    trying_ = other_ != threads_;
+  }
+
+ private:
+  static constexpr int kMostCompared = 8, kShortestHold = 16, kLongestHold = 512;
+  static constexpr double kFarMore = 1.5, kClearlyLess = 0.97;
+
+  double least() const { return *std::min_element(costs_.begin(), costs_.begin() + seen_); }
+
+  // The mean, to which a hiccup adds no more than twice the least.
+  double typical() const {
+    double sum = 0;
+    for (int i = 0; i < seen_; i++) sum += std::min(costs_[i], 2 * least());
+    return sum / seen_;
+  }
+
+  // Each job so far cost far more than usual, or they cost as much as the whole trial may.
+  bool hopeless() const { return seen_ > 1 && (least() > kFarMore * usual_ || seen_ * typical() > compared_ * usual_); }
+
+  void end_probe(bool pays) {
+    if (pays) std::swap(threads_, other_);
+    held_jobs_ = hold_ = std::clamp(pays ? hold_ / 4 : 2 * hold_, kShortestHold, kLongestHold);
+    trying_ = false;
+    forget();
+  }
+
+  void forget() {
+    seen_ = 0;
+    waited_ = 0;
+  }
+
+  const int all_, compared_;
+  const double contended_share_;
+  int threads_, other_ = 0;  // the one that seems best, the one that is tried or was last
+  bool trying_ = false;
+  std::array<double, kMostCompared> costs_{};  // of the last jobs with the same number of threads
+  int seen_ = 0;
+  double waited_ = 0, usual_ = 0;
+  int hold_ = kShortestHold, held_jobs_ = 0;  // jobs between two trials; how many are left
+};
+
+class CoreContention {
+ public:
+  explicit CoreContention(int threads) {
+    for (size_t kind = 0; kind < kKinds; kind++) kinds_.emplace_back(threads, kind < kFewRows);
+  }
+
+  // How many should take part in the next job of so many rows.
+  int threads(int rows) const { return kinds_[kind_of(rows)].threads(); }
+
+  // After that job. The time before it counts, too: waiting threads keep the caller that submits jobs
+  // from the cores. No more of it counts than the job itself took.
+  void report(int rows, int64_t began_ns, int64_t ended_ns, int64_t waited_ns) {
+    const int64_t wall_ns = std::max<int64_t>(ended_ns - began_ns, 1), others = std::max(threads(rows) - 1, 1);
+    const int64_t cost_ns = wall_ns + std::clamp<int64_t>(began_ns - last_ended_ns_, 0, wall_ns);
+    last_ended_ns_ = ended_ns;
+    const double waited_share = static_cast<double>(waited_ns) / static_cast<double>(wall_ns * others);
+    kinds_[kind_of(rows)].report(static_cast<double>(cost_ns) / rows, waited_share);
+  }
+
+ private:
+  static constexpr size_t kFewRows = 8, kKinds = 16;
+
+  // Few rows by their number, more by its power of two.
+  static size_t kind_of(int rows) {
+    const auto many = static_cast<size_t>(rows);
+    return many <= kFewRows ? many - 1 : std::min<size_t>(kFewRows - 4 + std::bit_width(many), kKinds - 1);
+  }
+
+  std::vector<SimilarJobs> kinds_;
+  int64_t last_ended_ns_ = 0;
 };
 
 class ThreadPool {

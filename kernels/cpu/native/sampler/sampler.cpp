@@ -1,8 +1,11 @@
 #include "sampler/sampler.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <optional>
 
@@ -12,6 +15,35 @@
 
 namespace llamaclust {
 namespace {
+
+// An integer that grows as the value falls, then as the id grows. Both zeros are one value.
+uint64_t key_of(float value, int id) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value + 0.0f);
+  const uint32_t ascending = bits & 0x80000000 ? ~bits : bits | 0x80000000;
+  return uint64_t{~ascending} << 32 | static_cast<uint32_t>(id);
+}
+
+float value_of(uint64_t key) {
+  const uint32_t ascending = ~static_cast<uint32_t>(key >> 32);
+  return std::bit_cast<float>(ascending & 0x80000000 ? ascending & 0x7FFFFFFF : ~ascending);
+}
+
+// Sorts by the values in the upper halves; keys that come in order of id stay so within a value.
+void sort_by_value(std::vector<uint64_t>& keys) {
+  std::vector<uint64_t> other(keys.size());
+  for (int shift = 32; shift < 64; shift += 8) {
+    std::array<size_t, 257> starts{};
+    for (uint64_t key : keys) starts[(key >> shift & 0xFF) + 1]++;
+    for (int digit = 0; digit < 256; digit++) starts[digit + 1] += starts[digit];
+    for (uint64_t key : keys) other[starts[key >> shift & 0xFF]++] = key;
+    keys.swap(other);
+  }
+}
+
+float nth_greatest(std::vector<float> values, int n) {
+  std::nth_element(values.begin(), values.begin() + n, values.end(), std::greater<float>());
+  return values[n];
+}
 
 std::optional<int32_t> foreign_token(const RowTask& task, int vocabulary) {
   const auto foreign = [vocabulary](int32_t id) { return id < 0 || id >= vocabulary; };
@@ -68,6 +100,69 @@ RowOutcome failed(std::string why) {
 }
 
 }  // namespace
+
+Ranking::Ranking(const SamplerOps& ops, const float* values, int n)
+    : ops_(ops), values_(values), n_(n), blocks_((n + kRankBlock - 1) / kRankBlock) {
+  maximum_ = ops.maxima(values, n, blocks_.data());
+}
+
+int Ranking::best() const {
+  const auto block = std::find(blocks_.begin(), blocks_.end(), maximum_);
+  return static_cast<int>(std::find(values_ + (block - blocks_.begin()) * kRankBlock, values_ + n_, maximum_) - values_);
+}
+
+// A value that probably at least `count` entries reach, and not many more.
+float Ranking::threshold(int count) const {
+  // `count` blocks reach it, so certainly as many entries do.
+  if (2 * count <= static_cast<int>(blocks_.size())) return nth_greatest(blocks_, count - 1);
+  constexpr int kStride = 37;
+  std::vector<float> sample;
+  for (int i = 0; i < n_; i += kStride) sample.push_back(values_[i]);
+  const int rank = count / kStride + count / (8 * kStride) + 16;
+  return rank < static_cast<int>(sample.size()) ? nth_greatest(std::move(sample), rank) : -kInfinity;
+}
+
+// Makes every entry ready that reaches the threshold.
+void Ranking::collect(float threshold) {
+  complete_ = threshold == -kInfinity;
+  size_t count = 0;
+  for (size_t b = 0; b < blocks_.size(); b++) {
+    if (blocks_[b] < threshold) continue;
+    const int begin = static_cast<int>(b) * kRankBlock, end = std::min(begin + kRankBlock, n_);
+    if (keys_.size() < count + kRankBlock) keys_.resize(2 * count + kRankBlock);
+    for (int i = begin; i < end; i++) {
+      keys_[count] = key_of(values_[i], i);
+      count += values_[i] >= threshold && values_[i] != -kInfinity;
+    }
+  }
+  keys_.resize(count);
+  sort_by_value(keys_);
+  ready_values_.resize(count);
+  std::transform(keys_.begin(), keys_.end(), ready_values_.begin(), value_of);
+}
+
+int Ranking::extend(int count) {
+  count = std::min(count, n_);
+  const auto lacking = [&] { return count > static_cast<int>(keys_.size()) && !complete_; };
+  if (lacking()) collect(threshold(count));
+  if (lacking()) collect(-kInfinity);
+  return static_cast<int>(keys_.size());
+}
+
+bool RankedWeights::grow(int count) {
+  const int from = static_cast<int>(weights_.size());
+  const int to = ranking_.extend(std::max({count, 4 * from, kRankBlock}));
+  if (to <= from) return false;
+  weights_.resize(to);
+  ranking_.ops().weigh(ranking_.ready_values() + from, to - from, ranking_.maximum(), divisor_, weights_.data() + from);
+  return to >= count;
+}
+
+int64_t RankedWeights::sum(int count) {
+  int64_t sum = 0;
+  for (int i = 0; i < count && has(i); i++) sum += weights_[i];
+  return sum;
+}
 
 Sampler::Sampler(const SamplerOps& ops, int vocabulary, int threads)
     : ops_(ops), vocabulary_(vocabulary), pool_(threads), scratch_(threads) {}

@@ -89,13 +89,13 @@ class AttentionWork {
   AttentionWork(Worker& worker, const AttentionStep& step)
       : worker_(worker),
         step_(step),
-        level_(worker.run_.level),
-        batch_(worker.run_.batch),
+        level_(worker.stage_.level),
+        batch_(worker.batch_),
         type_(shape().type),
         tables_(shape().windowed ? batch_.window_tables : batch_.block_tables),
         kv_(level_.attention.kv[static_cast<int>(type_)]),
-        units_(step, batch_, worker.run_.tilings),
-        scratch_(worker.run_.workspace.attention_scratch(worker.thread_, step.head_dim)) {}
+        units_(step, batch_, worker.stage_.tilings),
+        scratch_(worker.stage_.workspace.attention_scratch(worker.thread_, step.head_dim)) {}
 
   void run() {
     stores_ = units_.one_a_sequence();
@@ -112,16 +112,16 @@ class AttentionWork {
   }
 
  private:
-  const KvShape& shape() const { return worker_.run_.plan.kv_layers[step_.layer]; }
+  const KvShape& shape() const { return worker_.stage_.plan.kv_layers[step_.layer]; }
   uint8_t* piece(int kv_head, int block) const {
     const int64_t index = int64_t{block} * step_.kv_heads + kv_head;
-    return worker_.run_.kv.layer(step_.layer) + static_cast<size_t>(index) * kv_piece_bytes(type_, step_.head_dim);
+    return worker_.stage_.kv.layer(step_.layer) + static_cast<size_t>(index) * kv_piece_bytes(type_, step_.head_dim);
   }
   const int32_t* table(int sequence) const { return tables_.data() + batch_.table_starts[sequence]; }
 
   const float* rotated(const std::optional<Rotation>& rotation, const float* x, int row, float* out) const {
     if (!rotation) return x;
-    const RotationTable& angles = worker_.run_.rotations[rotation->table];
+    const RotationTable& angles = worker_.stage_.rotations[rotation->table];
     level_.vector.rope(x, angles.row(units_.position(row)), angles.pairs(), step_.head_dim, rotation->style, out);
     return out;
   }
@@ -243,10 +243,10 @@ class AttentionWork {
     if (threads == 1 || units_.count() >= 4 * threads) return false;
     const int64_t count = units_.span_count();
     return count > units_.count() &&
-           static_cast<size_t>(count) * partial_floats() <= worker_.run_.workspace.partial_floats();
+           static_cast<size_t>(count) * partial_floats() <= worker_.stage_.workspace.partial_floats();
   }
   SpanSums partial(int64_t index) const {
-    return span_sums_at(worker_.run_.workspace.partials() + static_cast<size_t>(index) * partial_floats(),
+    return span_sums_at(worker_.stage_.workspace.partials() + static_cast<size_t>(index) * partial_floats(),
                         units_.most_queries());
   }
 

@@ -27,7 +27,7 @@ std::vector<Tiling> tilings_of(const Plan& plan) {
 }
 
 // For each step the products that come next, itself included; null after the last ones.
-std::vector<const MatmulStep*> next_matmul(const Plan& plan) {
+std::vector<const MatmulStep*> next_matmul_of(const Plan& plan) {
   std::vector<const MatmulStep*> found(plan.steps.size());
   const MatmulStep* next = nullptr;
   for (size_t i = plan.steps.size(); i-- > 0; found[i] = next)
@@ -47,10 +47,10 @@ void cut_into_tiles(const Batch& batch, Tiling& tiling) {
 }  // namespace
 
 void Worker::work() {
-  const std::vector<PlannedStep>& steps = run_.plan.steps;
+  const std::vector<PlannedStep>& steps = stage_.plan.steps;
   for (size_t at = 0, end; at < steps.size(); at = end) {
     const Sync before = steps[at].before;
-    if (const MatmulStep* next = run_.next_matmul[at]; next != nullptr && rows_ <= kFewRows)
+    if (const MatmulStep* next = stage_.next_matmul[at]; next != nullptr && rows_ <= kFewRows)
       lookahead_.set_target(*next, thread_, threads_);
     if (before == Sync::Always || (before == Sync::IfShared && !alone_)) synchronize();
     for (end = at + 1; end < steps.size() && steps[at].row_by_row; end++)
@@ -62,7 +62,7 @@ void Worker::work() {
 // Row by row steps that follow each other are done for a few rows at a time, which then are still in the cache.
 void Worker::compute(size_t begin, size_t end) {
   constexpr int kRowsAtOnce = 4;
-  const std::vector<PlannedStep>& steps = run_.plan.steps;
+  const std::vector<PlannedStep>& steps = stage_.plan.steps;
   const auto shared = [this](const auto& step) {
     if constexpr (requires { execute(step); }) execute(step);
   };
@@ -75,36 +75,34 @@ void Worker::compute(size_t begin, size_t end) {
     }
 }
 
-Executor::Executor(Plan plan, const Level& level, ThreadPool& pool)
-    : plan_((require(plan.result.has_value(), "a program without a result"), std::move(plan))),
-      level_(level),
-      pool_(pool),
-      workspace_(plan_, pool.threads()),
-      kv_(plan_.kv_layers, plan_.limits.kv_blocks, plan_.limits.window_blocks),
-      rotations_(tables_of(plan_)),
-      tilings_(tilings_of(plan_)),
-      next_matmul_(next_matmul(plan_)) {
-  workspace_.allocate();
+Stage::Stage(Plan given, const Level& level, int threads)
+    : plan((require(given.result.has_value(), "a program without a result"), std::move(given))),
+      level(level),
+      workspace(plan, threads),
+      kv(plan.kv_layers, plan.limits.kv_blocks, plan.limits.window_blocks),
+      rotations(tables_of(plan)),
+      tilings(tilings_of(plan)),
+      next_matmul(next_matmul_of(plan)) {
+  workspace.allocate();
 }
 
 int Executor::run(const Batch& batch) {
-  check_batch(batch, plan_);
-  for (Tiling& tiling : tilings_) cut_into_tiles(batch, tiling);
-  for (Shares::Counter& counter : shares_.counters) counter.taken.store(0, std::memory_order_relaxed);
-  const Worker::Run run{plan_, level_,   workspace_,   kv_,     rotations_,
-                        batch, tilings_, next_matmul_, shares_, pool_.barrier()};
-  pool_.run([&](int thread) { Worker(run, thread, pool_.active_threads()).work(); }, batch.rows());
-  return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
+  check_batch(batch, stage_.plan);
+  for (Tiling& tiling : stage_.tilings) cut_into_tiles(batch, tiling);
+  for (Shares::Counter& counter : stage_.shares.counters) counter.taken.store(0, std::memory_order_relaxed);
+  const auto work = [&](int thread) { Worker(stage_, batch, pool_, thread).work(); };
+  pool_.run(work, batch.rows());
+  return stage_.plan.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
 }
 
 int Executor::capacity(BufferId id) const {
-  const Buffer& buffer = plan_.buffers.at(static_cast<size_t>(id));
-  return buffer.multiple * (buffer.outputs_only ? plan_.limits.max_outputs : plan_.limits.max_tokens);
+  const Buffer& buffer = stage_.plan.buffers.at(static_cast<size_t>(id));
+  return buffer.multiple * (buffer.outputs_only ? stage_.plan.limits.max_outputs : stage_.plan.limits.max_tokens);
 }
 
 size_t Executor::workspace_bytes() const {
-  size_t bytes = workspace_.bytes();
-  for (const RotationTable& table : rotations_) bytes += table.bytes();
+  size_t bytes = stage_.workspace.bytes();
+  for (const RotationTable& table : stage_.rotations) bytes += table.bytes();
   return bytes;
 }
 

@@ -87,33 +87,41 @@ struct Shares {
 // What `Executor::workspace_bytes` of this plan will be: all that it takes besides weights and KV memory.
 size_t workspace_bytes(const Plan& plan, int threads);
 
+// A plan and all that its runs use.
+struct Stage {
+  Stage(Plan plan, const Level& level, int threads);
+
+  const Plan plan;
+  const Level& level;
+  Workspace workspace;
+  const KvCache kv;
+  const std::vector<RotationTable> rotations;
+  std::vector<Tiling> tilings;
+  const std::vector<const MatmulStep*> next_matmul;  // for each step
+  Shares shares;
+};
+
 class Executor {
  public:
   // Level and pool outlive the executor, and so do the weights of the plan.
-  Executor(Plan plan, const Level& level, ThreadPool& pool);
+  Executor(Plan plan, const Level& level, ThreadPool& pool)
+      : stage_(std::move(plan), level, pool.threads()), pool_(pool) {}
 
   // Computes the batch and returns the number of lines in result(); std::invalid_argument for a batch out of bounds.
   int run(const Batch& batch);
 
   // What a run leaves in a buffer without private copies; the number of lines there is room for, and their width.
-  float* contents(BufferId id) const { return workspace_.shared(id); }
+  float* contents(BufferId id) const { return stage_.workspace.shared(id); }
   int capacity(BufferId id) const;
-  int width(BufferId id) const { return plan_.buffers.at(static_cast<size_t>(id)).width; }
-  BufferId result() const { return *plan_.result; }
-  int hidden_width() const { return plan_.hidden_width; }
-  size_t kv_bytes() const { return kv_.bytes(); }
+  int width(BufferId id) const { return stage_.plan.buffers.at(static_cast<size_t>(id)).width; }
+  BufferId result() const { return *stage_.plan.result; }
+  int hidden_width() const { return stage_.plan.hidden_width; }
+  size_t kv_bytes() const { return stage_.kv.bytes(); }
   size_t workspace_bytes() const;
 
  private:
-  const Plan plan_;
-  const Level& level_;
+  Stage stage_;
   ThreadPool& pool_;
-  Workspace workspace_;
-  KvCache kv_;
-  std::vector<RotationTable> rotations_;
-  std::vector<Tiling> tilings_;
-  const std::vector<const MatmulStep*> next_matmul_;
-  Shares shares_;
 };
 
 }  // namespace llamaclust

@@ -16,10 +16,10 @@ void Worker::execute(const MatmulStep& step) {
       const Matrix& weight = product.weight;
       const int64_t from = std::max(begin - first, int64_t{0}), to = std::min<int64_t>(end - first, weight.tile_count());
       if (from < to)
-        run_.level.matmul.matmul(weight, slot(product.slot), rows_ * buffer(product.out).multiple, {},
+        stage_.level.matmul.matmul(weight, slot(product.slot), rows_ * buffer(product.out).multiple, {},
                                  line(product.out, 0), static_cast<size_t>(weight.rows),
                                  product.bias.empty() ? nullptr : product.bias.data(), static_cast<int>(from),
-                                 static_cast<int>(to), run_.workspace.scratch(thread_));
+                                 static_cast<int>(to), stage_.workspace.scratch(thread_));
       first += weight.tile_count();
     }
   };
@@ -56,7 +56,7 @@ struct ExpertWork {
 
 // Every thread for itself: that is quicker than to wait for another.
 ExpertLines Worker::group_by_expert(const ExpertsStep& step) const {
-  const ExpertLines groups = run_.workspace.expert_lines(thread_);
+  const ExpertLines groups = stage_.workspace.expert_lines(thread_);
   const size_t experts = step.products[0].experts.size();
   const auto chosen = [&](int index) -> int32_t& {
     return groups.starts[static_cast<size_t>(line(step.choice, index / step.used)[index % step.used])];
@@ -83,8 +83,8 @@ void Worker::multiply_expert(const ExpertsStep& step, const ExpertLines& groups,
     const Matrix& weight = product.experts[expert];
     const int from = std::max(tile_begin - first, 0), to = std::min(tile_end - first, weight.tile_count());
     if (from < to)
-      run_.level.matmul.matmul(weight, slot(step.slot), groups.count(expert), places, line(product.out, 0),
-                               static_cast<size_t>(weight.rows), nullptr, from, to, run_.workspace.scratch(thread_));
+      stage_.level.matmul.matmul(weight, slot(step.slot), groups.count(expert), places, line(product.out, 0),
+                               static_cast<size_t>(weight.rows), nullptr, from, to, stage_.workspace.scratch(thread_));
     first += weight.tile_count();
   }
 }

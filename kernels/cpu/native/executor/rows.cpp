@@ -12,9 +12,9 @@ struct RowStep {
   const int row;
 
   float* line(BufferId id) const { return worker.line(id, row); }
-  const Batch& batch() const { return worker.run_.batch; }
-  const VectorOps& vector() const { return worker.run_.level.vector; }
-  const MatmulOps& matmul() const { return worker.run_.level.matmul; }
+  const Batch& batch() const { return worker.batch_; }
+  const VectorOps& vector() const { return worker.stage_.level.vector; }
+  const MatmulOps& matmul() const { return worker.stage_.level.matmul; }
   // Of a step that threads share where few rows are not.
   bool is_done_elsewhere() const { return worker.alone_ && worker.thread_ != 0; }
   void copy(const float* from, BufferId out) const {
@@ -47,7 +47,7 @@ struct RowStep {
   }
 
   void operator()(const RopeStep& step) const {
-    const RotationTable& table = worker.run_.rotations[step.rotation.table];
+    const RotationTable& table = worker.stage_.rotations[step.rotation.table];
     const float* angles = table.row(batch().positions[row]);
     for (int i = 0; i < step.heads * step.head_dim; i += step.head_dim)
       vector().rope(line(step.x) + i, angles, table.pairs(), step.head_dim, step.rotation.style, line(step.out) + i);
@@ -77,7 +77,7 @@ struct RowStep {
 
   // The best experts first, ties to the lower id; the sum of their weights is added in that order.
   void operator()(const ChooseStep& step) const {
-    float* probabilities = reinterpret_cast<float*>(worker.run_.workspace.scratch(worker.thread_));
+    float* probabilities = reinterpret_cast<float*>(worker.stage_.workspace.scratch(worker.thread_));
     float *ids = line(step.out), *weights = ids + step.used, sum = 0.0f;
     memcpy(probabilities, line(step.logits), static_cast<size_t>(step.experts) * sizeof(float));
     vector().softmax(probabilities, step.experts);
@@ -112,10 +112,10 @@ void Worker::compute_row(const Step& step, int row) { std::visit(RowStep{*this, 
 void Worker::execute(const SelectStep& step) {
   const float* x = line(step.x, 0);
   const size_t width = static_cast<size_t>(line_width(step.x));
-  set_rows(static_cast<int>(run_.batch.output_rows.size()));
+  set_rows(static_cast<int>(batch_.output_rows.size()));
   const Range rows = own_rows();
   for (int row = rows.begin; row < rows.end; row++) {
-    const size_t from = static_cast<size_t>(run_.batch.output_rows[row]);
+    const size_t from = static_cast<size_t>(batch_.output_rows[row]);
     memcpy(line(step.out, row), x + from * width, width * sizeof(float));
   }
 }

@@ -47,21 +47,9 @@ class Lookahead {
 
 class Worker {
  public:
-  struct Run {
-    const Plan& plan;
-    const Level& level;
-    const Workspace& workspace;
-    const KvCache& kv;
-    const std::vector<RotationTable>& rotations;
-    const Batch& batch;
-    const std::vector<Tiling>& tilings;
-    const std::vector<const MatmulStep*>& next_matmul;  // each step
-    Shares& shares;
-    Barrier& barrier;
-  };
-
-  Worker(const Run& run, int thread, int threads) : run_(run), thread_(thread), threads_(threads) {
-    set_rows(run.batch.rows());
+  Worker(Stage& stage, const Batch& batch, ThreadPool& pool, int thread)
+      : stage_(stage), batch_(batch), barrier_(pool.barrier()), thread_(thread), threads_(pool.active_threads()) {
+    set_rows(batch.rows());
   }
 
   void work();
@@ -87,17 +75,17 @@ class Worker {
     alone_ = rows <= kPrivateRows || threads_ == 1;
   }
 
-  const Buffer& buffer(BufferId id) const { return run_.plan.buffers[id]; }
+  const Buffer& buffer(BufferId id) const { return stage_.plan.buffers[id]; }
   int line_width(BufferId id) const { return buffer(id).width * buffer(id).multiple; }
 
   // A row's lines: this thread's own copy where it does all rows for itself.
   float* line(BufferId id, int row) const {
     const bool own = rows_ <= kPrivateRows && buffer(id).private_copy;
-    float* base = own ? run_.workspace.own(id, thread_) : run_.workspace.shared(id);
+    float* base = own ? stage_.workspace.own(id, thread_) : stage_.workspace.shared(id);
     return base + static_cast<size_t>(row) * static_cast<size_t>(line_width(id));
   }
   uint8_t* slot(int index) const {
-    return rows_ <= kPrivateRows ? run_.workspace.own_slot(index, thread_) : run_.workspace.shared_slot(index);
+    return rows_ <= kPrivateRows ? stage_.workspace.own_slot(index, thread_) : stage_.workspace.shared_slot(index);
   }
 
   // Rows of the row by row steps that are this thread's.
@@ -108,7 +96,7 @@ class Worker {
   }
 
   void synchronize() {
-    run_.barrier.arrive([this] { return lookahead_.fetch(); });
+    barrier_.arrive([this] { return lookahead_.fetch(); });
   }
 
   // Calls f(begin, end) with pieces of [0, count) so that the threads together cover it: first `fixed` for each, then
@@ -120,8 +108,8 @@ class Worker {
       if (count > 0) f(int64_t{0}, count);
       return;
     }
-    std::atomic<int64_t>& taken = run_.shares.counters[round_ % 3].taken;
-    if (thread_ == 0) run_.shares.counters[(round_ + 2) % 3].taken.store(0, std::memory_order_relaxed);
+    std::atomic<int64_t>& taken = stage_.shares.counters[round_ % 3].taken;
+    if (thread_ == 0) stage_.shares.counters[(round_ + 2) % 3].taken.store(0, std::memory_order_relaxed);
     round_++;
     const int64_t rest = count - fixed * threads_;
     if (fixed > 0) f(fixed * thread_, fixed * (thread_ + 1));
@@ -144,7 +132,9 @@ class Worker {
   friend class AttentionWork;
   friend struct RowStep;
 
-  const Run& run_;
+  Stage& stage_;
+  const Batch& batch_;
+  Barrier& barrier_;
   const int thread_, threads_;
   int rows_ = 0;
   bool alone_ = false;  // row by row steps are not shared out

@@ -52,8 +52,8 @@ const Matrix& shape_of(const std::vector<const PackedMatrix*>& matrices, const F
   return first;
 }
 
-// Products with the same activations: every thread computes its part of the tiles of each matrix, and each overwrites `out`.
-// Returns how long it took, in seconds.
+// Products with the same activations: every thread computes its part of the tiles of each matrix. `out` is overwritten by
+// each of the matrices. Returns how long it took, in seconds.
 double run_products(const std::string& level, const std::vector<const PackedMatrix*>& matrices, const FloatRows& x,
                     const float* bias, int threads, float* out) {
   const MatmulOps ops = find_level(level).matmul;

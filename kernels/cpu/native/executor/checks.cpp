@@ -1,5 +1,5 @@
-// What each step needs of its buffers and weights, and a batch of the plan's limits, checked before anything runs: a program
-// made from a hostile file must not reach memory that is not its own.
+// What each step needs of its buffers and weights, and a batch of the plan, checked before anything runs: a program made
+// from a hostile file must not reach memory that is not its own.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>

@@ -1,6 +1,6 @@
-// Matrix products: threads split tiles of 16 output rows, never the sum over k. With experts, lines are grouped by expert,
-// so that an expert's weights are read once for all of its lines. Every line is computed as if it were alone, and experts
-// are added later, row by row in the router's order: the groups are no part of the arithmetic.
+// Matrix products: threads split tiles of 16 output rows, never the sum over k. With experts, lines are grouped by
+// expert, so that an expert's weights are read once for all of its lines. Every line is computed as if it were alone,
+// and experts are added later, row by row in the router's order: the groups are no part of the arithmetic.
 #include <numeric>
 
 #include "executor/worker.h"
@@ -14,13 +14,14 @@ void Worker::execute(const MatmulStep& step) {
     int64_t first = 0;
     for (const Product& product : step.products) {
       const Matrix& weight = product.weight;
-      const int64_t from = std::max(begin - first, int64_t{0}), to = std::min<int64_t>(end - first, weight.tile_count());
+      const int64_t count = weight.tile_count();
+      const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, count);
       if (from < to)
         stage_.level.matmul.matmul(weight, slot(product.slot), rows_ * buffer(product.out).multiple, {},
                                  line(product.out, 0), static_cast<size_t>(weight.rows),
                                  product.bias.empty() ? nullptr : product.bias.data(), static_cast<int>(from),
                                  static_cast<int>(to), stage_.workspace.scratch(thread_));
-      first += weight.tile_count();
+      first += count;
     }
   };
   if (rows_ > kFewRows)

@@ -58,7 +58,7 @@ struct SamplerOps {
   void (*exp)(const float* x, int n, float* out);
 };
 
-// Weights into the blocks of a model file. Every result is a fixed list of IEEE operations, so all levels write the same bytes.
+// Weights into the blocks of a model file: fixed lists of IEEE operations, so all levels write the same bytes.
 
 struct NearPoints;
 

@@ -1,4 +1,5 @@
-// Matrix products of tiled weights and how quantized activations lie in memory, the part of a level that is compiled per instruction set.
+// Matrix products of tiled weights, the part of a level that is compiled per instruction set, and how quantized
+// activations lie in memory.
 #pragma once
 
 #include "level/quant_types.h"

@@ -1,6 +1,6 @@
-// What the packers of single quant types share. A packer writes one row's part of a tile's segment, of its body, which is
-// zero before, and its tail (level/quant_types.h), from the row's segment as it is in a model file. level/quants/ defines
-// the bit layouts of tiles.
+// What the packers of single quant types share. A packer writes one row's part of a tile's segment: of its body, which
+// is zero before, and its tail (level/quant_types.h), from the row's segment as it is in a model file. level/quants/
+// defines the bit layouts of tiles.
 #pragma once
 
 #include <cstring>

@@ -19,8 +19,9 @@ constexpr int kRounds = 4000;
 #define CLEAR_YMM(i) "vpxor %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n"
 #define DOT_VEX(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"  // of AVX-VNNI: no assembler's own choice
 #define FMA_YMM(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n"
-#define PAIRS(r, i) \
-  "vpmaddubsw %%" r "14, %%" r "15, %%" r "12\nvpmaddwd %%" r "14, %%" r "12, %%" r "12\nvpaddd %%" r "12, %%" r #i ", %%" r #i "\n"
+#define PAIRS(r, i)                                                                         \
+  "vpmaddubsw %%" r "14, %%" r "15, %%" r "12\nvpmaddwd %%" r "14, %%" r "12, %%" r "12\n" \
+  "vpaddd %%" r "12, %%" r #i ", %%" r #i "\n"
 #define PAIRS_YMM(i) PAIRS("ymm", i)
 #define PAIRS_ZMM(i) PAIRS("zmm", i)
 #define PEAK(name, bytes, clear, op)                                                                             \

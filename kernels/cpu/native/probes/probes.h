@@ -12,8 +12,9 @@ namespace llamaclust {
 struct ReadPattern;
 
 // How fast memory is read, by plain reads in several patterns: which is fastest depends on the machine, and on where a
-// virtual machine's cores happen to lie. Read is a buffer of `cache_multiple` times the last-level cache (but no more than a GiB, or a
-// quarter of the free memory), filled once, so that many short measurements can stand beside other work.
+// virtual machine's cores happen to lie. The buffer has `cache_multiple` times the bytes of the last-level cache (but no
+// more than a GiB, or a quarter of the free memory), and is filled once, so that many short measurements can stand beside
+// other work.
 // std::invalid_argument outside 1..1024 threads, multiples 1..64, 0..60 seconds.
 class ReadProbe {
  public:

@@ -227,7 +227,8 @@ class ChainRun {
     return low + (high - low) * power(share, chain_.dynatemp_exponent);
   }
 
-  // Of version 1: how many to keep, so that the surprise expected of them is mu: by the exponent of Zipf's law that fits the best ones.
+  // Of version 1: how many to keep, so that the surprise expected of them is mu: by the exponent of Zipf's law that fits
+  // the best ones.
   int mirostat_candidates() {
     if (size() < 2) return 1;
     double products = 0, squares = 0;

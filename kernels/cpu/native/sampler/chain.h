@@ -18,8 +18,8 @@ void penalize(const Choice& choice, float* logits);
 // logits[vocabulary]: DRY, for each token that would go on with a repetition of the history's end.
 void penalize_repetitions(const Choice& choice, const Chain& chain, float* logits);
 
-// Runs the samplers of the choice's chain on values[vocabulary]: logits after bias, -infinity for what may not be sampled, one
-// at least above it. They are changed. -1 where penalties leave no token; *mu is set where Mirostat samples.
+// Runs the samplers of the choice's chain on values[vocabulary]: logits after bias, -infinity for what may not be
+// sampled, one at least above it. They are changed. -1 where penalties leave no token; *mu is set where Mirostat samples.
 int32_t sample_by_chain(const SamplerOps& ops, float* values, int vocabulary, const Choice& choice, double* mu);
 
 }  // namespace llamaclust

@@ -193,7 +193,8 @@ RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& s
     if (outcome.token < 0) return failed("every token is suppressed");
   }
   // Log-softmax over raw logits.
-  const double maximum = raw.maximum(), log_sum = log_double(static_cast<double>(total) / static_cast<double>(kUnitWeight));
+  constexpr double kUnit = static_cast<double>(kUnitWeight);
+  const double maximum = raw.maximum(), log_sum = log_double(static_cast<double>(total) / kUnit);
   const auto logprob = [&](float x) { return static_cast<float>(static_cast<double>(x) - maximum - log_sum); };
   outcome.logprob = logprob(logits[outcome.token]);
   const int top = std::min(task.top_logprobs, raw.extend(task.top_logprobs));

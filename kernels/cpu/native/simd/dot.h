@@ -49,7 +49,7 @@ INLINE I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
 
 #elif !defined(LLAMACLUST_NEON)
 
-// Sums are pairs of columns in 16 bits, below 32768: 2 columns * 127 * the greatest byte (128 for eight bits, see step) * groups.
+// Sums are pairs of columns in 16 bits, below 32768: 2 columns * 127 * the greatest byte (128 for eight bits) * groups.
 template <int kBits>
 constexpr int kGroupsPerSum = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
 

@@ -1,5 +1,5 @@
-// Int8 values in memory: as float lanes, and in pairs for integer dot products with int16, all of it exact; and how floats
-// are rounded to integers, in plain loops of which compilers make vectors.
+// Int8 values in memory: as float lanes, and in pairs for integer dot products with int16, all of it exact; and how
+// floats are rounded to integers, in plain loops of which compilers make vectors.
 #pragma once
 
 #include "simd/dot.h"
@@ -27,9 +27,10 @@ INLINE I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
 
 #elif defined(__AVX2__)
 
-INLINE F32x16 from_i8(const int8_t* p) {
-  EACH_HALF(F32x16, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i)))));
+INLINE __m256 half_from_i8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+INLINE F32x16 from_i8(const int8_t* p) { EACH_HALF(F32x16, half_from_i8(p + 8 * i)); }
 using Pairs = I32x16;
 INLINE Pairs load_pairs(const int8_t* p) {
   EACH_HALF(Pairs, _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i))));
@@ -84,7 +85,7 @@ INLINE I32x16 dot_pairs(I32x16 sum, const Pairs& a, int32_t two) {
 // Loops over values are not to be unrolled before they become vectors.
 #define AS_VECTORS _Pragma("GCC unroll 1")
 
-// Bits of the greatest magnitude of n values: magnitudes of floats are in the order of their bits, infinities and NaNs last.
+// Bits of the greatest magnitude of n values: floats' magnitudes are in the order of their bits, infinities and NaNs last.
 INLINE int32_t greatest_magnitude(const float* x, int n) {
   int32_t greatest = 0;
   AS_VECTORS for (int i = 0; i < n; i++) {

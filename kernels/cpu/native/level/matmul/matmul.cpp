@@ -10,8 +10,8 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Activations as int8 with one scale a segment (level/matmul_ops.h says how each value comes about). Plain loops: what they
-// do is exact or one IEEE operation a value.
+// Activations as int8 with one scale a segment (level/matmul_ops.h says how each value comes about). Plain loops: what
+// they do is exact or one IEEE operation a value.
 
 // Below this a segment counts as zero: 127 / maximum would not be finite much further down.
 constexpr int32_t kSmallestMaximum = 0x04800000;  // 2^-118

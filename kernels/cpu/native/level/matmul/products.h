@@ -1,5 +1,5 @@
-// The loops of products. With quantized weights few tokens straight from the tiles, which are then read at the speed of memory; many
-// by panels: a few tiles are decoded once, into scratch memory that stays in the cache, for all of them.
+// The loops of products. With quantized weights few tokens straight from the tiles, which are then read at the speed of
+// memory; many by panels: a few tiles are decoded once, into scratch memory that stays in the cache, for all of them.
 #pragma once
 
 #include "level/matmul/segment.h"

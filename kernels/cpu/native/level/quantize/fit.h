@@ -1,5 +1,5 @@
-// The best scale, or scale and offset, of each sub-block by itself, sixteen sub-blocks side by side, one in each lane, so
-// that searches need no sums across lanes: some scales are tried, each with the levels nearest to it and then the scale that
+// The best scale, or scale and offset, of each sub-block by itself, sixteen sub-blocks side by side in the lanes, so that
+// searches need no sums across lanes: some scales are tried, each with the levels nearest to it and then the scale that
 // is best for those levels. And scales of sub-blocks as multiples of one scale of their block.
 #pragma once
 
@@ -208,8 +208,8 @@ struct AffineFit {
 // The multiples of d that a type can say.
 struct Multiples {
   float low, high, top;  // `top` stands for the largest scale
-  static Multiples up_to(int n) { return {0, static_cast<float>(n), static_cast<float>(n)}; }
-  static Multiples with_sign(int n) { return {static_cast<float>(-n), static_cast<float>(n - 1), static_cast<float>(-n)}; }
+  static Multiples up_to(float n) { return {0, n, n}; }
+  static Multiples with_sign(float n) { return {-n, n - 1, -n}; }
   float nearest(float x) const { return __builtin_rintf(std::clamp(x, low, high)); }
 };
 struct OddMultiples {  // 1, 3, ... 2 n + 1

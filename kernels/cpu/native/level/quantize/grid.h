@@ -212,7 +212,8 @@ struct GridSearch {
     if (type.signs != Signs::None)
       for (int i = 0; i < 32; i++) block->signs[i] = split(values + 8 * i, w + 8 * i, x + 8 * i);
     for (int j = 0; j < kSubs; j++) scale[j] = fit(x + j * type.size, w + j * type.size, curvature + j);
-    block->d = half_bits(fit_scales(scale, curvature, kSubs, OddMultiples{static_cast<float>(type.top)}, block->multiple, 0.4f));
+    constexpr OddMultiples multiples{static_cast<float>(type.top)};
+    block->d = half_bits(fit_scales(scale, curvature, kSubs, multiples, block->multiple, 0.4f));
     settle(x, w, block);
     assign_all(x, w, block, &best_d);
     block->d = half_bits(best_d);

@@ -43,8 +43,8 @@ struct AffineBlocks {
     store(wx, fit.wx);
     for (int k = 0; k < kBlocks; k++) {
       const int j = k * kSubs;
-      d[k] = half_bits(fit_scales(scale + j, curvature + j, kSubs, Multiples::up_to(top), a + j));
-      m[k] = half_bits(fit_scales(offset + j, w + j, kSubs, Multiples::up_to(top), b + j));
+      d[k] = half_bits(fit_scales(scale + j, curvature + j, kSubs, Multiples::up_to(static_cast<float>(top)), a + j));
+      m[k] = half_bits(fit_scales(offset + j, w + j, kSubs, Multiples::up_to(static_cast<float>(top)), b + j));
     }
   }
 
@@ -118,7 +118,7 @@ struct SymmetricBlock {
     const Scaled best = fit.best();
     store(scale, best.scale);
     store(curvature, best.curvature);
-    d = half_bits(fit_scales(scale, curvature, 16, Multiples::with_sign(top), a));
+    d = half_bits(fit_scales(scale, curvature, 16, Multiples::with_sign(static_cast<float>(top)), a));
     refit(fit);
     const F32x16 inv = inverse(mul(broadcast(half_value(d)), load(a)));
     store_levels<16>([&](int i) { return add(fit.level(i, inv), broadcast(static_cast<float>(n))); }, levels);
@@ -227,8 +227,8 @@ constexpr auto quantize_Q4_K = quantize_q45_k<false>, quantize_Q5_K = quantize_q
   });
 }
 
-// Of types of three values: for models that were trained with such weights, so the largest of a block is its scale, which is
-// returned; levels 0 to 2.
+// Of types of three values: for models that were trained with such weights, so the largest of a block is its scale, which
+// is returned; levels 0 to 2.
 [[maybe_unused]] float ternary_levels(const float* x, uint8_t* levels) {
   float extent = 0;
   for (int i = 0; i < 256; i++) extent = std::max(extent, __builtin_fabsf(x[i]));

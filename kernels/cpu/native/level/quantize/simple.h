@@ -1,5 +1,5 @@
-// Types of 32 weights with one scale, or one scale and an offset, a block; types whose weights come out of a table of uneven
-// steps.
+// Types of 32 weights with one scale, or one scale and an offset, a block; types whose weights come out of a table of
+// uneven steps.
 #pragma once
 
 #include "level/quantize/fit.h"

@@ -1,5 +1,5 @@
-// A k-group in two AVX2 registers, and integer dot products: with vpdpbusd in 256 bits, or without it pairs of columns in 16
-// bits, eight rows a register.
+// A k-group in two AVX2 registers, and integer dot products: with vpdpbusd in 256 bits, or without it pairs of columns in
+// 16 bits, eight rows a register.
 #pragma once
 
 namespace llamaclust::LLAMACLUST_LEVEL {

@@ -1,4 +1,4 @@
-// A k-group in one AVX-512 register, and integer dot products: with vpdpbusd, or without it pairs of columns in 16 bits.
+// A k-group in one AVX-512 register, and integer dot products: with vpdpbusd, or else pairs of columns in 16 bits.
 #pragma once
 
 namespace llamaclust::LLAMACLUST_LEVEL {

@@ -1,5 +1,5 @@
-// A k-group in four NEON registers of four rows each, and integer dot products: with sdot, whose operands are both signed, or
-// on any ARMv8 processor one 16-bit sum a column.
+// A k-group in four NEON registers of four rows each, and integer dot products: with sdot, whose operands are both
+// signed, or on any ARMv8 processor one 16-bit sum a column.
 #pragma once
 
 namespace llamaclust::LLAMACLUST_LEVEL {

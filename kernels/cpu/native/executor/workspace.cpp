@@ -15,33 +15,32 @@ size_t attention_scratch_bytes(int head_dim) {
                           2 * span_sums_floats(kTileQueries, head_dim));
 }
 
-struct ScratchBytes {
-  size_t operator()(const MatmulStep& step) const {
-    size_t bytes = 0;
-    for (const Product& product : step.products) bytes = std::max(bytes, matmul_scratch_bytes(product.weight.cols));
-    return bytes;
-  }
-  size_t operator()(const ExpertsStep& step) const {
-    size_t bytes = 0;
-    for (const ExpertProduct& product : step.products)
-      bytes = std::max(bytes, matmul_scratch_bytes(product.experts[0].cols));
-    return bytes;
-  }
-  size_t operator()(const ChooseStep& step) const { return static_cast<size_t>(step.experts) * sizeof(float); }
-  size_t operator()(const AttentionStep& step) const { return attention_scratch_bytes(step.head_dim); }
-  template <typename Other>
-  size_t operator()(const Other&) const {
-    return 0;
-  }
-};
+// The greatest of what steps need: in one thread, but for the sums of spans.
+struct Needs {
+  const Limits& limits;
+  size_t scratch_bytes = 0, expert_lines = 0, experts = 0, partial_floats = 0;
 
-// Enough for two sequences that decode at the end of the longest context.
-size_t partial_floats_of(const AttentionStep& step, int max_context_tokens) {
-  const size_t spans = static_cast<size_t>(max_context_tokens + kSpanTokens - 1) / kSpanTokens;
-  const int group = step.heads / step.kv_heads, head_groups = (group + kTileQueries - 1) / kTileQueries;
-  const size_t units = static_cast<size_t>(step.kv_heads) * static_cast<size_t>(head_groups);
-  return 2 * units * spans * span_sums_floats(std::min(group, kTileQueries), step.head_dim);
-}
+  void operator()(const MatmulStep& step) {
+    for (const Product& product : step.products) add_scratch(matmul_scratch_bytes(product.weight.cols));
+  }
+  void operator()(const ExpertsStep& step) {
+    add_scratch(matmul_scratch_bytes(step.products[0].experts[0].cols));
+    expert_lines = std::max(expert_lines, static_cast<size_t>(limits.max_tokens) * static_cast<size_t>(step.used));
+    experts = std::max(experts, step.products[0].experts.size());
+  }
+  void operator()(const ChooseStep& step) { add_scratch(static_cast<size_t>(step.experts) * sizeof(float)); }
+  // Sums of spans: enough for two sequences that decode at the end of the longest context.
+  void operator()(const AttentionStep& step) {
+    add_scratch(attention_scratch_bytes(step.head_dim));
+    const size_t spans = static_cast<size_t>(limits.max_context_tokens + kSpanTokens - 1) / kSpanTokens;
+    const int group = step.heads / step.kv_heads, head_groups = (group + kTileQueries - 1) / kTileQueries;
+    const size_t units = static_cast<size_t>(step.kv_heads) * static_cast<size_t>(head_groups);
+    const size_t floats = 2 * units * spans * span_sums_floats(std::min(group, kTileQueries), step.head_dim);
+    partial_floats = std::max(partial_floats, floats);
+  }
+  void operator()(const auto&) {}
+  void add_scratch(size_t bytes) { scratch_bytes = std::max(scratch_bytes, bytes); }
+};
 
 }  // namespace
 
@@ -58,18 +57,13 @@ Workspace::Workspace(const Plan& plan, int threads) {
     shared_slots_.push_back(all.add(tokens * slot.max_row_bytes));
     own_slots_.push_back(each.add(kPrivateRows * slot.max_row_bytes));
   }
-  size_t scratch = 0, experts = 0;
-  for (const PlannedStep& planned : plan.steps) {
-    scratch = std::max(scratch, std::visit(ScratchBytes{}, planned.step));
-    if (const auto* step = std::get_if<ExpertsStep>(&planned.step)) {
-      max_expert_lines_ = std::max(max_expert_lines_, tokens * static_cast<size_t>(step->used));
-      experts = std::max(experts, step->products[0].experts.size());
-    } else if (const auto* step = std::get_if<AttentionStep>(&planned.step); step && threads > 1) {
-      partial_floats_ = std::max(partial_floats_, partial_floats_of(*step, plan.limits.max_context_tokens));
-    }
-  }
-  scratch_ = each.add(scratch);
-  expert_lines_ = each.add(max_expert_lines_ == 0 ? 0 : (2 * max_expert_lines_ + experts + 1) * sizeof(int32_t));
+  Needs needs{plan.limits};
+  for (const PlannedStep& planned : plan.steps) std::visit(needs, planned.step);
+  scratch_ = each.add(needs.scratch_bytes);
+  max_expert_lines_ = needs.expert_lines;
+  const size_t expert_ints = needs.expert_lines == 0 ? 0 : 2 * needs.expert_lines + needs.experts + 1;
+  expert_lines_ = each.add(expert_ints * sizeof(int32_t));
+  partial_floats_ = threads > 1 ? needs.partial_floats : 0;
   partials_ = all.add(partial_floats_ * sizeof(float));
   threads_ = (all.bytes() + kPage - 1) / kPage * kPage;
   thread_bytes_ = (each.bytes() + kPage - 1) / kPage * kPage;

@@ -61,8 +61,7 @@ class Workspace {
   uint8_t* thread_base(int thread) const { return memory_.data() + threads_ + index(thread) * thread_bytes_; }
 
   std::vector<size_t> shared_, own_, shared_slots_, own_slots_;
-  size_t max_expert_lines_ = 0, partial_floats_ = 0;
-  size_t scratch_, expert_lines_, partials_, threads_, thread_bytes_, bytes_;
+  size_t scratch_, expert_lines_, max_expert_lines_, partials_, partial_floats_, threads_, thread_bytes_, bytes_;
   Memory memory_;
 };
 

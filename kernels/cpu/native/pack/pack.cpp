@@ -38,6 +38,31 @@ size_t used_bytes(const TileLayout& layout, int cols) {
   return static_cast<size_t>(cols / layout.segment_cols) * (layout.body_bytes + layout.tail_bytes);
 }
 
+// Bytes of a tile of 16 rows, a multiple of 64.
+size_t tile_bytes(QuantType type, int cols) { return whole_lines(used_bytes(tile_layout(type), cols)); }
+
+// Packs `rows` (1 to 16) rows that lie one after the other in the file's layout; further rows of the tile become zero.
+void pack_tile(QuantType type, const uint8_t* file_rows, int rows, int cols, uint8_t* tile) {
+  const Packer pack = packer_of(type);
+  const TileLayout layout = tile_layout(type);
+  const size_t row_bytes = file_row_bytes(type, cols);
+  const int segments = cols / layout.segment_cols, group = layout.group_segments();
+  for (int first = 0; first < segments; first += group) {
+    const int count = std::min(group, segments - first);
+    uint8_t* bodies = tile + static_cast<size_t>(first) * (layout.body_bytes + layout.tail_bytes);
+    for (int i = 0; i < count; i++) {
+      const uint8_t* blocks[kTileRows];
+      const size_t offset = static_cast<size_t>(first + i) * layout.file_bytes;
+      for (int r = 0; r < kTileRows; r++) blocks[r] = r < rows ? file_rows + r * row_bytes + offset : kZeroBlock;
+      uint8_t* body = bodies + i * layout.body_bytes;
+      memset(body, 0, layout.body_bytes);
+      pack(blocks, body, bodies + count * layout.body_bytes + i * layout.tail_bytes);
+    }
+  }
+  const size_t used = used_bytes(layout, cols);
+  memset(tile + used, 0, tile_bytes(type, cols) - used);
+}
+
 QuantType checked(int type, int rows, int cols) {
   const auto quant_type = static_cast<QuantType>(type);
   if (!is_supported(quant_type))
@@ -61,8 +86,6 @@ size_t file_row_bytes(QuantType type, int cols) {
   return static_cast<size_t>(cols / layout.segment_cols) * layout.file_bytes;
 }
 
-size_t tile_bytes(QuantType type, int cols) { return whole_lines(used_bytes(tile_layout(type), cols)); }
-
 int segment_cols(ActivationFormat format) {
   return format == ActivationFormat::Q8_256 ? 256 : format == ActivationFormat::Q8_32 ? 32 : 1;
 }
@@ -74,27 +97,6 @@ size_t activation_bytes(ActivationFormat format, int cols) {
 
 size_t matmul_scratch_bytes(int cols) {
   return whole_lines(static_cast<size_t>(cols) * kPanelColumnBytes * kPanelTiles);
-}
-
-void pack_tile(QuantType type, const uint8_t* file_rows, int rows, int cols, uint8_t* tile) {
-  const Packer pack = packer_of(type);
-  const TileLayout layout = tile_layout(type);
-  const size_t row_bytes = file_row_bytes(type, cols);
-  const int segments = cols / layout.segment_cols, group = layout.group_segments();
-  for (int first = 0; first < segments; first += group) {
-    const int count = std::min(group, segments - first);
-    uint8_t* bodies = tile + static_cast<size_t>(first) * (layout.body_bytes + layout.tail_bytes);
-    for (int i = 0; i < count; i++) {
-      const uint8_t* blocks[kTileRows];
-      const size_t offset = static_cast<size_t>(first + i) * layout.file_bytes;
-      for (int r = 0; r < kTileRows; r++) blocks[r] = r < rows ? file_rows + r * row_bytes + offset : kZeroBlock;
-      uint8_t* body = bodies + i * layout.body_bytes;
-      memset(body, 0, layout.body_bytes);
-      pack(blocks, body, bodies + count * layout.body_bytes + i * layout.tail_bytes);
-    }
-  }
-  const size_t used = used_bytes(layout, cols);
-  memset(tile + used, 0, tile_bytes(type, cols) - used);
 }
 
 PackedMatrix::PackedMatrix(int type, int rows, int cols) : PackedMatrix(shape_only(type, rows, cols)) {

@@ -19,8 +19,6 @@
   extern const SamplerOps sampler_ops;     \
   extern const QuantizeOps quantize_ops;   \
   }
-#define LEVEL(name) \
-  Level { #name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops, name::quantize_ops }
 
 LLAMACLUST_LEVELS(DECLARE)
 
@@ -77,7 +75,8 @@ std::vector<Level> available_levels() {
   const CpuFeatures can = cpu_features();
   std::vector<Level> levels;
 #define ADD(name) \
-  if (can.name) levels.push_back(LEVEL(name));
+  if (can.name)   \
+    levels.push_back({#name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops, name::quantize_ops});
   LLAMACLUST_LEVELS(ADD)
   return levels;
 }

@@ -10,7 +10,6 @@
 #include <optional>
 
 #include "runtime/math.h"
-#include "sampler/chain.h"
 #include "sampler/random.h"
 
 namespace llamaclust {

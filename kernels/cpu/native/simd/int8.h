@@ -70,14 +70,21 @@ INLINE I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
 
 #else
 
-INLINE F32x16 from_i8(const int8_t* p) { EACH(F32x16, p[i]); }
+INLINE F32x16 from_i8(const int8_t* p) {
+  alignas(64) float v[16];
+  for (int i = 0; i < 16; i++) v[i] = p[i];
+  return load(v);
+}
 struct Pairs {
   int16_t v[32];
 };
 INLINE Pairs load_pairs(const int8_t* p) { EACH(Pairs, p[i]); }
 INLINE I32x16 dot_pairs(I32x16 sum, const Pairs& a, int32_t two) {
   const int32_t low = static_cast<int16_t>(two & 0xffff), high = two >> 16;
-  EACH(I32x16, sum.v[i] + a.v[2 * i] * low + a.v[2 * i + 1] * high);
+  alignas(64) int32_t v[16];
+  store(v, sum);
+  for (int i = 0; i < 16; i++) v[i] += a.v[2 * i] * low + a.v[2 * i + 1] * high;
+  EACH(I32x16, v[i]);
 }
 
 #endif

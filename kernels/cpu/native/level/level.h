@@ -10,8 +10,6 @@
 
 namespace llamaclust {
 
-// Row by row arithmetic between the matrix products.
-
 // Which channels of a head rotate together: (2i, 2i + 1) or (i, i + pairs).
 enum class RopeStyle : int32_t { Norm = 0, Neox = 1 };
 
@@ -23,6 +21,7 @@ enum class RopeStyle : int32_t { Norm = 0, Neox = 1 };
 enum class RowOp : int32_t { LLAMACLUST_ROW_OPS(NAME) };
 #undef NAME
 
+// Row by row arithmetic between the matrix products.
 struct VectorOps {
   // out = x * (1 / sqrt(mean(x^2) + epsilon)) * weight; out may be x. The squares are summed in 64 interleaved lanes.
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int n, float* out);
@@ -41,12 +40,11 @@ struct VectorOps {
   void (*softmax)(float* x, int n);
 };
 
-// Passes over logits for sampling.
-
 inline constexpr int kRankBlock = 64;
 // A weight of 1 as an integer. Sums of integers are exact, so no order of summation can change a draw.
 inline constexpr int64_t kUnitWeight = int64_t{1} << 40;
 
+// Passes over logits for sampling.
 struct SamplerOps {
   // blocks[b] = the greatest of x[64 b, 64 b + 64), as far as x[n] goes; returns the greatest of all.
   // With a NaN among them either may be any of them.
@@ -58,8 +56,6 @@ struct SamplerOps {
   void (*exp)(const float* x, int n, float* out);
 };
 
-// Weights into the blocks of a model file: fixed lists of IEEE operations, so all levels write the same bytes.
-
 struct NearPoints;
 
 // Whole blocks of weights x [count], finite and no larger than 65504, and how much an error at each of them matters.
@@ -70,6 +66,7 @@ struct Source {
   bool has_importance;     // w depends on more than the weights
 };
 
+// Weights into the blocks of a model file: fixed lists of IEEE operations, so all levels write the same bytes.
 struct QuantizeOps {
   // How much an error at each of n weights of one row matters: w = importance * sqrt(mean(x^2) + x^2). `importance` is
   // [n] or null, for ones.

@@ -57,10 +57,8 @@ class Barrier {
   alignas(64) std::atomic<int64_t> waited_ns_{0};
 };
 
-// How many threads are worth using while other programs want the same cores: a thread that is not running keeps all
-// others waiting at the next barrier. Found by experiment; results do not depend on the number.
-
-// The threads for jobs that are alike.
+// How many threads are worth using for jobs that are alike while other programs want the same cores: a thread that is not
+// running keeps all others waiting at the next barrier. Found by experiment; results do not depend on the number.
 class SimilarJobs {
  public:
   // Where arithmetic is the limit, half the threads do as well only if one is missing for more than half of the time;

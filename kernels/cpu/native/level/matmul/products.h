@@ -8,7 +8,6 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 // Float weights: one fused multiply-add per weight, in k order.
-
 struct F32 {
   static constexpr TileLayout kLayout = tile_layout(QuantType::F32);
   static DECODE F32x16 column(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control import reconcile as act
@@ -11,7 +12,6 @@ from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
 from llamaclust.cluster.control.notices import moving_text, recovered_text
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
-from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.planner.format import plan_lines
@@ -20,6 +20,9 @@ from llamaclust.cluster.state.events import Notice, PlanMade, Report, WorkerLoad
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.control.planning import ClusterPlanner
 
 _ENDING_S = 30.0
 

@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.control.observed import Observed
-from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_link
@@ -26,6 +26,9 @@ from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.link_probe import measure_link
 from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import Credentials, Principal
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.control.planning import ClusterPlanner
 
 _FILE = ".links.json"  # no cluster's name begins with a dot
 

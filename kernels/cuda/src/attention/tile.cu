@@ -25,6 +25,13 @@ struct Chunk {
   }
 };
 
+// Columns that hold a position which some query sees: halves are skipped, not single ones. (Written in place, this gives
+// larger and other machine code.)
+template <int TQ>
+DEVICE bool is_half(const Span<F16Kv, TQ>& span) {
+  return span.end() <= kSpanTokens / 2;
+}
+
 // Scores of a thread to where they are weighed. The queries were there before.
 template <int TQ>
 DEVICE void store_scores(const Span<F16Kv, TQ>& span, const float (&scores)[TQ / 4][kColumns]) {
@@ -89,7 +96,7 @@ struct F16Tile {
       store(next, keys);
       __syncthreads();
       if (chunk + 1 < chunks) next.load(span, chunk + 1);
-      if (span.end() <= kSpanTokens / 2)  // only halves are skipped, not single columns
+      if (is_half(span))
         add_chunk<kColumns / 2>(own_keys, own_queries + chunk * kChannels * TQ, sums);
       else
         add_chunk<kColumns>(own_keys, own_queries + chunk * kChannels * TQ, sums);

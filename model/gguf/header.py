@@ -41,7 +41,6 @@ _FIRST_CHUNK_BYTES = 1 << 16
 _MAX_HEADER_BYTES = 1 << 28
 _MAX_STRINGS = 1 << 22
 
-_U32 = Struct("<I")
 _SCALARS = {number: Struct(code) for number, code in NUMBER_FORMATS.items()}
 
 
@@ -105,12 +104,10 @@ class _Cursor:
         return bytes(memoryview(self._buffer)[start : self.position])
 
     def u32(self) -> int:
-        value: int = _U32.unpack(self.take(4))[0]
-        return value
+        return int.from_bytes(self.take(4), "little")
 
     def u64(self) -> int:
-        value: int = LENGTH.unpack(self.take(8))[0]
-        return value
+        return int.from_bytes(self.take(8), "little")
 
     def string(self, max_bytes: int) -> str:
         """A length and that many bytes of UTF-8."""

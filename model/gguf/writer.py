@@ -140,12 +140,9 @@ def _scalar(value: bool | int | float) -> np.generic:
         return np.bool_(value)
     if isinstance(value, float):
         return np.float32(value)
-    fitting = next(kind for kind in (np.uint32, np.int32, np.uint64, np.int64) if _fits(value, kind))
+    kinds: tuple[type[np.integer[Any]], ...] = (np.uint32, np.int32, np.uint64, np.int64)
+    fitting = next(kind for kind in kinds if np.iinfo(kind).min <= value <= np.iinfo(kind).max)
     return fitting(value)
-
-
-def _fits(value: int, kind: type[np.integer[Any]]) -> bool:
-    return bool(np.iinfo(kind).min <= value <= np.iinfo(kind).max)
 
 
 def _write_tensor(file: BinaryIO, source: TensorSource, alignment: int) -> None:

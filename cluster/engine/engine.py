@@ -14,7 +14,7 @@ from typing import Self
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import Pipeline
 from llamaclust.cluster.engine.request_stream import Mailbox, OpenRequests, RequestStream
-from llamaclust.cluster.scheduler.requests import Finished, FinishReason, GenerationRequest
+from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
@@ -142,11 +142,14 @@ class Engine:
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
         mailbox = Mailbox(sequence)
-        if sequence.has_work:
+        for row in request.answered:
+            mailbox.put(TokenSampled(row))
+        end = sequence.known_end
+        if end is None:
             self.requests.open(mailbox, self._deadlines.request_s, partial(self._expire, sequence.key))
             self._launch_soon()
         else:
-            mailbox.put(Finished(FinishReason.LENGTH, sequence.timings()))
+            mailbox.put(Finished(end, sequence.timings()))
             mailbox.close()
         return RequestStream(mailbox, partial(self._abort, sequence.key))
 

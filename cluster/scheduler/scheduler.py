@@ -106,12 +106,12 @@ class Scheduler:
         return list(self._sequences.values())
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
-        """Queues a request, unless it has no work. Raises ParameterError or QueueFullError."""
+        """Queues a request, unless there is nothing to compute. Raises ParameterError or QueueFullError."""
         validate(request, self.settings.vocabulary, self.settings.max_sequence_tokens)
         self._next_key += 1
         max_new_tokens = min(request.max_new_tokens, self.settings.max_sequence_tokens - len(request.prompt))
         sequence = Sequence(self._next_key, request, max_new_tokens, now_ns)
-        if sequence.has_work:
+        if sequence.known_end is None:
             waiting = len(self.queues.waiting)
             starting = self.settings.max_sequences - len(self.queues.running)
             if waiting >= self.settings.max_waiting + starting:

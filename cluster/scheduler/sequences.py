@@ -93,6 +93,8 @@ class Sequence:
         self.mu = 0.0 if request.params.chain is None else request.params.chain.first_mu
         self.scored = last if request.score_from is None else min(max(request.score_from, 1) - 1, last)
         self.next_score = self.scored
+        for row in request.answered:
+            self.append(row)
 
     @property
     def is_running(self) -> bool:
@@ -144,9 +146,11 @@ class Sequence:
         return len(self.tokens) - 1
 
     @property
-    def has_work(self) -> bool:
-        """Whether there is anything to compute for it: a prompt with no token to score and none to choose has not."""
-        return self.max_new_tokens > 0 or self.next_score < self.prompt_length - 1
+    def known_end(self) -> FinishReason | None:
+        """Why there is nothing to compute for it: its answer is known, or no token is to be scored or chosen."""
+        if self.generated:
+            return self._finish_reason(is_sampled=True)
+        return None if self.max_new_tokens > 0 or self.next_score < self.prompt_length - 1 else FinishReason.LENGTH
 
     @property
     def blocks_needed(self) -> int:
@@ -241,15 +245,19 @@ class Sequence:
             updates.append(PromptScored(first_row + 1, scored))
         if taken.is_sampled:
             row = rows[-1]
-            self.tokens.append(row.token)
-            self.breakers.add(row.token)
-            self.mu = self.mu if row.mu is None else row.mu
+            self.append(row)
             if self.phase is _PREFILL or self.phase is _DECODE:
                 self.phase = _DECODE if self.scheduled >= len(self.tokens) - 1 else _PREFILL
             updates.append(TokenSampled(row))
         if (reason := self._finish_reason(taken.is_sampled)) is not None:
             updates.append(Finished(reason, self.timings()))
         return updates
+
+    def append(self, row: RowResult) -> None:
+        """The next token of the answer."""
+        self.tokens.append(row.token)
+        self.breakers.add(row.token)
+        self.mu = self.mu if row.mu is None else row.mu
 
     def _finish_reason(self, is_sampled: bool) -> FinishReason | None:
         if not is_sampled:

@@ -28,6 +28,7 @@ def validate(request: GenerationRequest, vocabulary: int, max_sequence_tokens: i
     check_integer("dry_penalty_last_n", request.dry_window, 0, MAX_CONTEXT_TOKENS)
     if request.score_from is not None:
         check_integer("score_from", request.score_from, 0, MAX_CONTEXT_TOKENS)
+    assert len(request.answered) <= request.max_new_tokens, "an earlier run had the same bounds"
     _check_tokens("stop_token_ids", request.stop_token_ids, vocabulary)
     if request.min_tokens and len(request.stop_token_ids) == vocabulary:
         reason = f"is {request.min_tokens}, but stop_token_ids are all {vocabulary} tokens: none is left"

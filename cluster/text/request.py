@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sampling import RowResult, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 1024
 SEEDS = 1 << 64
+
+Answered = Mapping[int, tuple[RowResult, ...]]
+"""First tokens of a request's choices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class CompletionRequest:
     dry_breakers: tuple[str, ...] = DEFAULT_BREAKERS  # repetitions do not extend beyond these
     add_special: bool = True  # BOS (and EOS) where the model wants them
     parse_special: bool = True  # control words in a prompt's text become their tokens
+    request_id: str | None = None  # None: drawn at random
+    answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
 
     def check_text(self) -> None:
         """Raises ParameterError for a field that tokens no longer show; `validate` checks the others."""

@@ -69,7 +69,7 @@ class TextService:
         choices = [
             ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens) for index in range(request.n)
         ]
-        stream = CompletionStream(self._engine, generation, choices, self._active.discard)
+        stream = CompletionStream(self._engine, generation, request.answered, choices, self._active.discard)
         self._active.add(stream)
         return stream
 
@@ -150,7 +150,7 @@ class TextService:
             room = max(context - len(prompt), 1)
             max_new_tokens = room if max_new_tokens is None else min(max_new_tokens, room)
         return GenerationRequest(
-            request_id=secrets.token_hex(12),
+            request_id=request.request_id or secrets.token_hex(12),
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             params=self._params(request),

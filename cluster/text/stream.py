@@ -13,6 +13,7 @@ from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.choice import ChoiceText
+from llamaclust.cluster.text.request import Answered
 from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
 
 _MAX_UNREAD_ROWS = 4096
@@ -35,12 +36,14 @@ class CompletionStream:
         self,
         engine: Engine,
         generation: GenerationRequest,
+        answered: Answered,
         choices: Sequence[ChoiceText],
         on_close: Callable[[CompletionStream], None],
     ) -> None:
         """Submits the first choice; raises what the engine raises."""
         self.generation = generation
         self._engine = engine
+        self._answered = answered
         self._on_close = on_close
         self._chunks: asyncio.Queue[TextChunk | BaseException] = asyncio.Queue()
         self._unread_rows = 0
@@ -48,7 +51,7 @@ class CompletionStream:
         self._unfinished = len(choices)
         self._is_primed = asyncio.Event()
         self._head: TextChunk | None = None
-        self._streams = [engine.submit(generation)]
+        self._streams = [engine.submit(replace(generation, answered=answered.get(0, ())))]
         self._tasks = [asyncio.create_task(self._run(i, choice)) for i, choice in enumerate(choices)]
         for task in self._tasks:
             task.add_done_callback(self._ended)
@@ -106,7 +109,8 @@ class CompletionStream:
 
     async def _submit(self, index: int) -> RequestStream:
         await self._is_primed.wait()
-        generation = replace(self.generation, request_id=f"{self.generation.request_id}-{index}", choice=index)
+        request_id, answered = f"{self.generation.request_id}-{index}", self._answered.get(index, ())
+        generation = replace(self.generation, request_id=request_id, choice=index, answered=answered)
         clock = asyncio.get_running_loop().time
         end = clock() + _QUEUE_S
         while True:

@@ -214,7 +214,7 @@ def test_nothing_to_compute_is_no_work() -> None:
         generation(1, 0, score_from=0),
         generation(5, 0, score_from=5),
     ):
-        assert not run.scheduler.add(request, 1).has_work
+        assert run.scheduler.add(request, 1).known_end is FinishReason.LENGTH
     assert run.scheduler.next_microbatch(1) is None
 
 

@@ -1,0 +1,128 @@
+"""The journal of admitted requests: what survives a coordinator, whatever happens to the file."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.state.journal import Admission, Journal, OpenRequest, read_journal
+from llamaclust.core.sampling import RowResult
+from support.seed import SEED
+
+NOW = 1_000.0
+
+
+def admission(number: int, body: str = "{}") -> Admission:
+    return Admission(f"id{number}", "/v1/completions", body, number, 7, NOW + 60)
+
+
+def row(token: int, random_bits: int = 0) -> RowResult:
+    """A token with the float32 logprob of some random bits."""
+    return RowResult(token, struct.unpack("<f", struct.pack("<I", 0xBF800000 | random_bits & 0xFFFFF))[0])
+
+
+@asynccontextmanager
+async def journal(path: Path) -> AsyncIterator[Journal]:
+    opened = Journal(path)
+    try:
+        yield opened
+    finally:
+        await opened.aclose()
+
+
+async def test_open_requests_are_found_in_order_with_their_tokens(tmp_path: Path) -> None:
+    path, drawn = tmp_path / "journal", random.Random(SEED)
+    rows = [row(token, drawn.getrandbits(20)) for token in range(100)]
+    async with journal(path) as writing:
+        await asyncio.gather(*(writing.admit(admission(number, 'é"\n\ud800')) for number in range(5)))
+        writing.answer("id1", (0, 0), rows[:64])
+        writing.answer("id1", (0, 1), rows[:3])
+        writing.answer("id1", (0, 0), rows[64:])
+        for number in (0, 3):
+            writing.end(f"id{number}")
+    answered = {(0, 0): tuple(rows), (0, 1): tuple(rows[:3])}
+    assert read_journal(path, NOW) == [
+        OpenRequest(admission(number, 'é"\n\ud800'), answered if number == 1 else {}) for number in (1, 2, 4)
+    ]
+    assert read_journal(path, NOW + 61) == []
+
+
+async def test_nothing_stays_on_disk_of_requests_that_ended(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        for number in range(3):
+            await writing.admit(admission(number, "a secret"))
+            writing.end(f"id{number}")
+    assert path.read_bytes() == b"" and path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_the_file_is_bounded_by_the_open_requests(tmp_path: Path) -> None:
+    path, body = tmp_path / "journal", "x" * (1 << 20)
+    async with journal(path) as writing:
+        await writing.admit(admission(0, "first"))
+        for number in range(1, 20):
+            await writing.admit(admission(number, body))
+            writing.end(f"id{number}")
+            assert path.stat().st_size < 7 << 20
+    assert [request.admission.id for request in read_journal(path, NOW)] == ["id0"]
+
+
+async def test_a_torn_or_damaged_line_loses_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        for number in range(3):
+            await writing.admit(admission(number))
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        complete = whole[:length].count(b"\n") + (length < len(whole) and whole[length : length + 1] == b"\n")
+        assert len(read_journal(path, NOW)) == complete, length
+    drawn = random.Random(SEED)
+    for _ in range(50):
+        damaged = bytearray(whole)
+        place = drawn.randrange(len(whole))
+        damaged[place] ^= 1 << drawn.randrange(8)
+        path.write_bytes(damaged)
+        left = {request.admission.id for request in read_journal(path, NOW)}
+        assert len(left) >= 1 and left <= {"id0", "id1", "id2"}
+
+
+async def test_a_restored_journal_holds_what_was_open_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    opened = [OpenRequest(admission(0), {(0, 0): (row(5),)}), OpenRequest(admission(1))]
+    path.write_bytes(b"something else\n")
+    async with journal(path) as writing:
+        await writing.restore(opened)
+        assert read_journal(path, NOW) == opened
+        writing.answer("id0", (0, 0), [row(6)])
+        writing.end("id1")
+    assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(5), row(6))})]
+
+
+async def test_a_disk_that_cannot_be_written_to_stops_no_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "away"
+    path = folder / "journal"
+    async with journal(path) as writing:
+        await writing.admit(admission(0))
+        await writing.admit(admission(1))
+        assert [record.message.partition(": ")[2] for record in caplog.records] == [
+            "cannot be written: No such file or directory; requests are served, but would not survive the coordinator "
+            "until there is room again"
+        ]
+        folder.mkdir()
+        monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.0)
+        writing.end("id1")
+        await writing.admit(admission(2))
+        assert [request.admission.id for request in read_journal(path, NOW)] == ["id0", "id2"]
+
+
+def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:
+    assert read_journal(tmp_path / "none", NOW) == []

@@ -20,6 +20,8 @@ from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.models import ModelsEndpoint
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.operations import DrainControl, Operations, Workers
+from llamaclust.cluster.api.replies.replies import Replies
+from llamaclust.cluster.api.replies.reply import MakeReply
 from llamaclust.cluster.api.security import Security
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
@@ -36,15 +38,25 @@ def create_app(
     cluster_status: Callable[[], Mapping[str, Any]],
     admission: Admission | None = None,
     pool: DrainControl | None = None,
+    replies: Replies | None = None,
 ) -> FastAPI:
     """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app; without a
-    `pool` there are no workers to drain."""
+    `pool` there are no workers to drain. The owner of `replies` closes them."""
     app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     llamacpp, models = LlamaCppEndpoints(service, settings), ModelsEndpoint(service)
-    _post(app, "/v1/chat/completions", ChatEndpoint(service, settings).create, ChatBody)
-    _post(app, "/v1/completions", CompletionEndpoint(service, settings).create, CompletionBody)
-    _post(app, "/completion", llamacpp.complete, LlamaCppBody)
+    replies = replies or Replies(settings)
+    generating: tuple[tuple[str, MakeReply, type[BaseModel]], ...] = (
+        ("/v1/chat/completions", ChatEndpoint(service, settings).create, ChatBody),
+        ("/v1/completions", CompletionEndpoint(service, settings).create, CompletionBody),
+        ("/completion", llamacpp.complete, LlamaCppBody),
+    )
+    for path, make, body in generating:
+        _post(app, path, replies.endpoint(path, make), body)
+    _route(app, "GET", "/v1/streams/{id}", replies.resume)
+    _route(app, "GET", "/v1/stream/{id}", replies.replay)
+    for path in ("/v1/streams/{id}", "/v1/stream/{id}"):
+        _route(app, "DELETE", path, replies.stop)
     _post(app, "/tokenize", llamacpp.tokenize, TokenizeBody)
     _post(app, "/detokenize", llamacpp.detokenize, DetokenizeBody)
     _post(app, "/apply-template", llamacpp.apply_template, TemplateBody)

@@ -23,7 +23,11 @@ async def read_body(
     request: Request, kind: type[AnyBody], unsupported: Mapping[str, Neutral], settings: ApiSettings
 ) -> AnyBody:
     """The request's body. Raises HttpError (413, 408, 400), and what `read_fields` raises."""
-    data = await _read(request, settings)
+    return await parse_body(await read_bytes(request, settings), kind, unsupported)
+
+
+async def parse_body(data: bytes, kind: type[AnyBody], unsupported: Mapping[str, Neutral]) -> AnyBody:
+    """Raises HttpError (400), and what `read_fields` raises."""
 
     def parse() -> AnyBody:
         return read_fields(kind, parse_object(data), unsupported)
@@ -43,7 +47,8 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return payload
 
 
-async def _read(request: Request, settings: ApiSettings) -> bytes:
+async def read_bytes(request: Request, settings: ApiSettings) -> bytes:
+    """Raises HttpError (413, 408)."""
     length = request.headers.get("content-length", "")
     too_large = length.isascii() and length.isdigit() and int(length[:18]) > settings.max_body_bytes
     try:

@@ -47,6 +47,12 @@ class JsonResponse(Response):
         return to_json(content)
 
 
+class JsonBytes(Response):
+    """A body that is JSON already."""
+
+    media_type = "application/json"
+
+
 def error_body(error: LlamaclustError) -> dict[str, Any]:
     """The error as a reply's or an event's JSON."""
     param = error.param if isinstance(error, ParameterError | HttpError) else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
@@ -12,17 +14,17 @@ import httpx
 from llamaclust.cluster.client.base import Prompt, TextClient
 from llamaclust.cluster.client.http_codec import (
     ChunkReader,
-    EventReader,
     chat_body,
     completion_body,
     encode,
     field_of,
     reply_error,
 )
+from llamaclust.cluster.client.resuming import ResumableStream, unreachable
 from llamaclust.cluster.client.types import AsyncChunkStream, ChunkStream, CompletionOptions, Message, Options
 from llamaclust.cluster.text.answer import Answer, TextChunk, join
 from llamaclust.core.addresses import is_loopback
-from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
+from llamaclust.core.errors import LlamaclustError, UsageError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client.local import LocalClient, LocalSettings
@@ -33,7 +35,7 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 _CONNECT_S = 10.0
 _IDLE_S = 60.0
 _STREAMED = {"stream": True, "return_token_ids": True}
-_CUT_SHORT = "the server ended the answer before it was complete"
+_CANCEL_S = 2.0
 
 
 class Client(TextClient):
@@ -77,15 +79,21 @@ class Client(TextClient):
         return self._stream("v1/chat/completions", body)
 
     def _stream(self, path: str, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
-        events, reader = EventReader(), ChunkReader()
-        request = self._http.stream("POST", path, content=encode(body | _STREAMED))
-        with _reaching(self._http.base_url), request as reply:
-            if reply.status_code != httpx.codes.OK:
-                raise reply_error(reply.status_code, reply.headers.get("retry-after"), reply.read())
-            for data in reply.iter_bytes():
-                yield from map(reader.read, events.feed(data))
-        if not events.is_done:
-            raise ProtocolError(_CUT_SHORT)
+        stream, reader, content = ResumableStream(self._http.base_url), ChunkReader(), encode(body | _STREAMED)
+        try:
+            while not stream.is_done:
+                try:
+                    with self._http.stream("POST", path, content=content, headers=stream.headers) as reply:
+                        stream.opened(reply, b"" if reply.is_success else reply.read())
+                        for data in reply.iter_bytes():
+                            yield from map(reader.read, stream.feed(data))
+                    stream.ended()
+                except (httpx.HTTPError, LlamaclustError) as error:
+                    time.sleep(stream.pause_s(error))
+        finally:
+            if stream.must_cancel:
+                with suppress(httpx.HTTPError):
+                    self._http.delete(stream.cancel_path, timeout=_CANCEL_S)
 
     def _post(self, path: str, body: dict[str, Any]) -> bytes:
         with _reaching(self._http.base_url):
@@ -147,17 +155,22 @@ class AsyncClient:
         await self.aclose()
 
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[TextChunk, None]:
-        events, reader = EventReader(), ChunkReader()
-        request = self._http.stream("POST", path, content=encode(body | _STREAMED))
-        with _reaching(self._http.base_url):
-            async with request as reply:
-                if reply.status_code != httpx.codes.OK:
-                    raise reply_error(reply.status_code, reply.headers.get("retry-after"), await reply.aread())
-                async for data in reply.aiter_bytes():
-                    for event in events.feed(data):
-                        yield reader.read(event)
-        if not events.is_done:
-            raise ProtocolError(_CUT_SHORT)
+        stream, reader, content = ResumableStream(self._http.base_url), ChunkReader(), encode(body | _STREAMED)
+        try:
+            while not stream.is_done:
+                try:
+                    async with self._http.stream("POST", path, content=content, headers=stream.headers) as reply:
+                        stream.opened(reply, b"" if reply.is_success else await reply.aread())
+                        async for data in reply.aiter_bytes():
+                            for event in stream.feed(data):
+                                yield reader.read(event)
+                    stream.ended()
+                except (httpx.HTTPError, LlamaclustError) as error:
+                    await asyncio.sleep(stream.pause_s(error))
+        finally:
+            if stream.must_cancel:
+                with suppress(httpx.HTTPError):
+                    await asyncio.shield(self._http.delete(stream.cancel_path, timeout=_CANCEL_S))
 
     async def _post(self, path: str, body: dict[str, Any]) -> bytes:
         with _reaching(self._http.base_url):
@@ -201,7 +214,4 @@ def _reaching(url: httpx.URL) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPError as error:
-        reason = str(error) or type(error).__name__
-        raise LlamaclustError(
-            f"{str(url).rstrip('/')} does not answer ({reason}); is the cluster up? see `llamaclust status`"
-        ) from error
+        raise unreachable(url, error) from error

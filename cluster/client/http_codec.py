@@ -69,8 +69,14 @@ class EventReader:
     """Server-sent events out of bytes as they come: the data of each, parsed, until [DONE]."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
         self.is_done = False
+        self.last_id = ""  # of the last event that was complete
+        self._parts: list[bytes] = []
+        self._id = ""
+
+    def restart(self) -> None:
+        """The next bytes are of another connection."""
+        self._parts.clear()
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """The events that are complete with `data`. Raises the error that the server reports in one."""
@@ -83,9 +89,12 @@ class EventReader:
         self._parts.append(rest)
 
     def _event(self, line: bytes) -> dict[str, Any] | None:
+        if line.startswith(b"id:"):
+            self._id = line.removeprefix(b"id:").strip().decode("ascii", "replace")
         payload = line.removeprefix(b"data:").strip()
         if self.is_done or not payload or not line.startswith(b"data:"):
             return None
+        self.last_id = self._id
         if payload == b"[DONE]":
             self.is_done = True
             return None

@@ -109,6 +109,8 @@ class Timeouts(Section):
     """Without getting further for so long, a worker that loads layers counts as lost; 1 s at least."""
     recovery: Duration = 120.0
     """How long requests wait for a worker where those that are left cannot hold the model; then they fail."""
+    resume: Duration = 30.0
+    """How long the reply to a request waits for a client that was cut off."""
     coordinator: Duration = 600.0
     """How long workers that are not local wait for a coordinator that is gone, their weights kept."""
 

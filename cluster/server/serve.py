@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
+import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ import uvicorn
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.replies.replies import Durability, Replies
 from llamaclust.cluster.api.server import StartingReplies, allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
 from llamaclust.cluster.api.sse import first_of
@@ -26,8 +30,11 @@ from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import Draining, Ready, Report
+from llamaclust.cluster.state.journal import Journal, OpenRequest, read_journal
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import UsageError, WorkerError
+from llamaclust.core.limits import NUMERICS_VERSION
+from llamaclust.core.version import VERSION
 
 _DRAIN_S = 30.0
 _LOOK_S = 0.2
@@ -38,6 +45,8 @@ _END_S = 5.0
 _BACKLOG = 128
 _MORE_REQUESTS = 64
 """Requests beside those that run and wait: they are read, refused, or their replies are written."""
+
+_log = logging.getLogger(__name__)
 
 
 def serve(config: ClusterConfig, model_path: Path, report: Report) -> None:
@@ -117,24 +126,45 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
     admission = Admission(front.settings)
-    engine = cluster.engine
+    engine, pool = cluster.engine, cluster.supervisor.pool
     show = partial(cluster_status, cluster, record)
-    app = create_app(service, front.settings, engine, show, admission, cluster.supervisor.pool)
     allow_many_files()
-    server = _Server(server_config(app, front.settings))
-    serving = asyncio.create_task(server.serve(sockets=[front.listener]))
+    async with _journalled(cluster, folder) as durability, aclosing(Replies(front.settings, durability)) as replies:
+        app = create_app(service, front.settings, engine, show, admission, pool, replies)
+        await replies.restore(await asyncio.to_thread(_open_requests, folder.journal, durability.served))
+        server = _Server(server_config(app, front.settings))
+        serving = asyncio.create_task(server.serve(sockets=[front.listener]))
+        try:
+            await asyncio.wait_for(server.answers.wait(), _START_S)
+            folder.write_record(record)
+            signals.ready = True
+            front.report(Ready(record.name, record.api, record.model))
+            await signals.asked.wait()
+            await first_of(_drain(cluster.engine, admission), _report_requests(service, front.report))
+            server.should_exit = True  # replies that are being written have a moment
+            await _ended(serving)
+        finally:
+            server.should_exit = server.force_exit = True
+            await _ended(serving)
+
+
+@asynccontextmanager
+async def _journalled(cluster: Cluster, folder: ClusterDir) -> AsyncIterator[Durability]:
+    """Where admitted requests are written for the next coordinator."""
+    model, context = cluster.model, cluster.plan.context_length
+    depends_on = (VERSION, NUMERICS_VERSION, model.model_id, model.chat_template.source, context)
+    served = hashlib.sha256(repr(depends_on).encode()).hexdigest()
+    async with aclosing(Journal(folder.journal)) as journal:
+        yield Durability(journal, served, cluster.config.timeouts.request)
+
+
+def _open_requests(path: Path, served: str) -> list[OpenRequest]:
+    """Those of an earlier coordinator; none where the journal cannot be read."""
     try:
-        await asyncio.wait_for(server.answers.wait(), _START_S)
-        folder.write_record(record)
-        signals.ready = True
-        front.report(Ready(record.name, record.api, record.model))
-        await signals.asked.wait()
-        await first_of(_drain(cluster.engine, admission), _report_requests(service, front.report))
-        server.should_exit = True  # replies that are being written have a moment
-        await _ended(serving)
-    finally:
-        server.should_exit = server.force_exit = True
-        await _ended(serving)
+        return read_journal(path, time.time(), served)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        _log.warning("%s: cannot be read: %s; requests of the last coordinator are lost", path, error)
+        return []
 
 
 async def _report_requests(service: TextService, report: Report) -> None:
@@ -189,6 +219,7 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         api_keys=read_api_keys(config.api_keys_file),
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
+        resume_s=config.timeouts.resume,
         max_requests=config.max_sequences + config.max_waiting + _MORE_REQUESTS,
     )
 

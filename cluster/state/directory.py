@@ -58,6 +58,10 @@ class ClusterDir:
         return self.logs / f"{worker}.log"
 
     @property
+    def journal(self) -> Path:
+        return self.path / "requests.journal"
+
+    @property
     def _record(self) -> Path:
         return self.path / "cluster.json"
 

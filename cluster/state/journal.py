@@ -44,8 +44,8 @@ class Admission:
     deadline: float  # Unix time at which it ends unanswered
     served: str = ""  # digest of what else answers depend on: the model and its settings
     owner: str = ""  # digest of the API key; "": no key was needed
+    conversation: str = ""  # the client's names of the reply
     idempotency_key: str = ""
-    is_kept: bool = False  # its client may be cut off and come back
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
@@ -15,6 +16,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 1024
 SEEDS = 1 << 64
+
+_DRAWN_SEED_BITS = 53
+"""A drawn seed survives JSON readers that know only doubles."""
 
 Answered = Mapping[int, tuple[RowResult, ...]]
 """First tokens of a request's choices."""
@@ -44,6 +48,10 @@ class CompletionRequest:
     request_id: str | None = None  # None: drawn at random
     answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
 
+    def identified(self, request_id: str, seed: int, answered: Answered) -> CompletionRequest:
+        """The same one under a name of its own, with a seed."""
+        return replace(self, request_id=request_id, seed=seed, answered=answered)
+
     def check_text(self) -> None:
         """Raises ParameterError for a field that tokens no longer show; `validate` checks the others."""
         if self.max_new_tokens is not None:
@@ -60,6 +68,11 @@ class CompletionRequest:
         check_count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKENS, "token ids")
         _check_stop(self.stop)
         _check_breakers(self.dry_breakers)
+
+
+def draw_seed() -> int:
+    """For a request that has none."""
+    return secrets.randbits(_DRAWN_SEED_BITS)
 
 
 def _check_stop(stop: Sequence[str]) -> None:

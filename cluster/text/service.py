@@ -12,17 +12,14 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.choice import ChoiceText
-from llamaclust.cluster.text.request import SEEDS, CompletionRequest
-from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
+from llamaclust.cluster.text.stream import CompletionStream, Record
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.model.chat.prompt import encode_chat, guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
-
-_DRAWN_SEED_BITS = 53
-"""A drawn seed survives JSON readers that know only doubles."""
 
 _BLOCKING_CHARACTERS = 2048
 """Texts longer than this are tokenized on a thread of their own."""
@@ -57,8 +54,8 @@ class TextService:
         """Requests that were accepted and have not ended."""
         return len(self._active)
 
-    async def start(self, request: CompletionRequest) -> CompletionStream:
-        """Submits a request; the caller must close the stream.
+    async def start(self, request: CompletionRequest, record: Record | None = None) -> CompletionStream:
+        """Submits a request; the caller must close the stream. `record` gets each token as it is sampled.
 
         Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
         """
@@ -69,7 +66,7 @@ class TextService:
         choices = [
             ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens) for index in range(request.n)
         ]
-        stream = CompletionStream(self._engine, generation, request.answered, choices, self._active.discard)
+        stream = CompletionStream(self._engine, generation, request.answered, choices, self._active.discard, record)
         self._active.add(stream)
         return stream
 
@@ -154,7 +151,7 @@ class TextService:
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             params=self._params(request),
-            seed=secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed % SEEDS,
+            seed=draw_seed() if request.seed is None else request.seed % SEEDS,
             stop_token_ids=self.tokenizer.end_of_generation | request.stop_token_ids,
             min_tokens=max_new_tokens if request.ignore_eos else request.min_tokens,
             top_logprobs=request.top_logprobs,

@@ -10,17 +10,22 @@ from typing import Self
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream
-from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import Answered
 from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
+from llamaclust.core.sampling import RowResult
 
 _MAX_UNREAD_ROWS = 4096
 """Rows that may wait for a reader beside those that were there when it began."""
 
 _QUEUE_S = 120.0
 """How long a later choice waits for a place in a full queue."""
+
+
+Record = Callable[[int, RowResult], None]
+"""Takes a choice's next sampled token."""
 
 
 class CompletionStream:
@@ -39,12 +44,14 @@ class CompletionStream:
         answered: Answered,
         choices: Sequence[ChoiceText],
         on_close: Callable[[CompletionStream], None],
+        record: Record | None,
     ) -> None:
         """Submits the first choice; raises what the engine raises."""
         self.generation = generation
         self._engine = engine
         self._answered = answered
         self._on_close = on_close
+        self._record = record
         self._chunks: asyncio.Queue[TextChunk | BaseException] = asyncio.Queue()
         self._unread_rows = 0
         self._most_unread_rows: int | None = None  # None: not read yet, as where prompts are read one by one
@@ -98,7 +105,7 @@ class CompletionStream:
 
     async def _run(self, index: int, choice: ChoiceText) -> None:
         try:
-            await self._follow(self._streams[0] if index == 0 else await self._submit(index), choice)
+            await self._follow(self._streams[0] if index == 0 else await self._submit(index), index, choice)
         finally:
             self._is_primed.set()
 
@@ -124,9 +131,11 @@ class CompletionStream:
                 self._streams.append(stream)
                 return stream
 
-    async def _follow(self, stream: RequestStream, choice: ChoiceText) -> None:
+    async def _follow(self, stream: RequestStream, index: int, choice: ChoiceText) -> None:
         async for event in stream:
             self._is_primed.set()
+            if self._record is not None and isinstance(event, TokenSampled):
+                self._record(index, event.row)
             chunk = choice.take(event)
             self._put(chunk)
             if choice.is_stopped and chunk.finish_reason is None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack
 from itertools import chain
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.api.body import read_body
-from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.body import parse_body, read_body
+from llamaclust.cluster.api.errors import JsonResponse, to_json
 from llamaclust.cluster.api.llamacpp.schema import (
     RANDOM_SEEDS,
     DetokenizeBody,
@@ -23,8 +22,10 @@ from llamaclust.cluster.api.llamacpp.schema import (
 )
 from llamaclust.cluster.api.no_op_fields import LLAMACPP, TEMPLATE
 from llamaclust.cluster.api.openai.shapes import row_entry
+from llamaclust.cluster.api.replies.reply import Event
+from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import WAITING, begin_events, event, unless_disconnected
+from llamaclust.cluster.api.sse import event, unless_disconnected
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.cluster.text.answer import Answer, TextChunk, collect
 from llamaclust.cluster.text.request import CompletionRequest
@@ -44,16 +45,9 @@ class LlamaCppEndpoints:
         self._service = service
         self._settings = settings
 
-    async def complete(self, request: Request) -> Response:
-        body = await read_body(request, LlamaCppBody, LLAMACPP, self._settings)
-        async with AsyncExitStack() as cleanup:
-            stream = await unless_disconnected(request, self._start(body, cleanup))
-            shape = _Shape(self._service, body, stream)
-            if body.stream:
-                first = stream.wait_first(self._settings.first_chunk_s)
-                return await begin_events(request, first, self._events(stream, shape), cleanup)
-            answers = await unless_disconnected(request, collect(stream))
-            return JsonResponse(shape.whole(answers[0]))
+    async def complete(self, data: bytes, ticket: Ticket) -> LlamaCppReply:
+        body = await parse_body(data, LlamaCppBody, LLAMACPP)
+        return LlamaCppReply(self._service, self._settings, ticket, body)
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(request, TokenizeBody, {}, self._settings)
@@ -77,15 +71,42 @@ class LlamaCppEndpoints:
         rendering = self._service.chat_text(messages, body.chat_template_kwargs)
         return JsonResponse({"prompt": await unless_disconnected(request, rendering)})
 
-    async def _events(self, stream: CompletionStream, shape: _Shape) -> AsyncGenerator[bytes, None]:
-        async for chunk in chunks_or_silence(stream, self._settings.keepalive_s):
-            if chunk is None:
-                yield WAITING
-            else:
-                yield event(shape.chunk(chunk))
 
-    async def _start(self, body: LlamaCppBody, cleanup: AsyncExitStack) -> CompletionStream:
-        return await cleanup.enter_async_context(await self._service.start(await self._request(body)))
+class LlamaCppReply:
+    """The reply to one `/completion`. See `Reply`."""
+
+    def __init__(self, service: TextService, settings: ApiSettings, ticket: Ticket, body: LlamaCppBody) -> None:
+        self.is_streamed = body.stream
+        self._service = service
+        self._settings = settings
+        self._ticket = ticket
+        self._body = body
+        self._started: CompletionStream | None = None
+
+    @property
+    def _stream(self) -> CompletionStream:
+        assert self._started is not None
+        return self._started
+
+    async def start(self) -> None:
+        request = self._ticket.request(0, await self._request(self._body))
+        self._started = await self._service.start(request, self._ticket.recording(0, request))
+
+    async def wait_first(self) -> None:
+        await self._stream.wait_first(self._settings.first_chunk_s)
+
+    async def aclose(self) -> None:
+        if self._started is not None:
+            await self._started.aclose()
+
+    async def whole(self) -> bytes:
+        answers = await collect(self._stream)
+        return to_json(_Shape(self._service, self._body, self._stream).whole(answers[0]))
+
+    async def events(self) -> AsyncGenerator[Event | None, None]:
+        shape = _Shape(self._service, self._body, self._stream)
+        async for chunk in chunks_or_silence(self._stream, self._settings.keepalive_s):
+            yield None if chunk is None else Event(0, event(shape.chunk(chunk)))
 
     async def _request(self, body: LlamaCppBody) -> CompletionRequest:
         return CompletionRequest(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-
-from llamaclust.cluster.api.body import read_body
+from llamaclust.cluster.api.body import parse_body
 from llamaclust.cluster.api.no_op_fields import CHAT
 from llamaclust.cluster.api.openai.models import check_model
-from llamaclust.cluster.api.openai.run import Choice, OpenAiRun
+from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
 from llamaclust.cluster.api.openai.schema import ChatBody
 from llamaclust.cluster.api.openai.shapes import ending, row_entry
+from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.answer import Answer, TextChunk
 from llamaclust.cluster.text.request import CompletionRequest
@@ -29,15 +27,16 @@ class ChatEndpoint:
         self._service = service
         self._settings = settings
 
-    async def create(self, request: Request) -> Response:
-        body = await read_body(request, ChatBody, CHAT, self._settings)
+    async def create(self, data: bytes, ticket: Ticket) -> OpenAiReply:
+        body = await parse_body(data, ChatBody, CHAT)
         check_model(body.model, self._service)
         body.check()
-        run = OpenAiRun(self._service, self._settings, _ChatShape(self._service.tokenizer, body))
-        return await run.respond(request, self._requests(body), body.streaming)
 
-    async def _requests(self, body: ChatBody) -> list[CompletionRequest]:
-        return [body.request(await self._service.chat_prompt(body.variables, body.chat_template_kwargs))]
+        async def requests() -> list[CompletionRequest]:
+            return [body.request(await self._service.chat_prompt(body.variables, body.chat_template_kwargs))]
+
+        shape = _ChatShape(self._service.tokenizer, body)
+        return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)
 
 
 class _ChatShape:

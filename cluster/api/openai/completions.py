@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-
-from llamaclust.cluster.api.body import read_body
+from llamaclust.cluster.api.body import parse_body
 from llamaclust.cluster.api.no_op_fields import COMPLETION
 from llamaclust.cluster.api.openai.models import check_model
-from llamaclust.cluster.api.openai.run import Choice, OpenAiRun
+from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
 from llamaclust.cluster.api.openai.schema import CompletionBody
 from llamaclust.cluster.api.openai.shapes import NO_ECHO, Echo, ShownToken, completion_logprobs, ending, make_echo
+from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.answer import Answer, TextChunk
 from llamaclust.cluster.text.request import CompletionRequest
@@ -28,16 +26,16 @@ class CompletionEndpoint:
         self._service = service
         self._settings = settings
 
-    async def create(self, request: Request) -> Response:
-        body = await read_body(request, CompletionBody, COMPLETION, self._settings)
+    async def create(self, data: bytes, ticket: Ticket) -> OpenAiReply:
+        body = await parse_body(data, CompletionBody, COMPLETION)
         check_model(body.model, self._service)
         body.check()
-        run = OpenAiRun(self._service, self._settings, _CompletionShape(self._service, body))
-        return await run.respond(request, _requests(body), body.streaming)
 
+        async def requests() -> list[CompletionRequest]:
+            return body.requests()
 
-async def _requests(body: CompletionBody) -> list[CompletionRequest]:
-    return body.requests()
+        shape = _CompletionShape(self._service, body)
+        return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)
 
 
 class _CompletionShape:

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.operations import DrainControl
+from llamaclust.cluster.api.replies.replies import Replies
 from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
@@ -172,13 +173,14 @@ def make_app(
     chat_template: ChatTemplate | None = None,
     admission: Admission | None = None,
     pool: DrainControl | None = None,
+    replies: Replies | None = None,
     **settings: Any,
 ) -> FastAPI:
     """An app on a scripted engine; operators see an engine that does nothing."""
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
     service = make_service(engine, chat_template)
     show = {"status": {"name": "test"}}.copy
-    return create_app(service, ApiSettings(**settings), idle, show, admission, pool)
+    return create_app(service, ApiSettings(**settings), idle, show, admission, pool, replies)
 
 
 def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:
@@ -212,7 +214,7 @@ async def serving(app: FastAPI, settings: ApiSettings | None = None) -> AsyncIte
 
 def events_of(text: str) -> list[Any]:
     """The data of server-sent events; comments are skipped, [DONE] stays a string."""
-    lines = [line.removeprefix("data: ").strip() for line in text.split("\n\n") if line.startswith("data: ")]
+    lines = [line.removeprefix("data: ").strip() for line in text.split("\n") if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 

@@ -1,0 +1,152 @@
+"""The reply to one request of OpenAI's endpoints: all its prompts, streamed or whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+from llamaclust.cluster.api.errors import to_json
+from llamaclust.cluster.api.openai.schema import StreamOptions
+from llamaclust.cluster.api.openai.shapes import FINGERPRINT
+from llamaclust.cluster.api.replies.reply import Event
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import DONE, event
+from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.cluster.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.text.stream import CompletionStream, chunks_or_silence
+
+Choice = dict[str, Any]
+
+
+class Shape(Protocol):
+    """How an endpoint shows choices."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice | None:
+        """What a streamed choice begins with."""
+        ...
+
+    def chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
+        """What a chunk adds; None where there is nothing to see."""
+        ...
+
+    def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice: ...
+
+
+Requests = Callable[[], Awaitable[Sequence[CompletionRequest]]]
+"""Prepares the completions of a body, one a prompt; raises what refuses it."""
+
+
+class OpenAiReply:
+    """The streams of one request, one a prompt. See `Reply`."""
+
+    def __init__(
+        self,
+        service: TextService,
+        settings: ApiSettings,
+        ticket: Ticket,
+        shape: Shape,
+        requests: Requests,
+        streaming: StreamOptions | None,
+    ) -> None:
+        """`streaming`: None for a reply that is whole."""
+        self.is_streamed = streaming is not None
+        self._service = service
+        self._settings = settings
+        self._ticket = ticket
+        self._shape = shape
+        self._requests = requests
+        self._options = streaming or StreamOptions()
+        self._streams: list[CompletionStream] = []
+        self._choices = 0
+        self._opened: set[tuple[int, int]] = set()
+
+    async def start(self) -> None:
+        """Submits all prompts, with one seed; where one is refused, none runs."""
+        try:
+            for prompt, request in enumerate(await self._requests()):
+                request = self._ticket.request(prompt, request)
+                self._streams.append(await self._service.start(request, self._ticket.recording(prompt, request)))
+                self._choices += request.n
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def wait_first(self) -> None:
+        await self._streams[0].wait_first(self._settings.first_chunk_s)
+
+    async def aclose(self) -> None:
+        for stream in self._streams:
+            await stream.aclose()
+        self._streams.clear()
+
+    async def whole(self) -> bytes:
+        answers = [await collect(stream) for stream in self._streams]
+        choices = [
+            self._shape.whole(prompt, answer, self._streams[prompt])
+            for prompt, prompt_answers in enumerate(answers)
+            for answer in prompt_answers
+        ]
+        tokens = sum(len(answer.rows) for prompt_answers in answers for answer in prompt_answers)
+        counts = self._usage(tokens, [prompt_answers[0].timings for prompt_answers in answers])
+        return to_json({**self._reply(self._shape.whole_object, choices), "usage": counts})
+
+    async def events(self) -> AsyncGenerator[Event | None, None]:
+        options = self._options
+        tokens, timings = 0, []
+        more: dict[str, Any] = {"usage": None} if options.include_usage else {}
+        async for prompt, chunk in self._chunks():
+            if chunk is None:
+                yield None
+                continue
+            tokens += len(chunk.rows)
+            if chunk.timings is not None and chunk.index == 0:
+                timings.append(chunk.timings)
+            if options.include_usage and options.continuous_usage_stats:
+                more = {"usage": self._usage(tokens, timings)}
+            for choice in self._shown(prompt, chunk):
+                yield Event(choice["index"], event({**self._reply(self._shape.chunk_object, [choice]), **more}))
+        if options.include_usage:
+            counts = self._usage(tokens, timings)
+            yield Event(self._choices, event({**self._reply(self._shape.chunk_object, []), "usage": counts}))
+        yield Event(self._choices, DONE)
+
+    def _reply(self, kind: str, choices: list[Choice]) -> dict[str, Any]:
+        return {
+            "id": self._shape.id_prefix + self._ticket.id,
+            "object": kind,
+            "created": self._ticket.created,
+            "model": self._service.settings.model_name,
+            "system_fingerprint": FINGERPRINT,
+            "seed": self._streams[0].generation.seed,
+            "choices": choices,
+        }
+
+    def _usage(self, tokens: int, timings: Sequence[Timings]) -> dict[str, Any]:
+        """Token counts: of the prompts, of all answers, and the cached ones of each prompt's first choice."""
+        prompts = sum(len(stream.generation.prompt) for stream in self._streams)
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": tokens,
+            "total_tokens": prompts + tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(timing.cached_tokens for timing in timings)},
+        }
+
+    async def _chunks(self) -> AsyncIterator[tuple[int, TextChunk | None]]:
+        """All prompts' chunks, prompt by prompt; None where nothing came for a while."""
+        for prompt, stream in enumerate(self._streams):
+            async for chunk in chunks_or_silence(stream, self._settings.keepalive_s):
+                yield prompt, chunk
+
+    def _shown(self, prompt: int, chunk: TextChunk) -> list[Choice]:
+        opening = None
+        if (prompt, chunk.index) not in self._opened:
+            self._opened.add((prompt, chunk.index))
+            opening = self._shape.opening(prompt, chunk.index, self._streams[prompt])
+        return [choice for choice in (opening, self._shape.chunk(prompt, chunk)) if choice is not None]

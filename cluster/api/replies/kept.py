@@ -1,0 +1,167 @@
+"""A reply that is kept: computed whether a client reads it or not, and read from any place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.replies.reply import Event, Position, Reply
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.core.errors import LlamaclustError, QueueFullError
+
+
+class KeptReply:
+    """Runs from `begin` until it is complete or `aclose`d; expires when no client has read it for a while."""
+
+    def __init__(self, ticket: Ticket, settings: ApiSettings, expired: Callable[[KeptReply], None]) -> None:
+        self.ticket = ticket
+        self.held_bytes = 0
+        self.is_complete = False
+        self._settings = settings
+        self._expired = expired
+        self._events: list[tuple[Event, int]] = []  # with their numbers within their slots
+        self._numbers = Position()
+        self._whole: bytes | None = None
+        self._error: LlamaclustError | None = None
+        self._readers = 0
+        self._news = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._reply: Reply | None = None
+
+    @property
+    def is_read(self) -> bool:
+        return self._readers > 0
+
+    async def begin(self, reply: Reply, *, waits_s: float = 0.0) -> None:
+        """Submits the request; tries for `waits_s` where the queue is full. Raises what refuses it."""
+        self._reply = reply
+        try:
+            await _start(reply, waits_s)
+        except BaseException as error:
+            self._end(error if isinstance(error, LlamaclustError) else None)
+            await reply.aclose()
+            raise
+        self._task = asyncio.create_task(self._run(reply))
+        self._expire_later()
+
+    def fail(self, error: LlamaclustError) -> None:
+        """It cannot be computed; readers get the error."""
+        self._end(error)
+        self._expire_later()
+
+    async def aclose(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def read(self, after: Position, *, with_comments: bool) -> AsyncGenerator[Event | None, None]:
+        """The events that a client lacks, those to come as well; raises the error that ended the reply. None each time
+        that nothing came for a while."""
+        with self._reading():
+            place = 0
+            while True:
+                while place < len(self._events):
+                    event, number = self._events[place]
+                    place += 1
+                    if not after.has(event, number):
+                        yield event
+                if self.is_complete:
+                    self._raise_error()
+                    return
+                if not await self._changed() and with_comments:
+                    yield None
+
+    async def whole(self) -> bytes:
+        """The reply that is not streamed."""
+        with self._reading():
+            while not self.is_complete:
+                await self._changed()
+            self._raise_error()
+            assert self._whole is not None
+            return self._whole
+
+    @property
+    def is_streamed(self) -> bool:
+        return self._reply is None or self._reply.is_streamed
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """A reply does not expire meanwhile."""
+        self._readers += 1
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            self._expire_later()
+
+    def _expire_later(self) -> None:
+        if self._readers == 0 and self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._settings.resume_s, self._expired, self)
+
+    async def _changed(self) -> bool:
+        """Waits for something new; False where nothing came for a while."""
+        news = self._news
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.keepalive_s):
+                await news.wait()
+            return True
+        return False
+
+    def _notify(self) -> None:
+        """Each reader waits for an event that is set once."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def _run(self, reply: Reply) -> None:
+        error: LlamaclustError | None = None
+        try:
+            if reply.is_streamed:
+                async for event in reply.events():
+                    if event is not None:
+                        self._append(event)
+            else:
+                self._whole = await reply.whole()
+                self.held_bytes += len(self._whole)
+        except LlamaclustError as failure:
+            error = failure
+        finally:
+            self._end(error)
+            await reply.aclose()
+
+    def _append(self, event: Event) -> None:
+        self._events.append((event, self._numbers.add(event)))
+        self.held_bytes += len(event.data)
+        if self.held_bytes > self._settings.max_reply_bytes:
+            most = self._settings.max_reply_bytes >> 20
+            raise HttpError(500, "reply_too_large", f"the reply is larger than {most} MiB; ask for less at once")
+        self._notify()
+
+    def _end(self, error: LlamaclustError | None) -> None:
+        self._error = error
+        self.is_complete = True
+        self._notify()
+
+
+async def _start(reply: Reply, waits_s: float) -> None:
+    end = asyncio.get_running_loop().time() + waits_s
+    while True:
+        try:
+            return await reply.start()
+        except QueueFullError as full:
+            if asyncio.get_running_loop().time() >= end:
+                raise
+            await asyncio.sleep(full.retry_after_s)

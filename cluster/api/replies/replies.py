@@ -1,0 +1,269 @@
+"""All replies of generating endpoints: begun, kept for clients that are cut off, restored after a coordinator's end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.body import read_bytes
+from llamaclust.cluster.api.errors import HttpError, JsonBytes
+from llamaclust.cluster.api.replies.kept import KeptReply
+from llamaclust.cluster.api.replies.reply import Event, MakeReply, Position, Reply
+from llamaclust.cluster.api.replies.ticket import Ticket, owner
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import WAITING, EventResponse, begin_events, unless_disconnected
+from llamaclust.cluster.state.journal import Journal, OpenRequest
+from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.wire.rpc.task_set import TaskSet
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """Where admissions are written, and what they need to be valid for a later coordinator."""
+
+    journal: Journal
+    served: str  # digest of the model and its settings
+    request_s: float
+
+
+class Replies:
+    """Use from one event loop; `aclose` it, which ends what is kept."""
+
+    def __init__(self, settings: ApiSettings, durability: Durability | None = None) -> None:
+        """Without `durability`, nothing survives this process."""
+        self._settings = settings
+        self._durability = durability
+        self._endpoints: dict[str, MakeReply] = {}
+        self._kept: dict[str, KeptReply] = {}
+        self._names: dict[tuple[str, str], str] = {}  # (owner, conversation or idempotency key) -> id
+        self._bodies: dict[str, bytes] = {}  # digests of the bodies of kept replies
+        self._ending = TaskSet()
+
+    @property
+    def _journal(self) -> Journal | None:
+        return None if self._durability is None else self._durability.journal
+
+    def endpoint(self, path: str, make: MakeReply) -> Callable[[Request], Awaitable[Response]]:
+        """The handler of a path whose replies `make` makes."""
+        self._endpoints[path] = make
+
+        async def answer(request: Request) -> Response:
+            return await self._answer(request, path)
+
+        return answer
+
+    async def _answer(self, request: Request, path: str) -> Response:
+        body = await read_bytes(request, self._settings)
+        ticket = Ticket.draw(request.headers, self._journal)
+        if (kept := self._known(ticket, path, body)) is not None:
+            return await self._respond(request, kept, _given(request))
+        if "last-event-id" in request.headers:  # a new computation may give other tokens
+            raise self._not_found(ticket.idempotency_key)
+        reply = await self._endpoints[path](body, ticket)
+        if ticket.is_kept:
+            return await self._keep(request, ticket, reply, path, body)
+        return await self._direct(request, ticket, reply, path, body)
+
+    # -- replies that end with their connections -----------------------------------------------------------------------
+
+    async def _direct(self, request: Request, ticket: Ticket, reply: Reply, path: str, body: bytes) -> Response:
+        """No completion outlives the connection. A streamed one can be resumed after this process ended."""
+        async with AsyncExitStack() as cleanup:
+            cleanup.push_async_callback(reply.aclose)
+            await unless_disconnected(request, reply.start())
+            if not reply.is_streamed:
+                return JsonBytes(await unless_disconnected(request, reply.whole()))
+            if self._durability is not None:
+                cleanup.callback(self._durability.journal.end, ticket.id)
+            first = asyncio.gather(reply.wait_first(), self._admit(ticket, path, body))
+            return await begin_events(request, first, _numbered(ticket, reply.events(), Position()), cleanup)
+
+    async def _admit(self, ticket: Ticket, path: str, body: bytes) -> None:
+        if self._durability is not None:
+            served, request_s = self._durability.served, self._durability.request_s
+            await self._durability.journal.admit(ticket.admission(path, body, served, request_s))
+
+    # -- replies that are kept -----------------------------------------------------------------------------------------
+
+    async def _keep(self, request: Request, ticket: Ticket, reply: Reply, path: str, body: bytes) -> Response:
+        if ticket.conversation and (before := self._named(ticket.owner, ticket.conversation)) is not None:
+            await self._forget(before)
+        kept = self._add(ticket, path, body)
+        try:
+            await unless_disconnected(request, kept.begin(reply))
+        except BaseException:
+            self._remove(kept)
+            raise
+        await self._admit(ticket, path, body)
+        return await self._respond(request, kept, Position())
+
+    def _known(self, ticket: Ticket, path: str, body: bytes) -> KeptReply | None:
+        """The reply to the same request, sent before. HttpError where its idempotency key was another request's."""
+        key = ticket.idempotency_key
+        kept = self._named(ticket.owner, key) if key else None
+        if kept is not None and self._bodies[kept.ticket.id] != _digest(path, body):
+            raise HttpError(422, "idempotency_key_reused", f"Idempotency-Key {key!r} came with another request before")
+        return kept
+
+    def _named(self, of: str, name: str) -> KeptReply | None:
+        return self._kept.get(self._names.get((of, name), ""))
+
+    def _add(self, ticket: Ticket, path: str, body: bytes) -> KeptReply:
+        self._make_room()
+        kept = self._kept[ticket.id] = KeptReply(ticket, self._settings, self._expire)
+        for name in filter(None, (ticket.conversation, ticket.idempotency_key)):
+            self._names[ticket.owner, name] = ticket.id
+        self._bodies[ticket.id] = _digest(path, body)
+        return kept
+
+    def _make_room(self) -> None:
+        """Complete replies that no client reads give way. HttpError where the others are too much."""
+        held = sum(kept.held_bytes for kept in self._kept.values())
+        for kept in [kept for kept in self._kept.values() if kept.is_complete and not kept.is_read]:
+            if held <= self._settings.max_kept_bytes and len(self._kept) < self._settings.max_kept_replies:
+                break
+            held -= kept.held_bytes
+            self._remove(kept)
+        if held > self._settings.max_kept_bytes or len(self._kept) >= self._settings.max_kept_replies:
+            what = f"{len(self._kept)} kept replies of {held >> 20} MiB"
+            raise HttpError(503, "server_busy", f"the server is busy with {what}; try again", {"Retry-After": "5"})
+
+    def _remove(self, kept: KeptReply) -> None:
+        ticket = kept.ticket
+        self._kept.pop(ticket.id, None)
+        self._bodies.pop(ticket.id, None)
+        for name in (ticket.conversation, ticket.idempotency_key):
+            if self._names.get((ticket.owner, name)) == ticket.id:
+                del self._names[ticket.owner, name]
+        if self._journal is not None:
+            self._journal.end(ticket.id)
+
+    def _expire(self, kept: KeptReply) -> None:
+        self._ending.start(self._forget(kept))
+
+    async def _forget(self, kept: KeptReply) -> None:
+        self._remove(kept)
+        await kept.aclose()
+
+    async def _respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
+        """The rest of a kept reply."""
+        if not kept.is_streamed:
+            return JsonBytes(await unless_disconnected(request, kept.whole()))
+        ticket = kept.ticket
+        events = kept.read(after, with_comments=not ticket.conversation)  # its clients count bytes
+        return EventResponse(_numbered(ticket, events, after), self._delivered(kept))
+
+    def _delivered(self, kept: KeptReply) -> Callable[[], Awaitable[None]]:
+        async def close() -> None:
+            if kept.is_complete and self._journal is not None:
+                self._journal.end(kept.ticket.id)
+
+        return close
+
+    # -- clients that come back ----------------------------------------------------------------------------------------
+
+    async def resume(self, request: Request) -> Response:
+        """`GET /v1/streams/ID`: the events after the one of `Last-Event-ID` or `?after=`; a reply that is not streamed
+        as a whole."""
+        return await self._respond(request, self._find(request), _given(request))
+
+    async def replay(self, request: Request) -> Response:
+        """`GET /v1/stream/ID?from=N`, llama.cpp's form: the bytes of a conversation's newest stream from N on."""
+        kept = self._find(request)
+        start = request.query_params.get("from", "0")
+        if not (start.isascii() and start.isdigit() and len(start) < 16):
+            raise HttpError(400, "bad_offset", f"from: {start[:60]!r} is not a number of bytes", param="from")
+        events = kept.read(Position(), with_comments=False)
+        return EventResponse(_from_byte(_numbered(kept.ticket, events, Position()), int(start)), self._delivered(kept))
+
+    async def stop(self, request: Request) -> Response:
+        """`DELETE` of either: ends the reply. 204 also where there is none."""
+        with suppress(HttpError):
+            await self._forget(self._find(request))
+        return Response(status_code=204)
+
+    def _find(self, request: Request) -> KeptReply:
+        name, of = request.path_params["id"], owner(request.headers)
+        kept = self._kept.get(name.rpartition("-")[2]) or self._named(of, name)
+        if kept is None or kept.ticket.owner != of:
+            raise self._not_found(name)
+        return kept
+
+    def _not_found(self, name: str) -> HttpError:
+        gone = f"no reply {name[:60]!r} is kept: it was cancelled, or its client was away for more than"
+        return HttpError(404, "reply_not_found", f"{gone} {self._settings.resume_s:g} s (timeouts.resume)")
+
+    # -- after a coordinator's end -------------------------------------------------------------------------------------
+
+    async def restore(self, requests: Sequence[OpenRequest]) -> None:
+        """Computes replies again that an earlier coordinator did not complete, for clients that come back. They can be
+        found at once; their computation begins in the order of their admission."""
+        assert self._durability is not None
+        await self._durability.journal.restore(requests)
+        restored = []
+        for request in requests:
+            ticket, body = Ticket.restored(request, self._durability.journal), request.admission.body.encode()
+            restored.append((self._add(ticket, request.admission.endpoint, body), request.admission.endpoint, body))
+        if restored:
+            _log.info("requests restored from the journal", extra={"requests": len(restored)})
+            self._ending.start(self._begin_all(restored))
+
+    async def _begin_all(self, restored: list[tuple[KeptReply, str, bytes]]) -> None:
+        assert self._durability is not None
+        for kept, path, body in restored:
+            try:
+                await kept.begin(await self._endpoints[path](body, kept.ticket), waits_s=self._durability.request_s)
+            except LlamaclustError as error:
+                kept.fail(error)
+            except KeyError:
+                kept.fail(WorkerError(f"the endpoint {path} is not there any more"))
+
+    async def aclose(self) -> None:
+        for kept in tuple(self._kept.values()):
+            await self._forget(kept)
+        await self._ending.close()
+
+
+def _given(request: Request) -> Position:
+    """What the client has already."""
+    last = request.headers.get("last-event-id", "").rpartition(":")[2]
+    text = request.query_params.get("after", last)
+    return Position.parse(text, "after") if text else Position()
+
+
+def _digest(path: str, body: bytes) -> bytes:
+    return hashlib.sha256(path.encode() + b"\n" + body).digest()
+
+
+async def _numbered(
+    ticket: Ticket, events: AsyncGenerator[Event | None, None], sent: Position
+) -> AsyncGenerator[bytes, None]:
+    """Events with ids, after those of `sent`."""
+    try:
+        async for event in events:
+            if event is None:
+                yield WAITING
+            else:
+                sent.add(event)
+                yield b"id: %s:%s\n%s" % (ticket.id.encode(), str(sent).encode(), event.data)
+    finally:
+        await events.aclose()
+
+
+async def _from_byte(parts: AsyncGenerator[bytes, None], start: int) -> AsyncGenerator[bytes, None]:
+    try:
+        async for part in parts:
+            if start < len(part):
+                yield part[start:]
+            start = max(0, start - len(part))
+    finally:
+        await parts.aclose()

@@ -84,8 +84,12 @@ class Replies:
                 return JsonBytes(await unless_disconnected(request, reply.whole()))
             if self._durability is not None:
                 cleanup.callback(self._durability.journal.end, ticket.id)
-            first = asyncio.gather(reply.wait_first(), self._admit(ticket, path, body))
+            first = self._admitted_first(reply, ticket, path, body)
             return await begin_events(request, first, _numbered(ticket, reply.events(), Position()), cleanup)
+
+    async def _admitted_first(self, reply: Reply, ticket: Ticket, path: str, body: bytes) -> None:
+        """Nothing is sent before the admission is on disk; it is written while the prompt is computed."""
+        await asyncio.gather(reply.wait_first(), self._admit(ticket, path, body))
 
     async def _admit(self, ticket: Ticket, path: str, body: bytes) -> None:
         if self._durability is not None:

@@ -1,0 +1,85 @@
+"""A coordinator that is killed: its requests go on where it is started again, and clients see no difference."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.client.http import AsyncClient
+from llamaclust.model.quant_types import QuantType
+from support.clusters.command_line import CommandLine, command_line
+from support.models.tiny_model import build_tiny_model
+from support.seed import SEED
+
+STREAMS = 6
+TOKENS = 150
+
+
+@pytest.fixture
+def line() -> Iterator[CommandLine]:
+    with command_line() as opened:
+        yield opened
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return build_tiny_model(tmp_path / "tiny.gguf", layers=4, quant_type=QuantType.Q8_0, vocabulary=320)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def options(number: int) -> dict[str, Any]:
+    """Greedy and drawn, with penalties and without."""
+    more = {"temperature": 0.9, "seed": number, "repetition_penalty": 1.1} if number % 2 else {}
+    return {"max_tokens": TOKENS, "ignore_eos": True, **more}
+
+
+async def answer(client: AsyncClient, number: int, arrived: list[int]) -> list[tuple[int, bytes]]:
+    """Tokens with the bits of their logprobs; counts them as they come."""
+    rows = []
+    async for chunk in client.generate(f"prompt {number}", stream=True, **options(number)):
+        rows += [(row.token, struct.pack("<f", row.logprob)) for row in chunk.rows]
+        arrived[number] = len(rows)
+    return rows
+
+
+async def answers(api: str, arrived: list[int]) -> list[list[tuple[int, bytes]]]:
+    async with AsyncClient(api) as client:
+        return list(await asyncio.gather(*(answer(client, number, arrived) for number in range(STREAMS))))
+
+
+async def test_requests_outlive_a_killed_coordinator(line: CommandLine, model: Path) -> None:
+    drawn = random.Random(SEED)
+    port = free_port()
+    keys: dict[str, Any] = {"listen": f"127.0.0.1:{port}", "context_length": 512}
+    with line.cluster(model, **keys) as cluster:
+        undisturbed = await answers(cluster.api, [0] * STREAMS)
+        arrived = [0] * STREAMS
+        asking = asyncio.create_task(answers(cluster.api, arrived))
+        for _ in range(2):
+            so_far = sum(arrived)
+            wanted = so_far + drawn.randrange(1, STREAMS * TOKENS // 4)
+            async with asyncio.timeout(60):
+                while sum(arrived) < wanted and not asking.done():  # noqa: ASYNC110  counted by other tasks
+                    await asyncio.sleep(0.001)
+            os.kill(json.loads((line.cluster_dir("tiny") / "cluster.json").read_text())["pid"], signal.SIGKILL)
+            again = await asyncio.to_thread(line.start, "up", line.cluster_file(model, "tiny", **keys))
+            await asyncio.to_thread(again.says, "tiny is ready")
+        async with asyncio.timeout(120):
+            assert await asking == undisturbed
+        assert (line.cluster_dir("tiny") / "requests.journal").stat().st_size == 0

@@ -1,0 +1,213 @@
+"""Kills the coordinator at random while clients stream, starts it again, and compares every answer with an undisturbed
+run's.
+
+    python benchmarks/coordinator_kills.py MODEL.gguf [--seed N] [--kills 20] [--streams 32] [--launcher local|static]
+
+Prints tokens lost or changed (ids and logprob bits) and how long clients waited: from a kill to the next token of any
+stream, the start of Python, of the workers (local) and the load included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from statistics import median, quantiles
+from typing import Any
+
+from llamaclust.cluster.client.http import AsyncClient
+
+_TOKENS = 96
+_READY_S = 60.0
+_BETWEEN_S = (0.5, 3.0)
+_WORDS = ("one", "river", "stone", "seven", "light", "paper", "green", "north", "salt", "clock")
+
+Answer = list[tuple[int, bytes]]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Streams:
+    """Requests without end, each compared with its undisturbed answer."""
+
+    api: str
+    expected: dict[int, Answer] = field(default_factory=dict)
+    last_token_s: float = 0.0
+    answers: int = 0
+    tokens: int = 0
+    lost: int = 0
+    changed: int = 0
+
+    async def answer(self, client: AsyncClient, number: int) -> Answer:
+        """Greedy and seeded, short and long prompts, chats and completions."""
+        source = Random(number)
+        text = " ".join(source.choices(_WORDS, k=source.choice((3, 30, 120))))
+        options: dict[str, Any] = {"max_tokens": _TOKENS, "ignore_eos": True}
+        if number % 2:
+            options |= {"temperature": 0.8, "top_p": 0.95, "seed": number, "repetition_penalty": 1.05}
+        message = {"role": "user", "content": text}
+        stream = (
+            client.chat([message], stream=True, **options)  # type: ignore[list-item]
+            if number % 3 == 0
+            else client.generate(text, stream=True, **options)
+        )
+        rows: Answer = []
+        async for chunk in stream:
+            rows += [(row.token, struct.pack("<f", row.logprob)) for row in chunk.rows]
+            self.last_token_s = time.monotonic()
+        return rows
+
+    async def repeat(self, client: AsyncClient, number: int, until: asyncio.Event) -> None:
+        while not until.is_set():
+            rows, wanted = await self.answer(client, number), self.expected[number]
+            self.answers += 1
+            self.tokens += len(rows)
+            self.lost += max(0, len(wanted) - len(rows))
+            self.changed += sum(one != other for one, other in zip(wanted, rows, strict=False)) + max(
+                0, len(rows) - len(wanted)
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A cluster that is started again and again from the same file."""
+
+    file: Path
+    environment: dict[str, str]
+    api: str
+    record: Path
+
+    def start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "llamaclust", "up", str(self.file)],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    async def ready(self, process: subprocess.Popen[bytes]) -> None:
+        end = time.monotonic() + _READY_S
+        while not self._is_ready(process.pid):
+            if time.monotonic() > end or process.poll() is not None:
+                raise TimeoutError(f"the cluster did not start within {_READY_S:g} s")
+            await asyncio.sleep(0.01)
+
+    def _is_ready(self, pid: int) -> bool:
+        try:
+            return bool(json.loads(self.record.read_text())["pid"] == pid)
+        except (OSError, ValueError):
+            return False
+
+
+@contextmanager
+def static_workers(count: int, port: int, environment: dict[str, str], logs: Path) -> Iterator[None]:
+    """Workers that are not the coordinator's, as on other machines."""
+    started = []
+    try:
+        for name in "abcdefgh"[:count]:
+            with (logs / f"{name}.log").open("wb") as log:
+                words = ["worker", "--join", f"127.0.0.1:{port}", "--insecure", "--name", name, "-t", "1"]
+                words += ["--listen", "127.0.0.1:0"]
+                command = [sys.executable, "-m", "llamaclust", *words]
+                started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+@asynccontextmanager
+async def bench(model: Path, launcher: str, workers: int, folder: Path) -> AsyncIterator[Bench]:
+    port, join = free_port(), free_port()
+    speed = {"threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
+    values: dict[str, Any] = {
+        "name": "kills",
+        "model": str(model),
+        "listen": f"127.0.0.1:{port}",
+        "context_length": 512,
+        "workers": [{"name": name, **speed} for name in "abcdefgh"[:workers]],
+    }
+    environment = os.environ | {"LLAMACLUST_STATE_DIR": str(folder / "state")}
+    if launcher == "static":
+        values |= {"launcher": "static", "insecure": True, "join": {"listen": f"127.0.0.1:{join}"}}
+    file = folder / "kills.yaml"
+    file.write_text(json.dumps(values))
+    made = Bench(file, environment, f"http://127.0.0.1:{port}", folder / "state" / "kills" / "cluster.json")
+    with static_workers(workers if launcher == "static" else 0, join, environment, folder):
+        yield made
+
+
+async def run(model: Path, seed: int, kills: int, streams: int, launcher: str, workers: int) -> Streams:
+    source, pauses_s = Random(seed), []
+    with tempfile.TemporaryDirectory(prefix="llamaclust-kills-") as name:
+        async with bench(model, launcher, workers, Path(name)) as cluster:
+            process = cluster.start()
+            try:
+                await cluster.ready(process)
+                asked, done = Streams(cluster.api), asyncio.Event()
+                async with AsyncClient(cluster.api) as client:
+                    numbers = range(streams)
+                    answers = await asyncio.gather(*(asked.answer(client, number) for number in numbers))
+                    asked.expected = dict(zip(numbers, answers, strict=True))
+                    running = asyncio.gather(*(asked.repeat(client, number, done) for number in numbers))
+                    for _ in range(kills):
+                        await asyncio.sleep(source.uniform(*_BETWEEN_S))
+                        process.send_signal(signal.SIGKILL)
+                        killed_s = time.monotonic()
+                        process.wait()
+                        process = cluster.start()
+                        await cluster.ready(process)
+                        while asked.last_token_s < killed_s + 0.05:  # noqa: ASYNC110  other tasks set it
+                            await asyncio.sleep(0.005)
+                        pauses_s.append(asked.last_token_s - killed_s)
+                    done.set()
+                    await running
+            finally:
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
+    p99 = quantiles(pauses_s, n=100)[98] if len(pauses_s) > 1 else pauses_s[0]
+    print(
+        f"{kills} kills, {asked.answers} answers of {asked.tokens} tokens: {asked.lost} lost, {asked.changed} changed"
+    )
+    print(f"pause: median {median(pauses_s):.2f} s, p99 {p99:.2f} s, longest {max(pauses_s):.2f} s")
+    return asked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--launcher", choices=("local", "static"), default="local")
+    given = parser.parse_args()
+    print(f"seed {given.seed}, {given.launcher}, {given.workers} workers, {given.streams} streams")
+    asked = asyncio.run(run(given.model, given.seed, given.kills, given.streams, given.launcher, given.workers))
+    if asked.lost or asked.changed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -66,7 +66,7 @@ class Streams:
             options |= {"temperature": 0.8, "top_p": 0.95, "seed": number, "repetition_penalty": 1.05}
         message = {"role": "user", "content": text}
         stream = (
-            client.chat([message], stream=True, **options)  # type: ignore[list-item]
+            client.chat([message], stream=True, **options)
             if number % 3 == 0
             else client.generate(text, stream=True, **options)
         )

@@ -262,6 +262,35 @@ def test_no_pod_may_do_more_than_it_must(values: Mapping[str, Any]) -> None:
             assert container["resources"]["requests"]["cpu"] and container["resources"]["limits"]["memory"]
 
 
+@matrix
+def test_no_pod_may_fill_the_disk_of_its_node(values: Mapping[str, Any]) -> None:
+    for pod in pod_templates(render(values)):
+        for volume in pod.spec["volumes"]:
+            assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], (pod.owner, volume["name"])
+        for container in containers(pod.spec):
+            for kind in ("requests", "limits"):
+                assert container["resources"][kind]["ephemeral-storage"], (pod.owner, container["name"])
+
+
+def test_ephemeral_storage_follows_from_what_is_kept() -> None:
+    """A pod that fills its volumes is within its limit."""
+
+    def storage(size: str, persistent: bool) -> tuple[int, int]:
+        values = {"tmpSize": "256Mi", "workers": {"persistence": {"enabled": persistent, "size": size}}}
+        (container,) = one(render(values), "StatefulSet")["spec"]["template"]["spec"]["containers"]
+        resources = container["resources"]
+        return int(resources["requests"]["ephemeral-storage"]), int(resources["limits"]["ephemeral-storage"])
+
+    tmp = 256 << 20
+    assert storage("2Gi", True) == (tmp, tmp)
+    assert storage("2Gi", False) == (tmp + (2 << 30),) * 2
+    assert storage("1.5G", False) == (tmp + 1_500_000_000,) * 2
+    assert storage("12345678", False) == (tmp + 12345678,) * 2
+    own = {"workers": {"resources": {"limits": {"ephemeral-storage": "9Gi"}}}}
+    (container,) = one(render(own), "StatefulSet")["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"memory": "1Gi", "ephemeral-storage": "9Gi"}
+
+
 def test_the_defaults_are_for_a_small_cluster() -> None:
     """That of docs/kubernetes.md: it starts on a laptop's cluster."""
     cpu_m = memory = storage = 0
@@ -315,7 +344,11 @@ def test_workers_can_join_before_the_coordinator_is_ready() -> None:
 def test_gpus_are_limits_of_the_workers_alone() -> None:
     manifests = rendered("gpus")
     worker = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
-    assert worker["containers"][0]["resources"]["limits"] == {"memory": "1Gi", "nvidia.com/gpu": "2"}
+    assert worker["containers"][0]["resources"]["limits"] == {
+        "memory": "1Gi",
+        "nvidia.com/gpu": "2",
+        "ephemeral-storage": str(1 << 30),
+    }
     assert {"--device=cuda:0,cuda:1", "--gpu-layers=20", "--gpu-memory=9GiB"} <= set(worker["containers"][0]["args"])
     assert "nvidia.com/gpu" not in json.dumps(one(manifests, "Deployment"))
 
@@ -335,8 +368,15 @@ def test_groups_of_workers_are_of_one_cluster() -> None:
     pod, gpu_pod = plain["template"]["spec"], gpus["template"]["spec"]
     assert "--device=cuda:0" in gpu_pod["containers"][0]["args"] and gpu_pod["runtimeClassName"] == "nvidia"
     assert not [one for one in pod["containers"][0]["args"] if "gpu" in one or "cuda" in one]
-    assert gpu_pod["containers"][0]["resources"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": "1"}
-    assert pod["containers"][0]["resources"]["limits"] == {"memory": "1Gi"} and "nodeSelector" not in pod
+    assert gpu_pod["containers"][0]["resources"]["limits"] == {
+        "memory": "32Gi",
+        "nvidia.com/gpu": "1",
+        "ephemeral-storage": str(1 << 30),
+    }
+    assert (
+        pod["containers"][0]["resources"]["limits"] == {"memory": "1Gi", "ephemeral-storage": str(1 << 30)}
+        and "nodeSelector" not in pod
+    )
     labels, gpu_labels = plain["template"]["metadata"]["labels"], gpus["template"]["metadata"]["labels"]
     assert plain["selector"]["matchLabels"].items() <= labels.items() and "llamaclust/group" not in labels
     assert gpus["selector"]["matchLabels"]["llamaclust/group"] == gpu_labels["llamaclust/group"] == "gpu"

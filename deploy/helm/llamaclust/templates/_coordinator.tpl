@@ -35,7 +35,7 @@
     periodSeconds: 10
     timeoutSeconds: 10
     failureThreshold: 6
-  resources: {{- toYaml .Values.coordinator.resources | nindent 4 }}
+  resources: {{- include "llamaclust.resources" (dict "tmpSize" .Values.tmpSize "own" .Values.coordinator) | nindent 4 }}
   volumeMounts:
     {{- include "llamaclust.dataMounts" . | nindent 4 }}
     - {name: config, mountPath: /etc/llamaclust, readOnly: true}
@@ -84,7 +84,7 @@
   persistentVolumeClaim:
     claimName: {{ .Values.coordinator.persistence.existingClaim | default (printf "%s-coordinator" (include "llamaclust.fullname" .)) }}
   {{- else }}
-  emptyDir: {}
+  emptyDir: {sizeLimit: {{ .Values.coordinator.persistence.size }}}
   {{- end }}
 {{ include "llamaclust.privateVolume" . }}
 {{ include "llamaclust.sharedVolumes" . }}

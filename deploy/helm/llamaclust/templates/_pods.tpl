@@ -34,6 +34,28 @@ securityContext:
 - {name: LLAMACLUST_LOG, value: {{ .Values.logFormat }}}
 {{- end }}
 
+{{- define "llamaclust.bytes" -}}
+{{- $unit := regexFind "[KMGTPE]i?$" . }}
+{{- $bytes := trimSuffix $unit . | float64 }}
+{{- range until (get (dict "K" 1 "M" 2 "G" 3 "T" 4 "P" 5 "E" 6) (trimSuffix "i" $unit) | default 0 | int) }}
+{{- $bytes = mulf $bytes (ternary 1024 1000 (hasSuffix "i" $unit)) }}
+{{- end }}
+{{- int64 $bytes }}
+{{- end }}
+
+{{/* Of a main container: of the node's disk it takes /tmp, and its data where these go with the pod. */}}
+{{- define "llamaclust.resources" -}}
+{{- $disk := include "llamaclust.bytes" .tmpSize | int64 }}
+{{- if not .own.persistence.enabled }}
+{{- $disk = add $disk (include "llamaclust.bytes" .own.persistence.size | int64) }}
+{{- end }}
+{{- $resources := deepCopy .own.resources }}
+{{- range list "requests" "limits" }}
+{{- $_ := set $resources . (merge (get $resources . | default dict) (dict "ephemeral-storage" (toString $disk))) }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end }}
+
 {{/* The pod's own volume, and the model's where that is another one. */}}
 {{- define "llamaclust.dataMounts" -}}
 - {name: tmp, mountPath: /tmp}
@@ -47,7 +69,7 @@ securityContext:
 
 {{- define "llamaclust.sharedVolumes" -}}
 - name: tmp
-  emptyDir: {}
+  emptyDir: {sizeLimit: {{ .Values.tmpSize }}}
 {{- with .Values.model.volume }}
 {{- if eq .kind "hostPath" }}
 - name: models
@@ -88,7 +110,7 @@ securityContext:
     - sh
     - -ec
     - {{ .script | quote }}
-  resources: {requests: {cpu: 10m, memory: 16Mi}, limits: {memory: 64Mi}}
+  resources: {requests: {cpu: 10m, memory: 16Mi, ephemeral-storage: 16Mi}, limits: {memory: 64Mi, ephemeral-storage: 64Mi}}
   volumeMounts:
     - {name: secrets, mountPath: /run/secrets/llamaclust, readOnly: true}
     - {name: private, mountPath: /run/llamaclust}
@@ -102,7 +124,7 @@ securityContext:
   env:
     {{- include "llamaclust.folders" . | nindent 4 }}
     {{- with .Values.model.env }}{{ toYaml . | nindent 4 }}{{ end }}
-  resources: {requests: {cpu: 100m, memory: 256Mi}, limits: {memory: 1Gi}}
+  resources: {requests: {cpu: 100m, memory: 256Mi, ephemeral-storage: 64Mi}, limits: {memory: 1Gi, ephemeral-storage: 64Mi}}
   volumeMounts: {{- include "llamaclust.dataMounts" . | nindent 4 }}
 {{- end }}
 {{- end }}

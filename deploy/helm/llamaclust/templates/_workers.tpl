@@ -40,7 +40,7 @@
 
 {{/* Without a request Kubernetes would hand out all cores of the node as `requests.cpu`. */}}
 {{- define "llamaclust.workerResources" -}}
-{{- $resources := deepCopy .Values.workers.resources }}
+{{- $resources := include "llamaclust.resources" (dict "tmpSize" .Values.tmpSize "own" .Values.workers) | fromYaml }}
 {{- if .Values.workers.gpu.count }}
 {{- $_ := set $resources "limits" (merge (dict .Values.workers.gpu.resource (toString .Values.workers.gpu.count)) ($resources.limits | default dict)) }}
 {{- end }}

@@ -120,6 +120,9 @@ def test_strict_validation_notices_a_wrong_key() -> None:
         ({"ingress": {"tlsSecret": "x"}}, "no Ingress"),
         ({"service": {"nodePort": 30000}}, "ClusterIP has none"),
         ({"networkPolicy": {"enabled": False, "apiFrom": [{"podSelector": {}}]}}, "there is no policy"),
+        ({"ingress": {"enabled": True, "hosts": ["llm.example"]}}, "networkPolicy.apiFrom"),
+        ({"service": {"type": "LoadBalancer"}}, "networkPolicy.apiFrom"),
+        ({"serviceMonitor": {"enabled": True}}, "networkPolicy.apiFrom"),
         ({"workers": {"resources": {"requests": None}}}, "workers.threads"),
         ({"security": {"user": 0}}, "/security/user"),
         ({"ray": {"enabled": True}}, "workers.threads"),
@@ -200,9 +203,9 @@ def selectors(manifests: tuple[Manifest, ...]) -> list[dict[str, str]]:
     found += [each["spec"]["selector"]["matchLabels"] for each in manifests if each["kind"] == "PodDisruptionBudget"]
     for each in manifests:
         if each["kind"] == "NetworkPolicy":
-            rules = [*each["spec"]["ingress"], *each["spec"].get("egress", ())]
+            rules = [*each["spec"].get("ingress", ()), *each["spec"].get("egress", ())]
             peers = [peer for rule in rules for peer in (*rule.get("from", ()), *rule.get("to", ()))]
-            own = [{"podSelector": each["spec"]["podSelector"]}, *(peer for peer in peers if "podSelector" in peer)]
+            own = [{"podSelector": each["spec"]["podSelector"]}, *(peer for peer in peers if peer.get("podSelector"))]
             labels = [peer["podSelector"]["matchLabels"] for peer in own]
             found += [one for one in labels if one["app.kubernetes.io/component"] != "test"]
     return found
@@ -313,6 +316,62 @@ def millicores(quantity: str) -> int:
 
 def mebibytes(quantity: str) -> int:
     return int(quantity[:-2]) * {"Mi": 1, "Gi": 1024}[quantity[-2:]]
+
+
+def policies(values: Mapping[str, Any]) -> dict[str, Manifest]:
+    """The specs of NetworkPolicies by what their names end in."""
+    found = [each for each in render(values) if each["kind"] == "NetworkPolicy"]
+    return {each["metadata"]["name"].removeprefix(f"{RELEASE}-llamaclust-"): each["spec"] for each in found}
+
+
+def test_the_api_is_open_to_the_namespace() -> None:
+    def clients(values: Mapping[str, Any]) -> Any:
+        (rule,) = (rule for rule in policies(values)["coordinator"]["ingress"] if rule["ports"][0]["port"] == 8080)
+        return rule.get("from")
+
+    assert clients({}) == [{"podSelector": {}}]
+    assert clients({"networkPolicy": {"apiFrom": []}}) is None
+    team = {"namespaceSelector": {"matchLabels": {"team": "chat"}}}
+    own, other = clients({"networkPolicy": {"apiFrom": [team]}})
+    assert other == team and own["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test"
+
+
+def downloads(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Peers of port 443 by policy."""
+    rules = [(name, rule) for name, spec in policies(values).items() for rule in spec["egress"]]
+    return {name: rule.get("to") for name, rule in rules if {"protocol": "TCP", "port": 443} in rule.get("ports", ())}
+
+
+def test_only_pods_that_download_may_call_out() -> None:
+    shared = {"kind": "shared"}
+    every = downloads({})
+    assert every.keys() == {"coordinator", "worker"}, "each has a copy of its own"
+    for peers in every.values():
+        blocks = [peer["ipBlock"] for peer in peers]
+        assert {"10.0.0.0/8", "169.254.0.0/16", "fc00::/7"} <= {one for block in blocks for one in block["except"]}
+    assert downloads({"networkPolicy": {"downloadTo": []}}) == {}
+    kept = {"kind": "hostPath", "hostPath": "/srv"}
+    assert downloads({"model": {"volume": shared}}).keys() == {"pull"}
+    assert downloads({"model": {"volume": kept}}).keys() == {"coordinator", "worker"}, "each node has its own"
+    assert downloads({"model": {"pull": False, "source": "a.gguf", "volume": kept}}) == {}
+
+
+def test_one_job_fetches_a_shared_model() -> None:
+    """Serving pods read it only; another model or image is another Job, since Jobs cannot be changed."""
+
+    def job(values: Mapping[str, Any]) -> Manifest:
+        return one(render({"model": {"volume": {"kind": "shared"}}, **values}), "Job")
+
+    first = job({})
+    assert first == job({"workers": {"count": 3}})
+    others = [job({"image": {"tag": "2"}}), job({"model": {"source": "hf:a/b/c.gguf", "volume": {"kind": "shared"}}})]
+    assert len({each["metadata"]["name"] for each in (first, *others)}) == 3
+    for pod in pod_templates(rendered("shared volume")):
+        for container in containers(pod.spec):
+            for mount in container["volumeMounts"]:
+                if mount["name"] == "models":
+                    assert mount.get("readOnly", False) is not pod.owner.startswith("Job/"), pod.owner
+    assert not [each for each in rendered("defaults") if each["kind"] == "Job"]
 
 
 def test_secrets_reach_only_files() -> None:

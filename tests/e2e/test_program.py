@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -98,7 +99,9 @@ def test_commands_and_variables_are_the_programs(values: Mapping[str, Any]) -> N
                 given = {each["name"] for each in container["env"]} - _OWN_VARIABLES
                 assert {name for name in given if not name.startswith("RAY_")} <= variables(), pod.owner
     kinds = 1 + len(values.get("workers", {}).get("groups", ()))
-    pulls = ["pull"] * (1 + kinds) if values.get("model", {}).get("pull", True) else []
+    model = values.get("model", {})
+    copies = 1 + kinds if model.get("volume", {}).get("kind", "perPod") == "perPod" else 1
+    pulls = ["pull"] * copies if model.get("pull", True) else []
     workers = ["worker"] * kinds if launcher_of(values) == "static" else []
     assert sorted(parsed) == sorted(["up", "generate", *workers, *pulls])
 
@@ -229,3 +232,18 @@ def test_the_coordinators_secrets_are_its_own(pods: list[LocalPod]) -> None:
     assert (private / "trust").stat().st_mode & 0o777 == 0o700
     for path in (private / "api-keys", private / "trust/ca.key", private / "trust/token"):
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_pods_wait_for_a_shared_model(tmp_path: Path, demo_model: Path) -> None:
+    """Their init container ends when the file is there; it downloads nothing."""
+    manifests = render({"model": {"volume": {"kind": "shared"}, "pullSeconds": 20}})
+    spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
+    pod = LocalPod("waiting", "127.0.0.1", spec, manifests, tmp_path, {})
+    (wait,) = (container for container in spec["initContainers"] if container["name"] == "model")
+    (pod.volume("data") / "home").mkdir()
+    late = threading.Timer(2.0, (pod.volume("data") / "home/models").symlink_to, (demo_model.parent.parent,))
+    late.start()
+    begin = time.monotonic()
+    pod.run(wait)
+    late.join()
+    assert time.monotonic() - begin > 2.0

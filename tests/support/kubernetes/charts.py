@@ -115,7 +115,7 @@ def pod_templates(manifests: Sequence[Manifest]) -> Iterator[PodTemplate]:
         owner, spec = f"{each['kind']}/{each['metadata']['name']}", each.get("spec", {})
         if each["kind"] == "Pod":
             yield PodTemplate(owner, each["metadata"]["labels"], spec)
-        elif each["kind"] in ("Deployment", "StatefulSet"):
+        elif each["kind"] in ("Deployment", "StatefulSet", "Job"):
             claims = tuple(spec.get("volumeClaimTemplates", ()))
             yield PodTemplate(owner, spec["template"]["metadata"]["labels"], spec["template"]["spec"], claims)
         elif each["kind"] == "RayCluster":
@@ -158,9 +158,13 @@ MATRIX: dict[str, Mapping[str, Any]] = {
             "hosts": ["llm.example"],
             "tlsSecret": "llm-tls",
             "annotations": {"cert-manager.io/cluster-issuer": "letsencrypt"},
-        }
+        },
+        "networkPolicy": {"apiFrom": [{"namespaceSelector": {"matchLabels": {"name": "ingress-nginx"}}}]},
     },
-    "node port": {"service": {"type": "NodePort", "nodePort": 30080, "annotations": {"a/b": "c"}}},
+    "node port": {
+        "service": {"type": "NodePort", "nodePort": 30080, "annotations": {"a/b": "c"}},
+        "networkPolicy": {"apiFrom": []},
+    },
     "no policies": {
         "networkPolicy": {"enabled": False},
         "workers": {"podDisruptionBudget": {"enabled": False}, "antiAffinity": "none", "topologySpread": []},
@@ -176,6 +180,7 @@ MATRIX: dict[str, Mapping[str, Any]] = {
     "watched": {
         "serviceMonitor": {"enabled": True, "interval": "30s", "labels": {"release": "prometheus"}},
         "dashboard": {"enabled": True},
+        "networkPolicy": {"apiFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}]},
     },
     "gpus": {
         "workers": {

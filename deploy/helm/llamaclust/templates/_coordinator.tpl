@@ -50,7 +50,7 @@
 {{- $copy = printf "%s; cd /run/secrets/llamaclust; install -d -m 0700 /run/llamaclust/trust; install -m 0600 -t /run/llamaclust/trust token ca.crt ca.key" $copy }}
 {{- end }}
 {{- include "llamaclust.privateFiles" (dict "root" . "script" $copy) }}
-{{- with include "llamaclust.pullModel" . }}
+{{- with include "llamaclust.model" . }}
 {{ . }}
 {{- end }}
 {{- end }}

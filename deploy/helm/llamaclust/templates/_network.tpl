@@ -7,16 +7,21 @@
 {{ ternary "[$(POD_IP)]" "$(POD_IP)" .Values.ipv6 }}
 {{- end }}
 
-{{/* What every pod may call: names, and the model's source. */}}
+{{/* What every pod may call. */}}
 {{- define "llamaclust.egress" -}}
 - ports:
     - {protocol: UDP, port: 53}
     - {protocol: TCP, port: 53}
-{{- if .Values.model.pull }}
-- ports:
-    - {protocol: TCP, port: 443}
-{{- end }}
 {{- with .Values.networkPolicy.extraEgress }}
 {{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* What pods that download may call besides. */}}
+{{- define "llamaclust.downloads" -}}
+{{- with .Values.networkPolicy.downloadTo }}
+- ports:
+    - {protocol: TCP, port: 443}
+  to: {{- toYaml . | nindent 4 }}
 {{- end }}
 {{- end }}

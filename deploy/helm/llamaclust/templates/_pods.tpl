@@ -63,7 +63,7 @@ securityContext:
 {{- if ne .Values.model.volume.kind "perPod" }}
 - name: models
   mountPath: /var/lib/llamaclust/home/models
-  readOnly: {{ not .Values.model.pull }}
+  readOnly: true
 {{- end }}
 {{- end }}
 
@@ -116,14 +116,43 @@ securityContext:
     - {name: private, mountPath: /run/llamaclust}
 {{- end }}
 
+{{/* Whether a Job fetches the model for all pods, or each pod its own copy: not empty where that holds. */}}
+{{- define "llamaclust.pullsOnce" -}}
+{{- if and .Values.model.pull (has .Values.model.volume.kind (list "shared" "existingClaim")) }}true{{ end }}
+{{- end }}
+
+{{- define "llamaclust.pullsEach" -}}
+{{- if and .Values.model.pull (not (include "llamaclust.pullsOnce" .)) }}true{{ end }}
+{{- end }}
+
 {{- define "llamaclust.pullModel" -}}
-{{- if .Values.model.pull }}
 - name: model
   {{- include "llamaclust.container" . | nindent 2 }}
   command: [timeout, {{ .Values.model.pullSeconds | quote }}, llamaclust, model, pull, {{ .Values.model.source | quote }}]
   env:
     {{- include "llamaclust.folders" . | nindent 4 }}
     {{- with .Values.model.env }}{{ toYaml . | nindent 4 }}{{ end }}
+  resources: {requests: {cpu: 100m, memory: 256Mi, ephemeral-storage: 64Mi}, limits: {memory: 1Gi, ephemeral-storage: 64Mi}}
+  volumeMounts:
+    - {name: tmp, mountPath: /tmp}
+    - {name: data, mountPath: /var/lib/llamaclust}
+    {{- if ne .Values.model.volume.kind "perPod" }}
+    - {name: models, mountPath: /var/lib/llamaclust/home/models}
+    {{- end }}
+{{- end }}
+
+{{/* Before a pod serves: its own copy, or a wait for the one that the Job fetches. */}}
+{{- define "llamaclust.model" -}}
+{{- if include "llamaclust.pullsEach" . }}
+{{- include "llamaclust.pullModel" . }}
+{{- else if include "llamaclust.pullsOnce" . }}
+- name: model
+  {{- include "llamaclust.container" . | nindent 2 }}
+  command: [timeout, {{ .Values.model.pullSeconds | quote }}, sh, -c]
+  args:
+    - until llamaclust model info "$0" >/dev/null 2>&1; do sleep 5; done
+    - {{ .Values.model.source | quote }}
+  env: {{- include "llamaclust.folders" . | nindent 4 }}
   resources: {requests: {cpu: 100m, memory: 256Mi, ephemeral-storage: 64Mi}, limits: {memory: 1Gi, ephemeral-storage: 64Mi}}
   volumeMounts: {{- include "llamaclust.dataMounts" . | nindent 4 }}
 {{- end }}

@@ -31,7 +31,8 @@ class EngineState(StrEnum):
     READY = "ready"
     RECOVERING = "recovering"  # the pipeline is lost: requests are accepted, and wait
     DRAINING = "draining"  # accepted requests are served to their end; the API refuses others
-    DOWN = "down"  # requests are refused
+    REFUSING = "refusing"  # the pipeline is lost and requests are refused, until workers are back
+    DOWN = "down"  # requests are refused for good
 
 
 class _Phase(Enum):
@@ -117,8 +118,10 @@ class Engine:
 
     @property
     def state(self) -> EngineState:
-        if self._phase in (_Phase.CLOSED, _Phase.GIVEN_UP):
+        if self._phase is _Phase.CLOSED:
             return EngineState.DOWN
+        if self._phase is _Phase.GIVEN_UP:
+            return EngineState.REFUSING
         if self._is_draining:
             return EngineState.DRAINING
         return EngineState.RECOVERING if self._phase is _Phase.LOST else EngineState.READY
@@ -133,12 +136,12 @@ class Engine:
             await self._run.wait_stopped()
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Queues a request. Raises RequestError, QueueFullError, or WorkerError where the engine is down.
+        """Queues a request. Raises RequestError, QueueFullError, or WorkerError where the engine refuses or is down.
 
         Requests are accepted while it drains: the API refuses new ones, and accepted ones still submit their further
         choices.
         """
-        if self.state is EngineState.DOWN:
+        if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
         mailbox = Mailbox(sequence)
@@ -173,7 +176,7 @@ class Engine:
 
     def _guard(self, work: Callable[..., None], *arguments: object) -> None:
         """Work that the event loop calls: an error ends the pipeline, so that readers get it."""
-        if self.state is EngineState.DOWN:
+        if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             return
         try:
             work(*arguments)

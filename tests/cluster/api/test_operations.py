@@ -32,6 +32,16 @@ async def test_health_reports_the_reason() -> None:
         assert refused.status_code == 503 and "layers 2-3" in refused.json()["error"]["message"]
 
 
+async def test_a_cluster_that_waits_for_a_worker_is_live() -> None:
+    """A restart would not help."""
+    async with real_engine() as (engine, _), client(make_app(engine)) as http:
+        engine.give_up(WorkerError("no worker came back within 0.3 s"))
+        health = await http.get("/health")
+        assert health.status_code == 503 and health.json()["error"]["code"] == "cluster_refusing"
+        assert (await http.post("/v1/completions", json={"prompt": "a"})).status_code == 503
+        assert (await http.get("/live")).status_code == 200
+
+
 async def test_health_reports_draining() -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
         assert await engine.drain(5)

@@ -117,7 +117,7 @@ async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_whe
         assert "worker b (layers [3, 6)) is lost" in message
         assert message.endswith("no worker came back within 0.3 s (timeouts.recovery): the plan gives layers to b")
         assert any("worker b is not started again: its process was killed" in text for text in run.told)
-        assert engine.state is EngineState.DOWN and str(engine.error) == message
+        assert engine.state is EngineState.REFUSING and str(engine.error) == message
         with pytest.raises(WorkerError, match="no worker came back"):
             engine.submit(requests[0])
         assert engine.scheduler.counts.kv_blocks_held == 0

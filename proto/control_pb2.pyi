@@ -258,6 +258,7 @@ class Register(_message.Message):
     LOG_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
     GPU_LAYERS_FIELD_NUMBER: _builtins.int
+    LARGEST_TERM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the cluster file; unique in a cluster."""
     pid: _builtins.int
@@ -288,6 +289,8 @@ class Register(_message.Message):
     """Path of its log on its machine, for people; empty where the launcher knows."""
     gpu_layers: _builtins.int
     """How many layers of a stage they hold, as its user wants it; not set: as many as fit."""
+    largest_term: _builtins.int
+    """The largest term of a coordinator that its process has seen; 0: none."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]:
         """GPUs that it computes on, beside its processor."""
@@ -311,10 +314,11 @@ class Register(_message.Message):
         log: _builtins.str = ...,
         gpus: _abc.Iterable[Global___Gpu] | None = ...,
         gpu_layers: _builtins.int | None = ...,
+        largest_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "log", b"log", "machine_free_bytes", b"machine_free_bytes", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "largest_term", b"largest_term", "log", b"log", "machine_free_bytes", b"machine_free_bytes", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
     _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015
@@ -369,10 +373,13 @@ class Admitted(_message.Message):
     DEADLINES_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     CLUSTER_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The coordinator's protocol version."""
     cluster: _builtins.str
     """The cluster's name."""
+    term: _builtins.int
+    """The coordinator's: larger than that of any before it."""
     @_builtins.property
     def deadlines(self) -> Global___Deadlines:
         """Intervals and timeouts."""
@@ -383,10 +390,11 @@ class Admitted(_message.Message):
         deadlines: Global___Deadlines | None = ...,
         protocol_version: _builtins.int = ...,
         cluster: _builtins.str = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadlines", b"deadlines"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "deadlines", b"deadlines", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "deadlines", b"deadlines", "protocol_version", b"protocol_version", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,12 +28,14 @@ from llamaclust.core.bounds import (
     WorkerName,
     bounded,
 )
+from llamaclust.core.epochs import MAX_TERM
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.profiles import LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
 
+Term = Annotated[int, Integer(0, MAX_TERM)]
 _Timeout = Annotated[float, Real(0.01, 86400.0)]
 _LogLine = LogLine(2000)
 _MAX_LOG_LINES = 1000
@@ -58,6 +60,7 @@ class Register:
     log: Annotated[str, Line(4096)] = ""  # path of its log on its machine, for people; "": the launcher knows
     gpus: Annotated[tuple[Gpu, ...], Size(0, MAX_GPUS)] = ()  # beside its processor
     gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as fit
+    largest_term: Term = 0  # that its process has seen
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
@@ -80,6 +83,7 @@ class Admitted:
     deadlines: Deadlines
     protocol_version: int = PROTOCOL_VERSION
     cluster: Annotated[str, Line(255)] = ""
+    term: Term = 0  # the coordinator's
 
 
 @dataclass(frozen=True, slots=True)

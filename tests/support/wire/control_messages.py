@@ -74,7 +74,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     REGISTER,
     replace(REGISTER, protocol_version=2, numerics_version=99, log="/var/log/worker.log"),
     replace(REGISTER, device="cuda:0,cuda:1", gpus=GPUS, gpu_layers=0),
-    replace(REGISTER, device="cuda:0", gpus=GPUS[:1]),
+    replace(REGISTER, device="cuda:0", gpus=GPUS[:1], largest_term=3),
     WorkerProfile(Profile(CPU)),
     WorkerProfile(
         Profile(CPU, (DeviceProfile(3e12, 9e14), replace(CPU, concurrent=(StepTime(1, 2e-4, 1e-12, 1e-4),))))
@@ -112,7 +112,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
 
 COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     Admitted(Deadlines(0.5, 2.0, 3.0, 600.0), 2, "home"),
-    Admitted(Deadlines(0.5, 2.0, 3.0, peer_s=0.6)),
+    Admitted(Deadlines(0.5, 2.0, 3.0, peer_s=0.6), term=(1 << 32) - 1),
     Rejected("no"),
     ProfileWorker(),
     ProfileWorker("/models/m.gguf", "ab" * 32),

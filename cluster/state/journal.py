@@ -23,7 +23,7 @@ from llamaclust.core.sampling import RowResult
 
 _RETRY_S = 5.0
 """Between two attempts to write to a disk that is full or read-only."""
-_SPARE_BYTES = 4 << 20
+_ENDED_BYTES = 4 << 20
 """Of ended requests, and as much again as of open ones, before the file is rewritten."""
 
 _log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Journal:
 
     def _is_mostly_ended(self, more_bytes: int) -> bool:
         size = self._file.size + more_bytes
-        return not self._open or size > 2 * self._open_bytes + _SPARE_BYTES
+        return not self._open or size > 2 * self._open_bytes + _ENDED_BYTES
 
 
 class _File:

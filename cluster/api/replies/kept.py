@@ -27,7 +27,7 @@ class KeptReply:
         self._whole: bytes | None = None
         self._error: LlamaclustError | None = None
         self._readers = 0
-        self._news = asyncio.Event()
+        self._progress = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._reply: Reply | None = None
@@ -114,17 +114,17 @@ class KeptReply:
 
     async def _changed(self) -> bool:
         """Waits for something new; False where nothing came for a while."""
-        news = self._news
+        progress = self._progress
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.keepalive_s):
-                await news.wait()
+                await progress.wait()
             return True
         return False
 
     def _notify(self) -> None:
         """Each reader waits for an event that is set once."""
-        self._news.set()
-        self._news = asyncio.Event()
+        self._progress.set()
+        self._progress = asyncio.Event()
 
     async def _run(self, reply: Reply) -> None:
         error: LlamaclustError | None = None

@@ -62,6 +62,7 @@ class Supervisor:
         self._fleet = fleet
         self._report = report
         self._announcing = TaskSet()
+        self._first_joins: frozenset[int] = frozenset()
         self._action: asyncio.Task[None] | None = None
 
     @property
@@ -81,9 +82,11 @@ class Supervisor:
     async def start(self) -> Epoch:
         """The first epoch, whose workers have joined. Raises an error that no other worker can help, and after
         `timeouts.recovery` why there is none."""
-        for name in self._fleet.registry.present:
-            self.observed.post(seen.WorkerSeen(name, self._fleet.registry.joins[name]))
-        self._fleet.registry.subscribe(self._membership_changed)
+        registry = self._fleet.registry
+        self._first_joins = frozenset(registry.joins[name] for name in registry.present)
+        for name in registry.present:
+            self.observed.post(seen.WorkerSeen(name, registry.joins[name]))
+        registry.subscribe(self._membership_changed)
         await self._loop(is_start=True)
         return self.epoch
 
@@ -149,6 +152,8 @@ class Supervisor:
         if isinstance(event, PeerReported):
             self.partitions.suspect(worker, event.report)
         elif isinstance(event, MemberJoined):
+            if self._fleet.registry.joins[worker.name] in self._first_joins:
+                return  # its admission reached it only now
             self._report(Notice(f"worker {worker.name} is here (pid {worker.registration.pid})"))
             self.observed.post(seen.WorkerSeen(worker.name, self._fleet.registry.joins[worker.name]))
             self._links.measure_again()

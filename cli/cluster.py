@@ -42,6 +42,9 @@ def up(
         str | None, Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's template.")
     ] = None,
     detach: Annotated[bool, Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
+    standby: Annotated[
+        bool, Option("--standby", help="Wait, and take over when the running coordinator ends unexpectedly.")
+    ] = False,
     notify: Annotated[int | None, Option("--notify", hidden=True)] = None,
     ranked: Annotated[bool, Option("--ranked", hidden=True)] = False,
 ) -> None:
@@ -51,7 +54,7 @@ def up(
 
     if chat_template is not None:
         overrides = [*overrides, f"chat_template={template_of(chat_template)}"]
-    run_cluster(file, overrides, port, detach=detach, notify=notify, ranked=ranked)
+    run_cluster(file, overrides, port, detach=detach, standby=standby, notify=notify, ranked=ranked)
 
 
 def down(cluster: Cluster = None) -> None:

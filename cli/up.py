@@ -21,7 +21,14 @@ from llamaclust.core.errors import LlamaclustError, UsageError
 
 
 def run_cluster(
-    file: Path | None, overrides: list[str], port: int | None, *, detach: bool, notify: int | None, ranked: bool
+    file: Path | None,
+    overrides: list[str],
+    port: int | None,
+    *,
+    detach: bool,
+    standby: bool,
+    notify: int | None,
+    ranked: bool,
 ) -> None:
     """Runs a cluster to its end, or returns when a detached one is ready."""
     if port is not None:
@@ -30,6 +37,9 @@ def run_cluster(
     if notify is not None:
         _run_notifying(config, Starter(notify))
         return
+    if standby and (detach or config.launcher == "mpi"):
+        other = "--detach" if detach else "launcher mpi, whose workers and coordinator are one program"
+        raise UsageError(f"--standby: cannot be used together with {other}")
     if config.launcher == "mpi" and not ranked:
         from llamaclust.cluster.launchers.mpi_rank import run_ranks
 
@@ -47,7 +57,7 @@ def run_cluster(
         _tune_grpc()
         from llamaclust.cluster.server.serve import serve
 
-        serve(config, model, show)
+        serve(config, model, show, is_standby=standby)
         show(Notice(f"{config.name} is stopped"))
 
 

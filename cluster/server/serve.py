@@ -29,7 +29,7 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
-from llamaclust.cluster.state.events import Draining, Ready, Report
+from llamaclust.cluster.state.events import Draining, Notice, Ready, Report
 from llamaclust.cluster.state.journal import Journal, OpenRequest, read_journal
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import UsageError, WorkerError
@@ -49,16 +49,23 @@ _MORE_REQUESTS = 64
 _log = logging.getLogger(__name__)
 
 
-def serve(config: ClusterConfig, model_path: Path, report: Report) -> None:
+def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby: bool = False) -> None:
     """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them.
+    A standby first waits for the end of the coordinator that has the name, and ends with one that is stopped in order.
 
     Raises UsageError for a name or port that is taken and for API keys that cannot be used, and what `open_cluster`
     raises.
     """
     folder = ClusterDir(config.state_dir / config.name)
     settings = _api_settings(config)
-    with folder.locked(), _listening(config) as listener:
-        asyncio.run(_until_signal(config, model_path, folder, _Front(listener, settings, report)))
+    if is_standby:
+        report(Notice(f"{config.name}: this standby takes over when the coordinator ends unexpectedly"))
+    with folder.locked(is_standby=is_standby) as is_held:
+        if not is_held:
+            report(Notice(f"{config.name} was stopped; its standby ends as well"))
+            return
+        with _listening(config) as listener:
+            asyncio.run(_until_signal(config, model_path, folder, _Front(listener, settings, report)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ _ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
 """Longer than a process that checks for a running cluster has its lock."""
 _POLL_S = 0.05
+_STANDBY_LOOK_S = 0.05
 _LOOK_S = 0.5
 """Between two looks whether a running cluster's folder is still there."""
 
@@ -79,23 +80,41 @@ class ClusterDir:
             raise UsageError(f"{what}; set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own") from error
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the cluster's name for this process; files that are deleted meanwhile are restored."""
+    def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
+        """Holds the cluster's name for this process; files that are deleted meanwhile are restored.
+
+        Gives True. UsageError where another process has the name; a standby waits until that one has ended, and gets
+        False where it was stopped in order."""
         self.create()
         lock, end = FileLock(self._lock), threading.Event()
         watch = threading.Thread(target=self._bring_back, args=(lock, end), name="state", daemon=True)
         try:
-            if not lock.take():
-                time.sleep(_PROBE_S)
-                if not lock.take():
-                    raise UsageError(self._taken())
+            if is_standby:
+                is_stopped = self._await_end(lock)
+            else:
+                is_stopped = False
+                self._take(lock)
             watch.start()
-            yield
+            yield not is_stopped
         finally:
             end.set()
             if watch.is_alive():
                 watch.join()
             lock.release()
+
+    def _take(self, lock: FileLock) -> None:
+        if not lock.take():
+            time.sleep(_PROBE_S)
+            if not lock.take():
+                raise UsageError(self._taken())
+
+    def _await_end(self, lock: FileLock) -> bool:
+        """Until the lock is held. Whether the cluster that had it was stopped in order: its record is gone then."""
+        was_serving = False
+        while not lock.take():
+            was_serving = was_serving or self.read_record() is not None
+            time.sleep(_STANDBY_LOOK_S)
+        return was_serving and self.read_record() is None
 
     def _bring_back(self, lock: FileLock, end: threading.Event) -> None:
         """The folder of a running cluster may be deleted: without lock and record it could not be found, and a second

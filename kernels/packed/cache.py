@@ -19,6 +19,7 @@ from io import FileIO
 from typing import TypeVar
 from weakref import ref
 
+from llamaclust.core.cgroups import drop_cached_pages
 from llamaclust.kernels._native import Memory, packing_fingerprint
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.packed.cache_folder import Entry, PackedCacheFolder
@@ -204,6 +205,7 @@ def _read(file: FileIO, n_bytes: int) -> Memory | None:
             view = memory.view.data
             while done < n_bytes and (count := file.readinto(view[done : done + _READ_BYTES])):
                 done += count
+            drop_cached_pages(file.fileno())
     except OSError:
         return None
     return memory if done == n_bytes else None

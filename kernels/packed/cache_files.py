@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
+from llamaclust.core.cgroups import drop_cached_pages
+
 _log = logging.getLogger(__name__)
 
 _WRITE_BYTES = 1 << 21
@@ -103,6 +105,7 @@ def write_whole(path: Path, data: memoryview | bytes, writing: Writing) -> None:
                     raise StoppedError
                 _write_all(file.fileno(), data[start : start + _WRITE_BYTES])
             os.fsync(file.fileno())
+            drop_cached_pages(file.fileno())
             mark_used(file.fileno())
         made.rename(path)
     finally:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from llamaclust.core.cgroups import drop_cached_pages
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
 
@@ -130,6 +131,7 @@ class Tensor:
         with open_regular(self.path) as descriptor:
             self._check(descriptor)
             read_exactly(descriptor, self.path, self.offset + start, view)
+            drop_cached_pages(descriptor, self.offset + start, len(view))
             self._check(descriptor)
 
     def _check(self, descriptor: int) -> None:

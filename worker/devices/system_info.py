@@ -7,32 +7,42 @@ import platform
 import re
 from pathlib import Path
 
+from llamaclust.core.cgroups import memory_groups, read_text
+
+_ROOT = Path("/")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-def total_memory_bytes() -> int:
-    """Of the machine, or of the control group that this process is confined to."""
+def total_memory_bytes(root: Path = _ROOT) -> int:
+    """Of the machine, or of the control groups that this process is confined to."""
     machine = os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES
-    confined = _group_number("memory.max")
-    return machine if confined is None else min(machine, confined)
+    return min([machine, *(group.limit_bytes for group in memory_groups(root))])
 
 
-def available_memory_bytes() -> int:
-    """What may still be taken without swapping: the kernel's own estimate, less in a confined control group."""
-    found = re.search(r"^MemAvailable: +(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)
-    available = int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES
-    most, used = _group_number("memory.max"), _group_number("memory.current")
-    return available if most is None or used is None else max(0, min(available, most - used))
+def available_memory_bytes(root: Path = _ROOT) -> int:
+    """What may still be taken without swapping, or evicting files that are mapped (the kernel's estimate counts those
+    as free): of the machine, less in a confined control group."""
+    figures = _figures(root / "proc/meminfo")
+    available = figures.get("MemAvailable", os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES)
+    mapped = max(
+        _figures(root / "proc/self/status").get("RssFile", 0), figures.get("Mapped", 0) - figures.get("Shmem", 0)
+    )
+    return max(0, min([available - mapped, *(group.free_bytes for group in memory_groups(root))]))
+
+
+def _figures(path: Path) -> dict[str, int]:
+    """Bytes by name, of lines such as `MemAvailable: 5 kB`."""
+    return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", read_text(path), re.MULTILINE)}
 
 
 def resident_bytes() -> int:
     """Memory of this process that is in RAM."""
-    text = _read(Path("/proc/self/statm"))
+    text = read_text(Path("/proc/self/statm"))
     return int(text.split()[1]) * _PAGE_BYTES if text else 0
 
 
 def processor_name() -> str:
-    for line in _read(Path("/proc/cpuinfo")).splitlines():
+    for line in read_text(Path("/proc/cpuinfo")).splitlines():
         if line.startswith(("model name", "Model")):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -46,21 +56,7 @@ def log_place() -> str:
         return "its standard error"
     if target.is_file():
         return str(target)
-    group = Path(_read(Path("/proc/self/cgroup")).strip().rpartition("0::")[2])
+    group = Path(read_text(Path("/proc/self/cgroup")).strip().rpartition("0::")[2])
     if target.name.startswith("socket:") and group.suffix == ".service":
         return f"`journalctl{' --user' if 'user.slice' in group.parts else ''} -u {group.name}`"
     return "its standard error"
-
-
-def _group_number(name: str) -> int | None:
-    """Of this process's control group (version 2); None where there is none, or no limit."""
-    group = _read(Path("/proc/self/cgroup")).strip().rpartition("0::/")[2]
-    text = _read(Path("/sys/fs/cgroup") / group / name).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -1,0 +1,79 @@
+"""Memory limits of the control groups (versions 1 and 2) that this process is in: its own group and all ancestors."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+_ROOT = Path("/")
+_UNLIMITED_BYTES = 1 << 60
+"""Version 1 has a number near 2^63 where there is no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryGroup:
+    """A control group with a limit. `used_bytes`: without page cache, which the kernel frees on demand; mapped files
+    count as used."""
+
+    path: Path
+    limit_bytes: int
+    used_bytes: int
+
+    @property
+    def free_bytes(self) -> int:
+        return max(0, self.limit_bytes - self.used_bytes)
+
+
+def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
+    """The groups with a limit, innermost first. `root`: of the file system with /proc and /sys."""
+    found = []
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            found += _groups(root / "sys/fs/cgroup", path, ("memory.max", "memory.current", "{}_file", "file_mapped"))
+        elif "memory" in controllers.split(","):
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file", "total_mapped_file")
+            found += _groups(root / "sys/fs/cgroup/memory", path, files)
+    return found
+
+
+def _groups(mount: Path, path: str, files: tuple[str, str, str, str]) -> list[MemoryGroup]:
+    """A container often sees its own group as the mount's root, whatever its path: folders that are not there have no
+    limit."""
+    limit_file, usage_file, of_list, mapped = files
+    names = [name for name in path.split("/") if name]
+    groups = []
+    for depth in range(0 if ".." in names else len(names), -1, -1):
+        folder = mount.joinpath(*names[:depth])
+        limit, usage = (read_text(folder / file).strip() for file in (limit_file, usage_file))
+        if not (limit.isdigit() and usage.isdigit()) or int(limit) >= _UNLIMITED_BYTES:
+            continue
+        pairs = re.findall(r"^(\w+) (\d+)$", read_text(folder / "memory.stat"), re.MULTILINE)
+        figures = {name: int(number) for name, number in pairs}
+        cached = sum(figures.get(of_list.format(kind), 0) for kind in ("inactive", "active")) - figures.get(mapped, 0)
+        groups.append(MemoryGroup(folder, int(limit), int(usage) - max(0, cached)))
+    return groups
+
+
+@cache
+def is_memory_limited() -> bool:
+    """Whether a control group limited this process when this was first called."""
+    return bool(memory_groups())
+
+
+def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
+    """In a limited group, drops what is read or written once from the page cache, which else fills the group; 0 bytes:
+    to the end of the file. Dirty and mapped pages stay."""
+    if is_memory_limited():
+        os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def read_text(path: Path) -> str:
+    """The file's text; "" where it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -34,8 +34,16 @@ class HttpError(LlamaclustError):
 
 
 def to_json(value: Any) -> bytes:
-    """A value as JSON. Numbers that JSON lacks are a mistake of ours; halves of surrogate pairs become '?'."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    """A value as JSON. Iterators are arrays; numbers that JSON lacks are a mistake of ours; halves of surrogate pairs
+    become '?'."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_items)
+    return text.encode("utf-8", "replace")
+
+
+def _items(value: object) -> list[Any]:
+    if not isinstance(value, Iterator):
+        raise TypeError(f"{type(value).__name__} is no JSON")
+    return list(value)
 
 
 class JsonResponse(Response):
@@ -45,12 +53,6 @@ class JsonResponse(Response):
 
     def render(self, content: Any) -> bytes:
         return to_json(content)
-
-
-class JsonBytes(Response):
-    """A body that is JSON already."""
-
-    media_type = "application/json"
 
 
 def error_body(error: LlamaclustError) -> dict[str, Any]:

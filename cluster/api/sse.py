@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.api.errors import error_body, to_json
+from llamaclust.cluster.api.json_parts import json_parts
 from llamaclust.core.errors import LlamaclustError
 
 WAITING = b": waiting\n\n"
@@ -21,9 +22,9 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _Value = TypeVar("_Value")
 
 
-def event(value: Any) -> bytes:
-    """One event whose data is JSON."""
-    return b"data: " + to_json(value) + b"\n\n"
+def event(value: Any, *, is_large: bool = False) -> bytes:
+    """One event whose data is JSON. Other threads go on while a large one is made."""
+    return b"data: " + (b"".join(json_parts(value)) if is_large else to_json(value)) + b"\n\n"
 
 
 class EventResponse(Response):

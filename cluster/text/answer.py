@@ -38,6 +38,11 @@ class TextChunk:
     seed: int | None = None
 
     @property
+    def entries(self) -> int:
+        """Tokens and top logprobs of all rows."""
+        return sum(1 + len(row.top_logprobs) for row in (*self.rows, *self.prompt_rows))
+
+    @property
     def token_ids(self) -> tuple[int, ...]:
         return tuple(row.token for row in self.rows)
 

@@ -11,6 +11,7 @@ from typing import Any
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.text.budget import EntryBudget
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import CompletionStream, Record
@@ -45,6 +46,7 @@ class TextService:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.settings = settings
+        self.budget = EntryBudget()
         self._engine = engine
         self._breaker_tokens = BreakerTokens(tokenizer)
         self._active: set[CompletionStream] = set()
@@ -54,14 +56,23 @@ class TextService:
         """Requests that were accepted and have not ended."""
         return len(self._active)
 
-    async def start(self, request: CompletionRequest, record: Record | None = None) -> CompletionStream:
-        """Submits a request; the caller must close the stream. `record` gets each token as it is sampled.
+    async def start(self, request: CompletionRequest) -> CompletionStream:
+        """Prepares and submits a request."""
+        return self.submit(request, await self.prepare(request))
+
+    async def prepare(self, request: CompletionRequest) -> GenerationRequest:
+        """The request in tokens. Raises ParameterError for a field that tokens no longer show."""
+        request.check_text()
+        return self._generation(request, await self._prompt_ids(request), await self._breakers(request))
+
+    def submit(
+        self, request: CompletionRequest, generation: GenerationRequest, record: Record | None = None
+    ) -> CompletionStream:
+        """Submits a request that was prepared; the caller must close the stream. `record` gets each token as it is
+        sampled.
 
         Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
         """
-        request.check_text()
-        prompt = await self._prompt_ids(request)
-        generation = self._generation(request, prompt, await self._breakers(request))
         ends = generation.stop_token_ids
         choices = [
             ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens) for index in range(request.n)

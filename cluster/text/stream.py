@@ -17,7 +17,7 @@ from llamaclust.cluster.text.request import Answered
 from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
 from llamaclust.core.sampling import RowResult
 
-_MAX_UNREAD_ROWS = 4096
+MAX_UNREAD_ROWS = 4096
 """Rows that may wait for a reader beside those that were there when it began."""
 
 _QUEUE_S = 120.0
@@ -78,7 +78,7 @@ class CompletionStream:
         if head is not None:
             return head
         if self._most_unread_rows is None:
-            self._most_unread_rows = self._unread_rows + _MAX_UNREAD_ROWS
+            self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
         if self._unfinished == 0 and self._chunks.empty():
             raise StopAsyncIteration
         item = await self._chunks.get()

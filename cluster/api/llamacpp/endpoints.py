@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import parse_body, read_body
-from llamaclust.cluster.api.errors import JsonResponse, to_json
+from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.json_parts import json_parts, off_loop_if_large
 from llamaclust.cluster.api.llamacpp.schema import (
     RANDOM_SEEDS,
     DetokenizeBody,
@@ -28,9 +29,10 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import event, unless_disconnected
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.cluster.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.text.budget import ReplySize
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
-from llamaclust.cluster.text.stream import CompletionStream, chunks_or_silence
+from llamaclust.cluster.text.stream import MAX_UNREAD_ROWS, CompletionStream, chunks_or_silence
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -82,6 +84,7 @@ class LlamaCppReply:
         self._ticket = ticket
         self._body = body
         self._started: CompletionStream | None = None
+        self._reserved = 0
 
     @property
     def _stream(self) -> CompletionStream:
@@ -90,7 +93,14 @@ class LlamaCppReply:
 
     async def start(self) -> None:
         request = self._ticket.request(0, await self._request(self._body))
-        self._started = await self._service.start(request, self._ticket.recording(0, request))
+        generation = await self._service.prepare(request)
+        size = ReplySize.of(generation, 1, MAX_UNREAD_ROWS if self.is_streamed else None)
+        self._reserved = self._service.budget.reserve([size])
+        try:
+            self._started = self._service.submit(request, generation, self._ticket.recording(0, request))
+        except BaseException:
+            await self.aclose()
+            raise
 
     async def wait_first(self) -> None:
         await self._stream.wait_first(self._settings.first_chunk_s)
@@ -98,10 +108,13 @@ class LlamaCppReply:
     async def aclose(self) -> None:
         if self._started is not None:
             await self._started.aclose()
+        self._service.budget.release(self._reserved)
+        self._reserved = 0
 
-    async def whole(self) -> bytes:
-        answers = await collect(self._stream)
-        return to_json(_Shape(self._service, self._body, self._stream).whole(answers[0]))
+    async def whole(self) -> list[bytes]:
+        (answer,) = await collect(self._stream)
+        shape = _Shape(self._service, self._body, self._stream)
+        return await off_loop_if_large(lambda: json_parts(shape.whole(answer)), answer.entries)
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         shape = _Shape(self._service, self._body, self._stream)
@@ -188,7 +201,7 @@ class _Shape:
     def _probabilities(self, part: TextChunk) -> dict[str, Any]:
         if not self._body.n_probs:
             return {}
-        return {"completion_probabilities": [row_entry(self._service.tokenizer, row) for row in part.rows]}
+        return {"completion_probabilities": (row_entry(self._service.tokenizer, row) for row in part.rows)}
 
     def _settings(self) -> dict[str, Any]:
         fields = self._body.model_dump(exclude={"prompt", "return_tokens"})

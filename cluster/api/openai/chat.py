@@ -79,4 +79,4 @@ class _ChatShape:
     def _logprobs(self, rows: tuple[RowResult, ...]) -> dict[str, Any] | None:
         if not self._with_logprobs:
             return None
-        return {"content": [row_entry(self._tokenizer, row) for row in rows], "refusal": None}
+        return {"content": (row_entry(self._tokenizer, row) for row in rows), "refusal": None}

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
-from llamaclust.cluster.api.errors import to_json
+from llamaclust.cluster.api.json_parts import is_large, json_parts, off_loop_if_large
 from llamaclust.cluster.api.openai.schema import StreamOptions
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import DONE, event
-from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
 from llamaclust.cluster.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.text.budget import ReplySize
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
-from llamaclust.cluster.text.stream import CompletionStream, chunks_or_silence
+from llamaclust.cluster.text.stream import MAX_UNREAD_ROWS, CompletionStream, chunks_or_silence
 
 Choice = dict[str, Any]
 
@@ -65,18 +67,31 @@ class OpenAiReply:
         self._options = streaming or StreamOptions()
         self._streams: list[CompletionStream] = []
         self._choices = 0
+        self._reserved = 0
         self._opened: set[tuple[int, int]] = set()
 
     async def start(self) -> None:
         """Submits all prompts, with one seed; where one is refused, none runs."""
         try:
-            for prompt, request in enumerate(await self._requests()):
-                request = self._ticket.request(prompt, request)
-                self._streams.append(await self._service.start(request, self._ticket.recording(prompt, request)))
+            requests = [self._ticket.request(*numbered) for numbered in enumerate(await self._requests())]
+            generations = [await self._service.prepare(request) for request in requests]
+            self._reserve(requests, generations)
+            for prompt, (request, generation) in enumerate(zip(requests, generations, strict=True)):
+                recording = self._ticket.recording(prompt, request)
+                self._streams.append(self._service.submit(request, generation, recording))
                 self._choices += request.n
         except BaseException:
             await self.aclose()
             raise
+
+    def _reserve(self, requests: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> None:
+        """Of a streamed reply, the first prompt's answer is read while it runs, the others wait for their turn."""
+        bounds = [MAX_UNREAD_ROWS if self.is_streamed and prompt == 0 else None for prompt in range(len(requests))]
+        sizes = [
+            ReplySize.of(generation, request.n, bound)
+            for request, generation, bound in zip(requests, generations, bounds, strict=True)
+        ]
+        self._reserved = self._service.budget.reserve(sizes)
 
     async def wait_first(self) -> None:
         await self._streams[0].wait_first(self._settings.first_chunk_s)
@@ -85,9 +100,19 @@ class OpenAiReply:
         for stream in self._streams:
             await stream.aclose()
         self._streams.clear()
+        self._service.budget.release(self._reserved)
+        self._reserved = 0
 
-    async def whole(self) -> bytes:
+    async def whole(self) -> list[bytes]:
         answers = [await collect(stream) for stream in self._streams]
+        entries = sum(answer.entries for prompt_answers in answers for answer in prompt_answers)
+        return await off_loop_if_large(partial(self._rendered, answers), entries + self._echoed)
+
+    @property
+    def _echoed(self) -> int:
+        return sum(len(stream.generation.prompt) for stream in self._streams)
+
+    def _rendered(self, answers: Sequence[Sequence[Answer]]) -> list[bytes]:
         choices = [
             self._shape.whole(prompt, answer, self._streams[prompt])
             for prompt, prompt_answers in enumerate(answers)
@@ -95,7 +120,7 @@ class OpenAiReply:
         ]
         tokens = sum(len(answer.rows) for prompt_answers in answers for answer in prompt_answers)
         counts = self._usage(tokens, [prompt_answers[0].timings for prompt_answers in answers])
-        return to_json({**self._reply(self._shape.whole_object, choices), "usage": counts})
+        return json_parts({**self._reply(self._shape.whole_object, choices), "usage": counts})
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         options = self._options
@@ -110,8 +135,10 @@ class OpenAiReply:
                 timings.append(chunk.timings)
             if options.include_usage and options.continuous_usage_stats:
                 more = {"usage": self._usage(tokens, timings)}
-            for choice in self._shown(prompt, chunk):
-                yield Event(choice["index"], event({**self._reply(self._shape.chunk_object, [choice]), **more}))
+            size = chunk.entries + (0 if (prompt, chunk.index) in self._opened else self._echoed)
+            rendering = partial(self._events_of, prompt, chunk, more, is_large=is_large(size))
+            for shown in await off_loop_if_large(rendering, size):
+                yield shown
         if options.include_usage:
             counts = self._usage(tokens, timings)
             yield Event(self._choices, event({**self._reply(self._shape.chunk_object, []), "usage": counts}))
@@ -143,6 +170,13 @@ class OpenAiReply:
         for prompt, stream in enumerate(self._streams):
             async for chunk in chunks_or_silence(stream, self._settings.keepalive_s):
                 yield prompt, chunk
+
+    def _events_of(self, prompt: int, chunk: TextChunk, more: dict[str, Any], *, is_large: bool) -> list[Event]:
+        shown = self._shown(prompt, chunk)
+        values = [{**self._reply(self._shape.chunk_object, [choice]), **more} for choice in shown]
+        return [
+            Event(choice["index"], event(value, is_large=is_large)) for choice, value in zip(shown, values, strict=True)
+        ]
 
     def _shown(self, prompt: int, chunk: TextChunk) -> list[Choice]:
         opening = None

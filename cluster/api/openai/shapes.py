@@ -77,12 +77,13 @@ def make_echo(tokenizer: Tokenizer, prompt: Prompt, stream: CompletionStream, sc
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+    """Iterators, for many tokens."""
     rows = [token.row for token in tokens]
     return {
-        "tokens": [_label(tokenizer, token.token) for token in tokens],
-        "token_logprobs": [None if row is None else json_logprob(row.logprob) for row in rows],
-        "top_logprobs": [None if row is None else _top(tokenizer, row) for row in rows],
-        "text_offset": [token.offset for token in tokens],
+        "tokens": (_label(tokenizer, token.token) for token in tokens),
+        "token_logprobs": (None if row is None else json_logprob(row.logprob) for row in rows),
+        "top_logprobs": (None if row is None else _top(tokenizer, row) for row in rows),
+        "text_offset": (token.offset for token in tokens),
     }
 
 

@@ -24,7 +24,7 @@ class KeptReply:
         self._expired = expired
         self._events: list[tuple[Event, int]] = []  # with their numbers within their slots
         self._numbers = Position()
-        self._whole: bytes | None = None
+        self._whole: list[bytes] | None = None
         self._error: LlamaclustError | None = None
         self._readers = 0
         self._progress = asyncio.Event()
@@ -77,7 +77,7 @@ class KeptReply:
                 if not await self._changed() and with_comments:
                     yield None
 
-    async def whole(self) -> bytes:
+    async def whole(self) -> list[bytes]:
         """The reply that is not streamed."""
         with self._reading():
             while not self.is_complete:
@@ -135,7 +135,7 @@ class KeptReply:
                         self._append(event)
             else:
                 self._whole = await reply.whole()
-                self.held_bytes += len(self._whole)
+                self.held_bytes += sum(map(len, self._whole))
         except LlamaclustError as failure:
             error = failure
         finally:

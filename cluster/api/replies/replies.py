@@ -13,7 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import read_bytes
-from llamaclust.cluster.api.errors import HttpError, JsonBytes
+from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.json_parts import JsonParts
 from llamaclust.cluster.api.replies.kept import KeptReply
 from llamaclust.cluster.api.replies.reply import Event, MakeReply, Position, Reply
 from llamaclust.cluster.api.replies.ticket import Ticket, owner
@@ -81,7 +82,7 @@ class Replies:
             cleanup.push_async_callback(reply.aclose)
             await unless_disconnected(request, reply.start())
             if not reply.is_streamed:
-                return JsonBytes(await unless_disconnected(request, reply.whole()))
+                return JsonParts(await unless_disconnected(request, reply.whole()))
             if self._durability is not None:
                 cleanup.callback(self._durability.journal.end, ticket.id)
             first = self._admitted_first(reply, ticket, path, body)
@@ -161,7 +162,7 @@ class Replies:
     async def _respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
         """The rest of a kept reply."""
         if not kept.is_streamed:
-            return JsonBytes(await unless_disconnected(request, kept.whole()))
+            return JsonParts(await unless_disconnected(request, kept.whole()))
         ticket = kept.ticket
         events = kept.read(after, with_comments=not ticket.conversation)  # its clients count bytes
         return EventResponse(_numbered(ticket, events, after), self._delivered(kept))

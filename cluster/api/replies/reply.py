@@ -39,8 +39,8 @@ class Reply(Protocol):
         """Of a streamed reply; None each time that nothing came for a while."""
         ...
 
-    async def whole(self) -> bytes:
-        """The JSON of one that is not streamed."""
+    async def whole(self) -> list[bytes]:
+        """The JSON of one that is not streamed, in parts."""
         ...
 
     async def aclose(self) -> None:

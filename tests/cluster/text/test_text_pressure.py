@@ -54,7 +54,7 @@ async def test_later_choices_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "_MAX_UNREAD_ROWS", 20)
+    monkeypatch.setattr(stream_module, "MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
     async with await make_service(engine).start(replace(GENERATION, n=3)) as stream:
         await anext(stream)
@@ -84,7 +84,7 @@ async def test_a_drained_service_has_answered_every_choice() -> None:
 
 async def test_an_unread_answer_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of one request are read one after the other."""
-    monkeypatch.setattr(stream_module, "_MAX_UNREAD_ROWS", 20)
+    monkeypatch.setattr(stream_module, "MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
     async with await make_service(engine).start(GENERATION) as stream:
         await until(lambda: engine.running == 0)

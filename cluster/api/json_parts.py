@@ -1,0 +1,90 @@
+"""JSON of large replies: rendered in parts on threads, so that the event loop serves others meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from llamaclust.cluster.api.errors import to_json
+
+_LARGE_ENTRIES = 1024
+"""A part of a reply that has more tokens and logprobs is rendered on a thread."""
+_GROUP = 16
+"""Items of an iterator that are encoded in one go; no other thread runs meanwhile."""
+_PART_BYTES = 1 << 16
+
+_threads = ThreadPoolExecutor(4, thread_name_prefix="json")
+
+_Value = TypeVar("_Value")
+
+
+def is_large(entries: int) -> bool:
+    return entries > _LARGE_ENTRIES
+
+
+async def off_loop_if_large(work: Callable[[], _Value], entries: int) -> _Value:
+    if not is_large(entries):
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_threads, work)
+
+
+def json_parts(value: Any) -> list[bytes]:
+    """As `to_json`, in parts; the items of iterators (arrays in JSON) are made as they are rendered."""
+    parts, held = [], bytearray()
+    for piece in _pieces(value):
+        held += piece
+        if len(held) >= _PART_BYTES:
+            parts.append(bytes(held))
+            held.clear()
+    return [*parts, bytes(held)]
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    if isinstance(value, dict):
+        members = ((to_json(str(key)) + b":", item) for key, item in value.items())
+        yield from _joined(b"{", members, b"}")
+    elif isinstance(value, list):
+        yield from _joined(b"[", ((b"", item) for item in value), b"]")
+    elif isinstance(value, Iterator):
+        yield from _array(value)
+    else:
+        yield to_json(value)
+
+
+def _joined(begin: bytes, members: Iterable[tuple[bytes, Any]], end: bytes) -> Iterator[bytes]:
+    yield begin
+    for place, (key, item) in enumerate(members):
+        yield b"," + key if place else key
+        yield from _pieces(item)
+    yield end
+
+
+def _array(items: Iterator[Any]) -> Iterator[bytes]:
+    comma = b"["
+    while group := list(islice(items, _GROUP)):
+        yield comma
+        yield to_json(group)[1:-1]
+        comma = b","
+    yield b"[]" if comma == b"[" else b"]"
+
+
+class JsonParts(Response):
+    """A body of JSON whose next part is passed on when the client has taken those before."""
+
+    media_type = "application/json"
+
+    def __init__(self, parts: Sequence[bytes]) -> None:
+        super().__init__(headers={"Content-Length": str(sum(map(len, parts)))})
+        self._parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

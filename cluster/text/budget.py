@@ -1,0 +1,68 @@
+"""Tokens and logprobs that replies hold in memory: counted before a request is admitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.core.errors import ParameterError, QueueFullError
+from llamaclust.core.limits import MAX_TOP_LOGPROBS
+
+MAX_REPLY_ENTRIES = 1 << 21
+"""Of one reply. An entry is a token or a top logprob; each takes up to 200 bytes while the reply is built."""
+MAX_HELD_ENTRIES = 1 << 22
+"""Of all replies with logprobs together."""
+_RETRY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplySize:
+    """The most that the completion of one prompt gives."""
+
+    rows: int  # scored and sampled tokens of all choices
+    top_logprobs: int  # a row
+    has_logprobs: bool  # beside the chosen tokens' own
+
+    @classmethod
+    def of(cls, generation: GenerationRequest, choices: int, unread_rows: int | None = None) -> ReplySize:
+        """`unread_rows`: sampled ones that are held at most, where the answer is read while it runs."""
+        first = generation.score_from
+        scored = 0 if first is None else max(0, len(generation.prompt) - max(first, 1))
+        sampled = choices * generation.max_new_tokens
+        if unread_rows is not None:
+            sampled = min(sampled, unread_rows)
+        top = max(0, min(generation.top_logprobs, MAX_TOP_LOGPROBS))  # validated later
+        return cls(choices * scored + sampled, top, top > 0 or scored > 0)
+
+    @property
+    def entries(self) -> int:
+        return self.rows * (1 + self.top_logprobs)
+
+
+class EntryBudget:
+    """What all replies may hold. Plain tokens of an answer count for its own bound alone: few answers are as long as
+    they may be."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def reserve(self, sizes: Sequence[ReplySize]) -> int:
+        """Takes what a request needs, to be `release`d. ParameterError where it is more than any request may have,
+        QueueFullError where others hold too much at present."""
+        entries = sum(size.entries for size in sizes)
+        if entries > MAX_REPLY_ENTRIES:
+            rows, top = sum(size.rows for size in sizes), max(size.top_logprobs for size in sizes)
+            reason = (
+                f"{rows} tokens with {top} top logprobs each are {entries} entries, at most {MAX_REPLY_ENTRIES} are "
+                "given in one reply: lower max_tokens, n or logprobs, or send fewer prompts at once"
+            )
+            raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
+        reserved = sum(size.entries for size in sizes if size.has_logprobs)
+        if reserved and self.held + reserved > MAX_HELD_ENTRIES:
+            raise QueueFullError(f"replies with {self.held} logprobs are under way; try again", _RETRY_S)
+        self.held += reserved
+        return reserved
+
+    def release(self, reserved: int) -> None:
+        self.held -= reserved

@@ -1,0 +1,93 @@
+"""Replies of many tokens and logprobs: bounded before they are admitted, rendered off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.api.errors import to_json
+from llamaclust.cluster.api.json_parts import json_parts
+from llamaclust.cluster.api.openai import completions
+from llamaclust.cluster.text import budget
+from support.clusters.served import ScriptedEngine, client, events_of, make_app, says, until
+
+SCORED: dict[str, Any] = {"prompt": [[5] * 150] * 64, "max_tokens": 49, "echo": True, "logprobs": 128}
+"""64 x (149 + 49) x 129 entries."""
+
+_CHAT = {"logprobs": True, "top_logprobs": 9, "max_tokens": 2}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_reply_that_cannot_be_held_is_refused_by_arithmetic(stream: bool) -> None:
+    engine = ScriptedEngine(says("a"))
+    async with client(make_app(engine)) as http:
+        refused = await http.post("/v1/completions", json={**SCORED, "n": 2, "stream": stream})
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["code"] == "reply_too_large" and "at most 2097152 are given" in error["message"]
+        assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 2, "logprobs": 9}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], **_CHAT}),
+        ("/completion", {"prompt": "a", "n_predict": 2, "n_probs": 9}),
+    ],
+)
+async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MAX_HELD_ENTRIES", 30)
+    engine = ScriptedEngine(says("a"))
+    engine.gate.clear()
+    async with client(make_app(engine)) as http:
+        first = asyncio.create_task(http.post(path, json=body))
+        await until(lambda: engine.running == 1)
+        busy = await http.post(path, json=body)
+        assert busy.status_code == 429 and busy.headers["retry-after"] == "5"
+        engine.gate.set()
+        assert (await first).status_code == 200
+        assert (await http.post(path, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_large_replies_are_rendered_off_the_event_loop(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[int] = set()
+    row = completions.completion_logprobs
+
+    def spied(*given: Any) -> Any:
+        threads.add(threading.get_ident())
+        return row(*given)
+
+    monkeypatch.setattr(completions, "completion_logprobs", spied)
+    async with client(make_app(ScriptedEngine(says("a")))) as http:
+        body = {"prompt": [5] * 150, "max_tokens": 0, "echo": True, "logprobs": 128, "stream": stream}
+        reply = await http.post("/v1/completions", json=body)
+        assert threads and threading.get_ident() not in threads
+        choices = events_of(reply.text)[1]["choices"] if stream else reply.json()["choices"]
+        assert len(choices[0]["logprobs"]["top_logprobs"]) == 149 + (not stream)
+        threads.clear()
+        await http.post("/v1/completions", json={**body, "logprobs": 1, "prompt": "a b", "max_tokens": 1})
+        assert threads == {threading.get_ident()}
+
+
+def test_parts_are_the_json_of_the_whole() -> None:
+    def value(array: Any) -> dict[str, Any]:
+        rows = [{"id": number, "text": "\u20ac\ud800", "top": {"a": -0.5}} for number in range(1000)]
+        return {"empty": array([]), "none": None, "list": [{"rows": array(rows)}, 1], "tuple": (1, 2), "dict": {}}
+
+    parts = json_parts(value(iter))
+    assert b"".join(parts) == to_json(value(list)) == to_json(value(iter))
+    assert len(parts) == 1
+    large = json_parts({"rows": ("x" * 100 for _ in range(10_000))})
+    assert max(map(len, large)) < 1 << 17 and len(large) > 10
+    assert json.loads(b"".join(large)) == {"rows": ["x" * 100] * 10_000}
+
+
+def test_what_is_no_json_is_refused() -> None:
+    with pytest.raises(TypeError, match="set is no JSON"):
+        to_json({"a": {1}})

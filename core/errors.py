@@ -52,6 +52,13 @@ class ParameterError(RequestError):
         self.code = code
 
 
+class RequestFailedError(LlamaclustError):
+    """A request that breaks what computes it, again and again and at last alone: to send it again is of no use."""
+
+    http_status = 422
+    code = "request_failed"
+
+
 class QueueFullError(LlamaclustError):
     """More requests wait than the queue's bound allows; try again after `retry_after_s`."""
 

@@ -17,7 +17,7 @@ class TextClient(ABC):
     """Prompts and chats to answers. A context manager: closed when left. Safe to use from several threads.
 
     Every call raises the server's errors as LlamaclustError of the matching kind: RequestError for a request that is
-    refused, QueueFullError, WorkerError, DeadlineError.
+    refused, QueueFullError, RequestFailedError, WorkerError, DeadlineError.
     """
 
     @overload

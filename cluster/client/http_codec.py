@@ -18,6 +18,7 @@ from llamaclust.core.errors import (
     ProtocolError,
     QueueFullError,
     RequestError,
+    RequestFailedError,
     WorkerError,
 )
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
@@ -27,7 +28,8 @@ _Value = TypeVar("_Value")
 _SHOWN_BYTES = 300
 _SERVER_ERRORS = 500
 _KINDS: dict[Any, type[LlamaclustError]] = {
-    kind.code: kind for kind in (QueueFullError, WorkerError, DeadlineError, InsufficientMemoryError)
+    kind.code: kind
+    for kind in (QueueFullError, RequestFailedError, WorkerError, DeadlineError, InsufficientMemoryError)
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
 

@@ -139,9 +139,6 @@ class ActionRunner:
     def _fail_requests(self, reason: str) -> None:
         loss = self._observed.state.loss
         assert self.engine is not None and self.epoch is not None and loss is not None and loss.error is not None
-        error = loss.error
-        if reason:
-            lost = self.epoch.root_cause  # also where others reported sooner that they cannot reach it
-            error = WorkerError(f"{error if lost is None else lost.error}; {reason}")
-        self.engine.give_up(error)
+        lost = self.epoch.root_cause  # also where others reported sooner that they cannot reach it
+        self.engine.give_up(WorkerError(f"{loss.error if lost is None else lost.error}; {reason}"))
         self._observed.post(seen.RequestsFailed(reason))

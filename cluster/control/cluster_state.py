@@ -13,8 +13,8 @@ from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, StalledError
 from llamaclust.core.gpus import DeviceLayers
 
-MAX_FAILURES = 3
-"""Of the same workers, without one of them being lost or a request being answered."""
+_MAX_LOADS = 3
+"""That fail before their workers are expelled."""
 _LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
 _QUARANTINE_BACKOFF = Backoff(first_s=10.0, max_s=600.0)
 
@@ -116,16 +116,7 @@ class PipelineLoss:
     since_s: float
     error: LlamaclustError | None = None
     is_closed: bool = False
-    ends_requests: bool = False  # they failed again and again
     failed_because: str | None = None  # requests were failed for this reason
-
-
-@dataclass(frozen=True, slots=True)
-class Failures:
-    """Of pipelines whose workers were all present, since a request was answered."""
-
-    count: int = 0
-    answered: int = 0  # requests, at the last of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +129,6 @@ class ClusterState:
     planning: Planning | None = None
     loading: Loading = field(default_factory=Loading)
     serving: Serving | None = None
-    failures: Failures = field(default_factory=Failures)
     expulsions: tuple[Expulsion, ...] = ()
     is_acting: bool = False
     waits_for: str = ""  # the last notice
@@ -200,7 +190,7 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
         case seen.Signal.PIPELINE_CLOSED:
             return state if loss is None else _attribute(replace(state, loss=replace(loss, is_closed=True)))
         case seen.RequestsFailed(reason):
-            return replace(state, loss=loss and replace(loss, ends_requests=False, failed_because=reason))
+            return replace(state, loss=loss and replace(loss, failed_because=reason))
         case seen.Signal.WORKERS_EXPELLED:
             return replace(state, expulsions=())
         case seen.Signal.LINKS_CHANGED:
@@ -224,21 +214,12 @@ def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolSta
 
 
 def _attribute(state: ClusterState) -> ClusterState:
-    """A worker that breaks the protocol is expelled. Where no worker is lost or cut off, and again and again, requests
-    may be what no worker can compute: they end."""
+    """A worker that breaks the protocol is expelled, unless one that is lost is the cause."""
     loss, serving = state.loss, state.serving
     assert loss is not None and serving is not None
-    expelled: tuple[Expulsion, ...] = ()
-    if isinstance(loss.error, ProtocolError) and not state.has_lost_workers:
-        expelled = (Expulsion(serving.workers[-1], str(loss.error)),)
-    failures = Failures(answered=state.failures.answered)
-    if not (expelled or state.has_lost_workers or state.pool.is_partitioned(serving.plan)):
-        answered = state.tick.answered
-        count = state.failures.count + 1 if answered == state.failures.answered else 1
-        failures = Failures(count, answered)
-    if failures.count >= MAX_FAILURES:
-        failures, loss = replace(failures, count=0), replace(loss, ends_requests=True)
-    return replace(state, loss=loss, failures=failures, expulsions=(*state.expulsions, *expelled))
+    if not isinstance(loss.error, ProtocolError) or state.has_lost_workers:
+        return state
+    return replace(state, expulsions=(*state.expulsions, Expulsion(serving.workers[-1], str(loss.error))))
 
 
 def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
@@ -273,7 +254,7 @@ def _unfit(failed: seen.EpochLoadFailed, failures: int) -> dict[str, str]:
     return {
         suspect.name: reason
         for suspect in failed.suspects
-        if failures >= MAX_FAILURES or isinstance(suspect.error, DeadlineError)
+        if failures >= _MAX_LOADS or isinstance(suspect.error, DeadlineError)
     }
 
 

@@ -62,11 +62,10 @@ class PipelineLost:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Figures of the moment, before each decision: the event loop's clock, the requests answered since the start, and
-    the tokens that a change of the pipeline would compute again."""
+    """Figures of the moment, before each decision: the event loop's clock, and the tokens that a change of the pipeline
+    would compute again."""
 
     now_s: float
-    answered: int = 0
     replay_tokens: int = 0
 
 

@@ -52,7 +52,7 @@ class Expel:
 
 @dataclass(frozen=True, slots=True)
 class FailRequests:
-    """`reason`: besides the cause of the loss; empty where that is all."""
+    """`reason`: besides the cause of the loss."""
 
     reason: str
 
@@ -108,8 +108,6 @@ def _end_pipeline(state: ClusterState) -> Action | None:
         return ClosePipeline()
     if state.expulsions:
         return Expel(state.expulsions)
-    if loss is not None and loss.ends_requests:
-        return FailRequests("")
     return None
 
 

@@ -27,7 +27,7 @@ from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent,
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.events import Notice, Report
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.errors import LlamaclustError, RequestFailedError
 from llamaclust.wire.rpc.task_set import TaskSet
 
 
@@ -105,6 +105,9 @@ class Supervisor:
 
     def pipeline_lost(self, error: LlamaclustError) -> None:
         """The engine's report."""
+        if isinstance(error, RequestFailedError):
+            self._report(Notice(str(error)))
+            self._fleet.launcher.forgive()
         self.observed.post(seen.PipelineLost(error))
 
     def not_restarted(self, name: str, why: str) -> None:
@@ -144,8 +147,7 @@ class Supervisor:
         now_s, engine = asyncio.get_running_loop().time(), self._runner.engine
         if engine is None:
             return seen.Tick(now_s)
-        tokens = sum(len(sequence.tokens) for sequence in engine.scheduler.sequences)
-        return seen.Tick(now_s, engine.requests.answered, tokens)
+        return seen.Tick(now_s, sum(sequence.scheduled for sequence in engine.scheduler.sequences))
 
     def _membership_changed(self, event: MembershipEvent) -> None:
         worker = event.worker

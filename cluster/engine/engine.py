@@ -17,7 +17,8 @@ from llamaclust.cluster.engine.request_stream import Mailbox, OpenRequests, Requ
 from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
-from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
+from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
+from llamaclust.core.errors import DeadlineError, LlamaclustError, RequestFailedError, WorkerError
 from llamaclust.wire.microbatch.messages import Result
 
 _STOPPING = "the cluster is stopping"
@@ -181,7 +182,7 @@ class Engine:
         try:
             work(*arguments)
         except Exception as error:  # noqa: BLE001  a border
-            self.interrupt(error)
+            self.lose(error)
 
     def _launch(self) -> None:
         self._is_launch_due = False
@@ -192,7 +193,8 @@ class Engine:
 
     def _complete(self, result: Result) -> None:
         if result.failure is not None:
-            raise WorkerError(result.failure)
+            self.lose(WorkerError(result.failure), result.number)
+            return
         now_ns = monotonic_ns()
         updated = self.scheduler.complete(result, now_ns)
         self._guard(self._launch)
@@ -217,13 +219,26 @@ class Engine:
             pipeline=pipeline,
             deadlines=self._deadlines,
             on_result=partial(self._guard, self._complete),
-            on_lost=self.interrupt,
+            on_lost=self.lose,
             oldest_sent_ns=lambda: self.scheduler.in_flight.oldest_ns,
         )
 
     def _stop(self) -> None:
         if self._run is not None:
             self._run.stop()
+
+    def lose(self, error: BaseException, microbatch: int | None = None) -> None:
+        """The pipeline failed, in this microbatch where that is known: a request in flight may be the cause."""
+        failed: dict[int, LlamaclustError] = {}
+        if self._phase is _Phase.RUNNING and self._on_lost is not None and isinstance(error, LlamaclustError):
+            for sequence in self.scheduler.strikes.add(self.scheduler.in_flight.slices(microbatch)):
+                what = f"request {sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
+                failed[sequence.key] = RequestFailedError(
+                    f"{what} while it computed this request, at last alone: {error}"
+                )
+        self.interrupt(next(iter(failed.values()), error))
+        for key, reason in failed.items():
+            self._abort(key, reason)
 
     def interrupt(self, error: BaseException) -> None:
         """Gives up the pipeline, which is lost or to be replaced."""

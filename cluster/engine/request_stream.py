@@ -48,7 +48,6 @@ class OpenRequests:
     """The mailboxes of an engine's requests that have not ended, by their sequences' keys."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self.answered = 0  # requests that ended without an error
         self._metrics = metrics
         self._mailboxes: dict[int, Mailbox] = {}
         self._empty = asyncio.Event()
@@ -76,7 +75,6 @@ class OpenRequests:
             self._mailboxes[key].put(update)
             tokens += isinstance(update, TokenSampled)
             if isinstance(update, Finished):
-                self.answered += 1
                 self._close(key, update.reason)
         return tokens
 

@@ -56,6 +56,10 @@ class Launcher(ABC):
         """Meanwhile, a worker whose process ended or ends is started again, if this launcher is one that can."""
 
     @abstractmethod
+    def forgive(self) -> None:
+        """Workers ended because of a request that has failed: these ends count no more."""
+
+    @abstractmethod
     async def end(self, name: str) -> None:
         """Ends the process of a worker that is lost, if it is still there and can be reached; returns when it has."""
 

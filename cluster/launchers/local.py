@@ -67,6 +67,9 @@ class LocalLauncher(Launcher):
         """One that ends too often within a minute is given up."""
         return self._upkeep.on(gave_up)
 
+    def forgive(self) -> None:
+        self._upkeep.forgive()
+
     async def end(self, name: str) -> None:
         """By SIGKILL: a lost worker may not react to anything else."""
         process = self._processes.get(name)

@@ -53,6 +53,10 @@ class Upkeep:
         if self._gave_up is not None:
             self._gave_up(name, why)
 
+    def forgive(self) -> None:
+        """Restarts so far had a cause that is gone: they count no more."""
+        self._starts_s.clear()
+
     async def may_restart(self, name: str, how: str) -> bool:
         """Of a worker that has ended, and `how`: waits until restarts are on, and for as long as is due. False where it
         is not started again, since they are over, or since it ended too often, which is reported."""

@@ -77,6 +77,9 @@ class StaticLauncher(Launcher):
         """They are restarted by what started them."""
         return contextlib.nullcontext()
 
+    def forgive(self) -> None:
+        """Nothing counts here."""
+
     async def end(self, name: str) -> None:
         """What is lost ends its stages itself, when it hears that it is no member any more."""
 
@@ -158,6 +161,9 @@ class RestartingLauncher(StaticLauncher):
     def keeping_up(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
         """One that ends too often within a minute is given up."""
         return self._upkeep.on(gave_up)
+
+    def forgive(self) -> None:
+        self._upkeep.forgive()
 
     def last_error(self, name: str) -> str:
         """As it came with the worker's end."""

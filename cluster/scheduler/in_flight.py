@@ -53,6 +53,10 @@ class InFlight:
         """When the oldest was sent."""
         return self._sent[0].sent_ns if self._sent else None
 
+    def slices(self, number: int | None = None) -> list[SequenceSlice]:
+        """Of the microbatch with this number, or of all."""
+        return [taken for sent in self._sent if number in (None, sent.number) for taken in sent.slices]
+
     def send(self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
         """The next microbatch, of these slices."""
         number = self._next_number

@@ -15,6 +15,7 @@ _RESERVE_BLOCKS = 2
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
+_by_remaining = attrgetter("remaining")
 
 
 class SequenceQueues:
@@ -60,13 +61,30 @@ class SequenceQueues:
         sequence = self.waiting[0]
         if sequence.in_flight or not self.memory.admit(sequence, _RESERVE_BLOCKS * len(self.running)):
             return None
-        self.waiting.popleft()
-        sequence.phase = Phase.PREFILL
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = sequence.scheduled
-            self.cached_tokens += sequence.cached_tokens
-        insort(self.running, sequence, key=_by_arrival)
+        self._start(sequence)
         return sequence
+
+    def make_room(self, sequence: Sequence) -> None:
+        """Starts a sequence, or gives it the block it needs, by preempting others; none has anything in flight."""
+        if sequence.phase is _DECODE and not self.memory.grow(sequence):
+            self.preempt(sequence)
+        if sequence.is_running:
+            return
+        while len(self.running) >= self.max_running or not self.memory.admit(sequence, 0):
+            self.preempt(self.running[-1])
+        self._start(sequence)
+
+    def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
+        """The sequence with less left to do than the oldest; None where there is none."""
+        if not prefilling:
+            return None
+        oldest, waiting = prefilling[0], self.waiting
+        if waiting and waiting[0].remaining < oldest.remaining:
+            admitted = self.admit()
+            if admitted is not None:
+                prefilling = [*prefilling, admitted]
+        shortest = min(prefilling, key=_by_remaining)
+        return None if shortest is oldest else shortest
 
     def grow(self, sequence: Sequence) -> None:
         """Gives a sequence the block it needs by preempting the youngest, which may be the sequence itself."""
@@ -94,6 +112,15 @@ class SequenceQueues:
             self.waiting.remove(sequence)
         sequence.phase = Phase.FINISHED
         self.memory.release(sequence)
+
+    def _start(self, sequence: Sequence) -> None:
+        """A sequence that waits runs; it has its blocks."""
+        self.waiting.remove(sequence)
+        sequence.phase = Phase.PREFILL
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.scheduled
+            self.cached_tokens += sequence.cached_tokens
+        insort(self.running, sequence, key=_by_arrival)
 
     def _put_back(self, sequence: Sequence, phase: Phase) -> None:
         """To the front of the queue; its tokens are computed again later, with the same result."""

@@ -19,6 +19,7 @@ from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest
 from llamaclust.cluster.scheduler.sequences import Failed, Phase, Sequence, SequenceSlice, Update
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
+from llamaclust.cluster.scheduler.strikes import Strikes
 from llamaclust.cluster.scheduler.validation import validate
 from llamaclust.core.errors import QueueFullError
 from llamaclust.wire.microbatch.messages import Result
@@ -80,6 +81,7 @@ class Scheduler:
         self._split = DecodeSplit(self.times)
         self._sequences: dict[int, Sequence] = {}
         self.in_flight = InFlight(settings.model_id, epoch, self.times)
+        self.strikes = Strikes()
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
         self._next_key = 0
         self._retries = 0
@@ -125,6 +127,7 @@ class Scheduler:
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
             self.queues.remove(sequence)
+            self.strikes.forget(sequence)
         return sequence
 
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
@@ -139,6 +142,8 @@ class Scheduler:
     def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
         """The next unit of work; None where there is none or enough of it is in flight."""
         self.queues.memory.begin_microbatch()
+        if (isolated := self.strikes.isolated) is not None:
+            return None if len(self.in_flight) else self._next_alone(isolated, now_ns)
         # Without decode, one more microbatch in flight keeps a stage from idling after a chunk that was quicker than
         # expected; beside decode it would delay every token.
         room = self.times.in_flight - len(self.in_flight)
@@ -159,6 +164,7 @@ class Scheduler:
         updated: list[tuple[int, list[Update]]] = []
         row = 0
         for taken in self.in_flight.complete(result, now_ns):
+            self.strikes.computed(taken)
             sequence, count = taken.sequence, len(taken.tasks)
             rows = result.rows[row : row + count]
             row += count
@@ -212,6 +218,19 @@ class Scheduler:
         ahead = [s for s in queues.running if (s.awaits_decode or s.may_go_ahead) and queues.memory.grow(s)]
         return self._launch(tuple(s.take_token() for s in ahead), len(ahead), now_ns) if ahead else None
 
+    def _next_alone(self, sequence: Sequence, now_ns: int) -> ScheduledMicrobatch | None:
+        """A microbatch of this sequence alone, with nothing else in flight. Others make room for it."""
+        queues = self.queues
+        queues.make_room(sequence)
+        if sequence.phase is Phase.DECODE:
+            return self._launch((sequence.take_token(),), 1, now_ns)
+        rows = chunk_rows(self.settings, self.times, sequence.remaining, sequence.remaining, 0, alone=True)
+        batch = _PrefillBatch(queues.memory, now_ns, rows, self.settings.max_outputs)
+        batch.add(sequence, rows)
+        slices = tuple(batch.slices.values())
+        self._computed_tokens += len(slices[0].chunk.tokens)
+        return self._launch(slices, 0, now_ns)
+
     # -- prefill ---------------------------------------------------------------------------------------------------
 
     def _prefill_slices(self, decoding: int, now_ns: int) -> list[SequenceSlice]:
@@ -224,7 +243,7 @@ class Scheduler:
             return []
         rows = self._prefill_rows(prefilling, decoding)
         batch = _PrefillBatch(self.queues.memory, now_ns, rows, self.settings.max_outputs - decoding)
-        shortest = self._shortest(prefilling)
+        shortest = self.queues.shortest(prefilling)
         if shortest is not None:
             batch.add(shortest, max(1, batch.rows_left // 2))
         for sequence in prefilling:
@@ -241,18 +260,6 @@ class Scheduler:
         self._burst_tokens = max(pending, self._burst_tokens if prefilling else 0)
         alone = self.queues.decoding == 0
         return chunk_rows(self.settings, self.times, self._burst_tokens, pending, decoding, alone=alone)
-
-    def _shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """The sequence with less left to do than the oldest; None where there is none."""
-        if not prefilling:
-            return None
-        oldest, waiting = prefilling[0], self.queues.waiting
-        if waiting and waiting[0].remaining < oldest.remaining:
-            admitted = self.queues.admit()
-            if admitted is not None:
-                prefilling = [*prefilling, admitted]
-        shortest = min(prefilling, key=_by_remaining)
-        return None if shortest is oldest else shortest
 
     def _launch(self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
         if decoding == len(slices):

@@ -83,8 +83,8 @@ class Cluster:
             return self.see(seen.Planned(self.state.inputs, plan=outcome))
         return self.see(seen.Planned(self.state.inputs, error=outcome))
 
-    def at(self, now_s: float, answered: int = 0, replay_tokens: int = 0) -> Action | None:
-        return self.see(seen.Tick(now_s, answered, replay_tokens))
+    def at(self, now_s: float, replay_tokens: int = 0) -> Action | None:
+        return self.see(seen.Tick(now_s, replay_tokens))
 
     def lose_pipeline(self, error: WorkerError | ProtocolError = BROKEN) -> Action | None:
         assert self.see(seen.PipelineLost(error)) == ClosePipeline()
@@ -282,19 +282,9 @@ def test_a_worker_that_breaks_the_protocol_is_expelled() -> None:
     assert isinstance(other.lose_pipeline(ProtocolError("a damaged result")), MakePlan), "the loss is the cause"
 
 
-def test_requests_end_after_three_failures_without_a_lost_worker_or_an_answer() -> None:
+def test_failures_one_after_the_other_end_no_request() -> None:
     cluster = Cluster.serving()
-    for number in range(2):
-        assert cluster.lose_pipeline() == LoadEpoch(BOTH, is_exclusive=True), number
-        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
-    assert cluster.lose_pipeline() == FailRequests("")
-    assert cluster.see(seen.RequestsFailed("")) == LoadEpoch(BOTH, is_exclusive=True)
-
-
-def test_failures_between_answers_end_no_request() -> None:
-    cluster = Cluster.serving()
-    for number in range(6):
-        cluster.at(float(number), answered=number)
+    for _ in range(6):
         assert cluster.lose_pipeline() == LoadEpoch(BOTH, is_exclusive=True)
         cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
 

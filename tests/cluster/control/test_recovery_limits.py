@@ -19,7 +19,7 @@ from llamaclust.cluster.launchers.restarts import Restarts
 from llamaclust.cluster.launchers.worker_process import worker_command
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, RequestFailedError, UsageError, WorkerError
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.wire.control.messages import Load, Loaded
 from llamaclust.worker.settings import WorkerSettings
@@ -140,12 +140,12 @@ async def test_failures_between_which_requests_are_answered_end_none(
                 run.cluster.engine.submit(GenerationRequest(f"short {number}", (5, 6), 1, SamplingParams()))
             )
             assert not long[0].done()
-            run.cluster.engine.interrupt(WorkerError("a failure"))
+            run.cluster.engine.lose(WorkerError("a failure"))
         assert await asyncio.gather(*long) == expected[:1]
         assert run.cluster.supervisor.recoveries == 4
 
 
-async def test_requests_that_fail_again_and_again_end_and_others_are_served(
+async def test_a_request_that_fails_again_and_again_ends_and_others_are_served(
     model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
     async with recovering(config(model, tmp_path, workers=2)) as run:
@@ -155,12 +155,13 @@ async def test_requests_that_fail_again_and_again_end_and_others_are_served(
         def recovered(times: int) -> bool:
             return supervisor.recoveries == times
 
-        for number in range(3):
+        for number in range(4):
             await run.until("service", lambda: engine.state is EngineState.READY)
             await run.at_work()
-            engine.interrupt(WorkerError(f"failure {number}"))
+            assert not failing[0].done()
+            engine.lose(WorkerError(f"failure {number}"))
             await run.until("a recovery", partial(recovered, number + 1))
-        with pytest.raises(WorkerError, match="failure 2"):
+        with pytest.raises(RequestFailedError, match=r"failed 4 times while it computed this .* alone: failure 3"):
             await failing[0]
         assert await asyncio.gather(*run.start(requests)) == expected
 

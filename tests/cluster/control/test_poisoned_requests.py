@@ -1,0 +1,88 @@
+"""A request that breaks the workers which compute it: it alone fails, soon, and others lose no bit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.core.errors import RequestFailedError
+from support.clusters.recovering import Answer, Recovering, config, generations, model_in, recovering, undisturbed
+from support.seed import SEED
+
+POISON = 666
+WITHIN_S = 10.0
+_POISONED = dedent(
+    f"""
+    # Runs in every process that the test starts: a worker cannot sample for a request with this seed.
+    import os, sys
+
+    if "--name" in sys.orig_argv:
+        from llamaclust.worker.stage.stage_runner import StageRunner
+
+        finish = StageRunner.finish
+
+        def poisoned(runner, logits, inputs):
+            if any(getattr(task, "seed", 0) == {POISON} and task.position >= 30 for task in inputs.tasks):
+                BREAK
+            return finish(runner, logits, inputs)
+
+        StageRunner.finish = poisoned
+    """
+)
+BREAKS = {"raises": 'raise ValueError("poison")', "kills its worker": "os.kill(os.getpid(), 9)"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_in(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def requests() -> tuple[GenerationRequest, ...]:
+    print(f"seed {SEED}")
+    return tuple(request for part in range(4) for request in generations(SEED + part, 150))
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
+    return undisturbed(model, requests)
+
+
+async def fails(run: Recovering) -> None:
+    """A poisoned request ends with an error of its own, in time."""
+    began_s = asyncio.get_running_loop().time()
+    (task,) = run.start([GenerationRequest("poison", tuple(range(3, 23)), 60, seed=POISON)])
+    with pytest.raises(RequestFailedError, match="the pipeline failed 4 times while it computed this request"):
+        await task
+    assert asyncio.get_running_loop().time() - began_s < WITHIN_S
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("what", BREAKS)
+async def test_a_request_that_breaks_workers_fails_alone(
+    what: str,
+    workers: int,
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice: the launcher would not start a worker again so often, were it to blame."""
+    (tmp_path / "sitecustomize.py").write_text(_POISONED.replace("BREAK", BREAKS[what]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
+    async with recovering(config(model, tmp_path, workers)) as run:
+        others = run.start(requests)
+        await run.token(100)
+        await fails(run)
+        assert await asyncio.gather(*others) == expected
+        await fails(run)
+        assert await asyncio.gather(*run.start(requests[:8])) == expected[:8]
+        assert not any("not started again" in text for text in run.told)
+        await run.whole()

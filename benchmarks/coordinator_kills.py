@@ -101,7 +101,7 @@ class Bench:
             [sys.executable, "-m", "llamaclust", "up", str(self.file)],
             env=self.environment,
             stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=(self.file.parent / "coordinator.log").open("wb"),
             start_new_session=True,
         )
 
@@ -109,7 +109,8 @@ class Bench:
         end = time.monotonic() + _READY_S
         while not self._is_ready(process.pid):
             if time.monotonic() > end or process.poll() is not None:
-                raise TimeoutError(f"the cluster did not start within {_READY_S:g} s")
+                log = (self.file.parent / "coordinator.log").read_text().strip()
+                raise TimeoutError(f"the cluster did not start within {_READY_S:g} s: {log}")
             await asyncio.sleep(0.01)
 
     def _is_ready(self, pid: int) -> bool:
@@ -126,7 +127,7 @@ def static_workers(count: int, port: int, environment: dict[str, str], logs: Pat
     try:
         for name in "abcdefgh"[:count]:
             with (logs / f"{name}.log").open("wb") as log:
-                words = ["worker", "--join", f"127.0.0.1:{port}", "--insecure", "--name", name, "-t", "1"]
+                words = ["worker", "--join", f"127.0.0.1:{port}", "--insecure", "--name", name, "--threads", "1"]
                 words += ["--listen", "127.0.0.1:0"]
                 command = [sys.executable, "-m", "llamaclust", *words]
                 started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
@@ -140,7 +141,8 @@ def static_workers(count: int, port: int, environment: dict[str, str], logs: Pat
 @asynccontextmanager
 async def bench(model: Path, launcher: str, workers: int, folder: Path) -> AsyncIterator[Bench]:
     port, join = free_port(), free_port()
-    speed = {"threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
+    local = launcher == "local"
+    speed = {"threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0} if local else {}
     values: dict[str, Any] = {
         "name": "kills",
         "model": str(model),
@@ -149,12 +151,12 @@ async def bench(model: Path, launcher: str, workers: int, folder: Path) -> Async
         "workers": [{"name": name, **speed} for name in "abcdefgh"[:workers]],
     }
     environment = os.environ | {"LLAMACLUST_STATE_DIR": str(folder / "state")}
-    if launcher == "static":
+    if not local:
         values |= {"launcher": "static", "insecure": True, "join": {"listen": f"127.0.0.1:{join}"}}
     file = folder / "kills.yaml"
     file.write_text(json.dumps(values))
     made = Bench(file, environment, f"http://127.0.0.1:{port}", folder / "state" / "kills" / "cluster.json")
-    with static_workers(workers if launcher == "static" else 0, join, environment, folder):
+    with static_workers(0 if local else workers, join, environment, folder):
         yield made
 
 

@@ -13,6 +13,9 @@ from typing import NoReturn
 from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
+_REPEAT_S = 0.01
+"""After a discarded exception: the destructor has returned by then."""
+
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
@@ -42,19 +45,33 @@ Held = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles the first of these signals and ignores later ones. A signal that was ignored, as by nohup, stays so."""
+    """Handles the first of these signals and ignores later ones. A signal that was ignored, as by nohup, stays so.
+
+    A handler that raises is repeated where its exception was discarded, as within a destructor."""
     handled = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    received: list[int] = []
+    usual_hook = sys.unraisablehook
 
     def first(number: int, frame: FrameType | None) -> None:
         for other in handled:
             signal.signal(other, signal.SIG_IGN)
+        received.append(number)
         handle(number, frame)
 
+    def discarded(args: sys.UnraisableHookArgs) -> None:
+        if not received or not isinstance(args.exc_value, SystemExit | KeyboardInterrupt):
+            usual_hook(args)
+            return
+        signal.signal(signal.SIGALRM, lambda _, frame: handle(received[0], frame))
+        signal.setitimer(signal.ITIMER_REAL, _REPEAT_S)
+
+    sys.unraisablehook = discarded
     for number in handled:
         signal.signal(number, first)
     try:
         yield
     finally:
+        sys.unraisablehook = usual_hook
         for number in handled:
             signal.signal(number, signal.SIG_DFL)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -39,3 +40,19 @@ def test_other_signals_are_heard_at_once() -> None:
         os.kill(os.getpid(), signal.SIGHUP)
         reached.append("what comes after")
     assert (ended.value.code, reached) == (128 + signal.SIGHUP, [])
+
+
+class SignalledInDestructor:
+    """Python discards what a destructor raises, so also what a signal's handler raises meanwhile."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+
+def test_a_signal_within_a_destructor_is_not_lost() -> None:
+    with pytest.raises(SystemExit) as ended, exits_on_signals(signal.SIGTERM):
+        SignalledInDestructor()
+        time.sleep(20)
+    assert ended.value.code == 128 + signal.SIGTERM

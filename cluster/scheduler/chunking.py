@@ -10,6 +10,8 @@ from llamaclust.cluster.scheduler.stage_times import StageTimes
 _FIRST_ROWS = 64
 """Without measurements: small enough for a slow machine, large enough not to matter on a fast one."""
 _LEAST_ROWS = 16
+_LEAST_ROWS_ALONE = 64
+"""Without decode nothing waits for a chunk's end, and a slow machine reads the weights for 64 rows as for 16."""
 _EFFICIENT = 4
 """Least ratio of the time for a chunk's rows to the fixed cost of a chunk."""
 
@@ -21,10 +23,10 @@ def chunk_rows(
     of them are still to be computed; `alone`: no sequence decodes, in other microbatches neither.
 
     A chunk takes the slowest stage `prefill_ms` at most, or 16 rows where they take longer, so that decode does not
-    wait longer (`prefill_alone_ms` without decode); and no more than what finishes the burst soonest: k chunks on S
-    stages end after (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at burst / k =
-    sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later stages
-    compute them, the first ones are idle.
+    wait longer (`prefill_alone_ms` or 64 rows without decode); and no more than what finishes the burst soonest: k
+    chunks on S stages end after (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at
+    burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later
+    stages compute them, the first ones are idle.
     """
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
@@ -33,9 +35,9 @@ def chunk_rows(
     if slowest is None:
         return min(_FIRST_ROWS, most)
     fixed_ns, row_ns = slowest
-    longest_ms = settings.prefill_alone_ms if alone else settings.prefill_ms
+    longest_ms, least = (settings.prefill_alone_ms, _LEAST_ROWS_ALONE) if alone else (settings.prefill_ms, _LEAST_ROWS)
     fit = (longest_ms * 1e6 - fixed_ns) / row_ns - decoding
-    rows = min(most, max(fit, _LEAST_ROWS))
+    rows = min(most, max(fit, least))
     if times.stages > 1:
         soonest = sqrt(burst * max(fixed_ns, row_ns) / ((times.stages - 1) * row_ns))
         last = max(left / 2, _EFFICIENT * fixed_ns / row_ns)

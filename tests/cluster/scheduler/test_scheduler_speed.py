@@ -150,6 +150,15 @@ def test_chunks_are_larger_without_decode() -> None:
     assert decoding == 96 and alone == 384
 
 
+def test_chunks_without_decode_are_no_smaller_on_slow_stages() -> None:
+    times = StageTimes(1)
+    for rows in (16, 64, 128):
+        ns = 20_000_000 * (20 + rows)
+        times.learn(Result(1, 0, timings=(StageTiming(0, ns, 0, rows),)), False, False, 1)
+    assert chunk_rows(SETTINGS, times, 4000, 4000, 0, alone=True) == 64
+    assert chunk_rows(SETTINGS, times, 4000, 4000, 0, alone=False) == 16
+
+
 def test_one_slow_microbatch_does_not_change_the_chunks() -> None:
     times = StageTimes(1)
 

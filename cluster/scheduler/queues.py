@@ -38,6 +38,11 @@ class SequenceQueues:
         return [sequence for sequence in self.running if sequence.phase is _PREFILL and sequence.remaining]
 
     @property
+    def computed_tokens(self) -> int:
+        """Of those that run: what another pipeline would compute again, and this one would not."""
+        return sum(sequence.scheduled for sequence in self.running)
+
+    @property
     def can_start(self) -> bool:
         """Whether a sequence waits and there is a place for it, KV memory apart."""
         return bool(self.waiting) and len(self.running) < self.max_running

@@ -185,6 +185,20 @@ async def test_layers_are_moved_away_without_losing_a_token(
         assert await answer_of(run.cluster.engine.submit(requests[0])) == expected[0]
 
 
+async def test_a_better_plan_is_adopted_while_requests_wait(
+    model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    """Only what is computed already would be computed again."""
+    async with recovering(config(model, tmp_path, workers=2, max_sequences=2)) as run:
+        tasks = run.start(requests)
+        await run.token(2)
+        tick = run.cluster.supervisor._tick()
+        running = run.cluster.engine.scheduler.queues.running
+        assert len(running) == 2 < run.cluster.engine.scheduler.counts.waiting
+        assert tick.replay_tokens == sum(sequence.scheduled for sequence in running) > 0
+        assert await asyncio.gather(*tasks) == expected
+
+
 async def test_a_worker_that_cannot_be_spared_is_not(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ class CoordinatorMessage(_message.Message):
     PROBE_PEER_FIELD_NUMBER: _builtins.int
     GET_LOG_FIELD_NUMBER: _builtins.int
     ADD_WEIGHT_SOURCE_FIELD_NUMBER: _builtins.int
+    CANCEL_LOAD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def admitted(self) -> Global___Admitted:
         """The worker is a member."""
@@ -209,6 +210,10 @@ class CoordinatorMessage(_message.Message):
     def add_weight_source(self) -> _loading_pb2.AddWeightSource:
         """A worker that has weights changed its address after Load."""
 
+    @_builtins.property
+    def cancel_load(self) -> _loading_pb2.CancelLoad:
+        """A load is not needed any more."""
+
     def __init__(
         self,
         *,
@@ -225,12 +230,13 @@ class CoordinatorMessage(_message.Message):
         probe_peer: _profile_pb2.ProbePeer | None = ...,
         get_log: Global___GetLog | None = ...,
         add_weight_source: _loading_pb2.AddWeightSource | None = ...,
+        cancel_load: _loading_pb2.CancelLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "cancel_load", b"cancel_load", "certificate_renewed", b"certificate_renewed", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "cancel_load", b"cancel_load", "certificate_renewed", b"certificate_renewed", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["admitted", "rejected", "profile_worker", "load", "unload", "shutdown", "certificate_renewed", "renewal_failed", "profile_links", "find_weights", "probe_peer", "get_log", "add_weight_source"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["admitted", "rejected", "profile_worker", "load", "unload", "shutdown", "certificate_renewed", "renewal_failed", "profile_links", "find_weights", "probe_peer", "get_log", "add_weight_source", "cancel_load"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -259,6 +265,8 @@ class Register(_message.Message):
     GPUS_FIELD_NUMBER: _builtins.int
     GPU_LAYERS_FIELD_NUMBER: _builtins.int
     LARGEST_TERM_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
+    MEMORY_GROUP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the cluster file; unique in a cluster."""
     pid: _builtins.int
@@ -291,6 +299,12 @@ class Register(_message.Message):
     """How many layers of a stage they hold, as its user wants it; not set: as many as fit."""
     largest_term: _builtins.int
     """The largest term of a coordinator that its process has seen; 0: none."""
+    machine: _builtins.str
+    """Boot id of its machine's kernel: equal for workers on one machine. Host names may be equal on several."""
+    memory_group: _builtins.str
+    """Identity of the control group that limits its memory most; empty: none does. Workers with the same machine and
+    group share free memory.
+    """
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]:
         """GPUs that it computes on, beside its processor."""
@@ -315,10 +329,12 @@ class Register(_message.Message):
         gpus: _abc.Iterable[Global___Gpu] | None = ...,
         gpu_layers: _builtins.int | None = ...,
         largest_term: _builtins.int = ...,
+        machine: _builtins.str = ...,
+        memory_group: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "largest_term", b"largest_term", "log", b"log", "machine_free_bytes", b"machine_free_bytes", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "largest_term", b"largest_term", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
     _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015
@@ -505,6 +521,7 @@ class Heartbeat(_message.Message):
     WEIGHT_BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     LAST_ERROR_FIELD_NUMBER: _builtins.int
     GPU_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    COMPUTING_S_FIELD_NUMBER: _builtins.int
     busy: _builtins.float
     """Share of the last interval spent computing, 0 to 1."""
     microbatches: _builtins.int
@@ -525,6 +542,8 @@ class Heartbeat(_message.Message):
     """Bytes of weights fetched from other workers."""
     last_error: _builtins.str
     """The last warning or error of its log since it joined."""
+    computing_s: _builtins.float
+    """For how long the present step has been computed, in seconds; 0: none is computed."""
     @_builtins.property
     def gpu_free_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What it may still take of each of its GPUs, in bytes, in the order of its registration."""
@@ -543,10 +562,11 @@ class Heartbeat(_message.Message):
         weight_bytes_received: _builtins.int = ...,
         last_error: _builtins.str = ...,
         gpu_free_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        computing_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "free_memory_bytes", b"free_memory_bytes", "gpu_free_bytes", b"gpu_free_bytes", "last_error", b"last_error", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "computing_s", b"computing_s", "free_memory_bytes", b"free_memory_bytes", "gpu_free_bytes", b"gpu_free_bytes", "last_error", b"last_error", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -153,6 +153,7 @@ class Member:
                     weight_bytes_received=weights.received_bytes,
                     last_error=last_trouble(),
                     gpu_free_bytes=tuple(gpu.free_bytes for gpu in device.gpus),
+                    computing_s=self._worker.compute.computing_s,
                 )
                 await session.send(heartbeat)
                 last_ns, busy_ns = now_ns, total_ns

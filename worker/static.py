@@ -31,6 +31,7 @@ _BACKOFF = Backoff(0.2, 5.0)
 _LOG_EVERY_S = 60.0
 _RESOLVE_S = 10.0
 _GRACE_S = 0.5
+_STEP_S = 10.0
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
@@ -70,7 +71,8 @@ class _StaticWorker:
                 await self._rejoin.pause(error, self._coordinator_s)
 
     async def _run_membership(self) -> str:
-        """One membership."""
+        """One membership. DeviceLostError where a step of the last one hangs."""
+        await self._worker.compute.idle(_STEP_S)
         target = await self._enrol()
         assert self._credentials is not None
         if self._server is None:

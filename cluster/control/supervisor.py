@@ -21,9 +21,10 @@ from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.reconcile import Abort, Action, Wait, reconcile
+from llamaclust.cluster.control.step_limits import LIMIT_RULE, step_limit_s
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launcher
-from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported
+from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported, StepReported
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.events import Notice, Report
@@ -153,6 +154,8 @@ class Supervisor:
         worker = event.worker
         if isinstance(event, PeerReported):
             self.partitions.suspect(worker, event.report)
+        elif isinstance(event, StepReported):
+            self._check_step(worker, event.computing_s)
         elif isinstance(event, MemberJoined):
             if self._fleet.registry.joins[worker.name] in self._first_joins:
                 return  # its admission reached it only now
@@ -162,6 +165,17 @@ class Supervisor:
             self._announcing.start(self._runner.epochs.announce(worker))
         else:
             self._worker_lost(worker)
+
+    def _check_step(self, worker: WorkerHandle, computing_s: float) -> None:
+        """A worker whose step takes much longer than predicted hangs, although its heartbeats come."""
+        engine, epoch = self._runner.engine, self._runner.epoch
+        if engine is None or epoch is None:
+            return
+        stage = epoch.workers.index(worker) if worker in epoch.workers else None
+        limit_s = step_limit_s(engine.scheduler, epoch.plan, stage)
+        if computing_s > limit_s:
+            what = f"it hangs: a step has been computed for {computing_s:.1f} s, longer than {limit_s:.3g} s"
+            self._fleet.registry.fence(worker, f"{what} ({LIMIT_RULE})")
 
     def _worker_lost(self, worker: WorkerHandle) -> None:
         engine, epoch = self._runner.engine, self._runner.epoch

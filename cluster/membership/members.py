@@ -37,7 +37,15 @@ class PeerReported:
     report: PeerUnreachable
 
 
-MembershipEvent = MemberJoined | MemberLost | PeerReported
+@dataclass(frozen=True, slots=True)
+class StepReported:
+    """A member has been computing the same step for so long."""
+
+    worker: WorkerHandle
+    computing_s: float
+
+
+MembershipEvent = MemberJoined | MemberLost | PeerReported | StepReported
 
 
 class Members:

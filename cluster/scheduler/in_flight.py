@@ -57,6 +57,11 @@ class InFlight:
         """Of the microbatch with this number, or of all."""
         return [taken for sent in self._sent if number in (None, sent.number) for taken in sent.slices]
 
+    @property
+    def most_rows(self) -> int:
+        """Of the largest; 0 where there is none."""
+        return max((sum(len(taken.chunk.tokens) for taken in sent.slices) for sent in self._sent), default=0)
+
     def send(self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
         """The next microbatch, of these slices."""
         number = self._next_number

@@ -116,6 +116,10 @@ class StageTimes:
                 whole = self.whole_transit_ns
                 self.whole_transit_ns = _moved(whole, transit) if whole else transit
 
+    def predictions(self, rows: int) -> list[list[float]]:
+        """Nanoseconds on each stage, for every kind of microbatch that was seen."""
+        return [ns for curves in (self.alone, self.beside, self.prefill) if (ns := curves.predict(rows)) is not None]
+
     def forget_beside(self) -> None:
         """Decode beside other microbatches is measured anew when it is next tried."""
         self.beside = StageCurves(self.stages)

@@ -66,6 +66,28 @@ async def test_jobs_never_overlap_not_even_after_a_cancelled_one() -> None:
     compute.close()
 
 
+async def test_a_job_that_does_not_end_is_known_and_ends_the_process() -> None:
+    compute, begun, go_on = Compute(), threading.Event(), threading.Event()
+    await compute.idle(5.0)
+    assert compute.computing_s == 0.0
+
+    def long_job() -> None:
+        begun.set()
+        go_on.wait(10)
+
+    hanging = asyncio.create_task(compute.run(long_job))
+    await asyncio.to_thread(begun.wait, 10)
+    before_s = compute.computing_s
+    with pytest.raises(DeviceLostError, match="does not end: this process ends"):
+        await compute.idle(0.05)
+    assert compute.computing_s >= before_s + 0.04
+    go_on.set()
+    await hanging
+    await compute.idle(5.0)
+    assert compute.computing_s == 0.0
+    compute.close()
+
+
 async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
     dependencies = Dependencies(epoch=1, inputs_s=0.05)
     inputs = [SamplingInputs(1, number, ()) for number in range(300)]

@@ -61,6 +61,8 @@ class Register:
     gpus: Annotated[tuple[Gpu, ...], Size(0, MAX_GPUS)] = ()  # beside its processor
     gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as fit
     largest_term: Term = 0  # that its process has seen
+    machine: Annotated[str, Line(64)] = ""  # boot id of its kernel: host names may be equal on several machines
+    memory_group: Annotated[str, Line(64)] = ""  # the control group that limits its memory most; "": none does
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
@@ -229,6 +231,13 @@ class LoadFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelLoad:
+    """A load is not needed any more: it is answered soon. Ignored for an epoch that is not being loaded."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Unload:
     """Free weights and KV memory of an epoch's stage."""
 
@@ -265,6 +274,7 @@ class Heartbeat:
     weight_bytes_received: int = 0  # from other workers
     last_error: Reason = ""  # last warning or error of its log since it joined
     gpu_free_bytes: Annotated[tuple[MemoryBytes, ...], Size(0, MAX_GPUS)] = ()  # in the order of its registration
+    computing_s: Annotated[float, Real(0.0, 1e9)] = 0.0  # since the present step began; 0: none is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +384,7 @@ CoordinatorMessage = (
     Admitted
     | Rejected
     | Load
+    | CancelLoad
     | Unload
     | Shutdown
     | CertificateRenewed

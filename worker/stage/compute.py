@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable, Coroutine
 from functools import partial
 from queue import SimpleQueue
+from time import perf_counter_ns
 from typing import Any, TypeVar
 
-from llamaclust.core.errors import DeviceLostError
+from llamaclust.core.errors import DeadlineError, DeviceLostError
+from llamaclust.wire.rpc.deadlines import deadline
 
 INLINE_NS = 200_000_000
 """What signs of life and the coordinator's orders may wait; a change of thread and back takes 0.1 to 0.3 ms."""
@@ -25,6 +27,7 @@ class Compute:
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
         self._queued = 0
+        self._begun_ns = 0  # of the thread's present job (perf_counter_ns); 0: there is none
         self._lost: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
@@ -33,6 +36,21 @@ class Compute:
         if expected_ns < INLINE_NS and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job))
+
+    @property
+    def computing_s(self) -> float:
+        """Since the thread's present job began; 0.0 where there is none."""
+        begun_ns = self._begun_ns
+        return (perf_counter_ns() - begun_ns) / 1e9 if begun_ns else 0.0
+
+    async def idle(self, deadline_s: float) -> None:
+        """Returns when the jobs of before have ended. DeviceLostError where one does not."""
+        try:
+            async with deadline("the end of a step", deadline_s):
+                await self.run(lambda: None)
+        except DeadlineError as error:
+            text = f"a step has been computed for {self.computing_s:.0f} s and does not end: this process ends"
+            raise DeviceLostError(text) from error
 
     def queue(self, job: Callable[[], _Answer]) -> asyncio.Future[_Answer]:
         """Has the thread run `job` right after those before it, whatever the event loop does meanwhile."""
@@ -73,11 +91,13 @@ class Compute:
     def _work(self) -> None:
         while (entry := self._queue.get()) is not None:
             job, answer = entry
+            self._begun_ns = perf_counter_ns()
             settle: Callable[[], None]
             try:
                 settle = partial(answer.set_result, job())
             except Exception as error:  # noqa: BLE001  a border between threads: the other side raises it
                 settle = partial(answer.set_exception, error)
+            self._begun_ns = 0
             try:
                 self._loop.call_soon_threadsafe(settle)
             except RuntimeError:  # the loop is closed: the process is about to end

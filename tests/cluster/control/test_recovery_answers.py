@@ -95,3 +95,46 @@ async def test_wrong_answers_change_no_token(
         assert lost.startswith("worker c (layers [4, 6)) is lost: ") and says in lost
         assert answers == expected
         await cluster.whole()
+
+
+_HANGING = dedent(
+    """
+    # Runs in every process that the test starts: the compute thread of worker b hangs once, in a step.
+    import os, sys, threading
+
+    if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1] == "b":
+        import llamaclust.worker.stage.compute as compute
+        from llamaclust.worker.stage.loop import StageLoop
+
+        run_layers = StageLoop._run_layers
+        compute.INLINE_NS = 0  # every step in the thread
+
+        def hang(self, arrival):
+            if arrival.microbatch.number >= 20 and not os.path.exists({marker!r}):
+                open({marker!r}, "w").close()
+                threading.Event().wait()
+            return run_layers(self, arrival)
+
+        StageLoop._run_layers = hang
+    """
+)
+
+
+async def test_a_compute_thread_that_hangs_is_noticed_by_the_predicted_time(
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    marker = tmp_path / "hangs"
+    (tmp_path / "sitecustomize.py").write_text(_HANGING.format(marker=str(marker)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
+    async with recovering(config(model, tmp_path)) as cluster:
+        tasks = cluster.start(requests)
+        await cluster.until("the hanging step", marker.exists)
+        await cluster.until("the loss", lambda: any("is lost" in text for text in cluster.told), within_s=6.0)
+        (lost,) = (text for text in cluster.told if "is lost" in text)
+        assert lost.startswith("worker b (layers [2, 4)) is lost: it hangs: a step has been computed for "), lost
+        assert await asyncio.gather(*tasks) == expected
+        await cluster.whole()

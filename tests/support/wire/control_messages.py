@@ -10,6 +10,7 @@ from llamaclust.core.profile import DeviceProfile, Profile, StepTime
 from llamaclust.wire.control.messages import (
     AddWeightSource,
     Admitted,
+    CancelLoad,
     CertificateRenewed,
     CoordinatorMessage,
     Deadlines,
@@ -91,6 +92,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     Heartbeat(0.5, 10, 20, 30, 40, 50, 60, 70, 80),
     Heartbeat(0.5, 10, 20, 30, 40, last_error="something went wrong"),
     Heartbeat(0.5, 10, 20, 30, 40, gpu_free_bytes=(7, 0)),
+    Heartbeat(0.5, 10, 20, 30, 40, computing_s=2.5),
     LinkProfiles((LinkProfile(0.001, 1e9), LinkProfile(0.2, 1e6))),
     WeightsFound(False),
     WeightsFound(True, "ab" * 32, 7),
@@ -126,6 +128,7 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     replace(LOAD, devices=(DeviceLayers("cpu", 2, 3), DeviceLayers("cuda:0", 3, 4))),
     FindWeights("/models/m.gguf", "ab" * 32),
     FindWeights("/models/m.gguf", "ab" * 32, describe=True),
+    CancelLoad(3),
     Unload(3),
     Shutdown("end"),
     CertificateRenewed(b"certificate"),

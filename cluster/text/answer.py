@@ -73,6 +73,14 @@ async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
     return [join(by_index[index]) for index in sorted(by_index)]
 
 
+def release_rows(answers: list[list[Answer]]) -> None:
+    """Frees them row by row: to free millions of logprobs in one go would stop all threads meanwhile."""
+    while answers:
+        rows = [row for answer in answers.pop() for row in (*answer.rows, *answer.prompt_rows)]
+        while rows:
+            rows.pop()
+
+
 def join(chunks: Iterable[TextChunk]) -> Answer:
     """The answer that a choice's chunks, from first to last, make."""
     parts = list(chunks)

@@ -14,7 +14,7 @@ from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import DONE, event
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
-from llamaclust.cluster.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.text.answer import Answer, TextChunk, collect, release_rows
 from llamaclust.cluster.text.budget import ReplySize
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
@@ -112,7 +112,8 @@ class OpenAiReply:
     def _echoed(self) -> int:
         return sum(len(stream.generation.prompt) for stream in self._streams)
 
-    def _rendered(self, answers: Sequence[Sequence[Answer]]) -> list[bytes]:
+    def _rendered(self, answers: list[list[Answer]]) -> list[bytes]:
+        """Takes the answers away."""
         choices = [
             self._shape.whole(prompt, answer, self._streams[prompt])
             for prompt, prompt_answers in enumerate(answers)
@@ -120,7 +121,9 @@ class OpenAiReply:
         ]
         tokens = sum(len(answer.rows) for prompt_answers in answers for answer in prompt_answers)
         counts = self._usage(tokens, [prompt_answers[0].timings for prompt_answers in answers])
-        return json_parts({**self._reply(self._shape.whole_object, choices), "usage": counts})
+        parts = json_parts({**self._reply(self._shape.whole_object, choices), "usage": counts})
+        release_rows(answers)
+        return parts
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         options = self._options

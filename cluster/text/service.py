@@ -102,6 +102,9 @@ class TextService:
     ) -> tuple[int, ...]:
         """Token ids of a chat, ready for the answer. Control words in the messages stay text. `variables` are the
         template's. Raises RequestError where the template refuses the messages."""
+        contents = [message.get("content") for message in messages]
+        given = sum(len(content) for content in contents if isinstance(content, str))
+        self._check_characters(given, self.settings.context_length, "prompt")
         rendered = await self._render(messages, variables or {})
         self._check_characters(len(unguarded(rendered)), self.settings.context_length, "prompt")
         return tuple(await asyncio.to_thread(encode_chat, self.tokenizer, rendered))

@@ -107,18 +107,19 @@ class ChatTemplate:
             raise RequestError(_NO_TEMPLATE)
         variables = {"tools": None, "documents": None, **self._tokens, **extra}
         variables |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        return self._thread.submit(self._render, variables)
+
+    def _waited_too_long(self) -> DeadlineError:
+        return DeadlineError(f"the chat template was busy with other requests for {self._limits.wait_s:g} s; try again")
+
+    def _render(self, variables: Mapping[str, Any]) -> str:
+        """On the child's thread: large messages take long to write."""
         try:
             frame = _frame(variables)
         except RecursionError:
             raise RequestError("the messages are nested too deeply") from None
         except (TypeError, ValueError) as error:
             raise RequestError(f"the messages cannot be written as JSON: {error}") from error
-        return self._thread.submit(self._render, frame)
-
-    def _waited_too_long(self) -> DeadlineError:
-        return DeadlineError(f"the chat template was busy with other requests for {self._limits.wait_s:g} s; try again")
-
-    def _render(self, frame: bytes) -> str:
         try:
             try:
                 reply = self._request(frame)

@@ -325,6 +325,7 @@ async def test_what_is_surely_too_long_is_refused_before_it_is_tokenized(monkeyp
     service = make_service(ScriptedEngine(says("a")))
     longest = service.tokenizer.longest_word
     monkeypatch.setattr(type(service.tokenizer), "encode_plain", None)
+    monkeypatch.setattr(type(service.chat_template), "render_async", None)
     for call in (
         service.start(replace(GENERATION, prompt="a" * (CONTEXT * longest + 1))),
         service.chat_prompt([{"role": "user", "content": "a" * (CONTEXT * longest + 1)}]),

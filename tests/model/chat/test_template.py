@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from llamaclust.core.errors import LlamaclustError, RequestError
+from llamaclust.model.chat import template as template_module
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
 from llamaclust.model.chat.template_choice import built_in
 
@@ -225,6 +227,20 @@ def test_messages_that_are_no_json_are_refused(chatml: ChatTemplate) -> None:
     for content, message in ((deep, "nested too deeply"), ({1, 2}, "cannot be written as JSON")):
         with pytest.raises(RequestError, match=message):
             chatml.render([{"role": "user", "content": content}])
+
+
+async def test_messages_are_written_off_the_event_loop(chatml: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones take long."""
+    threads: set[int] = set()
+    frame = template_module._frame
+
+    def spied(values: dict[str, object]) -> bytes:
+        threads.add(threading.get_ident())
+        return frame(values)
+
+    monkeypatch.setattr(template_module, "_frame", spied)
+    assert "Hello" in await chatml.render_async(HELLO)
+    assert threads and threading.get_ident() not in threads
 
 
 def test_half_a_surrogate_pair_does_no_harm(chatml: ChatTemplate) -> None:

@@ -127,6 +127,7 @@ def test_strict_validation_notices_a_wrong_key() -> None:
         ({"security": {"user": 0}}, "/security/user"),
         ({"ray": {"enabled": True}}, "workers.threads"),
         ({"ray": {"enabled": True}, "workers": {"threads": 1}, "joinToken": {"existingSecret": "a"}}, "no join token"),
+        ({"joinToken": {"existingSecret": "a"}}, "certificateAuthority.existingSecret"),
     ],
     ids=str,
 )
@@ -216,7 +217,10 @@ def test_references_lead_somewhere(values: Mapping[str, Any]) -> None:
     """Volumes, claims, secrets, accounts, ports: what one object names, another one has."""
     manifests = render(values)
     there = {(each["kind"], each["metadata"]["name"]) for each in manifests}
-    outside = {"models", "join", "keys", "registry"}  # that the matrix says exist
+    outside = {"models", "authority", "join", "keys", "registry"}  # that the matrix says exist
+    outside |= {
+        word.partition("=")[2] for pod in pod_templates(manifests) for word in pod.spec["containers"][0].get("args", ())
+    }
     for pod in pod_templates(manifests):
         volumes = {volume["name"] for volume in pod.spec["volumes"]} | {one["metadata"]["name"] for one in pod.claims}
         mounts = {mount["name"] for container in containers(pod.spec) for mount in container["volumeMounts"]}
@@ -263,115 +267,6 @@ def test_no_pod_may_do_more_than_it_must(values: Mapping[str, Any]) -> None:
             assert allowed["capabilities"] == {"drop": ["ALL"]}
             assert "privileged" not in allowed and "runAsUser" not in allowed
             assert container["resources"]["requests"]["cpu"] and container["resources"]["limits"]["memory"]
-
-
-@matrix
-def test_no_pod_may_fill_the_disk_of_its_node(values: Mapping[str, Any]) -> None:
-    for pod in pod_templates(render(values)):
-        for volume in pod.spec["volumes"]:
-            assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], (pod.owner, volume["name"])
-        for container in containers(pod.spec):
-            for kind in ("requests", "limits"):
-                assert container["resources"][kind]["ephemeral-storage"], (pod.owner, container["name"])
-
-
-def test_ephemeral_storage_follows_from_what_is_kept() -> None:
-    """A pod that fills its volumes is within its limit."""
-
-    def storage(size: str, persistent: bool) -> tuple[int, int]:
-        values = {"tmpSize": "256Mi", "workers": {"persistence": {"enabled": persistent, "size": size}}}
-        (container,) = one(render(values), "StatefulSet")["spec"]["template"]["spec"]["containers"]
-        resources = container["resources"]
-        return int(resources["requests"]["ephemeral-storage"]), int(resources["limits"]["ephemeral-storage"])
-
-    tmp = 256 << 20
-    assert storage("2Gi", True) == (tmp, tmp)
-    assert storage("2Gi", False) == (tmp + (2 << 30),) * 2
-    assert storage("1.5G", False) == (tmp + 1_500_000_000,) * 2
-    assert storage("12345678", False) == (tmp + 12345678,) * 2
-    own = {"workers": {"resources": {"limits": {"ephemeral-storage": "9Gi"}}}}
-    (container,) = one(render(own), "StatefulSet")["spec"]["template"]["spec"]["containers"]
-    assert container["resources"]["limits"] == {"memory": "1Gi", "ephemeral-storage": "9Gi"}
-
-
-def test_the_defaults_are_for_a_small_cluster() -> None:
-    """That of docs/kubernetes.md: it starts on a laptop's cluster."""
-    cpu_m = memory = storage = 0
-    for each in rendered("defaults"):
-        spec, copies = each.get("spec", {}), 1
-        if each["kind"] in ("Deployment", "StatefulSet"):
-            copies = spec["replicas"]
-            (container,) = spec["template"]["spec"]["containers"]
-            requests = container["resources"]["requests"]
-            cpu_m += copies * millicores(requests["cpu"])
-            memory += copies * mebibytes(requests["memory"])
-        claims = [each] if each["kind"] == "PersistentVolumeClaim" else spec.get("volumeClaimTemplates", ())
-        storage += sum(copies * mebibytes(claim["spec"]["resources"]["requests"]["storage"]) for claim in claims)
-    assert (cpu_m, memory, storage) == (2500, 2560, 6144)
-
-
-def millicores(quantity: str) -> int:
-    return int(quantity.removesuffix("m")) if quantity.endswith("m") else 1000 * int(quantity)
-
-
-def mebibytes(quantity: str) -> int:
-    return int(quantity[:-2]) * {"Mi": 1, "Gi": 1024}[quantity[-2:]]
-
-
-def policies(values: Mapping[str, Any]) -> dict[str, Manifest]:
-    """The specs of NetworkPolicies by what their names end in."""
-    found = [each for each in render(values) if each["kind"] == "NetworkPolicy"]
-    return {each["metadata"]["name"].removeprefix(f"{RELEASE}-llamaclust-"): each["spec"] for each in found}
-
-
-def test_the_api_is_open_to_the_namespace() -> None:
-    def clients(values: Mapping[str, Any]) -> Any:
-        (rule,) = (rule for rule in policies(values)["coordinator"]["ingress"] if rule["ports"][0]["port"] == 8080)
-        return rule.get("from")
-
-    assert clients({}) == [{"podSelector": {}}]
-    assert clients({"networkPolicy": {"apiFrom": []}}) is None
-    team = {"namespaceSelector": {"matchLabels": {"team": "chat"}}}
-    own, other = clients({"networkPolicy": {"apiFrom": [team]}})
-    assert other == team and own["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test"
-
-
-def downloads(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Peers of port 443 by policy."""
-    rules = [(name, rule) for name, spec in policies(values).items() for rule in spec["egress"]]
-    return {name: rule.get("to") for name, rule in rules if {"protocol": "TCP", "port": 443} in rule.get("ports", ())}
-
-
-def test_only_pods_that_download_may_call_out() -> None:
-    shared = {"kind": "shared"}
-    every = downloads({})
-    assert every.keys() == {"coordinator", "worker"}, "each has a copy of its own"
-    for peers in every.values():
-        blocks = [peer["ipBlock"] for peer in peers]
-        assert {"10.0.0.0/8", "169.254.0.0/16", "fc00::/7"} <= {one for block in blocks for one in block["except"]}
-    assert downloads({"networkPolicy": {"downloadTo": []}}) == {}
-    kept = {"kind": "hostPath", "hostPath": "/srv"}
-    assert downloads({"model": {"volume": shared}}).keys() == {"pull"}
-    assert downloads({"model": {"volume": kept}}).keys() == {"coordinator", "worker"}, "each node has its own"
-    assert downloads({"model": {"pull": False, "source": "a.gguf", "volume": kept}}) == {}
-
-
-def test_one_job_fetches_a_shared_model() -> None:
-    """Serving pods read it only; another model or image is another Job, since Jobs cannot be changed."""
-
-    def job(values: Mapping[str, Any]) -> Manifest:
-        return one(render({"model": {"volume": {"kind": "shared"}}, **values}), "Job")
-
-    first = job({})
-    assert first == job({"workers": {"count": 3}})
-    others = [job({"image": {"tag": "2"}}), job({"model": {"source": "hf:a/b/c.gguf", "volume": {"kind": "shared"}}})]
-    assert len({each["metadata"]["name"] for each in (first, *others)}) == 3
-    for pod in pod_templates(rendered("shared volume")):
-        for container in containers(pod.spec):
-            for mount in container["volumeMounts"]:
-                if mount["name"] == "models":
-                    assert mount.get("readOnly", False) is not pod.owner.startswith("Job/"), pod.owner
-    assert not [each for each in rendered("defaults") if each["kind"] == "Job"]
 
 
 def test_secrets_reach_only_files() -> None:

@@ -1,87 +1,116 @@
-"""Secrets of the chart: what Helm makes is what the program takes, and stays as it is over upgrades."""
+"""Secrets of the chart: its Job makes what the program takes, once; no manifest has a key."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from support.kubernetes.charts import CHART, NAMESPACE, RELEASE, Manifest, helm, named, one, render
-from support.kubernetes.kubernetes_api import fake_api
+from support.kubernetes.charts import MATRIX, RELEASE, Manifest, one, pod_templates, render
+from support.kubernetes.kubernetes_api import FakeApi, fake_api
 
-JOIN, KEYS = f"{RELEASE}-llamaclust-join", f"{RELEASE}-llamaclust-api-keys"
+pytest.importorskip("llamaclust.cluster.membership.authority", reason="this build has no launcher static")
+x509 = pytest.importorskip("cryptography.x509")
 
-
-def data(secret: Manifest) -> dict[str, str]:
-    return {name: base64.b64decode(value).decode() for name, value in secret["data"].items()}
+AUTHORITY, JOIN, KEYS, RAY = (f"{RELEASE}-llamaclust-{end}" for end in ("authority", "join", "api-keys", "ray"))
 
 
-def owned(secret: Manifest) -> Manifest:
-    """As Helm leaves it in the cluster."""
-    owner = {"meta.helm.sh/release-name": RELEASE, "meta.helm.sh/release-namespace": NAMESPACE}
-    return secret | {"metadata": secret["metadata"] | {"annotations": owner}}
+@pytest.fixture
+def api() -> Iterator[FakeApi]:
+    with fake_api() as server:
+        yield server
 
 
-def test_the_join_token_names_the_authority() -> None:
-    secret = data(named(render(), "Secret", JOIN))
-    body = "".join(line for line in secret["ca.crt"].splitlines() if not line.startswith("-"))
-    token = re.fullmatch(r"lc1\.([0-9a-f]{64})\.([A-Za-z0-9_-]{43})", secret["token"])
-    assert token is not None and token[1] == hashlib.sha256(base64.b64decode(body)).hexdigest()
-    assert secret["ca.key"].startswith("-----BEGIN EC PRIVATE KEY-----\n")
+def secret_names(spec: Manifest) -> set[str]:
+    """That the volumes of a pod refer to."""
+    sources = [
+        source for volume in spec["volumes"] for source in (volume, *volume.get("projected", {}).get("sources", ()))
+    ]
+    secrets = [source["secret"] for source in sources if "secret" in source]
+    return {secret.get("secretName") or secret["name"] for secret in secrets}
 
 
-def test_the_program_signs_with_what_helm_made(tmp_path: Path) -> None:
-    """Certificates name the authority's key in the form of Helm's library, or verification would not find it."""
-    trust = pytest.importorskip("llamaclust.cluster.membership.authority", reason="this build has no launcher static")
-    x509 = pytest.importorskip("cryptography.x509")
+@pytest.mark.parametrize("name", MATRIX)
+def test_no_manifest_has_a_key(name: str) -> None:
+    """Helm keeps manifests in its history, and two renderings are alike."""
+    manifests = render(MATRIX[name])
+    assert not [each for each in manifests if each["kind"] == "Secret"]
+    assert manifests == render(MATRIX[name])
+
+
+def test_the_program_takes_what_the_job_made(api: FakeApi, tmp_path: Path) -> None:
+    from llamaclust.cluster.membership.authority import Authority
+    from llamaclust.wire.security.certificates import ca_hash
+
+    api.make_secrets(render(), tmp_path / "pod")
+    assert api.secrets.keys() == {AUTHORITY, JOIN, KEYS}
     folder = tmp_path / "trust"
     folder.mkdir(mode=0o700)
-    for name, text in data(named(render(), "Secret", JOIN)).items():
+    for name, text in (api.data(AUTHORITY) | api.data(JOIN)).items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o600)
-    authority = trust.Authority.open(folder)
+    authority = Authority.open(folder)
+    assert authority.token.ca_hash == ca_hash(authority.certificate)
     signed = x509.load_pem_x509_certificate(authority.identity().pair.certificate)
-    ca = x509.load_der_x509_certificate(authority.certificate)
-    signed.verify_directly_issued_by(ca)
-    ours = signed.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-    assert ours == ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.key_identifier
-
-
-def test_every_release_has_secrets_of_its_own() -> None:
-    first, second = render(), render()
-    for name in (JOIN, KEYS):
-        assert not set(data(named(first, "Secret", name)).values()) & set(data(named(second, "Secret", name)).values())
-    keys = data(named(first, "Secret", KEYS))
+    signed.verify_directly_issued_by(x509.load_der_x509_certificate(authority.certificate))
+    keys = api.data(KEYS)
     assert keys["api-keys"] == keys["api-key"] and len(keys["api-key"]) == 43
+    assert all(each["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE for each in api.secrets.values())
+
+
+def test_an_upgrade_keeps_what_is_there(api: FakeApi, tmp_path: Path) -> None:
+    api.make_secrets(render(), tmp_path / "install")
+    first = dict(api.secrets)
+    printed = api.make_secrets(render({"workers": {"count": 3}}), tmp_path / "upgrade")
+    assert api.secrets == first and printed.count("kept") == 2 and "made" not in printed
+
+
+def test_a_deleted_token_is_made_anew_for_the_same_authority(api: FakeApi, tmp_path: Path) -> None:
+    """Also where an earlier run ended between the two."""
+    api.make_secrets(render(), tmp_path / "install")
+    first = api.data(JOIN)["token"].split(".")
+    del api.secrets[JOIN]
+    api.make_secrets(render(), tmp_path / "upgrade")
+    second = api.data(JOIN)["token"].split(".")
+    assert first[:2] == second[:2] and first[2] != second[2]
+
+
+def test_the_authoritys_key_reaches_the_coordinator_alone(api: FakeApi, tmp_path: Path) -> None:
+    for pod in pod_templates(render()):
+        component = pod.labels["app.kubernetes.io/component"]
+        assert (AUTHORITY in secret_names(pod.spec)) is (component == "coordinator"), pod.owner
+    api.make_secrets(render(), tmp_path)
+    assert api.data(JOIN).keys() == {"token"} and api.data(AUTHORITY).keys() == {"ca.crt", "ca.key"}
+
+
+def test_the_jobs_account_may_do_what_it_does() -> None:
+    manifests = render()
+    create, get = one(manifests, "Role")["rules"]
+    assert (create["resources"], create["verbs"]) == (["secrets"], ["create"])
+    assert (get["verbs"], get["resourceNames"]) == (["get"], [AUTHORITY])
+    account = one(manifests, "RoleBinding")["subjects"][0]["name"]
+    users = [pod.owner for pod in pod_templates(manifests) if pod.spec["serviceAccountName"] == account]
+    assert users == [f"Job/{RELEASE}-llamaclust-secrets"]
+    for each in manifests:
+        if each["metadata"]["name"] == account:
+            assert each["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+
+
+def test_a_ray_cluster_has_its_own(api: FakeApi, tmp_path: Path) -> None:
+    api.make_secrets(render(MATRIX["ray"]), tmp_path)
+    assert api.secrets.keys() == {KEYS, RAY} and len(api.data(RAY)["auth_token"]) == 43
 
 
 def test_own_secrets_take_the_place_of_made_ones() -> None:
-    manifests = render({"joinToken": {"existingSecret": "join"}, "apiKeys": {"existingSecret": "keys"}})
-    assert [each for each in manifests if each["kind"] == "Secret"] == []
-    sources = {volume["name"]: volume for volume in one(manifests, "Deployment")["spec"]["template"]["spec"]["volumes"]}
-    assert [each["secret"]["name"] for each in sources["secrets"]["projected"]["sources"]] == ["join", "keys"]
+    manifests = render(MATRIX["own secrets"])
+    assert not [each for each in manifests if each["kind"] == "Job"]
+    assert secret_names(one(manifests, "Deployment")["spec"]["template"]["spec"]) == {"authority", "join", "keys"}
+    assert secret_names(one(manifests, "StatefulSet")["spec"]["template"]["spec"]) == {"join"}
 
 
-def test_an_upgrade_keeps_what_is_there(tmp_path: Path) -> None:
-    """With a server that answers lookups, as in a real upgrade."""
-    options = ("--dry-run=server", "--disable-openapi-validation")
-    with fake_api(tmp_path) as (api, kubeconfig):
-        arguments = ("template", RELEASE, str(CHART), "--namespace", NAMESPACE, *options)
-
-        def rendered() -> tuple[Manifest, ...]:
-            done = helm(*arguments, KUBECONFIG=str(kubeconfig))
-            assert done.returncode == 0, done.stderr
-            return tuple(each for each in yaml.safe_load_all(done.stdout) if each)
-
-        installed = rendered()
-        assert any(path.endswith(f"/namespaces/{NAMESPACE}/secrets/{JOIN}") for path in api.asked)
-        assert (
-            named(rendered(), "Secret", JOIN)["data"] != named(installed, "Secret", JOIN)["data"]
-        )  # nothing there yet
-        api.secrets = {name: owned(named(installed, "Secret", name)) for name in (JOIN, KEYS)}
-        for name in (JOIN, KEYS):
-            assert named(rendered(), "Secret", name)["data"] == named(installed, "Secret", name)["data"]
+def test_without_permission_the_job_ends_with_one_line(api: FakeApi, tmp_path: Path) -> None:
+    api.permits = False
+    with pytest.raises(AssertionError, match="no Secrets can be made in namespace models: HTTP Error 403") as refused:
+        api.make_secrets(render(), tmp_path)
+    assert "Traceback" not in str(refused.value)

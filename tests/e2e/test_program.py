@@ -32,6 +32,7 @@ from support.kubernetes.charts import (
     pod_templates,
     render,
 )
+from support.kubernetes.kubernetes_api import fake_api
 from support.kubernetes.local_pods import LocalPod
 
 NAME = f"{RELEASE}-llamaclust"
@@ -176,7 +177,7 @@ def eventually(check: Callable[[], bool], pods: list[LocalPod], what: str) -> No
 
 
 @pytest.fixture
-def manifests() -> tuple[Manifest, ...]:
+def manifests(tmp_path: Path) -> tuple[Manifest, ...]:
     need_launcher("static")
     api, join, grpc = free_ports(3)
     small = {"requests": {"cpu": "1", "memory": "512Mi"}, "limits": {"memory": "2Gi"}}
@@ -186,7 +187,13 @@ def manifests() -> tuple[Manifest, ...]:
         "service": {"port": api},
         "config": {"context_length": 512, "max_sequences": 2},
     }
-    return render(values)
+    return with_secrets(render(values), tmp_path / "secrets")
+
+
+def with_secrets(rendered: tuple[Manifest, ...], folder: Path) -> tuple[Manifest, ...]:
+    with fake_api() as kubernetes:
+        kubernetes.make_secrets(rendered, folder)
+        return (*rendered, *kubernetes.secrets.values())
 
 
 @pytest.fixture
@@ -236,9 +243,10 @@ def test_the_coordinators_secrets_are_its_own(pods: list[LocalPod]) -> None:
 
 def test_pods_wait_for_a_shared_model(tmp_path: Path, demo_model: Path) -> None:
     """Their init container ends when the file is there; it downloads nothing."""
-    manifests = render({"model": {"volume": {"kind": "shared"}, "pullSeconds": 20}})
+    rendered = render({"model": {"volume": {"kind": "shared"}, "pullSeconds": 20}})
+    manifests = with_secrets(rendered, tmp_path / "secrets")
     spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
-    pod = LocalPod("waiting", "127.0.0.1", spec, manifests, tmp_path, {})
+    pod = LocalPod("waiting", "127.0.0.1", spec, manifests, tmp_path / "pod", {})
     (wait,) = (container for container in spec["initContainers"] if container["name"] == "model")
     (pod.volume("data") / "home").mkdir()
     late = threading.Timer(2.0, (pod.volume("data") / "home/models").symlink_to, (demo_model.parent.parent,))

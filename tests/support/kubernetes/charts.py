@@ -150,7 +150,11 @@ MATRIX: dict[str, Mapping[str, Any]] = {
         "coordinator": {"persistence": {"enabled": False}},
         "workers": {"persistence": {"enabled": False}},
     },
-    "own secrets": {"joinToken": {"existingSecret": "join"}, "apiKeys": {"existingSecret": "keys"}},
+    "own secrets": {
+        "certificateAuthority": {"existingSecret": "authority"},
+        "joinToken": {"existingSecret": "join"},
+        "apiKeys": {"existingSecret": "keys"},
+    },
     "published": {
         "ingress": {
             "enabled": True,

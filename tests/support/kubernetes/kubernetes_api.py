@@ -1,74 +1,67 @@
-"""As much of a Kubernetes API server as helm asks when a chart looks up what a namespace has."""
+"""As much of a Kubernetes API server as the chart's Job asks: Secrets are read and created."""
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-_GROUPS = ("apps/v1", "policy/v1", "networking.k8s.io/v1", "monitoring.coreos.com/v1")
-_KINDS = {
-    "v1": ("Secret", "ConfigMap", "Service", "ServiceAccount", "PersistentVolumeClaim", "Pod"),
-    "apps/v1": ("Deployment", "StatefulSet"),
-    "policy/v1": ("PodDisruptionBudget",),
-    "networking.k8s.io/v1": ("Ingress", "NetworkPolicy"),
-    "monitoring.coreos.com/v1": ("ServiceMonitor",),
-}
+from support.kubernetes.charts import NAMESPACE, Manifest, one
+from support.kubernetes.local_pods import LocalPod
 
-
-def _plural(kind: str) -> str:
-    return (
-        kind.lower().removesuffix("y") + "ies"
-        if kind.endswith("y")
-        else kind.lower() + ("es" if kind[-1] == "s" else "s")
-    )
+_ACCOUNT = "token-of-the-account"
+_ROOT_CA = {"kind": "ConfigMap", "metadata": {"name": "kube-root-ca.crt"}, "data": {"ca.crt": ""}}
 
 
 class FakeApi(ThreadingHTTPServer):
-    """Answers for the secrets in `secrets`, by name; every other object is not there."""
+    """Secrets of one namespace, by name."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.secrets: dict[str, dict[str, Any]] = {}
-        self.asked: list[str] = []
+        self.secrets: dict[str, Manifest] = {}
+        self.permits = True
 
-    def answer(self, path: str) -> dict[str, Any] | None:
-        self.asked.append(path)
-        words = path.strip("/").split("/")
-        if path == "/version":
-            return {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
-        if path == "/api":
-            return {"kind": "APIVersions", "versions": ["v1"]}
-        if path == "/apis":
-            return {"kind": "APIGroupList", "groups": [_group(one) for one in _GROUPS]}
-        version = "/".join(words[1:]) if words[0] in ("api", "apis") else ""
-        if version in _KINDS:
-            resources = [_resource(kind) for kind in _KINDS[version]]
-            return {"kind": "APIResourceList", "groupVersion": version, "resources": resources}
-        return self.secrets.get(words[-1]) if words[-2:-1] == ["secrets"] else None
+    def data(self, name: str) -> dict[str, str]:
+        return {key: base64.b64decode(value).decode() for key, value in self.secrets[name]["data"].items()}
 
-
-def _group(version: str) -> dict[str, Any]:
-    one = {"groupVersion": version, "version": version.partition("/")[2]}
-    return {"name": version.partition("/")[0], "versions": [one], "preferredVersion": one}
-
-
-def _resource(kind: str) -> dict[str, Any]:
-    verbs = ["get", "list", "create", "patch"]
-    return {"name": _plural(kind), "singularName": kind.lower(), "namespaced": True, "kind": kind, "verbs": verbs}
+    def make_secrets(self, manifests: Sequence[Manifest], folder: Path) -> str:
+        """Runs the chart's Job against this server; what it printed."""
+        spec = one(manifests, "Job", "secrets")["spec"]["template"]["spec"]
+        pod = LocalPod("secrets", "127.0.0.1", spec, (*manifests, _ROOT_CA), folder, {})
+        (pod.volume("account") / "token").write_text(_ACCOUNT)
+        arguments = [word for word in pod.main["args"] if not word.startswith("--api=")]
+        return pod.run({**pod.main, "args": [*arguments, f"--api=http://127.0.0.1:{self.server_port}"], "env": []})
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: FakeApi
 
     def do_GET(self) -> None:
-        found = self.server.answer(self.path.partition("?")[0])
-        body = json.dumps(found or {"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404}).encode()
-        self.send_response(200 if found else 404)
+        secret = self.server.secrets.get(self.path.rpartition("/")[2])
+        self._reply(200 if secret else 404, secret)
+
+    def do_POST(self) -> None:
+        assert self.path == f"/api/v1/namespaces/{NAMESPACE}/secrets", self.path
+        secret = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name = secret["metadata"]["name"]
+        if name in self.server.secrets:
+            self._reply(409, None)
+            return
+        texts = secret.pop("stringData")
+        secret["data"] = {key: base64.b64encode(text.encode()).decode() for key, text in texts.items()}
+        self.server.secrets[name] = secret
+        self._reply(201, secret)
+
+    def _reply(self, status: int, content: dict[str, Any] | None) -> None:
+        if self.headers["Authorization"] != f"Bearer {_ACCOUNT}" or not self.server.permits:
+            status, content = 403, None
+        body = json.dumps(content or {"kind": "Status", "code": status}).encode()
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -79,18 +72,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def fake_api(folder: Path) -> Iterator[tuple[FakeApi, Path]]:
-    """The server, and a file by which kubectl and helm find it."""
+def fake_api() -> Iterator[FakeApi]:
     server = FakeApi()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    cluster = {"name": "fake", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
-    context = {"name": "fake", "context": {"cluster": "fake", "user": "fake"}}
-    config = {"apiVersion": "v1", "kind": "Config", "clusters": [cluster], "contexts": [context]}
-    path = folder / "kubeconfig"
-    path.write_text(json.dumps(config | {"users": [{"name": "fake", "user": {}}], "current-context": "fake"}))
     try:
-        yield server, path
+        yield server
     finally:
         server.shutdown()
         server.server_close()

@@ -72,6 +72,9 @@
           name: {{ include "llamaclust.joinSecret" . }}
           items:
             - {key: token, path: token}
+      - secret:
+          name: {{ include "llamaclust.authoritySecret" . }}
+          items:
             - {key: ca.crt, path: ca.crt}
             - {key: ca.key, path: ca.key}
       {{- end }}

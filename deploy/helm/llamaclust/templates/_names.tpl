@@ -18,6 +18,10 @@
 {{ .Values.joinToken.existingSecret | default (printf "%s-join" (include "llamaclust.fullname" .)) }}
 {{- end }}
 
+{{- define "llamaclust.authoritySecret" -}}
+{{ .Values.certificateAuthority.existingSecret | default (printf "%s-authority" (include "llamaclust.fullname" .)) }}
+{{- end }}
+
 {{- define "llamaclust.keysSecret" -}}
 {{ .Values.apiKeys.existingSecret | default (printf "%s-api-keys" (include "llamaclust.fullname" .)) }}
 {{- end }}

@@ -1,0 +1,65 @@
+"""The chart's network: clients of the API, and pods that download."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from support.kubernetes.charts import MATRIX, RELEASE, Manifest, containers, one, pod_templates, render
+
+
+def policies(values: Mapping[str, Any]) -> dict[str, Manifest]:
+    """The specs of NetworkPolicies by what their names end in."""
+    found = [each for each in render(values) if each["kind"] == "NetworkPolicy"]
+    return {each["metadata"]["name"].removeprefix(f"{RELEASE}-llamaclust-"): each["spec"] for each in found}
+
+
+def test_the_api_is_open_to_the_namespace() -> None:
+    def clients(values: Mapping[str, Any]) -> Any:
+        (rule,) = (rule for rule in policies(values)["coordinator"]["ingress"] if rule["ports"][0]["port"] == 8080)
+        return rule.get("from")
+
+    assert clients({}) == [{"podSelector": {}}]
+    assert clients({"networkPolicy": {"apiFrom": []}}) is None
+    team = {"namespaceSelector": {"matchLabels": {"team": "chat"}}}
+    own, other = clients({"networkPolicy": {"apiFrom": [team]}})
+    assert other == team and own["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test"
+
+
+def downloads(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Peers of port 443 by policy."""
+    rules = [(name, rule) for name, spec in policies(values).items() for rule in spec["egress"]]
+    return {name: rule.get("to") for name, rule in rules if {"protocol": "TCP", "port": 443} in rule.get("ports", ())}
+
+
+def test_only_pods_that_download_may_call_out() -> None:
+    shared = {"kind": "shared"}
+    every = downloads({})
+    assert every.keys() == {"coordinator", "worker"}, "each has a copy of its own"
+    for peers in every.values():
+        blocks = [peer["ipBlock"] for peer in peers]
+        assert {"10.0.0.0/8", "169.254.0.0/16", "fc00::/7"} <= {one for block in blocks for one in block["except"]}
+    assert downloads({"networkPolicy": {"downloadTo": []}}) == {}
+    kept = {"kind": "hostPath", "hostPath": "/srv"}
+    assert downloads({"model": {"volume": shared}}).keys() == {"pull"}
+    assert downloads({"model": {"volume": kept}}).keys() == {"coordinator", "worker"}, "each node has its own"
+    assert downloads({"model": {"pull": False, "source": "a.gguf", "volume": kept}}) == {}
+
+
+def test_one_job_fetches_a_shared_model() -> None:
+    """Serving pods read it only; another model or image is another Job, since Jobs cannot be changed."""
+
+    def job(values: Mapping[str, Any]) -> Manifest:
+        return one(render({"model": {"volume": {"kind": "shared"}}, **values}), "Job", "pull")
+
+    first = job({})
+    assert first == job({"workers": {"count": 3}})
+    others = [job({"image": {"tag": "2"}}), job({"model": {"source": "hf:a/b/c.gguf", "volume": {"kind": "shared"}}})]
+    assert len({each["metadata"]["name"] for each in (first, *others)}) == 3
+    for pod in pod_templates(render(MATRIX["shared volume"])):
+        for container in containers(pod.spec):
+            for mount in container["volumeMounts"]:
+                if mount["name"] == "models":
+                    assert mount.get("readOnly", False) is ("-pull-" not in pod.owner), pod.owner
+    jobs = [each["metadata"]["name"] for each in render() if each["kind"] == "Job"]
+    assert jobs == [f"{RELEASE}-llamaclust-secrets"]

@@ -1,0 +1,63 @@
+"""What pods of the chart take: processors, memory, volumes, and the disk of their node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from support.kubernetes.charts import MATRIX, containers, one, pod_templates, render
+
+
+@pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
+def test_no_pod_may_fill_the_disk_of_its_node(values: Mapping[str, Any]) -> None:
+    for pod in pod_templates(render(values)):
+        for volume in pod.spec["volumes"]:
+            assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], (pod.owner, volume["name"])
+        for container in containers(pod.spec):
+            for kind in ("requests", "limits"):
+                assert container["resources"][kind]["ephemeral-storage"], (pod.owner, container["name"])
+
+
+def test_ephemeral_storage_follows_from_what_is_kept() -> None:
+    """A pod that fills its volumes is within its limit."""
+
+    def storage(size: str, persistent: bool) -> tuple[int, int]:
+        values = {"tmpSize": "256Mi", "workers": {"persistence": {"enabled": persistent, "size": size}}}
+        (container,) = one(render(values), "StatefulSet")["spec"]["template"]["spec"]["containers"]
+        resources = container["resources"]
+        return int(resources["requests"]["ephemeral-storage"]), int(resources["limits"]["ephemeral-storage"])
+
+    tmp = 256 << 20
+    assert storage("2Gi", True) == (tmp, tmp)
+    assert storage("2Gi", False) == (tmp + (2 << 30),) * 2
+    assert storage("1.5G", False) == (tmp + 1_500_000_000,) * 2
+    assert storage("12345678", False) == (tmp + 12345678,) * 2
+    own = {"workers": {"resources": {"limits": {"ephemeral-storage": "9Gi"}}}}
+    (container,) = one(render(own), "StatefulSet")["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"memory": "1Gi", "ephemeral-storage": "9Gi"}
+
+
+def test_the_defaults_are_for_a_small_cluster() -> None:
+    """That of docs/kubernetes.md: it starts on a laptop's cluster."""
+    cpu_m = memory = storage = 0
+    for each in render():
+        spec, copies = each.get("spec", {}), 1
+        if each["kind"] in ("Deployment", "StatefulSet"):
+            copies = spec["replicas"]
+            (container,) = spec["template"]["spec"]["containers"]
+            requests = container["resources"]["requests"]
+            cpu_m += copies * millicores(requests["cpu"])
+            memory += copies * mebibytes(requests["memory"])
+        claims = [each] if each["kind"] == "PersistentVolumeClaim" else spec.get("volumeClaimTemplates", ())
+        storage += sum(copies * mebibytes(claim["spec"]["resources"]["requests"]["storage"]) for claim in claims)
+    assert (cpu_m, memory, storage) == (2500, 2560, 6144)
+
+
+def millicores(quantity: str) -> int:
+    return int(quantity.removesuffix("m")) if quantity.endswith("m") else 1000 * int(quantity)
+
+
+def mebibytes(quantity: str) -> int:
+    return int(quantity[:-2]) * {"Mi": 1, "Gi": 1024}[quantity[-2:]]

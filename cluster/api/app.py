@@ -23,7 +23,6 @@ from llamaclust.cluster.api.operations import DrainControl, Operations, Workers
 from llamaclust.cluster.api.replies.replies import Replies
 from llamaclust.cluster.api.replies.reply import MakeReply
 from llamaclust.cluster.api.security import Security
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.version import VERSION
@@ -33,19 +32,18 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 def create_app(
     service: TextService,
-    settings: ApiSettings,
+    replies: Replies,
     engine: Engine,
     cluster_status: Callable[[], Mapping[str, Any]],
     admission: Admission | None = None,
     pool: DrainControl | None = None,
-    replies: Replies | None = None,
 ) -> FastAPI:
     """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app; without a
     `pool` there are no workers to drain. The owner of `replies` closes them."""
+    settings = replies.settings
     app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     llamacpp, models = LlamaCppEndpoints(service, settings), ModelsEndpoint(service)
-    replies = replies or Replies(settings)
     generating: tuple[tuple[str, MakeReply, type[BaseModel]], ...] = (
         ("/v1/chat/completions", ChatEndpoint(service, settings).create, ChatBody),
         ("/v1/completions", CompletionEndpoint(service, settings).create, CompletionBody),

@@ -137,7 +137,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     show = partial(cluster_status, cluster, record)
     allow_many_files()
     async with _journalled(cluster, folder) as durability, aclosing(Replies(front.settings, durability)) as replies:
-        app = create_app(service, front.settings, engine, show, admission, pool, replies)
+        app = create_app(service, replies, engine, show, admission, pool)
         await replies.restore(await asyncio.to_thread(_open_requests, folder.journal, durability.served))
         server = _Server(server_config(app, front.settings))
         serving = asyncio.create_task(server.serve(sockets=[front.listener]))

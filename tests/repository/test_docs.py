@@ -20,6 +20,7 @@ from typer.main import get_command
 
 from llamaclust.cli.app import app
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.replies.replies import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.config.cluster_config import load_config
@@ -302,7 +303,7 @@ async def demo_api(folder: Path) -> AsyncIterator[str]:
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
         text = TextSettings("smollm2-135m-instruct", 512)
         service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, text)
-        async with serving(create_app(service, ApiSettings(), engine, dict)) as url:
+        async with serving(create_app(service, Replies(ApiSettings()), engine, dict)) as url:
             yield url
 
 

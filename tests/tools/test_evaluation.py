@@ -17,6 +17,7 @@ import pytest
 from llamaclust import Client
 from llamaclust.cli.main import main
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.replies.replies import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.engine.engine import Engine
@@ -262,7 +263,7 @@ async def test_endings_are_chosen_alike_here_and_over_http(
     stage = LocalStage(tiny, 1, "generic", LocalSettings())
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
         service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, TextSettings("tiny", 512))
-        async with serving(create_app(service, ApiSettings(), engine, dict)) as url:
+        async with serving(create_app(service, Replies(ApiSettings()), engine, dict)) as url:
             _, there, _ = await asyncio.to_thread(run, capsys, *words, "--endpoint", url)
     assert here == there
     read = read_tasks(tasks, stage.model.tokenizer, None)

@@ -14,6 +14,7 @@ import pytest
 from llamaclust import Client
 from llamaclust.cli.main import main
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.replies.replies import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.engine.engine import Engine
@@ -106,7 +107,7 @@ async def test_the_same_digits_here_and_over_http(tiny: Path, text: Path, capsys
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
         settings = TextSettings("tiny", stage.scheduling.context_length)
         service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, settings)
-        async with serving(create_app(service, ApiSettings(), engine, dict)) as url:
+        async with serving(create_app(service, Replies(ApiSettings()), engine, dict)) as url:
             over_http = await asyncio.to_thread(command, capsys, *arguments, "--endpoint", url)
     assert over_http == (0, here, "")
 

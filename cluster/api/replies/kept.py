@@ -10,7 +10,7 @@ from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.replies.reply import Event, Position, Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.core.errors import LlamaclustError, QueueFullError
+from llamaclust.core.errors import LlamaclustError, QueueFullError, WorkerError
 
 
 class KeptReply:
@@ -42,7 +42,7 @@ class KeptReply:
         try:
             await _start(reply, waits_s)
         except BaseException as error:
-            self._end(error if isinstance(error, LlamaclustError) else None)
+            self._end(error if isinstance(error, LlamaclustError) else WorkerError("the request was cancelled"))
             await reply.aclose()
             raise
         self._task = asyncio.create_task(self._run(reply))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -16,6 +15,7 @@ from llamaclust.cluster.api.body import read_bytes
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.json_parts import JsonParts
 from llamaclust.cluster.api.replies.kept import KeptReply
+from llamaclust.cluster.api.replies.kept_replies import KeptReplies
 from llamaclust.cluster.api.replies.reply import Event, MakeReply, Position, Reply
 from llamaclust.cluster.api.replies.ticket import Ticket, owner
 from llamaclust.cluster.api.settings import ApiSettings
@@ -41,17 +41,12 @@ class Replies:
 
     def __init__(self, settings: ApiSettings, durability: Durability | None = None) -> None:
         """Without `durability`, nothing survives this process."""
-        self._settings = settings
+        self.settings = settings
         self._durability = durability
+        self._journal = None if durability is None else durability.journal
         self._endpoints: dict[str, MakeReply] = {}
-        self._kept: dict[str, KeptReply] = {}
-        self._names: dict[tuple[str, str], str] = {}  # (owner, conversation or idempotency key) -> id
-        self._bodies: dict[str, bytes] = {}  # digests of the bodies of kept replies
-        self._ending = TaskSet()
-
-    @property
-    def _journal(self) -> Journal | None:
-        return None if self._durability is None else self._durability.journal
+        self._kept = KeptReplies(settings, self._journal)
+        self._restoring = TaskSet()
 
     def endpoint(self, path: str, make: MakeReply) -> Callable[[Request], Awaitable[Response]]:
         """The handler of a path whose replies `make` makes."""
@@ -63,9 +58,9 @@ class Replies:
         return answer
 
     async def _answer(self, request: Request, path: str) -> Response:
-        body = await read_bytes(request, self._settings)
+        body = await read_bytes(request, self.settings)
         ticket = Ticket.draw(request.headers, self._journal)
-        if (kept := self._known(ticket, path, body)) is not None:
+        if (kept := self._kept.same(ticket, path, body)) is not None:
             return await self._respond(request, kept, _given(request))
         if "last-event-id" in request.headers:  # a new computation may give other tokens
             raise self._not_found(ticket.idempotency_key)
@@ -100,64 +95,18 @@ class Replies:
     # -- replies that are kept -----------------------------------------------------------------------------------------
 
     async def _keep(self, request: Request, ticket: Ticket, reply: Reply, path: str, body: bytes) -> Response:
-        if ticket.conversation and (before := self._named(ticket.owner, ticket.conversation)) is not None:
-            await self._forget(before)
-        kept = self._add(ticket, path, body)
+        if ticket.conversation and (before := self._kept.named(ticket.owner, ticket.conversation)) is not None:
+            await self._kept.forget(before)
+        if (kept := self._kept.same(ticket, path, body)) is not None:  # that came meanwhile
+            return await self._respond(request, kept, Position())
+        kept = self._kept.add(ticket, path, body)
         try:
             await unless_disconnected(request, kept.begin(reply))
         except BaseException:
-            self._remove(kept)
+            self._kept.remove(kept)
             raise
         await self._admit(ticket, path, body)
         return await self._respond(request, kept, Position())
-
-    def _known(self, ticket: Ticket, path: str, body: bytes) -> KeptReply | None:
-        """The reply to the same request, sent before. HttpError where its idempotency key was another request's."""
-        key = ticket.idempotency_key
-        kept = self._named(ticket.owner, key) if key else None
-        if kept is not None and self._bodies[kept.ticket.id] != _digest(path, body):
-            raise HttpError(422, "idempotency_key_reused", f"Idempotency-Key {key!r} came with another request before")
-        return kept
-
-    def _named(self, of: str, name: str) -> KeptReply | None:
-        return self._kept.get(self._names.get((of, name), ""))
-
-    def _add(self, ticket: Ticket, path: str, body: bytes) -> KeptReply:
-        self._make_room()
-        kept = self._kept[ticket.id] = KeptReply(ticket, self._settings, self._expire)
-        for name in filter(None, (ticket.conversation, ticket.idempotency_key)):
-            self._names[ticket.owner, name] = ticket.id
-        self._bodies[ticket.id] = _digest(path, body)
-        return kept
-
-    def _make_room(self) -> None:
-        """Complete replies that no client reads give way. HttpError where the others are too much."""
-        held = sum(kept.held_bytes for kept in self._kept.values())
-        for kept in [kept for kept in self._kept.values() if kept.is_complete and not kept.is_read]:
-            if held <= self._settings.max_kept_bytes and len(self._kept) < self._settings.max_kept_replies:
-                break
-            held -= kept.held_bytes
-            self._remove(kept)
-        if held > self._settings.max_kept_bytes or len(self._kept) >= self._settings.max_kept_replies:
-            what = f"{len(self._kept)} kept replies of {held >> 20} MiB"
-            raise HttpError(503, "server_busy", f"the server is busy with {what}; try again", {"Retry-After": "5"})
-
-    def _remove(self, kept: KeptReply) -> None:
-        ticket = kept.ticket
-        self._kept.pop(ticket.id, None)
-        self._bodies.pop(ticket.id, None)
-        for name in (ticket.conversation, ticket.idempotency_key):
-            if self._names.get((ticket.owner, name)) == ticket.id:
-                del self._names[ticket.owner, name]
-        if self._journal is not None:
-            self._journal.end(ticket.id)
-
-    def _expire(self, kept: KeptReply) -> None:
-        self._ending.start(self._forget(kept))
-
-    async def _forget(self, kept: KeptReply) -> None:
-        self._remove(kept)
-        await kept.aclose()
 
     async def _respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
         """The rest of a kept reply."""
@@ -169,8 +118,8 @@ class Replies:
 
     def _delivered(self, kept: KeptReply) -> Callable[[], Awaitable[None]]:
         async def close() -> None:
-            if kept.is_complete and self._journal is not None:
-                self._journal.end(kept.ticket.id)
+            if kept.is_complete:
+                self._kept.delivered(kept)
 
         return close
 
@@ -193,19 +142,18 @@ class Replies:
     async def stop(self, request: Request) -> Response:
         """`DELETE` of either: ends the reply. 204 also where there is none."""
         with suppress(HttpError):
-            await self._forget(self._find(request))
+            await self._kept.forget(self._find(request))
         return Response(status_code=204)
 
     def _find(self, request: Request) -> KeptReply:
-        name, of = request.path_params["id"], owner(request.headers)
-        kept = self._kept.get(name.rpartition("-")[2]) or self._named(of, name)
-        if kept is None or kept.ticket.owner != of:
+        name = request.path_params["id"]
+        if (kept := self._kept.named(owner(request.headers), name)) is None:
             raise self._not_found(name)
         return kept
 
     def _not_found(self, name: str) -> HttpError:
         gone = f"no reply {name[:60]!r} is kept: it was cancelled, or its client was away for more than"
-        return HttpError(404, "reply_not_found", f"{gone} {self._settings.resume_s:g} s (timeouts.resume)")
+        return HttpError(404, "reply_not_found", f"{gone} {self.settings.resume_s:g} s (timeouts.resume)")
 
     # -- after a coordinator's end -------------------------------------------------------------------------------------
 
@@ -217,10 +165,11 @@ class Replies:
         restored = []
         for request in requests:
             ticket, body = Ticket.restored(request, self._durability.journal), request.admission.body.encode()
-            restored.append((self._add(ticket, request.admission.endpoint, body), request.admission.endpoint, body))
+            path = request.admission.endpoint
+            restored.append((self._kept.add(ticket, path, body), path, body))
         if restored:
             _log.info("requests restored from the journal", extra={"requests": len(restored)})
-            self._ending.start(self._begin_all(restored))
+            self._restoring.start(self._begin_all(restored))
 
     async def _begin_all(self, restored: list[tuple[KeptReply, str, bytes]]) -> None:
         assert self._durability is not None
@@ -233,9 +182,8 @@ class Replies:
                 kept.fail(WorkerError(f"the endpoint {path} is not there any more"))
 
     async def aclose(self) -> None:
-        for kept in tuple(self._kept.values()):
-            await self._forget(kept)
-        await self._ending.close()
+        await self._restoring.close()
+        await self._kept.aclose()
 
 
 def _given(request: Request) -> Position:
@@ -243,10 +191,6 @@ def _given(request: Request) -> Position:
     last = request.headers.get("last-event-id", "").rpartition(":")[2]
     text = request.query_params.get("after", last)
     return Position.parse(text, "after") if text else Position()
-
-
-def _digest(path: str, body: bytes) -> bytes:
-    return hashlib.sha256(path.encode() + b"\n" + body).digest()
 
 
 async def _numbered(

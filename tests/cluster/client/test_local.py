@@ -16,6 +16,7 @@ import pytest
 
 from llamaclust import Client
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.replies.replies import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.client.types import Options
@@ -113,7 +114,7 @@ async def http(tiny: Path) -> AsyncIterator[str]:
     text = TextSettings("tiny", CONTEXT)
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
         service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, text)
-        async with serving(create_app(service, ApiSettings(), engine, dict)) as url:
+        async with serving(create_app(service, Replies(ApiSettings()), engine, dict)) as url:
             yield url
 
 

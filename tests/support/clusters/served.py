@@ -180,7 +180,8 @@ def make_app(
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
     service = make_service(engine, chat_template)
     show = {"status": {"name": "test"}}.copy
-    return create_app(service, ApiSettings(**settings), idle, show, admission, pool, replies)
+    replies = replies or Replies(ApiSettings(**settings))
+    return create_app(service, replies, idle, show, admission, pool)
 
 
 def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:

@@ -1,0 +1,104 @@
+"""The replies that are kept, by their ids and their clients' names, within bounds."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.replies.kept import KeptReply
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.wire.rpc.task_set import TaskSet
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    kept: KeptReply
+    digest: bytes  # of its request
+
+
+class KeptReplies:
+    """Use from one event loop; `aclose` it, which ends them."""
+
+    def __init__(self, settings: ApiSettings, journal: Journal | None) -> None:
+        self._settings = settings
+        self._journal = journal
+        self._entries: dict[str, _Entry] = {}
+        self._ids: dict[tuple[str, str], str] = {}  # by owner, and conversation or idempotency key
+        self._ending = TaskSet()
+
+    def add(self, ticket: Ticket, path: str, body: bytes) -> KeptReply:
+        """HttpError where there is no room."""
+        self._make_room()
+        kept = KeptReply(ticket, self._settings, self._expire)
+        self._entries[ticket.id] = _Entry(kept, _digest(path, body))
+        for name in filter(None, (ticket.conversation, ticket.idempotency_key)):
+            self._ids[ticket.owner, name] = ticket.id
+        return kept
+
+    def remove(self, kept: KeptReply) -> None:
+        ticket = kept.ticket
+        self._entries.pop(ticket.id, None)
+        for name in (ticket.conversation, ticket.idempotency_key):
+            if self._ids.get((ticket.owner, name)) == ticket.id:
+                del self._ids[ticket.owner, name]
+        self.delivered(kept)
+
+    def delivered(self, kept: KeptReply) -> None:
+        """No later coordinator needs to compute it."""
+        if self._journal is not None:
+            self._journal.end(kept.ticket.id)
+
+    async def forget(self, kept: KeptReply) -> None:
+        """Ends it, and removes it."""
+        self.remove(kept)
+        await kept.aclose()
+
+    async def aclose(self) -> None:
+        for entry in tuple(self._entries.values()):
+            await self.forget(entry.kept)
+        await self._ending.close()
+
+    def _expire(self, kept: KeptReply) -> None:
+        self._ending.start(self.forget(kept))
+
+    def named(self, owner: str, name: str) -> KeptReply | None:
+        """By its id, the id with a prefix as in a reply, or its client's name for it."""
+        for request_id in (name.rpartition("-")[2], self._ids.get((owner, name), "")):
+            entry = self._entries.get(request_id)
+            if entry is not None and entry.kept.ticket.owner == owner:
+                return entry.kept
+        return None
+
+    def same(self, ticket: Ticket, path: str, body: bytes) -> KeptReply | None:
+        """The reply to the same request, sent before. HttpError where its idempotency key was another request's."""
+        key = ticket.idempotency_key
+        entry = self._entries.get(self._ids.get((ticket.owner, key), "")) if key else None
+        if entry is None:
+            return None
+        if entry.digest != _digest(path, body):
+            raise HttpError(422, "idempotency_key_reused", f"Idempotency-Key {key!r} came with another request before")
+        return entry.kept
+
+    def _make_room(self) -> None:
+        """Complete replies that no client reads give way. HttpError where the others are too much."""
+        kept = [entry.kept for entry in self._entries.values()]
+        held = sum(reply.held_bytes for reply in kept)
+        for reply in [reply for reply in kept if reply.is_complete and not reply.is_read]:
+            if not self._is_full(held):
+                break
+            held -= reply.held_bytes
+            self.remove(reply)
+        if self._is_full(held):
+            what = f"{len(self._entries)} kept replies of {held >> 20} MiB"
+            raise HttpError(503, "server_busy", f"the server is busy with {what}; try again", {"Retry-After": "5"})
+
+    def _is_full(self, held_bytes: int) -> bool:
+        settings = self._settings
+        return held_bytes > settings.max_kept_bytes or len(self._entries) >= settings.max_kept_replies
+
+
+def _digest(path: str, body: bytes) -> bytes:
+    return hashlib.sha256(path.encode() + b"\n" + body).digest()

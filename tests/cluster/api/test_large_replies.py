@@ -12,6 +12,7 @@ import pytest
 from llamaclust.cluster.api.errors import to_json
 from llamaclust.cluster.api.json_parts import json_parts
 from llamaclust.cluster.api.openai import completions
+from llamaclust.cluster.api.openai.shapes import completion_logprobs
 from llamaclust.cluster.text import budget
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, says, until
 
@@ -57,7 +58,7 @@ async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypat
 @pytest.mark.parametrize("stream", [False, True])
 async def test_large_replies_are_rendered_off_the_event_loop(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: set[int] = set()
-    row = completions.completion_logprobs
+    row = completion_logprobs
 
     def spied(*given: Any) -> Any:
         threads.add(threading.get_ident())

@@ -64,11 +64,11 @@ class Operations:
         self._cluster_status = cluster_status
 
     async def health(self, request: Request) -> Response:
-        """200 while requests are taken, even if they have to wait; else 503 and why not."""
+        """200 while requests are taken, even if they have to wait; else 503, and why not for those with a key."""
         state = self._engine.state
         if state is EngineState.READY:
             return JsonResponse({"status": "ok"})
-        reason = str(self._engine.error or f"the cluster is {state}")
+        reason = self._reason(request)
         if state is EngineState.RECOVERING:
             return JsonResponse({"status": state.value, "reason": reason})
         raise HttpError(503, f"cluster_{state}", reason, {"Retry-After": "5"})
@@ -77,7 +77,12 @@ class Operations:
         """200 unless only a restart helps: a liveness probe."""
         if self._engine.state is not EngineState.DOWN:
             return JsonResponse({"status": "ok"})
-        raise HttpError(503, "cluster_down", str(self._engine.error or "the cluster is down"))
+        raise HttpError(503, "cluster_down", self._reason(request))
+
+    def _reason(self, request: Request) -> str:
+        """Names workers, hosts and layers: without a key, the state alone."""
+        error = self._engine.error if request.state.is_trusted else None
+        return str(error or f"the cluster is {self._engine.state}")
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._engine.metrics.render(), media_type=CONTENT_TYPE)

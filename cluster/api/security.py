@@ -15,6 +15,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.core.addresses import is_loopback
 
 OPEN_PATHS = frozenset({"/health", "/live"})
+"""Need no key; `request.state.is_trusted` says whether a request may see more than the state."""
 
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})?")
 
@@ -42,9 +43,14 @@ class Security:
         headers = Headers(scope=scope)
         self._check_host(headers, scope)
         self._check_origin(headers)
+        if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may read another length
+            message = "a request has Content-Length or Transfer-Encoding, not both"
+            raise HttpError(400, "bad_request", message, {"Connection": "close"})
         is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
-        if self._keys and scope["path"] not in OPEN_PATHS and not is_preflight:
-            self._check_key(headers.get("authorization", ""))
+        error = self._key_error(headers.get("authorization", "")) if self._keys else None
+        if error is not None and scope["path"] not in OPEN_PATHS and not is_preflight:
+            raise error
+        scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}
 
     def _check_host(self, headers: Headers, scope: Scope) -> None:
         given = headers.getlist("host")
@@ -67,16 +73,16 @@ class Security:
             return
         if origin.partition("://")[2].lower() == headers["host"].lower():
             return
-        message = f"web pages of {origin[:200]!r} may not use this API; add it to the allowed origins if they should"
-        raise HttpError(403, "origin_not_allowed", message)
+        cure = "add it to `allowed_origins` in the cluster file if they should be allowed"
+        raise HttpError(403, "origin_not_allowed", f"web pages of {origin[:200]!r} may not use this API; {cure}")
 
-    def _check_key(self, authorization: str) -> None:
+    def _key_error(self, authorization: str) -> HttpError | None:
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key:
-            raise _unauthorized("this API needs a key: send the header Authorization: Bearer KEY")
+            return _unauthorized("this API needs a key: send the header Authorization: Bearer KEY")
         given = _digest(key.strip())
-        if not sum(hmac.compare_digest(given, known) for known in self._keys):
-            raise _unauthorized("unknown API key")
+        is_known = sum(hmac.compare_digest(given, known) for known in self._keys) > 0
+        return None if is_known else _unauthorized("unknown API key")
 
 
 def _unauthorized(message: str) -> HttpError:

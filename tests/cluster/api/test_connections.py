@@ -196,3 +196,14 @@ async def test_garbage_leaves_no_line_in_the_log() -> None:
             peer.writer.write(b"\x16\x03\x01 garbage\r\n\r\n")
         for peer in server.peers:
             assert (await peer.reader.read()).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_a_request_of_two_lengths_is_refused() -> None:
+    """A proxy may take the other one, and another client's request for the rest of the body."""
+    async with served() as server:
+        (peer,) = await server.connect()
+        head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
+        peer.writer.write(head + b"0\r\n\r\n")
+        assert (await peer.head()).startswith(b"HTTP/1.1 400")
+        assert b"not both" in await peer.reader.read()
+        assert server.engine.submitted == []

@@ -42,6 +42,18 @@ async def test_a_cluster_that_waits_for_a_worker_is_live() -> None:
         assert (await http.get("/live")).status_code == 200
 
 
+async def test_reasons_are_for_those_with_a_key() -> None:
+    """They name workers, hosts and layers."""
+    async with real_engine() as (engine, _), client(make_app(engine, api_keys=("first-key",))) as http:
+        engine.break_down(WorkerError("worker w1 (layers 2-3) was lost"))
+        for path in ("/health", "/live"):
+            for headers in ({}, {"Authorization": "Bearer wrong"}):
+                refused = await http.get(path, headers=headers)
+                assert refused.status_code == 503 and refused.json()["error"]["message"] == "the cluster is down"
+            told = await http.get(path, headers={"Authorization": "Bearer first-key"})
+            assert told.status_code == 503 and "layers 2-3" in told.json()["error"]["message"]
+
+
 async def test_health_reports_draining() -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
         assert await engine.drain(5)
@@ -182,6 +194,8 @@ async def test_foreign_pages_are_refused() -> None:
             assert await get(http, origin=origin) == 403, origin
         reply = await http.get("/v1/models")
         assert not [name for name in reply.headers if name.startswith("access-control")]
+        refused = await http.get("/v1/models", headers={"origin": "https://evil.example"})
+        assert "`allowed_origins` in the cluster file" in refused.json()["error"]["message"]
     async with client(app(allowed_origins=("https://chat.example",), api_keys=("first-key",))) as http:
         page = {"origin": "https://chat.example"}
         asked = page | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -60,12 +59,12 @@ def up(
 def down(cluster: Cluster = None) -> None:
     """Stop a running cluster. Running requests get up to 30 seconds to finish; a second `down` stops it at once."""
     folder, record = _running(cluster)
-    os.kill(record.pid, signal.SIGTERM)
+    record.signal(signal.SIGTERM)
     if not folder.ends_within(_IDLE_S):
         print("running requests are finished first; `llamaclust down` again stops at once", file=sys.stderr)
     if not folder.ends_within(_STOP_S):
         print(f"{record.name} still answers requests after {_STOP_S:.0f} s: ending it now", file=sys.stderr)
-        os.kill(record.pid, signal.SIGKILL)
+        record.signal(signal.SIGKILL)
         if not folder.ends_within(_KILL_S):
             raise LlamaclustError(f"cluster {record.name} (pid {record.pid}) does not end; look at it with `ps`")
         folder.remove_record()

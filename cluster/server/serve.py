@@ -65,14 +65,16 @@ def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby
             report(Notice(f"{config.name} was stopped; its standby ends as well"))
             return
         with _listening(config) as listener:
-            asyncio.run(_until_signal(config, model_path, folder, _Front(listener, settings, report)))
+            front = _Front(listener, _record(config, listener), settings, report)
+            asyncio.run(_until_signal(config, model_path, folder, front))
 
 
 @dataclass(frozen=True, slots=True)
 class _Front:
-    """The public side of a cluster: its socket, its API settings, the receiver of its events."""
+    """The public side of a cluster: its socket, its record, its API settings, the receiver of its events."""
 
     listener: socket.socket
+    record: ClusterRecord
     settings: ApiSettings
     report: Report
 
@@ -106,6 +108,7 @@ class _Signals:
 async def _until_signal(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
     signals = _Signals()
     try:
+        folder.write_record(front.record)
         async with (
             StartingReplies(front.listener) as replies,
             open_cluster(config, model_path, folder, front.report) as cluster,
@@ -129,7 +132,7 @@ def _settle_memory() -> None:
 
 async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: _Signals) -> None:
     """Serves the API of a cluster until it is asked to stop."""
-    config, record = cluster.config, _record(cluster, front.listener)
+    config, record = cluster.config, front.record
     text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
     admission = Admission(front.settings)
@@ -143,7 +146,6 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         serving = asyncio.create_task(server.serve(sockets=[front.listener]))
         try:
             await asyncio.wait_for(server.answers.wait(), _START_S)
-            folder.write_record(record)
             signals.ready = True
             front.report(Ready(record.name, record.api, record.model))
             await signals.asked.wait()
@@ -247,17 +249,17 @@ def _listening(config: ClusterConfig) -> Iterator[socket.socket]:
         yield listener
 
 
-def _record(cluster: Cluster, listener: socket.socket) -> ClusterRecord:
+def _record(config: ClusterConfig, listener: socket.socket) -> ClusterRecord:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    keys = cluster.config.api_keys_file
+    keys = config.api_keys_file
     return ClusterRecord(
-        name=cluster.config.name,
+        name=config.name,
         pid=os.getpid(),
         api=f"http://{host}:{port}",
-        model=_model_name(cluster.config.model),
+        model=_model_name(config.model),
         api_keys_file=None if keys is None else str(keys),
-        launcher=cluster.config.launcher,
+        launcher=config.launcher,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.file_lock import FileLock, is_locked
+from llamaclust.cluster.state.processes import own_start_ticks, start_ticks
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.profile import Profile, read_profile
 
@@ -42,6 +44,14 @@ class ClusterRecord:
     model: str
     api_keys_file: str | None = None  # where this user's programs find a key, if the API wants one
     launcher: str = "local"
+    start_ticks: int = field(default_factory=own_start_ticks)  # of the process
+
+    def signal(self, number: signal.Signals) -> None:
+        """LlamaclustError where the pid is another process's."""
+        if start_ticks(self.pid) != self.start_ticks:
+            what = f"cluster {self.name}: pid {self.pid} of its record is not its coordinator"
+            raise LlamaclustError(f"{what}, which runs in another container or wrote no record: look at it with `ps`")
+        os.kill(self.pid, number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +117,7 @@ class ClusterDir:
             time.sleep(_PROBE_S)
             if not lock.take():
                 raise UsageError(self._taken())
+        self._record.unlink(missing_ok=True)  # of a process that was killed
 
     def _await_end(self, lock: FileLock) -> bool:
         """Until the lock is held. Whether the cluster that had it was stopped in order: its record is gone then."""
@@ -226,7 +237,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterRecord]]:
-    """Clusters of this user whose coordinator is alive and serving, by name; `state_dir` comes before elsewhere."""
+    """Clusters of this user whose coordinator serves or starts, by name; `state_dir` comes before elsewhere."""
     paths = [*sorted((state_dir / _ELSEWHERE).glob("*")), *sorted(state_dir.glob("*"))]
     folders = [ClusterDir(path) for path in paths if path.is_dir()]
     found = {folder.path.name: (folder, folder.read_record()) for folder in folders if folder.is_running}

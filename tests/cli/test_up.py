@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from support.clusters.command_line import COMMAND, CommandLine, command_line, eventually, is_there, paused
+from support.clusters.static_cluster import start_coordinator
 from support.hub.download_server import running_server
 from support.models.hostile_models import tiny
 
@@ -93,6 +96,19 @@ def test_ctrl_c_says_what_it_waits_for_and_a_second_one_waits_no_more(line: Comm
         done = cluster.command.wait(_SOON_S)
     assert done.code == 0 and "Traceback" not in done.err
     nothing_left(line)
+
+
+def test_down_ends_a_start_and_no_process_with_the_pid_of_a_killed_cluster(line: CommandLine) -> None:
+    other = line.start("worker", "--join", "127.0.0.1:9", "--name", "z", "--insecure")
+    folder = ClusterDir(line.cluster_dir("tiny"))
+    folder.create()
+    folder.write_record(ClusterRecord("tiny", other.process.pid, "http://127.0.0.1:1", "m"))
+    waiting = start_coordinator(line, Path("good.gguf"))
+    waiting.says("worker --join ")
+    status = line.run("status")
+    assert status.code != 0 and "the cluster is starting" in status.error
+    assert line.run("down").err == "tiny is stopped\n"
+    assert waiting.wait().code == 0 and other.process.poll() is None
 
 
 def test_down_says_what_it_waits_for_and_a_second_one_waits_no_more(line: CommandLine) -> None:

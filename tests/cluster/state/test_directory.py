@@ -7,9 +7,11 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from llamaclust.cluster.state.directory import (
     read_profiles,
     write_profiles,
 )
+from llamaclust.cluster.state.processes import start_ticks
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.profile import DeviceProfile, Profile
 from support.clusters.command_line import eventually
@@ -72,6 +75,28 @@ def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
         find_running(usual, None)
     with pytest.raises(UsageError, match=r"start one with `llamaclust up`$"):
         find_running(tmp_path / "nowhere", None)
+
+
+def test_a_lock_ends_the_record_of_a_killed_process(tmp_path: Path) -> None:
+    folder = ClusterDir(tmp_path / "home")
+    with folder.locked():
+        folder.write_record(ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m"))
+    assert folder.read_record() is not None
+    with folder.locked():
+        assert folder.read_record() is None
+
+
+def test_a_record_signals_no_process_that_started_at_another_time() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            own = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m")
+            with pytest.raises(LlamaclustError, match=rf"pid {process.pid} of its record is not its coordinator"):
+                replace(own, pid=process.pid).signal(signal.SIGTERM)
+            assert process.poll() is None
+            replace(own, pid=process.pid, start_ticks=start_ticks(process.pid) or 0).signal(signal.SIGTERM)
+            assert process.wait() == -signal.SIGTERM
+        finally:
+            process.kill()
 
 
 def test_a_folder_that_is_deleted_under_a_cluster_comes_back(tmp_path: Path) -> None:

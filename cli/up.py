@@ -15,7 +15,7 @@ from threading import Lock, Thread
 from llamaclust.cli.interrupts import ends_at_once, exits_on_signals
 from llamaclust.cli.progress import ClusterView, cluster_view, shown_progress
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
-from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.directory import ClusterDir, open_log
 from llamaclust.cluster.state.events import Event, Notice, Ready, StartFailed, from_line, to_line
 from llamaclust.core.errors import LlamaclustError, UsageError
 
@@ -153,7 +153,7 @@ def run_detached(config: ClusterConfig, arguments: list[str]) -> None:
 def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes]]:
     """The process, and the end of a pipe to read its events from."""
     reading, writing = os.pipe()
-    to_log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    to_log = open_log(log, anew=True)
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, "--notify", str(writing)],

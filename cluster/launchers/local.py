@@ -18,13 +18,13 @@ from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.run_directory import RunDirectory
 from llamaclust.cluster.launchers.worker_process import (
     describe_exit,
-    open_log,
     worker_command,
     worker_environment,
     worker_input,
 )
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.state.directory import open_log
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.devices.devices import check_devices

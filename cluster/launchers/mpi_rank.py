@@ -4,6 +4,7 @@ join token, nothing else; a rank that has nothing to do sleeps."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import queue
@@ -31,9 +32,9 @@ from llamaclust.cluster.launchers.mpi_messages import (
     from_bytes,
     to_bytes,
 )
-from llamaclust.cluster.launchers.worker_process import describe_exit, open_log
+from llamaclust.cluster.launchers.worker_process import describe_exit
 from llamaclust.cluster.membership.log_tail import last_error
-from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.directory import ClusterDir, open_log
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.security.token import JoinToken
@@ -47,6 +48,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Tells machines apart, whatever they are called."""
 _REST_S = 0.01
 _CONNECT_S = 2.0
+_MEET_S = 60.0
 _DRAIN_S = 40.0
 """After SIGTERM a rank stays so long, that requests may be finished: longer than the coordinator needs."""
 _INSTALL = (
@@ -66,6 +68,13 @@ def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, rank.on_signal)
     try:
         return _Coordinator(rank, config, arguments).run() if ranks.own == 0 else rank.run()
+    except LlamaclustError:
+        raise
+    except Exception:
+        ranks.lost.add(ranks.own)  # `leave` would wait for the others, which wait for this one
+        logging.getLogger(__name__).exception("rank %d ends the job", ranks.own)
+        ranks.abort()
+        raise
     finally:
         ranks.leave()
 
@@ -101,6 +110,10 @@ class _Ranks:
                 data = bytearray(status.Get_count(self._mpi.BYTE))
                 self._world.Recv([data, self._mpi.BYTE], source=rank)
                 yield from_bytes(bytes(data))
+
+    def abort(self) -> None:
+        """The job's end at once, for all ranks."""
+        self._world.Abort(1)
 
     def leave(self) -> None:
         """The job's end, for which MPI waits for all ranks; where some are lost it would do so for ever."""
@@ -154,7 +167,10 @@ class _Rank:
 
     def obey(self, message: Message) -> None:
         if isinstance(message, StartWorker):
-            self._start(message)
+            try:
+                self._start(message)
+            except (OSError, LlamaclustError) as error:
+                self.ends.put(WorkerEnded(message.rank, f"it cannot be started: {error}", ""))
         elif isinstance(message, EndWorker) and self._child is not None:
             self._child.signal(signal.Signals(message.number))
 
@@ -168,8 +184,8 @@ class _Rank:
 
     def _start(self, order: StartWorker) -> None:
         settings = WorkerSettings.from_json(order.settings)
+        self._folder.create()
         log = self._folder.log_file(settings.name)
-        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         start_bytes = log.stat().st_size if self._child is not None else 0
         threads = settings.threads or _share(order.sharers)
         settings = replace(settings, threads=threads, join=_reachable(order.addresses, settings.token))
@@ -204,22 +220,29 @@ class _Coordinator:
             if ranks.count != (wanted := len(self._config.workers)):
                 what = f"{wanted} workers and {ranks.count} ranks do not go together"
                 raise UsageError(f"launcher mpi: {what}: mpirun -n {wanted} llamaclust up FILE")
-            self._meet()
-            return self._live()
+            return self._live() if self._meet() else 128 + signal.SIGTERM
         finally:
             self._rank.kill()
             for other in self._others():
                 with suppress(RankLostError):
                     ranks.send(Leave(other, with_all=not ranks.lost), other)
 
-    def _meet(self) -> None:
-        """Waits until every rank has said where it is; MPI starts them all or none."""
-        while len(self._machines) < self._rank.ranks.count:
+    def _meet(self) -> bool:
+        """Waits until every rank has said where it is; False after a signal. WorkerError after a minute: MPI starts
+        them all or none."""
+        ranks, end_s = self._rank.ranks, time.monotonic() + _MEET_S
+        while missing := set(range(ranks.count)) - self._machines.keys():
+            if self._rank.is_signalled or time.monotonic() > end_s:
+                ranks.lost |= missing  # they would not take part in the job's end
+                if self._rank.is_signalled:
+                    return False
+                raise WorkerError(f"ranks without a sign of life within {_MEET_S:g} s: {sorted(missing)}")
             for other in self._others():
-                for message in self._rank.ranks.received(other):
+                for message in ranks.received(other):
                     assert isinstance(message, Machine)
                     self._machines[other] = message.boot_id
             time.sleep(_REST_S)
+        return True
 
     def _others(self) -> list[int]:
         ranks = self._rank.ranks

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from llamaclust.worker.settings import WorkerSettings
 
@@ -31,11 +30,6 @@ def worker_environment(variables: Mapping[str, str]) -> dict[str, str]:
         name: value for name, value in variables.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
     }
     return inherited | {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's own threads, one a core otherwise, would only wait
-
-
-def open_log(path: Path, *, anew: bool) -> int:
-    """A descriptor that appends to a worker's log, after what its earlier processes wrote unless it begins `anew`."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (os.O_TRUNC if anew else 0), 0o600)
 
 
 def describe_exit(code: int) -> str:

@@ -6,9 +6,11 @@ A cluster's lie under `<state_dir>/<cluster name>/`, measurements in `<state_dir
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -81,9 +83,14 @@ class ClusterDir:
         return self.path / "lock"
 
     def create(self) -> None:
-        """UsageError where the state directory cannot be written to."""
+        """UsageError where the state directory cannot be written to, or other users could put files into it."""
         try:
             self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self.path, self.logs):
+                _check_owner(folder.stat().st_uid, folder)
+            mode = self.path.parent.stat().st_mode
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                raise UsageError(f"{self.path.parent}: other users can write to it; run: chmod o-w {self.path.parent}")
             self.path.chmod(0o700)
         except OSError as error:
             what = f"{self.path}: cannot be made: {error.strerror}"
@@ -193,6 +200,31 @@ class ClusterDir:
             with contextlib.suppress(OSError):
                 if self._link.readlink() == self.path.absolute():
                     self._link.unlink()
+
+
+def open_log(path: Path, *, anew: bool) -> int:
+    """A descriptor that appends to a log, after what earlier processes wrote unless it begins `anew`. UsageError for a
+    link and for another user's file."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UsageError(f"{path}: is a symbolic link, and a log is a file: remove it") from error
+    try:
+        _check_owner(os.fstat(descriptor).st_uid, path)
+        if anew:
+            os.ftruncate(descriptor, 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_owner(user: int, path: Path) -> None:
+    if user != os.geteuid():
+        what = f"{path}: belongs to user {user}, and this process runs as user {os.geteuid()}"
+        raise UsageError(f"{what}: set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own")
 
 
 def write_profiles(state_dir: Path, profiles: dict[str, Profile]) -> None:

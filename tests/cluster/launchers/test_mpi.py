@@ -8,14 +8,16 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from llamaclust.cluster.config.cluster_config import load_config
-from llamaclust.core.errors import UsageError
-from support.clusters.command_line import Cluster, CommandLine, Running, command_line, eventually, is_there
+from llamaclust.cluster.launchers import mpi_rank
+from llamaclust.core.errors import UsageError, WorkerError
+from support.clusters.command_line import COMMAND, Cluster, CommandLine, Running, command_line, eventually, is_there
 from support.clusters.launched import Answers, answers, logs_of, model_in, of_one_worker
 from support.clusters.static_cluster import named, ready, token_file
 from support.network.box import Box, missing
@@ -116,6 +118,29 @@ def test_with_recovery_the_others_live_on(line: CommandLine, model: Path, undist
         assert line.run("down").code == 0
     command.wait()
     all_gone(processes)
+
+
+def test_a_rank_that_cannot_start_its_worker_says_why(line: CommandLine, model: Path) -> None:
+    command = start(
+        line, model, "-n", "2", *COMMAND, "up", "tiny.yaml", ":", "-x", "LLAMACLUST_STATE_DIR=/proc/no", ranks=1
+    )
+    done = command.wait(within_s=60.0)
+    assert done.code != 0 and "it cannot be started: /proc/no/tiny: cannot be made" in done.err
+
+
+@pytest.mark.parametrize("is_signalled", [False, True])
+def test_ranks_are_waited_for_until_a_signal_or_a_deadline(is_signalled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpi_rank, "_MEET_S", 0.05)
+    ranks: Any = SimpleNamespace(own=0, count=3, lost=set(), received=lambda rank: iter(()), send=lambda *sent: None)
+    config: Any = SimpleNamespace(workers="abc")
+    rank: Any = SimpleNamespace(ranks=ranks, is_signalled=is_signalled, kill=lambda: None)
+    job = mpi_rank._Coordinator(rank, config, ())
+    if is_signalled:
+        assert job.run() == 128 + signal.SIGTERM
+    else:
+        with pytest.raises(WorkerError, match=r"ranks without a sign of life within 0.05 s: \[1, 2\]"):
+            job.run()
+    assert ranks.lost == {1, 2}
 
 
 def test_ctrl_c_ends_the_job(line: CommandLine, model: Path) -> None:

@@ -21,6 +21,7 @@ from llamaclust.cluster.state.directory import (
     ClusterDir,
     ClusterRecord,
     find_running,
+    open_log,
     read_profiles,
     write_profiles,
 )
@@ -97,6 +98,43 @@ def test_a_record_signals_no_process_that_started_at_another_time() -> None:
             assert process.wait() == -signal.SIGTERM
         finally:
             process.kill()
+
+
+def test_a_log_is_written_through_no_link(tmp_path: Path) -> None:
+    folder, victim = ClusterDir(tmp_path / "home"), tmp_path / "victim"
+    victim.write_text("precious")
+    folder.create()
+    folder.log_file("a").symlink_to(victim)
+    with pytest.raises(UsageError, match=r"a\.log: is a symbolic link"):
+        open_log(folder.log_file("a"), anew=True)
+    assert victim.read_text() == "precious"
+
+
+def test_a_log_begins_anew_or_goes_on(tmp_path: Path) -> None:
+    for anew, text in ((True, "one"), (False, "onetwo"), (True, "three")):
+        with os.fdopen(open_log(tmp_path / "a.log", anew=anew), "a") as file:
+            file.write(text.removeprefix("one") or text)
+        assert (tmp_path / "a.log").read_text() == text
+
+
+def test_a_state_directory_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    folder = ClusterDir(tmp_path / "shared" / "home")
+    folder.path.parent.mkdir()
+    folder.path.parent.chmod(0o777)
+    with pytest.raises(UsageError, match=rf"other users can write to it; run: chmod o-w {folder.path.parent}$"):
+        folder.create()
+    folder.path.parent.chmod(0o1777)
+    folder.create()
+
+
+def test_a_state_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ClusterDir(tmp_path / "home")
+    folder.create()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(UsageError, match=rf"home: belongs to user {os.getuid()}, and this process runs as user"):
+        folder.create()
+    with pytest.raises(UsageError, match=r"a\.log: belongs to user"):
+        open_log(folder.log_file("a"), anew=True)
 
 
 def test_a_folder_that_is_deleted_under_a_cluster_comes_back(tmp_path: Path) -> None:

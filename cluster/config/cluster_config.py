@@ -146,6 +146,10 @@ class ClusterConfig(Section):
                 if worker.device == "cpu" and getattr(worker, key) is not None:
                     why = "is for workers with a GPU: set device to cuda:0 as well"
                     raise PlaceError(("workers", index, key), why)
+            gpus = [] if worker.device == "cpu" else worker.device.split(",")
+            if self.launcher == "ray" and set(gpus) != (own := {f"cuda:{number}" for number in range(len(gpus))}):
+                why = f"Ray gives each worker GPUs of its own, numbered from 0: set {','.join(sorted(own))}"
+                raise PlaceError(("workers", index, "device"), why)
             if self.launcher == "ray" and worker.threads is None:
                 raise PlaceError(("workers", index), "threads is needed with launcher: ray: Ray reserves so many CPUs")
         return self

@@ -83,14 +83,11 @@ class RayLauncher(RestartingLauncher):
         """Kills its actor, unless Ray has started another worker already."""
         from ray.exceptions import RayError
 
-        def restart() -> None:
-            if self._incarnations.get(name) == seen:
-                self._placed.restart(name)
-
         with contextlib.suppress(DeadlineError, RayError):
             async with deadline(f"the end of worker {name}", _END_S):
                 seen = await _answer(self._placed.actors[name].incarnation.remote())
-                await self._call(restart)
+                if self._incarnations.get(name) == seen:
+                    await self._call(lambda: self._placed.restart(name))
 
     @property
     def _placed(self) -> RayWorkers:
@@ -126,14 +123,16 @@ class RayLauncher(RestartingLauncher):
             except RayError:  # it is being started
                 await asyncio.sleep(_PAUSE_S)
                 continue
-            del self._incarnations[name]
+            ended = self._incarnations.pop(name)
             if not self._stopping:
                 exited(name, how)
             if not await self._upkeep.may_restart(name, how):
                 if self._upkeep.is_on:  # given up: Ray is not to start it again either
                     await self._call(lambda: self._placed.forget(name))
                 return
-            await self._call(lambda: self._placed.restart(name))
+            with contextlib.suppress(RayError):  # it is being started
+                if await _answer(actor.incarnation.remote()) == ended:
+                    await self._call(lambda: self._placed.restart(name))
             await _replaced(actor)
 
 

@@ -23,10 +23,10 @@ PLACEMENT = "llamaclust"
 """Name of the placement group, in the cluster's namespace."""
 CONCURRENCY = 8
 _LOG = Path("/proc/self/fd/2")
-_ANSWER_S = 0.5
 _LOOK_S = 2.0
 _CALL_S = 5.0
 _WAIT_S = 30.0
+"""Longer than a coordinator lets a worker rest that it starts again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +66,16 @@ class WorkerActor:
         Child(self._given.settings, self._worker_ended)
 
     def _worker_ended(self, code: int) -> None:
-        """A worker that was killed is started again, with a new process for this actor; one that has ended is not."""
+        """The coordinator decides when its actor is started again. Where it is gone, Ray starts one whose worker was
+        killed, with a new process."""
         if code == UsageError.exit_code and self._is_again:  # refused: the lost one still counts as a member
             time.sleep(_LOOK_S)
             self._start()
             return
         self._how = (describe_exit(code), last_error(_LOG) if code else "")
         self._over.set()
-        time.sleep(_ANSWER_S)  # for callers that wait in `ended`
         if code < 0:
+            time.sleep(_WAIT_S)
             os._exit(1)
         self._clear_up()
 

@@ -6,15 +6,19 @@ import os
 import re
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.launchers.ray import RayLauncher
 from llamaclust.cluster.launchers.ray_workers import resources
+from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.core.errors import UsageError
 from llamaclust.worker.settings import WorkerSettings
 from support.clusters.command_line import Cluster, CommandLine, Running, command_line, eventually, is_there
@@ -217,6 +221,36 @@ def test_without_ray_the_way_to_install_it_is_told(
     assert done.code == 2 and "launcher ray needs Ray: pip install 'llamaclust[ray]'" in done.err
 
 
+@pytest.mark.parametrize(("is_another", "kills"), [(False, 1), (True, 0)])
+async def test_a_restart_kills_the_actor_that_ended_and_not_its_successor(is_another: bool, kills: int) -> None:
+    """The successor is there after the pause where Ray has started it itself."""
+    killed: list[str] = []
+
+    class Method:
+        def __init__(self, answer: Callable[[], object]) -> None:
+            self._answer = answer
+
+        def remote(self) -> SimpleNamespace:
+            answer: Future[object] = Future()
+            answer.set_result(self._answer())
+            return SimpleNamespace(future=lambda: answer)
+
+    incarnations = iter(["first", "second" if is_another else "first"])
+    ends = iter([("killed", "")])
+    actor = SimpleNamespace(
+        incarnation=Method(lambda: next(incarnations, "over")),
+        ended=Method(lambda: next(ends)),
+        is_over=Method(lambda: False),
+    )
+    launcher: Any = RayLauncher.__new__(RayLauncher)
+    launcher._incarnations, launcher._last_errors, launcher._stopping = {}, {}, False
+    launcher._upkeep, launcher._thread = Upkeep(), ThreadPoolExecutor(1)
+    launcher._workers = SimpleNamespace(restart=killed.append)
+    with launcher._upkeep.on(lambda name, why: None), pytest.raises(RuntimeError, match="StopIteration"):
+        await launcher._follow("a", actor, lambda name, how: None)
+    assert len(killed) == kills
+
+
 def test_ray_reserves_what_the_file_says() -> None:
     assert resources(WorkerSettings(name="a", threads=3)) == {"CPU": 3}
     assert resources(WorkerSettings(name="a", device="cuda:0", threads=2, memory_bytes=1 << 30)) == {
@@ -228,6 +262,7 @@ def test_ray_reserves_what_the_file_says() -> None:
 
 MISTAKES = {
     "launcher: ray\nworkers: [{name: a}]": "threads is needed with launcher: ray",
+    "launcher: ray\nworkers: [{name: a, threads: 1, device: cuda:1}]": "numbered from 0: set cuda:0",
     "launcher: ray\nworkers: 3": "name the workers",
     "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {address: here}": "auto and none are possible, too",
     "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {strategy: ALL}": "strategy",

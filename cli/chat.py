@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,9 +13,14 @@ from pathlib import Path
 from llamaclust.cli import terminal
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.types import Options
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 _HELP = """\
+/again      answer the last message anew
+/system TEXT  say how to answer; without TEXT, no more
+/stats      tokens and speed of the last answer
 /save FILE  write the conversation to FILE
 /load FILE  go on with the conversation of FILE
 /clear      forget the conversation, but not what --system said
@@ -21,6 +28,7 @@ _HELP = """\
 /exit       leave, as Ctrl-D does
 Ctrl-C interrupts an answer. A line that begins with a space is sent as it is."""
 
+_HISTORY_LINES = 1000
 _ROLES = ("system", "user", "assistant")
 
 
@@ -32,11 +40,16 @@ class Chat:
         self._client = client
         self._first = [] if system is None else [{"role": "system", "content": terminal.argument(system)}]
         self._options = options
+        self._left_out = 0  # messages that no longer fit, behind the system's
+        self._timings: Timings | None = None  # of the last answer
         self._is_terminal = sys.stdin.isatty()
         self._commands: dict[str, Callable[[str], None]] = {
             "/save": self._save,
             "/load": self._load,
             "/clear": lambda rest: self._clear(),
+            "/again": lambda rest: self._again(),
+            "/system": self._instruct,
+            "/stats": lambda rest: self._show_timings(),
             "/help": lambda rest: _tell(_HELP),
         }
         self._clear()
@@ -44,8 +57,7 @@ class Chat:
     def run(self) -> None:
         """Until the end of the input or /exit. On a terminal an error ends a turn, else the chat."""
         if self._is_terminal:
-            with suppress(ImportError):
-                import readline  # noqa: F401  gives input() a history and keys to edit with
+            _keep_history()
             _tell("/help shows commands, Ctrl-D leaves")
         for line in self._lines():
             if line.strip() in ("/exit", "/quit"):
@@ -96,15 +108,61 @@ class Chat:
                 self.messages.pop()
 
     def _print_answer(self, parts: list[str]) -> None:
-        with self._client.chat(self.messages, stream=True, **self._options) as chunks:
-            for chunk in chunks:
-                if chunk.text:
-                    parts.append(chunk.text)
-                    terminal.write(chunk.text)
-        print()
+        """Without the oldest turns, where all are more than the context holds."""
+        while True:
+            try:
+                with self._client.chat(self._sent(), stream=True, **self._options) as chunks:
+                    for chunk in chunks:
+                        self._timings = chunk.timings or self._timings
+                        if chunk.text:
+                            parts.append(chunk.text)
+                            terminal.write(chunk.text)
+                print()
+                return
+            except LlamaclustError as error:
+                if error.code != "context_length_exceeded" or not self._leave_out_a_turn():
+                    raise
+
+    def _sent(self) -> list[dict[str, str]]:
+        first = self._system_messages()
+        return self.messages[:first] + self.messages[first + self._left_out :]
+
+    def _system_messages(self) -> int:
+        return next((at for at, message in enumerate(self.messages) if message["role"] != "system"), 0)
+
+    def _leave_out_a_turn(self) -> bool:
+        """Whether there was one before the last message."""
+        begin = self._system_messages() + self._left_out
+        users = (at for at in range(begin + 1, len(self.messages)) if self.messages[at]["role"] == "user")
+        end = next(users, None)
+        if end is None:
+            return False
+        if not self._left_out:
+            _tell("(longer than the model's context: the oldest turns are left out from here on; /clear begins anew)")
+        self._left_out += end - begin
+        return True
+
+    def _again(self) -> None:
+        turns = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
+        if not turns:
+            raise UsageError("/again: nothing has been said yet")
+        text = self.messages[turns[-1]]["content"]
+        del self.messages[turns[-1] :]
+        self._answer(text)
+
+    def _instruct(self, text: str) -> None:
+        del self.messages[: self._system_messages()]
+        self._first = [{"role": "system", "content": terminal.argument(text)}] if text else []
+        self.messages[:0] = self._first
+
+    def _show_timings(self) -> None:
+        if self._timings is None:
+            raise UsageError("/stats: there is no answer yet")
+        first, prefill, decode = self._timings.ttft_ms, self._timings.prefill_tok_s, self._timings.decode_tok_s
+        _tell(f"first token after {first:.0f} ms; prompt {prefill:.0f} tok/s, answer {decode:.1f} tok/s")
 
     def _clear(self) -> None:
-        self.messages = list(self._first)
+        self.messages, self._left_out = list(self._first), 0
 
     def _save(self, name: str) -> None:
         path = _path(name, "/save")
@@ -118,12 +176,25 @@ class Chat:
         path = _path(name, "/load")
         try:
             messages = json.loads(path.read_text("utf-8"))["messages"]
-            self.messages = [_message(message) for message in messages]
+            self.messages, self._left_out = [_message(message) for message in messages], 0
         except OSError as error:
             raise UsageError(f"{path}: cannot load: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{path}: not a conversation that /save wrote") from error
         _tell(f"loaded {len(self.messages)} messages from {path}")
+
+
+def _keep_history() -> None:
+    """Gives input() keys to edit with, and the lines of earlier chats."""
+    with suppress(ImportError, OSError):
+        import readline
+
+        path = environment().state_dir / ".chat_history"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        readline.set_history_length(_HISTORY_LINES)
+        readline.read_history_file(path)
+        atexit.register(readline.write_history_file, path)
 
 
 def _message(value: dict[str, str]) -> dict[str, str]:

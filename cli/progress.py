@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from queue import Full, Queue
+from threading import Thread
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
@@ -25,12 +27,16 @@ from rich.progress import (
 from llamaclust.cli.terminal import printable
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state import events
+from llamaclust.core.addresses import joined_address, split_address
 from llamaclust.core.logs import LogFormat, start_logging
+from llamaclust.core.own_addresses import reachable_host
 from llamaclust.core.sizes import MIB
 
 if TYPE_CHECKING:
     from llamaclust.tools.progress import Progress as ShowProgress
 
+_MOST_WAITING = 1000
+_LAST_S = 2.0
 _STEPS = 10
 _LINE_S = 10.0
 
@@ -180,7 +186,7 @@ def _log_event(event: events.Event) -> None:
             for line in event.lines:
                 _log.info("%s", line.strip())
         case events.Ready():
-            _log.info("%s is ready: %s at %s", event.name, event.model, event.api)
+            _log.info("%s is ready: %s at %s", event.name, event.model, own_address(event.api))
         case events.WorkerJoined():
             _log.info("%s", joined_text(event))
         case events.Notice():
@@ -194,11 +200,36 @@ def cluster_view(cluster: str) -> Iterator[events.Report]:
     """Shows a cluster's events on standard error: for people, or where LLAMACLUST_LOG asks for fields, as log lines."""
     form = environment().log_format
     if form is LogFormat.TEXT:
-        with ClusterView() as view:
-            yield view.show
+        with _shown_by_thread() as show:
+            yield show
     else:
         start_logging(form, cluster=cluster)
         yield _log_event
+
+
+@contextmanager
+def _shown_by_thread() -> Iterator[events.Report]:
+    """A `ClusterView` on a thread of its own: a terminal that was stopped stops no event loop. Of the events that come
+    while it is, only the first are kept."""
+    waiting: Queue[events.Event | None] = Queue(_MOST_WAITING)
+
+    def show_all() -> None:
+        with ClusterView() as view:
+            while (event := waiting.get()) is not None:
+                view.show(event)
+
+    def put(event: events.Event) -> None:
+        with suppress(Full):
+            waiting.put_nowait(event)
+
+    thread = Thread(target=show_all, name="events", daemon=True)
+    thread.start()
+    try:
+        yield put
+    finally:
+        with suppress(Full):
+            waiting.put(None, timeout=_LAST_S)
+        thread.join(_LAST_S)
 
 
 def joined_text(joined: events.WorkerJoined) -> str:
@@ -210,13 +241,22 @@ def joined_text(joined: events.WorkerJoined) -> str:
 def ready_text(ready: events.Ready) -> str:
     """How to try a cluster that is ready: a command a line, to be copied."""
     name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
+    api = own_address(ready.api)
+    key = "" if ready.api_keys_file is None else f", api_key=a line of {printable(ready.api_keys_file)}"
     return f"""
-{ready.name} is ready: {printable(ready.model)} at {ready.api}
+{ready.name} is ready: {printable(ready.model)} at {api}
   llamaclust chat{name}
   llamaclust generate "Once upon a time"{name}
   llamaclust status{name}
-  OpenAI clients: base_url={ready.api}/v1
+  OpenAI clients: base_url={api}/v1{key}
 """
+
+
+def own_address(url: str) -> str:
+    """A URL that other machines can use, of an API that listens at one or all addresses of this machine."""
+    scheme, _, address = url.partition("://")
+    host, port = split_address(address)
+    return f"{scheme}://{joined_address(reachable_host(host), port)}"
 
 
 def draining_text(draining: events.Draining) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import signal
 import socket
 import stat
-import struct
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -29,12 +27,11 @@ from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
 from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
 from llamaclust.core.errors import UsageError
+from llamaclust.core.own_addresses import own_addresses
 from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.worker.settings import WorkerSettings
 
 _GRACE_S = 1.0
-_GET_ADDRESS = 0x8915
-"""SIOCGIFADDR."""
 
 
 class MpiLauncher(RestartingLauncher):
@@ -53,7 +50,7 @@ class MpiLauncher(RestartingLauncher):
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         reader, self._writer = await asyncio.open_connection(sock=_own_rank())
         host, port = split_address(await self.open(join))
-        hosts = _own_addresses() if host in ANYWHERE else [host]
+        hosts = own_addresses() if host in ANYWHERE else [host]
         addresses = tuple(joined_address(host, port) for host in hosts)
         assert self.authority is not None
         token = self.authority.token.text
@@ -130,14 +127,3 @@ def _own_rank() -> socket.socket:
     if not stat.S_ISSOCK(os.fstat(0).st_mode):
         raise UsageError("launcher mpi is started by mpirun: mpirun -n WORKERS llamaclust up FILE")
     return socket.socket(fileno=os.dup(0))
-
-
-def _own_addresses() -> list[str]:
-    """IPv4 addresses of this machine, those that others may reach first."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, interface in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
-                answer = fcntl.ioctl(probe, _GET_ADDRESS, struct.pack("256s", interface.encode()))
-                found.append(socket.inet_ntoa(answer[20:24]))
-    return sorted(found, key=lambda address: address.startswith("127."))

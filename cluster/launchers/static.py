@@ -16,8 +16,9 @@ from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import AwaitingWorkers, Report, WorkerJoined
-from llamaclust.core.addresses import ANYWHERE, is_loopback, joined_address, split_address
+from llamaclust.core.addresses import joined_address, split_address
 from llamaclust.core.errors import DeadlineError
+from llamaclust.core.own_addresses import reachable_host
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure
@@ -140,14 +141,12 @@ class StaticLauncher(Launcher):
     def _instructions(self, listen: str) -> list[str]:
         """What to type on the other machines; the secret itself is in a file."""
         host, port = split_address(listen)
-        here = host if is_loopback(host) else "THIS_MACHINE" if host in ANYWHERE else host
-        command = f"llamaclust worker --join {joined_address(here, port)}"
+        command = f"llamaclust worker --join {joined_address(reachable_host(host), port)} --name NAME"
         which = f"{len(self._config.workers)} workers" if self._names is None else f"workers {', '.join(self._names)}"
-        name = "" if self._names is None else " --name NAME"
         if self.authority is None:
-            return [INSECURE, f"waiting for {which}; on each machine:", f"  {command}{name} --insecure", _GPU]
+            return [INSECURE, f"waiting for {which}; on each machine:", f"  {command} --insecure", _GPU]
         copy = f"copy {self.authority.token_file} to each machine (mode 0600: it is a secret), then there"
-        return [f"waiting for {which}; {copy}:", f"  {command}{name} --token-file FILE", _GPU]
+        return [f"waiting for {which}; {copy}:", f"  {command} --token-file FILE", _GPU]
 
 
 class RestartingLauncher(StaticLauncher):

@@ -147,7 +147,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         try:
             await asyncio.wait_for(server.answers.wait(), _START_S)
             signals.ready = True
-            front.report(Ready(record.name, record.api, record.model))
+            front.report(Ready(record.name, record.api, record.model, record.api_keys_file))
             await signals.asked.wait()
             await first_of(_drain(cluster.engine, admission), _report_requests(service, front.report))
             server.should_exit = True  # replies that are being written have a moment

@@ -68,6 +68,7 @@ class Ready:
     name: str
     api: str
     model: str
+    api_keys_file: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

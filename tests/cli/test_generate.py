@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -198,9 +199,54 @@ async def test_a_chat_through_a_pipe_remembers_saves_and_loads(tmp_path: Path) -
     assert "/not a command" in prompts[3] and "New" not in prompts[3]
 
 
+async def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns() -> None:
+    turns = [f"turn {number} {'x' * 30}" for number in range(6)]
+    async with scripted("Hi") as (url, engine):
+        ended = await command("chat", "--system", "Be brief.", "--endpoint", url, piped="\n".join(turns).encode())
+        prompts = [served.tokenizer().decode(generation.prompt) for generation in engine.submitted]
+    assert (ended.code, ended.out) == (0, "Hi\n" * len(turns))
+    assert ended.err.count("the oldest turns are left out") == 1 and "/clear" in ended.err
+    assert all("Be brief." in prompt and turn in prompt for prompt, turn in zip(prompts, turns, strict=True))
+    assert turns[0] not in prompts[-1] and turns[-2] in prompts[-1]
+
+
+async def test_a_message_longer_than_the_context_is_refused() -> None:
+    async with scripted("Hi") as (url, _):
+        ended = await command("chat", "--endpoint", url, piped=b"Hello\n" + b"x" * 300)
+    assert ended.code == 2 and "context length" in ended.err and ended.out == "Hi\n"
+
+
+async def test_a_chat_is_instructed_answers_again_and_tells_its_speed() -> None:
+    lines = "/system Be loud.\nHello\n/again\n/system\nMore\n/stats\n"
+    async with scripted("Hi") as (url, engine):
+        ended = await command("chat", "--endpoint", url, piped=lines.encode())
+        prompts = [served.tokenizer().decode(generation.prompt) for generation in engine.submitted]
+    assert (ended.code, ended.out) == (0, "Hi\n" * 3)
+    assert prompts[0] == prompts[1] and "Be loud." in prompts[0] and "Be loud." not in prompts[2]
+    assert prompts[2].count("Hello") == 1 and "tok/s" in ended.err
+
+
+async def test_a_chat_on_a_terminal_knows_the_lines_of_the_last_one(
+    tmp_path: Path,
+) -> None:
+    async with scripted("Hi") as (url, engine):
+        for line in ("Hello\n", "\x1b[A\n"):  # the second is the key "up"
+            async with terminal("chat", "--endpoint", url, state_dir=tmp_path) as screen:
+                await screen.shows("> ")
+                screen.type(line)
+                await screen.shows("Hi\r\n")
+                screen.type("\x04")
+                assert await screen.process.wait() == 0
+        first, again = (generation.prompt for generation in engine.submitted)
+    assert first == again
+    assert stat.S_IMODE((tmp_path / ".chat_history").stat().st_mode) == 0o600
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ("/again", "nothing has been said"),
+        ("/stats", "no answer yet"),
         ("/sing", "unknown command /sing"),
         ("/save", "needs the name of a file"),
         ("/save /nonexistent/a/b", "cannot save"),
@@ -217,8 +263,11 @@ async def test_mistakes_in_a_piped_chat_end_it(line: str, words: str, tmp_path: 
     assert words in ended.err and ended.err.count("\n") == 1
 
 
-async def test_control_c_interrupts_an_answer_and_not_the_chat() -> None:
-    async with scripted("Hello" * 30) as (url, engine), terminal("chat", "--endpoint", url) as screen:
+async def test_control_c_interrupts_an_answer_and_not_the_chat(tmp_path: Path) -> None:
+    async with (
+        scripted("Hello" * 30) as (url, engine),
+        terminal("chat", "--endpoint", url, state_dir=tmp_path) as screen,
+    ):
         await screen.shows("> ")
         engine.gate.clear()
         screen.type("One\n")

@@ -48,7 +48,7 @@ async def test_a_template_that_refuses_says_so_in_one_line(tmp_path: Path) -> No
     ended = await command("chat", "--model", str(model), "--threads", "1", piped=b"hello\n")
     assert (ended.code, ended.out) == (2, "")
     assert "[2J evil" in ended.err and "\x1b" not in ended.err and ended.err.count("\n") == 1
-    async with terminal("chat", "--model", str(model), "--threads", "1") as screen:
+    async with terminal("chat", "--model", str(model), "--threads", "1", state_dir=tmp_path) as screen:
         await screen.shows("> ")
         screen.type("hello\n")
         await screen.shows("fake line")
@@ -63,14 +63,14 @@ async def test_a_cluster_file_with_escapes_in_a_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["generate", "chat"])
-async def test_generated_text_drives_no_terminal(name: str) -> None:
+async def test_generated_text_drives_no_terminal(name: str, tmp_path: Path) -> None:
     """Elsewhere it is written as it is."""
     text = "a\x1b[2Jb\x07\tc\x9bd\re\nf"
     async with scripted(text) as (url, _):
         prompt = ("hello",) if name == "generate" else ()
         piped = b"" if prompt else b"hello\n"
         assert (await command(name, *prompt, "--endpoint", url, piped=piped)).out == text + "\n"
-        async with terminal(name, *prompt, "--endpoint", url) as screen:
+        async with terminal(name, *prompt, "--endpoint", url, state_dir=tmp_path) as screen:
             if not prompt:
                 await screen.shows("> ")
                 screen.type("hello\n")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import io
+import threading
 from pathlib import Path
 
 import pytest
 
-from llamaclust.cli.progress import ClusterView, ProgressLines, draining_text, ready_text
+from llamaclust.cli.progress import ClusterView, ProgressLines, cluster_view, draining_text, ready_text
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state.events import (
     Draining,
@@ -23,6 +24,7 @@ from llamaclust.cluster.state.events import (
     from_line,
     to_line,
 )
+from llamaclust.core.own_addresses import own_addresses
 
 MIB = 1 << 20
 EVENTS: tuple[Event, ...] = (
@@ -65,6 +67,26 @@ def test_off_a_terminal_every_event_is_a_line(capsys: pytest.CaptureFixture[str]
         "stopping: 2 requests are finished first, for 30 s at most; Ctrl-C again stops at once",
         "stopping: 1 request is left",
     ]
+
+
+def test_a_stopped_terminal_does_not_stop_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+    shown: list[Event] = []
+    monkeypatch.setattr(ClusterView, "show", lambda view, event: (goes_on.wait(), shown.append(event)))
+    with cluster_view("tiny") as show:
+        for number in range(5000):
+            show(Notice(str(number)))
+        assert not shown
+        goes_on.set()
+    assert 1000 <= len(shown) < 5000 and shown[0] == Notice("0")
+
+
+def test_a_ready_cluster_names_an_address_that_others_can_use_and_where_keys_are() -> None:
+    for api in ("http://0.0.0.0:8080", "http://[::]:8080"):
+        text = ready_text(Ready("mine", api, "good", "/etc/keys"))
+        assert f"base_url=http://{own_addresses()[0]}:8080/v1, api_key=a line of /etc/keys" in text
+        assert api not in text
+    assert "base_url=http://127.0.0.1:1/v1\n" in ready_text(Ready("mine", "http://127.0.0.1:1", "good"))
 
 
 def test_weights_that_were_kept_are_not_loading(capsys: pytest.CaptureFixture[str]) -> None:

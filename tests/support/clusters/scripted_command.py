@@ -67,7 +67,7 @@ class Terminal:
 
 
 @asynccontextmanager
-async def terminal(*arguments: str) -> AsyncIterator[Terminal]:
+async def terminal(*arguments: str, state_dir: Path) -> AsyncIterator[Terminal]:
     primary, secondary = pty.openpty()
     os.set_blocking(primary, False)
     process = await asyncio.create_subprocess_exec(
@@ -75,7 +75,7 @@ async def terminal(*arguments: str) -> AsyncIterator[Terminal]:
         stdin=secondary,
         stdout=secondary,
         stderr=secondary,
-        env={**os.environ, "TERM": "dumb"},
+        env={**os.environ, "TERM": "dumb", "LLAMACLUST_STATE_DIR": str(state_dir)},
         start_new_session=True,
     )
     os.close(secondary)

@@ -32,7 +32,12 @@ def _options(
 def _group(name: str, text: str, commands: dict[str, Callable[..., None]]) -> typer.Typer:
     """Commands by name."""
     group = typer.Typer(
-        name=name, help=text, cls=PlainGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+        name=name,
+        help=text,
+        cls=PlainGroup,
+        no_args_is_help=True,
+        add_completion=name == "llamaclust",
+        pretty_exceptions_enable=False,
     )
     for word, command in commands.items():
         group.command(word, cls=FileCommand if word in ("up", "plan") else PlainCommand)(command)

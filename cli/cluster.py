@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from llamaclust.cli import terminal
 from llamaclust.cli.interrupts import ends_at_once
-from llamaclust.cli.options import Cluster, Json, option_value
+from llamaclust.cli.options import Cluster, Endpoint, Json, KeyFile, option_value
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 if TYPE_CHECKING:
@@ -75,11 +75,13 @@ def status(
     cluster: Cluster = None,
     as_json: Json = False,
     watch: Annotated[bool, Option("--watch", "-w", help="Repeat every second until Ctrl-C.")] = False,
+    endpoint: Endpoint = None,
+    api_key_file: KeyFile = None,
 ) -> None:
     """Show a running cluster: workers, layers, memory, requests, measured and predicted speed."""
-    from llamaclust.cli.status import show_status
+    from llamaclust.cli.status import Watched, show_status
 
-    show_status(cluster, as_json, watch)
+    show_status(Watched.find(cluster, endpoint, api_key_file), as_json, watch)
 
 
 def drain(worker: Worker, cluster: Cluster = None) -> None:
@@ -161,7 +163,7 @@ def _running_or_last(name: str | None) -> tuple[ClusterDir, ClusterRecord | None
 def _api(record: ClusterRecord) -> ClusterApi:
     from llamaclust.cluster.client.operations import ClusterApi
 
-    return ClusterApi(record)
+    return ClusterApi.of(record)
 
 
 def _worker_name(worker: str) -> str:

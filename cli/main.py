@@ -19,7 +19,7 @@ def main() -> None:
     with ends_at_once():
         from llamaclust.cli.app import BadUsage, app
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="llamaclust")
         if code == _INTERRUPTED:
             end_at_once(_INTERRUPTED)
         print(end="", flush=True)

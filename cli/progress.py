@@ -57,6 +57,9 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
 
         def show(what: str, done_bytes: int, total_bytes: int | None) -> None:
             if what not in tasks:
+                for step in bar.tasks:
+                    if step.total is None:  # without a size: it is over when the next one begins
+                        bar.remove_task(tasks.pop(step.description))
                 tasks[what] = bar.add_task(what, total=total_bytes)
             bar.update(tasks[what], completed=done_bytes, total=total_bytes)
 

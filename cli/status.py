@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -17,8 +19,8 @@ from rich.text import Text
 from llamaclust.cli import terminal
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.state.directory import find_running
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.cluster.state.directory import ClusterDir, find_running
+from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.gpus import DeviceLayers, placed
 from llamaclust.core.sizes import MIB
 
@@ -29,22 +31,44 @@ _RECOVERIES = 4
 State = dict[str, Any]
 
 
-def show_status(name: str | None, as_json: bool, watch: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A cluster of this machine, or one at an address."""
+
+    name: str
+    api: ClusterApi
+    folder: ClusterDir | None
+
+    @classmethod
+    def find(cls, name: str | None, endpoint: str | None, api_key_file: Path | None) -> Watched:
+        """UsageError where no such cluster runs here, or the options contradict each other."""
+        if endpoint is None:
+            folder, record = find_running(environment().state_dir, name)
+            return cls(record.name, ClusterApi.of(record, api_key_file), folder)
+        if name is not None:
+            raise UsageError("--cluster and --endpoint name different places: give one of them")
+        return cls(endpoint, ClusterApi(f"the cluster at {endpoint}", endpoint, api_key_file), None)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.folder is not None and self.folder.ends_within(_END_S)
+
+
+def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
     """Prints a cluster's state, once or every second until Ctrl-C or the cluster's end: on a terminal in its place, cut
     to the height, elsewhere a line each."""
-    folder, record = find_running(environment().state_dir, name)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:  # in a file or a pipe, lines are as long as they are
         console = Console(highlight=False, markup=False, width=_WIDE)
     live = None
     if watch and console.is_terminal and not as_json:
         live = Live(console=console, auto_refresh=False, vertical_overflow="ellipsis")
-    with ClusterApi(record) as api, live or nullcontext():
+    with cluster.api as api, live or nullcontext():
         while True:
             try:
                 state = api.status()
             except LlamaclustError:
-                if not watch or not folder.ends_within(_END_S):
+                if not watch or not cluster.has_ended:
                     raise
                 break
             if live is not None:
@@ -56,7 +80,7 @@ def show_status(name: str | None, as_json: bool, watch: bool) -> None:
             if not watch:
                 return
             time.sleep(_EVERY_S)
-    print(f"{record.name} is stopped", file=sys.stderr)
+    print(f"{cluster.name} is stopped", file=sys.stderr)
 
 
 def _line(state: State) -> str:
@@ -121,7 +145,7 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in ("worker", "pid", "device", "layers", "state"):
         table.add_column(title)
-    for title in ("MiB", "busy", "tok/s", "ms/token", "predicted"):
+    for title in ("reserved MiB", "busy", "tok/s", "ms/token", "predicted"):
         table.add_column(title, justify="right")
     for worker in workers:
         layers = "-" if worker["layers"] is None else "[{}, {})".format(*worker["layers"])

@@ -101,7 +101,7 @@ def _run(settings: WorkerSettings) -> NoReturn:
 
 
 def _address(value: str) -> str:
-    split_address(value)
+    split_address(value, "192.168.1.10:7100 or HOST:7100")
     return value
 
 

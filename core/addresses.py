@@ -18,12 +18,12 @@ class AddressError(UsageError, ValueError):
     """A text that is not HOST:PORT."""
 
 
-def split_address(value: object) -> tuple[str, int]:
-    """(host, port) of 'HOST:PORT' or '[IPV6]:PORT'. Raises AddressError."""
+def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") -> tuple[str, int]:
+    """(host, port) of 'HOST:PORT' or '[IPV6]:PORT'. Raises AddressError, with the example."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[2]) > 65535:
         shown = "an empty value" if value is None else repr(value)[:_MOST_SHOWN]
-        raise AddressError(f"{shown} is not an address; write it like 127.0.0.1:8080 or [::1]:8080")
+        raise AddressError(f"{shown} is not an address; write it like {example}")
     return match[1].strip("[]"), int(match[2])
 
 

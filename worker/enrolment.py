@@ -77,7 +77,7 @@ async def _challenge(reader: asyncio.StreamReader) -> enrolment.Challenge:
     data = await enrolment.read_message(reader)
     message = None if data is None else enrolment.decode_server_message(data)
     if not isinstance(message, enrolment.Challenge):
-        raise ProtocolError("no challenge came: is this the enrolment port of a coordinator?")
+        raise ProtocolError("no challenge came: is this the enrolment port of a coordinator (7100 by default)?")
     return message
 
 

@@ -46,22 +46,24 @@ class Client(TextClient):
 
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _IDLE_S) -> None:
         """UsageError for what is not the address of an HTTP server. Connects with the first call."""
-        self._http = httpx.Client(**_options(base_url, api_key, timeout))
+        self._http = httpx.Client(**http_options(base_url, api_key, timeout))
 
     @staticmethod
     def local(
-        path: str | PathLike[str],
+        model: str | PathLike[str],
         threads: int | None = None,
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> LocalClient:
         """A model file in this process: the same interface, and `logits`. Arguments and errors as for `LocalClient`.
 
-        The model is given by its path: `llamaclust model pull NAME` prints that of one known by name.
+        The model is given by its path or, as text, as for the commands' `--model`.
         """
         from llamaclust.cluster.client.local import LocalClient
+        from llamaclust.tools.hub.catalog import resolve_model
 
-        return LocalClient(path, threads, feature_level, settings)
+        file = resolve_model(model) if isinstance(model, str) else model
+        return LocalClient(file, threads, feature_level, settings)
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         return field_of(self._post("tokenize", _tokenize_body(text, add_special)), "tokens", list)
@@ -105,7 +107,7 @@ class AsyncClient:
 
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _IDLE_S) -> None:
         """As for `Client`."""
-        self._http = httpx.AsyncClient(**_options(base_url, api_key, timeout))
+        self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout))
 
     @overload
     def generate(
@@ -181,7 +183,7 @@ async def _collect(chunks: AsyncGenerator[TextChunk, None]) -> Answer:
     return join([chunk async for chunk in chunks])
 
 
-def _options(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
+def http_options(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
     """Arguments of both of httpx's clients. A `/v1` at the end, as OpenAI's clients want it, is taken as well."""
     try:
         url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))

@@ -48,7 +48,10 @@ def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
 
 def _more(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
     if unknown := options.keys() - kind.__annotations__.keys():
-        raise TypeError(f"unknown option {min(unknown)!r}")
+        from llamaclust.cluster.config.errors import hint
+
+        name = min(unknown)
+        raise TypeError(f"unknown option {name!r}{hint(name, list(kind.__annotations__))}")
     given = {name: _json(value) for name, value in options.items() if value is not None}
     return {"temperature": 0.0, "repeat_last_n": given.pop("penalty_window", -1), **given}
 

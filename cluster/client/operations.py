@@ -8,6 +8,7 @@ from typing import Any, Self
 import httpx
 
 from llamaclust.cluster.api.settings import first_key
+from llamaclust.cluster.client.http import http_options
 from llamaclust.cluster.client.http_codec import reply_error
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.errors import LlamaclustError
@@ -20,12 +21,18 @@ _DRAIN_S = 630.0
 class ClusterApi:
     """A context manager: holds a connection while it is entered. Errors name the cluster and its address."""
 
-    def __init__(self, record: ClusterRecord) -> None:
-        headers = {}
-        if record.api_keys_file is not None:
-            headers["Authorization"] = f"Bearer {first_key(Path(record.api_keys_file))}"
-        self._where = f"cluster {record.name} at {record.api}"
-        self._client = httpx.Client(base_url=record.api, headers=headers, timeout=_ANSWER_S, trust_env=False)
+    def __init__(self, where: str, url: str, api_keys_file: Path | None) -> None:
+        """`where`: its name in errors. UsageError for what is not the address of an HTTP server, and without a key in
+        the file."""
+        self._where = where
+        key = None if api_keys_file is None else first_key(api_keys_file)
+        self._client = httpx.Client(**http_options(url, key, _ANSWER_S) | {"trust_env": False})
+
+    @classmethod
+    def of(cls, record: ClusterRecord, api_keys_file: Path | None = None) -> Self:
+        """Of a cluster on this machine."""
+        keys = api_keys_file or (Path(record.api_keys_file) if record.api_keys_file else None)
+        return cls(f"cluster {record.name} at {record.api}", record.api, keys)
 
     def __enter__(self) -> Self:
         return self

@@ -97,8 +97,8 @@ class ResumableStream:
 
 
 def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
-    """A server that does not answer."""
+    """A server that does not answer, or not to the end."""
     reason = str(error) or type(error).__name__
-    return LlamaclustError(
-        f"{str(url).rstrip('/')} does not answer ({reason}); is the cluster up? see `llamaclust status`"
-    )
+    is_broken = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+    what = "ended the connection in the middle of an answer" if is_broken else "does not answer"
+    return LlamaclustError(f"{str(url).rstrip('/')} {what} ({reason}); is the cluster up? see `llamaclust status`")

@@ -90,6 +90,11 @@ class AsyncChunkStream:
     async def __anext__(self) -> TextChunk:
         return await anext(self._chunks)
 
+    def __await__(self) -> Generator[None, None, Self]:
+        """Itself: other clients want their streams awaited."""
+        yield from ()
+        return self
+
     async def aclose(self) -> None:
         await self._chunks.aclose()
 

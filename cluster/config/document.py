@@ -14,6 +14,8 @@ from llamaclust.core.errors import UsageError
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
+MAX_NODES = 20_000
+"""Keys and values; a file of 256 workers has fewer, and more would take seconds to read."""
 _MOST_SHOWN = 100
 _TEXT = "tag:yaml.org,2002:str"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -39,10 +41,11 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (they multiply), tags (they build other things), double keys (one is lost) or deep
-    nesting (it recurses)."""
+    """Safe YAML without aliases (they multiply), tags (they build other things), double keys (one is lost), deep
+    nesting (it recurses) or very many values."""
 
     depth = 0
+    nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -51,6 +54,9 @@ class _Loader(yaml.SafeLoader):
             raise self._refusal("tags (!name) are not accepted")
         if self.depth >= MAX_DEPTH:
             raise self._refusal(f"nested deeper than {MAX_DEPTH} levels")
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise self._refusal(f"more than {MAX_NODES} keys and values")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1

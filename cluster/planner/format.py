@@ -49,7 +49,9 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
     if plan.window_blocks:
         kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
     lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms))
-    return ("plan:", *lines, *idle_workers, kv, f"  predicted: {', '.join(expected)}", *bound)
+    predicted = f"  predicted: {', '.join(expected)}"
+    unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []
+    return ("plan:", *lines, *idle_workers, kv, predicted, *unknown, *bound)
 
 
 def _stage_lines(stage: StagePlan, decode_ms: float | None) -> Iterator[str]:

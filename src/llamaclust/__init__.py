@@ -14,6 +14,10 @@ __version__ = VERSION
 __all__ = ["AsyncClient", "Client", "__version__"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name in ("AsyncClient", "Client"):
         from llamaclust.cluster.client import http

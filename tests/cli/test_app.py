@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -44,6 +45,15 @@ def commands() -> Iterator[tuple[str, ...]]:
 def test_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"llamaclust {__version__}\n")
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("do", "down"), ("status --wa", "--watch"), ("model li", "list")])
+def test_shells_complete_commands_and_options(typed: str, offered: str) -> None:
+    completing = {"_LLAMACLUST_COMPLETE": "complete_bash", "COMP_WORDS": f"llamaclust {typed}"}
+    completing["COMP_CWORD"] = str(len(typed.split()))
+    command = [sys.executable, "-m", "llamaclust"]
+    done = subprocess.run(command, env=os.environ | completing, capture_output=True, text=True, check=False)
+    assert offered in done.stdout.split()
 
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)

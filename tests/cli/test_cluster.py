@@ -133,7 +133,7 @@ def test_plan_json_says_what_a_start_would_do(line: CommandLine, cluster: Cluste
     ).json
     assert [(stage["worker"], stage["end"]) for stage in by_hand["stages"]] == [("a", 4)]
     unknown = line.run("plan", line.cluster_file("good.gguf", "never", workers=[{"name": "a"}]))
-    assert unknown.code == 0 and "? ms/token" in unknown.out
+    assert unknown.code == 0 and "? ms/token" in unknown.out and "?: not measured yet" in unknown.out
 
 
 def room_mib(said: str) -> int:

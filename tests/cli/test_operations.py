@@ -49,7 +49,16 @@ def test_status_shows_measured_beside_predicted(line: CommandLine, cluster: Clus
     shown = line.run("status").out
     assert re.search(r"^measured:  \S+ ms/token, first token of a \d+-token prompt after", shown, re.MULTILINE)
     assert re.search(r"^predicted: \S+ ms/token, .* bottleneck: [ab]$", shown, re.MULTILINE)
-    assert max(map(len, shown.splitlines()[-3:])) < 90  # the table
+    assert max(map(len, shown.splitlines()[-3:])) < 100 and "reserved MiB" in shown  # the table
+
+
+def test_status_of_a_cluster_at_an_address(line: CommandLine, cluster: Cluster) -> None:
+    at = line.run("status", "--endpoint", f"{cluster.api}/v1", "--json").json
+    assert at["pid"] == cluster.pid
+    both = line.run("status", "--endpoint", cluster.api, "--cluster", "tiny")
+    assert both.code == 2 and "give one of them" in both.error
+    none = line.run("status", "--endpoint", "http://127.0.0.1:9")
+    assert none.code == 1 and "the cluster at http://127.0.0.1:9 does not answer" in none.error
 
 
 def test_watched_in_a_pipe_it_is_a_line_a_second(line: CommandLine, cluster: Cluster) -> None:

@@ -10,7 +10,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +30,7 @@ from llamaclust.tools.progress import Progress, silent
 _MAGIC = b"GGUF"
 _COPY_BYTES = 1 << 20
 _LOCK_WAIT_S = 3600.0
+_LOCK = ".lock"
 _LOCK_PAUSE_S = 0.2
 _TIMEOUT = httpx.Timeout(30.0, connect=15.0)
 
@@ -48,7 +49,6 @@ def pull_model(
     if found.is_there:
         return found.path
     try:
-        found.path.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(found.path.parent, progress):
             if not found.is_there:
                 _bring(found, progress, patience)
@@ -59,10 +59,11 @@ def pull_model(
 
 @contextmanager
 def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
-    """Holds the directory's lock; another process that downloads the same model is waited for."""
+    """Holds the directory's lock; another process that downloads the same model is waited for. A directory that stays
+    empty is removed."""
     deadline = time.monotonic() + _LOCK_WAIT_S
-    lock = FileLock(directory / ".lock")
-    while not lock.take():
+    lock = FileLock(directory / _LOCK)
+    while not _taken(lock, directory):
         if time.monotonic() > deadline:
             raise DownloadError(f"{directory}: another process has been downloading for an hour; end it")
         progress("waiting for another download", 0, None)
@@ -70,7 +71,19 @@ def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            if [path.name for path in directory.iterdir()] == [_LOCK]:
+                (directory / _LOCK).unlink()
+                directory.rmdir()
         lock.release()
+
+
+def _taken(lock: FileLock, directory: Path) -> bool:
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        return lock.take()
+    except FileNotFoundError:  # another process has just removed it
+        return False
 
 
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
@@ -85,6 +98,7 @@ def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
         for leftover in wanted.path.parent.glob(".*.whl.part*"):
             leftover.unlink(missing_ok=True)
         return
+    progress(f"looking up {wanted.spec}", 0, None)
     with _client(True) as client:
         remotes = [_remote(client, part, len(parts) > 1, patience) for part in parts]
         known = [remote.size_bytes or 0 for remote, part in zip(remotes, parts, strict=True) if not part.is_there]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
+from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import UsageError
 
 _PACKAGE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,99})==(?P<version>[\w.+!-]{1,99})/(?P<member>[^\s]+)")
@@ -136,8 +137,11 @@ def _web_file(spec: str) -> WebFile:
     match = _HASH_FRAGMENT.fullmatch(fragment)
     if fragment and match is None:
         raise UsageError(f"{spec}: the part after # must be sha256= and 64 hexadecimal digits")
-    if not urlsplit(url).hostname:
+    host = urlsplit(url).hostname
+    if not host:
         raise UsageError(f"{spec}: the address names no host")
+    if not url.lower().startswith("https:") and match is None and not is_loopback(host):
+        raise UsageError(f"{spec}: http can be changed on its way: use https, or add #sha256=HASH")
     return WebFile(url, match[1].lower() if match else None)
 
 

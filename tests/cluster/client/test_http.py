@@ -9,11 +9,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, get_type_hints
 
+import httpx
 import pytest
 
+import llamaclust
 from llamaclust import AsyncClient, Client
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.in_process import ServiceClient
+from llamaclust.cluster.client.resuming import unreachable
 from llamaclust.cluster.client.types import Options
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.answer import TextChunk, join
@@ -204,7 +207,7 @@ async def test_options_that_are_none_have_their_defaults() -> None:
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with Client() as client, pytest.raises(TypeError, match="max_token"):
+    with Client() as client, pytest.raises(TypeError, match="unknown option 'max_token'; did you mean 'max_tokens'"):
         client.generate("x", max_token=3)  # type: ignore[call-overload]
 
 
@@ -268,6 +271,21 @@ async def test_no_server() -> None:
     async with AsyncClient("http://127.0.0.1:9") as client:
         with pytest.raises(LlamaclustError, match="does not answer"):
             await client.tokenize("x")
+
+
+def test_a_connection_that_breaks_in_the_middle_of_an_answer() -> None:
+    error = unreachable(httpx.URL("http://a:1"), httpx.RemoteProtocolError("peer closed connection"))
+    words = "http://a:1 ended the connection in the middle of an answer (peer closed connection); is the cluster up?"
+    assert str(error).startswith(words)
+
+
+async def test_an_awaited_stream_is_the_stream() -> None:
+    async with scripted("Hi") as (url, _), AsyncClient(url) as client:
+        assert "".join([chunk.text async for chunk in await client.generate("x", stream=True)]) == "Hi"
+
+
+def test_the_package_lists_its_clients() -> None:
+    assert {"Client", "AsyncClient", "__version__"} <= set(dir(llamaclust))
 
 
 async def _answering(reply: bytes) -> tuple[asyncio.Server, str]:

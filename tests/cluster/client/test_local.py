@@ -246,6 +246,12 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
         Client.local(tmp_path / "none.gguf")
 
 
+def test_a_model_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLAMACLUST_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="run: llamaclust model pull smollm2-135m-instruct"):
+        Client.local("smollm2-135m-instruct")
+
+
 def test_a_model_that_memory_cannot_hold(tiny: Path) -> None:
     with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
         LocalClient(tiny, 1, settings=LocalSettings(kv_blocks=1 << 25))

@@ -174,6 +174,7 @@ def test_mistakes_in_workers_have_their_own_line(tmp_path: Path, worker: str, li
         ("- a", "FILE: not a cluster file"),
         ("", "FILE: not a cluster file"),
         ("x" * (MAX_FILE_BYTES + 1), "FILE: larger than 1024 KiB"),
+        (f"model: m\nworkers: [{'1,' * 300_000}]", "FILE:2: not valid YAML: more than 20000 keys"),
         ("model: m\nname: [", "FILE:2: not valid YAML: while parsing a flow node"),
         ("model: m\n---\nmodel: n", "FILE:2: not valid YAML: expected a single document in the stream, but found"),
     ],

@@ -27,6 +27,7 @@ from llamaclust.tools.hub.pull import pull_model
 from llamaclust.tools.hub.sources import HubFile, parse_source
 from llamaclust.tools.progress import silent
 from llamaclust.tools.split import SplitRules, plan_split, write_parts
+from support.clusters.static_cluster import free_port
 from support.hub.download_server import Server, running_server
 
 QUICK = Patience(tries=4, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
@@ -101,6 +102,14 @@ def test_the_token_goes_to_the_hub_alone(
     pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
     assert {token for _, _, token in hub.does.seen} == {f"Bearer {TOKEN}"}
     assert {token for _, _, token in store.does.seen} == {None}
+
+
+def test_a_pull_that_brings_nothing_says_what_it_looked_up_and_leaves_nothing(tmp_path: Path) -> None:
+    steps: list[str] = []
+    address = f"http://127.0.0.1:{free_port()}/m.gguf"
+    with pytest.raises(DownloadError):
+        pull_model(address, lambda what, done, total: steps.append(what), models_dir=tmp_path, patience=QUICK)
+    assert steps[0] == f"looking up {address}" and not list(tmp_path.iterdir())
 
 
 def test_a_token_file_is_its_owners_alone(hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +199,9 @@ def test_all_parts_of_a_split_model_are_pulled(
     said: list[str] = []
     first = pull_model(f"{folder}/{parts[0].name}", lambda *what: said.append(what[0]), models_dir=tmp_path, patience=QUICK)  # fmt: skip # noqa: E501
     assert [path.read_bytes() for path in open_model(first).parts] == [part.read_bytes() for part in parts]
-    assert list(dict.fromkeys(said)) == [f"part {number} of 3: downloading" for number in (3, 2, 1)]
+    first_step, *steps = dict.fromkeys(said)
+    assert first_step == f"looking up {folder}/{parts[0].name}"
+    assert steps == [f"part {number} of 3: downloading" for number in (3, 2, 1)]
     (stored,) = stored_models(tmp_path)
     assert (stored.path, stored.size_bytes) == (first, sum(part.stat().st_size for part in parts))
     with pytest.raises(UsageError, match=r"part 2 of 3; give the first part, m-00001-of-00003\.gguf"):
@@ -280,7 +291,12 @@ def test_where_ranges_cannot_be_trusted_one_connection_does(without: str, store:
 def test_proxies_of_the_environment_are_used(store: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.does.files["http://192.0.2.7/m.gguf"] = MODEL
     monkeypatch.setenv("HTTP_PROXY", store.url)
-    assert pull_model("http://192.0.2.7/m.gguf", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+    assert (
+        pull_model(
+            f"http://192.0.2.7/m.gguf#sha256={hashlib.sha256(MODEL).hexdigest()}", models_dir=tmp_path, patience=QUICK
+        ).read_bytes()
+        == MODEL
+    )
 
 
 @pytest.mark.parametrize("place", ["http://127.0.0.1:99999/x", "http://[::1", "//[/x"])

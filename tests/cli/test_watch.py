@@ -72,7 +72,12 @@ def test_off_a_terminal_every_event_is_a_line(capsys: pytest.CaptureFixture[str]
 def test_a_stopped_terminal_does_not_stop_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on = threading.Event()
     shown: list[Event] = []
-    monkeypatch.setattr(ClusterView, "show", lambda view, event: (goes_on.wait(), shown.append(event)))
+
+    def show_later(view: ClusterView, event: Event) -> None:
+        goes_on.wait()
+        shown.append(event)
+
+    monkeypatch.setattr(ClusterView, "show", show_later)
     with cluster_view("tiny") as show:
         for number in range(5000):
             show(Notice(str(number)))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaclust.cluster.api.errors import HttpError, error_response
@@ -21,8 +22,8 @@ class _Open:
 
     task: asyncio.Task[Any]
     body_bytes: int = 0
-    is_whole: bool = False  # all of its body is there
     is_answered: bool = False  # its reply has begun
+    refusal: HttpError | None = None  # why it was cancelled
 
 
 class Admission:
@@ -32,12 +33,13 @@ class Admission:
         self.is_stopping = False
         self._settings = settings
         self._open: set[_Open] = set()
+        self._unfinished: dict[_Open, None] = {}  # those whose bodies are still to come, the oldest first
         self._body_bytes = 0
 
     def stop(self) -> None:
         """From now on requests are refused, also those whose bodies are still to come."""
         self.is_stopping = True
-        self._cancel([request for request in self._open if not request.is_whole])
+        self._refuse([*self._unfinished], _stopping())
 
     async def wait_idle(self) -> None:
         """Returns once the replies of all requests are whole; its caller sets the deadline."""
@@ -47,44 +49,55 @@ class Admission:
     def end(self) -> None:
         """Ends requests whose replies have not begun, with the error that the cluster stops."""
         self.is_stopping = True
-        self._cancel([request for request in self._open if not request.is_answered])
+        self._refuse([request for request in self._open if not request.is_answered], _stopping())
 
     def check(self) -> None:
         """Raises HttpError where no further request is taken."""
         if self.is_stopping:
             raise _stopping()
-        if len(self._open) >= self._settings.max_requests:
-            raise _busy(f"{len(self._open)} requests")
+        whole = len(self._open) - len(self._unfinished)
+        if whole >= self._settings.max_requests:
+            raise _busy(f"{whole} requests")
 
     @contextmanager
-    def held(self) -> Iterator[_Open]:
-        """A request of the current task, open meanwhile."""
+    def held(self, *, has_body: bool) -> Iterator[_Open]:
+        """A request of the current task, open meanwhile. Bodies that do not come keep no others out: the oldest
+        unfinished request gives way."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task)
         self._open.add(request)
+        if has_body:
+            self._unfinished[request] = None
+        if len(self._unfinished) > self._settings.max_requests:
+            self._refuse([next(iter(self._unfinished))], _busy("newer requests, and the body had not arrived"))
         try:
             yield request
         finally:
             self._open.remove(request)
+            self._unfinished.pop(request, None)
             self._body_bytes -= request.body_bytes
 
     def count(self, request: _Open, message: Message) -> None:
         """A part of a request's body has come. Raises HttpError where all together are too much."""
+        if request in self._unfinished and not message.get("more_body", False):
+            self.check()
+            del self._unfinished[request]
         size = len(message.get("body", b""))
         request.body_bytes += size
-        request.is_whole = not message.get("more_body", False)
         self._body_bytes += size
         if self._body_bytes > self._settings.max_held_bytes:
             raise _busy(f"{self._body_bytes} bytes of requests")
 
-    def _cancel(self, requests: list[_Open]) -> None:
+    def _refuse(self, requests: list[_Open], refusal: HttpError) -> None:
         for request in requests:
+            self._unfinished.pop(request, None)
+            request.refusal = refusal
             request.task.cancel()
 
 
 class AdmissionGate:
-    """Passes requests with a body to an app within its bounds; those that a stopping server cancels get a 503."""
+    """Passes requests with a body to an app within its bounds; those that are cancelled for others get a 503."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
@@ -99,7 +112,9 @@ class AdmissionGate:
         except HttpError as refusal:
             await error_response(refusal)(scope, receive, send)
         else:
-            with self._admission.held() as request:
+            headers = Headers(scope=scope)
+            has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+            with self._admission.held(has_body=has_body) as request:
                 await self._answer(request, scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,10 +130,10 @@ class AdmissionGate:
         try:
             await self._app(scope, counted, noted)
         except asyncio.CancelledError:  # the task is the server's and ends here
-            if not self._admission.is_stopping:
+            if request.refusal is None:
                 raise
             if not request.is_answered:
-                await error_response(_stopping())(scope, receive, send)
+                await error_response(request.refusal)(scope, receive, send)
 
 
 def _stopping() -> HttpError:

@@ -23,7 +23,7 @@ class ApiSettings:
     allowed_origins: tuple[str, ...] = ()  # web pages that may use the API, like "https://chat.example"
     max_body_bytes: int = 16 << 20
     max_held_bytes: int = 256 << 20  # of the bodies of all requests that have no whole reply yet
-    max_requests: int = 512  # that have no whole reply yet
+    max_requests: int = 512  # that have no whole reply yet; as many again whose bodies are still to come
     head_s: float = 10.0  # until the head of a connection's next request has arrived
     body_s: float = 30.0  # until a request's body has arrived
     keepalive_s: float = 5.0  # silence of a stream after which it gets a comment
@@ -37,7 +37,7 @@ class ApiSettings:
     @property
     def max_connections(self) -> int:
         """Open at once; idle ones give their places to others."""
-        return 2 * self.max_requests
+        return 3 * self.max_requests
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:

@@ -181,3 +181,37 @@ async def test_a_disconnected_client_cancels_chat_rendering(path: str) -> None:
             await server.http.post(path, json=body, timeout=0.2)
         await until(lambda: server.template.given_up == 1)
         await server.admission.wait_idle()
+
+
+async def test_bodies_that_do_not_come_keep_no_others_out() -> None:
+    engine = ScriptedEngine(says("Hi"))
+    admission = Admission(ApiSettings(max_requests=4))
+    async with (
+        serving(make_app(engine, admission=admission)) as address,
+        httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,
+    ):
+        halves = []
+        for _ in range(4):
+            halves.append(await asyncio.open_connection(http.base_url.host, http.base_url.port))
+            halves[-1][1].write(HALF)
+            await until(lambda: len(admission._unfinished) == len(halves))
+        assert (await http.post("/v1/completions", json=GENERATION)).status_code == 200
+        head = await halves[0][0].read()  # the oldest gave way
+        assert head.startswith(b"HTTP/1.1 503 ") and b"the body had not arrived" in head
+        assert len(admission._unfinished) == 3
+        engine.gate.clear()
+        whole = [asyncio.create_task(http.post("/v1/completions", json=GENERATION)) for _ in range(4)]
+        await until(lambda: engine.running == 4)
+        busy = await http.post("/v1/completions", json=GENERATION)
+        assert busy.status_code == 503 and busy.json()["error"]["code"] == "server_busy"
+        engine.gate.set()
+        assert [(await reply).status_code for reply in whole] == [200] * 4
+        for _, writer in halves:
+            writer.close()
+
+
+async def test_a_request_without_body_is_whole() -> None:
+    admission = Admission(ApiSettings())
+    with admission.held(has_body=False):
+        admission.stop()
+        await asyncio.sleep(0)

@@ -148,7 +148,7 @@ class Supervisor:
         now_s, engine = asyncio.get_running_loop().time(), self._runner.engine
         if engine is None:
             return seen.Tick(now_s)
-        return seen.Tick(now_s, engine.scheduler.queues.computed_tokens)
+        return seen.Tick(now_s, sum(sequence.scheduled for sequence in engine.scheduler.queues.running))
 
     def _membership_changed(self, event: MembershipEvent) -> None:
         worker = event.worker

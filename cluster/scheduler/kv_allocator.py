@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
@@ -10,6 +11,15 @@ from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A sequence that found too few blocks: how many there were, and the first of its prefix that was not cached."""
+
+    key: int
+    room: int
+    missing: bytes | None
 
 
 class KvMemory:
@@ -24,6 +34,7 @@ class KvMemory:
         self._cache = cache(self.blocks)
         self.window = None if group is None else KvWindow(group, cache(KvBlocks(settings.window_blocks)))
         self._filling: set[bytes] = set()
+        self._refused: _Refusal | None = None  # the last one
 
     def begin_microbatch(self) -> None:
         """Blocks filled by earlier microbatches can be shared in this one."""
@@ -35,6 +46,9 @@ class KvMemory:
         False also where the microbatch being made fills blocks that it could share: rows of one microbatch must not
         depend on each other's.
         """
+        if self.lacks_blocks(sequence) and self._is_unchanged(reserve):
+            return False
+        self._refused = None
         found, idle = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
         if self.window is not None:
             if not self.window.can_begin(sequence, reserve):
@@ -43,6 +57,8 @@ class KvMemory:
             idle = sum(self.blocks.is_idle(key) is True for key in sequence.block_keys[:found])
         fresh = sequence.blocks_needed - found
         if fresh + idle + reserve > self.blocks.available:
+            missing = sequence.block_keys[found] if found < len(sequence.block_keys) else None
+            self._refused = _Refusal(sequence.key, self.blocks.available - reserve, missing)
             return False
         if self._filling and not self._filling.isdisjoint(sequence.block_keys[:found]):
             return False
@@ -54,6 +70,17 @@ class KvMemory:
             self.window.begin(sequence, found)
         sequence.rewind(found * KV_BLOCK_TOKENS)
         return True
+
+    def lacks_blocks(self, sequence: Sequence) -> bool:
+        """Whether there were too few blocks for it when it was last to be admitted."""
+        return self._refused is not None and self._refused.key == sequence.key
+
+    def _is_unchanged(self, reserve: int) -> bool:
+        """Whether no block was freed since the last refusal, nor the next block of its prefix cached."""
+        refused = self._refused
+        assert refused is not None
+        is_cached = refused.missing is not None and self.blocks.is_idle(refused.missing) is not None
+        return self.blocks.available - reserve <= refused.room and not is_cached
 
     def grow(self, sequence: Sequence) -> bool:
         """Gives a sequence the blocks for its next row; False where none is left."""

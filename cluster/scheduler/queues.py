@@ -1,21 +1,21 @@
-"""Which sequences run and which wait, in order of arrival, and the KV memory that moves them between both."""
+"""Which sequences run and which wait, by turns and arrival, and the KV memory that moves them between both."""
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
+from llamaclust.cluster.scheduler.turns import first_in_turn, running_by_turn, turn_of
 
 _RESERVE_BLOCKS = 2
 """Left for each running sequence when another one starts: it must not be preempted again at once."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
-_by_remaining = attrgetter("remaining")
 
 
 class SequenceQueues:
@@ -38,11 +38,6 @@ class SequenceQueues:
         return [sequence for sequence in self.running if sequence.phase is _PREFILL and sequence.remaining]
 
     @property
-    def computed_tokens(self) -> int:
-        """Of those that run: what another pipeline would compute again, and this one would not."""
-        return sum(sequence.scheduled for sequence in self.running)
-
-    @property
     def can_start(self) -> bool:
         """Whether a sequence waits and there is a place for it, KV memory apart."""
         return bool(self.waiting) and len(self.running) < self.max_running
@@ -57,17 +52,32 @@ class SequenceQueues:
             sequence.restart()
 
     def admit(self) -> Sequence | None:
-        """Starts the first sequence that waits, with blocks for all of its tokens; None where it has to wait on.
+        """Starts the sequence whose turn it is, with blocks for all of its tokens; None where it has to wait on.
 
         Microbatches in flight of a preempted one are awaited: their result may be one more token.
         """
         if not self.can_start:
             return None
-        sequence = self.waiting[0]
+        sequence = first_in_turn(self.waiting, running_by_turn(self.running))
         if sequence.in_flight or not self.memory.admit(sequence, _RESERVE_BLOCKS * len(self.running)):
             return None
         self._start(sequence)
         return sequence
+
+    def give_turn(self) -> None:
+        """Where a request has nothing that runs, and no place or memory for it, the one with the most of them gives up
+        its youngest. Not while a microbatch is being made."""
+        if not self.waiting:
+            return
+        running = running_by_turn(self.running)
+        first = first_in_turn(self.waiting, running)
+        if first.in_flight or running[turn_of(first)]:
+            return
+        if len(self.running) < self.max_running and not self.memory.lacks_blocks(first):
+            return
+        turn, count = max(running.items(), key=itemgetter(1), default=("", 0))
+        if count > 1:
+            self.preempt(next(sequence for sequence in reversed(self.running) if turn_of(sequence) == turn))
 
     def make_room(self, sequence: Sequence) -> None:
         """Starts a sequence, or gives it the block it needs, by preempting others; none has anything in flight."""
@@ -80,15 +90,23 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """The sequence with less left to do than the oldest; None where there is none."""
+        """The sequence whose request has less that runs than the oldest one's, or else with less left to do; None where
+        there is none."""
         if not prefilling:
             return None
-        oldest, waiting = prefilling[0], self.waiting
-        if waiting and waiting[0].remaining < oldest.remaining:
-            admitted = self.admit()
-            if admitted is not None:
-                prefilling = [*prefilling, admitted]
-        shortest = min(prefilling, key=_by_remaining)
+        oldest, running = prefilling[0], running_by_turn(self.running)
+
+        def rank(sequence: Sequence) -> tuple[int, int]:
+            return running[turn_of(sequence)], sequence.remaining
+
+        if (
+            self.can_start
+            and rank(first_in_turn(self.waiting, running)) < rank(oldest)
+            and (admitted := self.admit()) is not None
+        ):
+            running = running_by_turn(self.running)
+            prefilling = [*prefilling, admitted]
+        shortest = min(prefilling, key=rank)
         return None if shortest is oldest else shortest
 
     def grow(self, sequence: Sequence) -> None:

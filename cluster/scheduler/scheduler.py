@@ -149,6 +149,7 @@ class Scheduler:
         room = self.times.in_flight - len(self.in_flight)
         if room < 0 or (room == 0 and self.queues.decoding):
             return self._next_ahead(now_ns)
+        self.queues.give_turn()
         ready = self._ready_to_decode()
         prefill = self._prefill_slices(len(ready), now_ns)
         if not prefill:

@@ -46,11 +46,12 @@ class CompletionRequest:
     add_special: bool = True  # BOS (and EOS) where the model wants them
     parse_special: bool = True  # control words in a prompt's text become their tokens
     request_id: str | None = None  # None: drawn at random
+    group: str = ""  # of prompts that came as one request
     answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
 
-    def identified(self, request_id: str, seed: int, answered: Answered) -> CompletionRequest:
+    def identified(self, request_id: str, group: str, seed: int, answered: Answered) -> CompletionRequest:
         """The same one under a name of its own, with a seed."""
-        return replace(self, request_id=request_id, seed=seed, answered=answered)
+        return replace(self, request_id=request_id, group=group, seed=seed, answered=answered)
 
     def check_text(self) -> None:
         """Raises ParameterError for a field that tokens no longer show; `validate` checks the others."""

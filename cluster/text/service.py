@@ -160,8 +160,9 @@ class TextService:
         if max_new_tokens != 0:  # a prompt without room for an answer is refused by the engine
             room = max(context - len(prompt), 1)
             max_new_tokens = room if max_new_tokens is None else min(max_new_tokens, room)
+        request_id = request.request_id or secrets.token_hex(12)
         return GenerationRequest(
-            request_id=request.request_id or secrets.token_hex(12),
+            request_id,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             params=self._params(request),
@@ -173,4 +174,5 @@ class TextService:
             dry_window=context if request.dry_window is None else request.dry_window,
             breakers=breakers,
             score_from=request.score_from,
+            group=request.group or request_id,
         )

@@ -86,7 +86,7 @@ class Ticket:
         answered = {choice: rows for (of, choice), rows in self.answered.items() if of == prompt}
         seed = self.seed if request.seed is None else request.seed
         name = self.id if prompt == 0 else f"{self.id}-p{prompt}"
-        return request.identified(name, seed, answered)
+        return request.identified(name, self.id, seed, answered)
 
     def recording(self, prompt: int, request: CompletionRequest) -> Record | None:
         """Takes the tokens of the completion into the journal, where tokens are all that it needs to go on."""

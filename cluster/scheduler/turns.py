@@ -1,0 +1,23 @@
+"""Whose turn it is: prompts and choices of one request take turns with other requests. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from llamaclust.cluster.scheduler.sequences import Sequence
+
+
+def turn_of(sequence: Sequence) -> str:
+    """Sequences of one request have the same."""
+    return sequence.request.group or sequence.request.request_id
+
+
+def running_by_turn(running: Iterable[Sequence]) -> Counter[str]:
+    """How many sequences of each request run."""
+    return Counter(map(turn_of, running))
+
+
+def first_in_turn(waiting: Iterable[Sequence], running: Counter[str]) -> Sequence:
+    """Of those that wait: the first one of the request with the fewest that run."""
+    return min(waiting, key=lambda sequence: running[turn_of(sequence)])

@@ -1,0 +1,80 @@
+"""A request of many prompts and one that comes later: the later one is not kept waiting, and no token changes."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+from support.seed import SEED
+
+CONTEXT = 400
+
+
+def simulation(kv_blocks: int, max_sequences: int = 8) -> Simulation:
+    settings = SchedulerSettings("m", VOCABULARY, CONTEXT, kv_blocks, max_sequences=max_sequences)
+    return Simulation(Scheduler(settings, 1, 2), FakeStages(FakeModel(kv_blocks), [linear(100, 10)] * 2))
+
+
+def request(source: Random, number: int, group: str, tokens: int = 100, length: int = 60) -> GenerationRequest:
+    prompt = tuple(source.randrange(VOCABULARY) for _ in range(length))
+    return GenerationRequest(f"{group}-{number}", prompt, tokens, seed=number, group=group)
+
+
+@pytest.mark.parametrize("kv_blocks", [100, 1000])
+@pytest.mark.parametrize("at", [1, 40])
+def test_a_request_of_many_prompts_does_not_starve_another(kv_blocks: int, at: int) -> None:
+    print(f"seed {SEED}")
+    source = Random(SEED)
+    run = simulation(kv_blocks)
+    prompts = [request(source, number, "many", tokens=300) for number in range(64)]
+    keys = [run.add(prompt) for prompt in prompts]
+    for _ in range(at):
+        run.step()
+    later = [request(source, number, f"later {number}", tokens=20) for number in range(2)]
+    later_keys = [run.add(one) for one in later]
+    came_ns = run.now_ns
+    while not all(run.updates[key] for key in later_keys):
+        run.step()
+    waited_ms = (run.now_ns - came_ns) / 1e6
+    assert waited_ms < 20, "80 until the first one ends, 640 until all have"
+    assert run.scheduler.counts.preemptions < 10 or kv_blocks < 1000
+    run.finish()
+    for key, one in zip([*keys, *later_keys], [*prompts, *later], strict=True):
+        assert run.rows(key) == expected(one, CONTEXT)[0]
+
+
+def test_requests_of_one_prompt_each_run_in_order_of_arrival() -> None:
+    source = Random(SEED)
+    run = simulation(1000)
+    keys = [run.add(request(source, number, f"r{number}", tokens=10)) for number in range(40)]
+    began: list[int] = []
+    while run.step():
+        began += [key for key in keys if run.updates[key] and key not in began]
+    assert run.scheduler.counts.preemptions == 0
+    assert began == sorted(began) and set(began) == set(keys)
+
+
+def test_a_turn_does_not_wait_for_blocks_that_are_not_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence without room is looked up again only when there may be some."""
+    source = Random(SEED)
+    run = simulation(16)
+    for number in range(3):
+        run.add(request(source, number, "g", length=150))
+    looked: list[object] = []
+    find = PrefixCache.find
+
+    def counted(cache: PrefixCache, *arguments: Any) -> tuple[int, int]:
+        looked.append(cache)
+        return find(cache, *arguments)
+
+    monkeypatch.setattr(PrefixCache, "find", counted)
+    for _ in range(60):
+        run.step()
+    assert run.scheduler.counts.waiting == 2 and len(looked) <= 3

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 import re
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,12 +21,30 @@ OPEN_PATHS = frozenset({"/health", "/live"})
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})?")
 
 
+class ApiKeys:
+    """The keys of an API; without any, none is asked for."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = [_digest(key) for key in keys]
+
+    def error(self, authorization: str) -> HttpError | None:
+        """What is wrong with an Authorization header."""
+        if not self._keys:
+            return None
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            return _unauthorized("this API needs a key: send the header Authorization: Bearer KEY")
+        given = _digest(key.strip())
+        is_known = sum(hmac.compare_digest(given, known) for known in self._keys) > 0
+        return None if is_known else _unauthorized("unknown API key")
+
+
 class Security:
     """Refuses requests before the app sees them."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
-        self._keys = [_digest(key) for key in settings.api_keys]
+        self._keys = ApiKeys(settings.api_keys)
         self._takes_any_ip = not is_loopback(settings.listen_host)
         self._hosts = {name.lower() for name in (*settings.allowed_hosts, settings.listen_host)}
         self._origins = {origin.lower().rstrip("/") for origin in settings.allowed_origins}
@@ -47,7 +66,7 @@ class Security:
             message = "a request has Content-Length or Transfer-Encoding, not both"
             raise HttpError(400, "bad_request", message, {"Connection": "close"})
         is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
-        error = self._key_error(headers.get("authorization", "")) if self._keys else None
+        error = self._keys.error(headers.get("authorization", ""))
         if error is not None and scope["path"] not in OPEN_PATHS and not is_preflight:
             raise error
         scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}
@@ -75,14 +94,6 @@ class Security:
             return
         cure = "add it to `allowed_origins` in the cluster file if they should be allowed"
         raise HttpError(403, "origin_not_allowed", f"web pages of {origin[:200]!r} may not use this API; {cure}")
-
-    def _key_error(self, authorization: str) -> HttpError | None:
-        scheme, _, key = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not key:
-            return _unauthorized("this API needs a key: send the header Authorization: Bearer KEY")
-        given = _digest(key.strip())
-        is_known = sum(hmac.compare_digest(given, known) for known in self._keys) > 0
-        return None if is_known else _unauthorized("unknown API key")
 
 
 def _unauthorized(message: str) -> HttpError:

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import resource
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import ClassVar, Self
 
@@ -15,7 +16,9 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llamaclust.cluster.api.errors import HttpError, error_body, to_json
+from llamaclust.cluster.api.security import ApiKeys
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.state.events import Event, Report, awaited
 
 _BACKLOG = 128
 """The event loop accepts so many connections before it looks at the first."""
@@ -137,10 +140,11 @@ def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
 class StartingReplies:
     """Answers on a listening socket, which stays open, while it is entered; `close` it when the API itself answers."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        body = to_json(error_body(HttpError(503, "cluster_starting", "the cluster is starting: try again later")))
-        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        self._reply = f"{head}Retry-After: 5\r\nConnection: close\r\n\r\n".encode() + body
+    def __init__(self, listener: socket.socket, api_keys: Sequence[str], report: Report) -> None:
+        """What the start waits for is for those with a key."""
+        self._keys = ApiKeys(api_keys)
+        self._report = report
+        self._awaited = ""
         self._listener = listener
         self._open = 0
         self._server: asyncio.Server | None = None
@@ -156,6 +160,22 @@ class StartingReplies:
         if self._server is not None:
             self._server.close()
 
+    def report(self, event: Event) -> None:
+        """Passes an event of the start on."""
+        now = awaited(event)
+        self._awaited = self._awaited if now is None else now
+        self._report(event)
+
+    def _reply(self, head: bytes) -> bytes:
+        lines = head.decode("latin-1").split("\r\n")
+        values = [line.partition(":")[2] for line in lines if line.lower().startswith("authorization:")]
+        is_trusted = self._keys.error("".join(values[:1]).strip()) is None
+        why = f"; it waits for {self._awaited}" if self._awaited and is_trusted else ""
+        body = to_json(error_body(HttpError(503, "cluster_starting", f"the cluster is starting: try again later{why}")))
+        status = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        more = f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+        return (status + more).encode() + body
+
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open += 1
         try:
@@ -168,8 +188,7 @@ class StartingReplies:
     async def _reply_to(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
             async with asyncio.timeout(_READ_S):
-                await reader.readuntil(b"\r\n\r\n")
-                writer.write(self._reply)
+                writer.write(self._reply(await reader.readuntil(b"\r\n\r\n")))
                 await writer.drain()
                 writer.write_eof()
             async with asyncio.timeout(_LEAVE_S):

@@ -57,7 +57,7 @@ class StaticLauncher(Launcher):
         """Nothing is known of other machines yet; their workers say it when they load."""
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
-        self._report(AwaitingWorkers(tuple(self._instructions(await self.open(join)))))
+        self._report(AwaitingWorkers(tuple(self._instructions(await self.open(join))), tuple(self._missing(()))))
 
     async def open(self, join: str) -> str:
         """Lets workers in; returns the address (HOST:PORT) that they are to join."""

@@ -110,8 +110,8 @@ async def _until_signal(config: ClusterConfig, model_path: Path, folder: Cluster
     try:
         folder.write_record(front.record)
         async with (
-            StartingReplies(front.listener) as replies,
-            open_cluster(config, model_path, folder, front.report) as cluster,
+            StartingReplies(front.listener, front.settings.api_keys, front.report) as replies,
+            open_cluster(config, model_path, folder, replies.report) as cluster,
         ):
             replies.close()
             _settle_memory()

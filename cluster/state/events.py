@@ -16,6 +16,7 @@ class AwaitingWorkers:
     """Workers are to be started elsewhere: what to do, one line an entry."""
 
     lines: tuple[str, ...]
+    missing: tuple[str, ...] = ("workers",)  # in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,19 @@ Event = StartProgress | StartFailed | Notice | Draining
 Report = Callable[[Event], None]
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
+
+
+def awaited(event: Event) -> str | None:
+    """What a start waits for from this event on; None: as before."""
+    match event:
+        case AwaitingWorkers() | WorkerJoined():
+            return ", ".join(event.missing)
+        case Measuring():
+            return f"measurements of {', '.join(event.workers)}"
+        case PlanMade():
+            return "workers to load their layers"
+        case _:
+            return None
 
 
 def to_line(event: Event) -> str:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from llamaclust.cluster.api.server import StartingReplies
+from llamaclust.cluster.state.events import AwaitingWorkers, Event, Notice, WorkerJoined
 
 
 @asynccontextmanager
@@ -20,16 +21,43 @@ async def port() -> AsyncIterator[tuple[socket.socket, str]]:
         yield listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
+def replies_on(listener: socket.socket) -> StartingReplies:
+    return StartingReplies(listener, (), lambda event: None)
+
+
 @pytest.mark.parametrize("body", [b"", b"x" * 3_000_000], ids=len)
 async def test_every_request_gets_the_starting_error(body: bytes) -> None:
-    async with port() as (listener, url), StartingReplies(listener), httpx.AsyncClient(timeout=20) as client:
+    async with port() as (listener, url), replies_on(listener), httpx.AsyncClient(timeout=20) as client:
         reply = await client.post(f"{url}/v1/completions", content=body)
         assert reply.status_code == 503 and int(reply.headers["retry-after"]) > 0
         assert reply.json()["error"]["code"] == "cluster_starting"
 
 
+async def test_the_starting_error_names_what_is_awaited_for_those_with_a_key() -> None:
+    passed_on: list[Event] = []
+    key = {"Authorization": "Bearer first-key"}
+    async with (
+        port() as (listener, url),
+        httpx.AsyncClient(timeout=20) as client,
+        StartingReplies(listener, ["first-key"], passed_on.append) as replies,
+    ):
+
+        async def told(**headers: str) -> str:
+            message: str = (await client.get(f"{url}/cluster", headers=headers)).json()["error"]["message"]
+            return message.removeprefix("the cluster is starting: try again later")
+
+        assert await told(**key) == ""
+        replies.report(AwaitingWorkers(("on each machine: ...",), ("worker a", "worker b")))
+        assert await told(**key) == "; it waits for worker a, worker b"
+        assert await told() == await told(Authorization="Bearer wrong") == ""
+        replies.report(WorkerJoined("a", "host", ("worker b",)))
+        replies.report(Notice("something else"))
+        assert await told(**key) == "; it waits for worker b"
+        assert len(passed_on) == 3
+
+
 async def test_silent_clients_do_not_block_others() -> None:
-    async with port() as (listener, url), StartingReplies(listener), httpx.AsyncClient(timeout=20) as client:
+    async with port() as (listener, url), replies_on(listener), httpx.AsyncClient(timeout=20) as client:
         address = listener.getsockname()
         silent = [await asyncio.open_connection(*address) for _ in range(8)]
         assert (await client.get(f"{url}/health")).status_code == 503
@@ -43,7 +71,7 @@ async def test_the_socket_stays_open_for_the_server() -> None:
         writer.close()
 
     async with port() as (listener, _):
-        async with StartingReplies(listener) as replies:
+        async with replies_on(listener) as replies:
             replies.close()
         async with await asyncio.start_server(serve, sock=listener.dup()):
             reader, writer = await asyncio.open_connection(*listener.getsockname())

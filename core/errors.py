@@ -99,6 +99,10 @@ class DeadlineError(LlamaclustError):
     code = "deadline_exceeded"
 
 
+class LoadCancelledError(WorkerError):
+    """A load that is not needed any more."""
+
+
 class StalledError(DeadlineError):
     """A worker that lives and gets no further with what it was told to do."""
 

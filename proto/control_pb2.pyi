@@ -157,7 +157,6 @@ class CoordinatorMessage(_message.Message):
     PROBE_PEER_FIELD_NUMBER: _builtins.int
     GET_LOG_FIELD_NUMBER: _builtins.int
     ADD_WEIGHT_SOURCE_FIELD_NUMBER: _builtins.int
-    CANCEL_LOAD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def admitted(self) -> Global___Admitted:
         """The worker is a member."""
@@ -210,10 +209,6 @@ class CoordinatorMessage(_message.Message):
     def add_weight_source(self) -> _loading_pb2.AddWeightSource:
         """A worker that has weights changed its address after Load."""
 
-    @_builtins.property
-    def cancel_load(self) -> _loading_pb2.CancelLoad:
-        """A load is not needed any more."""
-
     def __init__(
         self,
         *,
@@ -230,13 +225,12 @@ class CoordinatorMessage(_message.Message):
         probe_peer: _profile_pb2.ProbePeer | None = ...,
         get_log: Global___GetLog | None = ...,
         add_weight_source: _loading_pb2.AddWeightSource | None = ...,
-        cancel_load: _loading_pb2.CancelLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "cancel_load", b"cancel_load", "certificate_renewed", b"certificate_renewed", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "cancel_load", b"cancel_load", "certificate_renewed", b"certificate_renewed", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["admitted", "rejected", "profile_worker", "load", "unload", "shutdown", "certificate_renewed", "renewal_failed", "profile_links", "find_weights", "probe_peer", "get_log", "add_weight_source", "cancel_load"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["admitted", "rejected", "profile_worker", "load", "unload", "shutdown", "certificate_renewed", "renewal_failed", "profile_links", "find_weights", "probe_peer", "get_log", "add_weight_source"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

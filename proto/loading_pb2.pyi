@@ -330,32 +330,10 @@ class LoadFailed(_message.Message):
 Global___LoadFailed: _TypeAlias = LoadFailed  # noqa: Y015
 
 @_typing.final
-class CancelLoad(_message.Message):
-    """A load is not needed any more: LoadFailed answers it soon, unless it is done. Of an epoch that is not being loaded:
-    ignored.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    EPOCH_FIELD_NUMBER: _builtins.int
-    epoch: _builtins.int
-    """Of the Load."""
-    def __init__(
-        self,
-        *,
-        epoch: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CancelLoad: _TypeAlias = CancelLoad  # noqa: Y015
-
-@_typing.final
 class Unload(_message.Message):
-    """Free weights and KV memory of an epoch's stage."""
+    """Free weights and KV memory of an epoch's stage. A Load of the epoch that is under way is cancelled: LoadFailed answers
+    it, then Unloaded comes.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -97,6 +97,11 @@ class ActionRunner:
             return
         self._observed.post(seen.Signal.EPOCH_LOADED)
 
+    def cancel_loads(self) -> None:
+        """Those under way fail soon, where there are any."""
+        for worker in self._registry.present.values():
+            worker.cancel_load()
+
     async def _open(self, plan: Plan, *, is_exclusive: bool) -> None:
         async with deadline("the end of lost workers' processes", _ENDING_S):
             await self.ending.join()

@@ -160,6 +160,16 @@ class ClusterState:
         return name in self.pool.drained and not is_held
 
     @property
+    def is_plan_useless(self) -> bool:
+        """Whether a load of the newest plan is of no use any more."""
+        planning = self.planning
+        return (
+            planning is not None
+            and planning.plan is not None
+            and _is_useless(planning.plan, planning.inputs, self.pool)
+        )
+
+    @property
     def has_lost_workers(self) -> bool:
         """Whether a worker of the serving epoch is lost."""
         workers = () if self.serving is None else self.serving.workers
@@ -242,10 +252,15 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
 
 
 def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
-    """Whether a worker of the plan is lost or cut off, or another one joined."""
+    """Whether the plan is useless, or another worker joined."""
+    return _is_useless(plan, inputs, pool) or not set(pool.usable) <= set(inputs.workers)
+
+
+def _is_useless(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
+    """Whether a worker of the plan is lost or cut off, or is to have no layers."""
     planned = {stage.worker for stage in plan.stages}
     lost = any(worker not in pool.usable for worker in inputs.workers if worker[0] in planned)
-    return lost or not set(pool.usable) <= set(inputs.workers) or pool.is_partitioned(plan)
+    return lost or pool.is_partitioned(plan)
 
 
 def _unfit(failed: seen.EpochLoadFailed, failures: int) -> dict[str, str]:

@@ -67,6 +67,10 @@ async def load_stages(
         names, workers, loads.model, links=loads.links, report=report, progress_timeout_s=timeout_s
     )
 
+    lost = tuple(Suspect(handle.name, handle.error) for handle in handles if handle.loss is not None)
+    if lost:  # meanwhile: the others would load in vain
+        raise StageLoadError(lost[0].error, lost)
+
     async def load(index: int, handle: WorkerHandle) -> Loaded:
         order = _order(loads, handles, index, weights.get(handle.name))
 

@@ -123,6 +123,8 @@ class Supervisor:
             if observation is not None:
                 self.observed.apply(self._tick())
                 self.observed.apply(observation)
+                if self.observed.state.is_plan_useless:
+                    self._runner.cancel_loads()
             if observation is seen.Signal.ACTION_ENDED:
                 assert self._action is not None
                 ended, self._action = self._action, None

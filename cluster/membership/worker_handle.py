@@ -11,7 +11,7 @@ from itertools import count
 
 from llamaclust.cluster.membership.worker_channel import ProgressDeadline, Send, WorkerChannel
 from llamaclust.core import errors
-from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
+from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.wire.control import messages, profiles
 from llamaclust.wire.control.messages import Heartbeat, Load, Loaded, LoadProgress, LogTail, ProbeResult, WeightsFound
@@ -160,10 +160,19 @@ class WorkerHandle:
             loaded: Loaded = await self.channel.with_progress(
                 LoadProgress, request, ProgressDeadline(what, progress_timeout_s), on_progress
             )
+        except LoadCancelledError:
+            await self.unload(order.epoch)
+            raise
         finally:
             self.loading = None
         self.stages[order.epoch] = (order, loaded)
         return loaded
+
+    def cancel_load(self) -> None:
+        """The load under way, if any, fails with LoadCancelledError once it has ended on the worker."""
+        if self.loading is not None:
+            error = LoadCancelledError(f"worker {self.name}: its load is not needed any more")
+            self.channel.answer(f"load of epoch {self.loading.epoch}", error)
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
         """Frees the stage of an epoch. Raises the worker's own error where it fails, WorkerError where the worker is

@@ -42,7 +42,11 @@ class WeightStore:
 
     def _load(self, tensors: Sequence[Tensor], progress: Progress) -> dict[str, Weight]:
         with ThreadPoolExecutor(self._threads, "load-weights") as pool:
-            loaded = load_tensors(tensors, self._packed_cache, pool, progress)
+            try:
+                loaded = load_tensors(tensors, self._packed_cache, pool, progress)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         if self._packed_cache is not None:
             self._packed_cache.keep(loaded.packed)
         return loaded.weights

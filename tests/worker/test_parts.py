@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import threading
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,17 @@ import pytest
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError, InsufficientMemoryError, ProtocolError, UsageError
 from llamaclust.core.logs import LogFormat
-from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, Unload, UnloadFailed, WorkerMessage
+from llamaclust.wire.control.messages import (
+    Deadlines,
+    Failure,
+    Loaded,
+    LoadFailed,
+    LoadProgress,
+    Unload,
+    Unloaded,
+    UnloadFailed,
+    WorkerMessage,
+)
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker import session as session_module
 from llamaclust.worker.devices import nvidia, system_info
@@ -27,9 +38,11 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage import loads
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.dependencies import Dependencies
+from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.weights import load
+from llamaclust.worker.weights.weights import Progress
 from llamaclust.worker.worker import Worker
 
 
@@ -247,3 +260,45 @@ async def test_an_unload_that_fails_is_answered_or_ends_the_process_of_a_lost_de
     await loads.Loads(session, asyncio.Lock()).unload(Unload(3))
     assert given_up == ([error] if lost else [])
     assert answers == ([] if lost else [UnloadFailed(3, Failure("InsufficientMemoryError", "no room"))])
+
+
+@pytest.mark.parametrize("is_orphan", [False, True], ids=["unloaded", "its membership ends"])
+async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPatch, is_orphan: bool) -> None:
+    """It would take 50 s; the next one is not kept waiting by it."""
+    answers: list[WorkerMessage] = []
+    begun, at_work = threading.Event(), threading.Lock()
+
+    def runner(order: Any, device: object, model: object, progress: Progress) -> object:
+        with at_work:
+            begun.set()
+            for _ in range(order.seconds * 100):
+                progress.add(1)
+                time.sleep(0.01)
+        return SimpleNamespace(memory=SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3))
+
+    async def send(message: WorkerMessage) -> None:
+        answers.append(message)
+
+    monkeypatch.setattr(load, "_open", lambda *_: "a model")
+    monkeypatch.setattr(load, "_planned", lambda *_: SimpleNamespace(weight_bytes=10_000))
+    monkeypatch.setattr(load, "_runner", runner)
+    monkeypatch.setattr(loads, "StageStreams", lambda epoch, *_: SimpleNamespace(epoch=epoch))
+    anything: Any = SimpleNamespace(received_bytes=0)
+    worker = Worker("a", anything, StageService("a"), anything, anything)
+    fields = {"start": 0, "end": 2, "exclusive": False, "devices": (), "next_address": None, "first_address": None}
+    fields |= {"previous_worker": None, "last_worker": None}
+    long, short = (SimpleNamespace(epoch=epoch, seconds=seconds, **fields) for epoch, seconds in ((1, 50), (2, 0)))
+    members = [Loads(Session(worker, anything, Deadlines(), Counters(), send), asyncio.Lock()) for _ in range(2)]
+    async with asyncio.timeout(10):
+        loading = asyncio.create_task(members[0].load(long))
+        await asyncio.to_thread(begun.wait, 10)
+        if is_orphan:
+            loading.cancel()
+        else:
+            await members[0].unload(Unload(1))
+            await loading
+        await members[is_orphan].load(short)
+    given = [message for message in answers if not isinstance(message, LoadProgress)]
+    cancelled = [LoadFailed(1, Failure("LoadCancelledError", "the load was cancelled")), Unloaded(1)]
+    assert sorted(map(str, given)) == sorted(map(str, [*([] if is_orphan else cancelled), Loaded(2, 1, 2, 3)]))
+    assert not at_work.locked()

@@ -231,15 +231,8 @@ class LoadFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class CancelLoad:
-    """A load is not needed any more: it is answered soon. Ignored for an epoch that is not being loaded."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
 class Unload:
-    """Free weights and KV memory of an epoch's stage."""
+    """Free weights and KV memory of an epoch's stage. A load of it that is under way is cancelled."""
 
     epoch: int
 
@@ -384,7 +377,6 @@ CoordinatorMessage = (
     Admitted
     | Rejected
     | Load
-    | CancelLoad
     | Unload
     | Shutdown
     | CertificateRenewed

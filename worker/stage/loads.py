@@ -7,7 +7,7 @@ import contextlib
 import logging
 from functools import partial
 
-from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
+from llamaclust.core.errors import DeadlineError, LoadCancelledError, ProtocolError, WorkerError
 from llamaclust.core.gpus import placed
 from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, UnloadFailed
 from llamaclust.wire.rpc.client import Peer
@@ -27,13 +27,29 @@ class Loads:
         self._session = session
         self._worker = session.worker
         self._exclusive = exclusive
+        self._loading: dict[int, asyncio.Task[Loaded]] = {}  # by epoch
 
     async def load(self, order: Load) -> None:
-        async with self._exclusive:
-            layers = f"layers [{order.start}, {order.end}) of epoch {order.epoch}"
-            await self._session.answer(self._load(order), partial(LoadFailed, order.epoch), layers)
+        layers = f"layers [{order.start}, {order.end}) of epoch {order.epoch}"
+        await self._session.answer(self._loaded(order), partial(LoadFailed, order.epoch), layers)
+
+    async def _loaded(self, order: Load) -> Loaded:
+        """LoadCancelledError where the epoch is unloaded meanwhile."""
+        if order.epoch in self._loading:
+            raise ProtocolError(f"epoch {order.epoch} is being loaded already")
+        loading = self._loading[order.epoch] = asyncio.create_task(self._load(order))
+        try:
+            await asyncio.wait((loading,))
+            if loading.cancelled():
+                raise LoadCancelledError("the load was cancelled")
+            return loading.result()
+        finally:
+            loading.cancel()
+            del self._loading[order.epoch]
 
     async def unload(self, order: Unload) -> None:
+        if (loading := self._loading.get(order.epoch)) is not None:
+            loading.cancel()
         async with self._exclusive:
             what = f"unload of epoch {order.epoch}"
             await self._session.answer(self._unload(order), partial(UnloadFailed, order.epoch), what)
@@ -43,6 +59,10 @@ class Loads:
         return Unloaded(order.epoch)
 
     async def _load(self, order: Load) -> Loaded:
+        async with self._exclusive:
+            return await self._load_alone(order)
+
+    async def _load_alone(self, order: Load) -> Loaded:
         session, service, weights = self._session, self._worker.service, self._worker.weights
         if order.epoch in service:
             raise ProtocolError(f"epoch {order.epoch} is loaded already")

@@ -39,7 +39,7 @@ async def _load(order: Load, device: Device, weights: Weights, reach: Reach, pro
     model = await asyncio.to_thread(_open, order, weights)
     if model is not None:
         progress.total_bytes = (await asyncio.to_thread(_planned, order, device, model)).weight_bytes
-        return await asyncio.to_thread(_runner, order, device, model, progress)
+        return await _in_thread(order, device, model, progress)
     assert order.weights is not None
     sources = {source.worker: reach(source.address, source.worker) for source in order.weights.sources}
     async with RemoteModel(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as remote:
@@ -48,7 +48,19 @@ async def _load(order: Load, device: Device, weights: Weights, reach: Reach, pro
         names = model_program(outline, order.start, order.end, order.limits).weights
         progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + remote.missing_bytes(names)
         model = await remote.complete(names)
-        return await asyncio.to_thread(_runner, order, device, model, progress)
+        return await _in_thread(order, device, model, progress)
+
+
+async def _in_thread(order: Load, device: Device, model: Model, progress: Progress) -> StageRunner:
+    """Where this is cancelled, it returns when the thread has ended, which its next progress does. Otherwise the thread
+    would keep the next load waiting, and its memory."""
+    running = asyncio.ensure_future(asyncio.to_thread(_runner, order, device, model, progress))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        progress.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        raise
 
 
 def _open(order: Load, weights: Weights) -> Model | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
-from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolError
+from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ModelFileError, ProtocolError
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
 from llamaclust.model.loader import Model
@@ -42,9 +42,16 @@ class Progress:
     def __init__(self) -> None:
         self.total_bytes = 0  # 0: not known yet
         self.done_bytes = 0
+        self._is_cancelled = False
         self._lock = Lock()
 
+    def cancel(self) -> None:
+        """Whatever reports progress from now on ends with LoadCancelledError."""
+        self._is_cancelled = True
+
     def add(self, n_bytes: int) -> None:
+        if self._is_cancelled:
+            raise LoadCancelledError("the load was cancelled")
         with self._lock:
             self.done_bytes += n_bytes
 
@@ -58,6 +65,7 @@ class Progress:
                 await report(self.done_bytes, self.total_bytes)
         finally:
             working.cancel()
+            await asyncio.wait((working,))
         return working.result()
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from pathlib import Path
 from random import Random
+from textwrap import dedent
 
 import pytest
 
@@ -116,3 +118,48 @@ async def test_a_loss_while_the_first_epoch_loads(
         assert f"worker {victim} " in run.told[0]
         assert await asyncio.gather(*run.start(requests)) == expected
         await run.whole()
+
+
+_SLOW_MOVE = dedent(
+    """
+    # Runs in every process that the test starts: a load of worker c beside its serving stage takes a minute.
+    import sys, time
+
+    if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1] == "c":
+        import llamaclust.worker.weights.load as load
+
+        make_runner = load._runner
+
+        def slow(order, device, model, progress):
+            if not order.exclusive:
+                open({marker!r}, "w").close()
+                for _ in range(6000):
+                    progress.add(1)
+                    time.sleep(0.01)
+            return make_runner(order, device, model, progress)
+
+        load._runner = slow
+    """
+)
+
+
+async def test_a_loss_during_a_planned_move_is_not_kept_waiting_by_its_loads(
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    marker = tmp_path / "loads"
+    (tmp_path / "sitecustomize.py").write_text(_SLOW_MOVE.format(marker=str(marker)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
+    async with recovering(config(model, tmp_path)) as run:
+        drain = asyncio.create_task(run.cluster.supervisor.pool.drain("a"))
+        await run.until("the load", marker.exists)
+        tasks = run.start(requests)
+        run.hurt("b")
+        async with asyncio.timeout(20):
+            assert await asyncio.gather(*tasks) == expected
+        await drain
+        assert any("worker b" in text and "is lost" in text for text in run.told)
+        assert not any("worker c" in text and "is lost" in text for text in run.told)

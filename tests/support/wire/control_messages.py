@@ -10,7 +10,6 @@ from llamaclust.core.profile import DeviceProfile, Profile, StepTime
 from llamaclust.wire.control.messages import (
     AddWeightSource,
     Admitted,
-    CancelLoad,
     CertificateRenewed,
     CoordinatorMessage,
     Deadlines,
@@ -128,7 +127,6 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     replace(LOAD, devices=(DeviceLayers("cpu", 2, 3), DeviceLayers("cuda:0", 3, 4))),
     FindWeights("/models/m.gguf", "ab" * 32),
     FindWeights("/models/m.gguf", "ab" * 32, describe=True),
-    CancelLoad(3),
     Unload(3),
     Shutdown("end"),
     CertificateRenewed(b"certificate"),

@@ -1,4 +1,4 @@
-"""Which KV blocks hold which tokens: a full block's key is a SHA-256 chain over model, KV type and tokens."""
+"""Which KV blocks hold which tokens: a full block's key is a SHA-256 chain over model, KV type, salt and tokens."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 
-class PrefixCache:
-    """Finds and registers blocks by the tokens from position 0 to their end.
+class BlockKeys(list[bytes]):
+    """One key for each full block of a sequence: of its tokens and salt alone. Sequences with other salts share no
+    block."""
 
-    `keys` is a list, one key a full block, that belongs to one sequence: it depends on its tokens alone and grows.
-    """
+    def __init__(self, salt: str = "") -> None:
+        super().__init__()
+        self.salt = salt
+
+
+class PrefixCache:
+    """Finds and registers blocks by the tokens from position 0 to their end. `keys` are one sequence's, and grow."""
 
     def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
         self.blocks = blocks
-        self._root = sha256(f"{model_id}\0{kv_type}".encode()).digest()
+        self._root = f"{model_id}\0{kv_type}\0".encode()
         self._enabled = enabled
 
-    def find(self, keys: list[bytes], tokens: Sequence[int], reusable: int) -> tuple[int, int]:
+    def find(self, keys: BlockKeys, tokens: Sequence[int], reusable: int) -> tuple[int, int]:
         """(found, idle): blocks of tokens[:reusable] that are cached from the beginning, and how many of them idle."""
         if not self._enabled:
             return 0, 0
@@ -36,7 +42,7 @@ class PrefixCache:
         return found, idle
 
     def register(
-        self, keys: list[bytes], tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
+        self, keys: BlockKeys, tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
     ) -> None:
         """Registers blocks [registered, full), filled by the tokens, of a table that begins with block `start`."""
         if not self._enabled:
@@ -45,8 +51,10 @@ class PrefixCache:
         for index in range(registered, full):
             self.blocks.register(table[index - start], keys[index])
 
-    def _extend(self, keys: list[bytes], tokens: Sequence[int], count: int) -> None:
+    def _extend(self, keys: BlockKeys, tokens: Sequence[int], count: int) -> None:
+        before = keys[-1] if keys else sha256(self._root + keys.salt.encode("utf-8", "surrogatepass")).digest()
         for index in range(len(keys), count):
             start = index * KV_BLOCK_TOKENS
             part = array("I", tokens[start : start + KV_BLOCK_TOKENS])
-            keys.append(sha256((keys[-1] if keys else self._root) + part.tobytes()).digest())
+            before = sha256(before + part.tobytes()).digest()
+            keys.append(before)

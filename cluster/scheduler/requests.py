@@ -32,6 +32,7 @@ class GenerationRequest:
     dry_window: int = 0  # likewise those that DRY looks at
     breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # for DRY, by first token
     score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
+    cache_salt: str = ""  # KV blocks are shared with requests that have the same
     group: str = ""  # of requests that came as one; empty: a group of its own
     answered: tuple[RowResult, ...] = ()  # the answer's first tokens, known from an earlier run; without Mirostat
 

@@ -7,6 +7,7 @@ from enum import Enum, auto
 
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.kv_blocks import BlockTable
+from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.requests import (
     Event,
     Finished,
@@ -72,7 +73,7 @@ class Sequence:
     mu: float = 0.0  # of Mirostat, for the next token
     table: BlockTable = field(default_factory=BlockTable)
     window: BlockTable = field(default_factory=BlockTable)  # of layers with a window
-    block_keys: list[bytes] = field(default_factory=list)  # prefix cache keys of the tokens' full blocks
+    block_keys: BlockKeys = field(init=False)  # prefix cache keys of the tokens' full blocks
     registered: int = 0  # blocks of the table that the prefix cache knows
     scheduled: int = 0  # tokens whose keys and values are computed or under way
     next_score: int = 0  # first prompt row that is still to be scored
@@ -89,6 +90,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         request, last = self.request, self.prompt_length - 1
+        self.block_keys = BlockKeys(request.cache_salt)
         self.tokens, self.breakers = list(request.prompt), SeenBreakers(request.breakers, request.prompt)
         self.mu = 0.0 if request.params.chain is None else request.params.chain.first_mu
         self.scored = last if request.score_from is None else min(max(request.score_from, 1) - 1, last)

@@ -15,6 +15,7 @@ from llamaclust.core.sampling import RowResult, SamplingParams
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 1024
+MAX_SALT_CHARACTERS = 256
 SEEDS = 1 << 64
 
 _DRAWN_SEED_BITS = 53
@@ -46,6 +47,7 @@ class CompletionRequest:
     add_special: bool = True  # BOS (and EOS) where the model wants them
     parse_special: bool = True  # control words in a prompt's text become their tokens
     request_id: str | None = None  # None: drawn at random
+    cache_salt: str = ""  # KV blocks are shared with requests that have the same
     group: str = ""  # of prompts that came as one request
     answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
 

@@ -174,5 +174,6 @@ class TextService:
             dry_window=context if request.dry_window is None else request.dry_window,
             breakers=breakers,
             score_from=request.score_from,
+            cache_salt=request.cache_salt,
             group=request.group or request_id,
         )

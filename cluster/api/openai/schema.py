@@ -10,7 +10,7 @@ from llamaclust.cluster.api.no_op_fields import MESSAGE
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import BiasField, Body, ContentField, Prompt, PromptsField, StopField, read_fields
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
-from llamaclust.cluster.text.request import MAX_STOP_TOKENS, CompletionRequest
+from llamaclust.cluster.text.request import MAX_SALT_CHARACTERS, MAX_STOP_TOKENS, CompletionRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import SamplingParams
@@ -104,6 +104,8 @@ class _Sampling(SamplerFields):
     """Server-sent events."""
     stream_options: StreamOptions | None = None
     """Only with `stream`."""
+    cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
+    """Only requests with the same share their prompts' beginnings in the prefix cache."""
     return_token_ids: bool = False
     """Adds `token_ids` and `prompt_token_ids` to each choice."""
 
@@ -134,6 +136,7 @@ class _Sampling(SamplerFields):
             penalize_nl=self.penalize_nl,
             dry_window=self.dry_window,
             dry_breakers=self.dry_sequence_breakers,
+            cache_salt=self.cache_salt,
             **more,
         )
 

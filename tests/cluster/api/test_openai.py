@@ -97,6 +97,14 @@ async def test_chat_stream_usage() -> None:
     assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
+async def test_a_cache_salt_reaches_the_engine() -> None:
+    engine = ScriptedEngine(says(ANSWER))
+    await complete(engine, cache_salt="mine")
+    assert engine.submitted[0].cache_salt == "mine"
+    reply = await post("/v1/completions", {"prompt": "Hello", "cache_salt": "x" * 257})
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "cache_salt"
+
+
 async def test_stream_usage_in_each_chunk() -> None:
     """guidellm asks for it."""
     options = {"include_usage": True, "continuous_usage_stats": True}

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from llamaclust.cluster.scheduler.kv_blocks import BlockTable, KvBlocks
-from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
+from llamaclust.cluster.scheduler.prefix_cache import BlockKeys, PrefixCache
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 
@@ -86,7 +86,7 @@ def test_tables_are_runs() -> None:
 
 def filled(cache: PrefixCache, blocks: KvBlocks, tokens: list[int]) -> list[int]:
     table = [blocks.take() for _ in range(len(tokens) // KV_BLOCK_TOKENS)]
-    cache.register([], tokens, table, 0, len(table))
+    cache.register(BlockKeys(), tokens, table, 0, len(table))
     return table
 
 
@@ -95,21 +95,22 @@ def test_the_longest_equal_beginning_is_found() -> None:
     cache = PrefixCache(blocks, "model", KvType.F16)
     tokens = list(range(100))
     table = filled(cache, blocks, tokens)
-    assert cache.find([], tokens, 99) == (6, 0)
-    assert cache.find([], tokens, 96) == (6, 0)
-    assert cache.find([], tokens, 95) == (5, 0)
-    assert cache.find([], [*tokens[:40], 7, *tokens[41:]], 99) == (2, 0)
-    assert cache.find([], [7, *tokens[1:]], 99) == (0, 0)
-    assert cache.find([], tokens[16:], 80) == (0, 0), "the same tokens elsewhere are something else"
+    assert cache.find(BlockKeys(), tokens, 99) == (6, 0)
+    assert cache.find(BlockKeys(), tokens, 96) == (6, 0)
+    assert cache.find(BlockKeys(), tokens, 95) == (5, 0)
+    assert cache.find(BlockKeys(), [*tokens[:40], 7, *tokens[41:]], 99) == (2, 0)
+    assert cache.find(BlockKeys(), [7, *tokens[1:]], 99) == (0, 0)
+    assert cache.find(BlockKeys(), tokens[16:], 80) == (0, 0), "the same tokens elsewhere are something else"
     blocks.release(table)
-    assert cache.find([], tokens, 99) == (6, 6)
+    assert cache.find(BlockKeys(), tokens, 99) == (6, 6)
 
 
-def test_another_model_or_kv_type_shares_nothing() -> None:
+def test_another_model_kv_type_or_salt_shares_nothing() -> None:
     blocks = KvBlocks(20)
     tokens = list(range(64))
     filled(PrefixCache(blocks, "model", KvType.F16), blocks, tokens)
-    assert PrefixCache(blocks, "model", KvType.F16).find([], tokens, 64) == (4, 0)
-    assert PrefixCache(blocks, "other", KvType.F16).find([], tokens, 64) == (0, 0)
-    assert PrefixCache(blocks, "model", KvType.Q8_0).find([], tokens, 64) == (0, 0)
-    assert PrefixCache(blocks, "model", KvType.F16, enabled=False).find([], tokens, 64) == (0, 0)
+    assert PrefixCache(blocks, "model", KvType.F16).find(BlockKeys(), tokens, 64) == (4, 0)
+    assert PrefixCache(blocks, "other", KvType.F16).find(BlockKeys(), tokens, 64) == (0, 0)
+    assert PrefixCache(blocks, "model", KvType.F16).find(BlockKeys("mine"), tokens, 64) == (0, 0)
+    assert PrefixCache(blocks, "model", KvType.Q8_0).find(BlockKeys(), tokens, 64) == (0, 0)
+    assert PrefixCache(blocks, "model", KvType.F16, enabled=False).find(BlockKeys(), tokens, 64) == (0, 0)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup, window_group
+from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
@@ -210,8 +211,8 @@ def test_the_longest_prefix_with_a_whole_window_is_shared() -> None:
     assert window.usable(chain, 9) == 7
 
 
-def chain_of(run: Simulation, request: GenerationRequest) -> list[bytes]:
-    chain: list[bytes] = []
+def chain_of(run: Simulation, request: GenerationRequest) -> BlockKeys:
+    chain = BlockKeys()
     run.scheduler.queues.memory._cache.find(chain, request.prompt, len(request.prompt) - 1)
     return chain
 

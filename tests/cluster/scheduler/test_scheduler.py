@@ -157,6 +157,17 @@ def test_shared_prompts_are_computed_once() -> None:
     assert run.scheduler.counts.computed_tokens == 100 + 4 + 4 + 100
 
 
+def test_prompts_with_different_salts_share_nothing() -> None:
+    run = simulation()
+    for salt, cached in (("a", 0), ("b", 0), ("", 0), ("a", 96)):
+        before = run.scheduler.counts.cached_tokens
+        request = generation(100, 3, cache_salt=salt)
+        key = run.add(request)
+        run.finish()
+        check_answer(run, key, request)
+        assert run.scheduler.counts.cached_tokens - before == cached
+
+
 def test_equal_prompts_that_arrive_together_share_too() -> None:
     run = simulation(prefill_chunk=100)
     check_writes(run)

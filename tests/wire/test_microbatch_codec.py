@@ -333,3 +333,14 @@ def test_numbers_of_64_bits_arrive() -> None:
     message = microbatch_pb2.Microbatch(epoch=2**64 - 1, number=2**64 - 1, chunks=[chunk])
     decoded = decode_microbatch(message.SerializeToString())
     assert (decoded.epoch, decoded.number) == (2**64 - 1, 2**64 - 1)
+
+
+def test_logit_biases_are_checked_once_for_all_tokens_of_a_sequence() -> None:
+    params = SamplingParams(logit_bias=tuple((token, 1.0) for token in range(1024)))
+    first, second = (
+        decode_inputs(encode_inputs(SamplingInputs(1, number, (SampleTask(params, 1, 0, number, (), (), 0),))))
+        for number in range(2)
+    )
+    tasks = [task for inputs in (first, second) for task in inputs.tasks]
+    assert isinstance(tasks[0], SampleTask) and isinstance(tasks[1], SampleTask)
+    assert tasks[0].params == params and tasks[0].params is tasks[1].params

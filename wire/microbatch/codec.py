@@ -26,6 +26,8 @@ MAX_INPUTS_BYTES = 1 << 26
 MAX_STAGES = 255
 
 _PLAIN_PARAMS = 256
+_BIASED_PARAMS = 32
+"""Kept parameters; those with logit biases may be large."""
 
 
 def encode_microbatch(microbatch: Microbatch) -> bytes:
@@ -112,7 +114,7 @@ def encode_inputs(inputs: SamplingInputs) -> bytes:
 
 def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
     return sampling_proto.SampleTask(
-        params=_params_out(task.params) if task.params.logit_bias else _plain_params_out(task.params),
+        params=(_biased_params_out if task.params.logit_bias else _plain_params_out)(task.params),
         seed=task.seed,
         choice=task.choice,
         position=task.position,
@@ -136,8 +138,8 @@ def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
     )
 
 
-_plain_params_out = lru_cache(_PLAIN_PARAMS)(_params_out)
-"""Without biases: made once, since a sequence brings the same ones with every token."""
+_plain_params_out, _biased_params_out = lru_cache(_PLAIN_PARAMS)(_params_out), lru_cache(_BIASED_PARAMS)(_params_out)
+"""Made once, since a sequence brings the same ones with every token."""
 
 
 def _chain_out(chain: SamplerChain) -> sampling_proto.SamplerChain:
@@ -172,7 +174,7 @@ def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
     bounded("suppressed", len(message.suppressed), 0, limits.MAX_VOCABULARY)
     params = message.params
     return SampleTask(
-        _params_in(params) if params.logit_bias else _plain_params_in(params.SerializeToString()),
+        (_biased_params_in if params.logit_bias else _plain_params_in)(params.SerializeToString()),
         message.seed,
         message.choice,
         bounded("position", message.position, 0, limits.MAX_CONTEXT_TOKENS),
@@ -187,10 +189,15 @@ def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
     )
 
 
-@lru_cache(_PLAIN_PARAMS)
-def _plain_params_in(data: bytes) -> SamplingParams:
-    """Without biases: checked once, since a sequence brings the same ones with every token."""
+def _checked_params(data: bytes) -> SamplingParams:
     return _params_in(sampling_proto.SamplingParams.FromString(data))
+
+
+_plain_params_in, _biased_params_in = (
+    lru_cache(_PLAIN_PARAMS)(_checked_params),
+    lru_cache(_BIASED_PARAMS)(_checked_params),
+)
+"""Checked once, since a sequence brings the same ones with every token."""
 
 
 def _params_in(message: sampling_proto.SamplingParams) -> SamplingParams:

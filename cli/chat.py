@@ -40,7 +40,7 @@ class Chat:
         self._client = client
         self._first = [] if system is None else [{"role": "system", "content": terminal.argument(system)}]
         self._options = options
-        self._left_out = 0  # messages that no longer fit, behind the system's
+        self._dropped = 0  # messages behind the system's that no longer fit
         self._timings: Timings | None = None  # of the last answer
         self._is_terminal = sys.stdin.isatty()
         self._commands: dict[str, Callable[[str], None]] = {
@@ -120,26 +120,26 @@ class Chat:
                 print()
                 return
             except LlamaclustError as error:
-                if error.code != "context_length_exceeded" or not self._leave_out_a_turn():
+                if error.code != "context_length_exceeded" or not self._drop_a_turn():
                     raise
 
     def _sent(self) -> list[dict[str, str]]:
         first = self._system_messages()
-        return self.messages[:first] + self.messages[first + self._left_out :]
+        return self.messages[:first] + self.messages[first + self._dropped :]
 
     def _system_messages(self) -> int:
         return next((at for at, message in enumerate(self.messages) if message["role"] != "system"), 0)
 
-    def _leave_out_a_turn(self) -> bool:
+    def _drop_a_turn(self) -> bool:
         """Whether there was one before the last message."""
-        begin = self._system_messages() + self._left_out
+        begin = self._system_messages() + self._dropped
         users = (at for at in range(begin + 1, len(self.messages)) if self.messages[at]["role"] == "user")
         end = next(users, None)
         if end is None:
             return False
-        if not self._left_out:
+        if not self._dropped:
             _tell("(longer than the model's context: the oldest turns are left out from here on; /clear begins anew)")
-        self._left_out += end - begin
+        self._dropped += end - begin
         return True
 
     def _again(self) -> None:
@@ -162,7 +162,7 @@ class Chat:
         _tell(f"first token after {first:.0f} ms; prompt {prefill:.0f} tok/s, answer {decode:.1f} tok/s")
 
     def _clear(self) -> None:
-        self.messages, self._left_out = list(self._first), 0
+        self.messages, self._dropped = list(self._first), 0
 
     def _save(self, name: str) -> None:
         path = _path(name, "/save")
@@ -176,7 +176,7 @@ class Chat:
         path = _path(name, "/load")
         try:
             messages = json.loads(path.read_text("utf-8"))["messages"]
-            self.messages, self._left_out = [_message(message) for message in messages], 0
+            self.messages, self._dropped = [_message(message) for message in messages], 0
         except OSError as error:
             raise UsageError(f"{path}: cannot load: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:

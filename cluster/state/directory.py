@@ -31,6 +31,8 @@ _ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
 """Longer than a process that checks for a running cluster has its lock."""
 _POLL_S = 0.05
+_NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+"""Of a link, a folder, and a pipe that no process reads."""
 _STANDBY_LOOK_S = 0.05
 _LOOK_S = 0.5
 """Between two looks whether a running cluster's folder is still there."""
@@ -204,13 +206,14 @@ class ClusterDir:
 
 def open_log(path: Path, *, anew: bool) -> int:
     """A descriptor that appends to a log, after what earlier processes wrote unless it begins `anew`. UsageError for a
-    link and for another user's file."""
+    link, a folder or a pipe, and for another user's file."""
+    how = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(path, how, 0o600)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in _NOT_A_FILE:
             raise
-        raise UsageError(f"{path}: is a symbolic link, and a log is a file: remove it") from error
+        raise UsageError(f"{path}: is in the way of a log, which is a plain file: remove it") from error
     try:
         _check_owner(os.fstat(descriptor).st_uid, path)
         if anew:

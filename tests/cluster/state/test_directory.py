@@ -100,13 +100,16 @@ def test_a_record_signals_no_process_that_started_at_another_time() -> None:
             process.kill()
 
 
-def test_a_log_is_written_through_no_link(tmp_path: Path) -> None:
+def test_a_log_is_a_plain_file(tmp_path: Path) -> None:
     folder, victim = ClusterDir(tmp_path / "home"), tmp_path / "victim"
     victim.write_text("precious")
     folder.create()
     folder.log_file("a").symlink_to(victim)
-    with pytest.raises(UsageError, match=r"a\.log: is a symbolic link"):
-        open_log(folder.log_file("a"), anew=True)
+    folder.log_file("b").mkdir()
+    os.mkfifo(folder.log_file("c"))
+    for name in "abc":
+        with pytest.raises(UsageError, match=rf"{name}\.log: is in the way of a log, which is a plain file"):
+            open_log(folder.log_file(name), anew=True)
     assert victim.read_text() == "precious"
 
 

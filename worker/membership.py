@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,7 @@ class Member:
         self._stream = coordinator.open(JOIN, wait_for_ready=wait_for_ready)
         async with deadline(f"joining the coordinator at {coordinator.address}", join_s):
             await self._stream.opened()
-            await self.send(registration)
+            await self.send(replace(registration, largest_term=self._worker.largest_term.value))
             answer = await self._receive()
         if isinstance(answer, messages.Rejected):
             raise UsageError(f"the coordinator refused: {answer.reason}")
@@ -92,6 +93,7 @@ class Member:
         if answer.protocol_version != PROTOCOL_VERSION:
             versions = f"{answer.protocol_version}, this worker {PROTOCOL_VERSION}"
             raise UsageError(f"the coordinator speaks protocol {versions}")
+        self._worker.largest_term.see(answer.term)
         self._deadlines = answer.deadlines
         if answer.cluster:
             name_cluster(answer.cluster)

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from llamaclust.core.errors import WorkerError
 from llamaclust.wire.rpc.server import Handler
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.weights.weights import Weights, weight_cache
+
+
+@dataclass(slots=True)
+class LargestTerm:
+    """Of all coordinators that this process has seen: a smaller one's orders are refused."""
+
+    value: int = 0
+
+    def see(self, term: int) -> None:
+        """WorkerError for a smaller one."""
+        if term < self.value:
+            seen = f"this worker has seen a newer one (term {self.value})"
+            raise WorkerError(f"the coordinator of term {term} is superseded: {seen}")
+        self.value = term
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +37,7 @@ class Worker:
     service: StageService
     compute: Compute
     weights: Weights
+    largest_term: LargestTerm = field(default_factory=LargestTerm)
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Worker:

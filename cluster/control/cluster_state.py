@@ -143,7 +143,7 @@ class ClusterState:
 
     @property
     def is_whole(self) -> bool:
-        return len(self.pool.usable) == self.worker_count
+        return len(self.pool.present) >= self.worker_count
 
     @property
     def deadline_s(self) -> float:

@@ -53,7 +53,8 @@ class WorkerOperations:
     def undrain(self, name: str) -> None:
         """Makes the worker available again, also where it is in quarantine; layers move to it when that is worth it.
         UsageError for an unknown name."""
-        self._worker(name)
+        if name not in self.drained:  # one of before the coordinator's start may be absent
+            self._worker(name)
         self._observed.post(UndrainRequested(name))
 
     async def log(self, name: str) -> LogTail:

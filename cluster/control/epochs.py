@@ -20,7 +20,9 @@ from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, Work
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Report, WorkerLoading
+from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
@@ -143,7 +145,7 @@ async def _discard(epoch: int, workers: Iterable[WorkerHandle]) -> None:
     try:
         await unload_stages(epoch, workers)
     except LlamaclustError as error:
-        _log.warning("layers of epoch %d stay in memory: %s", epoch, error)
+        _log.warning("layers of epoch %s stay in memory: %s", epoch_text(epoch), error)
 
 
 async def _unload(worker: WorkerHandle, epoch: int) -> None:
@@ -176,13 +178,15 @@ class Epoch:
 class Epochs:
     """Opens epochs of one cluster, each with a number of its own."""
 
-    def __init__(self, config: ClusterConfig, model: Model, registry: Registry, credentials: Credentials) -> None:
+    def __init__(
+        self, config: ClusterConfig, model: Model, registry: Registry, credentials: Credentials, record: ControlRecord
+    ) -> None:
         self._config = config
         self._model = model
         self._reference = ModelReference(str(model.file.path), model.model_id)
         self._registry = registry
         self._credentials = credentials
-        self._last = 0
+        self._record = record
 
     @property
     def file_is_absent(self) -> bool:
@@ -194,8 +198,7 @@ class Epochs:
 
     async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
         """The plan's stages, loaded and connected; `report` gets the progress. Raises StageLoadError."""
-        self._last += 1
-        number = self._last
+        number = self._record.next_epoch()
         loads = StageLoads(
             number,
             [StageInfo(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from llamaclust.cluster.control.failure_attribution import attribute_failure, stage_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
@@ -31,7 +32,7 @@ class RemotePipeline:
         ends = (workers[0], workers[-1])
         first, last = (Peer(one.registration.address, credentials, Principal(one.name)) for one in ends)
         try:
-            async with deadline(f"opening the pipeline of epoch {epoch}", _OPEN_S):
+            async with deadline(f"opening the pipeline of epoch {epoch_text(epoch)}", _OPEN_S):
                 sample = last.open(SAMPLE, epoch=epoch)
                 await sample.opened()
                 forward = first.open(FORWARD, epoch=epoch)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState
 from llamaclust.cluster.control.drain import WorkerOperations
 from llamaclust.cluster.control.epochs import Epoch, Epochs
 from llamaclust.cluster.control.link_profiling import LinkMonitor, MeasureLinks
@@ -27,6 +27,7 @@ from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported, StepReported
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError, RequestFailedError
 from llamaclust.wire.rpc.task_set import TaskSet
@@ -38,6 +39,7 @@ class Fleet:
 
     registry: Registry
     launcher: Launcher
+    record: ControlRecord
     measure_links: MeasureLinks | None = None
 
 
@@ -49,7 +51,10 @@ class Supervisor:
     ) -> None:
         registry = fleet.registry
         now_s = asyncio.get_running_loop().time()
-        state = ClusterState(config.timeouts.recovery, len(config.workers), seen.Tick(now_s), PipelineLoss(now_s))
+        pool = PoolState(drained=fleet.record.drained)
+        state = ClusterState(
+            config.timeouts.recovery, len(config.workers), seen.Tick(now_s), PipelineLoss(now_s), pool=pool
+        )
         self.observed = Observed(state)
         self.partitions = PartitionTracker(
             lambda: registry.present,
@@ -123,12 +128,20 @@ class Supervisor:
             if observation is not None:
                 self.observed.apply(self._tick())
                 self.observed.apply(observation)
+                self._record_drained()
                 if self.observed.state.is_plan_useless:
                     self._runner.cancel_loads()
             if observation is seen.Signal.ACTION_ENDED:
                 assert self._action is not None
                 ended, self._action = self._action, None
                 ended.result()  # its error is a bug
+
+    def _record_drained(self) -> None:
+        """For the next coordinator."""
+        try:
+            self._fleet.record.drain(self.observed.state.pool.drained)
+        except LlamaclustError as error:
+            self._report(Notice(f"the next start will not know which workers are drained: {error}"))
 
     def _act(self, action: Action | None) -> float | None:
         """Begins an action. Returns until when an observation is awaited."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from llamaclust.cluster.membership.members import Members, PeerReported, StepReported
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.errors import DeadlineError, ProtocolError
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control import messages
@@ -42,6 +43,7 @@ class JoinSettings:
     cluster: str = ""  # its name, for workers' logs
     refusal: RefusalReason | None = None
     certify: Certify | None = None  # renews certificates, where there are any
+    record: ControlRecord = field(default_factory=ControlRecord)
 
 
 class Registry(Members):
@@ -57,6 +59,7 @@ class Registry(Members):
         self._refusals = RefusalLog(_log)
         self._server: Server | None = None
         self._is_closed = False  # connections may end later than their server
+        self._superseded: asyncio.Future[None] = asyncio.Future()
 
     @property
     def address(self) -> str:
@@ -69,8 +72,8 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Ends every worker."""
-        present = self.present.values()
+        """Ends every worker, unless they are a newer coordinator's."""
+        present = [] if self._superseded.done() else list(self.present.values())
         for handle in present:
             handle.left = True
         goodbye = messages.Shutdown("the cluster was stopped")
@@ -105,7 +108,24 @@ class Registry(Members):
         if duplicate := self._duplicate(register):
             pid = duplicate.registration.pid
             return f"a worker named {register.name} is a member already (pid {pid}): choose another name"
-        return self._settings.refusal(register.name) if self._settings.refusal else None
+        if refusal := self._settings.refusal(register.name) if self._settings.refusal else None:
+            return refusal
+        return self._newer_coordinator(register)
+
+    def _newer_coordinator(self, register: Register) -> str | None:
+        """The cluster's end, where a worker that held its layers was another coordinator's meanwhile: no worker that
+        never held any can end a cluster."""
+        record, name, seen = self._settings.record, register.name, register.largest_term
+        if record.admits(seen):
+            return None
+        newer = f"worker {name} has seen a newer coordinator of this cluster (term {seen}, this one: {record.term})"
+        if name in self.workers and self.workers[name].stages and not self._superseded.done():
+            self._superseded.set_exception(WorkerError(f"superseded by a newer coordinator: {newer}"))
+        return f"{newer}: restart this one, or end it"
+
+    async def superseded(self) -> None:
+        """WorkerError once a newer coordinator of the same cluster is known."""
+        await asyncio.shield(self._superseded)
 
     def _mismatch(self, register: Register, peer: Principal | None) -> str | None:
         name = register.name
@@ -145,7 +165,7 @@ class Registry(Members):
         reason = "its connection broke"
         try:
             async with deadline("admission of a worker", _HANDSHAKE_S):
-                await handle.channel.send(messages.Admitted(self._settings.deadlines, cluster=self._settings.cluster))
+                await handle.channel.send(self._admitted())
             self.announce(handle)
             reason = await self._listen_to(handle, stream)
         except ProtocolError as error:
@@ -154,6 +174,10 @@ class Registry(Members):
         finally:
             if not self._is_closed:
                 self.report_loss(handle, reason)
+
+    def _admitted(self) -> messages.Admitted:
+        settings = self._settings
+        return messages.Admitted(settings.deadlines, cluster=settings.cluster, term=settings.record.term)
 
     async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:
         """Until the connection ends; returns why."""

@@ -11,6 +11,7 @@ from itertools import count
 
 from llamaclust.cluster.membership.worker_channel import ProgressDeadline, Send, WorkerChannel
 from llamaclust.core import errors
+from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.wire.control import messages, profiles
@@ -151,7 +152,7 @@ class WorkerHandle:
         StalledError where it makes no progress for `progress_timeout_s`."""
         assert self.loading is None, "one load at a time"
         what = f"worker {self.name} gets no further with layers [{order.start}, {order.end})"
-        request = partial(self.channel.order, f"load of epoch {order.epoch}", order)
+        request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
         self.loading = order
         if order.exclusive:
             self.stages.clear()
@@ -177,7 +178,7 @@ class WorkerHandle:
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
         """Frees the stage of an epoch. Raises the worker's own error where it fails, WorkerError where the worker is
         lost, DeadlineError."""
-        what = f"unload of epoch {epoch}"
+        what = f"unload of epoch {epoch_text(epoch)}"
         await self.channel.order(what, messages.Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self.stages.pop(epoch, None)
         self._unreachable.pop(epoch, None)
@@ -196,13 +197,13 @@ class WorkerHandle:
             case messages.RequestFailed(failure, request_id):
                 self.channel.answer(request_id, _error(self.name, failure))
             case Loaded(epoch):
-                self.channel.answer(f"load of epoch {epoch}", message)
+                self.channel.answer(f"load of epoch {epoch_text(epoch)}", message)
             case messages.LoadFailed(epoch, failure):
-                self.channel.answer(f"load of epoch {epoch}", _error(self.name, failure))
+                self.channel.answer(f"load of epoch {epoch_text(epoch)}", _error(self.name, failure))
             case messages.Unloaded(epoch):
-                self.channel.answer(f"unload of epoch {epoch}", None)
+                self.channel.answer(f"unload of epoch {epoch_text(epoch)}", None)
             case messages.UnloadFailed(epoch, failure):
-                self.channel.answer(f"unload of epoch {epoch}", _error(self.name, failure))
+                self.channel.answer(f"unload of epoch {epoch_text(epoch)}", _error(self.name, failure))
             case messages.PeerUnreachable(epoch, other):
                 if epoch in self.stages:
                     self.unreachable_peer(epoch).report(other)

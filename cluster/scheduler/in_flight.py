@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.sequences import SequenceSlice
 from llamaclust.cluster.scheduler.stage_times import StageTimes
+from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
@@ -86,8 +87,8 @@ class InFlight:
         """The slices that a result is for. ProtocolError where it is not the answer to the microbatch that is due."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self._epoch, due.number):
-            expected = f"microbatch {due.number} of epoch {self._epoch}" if due else "nothing"
-            given = f"microbatch {result.number} of epoch {result.epoch}"
+            expected = f"microbatch {due.number} of epoch {epoch_text(self._epoch)}" if due else "nothing"
+            given = f"microbatch {result.number} of epoch {epoch_text(result.epoch)}"
             raise ProtocolError(f"a result for {given}, but {expected} is due")
         outputs = sum(len(taken.tasks) for taken in due.slices)
         if (found := len(result.rows)) != outputs:

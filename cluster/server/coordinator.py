@@ -26,6 +26,7 @@ from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
+from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
 from llamaclust.core.profile import Profile
@@ -68,7 +69,8 @@ async def open_cluster(
     Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left
     running."""
     with short_slices(), _launching(config, folder, report) as launcher:
-        registry = _registry(config, launcher)
+        record = ControlRecord.begin(folder.control)
+        registry = _registry(config, launcher, record)
         model = await asyncio.to_thread(Model.open, model_path, config.chat_template)
         with closing(model):
             check_plan(config, model)
@@ -82,8 +84,8 @@ async def open_cluster(
                 links = UNKNOWN if meter is None else await meter(registry.present)
                 free_bytes = launcher.free_memory_bytes()
                 planner = make_planner(config, model, free_bytes=free_bytes, profiles=measured, links=links)
-                epochs = Epochs(config, model, registry, launcher.credentials)
-                supervisor = Supervisor(config, epochs, planner, Fleet(registry, launcher, meter), report)
+                epochs = Epochs(config, model, registry, launcher.credentials, record)
+                supervisor = Supervisor(config, epochs, planner, Fleet(registry, launcher, record, meter), report)
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)
@@ -110,7 +112,7 @@ def _launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Ite
             yield MpiLauncher(config, folder, report)
 
 
-def _registry(config: ClusterConfig, launcher: Launcher) -> Registry:
+def _registry(config: ClusterConfig, launcher: Launcher, record: ControlRecord) -> Registry:
     """Workers send so many heartbeats that a few may be late."""
     timeout_s = config.timeouts.worker
     heartbeat_s = min(_HEARTBEAT_S, timeout_s / _HEARTBEATS)
@@ -120,6 +122,7 @@ def _registry(config: ClusterConfig, launcher: Launcher) -> Registry:
         cluster=config.name,
         refusal=launcher.refusal,
         certify=launcher.certify,
+        record=record,
     )
     return Registry(launcher.listen, launcher.credentials, launcher.last_error, settings)
 

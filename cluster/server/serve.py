@@ -148,7 +148,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
             await asyncio.wait_for(server.answers.wait(), _START_S)
             signals.ready = True
             front.report(Ready(record.name, record.api, record.model, record.api_keys_file))
-            await signals.asked.wait()
+            await first_of(_asked(signals), cluster.registry.superseded())
             await first_of(_drain(cluster.engine, admission), _report_requests(service, front.report))
             server.should_exit = True  # replies that are being written have a moment
             await _ended(serving)
@@ -185,6 +185,10 @@ async def _report_requests(service: TextService, report: Report) -> None:
             report(Draining(left, _DRAIN_S))
             reported = left
         await asyncio.sleep(_LOOK_S)
+
+
+async def _asked(signals: _Signals) -> None:
+    await signals.asked.wait()
 
 
 async def _ended(serving: asyncio.Task[None]) -> None:

@@ -11,6 +11,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.format import plan_json
 from llamaclust.cluster.planner.plan import Plan, StagePrediction
 from llamaclust.cluster.state.directory import ClusterRecord
+from llamaclust.core.epochs import epoch_text
 
 if TYPE_CHECKING:
     from llamaclust.cluster.server.coordinator import Cluster
@@ -44,7 +45,7 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
             for worker in cluster.config.workers
         ],
         "requests": {"running": counts.running, "waiting": counts.waiting},
-        "epoch": supervisor.epoch.number,
+        "epoch": epoch_text(supervisor.epoch.number),
         "recoveries": supervisor.recoveries,
         "recovery_seconds": list(metrics.recovery_s),
         "speed": _speed(cluster.plan, metrics.speed()),

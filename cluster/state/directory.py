@@ -73,6 +73,10 @@ class ClusterDir:
         return self.logs / f"{worker}.log"
 
     @property
+    def control(self) -> Path:
+        return self.path / "control.json"
+
+    @property
     def journal(self) -> Path:
         return self.path / "requests.journal"
 

@@ -221,7 +221,7 @@ async def test_a_hidden_state_of_another_size_is_refused(model: Model, tmp_path:
 async def test_streams_that_do_not_belong_are_refused_by_name(model: Model, tmp_path: Path) -> None:
     async with chain(model, tmp_path) as stages:
         for peer, method, epoch, why in (
-            (stages.first, FORWARD, 2, "worker w0 holds no stage for epoch 2"),
+            (stages.first, FORWARD, 2, "worker w0 holds no stage for epoch 0.2"),
             (stages.first, SAMPLE, 1, "not the last"),
             (stages.first, FORWARD, 1, "second stream"),
             (stages.last, SAMPLE, 1, "second sampling stream"),

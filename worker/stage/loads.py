@@ -7,6 +7,7 @@ import contextlib
 import logging
 from functools import partial
 
+from llamaclust.core.epochs import epoch_text, term_of
 from llamaclust.core.errors import DeadlineError, LoadCancelledError, ProtocolError, WorkerError
 from llamaclust.core.gpus import placed
 from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, UnloadFailed
@@ -30,13 +31,13 @@ class Loads:
         self._loading: dict[int, asyncio.Task[Loaded]] = {}  # by epoch
 
     async def load(self, order: Load) -> None:
-        layers = f"layers [{order.start}, {order.end}) of epoch {order.epoch}"
+        layers = f"layers [{order.start}, {order.end}) of epoch {epoch_text(order.epoch)}"
         await self._session.answer(self._loaded(order), partial(LoadFailed, order.epoch), layers)
 
     async def _loaded(self, order: Load) -> Loaded:
         """LoadCancelledError where the epoch is unloaded meanwhile."""
         if order.epoch in self._loading:
-            raise ProtocolError(f"epoch {order.epoch} is being loaded already")
+            raise ProtocolError(f"epoch {epoch_text(order.epoch)} is being loaded already")
         loading = self._loading[order.epoch] = asyncio.create_task(self._load(order))
         try:
             await asyncio.wait((loading,))
@@ -51,7 +52,7 @@ class Loads:
         if (loading := self._loading.get(order.epoch)) is not None:
             loading.cancel()
         async with self._exclusive:
-            what = f"unload of epoch {order.epoch}"
+            what = f"unload of epoch {epoch_text(order.epoch)}"
             await self._session.answer(self._unload(order), partial(UnloadFailed, order.epoch), what)
 
     async def _unload(self, order: Unload) -> Unloaded:
@@ -64,8 +65,9 @@ class Loads:
 
     async def _load_alone(self, order: Load) -> Loaded:
         session, service, weights = self._session, self._worker.service, self._worker.weights
+        self._worker.largest_term.see(term_of(order.epoch))
         if order.epoch in service:
-            raise ProtocolError(f"epoch {order.epoch} is loaded already")
+            raise ProtocolError(f"epoch {epoch_text(order.epoch)} is loaded already")
         received_bytes = weights.received_bytes
         held = await service.clear() if order.exclusive else []
         try:
@@ -86,8 +88,8 @@ class Loads:
         )
         service.add(StageStreams(order.epoch, runner, context, session.deadlines, neighbours))
         memory = runner.memory
-        where = f", {placed(order.devices)}" if order.devices else ""
-        _log.info("layers [%d, %d) are loaded as epoch %d%s", order.start, order.end, order.epoch, where)
+        epoch, where = epoch_text(order.epoch), f", {placed(order.devices)}" if order.devices else ""
+        _log.info("layers [%d, %d) are loaded as epoch %s%s", order.start, order.end, epoch, where)
         fetched_bytes = weights.received_bytes - received_bytes
         return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
 

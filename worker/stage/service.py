@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
+from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.control.messages import Load
 from llamaclust.wire.rpc.client import ECHO, FORWARD, SAMPLE, SAMPLED_TOKENS
@@ -79,7 +80,7 @@ class StageService:
         async def handle(stream: ServerStream) -> None:
             streams = self._stages.get(stream.epoch)
             if streams is None:
-                raise ProtocolError(f"worker {self._worker} holds no stage for epoch {stream.epoch}")
+                raise ProtocolError(f"worker {self._worker} holds no stage for epoch {epoch_text(stream.epoch)}")
             await serve(streams, stream)
 
         return handle

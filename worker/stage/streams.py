@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 
+from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import decode_inputs, decode_sampled_tokens
@@ -83,7 +84,7 @@ class StageStreams:
         if self._neighbours.next is not None:
             raise ProtocolError("sampling inputs for a stage that is not the last")
         if self._results is not None:
-            raise ProtocolError(f"a second sampling stream for epoch {self.epoch}")
+            raise ProtocolError(f"a second sampling stream for epoch {epoch_text(self.epoch)}")
         self._results = stream
         await stream.accept()
         try:
@@ -99,7 +100,7 @@ class StageStreams:
             raise ProtocolError("sampled tokens for a stage that is not the first of several")
         _check_caller(stream, Principal(self._neighbours.last_worker))
         if self._has_sampled_stream:
-            raise ProtocolError(f"a second stream of sampled tokens for epoch {self.epoch}")
+            raise ProtocolError(f"a second stream of sampled tokens for epoch {epoch_text(self.epoch)}")
         self._has_sampled_stream = True
         await stream.accept()
         try:
@@ -112,7 +113,7 @@ class StageStreams:
         """The stream from the stage before, or from the coordinator. It is accepted once the whole chain is open."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
-            raise ProtocolError(f"a second stream of microbatches for epoch {self.epoch}")
+            raise ProtocolError(f"a second stream of microbatches for epoch {epoch_text(self.epoch)}")
         self._forwarding = asyncio.current_task()
         first, results = self._neighbours.first, self._results
         if self._neighbours.next is not None:

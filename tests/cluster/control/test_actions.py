@@ -28,6 +28,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
@@ -92,10 +93,10 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
     }
     model: Any = SimpleNamespace(file=SimpleNamespace(path="/m.gguf"), model_id="ab" * 32)
     config: Any = SimpleNamespace(timeouts=SimpleNamespace(load=30.0))
-    opened = Epochs(config, model, SimpleNamespace(workers=workers, present=workers), ANYTHING)  # type: ignore[arg-type]
+    opened = Epochs(config, model, SimpleNamespace(workers=workers, present=workers), ANYTHING, ControlRecord(term=2))  # type: ignore[arg-type]
     with pytest.raises(StageLoadError, match="its disk is bad" if fails == "load" else "no connection"):
         await opened.open(plan_of("a", "b"), UNKNOWN, is_exclusive=False)
-    assert "layers of epoch 1 stay in memory: worker a" in caplog.text
+    assert "layers of epoch 2.1 stay in memory: worker a" in caplog.text
 
 
 def observed_cluster() -> Observed:
@@ -126,7 +127,7 @@ async def load_failure(runner: ActionRunner, observed: Observed, *, is_exclusive
 
 @pytest.mark.parametrize("is_exclusive", [True, False])
 async def test_any_error_of_a_worker_is_a_failed_load(is_exclusive: bool) -> None:
-    late = DeadlineError("worker a: unload of epoch 2: not within 60 s")
+    late = DeadlineError("worker a: unload of epoch 0.2: not within 60 s")
 
     async def open_epoch(*_: object, **__: object) -> None:
         raise late
@@ -153,7 +154,7 @@ def supervisor_of(registry: Members) -> Supervisor:
     config = ClusterConfig.model_validate({"model": "m.gguf", "workers": [{"name": "a"}], "state_dir": Path("/none")})
     opener: Any = SimpleNamespace(announce=nothing)
     launcher: Any = SimpleNamespace(end=nothing)
-    fleet: Any = Fleet(registry, launcher)  # type: ignore[arg-type]
+    fleet: Any = Fleet(registry, launcher, ControlRecord())  # type: ignore[arg-type]
     return Supervisor(config, opener, ANYTHING, fleet, lambda event: None)
 
 

@@ -107,7 +107,7 @@ async def test_a_stage_that_cannot_be_opened_is_blamed_on_its_worker_by_name(tmp
         kept = dict(worker.stages)
         await worker.unload(1)
         worker.stages.update(kept)  # no other part knows
-        with pytest.raises(WorkerError, match=f"worker {guilty} holds no stage for epoch 1") as caught:
+        with pytest.raises(WorkerError, match=f"worker {guilty} holds no stage for epoch 0.1") as caught:
             await RemotePipeline.open(1, handles, cluster.run.token)
         assert caught.value.worker == guilty
 

@@ -123,6 +123,34 @@ def test_workers_keep_their_weights_and_join_a_coordinator_that_comes_back(
     assert ": loading" not in again.err.read_text() and again.err.read_text().count("MiB are there") == 3
 
 
+def test_a_restarted_coordinator_knows_the_drained_workers_and_a_lost_records_term(
+    line: CommandLine, model: Path, undisturbed: Answers
+) -> None:
+    keys = {"join": {"listen": f"127.0.0.1:{(port := free_port())}", "members": "127.0.0.1:0"}}
+    coordinator = start_coordinator(line, model, **keys)
+    join_port(coordinator)
+    workers = [start_worker(line, port, name) for name in ("a", "b", "c")]
+    with ready(coordinator, line) as cluster:
+        assert cluster.status["epoch"] == "1.1"
+        assert line.run("drain", "b").code == 0
+        coordinator.kill()
+    coordinator = start_coordinator(line, model, **keys)
+    with ready(coordinator, line) as cluster:
+        status = cluster.status
+        assert [worker["drained"] for worker in status["workers"]] == [False, True, False]
+        assert status["workers"][1]["layers"] is None and status["epoch"] == "2.1"
+        assert answers(cluster) == undisturbed
+        coordinator.kill()
+    (line.cluster_dir("tiny") / "control.json").unlink()
+    coordinator = start_coordinator(line, model, **keys)
+    with ready(coordinator, line) as cluster:
+        assert cluster.status["epoch"] == "3.1", "the workers have seen term 2"
+        assert answers(cluster) == undisturbed
+        assert line.run("down").code == 0
+    for worker in workers:
+        assert worker.wait().code == 0
+
+
 def test_a_killed_worker_is_done_without_and_may_come_back(
     line: CommandLine, model: Path, undisturbed: Answers
 ) -> None:

@@ -186,9 +186,9 @@ async def test_stage_streams_are_for_members(trust: Authority) -> None:
     server = await Server.start(ANY, trust.identity(A), StageService("a").handlers)
     try:
         for who, method, message in (
-            (COORDINATOR, SAMPLE, "worker a holds no stage for epoch 1"),
-            (B, FORWARD, "worker a holds no stage for epoch 1"),
-            (B, SAMPLE, "worker a holds no stage for epoch 1"),
+            (COORDINATOR, SAMPLE, "worker a holds no stage for epoch 0.1"),
+            (B, FORWARD, "worker a holds no stage for epoch 0.1"),
+            (B, SAMPLE, "worker a holds no stage for epoch 0.1"),
         ):
             peer = Peer(server.address, trust.identity(who), A)
             with pytest.raises(StreamBrokenError, match=message):
@@ -210,10 +210,10 @@ async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority,
         for stage, method, caller, message in (
             (first, FORWARD, idle, "worker spare opens a stream that is for the coordinator alone"),
             (first, FORWARD, Principal("w1"), "worker w1 opens a stream that is for the coordinator alone"),
-            (first, FORWARD, COORDINATOR, "a second stream of microbatches for epoch 1"),
+            (first, FORWARD, COORDINATOR, "a second stream of microbatches for epoch 0.1"),
             (first, SAMPLED_TOKENS, idle, "worker spare opens a stream that is for worker w2 alone"),
             (first, SAMPLED_TOKENS, Principal("w1"), "worker w1 opens a stream that is for worker w2 alone"),
-            (first, SAMPLED_TOKENS, Principal("w2"), "a second stream of sampled tokens for epoch 1"),
+            (first, SAMPLED_TOKENS, Principal("w2"), "a second stream of sampled tokens for epoch 0.1"),
             (middle, FORWARD, idle, "worker spare opens a stream that is for worker w0 alone"),
             (middle, FORWARD, COORDINATOR, "the coordinator opens a stream that is for worker w0 alone"),
             (last, FORWARD, Principal("w0"), "worker w0 opens a stream that is for worker w1 alone"),

@@ -83,5 +83,5 @@ def test_an_answer_of_an_older_epoch_is_refused() -> None:
     run.scheduler.restart(SETTINGS, 2, 1)
     run.stages = stages(source, SETTINGS.kv_blocks)
     run.send_all()
-    with pytest.raises(ProtocolError, match="of epoch 1, but microbatch 0 of epoch 2 is due"):
+    with pytest.raises(ProtocolError, match=r"of epoch 0\.1, but microbatch 0 of epoch 0\.2 is due"):
         run.scheduler.complete(late, run.now_ns)

@@ -278,7 +278,7 @@ def test_results_out_of_turn_are_refused() -> None:
         run.scheduler.complete(Result(1, 0), 1)
     run.add(generation(10, 5))
     run.send_all()
-    with pytest.raises(ProtocolError, match="microbatch 0 of epoch 1 is due"):
+    with pytest.raises(ProtocolError, match=r"microbatch 0 of epoch 0\.1 is due"):
         run.scheduler.complete(Result(1, 1), 1)
     with pytest.raises(ProtocolError, match="0 results instead of 1"):
         run.scheduler.complete(Result(1, 0), 1)

@@ -1,0 +1,66 @@
+"""What a coordinator leaves to the next one: its term, and the names of drained workers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamaclust.cluster.state.directory import write_private
+from llamaclust.core.epochs import MAX_TERM, epoch_number
+
+_MAX_EXCEEDED = MAX_TERM >> 1
+"""A worker that reports a larger term cannot use up all terms."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class ControlRecord:
+    """Every change is on disk at once; without `path`, none is. The term is fixed by the first epoch."""
+
+    path: Path | None = None
+    term: int = 0
+    drained: frozenset[str] = frozenset()
+    _epochs: int = field(default=0, init=False)
+    _written_term: int = field(default=0, init=False)
+
+    @classmethod
+    def begin(cls, path: Path) -> ControlRecord:
+        """A new term, larger than that of the last coordinator. LlamaclustError where it cannot be written."""
+        term, drained = 0, frozenset[str]()
+        try:
+            values = json.loads(path.read_text())
+            term, drained = int(values["term"]), frozenset(map(str, values["drained"]))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            _log.warning("%s: cannot be read: %s; no worker counts as drained", path, error)
+        record = cls(path, term + 1, drained)
+        record._write(record.term)
+        return record
+
+    def next_epoch(self) -> int:
+        self._epochs += 1
+        return epoch_number(self.term, self._epochs)
+
+    def admits(self, seen_term: int) -> bool:
+        """Whether a worker that has seen this term may join. Before the first epoch a larger term is begun: the last
+        coordinator's record was lost. Later the next coordinator begins one."""
+        seen_term = min(seen_term, _MAX_EXCEEDED)
+        if seen_term and seen_term >= self.term and not self._epochs:
+            self.term = seen_term + 1
+        if max(self.term, seen_term) > self._written_term:
+            self._write(max(self.term, seen_term))
+        return seen_term <= self.term
+
+    def drain(self, names: frozenset[str]) -> None:
+        """These, and no others, are drained. LlamaclustError where that cannot be written."""
+        if names != self.drained:
+            self.drained = names
+            self._write(self._written_term)
+
+    def _write(self, term: int) -> None:
+        self._written_term = term
+        if self.path is not None:
+            write_private(self.path, json.dumps({"term": term, "drained": sorted(self.drained)}))

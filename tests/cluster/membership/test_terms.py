@@ -1,0 +1,123 @@
+"""Terms of coordinators: a newer one is told by its larger term, and an older one's orders are refused."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.membership.registry import JoinSettings
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.core.epochs import MAX_TERM, epoch_number, epoch_text
+from llamaclust.core.errors import WorkerError
+from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
+from llamaclust.wire.control.messages import Admitted, Deadlines, LoadFailed, Register, Rejected, WorkerMessage
+from llamaclust.wire.rpc.client import JOIN, Peer
+from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.wire.security.credentials import COORDINATOR
+from llamaclust.worker.membership import Member
+from llamaclust.worker.session import Session
+from llamaclust.worker.stage.loads import Loads
+from llamaclust.worker.stage.loop import Counters
+from llamaclust.worker.worker import Worker
+from support.clusters.members import ANY, join, registry_of
+from support.wire.control_messages import LOAD, REGISTER
+from support.wire.trust import A, B
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "control.json"
+
+
+def test_every_start_begins_a_larger_term_and_knows_the_drained_workers(path: Path) -> None:
+    first = ControlRecord.begin(path)
+    first.drain(frozenset("ab"))
+    assert [epoch_text(first.next_epoch()), epoch_text(first.next_epoch())] == ["1.1", "1.2"]
+    second = ControlRecord.begin(path)
+    assert (second.term, second.drained) == (2, frozenset("ab"))
+    assert second.next_epoch() == epoch_number(2, 1) == (2 << 32) + 1 > first.next_epoch()
+    second.drain(frozenset())
+    assert not ControlRecord.begin(path).drained
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"term": []}', '{"term": 7}', "[]"])
+def test_a_damaged_record_is_named_and_begun_anew(text: str, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.write_text(text)
+    record = ControlRecord.begin(path)
+    assert (record.term, record.drained) == (1, frozenset())
+    assert f"{path}: cannot be read" in caplog.text
+
+
+def test_a_lost_records_term_is_exceeded_before_the_first_epoch(path: Path) -> None:
+    record = ControlRecord.begin(path)
+    assert record.admits(0) and record.term == 1
+    assert record.admits(5) and record.term == 6
+    assert record.admits(3) and epoch_text(record.next_epoch()) == "6.1"
+    assert record.admits(6) and not record.admits(9) and record.term == 6
+    assert ControlRecord.begin(path).term == 10
+
+
+def test_a_worker_cannot_use_up_all_terms(path: Path) -> None:
+    record = ControlRecord.begin(path)
+    assert record.admits(MAX_TERM) and record.term == (MAX_TERM >> 1) + 1
+    assert record.admits(MAX_TERM) and record.term == (MAX_TERM >> 1) + 1
+
+
+async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_that_it_served(trust: Authority) -> None:
+    record = ControlRecord(term=3)
+    record.next_epoch()
+    async with registry_of(trust.identity(), JoinSettings(record=record)) as there:
+        superseded = asyncio.create_task(there.superseded())
+        _, welcome = await join(there, trust.identity(A), REGISTER)
+        assert isinstance(welcome, Admitted) and welcome.term == 3
+        _, refused = await join(there, trust.identity(B), replace(REGISTER, name="b", largest_term=4))
+        assert isinstance(refused, Rejected) and not superseded.done(), "b held no layers: its word ends nothing"
+        assert "worker b has seen a newer coordinator of this cluster (term 4, this one: 3)" in refused.reason
+        there.workers["a"].stages[LOAD.epoch] = LOAD, SimpleNamespace()  # type: ignore[assignment]
+        there.process_exited("a", "killed")
+        async with asyncio.timeout(10):
+            _, refused = await join(there, trust.identity(A), replace(REGISTER, largest_term=4))
+            assert isinstance(refused, Rejected)
+            with pytest.raises(WorkerError, match="superseded by a newer coordinator: worker a has seen"):
+                await superseded
+
+
+async def test_a_worker_refuses_memberships_and_loads_of_smaller_terms(
+    trust: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    nothing: Any = SimpleNamespace()
+    worker = Worker("a", nothing, nothing, nothing, nothing)
+    reported = []
+
+    async def admit(stream: ServerStream) -> None:
+        await stream.accept()
+        register = decode_worker_message(await stream.read() or b"")
+        assert isinstance(register, Register)
+        reported.append(register.largest_term)
+        await stream.write(encode_coordinator_message(Admitted(Deadlines(), term=next(terms))))
+
+    terms = iter((4, 2))
+    server = await Server.start(ANY, trust.identity(), {JOIN: admit})
+    peer = Peer(server.address, trust.identity(A), COORDINATOR)
+    await Member(worker, trust.identity(A)).join(peer, REGISTER, 10.0)
+    with pytest.raises(WorkerError, match=r"of term 2 is superseded: this worker has seen a newer one \(term 4\)"):
+        await Member(worker, trust.identity(A)).join(peer, REGISTER, 10.0)
+    assert reported == [0, 4]
+    await peer.close()
+    await server.stop(0.0)
+    answers: list[WorkerMessage] = []
+
+    async def send(message: WorkerMessage) -> None:
+        answers.append(message)
+
+    loads = Loads(Session(worker, trust.identity(A), Deadlines(), Counters(), send), asyncio.Lock())
+    with caplog.at_level(logging.ERROR):
+        await loads.load(replace(LOAD, epoch=epoch_number(3, 9)))
+    assert isinstance(answers[0], LoadFailed) and "of term 3 is superseded" in answers[0].failure.message

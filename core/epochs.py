@@ -18,3 +18,9 @@ def term_of(epoch: int) -> int:
 def epoch_text(epoch: int) -> str:
     """As people read it: TERM.COUNT."""
     return f"{term_of(epoch)}.{epoch & MAX_TERM}"
+
+
+def place_text(place: tuple[int, int]) -> str:
+    """Of a microbatch: (epoch, number)."""
+    epoch, number = place
+    return f"{number} of epoch {epoch_text(epoch)}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from llamaclust.cluster.control.failure_attribution import attribute_failure, stage_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.epochs import epoch_text
+from llamaclust.core.epochs import epoch_text, place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
@@ -91,9 +91,9 @@ class RemotePipeline:
         number = 0
         while (data := await self._sample.read()) is not None:
             result = decode_result(data)
-            if (result.epoch, result.number) != (self.epoch, number):
-                found = f"({result.epoch}, {result.number})"
-                raise ProtocolError(f"result {found} where ({self.epoch}, {number}) was expected")
+            found, expected = (result.epoch, result.number), (self.epoch, number)
+            if found != expected:
+                raise ProtocolError(f"result {place_text(found)} where {place_text(expected)} was expected")
             on_result(result)
             number += 1
         raise WorkerError("the last stage ended its stream")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Container
 
+from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError
 from llamaclust.wire.microbatch.messages import Microbatch, SampledTokens, SamplingInputs
 from llamaclust.wire.rpc.deadlines import deadline
@@ -33,7 +34,7 @@ class Dependencies:
         """ProtocolError for inputs out of turn, or more than any coordinator has in flight. Late ones are dropped."""
         found, expected = (inputs.epoch, inputs.number), (self._epoch, self._next_put)
         if found != expected:
-            raise ProtocolError(f"sampling inputs {found} where {expected} was expected")
+            raise ProtocolError(f"sampling inputs {place_text(found)} where {place_text(expected)} was expected")
         if len(self._inputs) >= _MOST_INPUTS:
             raise ProtocolError(f"sampling inputs for more than {_MOST_INPUTS} microbatches that did not come")
         self._next_put += 1

@@ -14,6 +14,7 @@ from itertools import count
 from time import perf_counter_ns
 from typing import TypeVar
 
+from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import DeviceLostError, LlamaclustError, ProtocolError
 from llamaclust.core.sampling import RowResult
 from llamaclust.kernels.backend import Float32
@@ -130,7 +131,7 @@ class StageLoop:
         microbatch = decode_microbatch(frame.header)
         found, expected = (microbatch.epoch, microbatch.number), (self._epoch, number)
         if found != expected:
-            raise ProtocolError(f"microbatch {found} where {expected} was expected")
+            raise ProtocolError(f"microbatch {place_text(found)} where {place_text(expected)} was expected")
         return Arrival(frame, microbatch, received_ns, self._wire_ns)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:

@@ -40,9 +40,17 @@ RESULT = ("microbatch.codec", "encode_result", "Result", 20)
 CONTROL = ("control.codec", "encode_worker_message", "Heartbeat", 40)
 ANSWERS = {
     "no message": (*RESULT, r"b'\xff\xff'", "damaged"),
-    "of an older epoch": (*RESULT, "encode(replace(message, epoch=message.epoch - 1))", "result (0, "),
-    "of an older microbatch": (*RESULT, "encode(replace(message, number=message.number - 1))", "where (1, "),
-    "of a later microbatch": (*RESULT, "encode(replace(message, number=message.number + 1))", "where (1, "),
+    "of an older epoch": (*RESULT, "encode(replace(message, epoch=message.epoch - 1))", "of epoch 1.0 where "),
+    "of an older microbatch": (
+        *RESULT,
+        "encode(replace(message, number=message.number - 1))",
+        "epoch 1.1 was expected",
+    ),
+    "of a later microbatch": (
+        *RESULT,
+        "encode(replace(message, number=message.number + 1))",
+        "epoch 1.1 was expected",
+    ),
     "too short": (*RESULT, "encode(replace(message, rows=message.rows[1:]))", "results instead of"),
     "not finite": (
         *RESULT,

@@ -146,9 +146,13 @@ class Chat:
         turns = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
         if not turns:
             raise UsageError("/again: nothing has been said yet")
-        text = self.messages[turns[-1]]["content"]
+        turn = self.messages[turns[-1] :]
         del self.messages[turns[-1] :]
-        self._answer(text)
+        try:
+            self._answer(turn[0]["content"])
+        finally:
+            if len(self.messages) == turns[-1]:  # without an answer the old one stays
+                self.messages += turn
 
     def _instruct(self, text: str) -> None:
         del self.messages[: self._system_messages()]

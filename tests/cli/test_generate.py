@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from llamaclust import Client
+from llamaclust.cli.chat import Chat
 from llamaclust.cli.main import main
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
+from llamaclust.core.errors import LlamaclustError
 from support.clusters import served
 from support.clusters.scripted_command import Ended, command, scripted, terminal
 from support.clusters.served import END, ids, logprob
@@ -224,6 +226,15 @@ async def test_a_chat_is_instructed_answers_again_and_tells_its_speed() -> None:
     assert (ended.code, ended.out) == (0, "Hi\n" * 3)
     assert prompts[0] == prompts[1] and "Be loud." in prompts[0] and "Be loud." not in prompts[2]
     assert prompts[2].count("Hello") == 1 and "tok/s" in ended.err
+
+
+def test_an_answer_that_does_not_come_again_stays() -> None:
+    with Client("http://127.0.0.1:9") as client:
+        chat = Chat(client, None, {})
+        chat.messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+        with pytest.raises(LlamaclustError, match="does not answer"):
+            chat._take("/again")
+    assert [message["content"] for message in chat.messages] == ["Hello", "Hi"]
 
 
 async def test_a_chat_on_a_terminal_knows_the_lines_of_the_last_one(

@@ -51,7 +51,7 @@ def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:
 
 def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: str = "") -> str:
     registration = worker.registration
-    sharers = [other.registration for other in workers.values() if other.registration.host == registration.host]
+    sharers = [other.registration for other in workers.values() if other.registration.machine == registration.machine]
     threads = sum(sharer.threads for sharer in sharers)
     return measurement_key(registration.fingerprint, len(sharers), threads, model_id)
 
@@ -71,7 +71,7 @@ class _Measuring:
         found = _mean_profiles([self._keys[name] for name in self._workers], await self._concurrent())
         machines: dict[str, list[str]] = {}
         for name, worker in self._workers.items():
-            machines.setdefault(worker.registration.host, []).append(name)
+            machines.setdefault(worker.registration.machine, []).append(name)
         shared = [names for names in machines.values() if len(names) > 1]
         for isolated in await asyncio.gather(*map(self._isolated, shared)):
             for key, times in isolated.items():

@@ -24,28 +24,31 @@ def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict
 class WorkerResources:
     """Memory of a worker's machine and GPUs, and how many layers its user wants on GPUs."""
 
-    host: str
+    machine: str
     free_memory_bytes: int  # for this worker
     machine_free_bytes: int = 0  # for all workers of its machine together; 0: unknown
     gpus: tuple[Gpu, ...] = ()
     gpu_layers: int | None = None
+    memory_group: str = ""  # the control group of the machine that limits its memory; "": none does
 
     @classmethod
     def of(cls, registration: Register) -> WorkerResources:
         return cls(
-            registration.host,
+            registration.machine,
             registration.free_memory_bytes,
             registration.machine_free_bytes,
             registration.gpus,
             registration.gpu_layers,
+            registration.memory_group,
         )
 
 
 def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
-    """Bytes for each worker, by name: workers of one machine share its free memory."""
+    """Bytes for each worker, by name: workers of one machine share free memory, unless different
+    control groups limit them."""
     shares: dict[str, int] = {}
-    for host in {worker.host for worker in workers.values()}:
-        here = {name: worker for name, worker in workers.items() if worker.host == host}
+    for place in {(worker.machine, worker.memory_group) for worker in workers.values()}:
+        here = {name: worker for name, worker in workers.items() if (worker.machine, worker.memory_group) == place}
         free = min(worker.machine_free_bytes or worker.free_memory_bytes for worker in here.values())
         shares |= memory_shares({name: worker.free_memory_bytes for name, worker in here.items()}, free)
     return shares
@@ -56,7 +59,7 @@ def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResour
     cuda:1 of another."""
 
     def identity(worker: WorkerResources, gpu: Gpu) -> str:
-        return gpu.uuid or f"{gpu.device} of {worker.host}"
+        return gpu.uuid or f"{gpu.device} of {worker.machine}"
 
     sharers = Counter(identity(worker, gpu) for worker in workers.values() for gpu in worker.gpus)
 

@@ -93,7 +93,7 @@ def _fetched(worker: WorkerHandle) -> str | None:
 
 
 def nearest_first(
-    fetcher: str, names: Collection[str], hosts: Mapping[str, str], links: Links, place: int = 0
+    fetcher: str, names: Collection[str], machines: Mapping[str, str], links: Links, place: int = 0
 ) -> list[str]:
     """Sources by name: first those on the fetcher's machine, then by link speed, unknown links last. Equal ones are
     rotated by `place`."""
@@ -103,7 +103,7 @@ def nearest_first(
     def distance(name: str) -> tuple[bool, float]:
         link = links.measured.get(frozenset((fetcher, name)))
         piece_s = inf if link is None else link.one_way_s + _PIECE_BYTES * link.byte_s
-        return hosts[name] != hosts[fetcher], piece_s if link is None else round(log(1e3 * piece_s, _ALIKE))
+        return machines[name] != machines[fetcher], piece_s if link is None else round(log(1e3 * piece_s, _ALIKE))
 
     return sorted(turned, key=distance)
 
@@ -157,11 +157,11 @@ def _sources(
 ) -> WeightSources:
     """Workers with the file first, then the others, which may have fetched it; both nearest first. Each fetcher begins
     with another one of equal sources."""
-    hosts = {name: worker.registration.host for name, worker in members.items()}
+    machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]
     ordered = [
-        *nearest_first(fetcher.name, with_file, hosts, links, place),
-        *nearest_first(fetcher.name, [name for name in members if name not in with_file], hosts, links, place),
+        *nearest_first(fetcher.name, with_file, machines, links, place),
+        *nearest_first(fetcher.name, [name for name in members if name not in with_file], machines, links, place),
     ]
     known = next(iter(described.values()))
     assert known.manifest is not None

@@ -12,7 +12,7 @@ from llamaclust.core import cgroups
 from llamaclust.core.cgroups import memory_groups
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.manifest import make_manifest
-from llamaclust.worker.devices.system_info import available_memory_bytes, total_memory_bytes
+from llamaclust.worker.devices.system_info import available_memory_bytes, memory_group, total_memory_bytes
 from support.models.tiny_model import build_tiny_model
 
 _GIB = 1 << 30
@@ -101,3 +101,11 @@ def test_what_is_read_once_leaves_the_page_cache_of_a_limited_group(
         make_manifest(model.file)
         wanted = {(tensor.offset, tensor.n_bytes) for tensor in model.file.tensors.values()}
     assert set(dropped) == (wanted if is_limited else set())
+
+
+def test_workers_of_one_limited_group_have_the_same_identity_of_it(tmp_path: Path) -> None:
+    groups = {f"{_V2}/a": _v2(2 * _GIB, _GIB), f"{_V2}/a/b": _v2("max", 9), f"{_V2}/a/c": _v2(_GIB, 9)}
+    names = []
+    for place in ("/a", "/a/b", "/a/c", "/"):
+        names.append(memory_group(_machine(tmp_path, f"0::{place}", groups)))
+    assert names[0] == names[1] != "" and names[2] not in (names[0], "") and names[3] == ""

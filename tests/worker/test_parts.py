@@ -287,7 +287,8 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     worker = Worker("a", anything, StageService("a"), anything, anything)
     fields = {"start": 0, "end": 2, "exclusive": False, "devices": (), "next_address": None, "first_address": None}
     fields |= {"previous_worker": None, "last_worker": None}
-    long, short = (SimpleNamespace(epoch=epoch, seconds=seconds, **fields) for epoch, seconds in ((1, 50), (2, 0)))
+    orders: Any = (SimpleNamespace(epoch=epoch, seconds=seconds, **fields) for epoch, seconds in ((1, 50), (2, 0)))
+    long, short = orders
     members = [Loads(Session(worker, anything, Deadlines(), Counters(), send), asyncio.Lock()) for _ in range(2)]
     async with asyncio.timeout(10):
         loading = asyncio.create_task(members[0].load(long))

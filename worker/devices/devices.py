@@ -102,6 +102,8 @@ class Device:
             name=name,
             pid=os.getpid(),
             host=socket.gethostname(),
+            machine=system_info.machine_id(),
+            memory_group=system_info.memory_group(),
             address=address,
             device=self.kind,
             threads=self.threads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import socket
 from pathlib import Path
 
 from llamaclust.core.cgroups import memory_groups, read_text
@@ -33,6 +34,20 @@ def available_memory_bytes(root: Path = _ROOT) -> int:
 def _figures(path: Path) -> dict[str, int]:
     """Bytes by name, of lines such as `MemAvailable: 5 kB`."""
     return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", read_text(path), re.MULTILINE)}
+
+
+def machine_id() -> str:
+    """Equal in all processes of a running kernel; host names may be equal on several machines."""
+    return read_text(Path("/proc/sys/kernel/random/boot_id")).strip() or socket.gethostname()
+
+
+def memory_group(root: Path = _ROOT) -> str:
+    """Identity of the control group that limits this process's memory most; "" where none does."""
+    tightest = min(memory_groups(root), key=lambda group: group.free_bytes, default=None)
+    if tightest is None:
+        return ""
+    found = tightest.path.stat()
+    return f"{found.st_dev}:{found.st_ino}"
 
 
 def resident_bytes() -> int:

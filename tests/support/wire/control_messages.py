@@ -75,6 +75,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     replace(REGISTER, protocol_version=2, numerics_version=99, log="/var/log/worker.log"),
     replace(REGISTER, device="cuda:0,cuda:1", gpus=GPUS, gpu_layers=0),
     replace(REGISTER, device="cuda:0", gpus=GPUS[:1], largest_term=3),
+    replace(REGISTER, machine="2f0c7a9e-4f0e-4f5e-9d3b-6b1f8f0f7c11", memory_group="31:4711"),
     WorkerProfile(Profile(CPU)),
     WorkerProfile(
         Profile(CPU, (DeviceProfile(3e12, 9e14), replace(CPU, concurrent=(StepTime(1, 2e-4, 1e-12, 1e-4),))))

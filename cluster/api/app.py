@@ -51,9 +51,9 @@ def create_app(
     )
     for path, make, body in generating:
         _post(app, path, replies.endpoint(path, make), body)
-    _route(app, "GET", "/v1/streams/{id}", replies.resume)
-    _route(app, "GET", "/v1/stream/{id}", replies.replay)
-    for path in ("/v1/streams/{id}", "/v1/stream/{id}"):
+    _route(app, "GET", "/v1/streams/{id:path}", replies.resume)
+    _route(app, "GET", "/v1/stream/{id:path}", replies.replay)
+    for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}"):
         _route(app, "DELETE", path, replies.stop)
     _post(app, "/tokenize", llamacpp.tokenize, TokenizeBody)
     _post(app, "/detokenize", llamacpp.detokenize, DetokenizeBody)

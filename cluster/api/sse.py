@@ -37,10 +37,11 @@ class EventResponse(Response):
         del self.headers["content-length"]
         self._events = events
         self._close = close
+        self._is_cut = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await first_of(self._send(send), wait_for_disconnect(receive))
+            await first_of(self._send(send), self._watch(receive))
         finally:
             await self._events.aclose()
             await self._close()
@@ -51,9 +52,15 @@ class EventResponse(Response):
         try:
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+                if self._is_cut:  # the server takes data also after that
+                    return
         except LlamaclustError as error:
             last = event(error_body(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _watch(self, receive: Receive) -> None:
+        await wait_for_disconnect(receive)
+        self._is_cut = True
 
 
 async def begin_events(

@@ -1,18 +1,22 @@
 """The journal of admitted requests: what a restarted coordinator needs to answer them again, bit for bit.
 
 One file of lines, each with its CRC-32. An answer is a function of prompt, parameters and seed, so an admission holds a
-request's body and seed; answered tokens only spare computing them one by one. A torn or damaged line is skipped. The
-file is emptied whenever no request is open, and rewritten with the open ones where most of it is of others.
+request's body and seed; answered tokens only spare computing them one by one. A torn or damaged line is skipped, and
+with it the tokens that follow its own. The file is emptied whenever no request is open, and rewritten with the open
+ones where most of it is of others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
+import stat
 import zlib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -25,6 +29,10 @@ _RETRY_S = 5.0
 """Between two attempts to write to a disk that is full or read-only."""
 _ENDED_BYTES = 4 << 20
 """Of ended requests, and as much again as of open ones, before the file is rewritten."""
+
+_MAX_LINE_BYTES = 64 << 20
+"""More than the largest body needs as JSON; of a longer line, which is none of ours, no more is held."""
+_CHECKSUM_DIGITS = 8
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +54,7 @@ class Admission:
     owner: str = ""  # digest of the API key; "": no key was needed
     conversation: str = ""  # the client's names of the reply
     idempotency_key: str = ""
+    is_streamed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +63,22 @@ class OpenRequest:
 
     admission: Admission
     answered: Mapping[ChoiceKey, tuple[RowResult, ...]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Lines:
+    """Of a request that has not ended."""
+
+    parts: list[bytes]
+    recorded: Counter[ChoiceKey] = field(default_factory=Counter)  # tokens
+
+    def answer(self, request_id: str, choice: ChoiceKey, rows: Sequence[RowResult]) -> bytes:
+        """The line of tokens that follow those of earlier calls."""
+        pairs = [(row.token, row.logprob) for row in rows]
+        line = _line({"answer": request_id, "choice": choice, "after": self.recorded[choice], "rows": pairs})
+        self.recorded[choice] += len(rows)
+        self.parts.append(line)
+        return line
 
 
 class Journal:
@@ -65,7 +90,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = _File(path)
-        self._open: dict[str, list[bytes]] = {}  # lines of the requests that have not ended
+        self._open: dict[str, _Lines] = {}
         self._open_bytes = 0
         self._pending: list[bytes] = []
         self._waiting: list[asyncio.Future[None]] = []
@@ -78,25 +103,25 @@ class Journal:
         """Begins with the open requests of an earlier coordinator; what else the file holds is removed."""
         for request in requests:
             admission = request.admission
-            answers = (_answer_line(admission.id, choice, rows) for choice, rows in request.answered.items())
-            lines = self._open[admission.id] = [_line({"admit": asdict(admission)}), *answers]
-            self._open_bytes += sum(map(len, lines))
+            lines = self._open[admission.id] = _Lines([_line({"admit": asdict(admission)})])
+            for choice, rows in request.answered.items():
+                lines.answer(admission.id, choice, rows)
+            self._open_bytes += sum(map(len, lines.parts))
         await self._written()
 
     async def admit(self, admission: Admission) -> None:
         """Returns once the record is on disk, or cannot be. Admissions at the same time share one fsync."""
         line = _line({"admit": asdict(admission)})
-        self._open[admission.id] = [line]
+        self._open[admission.id] = _Lines([line])
         self._open_bytes += len(line)
         self._pending.append(line)
         await self._written()
 
-    def answer(self, request_id: str, choice: ChoiceKey, rows: Iterable[RowResult]) -> None:
+    def answer(self, request_id: str, choice: ChoiceKey, rows: Sequence[RowResult]) -> None:
         """Tokens of a choice that follow those of earlier calls; written soon, and not synced."""
         if (lines := self._open.get(request_id)) is None:
             return
-        line = _answer_line(request_id, choice, rows)
-        lines.append(line)
+        line = lines.answer(request_id, choice, rows)
         self._open_bytes += len(line)
         self._pending.append(line)
         self._write_soon()
@@ -105,7 +130,7 @@ class Journal:
         """The request needs no record any more."""
         lines = self._open.pop(request_id, None)
         if lines is not None:
-            self._open_bytes -= sum(map(len, lines))
+            self._open_bytes -= sum(map(len, lines.parts))
             self._pending.append(_line({"end": request_id}))
             self._write_soon()
 
@@ -143,8 +168,8 @@ class Journal:
     async def _try(self, pending: list[bytes], *, is_synced: bool) -> None:
         loop = asyncio.get_running_loop()
         try:
-            if not self._is_whole or self._is_mostly_ended(sum(map(len, pending))):
-                lines = [line for lines in self._open.values() for line in lines]
+            if not self._is_whole or not self._file.is_in_place or self._is_mostly_ended(sum(map(len, pending))):
+                lines = [line for lines in self._open.values() for line in lines.parts]
                 await loop.run_in_executor(self._thread, self._file.rewrite, b"".join(lines))
             else:
                 await loop.run_in_executor(self._thread, self._file.append, b"".join(pending), is_synced)
@@ -175,11 +200,18 @@ class _File:
         self._path = path
         self._descriptor: int | None = None
 
-    def append(self, data: bytes, is_synced: bool) -> None:
-        """All of `data` or nothing."""
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the next process finds what was written. The folder may be deleted meanwhile."""
         if self._descriptor is None:
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self.size = os.lseek(self._descriptor, 0, os.SEEK_END)
+            return False
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self._descriptor), self._path.lstat())
+        return False
+
+    def append(self, data: bytes, is_synced: bool) -> None:
+        """All of `data` or nothing, after a `rewrite`."""
+        assert self._descriptor is not None
         try:
             _write_all(self._descriptor, data, self.size)
             if is_synced:
@@ -192,10 +224,10 @@ class _File:
 
     def rewrite(self, data: bytes) -> None:
         """The file holds `data` alone, or is as before."""
-        if not data:
+        if not data and self.is_in_place:
             self._empty()
             return
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        temporary = self._path.with_name(f".{self._path.name}.new")  # a killed process leaves one at most
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             _write_all(descriptor, data, 0)
@@ -210,8 +242,6 @@ class _File:
         self._descriptor, self.size = descriptor, len(data)
 
     def _empty(self) -> None:
-        if self._descriptor is None:
-            self.append(b"", is_synced=False)
         assert self._descriptor is not None
         if self.size:
             os.ftruncate(self._descriptor, 0)
@@ -238,10 +268,6 @@ def _write_all(descriptor: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _answer_line(request_id: str, choice: ChoiceKey, rows: Iterable[RowResult]) -> bytes:
-    return _line({"answer": request_id, "choice": choice, "rows": [(row.token, row.logprob) for row in rows]})
-
-
 def _line(record: Mapping[str, Any]) -> bytes:
     text = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
     return b"%08x %s\n" % (zlib.crc32(text), text)
@@ -258,9 +284,12 @@ def read_journal(path: Path, now: float, served: str = "") -> list[OpenRequest]:
             case {"admit": fields}:
                 admissions[fields["id"]] = Admission(**fields)
                 answered[fields["id"]] = {}
-            case {"answer": request_id, "choice": [prompt, choice], "rows": rows} if request_id in answered:
+            case {"answer": request_id, "choice": [prompt, choice], "after": start, "rows": rows} if (
+                request_id in answered
+            ):
                 known = answered[request_id].setdefault((prompt, choice), [])
-                known.extend(RowResult(token, logprob) for token, logprob in rows)
+                if start == len(known):
+                    known.extend(RowResult(token, logprob) for token, logprob in rows)
             case {"end": request_id}:
                 admissions.pop(request_id, None)
     return [
@@ -273,12 +302,14 @@ def read_journal(path: Path, now: float, served: str = "") -> list[OpenRequest]:
 def _records(path: Path) -> Iterable[dict[str, Any]]:
     """What is on whole lines."""
     try:
-        file = path.open("rb")
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except FileNotFoundError:
         return
     with file:
-        for line in file:
-            checksum, _, text = line.rstrip(b"\n").partition(b" ")
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        while line := file.readline(_MAX_LINE_BYTES):
+            checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 :].rstrip(b"\n")
             with suppress(ValueError):
                 if int(checksum, 16) == zlib.crc32(text):
                     yield json.loads(text.decode("utf-8", "surrogatepass"))

@@ -16,10 +16,14 @@ from llamaclust.core.errors import LlamaclustError, QueueFullError, WorkerError
 class KeptReply:
     """Runs from `begin` until it is complete or `aclose`d; expires when no client has read it for a while."""
 
-    def __init__(self, ticket: Ticket, settings: ApiSettings, expired: Callable[[KeptReply], None]) -> None:
+    def __init__(
+        self, ticket: Ticket, settings: ApiSettings, expired: Callable[[KeptReply], None], *, is_streamed: bool
+    ) -> None:
         self.ticket = ticket
+        self.is_streamed = is_streamed
         self.held_bytes = 0
         self.is_complete = False
+        self.is_delivered = False  # a connection took all of it
         self._settings = settings
         self._expired = expired
         self._events: list[tuple[Event, int]] = []  # with their numbers within their slots
@@ -30,19 +34,19 @@ class KeptReply:
         self._progress = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
-        self._reply: Reply | None = None
+        self._is_closed = False
 
     @property
     def is_read(self) -> bool:
         return self._readers > 0
 
     async def begin(self, reply: Reply, *, waits_s: float = 0.0) -> None:
-        """Submits the request; tries for `waits_s` where the queue is full. Raises what refuses it."""
-        self._reply = reply
+        """Submits the request; tries for `waits_s` where the queue is full. Raises what refuses it, also that it was
+        closed before."""
         try:
-            await _start(reply, waits_s)
+            await self._start(reply, waits_s)
         except BaseException as error:
-            self._end(error if isinstance(error, LlamaclustError) else WorkerError("the request was cancelled"))
+            self._end(error if isinstance(error, LlamaclustError) else _cancelled())
             await reply.aclose()
             raise
         self._task = asyncio.create_task(self._run(reply))
@@ -54,9 +58,14 @@ class KeptReply:
         self._expire_later()
 
     async def aclose(self) -> None:
+        """Readers of a reply that is not complete get an error."""
+        self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
-        if self._task is not None:
+        if self._task is None:
+            if not self.is_complete:
+                self._end(_cancelled())
+        else:
             self._task.cancel()
             await asyncio.wait([self._task])
 
@@ -72,6 +81,7 @@ class KeptReply:
                     if not after.has(event, number):
                         yield event
                 if self.is_complete:
+                    self.is_delivered = True
                     self._raise_error()
                     return
                 if not await self._changed() and with_comments:
@@ -85,10 +95,6 @@ class KeptReply:
             self._raise_error()
             assert self._whole is not None
             return self._whole
-
-    @property
-    def is_streamed(self) -> bool:
-        return self._reply is None or self._reply.is_streamed
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -127,15 +133,16 @@ class KeptReply:
         self._progress = asyncio.Event()
 
     async def _run(self, reply: Reply) -> None:
-        error: LlamaclustError | None = None
+        error: LlamaclustError | None = _cancelled()
         try:
-            if reply.is_streamed:
+            if self.is_streamed:
                 async for event in reply.events():
                     if event is not None:
                         self._append(event)
             else:
                 self._whole = await reply.whole()
                 self.held_bytes += sum(map(len, self._whole))
+            error = None
         except LlamaclustError as failure:
             error = failure
         finally:
@@ -155,13 +162,19 @@ class KeptReply:
         self.is_complete = True
         self._notify()
 
+    async def _start(self, reply: Reply, waits_s: float) -> None:
+        end = asyncio.get_running_loop().time() + waits_s
+        while not self._is_closed:
+            try:
+                await reply.start()
+                break
+            except QueueFullError as full:
+                if asyncio.get_running_loop().time() >= end:
+                    raise
+                await asyncio.sleep(full.retry_after_s)
+        if self._is_closed:
+            raise _cancelled()
 
-async def _start(reply: Reply, waits_s: float) -> None:
-    end = asyncio.get_running_loop().time() + waits_s
-    while True:
-        try:
-            return await reply.start()
-        except QueueFullError as full:
-            if asyncio.get_running_loop().time() >= end:
-                raise
-            await asyncio.sleep(full.retry_after_s)
+
+def _cancelled() -> LlamaclustError:
+    return WorkerError("the request was cancelled")

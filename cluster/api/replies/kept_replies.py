@@ -17,6 +17,12 @@ from llamaclust.wire.rpc.task_set import TaskSet
 class _Entry:
     kept: KeptReply
     digest: bytes  # of its request
+    body_bytes: int
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the reply and, for the journal, of the request."""
+        return self.kept.held_bytes + self.body_bytes
 
 
 class KeptReplies:
@@ -29,11 +35,11 @@ class KeptReplies:
         self._ids: dict[tuple[str, str], str] = {}  # by owner, and conversation or idempotency key
         self._ending = TaskSet()
 
-    def add(self, ticket: Ticket, path: str, body: bytes) -> KeptReply:
+    def add(self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool) -> KeptReply:
         """HttpError where there is no room."""
         self._make_room()
-        kept = KeptReply(ticket, self._settings, self._expire)
-        self._entries[ticket.id] = _Entry(kept, _digest(path, body))
+        kept = KeptReply(ticket, self._settings, self._expire, is_streamed=is_streamed)
+        self._entries[ticket.id] = _Entry(kept, _digest(path, body), len(body))
         for name in filter(None, (ticket.conversation, ticket.idempotency_key)):
             self._ids[ticket.owner, name] = ticket.id
         return kept
@@ -84,13 +90,13 @@ class KeptReplies:
 
     def _make_room(self) -> None:
         """Complete replies that no client reads give way. HttpError where the others are too much."""
-        kept = [entry.kept for entry in self._entries.values()]
-        held = sum(reply.held_bytes for reply in kept)
-        for reply in [reply for reply in kept if reply.is_complete and not reply.is_read]:
+        entries = list(self._entries.values())
+        held = sum(entry.held_bytes for entry in entries)
+        for entry in [entry for entry in entries if entry.kept.is_complete and not entry.kept.is_read]:
             if not self._is_full(held):
                 break
-            held -= reply.held_bytes
-            self.remove(reply)
+            held -= entry.held_bytes
+            self.remove(entry.kept)
         if self._is_full(held):
             what = f"{len(self._entries)} kept replies of {held >> 20} MiB"
             raise HttpError(503, "server_busy", f"the server is busy with {what}; try again", {"Retry-After": "5"})

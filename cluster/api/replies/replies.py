@@ -85,12 +85,13 @@ class Replies:
 
     async def _admitted_first(self, reply: Reply, ticket: Ticket, path: str, body: bytes) -> None:
         """Nothing is sent before the admission is on disk; it is written while the prompt is computed."""
-        await asyncio.gather(reply.wait_first(), self._admit(ticket, path, body))
+        await asyncio.gather(reply.wait_first(), self._admit(ticket, path, body, is_streamed=True))
 
-    async def _admit(self, ticket: Ticket, path: str, body: bytes) -> None:
+    async def _admit(self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool) -> None:
         if self._durability is not None:
             served, request_s = self._durability.served, self._durability.request_s
-            await self._durability.journal.admit(ticket.admission(path, body, served, request_s))
+            admission = ticket.admission(path, body, served, request_s, is_streamed=is_streamed)
+            await self._durability.journal.admit(admission)
 
     # -- replies that are kept -----------------------------------------------------------------------------------------
 
@@ -99,13 +100,13 @@ class Replies:
             await self._kept.forget(before)
         if (kept := self._kept.same(ticket, path, body)) is not None:  # that came meanwhile
             return await self._respond(request, kept, Position())
-        kept = self._kept.add(ticket, path, body)
+        kept = self._kept.add(ticket, path, body, is_streamed=reply.is_streamed)
         try:
             await unless_disconnected(request, kept.begin(reply))
         except BaseException:
             self._kept.remove(kept)
             raise
-        await self._admit(ticket, path, body)
+        await self._admit(ticket, path, body, is_streamed=reply.is_streamed)
         return await self._respond(request, kept, Position())
 
     async def _respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
@@ -118,7 +119,7 @@ class Replies:
 
     def _delivered(self, kept: KeptReply) -> Callable[[], Awaitable[None]]:
         async def close() -> None:
-            if kept.is_complete:
+            if kept.is_delivered:
                 self._kept.delivered(kept)
 
         return close
@@ -165,8 +166,14 @@ class Replies:
         restored = []
         for request in requests:
             ticket, body = Ticket.restored(request, self._durability.journal), request.admission.body.encode()
-            path = request.admission.endpoint
-            restored.append((self._kept.add(ticket, path, body), path, body))
+            path, is_streamed = request.admission.endpoint, request.admission.is_streamed
+            try:
+                kept = self._kept.add(ticket, path, body, is_streamed=is_streamed)
+            except HttpError as full:
+                _log.warning("request %s is not restored: %s", ticket.id, full)
+                self._durability.journal.end(ticket.id)
+            else:
+                restored.append((kept, path, body))
         if restored:
             _log.info("requests restored from the journal", extra={"requests": len(restored)})
             self._restoring.start(self._begin_all(restored))
@@ -180,6 +187,9 @@ class Replies:
                 kept.fail(error)
             except KeyError:
                 kept.fail(WorkerError(f"the endpoint {path} is not there any more"))
+            except Exception:  # noqa: BLE001  the others are restored all the same
+                _log.exception("request %s is not restored", kept.ticket.id)
+                kept.fail(WorkerError("the request could not be restored; the coordinator's log says more"))
 
     async def aclose(self) -> None:
         await self._restoring.close()

@@ -67,7 +67,7 @@ class Ticket:
         """Whether the client may be cut off and come back."""
         return bool(self.conversation or self.idempotency_key)
 
-    def admission(self, endpoint: str, body: bytes, served: str, request_s: float) -> Admission:
+    def admission(self, endpoint: str, body: bytes, served: str, request_s: float, *, is_streamed: bool) -> Admission:
         return Admission(
             self.id,
             endpoint,
@@ -79,6 +79,7 @@ class Ticket:
             self.owner,
             self.conversation,
             self.idempotency_key,
+            is_streamed,
         )
 
     def request(self, prompt: int, request: CompletionRequest) -> CompletionRequest:

@@ -14,10 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
+from llamaclust.cluster.api.openai.reply import OpenAiReply
 from llamaclust.cluster.api.replies.replies import Durability, Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.state.journal import Journal, read_journal
+from llamaclust.cluster.state.journal import Admission, Journal, read_journal
+from llamaclust.core.errors import QueueFullError
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import make_app, real_engine, serving, until
 from support.seed import SEED
@@ -279,3 +281,96 @@ async def test_kept_replies_are_bounded(tmp_path: Path) -> None:
         for reply in await asyncio.gather(*posts):
             assert '"code":"reply_too_large"' in reply.text
         assert (await server.http.post(PATHS[0], json=body_of(PATHS[0]), headers=KEY)).status_code == 200
+
+
+async def test_a_reply_that_is_not_streamed_is_stopped_with_an_error(tmp_path: Path) -> None:
+    async with served(tmp_path / "journal") as server:
+        server.pipeline.gate.clear()
+        body = body_of(PATHS[0], stream=False)
+        asking = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
+        await until(lambda: not is_idle(server.engine))
+        await server.http.delete("/v1/streams/one")
+        reply = await asking
+        assert reply.status_code == 503 and "was cancelled" in reply.json()["error"]["message"]
+        server.pipeline.gate.set()
+
+
+async def test_a_name_may_have_a_slash(tmp_path: Path) -> None:
+    async with served(tmp_path / "journal") as server:
+        key = {"Idempotency-Key": "a/b"}
+        whole = await stream(server.http, "POST", PATHS[0], json=body_of(PATHS[0]), headers=key)
+        assert await stream(server.http, "GET", "/v1/streams/a/b") == whole
+
+
+async def test_a_reply_is_delivered_once_a_client_has_read_it_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    async with served(path) as server:
+        server.pipeline.gate.clear()
+        async with server.http.stream("POST", PATHS[0], json=body_of(PATHS[0]), headers=KEY):
+            pass
+        server.pipeline.gate.set()
+        await until(lambda: is_idle(server.engine))
+        assert len(read_journal(path, 0.0, SERVED)) == 1
+        assert await stream(server.http, "GET", "/v1/streams/one")
+        await until(lambda: path.stat().st_size == 0)
+
+
+async def write_journal(path: Path, *admissions: Admission) -> None:
+    async with aclosing(Journal(path)) as journal:
+        for admission in admissions:
+            await journal.admit(admission)
+
+
+def admission(number: int, body: str, *, endpoint: str = PATHS[0], is_streamed: bool = True) -> Admission:
+    return Admission(
+        f"{number:024x}", endpoint, body, 7, 1, 2e9, SERVED, idempotency_key=f"key {number}", is_streamed=is_streamed
+    )
+
+
+async def test_restored_requests_that_are_refused_fail_alone(tmp_path: Path) -> None:
+    path, good = tmp_path / "journal", json.dumps(body_of(PATHS[0]))
+    bad = (admission(0, "no JSON"), admission(1, good, endpoint="/gone"), admission(2, '{"prompt": "x", "n": -1}'))
+    await write_journal(path, *bad, admission(3, good))
+    async with served(path) as server:
+        assert (await stream(server.http, "GET", "/v1/streams/key 3"))[-1][1] == "[DONE]"
+        for number in range(3):
+            ((_, error),) = await stream(server.http, "GET", f"/v1/streams/key {number}")
+            assert isinstance(error, dict) and "error" in error
+
+
+async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path: Path) -> None:
+    path, body = tmp_path / "journal", json.dumps(body_of(PATHS[0]))
+    await write_journal(path, *(admission(number, body) for number in range(4)))
+    async with served(path, max_kept_replies=3) as server:
+        codes = [(await server.http.get(f"/v1/streams/key {number}")).status_code for number in range(4)]
+        assert codes == [200, 200, 200, 404]
+    await write_journal(path, *(admission(number, body) for number in range(4)))
+    async with served(path, max_kept_bytes=len(body) + 1) as server:
+        codes = [(await server.http.get(f"/v1/streams/key {number}")).status_code for number in range(4)]
+        assert codes == [200, 200, 404, 404]
+
+
+async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not streamed is answered as a whole; one that is cancelled meanwhile is not computed."""
+    path, computed, is_full = tmp_path / "journal", [], True
+    start = OpenAiReply.start
+
+    async def refusing(self: OpenAiReply) -> None:
+        if is_full:
+            raise QueueFullError("the queue is full", 0.01)
+        await start(self)
+        computed.append(self)
+
+    monkeypatch.setattr(OpenAiReply, "start", refusing)
+    body = json.dumps(body_of(PATHS[0], stream=False))
+    await write_journal(path, *(admission(number, body, is_streamed=False) for number in range(3)))
+    async with served(path) as server:
+        asking = [asyncio.create_task(server.http.get(f"/v1/streams/key {number}")) for number in (0, 2)]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in asking)
+        await server.http.delete("/v1/streams/key 0")
+        await server.http.delete("/v1/streams/key 1")
+        is_full = False
+        refused, whole = await asyncio.gather(*asking)
+        assert refused.status_code == 503 and whole.json()["choices"][0]["token_ids"]
+        assert len(computed) == 1

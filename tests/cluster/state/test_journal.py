@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import struct
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -126,3 +128,53 @@ async def test_a_disk_that_cannot_be_written_to_stops_no_request(
 
 def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "none", NOW) == []
+
+
+async def test_tokens_after_a_damaged_line_are_not_taken(tmp_path: Path) -> None:
+    path, rows = tmp_path / "journal", [row(token) for token in range(9)]
+    async with journal(path) as writing:
+        await writing.admit(admission(0))
+        for start in (0, 3, 6):
+            writing.answer("id0", (0, 0), rows[start : start + 3])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join((*lines[:2], b"x" + lines[2][1:], *lines[3:])))
+    assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): tuple(rows[:3])})]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "gone"])
+async def test_a_file_that_is_replaced_is_written_anew(tmp_path: Path, kind: str) -> None:
+    """Also by what cannot be read or would be waited for."""
+    path, other = tmp_path / "folder" / "journal", tmp_path / "other"
+    path.parent.mkdir()
+    other.write_text("of somebody else")
+    async with journal(path) as writing:
+        for number in range(2):
+            await writing.admit(admission(number))
+            path.unlink()
+            if kind == "pipe":
+                os.mkfifo(path)
+            elif kind == "link":
+                path.symlink_to(other)
+            elif kind == "folder":
+                path.mkdir()
+                with pytest.raises(OSError, match="directory"):
+                    read_journal(path, NOW)
+                path.rmdir()
+            if kind == "pipe":
+                with pytest.raises(OSError, match="not a regular file"):
+                    read_journal(path, NOW)
+        await writing.admit(admission(2))
+        assert [request.admission.id for request in read_journal(path, NOW)] == ["id0", "id1", "id2"]
+        assert other.read_text() == "of somebody else"
+
+
+def test_long_lines_are_not_held_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)  # a gap of zeros
+    tracemalloc.start()
+    try:
+        assert read_journal(path, NOW) == []
+        assert tracemalloc.get_traced_memory()[1] < 512 << 20
+    finally:
+        tracemalloc.stop()

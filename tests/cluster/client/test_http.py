@@ -158,7 +158,7 @@ def _request_both_ways(client: TextClient, options: Options) -> None:
 
 
 def _submitted(engine: ScriptedEngine) -> list[GenerationRequest]:
-    return [dataclasses.replace(generation, request_id="") for generation in engine.submitted]
+    return [dataclasses.replace(generation, request_id="", group="") for generation in engine.submitted]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from llamaclust.wire.control.profiles import ProfileWorker
 async def measure_workers(
     config: ClusterConfig, model: Model, workers: Mapping[str, WorkerHandle], state_dir: Path, report: Report
 ) -> dict[str, Profile]:
-    """By worker name. Keys of the cluster file come first, then what was measured on the same hardware before."""
+    """By worker name. Keys of the cluster file come first, then what was measured on the same hardware before. A worker
+    that is lost meanwhile has none, unless an equal one was measured."""
     stated = stated_speeds(config)
     members = {spec.name: workers[spec.name] for spec in config.workers if spec.name not in stated}
     keys = {name: _key(worker, workers, model.model_id) for name, worker in members.items()}
@@ -33,11 +34,12 @@ async def measure_workers(
         order = ProfileWorker(str(model.file.path), model.model_id)
         measuring = _Measuring({name: workers[name] for name in missing}, keys, order, report)
         new = await measuring.profiles()
-        hardware = {_key(workers[name], workers): new[keys[name]].map(DeviceProfile.without_steps) for name in missing}
+        measured = [name for name in missing if keys[name] in new]
+        hardware = {_key(workers[name], workers): new[keys[name]].map(DeviceProfile.without_steps) for name in measured}
         kept = {key: profile for key, profile in new.items() if key not in measuring.failed}  # the next start retries
         write_profiles(state_dir, hardware | kept)
         known |= new
-    return stated | {name: known[key] for name, key in keys.items()}
+    return stated | {name: known[key] for name, key in keys.items() if key in known}
 
 
 def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:
@@ -68,23 +70,35 @@ class _Measuring:
 
     async def profiles(self) -> dict[str, Profile]:
         """By key. All concurrently first; then, of workers with equal keys on a shared machine, one isolated."""
-        found = _mean_profiles([self._keys[name] for name in self._workers], await self._concurrent())
+        concurrent = await self._concurrent()
+        found = _mean_profiles([self._keys[name] for name in concurrent], [*concurrent.values()])
         machines: dict[str, list[str]] = {}
-        for name, worker in self._workers.items():
-            machines.setdefault(worker.registration.machine, []).append(name)
+        for name in concurrent:
+            machines.setdefault(self._workers[name].registration.machine, []).append(name)
         shared = [names for names in machines.values() if len(names) > 1]
         for isolated in await asyncio.gather(*map(self._isolated, shared)):
             for key, times in isolated.items():
                 found[key] = replace(found[key], cpu=replace(found[key].cpu, isolated=times))
         return found
 
-    async def _concurrent(self) -> list[Profile]:
-        """In the order of the workers; without step times where those could not be measured."""
-        profiled = await asyncio.gather(*map(self._profile, self._workers.values()))
-        failed = [name for name, profile in zip(self._workers, profiled, strict=True) if profile is None]
-        hardware = await asyncio.gather(*(profile_worker(self._workers[name], ProfileWorker()) for name in failed))
-        fallback = dict(zip(failed, hardware, strict=True))
-        return [profile or fallback[name] for name, profile in zip(self._workers, profiled, strict=True)]
+    async def _concurrent(self) -> dict[str, Profile]:
+        """By name, in the order of the workers; without step times where those could not be measured, and without
+        workers that are lost."""
+        workers = [*self._workers.values()]
+        profiled = await asyncio.gather(*map(self._profile, workers))
+        pairs = zip(workers, profiled, strict=True)
+        found = await asyncio.gather(*(self._or_hardware(worker, profile) for worker, profile in pairs))
+        return {worker.name: profile for worker, profile in zip(workers, found, strict=True) if profile is not None}
+
+    async def _or_hardware(self, worker: WorkerHandle, profile: Profile | None) -> Profile | None:
+        """The machine's alone where there is no profile; None where the worker is lost."""
+        try:
+            return profile or await profile_worker(worker, ProfileWorker())
+        except LlamaclustError:
+            if worker.loss is None:
+                raise
+            self._report(Notice(f"the start goes on without worker {worker.name}: {worker.error}"))
+            return None
 
     async def _isolated(self, names: list[str]) -> dict[str, StepTimes]:
         """Step times by key, of one worker after the other on their machine."""
@@ -96,12 +110,12 @@ class _Measuring:
         return isolated
 
     async def _profile(self, worker: WorkerHandle) -> Profile | None:
-        """None, and a notice, where the model's steps could not be timed. WorkerError where it is lost."""
+        """None, and a notice, where the model's steps could not be timed. None where the worker is lost."""
         try:
             return await profile_worker(worker, self._order)
         except LlamaclustError as error:
             if worker.loss is not None:
-                raise
+                return None
             self.failed.add(self._keys[worker.name])
             fallback = "plans use only its memory bandwidth and integer throughput"
             what = f"could not time the model's steps on worker {worker.name}; {fallback}"

@@ -92,6 +92,8 @@ class Supervisor:
         self._first_joins = frozenset(registry.joins[name] for name in registry.present)
         for name in registry.present:
             self.observed.post(seen.WorkerSeen(name, registry.joins[name]))
+        for name in registry.workers.keys() - registry.present.keys():  # lost while machines were measured
+            self._runner.ending.start(self._fleet.launcher.end(name))
         registry.subscribe(self._membership_changed)
         await self._loop(is_start=True)
         return self.epoch

@@ -12,7 +12,12 @@ from textwrap import dedent
 
 import pytest
 
+from llamaclust.cluster.control import profiling
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import profile_worker
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.core.profile import Profile
+from llamaclust.wire.control.profiles import ProfileWorker
 from support.clusters.recovering import (
     Answer,
     config,
@@ -42,6 +47,26 @@ def requests() -> tuple[GenerationRequest, ...]:
 @pytest.fixture(scope="module")
 def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
     return undisturbed(model, requests)
+
+
+async def test_a_worker_that_is_killed_while_the_start_measures_is_planned_around(
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def profiled(worker: WorkerHandle, *args: ProfileWorker) -> Profile:
+        if worker.name == "c" and worker.loss is None:
+            os.kill(worker.registration.pid, signal.SIGKILL)
+        return await profile_worker(worker, *args)
+
+    monkeypatch.setattr(profiling, "profile_worker", profiled)
+    unmeasured = [{"name": name, "threads": 1} for name in "abc"]
+    async with recovering(config(model, tmp_path, workers=unmeasured)) as run:
+        assert any("the start goes on without worker c" in text for text in run.told)
+        assert await asyncio.gather(*run.start(requests)) == expected
+        await run.until("worker c again", lambda: "c" in run.cluster.registry.present)
 
 
 @pytest.mark.parametrize("moment", ["prefill", "decode"])

@@ -145,10 +145,10 @@ def worker_pids() -> dict[str, int]:
     return found
 
 
-def config(model: Path, folder: Path, workers: int = 3, **values: object) -> ClusterConfig:
+def config(model: Path, folder: Path, workers: int | list[dict[str, object]] = 3, **values: object) -> ClusterConfig:
     base: dict[str, object] = {
         "model": str(model),
-        "workers": [{"name": name, **_SPEED} for name in "abcde"[:workers]],
+        "workers": ([{"name": name, **_SPEED} for name in "abcde"[:workers]] if isinstance(workers, int) else workers),
         "objective": "throughput",
         "context_length": CONTEXT,
         "state_dir": folder,

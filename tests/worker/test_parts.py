@@ -28,6 +28,7 @@ from llamaclust.wire.control.messages import (
     UnloadFailed,
     WorkerMessage,
 )
+from llamaclust.wire.microbatch.codec import MAX_STAGES
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker import session as session_module
 from llamaclust.worker.devices import nvidia, system_info
@@ -103,7 +104,7 @@ async def test_a_job_that_does_not_end_is_known_and_ends_the_process() -> None:
 
 async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
     dependencies = Dependencies(epoch=1, inputs_s=0.05)
-    inputs = [SamplingInputs(1, number, ()) for number in range(300)]
+    inputs = [SamplingInputs(1, number, ()) for number in range(600)]
     microbatches = [Microbatch("m", 1, number, ()) for number in range(3)]
     dependencies.put_inputs(inputs[0])
     assert await dependencies.inputs(microbatches[0]) is inputs[0]
@@ -121,10 +122,11 @@ async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None
         await dependencies.inputs(microbatches[2])
     with pytest.raises(ProtocolError, match=r"5 of epoch 0\.1 where 3 of epoch 0\.1"):
         dependencies.put_inputs(inputs[5])
-    for number in range(3, 3 + 256):
+    most = 2 * MAX_STAGES + 4  # in_flight of the scheduler, and those that it sends ahead
+    for number in range(3, 3 + most):
         dependencies.put_inputs(inputs[number])
-    with pytest.raises(ProtocolError, match="more than 256"):
-        dependencies.put_inputs(inputs[3 + 256])
+    with pytest.raises(ProtocolError, match=f"more than {most} "):
+        dependencies.put_inputs(inputs[3 + most])
 
 
 def test_settings_survive_the_pipe_to_a_worker() -> None:
@@ -303,3 +305,25 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     cancelled = [LoadFailed(1, Failure("LoadCancelledError", "the load was cancelled")), Unloaded(1)]
     assert sorted(map(str, given)) == sorted(map(str, [*([] if is_orphan else cancelled), Loaded(2, 1, 2, 3)]))
     assert not at_work.locked()
+
+
+async def test_figures_of_a_load_are_those_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None before they are known; 20 bytes of layers, of which 10 are fetched first."""
+    reports: list[LoadProgress] = []
+
+    async def slow(*arguments: Any) -> None:
+        progress = arguments[-1]
+        for done, total, weights in ((0, 0, 0), (0, 30, 20), (15, 30, 20), (30, 30, 20)):
+            progress.done_bytes, progress.total_bytes, progress.weight_bytes = done, total, weights
+            await asyncio.sleep(0.1)
+
+    async def report(message: LoadProgress) -> None:
+        reports.append(message)
+
+    monkeypatch.setattr(load, "_load", slow)
+    monkeypatch.setattr(load, "_REPORT_S", 0.02)
+    order: Any = SimpleNamespace(epoch=1)
+    anything: Any = None
+    await load.load_stage(order, anything, report, anything, anything)
+    seen = [(message.done_bytes, message.total_bytes) for message in reports]
+    assert list(dict.fromkeys(seen)) == [(0, 20), (10, 20), (20, 20)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamaclust.core.errors import WorkerError
+from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
@@ -98,6 +98,31 @@ def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: 
     seen: list[int] = []
     asyncio.run(run())
     assert [expected_ns < INLINE_NS for expected_ns in seen] == [False, True, False, True]
+
+
+async def test_an_answer_that_cannot_be_made_ends_the_stream_while_no_microbatch_comes(model: Model) -> None:
+    """The answer of a step that the thread computes, while the next microbatch is read."""
+
+    class Queued(StageLoop):
+        async def compute(self, arrival: Any) -> asyncio.Future[Answer]:
+            answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(0.05, answer.set_exception, ProtocolError("no such frame"))
+            return answer
+
+    async def read() -> bytes:
+        if not microbatches_left:
+            await asyncio.Event().wait()
+        return microbatches_left.pop()
+
+    microbatch = Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (0, 1), 0),))
+    microbatches_left = [encode_hidden(encode_microbatch(microbatch), (), None)]
+    compute = Compute()
+    loop = Queued(1, runner_of(model, 0, 3), StageContext("w", compute, Counters()), DEADLINES)
+    stream: Any = SimpleNamespace(read=read)
+    async with asyncio.timeout(10):
+        with pytest.raises(ProtocolError, match="no such frame"):
+            await loop.run(stream, stream)
+    compute.close()
 
 
 async def test_sampling_inputs_may_come_late_but_not_never(model: Model, tmp_path: Path) -> None:

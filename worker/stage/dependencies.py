@@ -10,11 +10,10 @@ from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError
 from llamaclust.wire.microbatch.messages import Microbatch, SampledTokens, SamplingInputs
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, newest_dependency
+from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokensBox, newest_dependency
 
 _TOKENS_S = 600.0
 """A microbatch waits so long for tokens that it depends on; a coordinator that misses a result gives up earlier."""
-_MOST_INPUTS = 256  # that wait for their microbatch: more than any coordinator has in flight
 
 
 class Dependencies:
@@ -35,8 +34,8 @@ class Dependencies:
         found, expected = (inputs.epoch, inputs.number), (self._epoch, self._next_put)
         if found != expected:
             raise ProtocolError(f"sampling inputs {place_text(found)} where {place_text(expected)} was expected")
-        if len(self._inputs) >= _MOST_INPUTS:
-            raise ProtocolError(f"sampling inputs for more than {_MOST_INPUTS} microbatches that did not come")
+        if len(self._inputs) >= MOST_IN_FLIGHT:
+            raise ProtocolError(f"sampling inputs for more than {MOST_IN_FLIGHT} microbatches that did not come")
         self._next_put += 1
         if inputs.number >= self._next_done:
             self._inputs[inputs.number] = inputs

@@ -102,6 +102,10 @@ class StageLoop:
                 send = partial(self._send, outlet, to_first, limit)
                 for number in count():
                     is_close = reading.done()  # to the one before
+                    if not sending.done():
+                        await asyncio.wait((reading, sending), return_when=asyncio.FIRST_COMPLETED)
+                        if sending.done():
+                            sending.result()  # its error ends this, although no further microbatch may come
                     data = await reading
                     if data is None:
                         break

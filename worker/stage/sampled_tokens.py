@@ -7,9 +7,10 @@ from time import perf_counter_ns
 
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask
+from llamaclust.wire.microbatch.codec import MAX_STAGES
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, SamplingInputs
 
-_MOST_KEPT = 256  # more microbatches than any coordinator has in flight
+MOST_IN_FLIGHT = 2 * MAX_STAGES + 4  # microbatches: no coordinator has more
 
 
 def sampled_tokens_of(number: int, rows: tuple[RowResult, ...]) -> SampledTokens:
@@ -37,7 +38,7 @@ class SampledTokensBox:
         if sampled.number <= newest:
             raise ProtocolError(f"tokens of microbatch {sampled.number} after those of {newest}")
         self._tokens[sampled.number] = sampled.tokens, perf_counter_ns()
-        if len(self._tokens) > _MOST_KEPT:
+        if len(self._tokens) > MOST_IN_FLIGHT:
             del self._tokens[next(iter(self._tokens))]
 
     def came_ns(self, microbatch: Microbatch) -> int:

@@ -28,8 +28,10 @@ async def load_stage(order: Load, device: Device, report: Report, weights: Weigh
     memory is short; what `RemoteModel` raises where there is no file."""
 
     async def progressed(done_bytes: int, total_bytes: int) -> None:
-        total_bytes = max(total_bytes, 1)
-        await report(LoadProgress(order.epoch, min(done_bytes, total_bytes), total_bytes))
+        if total_bytes:
+            weight_bytes = progress.weight_bytes or total_bytes
+            done_bytes = min(done_bytes, total_bytes) * weight_bytes // total_bytes
+            await report(LoadProgress(order.epoch, done_bytes, weight_bytes))
 
     progress = Progress()  # of fetching and loading together
     return await progress.during(_load(order, device, weights, reach, progress), progressed, _REPORT_S)
@@ -47,6 +49,7 @@ async def _load(order: Load, device: Device, weights: Weights, reach: Reach, pro
         planned = await asyncio.to_thread(_planned, order, device, outline)
         names = model_program(outline, order.start, order.end, order.limits).weights
         progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + remote.missing_bytes(names)
+        progress.weight_bytes = planned.weight_bytes
         model = await remote.complete(names)
         return await _in_thread(order, device, model, progress)
 

@@ -42,6 +42,7 @@ class Progress:
     def __init__(self) -> None:
         self.total_bytes = 0  # 0: not known yet
         self.done_bytes = 0
+        self.weight_bytes = 0  # of a load, as reported for all of that; 0: the total is
         self._is_cancelled = False
         self._lock = Lock()
 

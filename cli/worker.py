@@ -51,6 +51,10 @@ def worker(
             "--model-dir", metavar="DIR", help="Folder of the model's file, if it is not at the coordinator's path."
         ),
     ] = None,
+    ready_file: Annotated[
+        Path | None,
+        Option("--ready-file", metavar="FILE", help="File that exists while the worker holds layers or is a spare."),
+    ] = None,
     insecure: Annotated[
         bool, Option("--insecure", help="No encryption and no authentication, for a cluster with `insecure: true`.")
     ] = False,
@@ -84,6 +88,7 @@ def worker(
         static=True,
         log_format=variables.log_format,
         model_dir=None if model_dir is None else Path(option_value("--model-dir", expand_home, str(model_dir))),
+        ready_file=ready_file,
         token_file=None if insecure else _token_file(token_file, variables.state_dir),
     )
     _run(with_caches(settings))

@@ -109,6 +109,7 @@ class Member:
         exclusive = asyncio.Lock()
         loads, requests = Loads(session, exclusive), Requests(session, exclusive)
         self._tasks.start(self._send_heartbeats(session))
+        self._tasks.start(self._worker.readiness.follow(exclusive, self._worker.service))
         if self._renewal is not None:
             self._tasks.start(self._renewal.run())
         try:

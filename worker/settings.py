@@ -38,6 +38,7 @@ class WorkerSettings:
     advertise: str = ""  # HOST or HOST:PORT by which others reach it; "": as it listens
     log_format: LogFormat = LogFormat.TEXT
     cluster: str = ""  # its name, for the log; "": unknown
+    ready_file: Path | None = None  # exists while the worker has settled; None: not wanted
     model_dir: Path | None = None  # folder of model files that are not where the coordinator has them
     gpu_layers: int | None = None  # of a stage on GPUs, its last ones; None: as many as fit
     gpu_memory_bytes: int | None = None  # cap on what is taken of each GPU; None: what is free there

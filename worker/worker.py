@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from llamaclust.core.errors import WorkerError
 from llamaclust.wire.rpc.server import Handler
 from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.readiness import Readiness
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.service import StageService
@@ -37,13 +38,15 @@ class Worker:
     service: StageService
     compute: Compute
     weights: Weights
+    readiness: Readiness = field(default_factory=Readiness)
     largest_term: LargestTerm = field(default_factory=LargestTerm)
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Worker:
         """UsageError for a device that this machine does not have."""
         device, service = Device.open(settings), StageService(settings.name)
-        return cls(settings.name, device, service, Compute(), Weights(weight_cache(settings), settings.model_dir))
+        weights = Weights(weight_cache(settings), settings.model_dir)
+        return cls(settings.name, device, service, Compute(), weights, Readiness(settings.ready_file))
 
     @property
     def handlers(self) -> Mapping[str, Handler]:

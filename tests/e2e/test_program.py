@@ -226,7 +226,9 @@ def test_rendered_pods_answer_as_local_processes(
     coordinator = pods[-1]
     eventually(lambda: coordinator.probe("readinessProbe"), pods, "not ready")
     for pod in pods:
-        assert all(pod.probe(kind) for kind in ("startupProbe", "readinessProbe", "livenessProbe")), pod.name
+        assert all(pod.probe(kind) for kind in ("startupProbe", "livenessProbe")), pod.name
+    assert any(pod.probe("readinessProbe") for pod in pods[:-1]), "the one with the layers"
+    eventually(lambda: all(pod.probe("readinessProbe") for pod in pods), pods, "a spare is ready too")
     test = one(manifests, "Pod")["spec"]
     asking = LocalPod("test", "127.0.0.1", test, manifests, tmp_path / "test", coordinator.services)
     answer = json.loads(asking.run(asking.main))

@@ -231,7 +231,7 @@ def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monke
     logging.getLogger("not kept").propagate = False
     nothing: Any = None
     weights: Any = SimpleNamespace(received_bytes=0)
-    worker = Worker("a", nothing, StageService("a"), nothing, weights)
+    worker = Worker("a", nothing, StageService("a"), nothing, weights, nothing)
     session = Session(worker, nothing, Deadlines(), Counters(), say)
     order: Any = SimpleNamespace(epoch=1, start=0, end=2, exclusive=True)
     gc.disable()
@@ -258,7 +258,7 @@ async def test_an_unload_that_fails_is_answered_or_ends_the_process_of_a_lost_de
     nothing: Any = None
     compute: Any = SimpleNamespace(give_up=given_up.append)
     service: Any = SimpleNamespace(remove=remove)
-    session = Session(Worker("a", nothing, service, compute, nothing), nothing, Deadlines(), Counters(), send)
+    session = Session(Worker("a", nothing, service, compute, nothing, nothing), nothing, Deadlines(), Counters(), send)
     await loads.Loads(session, asyncio.Lock()).unload(Unload(3))
     assert given_up == ([error] if lost else [])
     assert answers == ([] if lost else [UnloadFailed(3, Failure("InsufficientMemoryError", "no room"))])

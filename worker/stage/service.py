@@ -33,6 +33,11 @@ class StageService:
             ECHO: serve_echo,
         }
 
+    @property
+    def holds_layers(self) -> bool:
+        """Of any epoch; kept ones do not count."""
+        return bool(self._stages)
+
     def __contains__(self, epoch: int) -> bool:
         return epoch in self._stages
 

@@ -31,6 +31,7 @@ from llamaclust.wire.rpc.client import ECHO, JOIN, Peer, StreamBrokenError
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Insecure, Principal
 from llamaclust.worker.membership import Member
+from llamaclust.worker.readiness import Readiness
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.stage.loop import Counters
@@ -133,7 +134,7 @@ async def test_a_stage_that_ends_while_it_tells_of_another_one_does_not_end_its_
     coordinator = Coordinator()
     server = await Server.start("127.0.0.1:0", INSECURE, {JOIN: coordinator.join})
     nothing: Any = SimpleNamespace()
-    worker = Worker("a", nothing, nothing, nothing, nothing)
+    worker = Worker("a", nothing, nothing, nothing, nothing, Readiness(None))
     member = Member(worker, INSECURE)
     loads = Loads(Session(worker, INSECURE, Deadlines(), Counters(), member.send), asyncio.Lock())
     peer = Peer(server.address, INSECURE)

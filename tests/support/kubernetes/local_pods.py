@@ -129,7 +129,10 @@ class LocalPod:
     def probe(self, kind: str) -> bool:
         """Whether a probe of its container succeeds now."""
         probe = self.main[kind]
-        (where,) = (key for key in ("httpGet", "tcpSocket") if key in probe)
+        (where,) = (key for key in ("httpGet", "tcpSocket", "exec") if key in probe)
+        if where == "exec":
+            command = [self.mapped(word, self.main) for word in probe["exec"]["command"]]
+            return subprocess.run(command, timeout=10, check=False).returncode == 0
         ports = {port["name"]: port["containerPort"] for port in self.main["ports"]}
         port = ports[probe[where]["port"]]
         deadline_s = probe.get("timeoutSeconds", 1)

@@ -22,6 +22,7 @@
 - --memory={{ . }}
 {{- end }}
 - --model-dir=/var/lib/llamaclust/home/models
+- --ready-file=/tmp/ready
 {{- with .Values.workers.gpu }}
 {{- if .count }}
 - --device={{ include "llamaclust.gpus" .count }}

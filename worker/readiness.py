@@ -1,0 +1,48 @@
+"""Readiness of a worker for its supervisor, such as a kubelet: a file that exists while the worker has settled."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from llamaclust.worker.stage.service import StageService
+
+SPARE_S = 10.0
+"""A member without an order for so long is a spare."""
+_PERIOD_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Of a member that holds layers and loads none, or is a spare: evictions that wait for it wait for layers."""
+
+    file: Path | None = None  # None: not wanted
+
+    def __post_init__(self) -> None:
+        """A process that was killed may have left the file."""
+        self._show(False)
+
+    async def follow(self, exclusive: asyncio.Lock, service: StageService) -> None:
+        """While there is a membership; loads and measurements hold `exclusive`."""
+        if self.file is None:
+            return
+        busy_at = monotonic()
+        try:
+            while True:
+                if exclusive.locked():
+                    busy_at = monotonic()
+                is_spare = monotonic() - busy_at >= SPARE_S
+                self._show(not exclusive.locked() and (service.holds_layers or is_spare))
+                await asyncio.sleep(_PERIOD_S)
+        finally:
+            self._show(False)
+
+    def _show(self, is_ready: bool) -> None:
+        if self.file is None:
+            return
+        if is_ready:
+            self.file.touch()
+        else:
+            self.file.unlink(missing_ok=True)

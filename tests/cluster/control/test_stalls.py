@@ -89,7 +89,8 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
             run.hurt("a")
             assert await asyncio.gather(*tasks) == expected
             assert not victims
-            assert sum("it hangs: worker c" in text for text in run.told) == 2, "not where b's loss cancels its load"
+            hangs = sum("it hangs: worker c" in text for text in run.told)
+            assert hangs in (2, 2 + len(stopped)), "b's loss cancels its load, unless that stalls before"
         assert stopped
         await run.whole()
         assert any("worker b (layers" in text and "no sign of life for 0.6 s" in text for text in run.told)

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from llamaclust.cluster.api.openai.reply import OpenAiReply
+from llamaclust.cluster.api.replies.kept import KeptReply
 from llamaclust.cluster.api.replies.replies import Durability, Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
@@ -374,3 +375,27 @@ async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, mo
         refused, whole = await asyncio.gather(*asking)
         assert refused.status_code == 503 and whole.json()["choices"][0]["token_ids"]
         assert len(computed) == 1
+
+
+async def test_of_requests_at_once_in_one_conversation_one_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they come while the one before is being ended."""
+    end = KeptReply.aclose
+
+    async def slow(self: KeptReply) -> None:
+        await asyncio.sleep(0.02)
+        await end(self)
+
+    monkeypatch.setattr(KeptReply, "aclose", slow)
+    headers = {"X-Conversation-Id": "chat"}
+    async with served(tmp_path / "journal") as server:
+        server.pipeline.gate.clear()
+        asking = [
+            asyncio.create_task(server.http.post("/completion", json=body_of("/completion"), headers=headers))
+            for _ in range(6)
+        ]
+        await until(lambda: sum(task.done() for task in asking) == 5)
+        server.pipeline.gate.set()
+        replies = await asyncio.gather(*asking)
+        assert sum("was cancelled" in reply.text for reply in replies) == 5

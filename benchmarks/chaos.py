@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import os
 import signal
-import struct
 import tempfile
 import time
 from collections import Counter, deque
@@ -37,6 +36,7 @@ from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa:
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
 from llamaclust.cluster.state.events import Event, Notice  # noqa: E402
 from llamaclust.core.sampling import SamplingParams  # noqa: E402
+from llamaclust.tools.chaos.tally import Answer, Comparison, answer_rows  # noqa: E402
 
 _SEQUENCES = 8
 _TOKENS = 192
@@ -48,8 +48,6 @@ _LIVES = 5  # that one worker may lose in a minute: the launcher gives it up aft
 _HANGS = 0.2  # share of faults
 _SEEDED = SamplingParams(temperature=0.8, top_k=40, top_p=0.95)
 _MOMENTS = ("prefill",) * 5 + ("decode",) * 7 + ("loading",) * 3 + ("recovery",) * 3 + ("two at once",) * 2
-
-Answer = list[tuple[int, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +63,7 @@ class Tally:
     """What was seen."""
 
     faults: Counter[str] = field(default_factory=Counter)  # by moment and signal
-    lost: int = 0  # tokens that did not come
-    changed: int = 0
-    tokens: int = 0
+    compared: Comparison = field(default_factory=Comparison)
     noticed_s: dict[signal.Signals, list[float]] = field(
         default_factory=lambda: {signal.SIGKILL: [], signal.SIGSTOP: []}
     )
@@ -76,15 +72,12 @@ class Tally:
     )
     last_token_s: float = 0.0
 
-    def compare(self, want: Answer, got: Answer) -> None:
-        self.lost += max(0, len(want) - len(got))
-        self.changed += sum(one != other for one, other in zip(want, got, strict=False))
-        self.tokens += len(got)
-
     def show(self, recoveries: int) -> None:
-        total = self.faults.total()
-        print(f"{total} faults, {recoveries} recoveries: {self.lost} tokens lost, {self.changed} changed", end=" ")
-        print(f"of {self.tokens}")
+        total, compared = self.faults.total(), self.compared
+        print(
+            f"{total} faults, {recoveries} recoveries: {compared.lost} tokens lost, {compared.changed} changed", end=" "
+        )
+        print(f"of {compared.tokens}")
         print(", ".join(f"{what}: {count}" for what, count in sorted(self.faults.items())))
         noticed = ((f"{number.name} noticed", times) for number, times in self.noticed_s.items())
         for what, times in (*noticed, *((f"pause {what}", times) for what, times in self.pauses_s.items())):
@@ -139,7 +132,7 @@ class Chaos:
                 await asyncio.sleep(self._source.uniform(0.0, 1.0))
                 await self._incident()
             for task, request in self._running.items():
-                self.tally.compare(self._expected[request.request_id], await task)
+                self.tally.compared.add(self._expected[request.request_id], await task)
             self._running.clear()
         return self.tally
 
@@ -151,7 +144,7 @@ class Chaos:
         async for event in self._cluster.engine.submit(request):
             if isinstance(event, TokenSampled):
                 self.tally.last_token_s = time.monotonic()
-                rows.append((event.row.token, struct.pack("<f", event.row.logprob)))
+                rows += answer_rows([event.row])
         return rows
 
     # -- faults ------------------------------------------------------------------------------------------------------
@@ -254,7 +247,7 @@ async def run(model: Path, seed: int, faults: int, workers: int, heartbeat_timeo
                 tally = await Chaos(cluster, seed, faults).run()
                 tally.show(cluster.supervisor.recoveries)
     print(f"{time.monotonic() - begun_s:.0f} s in all")
-    if tally.lost or tally.changed:
+    if not tally.compared.is_intact:
         raise SystemExit(1)
 
 

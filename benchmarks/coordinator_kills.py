@@ -15,27 +15,23 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from statistics import median, quantiles
 from typing import Any
 
 from llamaclust.cluster.client.http import AsyncClient
+from llamaclust.tools.chaos.load import Requests, Streams
+from llamaclust.tools.chaos.tally import Comparison, Tally, pause_text
 
-_TOKENS = 96
 _READY_S = 60.0
 _BETWEEN_S = (0.5, 3.0)
-_WORDS = ("one", "river", "stone", "seven", "light", "paper", "green", "north", "salt", "clock")
-
-Answer = list[tuple[int, bytes]]
 
 
 def free_port() -> int:
@@ -43,48 +39,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-@dataclass
-class Streams:
-    """Requests without end, each compared with its undisturbed answer."""
-
-    api: str
-    expected: dict[int, Answer] = field(default_factory=dict)
-    last_token_s: float = 0.0
-    answers: int = 0
-    tokens: int = 0
-    lost: int = 0
-    changed: int = 0
-
-    async def answer(self, client: AsyncClient, number: int) -> Answer:
-        """Greedy and seeded, short and long prompts, chats and completions."""
-        source = Random(number)
-        text = " ".join(source.choices(_WORDS, k=source.choice((3, 30, 120))))
-        options: dict[str, Any] = {"max_tokens": _TOKENS, "ignore_eos": True}
-        if number % 2:
-            options |= {"temperature": 0.8, "top_p": 0.95, "seed": number, "repetition_penalty": 1.05}
-        message = {"role": "user", "content": text}
-        stream = (
-            client.chat([message], stream=True, **options)
-            if number % 3 == 0
-            else client.generate(text, stream=True, **options)
-        )
-        rows: Answer = []
-        async for chunk in stream:
-            rows += [(row.token, struct.pack("<f", row.logprob)) for row in chunk.rows]
-            self.last_token_s = time.monotonic()
-        return rows
-
-    async def repeat(self, client: AsyncClient, number: int, until: asyncio.Event) -> None:
-        while not until.is_set():
-            rows, wanted = await self.answer(client, number), self.expected[number]
-            self.answers += 1
-            self.tokens += len(rows)
-            self.lost += max(0, len(wanted) - len(rows))
-            self.changed += sum(one != other for one, other in zip(wanted, rows, strict=False)) + max(
-                0, len(rows) - len(wanted)
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,19 +114,18 @@ async def bench(model: Path, launcher: str, workers: int, folder: Path) -> Async
         yield made
 
 
-async def run(model: Path, seed: int, kills: int, streams: int, launcher: str, workers: int) -> Streams:
+async def run(model: Path, seed: int, kills: int, streams: int, launcher: str, workers: int) -> Comparison:
     source, pauses_s = Random(seed), []
     with tempfile.TemporaryDirectory(prefix="llamaclust-kills-") as name:
         async with bench(model, launcher, workers, Path(name)) as cluster:
             process = cluster.start()
             try:
                 await cluster.ready(process)
-                asked, done = Streams(cluster.api), asyncio.Event()
+                tally, done = Tally(seed), asyncio.Event()
                 async with AsyncClient(cluster.api) as client:
-                    numbers = range(streams)
-                    answers = await asyncio.gather(*(asked.answer(client, number) for number in numbers))
-                    asked.expected = dict(zip(numbers, answers, strict=True))
-                    running = asyncio.gather(*(asked.repeat(client, number, done) for number in numbers))
+                    load = Streams(client, Requests(), tally)
+                    await load.undisturbed(streams)
+                    running = asyncio.gather(*(load.repeat(number, done) for number in range(streams)))
                     for _ in range(kills):
                         await asyncio.sleep(source.uniform(*_BETWEEN_S))
                         process.send_signal(signal.SIGKILL)
@@ -180,20 +133,20 @@ async def run(model: Path, seed: int, kills: int, streams: int, launcher: str, w
                         process.wait()
                         process = cluster.start()
                         await cluster.ready(process)
-                        while asked.last_token_s < killed_s + 0.05:  # noqa: ASYNC110  other tasks set it
+                        while load.last_token_s < killed_s + 0.05:  # noqa: ASYNC110  other tasks set it
                             await asyncio.sleep(0.005)
-                        pauses_s.append(asked.last_token_s - killed_s)
+                        pauses_s.append(load.last_token_s - killed_s)
                     done.set()
                     await running
             finally:
                 process.send_signal(signal.SIGINT)
                 process.wait(60)
-    p99 = quantiles(pauses_s, n=100)[98] if len(pauses_s) > 1 else pauses_s[0]
-    print(
-        f"{kills} kills, {asked.answers} answers of {asked.tokens} tokens: {asked.lost} lost, {asked.changed} changed"
-    )
-    print(f"pause: median {median(pauses_s):.2f} s, p99 {p99:.2f} s, longest {max(pauses_s):.2f} s")
-    return asked
+    compared = tally.compared
+    print(f"{kills} kills, {compared.answers} answers of {compared.tokens} tokens", end=": ")
+    print(f"{compared.lost} lost, {compared.changed} changed{pause_text(pauses_s)}")
+    for error, count in tally.errors.items():
+        print(f"{count} answers ended with: {error}")
+    return compared
 
 
 def main() -> None:
@@ -206,8 +159,8 @@ def main() -> None:
     parser.add_argument("--launcher", choices=("local", "static"), default="local")
     given = parser.parse_args()
     print(f"seed {given.seed}, {given.launcher}, {given.workers} workers, {given.streams} streams")
-    asked = asyncio.run(run(given.model, given.seed, given.kills, given.streams, given.launcher, given.workers))
-    if asked.lost or asked.changed:
+    compared = asyncio.run(run(given.model, given.seed, given.kills, given.streams, given.launcher, given.workers))
+    if not compared.is_intact:
         raise SystemExit(1)
 
 

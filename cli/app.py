@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llamaclust.cli import bench, cache, cluster, convert, generate, model, quantize, worker
+from llamaclust.cli import bench, cache, chaos, cluster, convert, generate, model, quantize, worker
 from llamaclust.cli.options import FileCommand, PlainCommand, PlainGroup
 from llamaclust.core.version import VERSION
 
@@ -70,7 +70,7 @@ _model = _group(
 _model.add_typer(_cache)
 _commands = (
     *(cluster.up, cluster.down, cluster.status, cluster.plan, cluster.drain, cluster.undrain, cluster.logs),
-    *(worker.worker, generate.generate, generate.chat, bench.bench),
+    *(worker.worker, generate.generate, generate.chat, bench.bench, chaos.chaos),
 )
 app = _group(
     "llamaclust",

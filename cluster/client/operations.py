@@ -45,6 +45,11 @@ class ClusterApi:
         state: dict[str, Any] = self._request("GET", "/cluster")["status"]
         return state
 
+    def context_length(self) -> int:
+        """Tokens that one sequence may have."""
+        tokens: int = self._request("GET", "/props")["default_generation_settings"]["n_ctx"]
+        return tokens
+
     def drain(self, worker: str) -> None:
         """`worker` is a name that a worker may have. Returns when it holds no layers; InsufficientMemoryError or
         another error where it has to hold them."""

@@ -88,6 +88,11 @@ class ClusterDir:
     def _lock(self) -> Path:
         return self.path / "lock"
 
+    @property
+    def _standby(self) -> Path:
+        """A lock of a standby that waits."""
+        return self.path / "standby"
+
     def create(self) -> None:
         """UsageError where the state directory cannot be written to, or other users could put files into it."""
         try:
@@ -134,10 +139,15 @@ class ClusterDir:
 
     def _await_end(self, lock: FileLock) -> bool:
         """Until the lock is held. Whether the cluster that had it was stopped in order: its record is gone then."""
-        was_serving = False
-        while not lock.take():
-            was_serving = was_serving or self.read_record() is not None
-            time.sleep(_STANDBY_LOOK_S)
+        was_serving, standby = False, FileLock(self._standby)
+        try:
+            while not lock.take():
+                if not standby.is_held:
+                    standby.take()
+                was_serving = was_serving or self.read_record() is not None
+                time.sleep(_STANDBY_LOOK_S)
+        finally:
+            standby.release()
         return was_serving and self.read_record() is None
 
     def _bring_back(self, lock: FileLock, end: threading.Event) -> None:
@@ -164,6 +174,11 @@ class ClusterDir:
     def is_running(self) -> bool:
         """Whether a process holds the lock now."""
         return is_locked(self._lock)
+
+    @property
+    def has_standby(self) -> bool:
+        """Whether a process waits to take over."""
+        return is_locked(self._standby)
 
     def ends_within(self, seconds: float) -> bool:
         """Waits for the end of the process that holds the lock."""

@@ -194,3 +194,19 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_none(tmp_path: Path) -> No
             pass
     assert sorted(tmp_path.rglob("*")) == before
     assert read_profiles(tmp_path) == known
+
+
+def test_a_standby_that_waits_is_seen(tmp_path: Path) -> None:
+    folder = ClusterDir(tmp_path / "home")
+
+    def wait() -> None:
+        with ClusterDir(folder.path).locked(is_standby=True):
+            pass
+
+    standby = threading.Thread(target=wait)
+    with folder.locked():
+        assert not folder.has_standby
+        standby.start()
+        eventually(lambda: folder.has_standby, 5.0, "a standby")
+    standby.join(10)
+    assert not standby.is_alive() and not folder.has_standby

@@ -1,0 +1,106 @@
+"""`chaos`: faults in a running cluster of one's own, under load."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from contextlib import ExitStack
+from random import SystemRandom
+from signal import SIGHUP, SIGTERM
+from typing import TYPE_CHECKING, Annotated, Self
+
+from typer import Exit, Option
+
+from llamaclust.cli.interrupts import ends_at_once, signals_as_interrupts
+from llamaclust.cli.options import Cluster
+from llamaclust.cli.terminal import printable
+
+if TYPE_CHECKING:
+    from llamaclust.tools.chaos.run import ChaosSettings
+
+_LINE_S = 5.0
+
+
+def chaos(
+    minutes: Annotated[float, Option(metavar="M", min=0.01, max=10_000.0, help="How long faults are injected.")] = 1.0,
+    seed: Annotated[int | None, Option(metavar="N", min=0, help="Of the faults. Default: random.")] = None,
+    streams: Annotated[int, Option(metavar="K", min=1, max=64, help="Requests at a time.")] = 8,
+    coordinator: Annotated[
+        bool, Option("--coordinator", help="Kill the coordinator also without a standby: something else restarts it.")
+    ] = False,
+    kill_joined: Annotated[
+        bool, Option("--kill-joined", help="Kill workers that joined by themselves too: something else restarts them.")
+    ] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Although other clients' requests run.")] = False,
+    cluster: Cluster = None,
+) -> None:
+    """Test a running cluster of your own: kill, stop and drain its workers under load, and check every answer."""
+    with ends_at_once():
+        from llamaclust.cluster.config.environment import environment
+        from llamaclust.tools.chaos.run import ChaosSettings
+        from llamaclust.tools.chaos.targets import Permissions
+
+    settings = ChaosSettings(
+        state_dir=environment().state_dir,
+        cluster=cluster,
+        seed=SystemRandom().randrange(1 << 31) if seed is None else seed,
+        duration_s=60.0 * minutes,
+        streams=streams,
+        permissions=Permissions(coordinator, kill_joined),
+        with_other_requests=yes,
+    )
+    if not _run(settings):
+        raise Exit(1)
+
+
+def _run(settings: ChaosSettings) -> bool:
+    """Prints the verdict once faults may have happened, also after Ctrl-C. Whether every answer was intact."""
+    from llamaclust.tools.chaos.run import run_chaos
+    from llamaclust.tools.chaos.tally import Tally
+
+    tally = Tally(settings.seed)
+    with signals_as_interrupts(SIGTERM, SIGHUP):
+        try:
+            with ChaosView() as view:
+                asyncio.run(run_chaos(settings, tally, view))
+        except KeyboardInterrupt:
+            if tally.compared.is_intact:
+                raise
+        finally:
+            if tally.faults or tally.compared.answers:
+                print(*map(printable, tally.verdict()), sep="\n", flush=True)
+    return tally.compared.is_intact
+
+
+class ChaosView:
+    """On standard error: lines, and the state in their last place; where that is no terminal, every five seconds."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False, markup=False)
+        self._status = self._console.status("")
+        self._stack = ExitStack()
+        self._shown_s = -_LINE_S
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._stack.enter_context(self._status)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def line(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._console.print(printable(text))
+        else:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    def progress(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._status.update(printable(text))
+        elif time.monotonic() - self._shown_s >= _LINE_S:
+            self._shown_s = time.monotonic()
+            self.line(text)

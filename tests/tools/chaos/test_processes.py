@@ -1,0 +1,68 @@
+"""Only a cluster's own processes are signalled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from llamaclust.tools.chaos import processes
+
+SLEEP = "import time; time.sleep(60)"
+
+
+@contextmanager
+def started(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", SLEEP, *words])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_process_is_known_by_its_start_time() -> None:
+    with started("-m", "llamaclust.worker", "--name", "a") as process:
+        found = processes.local_worker({"name": "a", "pid": process.pid}, os.getpid())
+        assert found is not None and found.pid == process.pid
+        assert not replace(found, start_time=found.start_time - 1).send(signal.SIGKILL)
+        assert process.poll() is None
+        assert found.send(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+        assert found.send(signal.SIGCONT) and found.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not found.send(signal.SIGKILL)
+
+
+def test_others_are_no_workers() -> None:
+    with started("-m", "llamaclust.worker", "--name", "a") as process:
+        assert processes.local_worker({"name": "b", "pid": process.pid}, os.getpid()) is None
+        assert processes.local_worker({"name": "a", "pid": process.pid}, os.getpid() + 1) is None
+        assert processes.joined_worker({"name": "a", "pid": process.pid, "address": "127.0.0.1:1"}) is None
+        assert processes.coordinator(process.pid) is None
+    with started("something") as process:
+        assert processes.local_worker({"name": "a", "pid": process.pid}, os.getpid()) is None
+    assert processes.local_worker({"name": "a", "pid": 1}, 0) is None
+    assert processes.coordinator(process.pid) is None
+
+
+def test_a_joined_worker_listens_on_its_port(tmp_path: Path) -> None:
+    code = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()"
+    script = tmp_path / "llamaclust"
+    script.write_text(code)
+    words = [sys.executable, str(script), "worker", "--join", "x:1"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        found = processes.joined_worker({"name": "a", "pid": process.pid, "address": f"127.0.0.1:{port}"})
+        assert found is not None and found.pid == process.pid
+        assert processes.joined_worker({"name": "a", "pid": process.pid, "address": f"127.0.0.1:{port + 1}"}) is None
+        process.kill()

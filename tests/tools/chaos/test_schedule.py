@@ -1,0 +1,60 @@
+"""Which faults come, from a seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from llamaclust.tools.chaos.schedule import Fault, FaultKind, Schedule
+
+WORKERS = ("a", "b", "c")
+ALL = dict.fromkeys(FaultKind, WORKERS) | {FaultKind.COORDINATOR: ("tiny",)}
+
+
+def faults(seed: int, count: int, every_s: float = 100.0) -> list[Fault | None]:
+    schedule = Schedule(seed)
+    return [schedule.next_fault(number * every_s, ALL) for number in range(count)]
+
+
+def test_a_seed_gives_the_same_faults() -> None:
+    assert faults(5, 50) == faults(5, 50) != faults(6, 50)
+    assert Schedule(5).pause_s() == Schedule(5).pause_s()
+
+
+def test_every_kind_and_target_comes() -> None:
+    seen = Counter((fault.kind, fault.target) for fault in faults(1, 500) if fault)
+    assert seen.keys() == {(kind, name) for kind, names in ALL.items() for name in names}
+
+
+def test_stops_are_shorter_and_longer_than_the_heartbeat_timeout() -> None:
+    held_s = [fault.hold_s for fault in faults(1, 500) if fault and fault.kind is FaultKind.STOP]
+    assert min(held_s) < 0.2 and sum(seconds > 5 for seconds in held_s) > 10 and max(held_s) <= 10
+    assert all(fault.hold_s == 0 for fault in faults(1, 500) if fault and fault.kind is FaultKind.KILL)
+
+
+def test_draws_do_not_depend_on_targets() -> None:
+    some, none = Schedule(9), Schedule(9)
+    some.next_fault(0.0, ALL)
+    assert none.next_fault(0.0, {}) is None
+    assert some.pause_s() == none.pause_s()
+
+
+def test_a_worker_keeps_restarts_within_a_minute() -> None:
+    """Five losses each; drains and the coordinator are left."""
+    found = [fault for fault in faults(2, 400, every_s=0.1) if fault]
+    losses = Counter(fault.target for fault in found if fault.kind in (FaultKind.KILL, FaultKind.STOP))
+    assert losses == dict.fromkeys(WORKERS, 5)
+    only = {FaultKind.KILL: ("a",)}
+    schedule = Schedule(2)
+    assert [schedule.next_fault(0.0, only) is not None for _ in range(6)] == [True] * 5 + [False]
+    assert schedule.next_fault(76.0, only) == Fault(FaultKind.KILL, "a")
+
+
+def test_the_last_worker_is_neither_stopped_nor_drained() -> None:
+    schedule = Schedule(3)
+    found = [schedule.next_fault(100.0 * number, ALL, {"a", "b"}) for number in range(100)]
+    assert {(fault.kind, fault.target) for fault in found if fault} == {
+        (FaultKind.KILL, "c"),
+        (FaultKind.COORDINATOR, "tiny"),
+    }
+    alone = dict.fromkeys((FaultKind.STOP, FaultKind.DRAIN), ("a",))
+    assert schedule.next_fault(0.0, alone) is None

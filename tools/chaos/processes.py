@@ -1,0 +1,116 @@
+"""Processes that may be signalled: a cluster's own, known by process id and start time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_PROC = Path("/proc")
+_STATE, _PARENT, _START = 0, 1, 19  # fields of /proc/PID/stat after the name
+_LISTENING = "0A"
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One of this user; another that gets its id later has another start time."""
+
+    pid: int
+    start_time: int  # in clock ticks since the machine started
+
+    @property
+    def is_running(self) -> bool:
+        """Neither ended nor waiting to be reaped."""
+        fields = _stat(self.pid)
+        return fields is not None and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
+
+    def send(self, number: signal.Signals) -> bool:
+        """Whether it was there to be signalled: the id cannot change hands between check and signal."""
+        with suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(self.pid)
+            try:
+                if self.is_running:
+                    signal.pidfd_send_signal(descriptor, number)
+                    return True
+            finally:
+                os.close(descriptor)
+        return False
+
+
+def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | None:
+    """A worker's process that the coordinator started on this machine; `worker` is of `GET /cluster`."""
+    process = _own_process(worker["pid"])
+    if process is None or not _is_command(_command_line(process.pid), ["-m", "llamaclust.worker", "--name"], worker):
+        return None
+    fields = _stat(process.pid)
+    return process if fields is not None and int(fields[_PARENT]) == coordinator_pid else None
+
+
+def joined_worker(worker: Mapping[str, Any]) -> Process | None:
+    """The process of a worker that joined by itself, if it is on this machine: it listens on the worker's port."""
+    process = _own_process(worker["pid"])
+    if process is None:
+        return None
+    words = _command_line(process.pid)
+    is_worker = "worker" in words and any(Path(word).name == "llamaclust" for word in words[: words.index("worker")])
+    _, _, port = str(worker["address"]).rpartition(":")
+    return process if is_worker and port.isdecimal() and _listens(process.pid, int(port)) else None
+
+
+def coordinator(pid: int) -> Process | None:
+    """The coordinator's process, of a cluster's record."""
+    process = _own_process(pid)
+    if process is None:
+        return None
+    words = _command_line(pid)
+    return process if "up" in words and any(Path(word).name == "llamaclust" for word in words) else None
+
+
+def _own_process(pid: int) -> Process | None:
+    try:
+        is_own = (_PROC / str(pid)).stat().st_uid == os.getuid()
+    except OSError:
+        return None
+    fields = _stat(pid)
+    return Process(pid, int(fields[_START])) if is_own and fields is not None else None
+
+
+def _stat(pid: int) -> list[str] | None:
+    try:
+        return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _command_line(pid: int) -> list[str]:
+    try:
+        return (_PROC / str(pid) / "cmdline").read_text(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def _is_command(words: Sequence[str], command: Sequence[str], worker: Mapping[str, Any]) -> bool:
+    wanted = [*command, worker["name"]]
+    return any(list(words[i : i + len(wanted)]) == wanted for i in range(len(words)))
+
+
+def _listens(pid: int, port: int) -> bool:
+    folder, inodes = _PROC / str(pid), set()
+    with suppress(OSError):
+        for name in ("tcp", "tcp6"):
+            for line in (folder / "net" / name).read_text().splitlines()[1:]:
+                (
+                    _,
+                    local,
+                    _,
+                    state,
+                    *_,
+                ) = fields = line.split()
+                if state == _LISTENING and int(local.rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+        return any(str(link.readlink()) in inodes for link in (folder / "fd").iterdir())
+    return False

@@ -1,0 +1,152 @@
+"""A fault test of a running cluster: load, faults, comparison."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from llamaclust.cluster.api.settings import first_key
+from llamaclust.cluster.client.http import AsyncClient
+from llamaclust.cluster.client.operations import ClusterApi
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, find_running
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.tools.chaos.injector import Injector
+from llamaclust.tools.chaos.load import Streams, fitting_requests
+from llamaclust.tools.chaos.schedule import FaultKind, Schedule
+from llamaclust.tools.chaos.tally import Tally
+from llamaclust.tools.chaos.targets import Permissions, Targets, find_targets
+
+_SHOW_S = 1.0
+_FINISH_S = 180.0
+"""For the last answers, after the last fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChaosSettings:
+    state_dir: Path
+    cluster: str | None  # the only one
+    seed: int
+    duration_s: float
+    streams: int
+    permissions: Permissions
+    with_other_requests: bool  # those of other clients may be disturbed
+
+
+class View(Protocol):
+    """Shows a run while it goes on."""
+
+    def line(self, text: str) -> None: ...
+
+    def progress(self, text: str) -> None:
+        """In the place of the last one."""
+
+
+async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
+    """Fills the tally; faults that are held are undone, also where it is cancelled.
+
+    UsageError where the cluster has nothing that may be disturbed, or serves other clients."""
+    folder, record = find_running(settings.state_dir, settings.cluster)
+    context_tokens = _check(settings, folder, record, view)
+    injector = Injector(settings.state_dir, record.name, settings.permissions, view.line)
+    key = None if record.api_keys_file is None else first_key(Path(record.api_keys_file))
+    async with AsyncClient(record.api, key) as client:
+        view.progress(f"taking {settings.streams} undisturbed answers")
+        streams = Streams(client, await fitting_requests(client, context_tokens), tally)
+        await streams.undisturbed(settings.streams)
+        try:
+            async with _load(streams):
+                try:
+                    await _disturb(settings, injector, streams, view)
+                finally:
+                    injector.close()
+                    view.progress("waiting for the last answers")
+        finally:
+            injector.close()
+
+
+def _check(settings: ChaosSettings, folder: ClusterDir, record: ClusterRecord, view: View) -> int:
+    """Tells what will be done; returns the context length."""
+    with ClusterApi(record) as api:
+        status, context_tokens = api.status(), api.context_length()
+    busy = status["requests"]["running"] + status["requests"]["waiting"]
+    if busy and not settings.with_other_requests:
+        raise UsageError(f"{record.name} serves {busy} requests of other clients; --yes: disturb them too")
+    targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)
+    kinds = [f"{kind.value} ({', '.join(names)})" for kind, names in targets.names.items() if _suffices(kind, targets)]
+    if not kinds:
+        raise UsageError(f"{record.name} has no worker on this machine that can be disturbed, and none to drain")
+    minutes = f"{settings.duration_s / 60:g} minutes"
+    view.line(f"{record.name}: {minutes} of faults under {settings.streams} streams, seed {settings.seed}:")
+    view.line(f"  {'; '.join(kinds)}")
+    return context_tokens
+
+
+def _suffices(kind: FaultKind, targets: Targets) -> bool:
+    """The last worker is neither stopped nor drained."""
+    least = 2 if kind in (FaultKind.STOP, FaultKind.DRAIN) else 1
+    return len(targets.names[kind]) >= 1 and (least == 1 or len(targets.names[FaultKind.DRAIN]) >= least)
+
+
+@asynccontextmanager
+async def _load(streams: Streams) -> AsyncIterator[None]:
+    """Requests run meanwhile; those that run at the end are finished, unless it ends by an exception."""
+    done = asyncio.Event()
+    tasks = {asyncio.create_task(streams.repeat(number, done)): number for number in streams.expected}
+    try:
+        yield
+        done.set()
+        _, late = await asyncio.wait(tasks, timeout=_FINISH_S)
+        for task in late:
+            streams.tally.errors[f"no end within {_FINISH_S:.0f} s of the last fault"] += 1
+            streams.tally.compared.add(streams.expected[tasks[task]], [])
+    finally:
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+    for error in ended:
+        if isinstance(error, Exception):
+            raise error
+
+
+async def _disturb(settings: ChaosSettings, injector: Injector, streams: Streams, view: View) -> None:
+    schedule, begun_s = Schedule(settings.seed), time.monotonic()
+    end_s = begun_s + settings.duration_s
+    showing = asyncio.create_task(_show_progress(streams, end_s, view))
+    try:
+        while (left_s := end_s - time.monotonic()) > 0:
+            await asyncio.sleep(min(left_s, schedule.pause_s()))
+            if time.monotonic() < end_s:
+                await _one_fault(schedule, injector, streams.tally, begun_s, view)
+    finally:
+        showing.cancel()
+
+
+async def _one_fault(schedule: Schedule, injector: Injector, tally: Tally, begun_s: float, view: View) -> None:
+    try:
+        targets = await asyncio.to_thread(injector.targets)
+    except LlamaclustError as error:
+        view.line(f"no status: {error}")
+        return
+    now_s = time.monotonic()
+    fault = schedule.next_fault(now_s, targets.names, injector.held)
+    if fault is None:
+        return
+    tally.pauses.fault(fault.kind, now_s)
+    view.line(f"{now_s - begun_s:7.2f} s: {fault}")
+    if await injector.inject(fault, targets):
+        tally.faults[fault.kind] += 1
+
+
+async def _show_progress(streams: Streams, end_s: float, view: View) -> None:
+    before, tally = streams.received, streams.tally
+    while True:
+        await asyncio.sleep(_SHOW_S)
+        rate, before = (streams.received - before) / _SHOW_S, streams.received
+        parts = (f"{rate:.0f} tok/s", f"{tally.compared.answers} answers", f"{tally.faults.total()} faults")
+        wrong = tally.compared.lost + tally.compared.changed
+        view.progress(f"{', '.join(parts)}, {wrong} tokens wrong, {max(0.0, end_s - time.monotonic()):.0f} s left")

@@ -1,0 +1,107 @@
+"""Which fault comes next, and when: drawn from a seed. Pure: no clock, no processes.
+
+Each fault takes the same number of draws, whatever the cluster looks like: a seed gives the same faults to a cluster in
+the same states.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from random import Random
+
+_BETWEEN_S = (0.5, 3.0)
+_STOPPED_S = (0.1, 10.0)
+"""Shorter and longer than `timeouts.worker`, log-uniform: a worker that is slow, and one that is lost."""
+_DRAINED_S = (0.5, 5.0)
+_LOSSES = 5
+_WITHIN_S = 75.0
+"""A launcher restarts a worker six times a minute at most, one that hangs a while after its fault."""
+
+
+class FaultKind(StrEnum):
+    KILL = "SIGKILL of a worker"
+    STOP = "SIGSTOP of a worker"
+    DRAIN = "drain of a worker"
+    COORDINATOR = "SIGKILL of the coordinator"
+
+
+_WEIGHTS = {FaultKind.KILL: 5, FaultKind.STOP: 3, FaultKind.DRAIN: 2, FaultKind.COORDINATOR: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """`target` is a worker's name, or that of the cluster; `hold_s` is 0 for a kill."""
+
+    kind: FaultKind
+    target: str
+    hold_s: float = 0.0
+
+    def __str__(self) -> str:
+        held = f" for {self.hold_s:.1f} s" if self.hold_s else ""
+        return f"{self.kind.value.partition(' ')[0]} {self.target}{held}"
+
+
+class Schedule:
+    """Faults of one run."""
+
+    def __init__(self, seed: int) -> None:
+        self._source = Random(seed)
+        self._losses_s: dict[str, deque[float]] = {}
+
+    def pause_s(self) -> float:
+        """From one fault to the next."""
+        return self._source.uniform(*_BETWEEN_S)
+
+    def next_fault(
+        self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
+    ) -> Fault | None:
+        """None where no target is left. `held`: targets that are stopped or drained now; they are left alone, and the
+        last worker beside them is neither stopped nor drained."""
+        kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
+        able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
+        if not able:
+            return None
+        kind = _pick(list(able), [_WEIGHTS[kind] for kind in able], kind_draw)
+        target = able[kind][int(target_draw * len(able[kind]))]
+        if kind in (FaultKind.KILL, FaultKind.STOP):
+            self._losses_s.setdefault(target, deque(maxlen=_LOSSES)).append(now_s)
+        return Fault(kind, target, _hold_s(kind, hold_draw))
+
+    def _able(
+        self, kind: FaultKind, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: frozenset[str]
+    ) -> list[str]:
+        names = [name for name in sorted(targets.get(kind, ())) if name not in held]
+        if kind is FaultKind.COORDINATOR:
+            return names
+        if kind is not FaultKind.KILL and not self._leaves_one(targets, held):
+            return []
+        return names if kind is FaultKind.DRAIN else [name for name in names if self._has_restarts(name, now_s)]
+
+    @staticmethod
+    def _leaves_one(targets: Mapping[FaultKind, Sequence[str]], held: frozenset[str]) -> bool:
+        workers = {name for kind, names in targets.items() if kind is not FaultKind.COORDINATOR for name in names}
+        return len(workers - held) > 1
+
+    def _has_restarts(self, name: str, now_s: float) -> bool:
+        losses_s = self._losses_s.get(name, ())
+        return sum(now_s - loss_s <= _WITHIN_S for loss_s in losses_s) < _LOSSES
+
+
+def _pick(kinds: Sequence[FaultKind], weights: Sequence[int], draw: float) -> FaultKind:
+    left = draw * sum(weights)
+    for kind, weight in zip(kinds, weights, strict=True):
+        left -= weight
+        if left < 0:
+            return kind
+    return kinds[-1]
+
+
+def _hold_s(kind: FaultKind, draw: float) -> float:
+    if kind is FaultKind.STOP:
+        low_s, high_s = _STOPPED_S
+        return float(low_s * (high_s / low_s) ** draw)
+    low_s, high_s = _DRAINED_S
+    return low_s + (high_s - low_s) * draw if kind is FaultKind.DRAIN else 0.0

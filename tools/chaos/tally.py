@@ -1,0 +1,107 @@
+"""What a run has seen: answers compared with the undisturbed ones, and pauses after faults. Pure."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+
+from llamaclust.core.sampling import RowResult
+from llamaclust.tools.chaos.schedule import FaultKind
+
+Answer = list[tuple[int, bytes]]
+"""Token ids, each with the bits of its float32 logprob."""
+_WATCH_S = 30.0
+"""A gap that begins later after a fault is not its pause."""
+
+
+def answer_rows(rows: Iterable[RowResult]) -> Answer:
+    return [(row.token, struct.pack("<f", row.logprob)) for row in rows]
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Answers beside the undisturbed ones, in tokens."""
+
+    answers: int = 0
+    tokens: int = 0
+    lost: int = 0
+    changed: int = 0  # in their id or a bit of their logprob, and those beyond the undisturbed answer
+
+    def add(self, expected: Answer, answer: Answer) -> None:
+        self.answers += 1
+        self.tokens += len(answer)
+        self.lost += max(0, len(expected) - len(answer))
+        self.changed += max(0, len(answer) - len(expected))
+        self.changed += sum(row != other for row, other in zip(expected, answer, strict=False))
+
+    @property
+    def is_intact(self) -> bool:
+        return not self.lost and not self.changed
+
+
+@dataclass(slots=True)
+class Pauses:
+    """The longest time without a token of any request, for each fault: until the next fault, or 30 s later. A gap with
+    several faults counts for each, from that fault on."""
+
+    _last_s: float | None = None
+    _open: list[tuple[float, FaultKind]] = field(default_factory=list)  # since the last token, and the fault before it
+    _longest: list[tuple[FaultKind, float]] = field(default_factory=list)
+    _latest: tuple[float, int] | None = None  # the last fault that was followed by a token: when, its place
+
+    def fault(self, kind: FaultKind, now_s: float) -> None:
+        self._open.append((now_s, kind))
+
+    def token(self, now_s: float) -> None:
+        if self._latest is not None and self._last_s is not None and self._last_s - self._latest[0] < _WATCH_S:
+            place = self._latest[1]
+            kind, longest_s = self._longest[place]
+            end_s = self._open[0][0] if self._open else now_s
+            self._longest[place] = kind, max(longest_s, end_s - self._last_s)
+        for at_s, kind in self._open:
+            self._latest = at_s, len(self._longest)
+            self._longest.append((kind, now_s - at_s))
+        self._open.clear()
+        self._last_s = now_s
+
+    def by_kind(self) -> dict[FaultKind, list[float]]:
+        """In seconds."""
+        found: dict[FaultKind, list[float]] = {}
+        for kind, seconds in self._longest:
+            found.setdefault(kind, []).append(seconds)
+        return found
+
+
+@dataclass(slots=True)
+class Tally:
+    """Of one run with this seed."""
+
+    seed: int
+    faults: Counter[FaultKind] = field(default_factory=Counter)
+    compared: Comparison = field(default_factory=Comparison)
+    pauses: Pauses = field(default_factory=Pauses)
+    errors: Counter[str] = field(default_factory=Counter)  # that ended an answer
+
+    def verdict(self) -> Iterator[str]:
+        """Its lines."""
+        compared = self.compared
+        result = "nothing lost, nothing changed" if compared.is_intact else "LOST OR CHANGED"
+        yield f"{result}: {self.faults.total()} faults, seed {self.seed}"
+        yield f"{compared.answers} answers, {compared.tokens} tokens: {compared.lost} lost, {compared.changed} changed"
+        pauses = self.pauses.by_kind()
+        for kind in FaultKind:
+            if count := self.faults[kind]:
+                yield f"{kind.value}: {count}{pause_text(pauses.get(kind, ()))}"
+        for error, count in self.errors.most_common(3):
+            yield f"{count} answers ended with: {error}"
+
+
+def pause_text(seconds: Sequence[float]) -> str:
+    """`; pause: median ..., p99 ..., longest ...`, or nothing."""
+    if not seconds:
+        return ""
+    p99_s = quantiles(seconds, n=100, method="inclusive")[98] if len(seconds) > 1 else seconds[0]
+    return f"; pause: median {median(seconds):.2f} s, p99 {p99_s:.2f} s, longest {max(seconds):.2f} s"

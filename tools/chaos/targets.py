@@ -1,0 +1,53 @@
+"""What of a running cluster may be disturbed, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llamaclust.cluster.state.directory import ClusterRecord
+from llamaclust.tools.chaos import processes
+from llamaclust.tools.chaos.processes import Process
+from llamaclust.tools.chaos.schedule import FaultKind
+
+_GONE = ("left", "lost")
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """What may be killed although this program cannot see that it is started again."""
+
+    coordinator: bool = False
+    joined_workers: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Names by kind of fault, and the processes of those that would be signalled."""
+
+    names: Mapping[FaultKind, tuple[str, ...]] = field(default_factory=dict)
+    workers: Mapping[str, Process] = field(default_factory=dict)
+    coordinator: Process | None = None
+
+
+def find_targets(
+    record: ClusterRecord, status: Mapping[str, Any], permissions: Permissions, *, has_standby: bool
+) -> Targets:
+    """Of a cluster's record and its `status`: connected workers that the user has not drained."""
+    workers = [worker for worker in status["workers"] if worker["state"] not in _GONE and not worker["drained"]]
+    is_local = record.launcher == "local"
+    found = {
+        worker["name"]: processes.local_worker(worker, record.pid) if is_local else processes.joined_worker(worker)
+        for worker in workers
+    }
+    own = {name: process for name, process in found.items() if process is not None}
+    may_kill = is_local or permissions.joined_workers
+    coordinator = processes.coordinator(record.pid) if has_standby or permissions.coordinator else None
+    names = {
+        FaultKind.KILL: tuple(own) if may_kill else (),
+        FaultKind.STOP: tuple(own),
+        FaultKind.DRAIN: tuple(worker["name"] for worker in workers),
+        FaultKind.COORDINATOR: () if coordinator is None else (record.name,),
+    }
+    return Targets(names, own, coordinator)

@@ -72,7 +72,7 @@ class Injector:
 
     def _status(self) -> tuple[ClusterRecord, dict[str, Any]]:
         _, record = find_running(self._state_dir, self._name)
-        with ClusterApi(record) as api:
+        with ClusterApi.of(record) as api:
             return record, api.status()
 
     def _hold(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -107,7 +107,7 @@ class Injector:
 
     def _request_drain(self, name: str) -> None:
         _, record = find_running(self._state_dir, self._name)
-        with ClusterApi(record) as api:
+        with ClusterApi.of(record) as api:
             api.drain(name)
 
     def _undrain(self, name: str) -> None:
@@ -116,7 +116,7 @@ class Injector:
         while name in self._drained:
             try:
                 _, record = find_running(self._state_dir, self._name)
-                with ClusterApi(record) as api:
+                with ClusterApi.of(record) as api:
                     api.undrain(name)
                 self._drained.discard(name)
             except LlamaclustError as error:

@@ -71,7 +71,7 @@ async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
 
 def _check(settings: ChaosSettings, folder: ClusterDir, record: ClusterRecord, view: View) -> int:
     """Tells what will be done; returns the context length."""
-    with ClusterApi(record) as api:
+    with ClusterApi.of(record) as api:
         status, context_tokens = api.status(), api.context_length()
     busy = status["requests"]["running"] + status["requests"]["waiting"]
     if busy and not settings.with_other_requests:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llamaclust.cli import bench, cache, chaos, cluster, convert, generate, model, quantize, worker
+from llamaclust.cli import bench, cache, chaos, cluster, generate, worker
+from llamaclust.cli.models import convert, model, quantize
 from llamaclust.cli.options import FileCommand, PlainCommand, PlainGroup
 from llamaclust.core.version import VERSION
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cli.quantize import imatrix
+from llamaclust.cli.models.quantize import imatrix
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.atomic_file import new_file
 from llamaclust.tools.convert.conversion import convert

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cli.models.perplexity import Source
 from llamaclust.cli.options import Gpus
-from llamaclust.cli.perplexity import Source
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.kernels.cuda.backend import CudaBackend

@@ -210,7 +210,7 @@ def perplexity(
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, as llama.cpp's llama-perplexity does; lower is better."""
-    from llamaclust.cli.perplexity import Evaluation, Source, evaluate
+    from llamaclust.cli.models.perplexity import Evaluation, Source, evaluate
 
     evaluation = Evaluation(text, context, chunks, base, compare, hellaswag, tasks)
     evaluation.check()

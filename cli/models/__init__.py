@@ -1,0 +1,1 @@
+"""Commands on model files: pull, list, info, perplexity, convert, quantize, imatrix, split."""

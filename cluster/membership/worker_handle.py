@@ -173,7 +173,7 @@ class WorkerHandle:
         """The load under way, if any, fails with LoadCancelledError once it has ended on the worker."""
         if self.loading is not None:
             error = LoadCancelledError(f"worker {self.name}: its load is not needed any more")
-            self.channel.answer(f"load of epoch {self.loading.epoch}", error)
+            self.channel.answer(f"load of epoch {epoch_text(self.loading.epoch)}", error)
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
         """Frees the stage of an epoch. Raises the worker's own error where it fails, WorkerError where the worker is

@@ -53,7 +53,7 @@ def worker(
     ] = None,
     ready_file: Annotated[
         Path | None,
-        Option("--ready-file", metavar="FILE", help="File that exists while the worker holds layers or is a spare."),
+        Option("--ready-file", metavar="FILE", help="File that exists while the worker holds layers or is idle."),
     ] = None,
     insecure: Annotated[
         bool, Option("--insecure", help="No encryption and no authentication, for a cluster with `insecure: true`.")

@@ -9,14 +9,14 @@ from time import monotonic
 
 from llamaclust.worker.stage.service import StageService
 
-SPARE_S = 10.0
-"""A member without an order for so long is a spare."""
+IDLE_S = 10.0
+"""A member without an order for so long is idle."""
 _PERIOD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Of a member that holds layers and loads none, or is a spare: evictions that wait for it wait for layers."""
+    """Of a member that holds layers and loads none, or is idle: evictions that wait for it wait for layers."""
 
     file: Path | None = None  # None: not wanted
 
@@ -33,8 +33,8 @@ class Readiness:
             while True:
                 if exclusive.locked():
                     busy_at = monotonic()
-                is_spare = monotonic() - busy_at >= SPARE_S
-                self._show(not exclusive.locked() and (service.holds_layers or is_spare))
+                is_idle = monotonic() - busy_at >= IDLE_S
+                self._show(not exclusive.locked() and (service.holds_layers or is_idle))
                 await asyncio.sleep(_PERIOD_S)
         finally:
             self._show(False)

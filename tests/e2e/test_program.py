@@ -228,7 +228,7 @@ def test_rendered_pods_answer_as_local_processes(
     for pod in pods:
         assert all(pod.probe(kind) for kind in ("startupProbe", "livenessProbe")), pod.name
     eventually(
-        lambda: all(pod.probe("readinessProbe") for pod in pods), pods, "layers are loaded, the other one is a spare"
+        lambda: all(pod.probe("readinessProbe") for pod in pods), pods, "layers are loaded, the other one is idle"
     )
     test = one(manifests, "Pod")["spec"]
     asking = LocalPod("test", "127.0.0.1", test, manifests, tmp_path / "test", coordinator.services)

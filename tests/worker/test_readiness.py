@@ -1,4 +1,4 @@
-"""A worker is ready while it holds layers and loads none, or is a spare."""
+"""A worker is ready while it holds layers and loads none, or is idle."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_layers_make_it_ready_and_a_load_does_not(file: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_spare_is_ready_until_its_membership_ends(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "SPARE_S", 0.2)
+def test_an_idle_worker_is_ready_until_its_membership_ends(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "IDLE_S", 0.2)
 
     is_ready = file.exists
 

@@ -391,10 +391,8 @@ async def test_of_requests_at_once_in_one_conversation_one_is_left(
     headers = {"X-Conversation-Id": "chat"}
     async with served(tmp_path / "journal") as server:
         server.pipeline.gate.clear()
-        asking = [
-            asyncio.create_task(server.http.post("/completion", json=body_of("/completion"), headers=headers))
-            for _ in range(6)
-        ]
+        post, body = server.http.post, body_of("/completion")
+        asking = [asyncio.create_task(post("/completion", json=body, headers=headers)) for _ in range(6)]
         await until(lambda: sum(task.done() for task in asking) == 5)
         server.pipeline.gate.set()
         replies = await asyncio.gather(*asking)

@@ -9,7 +9,15 @@ _LEAST_S = 4.0
 """With the interval of heartbeats, five seconds."""
 _TIMES_PREDICTED = 10.0
 _UNPREDICTED_S = 30.0
-LIMIT_RULE = f"{_TIMES_PREDICTED:g} times its predicted time, at least {_LEAST_S:g} s"
+_RULE = f"{_TIMES_PREDICTED:g} times its predicted time, at least {_LEAST_S:g} s"
+
+
+def hang_text(scheduler: Scheduler, plan: Plan, stage: int | None, computing_s: float) -> str | None:
+    """Of a worker whose step takes much longer than predicted, although its heartbeats come; None of others."""
+    limit_s = step_limit_s(scheduler, plan, stage)
+    if computing_s <= limit_s:
+        return None
+    return f"it hangs: a step has been computed for {computing_s:.1f} s, longer than {limit_s:.3g} s ({_RULE})"
 
 
 def step_limit_s(scheduler: Scheduler, plan: Plan, stage: int | None) -> float:

@@ -21,7 +21,7 @@ from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.reconcile import Abort, Action, Wait, reconcile
-from llamaclust.cluster.control.step_limits import LIMIT_RULE, step_limit_s
+from llamaclust.cluster.control.step_limits import hang_text
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported, StepReported
@@ -172,7 +172,11 @@ class Supervisor:
         if isinstance(event, PeerReported):
             self.partitions.suspect(worker, event.report)
         elif isinstance(event, StepReported):
-            self._check_step(worker, event.computing_s)
+            engine, epoch = self._runner.engine, self._runner.epoch
+            if engine is not None and epoch is not None:
+                stage = epoch.workers.index(worker) if worker in epoch.workers else None
+                if hang := hang_text(engine.scheduler, epoch.plan, stage, event.computing_s):
+                    self._fleet.registry.fence(worker, hang)
         elif isinstance(event, MemberJoined):
             if self._fleet.registry.joins[worker.name] in self._first_joins:
                 return  # its admission reached it only now
@@ -182,17 +186,6 @@ class Supervisor:
             self._announcing.start(self._runner.epochs.announce(worker))
         else:
             self._worker_lost(worker)
-
-    def _check_step(self, worker: WorkerHandle, computing_s: float) -> None:
-        """A worker whose step takes much longer than predicted hangs, although its heartbeats come."""
-        engine, epoch = self._runner.engine, self._runner.epoch
-        if engine is None or epoch is None:
-            return
-        stage = epoch.workers.index(worker) if worker in epoch.workers else None
-        limit_s = step_limit_s(engine.scheduler, epoch.plan, stage)
-        if computing_s > limit_s:
-            what = f"it hangs: a step has been computed for {computing_s:.1f} s, longer than {limit_s:.3g} s"
-            self._fleet.registry.fence(worker, f"{what} ({LIMIT_RULE})")
 
     def _worker_lost(self, worker: WorkerHandle) -> None:
         engine, epoch = self._runner.engine, self._runner.epoch

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from typing import Self
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.membership.registry import Certify, Registry
+from llamaclust.cluster.membership.join_rules import Certify
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.credentials import Credentials
 from llamaclust.worker.settings import WorkerSettings

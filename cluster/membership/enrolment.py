@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.cluster.membership.registry import RefusalReason
+from llamaclust.cluster.membership.join_rules import RefusalReason
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.codec import PROTOCOL_VERSION

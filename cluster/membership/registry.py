@@ -6,44 +6,24 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 
+from llamaclust.cluster.membership.join_rules import HANDSHAKE_S, JoinRules, JoinSettings
 from llamaclust.cluster.membership.members import Members, PeerReported, StepReported
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
-from llamaclust.core.limits import NUMERICS_VERSION
-from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control import messages
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
-from llamaclust.wire.control.messages import CoordinatorMessage, Deadlines, Register
+from llamaclust.wire.control.messages import CoordinatorMessage, Register
 from llamaclust.wire.rpc.client import JOIN
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Credentials, Principal
 
-_HANDSHAKE_S = 10.0
 _LISTEN_S = 0.1
 _GOODBYE_S = 0.5
 
-RefusalReason = Callable[[str], str | None]
-"""Why a worker of a name is refused; None where it is not."""
-Certify = Callable[[bytes, Principal], bytes]
-"""A certificate (DER) for a certificate request (DER) of a principal; ProtocolError for a wrong request."""
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class JoinSettings:
-    heartbeat_timeout_s: float = 5.0
-    """A worker that is silent for so long is lost."""
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    cluster: str = ""  # its name, for workers' logs
-    refusal: RefusalReason | None = None
-    certify: Certify | None = None  # renews certificates, where there are any
-    record: ControlRecord = field(default_factory=ControlRecord)
 
 
 class Registry(Members):
@@ -56,6 +36,7 @@ class Registry(Members):
         self._listen = listen
         self._credentials = credentials
         self._settings = settings
+        self._rules = JoinRules(self, settings)
         self._refusals = RefusalLog(_log)
         self._server: Server | None = None
         self._is_closed = False  # connections may end later than their server
@@ -87,30 +68,18 @@ class Registry(Members):
 
     async def _join(self, stream: ServerStream) -> None:
         await stream.accept()
-        async with deadline("a worker's registration", _HANDSHAKE_S):
+        async with deadline("a worker's registration", HANDSHAKE_S):
             data = await stream.read()
         register = None if data is None else decode_worker_message(data)
         if not isinstance(register, Register):
             raise ProtocolError("a worker must register first")
-        if refusal := await self._refusal(register, stream.peer):
+        refusal = await self._rules.refusal(register, stream.peer) or self._newer_coordinator(register)
+        if refusal is not None:
             self._refusals.tell(refusal)
-            async with deadline("refusing a worker", _HANDSHAKE_S):
+            async with deadline("refusing a worker", HANDSHAKE_S):
                 await stream.write(encode_coordinator_message(messages.Rejected(refusal)))
             return
         await self._serve(register, stream)
-
-    async def _refusal(self, register: Register, peer: Principal | None) -> str | None:
-        """Why a worker is refused. A member of the same name is probed first: it may hang."""
-        if mismatch := self._mismatch(register, peer):
-            return mismatch
-        if duplicate := self._duplicate(register):
-            await self._probe(duplicate)
-        if duplicate := self._duplicate(register):
-            pid = duplicate.registration.pid
-            return f"a worker named {register.name} is a member already (pid {pid}): choose another name"
-        if refusal := self._settings.refusal(register.name) if self._settings.refusal else None:
-            return refusal
-        return self._newer_coordinator(register)
 
     def _newer_coordinator(self, register: Register) -> str | None:
         """The cluster's end, where a worker that held its layers was another coordinator's meanwhile: no worker that
@@ -127,35 +96,6 @@ class Registry(Members):
         """WorkerError once a newer coordinator of the same cluster is known."""
         await asyncio.shield(self._superseded)
 
-    def _mismatch(self, register: Register, peer: Principal | None) -> str | None:
-        name = register.name
-        if peer is not None and peer.worker != name:
-            return f"the certificate is of {peer}, which registers as worker {name}"
-        same = "install the same version of llamaclust everywhere"
-        if register.protocol_version != PROTOCOL_VERSION:
-            theirs = f"protocol {register.protocol_version}"
-            return f"worker {name} speaks {theirs}, this coordinator {PROTOCOL_VERSION}: {same}"
-        if register.numerics_version != (needed := self._numerics_version(register)):
-            theirs = f"numerics_version {register.numerics_version}"
-            return f"worker {name} computes by {theirs}, this cluster needs {needed}: {same}"
-        return None
-
-    def _duplicate(self, register: Register) -> WorkerHandle | None:
-        """Another process that is a member of that name."""
-        present = self.present.get(register.name)
-        return present if present is not None and _process(present.registration) != _process(register) else None
-
-    async def _probe(self, member: WorkerHandle) -> None:
-        """Waits for its next message, or its loss."""
-        with contextlib.suppress(DeadlineError):
-            async with deadline("a heartbeat", self._settings.heartbeat_timeout_s + _HANDSHAKE_S):
-                await member.is_responsive()
-
-    def _numerics_version(self, register: Register) -> int:
-        """The first member's; of a first member, the one of this version."""
-        members = (handle.registration.numerics_version for handle in self.present.values())
-        return next(members, 0 if register.device == "reference" else NUMERICS_VERSION)
-
     async def _serve(self, register: Register, stream: ServerStream) -> None:
         name = register.name
         if name in self.present:
@@ -164,7 +104,7 @@ class Registry(Members):
         self.admit(handle)
         reason = "its connection broke"
         try:
-            async with deadline("admission of a worker", _HANDSHAKE_S):
+            async with deadline("admission of a worker", HANDSHAKE_S):
                 await handle.channel.send(self._admitted())
             self.announce(handle)
             reason = await self._listen_to(handle, stream)
@@ -192,7 +132,7 @@ class Registry(Members):
                 reading = asyncio.create_task(stream.read())
                 message = decode_worker_message(data)
                 if isinstance(message, messages.RenewCertificate):
-                    async with deadline("renewing a certificate", _HANDSHAKE_S):
+                    async with deadline("renewing a certificate", HANDSHAKE_S):
                         await handle.channel.send(self._renewal(message, stream.peer))
                 else:
                     handle.receive(message)
@@ -228,10 +168,6 @@ class Registry(Members):
             done, _ = await asyncio.wait(tasks, timeout=_LISTEN_S, return_when=asyncio.FIRST_COMPLETED)
             late = clock() - begun > 2 * _LISTEN_S
         return bool(done)
-
-
-def _process(register: Register) -> tuple[str, int, str]:
-    return register.host, register.pid, register.address
 
 
 def _serial_sender(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:

@@ -21,7 +21,8 @@ from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.launchers.worker_settings import worker_settings
-from llamaclust.cluster.membership.registry import JoinSettings, Registry
+from llamaclust.cluster.membership.join_rules import JoinSettings
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings

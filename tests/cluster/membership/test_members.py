@@ -15,7 +15,7 @@ import pytest
 
 from llamaclust.cluster.launchers.static import keep_renewed
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.cluster.membership.registry import JoinSettings
+from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.wire.codec import PROTOCOL_VERSION

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.cluster.membership.registry import JoinSettings
+from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.core.epochs import MAX_TERM, epoch_number, epoch_text
 from llamaclust.core.errors import WorkerError

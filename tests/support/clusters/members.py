@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.cluster.membership.registry import JoinSettings, Registry
+from llamaclust.cluster.membership.join_rules import JoinSettings
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,

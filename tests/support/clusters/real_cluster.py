@@ -15,8 +15,9 @@ from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
+from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.members import MemberLost
-from llamaclust.cluster.membership.registry import JoinSettings, Registry
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import SampleTask, SamplingParams, ScoreTask

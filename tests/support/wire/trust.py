@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.enrolment import EnrolmentServer
-from llamaclust.cluster.membership.registry import RefusalReason
+from llamaclust.cluster.membership.join_rules import RefusalReason
 from llamaclust.wire.rpc.client import FORWARD, ClientStream, Peer
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, KeyPair, Principal

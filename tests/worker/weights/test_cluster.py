@@ -18,7 +18,8 @@ from llamaclust.cluster.control.remote_pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference, _of_one_manifest
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
-from llamaclust.cluster.membership.registry import JoinSettings, Registry
+from llamaclust.cluster.membership.join_rules import JoinSettings
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.core.errors import LlamaclustError, ModelFileError

@@ -1,0 +1,87 @@
+"""Which workers may join: the rules that a registration must meet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llamaclust.cluster.membership.members import Members
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.core.errors import DeadlineError
+from llamaclust.core.limits import NUMERICS_VERSION
+from llamaclust.wire.codec import PROTOCOL_VERSION
+from llamaclust.wire.control.messages import Deadlines, Register
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security.credentials import Principal
+
+HANDSHAKE_S = 10.0
+
+RefusalReason = Callable[[str], str | None]
+"""Why a worker of a name is refused; None where it is not."""
+Certify = Callable[[bytes, Principal], bytes]
+"""A certificate (DER) for a certificate request (DER) of a principal; ProtocolError for a wrong request."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinSettings:
+    heartbeat_timeout_s: float = 5.0
+    """A worker that is silent for so long is lost."""
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    cluster: str = ""  # its name, for workers' logs
+    refusal: RefusalReason | None = None
+    certify: Certify | None = None  # renews certificates, where there are any
+    record: ControlRecord = field(default_factory=ControlRecord)
+
+
+class JoinRules:
+    """Of one cluster, whose members decide what others need."""
+
+    def __init__(self, members: Members, settings: JoinSettings) -> None:
+        self._members = members
+        self._settings = settings
+
+    async def refusal(self, register: Register, peer: Principal | None) -> str | None:
+        """Why a worker is refused. A member of the same name is probed first: it may hang."""
+        if mismatch := self._mismatch(register, peer):
+            return mismatch
+        if duplicate := self._duplicate(register):
+            await self._probe(duplicate)
+        if duplicate := self._duplicate(register):
+            pid = duplicate.registration.pid
+            return f"a worker named {register.name} is a member already (pid {pid}): choose another name"
+        return self._settings.refusal(register.name) if self._settings.refusal else None
+
+    def _mismatch(self, register: Register, peer: Principal | None) -> str | None:
+        name = register.name
+        if peer is not None and peer.worker != name:
+            return f"the certificate is of {peer}, which registers as worker {name}"
+        same = "install the same version of llamaclust everywhere"
+        if register.protocol_version != PROTOCOL_VERSION:
+            theirs = f"protocol {register.protocol_version}"
+            return f"worker {name} speaks {theirs}, this coordinator {PROTOCOL_VERSION}: {same}"
+        if register.numerics_version != (needed := self._numerics_version(register)):
+            theirs = f"numerics_version {register.numerics_version}"
+            return f"worker {name} computes by {theirs}, this cluster needs {needed}: {same}"
+        return None
+
+    def _duplicate(self, register: Register) -> WorkerHandle | None:
+        """Another process that is a member of that name."""
+        present = self._members.present.get(register.name)
+        return present if present is not None and _process(present.registration) != _process(register) else None
+
+    async def _probe(self, member: WorkerHandle) -> None:
+        """Waits for its next message, or its loss."""
+        with contextlib.suppress(DeadlineError):
+            async with deadline("a heartbeat", self._settings.heartbeat_timeout_s + HANDSHAKE_S):
+                await member.is_responsive()
+
+    def _numerics_version(self, register: Register) -> int:
+        """The first member's; of a first member, the one of this version."""
+        members = (handle.registration.numerics_version for handle in self._members.present.values())
+        return next(members, 0 if register.device == "reference" else NUMERICS_VERSION)
+
+
+def _process(register: Register) -> tuple[str, int, str]:
+    return register.host, register.pid, register.address

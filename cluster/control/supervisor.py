@@ -21,12 +21,12 @@ from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.reconcile import Abort, Action, Wait, reconcile
-from llamaclust.cluster.control.step_limits import hang_text
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported, StepReported
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.step_limits import hang_text
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError, RequestFailedError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llamaclust.cluster.control.step_limits import step_limit_s
 from llamaclust.cluster.planner.plan import Plan, Prediction, StagePrediction
+from llamaclust.cluster.planner.step_limits import step_limit_s
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,19 +152,22 @@ async def test_a_request_that_fails_again_and_again_ends_and_others_are_served(
 ) -> None:
     async with recovering(config(model, tmp_path, workers=2)) as run:
         engine, supervisor = run.cluster.engine, run.cluster.supervisor
-        failing = run.start(requests[:1])
 
         def recovered(times: int) -> bool:
             return supervisor.recoveries == times
 
-        for number in range(4):
-            await run.until("service", lambda: engine.state is EngineState.READY)
-            await run.at_work()
-            assert not failing[0].done()
-            engine.lose(WorkerError(f"failure {number}"))
-            await run.until("a recovery", partial(recovered, number + 1))
-        with pytest.raises(RequestFailedError, match=r"failed 4 times while it computed this .* alone: failure 3"):
-            await failing[0]
+        for _ in range(5):  # a result that comes between two failures, as on a busy machine, clears the request
+            (failing,) = run.start(requests[:1])
+            for number in range(4):
+                await run.until("service", lambda: engine.state is EngineState.READY)
+                await run.at_work()
+                engine.lose(WorkerError(f"failure {number}"))
+                await run.until("a recovery", partial(recovered, supervisor.recoveries + 1))
+            (outcome,) = await asyncio.gather(failing, return_exceptions=True)
+            if isinstance(outcome, RequestFailedError):
+                break
+            assert outcome == expected[0]
+        assert re.match(r".*failed 4 times while it computed this .* alone: failure 3", str(outcome)), outcome
         assert await asyncio.gather(*run.start(requests)) == expected
 
 

@@ -111,7 +111,7 @@ def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: l
     assert done.status["status"]["workers"][1]["device_layers"] == [{"device": "cpu", "layers": (3, 4)}]
     told = "2 of 3 layers on GPUs: [0, 1) cpu, [1, 3) cuda:0"
     assert next(gpu_lines(done.status["status"]["workers"])) == f"a: {told}"
-    assert f"layers [0, 3) are loaded as epoch 0.1, {told}" in (tmp_path / "logs" / "a.log").read_text()
+    assert f"layers [0, 3) are loaded as epoch 1.1, {told}" in (tmp_path / "logs" / "a.log").read_text()
     assert ('llamaclust_worker_layers{device="cuda:0",worker="a"} 2.0') in done.metrics
     assert ('llamaclust_worker_layers{device="cpu",worker="b"} 1.0') in done.metrics
     least = stage["weight_bytes"] + stage["kv_bytes"]

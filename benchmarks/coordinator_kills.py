@@ -26,6 +26,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpx
+
 from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.tools.chaos.load import Requests, Streams
 from llamaclust.tools.chaos.tally import Comparison, Tally, pause_text
@@ -69,8 +71,9 @@ class Bench:
 
     def _is_ready(self, pid: int) -> bool:
         try:
-            return bool(json.loads(self.record.read_text())["pid"] == pid)
-        except (OSError, ValueError):
+            is_recorded = json.loads(self.record.read_text())["pid"] == pid
+            return is_recorded and httpx.get(f"{self.api}/health", trust_env=False).is_success
+        except (OSError, ValueError, httpx.HTTPError):
             return False
 
 

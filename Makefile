@@ -31,7 +31,7 @@ check: build $(VENV)/.lint $(VENV)/.test ## format, style, types, imports and un
 	@$(MAKE) --no-print-directory -j2 lint test-unit
 
 test-unit:
-	$(BIN)/python -m pytest -m unit
+	$(BIN)/python -m pytest -n 2 -m unit
 
 test: build $(VENV)/.test $(VENV)/.helm model ## every test; downloads the demo model once
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"

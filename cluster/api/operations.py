@@ -108,7 +108,7 @@ class Operations:
 
     async def slots(self, request: Request) -> Response:
         """The sequences that can run together; the first ones are those that do."""
-        settings, running = self._service.settings, self._engine.scheduler.counts.running
+        settings, running = self._service.settings, self._engine.counts.running
         slots = [
             {"id": slot, "n_ctx": settings.context_length, "speculative": False, "is_processing": slot < running}
             for slot in range(settings.max_sequences)

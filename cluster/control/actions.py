@@ -13,6 +13,7 @@ from llamaclust.cluster.control.notices import moving_text, recovered_text
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.planner.format import plan_lines
 from llamaclust.cluster.planner.plan import Plan
@@ -29,7 +30,7 @@ _ENDING_S = 30.0
 
 @dataclass(eq=False)
 class ActionRunner:
-    """Owns the epoch that serves. Each result is an observation."""
+    """Owns the epoch that serves and the one that retires. Each result is an observation."""
 
     _observed: Observed
     epochs: Epochs
@@ -38,10 +39,17 @@ class ActionRunner:
     _partitions: PartitionTracker
     _report: Report
     epoch: Epoch | None = field(default=None, init=False)  # that serves, or served until it was lost
+    retiring: Epoch | None = field(default=None, init=False)  # served before it, and still has sequences
     engine: Engine | None = field(default=None, init=False)  # None: at a start
     recoveries: int = field(default=0, init=False)
     ending: TaskSet = field(default_factory=TaskSet, init=False)  # processes of lost workers, whose memory loads need
+    watching: TaskSet = field(default_factory=TaskSet, init=False)  # the epoch that retires
     _loaded: Epoch | None = field(default=None, init=False)
+
+    @property
+    def open_epochs(self) -> tuple[Epoch, ...]:
+        """The serving one first."""
+        return tuple(epoch for epoch in (self.epoch, self.retiring) if epoch is not None)
 
     async def run(self, action: act.Action) -> None:
         match action:
@@ -51,9 +59,11 @@ class ActionRunner:
                 await self._load(plan, is_exclusive=is_exclusive)
             case act.Serve():
                 await self._serve()
+            case act.FreeRetired():
+                await self._free_retired()
             case act.ClosePipeline():
-                assert self.epoch is not None
-                await self.epoch.pipeline.close()
+                await asyncio.gather(*(epoch.pipeline.close() for epoch in self.open_epochs))
+                self.retiring = None
                 await self._partitions.settled()
                 self._observed.post(seen.Signal.PIPELINE_CLOSED)
             case act.Expel(expulsions):
@@ -120,22 +130,43 @@ class ActionRunner:
                 report(WorkerLoading(worker.name, order.start, order.end, total_bytes, total_bytes))
 
     async def _serve(self) -> None:
-        """The engine continues on the loaded epoch; layers of others are freed."""
+        """The engine continues on the loaded epoch. Layers of others are freed, of one that retires later."""
         old, epoch, loss = self.epoch, self._loaded, self._observed.state.loss
         assert epoch is not None
         self.epoch, self._loaded = epoch, None
         if self.engine is not None:
-            self.engine.resume(epoch.pipeline, epoch.settings)
+            retirement = self.engine.resume(epoch.pipeline, epoch.settings)
+            if retirement is not None:
+                self.retiring = old
+                self.watching.start(self._observe(retirement, old))
         self._observed.post(seen.Signal.EPOCH_SERVING)
-        if self.engine is None or old is None:
+        if self.engine is None or old is None or self.retiring is not None:
             return
         await old.pipeline.close()
         if loss is not None:
             seconds = asyncio.get_running_loop().time() - loss.since_s
             self.recoveries += 1
             self.engine.metrics.recovered(seconds)
-            counts = self.engine.scheduler.counts
+            counts = self.engine.counts
             self._report(Notice(recovered_text(seconds, counts.running + counts.waiting)))
+        await self._free_others(epoch)
+
+    async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
+        """Its end, unless the loss of the serving epoch ended it."""
+        await retirement.ended.wait()
+        if retirement.error is not None:
+            self._report(Notice(f"requests of the epoch before are computed again: {retirement.error}"))
+        if self.retiring is retiring:
+            self._observed.post(seen.Signal.RETIRING_EMPTY)
+
+    async def _free_retired(self) -> None:
+        retired, self.retiring = self.retiring, None
+        assert retired is not None and self.epoch is not None
+        await retired.pipeline.close()
+        await self._free_others(self.epoch)
+        self._observed.post(seen.Signal.RETIRING_FREED)
+
+    async def _free_others(self, epoch: Epoch) -> None:
         try:
             await self.epochs.free_others(epoch)
         except LlamaclustError as error:

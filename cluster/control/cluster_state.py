@@ -110,6 +110,14 @@ def _layers(plan: Plan) -> list[tuple[str, int, int, tuple[DeviceLayers, ...]]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Retiring:
+    """The epoch before, after a move: its sequences end or move, then its stages are freed."""
+
+    workers: tuple[Incarnation, ...]
+    is_empty: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PipelineLoss:
     """A pipeline that is lost, until another one serves. At a start: that none serves yet."""
 
@@ -129,6 +137,7 @@ class ClusterState:
     planning: Planning | None = None
     loading: Loading = field(default_factory=Loading)
     serving: Serving | None = None
+    retiring: Retiring | None = None
     expulsions: tuple[Expulsion, ...] = ()
     is_acting: bool = False
     waits_for: str = ""  # the last notice
@@ -153,8 +162,8 @@ class ClusterState:
 
     def is_freed(self, name: str) -> bool:
         """Whether a drained worker has no layers, and gets none from an action or plan of before the drain."""
-        serving, planning = self.serving, self.planning
-        holders = () if serving is None else serving.workers
+        serving, retiring, planning = self.serving, self.retiring, self.planning
+        holders = [*(serving.workers if serving else ()), *(retiring.workers if retiring else ())]
         usable = () if planning is None else planning.inputs.workers
         is_held = self.is_acting or any(name == other for other, _ in (*holders, *usable))
         return name in self.pool.drained and not is_held
@@ -198,7 +207,12 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
             planning = planning and replace(planning, rejected=None, is_noticed=False)
             return replace(state, loss=PipelineLoss(state.tick.now_s, error), planning=planning)
         case seen.Signal.PIPELINE_CLOSED:
+            state = replace(state, retiring=None)
             return state if loss is None else _attribute(replace(state, loss=replace(loss, is_closed=True)))
+        case seen.Signal.RETIRING_EMPTY:
+            return replace(state, retiring=state.retiring and replace(state.retiring, is_empty=True))
+        case seen.Signal.RETIRING_FREED:
+            return replace(state, retiring=None)
         case seen.RequestsFailed(reason):
             return replace(state, loss=loss and replace(loss, failed_because=reason))
         case seen.Signal.WORKERS_EXPELLED:
@@ -293,6 +307,7 @@ def _serving(state: ClusterState) -> ClusterState:
         pool=replace(state.pool, quarantine=state.pool.quarantine.release(names)),
         loading=Loading(),
         serving=Serving(planning.plan, tuple((name, joins[name]) for name in names)),
+        retiring=Retiring(state.serving.workers) if state.serving is not None and state.loss is None else None,
         loss=None,
         waits_for="",
     )

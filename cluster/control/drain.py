@@ -33,7 +33,7 @@ class WorkerOperations:
         return self._observed.state.pool.drained
 
     async def drain(self, name: str) -> None:
-        """Moves a worker's layers to others, with no pause but for the switch; returns when it holds none.
+        """Moves a worker's layers to others, without a pause where memory holds both plans; returns when it holds none.
 
         UsageError for an unknown name, InsufficientMemoryError or WorkerError where the others do not suffice.
         """

@@ -171,6 +171,10 @@ class Epoch:
         """The worker whose loss ended it, if any."""
         return root_cause(self.number, self.workers)
 
+    def stage_of(self, worker: WorkerHandle) -> int | None:
+        """Which stage a worker holds; None: it holds none."""
+        return self.workers.index(worker) if worker in self.workers else None
+
     def holds(self, name: str) -> bool:
         return any(worker.name == name for worker in self.workers)
 

@@ -55,18 +55,16 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The engine's pipeline failed; requests wait."""
+    """The pipeline that gets new requests failed; requests wait."""
 
     error: LlamaclustError
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Figures of the moment, before each decision: the event loop's clock, and the tokens that a change of the pipeline
-    would compute again."""
+    """Before each decision: the event loop's clock."""
 
     now_s: float
-    replay_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +115,8 @@ class Signal(Enum):
     EPOCH_LOADED = auto()  # the planned one, and connected
     EPOCH_SERVING = auto()  # the engine runs on the loaded epoch
     PIPELINE_CLOSED = auto()  # the lost one, and reports of its workers about each other are confirmed or dropped
+    RETIRING_EMPTY = auto()  # no sequence runs on the epoch before the serving one any more
+    RETIRING_FREED = auto()  # its stages are freed
     WORKERS_EXPELLED = auto()  # those of the last `Expel` count as lost
     ACTION_ENDED = auto()  # the next one may begin
 

@@ -12,11 +12,6 @@ from llamaclust.cluster.control.observations import PlanInputs
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, NetworkPartitionError
 
-_REPLAY_S = 1.0
-"""Requests may pause for so long for a better plan."""
-_LOOK_S = 1.0
-"""Between two looks at whether a move would pause requests for too long."""
-
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
@@ -35,12 +30,17 @@ class LoadEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """The engine continues on the loaded epoch."""
+    """The engine continues on the loaded epoch, beside the old one where that serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreeRetired:
+    """The stages of the epoch before, which has no sequences any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClosePipeline:
-    """The lost one; then failures can be attributed."""
+    """The lost one, and one that retires; then failures can be attributed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,19 @@ class Wait:
     is_settled: bool = False
 
 
-Action = MakePlan | LoadEpoch | Serve | ClosePipeline | Expel | FailRequests | Interrupt | Notify | Abort | Wait
+Action = (
+    MakePlan
+    | LoadEpoch
+    | Serve
+    | FreeRetired
+    | ClosePipeline
+    | Expel
+    | FailRequests
+    | Interrupt
+    | Notify
+    | Abort
+    | Wait
+)
 
 
 def reconcile(state: ClusterState) -> Action | None:
@@ -108,6 +120,8 @@ def _end_pipeline(state: ClusterState) -> Action | None:
         return ClosePipeline()
     if state.expulsions:
         return Expel(state.expulsions)
+    if state.retiring is not None and state.retiring.is_empty:
+        return FreeRetired()
     return None
 
 
@@ -152,10 +166,13 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
 
 
 def _improve(state: ClusterState) -> Action:
-    """The best plan for the present workers, while the old one serves."""
+    """The best plan for the present workers, while the old one serves. One move follows the other: a third epoch beside
+    two would need their memory."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)
+    if state.retiring is not None:
+        return Wait(_quarantine_end_s(state))
     settled = Wait(_quarantine_end_s(state), is_settled=True)
     if planning.plan is None:
         text = f"layers cannot be moved now: {planning.error}"
@@ -164,22 +181,13 @@ def _improve(state: ClusterState) -> Action:
         return settled
     if planning.rejected is not None:
         return _move_failed(planning.rejected, must_move=must_move, is_noticed=planning.is_noticed) or settled
-    if must_move or _is_cheap(planning.plan, state.tick.replay_tokens):
-        return LoadEpoch(planning.plan, is_exclusive=False)
-    return Wait(state.tick.now_s + _LOOK_S)
+    return LoadEpoch(planning.plan, is_exclusive=False)
 
 
 def _move_failed(error: LlamaclustError, *, must_move: bool, is_noticed: bool) -> Action | None:
     if isinstance(error, InsufficientMemoryError):
         return Interrupt(error) if must_move else None
     return None if is_noticed else Notify(f"layers stay where they are: {error}")
-
-
-def _is_cheap(plan: Plan, tokens: int) -> bool:
-    """Whether requests would hardly pause: their tokens so far are soon computed again."""
-    if plan.prediction is None or not tokens:
-        return not tokens
-    return tokens * sum(stage.prefill_s for stage in plan.prediction.stages) < _REPLAY_S
 
 
 def _quarantine_end_s(state: ClusterState) -> float | None:

@@ -78,6 +78,15 @@ class Supervisor:
         return self._runner.epoch
 
     @property
+    def retiring_epoch(self) -> Epoch | None:
+        """That served before it, and still has sequences."""
+        return self._runner.retiring
+
+    async def close_pipelines(self) -> None:
+        """After the engine's end."""
+        await asyncio.gather(*(epoch.pipeline.close() for epoch in self._runner.open_epochs))
+
+    @property
     def planner(self) -> ClusterPlanner:
         return self._runner.planner
 
@@ -104,7 +113,8 @@ class Supervisor:
         if self._action is not None:
             self._action.cancel()
             await asyncio.wait([self._action])
-        await asyncio.gather(self._announcing.close(), self._runner.ending.close())
+        runner = self._runner
+        await asyncio.gather(self._announcing.close(), runner.ending.close(), runner.watching.close())
 
     async def run(self, engine: Engine) -> None:
         """Until it is cancelled; an error is a bug."""
@@ -162,21 +172,15 @@ class Supervisor:
         return None
 
     def _tick(self) -> seen.Tick:
-        now_s, engine = asyncio.get_running_loop().time(), self._runner.engine
-        if engine is None:
-            return seen.Tick(now_s)
-        return seen.Tick(now_s, sum(sequence.scheduled for sequence in engine.scheduler.queues.running))
+        return seen.Tick(asyncio.get_running_loop().time())
 
     def _membership_changed(self, event: MembershipEvent) -> None:
         worker = event.worker
         if isinstance(event, PeerReported):
             self.partitions.suspect(worker, event.report)
         elif isinstance(event, StepReported):
-            engine, epoch = self._runner.engine, self._runner.epoch
-            if engine is not None and epoch is not None:
-                stage = epoch.workers.index(worker) if worker in epoch.workers else None
-                if hang := hang_text(engine.scheduler, epoch.plan, stage, event.computing_s):
-                    self._fleet.registry.fence(worker, hang)
+            if hang := self._hang_text(worker, event.computing_s):
+                self._fleet.registry.fence(worker, hang)
         elif isinstance(event, MemberJoined):
             if self._fleet.registry.joins[worker.name] in self._first_joins:
                 return  # its admission reached it only now
@@ -187,10 +191,21 @@ class Supervisor:
         else:
             self._worker_lost(worker)
 
+    def _hang_text(self, worker: WorkerHandle, computing_s: float) -> str | None:
+        """Of a worker whose step takes too long for either of its epochs."""
+        engine = self._runner.engine
+        if engine is None:
+            return None
+        served = zip(engine.schedulers, self._runner.open_epochs, strict=False)
+        stages = [(scheduler, epoch.plan, epoch.stage_of(worker)) for scheduler, epoch in served]
+        held = [stage for stage in stages if stage[2] is not None] or stages[:1]
+        texts = [hang_text(*stage, computing_s) for stage in held]
+        return texts[0] if all(texts) else None
+
     def _worker_lost(self, worker: WorkerHandle) -> None:
         engine, epoch = self._runner.engine, self._runner.epoch
         serves = engine is not None and epoch is not None and worker in epoch.workers
-        counts = engine.scheduler.counts if engine is not None and serves else None
+        counts = engine.counts if engine is not None and serves else None
         self._report(Notice(lost_text(worker.error, counts.running + counts.waiting if counts else 0)))
         self._runner.ending.start(self._fleet.launcher.end(worker.name))
         self.partitions.forget(worker.name)

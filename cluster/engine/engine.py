@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from functools import partial
 from time import monotonic_ns
 from typing import Self
 
+from llamaclust.cluster.engine.lane import Lane
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import Pipeline
 from llamaclust.cluster.engine.request_stream import Mailbox, OpenRequests, RequestStream
+from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
-from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.scheduler import Counts, Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
 from llamaclust.core.errors import DeadlineError, LlamaclustError, RequestFailedError, WorkerError
@@ -45,52 +46,6 @@ class _Phase(Enum):
     CLOSED = auto()
 
 
-@dataclass(eq=False, kw_only=True)
-class PipelineRun:
-    """Runs one pipeline in tasks of its own, from its creation until it is stopped or lost. A microbatch whose result
-    never comes means that the pipeline is lost."""
-
-    pipeline: Pipeline
-    deadlines: EngineSettings
-    on_result: Callable[[Result], None]
-    on_lost: Callable[[BaseException], None]
-    oldest_sent_ns: Callable[[], int | None]
-
-    def __post_init__(self) -> None:
-        self._is_stopped = False
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(work) for work in (self.pipeline.run(self._take), self._watch())]
-        for task in self._tasks:
-            task.add_done_callback(self._ended)
-
-    def stop(self) -> None:
-        """Results that come later are ignored."""
-        self._is_stopped = True
-        for task in self._tasks:
-            task.cancel()
-
-    async def wait_stopped(self) -> None:
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _take(self, result: Result) -> None:
-        if not self._is_stopped:
-            self.on_result(result)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not self._is_stopped:
-            self.on_lost(error)
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(self.deadlines.watch_s)
-            sent_ns = self.oldest_sent_ns()
-            age_s = (monotonic_ns() - sent_ns) / 1e9 if sent_ns is not None else 0.0
-            if age_s > self.deadlines.result_s:
-                stages = ", ".join(f"{s.worker} (layers {s.start}-{s.end - 1})" for s in self.pipeline.stages)
-                raise DeadlineError(f"no result of a microbatch for {age_s:.0f} s from the workers {stages}")
-
-
 class Engine:
     """A context manager: runs while it is open. Pipelines are their owner's to close, after the engine.
 
@@ -105,17 +60,17 @@ class Engine:
         deadlines: EngineSettings | None = None,
         on_lost: Callable[[LlamaclustError], None] | None = None,
     ) -> None:
-        self.scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
-        self.metrics = Metrics(pipeline.stages, lambda: self.scheduler.counts, monotonic_ns)
+        self.retirement: Retirement | None = None  # of the lane before the present one
+        self.metrics = Metrics(pipeline.stages, lambda: self.counts, monotonic_ns)
         self.requests = OpenRequests(self.metrics)
         self.error: LlamaclustError | None = None  # why it is down or recovering
         self._phase = _Phase.RUNNING
         self._is_draining = False
         self._on_lost = on_lost
-        self._pipeline = pipeline
         self._deadlines = deadlines or EngineSettings()
-        self._run: PipelineRun | None = None
-        self._is_launch_due = False
+        scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
+        self._lane = Lane(pipeline, scheduler, self, self._deadlines)
+        self._ended = scheduler.counts.totals  # of lanes before
 
     @property
     def state(self) -> EngineState:
@@ -127,14 +82,34 @@ class Engine:
             return EngineState.DRAINING
         return EngineState.RECOVERING if self._phase is _Phase.LOST else EngineState.READY
 
+    @property
+    def scheduler(self) -> Scheduler:
+        """Of the lane that gets new requests."""
+        return self._lane.scheduler
+
+    @property
+    def schedulers(self) -> tuple[Scheduler, ...]:
+        """Of all lanes, that with new requests first."""
+        return tuple(lane.scheduler for lane in self._lanes)
+
+    @property
+    def counts(self) -> Counts:
+        """Of all lanes together."""
+        return sum((scheduler.counts for scheduler in self.schedulers), self._ended)
+
+    @property
+    def _lanes(self) -> tuple[Lane, ...]:
+        return (self._lane,) if self.retirement is None else (self._lane, self.retirement.old)
+
     async def __aenter__(self) -> Self:
-        self._start(self._pipeline)
+        self._lane.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        lanes = self._lanes
         self.break_down(WorkerError(_STOPPING))
-        if self._run is not None:
-            await self._run.wait_stopped()
+        for lane in lanes:
+            await lane.wait_stopped()
 
     def submit(self, request: GenerationRequest) -> RequestStream:
         """Queues a request. Raises RequestError, QueueFullError, or WorkerError where the engine refuses or is down.
@@ -151,7 +126,7 @@ class Engine:
         end = sequence.known_end
         if end is None:
             self.requests.open(mailbox, self._deadlines.request_s, partial(self._expire, sequence.key))
-            self._launch_soon()
+            self._lane.launch_soon()
         else:
             mailbox.put(Finished(end, sequence.timings()))
             mailbox.close()
@@ -169,74 +144,100 @@ class Engine:
 
     # -- schedule, run, complete -----------------------------------------------------------------------------------
 
-    def _launch_soon(self) -> None:
-        """After the loop's other callbacks: requests that come together start together."""
-        if not self._is_launch_due:
-            self._is_launch_due = True
-            asyncio.get_running_loop().call_soon(self._guard, self._launch)
-
-    def _guard(self, work: Callable[..., None], *arguments: object) -> None:
-        """Work that the event loop calls: an error ends the pipeline, so that readers get it."""
-        if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
-            return
-        try:
-            work(*arguments)
-        except Exception as error:  # noqa: BLE001  a border
-            self.lose(error)
-
-    def _launch(self) -> None:
-        self._is_launch_due = False
-        if self._phase is not _Phase.RUNNING:
-            return
-        while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
-            self._pipeline.submit(scheduled.microbatch, scheduled.inputs)
-
-    def _complete(self, result: Result) -> None:
+    def completed(self, lane: Lane, result: Result) -> None:
+        """See `LaneOwner`."""
         if result.failure is not None:
-            self.lose(WorkerError(result.failure), result.number)
+            self._lose(lane, WorkerError(result.failure), result.number)
             return
         now_ns = monotonic_ns()
-        updated = self.scheduler.complete(result, now_ns)
-        self._guard(self._launch)
+        updated = lane.scheduler.complete(result, now_ns)
+        if self.retirement is not None:
+            updated = self.retirement.receive(updated)
+            self._advance_retirement()
+        lane.launch()
         tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
-        self.metrics.completed(result, tokens, now_ns)
+        self.metrics.chosen(tokens, now_ns)
+        if lane is self._lane:
+            self.metrics.completed(result, now_ns)
 
     def _abort(self, key: int, error: LlamaclustError | None = None) -> None:
         """Ends a request: cancelled, or failed with an error."""
-        if self.scheduler.abort(key) is not None:
-            self.requests.abort(key, error)
-            self._launch_soon()
+        for lane in self._lanes:
+            if lane.scheduler.abort(key) is not None:
+                self.requests.abort(key, error)
+                lane.launch_soon()
+                self._advance_retirement()
+                return
 
     def _expire(self, key: int) -> None:
         limit = f"the request took longer than {self._deadlines.request_s:g} s (timeouts.request)"
         self._abort(key, DeadlineError(limit))
 
-    # -- a lost pipeline, another one, the end -----------------------------------------------------------------------
+    # -- lanes -----------------------------------------------------------------------------------------------------
 
-    def _start(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-        self._run = PipelineRun(
-            pipeline=pipeline,
-            deadlines=self._deadlines,
-            on_result=partial(self._guard, self._complete),
-            on_lost=self.lose,
-            oldest_sent_ns=lambda: self.scheduler.in_flight.oldest_ns,
-        )
+    def resume(self, pipeline: Pipeline, settings: SchedulerSettings) -> Retirement | None:
+        """Continues on a new pipeline. Where the present one works, it retires: its sequences move without a pause.
+        Where it is lost, every sequence is computed again from its own tokens."""
+        if self._phase is _Phase.CLOSED:
+            return None
+        self._end_retirement()
+        old, stages = self._lane, len(pipeline.stages)
+        if self._phase is _Phase.RUNNING:
+            scheduler = old.scheduler.successor(settings, pipeline.epoch, stages)
+        else:
+            scheduler = old.scheduler
+            scheduler.restart(settings, pipeline.epoch, stages)
+        self._lane = Lane(pipeline, scheduler, self, self._deadlines)
+        self.metrics.restart(pipeline.stages)
+        self._lane.start()
+        if self._phase is not _Phase.RUNNING:
+            self._phase = _Phase.RUNNING
+            self.error = None
+            return None
+        self.retirement = retirement = Retirement(old, self._lane)
+        asyncio.get_running_loop().call_later(self._deadlines.retirement_s, self._hurry, retirement)
+        self._advance_retirement()
+        return retirement
 
-    def _stop(self) -> None:
-        if self._run is not None:
-            self._run.stop()
+    def _hurry(self, retirement: Retirement) -> None:
+        """It has lasted for long enough."""
+        if retirement is self.retirement:
+            retirement.hurry()
+            self._advance_retirement()
 
-    def lose(self, error: BaseException, microbatch: int | None = None) -> None:
-        """The pipeline failed, in this microbatch where that is known: a request in flight may be the cause."""
+    def _advance_retirement(self) -> None:
+        if self.retirement is not None:
+            self.retirement.advance()
+            if self.retirement.is_over:
+                self._end_retirement()
+
+    def _end_retirement(self, error: LlamaclustError | None = None) -> None:
+        """At its end, or before it with an error: then what is left of it is computed again."""
+        if self.retirement is not None:
+            ended, self.retirement = self.retirement, None
+            self._ended += ended.end(error)
+
+    def lane_lost(self, lane: Lane, error: BaseException) -> None:
+        """See `LaneOwner`."""
+        self._lose(lane, error)
+
+    def lose(self, error: LlamaclustError) -> None:
+        """The pipeline that gets new requests failed."""
+        self._lose(self._lane, error)
+
+    def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
+        """A pipeline failed, in this microbatch where that is known: a request in flight may be the cause."""
         failed: dict[int, LlamaclustError] = {}
         if self._phase is _Phase.RUNNING and self._on_lost is not None and isinstance(error, LlamaclustError):
-            for sequence in self.scheduler.strikes.add(self.scheduler.in_flight.slices(microbatch)):
+            for sequence in lane.scheduler.strikes.add(lane.scheduler.in_flight.slices(microbatch)):
                 what = f"request {sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
                 failed[sequence.key] = RequestFailedError(
                     f"{what} while it computed this request, at last alone: {error}"
                 )
-        self.interrupt(next(iter(failed.values()), error))
+        if lane is not self._lane and isinstance(error, LlamaclustError):
+            self._end_retirement(error)
+        else:
+            self.interrupt(next(iter(failed.values()), error))
         for key, reason in failed.items():
             self._abort(key, reason)
 
@@ -245,23 +246,11 @@ class Engine:
         if self._on_lost is None or not isinstance(error, LlamaclustError):
             self.break_down(error)
         elif self._phase is _Phase.RUNNING:
-            self._stop()
+            self._lane.stop()
+            self._end_retirement()
             self._phase = _Phase.LOST
             self.error = error
             self._on_lost(error)
-
-    def resume(self, pipeline: Pipeline, settings: SchedulerSettings) -> None:
-        """Continues on a new pipeline: every request is computed again from its own tokens."""
-        if self._phase is _Phase.CLOSED:
-            return
-        self._stop()
-        self.scheduler.restart(settings, pipeline.epoch, len(pipeline.stages))
-        self.metrics.restart(pipeline.stages)
-        self._phase = _Phase.RUNNING
-        self.error = None
-        self._start(pipeline)
-        self._is_launch_due = False  # one that was due while it was down did nothing
-        self._launch_soon()
 
     def give_up(self, error: LlamaclustError) -> None:
         """Ends every request with `error`; no more are accepted until `resume`."""
@@ -275,7 +264,8 @@ class Engine:
         if not isinstance(error, LlamaclustError):
             _log.error("the engine broke", exc_info=error)
             error = LlamaclustError(f"the engine broke: {type(error).__name__}: {error}")
-        self._stop()
+        self._lane.stop()
+        self._end_retirement()
         self._fail(_Phase.CLOSED, error)
 
     def _fail(self, phase: _Phase, error: LlamaclustError) -> None:

@@ -136,11 +136,14 @@ class Metrics(Collector):
         self._histograms[_RECOVERY].observe(seconds)
         self.recovery_s.append(seconds)
 
-    def completed(self, result: Result, tokens: int, now_ns: int) -> None:
-        """A microbatch is back, and `tokens` tokens were chosen."""
+    def chosen(self, tokens: int, now_ns: int) -> None:
+        """So many tokens were chosen."""
         if tokens:
             self._generated.inc(tokens)
             self._speed.chosen(tokens, now_ns)
+
+    def completed(self, result: Result, now_ns: int) -> None:
+        """A microbatch of these stages is back."""
         for meter, timing in zip(self._meters, result.timings, strict=False):
             meter.add(timing, now_ns)
         if result.timings:

@@ -8,7 +8,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _FIRST_ROWS = 64
-"""Without measurements: small enough for a slow machine, large enough not to matter on a fast one."""
+"""Without measurements and decode: small enough for a slow machine, large enough not to matter on a fast one."""
 _LEAST_ROWS = 16
 _LEAST_ROWS_ALONE = 64
 """Without decode nothing waits for a chunk's end, and a slow machine reads the weights for 64 rows as for 16."""
@@ -33,7 +33,7 @@ def chunk_rows(
         return min(settings.prefill_chunk, most)
     slowest = _slowest(times)
     if slowest is None:
-        return min(_FIRST_ROWS, most)
+        return min(_FIRST_ROWS if alone else _LEAST_ROWS, most)
     fixed_ns, row_ns = slowest
     longest_ms, least = (settings.prefill_alone_ms, _LEAST_ROWS_ALONE) if alone else (settings.prefill_ms, _LEAST_ROWS)
     fit = (longest_ms * 1e6 - fixed_ns) / row_ns - decoding

@@ -11,7 +11,7 @@ from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.turns import first_in_turn, running_by_turn, turn_of
 
-_RESERVE_BLOCKS = 2
+RESERVE_BLOCKS = 2
 """Left for each running sequence when another one starts: it must not be preempted again at once."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
@@ -59,7 +59,7 @@ class SequenceQueues:
         if not self.can_start:
             return None
         sequence = first_in_turn(self.waiting, running_by_turn(self.running))
-        if sequence.in_flight or not self.memory.admit(sequence, _RESERVE_BLOCKS * len(self.running)):
+        if sequence.in_flight or not self.memory.admit(sequence, RESERVE_BLOCKS * len(self.running)):
             return None
         self._start(sequence)
         return sequence
@@ -114,8 +114,15 @@ class SequenceQueues:
         while sequence.phase is _DECODE and not self.memory.grow(sequence):
             self.preempt(self.running[-1])
 
+    def put_back(self, sequence: Sequence, phase: Phase = Phase.WAITING) -> None:
+        """To the front of the queue; its tokens are computed again later, with the same result."""
+        self.running.remove(sequence)
+        self.memory.release(sequence)
+        sequence.phase = phase
+        self.waiting.appendleft(sequence)
+
     def preempt(self, sequence: Sequence) -> None:
-        self._put_back(sequence, Phase.WAITING)
+        self.put_back(sequence)
         self.preemptions += 1
 
     def discard(self, sequence: Sequence) -> None:
@@ -124,7 +131,7 @@ class SequenceQueues:
         sequence.next_score = sequence.scored
         self.memory.invalidate(sequence)
         if sequence.is_running:
-            self._put_back(sequence, Phase.DISCARDED)
+            self.put_back(sequence, Phase.DISCARDED)
         sequence.phase = Phase.DISCARDED
 
     def remove(self, sequence: Sequence) -> None:
@@ -144,10 +151,3 @@ class SequenceQueues:
             sequence.cached_tokens = sequence.scheduled
             self.cached_tokens += sequence.cached_tokens
         insort(self.running, sequence, key=_by_arrival)
-
-    def _put_back(self, sequence: Sequence, phase: Phase) -> None:
-        """To the front of the queue; its tokens are computed again later, with the same result."""
-        self.running.remove(sequence)
-        self.memory.release(sequence)
-        sequence.phase = phase
-        self.waiting.appendleft(sequence)

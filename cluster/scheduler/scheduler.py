@@ -6,7 +6,9 @@ read them: stages run microbatches in number order, and the next owner writes th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from operator import attrgetter
 
@@ -14,7 +16,7 @@ from llamaclust.cluster.scheduler.chunking import chunk_rows
 from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
-from llamaclust.cluster.scheduler.queues import SequenceQueues
+from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
 from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest
 from llamaclust.cluster.scheduler.sequences import Failed, Phase, Sequence, SequenceSlice, Update
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
@@ -39,6 +41,14 @@ class Counts:
     cached_tokens: int  # prompt tokens found in the prefix cache, in all
     computed_tokens: int  # prompt tokens computed, in all; those computed again after a preemption count again
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    @property
+    def totals(self) -> Counts:
+        """What remains of a scheduler that has ended."""
+        return replace(self, running=0, waiting=0, in_flight=0, kv_blocks=0, kv_blocks_held=0)
+
 
 _VISIBLE_WAITING = 8
 """Waiting sequences that count as work to come."""
@@ -46,7 +56,12 @@ _VISIBLE_WAITING = 8
 _MAX_FAILURES = 1
 """Rows of a sequence without a result before it fails."""
 
+_SHARED = 4
+"""So many times shorter are prefill chunks while another pipeline runs on the same workers: its decode may wait for one
+at each stage."""
+
 _by_remaining = attrgetter("remaining")
+_by_arrival = attrgetter("key")
 
 
 @dataclass(slots=True)
@@ -82,6 +97,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self.in_flight = InFlight(settings.model_id, epoch, self.times)
         self.strikes = Strikes()
+        self.is_shared = False  # whether another pipeline runs on the same workers
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
         self._next_key = 0
         self._retries = 0
@@ -138,6 +154,50 @@ class Scheduler:
         self._split = DecodeSplit(self.times)
         self.in_flight = InFlight(settings.model_id, epoch, self.times)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
+
+    # -- sequences of other pipelines ------------------------------------------------------------------------------
+
+    def successor(self, settings: SchedulerSettings, epoch: int, stages: int) -> Scheduler:
+        """A scheduler for another pipeline, which gets the requests that come from now on."""
+        successor = Scheduler(settings, epoch, stages)
+        successor._next_key = self._next_key
+        return successor
+
+    @property
+    def movable(self) -> list[Sequence]:
+        """Sequences that wait, of which nothing is in flight: another scheduler may take them over."""
+        return [sequence for sequence in self.queues.waiting if not sequence.in_flight]
+
+    def put_back(self, sequence: Sequence) -> None:
+        """It waits again, with nothing computed."""
+        if sequence.is_running:
+            self.queues.put_back(sequence)
+
+    def take_over(self, other: Scheduler, sequences: Iterable[Sequence]) -> None:
+        """Sequences of another scheduler, movable ones or those of a lost pipeline, are computed from their tokens
+        here. They start in order of arrival."""
+        for sequence in sequences:
+            other.put_back(sequence)
+            other.queues.waiting.remove(sequence)
+            del other._sequences[sequence.key]
+            other.strikes.move(sequence, self.strikes)
+            sequence.restart()
+            self._sequences[sequence.key] = sequence
+            self.queues.waiting.append(sequence)
+        self._sequences = dict(sorted(self._sequences.items()))
+        self.queues.waiting = deque(sorted(self.queues.waiting, key=_by_arrival))
+
+    def has_room_for(self, sequence: Sequence) -> bool:
+        """Whether a sequence of another scheduler could start at once, and none that waits would start later for it."""
+        queues, memory = self.queues, self.queues.memory
+        if queues.waiting or len(queues.running) >= queues.max_running:
+            return False
+        reserve = RESERVE_BLOCKS * (len(queues.running) + 1)
+        has_window = memory.window is None or memory.window.can_begin(sequence, reserve)
+        is_short = len(sequence.tokens) < self.settings.max_sequence_tokens
+        return is_short and has_window and sequence.blocks_needed + reserve <= memory.blocks.available
+
+    # -- microbatches ----------------------------------------------------------------------------------------------
 
     def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
         """The next unit of work; None where there is none or enough of it is in flight."""
@@ -259,8 +319,10 @@ class Scheduler:
         waiting = islice(self.queues.waiting, _VISIBLE_WAITING)
         pending = sum(map(_by_remaining, prefilling)) + sum(map(_by_remaining, waiting))
         self._burst_tokens = max(pending, self._burst_tokens if prefilling else 0)
-        alone = self.queues.decoding == 0
-        return chunk_rows(self.settings, self.times, self._burst_tokens, pending, decoding, alone=alone)
+        alone, settings = self.queues.decoding == 0, self.settings
+        if self.is_shared:
+            alone, settings = False, replace(settings, prefill_ms=settings.prefill_ms / _SHARED)
+        return chunk_rows(settings, self.times, self._burst_tokens, pending, decoding, alone=alone)
 
     def _launch(self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
         if decoding == len(slices):

@@ -116,6 +116,11 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def left(self) -> int:
+        """Tokens to choose, at most."""
+        return self.max_new_tokens - self.generated
+
+    @property
     def target(self) -> int:
         """Rows to compute: all tokens, but the last one where nothing is chosen after it."""
         return len(self.tokens) if self.max_new_tokens else len(self.tokens) - 1

@@ -52,3 +52,4 @@ class EngineSettings:
     request_s: float = 600.0  # from a request's arrival to its last token
     result_s: float = 300.0  # from a microbatch's start to its result
     watch_s: float = 1.0  # between two looks at the result's deadline
+    retirement_s: float = 60.0  # from a move until the old pipeline's sequences are computed again on the new one

@@ -55,6 +55,11 @@ class Strikes:
         if record is not None and _end(taken) >= record.end:
             self.forget(taken.sequence)
 
+    def move(self, sequence: Sequence, other: Strikes) -> None:
+        """Another pipeline computes it from now on."""
+        if (record := self._records.pop(sequence.key, None)) is not None:
+            other._records[sequence.key] = record
+
     def forget(self, sequence: Sequence) -> None:
         self._records.pop(sequence.key, None)
 

@@ -154,7 +154,7 @@ async def _engine(config: ClusterConfig, supervisor: Supervisor, launcher: Launc
                         supervising.cancel()
                         await asyncio.gather(supervising, return_exceptions=True)
             finally:
-                await supervisor.epoch.pipeline.close()
+                await supervisor.close_pipelines()
 
 
 def _broke(engine: Engine, supervising: asyncio.Task[None]) -> None:

@@ -28,9 +28,9 @@ def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:
 
 
 def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageReport]) -> dict[str, Any]:
-    counts, error = cluster.engine.scheduler.counts, cluster.engine.error
+    counts, error = cluster.engine.counts, cluster.engine.error
     workers, supervisor, metrics = cluster.registry.workers, cluster.supervisor, cluster.engine.metrics
-    predicted = _predicted_stages(cluster.plan)
+    predicted, retiring = _predicted_stages(cluster.plan), supervisor.retiring_epoch
     return {
         "name": record.name,
         "api": record.api,
@@ -46,6 +46,7 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         ],
         "requests": {"running": counts.running, "waiting": counts.waiting},
         "epoch": epoch_text(supervisor.epoch.number),
+        "retiring_epoch": None if retiring is None else epoch_text(retiring.number),
         "recoveries": supervisor.recoveries,
         "recovery_seconds": list(metrics.recovery_s),
         "speed": _speed(cluster.plan, metrics.speed()),

@@ -16,6 +16,7 @@ from llamaclust.cluster.control.reconcile import (
     ClosePipeline,
     Expel,
     FailRequests,
+    FreeRetired,
     Interrupt,
     LoadEpoch,
     MakePlan,
@@ -51,7 +52,7 @@ def plan_of(*names: str) -> Plan:
     return make_plan(SMALL, [worker(name) for name in names], replace(REQUEST, objective="throughput"))
 
 
-BOTH, ONLY_A, ONLY_B = plan_of("a", "b"), plan_of("a"), plan_of("b")
+BOTH, ONLY_A, ONLY_B, ALL = plan_of("a", "b"), plan_of("a"), plan_of("b"), plan_of("a", "b", "c")
 
 
 @dataclass
@@ -83,8 +84,8 @@ class Cluster:
             return self.see(seen.Planned(self.state.inputs, plan=outcome))
         return self.see(seen.Planned(self.state.inputs, error=outcome))
 
-    def at(self, now_s: float, replay_tokens: int = 0) -> Action | None:
-        return self.see(seen.Tick(now_s, replay_tokens))
+    def at(self, now_s: float) -> Action | None:
+        return self.see(seen.Tick(now_s))
 
     def lose_pipeline(self, error: WorkerError | ProtocolError = BROKEN) -> Action | None:
         assert self.see(seen.PipelineLost(error)) == ClosePipeline()
@@ -289,23 +290,50 @@ def test_failures_one_after_the_other_end_no_request() -> None:
         cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
 
 
-def test_a_better_plan_waits_until_requests_hardly_pause() -> None:
+def moving(better: Plan) -> Cluster:
+    """A third worker has joined, and the better plan serves beside the one before."""
     cluster = Cluster.serving()
-    cluster.at(0.0, replay_tokens=1_000_000)
     cluster.see(seen.WorkerSeen("c", 3))
-    better = plan_of("a", "b", "c")
-    assert cluster.plan(better) == Wait(1.0)
-    assert cluster.at(1.0, replay_tokens=1_000_000) == Wait(2.0)
-    assert cluster.at(2.0, replay_tokens=10) == LoadEpoch(better, is_exclusive=False)
+    assert cluster.plan(better) == LoadEpoch(better, is_exclusive=False)
+    assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
+    assert cluster.see(seen.Signal.EPOCH_SERVING) == Wait(None), "requests run on the old epoch"
+    return cluster
 
 
-def test_a_drain_moves_layers_whatever_requests_there_are() -> None:
+def test_a_better_plan_is_adopted_at_once_and_the_old_epoch_freed_when_it_is_empty() -> None:
+    cluster = moving(ALL)
+    assert cluster.see(seen.Signal.RETIRING_EMPTY) == FreeRetired()
+    assert cluster.see(seen.Signal.RETIRING_FREED) == IDLE
+
+
+def test_a_second_move_waits_for_the_end_of_the_first() -> None:
+    cluster = moving(ALL)
+    cluster.see(seen.DrainRequested("b"))
+    without_b = plan_of("a", "c")
+    assert cluster.plan(without_b) == Wait(None)
+    assert cluster.see(seen.Signal.RETIRING_EMPTY) == FreeRetired()
+    assert cluster.see(seen.Signal.RETIRING_FREED) == LoadEpoch(without_b, is_exclusive=False)
+
+
+def test_a_worker_is_freed_when_the_epoch_that_retires_has_no_stage_of_it() -> None:
     cluster = Cluster.serving()
-    cluster.at(0.0, replay_tokens=1_000_000)
     cluster.see(seen.DrainRequested("b"))
     assert cluster.plan(ONLY_A) == LoadEpoch(ONLY_A, is_exclusive=False)
     assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
-    assert cluster.see(seen.Signal.EPOCH_SERVING) == IDLE
+    assert cluster.see(seen.Signal.EPOCH_SERVING) == Wait(None)
+    assert not cluster.state.is_freed("b"), "its requests run"
+    cluster.see(seen.Signal.RETIRING_EMPTY, seen.Signal.RETIRING_FREED)
+    assert cluster.state.is_freed("b")
+
+
+def test_a_loss_closes_the_epoch_that_retires_as_well() -> None:
+    cluster = moving(ALL)
+    assert cluster.see(seen.PipelineLost(BROKEN), seen.Signal.RETIRING_EMPTY) == ClosePipeline()
+    assert cluster.see(seen.Signal.PIPELINE_CLOSED) == LoadEpoch(ALL, is_exclusive=True)
+    cluster.see(seen.Signal.RETIRING_EMPTY)
+    assert cluster.state.retiring is None
+    cluster.see(seen.Signal.EPOCH_LOADED)
+    assert cluster.see(seen.Signal.EPOCH_SERVING) == IDLE, "after a loss nothing retires"
 
 
 def test_a_drain_that_does_not_fit_beside_the_old_layers_interrupts_the_pipeline() -> None:

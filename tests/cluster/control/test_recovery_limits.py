@@ -171,39 +171,6 @@ async def test_a_request_that_fails_again_and_again_ends_and_others_are_served(
         assert await asyncio.gather(*run.start(requests)) == expected
 
 
-async def test_layers_are_moved_away_without_losing_a_token(
-    model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
-) -> None:
-    async with recovering(config(model, tmp_path)) as run:
-        supervisor = run.cluster.supervisor
-        tasks = run.start(requests)
-        await run.token(100)
-        await supervisor.pool.drain("b")
-        assert not run.worker("b").stages and run.worker("b").loss is None
-        assert supervisor.recoveries == 0
-        assert await asyncio.gather(*tasks) == expected
-        run.hurt("a")
-        await run.until("a again", lambda: supervisor.epoch.holds("a") and supervisor.epoch.root_cause is None)
-        assert not supervisor.epoch.holds("b")
-        supervisor.pool.undrain("b")
-        await run.whole()
-        assert await answer_of(run.cluster.engine.submit(requests[0])) == expected[0]
-
-
-async def test_a_better_plan_is_adopted_while_requests_wait(
-    model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
-) -> None:
-    """Only what is computed already would be computed again."""
-    async with recovering(config(model, tmp_path, workers=2, max_sequences=2)) as run:
-        tasks = run.start(requests)
-        await run.token(2)
-        tick = run.cluster.supervisor._tick()
-        running = run.cluster.engine.scheduler.queues.running
-        assert len(running) == 2 < run.cluster.engine.scheduler.counts.waiting
-        assert tick.replay_tokens == sum(sequence.scheduled for sequence in running) > 0
-        assert await asyncio.gather(*tasks) == expected
-
-
 async def test_a_worker_that_cannot_be_spared_is_not(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

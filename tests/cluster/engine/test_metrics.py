@@ -173,6 +173,6 @@ def test_stages_tell_decode_from_prefill() -> None:
     metrics = Metrics([StageInfo("a", 0, 2)], lambda: counts, lambda: 1)
     assert metrics.stage_report()[0].decode_ms is None is metrics.stage_report()[0].prefill_ms
     for number, (rows, ms) in enumerate(((64, 128), (1, 4), (1, 6), (8, 100))):
-        metrics.completed(Result(1, number, timings=(StageTiming(0, ms * MS, 0, rows),)), 0, number)
+        metrics.completed(Result(1, number, timings=(StageTiming(0, ms * MS, 0, rows),)), number)
     [report] = metrics.stage_report()
     assert (report.decode_ms, report.prefill_ms) == (5.0, 2.0)

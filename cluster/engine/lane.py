@@ -1,0 +1,94 @@
+"""A lane: one pipeline and the scheduler of the sequences that run on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import Protocol
+
+from llamaclust.cluster.engine.pipeline import Pipeline
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import EngineSettings
+from llamaclust.core.errors import DeadlineError
+from llamaclust.wire.microbatch.messages import Result
+
+
+class LaneOwner(Protocol):
+    """Takes in what a running lane yields."""
+
+    def completed(self, lane: Lane, result: Result) -> None: ...
+
+    def lane_lost(self, lane: Lane, error: BaseException) -> None: ...
+
+
+class Lane:
+    """Sends the microbatches that its scheduler makes, from `start` until `stop`. A microbatch whose result never comes
+    means that the pipeline is lost."""
+
+    def __init__(self, pipeline: Pipeline, scheduler: Scheduler, owner: LaneOwner, deadlines: EngineSettings) -> None:
+        self.pipeline = pipeline
+        self.scheduler = scheduler
+        self._owner = owner
+        self._deadlines = deadlines
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_running = False
+        self._is_launch_due = False
+
+    def start(self) -> None:
+        self._is_running = True
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(work) for work in (self.pipeline.run(self._take), self._watch())]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+        self.launch_soon()
+
+    def stop(self) -> None:
+        """Results that come later are ignored."""
+        self._is_running = False
+        for task in self._tasks:
+            task.cancel()
+
+    async def wait_stopped(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def launch_soon(self) -> None:
+        """After the loop's other callbacks: requests that come together start together."""
+        if self._is_running and not self._is_launch_due:
+            self._is_launch_due = True
+            asyncio.get_running_loop().call_soon(self.launch)
+
+    def launch(self) -> None:
+        """Sends what there is to send."""
+        self._is_launch_due = False
+        self._guard(self._send_all)
+
+    def _send_all(self) -> None:
+        while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
+            self.pipeline.submit(scheduled.microbatch, scheduled.inputs)
+
+    def _take(self, result: Result) -> None:
+        self._guard(lambda: self._owner.completed(self, result))
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Work that the event loop calls: an error ends the pipeline, so that readers get it."""
+        if not self._is_running:
+            return
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  a border
+            self._owner.lane_lost(self, error)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self._is_running:
+            self._owner.lane_lost(self, error)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._deadlines.watch_s)
+            sent_ns = self.scheduler.in_flight.oldest_ns
+            age_s = (monotonic_ns() - sent_ns) / 1e9 if sent_ns is not None else 0.0
+            if age_s > self._deadlines.result_s:
+                stages = ", ".join(f"{s.worker} (layers {s.start}-{s.end - 1})" for s in self.pipeline.stages)
+                raise DeadlineError(f"no result of a microbatch for {age_s:.0f} s from the workers {stages}")

@@ -1,0 +1,144 @@
+"""The end of a lane that another one has replaced: its sequences move there, without a pause."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from math import inf
+from operator import attrgetter
+from time import monotonic_ns
+
+from llamaclust.cluster.engine.lane import Lane
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.scheduler import Counts
+from llamaclust.cluster.scheduler.sequences import Failed, Phase, Sequence, Update
+from llamaclust.cluster.scheduler.turns import turn_of
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.model.program import KV_BLOCK_TOKENS
+
+_TAIL_TOKENS = 3 * KV_BLOCK_TOKENS
+"""Tokens that are quickly computed when a sequence moves."""
+_LEAST_LEFT = 32
+"""Sequences that will end within so many tokens are not moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PreCopy:
+    """A sequence of the new lane that computes the first tokens of one of the old lane, for the prefix cache."""
+
+    key: int
+    of: Sequence
+    tokens: int
+    tail: float  # how many tokens were chosen during the pre-copy before
+
+
+class Retirement:
+    """Moves the sequences of `old` to `new`, until `old` has none.
+
+    Sequences with nothing computed move at once. One after the other, those in decode follow: the new pipeline computes
+    a copy of their tokens while the old one continues, so that at the move all but the newest are in the prefix cache.
+    """
+
+    def __init__(self, old: Lane, new: Lane) -> None:
+        self.old = old
+        self.new = new
+        self.error: LlamaclustError | None = None  # that ended the old pipeline too soon
+        self.ended = asyncio.Event()
+        self._pre_copy: _PreCopy | None = None
+        self._staying: set[int] = set()  # keys of sequences that could not be copied
+        old.scheduler.is_shared = new.scheduler.is_shared = True
+
+    def receive(self, updated: list[tuple[int, list[Update]]]) -> list[tuple[int, list[Update]]]:
+        """Takes in updates of either lane; returns those for readers."""
+        pre_copy = self._pre_copy
+        if pre_copy is None:
+            return updated
+        own = [updates for key, updates in updated if key == pre_copy.key]
+        if own:
+            self._pre_copy = None
+            if isinstance(own[-1][-1], Failed):
+                self._staying.add(pre_copy.of.key)
+            elif self._is_on_old(pre_copy.of):
+                self._copied(pre_copy)
+        return [(key, updates) for key, updates in updated if key != pre_copy.key]
+
+    def advance(self) -> None:
+        """Moves what can be moved; to be called after each change of either lane."""
+        old = self.old.scheduler
+        self._take_over(old.movable)
+        if self._pre_copy is not None and not self._is_on_old(self._pre_copy.of):
+            self._drop_pre_copy()
+        if self._pre_copy is None and (sequence := self._next()) is not None:
+            self._start_pre_copy(sequence)
+
+    @property
+    def is_over(self) -> bool:
+        return not self.old.scheduler.sequences
+
+    def hurry(self) -> None:
+        """Every sequence moves now, whatever is to be computed again."""
+        self._drop_pre_copy()
+        old = self.old.scheduler
+        self._staying.update(sequence.key for sequence in old.sequences)
+        for sequence in old.sequences:
+            old.put_back(sequence)
+        self._take_over(old.movable)
+
+    def end(self, error: LlamaclustError | None) -> Counts:
+        """Ends the old lane; sequences that it still has are computed again. Returns what it counted."""
+        self.error = error
+        self.old.stop()
+        self._drop_pre_copy()
+        self._take_over(self.old.scheduler.sequences)
+        self.new.scheduler.is_shared = False
+        self.ended.set()
+        return self.old.scheduler.counts.totals
+
+    def _take_over(self, sequences: list[Sequence]) -> None:
+        if sequences:
+            self.new.scheduler.take_over(self.old.scheduler, sequences)
+            self.new.launch_soon()
+
+    def _is_on_old(self, sequence: Sequence) -> bool:
+        """Neither ended nor, for lack of KV memory, moved already."""
+        return sequence in self.old.scheduler.queues.running
+
+    def _next(self) -> Sequence | None:
+        """The sequence to copy next: the one that would keep the old lane for longest. None where the new lane has no
+        room for it now."""
+        movable = [
+            sequence
+            for sequence in self.old.scheduler.queues.running
+            if sequence.phase is Phase.DECODE and sequence.key not in self._staying
+        ]
+        longest = max(movable, key=attrgetter("left"), default=None)
+        if longest is None or longest.left < _LEAST_LEFT or not self._can_copy(longest):
+            return None
+        return longest
+
+    def _can_copy(self, sequence: Sequence) -> bool:
+        new = self.new.scheduler
+        return new.settings.prefix_cache and new.has_room_for(sequence)
+
+    def _start_pre_copy(self, sequence: Sequence, tail: float = inf) -> None:
+        request = sequence.request
+        name, tokens = f"{request.request_id} (pre-copy)", tuple(sequence.tokens)
+        copy = GenerationRequest(name, tokens, 1, cache_salt=request.cache_salt, group=turn_of(sequence))
+        added = self.new.scheduler.add(copy, monotonic_ns())
+        self._pre_copy = _PreCopy(added.key, sequence, len(tokens), tail)
+        self.new.launch_soon()
+
+    def _copied(self, pre_copy: _PreCopy) -> None:
+        """The sequence moves once its results in flight are there; where it has become much longer meanwhile, the rest
+        is copied first."""
+        sequence = pre_copy.of
+        tail = len(sequence.tokens) - pre_copy.tokens
+        if _TAIL_TOKENS < tail < pre_copy.tail and self._can_copy(sequence):
+            self._start_pre_copy(sequence, tail)
+        else:
+            self.old.scheduler.put_back(sequence)
+
+    def _drop_pre_copy(self) -> None:
+        if self._pre_copy is not None:
+            self.new.scheduler.abort(self._pre_copy.key)
+            self._pre_copy = None

@@ -1,0 +1,264 @@
+"""An engine that is moved to another pipeline while requests run: two lanes, and the tokens of one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from random import Random
+
+import pytest
+
+from llamaclust.cluster.engine.engine import Engine, EngineState
+from llamaclust.cluster.engine.request_stream import RequestStream
+from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest
+from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
+from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.core.sampler_chain import SamplerChain
+from llamaclust.core.sampling import SamplingParams
+from support.clusters.fakes import VOCABULARY, FakePipeline, expected, tokens_of
+from support.clusters.served import until
+from support.seed import SEED
+
+SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=200, max_sequences=8, max_waiting=64)
+LOST = WorkerError("worker w1 is lost")
+
+
+@dataclass
+class Lanes:
+    engine: Engine
+    pipelines: list[FakePipeline]
+    settings: SchedulerSettings
+    lost: list[LlamaclustError]
+    _streams: list[tuple[GenerationRequest, asyncio.Task[list[Event]]]] = field(default_factory=list)
+    _tokens: int = 0
+
+    def start(self, *requests: GenerationRequest) -> None:
+        for request in requests:
+            self._streams.append((request, asyncio.create_task(self._read(self.engine.submit(request)))))
+
+    async def _read(self, stream: RequestStream) -> list[Event]:
+        events = []
+        async for event in stream:
+            self._tokens += 1
+            events.append(event)
+        return events
+
+    async def tokens(self, count: int) -> None:
+        """Returns when readers have got so many more events."""
+        end = self._tokens + count
+        while self._tokens < end:  # noqa: ASYNC110  an answer takes few turns
+            await asyncio.sleep(0)
+
+    def move(self, stages: int = 3) -> FakePipeline:
+        self.pipelines.append(FakePipeline(self.settings.kv_blocks, stages))
+        self.engine.resume(self.pipelines[-1], self.settings)
+        return self.pipelines[-1]
+
+    async def check(self) -> None:
+        """Every request ends with the answer that it has alone."""
+        for request, task in self._streams:
+            rows, _, reason = expected(request, self.settings.context_length)
+            events = await task
+            assert tokens_of(events) == [row.token for row in rows]
+            assert isinstance(events[-1], Finished) and events[-1].reason is reason
+        self._streams.clear()
+
+
+@asynccontextmanager
+async def lanes(settings: SchedulerSettings = SETTINGS, **deadlines: float) -> AsyncIterator[Lanes]:
+    pipeline, lost = FakePipeline(settings.kv_blocks), list[LlamaclustError]()
+    engine = Engine(pipeline, settings, EngineSettings(**deadlines), on_lost=lost.append)
+    async with asyncio.timeout(60), engine:
+        run = Lanes(engine, [pipeline], settings, lost)
+        yield run
+        await run.check()
+        counts = engine.counts
+        assert counts.running == counts.waiting == counts.kv_blocks_held == 0
+        assert engine.retirement is None and not engine.scheduler.is_shared
+
+
+async def lose(pipeline: FakePipeline) -> None:
+    """While something is in flight."""
+    pipeline.gate.clear()
+    await asyncio.sleep(0.01)
+    pipeline.lose(LOST)
+
+
+def request(number: int, length: int = 40, tokens: int = 150, **fields: object) -> GenerationRequest:
+    prompt = tuple((number * 7 + i) % VOCABULARY for i in range(length))
+    return GenerationRequest(f"r{number}", prompt, tokens, seed=number, **fields)  # type: ignore[arg-type]
+
+
+def first_chunks(pipeline: FakePipeline) -> int:
+    """Sequences that were computed from their first token on."""
+    return sum(chunk.position == 0 for microbatch in pipeline.microbatches for chunk in microbatch.chunks)
+
+
+@pytest.mark.parametrize("number", range(6))
+async def test_moves_at_any_moment_change_nothing(number: int) -> None:
+    print(f"seed {SEED}, {number}")
+    source = Random(f"{SEED} {number}")
+    mirostat = SamplingParams(chain=SamplerChain(mirostat=2))
+    kv_blocks = source.choice((60, 200))
+    async with lanes(replace(SETTINGS, kv_blocks=kv_blocks, prefix_cache=source.random() < 0.8)) as run:
+        for i in range(30):
+            params = source.choice((SamplingParams(), mirostat))
+            scored = source.choice((None, 1))
+            run.start(
+                request(i, source.randrange(1, 120), source.choice((1, 20, 150)), params=params, score_from=scored)
+            )
+            if source.random() < 0.5:
+                await run.tokens(source.randrange(1, 40)) if run.engine.counts.running else None
+            if source.random() < 0.2:
+                run.move(source.randrange(1, 4))
+        assert len(run.pipelines) > 1
+        await run.check()
+    assert not run.lost
+
+
+async def test_a_running_sequence_moves_with_little_left_to_compute() -> None:
+    async with lanes() as run:
+        run.start(request(0, length=100, tokens=250))
+        await run.tokens(50)
+        new = run.move()
+        retirement = run.engine.retirement
+        assert retirement is not None
+        await retirement.ended.wait()
+        await run.tokens(1)
+        assert first_chunks(new) == 1, "the copy alone"
+        rows = [sum(len(chunk.tokens) for chunk in microbatch.chunks) for microbatch in new.microbatches]
+        assert sum(rows) < 100 + 100 + 64, "its prompt and the tokens so far, once"
+        assert run.engine.counts.running == 1 and len(run.engine.scheduler.sequences) == 1
+
+
+async def test_sequences_that_wait_move_at_once() -> None:
+    async with lanes() as run:
+        old = run.pipelines[0]
+        run.start(*map(request, range(8)))
+        await run.tokens(20)
+        old.gate.clear()
+        await run.tokens(0)
+        run.start(*map(request, range(8, 12)))
+        await asyncio.sleep(0.01)
+        assert run.engine.counts.waiting == 4
+        new = run.move()
+        await asyncio.gather(*(task for _, task in run._streams[8:]))
+        assert first_chunks(new) >= 4 and run.engine.retirement is not None
+        old.gate.set()
+
+
+async def test_new_requests_run_on_the_new_pipeline_and_old_ones_stay_without_a_prefix_cache() -> None:
+    async with lanes(replace(SETTINGS, prefix_cache=False)) as run:
+        run.start(*map(request, range(4)))
+        await run.tokens(40)
+        new = run.move()
+        run.start(request(9, tokens=5))
+        await run.check()
+        assert first_chunks(new) == 1
+
+
+async def test_a_retirement_that_lasts_too_long_ends() -> None:
+    async with lanes(replace(SETTINGS, prefix_cache=False), retirement_s=0.02) as run:
+        run.start(*map(request, range(4)))
+        await run.tokens(40)
+        run.pipelines[0].gate.clear()
+        new, retirement = run.move(), run.engine.retirement
+        assert retirement is not None
+        await asyncio.sleep(0.05)
+        assert not retirement.ended.is_set(), "results are awaited"
+        run.pipelines[0].gate.set()
+        await retirement.ended.wait()
+        await run.check()
+        assert first_chunks(new) == 4
+
+
+async def test_the_loss_of_the_old_pipeline_disturbs_only_its_sequences() -> None:
+    async with lanes(replace(SETTINGS, prefix_cache=False)) as run:
+        run.start(*map(request, range(4)))
+        await run.tokens(40)
+        new, retirement = run.move(), run.engine.retirement
+        assert retirement is not None
+        run.start(*map(request, range(4, 6)))
+        await run.tokens(40)
+        await lose(run.pipelines[0])
+        await retirement.ended.wait()
+        assert retirement.error is LOST and run.engine.state is EngineState.READY
+        await run.check()
+        assert first_chunks(new) == 6
+    assert not run.lost
+
+
+async def test_after_the_loss_of_the_new_pipeline_all_are_computed_again() -> None:
+    async with lanes() as run:
+        run.start(*map(request, range(4)))
+        await run.tokens(40)
+        run.pipelines[0].gate.clear()
+        run.move()
+        run.start(*map(request, range(4, 6)))
+        await run.tokens(20)
+        await lose(run.pipelines[1])
+        await until(lambda: bool(run.lost))
+        assert run.engine.state is EngineState.RECOVERING and run.engine.retirement is None
+        assert run.engine.counts.waiting == 6, "no copy is left"
+        run.pipelines[0].gate.set()
+        new = run.move()
+        assert run.engine.retirement is None
+        await run.check()
+        assert first_chunks(new) == 6
+
+
+async def test_an_abort_on_the_old_pipeline_ends_its_retirement() -> None:
+    async with lanes() as run:
+        stream = run.engine.submit(request(0, tokens=300))
+        for _ in range(3):
+            await anext(stream)
+        run.pipelines[0].gate.clear()
+        new = run.move()
+        new.gate.clear()
+        await asyncio.sleep(0.01)
+        retirement = run.engine.retirement
+        assert retirement is not None and run.engine.counts.running == 2, "the request and its copy"
+        stream.abort()
+        assert retirement.ended.is_set() and run.engine.retirement is None
+        events = [event async for event in stream]
+        assert isinstance(events[-1], Finished) and events[-1].reason is FinishReason.ABORT
+        run.start(request(1))
+        new.gate.set()
+
+
+async def test_a_move_without_requests_ends_at_once() -> None:
+    async with lanes() as run:
+        pipeline = FakePipeline(SETTINGS.kv_blocks)
+        retirement = run.engine.resume(pipeline, SETTINGS)
+        assert retirement is not None and retirement.ended.is_set()
+        run.start(request(1))
+
+
+async def test_counts_and_stage_times_are_of_both_pipelines_and_the_new_one() -> None:
+    async with lanes(replace(SETTINGS, prefix_cache=False)) as run:
+        run.start(*map(request, range(3)))
+        await run.tokens(30)
+        before = run.engine.counts.computed_tokens
+        run.move()
+        run.start(request(3, tokens=5))
+        await run.tokens(10)
+        counts = run.engine.counts
+        assert counts.running >= 3 and counts.kv_blocks == 2 * SETTINGS.kv_blocks
+        await run.check()
+        assert run.engine.counts.computed_tokens == before + 40 == 4 * 40
+        assert [report.worker for report in run.engine.metrics.stage_report()] == ["w0", "w1", "w2"]
+
+
+async def test_a_request_that_fails_on_the_old_pipeline_keeps_its_strikes() -> None:
+    async with lanes(replace(SETTINGS, prefix_cache=False)) as run:
+        run.start(request(0, tokens=300))
+        await run.tokens(3)
+        new = run.move()
+        new.gate.clear()
+        await lose(run.pipelines[0])
+        await until(lambda: run.engine.retirement is None)
+        records = run.engine.scheduler.strikes._records
+        assert [record.strikes for record in records.values()] == [1]
+        new.gate.set()

@@ -49,7 +49,7 @@ def whole() -> tuple[Metrics, dict[str, WorkerHandle]]:
     metrics.recovered(0.5)
     timings = Timings(1.0, 20.0, 100.0, 50.0, prompt_tokens=8, cached_tokens=0, generated_tokens=4)
     metrics.finished("stop", timings)
-    metrics.completed(Result(1, 0, timings=(StageTiming(1, 2, 3, 4),) * 2), 1, 2)
+    metrics.completed(Result(1, 0, timings=(StageTiming(1, 2, 3, 4),) * 2), 2)
     return metrics, workers
 
 

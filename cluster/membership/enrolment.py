@@ -9,6 +9,7 @@ import secrets
 import socket
 import ssl
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from llamaclust.cluster.membership.authority import Authority
@@ -24,6 +25,8 @@ from llamaclust.wire.security.credentials import Identity, Principal
 
 MAX_CONNECTIONS = 64
 """At a time; more are closed at once."""
+MAX_OF_HOST = 32
+"""Of one address, so that it cannot keep others out."""
 _HANDSHAKE_S = 5.0
 _EXCHANGE_S = 10.0
 _REST_S = 0.2
@@ -47,6 +50,7 @@ class EnrolmentServer:
         self._refusals = RefusalLog(_log)
         self._accepting = TaskSet()
         self._connections = TaskSet()
+        self._of_host = Counter[str]()  # connections by address
         self._tls: tuple[bytes, ssl.SSLContext] | None = None
         self._socket: socket.socket | None = None
 
@@ -75,11 +79,14 @@ class EnrolmentServer:
             except OSError:
                 await asyncio.sleep(_REST_S)
                 continue
-            if len(self._connections) >= MAX_CONNECTIONS:
+            host = str(peer[0])
+            if len(self._connections) >= MAX_CONNECTIONS or self._of_host[host] >= MAX_OF_HOST:
                 connection.close()
-                self._refusals.tell(f"enrolment of {peer[0]}: {MAX_CONNECTIONS} others are under way")
+                others = f"{len(self._connections)} others are under way, {self._of_host[host]} of them from there"
+                self._refusals.tell(f"enrolment of {host}: {others}")
                 continue
-            self._connections.start(self._serve(connection, str(peer[0])))
+            self._of_host[host] += 1
+            self._connections.start(self._serve(connection, host))
 
     async def _serve(self, connection: socket.socket, peer: str) -> None:
         try:
@@ -91,6 +98,7 @@ class EnrolmentServer:
             _log.exception("an enrolment failed")
         finally:
             connection.close()
+            self._of_host -= Counter((peer,))
 
     async def _exchange(self, connection: socket.socket) -> None:
         reader, writer = await _secured(connection, self._context())

@@ -299,6 +299,22 @@ async def test_who_says_nothing_is_cut_off_and_more_than_so_many_are_not_heard(
         await enrol(host, port, trust.token, "b")
 
 
+async def test_connections_of_one_address_leave_room_for_others(
+    trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_OF_HOST", 1)
+    async with enrolment(trust) as (host, port):
+        _, silent = await asyncio.open_connection(host, port, local_addr=("127.0.0.2", 0))
+        reader, more = await asyncio.open_connection(host, port, local_addr=("127.0.0.2", 0))
+        async with asyncio.timeout(4):  # it is closed at once, not after the handshake's timeout
+            assert await reader.read() == b""
+        assert "enrolment of 127.0.0.2: 1 others are under way, 1 of them from there" in refusals(caplog.records)[0]
+        for _ in range(3):
+            await enrol(host, port, trust.token, "b")
+        silent.close()
+        more.close()
+
+
 async def test_a_flood_of_refusals_does_not_fill_the_log(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with enrolment(trust) as (host, port):
         for _ in range(60):

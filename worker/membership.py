@@ -19,6 +19,7 @@ from llamaclust.wire.rpc.client import JOIN, ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import Credentials, Identity
+from llamaclust.wire.security.renewal import until_renewal
 from llamaclust.worker.devices.system_info import resident_bytes
 from llamaclust.worker.requests import Requests
 from llamaclust.worker.session import Session
@@ -48,7 +49,7 @@ class Renewal:
 
         with contextlib.suppress(WorkerError):  # of the stream, which its reader reports
             while True:
-                await asyncio.sleep(self._identity.pair.renewal_in_s)
+                await until_renewal(self._identity)
                 self._key = NewKey()
                 await self._send(messages.RenewCertificate(self._key.request))
                 await asyncio.sleep(min(_RENEW_AGAIN_S, self._identity.pair.life_s / 10))

@@ -1,0 +1,16 @@
+"""When a certificate is to be renewed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from llamaclust.wire.security.credentials import Identity
+
+_LOOK_S = 60.0
+"""Sleeps use a clock that stands still while the machine is suspended; certificates do not."""
+
+
+async def until_renewal(identity: Identity) -> None:
+    """Returns when two thirds of its certificate's life are over."""
+    while (rest_s := identity.pair.renewal_in_s) > 0:  # noqa: ASYNC110  nothing reports the time
+        await asyncio.sleep(min(_LOOK_S, rest_s))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.control.observed import Observed
@@ -20,7 +20,9 @@ from llamaclust.cluster.state.directory import read_values, write_values
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.machine_id import machine_id
 from llamaclust.core.profile import Profile
+from llamaclust.wire.control.messages import Register
 from llamaclust.wire.control.profiles import LinkProfile
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.link_probe import measure_link
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
     from llamaclust.cluster.control.planning import ClusterPlanner
 
 _FILE = ".links.json"  # no cluster's name begins with a dot
+_UNIX = ", unix"
+_MOST_MACHINES = 16
+"""That are measured pair by pair: of more, that would take minutes."""
+_MOST_KEPT = 2048
+"""Links of machines that have gone are forgotten."""
 
 Pair = tuple[str, str]
 
@@ -48,17 +55,35 @@ async def measure_links(
     for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
         what = "start it with --join and an address of its machine that others reach, or with --advertise"
         report(Notice(f"worker {name} is served at {address}, which no other machine can reach: {what}"))
-    keys = _keys({name: _machine(own.host, own.address, own.fingerprint) for name, own in registered.items()})
+    keys = _keys(_places(registered))
     known, attempted = _read(state_dir), set[Pair]()
-    new: dict[str, Link] = {}
-    while missing := [pair for pair, key in keys.items() if key not in known | new and pair not in attempted]:
+    wanted = _wanted(keys, sorted(workers))
+    while missing := [pair for pair in wanted if keys[pair] not in known and pair not in attempted]:
         concurrent = _disjoint(missing, keys)
         attempted.update(concurrent)
         found = await asyncio.gather(*(_measured(pair, workers, credentials, report) for pair in concurrent))
-        new |= {keys[pair]: link for pair, link in zip(concurrent, found, strict=True) if link is not None}
-    if new:
-        write_values(state_dir / _FILE, known | new)
-    return _links(keys, known | new)
+        known |= {keys[pair]: link for pair, link in zip(concurrent, found, strict=True) if link is not None}
+    if attempted:
+        write_values(state_dir / _FILE, _newest(known, keys.values()))
+    links = _links(keys, known)
+    return links if len(wanted) == len(keys) else links.estimated(frozenset(pair) for pair in keys.keys() - {*wanted})
+
+
+def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
+    """The pairs to measure: all of a few machines. Of many, the coordinator's links, and those between neighbours:
+    plans keep the order of workers where another one is not clearly better."""
+    if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
+        return [*keys]
+    neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
+    return [pair for pair in keys if COORDINATOR in pair or frozenset(pair) in neighbours]
+
+
+def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
+    """Those in use, and of others the newest."""
+    used = {key: known[key] for key in used if key in known}
+    others = {key: link for key, link in known.items() if key not in used}
+    room = max(0, _MOST_KEPT - len(used))
+    return dict([*others.items()][len(others) - min(room, len(others)) :]) | used
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
@@ -70,9 +95,9 @@ def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
 
 def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
     """What is known of local workers, given by name: from a start on the same machine."""
-    host = socket.gethostname()
-    machines = {name: _machine(host, "unix:", fingerprint) for name, fingerprint in fingerprints.items()}
-    return _links(_keys(machines), _read(state_dir))
+    here = _Place(machine_id(), socket.gethostname(), _UNIX)
+    places = {name: here.text(fingerprint) for name, fingerprint in fingerprints.items()}
+    return _links(_keys(places), _read(state_dir))
 
 
 def _read(state_dir: Path) -> dict[str, Link]:
@@ -90,14 +115,40 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
     return disjoint
 
 
-def _machine(host: str, address: str, fingerprint: str) -> str:
-    return f"{host} ({address.rpartition(':')[0]}, {fingerprint})"
+class _Place(NamedTuple):
+    """Where a worker is served. Pods keep their host names, but not their addresses."""
+
+    machine: str
+    host: str
+    way: str = ""  # sockets on disk, or over a network
+
+    def text(self, fingerprint: str) -> str:
+        return f"{self.host} ({self.machine}{self.way}, {fingerprint})"
 
 
-def _keys(machines: Mapping[str, str]) -> dict[Pair, str]:
+def _places(registered: Mapping[str, Register]) -> dict[str, str]:
+    """By name; equal for workers with equal links. Addresses count only where one host has several."""
+    ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
+    found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
+    of_place: dict[_Place, set[str]] = {}
+    for name, place in found.items():
+        of_place.setdefault(place, set()).add(ways[name])
+    return {
+        name: place._replace(way=_way(ways[name], len(of_place[place]))).text(registered[name].fingerprint)
+        for name, place in found.items()
+    }
+
+
+def _way(host: str, count: int) -> str:
+    if host.startswith("unix"):
+        return _UNIX
+    return f", {host}" if count > 1 else ""
+
+
+def _keys(places: Mapping[str, str]) -> dict[Pair, str]:
     """By pairs of the coordinator, which comes first, and workers; equal for pairs of the same two machines."""
-    machines = {COORDINATOR: f"coordinator on {socket.gethostname()}", **machines}
-    return {pair: " - ".join(sorted(machines[name] for name in pair)) for pair in combinations(machines, 2)}
+    places = {COORDINATOR: f"coordinator on {socket.gethostname()} ({machine_id()})", **places}
+    return {pair: " - ".join(sorted(places[name] for name in pair)) for pair in combinations(places, 2)}
 
 
 def _links(keys: Mapping[Pair, str], known: Mapping[str, Link]) -> Links:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 
@@ -47,6 +47,18 @@ class Links:
         """The links that a token takes from stage to stage and back to the first one."""
         pairs = pairwise([*stages, stages[0]]) if len(stages) > 1 else ()
         return [self.between(*pair) for pair in pairs]
+
+    def estimated(self, pairs: Iterable[frozenset[str]]) -> Links:
+        """With links between these pairs, as sums of what their ends add."""
+        reaches = self.reaches({name for pair in self.measured for name in pair})
+        known = (sorted(pair) for pair in pairs if pair <= reaches.keys())
+        sums = {
+            frozenset((one, other)): Link(
+                reaches[one].one_way_s + reaches[other].one_way_s, reaches[one].byte_s + reaches[other].byte_s
+            )
+            for one, other in known
+        }
+        return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
         """Links as sums of what their two ends add, as far as that goes (least squares): then the order of stages does

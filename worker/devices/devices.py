@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu, gpu_names
+from llamaclust.core.machine_id import machine_id
 from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.backend import Backend
@@ -40,7 +41,7 @@ class Device:
     @classmethod
     def open(cls, settings: WorkerSettings) -> Device:
         """UsageError for a device or feature level that this machine does not have."""
-        threads = settings.threads or system_info.physical_cores()
+        threads = settings.threads or len(os.sched_getaffinity(0))
         level, folder = settings.feature_level, settings.packed_cache_dir
         packed_cache = None if folder is None else PackedCacheFolder(folder, settings.packed_cache_bytes)
         backend = backends.open_processor(settings.device, threads, level, packed_cache)
@@ -102,7 +103,7 @@ class Device:
             name=name,
             pid=os.getpid(),
             host=socket.gethostname(),
-            machine=system_info.machine_id(),
+            machine=machine_id(),
             memory_group=system_info.memory_group(),
             address=address,
             device=self.kind,

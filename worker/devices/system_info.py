@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
-import socket
-from collections.abc import Iterable
 from pathlib import Path
 
-from llamaclust.core.cgroups import cpu_quota, memory_groups, read_text
+from llamaclust.core.cgroups import memory_groups, read_text
 
 _ROOT = Path("/")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -38,11 +35,6 @@ def _figures(path: Path) -> dict[str, int]:
     return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", read_text(path), re.MULTILINE)}
 
 
-def machine_id() -> str:
-    """Equal in all processes of a running kernel; host names may be equal on several machines."""
-    return read_text(Path("/proc/sys/kernel/random/boot_id")).strip() or socket.gethostname()
-
-
 def memory_group(root: Path = _ROOT) -> str:
     """Identity of the control group that limits this process's memory most; "" where none does."""
     tightest = min(memory_groups(root), key=lambda group: group.free_bytes, default=None)
@@ -50,18 +42,6 @@ def memory_group(root: Path = _ROOT) -> str:
         return ""
     found = tightest.path.stat()
     return f"{found.st_dev}:{found.st_ino}"
-
-
-def physical_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> int:
-    """Cores that this process may use, as many as compute threads are worth starting: hardware threads of one core
-    count once, and no more than the control groups' quota of CPU time, rounded up. `affinity`: hardware threads, else
-    the process's own."""
-    cores = set()
-    for number in os.sched_getaffinity(0) if affinity is None else affinity:
-        siblings = read_text(root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
-        cores.add(siblings.strip() or str(number))
-    quota = cpu_quota(root)
-    return max(1, len(cores) if quota is None else min(len(cores), math.ceil(quota)))
 
 
 def resident_bytes() -> int:

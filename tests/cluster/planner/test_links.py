@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control.link_profiling import measure_links
+from llamaclust.cluster.control import link_profiling
+from llamaclust.cluster.control.link_profiling import _keys, _newest, _places, _wanted, measure_links
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.links import COORDINATOR, NO_REACH, USUAL, Link, Links
 from llamaclust.cluster.planner.memory import PlanRequest
@@ -22,10 +23,12 @@ from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
+from llamaclust.wire.control.messages import Register
 from support.clusters.real_cluster import real_cluster
 from support.plans.plan_inputs import link as link_ms
 from support.plans.plan_inputs import profile
 from support.plans.plan_inputs import reach as reach_ms
+from support.wire.control_messages import REGISTER
 
 MODEL = ModelCosts(20 * MIB, 20 * MIB, 30_000_000, (LayerCost(10 * MIB, 20_000_000, 4096),) * 12, hidden_bytes=16_384)
 
@@ -112,6 +115,16 @@ def test_a_slow_link_makes_prompts_take_longer() -> None:
     assert slow.prediction.token_s == pytest.approx(fast.prediction.token_s)
 
 
+def test_links_that_were_not_measured_are_sums_of_what_their_ends_add() -> None:
+    ends = {"a": reach_ms(1.0), "b": reach_ms(2.0), "c": reach_ms(4.0), COORDINATOR: reach_ms(8.0)}
+    whole = star(ends)
+    measured = {pair: link for pair, link in whole.measured.items() if pair != frozenset("ac")}
+    links = Links(measured).estimated([frozenset("ac"), frozenset("ax")])
+    assert links.measured.keys() == whole.measured.keys(), "nothing is known of x"
+    assert links.between("a", "c").one_way_s == pytest.approx(whole.between("a", "c").one_way_s)
+    assert all(links.measured[pair] == measured[pair] for pair in measured)
+
+
 # -- measured ----------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +187,41 @@ def test_a_worker_that_other_machines_cannot_reach_is_told(tmp_path: Path) -> No
         "worker a is served at 127.0.0.1:1",
         "worker a is served at [::1]:2",
     ]
+
+
+def registered(*workers: tuple[str, str, str, str]) -> dict[str, Register]:
+    return {
+        name: replace(REGISTER, name=name, machine=machine, host=host, address=address)
+        for name, machine, host, address in workers
+    }
+
+
+def test_links_belong_to_machines_and_not_to_addresses() -> None:
+    first = _places(registered(("a", "boot 1", "pod-0", "10.0.0.1:7"), ("b", "boot 1", "pod-1", "10.0.0.2:7")))
+    later = _places(registered(("x", "boot 1", "pod-0", "10.0.9.9:7"), ("y", "boot 1", "pod-1", "10.0.9.8:7")))
+    assert [*first.values()] == [*later.values()] and first["a"] != first["b"]
+    same_name = _places(registered(("a", "boot 1", "debian", "10.0.0.1:7"), ("b", "boot 2", "debian", "10.0.0.2:7")))
+    assert same_name["a"] != same_name["b"]
+    several = _places(registered(("a", "boot 1", "host", "10.0.0.1:7"), ("b", "boot 1", "host", "10.1.0.1:7")))
+    assert several["a"] != several["b"], "a machine on two networks"
+    here = _places(registered(("a", "boot 1", "host", "unix:/x/a"), ("b", "boot 1", "host", "unix:/x/b")))
+    assert here["a"] == here["b"] != first["a"]
+
+
+def test_of_many_machines_neighbours_and_the_coordinators_links_are_measured() -> None:
+    names = [f"w{index:02}" for index in range(40)]
+    few, many = ({name: f"machine {name}" for name in names[:count]} for count in (16, 40))
+    assert _wanted(_keys(few), names[:16]) == [*_keys(few)]
+    wanted = _wanted(_keys(many), names)
+    assert len(wanted) == 80 and ("w03", "w04") in wanted and ("w00", "w39") in wanted
+    assert len(_wanted(_keys(dict.fromkeys(names, "one machine")), names)) == 820, "two of them are measured"
+
+
+def test_links_of_machines_that_have_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_profiling, "_MOST_KEPT", 3)
+    known = dict.fromkeys("abcd", USUAL)
+    assert [*_newest(known, "ax")] == ["c", "d", "a"]
+    assert [*_newest(known, "abcd")] == [*"abcd"], "those in use stay"
 
 
 def test_a_damaged_file_of_links_is_measured_anew(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from llamaclust.cluster.control.failure_attribution import attribute_failure, stage_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.epochs import epoch_text, place_text
-from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
@@ -30,7 +30,7 @@ class RemotePipeline:
         """Opens the streams of an epoch that `workers` hold, given in the order of their stages. WorkerError where a
         stage refuses, cannot be reached or does not answer; its `worker` says whose, where that is known."""
         ends = (workers[0], workers[-1])
-        first, last = (Peer(one.registration.address, credentials, Principal(one.name)) for one in ends)
+        first, last = (_peer(worker, credentials) for worker in ends)
         try:
             async with deadline(f"opening the pipeline of epoch {epoch_text(epoch)}", _OPEN_S):
                 sample = last.open(SAMPLE, epoch=epoch)
@@ -102,6 +102,15 @@ class RemotePipeline:
         """Nothing comes back from the first stage but the end."""
         data = await self._forward.read()
         raise WorkerError("the first stage ended its stream" if data is None else "the first stage sent a message")
+
+
+def _peer(worker: WorkerHandle, credentials: Credentials) -> Peer:
+    try:
+        return Peer(worker.registration.address, credentials, Principal(worker.name))
+    except UsageError as error:
+        failure = WorkerError(f"worker {worker.name}: {error}")
+        failure.worker = worker.name
+        raise failure from error
 
 
 def _ending(task: asyncio.Task[None]) -> LlamaclustError:

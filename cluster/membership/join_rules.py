@@ -6,15 +6,16 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from llamaclust.cluster.config.cluster_config import MAX_WORKERS
 from llamaclust.cluster.membership.members import Members
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.core.errors import DeadlineError
+from llamaclust.core.errors import DeadlineError, UsageError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.messages import Deadlines, Register
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.security.credentials import Principal
+from llamaclust.wire.security.credentials import Credentials, Principal, check_address
 
 HANDSHAKE_S = 10.0
 
@@ -36,11 +37,12 @@ class JoinSettings:
 
 
 class JoinRules:
-    """Of one cluster, whose members decide what others need."""
+    """Of one cluster, whose members decide what others need. `credentials`: its own."""
 
-    def __init__(self, members: Members, settings: JoinSettings) -> None:
+    def __init__(self, members: Members, settings: JoinSettings, credentials: Credentials) -> None:
         self._members = members
         self._settings = settings
+        self._credentials = credentials
 
     async def refusal(self, register: Register, peer: Principal | None) -> str | None:
         """Why a worker is refused. A member of the same name is probed first: it may hang."""
@@ -51,6 +53,8 @@ class JoinRules:
         if duplicate := self._duplicate(register):
             pid = duplicate.registration.pid
             return f"a worker named {register.name} is a member already (pid {pid}): choose another name"
+        if surplus := self._surplus(register):
+            return surplus
         return self._settings.refusal(register.name) if self._settings.refusal else None
 
     def _mismatch(self, register: Register, peer: Principal | None) -> str | None:
@@ -64,7 +68,18 @@ class JoinRules:
         if register.numerics_version != (needed := self._numerics_version(register)):
             theirs = f"numerics_version {register.numerics_version}"
             return f"worker {name} computes by {theirs}, this cluster needs {needed}: {same}"
+        try:
+            check_address(register.address, self._credentials)
+        except UsageError as error:
+            return f"worker {name} is served at no address that can be used: {error}"
         return None
+
+    def _surplus(self, register: Register) -> str | None:
+        """Beyond what one plan can use."""
+        present = self._members.present
+        if register.name in present or len(present) < MAX_WORKERS:
+            return None
+        return f"the cluster has {len(present)} workers, as many as are possible"
 
     def _duplicate(self, register: Register) -> WorkerHandle | None:
         """Another process that is a member of that name."""

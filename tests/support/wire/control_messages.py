@@ -49,7 +49,7 @@ from llamaclust.wire.control.profiles import (
     WorkerProfile,
 )
 
-REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
+REGISTER = Register("a", 7, "host", "127.0.0.1:7", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
 
 
 CPU = DeviceProfile(4e10, 5e11)

@@ -60,6 +60,7 @@ def planned(config: ClusterConfig) -> tuple[Plan, int]:
                 max(0, (spec.memory_bytes or 0) - own_bytes),
                 gpus=gpus[spec.name],
                 gpu_layers=spec.gpu_layers,
+                threads=spec.threads or 1,
             )
             for spec in specs
         }

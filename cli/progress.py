@@ -142,6 +142,8 @@ class ClusterView:
                 self._print("\n".join(event.lines))
             case events.WorkerJoined():
                 self._print(joined_text(event))
+            case events.Waiting():
+                self._print(f"waiting for {printable(event.text)}")
             case events.Ready():
                 self._print(ready_text(event))
             case events.Notice():
@@ -192,6 +194,8 @@ def _log_event(event: events.Event) -> None:
             _log.info("%s is ready: %s at %s", event.name, event.model, own_address(event.api))
         case events.WorkerJoined():
             _log.info("%s", joined_text(event))
+        case events.Waiting():
+            _log.info("waiting for %s", event.text)
         case events.Notice():
             _log.info("%s", event.text)
         case events.Draining():

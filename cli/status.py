@@ -102,7 +102,8 @@ def _line(state: State) -> str:
 
 def _view(state: State) -> Group:
     gpus = (Text(line) for line in gpu_lines(state["workers"]))
-    return Group(*(Text(line) for line in _head(state)), _workers(state["workers"]), *gpus)
+    absent = (Text(f"absent: {terminal.printable(', '.join(state['absent']))}") for _ in state["absent"][:1])
+    return Group(*(Text(line) for line in _head(state)), _workers(state["workers"]), *gpus, *absent)
 
 
 def _head(state: State) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,8 @@ from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.planner.format import plan_lines
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.state.events import Notice, PlanMade, Report, WorkerLoading
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
+from llamaclust.cluster.state.events import Notice, PlanMade, Report, Waiting, WorkerLoading
+from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -78,7 +79,8 @@ class ActionRunner:
                 assert self.engine is not None
                 self.engine.interrupt(error)
             case act.Notify(text):
-                self._report(Notice(text))
+                is_start = self.engine is None
+                self._report(Waiting(text.removeprefix("waiting for ")) if is_start else Notice(text))
                 self._observed.post(seen.Noticed(text))
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
@@ -100,12 +102,19 @@ class ActionRunner:
         try:
             await self._open(plan, is_exclusive=is_exclusive)
         except (StageLoadError, LlamaclustError) as failed:
+            error, suspects = (failed.error, failed.suspects) if isinstance(failed, StageLoadError) else (failed, ())
             if is_exclusive:
                 await self._partitions.settled()
-            error, suspects = (failed.error, failed.suspects) if isinstance(failed, StageLoadError) else (failed, ())
+                await asyncio.gather(*map(self._refresh_memory, suspects))
             self._observed.post(seen.EpochLoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
             return
         self._observed.post(seen.Signal.EPOCH_LOADED)
+
+    async def _refresh_memory(self, suspect: seen.Suspect) -> None:
+        """Of a worker whose memory did not suffice, for the next plan."""
+        if isinstance(suspect.error, InsufficientMemoryError):
+            with contextlib.suppress(DeadlineError):
+                await self._registry.workers[suspect.name].refresh_memory()
 
     def cancel_loads(self) -> None:
         """Those under way fail soon, where there are any."""

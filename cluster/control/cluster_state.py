@@ -10,7 +10,7 @@ from llamaclust.cluster.control.observations import Incarnation, PlanInputs
 from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, StalledError
+from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, ProtocolError, StalledError
 from llamaclust.core.gpus import DeviceLayers
 
 _MAX_LOADS = 3
@@ -128,8 +128,16 @@ class PipelineLoss:
 
 
 @dataclass(frozen=True, slots=True)
+class Waits:
+    """How long requests wait for a pipeline, and a start for its first one."""
+
+    recovery_s: float
+    start_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterState:
-    recovery_s: float  # `timeouts.recovery`
+    waits: Waits
     worker_count: int  # of the cluster file
     tick: seen.Tick
     loss: PipelineLoss | None
@@ -155,10 +163,14 @@ class ClusterState:
         return len(self.pool.present) >= self.worker_count
 
     @property
+    def wait_s(self) -> float:
+        return self.waits.start_s if self.is_start else self.waits.recovery_s
+
+    @property
     def deadline_s(self) -> float:
-        """Until then requests wait for another pipeline."""
+        """Until then requests, or the start, wait for another pipeline."""
         assert self.loss is not None
-        return self.loss.since_s + self.recovery_s
+        return self.loss.since_s + self.wait_s
 
     def is_freed(self, name: str) -> bool:
         """Whether a drained worker has no layers, and gets none from an action or plan of before the drain."""
@@ -248,7 +260,8 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
     """Where the plan is outdated, another one may be the remedy. Else the load is repeated after a pause, and
-    workers that fail again and again, or do not answer, are expelled."""
+    workers that fail again and again, or do not answer, are expelled. One whose memory was less than it had
+    reported is not at fault: another plan is made from what it reports now."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
     stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
@@ -261,7 +274,11 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
         return replace(state, planning=replace(planning, inputs=state.inputs, rejected=failed.error))
     failures = state.loading.failures + 1
     retry_at_s = state.tick.now_s + _LOAD_BACKOFF.pause_s(failures - 1)
-    state = replace(state, loading=Loading(failures, failed.error, retry_at_s))
+    is_short = any(isinstance(suspect.error, InsufficientMemoryError) for suspect in failed.suspects)
+    is_final = not (is_short and state.is_start) or failures >= _MAX_LOADS
+    state = replace(state, loading=Loading(failures, failed.error if is_final else None, retry_at_s))
+    if is_short:
+        return replace(state, planning=None)
     return state if state.is_start else _expel(state, planning.inputs, _unfit(failed, failures))
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import context_length, manual_plan, max_batch_tokens, stage_limits
+from llamaclust.cluster.control.profiling import WorkerProfiles
 from llamaclust.cluster.control.resource_shares import WorkerResources, machine_shares, memory_shares, share_gpus
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
-from llamaclust.cluster.launchers.worker_settings import thread_shares
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import GpuFacts, WorkerFacts
@@ -38,7 +38,7 @@ class ClusterResources:
 
 
 def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
-    """The plan of those of `config`'s workers that are in `resources`.
+    """The plan of the workers in `resources`: first those that `config` names, in its order, then others by name.
 
     Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, NetworkPartitionError.
     """
@@ -80,18 +80,22 @@ def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest)
 
 
 def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[WorkerFacts]:
-    """In the order of the cluster file."""
-    threads, memory = thread_shares(config), _memory_shares(config, resources)
-    gpus = share_gpus(resources.workers)
-    names = [name for name in threads if name in memory]
+    memory, gpus = _memory_shares(config, resources), share_gpus(resources.workers)
+    names = in_order(config, memory)
     reaches = resources.links.reaches(names)
     facts = []
     for name in names:
         profile = resources.profiles.get(name)
         cpu = None if profile is None else profile.cpu
-        worker = WorkerFacts(name, memory[name], cpu, threads[name], reaches[name])
+        worker = WorkerFacts(name, memory[name], cpu, resources.workers[name].threads, reaches[name])
         facts.append(with_gpus(worker, gpus[name], profile))
     return facts
+
+
+def in_order(config: ClusterConfig, names: Iterable[str]) -> list[str]:
+    """First those of the cluster file, as it has them, then others by name."""
+    order = {worker.name: index for index, worker in enumerate(config.workers)}
+    return sorted(names, key=lambda name: (order.get(name, len(order)), name))
 
 
 def _memory_shares(config: ClusterConfig, resources: ClusterResources) -> dict[str, int]:
@@ -99,6 +103,7 @@ def _memory_shares(config: ClusterConfig, resources: ClusterResources) -> dict[s
     if resources.free_bytes is None:
         return machine_shares(resources.workers)
     capped = {worker.name for worker in config.workers if worker.memory is not None}
+    capped |= {name for name, worker in resources.workers.items() if worker.is_fresh}
     caps = {name: worker.free_memory_bytes if name in capped else None for name, worker in resources.workers.items()}
     return memory_shares(caps, resources.free_bytes)
 
@@ -117,13 +122,13 @@ def with_gpus(facts: WorkerFacts, resources: WorkerResources, profile: Profile |
 
 @dataclass(eq=False)
 class ClusterPlanner:
-    """Plans of a running cluster, from what its start measured."""
+    """Plans of a running cluster, whose workers come and go."""
 
     config: ClusterConfig
     model: Model
-    free_bytes: int | None  # see `ClusterResources`
-    profiles: Mapping[str, Profile]
-    links: Links
+    profiles: WorkerProfiles
+    free_bytes: int | None = None  # see `ClusterResources`
+    links: Links = UNKNOWN
 
     def update(self, links: Links) -> bool:
         """Replaces the links; whether they changed."""
@@ -138,6 +143,6 @@ class ClusterPlanner:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
-        known = {name: WorkerResources.of(worker.registration) for name, worker in workers.items()}
-        resources = ClusterResources(known, self.profiles, self.links, partitions, self.free_bytes)
+        known = {name: WorkerResources.of(worker) for name, worker in workers.items()}
+        resources = ClusterResources(known, self.profiles.of(workers), self.links, partitions, self.free_bytes)
         return await asyncio.to_thread(plan_cluster, self.config, self.model, resources)

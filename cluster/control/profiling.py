@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,27 +19,54 @@ from llamaclust.model.loader import Model
 from llamaclust.wire.control.profiles import ProfileWorker
 
 
-async def measure_workers(
-    config: ClusterConfig, model: Model, workers: Mapping[str, WorkerHandle], state_dir: Path, report: Report
-) -> dict[str, Profile]:
-    """By worker name. Keys of the cluster file come first, then what was measured on the same hardware before. A worker
-    that is lost meanwhile has none, unless an equal one was measured."""
-    stated = stated_speeds(config)
-    members = {spec.name: workers[spec.name] for spec in config.workers if spec.name not in stated}
-    keys = {name: _key(worker, workers, model.model_id) for name, worker in members.items()}
-    known = read_profiles(state_dir)
-    missing = [name for name, key in keys.items() if key not in known]
-    if missing:
-        report(Measuring(tuple(missing)))
-        order = ProfileWorker(str(model.file.path), model.model_id)
-        measuring = _Measuring({name: workers[name] for name in missing}, keys, order, report)
+class WorkerProfiles:
+    """Profiles of a cluster's workers: from the cluster file, or else of their hardware, whatever their names are."""
+
+    def __init__(self, config: ClusterConfig, model: Model, state_dir: Path, report: Report) -> None:
+        """With what earlier starts measured."""
+        self._stated = stated_speeds(config)
+        self._model_id = model.model_id
+        self._order = ProfileWorker(str(model.file.path), model.model_id)
+        self._state_dir = state_dir
+        self._report = report
+        self._known = read_profiles(state_dir)  # by `measurement_key`
+        self._used: dict[tuple[str, str], Profile] = {}  # by machine and fingerprint: they stay as others come and go
+
+    def of(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
+        """Of those workers whose profiles are known. `workers`: all that share machines."""
+        found = {name: self._profile(worker, workers) for name, worker in workers.items()}
+        return {name: profile for name, profile in found.items() if profile is not None}
+
+    async def measure(self, names: Iterable[str], workers: Mapping[str, WorkerHandle]) -> None:
+        """Those of these workers whose profiles are not known, all concurrently; they should be idle. A worker that is
+        lost meanwhile has none, unless an equal one was measured."""
+        known = self.of(workers)
+        missing = [name for name in names if name not in known]
+        if missing:
+            self._report(Measuring(tuple(missing)))
+            await self._measure(missing, workers)
+
+    def _profile(self, worker: WorkerHandle, workers: Mapping[str, WorkerHandle]) -> Profile | None:
+        if worker.name in self._stated:
+            return self._stated[worker.name]
+        hardware = worker.registration.machine, worker.registration.fingerprint
+        if hardware not in self._used:
+            if (known := self._known.get(_key(worker, workers, self._model_id))) is None:
+                return None
+            self._used[hardware] = known
+        return self._used[hardware]
+
+    async def _measure(self, names: list[str], workers: Mapping[str, WorkerHandle]) -> None:
+        keys = {name: _key(workers[name], workers, self._model_id) for name in names}
+        measuring = _Measuring({name: workers[name] for name in names}, keys, self._order, self._report)
         new = await measuring.profiles()
-        measured = [name for name in missing if keys[name] in new]
-        hardware = {_key(workers[name], workers): new[keys[name]].map(DeviceProfile.without_steps) for name in measured}
+        self._known |= new
         kept = {key: profile for key, profile in new.items() if key not in measuring.failed}  # the next start retries
-        write_profiles(state_dir, hardware | kept)
-        known |= new
-    return stated | {name: known[key] for name, key in keys.items() if key in known}
+        measured = {name: new[keys[name]].map(DeviceProfile.without_steps) for name in names if keys[name] in new}
+        hardware = {_key(workers[name], workers): profile for name, profile in measured.items()}
+        busy = {worker.registration.machine for worker in workers.values() if worker.stages}
+        if not any(workers[name].registration.machine in busy for name in measured):
+            write_profiles(self._state_dir, hardware | kept)
 
 
 def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:

@@ -137,7 +137,7 @@ def _recover(state: ClusterState) -> Action | None:
     if loading.error is not None and state.is_start:
         return Abort(loading.error)
     if loading.error is not None and now_s >= state.deadline_s:
-        late = f"no plan could be loaded within {state.recovery_s:g} s (timeouts.recovery): {loading.error}"
+        late = f"no plan could be loaded within {state.wait_s:g} s (timeouts.recovery): {loading.error}"
         if late != loss.failed_because:
             return FailRequests(late)
     if now_s < loading.retry_at_s:
@@ -153,13 +153,14 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
     what = "link" if isinstance(why, NetworkPartitionError) else "worker"
     if state.is_start and state.planning.error is not None and state.is_whole and what == "worker":
         return Abort(why)
-    if (text := f"waiting for a {what}, requests for {state.recovery_s:g} s at most: {why}") != state.waits_for:
+    waiting = "the start" if state.is_start else "requests"
+    if (text := f"waiting for a {what}, {waiting} for {state.wait_s:g} s at most: {why}") != state.waits_for:
         return Notify(text)
     if state.tick.now_s < state.deadline_s:
         return Wait(_earliest(state.deadline_s, _quarantine_end_s(state)))
     if state.is_start:
         return Abort(why)
-    late = f"no {what} came back within {state.recovery_s:g} s (timeouts.recovery): {why}"
+    late = f"no {what} came back within {state.wait_s:g} s (timeouts.recovery): {why}"
     if late != loss.failed_because:
         return FailRequests(late)
     return Wait(_quarantine_end_s(state))

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.gpus import Gpu
-from llamaclust.wire.control.messages import Register
 
 
 def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict[str, int]:
@@ -30,16 +30,21 @@ class WorkerResources:
     gpus: tuple[Gpu, ...] = ()
     gpu_layers: int | None = None
     memory_group: str = ""  # the control group of the machine that limits its memory; "": none does
+    threads: int = 1
+    is_fresh: bool = False  # its memory is less than what its machine's shares are made from
 
     @classmethod
-    def of(cls, registration: Register) -> WorkerResources:
+    def of(cls, worker: WorkerHandle) -> WorkerResources:
+        registration, fresh = worker.registration, worker.fresh_memory
         return cls(
             registration.machine,
-            registration.free_memory_bytes,
+            registration.free_memory_bytes if fresh is None else fresh.free_bytes,
             registration.machine_free_bytes,
-            registration.gpus,
+            registration.gpus if fresh is None else fresh.gpus,
             registration.gpu_layers,
             registration.memory_group,
+            registration.threads,
+            is_fresh=fresh is not None,
         )
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Waits
 from llamaclust.cluster.control.drain import WorkerOperations
 from llamaclust.cluster.control.epochs import Epoch, Epochs
 from llamaclust.cluster.control.link_profiling import LinkMonitor, MeasureLinks
+from llamaclust.cluster.control.newcomers import Newcomers
 from llamaclust.cluster.control.notices import lost_text
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
@@ -30,16 +31,17 @@ from llamaclust.cluster.planner.step_limits import hang_text
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError, RequestFailedError
-from llamaclust.wire.rpc.task_set import TaskSet
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """The workers: registered here, started by the launcher. Without `measure_links`, links stay as they are known."""
+    """The workers: registered here, started by the launcher. Without `measure_links`, links stay as they are known.
+    `start_s`: how long a start may wait for them."""
 
     registry: Registry
     launcher: Launcher
     record: ControlRecord
+    start_s: float = 0.0
     measure_links: MeasureLinks | None = None
 
 
@@ -52,9 +54,8 @@ class Supervisor:
         registry = fleet.registry
         now_s = asyncio.get_running_loop().time()
         pool = PoolState(drained=fleet.record.drained)
-        state = ClusterState(
-            config.timeouts.recovery, len(config.workers), seen.Tick(now_s), PipelineLoss(now_s), pool=pool
-        )
+        waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, fleet.start_s))
+        state = ClusterState(waits, len(config.workers), seen.Tick(now_s), PipelineLoss(now_s), pool=pool)
         self.observed = Observed(state)
         self.partitions = PartitionTracker(
             lambda: registry.present,
@@ -65,9 +66,9 @@ class Supervisor:
         self._runner = ActionRunner(self.observed, epochs, planner, registry, self.partitions, report)
         self.pool = WorkerOperations(registry, self._runner, self.observed, self.partitions)
         self._links = LinkMonitor(fleet.measure_links, registry, planner, self.observed, report)
+        self._newcomers = Newcomers(registry, planner, epochs, self.observed, self._links, report)
         self._fleet = fleet
         self._report = report
-        self._announcing = TaskSet()
         self._first_joins: frozenset[int] = frozenset()
         self._action: asyncio.Task[None] | None = None
 
@@ -99,8 +100,8 @@ class Supervisor:
         `timeouts.recovery` why there is none."""
         registry = self._fleet.registry
         self._first_joins = frozenset(registry.joins[name] for name in registry.present)
-        for name in registry.present:
-            self.observed.post(seen.WorkerSeen(name, registry.joins[name]))
+        for worker in registry.present.values():
+            self._newcomers.take(worker)
         for name in registry.workers.keys() - registry.present.keys():  # lost while machines were measured
             self._runner.ending.start(self._fleet.launcher.end(name))
         registry.subscribe(self._membership_changed)
@@ -114,7 +115,7 @@ class Supervisor:
             self._action.cancel()
             await asyncio.wait([self._action])
         runner = self._runner
-        await asyncio.gather(self._announcing.close(), runner.ending.close(), runner.watching.close())
+        await asyncio.gather(self._newcomers.close(), runner.ending.close(), runner.watching.close())
 
     async def run(self, engine: Engine) -> None:
         """Until it is cancelled; an error is a bug."""
@@ -185,9 +186,7 @@ class Supervisor:
             if self._fleet.registry.joins[worker.name] in self._first_joins:
                 return  # its admission reached it only now
             self._report(Notice(f"worker {worker.name} is here (pid {worker.registration.pid})"))
-            self.observed.post(seen.WorkerSeen(worker.name, self._fleet.registry.joins[worker.name]))
-            self._links.measure_again()
-            self._announcing.start(self._runner.epochs.announce(worker))
+            self._newcomers.joined(worker)
         else:
             self._worker_lost(worker)
 

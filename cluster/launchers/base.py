@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Self
 
-from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.launchers.arrivals import Shortfall
 from llamaclust.cluster.membership.join_rules import Certify
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.model.loader import Model
@@ -35,6 +35,10 @@ class Launcher(ABC):
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         """UsageError or ModelFileError where it is known before a start that a worker cannot run the model."""
 
+    def missing(self, present: Collection[str]) -> list[str]:
+        """Workers of the cluster file beside those that are present, in words."""
+        return []
+
     def refusal(self, name: str) -> str | None:
         """Why a worker of this name is none of the cluster's; None where it is."""
         return None
@@ -44,9 +48,9 @@ class Launcher(ABC):
         """Starts all; they register with the coordinator at `join`. `exited` gets every end but `stop`'s."""
 
     @abstractmethod
-    async def joined(self, config: ClusterConfig, registry: Registry) -> ClusterConfig:
-        """Waits until all that are needed are members; returns the cluster file with those workers in it. DeadlineError
-        names the missing ones, WorkerError one that ended before."""
+    async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
+        """Waits until all are members, or as many as suffice where others stay away. DeadlineError names the missing
+        ones, WorkerError one that ended before."""
 
     @abstractmethod
     async def stop(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.launchers.arrivals import Shortfall
 from llamaclust.cluster.launchers.base import Exited, GaveUp, Launcher
 from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.run_directory import RunDirectory
@@ -59,9 +59,9 @@ class LocalLauncher(Launcher):
             await self._spawn(joining)
             self._watches.append(asyncio.create_task(self._watch(joining, exited)))
 
-    async def joined(self, config: ClusterConfig, registry: Registry) -> ClusterConfig:
-        await registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
-        return config
+    async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
+        """All of them: they are processes of this machine."""
+        await registry.wait_for(tuple(self._processes), _JOIN_S)
 
     def keeping_up(self, gave_up: GaveUp) -> AbstractContextManager[None]:
         """One that ends too often within a minute is given up."""

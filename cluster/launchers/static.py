@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Collection, Sequence
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.config.sections import WorkerConfig
+from llamaclust.cluster.launchers.arrivals import Arrivals, Awaited, Shortfall
 from llamaclust.cluster.launchers.base import Exited, GaveUp, Launcher
 from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import AwaitingWorkers, Report, WorkerJoined
+from llamaclust.cluster.state.events import AwaitingWorkers, Report
 from llamaclust.core.addresses import joined_address, split_address
-from llamaclust.core.errors import DeadlineError
 from llamaclust.core.own_addresses import reachable_host
 from llamaclust.model.loader import Model
-from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure
+from llamaclust.wire.security.renewal import until_renewal
 from llamaclust.worker.settings import WorkerSettings
 
 _TRUST = "trust"
+_STARTING_S = 60.0
 _GPU = "  on a machine with an NVIDIA GPU the same with --device cuda:0"
+_log = logging.getLogger(__name__)
 
 INSECURE = (
     "INSECURE: links between machines are neither encrypted nor authenticated; any client that reaches them is trusted"
@@ -48,18 +50,18 @@ class StaticLauncher(Launcher):
         self._config = config
         self._report = report
         self._names = None if config.awaits_any else [worker.name for worker in config.workers]
-        self._registry: Registry | None = None
         self._ends = contextlib.AsyncExitStack()
 
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         """Nothing is known of other machines yet; their workers say it when they load."""
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
-        self._report(AwaitingWorkers(tuple(self._instructions(await self.open(join))), tuple(self._missing(()))))
+        self._report(AwaitingWorkers(tuple(self._instructions(await self.open(join))), tuple(self.missing(()))))
 
     async def open(self, join: str) -> str:
         """Lets workers in; returns the address (HOST:PORT) that they are to join."""
         if self.authority is None or not isinstance(self.credentials, Identity):
+            _log.warning(INSECURE)
             return join
         renewing = asyncio.create_task(keep_renewed(self.authority, self.credentials))
         self._ends.callback(renewing.cancel)
@@ -87,53 +89,29 @@ class StaticLauncher(Launcher):
 
     def refusal(self, name: str) -> str | None:
         """Why a worker of this name is none of the cluster's."""
-        wanted = self._names
-        if wanted is None and self._registry is not None:
-            present = self._registry.present
-            wanted = [*present] if len(present) >= len(self._config.workers) else None
-        if wanted is None or name in wanted:
+        names = self._names
+        if names is None or name in names:
             return None
-        if self._config.awaits_any:
-            return f"the cluster has its {len(wanted)} workers: {', '.join(wanted)}"
-        return f"the cluster file has no worker named {name}; it has {', '.join(wanted)}"
+        return f"the cluster file has no worker named {name}; it has {', '.join(names)}"
 
-    async def joined(self, config: ClusterConfig, registry: Registry) -> ClusterConfig:
-        self._registry = registry
-        reported: set[str] = set()
-        wait_s = config.join.wait
-        try:
-            async with deadline("workers joining", wait_s):
-                while True:
-                    for name in registry.present:
-                        if name not in reported:
-                            reported.add(name)
-                            host = registry.workers[name].registration.host
-                            self._report(WorkerJoined(name, host, tuple(self._missing(reported))))
-                    if not self._missing(registry.present):
-                        return self.found(registry)
-                    await registry.changed()
-        except DeadlineError as error:
-            missing_text, joined = ", ".join(self._missing(registry.present)), len(registry.present)
-            others = f"; to start with those that did: --set workers={joined}" if joined else ""
-            raise DeadlineError(f"did not join within {wait_s:g} s (`join.wait`): {missing_text}{others}") from error
+    def missing(self, present: Collection[str]) -> list[str]:
+        return self.awaited.missing(present)
 
-    def _missing(self, present: Collection[str]) -> list[str]:
-        """In words."""
-        if self._names is not None:
-            return [f"worker {name}" for name in self._names if name not in present]
-        left = len(self._config.workers) - len(present)
-        return [] if left <= 0 else [f"{left} more worker{'s' if left > 1 else ''}"]
+    async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
+        await Arrivals(self.awaited, registry, shortfall, self._report).wait()
 
-    def found(self, registry: Registry) -> ClusterConfig:
-        """The cluster file with the workers that are there, and the threads that they have."""
-        if self._names is None:
-            self._names = sorted(registry.present)[: len(self._config.workers)]
-            workers = [WorkerConfig(name=name) for name in self._names]
-        else:
-            workers = list(self._config.workers)
-        threads = {worker.name: registry.workers[worker.name].registration.threads for worker in workers}
-        named = tuple(worker.model_copy(update={"threads": threads[worker.name]}) for worker in workers)
-        return self._config.model_copy(update={"workers": named})
+    @property
+    def awaited(self) -> Awaited:
+        """Where the file has no names, those of its plan."""
+        config = self._config
+        planned = dict.fromkeys(entry.worker for entry in config.plan or ())
+        names = tuple(planned) if self._names is None else tuple(self._names)
+        return Awaited(names, max(len(names), len(config.workers)), self._grace_s, config.join.wait)
+
+    @property
+    def _grace_s(self) -> float:
+        """So long a worker takes to notice that its coordinator started again, and to be back."""
+        return 2 * self._config.timeouts.worker
 
     def _instructions(self, listen: str) -> list[str]:
         """What to type on the other machines; the secret itself is in a file."""
@@ -165,13 +143,14 @@ class RestartingLauncher(StaticLauncher):
         """As it came with the worker's end."""
         return self._last_errors.get(name, "")
 
-    async def joined(self, config: ClusterConfig, registry: Registry) -> ClusterConfig:
-        await registry.wait_for([worker.name for worker in config.workers], config.join.wait)
-        return self.found(registry)
+    @property
+    def _grace_s(self) -> float:
+        """So long a process takes to start."""
+        return max(_STARTING_S, super()._grace_s)
 
 
 async def keep_renewed(authority: Authority, identity: Identity) -> None:
     """The coordinator's own certificate, for as long as the cluster lives."""
     while True:
-        await asyncio.sleep(identity.pair.renewal_in_s)
+        await until_renewal(identity)
         identity.pair = authority.new_pair(COORDINATOR)

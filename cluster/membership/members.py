@@ -90,12 +90,16 @@ class Members:
         try:
             async with deadline("workers joining", deadline_s):
                 while missing := [name for name in names if name not in self.present]:
-                    for name in missing:
-                        if name in self._exits:
-                            raise _start_failed(name, self._exits[name], self.read_last_error(name))
+                    self.check_exits(missing)
                     await self._changed.wait()
         except DeadlineError as error:
             raise DeadlineError(f"workers {', '.join(missing)} have not joined within {deadline_s:g} s") from error
+
+    def check_exits(self, names: Collection[str]) -> None:
+        """WorkerError for one of these whose process ended before it joined."""
+        for name in names:
+            if name in self._exits:
+                raise _start_failed(name, self._exits[name], self.read_last_error(name))
 
     def _set_changed(self) -> None:
         self._changed.set()

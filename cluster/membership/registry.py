@@ -36,7 +36,7 @@ class Registry(Members):
         self._listen = listen
         self._credentials = credentials
         self._settings = settings
-        self._rules = JoinRules(self, settings)
+        self._rules = JoinRules(self, settings, credentials)
         self._refusals = RefusalLog(_log)
         self._server: Server | None = None
         self._is_closed = False  # connections may end later than their server
@@ -52,9 +52,11 @@ class Registry(Members):
         self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join})
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        """Ends every worker, unless they are a newer coordinator's."""
-        present = [] if self._superseded.done() else list(self.present.values())
+    async def __aexit__(self, *error: object) -> None:
+        """Ends every worker, unless they are a newer coordinator's, or others did not join in time: the next start may
+        use them."""
+        is_left = self._superseded.done() or any(isinstance(part, DeadlineError) for part in error)
+        present = [] if is_left else list(self.present.values())
         for handle in present:
             handle.left = True
         goodbye = messages.Shutdown("the cluster was stopped")

@@ -21,6 +21,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 PROGRESS_TIMEOUT_S = 60.0
 """Without progress for so long, a load is taken to hang."""
 _UNLOAD_S = 60.0
+_HEARTBEAT_S = 10.0
 _loss_numbers = count()
 
 
@@ -48,6 +49,14 @@ class Loss:
         return self.reason
 
 
+@dataclass(frozen=True, slots=True)
+class FreshMemory:
+    """What a worker that holds nothing may take, where its registration was out of date."""
+
+    free_bytes: int
+    gpus: tuple[Gpu, ...]
+
+
 class UnreachablePeer:
     """The first report of an epoch's stage that it cannot reach another one."""
 
@@ -68,6 +77,7 @@ class WorkerHandle:
         self.channel = WorkerChannel(send)
         self.stages: dict[int, tuple[Load, Loaded]] = {}  # by epoch
         self.loading: Load | None = None
+        self.fresh_memory: FreshMemory | None = None
         self.weights_found: dict[tuple[str, bool], WeightsFound] = {}  # by model id, and whether with a manifest
         self.heartbeat: Heartbeat | None = None
         self.lost = asyncio.Event()
@@ -115,6 +125,15 @@ class WorkerHandle:
             return gpus
         free = zip(gpus, heartbeat.gpu_free_bytes, strict=True)
         return tuple(replace(gpu, free_bytes=free_bytes) for gpu, free_bytes in free)
+
+    async def refresh_memory(self) -> None:
+        """After a load that memory did not suffice for: it holds nothing, and its next heartbeat says what is free."""
+        last = self.heartbeat
+        async with deadline(f"worker {self.name}: a heartbeat", _HEARTBEAT_S):
+            while self.heartbeat is last and await self.is_responsive():
+                pass
+        if self.heartbeat is not None and self.heartbeat is not last:
+            self.fresh_memory = FreshMemory(self.heartbeat.free_memory_bytes, self.gpus)
 
     @property
     def error(self) -> WorkerError:

@@ -14,7 +14,7 @@ from llamaclust.cluster.control.epochs import Epochs
 from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.link_profiling import MeasureLinks, hops_matter, measure_links
 from llamaclust.cluster.control.planning import ClusterPlanner
-from llamaclust.cluster.control.profiling import measure_workers
+from llamaclust.cluster.control.profiling import WorkerProfiles
 from llamaclust.cluster.control.supervisor import Fleet, Supervisor
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launcher
@@ -23,13 +23,13 @@ from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
-from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.core.profile import Profile
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
@@ -79,17 +79,31 @@ async def open_cluster(
             async with launcher, registry:  # workers that got the registry's goodbye have gone when the launcher stops
                 await launcher.start(worker_settings(config), registry.address, registry.process_exited)
                 named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
-                config, _ = await asyncio.gather(launcher.joined(config, registry), named)
-                measured = await measure_workers(config, model, registry.workers, folder.path.parent, report)
-                meter = _link_meter(config, measured, launcher, folder, report)
-                links = UNKNOWN if meter is None else await meter(registry.present)
-                free_bytes = launcher.free_memory_bytes()
-                planner = make_planner(config, model, free_bytes=free_bytes, profiles=measured, links=links)
+                planner = make_planner(config, model, WorkerProfiles(config, model, folder.path.parent, report))
+                shortfall = partial(_shortfall, planner, registry, record.drained)
+                await asyncio.gather(launcher.joined(registry, shortfall), named)
+                workers = registry.present
+                await planner.profiles.measure(workers, workers)
+                planner.free_bytes = launcher.free_memory_bytes()
+                meter = _link_meter(config, planner.profiles.of(workers), launcher, folder, report)
+                if meter is not None:
+                    planner.update(await meter(registry.present))
                 epochs = Epochs(config, model, registry, launcher.credentials, record)
-                supervisor = Supervisor(config, epochs, planner, Fleet(registry, launcher, record, meter), report)
+                start_s = 0.0 if config.launcher == "local" else config.join.wait
+                fleet = Fleet(registry, launcher, record, start_s, meter)
+                supervisor = Supervisor(config, epochs, planner, fleet, report)
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)
+
+
+async def _shortfall(planner: ClusterPlanner, registry: Registry, drained: frozenset[str]) -> LlamaclustError | None:
+    """Why the present workers that are not drained cannot hold the model, by what they report; None where they can."""
+    try:
+        await planner.plan({name: worker for name, worker in registry.present.items() if name not in drained})
+    except (InsufficientMemoryError, WorkerError) as error:
+        return error
+    return None
 
 
 @contextmanager

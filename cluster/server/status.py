@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from llamaclust.cluster.control.planning import in_order
 from llamaclust.cluster.engine.metrics import StageReport
 from llamaclust.cluster.engine.throughput import MeasuredSpeed
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
@@ -40,10 +41,11 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         "model": record.model,
         "insecure": cluster.config.insecure,
         "workers": [
-            _worker(workers[worker.name], reports.get(worker.name), predicted.get(worker.name))
-            | {"drained": worker.name in supervisor.pool.drained}
-            for worker in cluster.config.workers
+            _worker(workers[name], reports.get(name), predicted.get(name))
+            | {"drained": name in supervisor.pool.drained}
+            for name in in_order(cluster.config, workers)
         ],
+        "absent": cluster.launcher.missing(workers),
         "requests": {"running": counts.running, "waiting": counts.waiting},
         "epoch": epoch_text(supervisor.epoch.number),
         "retiring_epoch": None if retiring is None else epoch_text(retiring.number),

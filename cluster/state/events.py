@@ -29,6 +29,13 @@ class WorkerJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a start waits for, and why, in one line."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Measuring:
     """Workers measure their machine, which takes some seconds; the next start knows the figures."""
 
@@ -95,7 +102,7 @@ class Draining:
     limit_s: float
 
 
-StartProgress = AwaitingWorkers | WorkerJoined | Measuring | PlanMade | WorkerLoading | WorkerReading | Ready
+StartProgress = AwaitingWorkers | WorkerJoined | Waiting | Measuring | PlanMade | WorkerLoading | WorkerReading | Ready
 Event = StartProgress | StartFailed | Notice | Draining
 Report = Callable[[Event], None]
 
@@ -107,6 +114,8 @@ def awaited(event: Event) -> str | None:
     match event:
         case AwaitingWorkers() | WorkerJoined():
             return ", ".join(event.missing)
+        case Waiting(text):
+            return text
         case Measuring():
             return f"measurements of {', '.join(event.workers)}"
         case PlanMade():

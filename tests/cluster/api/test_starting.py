@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from llamaclust.cluster.api.server import StartingReplies
-from llamaclust.cluster.state.events import AwaitingWorkers, Event, Notice, WorkerJoined
+from llamaclust.cluster.state.events import AwaitingWorkers, Event, Notice, Waiting, WorkerJoined
 
 
 @asynccontextmanager
@@ -53,7 +53,9 @@ async def test_the_starting_error_names_what_is_awaited_for_those_with_a_key() -
         replies.report(WorkerJoined("a", "host", ("worker b",)))
         replies.report(Notice("something else"))
         assert await told(**key) == "; it waits for worker b"
-        assert len(passed_on) == 3
+        replies.report(Waiting("worker b, since 12 MiB are missing"))
+        assert await told(**key) == "; it waits for worker b, since 12 MiB are missing"
+        assert len(passed_on) == 4
 
 
 async def test_silent_clients_do_not_block_others() -> None:

@@ -16,7 +16,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import actions, epochs
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Waits
 from llamaclust.cluster.control.drain import WorkerOperations
 from llamaclust.cluster.control.epochs import Epochs, StageLoadError
 from llamaclust.cluster.control.observed import Observed
@@ -100,7 +100,7 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
 
 
 def observed_cluster() -> Observed:
-    return Observed(ClusterState(120.0, 2, seen.Tick(0.0), PipelineLoss(0.0)))
+    return Observed(ClusterState(Waits(120.0, 120.0), 2, seen.Tick(0.0), PipelineLoss(0.0)))
 
 
 def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionRunner:
@@ -155,7 +155,8 @@ def supervisor_of(registry: Members) -> Supervisor:
     opener: Any = SimpleNamespace(announce=nothing)
     launcher: Any = SimpleNamespace(end=nothing)
     fleet: Any = Fleet(registry, launcher, ControlRecord())  # type: ignore[arg-type]
-    return Supervisor(config, opener, ANYTHING, fleet, lambda event: None)
+    planner: Any = SimpleNamespace(profiles=SimpleNamespace(of=lambda workers: workers))
+    return Supervisor(config, opener, planner, fleet, lambda event: None)
 
 
 async def test_closing_waits_for_the_action_and_for_the_end_of_lost_workers() -> None:

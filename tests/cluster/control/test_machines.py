@@ -25,7 +25,9 @@ def _of(name: str, machine: str, group: str = "", host: str = "raspberrypi") -> 
 
 
 def _shares(*workers: Register) -> list[int]:
-    shares = machine_shares({worker.name: WorkerResources.of(worker) for worker in workers})
+    shares = machine_shares(
+        {worker.name: WorkerResources.of(WorkerHandle(worker, _nothing, lambda: "")) for worker in workers}
+    )
     return [shares[worker.name] // _GIB for worker in workers]
 
 

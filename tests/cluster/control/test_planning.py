@@ -11,7 +11,6 @@ import pytest
 
 from llamaclust.cluster.control import planning
 from llamaclust.cluster.control.planning import ClusterPlanner
-from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.wire.rpc import cache_flush
 from llamaclust.wire.rpc.cache_flush import CacheFlush
 from support.wire.control_messages import REGISTER
@@ -27,10 +26,9 @@ async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(planning, "plan_cluster", plan)
     config: Any = SimpleNamespace(plan=None)
-    worker: Any = SimpleNamespace(registration=REGISTER)
-    making = asyncio.create_task(
-        ClusterPlanner(config, NOTHING, free_bytes=None, profiles={}, links=UNKNOWN).plan({"a": worker})
-    )
+    worker: Any = SimpleNamespace(registration=REGISTER, fresh_memory=None)
+    unmeasured: Any = SimpleNamespace(of=lambda workers: {})
+    making = asyncio.create_task(ClusterPlanner(config, NOTHING, unmeasured).plan({"a": worker}))
     await asyncio.sleep(0.01)
     served.set()
     assert await making

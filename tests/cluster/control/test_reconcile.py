@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from llamaclust.cluster.control import observations as seen
-from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, observe
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, Waits, observe
 from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.reconcile import (
     Abort,
@@ -39,6 +39,7 @@ from llamaclust.core.errors import (
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 
 RECOVERY_S = 120.0
+START_S = 600.0
 AB = frozenset("ab")
 MEMORY = InsufficientMemoryError("12 MiB are missing")
 LOST = WorkerError("worker b is lost")
@@ -64,7 +65,7 @@ class Cluster:
 
     @classmethod
     def starting(cls) -> Cluster:
-        return cls(ClusterState(RECOVERY_S, 2, seen.Tick(0.0), PipelineLoss(0.0)))
+        return cls(ClusterState(Waits(RECOVERY_S, START_S), 2, seen.Tick(0.0), PipelineLoss(0.0)))
 
     @classmethod
     def serving(cls) -> Cluster:
@@ -162,8 +163,10 @@ def test_a_start_waits_for_missing_workers_and_links() -> None:
         cluster.see(seen.WorkerSeen("a", 1))
         if error is not MEMORY:
             cluster.see(seen.WorkerSeen("b", 2))
-        assert cluster.notified(cluster.plan(error)) == Wait(RECOVERY_S)
-        assert cluster.at(RECOVERY_S) == Abort(error)
+        action = cluster.plan(error)
+        assert isinstance(action, Notify) and f"the start for 600 s at most: {error}" in action.text
+        assert cluster.notified(action) == Wait(START_S)
+        assert cluster.at(START_S) == Abort(error)
 
 
 def test_a_worker_that_joins_while_a_load_fails_may_be_what_was_missing() -> None:
@@ -238,6 +241,23 @@ def test_workers_that_do_not_load_are_expelled(error: WorkerError) -> None:
     assert cluster.state.inputs.quarantined == {"b"}
     cluster.at(10.0)
     assert cluster.state.inputs.quarantined == frozenset()
+
+
+@pytest.mark.parametrize("is_start", [True, False])
+def test_a_worker_with_less_memory_than_reported_is_planned_anew_and_not_expelled(is_start: bool) -> None:
+    cluster = Cluster.starting() if is_start else Cluster.serving()
+    if is_start:
+        cluster.see(seen.WorkerSeen("a", 1), seen.WorkerSeen("b", 2))
+    else:
+        cluster.lose_pipeline()
+    for _ in range(2):
+        cluster.plan(BOTH)
+        assert cluster.load_failed(MEMORY, Suspect("b", MEMORY)) == MakePlan(cluster.state.inputs)
+    assert isinstance(cluster.plan(BOTH), Wait), "a pause between two loads"
+    assert cluster.at(1.0) == LoadEpoch(BOTH, is_exclusive=True)
+    cluster.load_failed(MEMORY, Suspect("b", MEMORY))
+    assert cluster.state.inputs.quarantined == frozenset() and not cluster.state.expulsions
+    assert cluster.plan(BOTH) == Abort(MEMORY) if is_start else isinstance(cluster.plan(BOTH), Wait)
 
 
 def test_a_worker_that_hangs_is_expelled_and_the_others_load_at_once() -> None:

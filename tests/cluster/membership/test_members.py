@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,9 +15,10 @@ import grpc
 import pytest
 
 from llamaclust.cluster.launchers.static import keep_renewed
+from llamaclust.cluster.membership import join_rules
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import JoinSettings
-from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.messages import (
@@ -26,12 +28,14 @@ from llamaclust.wire.control.messages import (
     Rejected,
     RenewalFailed,
     RenewCertificate,
+    Shutdown,
 )
 from llamaclust.wire.rpc.client import FORWARD, JOIN, SAMPLE, SAMPLED_TOKENS, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import Server
+from llamaclust.wire.security import renewal
 from llamaclust.wire.security.certificates import NewKey
-from llamaclust.wire.security.credentials import COORDINATOR, Insecure, Principal
+from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure, KeyPair, Principal
 from llamaclust.worker.membership import Renewal
 from llamaclust.worker.stage.service import StageService
 from support.clusters.members import ANY, Joined, join, registry, registry_of
@@ -80,16 +84,39 @@ async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_
                     pass
 
 
-async def test_another_protocol_version_or_arithmetic_is_refused_by_name(trust: Authority) -> None:
+async def test_another_protocol_version_arithmetic_or_an_unusable_address_is_refused_by_name(trust: Authority) -> None:
     other = PROTOCOL_VERSION + 1
     async with registry(trust) as there:
         changes: tuple[tuple[dict[str, Any], str], ...] = (
             ({"protocol_version": other}, f"worker a speaks protocol {other}, this coordinator {PROTOCOL_VERSION}:"),
             ({"numerics_version": 99}, "worker a computes by numerics_version 99, this cluster needs"),
+            ({"address": "unix:/run/a.sock"}, "worker a is served at no address that can be used: 'unix:/run/a.sock'"),
+            ({"address": "nowhere"}, "worker a is served at no address that can be used: 'nowhere' is not an address"),
         )
         for change, reason in changes:
             _, refused = await join(there, trust.identity(A), replace(REGISTER, **change))
             assert isinstance(refused, Rejected) and refused.reason.startswith(reason)
+
+
+async def test_more_workers_than_a_plan_can_have_are_refused(trust: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(join_rules, "MAX_WORKERS", 1)
+    async with registry(trust) as there:
+        await join(there, trust.identity(A), REGISTER)
+        _, refused = await join(there, trust.identity(B), replace(REGISTER, name="b"))
+        assert isinstance(refused, Rejected) and refused.reason == "the cluster has 1 workers, as many as are possible"
+
+
+async def test_workers_of_a_start_that_waited_in_vain_are_not_told_to_end(trust: Authority) -> None:
+    for error in (DeadlineError("worker b did not join"), WorkerError("the cluster ends")):
+        with pytest.raises(type(error)):
+            async with registry(trust) as there:
+                member, _ = await join(there, trust.identity(A), REGISTER)
+                raise error
+        try:
+            heard = await member.hear()
+        except WorkerError:  # the connection broke
+            heard = None
+        assert isinstance(heard, Shutdown) == isinstance(error, WorkerError)
 
 
 async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> None:
@@ -139,6 +166,22 @@ async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> 
             await asyncio.sleep(0.01)
     renewing.cancel()
     assert identity.pair.ends_at_s > short.ends_at_s + 3600
+
+
+async def test_a_machine_that_was_suspended_renews_its_certificate_within_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s, slept = 0.0, list[float]()
+
+    async def suspended(seconds: float) -> None:
+        nonlocal now_s
+        slept.append(seconds)
+        now_s += 9 * 3600 if len(slept) == 2 else seconds
+
+    monkeypatch.setattr(asyncio, "sleep", suspended)
+    monkeypatch.setattr(time, "time", lambda: now_s)
+    await renewal.until_renewal(Identity(b"", "c", A, KeyPair(b"", b"", 0.0, 12 * 3600.0)))
+    assert slept == [60.0, 60.0], "two thirds of its life were over when the machine woke up"
 
 
 async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_one_harms_no_member(

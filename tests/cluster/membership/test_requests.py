@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.profiling import measure_workers
+from llamaclust.cluster.control.profiling import WorkerProfiles
+from llamaclust.cluster.control.resource_shares import WorkerResources
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights, log_tail, probe, profile_link, profile_worker
 from llamaclust.cluster.state.directory import read_profiles
@@ -23,6 +24,8 @@ from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
     FindWeights,
+    Heartbeat,
+    Loaded,
     LogTail,
     ProbeResult,
     RequestFailed,
@@ -30,7 +33,7 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from llamaclust.wire.control.profiles import LinkProfile, LinkProfiles, ProfileWorker, WorkerProfile
-from support.wire.control_messages import REGISTER
+from support.wire.control_messages import LOAD, REGISTER
 
 RequestCall = Callable[[WorkerHandle], Awaitable[object]]
 
@@ -128,15 +131,70 @@ class Machines:
         if isinstance(event, Notice):
             self.told.append(event.text)
 
-    async def measure(self, folder: Path) -> Any:
+    def empty(self, folder: Path) -> WorkerProfiles:
         values = {"model": "m.gguf", "workers": [{"name": name} for name in self.workers], "state_dir": folder}
         model: Any = SimpleNamespace(model_id="ab" * 32, file=SimpleNamespace(path=Path("/m.gguf")))
         config = ClusterConfig.model_validate(values)
-        return await measure_workers(config, model, self.workers, folder, self.report)
+        return WorkerProfiles(config, model, folder, self.report)
+
+    async def profiles(self, folder: Path) -> WorkerProfiles:
+        profiles = self.empty(folder)
+        await profiles.measure(self.workers, self.workers)
+        return profiles
+
+    async def measure(self, folder: Path) -> dict[str, Profile]:
+        return (await self.profiles(folder)).of(self.workers)
 
 
 FAILED = RequestFailed(Failure("LlamaclustError", "RuntimeError: out of luck"))
 PROFILED = WorkerProfile(Profile(DeviceProfile(10e9, 100e9, (StepTime(1, 1e-4, 1e-11, 1e-3),))))
+
+
+async def test_a_worker_of_known_hardware_is_not_measured_again_whatever_its_name_and_neighbours(
+    tmp_path: Path,
+) -> None:
+    machines = Machines(a=PROFILED)
+    profiles = await machines.profiles(tmp_path)
+    asked = [*machines.asked]
+    profile = profiles.of(machines.workers)["a"]
+    again = Machines(a=PROFILED, x=PROFILED)
+    assert profiles.of(again.workers) == {"a": profile, "x": profile}
+    await profiles.measure(["x"], again.workers)
+    assert not again.asked and len(asked) == 1
+
+
+async def test_a_worker_that_comes_back_on_other_hardware_is_measured(tmp_path: Path) -> None:
+    machines = Machines(a=PROFILED)
+    profiles = await machines.profiles(tmp_path)
+    moved = Machines(a=WorkerProfile(Profile(DeviceProfile(5e9, 50e9, PROFILED.profile.cpu.concurrent))))
+    worker = moved.workers["a"]
+    worker.registration = replace(worker.registration, fingerprint="another chip, 4 cores", machine="another")
+    assert profiles.of(moved.workers) == {}
+    await profiles.measure(["a"], moved.workers)
+    assert profiles.of(moved.workers)["a"].cpu.read_bytes_s == 5e9
+    assert any(key.startswith("another chip") for key in read_profiles(tmp_path))
+
+
+async def test_figures_of_a_busy_machine_are_not_kept(tmp_path: Path) -> None:
+    machines = Machines(a=PROFILED, b=PROFILED)
+    machines.workers["a"].stages[1] = (LOAD, Loaded(1, 2, 3, 4))
+    registration = machines.workers["b"].registration
+    machines.workers["b"].registration = replace(registration, fingerprint="a chip, 2 cores, 1 thread")
+    profiles = machines.empty(tmp_path)
+    await profiles.measure(["b"], machines.workers)
+    assert "b" in profiles.of(machines.workers) and not read_profiles(tmp_path)
+
+
+async def test_the_next_heartbeat_tells_what_a_worker_without_layers_may_take() -> None:
+    worker = handle_of()
+    worker.receive(Heartbeat(0.0, 0, 0, 1, 1 << 30))
+    asking = asyncio.create_task(worker.refresh_memory())
+    await asyncio.sleep(0)
+    assert WorkerResources.of(worker).free_memory_bytes == REGISTER.free_memory_bytes
+    worker.receive(Heartbeat(0.0, 0, 0, 1, 1 << 20))
+    await asking
+    resources = WorkerResources.of(worker)
+    assert (resources.free_memory_bytes, resources.is_fresh) == (1 << 20, True)
 
 
 async def test_without_step_times_plans_use_the_roofline_and_a_notice_says_so(tmp_path: Path) -> None:

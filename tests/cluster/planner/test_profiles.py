@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, Waits
 from llamaclust.cluster.control.link_profiling import LinkMonitor
 from llamaclust.cluster.control.observations import Signal, Tick
 from llamaclust.cluster.control.observed import Observed
@@ -157,7 +157,7 @@ def test_links_are_measured_again_once_a_pipeline_serves() -> None:
 
         planner: Any = SimpleNamespace(update=update)
         registry: Any = SimpleNamespace(present=present)
-        observed = Observed(ClusterState(120.0, 2, Tick(0.0), PipelineLoss(0.0)))
+        observed = Observed(ClusterState(Waits(120.0, 120.0), 2, Tick(0.0), PipelineLoss(0.0)))
         monitor = LinkMonitor(measure, registry, planner, observed, lambda event: None)
         monitor.measure_again()
         await asyncio.sleep(0.01)

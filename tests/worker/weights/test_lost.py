@@ -13,7 +13,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.coordinator import open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Event, Notice
+from llamaclust.cluster.state.events import Event, Notice, Waiting
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, frames_of
 from llamaclust.worker.settings import WorkerSettings
@@ -100,6 +100,8 @@ async def answers(
     """Of a cluster that runs for these requests only."""
 
     def report(event: Event) -> None:
+        if isinstance(event, Waiting):
+            told.append(f"waiting for {event.text}")
         if isinstance(event, Notice):
             told.append(event.text)
 

@@ -1,0 +1,61 @@
+"""Workers that join a cluster after its start: known hardware counts at once, other hardware is measured first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.cluster.control.epochs import Epochs
+from llamaclust.cluster.control.link_profiling import LinkMonitor
+from llamaclust.cluster.control.observations import WorkerSeen
+from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.planning import ClusterPlanner
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.state.events import Notice, Report
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.task_set import TaskSet
+
+_MEASURE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Newcomers:
+    """Each becomes an observation, from which on plans use it."""
+
+    _registry: Registry
+    _planner: ClusterPlanner
+    _epochs: Epochs
+    _observed: Observed
+    _links: LinkMonitor
+    _report: Report
+    _tasks: TaskSet = field(default_factory=TaskSet, init=False)
+
+    async def close(self) -> None:
+        await self._tasks.close()
+
+    def joined(self, worker: WorkerHandle) -> None:
+        """Other workers may fetch weights there at once."""
+        self._tasks.start(self._epochs.announce(worker))
+        self._links.measure_again()
+        self.take(worker)
+
+    def take(self, worker: WorkerHandle) -> None:
+        if worker.name in self._planner.profiles.of(self._registry.present):
+            self._observe(worker)
+        else:
+            self._tasks.start(self._measure(worker))
+
+    async def _measure(self, worker: WorkerHandle) -> None:
+        """Where that fails, its memory alone counts."""
+        try:
+            async with deadline(f"worker {worker.name}: measurement", _MEASURE_S):
+                await self._planner.profiles.measure([worker.name], self._registry.present)
+            self._report(Notice(f"worker {worker.name} is measured"))
+        except LlamaclustError as error:
+            self._report(Notice(f"worker {worker.name} takes part unmeasured: {error}"))
+        self._observe(worker)
+
+    def _observe(self, worker: WorkerHandle) -> None:
+        if worker.loss is None:
+            self._observed.post(WorkerSeen(worker.name, self._registry.joins[worker.name]))

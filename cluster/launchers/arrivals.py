@@ -1,0 +1,102 @@
+"""The start waits for workers on other machines: for all of them a while, then for as many as a plan needs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.state.events import Notice, Report, Waiting, WorkerJoined
+from llamaclust.core.errors import DeadlineError, LlamaclustError
+from llamaclust.wire.rpc.deadlines import deadline
+
+Shortfall = Callable[[], Awaitable[LlamaclustError | None]]
+"""Why the present workers cannot hold the model; None where they can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """The workers of a start: `names`, and `count` in all. After `grace_s` without another join it goes on with those
+    that are there, if they suffice; it fails after `wait_s`."""
+
+    names: tuple[str, ...]
+    count: int
+    grace_s: float
+    wait_s: float
+
+    def missing(self, present: Collection[str]) -> list[str]:
+        """In words."""
+        names = [name for name in self.names if name not in present]
+        others = self.count - len(present) - len(names)
+        more = [f"{others} more worker{'s' if others > 1 else ''}"] if others > 0 else []
+        return [f"worker {name}" for name in names] + more
+
+
+class Arrivals:
+    """The joins of one start."""
+
+    def __init__(self, awaited: Awaited, registry: Registry, shortfall: Shortfall, report: Report) -> None:
+        self._awaited = awaited
+        self._registry = registry
+        self._shortfall = shortfall
+        self._report = report
+        self._short: LlamaclustError | None = None
+
+    async def wait(self) -> None:
+        """Returns when all are there, or enough. DeadlineError names the missing ones, WorkerError one whose process
+        ended before it joined."""
+        wait_s = self._awaited.wait_s
+        try:
+            async with deadline("workers joining", wait_s):
+                await self._enough()
+        except DeadlineError as error:
+            missing, joined = ", ".join(self._missing), len(self._registry.present)
+            others = f"; {joined} did, and do not suffice: {self._short}" if self._short else ""
+            raise DeadlineError(f"did not join within {wait_s:g} s (`join.wait`): {missing}{others}") from error
+
+    @property
+    def _missing(self) -> list[str]:
+        return self._awaited.missing(self._registry.present)
+
+    async def _enough(self) -> None:
+        clock = asyncio.get_running_loop().time
+        seen: dict[str, int] = {}
+        grace_end_s: float | None = None
+        while True:
+            self._registry.check_exits(self._awaited.names)
+            present = {name: self._registry.joins[name] for name in self._registry.present}
+            if present.items() - seen.items():
+                self._report_joins(present, seen)
+                grace_end_s = clock() + self._awaited.grace_s
+            seen = present
+            if not self._missing:
+                return
+            if grace_end_s is not None and clock() >= grace_end_s:
+                grace_end_s = None
+                if await self._suffice():
+                    return
+                continue  # others may have joined meanwhile
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(grace_end_s):
+                    await self._registry.changed()
+
+    def _report_joins(self, present: dict[str, int], seen: dict[str, int]) -> None:
+        """Of each that is new, and of those that are missing after it."""
+        reported = set(seen)
+        for name in present:
+            reported.add(name)
+            if seen.get(name) != present[name]:
+                host = self._registry.workers[name].registration.host
+                self._report(WorkerJoined(name, host, tuple(self._awaited.missing(reported))))
+
+    async def _suffice(self) -> bool:
+        missing = ", ".join(self._missing)
+        self._short = await self._shortfall()
+        if self._short is None:
+            joined = len(self._registry.present)
+            self._report(Notice(f"the start goes on with {joined} of {self._awaited.count} workers, without {missing}"))
+            return True
+        self._report(Waiting(f"{missing}, since those that are here do not suffice: {self._short}"))
+        return False

@@ -1,0 +1,116 @@
+"""A start waits for all its workers a while, then for as many as hold the model."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from llamaclust.cluster.launchers.arrivals import Arrivals, Awaited
+from llamaclust.cluster.membership.members import Members
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.state.events import Event, Notice, Waiting, WorkerJoined
+from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, WorkerError
+from llamaclust.wire.control.messages import CoordinatorMessage
+from support.wire.control_messages import REGISTER
+
+SHORT = InsufficientMemoryError("12 MiB are missing")
+ABC = Awaited(("a", "b", "c"), 3, grace_s=0.05, wait_s=30.0)
+
+
+@dataclass
+class Start:
+    """Of workers a, b and c, of which `enough` hold the model."""
+
+    enough: int
+    awaited: Awaited = ABC
+    registry: Members = field(default_factory=lambda: Members(lambda name: ""))
+    events: list[Event] = field(default_factory=list)
+    asked: int = 0
+
+    def join(self, *names: str) -> None:
+        async def nothing(_: CoordinatorMessage) -> None: ...
+
+        for name in names:
+            handle = WorkerHandle(replace(REGISTER, name=name), nothing, lambda: "")
+            self.registry.admit(handle)
+            self.registry.announce(handle)
+
+    async def shortfall(self) -> LlamaclustError | None:
+        self.asked += 1
+        return None if len(self.registry.present) >= self.enough else SHORT
+
+    def wait(self) -> asyncio.Task[None]:
+        return asyncio.create_task(
+            Arrivals(self.awaited, self.registry, self.shortfall, self.events.append).wait()  # type: ignore[arg-type]
+        )
+
+    async def reported(self, kind: type[Event]) -> Event:
+        async with asyncio.timeout(30):
+            while not (found := [event for event in self.events if isinstance(event, kind)]):  # noqa: ASYNC110  a list
+                await asyncio.sleep(0.005)
+        return found[-1]
+
+
+async def test_a_whole_start_waits_for_nothing_and_is_not_planned_twice() -> None:
+    start = Start(enough=1, awaited=replace(ABC, grace_s=3600.0))
+    waiting = start.wait()
+    start.join("b", "a", "c")
+    async with asyncio.timeout(30):
+        await waiting
+    assert start.asked == 0
+    joined = [event for event in start.events if isinstance(event, WorkerJoined)]
+    assert [(event.worker, event.missing) for event in joined] == [
+        ("b", ("worker a", "worker c")),
+        ("a", ("worker c",)),
+        ("c", ()),
+    ]
+
+
+async def test_a_start_goes_on_after_a_grace_with_those_that_suffice() -> None:
+    start = Start(enough=2)
+    waiting = start.wait()
+    start.join("a", "c")
+    async with asyncio.timeout(30):
+        await waiting
+    assert start.events[-1] == Notice("the start goes on with 2 of 3 workers, without worker b")
+
+
+async def test_a_start_waits_on_where_those_that_are_here_do_not_suffice_and_says_why() -> None:
+    start = Start(enough=2)
+    waiting = start.wait()
+    start.join("a")
+    why = await start.reported(Waiting)
+    assert why == Waiting("worker b, worker c, since those that are here do not suffice: 12 MiB are missing")
+    assert not waiting.done()
+    start.join("c")
+    async with asyncio.timeout(30):
+        await waiting
+    assert start.asked == 2, "once for each set of workers"
+
+
+async def test_a_start_that_waits_in_vain_names_the_missing_workers_and_the_shortfall() -> None:
+    start = Start(enough=2, awaited=replace(ABC, wait_s=0.3))
+    waiting = start.wait()
+    start.join("a")
+    says = r"did not join within 0.3 s \(`join.wait`\): worker b, worker c; 1 did, and do not suffice: 12 MiB"
+    with pytest.raises(DeadlineError, match=says):
+        await waiting
+
+
+async def test_a_worker_that_ended_before_it_joined_ends_the_start() -> None:
+    start = Start(enough=2)
+    waiting = start.wait()
+    start.join("a")
+    start.registry.process_exited("b", "exited with status 2")
+    with pytest.raises(WorkerError, match="worker b did not start: exited with status 2"):
+        await waiting
+
+
+def test_names_and_further_workers_that_are_missing() -> None:
+    assert Awaited((), 2, 1.0, 1.0).missing(()) == ["2 more workers"]
+    assert Awaited((), 2, 1.0, 1.0).missing(("x", "y", "z")) == []
+    planned = Awaited(("x",), 3, 1.0, 1.0)
+    assert planned.missing(()) == ["worker x", "2 more workers"]
+    assert planned.missing(("y", "z")) == ["worker x"]

@@ -38,4 +38,4 @@ MAX_MIROSTAT = 2
 MAX_MU = 1e12
 MAX_BREAKERS = 1 << 16  # token sequences of one request that DRY does not look beyond
 MAX_BREAKER_TOKENS = 64  # tokens of each
-MAX_BREAKERS_TOKENS = 1 << 15  # tokens of all of them: they go to the last stage with every token
+MAX_BREAKERS_TOKENS = 1 << 15  # tokens of all of them: those that matter go to the last stage with every token

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 
+from llamaclust.core.errors import ParameterError
+from llamaclust.core.sampling_bounds import MAX_BREAKERS_TOKENS
+from llamaclust.model.tokenizers.token_index import TokenIndex
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 DEFAULT_BREAKERS = ("\n", ":", '"', "*")
@@ -14,40 +17,53 @@ MAX_BREAKER_BYTES = 40
 Breakers = Mapping[int, tuple[tuple[int, ...], ...]]
 """Token sequences by their first token."""
 
-_KEPT = 256
+_KEPT = 16
+"""Texts whose sequences are kept: the default ones and a few more."""
+
+
+def check_size(tokens: int) -> None:
+    """Raises ParameterError for more tokens, of all sequences together, than a request may have."""
+    if tokens > MAX_BREAKERS_TOKENS:
+        reason = f"the token sequences with these texts have {tokens} tokens, at most {MAX_BREAKERS_TOKENS} are taken"
+        raise ParameterError("dry_sequence_breakers", f"{reason}: give fewer or rarer texts")
 
 
 class BreakerTokens:
-    """The token sequences that contain a text, for one tokenizer. The first use of a text is slow; thread-safe."""
+    """The token sequences that contain a text, for one tokenizer. The first use indexes the vocabulary, about a second
+    for 256 Ki tokens; a text takes about a millisecond. Use from one thread."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._sequences = lru_cache(_KEPT)(self._find)
 
     def of(self, texts: Sequence[str]) -> Breakers:
-        """For all of these texts."""
+        """For all of these texts. ParameterError where they are too many sequences."""
         by_head: dict[int, dict[tuple[int, ...], None]] = {}
+        tokens = 0
         for text in texts:
             for sequence in self._sequences(text):
-                by_head.setdefault(sequence[0], {})[sequence] = None
+                sequences = by_head.setdefault(sequence[0], {})
+                if sequence not in sequences:
+                    sequences[sequence] = None
+                    tokens += len(sequence)
+            check_size(tokens)
         return {head: tuple(sequences) for head, sequences in by_head.items()}
 
     @cached_property
-    def _words(self) -> list[bytes]:
-        return [self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)]
+    def _index(self) -> TokenIndex:
+        return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
         """Each token that has the text in it; and each that ends with its beginning, followed by its rest as tokens."""
         whole = text.encode("utf-8", "surrogatepass")
-        rests = {whole[:cut]: self._rest(whole, cut) for cut in range(1, len(whole))}
-        found: list[tuple[int, ...]] = []
-        for token, word in enumerate(self._words):
-            if whole in word:
-                found.append((token,))
-                continue
-            for count in range(1, min(len(word), len(rests)) + 1):
-                if rest := rests.get(word[-count:]):
-                    found.append((token, *rest))
+        found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
+        containing, tokens = {token for (token,) in found}, len(found)
+        for cut in range(1, len(whole)):
+            check_size(tokens)
+            heads = [token for token in self._index.ending_with(whole[:cut]) if token not in containing]
+            if heads and (rest := self._rest(whole, cut)):
+                found += [(token, *rest) for token in heads]
+                tokens += len(heads) * (1 + len(rest))
         return tuple(found)
 
     def _rest(self, whole: bytes, cut: int) -> tuple[int, ...]:
@@ -60,20 +76,34 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """A request's sequences whose first token has occurred: others cannot be in its history."""
+    """A request's sequences that may stand in its tokens or be completed by the next one: of the others, a token
+    before the last one has not occurred. In all, adding tokens takes as long as the sequences are."""
 
-    __slots__ = ("_by_head", "_seen", "sequences")
+    __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 
     def __init__(self, by_head: Breakers, tokens: Iterable[int]) -> None:
         self._by_head = by_head
         self._seen: set[int] = set()
-        self.sequences: tuple[tuple[int, ...], ...] = ()
-        if by_head:
-            for token in tokens:
-                self.add(token)
+        self._waiting: dict[int, list[tuple[int, ...]]] = {}  # each by one of its tokens that has not occurred
+        self._found: list[tuple[int, ...]] = []
+        self._sequences: tuple[tuple[int, ...], ...] = ()
+        for token in tokens:
+            self.add(token)
+
+    @property
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        if len(self._sequences) < len(self._found):
+            self._sequences = tuple(self._found)
+        return self._sequences
 
     def add(self, token: int) -> None:
         """One more token has occurred."""
-        if token in self._by_head and token not in self._seen:
-            self._seen.add(token)
-            self.sequences += self._by_head[token]
+        if not self._by_head or token in self._seen:
+            return
+        self._seen.add(token)
+        for sequence in (*self._by_head.get(token, ()), *self._waiting.pop(token, ())):
+            missing = next((other for other in sequence[:-1] if other not in self._seen), None)
+            if missing is None:
+                self._found.append(sequence)
+            else:
+                self._waiting.setdefault(missing, []).append(sequence)

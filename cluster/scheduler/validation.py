@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from llamaclust.cluster.scheduler.breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core import sampling_bounds as bounds
 from llamaclust.core.errors import ParameterError
@@ -34,7 +35,7 @@ def validate(request: GenerationRequest, vocabulary: int, max_sequence_tokens: i
         reason = f"is {request.min_tokens}, but stop_token_ids are all {vocabulary} tokens: none is left"
         raise ParameterError("min_tokens", reason)
     _check_params(request.params, vocabulary)
-    _check_breakers(request)
+    check_size(sum(len(sequence) for sequences in request.breakers.values() for sequence in sequences))
 
 
 def check_chain(chain: SamplerChain) -> None:
@@ -95,14 +96,6 @@ def _check_params(params: SamplingParams, vocabulary: int) -> None:
         raise ParameterError("logit_bias", "token ids must be ascending, each once")
     for _, bias in params.logit_bias:
         check_number("logit_bias", bias, -bounds.MAX_BIAS, bounds.MAX_BIAS)
-
-
-def _check_breakers(request: GenerationRequest) -> None:
-    tokens = sum(len(sequence) for sequences in request.breakers.values() for sequence in sequences)
-    most = bounds.MAX_BREAKERS_TOKENS
-    if tokens > most:
-        reason = f"the vocabulary has {tokens} tokens in the sequences that contain them, at most {most} are taken"
-        raise ParameterError("dry_sequence_breakers", f"{reason}: give fewer or rarer texts")
 
 
 def _check_tokens(name: str, ids: Collection[int], vocabulary: int) -> None:

@@ -12,7 +12,6 @@ import pytest
 from llamaclust.cluster.client.http import Client
 from llamaclust.cluster.client.local import LocalSettings
 from llamaclust.cluster.client.types import Options
-from llamaclust.cluster.scheduler.breakers import BreakerTokens, SeenBreakers
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.sampler_chain import PLAIN_ORDER, SamplerChain, SamplerName
 from support.clusters.served import CONTEXT, ScriptedEngine, client, make_app, says
@@ -96,40 +95,6 @@ async def test_windows_breakers_and_line_breaks() -> None:
     assert (generation.dry_window, generation.breakers, generation.history_window) == (9, {}, 9)
     chain = await chain_of("/v1/completions", penalize_nl=False, repetition_penalty=1.2)
     assert chain.order == PLAIN_ORDER and len(chain.unpenalized) == 1
-
-
-class Words:
-    """Enough of a tokenizer: its words, and letters for what is none of them."""
-
-    words = (b"a", b"b", b"ab", b"x a", b"\n\n", "\u00e9".encode()[:1], b"c")
-    vocabulary_size = len(words)
-
-    def token_bytes(self, token: int) -> bytes:
-        return self.words[token]
-
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
-        return [self.words.index(letter.encode()) for letter in text]
-
-
-def test_breakers_are_all_token_sequences_with_the_text() -> None:
-    tokens = BreakerTokens(Words())  # type: ignore[arg-type]
-    assert tokens.of(["\n"]) == {4: ((4,),)}
-    assert tokens.of(["ab"]) == {0: ((0, 1),), 2: ((2,),), 3: ((3, 1),)}
-    assert tokens.of(["ab", "abc", "b"]) == {
-        0: ((0, 1), (0, 1, 6)),
-        1: ((1,),),
-        2: ((2,), (2, 6)),
-        3: ((3, 1), (3, 1, 6)),
-    }
-    assert tokens.of(["\u00e9"]) == {}, "half a character has no rest"
-
-
-def test_only_breakers_that_occurred_are_looked_for() -> None:
-    seen = SeenBreakers({4: ((4,),), 0: ((0, 1),)}, [3, 0, 0])
-    assert seen.sequences == ((0, 1),)
-    seen.add(4)
-    seen.add(4)
-    assert list(seen.sequences) == [(0, 1), (4,)]
 
 
 # -- answers of the real engine ----------------------------------------------------------------------------------------

@@ -59,9 +59,14 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
 
 
 def _more(tokens: Sequence[int], task: SampleTask) -> tuple[object, ...]:
-    """A breaker that begins with a token which stands nowhere before the last one makes no difference."""
-    breakers = sorted(breaker for breaker in task.breakers if breaker[0] in tokens[:-1])
+    """A breaker that does not stand in the tokens makes no difference, nor one that begins with the last one alone."""
+    begun = (breaker for breaker in task.breakers if breaker[0] in tokens[:-1])
+    breakers = sorted(breaker for breaker in begun if _stands_in(breaker, tuple(tokens)))
     return task.penalty_window, task.dry_window, breakers, task.mu
+
+
+def _stands_in(breaker: tuple[int, ...], tokens: tuple[int, ...]) -> bool:
+    return any(tokens[start : start + len(breaker)] == breaker for start in range(len(tokens)))
 
 
 @dataclass

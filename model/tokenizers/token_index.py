@@ -1,0 +1,37 @@
+"""Finds the tokens of a vocabulary by parts of their bytes."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class TokenIndex:
+    """`words`: the bytes of each token, by id. Building takes about a second for 256 Ki tokens, a search a few
+    milliseconds at most."""
+
+    def __init__(self, words: Sequence[bytes]) -> None:
+        self._bytes: NDArray[np.uint8] = np.frombuffer(b"".join(words), np.uint8)
+        self._ends = np.cumsum([len(word) for word in words])  # [tokens], of each word in `_bytes`
+        by_ending = sorted((word[::-1], token) for token, word in enumerate(words))
+        self._reversed = [word for word, _ in by_ending]
+        self._tokens = [token for _, token in by_ending]
+
+    def containing(self, text: bytes) -> list[int]:
+        """Tokens that have these bytes, one at least, in them; ascending."""
+        starts = np.flatnonzero(self._bytes[: max(0, len(self._bytes) - len(text) + 1)] == text[0])
+        for place in range(1, len(text)):
+            starts = starts[self._bytes[starts + place] == text[place]]
+        tokens = np.searchsorted(self._ends, starts, side="right")
+        found: list[int] = np.unique(tokens[starts + len(text) <= self._ends[tokens]]).tolist()
+        return found
+
+    def ending_with(self, text: bytes) -> list[int]:
+        """Tokens whose last bytes are these, one at least."""
+        wanted = text[::-1]
+        start = bisect_left(self._reversed, wanted)
+        end = bisect_right(self._reversed, wanted, lo=start, key=lambda word: word[: len(wanted)])
+        return self._tokens[start:end]

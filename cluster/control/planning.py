@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import context_length, manual_plan, max_batch_tokens, stage_limits
@@ -129,6 +131,8 @@ class ClusterPlanner:
     profiles: WorkerProfiles
     free_bytes: int | None = None  # see `ClusterResources`
     links: Links = UNKNOWN
+    _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "planner"), init=False)
+    """Its own: a recovery waits for no other work in threads."""
 
     def update(self, links: Links) -> bool:
         """Replaces the links; whether they changed."""
@@ -136,7 +140,7 @@ class ClusterPlanner:
         return changed
 
     async def plan(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> Plan:
-        """In a thread: over many workers and layers it takes seconds. Raises as `plan_cluster` does, and WorkerError
+        """In its thread: over many workers and layers it takes seconds. Raises as `plan_cluster` does, and WorkerError
         where there are no workers or a manual plan needs others."""
         missing = [entry.worker for entry in self.config.plan or () if entry.worker not in workers]
         if missing:
@@ -145,4 +149,5 @@ class ClusterPlanner:
             raise WorkerError("no worker is left")
         known = {name: WorkerResources.of(worker) for name, worker in workers.items()}
         resources = ClusterResources(known, self.profiles.of(workers), self.links, partitions, self.free_bytes)
-        return await asyncio.to_thread(plan_cluster, self.config, self.model, resources)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, plan_cluster, self.config, self.model, resources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,26 @@ async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.Mo
     await asyncio.sleep(0.01)
     served.set()
     assert await making
+
+
+async def test_a_plan_waits_for_no_other_work_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over = Event()
+    with ThreadPoolExecutor(1) as busy:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(busy)
+        blocked = loop.run_in_executor(None, is_over.wait, 60.0)
+        monkeypatch.setattr(planning, "plan_cluster", lambda *_: "a plan")
+        config: Any = SimpleNamespace(plan=None)
+        worker: Any = SimpleNamespace(registration=REGISTER, fresh_memory=None)
+        unmeasured: Any = SimpleNamespace(of=lambda workers: {})
+        planner = ClusterPlanner(config, NOTHING, unmeasured)
+        try:
+            async with asyncio.timeout(10.0):
+                made: object = await planner.plan({"a": worker})
+            assert made == "a plan" and not blocked.done()
+        finally:
+            is_over.set()
+            await blocked
 
 
 async def test_others_have_turns_while_caches_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -12,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.api.errors import to_json
+from llamaclust.cluster.text.threads import run_on
 
 _LARGE_ENTRIES = 1024
 """A part of a reply that has more tokens and logprobs is rendered on a thread."""
@@ -31,7 +31,7 @@ def is_large(entries: int) -> bool:
 async def off_loop_if_large(work: Callable[[], _Value], entries: int) -> _Value:
     if not is_large(entries):
         return work()
-    return await asyncio.get_running_loop().run_in_executor(_threads, work)
+    return await run_on(_threads, work)
 
 
 def json_parts(value: Any) -> list[bytes]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from llamaclust.cluster.text.budget import EntryBudget
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import CompletionStream, Record
+from llamaclust.cluster.text.threads import BREAKERS, TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
@@ -23,7 +24,7 @@ from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _BLOCKING_CHARACTERS = 2048
-"""Texts longer than this are tokenized on a thread of their own."""
+"""Texts longer than this are tokenized on a thread."""
 
 _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt"})
 
@@ -50,11 +51,12 @@ class TextService:
         self._engine = engine
         self._breaker_tokens = BreakerTokens(tokenizer)
         self._active: set[CompletionStream] = set()
+        self._in_preparation = 0
 
     @property
     def active_requests(self) -> int:
-        """Requests that were accepted and have not ended."""
-        return len(self._active)
+        """Requests that were accepted and have not ended; those in preparation too."""
+        return len(self._active) + self._in_preparation
 
     async def start(self, request: CompletionRequest) -> CompletionStream:
         """Prepares and submits a request."""
@@ -63,7 +65,8 @@ class TextService:
     async def prepare(self, request: CompletionRequest) -> GenerationRequest:
         """The request in tokens. Raises ParameterError for a field that tokens no longer show."""
         request.check_text()
-        return self._generation(request, await self._prompt_ids(request), await self._breakers(request))
+        with self._preparing():
+            return self._generation(request, await self._prompt_ids(request), await self._breakers(request))
 
     def submit(
         self, request: CompletionRequest, generation: GenerationRequest, record: Record | None = None
@@ -85,7 +88,7 @@ class TextService:
         """Token ids of a text."""
         if len(text) <= _BLOCKING_CHARACTERS:
             return self.tokenizer.encode(text, add_special, parse_special)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special, parse_special)
+        return await run_on(TOKENIZING, self.tokenizer.encode, text, add_special, parse_special)
 
     async def tokenize_all(
         self, parts: Sequence[str | int], most_tokens: int, param: str, add_special: bool = False
@@ -95,7 +98,7 @@ class TextService:
         if len(parts) > most_tokens:
             raise ParameterError(param, f"has {len(parts)} parts, at most {most_tokens} tokens are taken")
         self._check_characters(sum(len(part) for part in parts if isinstance(part, str)), most_tokens, param)
-        return await asyncio.to_thread(self._encode_all, parts, add_special)
+        return await run_on(TOKENIZING, self._encode_all, parts, add_special)
 
     async def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
@@ -105,19 +108,28 @@ class TextService:
         contents = [message.get("content") for message in messages]
         given = sum(len(content) for content in contents if isinstance(content, str))
         self._check_characters(given, self.settings.context_length, "prompt")
-        rendered = await self._render(messages, variables or {})
-        self._check_characters(len(unguarded(rendered)), self.settings.context_length, "prompt")
-        return tuple(await asyncio.to_thread(encode_chat, self.tokenizer, rendered))
+        with self._preparing():
+            rendered = await self._render(messages, variables or {})
+            self._check_characters(len(unguarded(rendered)), self.settings.context_length, "prompt")
+            return tuple(await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered))
 
     async def chat_text(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
         """A chat as the model will see it."""
         return unguarded(await self._render(messages, variables or {}))
 
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
+        self._in_preparation += 1
+        try:
+            yield
+        finally:
+            self._in_preparation -= 1
+
     async def _render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         taken = _TEMPLATE_ARGUMENTS & variables.keys()
         if taken:
             raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
-        *guarded, more = await asyncio.to_thread(guard_messages, [*messages, variables], self.tokenizer)
+        *guarded, more = await run_on(TOKENIZING, guard_messages, [*messages, variables], self.tokenizer)
         return await self.chat_template.render_async(guarded, **more)
 
     async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
@@ -144,7 +156,7 @@ class TextService:
         chain = request.params.chain
         if chain is None or not chain.needs_history:
             return {}
-        return await asyncio.to_thread(self._breaker_tokens.of, request.dry_breakers)
+        return await run_on(BREAKERS, self._breaker_tokens.of, request.dry_breakers)
 
     def _params(self, request: CompletionRequest) -> SamplingParams:
         """With the line break spared, where it is to be."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from itertools import chain
 from typing import Any
@@ -33,6 +32,7 @@ from llamaclust.cluster.text.budget import ReplySize
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import MAX_UNREAD_ROWS, CompletionStream, chunks_or_silence
+from llamaclust.cluster.text.threads import TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class LlamaCppEndpoints:
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, DetokenizeBody, {}, self._settings)
-        detokenizing = asyncio.to_thread(self._service.tokenizer.decode, body.tokens)
+        detokenizing = run_on(TOKENIZING, self._service.tokenizer.decode, body.tokens)
         return JsonResponse({"content": await unless_disconnected(request, detokenizing)})
 
     async def apply_template(self, request: Request) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from threading import Event
 
 import pytest
 
@@ -11,6 +12,7 @@ from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.text import stream as stream_module
 from llamaclust.cluster.text.answer import Answer, collect
 from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.text.threads import BREAKERS
 from llamaclust.core.errors import DeadlineError, QueueFullError
 from support.clusters.served import ScriptedEngine, make_service, real_engine, says, until
 
@@ -93,3 +95,21 @@ async def test_an_unread_answer_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+async def test_work_on_breakers_holds_up_no_other_work_on_texts() -> None:
+    is_over, begun = Event(), Event()
+
+    def hold() -> None:
+        begun.set()
+        is_over.wait(60.0)
+
+    held = BREAKERS.submit(hold)
+    service = make_service(ScriptedEngine(says("a")))
+    try:
+        assert begun.wait(10.0)
+        async with asyncio.timeout(10.0):
+            assert await service.tokenize("a" * 5000)
+        assert not held.done()
+    finally:
+        is_over.set()

@@ -1,0 +1,26 @@
+"""Threads for work on texts. Each kind of work has its own: it holds up neither another kind nor the rest of the
+process, whose default pool stays free."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+TOKENIZING = ThreadPoolExecutor(4, "tokenize")
+BREAKERS = ThreadPoolExecutor(1, "breakers")
+
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+async def run_on(
+    threads: Executor,
+    function: Callable[_Arguments, _Result],
+    *arguments: _Arguments.args,
+    **named: _Arguments.kwargs,
+) -> _Result:
+    """What the function returns or raises."""
+    return await asyncio.get_running_loop().run_in_executor(threads, partial(function, *arguments, **named))

@@ -15,9 +15,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """A sequence that found too few blocks: how many there were, and the first of its prefix that was not cached."""
+    """Too few blocks for a sequence: how many there were, and the first of its prefix that was not cached."""
 
-    key: int
     room: int
     missing: bytes | None
 
@@ -34,7 +33,7 @@ class KvMemory:
         self._cache = cache(self.blocks)
         self.window = None if group is None else KvWindow(group, cache(KvBlocks(settings.window_blocks)))
         self._filling: set[bytes] = set()
-        self._refused: _Refusal | None = None  # the last one
+        self._refused: dict[int, _Refusal] = {}  # by sequences that wait, as long as nothing has changed for them
 
     def begin_microbatch(self) -> None:
         """Blocks filled by earlier microbatches can be shared in this one."""
@@ -46,9 +45,9 @@ class KvMemory:
         False also where the microbatch being made fills blocks that it could share: rows of one microbatch must not
         depend on each other's.
         """
-        if self.lacks_blocks(sequence) and self._is_unchanged(reserve):
+        if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
+            self._refused[sequence.key] = refused
             return False
-        self._refused = None
         found, idle = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
         if self.window is not None:
             if not self.window.can_begin(sequence, reserve):
@@ -58,7 +57,7 @@ class KvMemory:
         fresh = sequence.blocks_needed - found
         if fresh + idle + reserve > self.blocks.available:
             missing = sequence.block_keys[found] if found < len(sequence.block_keys) else None
-            self._refused = _Refusal(sequence.key, self.blocks.available - reserve, missing)
+            self._refused[sequence.key] = _Refusal(self.blocks.available - reserve, missing)
             return False
         if self._filling and not self._filling.isdisjoint(sequence.block_keys[:found]):
             return False
@@ -73,12 +72,10 @@ class KvMemory:
 
     def lacks_blocks(self, sequence: Sequence) -> bool:
         """Whether there were too few blocks for it when it was last to be admitted."""
-        return self._refused is not None and self._refused.key == sequence.key
+        return sequence.key in self._refused
 
-    def _is_unchanged(self, reserve: int) -> bool:
-        """Whether no block was freed since the last refusal, nor the next block of its prefix cached."""
-        refused = self._refused
-        assert refused is not None
+    def _is_unchanged(self, refused: _Refusal, reserve: int) -> bool:
+        """Whether no block was freed since a refusal, nor the next block of its prefix cached."""
         is_cached = refused.missing is not None and self.blocks.is_idle(refused.missing) is not None
         return self.blocks.available - reserve <= refused.room and not is_cached
 
@@ -124,6 +121,7 @@ class KvMemory:
 
     def release(self, sequence: Sequence) -> None:
         """Takes all blocks from a sequence."""
+        self._refused.pop(sequence.key, None)
         self.blocks.release(sequence.table.clear())
         if self.window is not None:
             self.window.release(sequence)

@@ -9,10 +9,16 @@ from operator import attrgetter, itemgetter
 
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
-from llamaclust.cluster.scheduler.turns import first_in_turn, running_by_turn, turn_of
+from llamaclust.cluster.scheduler.turns import first_in_turn, in_turn, running_by_turn, takes_turn, turn_of
 
 RESERVE_BLOCKS = 2
 """Left for each running sequence when another one starts: it must not be preempted again at once."""
+
+_OVERTAKING = 8
+"""Sequences that are tried where the one whose turn it is does not fit."""
+
+_MAX_OVERTAKEN = 32
+"""Sequences that start before it; then it is the next one, however long it has to wait for memory."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
@@ -52,17 +58,27 @@ class SequenceQueues:
             sequence.restart()
 
     def admit(self) -> Sequence | None:
-        """Starts the sequence whose turn it is, with blocks for all of its tokens; None where it has to wait on.
-
-        Microbatches in flight of a preempted one are awaited: their result may be one more token.
-        """
+        """Starts the sequence whose turn it is, with blocks for all of its tokens, or the next one that fits where it
+        does not; None where all have to wait on."""
         if not self.can_start:
             return None
-        sequence = first_in_turn(self.waiting, running_by_turn(self.running))
-        if sequence.in_flight or not self.memory.admit(sequence, RESERVE_BLOCKS * len(self.running)):
+        running = running_by_turn(self.running)
+        first, *others = in_turn(self.waiting, running, 1 + _OVERTAKING)
+        if self._admit(first):
+            return first
+        if first.overtaken == _MAX_OVERTAKEN or first.is_begun or takes_turn(first, running):
             return None
+        admitted = next((sequence for sequence in others if self._admit(sequence)), None)
+        if admitted is not None:
+            first.overtaken += 1
+        return admitted
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Microbatches in flight of a preempted one are awaited: their result may be one more token."""
+        if sequence.in_flight or not self.memory.admit(sequence, RESERVE_BLOCKS * len(self.running)):
+            return False
         self._start(sequence)
-        return sequence
+        return True
 
     def give_turn(self) -> None:
         """Where a request has nothing that runs, and no place or memory for it, the one with the most of them gives up
@@ -71,13 +87,12 @@ class SequenceQueues:
             return
         running = running_by_turn(self.running)
         first = first_in_turn(self.waiting, running)
-        if first.in_flight or running[turn_of(first)]:
+        if first.in_flight or not takes_turn(first, running):
             return
         if len(self.running) < self.max_running and not self.memory.lacks_blocks(first):
             return
-        turn, count = max(running.items(), key=itemgetter(1), default=("", 0))
-        if count > 1:
-            self.preempt(next(sequence for sequence in reversed(self.running) if turn_of(sequence) == turn))
+        turn, _ = max(running.items(), key=itemgetter(1))
+        self.preempt(next(sequence for sequence in reversed(self.running) if turn_of(sequence) == turn))
 
     def make_room(self, sequence: Sequence) -> None:
         """Starts a sequence, or gives it the block it needs, by preempting others; none has anything in flight."""

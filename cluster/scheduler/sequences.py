@@ -83,6 +83,7 @@ class Sequence:
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
     phase: Phase = Phase.WAITING
     failures: int = 0  # rows without a result since the last result
+    overtaken: int = 0  # sequences that started while it was its turn and it did not fit
     cached_tokens: int | None = None  # found in the prefix cache at first admission
     started_ns: int = 0
     first_ns: int = 0  # first answer
@@ -101,6 +102,11 @@ class Sequence:
     @property
     def is_running(self) -> bool:
         return self.phase is _DECODE or self.phase is _PREFILL
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it has run before: preempted, or computed again."""
+        return self.cached_tokens is not None
 
     @property
     def counts_results(self) -> bool:

@@ -78,3 +78,36 @@ def test_a_turn_does_not_wait_for_blocks_that_are_not_freed(monkeypatch: pytest.
     for _ in range(60):
         run.step()
     assert run.scheduler.counts.waiting == 2 and len(looked) <= 3
+
+
+def held_up(shorts: int) -> tuple[Simulation, int, int, list[int], list[GenerationRequest]]:
+    """A running sequence beside which a long one does not fit, and short ones behind that: (run, running, long, short
+    keys, all requests)."""
+    source = Random(SEED)
+    run = simulation(30)
+    requests = [request(source, 0, "running", tokens=300)]
+    running = run.add(requests[0])
+    run.step()
+    requests.append(request(source, 0, "long", tokens=5, length=395))
+    requests += [request(source, number, f"short {number}", tokens=5, length=20) for number in range(shorts)]
+    long, *short = [run.add(waiting) for waiting in requests[1:]]
+    return run, running, long, short, requests
+
+
+def test_shorter_ones_start_where_the_first_one_does_not_fit() -> None:
+    run, running, long, short, requests = held_up(10)
+    while len(run.rows(running)) < 200:
+        run.step()
+    assert not run.updates[long] and all(len(run.rows(key)) == 5 for key in short)
+    run.finish()
+    for key, one in zip([running, long, *short], requests, strict=True):
+        assert run.rows(key) == expected(one, CONTEXT)[0]
+
+
+def test_the_first_one_is_overtaken_a_bounded_number_of_times() -> None:
+    run, _, long, short, _ = held_up(60)
+    (waiting,) = (sequence for sequence in run.scheduler.sequences if sequence.key == long)
+    while not waiting.is_begun:
+        run.step()
+    assert waiting.overtaken == 32 >= sum(bool(run.updates[key]) for key in short)
+    run.finish()

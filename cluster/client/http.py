@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
@@ -156,8 +156,10 @@ class AsyncClient:
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
-    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[TextChunk, None]:
-        stream, reader, content = ResumableStream(self._http.base_url), ChunkReader(), encode(body | _STREAMED)
+    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+        """The events of a streamed request with their ids, as the server sends them; a connection that breaks is
+        resumed."""
+        stream, content = ResumableStream(self._http.base_url), encode({**body, **_STREAMED})
         try:
             while not stream.is_done:
                 try:
@@ -165,7 +167,7 @@ class AsyncClient:
                         stream.opened(reply, b"" if reply.is_success else await reply.aread())
                         async for data in reply.aiter_bytes():
                             for event in stream.feed(data):
-                                yield reader.read(event)
+                                yield stream.last_event_id, event
                     stream.ended()
                 except (httpx.HTTPError, LlamaclustError) as error:
                     await asyncio.sleep(stream.pause_s(error))
@@ -173,6 +175,12 @@ class AsyncClient:
             if stream.must_cancel:
                 with suppress(httpx.HTTPError):
                     await asyncio.shield(self._http.delete(stream.cancel_path, timeout=_CANCEL_S))
+
+    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[TextChunk, None]:
+        reader = ChunkReader()
+        async with aclosing(self.events(path, body)) as events:
+            async for _, event in events:
+                yield reader.read(event)
 
     async def _post(self, path: str, body: dict[str, Any]) -> bytes:
         with _reaching(self._http.base_url):

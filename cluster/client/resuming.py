@@ -48,6 +48,11 @@ class ResumableStream:
         return {"Idempotency-Key": self._key, **({"Last-Event-ID": last} if last else {})}
 
     @property
+    def last_event_id(self) -> str:
+        """Of the last event that was complete; "" before the first."""
+        return self._events.last_id
+
+    @property
     def cancel_path(self) -> str:
         """What to DELETE where the answer is not wanted any more."""
         return f"v1/streams/{self._key}"

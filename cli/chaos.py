@@ -25,6 +25,10 @@ _LINE_S = 5.0
 def chaos(
     minutes: Annotated[float, Option(metavar="M", min=0.01, max=10_000.0, help="How long faults are injected.")] = 1.0,
     seed: Annotated[int | None, Option(metavar="N", min=0, help="Of the faults. Default: random.")] = None,
+    faults: Annotated[
+        str | None,
+        Option(metavar="KIND,...", help="Of kill, stop, drain, coordinator-kill, coordinator-stop, disk-full."),
+    ] = None,
     streams: Annotated[int, Option(metavar="K", min=1, max=64, help="Requests at a time.")] = 8,
     coordinator: Annotated[
         bool, Option("--coordinator", help="Kill the coordinator also without a standby: something else restarts it.")
@@ -35,19 +39,22 @@ def chaos(
     yes: Annotated[bool, Option("--yes", "-y", help="Although other clients' requests run.")] = False,
     cluster: Cluster = None,
 ) -> None:
-    """Test a running cluster of your own: kill, stop and drain its workers under load, and check every answer."""
+    """Test a running cluster of your own: disturb its workers and coordinator under load, and check every answer."""
     with ends_at_once():
         from llamaclust.cluster.config.environment import environment
         from llamaclust.tools.chaos.run import ChaosSettings
+        from llamaclust.tools.chaos.schedule import fault_kinds
         from llamaclust.tools.chaos.targets import Permissions
 
+    required = fault_kinds(faults) if faults is not None else frozenset()
     settings = ChaosSettings(
         state_dir=environment().state_dir,
         cluster=cluster,
         seed=SystemRandom().randrange(1 << 31) if seed is None else seed,
         duration_s=60.0 * minutes,
         streams=streams,
-        permissions=Permissions(coordinator, kill_joined),
+        permissions=Permissions(coordinator, kill_joined, required or fault_kinds()),
+        required=required,
         with_other_requests=yes,
     )
     if not _run(settings):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import signal
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -14,15 +15,15 @@ import pytest
 
 from llamaclust.cli.main import main
 from llamaclust.cluster.client.operations import ClusterApi
-from llamaclust.core.sampling import RowResult
-from llamaclust.tools.chaos import load
-from llamaclust.tools.chaos.tally import Answer, answer_rows
+from llamaclust.tools.chaos import load, received
 from support.clusters.command_line import Cluster, CommandLine, command_line, eventually
 from support.models.hostile_models import tiny
 
+OF_WORKERS = ("--faults", "kill,stop,drain")
 DRAIN_AND_KILLS = 2604  # drain a, SIGKILL b, SIGSTOP b, ...
 LONG_STOP = 660  # SIGSTOP a for 8.4 s
 COORDINATOR = 165  # SIGKILL of it after 0.5 s, where a standby waits
+FULL_DISK = 7312  # for 2.3 s, after a SIGSTOP of the coordinator
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def run_here(line: CommandLine, monkeypatch: pytest.MonkeyPatch, *words: str) ->
 
 def test_faults_change_no_answer_and_leave_nothing(line: CommandLine, cluster: Cluster) -> None:
     before = cluster.answer()
-    running = line.start("chaos", "--seed", str(DRAIN_AND_KILLS), "--minutes", "0.1", "--streams", "4")
+    running = line.start("chaos", *OF_WORKERS, "--seed", str(DRAIN_AND_KILLS), "--minutes", "0.1", "--streams", "4")
     done = running.wait(120)
     assert done.code == 0, (done.out, done.err)
     first, second, *kinds = done.out.splitlines()
@@ -69,7 +70,7 @@ def test_faults_change_no_answer_and_leave_nothing(line: CommandLine, cluster: C
 
 def test_ctrl_c_continues_stopped_workers_and_undrains(line: CommandLine, cluster: Cluster) -> None:
     pids = cluster.worker_pids
-    running = line.start("chaos", "--seed", str(LONG_STOP), "--streams", "2")
+    running = line.start("chaos", *OF_WORKERS, "--seed", str(LONG_STOP), "--streams", "2")
     running.says("SIGSTOP a")
     eventually(lambda: psutil.Process(pids["a"]).status() == psutil.STATUS_STOPPED, 10.0, "a stopped worker")
     running.press_ctrl_c()
@@ -83,18 +84,23 @@ def test_ctrl_c_continues_stopped_workers_and_undrains(line: CommandLine, cluste
 def test_a_changed_answer_is_a_failure(
     line: CommandLine, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls = 0
+    undisturbed, bits, to_change = load.Streams.undisturbed, received._bits, 0
 
-    def change_one(rows: Iterable[RowResult]) -> Answer:
-        nonlocal calls
-        calls += 1
-        answer = answer_rows(rows)
-        if calls == 200:  # after the two undisturbed answers
-            token, bits = answer[0]
-            answer[0] = token, bytes([bits[0] ^ 1, *bits[1:]])
-        return answer
+    async def then_change(streams: load.Streams, count: int) -> None:
+        nonlocal to_change
+        await undisturbed(streams, count)
+        to_change = 1
 
-    monkeypatch.setattr(load, "answer_rows", change_one)
+    def change_one(logprob: float, top: Any) -> bytes:
+        nonlocal to_change
+        found = bits(logprob, top)
+        if to_change:
+            to_change -= 1
+            return bytes([found[0] ^ 1, *found[1:]])
+        return found
+
+    monkeypatch.setattr(load.Streams, "undisturbed", then_change)
+    monkeypatch.setattr(received, "_bits", change_one)
     code = run_here(line, monkeypatch, "chaos", "--seed", "1", "--minutes", "0.05", "--streams", "2")
     shown = capsys.readouterr().out
     assert code == 1, shown
@@ -110,6 +116,44 @@ def test_clusters_that_serve_others_are_refused(
     assert "serves 3 requests of other clients; --yes" in capsys.readouterr().err
 
 
+def file_limit(pid: int) -> int:
+    return resource.prlimit(pid, resource.RLIMIT_FSIZE)[0]
+
+
+def is_journalled(cluster: Cluster) -> bool:
+    """Again, after it could not be written."""
+    cluster.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "stream": True}).raise_for_status()
+    return "requests.journal: can be written again" in cluster.command.err.read_text()
+
+
+def test_a_full_disk_and_a_stop_of_the_coordinator(line: CommandLine, cluster: Cluster) -> None:
+    """Requests go on without a record; a worker that is started meanwhile can write afterwards, as all can."""
+    limits = [file_limit(pid) for pid in (cluster.pid, *cluster.worker_pids.values())]
+    words = ("--faults", "coordinator-stop,disk-full", "--seed", str(FULL_DISK), "--minutes", "0.1", "--streams", "4")
+    running = line.start("chaos", *words)
+    running.says("full disk tiny for")
+    eventually(lambda: file_limit(cluster.pid) == 0, 10.0, "a full disk")
+    psutil.Process(cluster.worker_pids["a"]).kill()
+    done = running.wait(120)
+    assert done.code == 0, (done.out, done.err)
+    assert "SIGSTOP of the coordinator: 1; pause" in done.out and "full disk of the coordinator: 1" in done.out
+    eventually(lambda: is_journalled(cluster), 20.0, "a journal")
+    eventually(lambda: cluster.status["state"] == "ready" and len(cluster.worker_pids) == 2, 20.0, "two workers")
+    assert [file_limit(pid) for pid in (cluster.pid, *cluster.worker_pids.values())] == limits
+    assert is_undisturbed(cluster)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ("coordinator-kill", "tiny has no standby (`llamaclust up FILE --standby`)"),
+        ("kill,clock", "unknown kind 'clock'; choose from kill, stop, drain, coordinator-kill, coordinator-stop"),
+    ],
+)
+def test_faults_that_cannot_be_are_refused(line: CommandLine, cluster: Cluster, kinds: str, words: str) -> None:
+    assert words in line.run("chaos", "--faults", kinds, "--minutes", "0.01").error
+
+
 def test_the_coordinator_is_killed_where_a_standby_waits(line: CommandLine) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -118,7 +162,8 @@ def test_the_coordinator_is_killed_where_a_standby_waits(line: CommandLine) -> N
     with line.cluster("good.gguf", **keys) as cluster:
         standby = line.start("up", line.cluster_file("good.gguf", **keys), "--standby")
         standby.says("this standby takes over")
-        done = line.start("chaos", "--seed", str(COORDINATOR), "--minutes", "0.08", "--streams", "4").wait(120)
+        words = ("--faults", "kill,stop,drain,coordinator-kill", "--seed", str(COORDINATOR), "--minutes", "0.08")
+        done = line.start("chaos", *words, "--streams", "4").wait(120)
         assert done.code == 0, (done.out, done.err)
         assert "SIGKILL of the coordinator: 1; pause" in done.out
         assert cluster.command.process.wait(10) == -signal.SIGKILL

@@ -13,13 +13,16 @@ from typing import Any
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.state.directory import ClusterRecord, find_running
 from llamaclust.core.errors import LlamaclustError
+from llamaclust.tools.chaos.held import FullDisks, Stops
 from llamaclust.tools.chaos.processes import Process
 from llamaclust.tools.chaos.schedule import Fault, FaultKind
 from llamaclust.tools.chaos.targets import Permissions, Targets, find_targets
 
 _RETURN_S = 120.0
-_POLL_S = 0.1
 _UNDRAIN_S = 30.0
+_POLL_S = 0.1
+_JOURNAL_S = 6.0
+"""After a full disk, until the journal has all open requests again: before that, a coordinator's end loses some."""
 
 Show = Callable[[str], None]
 
@@ -31,14 +34,13 @@ class Injector:
         self._state_dir, self._name = state_dir, name
         self._permissions = permissions
         self._show = show
-        self._stopped: dict[str, Process] = {}
-        self._drained: set[str] = set()
+        self._stops, self._disks, self._drains = Stops(), FullDisks(), Drains(state_dir, name)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def held(self) -> frozenset[str]:
-        """Workers that are stopped or drained now."""
-        return frozenset(self._stopped) | self._drained
+        """Workers that are stopped or drained now, and the cluster while its coordinator's disk is full."""
+        return self._stops.names | self._disks.names | self._drains.names
 
     def targets(self) -> Targets:
         """LlamaclustError while no coordinator answers."""
@@ -47,27 +49,38 @@ class Injector:
         return find_targets(record, status, self._permissions, has_standby=folder.has_standby)
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
-        """Whether it took place. A fault that is held goes on in the background; after the loss of a coordinator,
-        returns when another one serves."""
+        """Whether it took place. A fault that is held goes on in the background, except a coordinator's stop; after its
+        loss, returns when another one serves."""
         match fault.kind:
             case FaultKind.KILL:
                 return targets.workers[fault.target].send(signal.SIGKILL)
             case FaultKind.STOP:
-                return self._stop(fault, targets.workers[fault.target])
+                return self._stop_worker(fault, targets.workers[fault.target])
             case FaultKind.DRAIN:
-                self._drained.add(fault.target)
+                self._drains.add(fault.target)
                 self._hold(self._drain(fault))
                 return True
-            case FaultKind.COORDINATOR:
-                return await self._kill_coordinator(targets.coordinator)
+        process = targets.coordinator
+        if process is None:
+            return False
+        match fault.kind:
+            case FaultKind.COORDINATOR_KILL:
+                return await self._kill_coordinator(process)
+            case FaultKind.COORDINATOR_STOP:
+                return await self._stop_coordinator(fault, process)
+            case FaultKind.DISK_FULL:
+                return self._fill_disk(fault, process)
 
     def close(self) -> None:
-        """Continues stopped processes, then undrains. Blocks, for half a minute where the cluster does not answer."""
+        """Continues stopped processes, makes room on disks, then undrains. Blocks, for half a minute where the cluster
+        does not answer."""
         for task in self._tasks:
             task.cancel()
-        for name in tuple(self._stopped):
-            self._continue(name)
-        for name in tuple(self._drained):
+        for name in self._stops.names:
+            self._stops.end(name)
+        for name in self._disks.names:
+            self._disks.end(name)
+        for name in self._drains.names:
             self._undrain(name)
 
     def _status(self) -> tuple[ClusterRecord, dict[str, Any]]:
@@ -80,54 +93,49 @@ class Injector:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _stop(self, fault: Fault, process: Process) -> bool:
-        self._stopped[fault.target] = process
-        if not process.send(signal.SIGSTOP):
-            del self._stopped[fault.target]
-            return False
-        self._hold(self._continue_later(fault))
-        return True
+    def _stop_worker(self, fault: Fault, process: Process) -> bool:
+        is_stopped = self._stops.begin(fault.target, process)
+        if is_stopped:
+            self._hold(self._continue_later(fault))
+        return is_stopped
+
+    async def _stop_coordinator(self, fault: Fault, process: Process) -> bool:
+        is_stopped = self._stops.begin(fault.target, process)
+        if is_stopped:
+            await self._continue_later(fault)
+        return is_stopped
 
     async def _continue_later(self, fault: Fault) -> None:
         await asyncio.sleep(fault.hold_s)
-        self._continue(fault.target)
+        self._stops.end(fault.target)
 
-    def _continue(self, name: str) -> None:
-        """One that was replaced meanwhile has ended."""
-        if process := self._stopped.pop(name, None):
-            process.send(signal.SIGCONT)
+    def _fill_disk(self, fault: Fault, process: Process) -> bool:
+        is_full = self._disks.begin(fault.target, process)
+        if is_full:
+            self._hold(self._free_disk_later(fault))
+        return is_full
+
+    async def _free_disk_later(self, fault: Fault) -> None:
+        await asyncio.sleep(fault.hold_s)
+        self._disks.make_room(fault.target)
+        await asyncio.sleep(_JOURNAL_S)
+        self._disks.end(fault.target)
 
     async def _drain(self, fault: Fault) -> None:
         try:
-            await asyncio.to_thread(self._request_drain, fault.target)
+            await asyncio.to_thread(self._drains.begin, fault.target)
             await asyncio.sleep(fault.hold_s)
         except LlamaclustError as error:
             self._show(f"drain {fault.target}: {error}")
         await asyncio.to_thread(self._undrain, fault.target)
 
-    def _request_drain(self, name: str) -> None:
-        _, record = find_running(self._state_dir, self._name)
-        with ClusterApi.of(record) as api:
-            api.drain(name)
-
     def _undrain(self, name: str) -> None:
-        """Tried again while no coordinator answers."""
-        end_s = time.monotonic() + _UNDRAIN_S
-        while name in self._drained:
-            try:
-                _, record = find_running(self._state_dir, self._name)
-                with ClusterApi.of(record) as api:
-                    api.undrain(name)
-                self._drained.discard(name)
-            except LlamaclustError as error:
-                if time.monotonic() > end_s:
-                    self._drained.discard(name)
-                    self._show(f"worker {name} stays drained ({error}): `llamaclust undrain {name}`")
-                time.sleep(_POLL_S)
+        if why := self._drains.end(name):
+            self._show(why)
 
-    async def _kill_coordinator(self, process: Process | None) -> bool:
+    async def _kill_coordinator(self, process: Process) -> bool:
         before, _ = await asyncio.to_thread(self._status)
-        if process is None or not process.send(signal.SIGKILL):
+        if not process.send(signal.SIGKILL):
             return False
         after = await self._successor(process)
         if after.api != before.api:
@@ -144,3 +152,42 @@ class Injector:
                     return record
             await asyncio.sleep(_POLL_S)
         raise LlamaclustError(f"no coordinator of {self._name} within {_RETURN_S:.0f} s: start it with `llamaclust up`")
+
+
+class Drains:
+    """Drained workers of a cluster. Its methods block."""
+
+    def __init__(self, state_dir: Path, cluster: str) -> None:
+        self._state_dir, self._cluster = state_dir, cluster
+        self._workers: set[str] = set()
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._workers)
+
+    def add(self, name: str) -> None:
+        """It will be drained."""
+        self._workers.add(name)
+
+    def begin(self, name: str) -> None:
+        with self._api() as api:
+            api.drain(name)
+
+    def end(self, name: str) -> str:
+        """Tried again while no coordinator answers. Why the worker stays drained; "" where it does not."""
+        end_s = time.monotonic() + _UNDRAIN_S
+        while name in self._workers:
+            try:
+                with self._api() as api:
+                    api.undrain(name)
+                self._workers.discard(name)
+            except LlamaclustError as error:
+                if time.monotonic() > end_s:
+                    self._workers.discard(name)
+                    return f"worker {name} stays drained ({error}): `llamaclust undrain {name}`"
+                time.sleep(_POLL_S)
+        return ""
+
+    def _api(self) -> ClusterApi:
+        _, record = find_running(self._state_dir, self._cluster)
+        return ClusterApi.of(record)

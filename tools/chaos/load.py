@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from llamaclust.cluster.client.http import AsyncChunkStream, AsyncClient
+from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.core.errors import LlamaclustError, RequestError
-from llamaclust.tools.chaos.tally import Answer, Tally, answer_rows
+from llamaclust.tools.chaos.received import Received
+from llamaclust.tools.chaos.tally import Tally
 
 _WORDS = ("one", "river", "stone", "seven", "light", "paper", "green", "north", "salt", "clock")
 _LENGTHS = (3, 30, 120)
@@ -19,25 +21,41 @@ _TOKENS = 96
 _TEMPLATE_TOKENS = 32
 _RETRY_S = 60.0
 _PAUSE_S = 0.2
+_MIXED: tuple[tuple[int, int, dict[str, Any]], ...] = (
+    (2, 1, {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.05}),
+    (4, 3, {"n": 2}),
+    (5, 4, {"frequency_penalty": 0.3, "presence_penalty": 0.2, "repeat_last_n": 64}),
+    (11, 7, {"mirostat": 2}),
+    (13, 8, {"dry_multiplier": 0.8}),
+)
+"""Divisor and remainder of requests' numbers, and the fields of those requests."""
+_TOP_EVERY, _TOP = 7, 5
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Greedy and seeded, short and long prompts, chats and completions: one a number."""
+    """Greedy and sampled, with penalties, several choices and top logprobs, short and long prompts, chats and
+    completions: one a number."""
 
     tokens: int = _TOKENS
     longest: int = max(_LENGTHS)  # prompt, in words
     with_chats: bool = True
 
-    def start(self, client: AsyncClient, number: int) -> AsyncChunkStream:
+    def path_and_body(self, number: int) -> tuple[str, dict[str, Any]]:
         source = Random(number)
         text = " ".join(source.choices(_WORDS, k=min(source.choice(_LENGTHS), self.longest)))
-        options: dict[str, Any] = {"max_tokens": self.tokens, "ignore_eos": True}
-        if number % 2:
-            options |= {"temperature": 0.8, "top_p": 0.95, "seed": number, "repetition_penalty": 1.05}
+        body: dict[str, Any] = {"max_tokens": self.tokens, "ignore_eos": True, "temperature": 0.0, "seed": number}
+        for divisor, remainder, fields in _MIXED:
+            body |= fields if number % divisor == remainder else {}
+        top = _TOP if number % _TOP_EVERY == _TOP_EVERY - 1 else 0
         if number % 3 == 0 and self.with_chats:
-            return client.chat([{"role": "user", "content": text}], stream=True, **options)
-        return client.generate(text, stream=True, **options)
+            messages = [{"role": "user", "content": text}]
+            return "v1/chat/completions", {**body, "messages": messages, "logprobs": True, "top_logprobs": top}
+        return "v1/completions", {**body, "prompt": text, "logprobs": top}
+
+    def start(self, client: AsyncClient, number: int) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+        """Its events, with their ids."""
+        return client.events(*self.path_and_body(number))
 
 
 async def fitting_requests(client: AsyncClient, context_tokens: int) -> Requests:
@@ -59,7 +77,7 @@ class Streams:
     client: AsyncClient
     requests: Requests
     tally: Tally
-    expected: dict[int, Answer] = field(default_factory=dict)
+    expected: dict[int, Received] = field(default_factory=dict)
     last_token_s: float = 0.0
     received: int = 0  # tokens
 
@@ -73,9 +91,9 @@ class Streams:
         again for a minute."""
         refused_s: float | None = None
         while not until.is_set():
-            rows: Answer = []
+            received = Received()
             try:
-                await self._read(number, rows)
+                await self._read(number, received)
             except NotAcceptedError as error:
                 now_s = time.monotonic()
                 refused_s = refused_s or now_s
@@ -87,23 +105,22 @@ class Streams:
             except LlamaclustError as error:
                 self.tally.errors[str(error)] += 1
             refused_s = None
-            self.tally.compared.add(self.expected[number], rows)
+            self.tally.compared.add_request(self.expected[number], received)
 
-    async def _answer(self, number: int) -> Answer:
-        rows: Answer = []
-        await self._read(number, rows)
-        return rows
+    async def _answer(self, number: int) -> Received:
+        received = Received()
+        await self._read(number, received)
+        return received
 
-    async def _read(self, number: int, rows: Answer) -> None:
-        """Appends an answer's rows as they come. NotAcceptedError before the first event."""
+    async def _read(self, number: int, received: Received) -> None:
+        """Adds a request's events as they come. NotAcceptedError before the first one."""
         is_accepted = False
         try:
-            async with self.requests.start(self.client, number) as stream:
-                async for chunk in stream:
+            async with aclosing(self.requests.start(self.client, number)) as events:
+                async for event_id, event in events:
                     is_accepted = True
-                    rows += answer_rows(chunk.rows)
-                    self.received += len(chunk.rows)
-                    if chunk.rows:
+                    if rows := received.add(event_id, event):
+                        self.received += rows
                         self.last_token_s = time.monotonic()
                         self.tally.pauses.token(self.last_token_s)
         except LlamaclustError as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,23 @@ class Process:
             finally:
                 os.close(descriptor)
         return False
+
+    def limit_files(self, most_bytes: int) -> int | None:
+        """Writes beyond this place of a file fail from now on, or beyond the hard limit where that is less; children
+        that it starts inherit it. Gives the limit so far, None where the process is not there."""
+        if not self.is_running:
+            return None
+        with suppress(ProcessLookupError):
+            before, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+            is_allowed = hard == resource.RLIM_INFINITY or 0 <= most_bytes <= hard
+            resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (most_bytes if is_allowed else hard, hard))
+            return before
+        return None
+
+    def children(self) -> Iterator[Process]:
+        for folder in _PROC.iterdir():
+            if folder.name.isdecimal() and (fields := _stat(int(folder.name))) and int(fields[_PARENT]) == self.pid:
+                yield Process(int(folder.name), int(fields[_START]))
 
 
 def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | None:
@@ -103,13 +121,8 @@ def _listens(pid: int, port: int) -> bool:
     with suppress(OSError):
         for name in ("tcp", "tcp6"):
             for line in (folder / "net" / name).read_text().splitlines()[1:]:
-                (
-                    _,
-                    local,
-                    _,
-                    state,
-                    *_,
-                ) = fields = line.split()
+                fields = line.split()
+                local, state = fields[1], fields[3]
                 if state == _LISTENING and int(local.rpartition(":")[2], 16) == port:
                     inodes.add(f"socket:[{fields[9]}]")
         return any(str(link.readlink()) in inodes for link in (folder / "fd").iterdir())

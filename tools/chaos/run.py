@@ -17,6 +17,7 @@ from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, find_r
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.tools.chaos.injector import Injector
 from llamaclust.tools.chaos.load import Streams, fitting_requests
+from llamaclust.tools.chaos.received import Received
 from llamaclust.tools.chaos.schedule import FaultKind, Schedule
 from llamaclust.tools.chaos.tally import Tally
 from llamaclust.tools.chaos.targets import Permissions, Targets, find_targets
@@ -24,6 +25,15 @@ from llamaclust.tools.chaos.targets import Permissions, Targets, find_targets
 _SHOW_S = 1.0
 _FINISH_S = 180.0
 """For the last answers, after the last fault."""
+_NOT_HERE = "has no coordinator of this user on this machine"
+_IMPOSSIBLE = {
+    FaultKind.KILL: "has no workers on this machine that it starts again itself; --kill-joined: something else does",
+    FaultKind.STOP: "has no worker on this machine beside which another one serves",
+    FaultKind.DRAIN: "has no worker beside which another one serves",
+    FaultKind.COORDINATOR_KILL: "has no standby (`llamaclust up FILE --standby`); --coordinator: something restarts it",
+    FaultKind.COORDINATOR_STOP: _NOT_HERE,
+    FaultKind.DISK_FULL: _NOT_HERE,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +44,7 @@ class ChaosSettings:
     duration_s: float
     streams: int
     permissions: Permissions
+    required: frozenset[FaultKind]  # an error where one of them is not possible
     with_other_requests: bool  # those of other clients may be disturbed
 
 
@@ -77,19 +88,22 @@ def _check(settings: ChaosSettings, folder: ClusterDir, record: ClusterRecord, v
     if busy and not settings.with_other_requests:
         raise UsageError(f"{record.name} serves {busy} requests of other clients; --yes: disturb them too")
     targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)
-    kinds = [f"{kind.value} ({', '.join(names)})" for kind, names in targets.names.items() if _suffices(kind, targets)]
+    kinds = [kind for kind in FaultKind if _suffices(kind, targets)]
+    for kind in FaultKind:
+        if kind in settings.required and kind not in kinds:
+            raise UsageError(f"--faults {kind.option}: {record.name} {_IMPOSSIBLE[kind]}")
     if not kinds:
-        raise UsageError(f"{record.name} has no worker on this machine that can be disturbed, and none to drain")
+        raise UsageError(f"{record.name} has no process on this machine that can be disturbed, and no worker to drain")
     minutes = f"{settings.duration_s / 60:g} minutes"
     view.line(f"{record.name}: {minutes} of faults under {settings.streams} streams, seed {settings.seed}:")
-    view.line(f"  {'; '.join(kinds)}")
+    view.line("  " + "; ".join(f"{kind.value} ({', '.join(targets.names[kind])})" for kind in kinds))
     return context_tokens
 
 
 def _suffices(kind: FaultKind, targets: Targets) -> bool:
     """The last worker is neither stopped nor drained."""
     least = 2 if kind in (FaultKind.STOP, FaultKind.DRAIN) else 1
-    return len(targets.names[kind]) >= 1 and (least == 1 or len(targets.names[FaultKind.DRAIN]) >= least)
+    return len(targets.names[kind]) >= 1 and targets.connected >= least
 
 
 @asynccontextmanager
@@ -103,7 +117,7 @@ async def _load(streams: Streams) -> AsyncIterator[None]:
         _, late = await asyncio.wait(tasks, timeout=_FINISH_S)
         for task in late:
             streams.tally.errors[f"no end within {_FINISH_S:.0f} s of the last fault"] += 1
-            streams.tally.compared.add(streams.expected[tasks[task]], [])
+            streams.tally.compared.add_request(streams.expected[tasks[task]], Received())
     finally:
         for task in tasks:
             task.cancel()

@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
 
+from llamaclust.core.errors import UsageError
+
 _BETWEEN_S = (0.5, 3.0)
 _STOPPED_S = (0.1, 10.0)
 """Shorter and longer than `timeouts.worker`, log-uniform: a worker that is slow, and one that is lost."""
 _DRAINED_S = (0.5, 5.0)
+_COORDINATOR_STOPPED_S = (0.1, 4.0)
+"""Shorter than `timeouts.worker`, and longer than many heartbeats."""
+_FULL_S = (0.5, 5.0)
 _LOSSES = 5
 _WITHIN_S = 75.0
 """A launcher restarts a worker six times a minute at most, one that hangs a while after its fault."""
@@ -25,15 +30,47 @@ class FaultKind(StrEnum):
     KILL = "SIGKILL of a worker"
     STOP = "SIGSTOP of a worker"
     DRAIN = "drain of a worker"
-    COORDINATOR = "SIGKILL of the coordinator"
+    COORDINATOR_KILL = "SIGKILL of the coordinator"
+    COORDINATOR_STOP = "SIGSTOP of the coordinator"
+    DISK_FULL = "full disk of the coordinator"
+
+    @property
+    def option(self) -> str:
+        """Its name in `--faults`."""
+        return self.name.lower().replace("_", "-")
+
+    @property
+    def is_of_worker(self) -> bool:
+        return self in (FaultKind.KILL, FaultKind.STOP, FaultKind.DRAIN)
 
 
-_WEIGHTS = {FaultKind.KILL: 5, FaultKind.STOP: 3, FaultKind.DRAIN: 2, FaultKind.COORDINATOR: 2}
+def fault_kinds(text: str | None = None) -> frozenset[FaultKind]:
+    """Of a list as `kill,stop`; None: all. UsageError that names what there is."""
+    kinds = {kind.option: kind for kind in FaultKind}
+    names = list(kinds) if text is None else [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in kinds]:
+        raise UsageError(f"--faults: unknown kind {unknown[0]!r}; choose from {', '.join(kinds)}")
+    return frozenset(kinds[name] for name in names)
+
+
+_WEIGHTS = {
+    FaultKind.KILL: 5,
+    FaultKind.STOP: 3,
+    FaultKind.DRAIN: 2,
+    FaultKind.COORDINATOR_KILL: 2,
+    FaultKind.COORDINATOR_STOP: 1,
+    FaultKind.DISK_FULL: 1,
+}
+_HOLDS_S = {
+    FaultKind.DRAIN: _DRAINED_S,
+    FaultKind.COORDINATOR_STOP: _COORDINATOR_STOPPED_S,
+    FaultKind.DISK_FULL: _FULL_S,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`target` is a worker's name, or that of the cluster; `hold_s` is 0 for a kill."""
+    """`target` is a worker's name, or the cluster's for its coordinator; `hold_s` is 0 for a kill."""
 
     kind: FaultKind
     target: str
@@ -41,7 +78,7 @@ class Fault:
 
     def __str__(self) -> str:
         held = f" for {self.hold_s:.1f} s" if self.hold_s else ""
-        return f"{self.kind.value.partition(' ')[0]} {self.target}{held}"
+        return f"{self.kind.value.partition(' of ')[0]} {self.target}{held}"
 
 
 class Schedule:
@@ -74,7 +111,7 @@ class Schedule:
         self, kind: FaultKind, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: frozenset[str]
     ) -> list[str]:
         names = [name for name in sorted(targets.get(kind, ())) if name not in held]
-        if kind is FaultKind.COORDINATOR:
+        if not kind.is_of_worker:
             return names
         if kind is not FaultKind.KILL and not self._leaves_one(targets, held):
             return []
@@ -82,7 +119,7 @@ class Schedule:
 
     @staticmethod
     def _leaves_one(targets: Mapping[FaultKind, Sequence[str]], held: frozenset[str]) -> bool:
-        workers = {name for kind, names in targets.items() if kind is not FaultKind.COORDINATOR for name in names}
+        workers = {name for kind, names in targets.items() if kind.is_of_worker for name in names}
         return len(workers - held) > 1
 
     def _has_restarts(self, name: str, now_s: float) -> bool:
@@ -103,5 +140,5 @@ def _hold_s(kind: FaultKind, draw: float) -> float:
     if kind is FaultKind.STOP:
         low_s, high_s = _STOPPED_S
         return float(low_s * (high_s / low_s) ** draw)
-    low_s, high_s = _DRAINED_S
-    return low_s + (high_s - low_s) * draw if kind is FaultKind.DRAIN else 0.0
+    low_s, high_s = _HOLDS_S.get(kind, (0.0, 0.0))
+    return low_s + (high_s - low_s) * draw

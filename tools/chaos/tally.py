@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
-from llamaclust.core.sampling import RowResult
+from llamaclust.tools.chaos.received import Answer, Received
 from llamaclust.tools.chaos.schedule import FaultKind
 
-Answer = list[tuple[int, bytes]]
-"""Token ids, each with the bits of its float32 logprob."""
 _WATCH_S = 30.0
 """A gap that begins later after a fault is not its pause."""
-
-
-def answer_rows(rows: Iterable[RowResult]) -> Answer:
-    return [(row.token, struct.pack("<f", row.logprob)) for row in rows]
 
 
 @dataclass(slots=True)
@@ -28,7 +21,8 @@ class Comparison:
     answers: int = 0
     tokens: int = 0
     lost: int = 0
-    changed: int = 0  # in their id or a bit of their logprob, and those beyond the undisturbed answer
+    changed: int = 0  # in their id or a bit of their logprobs, and those beyond the undisturbed answer
+    misplaced: int = 0  # events that were duplicated or skipped
 
     def add(self, expected: Answer, answer: Answer) -> None:
         self.answers += 1
@@ -37,9 +31,19 @@ class Comparison:
         self.changed += max(0, len(answer) - len(expected))
         self.changed += sum(row != other for row, other in zip(expected, answer, strict=False))
 
+    def add_request(self, expected: Received, received: Received) -> None:
+        """Each of its choices, and its events."""
+        for index in sorted(expected.choices.keys() | received.choices.keys()):
+            self.add(expected.choices.get(index, []), received.choices.get(index, []))
+        self.misplaced += received.misplaced
+
     @property
     def is_intact(self) -> bool:
-        return not self.lost and not self.changed
+        return not self.lost and not self.changed and not self.misplaced
+
+    def __str__(self) -> str:
+        events = f"; {self.misplaced} events duplicated or skipped" if self.misplaced else ""
+        return f"{self.answers} answers, {self.tokens} tokens: {self.lost} lost, {self.changed} changed{events}"
 
 
 @dataclass(slots=True)
@@ -90,7 +94,7 @@ class Tally:
         compared = self.compared
         result = "nothing lost, nothing changed" if compared.is_intact else "LOST OR CHANGED"
         yield f"{result}: {self.faults.total()} faults, seed {self.seed}"
-        yield f"{compared.answers} answers, {compared.tokens} tokens: {compared.lost} lost, {compared.changed} changed"
+        yield str(compared)
         pauses = self.pauses.by_kind()
         for kind in FaultKind:
             if count := self.faults[kind]:
@@ -103,5 +107,8 @@ def pause_text(seconds: Sequence[float]) -> str:
     """`; pause: median ..., p99 ..., longest ...`, or nothing."""
     if not seconds:
         return ""
-    p99_s = quantiles(seconds, n=100, method="inclusive")[98] if len(seconds) > 1 else seconds[0]
-    return f"; pause: median {median(seconds):.2f} s, p99 {p99_s:.2f} s, longest {max(seconds):.2f} s"
+    return f"; pause: median {median(seconds):.2f} s, p99 {p99(seconds):.2f} s, longest {max(seconds):.2f} s"
+
+
+def p99(values: Sequence[float]) -> float:
+    return quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]

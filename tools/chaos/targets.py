@@ -16,10 +16,11 @@ _GONE = ("left", "lost")
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """What may be killed although this program cannot see that it is started again."""
+    """Kinds of faults, and what may be killed although this program cannot see that it is started again."""
 
     coordinator: bool = False
     joined_workers: bool = False
+    kinds: frozenset[FaultKind] = frozenset(FaultKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Targets:
     names: Mapping[FaultKind, tuple[str, ...]] = field(default_factory=dict)
     workers: Mapping[str, Process] = field(default_factory=dict)
     coordinator: Process | None = None
+    connected: int = 0  # workers that the user has not drained
 
 
 def find_targets(
@@ -42,12 +44,16 @@ def find_targets(
         for worker in workers
     }
     own = {name: process for name, process in found.items() if process is not None}
-    may_kill = is_local or permissions.joined_workers
-    coordinator = processes.coordinator(record.pid) if has_standby or permissions.coordinator else None
+    may_kill_workers = is_local or permissions.joined_workers
+    coordinator = processes.coordinator(record.pid)
+    cluster = () if coordinator is None else (record.name,)
     names = {
-        FaultKind.KILL: tuple(own) if may_kill else (),
+        FaultKind.KILL: tuple(own) if may_kill_workers else (),
         FaultKind.STOP: tuple(own),
         FaultKind.DRAIN: tuple(worker["name"] for worker in workers),
-        FaultKind.COORDINATOR: () if coordinator is None else (record.name,),
+        FaultKind.COORDINATOR_KILL: cluster if has_standby or permissions.coordinator else (),
+        FaultKind.COORDINATOR_STOP: cluster,
+        FaultKind.DISK_FULL: cluster,
     }
-    return Targets(names, own, coordinator)
+    allowed = {kind: found if kind in permissions.kinds else () for kind, found in names.items()}
+    return Targets(allowed, own, coordinator, len(workers))

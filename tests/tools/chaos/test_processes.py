@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,22 @@ def test_a_process_is_known_by_its_start_time() -> None:
         assert found.send(signal.SIGCONT) and found.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert not found.send(signal.SIGKILL)
+
+
+def test_files_are_limited_until_the_limit_is_lifted() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        found = processes._own_process(parent.pid)
+        assert found is not None
+        end_s = time.monotonic() + 30
+        while not (children := list(found.children())):
+            assert time.monotonic() < end_s
+        before = found.limit_files(0)
+        assert before is not None and found.limit_files(before) == 0
+        assert [child.limit_files(before) for child in children] == [before]
+        parent.kill()
+        assert children[0].send(signal.SIGKILL)
+    assert found.limit_files(0) is None
 
 
 def test_others_are_no_workers() -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from llamaclust.tools.chaos.schedule import Fault, FaultKind, Schedule
+import pytest
+
+from llamaclust.core.errors import UsageError
+from llamaclust.tools.chaos.schedule import Fault, FaultKind, Schedule, fault_kinds
 
 WORKERS = ("a", "b", "c")
-ALL = dict.fromkeys(FaultKind, WORKERS) | {FaultKind.COORDINATOR: ("tiny",)}
+OF_COORDINATOR = (FaultKind.COORDINATOR_KILL, FaultKind.COORDINATOR_STOP, FaultKind.DISK_FULL)
+ALL = dict.fromkeys(FaultKind, WORKERS) | dict.fromkeys(OF_COORDINATOR, ("tiny",))
 
 
 def faults(seed: int, count: int, every_s: float = 100.0) -> list[Fault | None]:
@@ -29,6 +33,13 @@ def test_stops_are_shorter_and_longer_than_the_heartbeat_timeout() -> None:
     held_s = [fault.hold_s for fault in faults(1, 500) if fault and fault.kind is FaultKind.STOP]
     assert min(held_s) < 0.2 and sum(seconds > 5 for seconds in held_s) > 10 and max(held_s) <= 10
     assert all(fault.hold_s == 0 for fault in faults(1, 500) if fault and fault.kind is FaultKind.KILL)
+
+
+def test_kinds_have_names() -> None:
+    assert fault_kinds() == frozenset(FaultKind)
+    assert fault_kinds("kill, disk-full") == {FaultKind.KILL, FaultKind.DISK_FULL}
+    with pytest.raises(UsageError, match="unknown kind 'clock'; choose from kill, stop"):
+        fault_kinds("kill,clock")
 
 
 def test_draws_do_not_depend_on_targets() -> None:
@@ -54,7 +65,7 @@ def test_the_last_worker_is_neither_stopped_nor_drained() -> None:
     found = [schedule.next_fault(100.0 * number, ALL, {"a", "b"}) for number in range(100)]
     assert {(fault.kind, fault.target) for fault in found if fault} == {
         (FaultKind.KILL, "c"),
-        (FaultKind.COORDINATOR, "tiny"),
+        *((kind, "tiny") for kind in OF_COORDINATOR),
     }
     alone = dict.fromkeys((FaultKind.STOP, FaultKind.DRAIN), ("a",))
     assert schedule.next_fault(0.0, alone) is None

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from llamaclust.core.sampling import RowResult
+from llamaclust.tools.chaos.received import Received, answer_rows
 from llamaclust.tools.chaos.schedule import FaultKind
-from llamaclust.tools.chaos.tally import Comparison, Pauses, Tally, answer_rows
+from llamaclust.tools.chaos.tally import Comparison, Pauses, Tally
 
 ROWS = [RowResult(token, logprob) for token, logprob in ((5, -0.25), (9, -1.5), (5, -3.0))]
 EXPECTED = answer_rows(ROWS)
@@ -38,6 +39,16 @@ def test_missing_tokens_are_lost_and_more_are_changes() -> None:
     assert compared([]) == (3, 0)
     assert compared([*ROWS, ROWS[0]]) == (0, 1)
     assert compared(ROWS[1:]) == (1, 2)  # a skipped event
+
+
+def test_each_choice_and_its_events_are_compared() -> None:
+    comparison = Comparison()
+    received = Received({0: EXPECTED, 1: EXPECTED[:1]})
+    comparison.add_request(Received({0: EXPECTED, 1: EXPECTED}), received)
+    assert (comparison.answers, comparison.lost, comparison.changed) == (2, 2, 0)
+    comparison = Comparison()
+    comparison.add_request(Received({0: EXPECTED}), Received({0: EXPECTED}, misplaced=1))
+    assert not comparison.is_intact and str(comparison).endswith("; 1 events duplicated or skipped")
 
 
 def test_a_pause_is_the_longest_gap_until_the_next_fault() -> None:

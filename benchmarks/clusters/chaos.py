@@ -109,18 +109,20 @@ class Tally:
         print(f"{kind:20}{faults:8}{noticed}{len(pauses_s):8}" + "".join(f"{seconds:9.3f}" for seconds in times))
 
 
-def make_requests(source: Random, count: int) -> list[GenerationRequest]:
+def make_requests(
+    source: Random, count: int, prompt_tokens: Sequence[int] = _PROMPT_TOKENS, tokens: int = _TOKENS
+) -> list[GenerationRequest]:
     """Of mixed kinds; each fourth prompt has two choices."""
     requests: list[GenerationRequest] = []
     while len(requests) < count:
         number = len(requests)
-        prompt = tuple(source.randrange(100, 40_000) for _ in range(source.choice(_PROMPT_TOKENS)))
+        prompt = tuple(source.randrange(100, 40_000) for _ in range(source.choice(prompt_tokens)))
         for choice in range(min(count - number, 2 if source.random() < 0.25 else 1)):
             requests.append(
                 GenerationRequest(
                     f"stream {number}-{choice}",
                     prompt,
-                    _TOKENS,
+                    tokens,
                     _PARAMS[number % len(_PARAMS)],
                     seed=number,
                     choice=choice,

@@ -1,6 +1,6 @@
 """Moves layers while clients stream, and compares every answer with an undisturbed run's.
 
-    python benchmarks/moves.py MODEL.gguf [--seed N] [--streams 8] [--tokens 192] [--workers 3] [--rounds 2]
+    python benchmarks/clusters/moves.py MODEL.gguf [--seed N] [--streams 8] [--tokens 192] [--workers 3] [--rounds 2]
 
 In each round the last worker is drained, undrained (a rebalance), drained again, and joins as a new process. Prints the
 largest gap between two tokens of a stream for each move, the median token time, and how long it took until the new plan
@@ -31,9 +31,10 @@ from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
-from llamaclust.tools.chaos.tally import Answer, Comparison, answer_rows  # noqa: E402
+from llamaclust.tools.chaos.received import Answer, answer_rows  # noqa: E402
+from llamaclust.tools.chaos.tally import Comparison  # noqa: E402
 
-_PROMPT_TOKENS = 64
+_PROMPT_TOKENS = (64,)
 _STEADY_S = 3.0
 _GAP_MEDIANS, _GAP_S = 3.0, 0.1
 """No gap may be longer than so many median token times, and so many seconds more."""
@@ -153,7 +154,7 @@ async def run(model: Path, given: argparse.Namespace) -> bool:
         directory = ClusterDir(Path(folder) / "moves")
         with directory.locked():
             async with open_cluster(load_config(None, overrides), model, directory, lambda event: None) as cluster:
-                requests = make_requests(Random(given.seed), given.streams, _PROMPT_TOKENS, given.tokens, "stream")
+                requests = make_requests(Random(given.seed), given.streams, _PROMPT_TOKENS, given.tokens)
                 load = Load(cluster, requests)
                 await load.undisturbed()
                 streams = [asyncio.create_task(load.stream(number)) for number in range(given.streams)]

@@ -45,6 +45,7 @@ class Retirement:
         self.error: LlamaclustError | None = None  # that ended the old pipeline too soon
         self.ended = asyncio.Event()
         self._pre_copy: _PreCopy | None = None
+        self._moving: Sequence | None = None  # the last one that was copied
         self._staying: set[int] = set()  # keys of sequences that could not be copied
         old.scheduler.is_shared = new.scheduler.is_shared = True
 
@@ -105,7 +106,9 @@ class Retirement:
 
     def _next(self) -> Sequence | None:
         """The sequence to copy next: the one that would keep the old lane for longest. None where the new lane has no
-        room for it now."""
+        room for it now, or still computes the end of the one before."""
+        if self._moving is not None and self._moving.phase not in (Phase.DECODE, Phase.FINISHED):
+            return None
         movable = [
             sequence
             for sequence in self.old.scheduler.queues.running
@@ -137,6 +140,7 @@ class Retirement:
             self._start_pre_copy(sequence, tail)
         else:
             self.old.scheduler.put_back(sequence)
+            self._moving = sequence
 
     def _drop_pre_copy(self) -> None:
         if self._pre_copy is not None:

@@ -50,6 +50,11 @@ class InFlight:
         return sum(sent.decoding > 0 for sent in self._sent)
 
     @property
+    def has_prefill(self) -> bool:
+        """Whether one contains prefill."""
+        return any(sent.decoding < len(sent.slices) for sent in self._sent)
+
+    @property
     def oldest_ns(self) -> int | None:
         """When the oldest was sent."""
         return self._sent[0].sent_ns if self._sent else None

@@ -57,8 +57,8 @@ _MAX_FAILURES = 1
 """Rows of a sequence without a result before it fails."""
 
 _SHARED = 4
-"""So many times shorter are prefill chunks while another pipeline runs on the same workers: its decode may wait for one
-at each stage."""
+"""So many times shorter are prefill chunks while another pipeline runs on the same workers. Only one of them is in
+flight then: the other pipeline's decode may wait for it at each stage."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -301,6 +301,8 @@ class Scheduler:
         """
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:
+            return []
+        if self.is_shared and self.in_flight.has_prefill:
             return []
         rows = self._prefill_rows(prefilling, decoding)
         batch = _PrefillBatch(self.queues.memory, now_ns, rows, self.settings.max_outputs - decoding)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.server.answer_digest import answer_digest
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
@@ -33,8 +33,6 @@ from llamaclust.cluster.state.events import Draining, Notice, Ready, Report
 from llamaclust.cluster.state.journal import Journal, OpenRequest, read_journal
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import UsageError, WorkerError
-from llamaclust.core.limits import NUMERICS_VERSION
-from llamaclust.core.version import VERSION
 
 _DRAIN_S = 30.0
 _LOOK_S = 0.2
@@ -160,9 +158,8 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
 @asynccontextmanager
 async def _journalled(cluster: Cluster, folder: ClusterDir) -> AsyncIterator[Durability]:
     """Where admitted requests are written for the next coordinator."""
-    model, context = cluster.model, cluster.plan.context_length
-    depends_on = (VERSION, NUMERICS_VERSION, model.model_id, model.chat_template.source, context)
-    served = hashlib.sha256(repr(depends_on).encode()).hexdigest()
+    model, context_length = cluster.model, cluster.plan.context_length
+    served = answer_digest(cluster.config, model.model_id, model.chat_template.source, context_length)
     async with aclosing(Journal(folder.journal)) as journal:
         yield Durability(journal, served, cluster.config.timeouts.request)
 

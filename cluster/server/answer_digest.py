@@ -1,0 +1,18 @@
+"""The digest of all that answers depend on beside requests: journalled requests continue only where it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.core.limits import NUMERICS_VERSION
+from llamaclust.core.version import VERSION
+
+KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type"})
+"""Of the cluster file: those that change answers."""
+
+
+def answer_digest(config: ClusterConfig, model_id: str, chat_template: str, context_length: int) -> str:
+    """`chat_template`: its source; `context_length`: of the plan."""
+    keys = (model_id, chat_template, context_length, config.wire, config.kv_type.value)
+    return hashlib.sha256(repr((VERSION, NUMERICS_VERSION, *keys)).encode()).hexdigest()

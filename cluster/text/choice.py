@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, PromptScored, Timings, TokenSampled
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 
+SCORED_TOKENS = 256
+"""Scored prompt tokens of one chunk: it ends where as many tokens, or a multiple, are before its end in the prompt."""
+
 
 class ChoiceText:
-    """Turns the events of one choice into chunks."""
+    """Turns the events of one choice into chunks, which depend on the request alone: not on how many prompt tokens the
+    engine computes at a time."""
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, end_ids: frozenset[int], stop: tuple[str, ...], min_tokens: int
@@ -24,24 +28,46 @@ class ChoiceText:
         self._tokens = 0
         self._characters = 0
         self._end_token: int | None = None
+        self._scored: list[RowResult] = []  # not in a chunk yet
+        self._scored_start = 0  # the first one's place in the prompt
 
     @property
     def is_stopped(self) -> bool:
         """A stop string was found: the engine need not go on."""
         return self._stop.matched is not None
 
-    def take(self, event: Event) -> TextChunk:
+    def take(self, event: Event) -> Iterator[TextChunk]:
+        """The chunks that are complete with the event, the last one of the choice among them when it has finished."""
         match event:
             case PromptScored(start, rows):
-                return TextChunk(self._index, prompt_start=start, prompt_rows=rows)
+                yield from self._score(start, rows)
             case TokenSampled(row):
-                return self._chosen(row)
+                yield from self._rest_of_scores()
+                yield self._chosen(row)
             case Finished(reason, timings):
-                return self._finished(reason, timings)
+                yield from self._rest_of_scores()
+                yield self._finished(reason, timings)
 
     def stopped(self, timings: Timings) -> TextChunk:
         """The last chunk of a choice that a stop string ended."""
         return TextChunk(self._index, finish_reason=FinishReason.STOP, stopped_by=self._stop.matched, timings=timings)
+
+    def _score(self, start: int, rows: Sequence[RowResult]) -> Iterator[TextChunk]:
+        if not self._scored:
+            self._scored_start = start
+        self._scored += rows
+        while len(self._scored) >= (count := SCORED_TOKENS - self._scored_start % SCORED_TOKENS):
+            yield self._scores(count)
+
+    def _rest_of_scores(self) -> Iterator[TextChunk]:
+        if self._scored:
+            yield self._scores(len(self._scored))
+
+    def _scores(self, count: int) -> TextChunk:
+        chunk = TextChunk(self._index, prompt_start=self._scored_start, prompt_rows=tuple(self._scored[:count]))
+        self._scored_start += count
+        del self._scored[:count]
+        return chunk
 
     def _chosen(self, row: RowResult) -> TextChunk:
         offset = self._characters

@@ -10,7 +10,7 @@ from typing import Self
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream
-from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
+from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import Answered
@@ -136,13 +136,13 @@ class CompletionStream:
             self._is_primed.set()
             if self._record is not None and isinstance(event, TokenSampled):
                 self._record(index, event.row)
-            chunk = choice.take(event)
-            self._put(chunk)
-            if choice.is_stopped and chunk.finish_reason is None:
+            for chunk in choice.take(event):
+                self._put(chunk)
+            if isinstance(event, Finished):
+                return
+            if choice.is_stopped:
                 stream.abort()
                 self._chunks.put_nowait(choice.stopped(stream.timings))
-                return
-            if chunk.finish_reason is not None:
                 return
         raise WorkerError("the request was ended before its answer was complete")
 

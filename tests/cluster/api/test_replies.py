@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from llamaclust.cluster.api.replies.replies import Durability, Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.state.journal import Admission, Journal, read_journal
+from llamaclust.cluster.text import choice as choice_text
 from llamaclust.core.errors import QueueFullError
 from support.clusters.fakes import FakePipeline
-from support.clusters.served import make_app, real_engine, serving, until
+from support.clusters.served import SETTINGS, make_app, real_engine, serving, until
 from support.seed import SEED
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/completion")
@@ -52,11 +53,13 @@ class KilledJournal(Journal):
 
 
 @asynccontextmanager
-async def served(journal: Path, kind: type[Journal] = Journal, **more: Any) -> AsyncIterator[Served]:
+async def served(
+    journal: Path, kind: type[Journal] = Journal, prefill_chunk: int | None = None, **more: Any
+) -> AsyncIterator[Served]:
     """A server that begins with what the journal holds."""
     settings = {"first_chunk_s": 0.02} | more
     async with (
-        real_engine() as (engine, pipeline),
+        real_engine(replace(SETTINGS, prefill_chunk=prefill_chunk)) as (engine, pipeline),
         aclosing(kind(journal)) as opened,
         aclosing(Replies(ApiSettings(**settings), Durability(opened, SERVED, 60.0))) as replies,
     ):
@@ -182,6 +185,24 @@ async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
         }
         await until(lambda: is_idle(server.engine))
         await until(lambda: (tmp_path / "journal").stat().st_size == 0)
+
+
+async def test_events_of_a_scored_prompt_do_not_depend_on_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restarted coordinator computes the prompt in other chunks, beside other requests; its events are the same."""
+    monkeypatch.setattr(choice_text, "SCORED_TOKENS", 16)
+    body = body_of(PATHS[0], prompt="one two three four five " * 5, echo=True, logprobs=1, max_tokens=3)
+    async with served(tmp_path / "other", prefill_chunk=50) as server:
+        whole = await stream(server.http, "POST", PATHS[0], json=body)
+    for most in (1, 4, len(whole) - 2):
+        journal = tmp_path / f"journal{most}"
+        async with served(journal, KilledJournal, prefill_chunk=11) as server:
+            events = await stream(server.http, "POST", PATHS[0], json=body, most=most)
+        request_id = events[-1][0].partition(":")[0]
+        async with served(journal, prefill_chunk=23) as server:
+            load = [stream(server.http, "POST", PATHS[0], json=body_of(PATHS[0], max_tokens=20)) for _ in range(3)]
+            again = stream(server.http, "GET", f"/v1/streams/{request_id}", headers={"Last-Event-ID": events[-1][0]})
+            rest, *_ = await asyncio.gather(again, *load)
+            assert_same(events + rest, whole)
 
 
 async def test_a_reply_that_is_not_streamed_is_kept_too(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaclust.cluster.scheduler.requests import FinishReason
+from llamaclust.cluster.scheduler.requests import FinishReason, PromptScored, TokenSampled
 from llamaclust.cluster.text.answer import Answer, TextChunk, collect
-from llamaclust.cluster.text.choice import StopStrings
+from llamaclust.cluster.text.choice import SCORED_TOKENS, ChoiceText, StopStrings
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, ParameterError, QueueFullError, RequestError, WorkerError
-from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sampling import RowResult, SamplingParams
 from support.clusters.served import (
     CONTEXT,
     END,
@@ -205,6 +205,23 @@ async def test_prompt_logprobs() -> None:
     assert answer.prompt_start == 2
     assert [row.token for row in answer.prompt_rows] == prompt[2:]
     assert answer.rows == () and answer.finish_reason is FinishReason.LENGTH
+
+
+@given(st.integers(1, 700), st.lists(st.integers(1, 400), max_size=6))
+def test_chunks_of_a_scored_prompt_do_not_depend_on_how_its_rows_come(first: int, counts: list[int]) -> None:
+    def chunks(counts: list[int]) -> list[TextChunk]:
+        text, start = ChoiceText(0, tokenizer(), frozenset(), (), 0), first
+        taken = []
+        for count in counts:
+            rows = tuple(RowResult(place % 300, -1.0) for place in range(start, start + count))
+            taken += text.take(PromptScored(start, rows))
+            start += count
+        return [*taken, *text.take(TokenSampled(RowResult(65, -1.0)))]
+
+    apart = chunks(counts)
+    assert apart == chunks([sum(counts)] if counts else [])
+    starts = [chunk.prompt_start for chunk in apart if chunk.prompt_rows]
+    assert starts[:1] == [first] * bool(counts) and all(start % SCORED_TOKENS == 0 for start in starts[1:])
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------

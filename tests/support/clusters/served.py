@@ -191,10 +191,12 @@ def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:
 
 
 @asynccontextmanager
-async def real_engine(**deadlines: float) -> AsyncIterator[tuple[Engine, FakePipeline]]:
+async def real_engine(
+    settings: SchedulerSettings = SETTINGS, **deadlines: float
+) -> AsyncIterator[tuple[Engine, FakePipeline]]:
     """The engine on stages that answer at once; afterwards no KV block is held."""
-    pipeline = FakePipeline(SETTINGS.kv_blocks)
-    async with Engine(pipeline, SETTINGS, EngineSettings(**deadlines)) as engine:
+    pipeline = FakePipeline(settings.kv_blocks)
+    async with Engine(pipeline, settings, EngineSettings(**deadlines)) as engine:
         yield engine, pipeline
         assert engine.scheduler.counts.kv_blocks_held == 0
 

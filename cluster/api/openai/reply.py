@@ -66,7 +66,7 @@ class OpenAiReply:
         self._requests = requests
         self._options = streaming or StreamOptions()
         self._streams: list[CompletionStream] = []
-        self._choices = 0
+        self._choices = 0  # known once it has started
         self._reserved = 0
         self._opened: set[tuple[int, int]] = set()
 
@@ -79,7 +79,7 @@ class OpenAiReply:
             for prompt, (request, generation) in enumerate(zip(requests, generations, strict=True)):
                 recording = self._ticket.recording(prompt, request)
                 self._streams.append(self._service.submit(request, generation, recording))
-                self._choices += request.n
+            self._choices = sum(request.n for request in requests)
         except BaseException:
             await self.aclose()
             raise

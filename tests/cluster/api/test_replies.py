@@ -21,6 +21,8 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.state.journal import Admission, Journal, read_journal
 from llamaclust.cluster.text import choice as choice_text
+from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import QueueFullError
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import SETTINGS, make_app, real_engine, serving, until
@@ -396,6 +398,29 @@ async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, mo
         refused, whole = await asyncio.gather(*asking)
         assert refused.status_code == 503 and whole.json()["choices"][0]["token_ids"]
         assert len(computed) == 1
+
+
+async def test_a_start_that_is_refused_halfway_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue has room for the first of two prompts only: both are submitted again, and events have the same ids."""
+    submit, refusals = TextService.submit, [False, True]
+
+    def refusing(self: TextService, *arguments: Any) -> CompletionStream:
+        if refusals and refusals.pop(0):
+            raise QueueFullError("the queue is full", 0.01)
+        return submit(self, *arguments)
+
+    body = body_of(PATHS[0], prompt=["Hello", "you"], max_tokens=3)
+    async with served(tmp_path / "other") as server:
+        wanted = await stream(server.http, "POST", PATHS[0], json=body)
+    path = tmp_path / "journal"
+    await write_journal(path, admission(0, json.dumps(body)))
+    monkeypatch.setattr(TextService, "submit", refusing)
+    async with served(path) as server:
+        events = await stream(server.http, "GET", "/v1/streams/key 0")
+        assert not refusals
+        assert [event_id.partition(":")[2] for event_id, _ in events] == [
+            event_id.partition(":")[2] for event_id, _ in wanted
+        ]
 
 
 async def test_of_requests_at_once_in_one_conversation_one_is_left(

@@ -12,7 +12,7 @@ KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type"}
 """Of the cluster file: those that change answers."""
 
 
-def answer_digest(config: ClusterConfig, model_id: str, chat_template: str, context_length: int) -> str:
+def answer_digest(config: ClusterConfig, model_id: str, chat_template: str | None, context_length: int) -> str:
     """`chat_template`: its source; `context_length`: of the plan."""
     keys = (model_id, chat_template, context_length, config.wire, config.kv_type.value)
     return hashlib.sha256(repr((VERSION, NUMERICS_VERSION, *keys)).encode()).hexdigest()

@@ -211,7 +211,7 @@ async def test_prompt_logprobs() -> None:
 def test_chunks_of_a_scored_prompt_do_not_depend_on_how_its_rows_come(first: int, counts: list[int]) -> None:
     def chunks(counts: list[int]) -> list[TextChunk]:
         text, start = ChoiceText(0, tokenizer(), frozenset(), (), 0), first
-        taken = []
+        taken: list[TextChunk] = []
         for count in counts:
             rows = tuple(RowResult(place % 300, -1.0) for place in range(start, start + count))
             taken += text.take(PromptScored(start, rows))

@@ -10,9 +10,18 @@ from functools import partial
 from itertools import count
 
 from llamaclust.cluster.membership.worker_channel import ProgressDeadline, Send, WorkerChannel
-from llamaclust.core import errors
 from llamaclust.core.epochs import epoch_text
-from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ProtocolError, WorkerError
+from llamaclust.core.errors import (
+    DeadlineError,
+    InsufficientMemoryError,
+    LlamaclustError,
+    LoadCancelledError,
+    ModelFileError,
+    ProtocolError,
+    RequestError,
+    UsageError,
+    WorkerError,
+)
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.wire.control import messages, profiles
 from llamaclust.wire.control.messages import Heartbeat, Load, Loaded, LoadProgress, LogTail, ProbeResult, WeightsFound
@@ -22,6 +31,20 @@ PROGRESS_TIMEOUT_S = 60.0
 """Without progress for so long, a load is taken to hang."""
 _UNLOAD_S = 60.0
 _HEARTBEAT_S = 10.0
+_REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
+    kind.__name__: kind
+    for kind in (
+        LlamaclustError,
+        UsageError,
+        ModelFileError,
+        InsufficientMemoryError,
+        RequestError,
+        ProtocolError,
+        DeadlineError,
+        LoadCancelledError,
+    )
+}
+"""What a worker may report of itself, by name; all else is a WorkerError."""
 _loss_numbers = count()
 
 
@@ -240,7 +263,5 @@ class WorkerHandle:
 
 
 def _error(worker: str, failure: messages.Failure) -> LlamaclustError:
-    """The error that a worker reports, as an exception of its own class where that is one of ours."""
-    kind = getattr(errors, failure.kind, None)
-    ours = isinstance(kind, type) and issubclass(kind, LlamaclustError)
-    return (kind if ours and kind is not None else WorkerError)(f"worker {worker}: {failure.message}")
+    """The error that a worker reports."""
+    return _REPORTED.get(failure.kind, WorkerError)(f"worker {worker}: {failure.message}")

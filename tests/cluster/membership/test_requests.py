@@ -18,7 +18,14 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights, log_tail, probe, profile_link, profile_worker
 from llamaclust.cluster.state.directory import read_profiles
 from llamaclust.cluster.state.events import Event, Notice
-from llamaclust.core.errors import DeadlineError, UsageError
+from llamaclust.core.errors import (
+    DeadlineError,
+    InsufficientMemoryError,
+    LlamaclustError,
+    LoadCancelledError,
+    UsageError,
+    WorkerError,
+)
 from llamaclust.core.profile import DeviceProfile, Profile, StepTime
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
@@ -103,6 +110,28 @@ async def test_failures_answer_their_own_request(what: str) -> None:
     worker.receive(RequestFailed(Failure("UsageError", "no"), 1))
     with pytest.raises(UsageError, match="worker a: no"):
         await asking
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("InsufficientMemoryError", InsufficientMemoryError),
+        ("LoadCancelledError", LoadCancelledError),
+        ("LlamaclustError", LlamaclustError),
+        ("ParameterError", WorkerError),  # is made of more than a text
+        ("StalledError", WorkerError),  # the coordinator's own: it is the cause of an expulsion
+        ("__name__", WorkerError),
+        ("", WorkerError),
+    ],
+)
+async def test_a_worker_chooses_among_few_classes_of_errors(kind: str, error: type[LlamaclustError]) -> None:
+    worker = handle_of()
+    asking = asyncio.ensure_future(REQUESTS["machine"][0](worker))
+    await asyncio.sleep(0)
+    worker.receive(RequestFailed(Failure(kind, "no"), 1))
+    with pytest.raises(LlamaclustError, match="worker a: no") as raised:
+        await asking
+    assert type(raised.value) is error
 
 
 class Machines:

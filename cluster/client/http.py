@@ -20,7 +20,7 @@ from llamaclust.cluster.client.http_codec import (
     field_of,
     reply_error,
 )
-from llamaclust.cluster.client.resuming import ResumableStream, unreachable
+from llamaclust.cluster.client.resuming import SILENCE_S, ResumableStream, unreachable
 from llamaclust.cluster.client.types import AsyncChunkStream, ChunkStream, CompletionOptions, Message, Options
 from llamaclust.cluster.text.answer import Answer, TextChunk, join
 from llamaclust.core.addresses import is_loopback
@@ -47,6 +47,7 @@ class Client(TextClient):
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _IDLE_S) -> None:
         """UsageError for what is not the address of an HTTP server. Connects with the first call."""
         self._http = httpx.Client(**http_options(base_url, api_key, timeout))
+        self._stream_timeout = _limits(timeout, SILENCE_S)
 
     @staticmethod
     def local(
@@ -85,7 +86,9 @@ class Client(TextClient):
         try:
             while not stream.is_done:
                 try:
-                    with self._http.stream("POST", path, content=content, headers=stream.headers) as reply:
+                    with self._http.stream(
+                        "POST", path, content=content, headers=stream.headers, timeout=self._stream_timeout
+                    ) as reply:
                         stream.opened(reply, b"" if reply.is_success else reply.read())
                         for data in reply.iter_bytes():
                             yield from map(reader.read, stream.feed(data))
@@ -108,6 +111,7 @@ class AsyncClient:
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _IDLE_S) -> None:
         """As for `Client`."""
         self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout))
+        self._stream_timeout = _limits(timeout, SILENCE_S)
 
     @overload
     def generate(
@@ -163,7 +167,9 @@ class AsyncClient:
         try:
             while not stream.is_done:
                 try:
-                    async with self._http.stream("POST", path, content=content, headers=stream.headers) as reply:
+                    async with self._http.stream(
+                        "POST", path, content=content, headers=stream.headers, timeout=self._stream_timeout
+                    ) as reply:
                         stream.opened(reply, b"" if reply.is_success else await reply.aread())
                         async for data in reply.aiter_bytes():
                             for event in stream.feed(data):
@@ -204,8 +210,16 @@ def http_options(base_url: str, api_key: str | None, timeout: float) -> dict[str
         if not api_key.isascii() or not api_key.isprintable() or not api_key.strip():
             raise UsageError("the API key is empty or has characters that no key has")
         headers["Authorization"] = f"Bearer {api_key}"
-    limits = httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S))
-    return {"base_url": url, "headers": headers, "timeout": limits, "trust_env": not is_loopback(url.host)}
+    return {
+        "base_url": url,
+        "headers": headers,
+        "timeout": _limits(timeout, timeout),
+        "trust_env": not is_loopback(url.host),
+    }
+
+
+def _limits(timeout: float, read_s: float) -> httpx.Timeout:
+    return httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S), read=min(timeout, read_s))
 
 
 def _tokenize_body(text: str, add_special: bool) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""Streams whose connections end without a word: a machine that lost its power closes none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from llamaclust import AsyncClient
+from llamaclust.cluster.client import http, resuming
+from llamaclust.cluster.client.resuming import ResumableStream
+from llamaclust.core.errors import LlamaclustError
+
+URL = httpx.URL("http://127.0.0.1:1")
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+TEXT = ["one ", "two ", "three"]
+
+
+def event(number: int) -> bytes:
+    choice = {"index": 0, "text": TEXT[number], "token_ids": [number], "finish_reason": None}
+    choice |= {"logprobs": {"token_logprobs": [-1.0]}}
+    return f"id: x:{number + 1}\ndata: {json.dumps({'choices': [choice]})}\n\n".encode()
+
+
+@asynccontextmanager
+async def silent_server() -> AsyncIterator[tuple[str, list[str]]]:
+    """Sends one event a connection and is silent then; after the last one it ends the stream. Its address, and the last
+    events that clients had."""
+    had: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        had.append(head.partition("last-event-id: ")[2].partition("\r\n")[0])
+        number = len(had) - 1
+        writer.write(HEAD + event(number) + (b"data: [DONE]\n\n" if number == len(TEXT) - 1 else b""))
+        await writer.drain()
+        if number == len(TEXT) - 1:
+            writer.close()
+        else:
+            await asyncio.sleep(60)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", had
+    finally:
+        server.close()
+
+
+async def test_a_silent_stream_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "SILENCE_S", 0.3)
+    async with silent_server() as (url, had), AsyncClient(url) as client, asyncio.timeout(20):
+        chunks = [chunk async for chunk in client.generate("abc", stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == "".join(TEXT)
+    assert had == ["", "x:1", "x:2"]
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectTimeout, httpx.ReadTimeout, httpx.WriteTimeout, httpx.ReadError])
+def test_what_may_pass_is_retried_for_a_while(error: type[httpx.HTTPError], monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = ResumableStream(URL)
+    stream.opened(httpx.Response(200, headers={"content-type": "text/event-stream"}), b"")
+    assert 0 < stream.pause_s(error("lost")) < 2
+    monkeypatch.setattr(resuming, "_RESUME_S", -1.0)
+    with pytest.raises(LlamaclustError, match="is the cluster up"):
+        stream.pause_s(error("lost"))
+
+
+def test_a_request_that_no_server_took_is_not_sent_again() -> None:
+    with pytest.raises(LlamaclustError, match="does not answer"):
+        ResumableStream(URL).pause_s(httpx.ConnectTimeout("lost"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -30,6 +31,8 @@ _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", 
 _OTHERS_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 _END_S = 1.0
 """Deadline from the child's last byte to its exit."""
+
+_log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 
@@ -59,6 +62,7 @@ class ChatTemplate:
         self._child: _TemplateProcess | None = None
         self._broken: str | None = None
         self._closed = False
+        self._is_reported = False
         # One thread owns the child for its whole life: Linux kills the child when the thread that started it ends.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
 
@@ -148,17 +152,26 @@ class ChatTemplate:
         limits = self._limits
         child = _TemplateProcess(limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16))
         try:
-            problem = child.request(_frame({"source": self.source, **asdict(limits)}), limits.start_s).get("error")
+            reply = child.request(_frame({"source": self.source, **asdict(limits)}), limits.start_s)
+            problem = reply.get("error")
         except (_ProcessKilled, _NotInTime):
             child.kill()
             raise
         except _RenderingStopped as failure:
             problem = str(failure)
+        else:
+            self._report(reply["unconfined"])
         if problem is not None:
             child.kill()
             self._broken = f"the model's chat template cannot be used: {_line(problem)}"
             raise RequestError(self._broken)
         return child
+
+    def _report(self, unconfined: str | None) -> None:
+        """Once: a child may be started again and again."""
+        if unconfined is not None and not self._is_reported:
+            self._is_reported = True
+            _log.warning("chat templates are rendered with Jinja's sandbox alone: %s", unconfined)
 
     def _drop_child(self) -> None:
         if self._child is not None:

@@ -1,9 +1,11 @@
-"""The process that renders chat templates. A template is a program from an untrusted file: it runs sandboxed,
-with little memory and CPU time, where it can be killed. Requests on stdin and replies on stdout are lines of JSON."""
+"""The process that renders chat templates. A template is a program from an untrusted file: it runs sandboxed, with
+little memory and CPU time and few system calls, where it can be killed. Requests on stdin and replies on stdout are
+lines of JSON."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import resource
 import signal
@@ -15,15 +17,20 @@ from functools import partial
 from typing import Any, Final
 
 import jinja2
+import jinja2.debug
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from llamaclust.model.chat.confinement import confine
+
 _MAX_REQUEST_BYTES: Final = 1 << 28
 _MAX_MESSAGE_CHARACTERS: Final = 500
 _MAX_FILES: Final = 16
 _SET_PARENT_DEATH_SIGNAL: Final = 1
+_LATE_MODULES: Final = ("pprint", "random", "unicodedata", "_strptime", "encodings.idna", "encodings.latin_1")
+"""That rendering imports where a template first needs them."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -129,10 +136,19 @@ def _limit_cpu(seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
 
 
+def _confine() -> str | None:
+    """After what reads modules and the time zone."""
+    for name in _LATE_MODULES:
+        importlib.import_module(name)
+    strftime_now("%Z")
+    return confine()
+
+
 def main() -> None:
     """Reads the template and its limits, says whether it compiles, then renders until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _set_parent_death_signal()
+    unconfined = _confine()
     first = _read_frame()
     _limit_resources(first["memory_bytes"])
     _limit_cpu(first["cpu_seconds"])
@@ -143,7 +159,7 @@ def main() -> None:
         template = environment().from_string(first["source"])
         return ""
 
-    _write_frame(_answer(compile_it))
+    _write_frame({**_answer(compile_it), "unconfined": unconfined})
     while template is not None:
         variables = _read_frame()
         _limit_cpu(first["cpu_seconds"])

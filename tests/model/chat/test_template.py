@@ -278,6 +278,63 @@ def test_the_process_knows_no_secrets_and_can_write_no_file(
         assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[1] <= 16
 
 
+CONFINED = """
+import os, resource, socket, subprocess, sys
+from llamaclust.model.chat.confinement import confine
+why = confine()
+if why:
+    sys.exit(why)
+for attempt in (
+    lambda: open("/etc/passwd"),
+    lambda: socket.socket(),
+    lambda: socket.socketpair(),
+    lambda: os.execv("/bin/true", ["true"]),
+    lambda: os.fork(),
+    lambda: os.kill(os.getppid(), 0),
+    lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE),
+):
+    try:
+        attempt()
+    except PermissionError:
+        continue
+    print("not refused")
+resource.setrlimit(resource.RLIMIT_CPU, (9, resource.RLIM_INFINITY))
+print("works:", len(bytearray(1 << 24)) >> 20)
+"""
+
+
+def test_a_confined_process_opens_nothing_and_starts_nothing() -> None:
+    run = subprocess.run([sys.executable, "-c", CONFINED], capture_output=True, text=True, check=False)
+    if "the kernel takes no filter" in run.stderr or "no filter of system calls on" in run.stderr:
+        pytest.skip(run.stderr.strip())
+    assert (run.stdout, run.stderr, run.returncode) == ("works: 16\n", "", 0)
+
+
+def test_renders_are_confined(chatml: ChatTemplate) -> None:
+    chatml.render(HELLO)
+    status = Path(f"/proc/{child_pid(chatml)}/status").read_text()
+    if "Seccomp:" not in status or chatml._is_reported:
+        pytest.skip("this kernel has no filter of system calls")
+    assert "\nNoNewPrivs:\t1\n" in status and "\nSeccomp:\t2\n" in status
+
+
+def test_a_machine_without_a_filter_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = template_module._TemplateProcess.request
+
+    def unconfined(process: Any, frame: bytes, timeout_s: float) -> dict[str, Any]:
+        reply = request(process, frame, timeout_s)
+        return {**reply, "unconfined": "no filter here"} if "unconfined" in reply else reply
+
+    monkeypatch.setattr(template_module._TemplateProcess, "request", unconfined)
+    with ChatTemplate("a", "", "") as template:
+        for _ in range(2):
+            assert template.render(HELLO) == "a"
+            os.kill(child_pid(template), signal.SIGKILL)
+    assert caplog.messages == ["chat templates are rendered with Jinja's sandbox alone: no filter here"]
+
+
 def test_the_process_dies_with_its_parent() -> None:
     program = (
         "import sys, threading, time\n"

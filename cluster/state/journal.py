@@ -40,7 +40,7 @@ ChoiceKey = tuple[int, int]
 """Prompt and choice of a request."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
     """A request as it was accepted."""
 

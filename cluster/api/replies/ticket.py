@@ -21,7 +21,7 @@ _RECORDED_ROWS = 64
 _MAX_NAME = 255
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
     """Of one request, drawn at its admission or read from the journal."""
 
@@ -52,14 +52,14 @@ class Ticket:
         """Of a request that an earlier coordinator admitted."""
         known = request.admission
         return cls(
-            known.id,
-            known.seed,
-            known.created,
-            known.owner,
-            known.conversation,
-            known.idempotency_key,
-            request.answered,
-            journal,
+            id=known.id,
+            seed=known.seed,
+            created=known.created,
+            owner=known.owner,
+            conversation=known.conversation,
+            idempotency_key=known.idempotency_key,
+            answered=request.answered,
+            journal=journal,
         )
 
     @property
@@ -69,17 +69,17 @@ class Ticket:
 
     def admission(self, endpoint: str, body: bytes, served: str, request_s: float, *, is_streamed: bool) -> Admission:
         return Admission(
-            self.id,
-            endpoint,
-            body.decode(),
-            self.seed,
-            self.created,
-            time.time() + request_s,
-            served,
-            self.owner,
-            self.conversation,
-            self.idempotency_key,
-            is_streamed,
+            id=self.id,
+            endpoint=endpoint,
+            body=body.decode(),
+            seed=self.seed,
+            created=self.created,
+            deadline=time.time() + request_s,
+            served=served,
+            owner=self.owner,
+            conversation=self.conversation,
+            idempotency_key=self.idempotency_key,
+            is_streamed=is_streamed,
         )
 
     def request(self, prompt: int, request: CompletionRequest) -> CompletionRequest:

@@ -347,7 +347,15 @@ async def write_journal(path: Path, *admissions: Admission) -> None:
 
 def admission(number: int, body: str, *, endpoint: str = PATHS[0], is_streamed: bool = True) -> Admission:
     return Admission(
-        f"{number:024x}", endpoint, body, 7, 1, 2e9, SERVED, idempotency_key=f"key {number}", is_streamed=is_streamed
+        id=f"{number:024x}",
+        endpoint=endpoint,
+        body=body,
+        seed=7,
+        created=1,
+        deadline=2e9,
+        served=SERVED,
+        idempotency_key=f"key {number}",
+        is_streamed=is_streamed,
     )
 
 

@@ -21,7 +21,7 @@ NOW = 1_000.0
 
 
 def admission(number: int, body: str = "{}") -> Admission:
-    return Admission(f"id{number}", "/v1/completions", body, number, 7, NOW + 60)
+    return Admission(id=f"id{number}", endpoint="/v1/completions", body=body, seed=number, created=7, deadline=NOW + 60)
 
 
 def row(token: int, random_bits: int = 0) -> RowResult:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llamaclust.cluster.api.early_replies import has_body
 from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.settings import ApiSettings
 
@@ -112,12 +112,14 @@ class AdmissionGate:
         except HttpError as refusal:
             await error_response(refusal)(scope, receive, send)
         else:
-            headers = Headers(scope=scope)
-            has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-            with self._admission.held(has_body=has_body) as request:
-                await self._answer(request, scope, receive, send)
+            with self._admission.held(has_body=has_body(scope)) as request:
+                refusal = await self._answer(request, scope, receive, send)
+            if refusal is not None:
+                await error_response(refusal)(scope, receive, send)
 
-    async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
+        """The refusal of a request that was cancelled for others before its reply began."""
+
         async def counted() -> Message:
             message = await receive()
             self._admission.count(request, message)
@@ -132,8 +134,8 @@ class AdmissionGate:
         except asyncio.CancelledError:  # the task is the server's and ends here
             if request.refusal is None:
                 raise
-            if not request.is_answered:
-                await error_response(request.refusal)(scope, receive, send)
+            return None if request.is_answered else request.refusal
+        return None
 
 
 def _stopping() -> HttpError:

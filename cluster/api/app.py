@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.admission import Admission, AdmissionGate
+from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.errors import add_error_handlers
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
@@ -72,6 +73,7 @@ def create_app(
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
     app.add_middleware(Security, settings=settings)
+    app.add_middleware(EarlyReplies)
     return app
 
 

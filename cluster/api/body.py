@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pydantic_core import from_json
@@ -13,10 +13,12 @@ from starlette.requests import Request
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.schema import AnyBody, Neutral, read_fields
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.text.threads import run_on
 
-_DISCARD_S = 2.0
 _BLOCKING_BYTES = 1 << 16
-"""Larger bodies are looked through on a thread of their own."""
+"""Larger bodies are parsed on a thread."""
+
+_parsing = ThreadPoolExecutor(2, "parse-body")
 
 
 async def read_body(
@@ -32,7 +34,7 @@ async def parse_body(data: bytes, kind: type[AnyBody], unsupported: Mapping[str,
     def parse() -> AnyBody:
         return read_fields(kind, parse_object(data), unsupported)
 
-    return parse() if len(data) <= _BLOCKING_BYTES else await asyncio.to_thread(parse)
+    return parse() if len(data) <= _BLOCKING_BYTES else await run_on(_parsing, parse)
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -57,7 +59,6 @@ async def read_bytes(request: Request, settings: ApiSettings) -> bytes:
     except TimeoutError:
         raise HttpError(408, "request_timeout", f"the body did not arrive within {settings.body_s:g} s") from None
     if data is None:
-        await _discard(request)
         most = f"{settings.max_body_bytes} bytes"
         raise HttpError(413, "body_too_large", f"the body is larger than {most}", {"Connection": "close"})
     return data
@@ -71,13 +72,3 @@ async def _read_all(request: Request, max_bytes: int) -> bytes | None:
         if len(data) > max_bytes:
             return None
     return bytes(data)
-
-
-async def _discard(request: Request) -> None:
-    """Takes in what a client is still sending: to close the connection under it would lose the answer on its way."""
-    if "expect" in request.headers:  # it waits for leave to send
-        return
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_DISCARD_S):
-            async for _ in request.stream():
-                pass

@@ -23,6 +23,7 @@ from support.clusters.served import (
     ScriptedStream,
     events_of,
     make_app,
+    make_service,
     real_engine,
     says,
     serving,
@@ -111,11 +112,37 @@ async def test_a_body_that_is_still_to_come_is_not_waited_for() -> None:
         writer.write(HALF)
         await until(lambda: bool(server.admission._open))
         server.admission.stop()
-        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        head, _, body = (await reader.readuntil(b"}}")).partition(b"\r\n\r\n")
         writer.close()
         assert head.startswith(b"HTTP/1.1 503 ")
         assert json.loads(body)["error"]["code"] == "cluster_stopping"
         await server.admission.wait_idle()
+
+
+async def test_a_request_that_is_refused_may_be_sent_to_its_end() -> None:
+    """A connection that is closed under it would be reset, and the refusal on its way be lost."""
+    async with stoppable(ScriptedEngine(says("Hi"))) as server:
+        server.admission.stop()
+        reader, writer = await asyncio.open_connection(server.http.base_url.host, server.http.base_url.port)
+        writer.write(HALF.replace(b"99", b"%d" % (4 << 20)))
+        for _ in range(64):
+            writer.write(b" " * (1 << 16))
+            await writer.drain()
+        reply = await reader.read()
+        writer.close()
+        assert reply.startswith(b"HTTP/1.1 503 ") and b"cluster_stopping" in reply
+
+
+async def test_chats_in_preparation_count_as_requests_that_are_left() -> None:
+    template = SlowTemplate()
+    service = make_service(ScriptedEngine(says("Hi")))
+    service.chat_template = template  # type: ignore[assignment]
+    preparing = asyncio.create_task(service.chat_prompt(CHAT["messages"]))  # type: ignore[arg-type]
+    await until(lambda: template.waiting == 1)
+    assert service.active_requests == 1
+    template.may.set()
+    await preparing
+    assert service.active_requests == 0
 
 
 async def test_requests_without_reply_get_an_error_at_the_end() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llamaclust.cluster.api import early_replies
 from llamaclust.cluster.api.settings import first_key, read_api_keys
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
 from llamaclust.wire.control.messages import LogTail
@@ -221,7 +222,8 @@ async def test_large_bodies_are_refused() -> None:
         assert (await http.post("/tokenize", content=parts())).status_code == 413
 
 
-async def test_a_body_that_never_arrives() -> None:
+async def test_a_body_that_never_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early_replies, "_DISCARD_S", 0.05)
     async with client(app(body_s=0.05)) as http:
 
         async def slow() -> Any:

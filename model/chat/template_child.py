@@ -4,6 +4,7 @@ lines of JSON."""
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import importlib
 import json
@@ -29,8 +30,9 @@ _MAX_REQUEST_BYTES: Final = 1 << 28
 _MAX_MESSAGE_CHARACTERS: Final = 500
 _MAX_FILES: Final = 16
 _SET_PARENT_DEATH_SIGNAL: Final = 1
-_LATE_MODULES: Final = ("pprint", "random", "unicodedata", "_strptime", "encodings.idna", "encodings.latin_1")
-"""That rendering imports where a template first needs them."""
+_LATE_MODULES: Final = ("pprint", "random", "unicodedata", "_strptime")
+_CODECS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-32", "unicode-escape", "raw-unicode-escape", "idna")
+"""That rendering loads where a template first needs them."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -140,6 +142,8 @@ def _confine() -> str | None:
     """After what reads modules and the time zone."""
     for name in _LATE_MODULES:
         importlib.import_module(name)
+    for name in _CODECS:
+        codecs.lookup(name)
     strftime_now("%Z")
     return confine()
 

@@ -113,9 +113,9 @@ class AdmissionGate:
             await error_response(refusal)(scope, receive, send)
         else:
             with self._admission.held(has_body=has_body(scope)) as request:
-                refusal = await self._answer(request, scope, receive, send)
-            if refusal is not None:
-                await error_response(refusal)(scope, receive, send)
+                given_way = await self._answer(request, scope, receive, send)
+            if given_way is not None:
+                await error_response(given_way)(scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
         """The refusal of a request that was cancelled for others before its reply began."""

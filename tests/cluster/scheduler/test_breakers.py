@@ -9,7 +9,7 @@ import pytest
 from llamaclust.cluster.scheduler.breakers import BreakerTokens, SeenBreakers
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling_bounds import MAX_BREAKERS_TOKENS
-from llamaclust.model.loader import open_model
+from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from support.paths import DATA
@@ -19,7 +19,7 @@ from support.seed import SEED
 class Words:
     """Enough of a tokenizer: its words, and letters for what is none of them."""
 
-    words = (b"a", b"b", b"ab", b"x a", b"\n\n", "\u00e9".encode()[:1], b"c")
+    words: tuple[bytes, ...] = (b"a", b"b", b"ab", b"x a", b"\n\n", "\u00e9".encode()[:1], b"c")
     vocabulary_size = len(words)
 
     def token_bytes(self, token: int) -> bytes:
@@ -53,16 +53,16 @@ def test_only_breakers_that_occurred_are_looked_for() -> None:
 def test_breakers_whose_first_tokens_have_not_all_occurred_are_not_sent() -> None:
     """They can neither stand in the tokens nor be completed by the next one."""
     seen = SeenBreakers({4: ((4, 5, 6), (4, 4, 9)), 7: ((7, 8),)}, [3, 4])
-    assert seen.sequences == ((4, 4, 9),)
+    assert list(seen.sequences) == [(4, 4, 9)]
     seen.add(5)
-    assert seen.sequences == ((4, 4, 9), (4, 5, 6))
+    assert list(seen.sequences) == [(4, 4, 9), (4, 5, 6)]
     seen.add(7)
-    assert seen.sequences == ((4, 4, 9), (4, 5, 6), (7, 8))
+    assert list(seen.sequences) == [(4, 4, 9), (4, 5, 6), (7, 8)]
 
 
 def by_plain_search(tokenizer: Tokenizer, text: str) -> set[tuple[int, ...]]:
     """The definition, as llama.cpp computes it: each token is compared with each beginning of the text."""
-    whole, found = text.encode(), set()
+    whole, found = text.encode(), set[tuple[int, ...]]()
     for token in range(tokenizer.vocabulary_size):
         word = tokenizer.token_bytes(token)
         if whole in word:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llamaclust.cluster.control.observations import DrainRequested, UndrainRequested
@@ -26,6 +27,7 @@ class WorkerOperations:
     _runner: ActionRunner
     _observed: Observed
     _partitions: PartitionTracker
+    _undrained: Counter[str] = field(default_factory=Counter, init=False)  # requests to undrain, by name
 
     @property
     def drained(self) -> frozenset[str]:
@@ -35,14 +37,18 @@ class WorkerOperations:
     async def drain(self, name: str) -> None:
         """Moves a worker's layers to others, without a pause where memory holds both plans; returns when it holds none.
 
-        UsageError for an unknown name, InsufficientMemoryError or WorkerError where the others do not suffice.
+        UsageError for an unknown name, InsufficientMemoryError or WorkerError where the others do not suffice, or where
+        it is undrained meanwhile.
         """
         self._worker(name)
+        undrained = self._undrained[name]
         excluded = self.drained | {name}
         others = {other: worker for other, worker in self._registry.present.items() if other not in excluded}
         if not others:
             raise WorkerError(f"no other worker is there that is not drained: {name} keeps its layers")
         await self._runner.planner.plan(others, self._partitions.pairs)
+        if self._undrained[name] != undrained:
+            raise WorkerError(f"worker {name} was undrained before its layers moved")
         self._observed.post(DrainRequested(name))
         await self._observed.settled_or(lambda state: state.is_freed(name))
         if self._runner.epoch is not None and self._runner.epoch.holds(name):
@@ -55,6 +61,7 @@ class WorkerOperations:
         UsageError for an unknown name."""
         if name not in self.drained:  # one of before the coordinator's start may be absent
             self._worker(name)
+        self._undrained[name] += 1
         self._observed.post(UndrainRequested(name))
 
     async def log(self, name: str) -> LogTail:

@@ -231,3 +231,25 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     assert not drains["b"].done(), "its layers are not moved yet"
     drains["b"].cancel()
     await asyncio.wait(drains.values())
+
+
+async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place() -> None:
+    """As where its client was cut off: the request to undrain comes later, and is the one that counts."""
+    planning, planned = asyncio.Event(), asyncio.Event()
+
+    async def plan(*_: object) -> None:
+        planning.set()
+        await planned.wait()
+
+    observed, workers = observed_cluster(), dict.fromkeys("ab", ANYTHING)
+    served: Any = SimpleNamespace(planner=SimpleNamespace(plan=plan))
+    registry: Any = SimpleNamespace(workers=workers, present=workers)
+    pool = WorkerOperations(registry, served, observed, SimpleNamespace(pairs=frozenset()))  # type: ignore[arg-type]
+    drain = asyncio.create_task(pool.drain("a"))
+    await planning.wait()
+    pool.undrain("a")
+    planned.set()
+    with pytest.raises(WorkerError, match="worker a was undrained before its layers moved"):
+        async with asyncio.timeout(30):
+            await drain
+    assert await observed.next(None) == seen.UndrainRequested("a") and observed.is_current

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -134,7 +135,11 @@ class Injector:
             self._show(why)
 
     async def _kill_coordinator(self, process: Process) -> bool:
-        before, _ = await asyncio.to_thread(self._status)
+        try:
+            before, _ = await asyncio.to_thread(self._status)
+        except LlamaclustError as error:
+            self._show(f"the coordinator is not killed: {error}")
+            return False
         if not process.send(signal.SIGKILL):
             return False
         after = await self._successor(process)
@@ -159,7 +164,7 @@ class Drains:
 
     def __init__(self, state_dir: Path, cluster: str) -> None:
         self._state_dir, self._cluster = state_dir, cluster
-        self._workers: set[str] = set()
+        self._workers: dict[str, threading.Lock] = {}  # of each, held by its request to drain
 
     @property
     def names(self) -> frozenset[str]:
@@ -167,23 +172,34 @@ class Drains:
 
     def add(self, name: str) -> None:
         """It will be drained."""
-        self._workers.add(name)
+        self._workers[name] = threading.Lock()
 
     def begin(self, name: str) -> None:
-        with self._api() as api:
-            api.drain(name)
+        """Nothing where `end` came first."""
+        lock = self._workers.get(name)
+        if lock is None:
+            return
+        with lock:
+            if name in self._workers:
+                with self._api() as api:
+                    api.drain(name)
 
     def end(self, name: str) -> str:
-        """Tried again while no coordinator answers. Why the worker stays drained; "" where it does not."""
+        """After `begin` where that runs. Tried again while no coordinator answers. Why the worker stays drained; ""
+        where it does not."""
+        with self._workers.get(name, threading.Lock()):
+            return self._undrain(name)
+
+    def _undrain(self, name: str) -> str:
         end_s = time.monotonic() + _UNDRAIN_S
         while name in self._workers:
             try:
                 with self._api() as api:
                     api.undrain(name)
-                self._workers.discard(name)
+                self._workers.pop(name, None)
             except LlamaclustError as error:
                 if time.monotonic() > end_s:
-                    self._workers.discard(name)
+                    self._workers.pop(name, None)
                     return f"worker {name} stays drained ({error}): `llamaclust undrain {name}`"
                 time.sleep(_POLL_S)
         return ""

@@ -62,22 +62,24 @@ def chaos(
 
 
 def _run(settings: ChaosSettings) -> bool:
-    """Prints the verdict once faults may have happened, also after Ctrl-C. Whether every answer was intact."""
+    """Prints the verdict once faults may have happened, also after Ctrl-C. Whether there were any, and
+    every answer was intact."""
     from llamaclust.tools.chaos.run import run_chaos
     from llamaclust.tools.chaos.tally import Tally
 
-    tally = Tally(settings.seed)
+    tally, has_ended = Tally(settings.seed), False
     with signals_as_interrupts(SIGTERM, SIGHUP):
         try:
             with ChaosView() as view:
                 asyncio.run(run_chaos(settings, tally, view))
+            has_ended = True
         except KeyboardInterrupt:
             if tally.compared.is_intact:
                 raise
         finally:
-            if tally.faults or tally.compared.answers:
+            if has_ended or tally.faults or tally.compared.answers:
                 print(*map(printable, tally.verdict()), sep="\n", flush=True)
-    return tally.compared.is_intact
+    return tally.is_success
 
 
 class ChaosView:

@@ -89,10 +89,16 @@ class Tally:
     pauses: Pauses = field(default_factory=Pauses)
     errors: Counter[str] = field(default_factory=Counter)  # that ended an answer
 
+    @property
+    def is_success(self) -> bool:
+        """Whether there were faults, and answers that are all intact."""
+        return self.compared.is_intact and self.compared.answers > 0 and self.faults.total() > 0
+
     def verdict(self) -> Iterator[str]:
         """Its lines."""
         compared = self.compared
-        result = "nothing lost, nothing changed" if compared.is_intact else "LOST OR CHANGED"
+        result = "nothing lost, nothing changed" if self.is_success else "NOTHING TESTED; give more --minutes"
+        result = result if compared.is_intact else "LOST OR CHANGED"
         yield f"{result}: {self.faults.total()} faults, seed {self.seed}"
         yield str(compared)
         pauses = self.pauses.by_kind()

@@ -81,3 +81,13 @@ def test_the_verdict_names_what_was_wrong() -> None:
     first, second, *_, last = tally.verdict()
     assert first == "LOST OR CHANGED: 2 faults, seed 7" and second == "2 answers, 5 tokens: 1 lost, 0 changed"
     assert last == "1 answers ended with: worker a is lost"
+
+
+@pytest.mark.parametrize(("faults", "answers"), [(0, 0), (0, 2), (2, 0)])
+def test_a_run_without_faults_or_answers_is_no_success(faults: int, answers: int) -> None:
+    tally = Tally(7)
+    tally.faults[FaultKind.DRAIN] += faults
+    for _ in range(answers):
+        tally.compared.add(EXPECTED, EXPECTED)
+    assert not tally.is_success
+    assert next(tally.verdict()) == f"NOTHING TESTED; give more --minutes: {faults} faults, seed 7"

@@ -1,0 +1,54 @@
+// A product as its loops see it: where the tokens, the segments of a tile (level/quant_types.h) and finished rows are.
+#pragma once
+
+#include "level/matmul_ops.h"
+#include "simd/lanes.h"
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+
+struct Output {
+  float* out;
+  size_t stride;         // from one line to the next
+  const int32_t* lines;  // of the tokens, or null
+  const float* bias;     // or null
+  int rows;
+};
+
+// One product, of any type.
+struct Product {
+  const uint8_t* tiles;
+  size_t tile_bytes;
+  const uint8_t* activations;
+  size_t activation_stride;         // bytes
+  const int32_t* activation_lines;  // of the tokens, or null
+  int segments;
+  Output output;
+};
+
+namespace {
+
+// Of a token among lines that may be given by TokenLines.
+INLINE size_t line_of(const int32_t* lines, int token) {
+  return static_cast<size_t>(lines ? lines[token] : token);
+}
+
+// Every NaN becomes the same one: which payload survives an operation is the compiler's choice of operand order.
+INLINE F32x16 canonical(F32x16 x) {
+  const F32x16 infinity = broadcast(__builtin_inff()), nan = broadcast(__builtin_nanf(""));
+  return select_less(x, infinity, x, select_less(zero(), x, x, nan));
+}
+
+INLINE void store_rows(const Output& output, int tile, int token, F32x16 x) {
+  const int first_row = tile * kTileRows, rows = output.rows - first_row;
+  float* out = output.out + line_of(output.lines, token) * output.stride + first_row;
+  if (rows >= kTileRows) {
+    if (output.bias) x = add(x, load(output.bias + first_row));
+    store(out, canonical(x));
+  } else {
+    if (output.bias) x = add(x, load_first(rows, output.bias + first_row));
+    store_first(rows, out, canonical(x));
+  }
+}
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -27,7 +27,7 @@ def require_thread_sanitizer(folder: Path) -> None:
         pytest.skip("no C++ compiler with a thread sanitizer that runs here")
 
 
-def test_jobs_in_a_row_have_no_data_race(tmp_path: Path) -> None:
+def test_jobs_in_a_row_have_neither_data_races_nor_waits_of_each_other(tmp_path: Path) -> None:
     require_thread_sanitizer(tmp_path)
     program = tmp_path / "pool_jobs"
     built = build(program, ROOT / "tests/kernels/native/pool_jobs.cpp", NATIVE / "runtime/thread_pool.cpp")

@@ -27,7 +27,8 @@ class Barrier {
   // For that many callers from now on; no thread may be inside.
   void open(int threads) {
     threads_ = threads;
-    waited_ns_.store(0, std::memory_order_relaxed);
+    opening_++;
+    waited_.store(opening_ << kWaitedBits, std::memory_order_relaxed);
   }
 
   // `idle` is called again and again while others are waited for, until it returns false.
@@ -35,11 +36,12 @@ class Barrier {
   void arrive(Idle idle = [] { return false; }) {
     const int threads = threads_;  // before the increment: after it, the next open() may have changed it
     if (threads == 1) return;
+    const uint64_t opening = opening_;
     const int32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads) {
       while (phase_.load(std::memory_order_acquire) == phase && idle()) {}
-      const int64_t waited = wait_while_equal(phase_, phase);
-      if (waited > 0) waited_ns_.fetch_add(waited, std::memory_order_relaxed);
+      const int64_t waited_ns = wait_while_equal(phase_, phase);
+      if (waited_ns > 0) add_waited(opening, static_cast<uint64_t>(waited_ns));
       return;
     }
     arrived_.store(0, std::memory_order_relaxed);
@@ -47,14 +49,25 @@ class Barrier {
     phase_.notify_all();
   }
 
-  // What all callers together have waited since open(), without short waits.
-  int64_t waited_ns() const { return waited_ns_.load(std::memory_order_relaxed); }
+  // What all callers together have waited since open(), without short waits and those that are noticed after the next
+  // open().
+  int64_t waited_ns() const { return static_cast<int64_t>(waited_.load(std::memory_order_relaxed) & kWaitedMask); }
 
  private:
+  static constexpr int kWaitedBits = 44;  // of nanoseconds: five hours
+  static constexpr uint64_t kWaitedMask = (uint64_t{1} << kWaitedBits) - 1;
+
+  void add_waited(uint64_t opening, uint64_t ns) {
+    uint64_t sum = waited_.load(std::memory_order_relaxed);
+    while (sum >> kWaitedBits == (opening << kWaitedBits) >> kWaitedBits &&
+           !waited_.compare_exchange_weak(sum, sum + ns, std::memory_order_relaxed)) {}
+  }
+
   int threads_ = 1;
+  uint64_t opening_ = 0;  // how often it was opened
   alignas(64) std::atomic<int32_t> arrived_{0};
   alignas(64) std::atomic<int32_t> phase_{0};
-  alignas(64) std::atomic<int64_t> waited_ns_{0};
+  alignas(64) std::atomic<uint64_t> waited_{0};  // the opening's number above nanoseconds
 };
 
 // How many threads are worth using for jobs that are alike while other programs want the same cores: a thread that is not

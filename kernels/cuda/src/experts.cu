@@ -74,18 +74,17 @@ KERNEL(128, choose, const float* __restrict__ logits, int32_t experts, int32_t u
 
 namespace {
 
-// Lines from `begin` on, up to `end`, that chose the expert.
-DEVICE int count_lines(const int32_t* ids, int begin, int end, int expert) {
-  int count = 0;
-  for (int line = begin; line < end; line++) count += ids[line] == expert;
-  return count;
+// Which of lines [first, first + 32) chose the expert, a bit a line. Lanes read lines that lie side by side.
+DEVICE uint32_t choosers(const int32_t* ids, int first, int all, int expert) {
+  const int line = first + static_cast<int>(threadIdx.x) % kWarp;
+  return __ballot_sync(kAllLanes, line < all && ids[line] == expert);
 }
 
 }  // namespace
 
 // Lines ordered by expert, ascending, in `lines`, and what products read as items {expert, first place in `lines`, count}
-// of `piece` lines at most. A warp counts an expert's lines, each lane in a part of all. One block of 512, with room for
-// 2 * experts int32 in shared memory.
+// of `piece` lines at most. A warp counts an expert's lines. One block of 512, with room for 2 * experts int32 in shared
+// memory.
 KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t experts, int32_t piece, const int32_t* rows,
        int32_t* lines, int32_t* items, int32_t* item_count) {
   constexpr int kExpertsAtOnce = 512 / kWarp;
@@ -93,11 +92,9 @@ KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t expert
   int32_t* counts = reinterpret_cast<int32_t*>(DYNAMIC_SHARED);
   int32_t* pieces = counts + experts;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, all = *rows * used;
-  const int each = (all + kWarp - 1) / kWarp, begin = each * lane < all ? each * lane : all;
-  const int end = begin + each < all ? begin + each : all;
   for (int expert = warp; expert < experts; expert += kExpertsAtOnce) {
-    int count = count_lines(ids, begin, end, expert);
-    count = reduce(count, sum);
+    int count = 0;
+    for (int first = 0; first < all; first += kWarp) count += __popc(choosers(ids, first, all, expert));
     if (lane == 0) {
       counts[expert] = count;
       pieces[expert] = (count + piece - 1) / piece;
@@ -117,15 +114,11 @@ KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t expert
       to[0] = expert, to[1] = place + i * piece, to[2] = left < piece ? left : piece;
     }
     if (expert == experts - 1 && lane == 0) *item_count = item + pieces[expert];
-    const int own = count_lines(ids, begin, end, expert);
-    int before = own;
-    for (int by = 1; by < kWarp; by *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, before, by);
-      if (lane >= by) before += other;
+    for (int first = 0; first < all; first += kWarp) {
+      const uint32_t chosen = choosers(ids, first, all, expert), before = chosen & ((uint32_t{1} << lane) - 1);
+      if (chosen >> lane & 1) lines[place + __popc(before)] = first + lane;
+      place += __popc(chosen);
     }
-    place += before - own;
-    for (int line = begin; line < end; line++)
-      if (ids[line] == expert) lines[place++] = line;
   }
 }
 

@@ -36,6 +36,17 @@ T shuffle(uint32_t mask, T value, int source, Site site) {
   return together<T>(mask, Shuffle<T>{value, source}, all, site);
 }
 
+inline uint32_t ballot(uint32_t mask, bool vote, Site site) {
+  const auto all = [](const Lanes& lanes) {
+    uint32_t votes = 0;
+    for (int i = 0; i < 32; i++)
+      if ((lanes.mask >> i & 1) != 0 && lanes.first[i].operands[0] != 0) votes |= uint32_t{1} << i;
+    for (int i = 0; i < 32; i++)
+      if ((lanes.mask >> i & 1) != 0) memcpy(lanes.first[i].result, &votes, sizeof votes);
+  };
+  return together<uint32_t>(mask, static_cast<uint8_t>(vote), all, site);
+}
+
 struct Fragments {
   int32_t d[4], a[4], b[2];
 };
@@ -81,6 +92,7 @@ inline void __syncthreads(SHIM_HERE) { shim::wait_for_block({file, line}); }
 inline void __syncwarp(uint32_t mask = 0xffffffff, SHIM_HERE) {
   shim::collective(mask, [](const shim::Lanes&) {}, {file, line});
 }
+inline uint32_t __ballot_sync(uint32_t mask, bool vote, SHIM_HERE) { return shim::ballot(mask, vote, {file, line}); }
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int source, int width = 32, SHIM_HERE) {
   const int lane = shim::current->lane;

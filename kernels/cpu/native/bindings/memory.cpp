@@ -40,6 +40,11 @@ void touch(const Memory& memory) {
   for (size_t at = 0; at < memory.bytes(); at += Memory::kHugePage) data[at];
 }
 
+void collapse(Memory& memory) {
+  const nb::gil_scoped_release unlocked;
+  memory.collapse();
+}
+
 }  // namespace
 
 void bind_memory(nb::module_& module) {
@@ -53,6 +58,7 @@ void bind_memory(nb::module_& module) {
       .def_prop_ro("address", [](const Memory& memory) { return reinterpret_cast<uintptr_t>(memory.data()); })
       .def_prop_ro("view", &view, "All of it, as an array of bytes.")
       .def("touch", &touch, "Reads a byte of every huge page, so that those that can be had are there.")
+      .def("collapse", &collapse, "Moves what is in small pages into huge ones, where the system can.")
       .def("checksum", &checksum_of, "Against damage; equal for equal bytes.");
   module.def("packing_fingerprint", &packing_fingerprint, "quant_type"_a,
              "A number that changes with what packing makes of blocks of a type.");

@@ -97,6 +97,13 @@ Memory::~Memory() {
   if (data_ != nullptr) munmap(data_, bytes_);
 }
 
+void Memory::collapse() {
+#ifndef MADV_COLLAPSE
+  constexpr int MADV_COLLAPSE = 25;  // of headers older than the kernel
+#endif
+  madvise(data_, bytes_ / kHugePage * kHugePage, MADV_COLLAPSE);  // older systems refuse, no matter
+}
+
 uint64_t checksum(const uint8_t* data, size_t bytes) {
   constexpr size_t kLine = sizeof(Lanes::state);
   Lanes lanes;

@@ -23,6 +23,10 @@ class Memory {
   Memory& operator=(Memory&& other) noexcept;
   ~Memory();
 
+  // Moves what is in small pages into huge ones, as far as the system has free ones and can (Linux 6.1): a page that was
+  // touched while no huge one was free stays small otherwise.
+  void collapse();
+
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
   bool is_writable() const { return is_writable_; }

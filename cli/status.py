@@ -101,9 +101,10 @@ def _line(state: State) -> str:
 
 
 def _view(state: State) -> Group:
-    gpus = (Text(line) for line in gpu_lines(state["workers"]))
+    workers = state["workers"]
+    below = (Text(line) for line in (*gpu_lines(workers), *_kv_disk_lines(workers)))
     absent = (Text(f"absent: {terminal.printable(', '.join(state['absent']))}") for _ in state["absent"][:1])
-    return Group(*(Text(line) for line in _head(state)), _workers(state["workers"]), *gpus, *absent)
+    return Group(*(Text(line) for line in _head(state)), _workers(workers), *below, *absent)
 
 
 def _head(state: State) -> Iterator[str]:
@@ -135,6 +136,16 @@ def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
             name = terminal.printable(gpu["name"])
             taken = (gpu["total_bytes"] - gpu["free_bytes"]) / MIB
             yield f"{worker['name']}: {gpu['device']} {name}, {taken:.0f} of {gpu['total_bytes'] / MIB:.0f} MiB taken"
+
+
+def _kv_disk_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
+    """One for each worker that keeps KV memory on disk."""
+    for worker in workers:
+        heartbeat = worker["heartbeat"]
+        if worker.get("kv_disk_bytes") and heartbeat is not None:
+            used, written, read = (heartbeat[f"kv_disk_{what}_bytes"] / MIB for what in ("used", "written", "read"))
+            most = worker["kv_disk_bytes"] / MIB
+            yield f"{worker['name']}: KV on disk: {used:.0f} of {most:.0f} MiB; {written:.0f} written, {read:.0f} read"
 
 
 def _speed(speed: dict[str, Any]) -> str:

@@ -45,6 +45,10 @@ def worker(
     memory: Annotated[
         str | None, Option(metavar="SIZE", help="Limit for the process's RAM, as 8GiB. Default: what is free.")
     ] = None,
+    kv_disk: Annotated[
+        str | None,
+        Option("--kv-disk", metavar="SIZE", help="Limit for KV memory on disk. Default: none is kept."),
+    ] = None,
     model_dir: Annotated[
         Path | None,
         Option(
@@ -83,6 +87,7 @@ def worker(
         gpu_memory_bytes=gpu_bytes,
         threads=threads,
         memory_bytes=None if memory is None else option_value("--memory", parse_size, memory),
+        kv_disk_bytes=None if kv_disk is None else option_value("--kv-disk", parse_size, kv_disk),
         feature_level=variables.feature_level or "",
         join_s=_JOIN_S,
         static=True,

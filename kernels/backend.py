@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,15 @@ class Stage(Protocol):
 
     def close(self) -> None:
         """Frees weights and KV memory; the stage must not run again."""
+
+
+@runtime_checkable
+class KvInRam(Protocol):
+    """A stage whose KV memory lies in RAM, where no layer gives up blocks behind a window."""
+
+    def kv_layers(self) -> tuple[NDArray[np.uint8], ...]:
+        """KV memory of each layer, [KV blocks, bytes]. It stays in memory while it is referenced, also after
+        `close`."""
 
 
 class Backend(Protocol):

@@ -22,47 +22,48 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from llamaclust.proto import kv_disk_pb2 as llamaclust_dot_proto_dot_kv__disk__pb2
 from llamaclust.proto import loading_pb2 as llamaclust_dot_proto_dot_loading__pb2
 from llamaclust.proto import profile_pb2 as llamaclust_dot_proto_dot_profile__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/control.proto\x12\rllamaclust.v1\x1a\x1ellamaclust/proto/loading.proto\x1a\x1ellamaclust/proto/profile.proto\"\xe2\x06\n\rWorkerMessage\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.RegisterH\x00\x12\x36\n\x0eworker_profile\x18\x02 \x01(\x0b\x32\x1c.llamaclust.v1.WorkerProfileH\x00\x12\x34\n\rload_progress\x18\x03 \x01(\x0b\x32\x1b.llamaclust.v1.LoadProgressH\x00\x12\'\n\x06loaded\x18\x04 \x01(\x0b\x32\x15.llamaclust.v1.LoadedH\x00\x12\x30\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x19.llamaclust.v1.LoadFailedH\x00\x12+\n\x08unloaded\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.UnloadedH\x00\x12-\n\theartbeat\x18\x07 \x01(\x0b\x32\x18.llamaclust.v1.HeartbeatH\x00\x12\x36\n\x0erequest_failed\x18\x08 \x01(\x0b\x32\x1c.llamaclust.v1.RequestFailedH\x00\x12<\n\x11renew_certificate\x18\t \x01(\x0b\x32\x1f.llamaclust.v1.RenewCertificateH\x00\x12\x34\n\rlink_profiles\x18\n \x01(\x0b\x32\x1b.llamaclust.v1.LinkProfilesH\x00\x12\x34\n\rweights_found\x18\x0b \x01(\x0b\x32\x1b.llamaclust.v1.WeightsFoundH\x00\x12\x43\n\x15\x66ind_weights_progress\x18\x0c \x01(\x0b\x32\".llamaclust.v1.FindWeightsProgressH\x00\x12:\n\x10peer_unreachable\x18\r \x01(\x0b\x32\x1e.llamaclust.v1.PeerUnreachableH\x00\x12\x32\n\x0cprobe_result\x18\x0e \x01(\x0b\x32\x1a.llamaclust.v1.ProbeResultH\x00\x12*\n\x08log_tail\x18\x0f \x01(\x0b\x32\x16.llamaclust.v1.LogTailH\x00\x12\x34\n\runload_failed\x18\x10 \x01(\x0b\x32\x1b.llamaclust.v1.UnloadFailedH\x00\x42\x06\n\x04kind\"\xa4\x05\n\x12\x43oordinatorMessage\x12+\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.AdmittedH\x00\x12+\n\x08rejected\x18\x02 \x01(\x0b\x32\x17.llamaclust.v1.RejectedH\x00\x12\x36\n\x0eprofile_worker\x18\x03 \x01(\x0b\x32\x1c.llamaclust.v1.ProfileWorkerH\x00\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x13.llamaclust.v1.LoadH\x00\x12\'\n\x06unload\x18\x05 \x01(\x0b\x32\x15.llamaclust.v1.UnloadH\x00\x12+\n\x08shutdown\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.ShutdownH\x00\x12@\n\x13\x63\x65rtificate_renewed\x18\x07 \x01(\x0b\x32!.llamaclust.v1.CertificateRenewedH\x00\x12\x36\n\x0erenewal_failed\x18\x08 \x01(\x0b\x32\x1c.llamaclust.v1.RenewalFailedH\x00\x12\x34\n\rprofile_links\x18\t \x01(\x0b\x32\x1b.llamaclust.v1.ProfileLinksH\x00\x12\x32\n\x0c\x66ind_weights\x18\n \x01(\x0b\x32\x1a.llamaclust.v1.FindWeightsH\x00\x12.\n\nprobe_peer\x18\x0b \x01(\x0b\x32\x18.llamaclust.v1.ProbePeerH\x00\x12(\n\x07get_log\x18\x0c \x01(\x0b\x32\x15.llamaclust.v1.GetLogH\x00\x12;\n\x11\x61\x64\x64_weight_source\x18\r \x01(\x0b\x32\x1e.llamaclust.v1.AddWeightSourceH\x00\x42\x06\n\x04kind\"\xac\x03\n\x08Register\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x18\n\x10protocol_version\x18\x05 \x01(\r\x12\x18\n\x10numerics_version\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x0f\n\x07threads\x18\x08 \x01(\r\x12\x15\n\rfeature_level\x18\t \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\n \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x0b \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x0c \x01(\t\x12\x1a\n\x12machine_free_bytes\x18\r \x01(\x04\x12\x0b\n\x03log\x18\x0e \x01(\t\x12 \n\x04gpus\x18\x0f \x03(\x0b\x32\x12.llamaclust.v1.Gpu\x12\x17\n\ngpu_layers\x18\x10 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0clargest_term\x18\x11 \x01(\r\x12\x0f\n\x07machine\x18\x12 \x01(\t\x12\x14\n\x0cmemory_group\x18\x13 \x01(\tB\r\n\x0b_gpu_layers\"Z\n\x03Gpu\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04uuid\x18\x05 \x01(\t\"p\n\x08\x41\x64mitted\x12+\n\tdeadlines\x18\x01 \x01(\x0b\x32\x18.llamaclust.v1.Deadlines\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\x0c\n\x04term\x18\x04 \x01(\r\"u\n\tDeadlines\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\x12\x19\n\x11sampling_inputs_s\x18\x02 \x01(\x01\x12\x11\n\tforward_s\x18\x03 \x01(\x01\x12\x15\n\rcoordinator_s\x18\x04 \x01(\x01\x12\x0e\n\x06peer_s\x18\x05 \x01(\x01\"\x1a\n\x08Rejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\"L\n\rRequestFailed\x12\'\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.Failure\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"\x99\x02\n\tHeartbeat\x12\x0c\n\x04\x62usy\x18\x01 \x01(\x01\x12\x14\n\x0cmicrobatches\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x04\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x19\n\x11weight_bytes_sent\x18\x08 \x01(\x04\x12\x1d\n\x15weight_bytes_received\x18\t \x01(\x04\x12\x12\n\nlast_error\x18\n \x01(\t\x12\x16\n\x0egpu_free_bytes\x18\x0b \x03(\x04\x12\x13\n\x0b\x63omputing_s\x18\x0c \x01(\x01\"\x1a\n\x08Shutdown\x12\x0e\n\x06reason\x18\x01 \x01(\t\"/\n\x10RenewCertificate\x12\x1b\n\x13\x63\x65rtificate_request\x18\x01 \x01(\x0c\")\n\x12\x43\x65rtificateRenewed\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"8\n\rRenewalFailed\x12\'\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"\x1c\n\x06GetLog\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"<\n\x07LogTail\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05lines\x18\x02 \x03(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x03 \x01(\x04\x32Z\n\x0b\x43oordinator\x12K\n\x04Join\x12\x1c.llamaclust.v1.WorkerMessage\x1a!.llamaclust.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/control.proto\x12\rllamaclust.v1\x1a\x1ellamaclust/proto/kv_disk.proto\x1a\x1ellamaclust/proto/loading.proto\x1a\x1ellamaclust/proto/profile.proto\"\x8c\x07\n\rWorkerMessage\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.RegisterH\x00\x12\x36\n\x0eworker_profile\x18\x02 \x01(\x0b\x32\x1c.llamaclust.v1.WorkerProfileH\x00\x12\x34\n\rload_progress\x18\x03 \x01(\x0b\x32\x1b.llamaclust.v1.LoadProgressH\x00\x12\'\n\x06loaded\x18\x04 \x01(\x0b\x32\x15.llamaclust.v1.LoadedH\x00\x12\x30\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x19.llamaclust.v1.LoadFailedH\x00\x12+\n\x08unloaded\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.UnloadedH\x00\x12-\n\theartbeat\x18\x07 \x01(\x0b\x32\x18.llamaclust.v1.HeartbeatH\x00\x12\x36\n\x0erequest_failed\x18\x08 \x01(\x0b\x32\x1c.llamaclust.v1.RequestFailedH\x00\x12<\n\x11renew_certificate\x18\t \x01(\x0b\x32\x1f.llamaclust.v1.RenewCertificateH\x00\x12\x34\n\rlink_profiles\x18\n \x01(\x0b\x32\x1b.llamaclust.v1.LinkProfilesH\x00\x12\x34\n\rweights_found\x18\x0b \x01(\x0b\x32\x1b.llamaclust.v1.WeightsFoundH\x00\x12\x43\n\x15\x66ind_weights_progress\x18\x0c \x01(\x0b\x32\".llamaclust.v1.FindWeightsProgressH\x00\x12:\n\x10peer_unreachable\x18\r \x01(\x0b\x32\x1e.llamaclust.v1.PeerUnreachableH\x00\x12\x32\n\x0cprobe_result\x18\x0e \x01(\x0b\x32\x1a.llamaclust.v1.ProbeResultH\x00\x12*\n\x08log_tail\x18\x0f \x01(\x0b\x32\x16.llamaclust.v1.LogTailH\x00\x12\x34\n\runload_failed\x18\x10 \x01(\x0b\x32\x1b.llamaclust.v1.UnloadFailedH\x00\x12(\n\x07kv_done\x18\x11 \x01(\x0b\x32\x15.llamaclust.v1.KvDoneH\x00\x42\x06\n\x04kind\"\xa8\x06\n\x12\x43oordinatorMessage\x12+\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.AdmittedH\x00\x12+\n\x08rejected\x18\x02 \x01(\x0b\x32\x17.llamaclust.v1.RejectedH\x00\x12\x36\n\x0eprofile_worker\x18\x03 \x01(\x0b\x32\x1c.llamaclust.v1.ProfileWorkerH\x00\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x13.llamaclust.v1.LoadH\x00\x12\'\n\x06unload\x18\x05 \x01(\x0b\x32\x15.llamaclust.v1.UnloadH\x00\x12+\n\x08shutdown\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.ShutdownH\x00\x12@\n\x13\x63\x65rtificate_renewed\x18\x07 \x01(\x0b\x32!.llamaclust.v1.CertificateRenewedH\x00\x12\x36\n\x0erenewal_failed\x18\x08 \x01(\x0b\x32\x1c.llamaclust.v1.RenewalFailedH\x00\x12\x34\n\rprofile_links\x18\t \x01(\x0b\x32\x1b.llamaclust.v1.ProfileLinksH\x00\x12\x32\n\x0c\x66ind_weights\x18\n \x01(\x0b\x32\x1a.llamaclust.v1.FindWeightsH\x00\x12.\n\nprobe_peer\x18\x0b \x01(\x0b\x32\x18.llamaclust.v1.ProbePeerH\x00\x12(\n\x07get_log\x18\x0c \x01(\x0b\x32\x15.llamaclust.v1.GetLogH\x00\x12;\n\x11\x61\x64\x64_weight_source\x18\r \x01(\x0b\x32\x1e.llamaclust.v1.AddWeightSourceH\x00\x12(\n\x07\x66ind_kv\x18\x0e \x01(\x0b\x32\x15.llamaclust.v1.FindKvH\x00\x12.\n\nrestore_kv\x18\x0f \x01(\x0b\x32\x18.llamaclust.v1.RestoreKvH\x00\x12(\n\x07save_kv\x18\x10 \x01(\x0b\x32\x15.llamaclust.v1.SaveKvH\x00\x42\x06\n\x04kind\"\xc3\x03\n\x08Register\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x18\n\x10protocol_version\x18\x05 \x01(\r\x12\x18\n\x10numerics_version\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x0f\n\x07threads\x18\x08 \x01(\r\x12\x15\n\rfeature_level\x18\t \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\n \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x0b \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x0c \x01(\t\x12\x1a\n\x12machine_free_bytes\x18\r \x01(\x04\x12\x0b\n\x03log\x18\x0e \x01(\t\x12 \n\x04gpus\x18\x0f \x03(\x0b\x32\x12.llamaclust.v1.Gpu\x12\x17\n\ngpu_layers\x18\x10 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0clargest_term\x18\x11 \x01(\r\x12\x0f\n\x07machine\x18\x12 \x01(\t\x12\x14\n\x0cmemory_group\x18\x13 \x01(\t\x12\x15\n\rkv_disk_bytes\x18\x14 \x01(\x04\x42\r\n\x0b_gpu_layers\"Z\n\x03Gpu\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04uuid\x18\x05 \x01(\t\"p\n\x08\x41\x64mitted\x12+\n\tdeadlines\x18\x01 \x01(\x0b\x32\x18.llamaclust.v1.Deadlines\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\x0c\n\x04term\x18\x04 \x01(\r\"u\n\tDeadlines\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\x12\x19\n\x11sampling_inputs_s\x18\x02 \x01(\x01\x12\x11\n\tforward_s\x18\x03 \x01(\x01\x12\x15\n\rcoordinator_s\x18\x04 \x01(\x01\x12\x0e\n\x06peer_s\x18\x05 \x01(\x01\"\x1a\n\x08Rejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\"L\n\rRequestFailed\x12\'\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.Failure\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"\xf0\x02\n\tHeartbeat\x12\x0c\n\x04\x62usy\x18\x01 \x01(\x01\x12\x14\n\x0cmicrobatches\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x04\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x19\n\x11weight_bytes_sent\x18\x08 \x01(\x04\x12\x1d\n\x15weight_bytes_received\x18\t \x01(\x04\x12\x12\n\nlast_error\x18\n \x01(\t\x12\x16\n\x0egpu_free_bytes\x18\x0b \x03(\x04\x12\x13\n\x0b\x63omputing_s\x18\x0c \x01(\x01\x12\x1d\n\x15kv_disk_written_bytes\x18\r \x01(\x04\x12\x1a\n\x12kv_disk_read_bytes\x18\x0e \x01(\x04\x12\x1a\n\x12kv_disk_used_bytes\x18\x0f \x01(\x04\"\x1a\n\x08Shutdown\x12\x0e\n\x06reason\x18\x01 \x01(\t\"/\n\x10RenewCertificate\x12\x1b\n\x13\x63\x65rtificate_request\x18\x01 \x01(\x0c\")\n\x12\x43\x65rtificateRenewed\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"8\n\rRenewalFailed\x12\'\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"\x1c\n\x06GetLog\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"<\n\x07LogTail\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05lines\x18\x02 \x03(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x03 \x01(\x04\x32Z\n\x0b\x43oordinator\x12K\n\x04Join\x12\x1c.llamaclust.v1.WorkerMessage\x1a!.llamaclust.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llamaclust.proto.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERMESSAGE']._serialized_start=114
-  _globals['_WORKERMESSAGE']._serialized_end=980
-  _globals['_COORDINATORMESSAGE']._serialized_start=983
-  _globals['_COORDINATORMESSAGE']._serialized_end=1659
-  _globals['_REGISTER']._serialized_start=1662
-  _globals['_REGISTER']._serialized_end=2090
-  _globals['_GPU']._serialized_start=2092
-  _globals['_GPU']._serialized_end=2182
-  _globals['_ADMITTED']._serialized_start=2184
-  _globals['_ADMITTED']._serialized_end=2296
-  _globals['_DEADLINES']._serialized_start=2298
-  _globals['_DEADLINES']._serialized_end=2415
-  _globals['_REJECTED']._serialized_start=2417
-  _globals['_REJECTED']._serialized_end=2443
-  _globals['_REQUESTFAILED']._serialized_start=2445
-  _globals['_REQUESTFAILED']._serialized_end=2521
-  _globals['_HEARTBEAT']._serialized_start=2524
-  _globals['_HEARTBEAT']._serialized_end=2805
-  _globals['_SHUTDOWN']._serialized_start=2807
-  _globals['_SHUTDOWN']._serialized_end=2833
-  _globals['_RENEWCERTIFICATE']._serialized_start=2835
-  _globals['_RENEWCERTIFICATE']._serialized_end=2882
-  _globals['_CERTIFICATERENEWED']._serialized_start=2884
-  _globals['_CERTIFICATERENEWED']._serialized_end=2925
-  _globals['_RENEWALFAILED']._serialized_start=2927
-  _globals['_RENEWALFAILED']._serialized_end=2983
-  _globals['_GETLOG']._serialized_start=2985
-  _globals['_GETLOG']._serialized_end=3013
-  _globals['_LOGTAIL']._serialized_start=3015
-  _globals['_LOGTAIL']._serialized_end=3075
-  _globals['_COORDINATOR']._serialized_start=3077
-  _globals['_COORDINATOR']._serialized_end=3167
+  _globals['_WORKERMESSAGE']._serialized_start=146
+  _globals['_WORKERMESSAGE']._serialized_end=1054
+  _globals['_COORDINATORMESSAGE']._serialized_start=1057
+  _globals['_COORDINATORMESSAGE']._serialized_end=1865
+  _globals['_REGISTER']._serialized_start=1868
+  _globals['_REGISTER']._serialized_end=2319
+  _globals['_GPU']._serialized_start=2321
+  _globals['_GPU']._serialized_end=2411
+  _globals['_ADMITTED']._serialized_start=2413
+  _globals['_ADMITTED']._serialized_end=2525
+  _globals['_DEADLINES']._serialized_start=2527
+  _globals['_DEADLINES']._serialized_end=2644
+  _globals['_REJECTED']._serialized_start=2646
+  _globals['_REJECTED']._serialized_end=2672
+  _globals['_REQUESTFAILED']._serialized_start=2674
+  _globals['_REQUESTFAILED']._serialized_end=2750
+  _globals['_HEARTBEAT']._serialized_start=2753
+  _globals['_HEARTBEAT']._serialized_end=3121
+  _globals['_SHUTDOWN']._serialized_start=3123
+  _globals['_SHUTDOWN']._serialized_end=3149
+  _globals['_RENEWCERTIFICATE']._serialized_start=3151
+  _globals['_RENEWCERTIFICATE']._serialized_end=3198
+  _globals['_CERTIFICATERENEWED']._serialized_start=3200
+  _globals['_CERTIFICATERENEWED']._serialized_end=3241
+  _globals['_RENEWALFAILED']._serialized_start=3243
+  _globals['_RENEWALFAILED']._serialized_end=3299
+  _globals['_GETLOG']._serialized_start=3301
+  _globals['_GETLOG']._serialized_end=3329
+  _globals['_LOGTAIL']._serialized_start=3331
+  _globals['_LOGTAIL']._serialized_end=3391
+  _globals['_COORDINATOR']._serialized_start=3393
+  _globals['_COORDINATOR']._serialized_end=3483
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from llamaclust.proto import kv_disk_pb2 as _kv_disk_pb2
 from llamaclust.proto import loading_pb2 as _loading_pb2
 from llamaclust.proto import profile_pb2 as _profile_pb2
 import builtins as _builtins
@@ -44,6 +45,7 @@ class WorkerMessage(_message.Message):
     PROBE_RESULT_FIELD_NUMBER: _builtins.int
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     UNLOAD_FAILED_FIELD_NUMBER: _builtins.int
+    KV_DONE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First message of the stream."""
@@ -108,6 +110,10 @@ class WorkerMessage(_message.Message):
     def unload_failed(self) -> _loading_pb2.UnloadFailed:
         """Unload did not succeed."""
 
+    @_builtins.property
+    def kv_done(self) -> _kv_disk_pb2.KvDone:
+        """Answer to FindKv, RestoreKv and SaveKv."""
+
     def __init__(
         self,
         *,
@@ -127,12 +133,13 @@ class WorkerMessage(_message.Message):
         probe_result: _profile_pb2.ProbeResult | None = ...,
         log_tail: Global___LogTail | None = ...,
         unload_failed: _loading_pb2.UnloadFailed | None = ...,
+        kv_done: _kv_disk_pb2.KvDone | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "heartbeat", b"heartbeat", "kind", b"kind", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "heartbeat", b"heartbeat", "kind", b"kind", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "worker_profile", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "request_failed", "renew_certificate", "link_profiles", "weights_found", "find_weights_progress", "peer_unreachable", "probe_result", "log_tail", "unload_failed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "worker_profile", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "request_failed", "renew_certificate", "link_profiles", "weights_found", "find_weights_progress", "peer_unreachable", "probe_result", "log_tail", "unload_failed", "kv_done"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -157,6 +164,9 @@ class CoordinatorMessage(_message.Message):
     PROBE_PEER_FIELD_NUMBER: _builtins.int
     GET_LOG_FIELD_NUMBER: _builtins.int
     ADD_WEIGHT_SOURCE_FIELD_NUMBER: _builtins.int
+    FIND_KV_FIELD_NUMBER: _builtins.int
+    RESTORE_KV_FIELD_NUMBER: _builtins.int
+    SAVE_KV_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def admitted(self) -> Global___Admitted:
         """The worker is a member."""
@@ -209,6 +219,18 @@ class CoordinatorMessage(_message.Message):
     def add_weight_source(self) -> _loading_pb2.AddWeightSource:
         """A worker that has weights changed its address after Load."""
 
+    @_builtins.property
+    def find_kv(self) -> _kv_disk_pb2.FindKv:
+        """Look for KV memory on disk."""
+
+    @_builtins.property
+    def restore_kv(self) -> _kv_disk_pb2.RestoreKv:
+        """Read KV memory from disk."""
+
+    @_builtins.property
+    def save_kv(self) -> _kv_disk_pb2.SaveKv:
+        """Write KV memory to disk."""
+
     def __init__(
         self,
         *,
@@ -225,12 +247,15 @@ class CoordinatorMessage(_message.Message):
         probe_peer: _profile_pb2.ProbePeer | None = ...,
         get_log: Global___GetLog | None = ...,
         add_weight_source: _loading_pb2.AddWeightSource | None = ...,
+        find_kv: _kv_disk_pb2.FindKv | None = ...,
+        restore_kv: _kv_disk_pb2.RestoreKv | None = ...,
+        save_kv: _kv_disk_pb2.SaveKv | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_kv", b"find_kv", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "restore_kv", b"restore_kv", "save_kv", b"save_kv", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_kv", b"find_kv", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "restore_kv", b"restore_kv", "save_kv", b"save_kv", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["admitted", "rejected", "profile_worker", "load", "unload", "shutdown", "certificate_renewed", "renewal_failed", "profile_links", "find_weights", "probe_peer", "get_log", "add_weight_source"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["admitted", "rejected", "profile_worker", "load", "unload", "shutdown", "certificate_renewed", "renewal_failed", "profile_links", "find_weights", "probe_peer", "get_log", "add_weight_source", "find_kv", "restore_kv", "save_kv"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -261,6 +286,7 @@ class Register(_message.Message):
     LARGEST_TERM_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
     MEMORY_GROUP_FIELD_NUMBER: _builtins.int
+    KV_DISK_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the cluster file; unique in a cluster."""
     pid: _builtins.int
@@ -299,6 +325,8 @@ class Register(_message.Message):
     """Identity of the control group that limits its memory most; empty: none does. Workers with the same machine and
     group share free memory.
     """
+    kv_disk_bytes: _builtins.int
+    """What KV memory may take on its disk, in bytes; 0: none is kept there."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]:
         """GPUs that it computes on, beside its processor."""
@@ -325,10 +353,11 @@ class Register(_message.Message):
         largest_term: _builtins.int = ...,
         machine: _builtins.str = ...,
         memory_group: _builtins.str = ...,
+        kv_disk_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "largest_term", b"largest_term", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "kv_disk_bytes", b"kv_disk_bytes", "largest_term", b"largest_term", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
     _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015
@@ -516,6 +545,9 @@ class Heartbeat(_message.Message):
     LAST_ERROR_FIELD_NUMBER: _builtins.int
     GPU_FREE_BYTES_FIELD_NUMBER: _builtins.int
     COMPUTING_S_FIELD_NUMBER: _builtins.int
+    KV_DISK_WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    KV_DISK_READ_BYTES_FIELD_NUMBER: _builtins.int
+    KV_DISK_USED_BYTES_FIELD_NUMBER: _builtins.int
     busy: _builtins.float
     """Share of the last interval spent computing, 0 to 1."""
     microbatches: _builtins.int
@@ -538,6 +570,12 @@ class Heartbeat(_message.Message):
     """The last warning or error of its log since it joined."""
     computing_s: _builtins.float
     """For how long the present step has been computed, in seconds; 0: none is computed."""
+    kv_disk_written_bytes: _builtins.int
+    """Bytes of KV memory written to disk."""
+    kv_disk_read_bytes: _builtins.int
+    """Bytes of KV memory read from disk."""
+    kv_disk_used_bytes: _builtins.int
+    """What KV memory takes of its disk, in bytes."""
     @_builtins.property
     def gpu_free_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What it may still take of each of its GPUs, in bytes, in the order of its registration."""
@@ -557,10 +595,13 @@ class Heartbeat(_message.Message):
         last_error: _builtins.str = ...,
         gpu_free_bytes: _abc.Iterable[_builtins.int] | None = ...,
         computing_s: _builtins.float = ...,
+        kv_disk_written_bytes: _builtins.int = ...,
+        kv_disk_read_bytes: _builtins.int = ...,
+        kv_disk_used_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "computing_s", b"computing_s", "free_memory_bytes", b"free_memory_bytes", "gpu_free_bytes", b"gpu_free_bytes", "last_error", b"last_error", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "computing_s", b"computing_s", "free_memory_bytes", b"free_memory_bytes", "gpu_free_bytes", b"gpu_free_bytes", "kv_disk_read_bytes", b"kv_disk_read_bytes", "kv_disk_used_bytes", b"kv_disk_used_bytes", "kv_disk_written_bytes", b"kv_disk_written_bytes", "last_error", b"last_error", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -140,6 +140,7 @@ class Member:
     async def _send_heartbeats(self, session: Session) -> None:
         """Until the stream ends, which its reader reports."""
         counters, device, weights = session.counters, self._worker.device, self._worker.weights
+        kv_disk = self._worker.kv_disk
         last_ns, busy_ns = perf_counter_ns(), counters.busy_ns
         try:
             while True:
@@ -158,6 +159,9 @@ class Member:
                     last_error=last_trouble(),
                     gpu_free_bytes=tuple(gpu.free_bytes for gpu in device.gpus),
                     computing_s=self._worker.compute.computing_s,
+                    kv_disk_written_bytes=0 if kv_disk is None else kv_disk.traffic.written_bytes,
+                    kv_disk_read_bytes=0 if kv_disk is None else kv_disk.traffic.read_bytes,
+                    kv_disk_used_bytes=0 if kv_disk is None else kv_disk.traffic.used_bytes,
                 )
                 await session.send(heartbeat)
                 last_ns, busy_ns = now_ns, total_ns

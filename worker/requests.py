@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
-from llamaclust.core.errors import LlamaclustError, ModelFileError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolError, WorkerError
 from llamaclust.core.logs import last_lines
-from llamaclust.wire.control import messages, profiles
+from llamaclust.wire.control import kv_disk, messages, profiles
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
 from llamaclust.worker.session import Session
 from llamaclust.worker.weights.weights import Progress
@@ -43,6 +43,14 @@ class Requests:
                 return await self._probe(request)
             case messages.GetLog(request_id):
                 return messages.LogTail.bounded(*last_lines(), request_id)
+            case kv_disk.FindKv() | kv_disk.RestoreKv() | kv_disk.SaveKv():
+                return await self._kv_done(request)
+
+    async def _kv_done(self, request: kv_disk.FindKv | kv_disk.RestoreKv | kv_disk.SaveKv) -> kv_disk.KvDone:
+        worker = self._session.worker
+        if worker.kv_disk is None:
+            raise ProtocolError("a request for KV memory on disk, this worker keeps none (kv_disk)")
+        return await worker.kv_disk.answer(request, worker.service.runner(request.epoch))
 
     def _profile(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
         """Where the model's file is missing, of the machine alone."""

@@ -34,6 +34,8 @@ class WorkerSettings:
     weights_dir: Path | None = None  # cache of weights fetched from other workers; None: none are fetched
     weights_bytes: int = 0  # its size
     kernels_dir: Path | None = None  # cache of compiled GPU kernels; None: none
+    kv_disk_dir: Path | None = None  # folder for KV memory on disk
+    kv_disk_bytes: int | None = None  # its size; None: KV memory is not kept on disk
     static: bool = False
     advertise: str = ""  # HOST or HOST:PORT by which others reach it; "": as it listens
     log_format: LogFormat = LogFormat.TEXT

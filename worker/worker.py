@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llamaclust.core.errors import WorkerError
+from llamaclust.core.errors import UsageError, WorkerError
 from llamaclust.wire.rpc.server import Handler
 from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.kv_disk.folder import KvFolder
+from llamaclust.worker.kv_disk.kv_disk import KvDisk
 from llamaclust.worker.readiness import Readiness
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.compute import Compute
@@ -40,14 +42,25 @@ class Worker:
     weights: Weights
     readiness: Readiness = field(default_factory=Readiness)
     largest_term: LargestTerm = field(default_factory=LargestTerm)
+    kv_disk: KvDisk | None = None  # None: KV memory is not kept on disk
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Worker:
-        """UsageError for a device that this machine does not have."""
+        """UsageError for a device that this machine does not have, or that `kv_disk` is not for."""
+        kv_disk = _open_kv_disk(settings)
         device, service = Device.open(settings), StageService(settings.name)
         weights = Weights(weight_cache(settings), settings.model_dir)
-        return cls(settings.name, device, service, Compute(), weights, Readiness(settings.ready_file))
+        return cls(settings.name, device, service, Compute(), weights, Readiness(settings.ready_file), kv_disk=kv_disk)
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
         return {**self.service.handlers, **self.weights.handlers}
+
+
+def _open_kv_disk(settings: WorkerSettings) -> KvDisk | None:
+    if settings.kv_disk_bytes is None:
+        return None
+    if settings.device != "cpu":
+        raise UsageError(f"kv_disk: is for workers with device cpu, this one has {settings.device}; leave it out")
+    assert settings.kv_disk_dir is not None
+    return KvDisk(KvFolder(settings.kv_disk_dir, settings.kv_disk_bytes))

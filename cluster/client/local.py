@@ -194,6 +194,7 @@ class LocalPipeline:
     def __init__(self, stage: LocalStage) -> None:
         self.epoch = _EPOCH
         self.stages: tuple[StageInfo, ...] = (StageInfo("this process", 0, stage.model.layer_count),)
+        self.kv_disks = None
         self._stage = stage
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 

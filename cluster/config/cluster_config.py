@@ -155,6 +155,21 @@ class ClusterConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_kv_disk(self) -> Self:
+        without = next((worker for worker in self.workers if worker.kv_disk is None), None)
+        for index, worker in enumerate(self.workers):
+            if worker.kv_disk is None:
+                continue
+            if worker.device != "cpu":
+                raise PlaceError(("workers", index, "kv_disk"), f"is for device cpu, this one has {worker.device}")
+            if without is not None:
+                why = f"is for all workers or none, since a prompt is in the KV memory of all: {without.name} has none"
+                raise PlaceError(("workers", index, "kv_disk"), why)
+            if not self.prefix_cache:
+                raise PlaceError(("workers", index, "kv_disk"), "needs prefix_cache, which is off")
+        return self
+
+    @model_validator(mode="after")
     def _check_keys(self) -> Self:
         if self.api_keys_file is None and not is_loopback(self.host):
             why = "can be reached from other machines: set api_keys_file as well"
@@ -162,7 +177,7 @@ class ClusterConfig(Section):
         return self
 
 
-_THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory")
+_THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory", "kv_disk")
 """Keys of workers that are options of `llamaclust worker` of a static cluster."""
 _ELSEWHERE = ("hf:", "pypi:", "http:", "https:")
 """How models begin that are no paths."""
@@ -170,7 +185,7 @@ _ELSEWHERE = ("hf:", "pypi:", "http:", "https:")
 
 def _as_option(worker: WorkerConfig, key: str) -> str:
     value = getattr(worker, key)
-    if key in ("memory", "gpu_memory") and value is not None:
+    if key in ("memory", "gpu_memory", "kv_disk") and value is not None:
         value = f"{value / (1 << 30):g}GiB"
     return f"--{key.replace('_', '-')} {'auto' if value is None else value}"
 

@@ -43,6 +43,11 @@ class Environment:
         return self.home / "weights"
 
     @property
+    def kv_disk_dir(self) -> Path:
+        """Where KV memory is kept for workers with `kv_disk`."""
+        return self.home / "kv"
+
+    @property
     def kernels_dir(self) -> Path:
         """Where kernels that were compiled for GPUs are kept."""
         return self.home / "kernels"

@@ -44,6 +44,8 @@ class WorkerConfig(Section):
     """Threads that compute; by default the machine's cores, shared out among its workers."""
     memory: Size | None = None
     """Cap on weights, KV memory and workspace in RAM; by default what is free, shared out among its workers."""
+    kv_disk: Size | None = None
+    """KV memory on its machine's disk, at most, for use after restarts, on all workers or none; default: none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     """Memory read bandwidth in GB/s, for plans; measured when the worker starts where it is not given."""
     int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.scheduler.kv_groups import window_group
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import StageLimits
@@ -32,6 +33,7 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
     """UsageError for mistakes that no worker can mend: context length, frame size, a manual plan."""
     context_length(config, model)
     _check_frames(config, model)
+    _check_kv_disk(config, model)
     if config.plan is not None:
         entries = config.plan if config.awaits_any else ()
         names = [entry.worker for entry in entries] or [worker.name for worker in config.workers]
@@ -45,6 +47,14 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     if len(config.workers) > 1 and max_batch_tokens(config) > room:
         asked = f"prefill_chunk and max_sequences make microbatches of {max_batch_tokens(config)} tokens"
         raise UsageError(f"{asked}: {room} tokens of {4 * width} bytes fit in a message between workers; lower them")
+
+
+def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
+    """KV memory of layers that give up blocks behind their window is not kept."""
+    group = window_group(model.window, context_length(config, model), max_batch_tokens(config))
+    if group is not None and any(worker.kv_disk is not None for worker in config.workers):
+        why = f"KV memory of layers with a window ({group.window} tokens) is not kept on disk"
+        raise UsageError(f"kv_disk: {why}, and this model has some; leave it out")
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:

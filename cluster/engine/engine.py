@@ -126,7 +126,7 @@ class Engine:
         end = sequence.known_end
         if end is None:
             self.requests.open(mailbox, self._deadlines.request_s, partial(self._expire, sequence.key))
-            self._lane.launch_soon()
+            self._lane.arrived(sequence)
         else:
             mailbox.put(Finished(end, sequence.timings()))
             mailbox.close()
@@ -154,6 +154,7 @@ class Engine:
         if self.retirement is not None:
             updated = self.retirement.receive(updated)
             self._advance_retirement()
+        lane.kv_disk.completed(result.number, map(self.requests.sequence, [key for key, _ in updated]))
         lane.launch()
         tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
         self.metrics.chosen(tokens, now_ns)
@@ -220,6 +221,10 @@ class Engine:
     def lane_lost(self, lane: Lane, error: BaseException) -> None:
         """See `LaneOwner`."""
         self._lose(lane, error)
+
+    def kv_restored(self, tokens: int) -> None:
+        """See `LaneOwner`."""
+        self.metrics.restored(tokens)
 
     def lose(self, error: LlamaclustError) -> None:
         """The pipeline that gets new requests failed."""

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from time import monotonic_ns
 from typing import Protocol
 
+from llamaclust.cluster.engine.kv_disk import KvDisk
 from llamaclust.cluster.engine.pipeline import Pipeline
 from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import EngineSettings
 from llamaclust.core.errors import DeadlineError
 from llamaclust.wire.microbatch.messages import Result
@@ -21,6 +23,8 @@ class LaneOwner(Protocol):
 
     def lane_lost(self, lane: Lane, error: BaseException) -> None: ...
 
+    def kv_restored(self, tokens: int) -> None: ...
+
 
 class Lane:
     """Sends the microbatches that its scheduler makes, from `start` until `stop`. A microbatch whose result never comes
@@ -31,6 +35,7 @@ class Lane:
         self.scheduler = scheduler
         self._owner = owner
         self._deadlines = deadlines
+        self.kv_disk = KvDisk(pipeline.kv_disks, scheduler, self)
         self._tasks: list[asyncio.Task[None]] = []
         self._is_running = False
         self._is_launch_due = False
@@ -41,16 +46,31 @@ class Lane:
         self._tasks = [loop.create_task(work) for work in (self.pipeline.run(self._take), self._watch())]
         for task in self._tasks:
             task.add_done_callback(self._ended)
+        self.kv_disk.start()
         self.launch_soon()
 
     def stop(self) -> None:
         """Results that come later are ignored."""
         self._is_running = False
+        self.kv_disk.stop()
         for task in self._tasks:
             task.cancel()
 
     async def wait_stopped(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def restored(self, tokens: int) -> None:
+        """See `KvDiskOwner`."""
+        self._owner.kv_restored(tokens)
+
+    def disk_hangs(self, error: DeadlineError) -> None:
+        """See `KvDiskOwner`."""
+        self._owner.lane_lost(self, error)
+
+    def arrived(self, sequence: Sequence) -> None:
+        """A sequence waits: it is computed soon, or read from disk before."""
+        self.kv_disk.arrived(sequence)
+        self.launch_soon()
 
     def launch_soon(self) -> None:
         """After the loop's other callbacks: requests that come together start together."""

@@ -120,6 +120,9 @@ class Metrics(Collector):
         )
         self._prompt = Counter("llamaclust_prompt_tokens", "Prompt tokens of ended requests", registry=self.registry)
         self._generated = Counter("llamaclust_generated_tokens", "Tokens chosen", registry=self.registry)
+        self._restored = Counter(
+            "llamaclust_kv_disk_tokens", "Prompt tokens whose KV memory was read from disk", registry=self.registry
+        )
         self._histograms = {
             (name, what): Histogram(f"llamaclust_{name}", what, buckets=buckets, registry=self.registry)
             for (name, what), buckets in _BUCKETS.items()
@@ -135,6 +138,10 @@ class Metrics(Collector):
         """Requests continue after a pause of so many seconds for a recovery."""
         self._histograms[_RECOVERY].observe(seconds)
         self.recovery_s.append(seconds)
+
+    def restored(self, tokens: int) -> None:
+        """KV memory of so many prompt tokens was read from disk."""
+        self._restored.inc(tokens)
 
     def chosen(self, tokens: int, now_ns: int) -> None:
         """So many tokens were chosen."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,11 +20,33 @@ class StageInfo:
     devices: tuple[DeviceLayers, ...] = ()
 
 
+class KvDisks(Protocol):
+    """The disks of a pipeline's stages, for KV memory by the keys of its blocks: what is said of all stages holds for
+    each of them. LlamaclustError where one does not answer, DeadlineError where it may still use the blocks."""
+
+    async def find(self, keys: Sequence[bytes]) -> int:
+        """How many of the blocks all stages have, from the first one on."""
+        ...
+
+    async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
+        """Reads blocks from disk; how many all stages have read."""
+        ...
+
+    async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
+        """Writes blocks, of the last keys, to disk; how many all stages have there now."""
+        ...
+
+
 class Pipeline(Protocol):
     """A loaded model, cut into stages, that runs microbatches strictly in number order."""
 
     epoch: int
     stages: tuple[StageInfo, ...]
+
+    @property
+    def kv_disks(self) -> KvDisks | None:
+        """None where KV memory is not kept on disk."""
+        ...
 
     def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
         """Sends a microbatch to the first stage and its sampling inputs to the last, and does not wait for it."""

@@ -65,6 +65,9 @@ class OpenRequests:
         self._mailboxes[mailbox.sequence.key] = mailbox
         self._empty.clear()
 
+    def sequence(self, key: int) -> Sequence:
+        return self._mailboxes[key].sequence
+
     def deliver(self, key: int, updates: Iterable[Update]) -> int:
         """Hands a sequence's updates to its reader; how many tokens were among them."""
         tokens = 0

@@ -98,7 +98,8 @@ class Retirement:
     def _take_over(self, sequences: list[Sequence]) -> None:
         if sequences:
             self.new.scheduler.take_over(self.old.scheduler, sequences)
-            self.new.launch_soon()
+            for sequence in sequences:
+                self.new.arrived(sequence)
 
     def _is_on_old(self, sequence: Sequence) -> bool:
         """Neither ended nor, for lack of KV memory, moved already."""

@@ -24,6 +24,7 @@ from llamaclust.core.errors import (
 )
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.wire.control import messages, profiles
+from llamaclust.wire.control.kv_disk import KvDone
 from llamaclust.wire.control.messages import Heartbeat, Load, Loaded, LoadProgress, LogTail, ProbeResult, WeightsFound
 from llamaclust.wire.rpc.deadlines import deadline
 
@@ -234,7 +235,14 @@ class WorkerHandle:
                 self.heartbeat = message
             case LoadProgress() | messages.FindWeightsProgress():
                 self.channel.observe(message)
-            case WeightsFound() | ProbeResult() | LogTail() | profiles.WorkerProfile() | profiles.LinkProfiles():
+            case (
+                WeightsFound()
+                | ProbeResult()
+                | LogTail()
+                | profiles.WorkerProfile()
+                | profiles.LinkProfiles()
+                | KvDone()
+            ):
                 self.channel.answer(message.request_id, message)
             case messages.RequestFailed(failure, request_id):
                 self.channel.answer(request_id, _error(self.name, failure))

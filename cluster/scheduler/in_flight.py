@@ -59,6 +59,11 @@ class InFlight:
         """When the oldest was sent."""
         return self._sent[0].sent_ns if self._sent else None
 
+    @property
+    def newest(self) -> int | None:
+        """Number of the last one that was sent and has not come back."""
+        return self._sent[-1].number if self._sent else None
+
     def slices(self, number: int | None = None) -> list[SequenceSlice]:
         """Of the microbatch with this number, or of all."""
         return [taken for sent in self._sent if number in (None, sent.number) for taken in sent.slices]

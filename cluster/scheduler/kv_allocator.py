@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
+from llamaclust.cluster.scheduler.kv_transfers import KvTransfers
 from llamaclust.cluster.scheduler.kv_window import KvWindow
 from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
 from llamaclust.cluster.scheduler.sequences import Sequence
@@ -34,6 +35,7 @@ class KvMemory:
         self.window = None if group is None else KvWindow(group, cache(KvBlocks(settings.window_blocks)))
         self._filling: set[bytes] = set()
         self._refused: dict[int, _Refusal] = {}  # by sequences that wait, as long as nothing has changed for them
+        self.transfers = KvTransfers(self.blocks, self._cache)
 
     def begin_microbatch(self) -> None:
         """Blocks filled by earlier microbatches can be shared in this one."""

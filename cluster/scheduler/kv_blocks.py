@@ -56,6 +56,10 @@ class KvBlocks:
         block = self._by_key.get(key)
         return None if block is None else block in self._idle
 
+    def holds(self, block: int, key: bytes) -> bool:
+        """Whether `acquire` gives this block for that content."""
+        return self._by_key.get(key) == block
+
     def register(self, block: int, key: bytes) -> None:
         """Lets `acquire` find a full block, never written again. The first block with a content keeps the key."""
         assert self._holders[block] > 0

@@ -32,6 +32,7 @@ class SequenceQueues:
         self.max_running = max_running
         self.running: list[Sequence] = []  # by arrival
         self.waiting: deque[Sequence] = deque()
+        self.restoring: list[Sequence] = []  # wait for KV memory from disk
         self.preemptions = 0
         self.cached_tokens = 0  # prompt tokens found in the prefix cache, in all
 
@@ -54,6 +55,7 @@ class SequenceQueues:
         self.max_running = max_running
         self.running.clear()
         self.waiting = deque(sequences)
+        self.restoring.clear()
         for sequence in self.waiting:
             sequence.restart()
 
@@ -129,6 +131,18 @@ class SequenceQueues:
         while sequence.phase is _DECODE and not self.memory.grow(sequence):
             self.preempt(self.running[-1])
 
+    def begin_restore(self, sequence: Sequence) -> None:
+        """A sequence that waits is not started until `end_restore`."""
+        self.waiting.remove(sequence)
+        self.restoring.append(sequence)
+
+    def end_restore(self, sequence: Sequence) -> None:
+        """It waits in its place again, unless it has ended meanwhile."""
+        if sequence in self.restoring:
+            self.restoring.remove(sequence)
+            place = next((i for i, other in enumerate(self.waiting) if other.key > sequence.key), len(self.waiting))
+            self.waiting.insert(place, sequence)
+
     def put_back(self, sequence: Sequence, phase: Phase = Phase.WAITING) -> None:
         """To the front of the queue; its tokens are computed again later, with the same result."""
         self.running.remove(sequence)
@@ -153,6 +167,8 @@ class SequenceQueues:
         """Frees what a finished sequence holds."""
         if sequence.is_running:
             self.running.remove(sequence)
+        elif sequence in self.restoring:
+            self.restoring.remove(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.phase = Phase.FINISHED

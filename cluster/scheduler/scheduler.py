@@ -108,7 +108,7 @@ class Scheduler:
         blocks = self.queues.memory.blocks
         return Counts(
             running=len(self.queues.running),
-            waiting=len(self.queues.waiting),
+            waiting=len(self.queues.waiting) + len(self.queues.restoring),
             in_flight=len(self.in_flight),
             kv_blocks=blocks.count,
             kv_blocks_held=blocks.held,
@@ -130,7 +130,7 @@ class Scheduler:
         max_new_tokens = min(request.max_new_tokens, self.settings.max_sequence_tokens - len(request.prompt))
         sequence = Sequence(self._next_key, request, max_new_tokens, now_ns)
         if sequence.known_end is None:
-            waiting = len(self.queues.waiting)
+            waiting = len(self.queues.waiting) + len(self.queues.restoring)
             starting = self.settings.max_sequences - len(self.queues.running)
             if waiting >= self.settings.max_waiting + starting:
                 raise QueueFullError(f"{waiting} requests wait already, more may not: try again later")
@@ -203,7 +203,8 @@ class Scheduler:
         """The next unit of work; None where there is none or enough of it is in flight."""
         self.queues.memory.begin_microbatch()
         if (isolated := self.strikes.isolated) is not None:
-            return None if len(self.in_flight) else self._next_alone(isolated, now_ns)
+            is_busy = len(self.in_flight) or self.queues.restoring or self.queues.memory.transfers.are_under_way
+            return None if is_busy else self._next_alone(isolated, now_ns)
         # Without decode, one more microbatch in flight keeps a stage from idling after a chunk that was quicker than
         # expected; beside decode it would delay every token.
         room = self.times.in_flight - len(self.in_flight)

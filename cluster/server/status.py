@@ -82,6 +82,7 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
         "device": handle.registration.device,
         "gpus": [asdict(gpu) for gpu in handle.gpus],
         "threads": handle.registration.threads,
+        "kv_disk_bytes": handle.registration.kv_disk_bytes,
         "feature_level": handle.registration.feature_level,
         "layers": None if handle.state.is_gone else handle.layers,
         "device_layers": [

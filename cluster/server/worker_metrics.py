@@ -14,12 +14,15 @@ _COUNTERS = {
     "worker_sent_bytes": ("sent_bytes", "Bytes of microbatches and results that a stage sent"),
     "weight_sent_bytes": ("weight_bytes_sent", "Bytes of weights sent to other workers"),
     "weight_received_bytes": ("weight_bytes_received", "Bytes of weights fetched from other workers"),
+    "worker_kv_disk_written_bytes": ("kv_disk_written_bytes", "Bytes of KV memory that a worker wrote to disk"),
+    "worker_kv_disk_read_bytes": ("kv_disk_read_bytes", "Bytes of KV memory that a worker read from disk"),
 }
 """Name, field of the heartbeat, help."""
 _GAUGES = {
     "worker_busy_ratio": ("busy", "Share of the last heartbeat interval that a worker spent computing"),
     "worker_resident_memory_bytes": ("resident_bytes", "Resident memory of a worker's process"),
     "worker_free_memory_bytes": ("free_memory_bytes", "Memory that a worker's process may still take"),
+    "worker_kv_disk_bytes": ("kv_disk_used_bytes", "KV memory on a worker's disk, of all workers with its folder"),
 }
 
 

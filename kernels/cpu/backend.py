@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
@@ -35,8 +36,11 @@ class Inputs:
 class CpuStage:
     """A loaded program; see `kernels.backend.Stage`. A batch that is out of bounds is a ValueError."""
 
-    def __init__(self, native: _native.Stage, weights: dict[str, Weight], observed: Sequence[Observed] = ()) -> None:
+    def __init__(
+        self, native: _native.Stage, weights: dict[str, Weight], kv_layer_count: int, observed: Sequence[Observed] = ()
+    ) -> None:
         self._observed = observed
+        self._kv_layer_count = kv_layer_count
         self._native: _native.Stage | None = native
         self._result: Float32 = native.result
         self.weights = weights
@@ -65,6 +69,11 @@ class CpuStage:
             ids = None if seen.choice is None else self._native.contents(seen.choice)[:rows]
             chosen = None if ids is None else ids[:, : ids.shape[1] // 2].astype(np.int32)
             yield Inputs(seen.weights, self._native.contents(seen.buffer)[: rows * seen.used], chosen)
+
+    def kv_layers(self) -> tuple[NDArray[np.uint8], ...]:
+        """See `kernels.backend.KvInRam`."""
+        assert self._native is not None, "the stage was closed"
+        return tuple(map(self._native.kv_layer, range(self._kv_layer_count)))
 
     def close(self) -> None:
         self._native = None
@@ -136,7 +145,8 @@ class CpuBackend:
             with _explained(program):
                 weights = self._weights.load(program, tensors, progress)
                 plan = compile_program(program, weights, limits, found if observed else None)
-                return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights, found)
+                native = _native.Stage(plan, self.feature_level, self._pool)
+                return CpuStage(native, weights, len(program.kv_layers), found)
         except MemoryError as error:
             raise InsufficientMemoryError(self._memory_error_text(program, tensors, limits)) from error
 

@@ -33,6 +33,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.wire.codec import PROTOCOL_VERSION
+from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.profiles import LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
 
 Term = Annotated[int, Integer(0, MAX_TERM)]
@@ -63,6 +64,7 @@ class Register:
     largest_term: Term = 0  # that its process has seen
     machine: Annotated[str, Line(64)] = ""  # boot id of its kernel: host names may be equal on several machines
     memory_group: Annotated[str, Line(64)] = ""  # the control group that limits its memory most; "": none does
+    kv_disk_bytes: MemoryBytes = 0  # what KV memory may take on its disk; 0: none is kept there
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
@@ -268,6 +270,9 @@ class Heartbeat:
     last_error: Reason = ""  # last warning or error of its log since it joined
     gpu_free_bytes: Annotated[tuple[MemoryBytes, ...], Size(0, MAX_GPUS)] = ()  # in the order of its registration
     computing_s: Annotated[float, Real(0.0, 1e9)] = 0.0  # since the present step began; 0: none is computed
+    kv_disk_written_bytes: int = 0
+    kv_disk_read_bytes: int = 0
+    kv_disk_used_bytes: MemoryBytes = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,8 +375,9 @@ WorkerMessage = (
     | PeerUnreachable
     | ProbeResult
     | LogTail
+    | KvDone
 )
-WorkerRequest = ProfileWorker | ProfileLinks | FindWeights | ProbePeer | GetLog
+WorkerRequest = ProfileWorker | ProfileLinks | FindWeights | ProbePeer | GetLog | FindKv | RestoreKv | SaveKv
 """The coordinator numbers them from 1; the answer has the same `request_id`."""
 CoordinatorMessage = (
     Admitted

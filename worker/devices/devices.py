@@ -37,6 +37,7 @@ class Device:
     backend: Backend
     gpus: tuple[GpuBackend, ...] = ()
     gpu_layers: int | None = None
+    kv_disk_bytes: int = 0
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Device:
@@ -49,7 +50,10 @@ class Device:
         gpus = tuple(
             backends.open_gpu(name, threads, cap, packed_cache, kernels) for name in gpu_names(settings.device)
         )
-        return cls(settings.device, threads, level, settings.memory_bytes, backend, gpus, settings.gpu_layers)
+        kv_disk_bytes = settings.kv_disk_bytes or 0
+        return cls(
+            settings.device, threads, level, settings.memory_bytes, backend, gpus, settings.gpu_layers, kv_disk_bytes
+        )
 
     @property
     def free_memory_bytes(self) -> int:
@@ -116,6 +120,7 @@ class Device:
             numerics_version=self.backend.numerics_version,
             gpus=gpus,
             gpu_layers=self.gpu_layers,
+            kv_disk_bytes=self.kv_disk_bytes,
         )
 
 

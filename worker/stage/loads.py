@@ -8,7 +8,7 @@ import logging
 from functools import partial
 
 from llamaclust.core.epochs import epoch_text, term_of
-from llamaclust.core.errors import DeadlineError, LoadCancelledError, ProtocolError, WorkerError
+from llamaclust.core.errors import DeadlineError, LoadCancelledError, ProtocolError, UsageError, WorkerError
 from llamaclust.core.gpus import placed
 from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, UnloadFailed
 from llamaclust.wire.rpc.client import Peer
@@ -19,6 +19,13 @@ from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from llamaclust.worker.weights.load import load_stage
 
 _log = logging.getLogger(__name__)
+
+
+def _check_kv_disk(order: Load) -> None:
+    """UsageError where KV memory of the stage cannot be kept on disk."""
+    if order.limits.window_blocks:
+        what = "KV memory of layers with a window is not kept on disk"
+        raise UsageError(f"kv_disk: {what}, and this model has some; start this worker without it")
 
 
 class Loads:
@@ -69,6 +76,9 @@ class Loads:
         if order.epoch in service:
             raise ProtocolError(f"epoch {epoch_text(order.epoch)} is loaded already")
         received_bytes = weights.received_bytes
+        if self._worker.kv_disk is not None:
+            _check_kv_disk(order)
+            await self._worker.kv_disk.idle()  # a kept stage's KV memory serves again
         held = await service.clear() if order.exclusive else []
         try:
             runner = await service.take_kept(order)

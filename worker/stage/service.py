@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from llamaclust.core.epochs import epoch_text
-from llamaclust.core.errors import ProtocolError
+from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.wire.control.messages import Load
 from llamaclust.wire.rpc.client import ECHO, FORWARD, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.link_probe import serve_echo
@@ -50,6 +50,12 @@ class StageService:
         streams = self._stages.pop(epoch, None)
         if streams is not None:
             await streams.close()
+
+    def runner(self, epoch: int) -> StageRunner:
+        """WorkerError where no stage of the epoch is there."""
+        if (streams := self._stages.get(epoch)) is None:
+            raise WorkerError(f"worker {self._worker} holds no stage for epoch {epoch_text(epoch)}")
+        return streams.runner
 
     def keep(self) -> None:
         """The coordinator is gone, and with it all epochs; what is loaded waits for a load that wants the same."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
-from llamaclust.core.limits import StageLimits
+from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.sampling import RowResult
-from llamaclust.kernels.backend import Backend, Float32, Progress, kv_bytes
+from llamaclust.kernels.backend import Backend, Float32, KvInRam, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
@@ -56,6 +61,13 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Pr
     return model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens)
 
 
+def kv_content(model: Model, limits: StageLimits) -> str:
+    """Hexadecimal digits for all that the content of KV memory depends on beside the tokens, equal for every cut: the
+    arithmetic, the model, the KV type, and the steps, whose rotations may depend on the context length."""
+    steps = model_program(model, 0, model.layer_count, limits).steps
+    return sha256(repr((NUMERICS_VERSION, model.model_id, limits.kv_type, steps)).encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class StageOptions:
     """`feature_level` ("": the best) and `threads` are the sampler's."""
@@ -84,6 +96,7 @@ class StageRunner:
         self.model_id = model.model_id
         self.limits = limits
         self.devices = options.devices
+        self.kv_content = kv_content(model, limits)
         self._vocabulary = model.hyperparameters.vocabulary_size
         self._sampler = Sampler(self._vocabulary, options.feature_level, options.threads) if program.is_last else None
         self._stage = backend.load(program, model.tensors_for(program), limits, options.progress or (lambda _: None))
@@ -107,6 +120,13 @@ class StageRunner:
         if len(inputs.tasks) != len(logits):
             raise ProtocolError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
         return self._sampler.run(logits, inputs.tasks) if inputs.tasks else ()
+
+    @property
+    def kv_layers(self) -> Sequence[NDArray[np.uint8]]:
+        """KV memory of each layer, [KV blocks, bytes]. ProtocolError where it lies elsewhere, or has a window."""
+        if not isinstance(self._stage, KvInRam) or self.limits.window_blocks:
+            raise ProtocolError("a request for KV memory of a GPU or of layers with a window")
+        return self._stage.kv_layers()
 
     @property
     def device_bytes(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
-from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.engine.pipeline import KvDisks, StageInfo
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.requests import (
@@ -261,6 +261,7 @@ class FakePipeline:
         self.fake = FakeStages(FakeModel(kv_blocks), [linear(100, 10)] * stages)
         self.microbatches: list[Microbatch] = []
         self.failure: str | None = None  # of the next result
+        self.kv_disks: KvDisks | None = None
         self.replaced: Result | None = None  # comes instead of the next result
         self.gate = asyncio.Event()
         self.taken = asyncio.Event()  # a microbatch came

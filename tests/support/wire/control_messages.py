@@ -7,6 +7,7 @@ from dataclasses import replace
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.profile import DeviceProfile, Profile, StepTime
+from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.messages import (
     AddWeightSource,
     Admitted,
@@ -75,6 +76,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     replace(REGISTER, protocol_version=2, numerics_version=99, log="/var/log/worker.log"),
     replace(REGISTER, device="cuda:0,cuda:1", gpus=GPUS, gpu_layers=0),
     replace(REGISTER, device="cuda:0", gpus=GPUS[:1], largest_term=3),
+    replace(REGISTER, kv_disk_bytes=1 << 32),
     replace(REGISTER, machine="2f0c7a9e-4f0e-4f5e-9d3b-6b1f8f0f7c11", memory_group="31:4711"),
     WorkerProfile(Profile(CPU)),
     WorkerProfile(
@@ -93,6 +95,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     Heartbeat(0.5, 10, 20, 30, 40, last_error="something went wrong"),
     Heartbeat(0.5, 10, 20, 30, 40, gpu_free_bytes=(7, 0)),
     Heartbeat(0.5, 10, 20, 30, 40, computing_s=2.5),
+    Heartbeat(0.5, 10, 20, 30, 40, kv_disk_written_bytes=7, kv_disk_read_bytes=8, kv_disk_used_bytes=9),
     LinkProfiles((LinkProfile(0.001, 1e9), LinkProfile(0.2, 1e6))),
     WeightsFound(False),
     WeightsFound(True, "ab" * 32, 7),
@@ -109,6 +112,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     ProbeResult("b", "not within 5 s", 7),
     LogTail((), 0),
     LogTail(("INFO one", "", "  File x, line 7"), 12, 7),
+    KvDone(250, 7),
 ]
 
 
@@ -140,4 +144,7 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     ProbePeer("b", "host:7102", 7),
     GetLog(7),
     AddWeightSource("cd" * 32, WeightSource("h:1", "b")),
+    FindKv(3, b"k" * 64, 7),
+    RestoreKv(3, b"k" * 64, (7, 3), 7),
+    SaveKv(3, b"k" * 96, (7, 3), 7),
 ]

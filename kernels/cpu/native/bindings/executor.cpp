@@ -89,6 +89,14 @@ nb::object contents_of(nb::handle self, int buffer) {
 
 nb::object result_of(nb::handle self) { return contents_of(self, nb::cast<NativeStage&>(self).executor.result()); }
 
+nb::object kv_layer_of(nb::handle self, int layer) {
+  const Executor& executor = nb::cast<NativeStage&>(self).executor;
+  const KvShape& kv = executor.plan().kv_layers.at(static_cast<size_t>(layer));
+  require(!kv.windowed, "a layer with a window");
+  const size_t shape[2] = {static_cast<size_t>(executor.plan().limits.kv_blocks), kv_block_bytes(kv)};
+  return nb::cast(nb::ndarray<nb::numpy, uint8_t>(executor.kv_layer(layer), 2, shape, self));
+}
+
 void add_products(PlanBuilder& builder,
                   const std::vector<std::tuple<nb::object, std::optional<Floats>, int, int>>& products) {
   MatmulStep step;
@@ -192,6 +200,7 @@ void bind_executor(nb::module_& module) {
            "output_rows"_a, "hidden"_a.none(), "window_tables"_a.none() = nb::none())
       .def_prop_ro("result", &result_of)
       .def("contents", &contents_of, "buffer"_a, "Lines of a buffer that no thread has a copy of, as a run left them.")
+      .def("kv_layer", &kv_layer_of, "layer"_a, "KV memory of a layer without a window: [KV blocks, bytes].")
       .def_prop_ro("kv_bytes", [](const NativeStage& stage) { return stage.executor.kv_bytes(); })
       .def_prop_ro("workspace_bytes", [](const NativeStage& stage) { return stage.executor.workspace_bytes(); });
 

@@ -117,6 +117,9 @@ class Executor {
   BufferId result() const { return *stage_.plan.result; }
   int hidden_width() const { return stage_.plan.hidden_width; }
   size_t kv_bytes() const { return stage_.kv.bytes(); }
+  // KV memory of a layer without a window: [kv_blocks][kv_block_bytes].
+  uint8_t* kv_layer(int layer) const { return stage_.kv.layer(layer); }
+  const Plan& plan() const { return stage_.plan; }
   size_t workspace_bytes() const;
 
  private:

@@ -1,0 +1,58 @@
+"""The disks of worker processes, for KV memory of a pipeline's stages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.errors import DeadlineError
+from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv, joined
+from llamaclust.wire.rpc.deadlines import deadline
+
+_log = logging.getLogger(__name__)
+
+_DISK_S = 60.0
+"""A worker that takes longer for a request is taken to hang: its disk does not answer."""
+
+
+class RemoteKvDisks:
+    """See `KvDisks`."""
+
+    def __init__(self, epoch: int, workers: Sequence[WorkerHandle]) -> None:
+        self._epoch = epoch
+        self._workers = tuple(workers)
+
+    async def find(self, keys: Sequence[bytes]) -> int:
+        return await self._least(FindKv(self._epoch, joined(keys)), len(keys))
+
+    async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
+        return await self._least(RestoreKv(self._epoch, joined(keys), tuple(blocks)), len(blocks))
+
+    async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
+        return await self._least(SaveKv(self._epoch, joined(keys), tuple(blocks)), len(blocks))
+
+    async def _least(self, request: FindKv | RestoreKv | SaveKv, most: int) -> int:
+        """The fewest blocks that a worker answers. Raises once all have answered, first what says that one did not."""
+
+        async def done(worker: WorkerHandle) -> int:
+            limit = deadline(f"worker {worker.name}: KV memory on its disk (kv_disk)", _DISK_S)
+            answer: KvDone = await worker.channel.request(request, limit)
+            return answer.blocks
+
+        answers = await asyncio.gather(*map(done, self._workers), return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        for error in sorted(errors, key=lambda error: not isinstance(error, DeadlineError)):
+            raise error
+        return min(most, *(answer for answer in answers if isinstance(answer, int)))
+
+
+def remote_kv_disks(epoch: int, workers: Sequence[WorkerHandle]) -> RemoteKvDisks | None:
+    """None where not all workers keep KV memory on disk."""
+    without = [worker.name for worker in workers if not worker.registration.kv_disk_bytes]
+    if not without:
+        return RemoteKvDisks(epoch, workers)
+    if len(without) < len(workers):
+        _log.warning("KV memory is not kept on disk: no kv_disk on worker %s", ", ".join(without))
+    return None

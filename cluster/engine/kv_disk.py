@@ -1,0 +1,199 @@
+"""KV memory on disk, as an engine uses it: prompts are written after their first token, and read before they run.
+
+Blocks are read and written while no microbatch in flight uses them, beside those that others use: stages do not wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterable
+from collections.abc import Sequence as Items
+from typing import Protocol
+
+from llamaclust.cluster.engine.pipeline import KvDisks
+from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.sequences import Sequence
+from llamaclust.core.errors import DeadlineError, LlamaclustError
+from llamaclust.model.program import KV_BLOCK_TOKENS
+
+_log = logging.getLogger(__name__)
+
+_LEAST_BLOCKS = 8
+"""Fewer are computed about as soon as they are read."""
+_MOST_BLOCKS = 4096
+"""Of a prompt; wire.control.kv_disk.MAX_KEYS allows as many."""
+_SAVED_TOGETHER = 32
+"""Blocks that are held while they are written, and that make a file of each stage."""
+_MOST_SAVES = 8
+"""Prompts that wait to be written; further ones are not."""
+
+
+class KvDiskOwner(Protocol):
+    """The lane."""
+
+    def launch_soon(self) -> None:
+        """Blocks are free, or a sequence can start."""
+
+    def restored(self, tokens: int) -> None:
+        """KV memory of so many tokens was read."""
+
+    def disk_hangs(self, error: DeadlineError) -> None:
+        """A stage does not answer, and may still use blocks: its pipeline cannot go on."""
+
+
+class KvDisk:
+    """Of one lane. Does nothing without disks, the prefix cache, or where layers have a window group."""
+
+    def __init__(self, disks: KvDisks | None, scheduler: Scheduler, owner: KvDiskOwner) -> None:
+        settings = scheduler.settings
+        self._disks = disks if settings.prefix_cache and settings.window is None else None
+        self._scheduler = scheduler
+        self._transfers = scheduler.queues.memory.transfers
+        self._owner = owner
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._returns: list[tuple[int, asyncio.Future[None]]] = []  # (number of a microbatch, its return)
+        self._saves: asyncio.Queue[list[bytes]] = asyncio.Queue(_MOST_SAVES)
+        self._reading = asyncio.Lock()
+        self._is_running = False
+        self._pending = 0  # prompts to be read or written
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is read or written, or is to be."""
+        return self._pending == 0
+
+    def start(self) -> None:
+        """The pipeline begins; sequences that wait may be on disk."""
+        if self._disks is not None:
+            self._is_running = True
+            self._begin(self._save_prompts(self._disks))
+            for sequence in self._scheduler.sequences:
+                self.arrived(sequence)
+
+    def stop(self) -> None:
+        """The pipeline ends: sequences that wait for it wait no more."""
+        self._is_running = False
+        for task in self._tasks:
+            task.cancel()
+        for sequence in tuple(self._scheduler.queues.restoring):
+            self._scheduler.queues.end_restore(sequence)
+
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def arrived(self, sequence: Sequence) -> None:
+        """A sequence waits to be computed: it waits on while its KV memory is read, if there is enough of it."""
+        if self._disks is None or not self._is_running or self._scheduler.strikes.isolated is not None:
+            return
+        if len(self._transfers.missing(sequence)) >= _LEAST_BLOCKS:
+            self._scheduler.queues.begin_restore(sequence)
+            self._pending += 1
+            self._begin(self._restore_prompt(self._disks, sequence))
+
+    def completed(self, number: int, sequences: Iterable[Sequence]) -> None:
+        """A microbatch came back, with answers for these sequences."""
+        if not self._is_running:
+            return
+        for awaited, returned in self._returns:
+            if awaited <= number and not returned.done():
+                returned.set_result(None)
+        self._returns = [entry for entry in self._returns if not entry[1].done()]
+        for sequence in sequences:
+            keys = sequence.block_keys[: min(sequence.prompt_length // KV_BLOCK_TOKENS, _MOST_BLOCKS)]
+            if sequence.generated == 1 and len(keys) >= _LEAST_BLOCKS and not self._saves.full():
+                self._saves.put_nowait(keys)
+                self._pending += 1
+
+    # -- read ------------------------------------------------------------------------------------------------------
+
+    async def _restore_prompt(self, disks: KvDisks, sequence: Sequence) -> None:
+        restored = 0
+        try:
+            restored = await self._restored(disks, sequence)
+        except LlamaclustError as error:
+            self._failed(error)
+        finally:
+            self._pending -= 1
+            if self._is_running:
+                self._scheduler.queues.end_restore(sequence)
+                self._owner.restored(restored * KV_BLOCK_TOKENS)
+                self._owner.launch_soon()
+
+    async def _restored(self, disks: KvDisks, sequence: Sequence) -> int:
+        """How many blocks can be shared that could not before."""
+        missing = self._transfers.missing(sequence)[:_MOST_BLOCKS]
+        count = await disks.find(sequence.block_keys[missing.start : missing.stop])
+        if count < _LEAST_BLOCKS:
+            return 0
+        async with self._reading:  # one after the other: prompts may have the same beginning
+            if sequence not in self._scheduler.queues.restoring:
+                return 0
+            return await self._restored_until(disks, sequence, missing.start + count)
+
+    async def _restored_until(self, disks: KvDisks, sequence: Sequence, end: int) -> int:
+        reserve = RESERVE_BLOCKS * len(self._scheduler.queues.running)
+        transfer = self._transfers.begin_restore(sequence, end, reserve)
+        if transfer is None:
+            return 0
+        restored, first = 0, transfer.found
+        try:
+            await self._in_flight_returned()
+            restored = await disks.restore(transfer.keys[first:], transfer.blocks[first:])
+        finally:
+            self._transfers.end(transfer, restored)
+        return restored
+
+    async def _in_flight_returned(self) -> None:
+        """Returns when the microbatches have come back that are in flight now. They may use a block that was given up,
+        or have yet to fill one that can be shared."""
+        newest = self._scheduler.in_flight.newest
+        if newest is not None:
+            returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._returns.append((newest, returned))
+            await returned
+
+    def _failed(self, error: LlamaclustError) -> None:
+        """A stage did not read or write. A lost worker ends the pipeline by itself."""
+        _log.warning("KV memory on disk: %s", error)
+        if isinstance(error, DeadlineError):
+            self._owner.disk_hangs(error)
+
+    # -- write -----------------------------------------------------------------------------------------------------
+
+    async def _save_prompts(self, disks: KvDisks) -> None:
+        while True:
+            keys = await self._saves.get()
+            try:
+                await self._save(disks, keys)
+            except LlamaclustError as error:
+                self._failed(error)
+            finally:
+                self._pending -= 1
+
+    async def _save(self, disks: KvDisks, keys: Items[bytes]) -> None:
+        """The blocks of a prompt that are not there, some at a time, until some stage does not keep them."""
+        start = await disks.find(keys)
+        while start < len(keys) and self._scheduler.strikes.isolated is None:
+            saved = await self._saved(disks, keys[: start + _SAVED_TOGETHER], start)
+            if not saved:
+                return
+            start += saved
+
+    async def _saved(self, disks: KvDisks, keys: Items[bytes], start: int) -> int:
+        """How many blocks from `start` on are on disk now; 0 where some stage does not keep them all."""
+        transfer = self._transfers.begin_save(keys, start)
+        if transfer is None:
+            return 0
+        saved = 0
+        try:
+            await self._in_flight_returned()
+            if self._transfers.are_shared(transfer):
+                saved = await disks.save(transfer.keys, transfer.blocks)
+        finally:
+            self._transfers.end(transfer)
+            self._owner.launch_soon()
+        return saved if saved == len(transfer.blocks) else 0

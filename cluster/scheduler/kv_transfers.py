@@ -1,0 +1,73 @@
+"""KV blocks that are read from disk or written there: held meanwhile, so that no sequence is given them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import takewhile
+
+from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
+from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
+from llamaclust.cluster.scheduler.sequences import Sequence
+from llamaclust.model.program import KV_BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """`keys`: of a sequence's first blocks, the last ones of them of `blocks`; `found`: how many of these blocks were
+    there before."""
+
+    keys: tuple[bytes, ...]
+    blocks: tuple[int, ...]
+    found: int = 0
+
+
+class KvTransfers:
+    """Of one pipeline's blocks, where no layer has a window group."""
+
+    def __init__(self, blocks: KvBlocks, cache: PrefixCache) -> None:
+        self._blocks = blocks
+        self._cache = cache
+        self._under_way = 0
+
+    @property
+    def are_under_way(self) -> bool:
+        return self._under_way > 0
+
+    def missing(self, sequence: Sequence) -> range:
+        """Numbers of the blocks that a sequence could share, from the first one on that is not there."""
+        found, _ = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
+        return range(found, sequence.first_output // KV_BLOCK_TOKENS)
+
+    def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
+        """Takes KV blocks for a sequence's missing blocks before number `end`; None where there are none, or less than
+        `reserve` would be left. Microbatches in flight may still use them. The blocks before them are held, too."""
+        found, idle = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
+        if found >= end or end - found + idle + reserve > self._blocks.available:
+            return None
+        prefix = [self._blocks.acquire(key) for key in sequence.block_keys[:found]]
+        taken = [self._blocks.take() for _ in range(found, end)]
+        self._under_way += 1
+        return Transfer(tuple(sequence.block_keys[:end]), (*prefix, *taken), found)
+
+    def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
+        """Holds the blocks of keys[start:] as far as they are there; None where the first one is not. Microbatches in
+        flight may have yet to fill them."""
+        there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
+        if not there:
+            return None
+        self._under_way += 1
+        return Transfer((*keys[:start], *there), tuple(map(self._blocks.acquire, there)))
+
+    def are_shared(self, transfer: Transfer) -> bool:
+        """Whether its blocks are still taken to hold what their keys say."""
+        keys = transfer.keys[len(transfer.keys) - len(transfer.blocks) :]
+        return all(map(self._blocks.holds, transfer.blocks, keys))
+
+    def end(self, transfer: Transfer, restored: int = 0) -> None:
+        """The first `restored` of the blocks that were taken can be shared."""
+        start = transfer.found
+        for key, block in zip(transfer.keys[start:], transfer.blocks[start : start + restored], strict=False):
+            self._blocks.register(block, key)
+        self._blocks.release(transfer.blocks)
+        self._under_way -= 1

@@ -1,0 +1,305 @@
+"""KV memory on disk in the engine, on stages that answer at once: the same answers, whatever is read and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+
+import pytest
+
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
+from llamaclust.core.sampling import SamplingParams
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from support.clusters.fakes import VOCABULARY, FakePipeline, blocks_of, expected, tokens_of
+from support.clusters.served import until
+
+CONTEXT = 512
+KV_BLOCKS = 96
+SETTINGS = SchedulerSettings("m", VOCABULARY, CONTEXT, KV_BLOCKS, max_sequences=8)
+
+
+@dataclass
+class FakeDisks:
+    """See `KvDisks`: blocks by key, as one stage that holds all layers would keep them."""
+
+    pipeline: FakePipeline
+    engine: Engine | None = None
+    kept: dict[bytes, list[int]] = field(default_factory=dict)
+    damaged: set[bytes] = field(default_factory=set)
+    restored: int = 0
+    error: LlamaclustError | None = None
+    room: int = 1 << 20
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def find(self, keys: Sequence[bytes]) -> int:
+        await asyncio.sleep(0)
+        await self.gate.wait()
+        return next((index for index, key in enumerate(keys) if key not in self.kept), len(keys))
+
+    async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
+        assert self.engine is not None
+        slices = self.engine.scheduler.in_flight.slices()
+        assert not any(set(blocks_of(taken.chunk)) & set(blocks) for taken in slices), "a block in use is overwritten"
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        for done, (key, block) in enumerate(zip(keys, blocks, strict=True)):
+            if key in self.damaged:
+                del self.kept[key]
+                return done
+            for place, token in enumerate(self.kept[key]):
+                self.pipeline.fake.model.kv[block, place] = token
+            self.restored += 1
+        return len(keys)
+
+    async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        for key, block in zip(keys[-len(blocks) :], blocks, strict=True):
+            if len(self.kept) >= self.room:
+                return 0
+            kv = self.pipeline.fake.model.kv
+            self.kept[key] = [kv[block, place] for place in range(KV_BLOCK_TOKENS)]
+        return len(blocks)
+
+
+def prompt(source: Random, length: int) -> tuple[int, ...]:
+    return tuple(source.randrange(VOCABULARY) for _ in range(length))
+
+
+def request(tokens: tuple[int, ...], salt: str = "", name: str = "r", new: int = 4) -> GenerationRequest:
+    return GenerationRequest(name, tokens, new, SamplingParams(), seed=7, cache_salt=salt)
+
+
+async def answered(engine: Engine, generation: GenerationRequest) -> list[int]:
+    return tokens_of([event async for event in engine.submit(generation)])
+
+
+def wanted(generation: GenerationRequest) -> list[int]:
+    rows, _, _ = expected(generation, CONTEXT)
+    return [row.token for row in rows]
+
+
+async def saved(disks: FakeDisks, blocks: int) -> None:
+    """Returns when so many blocks are on disk."""
+    async with asyncio.timeout(30):
+        await until(lambda: len(disks.kept) >= blocks)
+
+
+def opened(disks: dict[bytes, list[int]], **fields: object) -> tuple[Engine, FakeDisks]:
+    """A cluster that has just started, with what an earlier one wrote."""
+    pipeline = FakePipeline(KV_BLOCKS)
+    found = FakeDisks(pipeline, kept=disks, **fields)  # type: ignore[arg-type]
+    pipeline.kv_disks = found
+    found.engine = Engine(pipeline, SETTINGS)
+    return found.engine, found
+
+
+async def test_a_prompt_is_read_after_a_restart_of_everything() -> None:
+    kept: dict[bytes, list[int]] = {}
+    generation = request(prompt(Random(1), 300))
+    engine, disks = opened(kept)
+    async with engine:
+        assert await answered(engine, generation) == wanted(generation)
+        await saved(disks, 300 // KV_BLOCK_TOKENS)
+    engine, disks = opened(kept)
+    async with engine:
+        assert await answered(engine, generation) == wanted(generation)
+        counts = engine.scheduler.counts
+        assert (disks.restored, counts.cached_tokens) == (18, 288)
+        assert counts.computed_tokens == 12
+        assert counts.kv_blocks_held == 0
+        assert not engine.scheduler.queues.memory.transfers.are_under_way
+
+
+async def test_a_longer_prompt_with_the_same_beginning_is_read_as_far_as_it_is_there() -> None:
+    kept: dict[bytes, list[int]] = {}
+    first = prompt(Random(1), 300)
+    engine, disks = opened(kept)
+    async with engine:
+        await answered(engine, request(first))
+        await saved(disks, 18)
+    longer = request((*first[:256], *prompt(Random(2), 100)))
+    engine, disks = opened(kept)
+    async with engine:
+        assert await answered(engine, longer) == wanted(longer)
+        assert disks.restored == 16
+        await saved(disks, 18 + 6)
+
+
+async def test_another_salt_shares_nothing() -> None:
+    kept: dict[bytes, list[int]] = {}
+    tokens = prompt(Random(1), 300)
+    engine, disks = opened(kept)
+    async with engine:
+        await answered(engine, request(tokens, "a"))
+        await saved(disks, 18)
+    engine, disks = opened(kept)
+    async with engine:
+        assert await answered(engine, request(tokens, "b")) == wanted(request(tokens, "b"))
+        assert disks.restored == 0
+
+
+async def test_a_damaged_block_and_what_follows_it_is_computed_again() -> None:
+    kept: dict[bytes, list[int]] = {}
+    generation = request(prompt(Random(1), 300))
+    engine, disks = opened(kept)
+    async with engine:
+        await answered(engine, generation)
+        await saved(disks, 18)
+    engine, disks = opened(kept, damaged={list(kept)[11]})
+    async with engine:
+        assert await answered(engine, generation) == wanted(generation)
+        assert (disks.restored, engine.scheduler.counts.computed_tokens) == (11, 300 - 11 * KV_BLOCK_TOKENS)
+        await saved(disks, 18)
+
+
+async def test_a_short_prompt_is_neither_written_nor_looked_for() -> None:
+    engine, disks = opened({})
+    async with engine:
+        generation = request(prompt(Random(1), 100))
+        assert await answered(engine, generation) == wanted(generation)
+        await asyncio.sleep(0.01)
+        assert not disks.kept
+
+
+async def test_a_full_disk_ends_the_writing_of_a_prompt() -> None:
+    engine, disks = opened({}, room=5)
+    async with engine:
+        generation = request(prompt(Random(1), 300))
+        assert await answered(engine, generation) == wanted(generation)
+        await saved(disks, 5)
+        assert await answered(engine, request(prompt(Random(2), 300)))
+        assert not engine.scheduler.queues.memory.transfers.are_under_way
+
+
+@pytest.mark.parametrize("error", [WorkerError("no disk"), LlamaclustError("a mistake")], ids=str)
+async def test_a_stage_that_fails_to_read_costs_the_time_alone(error: LlamaclustError) -> None:
+    kept: dict[bytes, list[int]] = {}
+    generation = request(prompt(Random(1), 300))
+    engine, disks = opened(kept)
+    async with engine:
+        await answered(engine, generation)
+        await saved(disks, 18)
+    engine, disks = opened(kept, error=error)
+    async with engine:
+        assert await answered(engine, generation) == wanted(generation)
+        assert engine.scheduler.counts.computed_tokens == 300
+        assert not engine.scheduler.queues.memory.transfers.are_under_way
+
+
+async def test_a_disk_that_does_not_answer_ends_the_pipeline() -> None:
+    """Its stage may still write KV memory: another pipeline computes the request."""
+    kept: dict[bytes, list[int]] = {}
+    generation = request(prompt(Random(1), 300))
+    engine, disks = opened(kept)
+    async with engine:
+        await answered(engine, generation)
+        await saved(disks, 18)
+    pipeline, lost = FakePipeline(KV_BLOCKS), asyncio.Event()
+    disks = FakeDisks(pipeline, kept=kept, error=DeadlineError("a disk hangs"))
+    pipeline.kv_disks = disks
+    disks.engine = engine = Engine(pipeline, SETTINGS, on_lost=lambda _: lost.set())
+    async with engine:
+        answering = asyncio.create_task(answered(engine, generation))
+        async with asyncio.timeout(30):
+            await lost.wait()
+        other = FakePipeline(KV_BLOCKS)
+        other.kv_disks = found = FakeDisks(other, engine, kept)
+        engine.resume(other, SETTINGS)
+        assert await answering == wanted(generation)
+        assert found.restored == 18
+
+
+async def test_requests_that_wait_are_read_for_a_new_pipeline() -> None:
+    kept: dict[bytes, list[int]] = {}
+    generation = request(prompt(Random(1), 300))
+    engine, disks = opened(kept)
+    async with engine:
+        await answered(engine, generation)
+        await saved(disks, 18)
+    pipeline, lost = FakePipeline(KV_BLOCKS), asyncio.Event()
+    engine = Engine(pipeline, SETTINGS, on_lost=lambda _: lost.set())
+    async with engine:
+        pipeline.gate.clear()
+        answering = asyncio.create_task(answered(engine, generation))
+        async with asyncio.timeout(30):
+            await pipeline.taken.wait()
+            pipeline.lose(WorkerError("lost"))
+            await lost.wait()
+        other = FakePipeline(KV_BLOCKS)
+        other.kv_disks = found = FakeDisks(other, engine, kept)
+        engine.resume(other, SETTINGS)
+        assert await answering == wanted(generation)
+        assert found.restored == 18
+
+
+async def test_a_prompt_that_is_being_read_when_layers_move_is_answered() -> None:
+    kept: dict[bytes, list[int]] = {}
+    generation = request(prompt(Random(1), 300))
+    engine, disks = opened(kept)
+    async with engine:
+        await answered(engine, generation)
+        await saved(disks, 18)
+    engine, disks = opened(kept)
+    async with engine:
+        disks.gate.clear()
+        answering = asyncio.create_task(answered(engine, generation))
+        async with asyncio.timeout(30):
+            await until(lambda: len(engine.scheduler.queues.restoring) == 1)
+            other = FakePipeline(KV_BLOCKS)
+            other.kv_disks = FakeDisks(other, engine, kept)
+            retirement = engine.resume(other, SETTINGS)
+            assert retirement is not None
+            later = asyncio.create_task(answered(engine, request(prompt(Random(2), 300))))
+            assert await later == wanted(request(prompt(Random(2), 300)))
+            disks.gate.set()
+            assert await answering == wanted(generation)
+            await retirement.ended.wait()
+
+
+def _is_idle(engine: Engine) -> bool:
+    return not engine.scheduler.queues.memory.transfers.are_under_way
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_any_mix_of_requests_gives_the_same_answers(seed: int) -> None:
+    """Shared beginnings, requests that end early, little memory: blocks are read and written while others compute."""
+    source = Random(seed)
+    beginnings = [prompt(source, source.randrange(130, 300)) for _ in range(3)]
+    kept: dict[bytes, list[int]] = {}
+    for _ in range(3):
+        engine, _ = opened(kept, damaged=set(source.sample(sorted(kept), len(kept) // 10)))
+        async with engine:
+            generations = [
+                request(
+                    (*source.choice(beginnings), *prompt(source, source.randrange(1, 60))),
+                    source.choice(("", "", "salt")),
+                    f"r{number}",
+                    source.randrange(1, 40),
+                )
+                for number in range(12)
+            ]
+            streams = [engine.submit(generation) for generation in generations]
+            ended = source.sample(range(12), 3)
+            for number in ended:
+                asyncio.get_running_loop().call_later(source.random() / 200, streams[number].abort)
+            async with asyncio.timeout(60):
+                for number, generation in enumerate(generations):
+                    found = tokens_of([event async for event in streams[number]])
+                    assert found == wanted(generation)[: len(found)]
+                    assert number in ended or found == wanted(generation)
+            async with asyncio.timeout(30):
+                await until(partial(_is_idle, engine))
+            counts = engine.scheduler.counts
+            assert (counts.kv_blocks_held, counts.waiting, counts.running) == (0, 0, 0)

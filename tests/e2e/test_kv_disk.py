@@ -1,0 +1,170 @@
+"""KV memory on disk: clusters that are started anew answer as one undisturbed worker does, id by id and bit by bit,
+whether a prompt is computed, read from disk, or read and found damaged."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.server.coordinator import open_cluster
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.core.errors import UsageError
+from llamaclust.core.sampling import SamplingParams
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from support.clusters.recovering import Answer, answer_of
+from support.clusters.served import until
+from support.models.tiny_model import build_tiny_model
+
+CONTEXT = 1024
+PROMPT, SECOND = 600, 590  # more than a span
+SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1)
+DEADLINE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", hidden=64, heads=4, ffn=96, context=CONTEXT)
+
+
+def generations(salt: str = "") -> tuple[GenerationRequest, ...]:
+    """A long prompt, and another one with the same beginning."""
+    source = Random(5)
+    first = tuple(source.randrange(3, 320) for _ in range(PROMPT))
+    second = (*first[:400], *(source.randrange(3, 320) for _ in range(SECOND - 400)))
+    return (
+        GenerationRequest("long", first, 10, SEEDED, seed=3, cache_salt=salt),
+        GenerationRequest("other", second, 10, cache_salt=salt),
+    )
+
+
+@cache
+def undisturbed(model: Path, kv_type: KvType = KvType.F16) -> list[Answer]:
+    async def run() -> list[Answer]:
+        client = LocalClient(model, threads=1, settings=LocalSettings(context_length=CONTEXT, kv_type=kv_type))
+        async with client._stage.serve() as service:
+            return [await answer_of(service._engine.submit(generation)) for generation in generations()]
+
+    return asyncio.run(run())
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a cluster answered, and how many prompt tokens it read and computed."""
+
+    answers: list[Answer]
+    cached: int
+    computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Clusters of a model that share one cache folder."""
+
+    model: Path
+    folder: Path
+
+    def run(self, cut: tuple[int, ...], *, kv_type: KvType = KvType.F16, salt: str = "", size: str = "1GiB") -> Ran:
+        """A cluster from its start to its end, which comes when what it has to write is written."""
+        return asyncio.run(self._run(cut, kv_type, salt, size))
+
+    async def _run(self, cut: tuple[int, ...], kv_type: KvType, salt: str, size: str) -> Ran:
+        facts = f"threads: 1, memory_bandwidth_gb_s: 20, int8_gmac_s: 300, kv_disk: {size}"
+        stages = [(f"w{index}", bounds) for index, bounds in enumerate(pairwise(cut))]
+        overrides = [
+            f"model={self.model}",
+            "workers=[" + ", ".join(f"{{name: {name}, {facts}}}" for name, _ in stages) + "]",
+            "plan=[" + ", ".join(f"{{worker: {name}, layers: [{a}, {b}]}}" for name, (a, b) in stages) + "]",
+            f"context_length={CONTEXT}",
+            f"kv_type={kv_type}",
+        ]
+        directory = ClusterDir(self.folder / "cluster")
+        directory.create()
+        config = load_config(None, overrides)
+        async with asyncio.timeout(DEADLINE_S), open_cluster(config, self.model, directory) as cluster:
+            engine = cluster.engine
+            answers = [await answer_of(engine.submit(generation)) for generation in generations(salt)]
+            await until(lambda: engine._lane.kv_disk.is_idle)
+            counts = engine.scheduler.counts
+            return Ran(answers, counts.cached_tokens, counts.computed_tokens)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted((self.folder / "home" / "kv").glob("*/*"))
+
+
+@pytest.fixture
+def start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    monkeypatch.setenv("LLAMACLUST_HOME", str(tmp_path / "home"))
+    return Start(model, tmp_path)
+
+
+READ = (PROMPT - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
+SHARED = 400 // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
+SECOND_READ = (SECOND - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
+COLD = PROMPT + SECOND - SHARED
+WARM = PROMPT - READ + SECOND - SECOND_READ
+
+
+@pytest.mark.parametrize(
+    ("cut", "then"),
+    [((0, 3, 6), (0, 3, 6)), ((0, 1, 3, 6), (0, 2, 6)), ((0, 6), (0, 2, 4, 6))],
+    ids=str,
+)
+def test_prompts_are_read_after_a_restart_of_everything(
+    start: Start, cut: tuple[int, ...], then: tuple[int, ...]
+) -> None:
+    expected = undisturbed(start.model)
+    cold = start.run(cut)
+    assert (cold.answers, cold.cached, cold.computed) == (expected, SHARED, COLD)
+    warm = start.run(then)
+    assert (warm.answers, warm.cached, warm.computed) == (expected, READ + SECOND_READ, WARM)
+
+
+def test_kv_types_and_salts_share_nothing(start: Start) -> None:
+    expected = undisturbed(start.model, KvType.Q8_0)
+    start.run((0, 6), salt="a")
+    cold, warm = Ran(expected, SHARED, COLD), Ran(expected, READ + SECOND_READ, WARM)
+    assert start.run((0, 6), kv_type=KvType.Q8_0, salt="a") == cold
+    assert start.run((0, 6), kv_type=KvType.Q8_0, salt="b") == cold
+    assert start.run((0, 6), kv_type=KvType.Q8_0, salt="a") == warm
+
+
+def test_a_flipped_byte_is_noticed_and_computed_again(start: Start) -> None:
+    """What stands before it is read; what was damaged is written again."""
+    expected = undisturbed(start.model)
+    start.run((0, 3, 6))
+    path = Random(1).choice(start.files)
+    data = bytearray(path.read_bytes())
+    data[-len(data) // 3] ^= 0x10
+    path.write_bytes(data)
+    damaged = start.run((0, 3, 6))
+    assert damaged.answers == expected
+    assert WARM < damaged.computed < COLD
+    assert start.run((0, 3, 6)) == Ran(expected, READ + SECOND_READ, WARM)
+
+
+def test_the_bound_holds_and_answers_stay(start: Start) -> None:
+    assert start.run((0, 3, 6), size="300KiB").answers == undisturbed(start.model)
+    assert 0 < sum(path.stat().st_size for path in start.files) <= 300 << 10
+
+
+def test_models_with_a_window_are_refused(tmp_path: Path, start: Start) -> None:
+    windowed = build_tiny_model(
+        tmp_path / "window.gguf",
+        hidden=64,
+        heads=4,
+        ffn=96,
+        context=CONTEXT,
+        extra={"llama.attention.sliding_window": 64},
+    )
+    with pytest.raises(UsageError, match=r"kv_disk: KV memory of layers with a window \(64 tokens\) is not kept"):
+        replace(start, model=windowed).run((0, 6))

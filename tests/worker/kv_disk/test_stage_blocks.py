@@ -1,0 +1,216 @@
+"""Blocks of KV memory on disk: the same bytes come back, and none that are damaged; the folder keeps its bound."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.worker.kv_disk.folder import KvFolder
+from llamaclust.worker.kv_disk.stage_blocks import KvTraffic, StageBlocks
+
+BLOCKS = 24
+SIZES = (96, 40, 96, 200)  # of a block, by layer
+CONTENT = "ab" * 32
+KEYS = [sha256(bytes([number])).digest() for number in range(BLOCKS)]
+
+Kv = list[NDArray[np.uint8]]
+
+
+def memory(seed: int, start: int = 0, end: int = len(SIZES)) -> Kv:
+    """KV memory of layers [start, end), which is the same for every cut."""
+    sources = (np.random.default_rng(seed + layer) for layer in range(len(SIZES)))
+    whole = [source.integers(0, 256, (BLOCKS, n), np.uint8) for source, n in zip(sources, SIZES, strict=True)]
+    return whole[start:end]
+
+
+def blank(start: int = 0, end: int = len(SIZES)) -> Kv:
+    return [np.zeros((BLOCKS, n), np.uint8) for n in SIZES[start:end]]
+
+
+def stage(path: Path, start: int = 0, most_bytes: int = 1 << 20) -> StageBlocks:
+    """As a process opens it at its start."""
+    folder = KvFolder(path / "kv", most_bytes)
+    return StageBlocks(folder, folder.create(CONTENT), start, KvTraffic())
+
+
+def files(path: Path) -> list[Path]:
+    return sorted((path / "kv" / CONTENT).iterdir())
+
+
+def assert_same(restored: Kv, kv: Kv, pairs: Sequence[tuple[int, int]]) -> None:
+    for found, wanted in zip(restored, kv, strict=True):
+        for to, source in pairs:
+            assert (found[to] == wanted[source]).all()
+
+
+def test_what_was_saved_is_restored_by_another_process(tmp_path: Path) -> None:
+    kv, blocks = memory(1), [5, 3, 9]
+    assert stage(tmp_path).save(KEYS[:3], blocks, kv) == 3
+    other, restored = stage(tmp_path), blank()
+    assert other.find(KEYS[:5], restored) == 3
+    assert other.restore(KEYS[:3], [1, 2, 3], restored) == 3
+    assert_same(restored, kv, [(1, 5), (2, 3), (3, 9)])
+    assert [oct(file.stat().st_mode & 0o777) for file in files(tmp_path)] == ["0o600"]
+    assert (tmp_path / "kv").stat().st_mode & 0o777 == 0o700
+
+
+def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
+    kv, one = memory(1), stage(tmp_path)
+    one.save(KEYS[:4], [0, 1, 2, 3], kv)
+    size = files(tmp_path)[0].stat().st_size
+    assert one.save(KEYS[:4], [0, 1, 2, 3], kv) == 4
+    assert stage(tmp_path).save(KEYS[:6], [2, 3, 4, 5], kv) == 4
+    assert sorted(file.stat().st_size for file in files(tmp_path))[0] < size
+    restored = blank()
+    assert one.find(KEYS, restored) == 6
+    assert one.restore(KEYS[:6], [0, 1, 2, 3, 4, 5], restored) == 6
+    assert_same(restored, kv, [(number, number) for number in range(6)])
+
+
+@pytest.mark.parametrize("cut", [(0, 4), (1, 4), (0, 2), (2, 3)], ids=str)
+def test_other_cuts_of_the_model_find_their_layers(tmp_path: Path, cut: tuple[int, int]) -> None:
+    for start, end in ((0, 1), (1, 3), (3, 4)):
+        assert stage(tmp_path, start).save(KEYS[:2], [7, 8], memory(1, start, end)) == 2
+    restored = blank(*cut)
+    one = stage(tmp_path, cut[0])
+    assert one.find(KEYS[:2], restored) == 2
+    assert one.restore(KEYS[:2], [7, 8], restored) == 2
+    assert_same(restored, memory(1, *cut), [(7, 7), (8, 8)])
+
+
+def test_a_block_without_some_layer_is_not_there(tmp_path: Path) -> None:
+    stage(tmp_path, 0).save(KEYS[:2], [0, 1], memory(1, 0, 2))
+    stage(tmp_path, 3).save(KEYS[:2], [0, 1], memory(1, 3, 4))
+    assert stage(tmp_path).find(KEYS[:2], blank()) == 0
+    assert stage(tmp_path).restore(KEYS[:2], [0, 1], blank()) == 0
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """Wherever it is: nothing damaged is ever reported as restored, and a damaged file is deleted."""
+    kv, source = memory(1), np.random.default_rng(3)
+    stage(tmp_path).save(KEYS[:3], [0, 1, 2], kv)
+    (file,) = files(tmp_path)
+    whole = file.read_bytes()
+    header = len(whole) - 3 * sum(SIZES)
+    places = [*range(0, header, 7), *source.integers(header, len(whole), 60)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(source.integers(8))
+        file.write_bytes(damaged)
+        restored, one = blank(), stage(tmp_path)
+        one.find(KEYS[:3], restored)
+        done = one.restore(KEYS[:3], [0, 1, 2], restored)
+        assert done < 3, place
+        assert_same(restored, kv, [(number, number) for number in range(done)])
+        assert not file.exists()
+        assert one.find(KEYS[:3], restored) == 0
+
+
+@pytest.mark.parametrize("left", [0, 3, 30, 500, -1])
+def test_a_truncated_file_is_no_file(tmp_path: Path, left: int) -> None:
+    stage(tmp_path).save(KEYS[:3], [0, 1, 2], memory(1))
+    (file,) = files(tmp_path)
+    file.write_bytes(file.read_bytes()[:left])
+    one = stage(tmp_path)
+    assert one.find(KEYS[:3], blank()) == 0
+    assert files(tmp_path) == []
+
+
+def test_a_file_truncated_after_it_was_found_restores_nothing_damaged(tmp_path: Path) -> None:
+    kv, one, restored = memory(1), stage(tmp_path), blank()
+    one.save(KEYS[:3], [0, 1, 2], kv)
+    (file,) = files(tmp_path)
+    os.truncate(file, file.stat().st_size - 1)
+    assert one.restore(KEYS[:3], [0, 1, 2], restored) == 2
+    assert_same(restored, kv, [(0, 0), (1, 1)])
+
+
+def test_a_file_under_the_name_of_another_layer_or_key_is_not_used(tmp_path: Path) -> None:
+    """Digests are of the key and the layer as well: blocks that change places are noticed."""
+    stage(tmp_path).save(KEYS[:2], [0, 1], memory(1))
+    (file,) = files(tmp_path)
+    whole = bytearray(file.read_bytes())
+    half = sum(SIZES)
+    whole[-2 * half :] = whole[-half:] + whole[-2 * half : -half]
+    file.write_bytes(whole)
+    assert stage(tmp_path).find(KEYS[:2], blank()) == 2
+    one = stage(tmp_path)
+    one.find(KEYS[:2], blank())
+    assert one.restore(KEYS[:2], [0, 1], blank()) == 0
+
+
+def test_the_longest_unused_files_make_room(tmp_path: Path) -> None:
+    kv = memory(1)
+    probe = stage(tmp_path / "probe")
+    probe.save(KEYS[:1], [0], kv)
+    size = files(tmp_path / "probe")[0].stat().st_size
+    one = stage(tmp_path, most_bytes=3 * size)
+    for number in range(3):
+        assert one.save([KEYS[number]], [number], kv) == 1
+    assert one.restore([KEYS[0]], [0], blank()) == 1  # used last
+    assert one.save([KEYS[3]], [3], kv) == 1
+    assert [one.find([KEYS[number]], kv) for number in range(4)] == [1, 0, 1, 1]
+    assert sum(file.stat().st_size for file in files(tmp_path)) <= 3 * size
+
+
+def test_a_chain_is_not_deleted_for_its_own_end(tmp_path: Path) -> None:
+    kv = memory(1)
+    probe = stage(tmp_path / "probe")
+    probe.save(KEYS[:1], [0], kv)
+    size = files(tmp_path / "probe")[0].stat().st_size
+    one = stage(tmp_path, most_bytes=2 * size)
+    assert [one.save(KEYS[: number + 1], [number], kv) for number in range(4)] == [1, 1, 0, 0]
+    assert one.find(KEYS, kv) == 2
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_full_disk_loses_nothing_but_the_copy(
+    tmp_path: Path, short: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(descriptor: int, parts: Sequence[memoryview]) -> int:
+        if short:
+            return os.write(descriptor, bytes(parts[0])[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    kv, one = memory(1), stage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("llamaclust.worker.kv_disk.kv_file.os.writev", full)
+        assert one.save(KEYS[:2], [0, 1], kv) == 0
+    assert "No space left on device" in caplog.text
+    assert files(tmp_path) == []
+    assert one.save(KEYS[:2], [0, 1], kv) == 2
+
+
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    one = stage(tmp_path)
+    left = tmp_path / "kv" / CONTENT / "0123.tmp"
+    left.write_bytes(b"x")
+    os.utime(left, (1, 1))
+    one.save(KEYS[:1], [0], memory(1))
+    assert not left.exists()
+
+
+def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "kv").mkdir(mode=0o755)
+    (tmp_path / "kv").chmod(0o755)
+    with pytest.raises(PermissionError, match=r"others may enter it \(mode 755\)"):
+        stage(tmp_path)
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    kv = memory(1)
+    stage(tmp_path / "theirs").save(KEYS[:1], [0], kv)
+    one = stage(tmp_path)
+    (tmp_path / "kv" / CONTENT / "0.kv").symlink_to(files(tmp_path / "theirs")[0])
+    assert one.find(KEYS[:1], kv) == 0
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "kv").symlink_to(tmp_path / "kv")
+    with pytest.raises(PermissionError, match="is no folder of this user"):
+        stage(tmp_path / "linked")

@@ -1,0 +1,77 @@
+"""Control messages of KV memory on disk: requests for blocks by their content, and the answer to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from llamaclust.core.bounds import UINT64, Integer, Size
+from llamaclust.core.errors import ProtocolError
+from llamaclust.core.limits import MAX_KV_BLOCKS
+
+KEY_BYTES = 32
+MAX_KEYS = 4096
+"""Of one request."""
+
+_Epoch = Annotated[int, Integer(0, UINT64 - 1)]
+_Keys = Annotated[bytes, Size(KEY_BYTES, MAX_KEYS * KEY_BYTES)]
+_Blocks = Annotated[tuple[Annotated[int, Integer(0, MAX_KV_BLOCKS - 1)], ...], Size(1, MAX_KEYS)]
+
+
+def joined(keys: Sequence[bytes]) -> bytes:
+    """Keys as they travel."""
+    return b"".join(keys)
+
+
+def split_keys(keys: bytes) -> list[bytes]:
+    """ProtocolError where the last one is incomplete."""
+    if len(keys) % KEY_BYTES:
+        raise ProtocolError(f"keys of {len(keys)} bytes, each has {KEY_BYTES}")
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+
+
+@dataclass(frozen=True, slots=True)
+class FindKv:
+    """Request: how many of these blocks are on disk, from the first one on."""
+
+    epoch: _Epoch
+    keys: _Keys
+    request_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreKv:
+    """Request: read blocks from disk, in order, up to the first that is missing or damaged."""
+
+    epoch: _Epoch
+    keys: _Keys
+    blocks: _Blocks  # one for each key
+    request_id: int = 0
+
+    def check(self) -> None:
+        if len(self.keys) != len(self.blocks) * KEY_BYTES:
+            raise ProtocolError(f"keys of {len(self.keys)} bytes for {len(self.blocks)} KV blocks")
+
+
+@dataclass(frozen=True, slots=True)
+class SaveKv:
+    """Request: write blocks to disk. `keys` are of a sequence's first blocks, `blocks` belong to the last of them;
+    those of the keys before are not deleted for them."""
+
+    epoch: _Epoch
+    keys: _Keys
+    blocks: _Blocks
+    request_id: int = 0
+
+    def check(self) -> None:
+        if len(self.keys) < len(self.blocks) * KEY_BYTES:
+            raise ProtocolError(f"keys of {len(self.keys)} bytes for {len(self.blocks)} KV blocks")
+
+
+@dataclass(frozen=True, slots=True)
+class KvDone:
+    """How many blocks, from the first one on: found, read, or now on disk."""
+
+    blocks: Annotated[int, Integer(0, MAX_KEYS)]
+    request_id: int = 0

@@ -1,0 +1,76 @@
+"""KV memory on disk of a worker: the coordinator's requests for it, in threads beside the one that computes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import get_native_id
+from weakref import WeakKeyDictionary
+
+from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv, split_keys
+from llamaclust.worker.kv_disk.folder import KvFolder
+from llamaclust.worker.kv_disk.kv_file import KvLayers
+from llamaclust.worker.kv_disk.stage_blocks import KvTraffic, StageBlocks
+from llamaclust.worker.stage.stage_runner import StageRunner
+
+_LOW_PRIORITY = 10
+
+
+class KvDisk:
+    """Of one process. Blocks are read by one thread, and written by another one of low priority."""
+
+    def __init__(self, folder: KvFolder) -> None:
+        self.folder = folder
+        self.traffic = KvTraffic()
+        self._stages: WeakKeyDictionary[StageRunner, StageBlocks] = WeakKeyDictionary()
+        self._reader = ThreadPoolExecutor(1, "read-kv")
+        self._writer = ThreadPoolExecutor(1, "write-kv", initializer=_lower_priority)
+
+    async def answer(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> KvDone:
+        """ProtocolError for KV blocks that the stage does not have, WorkerError where its folder cannot be used."""
+        thread = self._writer if isinstance(request, SaveKv) else self._reader
+        done = await asyncio.get_running_loop().run_in_executor(thread, self._done, request, runner)
+        return KvDone(done, request.request_id)
+
+    async def idle(self) -> None:
+        """Returns when no thread touches KV memory for requests of before."""
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(thread, _nothing) for thread in (self._reader, self._writer)))
+
+    def _done(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> int:
+        keys, kv, blocks = split_keys(request.keys), runner.kv_layers, self._blocks_of(runner)
+        if isinstance(request, FindKv):
+            return blocks.find(keys, kv)
+        _check(request.blocks, kv)
+        if isinstance(request, RestoreKv):
+            return blocks.restore(keys, request.blocks, kv)
+        return blocks.save(keys, request.blocks, kv)
+
+    def _blocks_of(self, runner: StageRunner) -> StageBlocks:
+        if (known := self._stages.get(runner)) is None:
+            try:
+                path = self.folder.create(runner.kv_content)
+            except OSError as error:
+                raise WorkerError(f"KV memory is not kept on disk: {error}") from error
+            known = self._stages.setdefault(runner, StageBlocks(self.folder, path, runner.program.start, self.traffic))
+        return known
+
+
+def _check(blocks: tuple[int, ...], kv: KvLayers) -> None:
+    count = len(kv[0])
+    if max(blocks) >= count:
+        raise ProtocolError(f"KV block {max(blocks)} of {count}")
+
+
+def _nothing() -> None:
+    """A job that ends when those before it have."""
+
+
+def _lower_priority() -> None:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # in a sandbox
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), _LOW_PRIORITY)

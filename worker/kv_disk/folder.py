@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from llamaclust.kernels.packed.cache_files import remove
+from llamaclust.kernels.packed.cache_files import Writing, locked, remove
 from llamaclust.worker.kv_disk.kv_file import SUFFIX, KvFile, KvLayers
 
 _UNFINISHED = ".tmp"
@@ -57,13 +57,14 @@ class KvFolder:
     def write(self, file: KvFile, kv: KvLayers, blocks: Iterable[int], kept: Container[Path]) -> KvFile:
         """Writes a file under a name of its own, in the folder that its path names, and returns it. To make room, files
         are deleted but those `kept`, the longest unused first. NoRoomError, OSError."""
-        self._make_room(file.size_bytes, kept)
         name = uuid4().hex
         unfinished = KvFile(file.path / f"{name}{_UNFINISHED}", file.start, file.end, file.layer_bytes, file.keys)
         finished = KvFile(file.path / f"{name}{SUFFIX}", file.start, file.end, file.layer_bytes, file.keys)
         try:
-            unfinished.write(kv, list(blocks))
-            unfinished.path.rename(finished.path)
+            with locked(self.path / "lock", Writing()):  # others must not fill the same room
+                self._make_room(file.size_bytes, kept)
+                unfinished.write(kv, list(blocks))
+                unfinished.path.rename(finished.path)
         finally:
             remove(unfinished.path)
         return finished

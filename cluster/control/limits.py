@@ -51,8 +51,10 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
 
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
     """KV memory of layers that give up blocks behind their window is not kept."""
+    if all(worker.kv_disk is None for worker in config.workers):
+        return
     group = window_group(model.window, context_length(config, model), max_batch_tokens(config))
-    if group is not None and any(worker.kv_disk is not None for worker in config.workers):
+    if group is not None:
         why = f"KV memory of layers with a window ({group.window} tokens) is not kept on disk"
         raise UsageError(f"kv_disk: {why}, and this model has some; leave it out")
 

@@ -314,7 +314,15 @@ def test_a_frame_of_another_version_is_refused_by_name() -> None:
 
 def test_stubs_belong_to_the_proto_files() -> None:
     """`make proto` writes both."""
-    names = ("control.proto", "enrolment.proto", "loading.proto", "microbatch.proto", "profile.proto", "sampling.proto")
+    names = (
+        "control.proto",
+        "enrolment.proto",
+        "kv_disk.proto",
+        "loading.proto",
+        "microbatch.proto",
+        "profile.proto",
+        "sampling.proto",
+    )
     text = b"".join((PROTO / name).read_bytes() for name in names)
     assert (PROTO / "protos.sha256").read_text().strip() == hashlib.sha256(text).hexdigest()
     assert {path.name for path in PROTO.glob("*.proto")} == set(names)

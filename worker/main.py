@@ -13,6 +13,7 @@ import sys
 from typing import NoReturn
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
+from llamaclust.core.interpreter import share_interpreter
 from llamaclust.core.logs import LogFormat, start_logging
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
@@ -25,8 +26,6 @@ from llamaclust.worker.worker import Worker
 
 _log = logging.getLogger("llamaclust.worker")
 
-_SWITCH_INTERVAL_S = 0.0005
-"""The compute thread must not wait Python's usual 5 ms for the interpreter after a native call."""
 _COLLECT_EVERY = 20_000
 """Objects between two looks for garbage, 700 by default: a step makes hundreds, and none in cycles."""
 _GRACE_S = 0.5
@@ -40,7 +39,7 @@ def run_worker(settings: WorkerSettings) -> int:
     A native call may go on computing: the caller ends the process by `end_process`.
     """
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    share_interpreter()
     gc.freeze()
     gc.set_threshold(_COLLECT_EVERY)
     try:

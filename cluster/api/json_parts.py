@@ -19,7 +19,8 @@ _GROUP = 16
 """Items of an iterator that are encoded in one go; no other thread runs meanwhile."""
 _PART_BYTES = 1 << 16
 
-_threads = ThreadPoolExecutor(4, thread_name_prefix="json")
+_threads = ThreadPoolExecutor(2, thread_name_prefix="json")
+"""Few: each waits for the interpreter beside the event loop, and more render no faster."""
 
 _Value = TypeVar("_Value")
 

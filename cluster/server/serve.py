@@ -33,6 +33,7 @@ from llamaclust.cluster.state.events import Draining, Notice, Ready, Report
 from llamaclust.cluster.state.journal import Journal, OpenRequest, read_journal
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import UsageError, WorkerError
+from llamaclust.core.interpreter import share_interpreter
 
 _DRAIN_S = 30.0
 _LOOK_S = 0.2
@@ -64,6 +65,7 @@ def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby
             return
         with _listening(config) as listener:
             front = _Front(listener, _record(config, listener), settings, report)
+            share_interpreter()
             asyncio.run(_until_signal(config, model_path, folder, front))
 
 

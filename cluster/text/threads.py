@@ -9,8 +9,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-TOKENIZING = ThreadPoolExecutor(4, "tokenize")
+TOKENIZING = ThreadPoolExecutor(2, "tokenize")
 BREAKERS = ThreadPoolExecutor(1, "breakers")
+"""Few: they compute in Python, one at a time, and the event loop waits for its turn beside them."""
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from llamaclust.cluster.api.errors import to_json
 from llamaclust.cluster.api.json_parts import json_parts
 from llamaclust.cluster.api.openai import completions
 from llamaclust.cluster.api.openai.shapes import completion_logprobs
+from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.server.serve import serve
 from llamaclust.cluster.text import budget
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, says, until
 
@@ -74,6 +78,23 @@ async def test_large_replies_are_rendered_off_the_event_loop(stream: bool, monke
         threads.clear()
         await http.post("/v1/completions", json={**body, "logprobs": 1, "prompt": "a b", "max_tokens": 1})
         assert threads == {threading.get_ident()}
+
+
+def test_a_coordinator_shares_its_interpreter_finely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside threads that render, the event loop waits for the interpreter whenever it has waited for anything else."""
+    before, seen = sys.getswitchinterval(), []
+
+    def run(work: Any) -> None:
+        work.close()
+        seen.append(sys.getswitchinterval())
+
+    monkeypatch.setattr(asyncio, "run", run)
+    config = load_config(None, ["model=tiny.gguf", f"state_dir={tmp_path}", "listen=127.0.0.1:0"])
+    try:
+        serve(config, tmp_path / "tiny.gguf", lambda _: None)
+        assert seen and seen[0] < 0.001 < before
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_parts_are_the_json_of_the_whole() -> None:

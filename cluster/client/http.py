@@ -20,7 +20,7 @@ from llamaclust.cluster.client.http_codec import (
     field_of,
     reply_error,
 )
-from llamaclust.cluster.client.resuming import SILENCE_S, ResumableStream, unreachable
+from llamaclust.cluster.client.resuming import READ_TIMEOUT_S, ResumableStream, unreachable
 from llamaclust.cluster.client.types import AsyncChunkStream, ChunkStream, CompletionOptions, Message, Options
 from llamaclust.cluster.text.answer import Answer, TextChunk, join
 from llamaclust.core.addresses import is_loopback
@@ -47,7 +47,7 @@ class Client(TextClient):
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _IDLE_S) -> None:
         """UsageError for what is not the address of an HTTP server. Connects with the first call."""
         self._http = httpx.Client(**http_options(base_url, api_key, timeout))
-        self._stream_timeout = _limits(timeout, SILENCE_S)
+        self._stream_timeout = _limits(timeout, READ_TIMEOUT_S)
 
     @staticmethod
     def local(
@@ -111,7 +111,7 @@ class AsyncClient:
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _IDLE_S) -> None:
         """As for `Client`."""
         self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout))
-        self._stream_timeout = _limits(timeout, SILENCE_S)
+        self._stream_timeout = _limits(timeout, READ_TIMEOUT_S)
 
     @overload
     def generate(

@@ -16,7 +16,7 @@ from llamaclust.core.errors import LlamaclustError, ProtocolError
 _RESUME_S = 60.0
 """From the loss of a connection to an error: the time in which a coordinator starts."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
-SILENCE_S = 20.0
+READ_TIMEOUT_S = 20.0
 """Of a stream that is taken for lost: the server sends a comment every 5 s where it has nothing else. A machine that
 lost its power closes no connection."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})

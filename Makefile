@@ -34,7 +34,7 @@ test-unit:
 	$(BIN)/python -m pytest -n 2 -m unit
 
 test: build $(VENV)/.test $(VENV)/.helm model ## every test; downloads the demo model once
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 test-gpu: build $(VENV)/.test ## tests of the GPU's kernels on the first NVIDIA card

@@ -67,6 +67,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.is_relative_to(TESTS / "e2e"))  # the longest files first, none at the end
     for item in items:
         if _is_unit(item.path) and item.get_closest_marker("alone") is None:
             item.add_marker("unit")

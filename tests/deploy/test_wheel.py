@@ -50,7 +50,6 @@ def path_without_compilers(folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.alone
 @pytest.mark.timeout(2 * DEADLINE_S)
 def test_it_answers_where_there_is_no_compiler(wheel: Path, tmp_path: Path) -> None:
     if not (environment().home / "models/smollm2-135m-instruct").is_dir():

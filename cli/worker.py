@@ -16,6 +16,7 @@ from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from llamaclust.cluster.config.environment import Environment
     from llamaclust.worker.settings import WorkerSettings
 
 _TOKEN = "join-token"
@@ -23,7 +24,10 @@ _JOIN_S = 15.0
 
 
 def worker(
-    join: Annotated[str, Option("--join", metavar="HOST:PORT", help="`join.listen` of the coordinator.")],
+    join: Annotated[
+        list[str],
+        Option("--join", metavar="HOST:PORT", help="`join.listen` of the coordinator; repeatable, for its standbys."),
+    ] = [],  # noqa: B006  typer reads the default
     token_file: Annotated[
         Path | None,
         Option("--token-file", metavar="FILE", help="The join token, mode 0600. Default: join-token in the state dir."),
@@ -76,10 +80,12 @@ def worker(
     if insecure and token_file is not None:
         raise UsageError("--insecure and --token-file: choose one; an insecure cluster has no token")
     variables = environment()
+    addresses = _addresses(join, variables)
     device_name, layers, gpu_bytes = Gpus(device, gpu_layers, gpu_memory).parsed
     settings = WorkerSettings(
         name=option_value("--name", parse_name, name or socket.gethostname().split(".")[0]),
-        join=option_value("--join", _address, join),
+        join=addresses[0],
+        standbys=addresses[1:],
         listen=option_value("--listen", _address, listen) if listen else "",
         advertise=option_value("--advertise", _advertised, advertise) if advertise else "",
         device=device_name,
@@ -108,6 +114,14 @@ def _run(settings: WorkerSettings) -> NoReturn:
     except UsageError as error:
         print_error(error)
         end_process(error.exit_code)
+
+
+def _addresses(given: list[str], variables: Environment) -> tuple[str, ...]:
+    """Of the coordinator and its standbys, each once, in the order in which they are tried."""
+    name, values = ("--join", given) if given else ("LLAMACLUST_JOIN", list(variables.join))
+    if not values:
+        raise UsageError("--join: needed, the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well")
+    return tuple(dict.fromkeys(option_value(name, _address, value) for value in values))
 
 
 def _address(value: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from llamaclust.core.addresses import joined_address
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
@@ -21,14 +22,16 @@ from llamaclust.wire.security.token import JoinToken
 
 _CONNECT_S = 10.0
 _EXCHANGE_S = 20.0
+_STAGGER_S = 0.25
+"""Between connection attempts to the addresses of one name: a machine that is gone does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """The worker's identity, and the port of the Coordinator service on the enrolment host."""
+    """The worker's identity, and where the Coordinator service is."""
 
     identity: Identity
-    port: int
+    target: str  # the address that enrolled: a name may stand for a coordinator and its standby
 
 
 async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
@@ -40,6 +43,7 @@ async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
         cluster = cluster_id(token.ca_hash)
         key = NewKey()
         async with _connected(host, port, authority, COORDINATOR.host(cluster)) as (reader, writer):
+            reached = writer.get_extra_info("peername")[0]
             challenge = await _challenge(reader)
             nonce = secrets.token_bytes(enrolment.NONCE_BYTES)
             request = enrolment.Request(name, key.request, nonce).proven(token, challenge)
@@ -48,7 +52,19 @@ async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
         if not grant.is_proven(token, challenge, request):
             raise UsageError(f"the coordinator at {where} does not know this token's secret: copy the token file again")
         pair = key.with_certificate(grant.certificate)
-        return Enrolled(Identity(pem(authority), cluster, Principal(name), pair), grant.port)
+        identity = Identity(pem(authority), cluster, Principal(name), pair)
+        return Enrolled(identity, joined_address(reached, grant.port))
+
+
+async def is_open(host: str, port: int, within_s: float) -> bool:
+    """Whether the port takes connections."""
+    try:
+        async with asyncio.timeout(within_s):
+            _, writer = await asyncio.open_connection(host, port, happy_eyeballs_delay=_STAGGER_S)
+    except (TimeoutError, OSError):
+        return False
+    writer.close()
+    return True
 
 
 async def speaks_tls(host: str, port: int) -> bool:
@@ -123,7 +139,13 @@ async def _connected(
     try:
         async with deadline(f"connecting to {host}:{port}", _CONNECT_S):
             reader, writer = await asyncio.open_connection(
-                host, port, ssl=context, server_hostname=name, limit=limit, ssl_shutdown_timeout=1.0
+                host,
+                port,
+                ssl=context,
+                server_hostname=name,
+                limit=limit,
+                ssl_shutdown_timeout=1.0,
+                happy_eyeballs_delay=_STAGGER_S,
             )
     except ssl.SSLCertVerificationError as error:
         why = f"{error.verify_message}; are the clocks of both machines right?"

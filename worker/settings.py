@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from llamaclust.core.logs import LogFormat
 
@@ -15,11 +15,12 @@ class WorkerSettings:
     """`parent_pid`: the process with which this one ends, for workers that a launcher on this machine started.
 
     A `static` worker enrols: `join` is the enrolment address then, and the token a join token. Without any token it is
-    insecure.
+    insecure. `standbys` are the enrolment addresses of further coordinators of the same cluster.
     """
 
     name: str
     join: str = ""  # gRPC target of the coordinator; set when a launcher knows it
+    standbys: tuple[str, ...] = ()  # HOST:PORT; only of a static worker
     token_file: Path | None = None
     token: str = field(default="", repr=False)  # in place of a file
     listen: str = ""  # gRPC target of this worker's Stage service; port 0: any free one
@@ -56,7 +57,9 @@ class WorkerSettings:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """JSON has no paths and no enums."""
+    """JSON has no paths, no tuples and no enums."""
+    if get_origin(hint) is tuple:
+        return tuple(value)
     for kind in (Path, LogFormat):
         if value is not None and kind in (get_args(hint) or (hint,)):
             return kind(value)

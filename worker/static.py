@@ -1,4 +1,5 @@
-"""A worker of a static cluster: it joins, and rejoins with its weights kept after a loss of its coordinator."""
+"""A worker of a static cluster: it joins, and rejoins with its weights kept after a loss of its coordinator, which may
+be a standby at another address by then."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 
 from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
@@ -20,7 +22,7 @@ from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Insecure
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.devices.system_info import log_place
-from llamaclust.worker.enrolment import enrol, speaks_tls
+from llamaclust.worker.enrolment import Enrolled, enrol, is_open, speaks_tls
 from llamaclust.worker.membership import Member
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.worker import Worker
@@ -28,7 +30,10 @@ from llamaclust.worker.worker import Worker
 _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.2, 5.0)
+_TURN = Backoff(3.0, 30.0)
+"""For one of several addresses: a machine that is gone does not answer, and a busy one may need long."""
 _LOG_EVERY_S = 60.0
+_MOST_LOGGED = 16
 _RESOLVE_S = 10.0
 _GRACE_S = 0.5
 _STEP_S = 10.0
@@ -47,11 +52,10 @@ async def run_static_worker(settings: WorkerSettings) -> str:
 class _StaticWorker:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._host, self._port = split_address(settings.join)
         file = settings.token_file
         self._token = JoinToken.parse(settings.token) if file is None else JoinToken.read(file)  # None: insecure
         self._worker = Worker.open(settings)
-        self._rejoin = _RejoinLimit(settings.join)
+        self._rejoin = _Attempts((settings.join, *settings.standbys))
         self._credentials: Credentials | None = None
         self._server: Server | None = None
         self._address = ""
@@ -62,9 +66,10 @@ class _StaticWorker:
             try:
                 return await self._run_membership()
             except LlamaclustError as error:
-                if self._token is None and self._coordinator_s is None and await speaks_tls(self._host, self._port):
+                is_insecure = self._token is None and self._coordinator_s is None
+                if is_insecure and await speaks_tls(*split_address(self._rejoin.address)):
                     advice = "start the worker with --token-file instead of --insecure"
-                    raise UsageError(f"the coordinator at {self._settings.join} requires TLS: {advice}") from error
+                    raise UsageError(f"the coordinator at {self._rejoin.address} requires TLS: {advice}") from error
                 is_refused = isinstance(error, UsageError) and self._coordinator_s is None
                 if is_refused or isinstance(error, DeviceLostError):
                     raise
@@ -91,28 +96,37 @@ class _StaticWorker:
 
     async def _enrol(self) -> str:
         """Where the Coordinator service is; from then on there are credentials."""
+        address, turn_s = self._rejoin.address, self._rejoin.turn_s
         if self._token is None:
             if self._credentials is None:
                 _log.warning("insecure: links are neither encrypted nor authenticated")
             self._credentials = Insecure()
-            return self._settings.join
+            if turn_s is not None and not await is_open(*split_address(address), turn_s):
+                raise WorkerError(f"{address} cannot be reached")
+            return address
         if (given := self._settings.token_file) is not None and given.is_file():  # it may hold another one by now
             self._token = JoinToken.read(given)
-        enrolled = await enrol(self._host, self._port, self._token, self._settings.name)
+        enrolled = await self._enrolled(self._token, address, turn_s)
         if isinstance(self._credentials, Identity):
             self._credentials.pair = enrolled.identity.pair  # what serves already goes on
         else:
             self._credentials = enrolled.identity
-        return joined_address(self._host, enrolled.port)
+        return enrolled.target
+
+    async def _enrolled(self, token: JoinToken, address: str, turn_s: float | None) -> Enrolled:
+        async with contextlib.AsyncExitStack() as limit:
+            if turn_s is not None:
+                await limit.enter_async_context(deadline(f"enrolling at {address}", turn_s))
+            return await enrol(*split_address(address), token, self._settings.name)
 
     async def _listen(self, credentials: Credentials) -> None:
-        settings = self._settings
-        listen = settings.listen or joined_address(await _own_host(self._host, self._port), 0)
+        settings, coordinator = self._settings, split_address(self._rejoin.address)
+        listen = settings.listen or joined_address(await _own_host(*coordinator), 0)
         with short_slices():
             self._server = await Server.start(listen, credentials, self._worker.handlers)
         host, _ = split_address(listen)
         if host in ANYWHERE:
-            host = await _own_host(self._host, self._port)
+            host = await _own_host(*coordinator)
         self._address = settings.advertise or joined_address(host, self._server.port)
         if ":" not in self._address.rpartition("]")[2]:
             self._address = f"{self._address}:{self._server.port}"
@@ -135,35 +149,49 @@ class _StaticWorker:
                     await self._server.stop(0.0)
 
 
-class _RejoinLimit:
-    """Pauses between attempts to join, with backoff, and a log line about what is waited for."""
+class _Attempts:
+    """To join, at the addresses of the coordinator and its standbys in turn: pauses with backoff after each round, and
+    log lines about what is waited for."""
 
-    def __init__(self, where: str) -> None:
-        self._where = where
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._addresses = addresses
+        self._place = 0
         self.end()
+
+    @property
+    def address(self) -> str:
+        """To be tried now."""
+        return self._addresses[self._place]
+
+    @property
+    def turn_s(self) -> float | None:
+        """What it may take; None where there is no other one."""
+        return None if len(self._addresses) == 1 else _TURN.pause_s(self._attempts // len(self._addresses))
 
     def end(self) -> None:
         """There is nothing to wait for."""
         self._begun_s: float | None = None
-        self._logged: tuple[str, float] | None = None
+        self._logged: dict[str, float] = {}
         self._attempts = 0
 
     async def pause(self, error: LlamaclustError, limit_s: float | None) -> None:
-        """WorkerError after `limit_s` of it; None: there is no limit."""
+        """Before the next address. WorkerError after `limit_s` of it; None: there is no limit."""
         now_s = asyncio.get_running_loop().time()
         if self._begun_s is None:
             self._begun_s = now_s
-        pause_s = _BACKOFF.pause_s(self._attempts)
+        rounds, place = divmod(self._attempts, len(self._addresses))
+        pause_s = _BACKOFF.pause_s(rounds) if place == len(self._addresses) - 1 else 0.0
         if limit_s is not None and now_s + pause_s - self._begun_s > limit_s:
             raise WorkerError(
                 f"the coordinator is gone, and has not come back within {limit_s:g} s: {error}"
             ) from error
-        if self._logged is None or self._logged[0] != str(error) or now_s - self._logged[1] >= _LOG_EVERY_S:
+        if now_s - self._logged.get(str(error), -_LOG_EVERY_S) >= _LOG_EVERY_S:
             limit = "" if limit_s is None else f" for {limit_s:g} s at most, weights kept"
-            _log.warning("waiting for the coordinator at %s%s: %s", self._where, limit, error)
-            self._logged = (str(error), now_s)
+            _log.warning("waiting for the coordinator at %s%s: %s", " or ".join(self._addresses), limit, error)
+            self._logged = {str(error): now_s, **dict(list(self._logged.items())[: _MOST_LOGGED - 1])}
         await asyncio.sleep(pause_s)
         self._attempts += 1
+        self._place = (self._place + 1) % len(self._addresses)
 
 
 async def _own_host(host: str, port: int) -> str:

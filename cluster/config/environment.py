@@ -26,6 +26,7 @@ class Environment:
     weights_bytes: int  # LLAMACLUST_WEIGHTS_SIZE: what weights fetched from other workers may take; 0: none are fetched
     feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: forces the kernels' level; None: the best there is
     log_format: LogFormat  # LLAMACLUST_LOG: how log lines are written
+    join: tuple[str, ...] = ()  # LLAMACLUST_JOIN: coordinators that a worker joins, HOST:PORT with commas between
 
     @property
     def models_dir(self) -> Path:
@@ -69,6 +70,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         weights_bytes=_size(variables, "LLAMACLUST_WEIGHTS_SIZE", default="64GiB"),
         feature_level=level,
         log_format=LogFormat(form),
+        join=tuple(filter(None, (variables.get("LLAMACLUST_JOIN") or "").split(","))),
     )
 
 

@@ -116,7 +116,8 @@ class StaticLauncher(Launcher):
     def _instructions(self, listen: str) -> list[str]:
         """What to type on the other machines; the secret itself is in a file."""
         host, port = split_address(listen)
-        command = f"llamaclust worker --join {joined_address(reachable_host(host), port)} --name NAME"
+        addresses = self._config.join.addresses or (joined_address(reachable_host(host), port),)
+        command = f"llamaclust worker {' '.join(f'--join {address}' for address in addresses)} --name NAME"
         which = f"{len(self._config.workers)} workers" if self._names is None else f"workers {', '.join(self._names)}"
         if self.authority is None:
             return [INSECURE, f"waiting for {which}; on each machine:", f"  {command} --insecure", _GPU]

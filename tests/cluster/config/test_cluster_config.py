@@ -120,6 +120,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 def test_environment() -> None:
     read = environment({"LLAMACLUST_STATE_DIR": "/s", "XDG_CACHE_HOME": "/c", "LLAMACLUST_FEATURE_LEVEL": "avx2"})
     assert (read.state_dir, read.home, read.feature_level) == (Path("/s"), Path("/c/llamaclust"), "avx2")
+    assert environment({"LLAMACLUST_JOIN": "a:1,b:2,"}).join == ("a:1", "b:2") and environment({}).join == ()
     assert environment({}).home == Path.home() / ".cache/llamaclust"
     assert (environment({}).packed_cache_bytes, environment({"LLAMACLUST_CACHE_SIZE": "0"}).packed_cache_bytes) == (
         32 << 30,

@@ -345,7 +345,8 @@ BAD_OPTIONS = {
     ("--join", "h:1", "--gpu-memory", "2GiB"): "--gpu-memory: is for workers with a GPU",
     ("--join", "h:1", "--insecure", "--token-file", "f"): "--insecure and --token-file: choose one",
     ("--join", "h:1"): "--token-file: needed, since there is no",
-    (): "Missing option '--join'",
+    (): "--join: needed, the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well",
+    ("--join", "h:1", "--join", "elsewhere"): "--join: 'elsewhere' is not an address",
 }
 
 

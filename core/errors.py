@@ -84,6 +84,12 @@ class WorkerError(LlamaclustError):
     code = "worker_failed"
 
 
+class SupersededError(WorkerError):
+    """This coordinator has a successor, with which its clients go on."""
+
+    code = "cluster_stopping"
+
+
 class DeviceLostError(WorkerError):
     """A device that computes no more, such as a GPU that fell off its bus; the worker that has it ends."""
 

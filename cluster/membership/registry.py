@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from llamaclust.cluster.membership.join_rules import HANDSHAKE_S, JoinRules, JoinSettings
 from llamaclust.cluster.membership.members import Members, PeerReported, StepReported
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
+from llamaclust.core.errors import DeadlineError, ProtocolError, SupersededError
 from llamaclust.wire.control import messages
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
 from llamaclust.wire.control.messages import CoordinatorMessage, Register
@@ -22,6 +22,8 @@ from llamaclust.wire.security.credentials import Credentials, Principal
 
 _LISTEN_S = 0.1
 _GOODBYE_S = 0.5
+_LOOK_S = 1.0
+"""Between two looks at the record on disk."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Registry(Members):
         self._server: Server | None = None
         self._is_closed = False  # connections may end later than their server
         self._superseded: asyncio.Future[None] = asyncio.Future()
+        self._is_left = False  # to the next coordinator
 
     @property
     def address(self) -> str:
@@ -53,10 +56,10 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends every worker, unless they are a newer coordinator's, or others did not join in time: the next start may
+        """Ends every worker, unless they are another coordinator's, or others did not join in time: the next start may
         use them."""
-        is_left = self._superseded.done() or any(isinstance(part, DeadlineError) for part in error)
-        present = [] if is_left else list(self.present.values())
+        is_late = any(isinstance(part, DeadlineError) for part in error)
+        present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
         for handle in present:
             handle.left = True
         goodbye = messages.Shutdown("the cluster was stopped")
@@ -90,13 +93,26 @@ class Registry(Members):
         if record.admits(seen):
             return None
         newer = f"worker {name} has seen a newer coordinator of this cluster (term {seen}, this one: {record.term})"
-        if name in self.workers and self.workers[name].stages and not self._superseded.done():
-            self._superseded.set_exception(WorkerError(f"superseded by a newer coordinator: {newer}"))
+        if name in self.workers and self.workers[name].stages:
+            self._supersede(newer)
         return f"{newer}: restart this one, or end it"
 
+    def _supersede(self, newer: str) -> None:
+        if not self._superseded.done():
+            self._superseded.set_exception(SupersededError(f"superseded by a newer coordinator: {newer}"))
+
     async def superseded(self) -> None:
-        """WorkerError once a newer coordinator of the same cluster is known."""
-        await asyncio.shield(self._superseded)
+        """SupersededError once a newer coordinator of the same cluster is known: to a worker, or by its record."""
+        record = self._settings.record
+        while not self._superseded.done():
+            if newer := await asyncio.to_thread(record.newer_term):
+                self._supersede(f"the state directory has its term {newer} (this one: {record.term})")
+            await asyncio.wait([self._superseded], timeout=_LOOK_S)
+        await self._superseded
+
+    def leave_workers(self) -> None:
+        """To the next coordinator: they are not ended with this one."""
+        self._is_left = True
 
     async def _serve(self, register: Register, stream: ServerStream) -> None:
         name = register.name

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.epochs import MAX_TERM, epoch_number
+from llamaclust.core.errors import SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
 """A worker that reports a larger term cannot use up all terms."""
@@ -17,7 +18,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class ControlRecord:
-    """Every change is on disk at once; without `path`, none is. The term is fixed by the first epoch."""
+    """Every change is on disk at once, unless a newer coordinator's is there (SupersededError); without `path`, none
+    is. The term is fixed by the first epoch."""
 
     path: Path | None = None
     term: int = 0
@@ -30,13 +32,13 @@ class ControlRecord:
         """A new term, larger than that of the last coordinator. LlamaclustError where it cannot be written."""
         term, drained = 0, frozenset[str]()
         try:
-            values = json.loads(path.read_text())
-            term, drained = int(values["term"]), frozenset(map(str, values["drained"]))
+            term, drained = _read(path)
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError) as error:
             _log.warning("%s: cannot be read: %s; no worker counts as drained", path, error)
         record = cls(path, term + 1, drained)
+        record._written_term = term
         record._write(record.term)
         return record
 
@@ -60,7 +62,23 @@ class ControlRecord:
             self.drained = names
             self._write(self._written_term)
 
+    def newer_term(self) -> int:
+        """Of a coordinator that has begun since, in the same state directory; 0 where there is none."""
+        try:
+            term = 0 if self.path is None else _read(self.path)[0]
+        except (OSError, ValueError, TypeError, KeyError):
+            return 0
+        return term if term > self._written_term else 0
+
     def _write(self, term: int) -> None:
+        if newer := self.newer_term():
+            raise SupersededError(f"{self.path}: a newer coordinator (term {newer}) has the cluster")
         self._written_term = term
         if self.path is not None:
             write_private(self.path, json.dumps({"term": term, "drained": sorted(self.drained)}))
+
+
+def _read(path: Path) -> tuple[int, frozenset[str]]:
+    """Term and drained workers."""
+    values = json.loads(path.read_text())
+    return int(values["term"]), frozenset(map(str, values["drained"]))

@@ -114,20 +114,36 @@ class ClusterDir:
         Gives True. UsageError where another process has the name; a standby waits until that one has ended, and gets
         False where it was stopped in order."""
         self.create()
-        lock, end = FileLock(self._lock), threading.Event()
-        watch = threading.Thread(target=self._bring_back, args=(lock, end), name="state", daemon=True)
-        try:
-            if is_standby:
-                is_stopped = self._await_end(lock)
-            else:
-                is_stopped = False
-                self._take(lock)
-            watch.start()
+        lock, is_stopped = FileLock(self._lock), False
+        if is_standby:
+            is_stopped = self._await_end(lock)
+        else:
+            self._take(lock)
+        with self._brought_back(lock):
             yield not is_stopped
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """For the holder of a lease, which is the lock: other commands find the cluster, and files that are deleted are
+        restored. The file is locked where no coordinator that hangs has it."""
+        self.create()
+        self._record.unlink(missing_ok=True)
+        lock = FileLock(self._lock)
+        with contextlib.suppress(OSError):
+            lock.take()
+        with self._brought_back(lock):
+            yield
+
+    @contextlib.contextmanager
+    def _brought_back(self, lock: FileLock) -> Iterator[None]:
+        end = threading.Event()
+        watch = threading.Thread(target=self._bring_back, args=(lock, end), name="state", daemon=True)
+        watch.start()
+        try:
+            yield
         finally:
             end.set()
-            if watch.is_alive():
-                watch.join()
+            watch.join()
             lock.release()
 
     def _take(self, lock: FileLock) -> None:
@@ -212,10 +228,13 @@ class ClusterDir:
 
     def remove_record(self) -> None:
         """At the end of a cluster. Another one that runs under its name meanwhile stays to be found."""
-        self._published.clear()
+        own, self._published[:] = tuple(self._published), ()
         record = self.read_record()
-        if record is not None and record.pid != os.getpid() and self.is_running:
-            return
+        if record is None or record in own or not self.is_running:
+            self.forget_record()
+
+    def forget_record(self) -> None:
+        """Other processes do not find the cluster any more; a standby ends with it."""
         self._record.unlink(missing_ok=True)
         if self._link is not None:
             with contextlib.suppress(OSError):

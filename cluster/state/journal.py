@@ -1,9 +1,9 @@
 """The journal of admitted requests: what a restarted coordinator needs to answer them again, bit for bit.
 
 One file of lines, each with its CRC-32. An answer is a function of prompt, parameters and seed, so an admission holds a
-request's body and seed; answered tokens only spare computing them one by one. A torn or damaged line is skipped, and
-with it the tokens that follow its own. The file is emptied whenever no request is open, and rewritten with the open
-ones where most of it is of others.
+request's body and seed; answered tokens only spare computing them one by one. A reply that was sent is kept for a
+while: its client may not have read it. A torn or damaged line is skipped, and with it the tokens that follow its own.
+The file is emptied whenever it needs no request, and rewritten with those that it needs where most of it is of others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import errno
 import json
 import logging
+import math
 import os
 import stat
 import zlib
@@ -23,6 +24,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.journal_file import JournalFile
+from llamaclust.core.errors import SupersededError
 from llamaclust.core.sampling import RowResult
 
 _RETRY_S = 5.0
@@ -30,6 +34,8 @@ _RETRY_S = 5.0
 _ENDED_BYTES = 4 << 20
 """Of ended requests, and as much again as of open ones, before the file is rewritten."""
 
+_SENT_BYTES = 16 << 20
+"""Of requests whose replies were sent; the oldest give way."""
 _MAX_LINE_BYTES = 64 << 20
 """More than the largest body needs as JSON; of a longer line, which is none of ours, no more is held."""
 _CHECKSUM_DIGITS = 8
@@ -63,6 +69,7 @@ class OpenRequest:
 
     admission: Admission
     answered: Mapping[ChoiceKey, tuple[RowResult, ...]] = field(default_factory=dict)
+    is_sent: bool = False  # the whole reply was; its client may not have read it
 
 
 @dataclass(slots=True)
@@ -72,13 +79,75 @@ class _Lines:
     parts: list[bytes]
     recorded: Counter[ChoiceKey] = field(default_factory=Counter)  # tokens
 
-    def answer(self, request_id: str, choice: ChoiceKey, rows: Sequence[RowResult]) -> bytes:
-        """The line of tokens that follow those of earlier calls."""
-        pairs = [(row.token, row.logprob) for row in rows]
-        line = _line({"answer": request_id, "choice": choice, "after": self.recorded[choice], "rows": pairs})
-        self.recorded[choice] += len(rows)
-        self.parts.append(line)
+    @property
+    def size_bytes(self) -> int:
+        return sum(map(len, self.parts))
+
+
+class _Needed:
+    """The lines of requests that have not ended; each call gives those to be written."""
+
+    def __init__(self) -> None:
+        self.size_bytes = 0
+        self._requests: dict[str, _Lines] = {}
+        self._sent: dict[str, float] = {}  # when their whole replies had been sent; the oldest first
+        self._sent_bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def data(self) -> bytes:
+        return b"".join(line for lines in self._requests.values() for line in lines.parts)
+
+    @property
+    def oldest_sent_s(self) -> float | None:
+        return next(iter(self._sent.values()), None)
+
+    def admit(self, admission: Admission) -> bytes:
+        line = _line({"admit": asdict(admission)})
+        self._requests[admission.id] = _Lines([line])
+        self.size_bytes += len(line)
         return line
+
+    def answer(self, request_id: str, choice: ChoiceKey, rows: Sequence[RowResult]) -> bytes:
+        """Tokens that follow those of earlier calls."""
+        if (lines := self._requests.get(request_id)) is None:
+            return b""
+        pairs = [(row.token, row.logprob) for row in rows]
+        line = _line({"answer": request_id, "choice": choice, "after": lines.recorded[choice], "rows": pairs})
+        lines.recorded[choice] += len(rows)
+        lines.parts.append(line)
+        self.size_bytes += len(line)
+        return line
+
+    def sent(self, request_id: str, now_s: float) -> bytes:
+        """The oldest of these end where they are many."""
+        lines = self._requests.get(request_id)
+        if lines is None or request_id in self._sent:
+            return b""
+        line = _line({"sent": request_id})
+        lines.parts.append(line)
+        self._sent[request_id] = now_s
+        self.size_bytes += len(line)
+        self._sent_bytes += lines.size_bytes
+        written = [line]
+        while self._sent_bytes > _SENT_BYTES:
+            written.append(self.end(next(iter(self._sent))))
+        return b"".join(written)
+
+    def end(self, request_id: str) -> bytes:
+        lines = self._requests.pop(request_id, None)
+        if lines is None:
+            return b""
+        self.size_bytes -= lines.size_bytes
+        if self._sent.pop(request_id, None) is not None:
+            self._sent_bytes -= lines.size_bytes
+        return _line({"end": request_id})
+
+    def end_sent(self, until_s: float) -> bytes:
+        """Those that were sent until then."""
+        return b"".join([self.end(request_id) for request_id, sent_s in list(self._sent.items()) if sent_s <= until_s])
 
 
 class Journal:
@@ -87,14 +156,18 @@ class Journal:
     Disk errors do not reach requests: while nothing can be written, requests are served without a record.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
+        """`sent_s`: how long requests are kept whose replies were sent. `record` is the coordinator's: once a newer one
+        has begun, the file is that one's."""
         self._path = path
-        self._file = _File(path)
-        self._open: dict[str, _Lines] = {}
-        self._open_bytes = 0
+        self._file = JournalFile(path, record)
+        self._sent_s = sent_s
+        self._needed = _Needed()
         self._pending: list[bytes] = []
         self._waiting: list[asyncio.Future[None]] = []
         self._writing: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None  # of those that were sent
+        self._is_sealed = False
         self._is_whole = False  # the file has the lines of all open requests
         self._failed_s: float | None = None  # when writing failed last; None: the last attempt did not fail
         self._thread = ThreadPoolExecutor(1, "journal")
@@ -102,40 +175,63 @@ class Journal:
     async def restore(self, requests: Iterable[OpenRequest]) -> None:
         """Begins with the open requests of an earlier coordinator; what else the file holds is removed."""
         for request in requests:
-            admission = request.admission
-            lines = self._open[admission.id] = _Lines([_line({"admit": asdict(admission)})])
+            self._needed.admit(request.admission)
             for choice, rows in request.answered.items():
-                lines.answer(admission.id, choice, rows)
-            self._open_bytes += sum(map(len, lines.parts))
+                self._needed.answer(request.admission.id, choice, rows)
+            if request.is_sent:
+                self.sent(request.admission.id)
         await self._written()
 
     async def admit(self, admission: Admission) -> None:
-        """Returns once the record is on disk, or cannot be. Admissions at the same time share one fsync."""
-        line = _line({"admit": asdict(admission)})
-        self._open[admission.id] = _Lines([line])
-        self._open_bytes += len(line)
-        self._pending.append(line)
+        """Returns once the record is on disk, or cannot be. Admissions at the same time share one fsync.
+        SupersededError where the journal is sealed."""
+        if self._is_sealed:
+            raise SupersededError("this coordinator takes no requests any more; try again")
+        self._pending.append(self._needed.admit(admission))
         await self._written()
 
     def answer(self, request_id: str, choice: ChoiceKey, rows: Sequence[RowResult]) -> None:
         """Tokens of a choice that follow those of earlier calls; written soon, and not synced."""
-        if (lines := self._open.get(request_id)) is None:
-            return
-        line = lines.answer(request_id, choice, rows)
-        self._open_bytes += len(line)
-        self._pending.append(line)
-        self._write_soon()
+        if not self._is_sealed:
+            self._add(self._needed.answer(request_id, choice, rows))
+
+    def sent(self, request_id: str) -> None:
+        """Its whole reply was sent: it ends in a while, the oldest earlier where these are many."""
+        if not self._is_sealed:
+            self._add(self._needed.sent(request_id, asyncio.get_running_loop().time()))
+            self._await_oldest()
 
     def end(self, request_id: str) -> None:
         """The request needs no record any more."""
-        lines = self._open.pop(request_id, None)
-        if lines is not None:
-            self._open_bytes -= sum(map(len, lines.parts))
-            self._pending.append(_line({"end": request_id}))
+        if not self._is_sealed:
+            self._add(self._needed.end(request_id))
+
+    def seal(self) -> None:
+        """What is open is left to the next coordinator: from now on nothing is recorded."""
+        self._is_sealed = True
+
+    def _add(self, line: bytes) -> None:
+        if line:
+            self._pending.append(line)
             self._write_soon()
 
+    def _await_oldest(self) -> None:
+        if self._timer is None and (sent_s := self._needed.oldest_sent_s) is not None:
+            self._timer = asyncio.get_running_loop().call_at(sent_s + self._sent_s, self._end_sent)
+
+    def _end_sent(self) -> None:
+        """Those that were kept for long enough."""
+        self._timer = None
+        if not self._is_sealed:
+            self._add(self._needed.end_sent(asyncio.get_running_loop().time() - self._sent_s))
+            self._await_oldest()
+
     async def aclose(self) -> None:
-        """Writes what is left."""
+        """Writes what is left. Unless it is sealed, clients that come back later are too late."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._is_sealed:
+            self._add(self._needed.end_sent(math.inf))
         if self._writing is not None:
             await self._writing
         self._thread.shutdown()
@@ -169,10 +265,13 @@ class Journal:
         loop = asyncio.get_running_loop()
         try:
             if not self._is_whole or not self._file.is_in_place or self._is_mostly_ended(sum(map(len, pending))):
-                lines = [line for lines in self._open.values() for line in lines.parts]
-                await loop.run_in_executor(self._thread, self._file.rewrite, b"".join(lines))
+                await loop.run_in_executor(self._thread, self._file.rewrite, self._needed.data)
             else:
                 await loop.run_in_executor(self._thread, self._file.append, b"".join(pending), is_synced)
+        except SupersededError as error:
+            if not self._is_sealed:
+                _log.error("%s: %s", self._path, error)
+            self.seal()
         except OSError as error:
             if self._failed_s is None:
                 _log.warning(
@@ -189,83 +288,7 @@ class Journal:
 
     def _is_mostly_ended(self, more_bytes: int) -> bool:
         size = self._file.size + more_bytes
-        return not self._open or size > 2 * self._open_bytes + _ENDED_BYTES
-
-
-class _File:
-    """The file, used by one thread at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.size = 0
-        self._path = path
-        self._descriptor: int | None = None
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the next process finds what was written. The folder may be deleted meanwhile."""
-        if self._descriptor is None:
-            return False
-        with suppress(OSError):
-            return os.path.samestat(os.fstat(self._descriptor), self._path.lstat())
-        return False
-
-    def append(self, data: bytes, is_synced: bool) -> None:
-        """All of `data` or nothing, after a `rewrite`."""
-        assert self._descriptor is not None
-        try:
-            _write_all(self._descriptor, data, self.size)
-            if is_synced:
-                os.fdatasync(self._descriptor)
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(self._descriptor, self.size)
-            raise
-        self.size += len(data)
-
-    def rewrite(self, data: bytes) -> None:
-        """The file holds `data` alone, or is as before."""
-        if not data and self.is_in_place:
-            self._empty()
-            return
-        temporary = self._path.with_name(f".{self._path.name}.new")  # a killed process leaves one at most
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            _write_all(descriptor, data, 0)
-            os.fdatasync(descriptor)
-            temporary.replace(self._path)
-            _sync_folder(self._path.parent)
-        except OSError:
-            os.close(descriptor)
-            temporary.unlink(missing_ok=True)
-            raise
-        self.close()
-        self._descriptor, self.size = descriptor, len(data)
-
-    def _empty(self) -> None:
-        assert self._descriptor is not None
-        if self.size:
-            os.ftruncate(self._descriptor, 0)
-            self.size = 0
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
+        return not self._needed or size > 2 * self._needed.size_bytes + _ENDED_BYTES
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -274,11 +297,11 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def read_journal(path: Path, now: float, served: str = "") -> list[OpenRequest]:
-    """The requests whose answers were not complete when a coordinator ended, of the same `served` digest and with
-    deadlines after `now` (Unix time), in the order of their admission; empty where there is no journal. OSError where
-    it cannot be read."""
+    """The requests that an earlier coordinator left, of the same `served` digest and with deadlines after `now` (Unix
+    time), in the order of their admission; empty where there is no journal. OSError where it cannot be read."""
     admissions: dict[str, Admission] = {}
     answered: dict[str, dict[ChoiceKey, list[RowResult]]] = {}
+    sent = set()
     for record in _records(path):
         match record:
             case {"admit": fields}:
@@ -290,10 +313,16 @@ def read_journal(path: Path, now: float, served: str = "") -> list[OpenRequest]:
                 known = answered[request_id].setdefault((prompt, choice), [])
                 if start == len(known):
                     known.extend(RowResult(token, logprob) for token, logprob in rows)
+            case {"sent": request_id}:
+                sent.add(request_id)
             case {"end": request_id}:
                 admissions.pop(request_id, None)
     return [
-        OpenRequest(admission, {choice: tuple(rows) for choice, rows in answered[admission.id].items()})
+        OpenRequest(
+            admission,
+            {choice: tuple(rows) for choice, rows in answered[admission.id].items()},
+            admission.id in sent,
+        )
         for admission in admissions.values()
         if admission.deadline > now and admission.served == served
     ]

@@ -23,7 +23,7 @@ class KeptReply:
         self.is_streamed = is_streamed
         self.held_bytes = 0
         self.is_complete = False
-        self.is_delivered = False  # a connection took all of it
+        self.is_sent = False  # a connection took all of it
         self._settings = settings
         self._expired = expired
         self._events: list[tuple[Event, int]] = []  # with their numbers within their slots
@@ -34,11 +34,18 @@ class KeptReply:
         self._progress = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
+        self._postponed: Callable[[], None] | None = None
         self._is_closed = False
 
     @property
-    def is_read(self) -> bool:
-        return self._readers > 0
+    def gives_way(self) -> bool:
+        """Whether nothing is computed for it, and no client reads it."""
+        return self._readers == 0 and (self.is_complete or self._postponed is not None)
+
+    def postpone(self, begin: Callable[[], None]) -> None:
+        """`begin` is called when a client reads it."""
+        self._postponed = begin
+        self._expire_later()
 
     async def begin(self, reply: Reply, *, waits_s: float = 0.0) -> None:
         """Submits the request; tries for `waits_s` where the queue is full. Raises what refuses it, also that it was
@@ -81,7 +88,7 @@ class KeptReply:
                     if not after.has(event, number):
                         yield event
                 if self.is_complete:
-                    self.is_delivered = True
+                    self.is_sent = True
                     self._raise_error()
                     return
                 if not await self._changed() and with_comments:
@@ -107,6 +114,9 @@ class KeptReply:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        begin, self._postponed = self._postponed, None
+        if begin is not None:
+            begin()
         try:
             yield
         finally:

@@ -50,12 +50,13 @@ class KeptReplies:
         for name in (ticket.conversation, ticket.idempotency_key):
             if self._ids.get((ticket.owner, name)) == ticket.id:
                 del self._ids[ticket.owner, name]
-        self.delivered(kept)
-
-    def delivered(self, kept: KeptReply) -> None:
-        """No later coordinator needs to compute it."""
         if self._journal is not None:
-            self._journal.end(kept.ticket.id)
+            self._journal.end(ticket.id)
+
+    def sent(self, kept: KeptReply) -> None:
+        """A connection took all of it: a later coordinator computes it only for a client that comes back."""
+        if self._journal is not None:
+            self._journal.sent(kept.ticket.id)
 
     async def forget(self, kept: KeptReply) -> None:
         """Ends it, and removes it."""
@@ -89,10 +90,10 @@ class KeptReplies:
         return entry.kept
 
     def _make_room(self) -> None:
-        """Complete replies that no client reads give way. HttpError where the others are too much."""
+        """Replies that are complete or postponed, and not read, give way. HttpError where the others are too much."""
         entries = list(self._entries.values())
         held = sum(entry.held_bytes for entry in entries)
-        for entry in [entry for entry in entries if entry.kept.is_complete and not entry.kept.is_read]:
+        for entry in [entry for entry in entries if entry.kept.gives_way]:
             if not self._is_full(held):
                 break
             held -= entry.held_bytes

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -78,8 +79,8 @@ class Replies:
             await unless_disconnected(request, reply.start())
             if not reply.is_streamed:
                 return JsonParts(await unless_disconnected(request, reply.whole()))
-            if self._durability is not None:
-                cleanup.callback(self._durability.journal.end, ticket.id)
+            if self._journal is not None:
+                cleanup.callback(self._journal.sent, ticket.id)
             first = self._admitted_first(reply, ticket, path, body)
             return await begin_events(request, first, _numbered(ticket, reply.events(), Position()), cleanup)
 
@@ -115,12 +116,12 @@ class Replies:
             return JsonParts(await unless_disconnected(request, kept.whole()))
         ticket = kept.ticket
         events = kept.read(after, with_comments=not ticket.conversation)  # its clients count bytes
-        return EventResponse(_numbered(ticket, events, after), self._delivered(kept))
+        return EventResponse(_numbered(ticket, events, after), self._sent(kept))
 
-    def _delivered(self, kept: KeptReply) -> Callable[[], Awaitable[None]]:
+    def _sent(self, kept: KeptReply) -> Callable[[], Awaitable[None]]:
         async def close() -> None:
-            if kept.is_delivered:
-                self._kept.delivered(kept)
+            if kept.is_sent:
+                self._kept.sent(kept)
 
         return close
 
@@ -138,7 +139,7 @@ class Replies:
         if not (start.isascii() and start.isdigit() and len(start) < 16):
             raise HttpError(400, "bad_offset", f"from: {start[:60]!r} is not a number of bytes", param="from")
         events = kept.read(Position(), with_comments=False)
-        return EventResponse(_from_byte(_numbered(kept.ticket, events, Position()), int(start)), self._delivered(kept))
+        return EventResponse(_from_byte(_numbered(kept.ticket, events, Position()), int(start)), self._sent(kept))
 
     async def stop(self, request: Request) -> Response:
         """`DELETE` of either: ends the reply. 204 also where there is none."""
@@ -160,11 +161,12 @@ class Replies:
 
     async def restore(self, requests: Sequence[OpenRequest]) -> None:
         """Computes replies again that an earlier coordinator did not complete, for clients that come back. They can be
-        found at once; their computation begins in the order of their admission."""
+        found at once; their computation begins in the order of their admission. Those that were sent are computed where
+        a client has not read them to the end."""
         assert self._durability is not None
         await self._durability.journal.restore(requests)
         restored = []
-        for request in requests:
+        for request in sorted(requests, key=lambda request: request.is_sent):
             ticket, body = Ticket.restored(request, self._durability.journal), request.admission.body.encode()
             path, is_streamed = request.admission.endpoint, request.admission.is_streamed
             try:
@@ -173,10 +175,17 @@ class Replies:
                 _log.warning("request %s is not restored: %s", ticket.id, full)
                 self._durability.journal.end(ticket.id)
             else:
-                restored.append((kept, path, body))
+                begin = (kept, path, body)
+                if request.is_sent:
+                    kept.postpone(partial(self._begin_postponed, begin))
+                else:
+                    restored.append(begin)
         if restored:
             _log.info("requests restored from the journal", extra={"requests": len(restored)})
             self._restoring.start(self._begin_all(restored))
+
+    def _begin_postponed(self, restored: tuple[KeptReply, str, bytes]) -> None:
+        self._restoring.start(self._begin_all([restored]))
 
     async def _begin_all(self, restored: list[tuple[KeptReply, str, bytes]]) -> None:
         assert self._durability is not None

@@ -19,6 +19,7 @@ from llamaclust.cluster.api.replies.kept import KeptReply
 from llamaclust.cluster.api.replies.replies import Durability, Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Admission, Journal, read_journal
 from llamaclust.cluster.text import choice as choice_text
 from llamaclust.cluster.text.service import TextService
@@ -53,6 +54,10 @@ class KilledJournal(Journal):
     def end(self, request_id: str) -> None:
         pass
 
+    async def aclose(self) -> None:
+        self.seal()
+        await super().aclose()
+
 
 @asynccontextmanager
 async def served(
@@ -60,9 +65,10 @@ async def served(
 ) -> AsyncIterator[Served]:
     """A server that begins with what the journal holds."""
     settings = {"first_chunk_s": 0.02} | more
+    resume_s = ApiSettings(**settings).resume_s
     async with (
         real_engine(replace(SETTINGS, prefill_chunk=prefill_chunk)) as (engine, pipeline),
-        aclosing(kind(journal)) as opened,
+        aclosing(kind(journal, ControlRecord(), resume_s)) as opened,
         aclosing(Replies(ApiSettings(**settings), Durability(opened, SERVED, 60.0))) as replies,
     ):
         app = make_app(engine, replies=replies, **settings)
@@ -186,7 +192,8 @@ async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
             f"chatcmpl-{request_id}",
         }
         await until(lambda: is_idle(server.engine))
-        await until(lambda: (tmp_path / "journal").stat().st_size == 0)
+        await until(lambda: [request.is_sent for request in read_journal(tmp_path / "journal", 0.0, SERVED)] == [True])
+    assert (tmp_path / "journal").stat().st_size == 0
 
 
 async def test_events_of_a_scored_prompt_do_not_depend_on_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +333,7 @@ async def test_a_name_may_have_a_slash(tmp_path: Path) -> None:
         assert await stream(server.http, "GET", "/v1/streams/a/b") == whole
 
 
-async def test_a_reply_is_delivered_once_a_client_has_read_it_to_its_end(tmp_path: Path) -> None:
+async def test_a_reply_counts_as_sent_once_a_connection_took_it_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     async with served(path) as server:
         server.pipeline.gate.clear()
@@ -334,13 +341,40 @@ async def test_a_reply_is_delivered_once_a_client_has_read_it_to_its_end(tmp_pat
             pass
         server.pipeline.gate.set()
         await until(lambda: is_idle(server.engine))
-        assert len(read_journal(path, 0.0, SERVED)) == 1
+        assert [request.is_sent for request in read_journal(path, 0.0, SERVED)] == [False]
         assert await stream(server.http, "GET", "/v1/streams/one")
+        await until(lambda: [request.is_sent for request in read_journal(path, 0.0, SERVED)] == [True])
+    assert path.stat().st_size == 0
+
+
+@pytest.mark.parametrize("headers", [{}, KEY], ids=["direct", "kept"])
+@pytest.mark.parametrize("tokens", [90, 64])
+async def test_what_a_client_had_not_read_of_a_sent_reply_outlives_the_coordinator(
+    headers: dict[str, str], tokens: int, tmp_path: Path
+) -> None:
+    """It is computed when its client comes back, and not before; without a client the journal forgets it."""
+    path, body = tmp_path / "journal", body_of(PATHS[0], max_tokens=tokens)
+    async with served(path, KilledJournal) as server:
+        whole = await stream(server.http, "POST", PATHS[0], json=body, headers=headers)
+        await stream(server.http, "POST", PATHS[0], json=body)
+        await until(lambda: [request.is_sent for request in read_journal(path, 0.0, SERVED)] == [True, True])
+    events = whole[: random.Random(SEED).randrange(1, len(whole))]
+    request_id, last = events[-1][0].partition(":")[0], {"Last-Event-ID": events[-1][0]}
+    before = path.read_bytes()
+    async with served(path) as server:
+        assert is_idle(server.engine) and server.engine.scheduler.counts.running == 0
+        events += await stream(server.http, "GET", f"/v1/streams/{request_id}", headers=last)
+        assert_same(events, whole)
+    path.write_bytes(before)
+    async with served(path, resume_s=0.2) as server:
         await until(lambda: path.stat().st_size == 0)
+        await asyncio.sleep(0.1)  # the reply's own timer
+        gone = await server.http.get(f"/v1/streams/{request_id}")
+        assert gone.status_code == 404 and is_idle(server.engine)
 
 
 async def write_journal(path: Path, *admissions: Admission) -> None:
-    async with aclosing(Journal(path)) as journal:
+    async with aclosing(Journal(path, ControlRecord(), 60.0)) as journal:
         for admission in admissions:
             await journal.admit(admission)
 

@@ -15,7 +15,7 @@ from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.core.epochs import MAX_TERM, epoch_number, epoch_text
-from llamaclust.core.errors import WorkerError
+from llamaclust.core.errors import SupersededError, WorkerError
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
 from llamaclust.wire.control.messages import Admitted, Deadlines, LoadFailed, Register, Rejected, WorkerMessage
 from llamaclust.wire.rpc.client import JOIN, Peer
@@ -121,3 +121,18 @@ async def test_a_worker_refuses_memberships_and_loads_of_smaller_terms(
     with caplog.at_level(logging.ERROR):
         await loads.load(replace(LOAD, epoch=epoch_number(3, 9)))
     assert isinstance(answers[0], LoadFailed) and "of term 3 is superseded" in answers[0].failure.message
+
+
+async def test_a_coordinator_ends_where_the_state_directory_has_a_larger_term(path: Path, trust: Authority) -> None:
+    """As one that was cut off from its lock on a file server, and comes back; its workers are its successor's."""
+    record = ControlRecord.begin(path)
+    async with registry_of(trust.identity(), JoinSettings(record=record)) as registry:
+        superseded = asyncio.create_task(registry.superseded())
+        await asyncio.sleep(0.05)
+        assert not superseded.done()
+        newer = ControlRecord.begin(path)
+        with pytest.raises(SupersededError, match=r"the state directory has its term 2 \(this one: 1\)"):
+            await asyncio.wait_for(superseded, 20)
+    with pytest.raises(SupersededError, match="newer coordinator"):
+        record.drain(frozenset("a"))
+    assert ControlRecord.begin(path).drained == newer.drained == frozenset()

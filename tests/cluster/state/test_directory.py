@@ -160,7 +160,7 @@ def test_a_cluster_whose_name_was_taken_meanwhile_leaves_the_other_alone(tmp_pat
     with folder.locked():
         (folder.path / "lock").unlink()
         with folder.locked():
-            folder.write_record(other)
+            ClusterDir(folder.path).write_record(other)
             folder.remove_record()
             assert folder.read_record() == other
     folder.remove_record()

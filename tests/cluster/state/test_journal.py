@@ -7,13 +7,15 @@ import os
 import random
 import struct
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Admission, Journal, OpenRequest, read_journal
+from llamaclust.core.errors import SupersededError
 from llamaclust.core.sampling import RowResult
 from support.seed import SEED
 
@@ -24,14 +26,20 @@ def admission(number: int, body: str = "{}") -> Admission:
     return Admission(id=f"id{number}", endpoint="/v1/completions", body=body, seed=number, created=7, deadline=NOW + 60)
 
 
+async def until(check: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not check():  # noqa: ASYNC110  a file reports nothing
+            await asyncio.sleep(0.01)
+
+
 def row(token: int, random_bits: int = 0) -> RowResult:
     """A token with the float32 logprob of some random bits."""
     return RowResult(token, struct.unpack("<f", struct.pack("<I", 0xBF800000 | random_bits & 0xFFFFF))[0])
 
 
 @asynccontextmanager
-async def journal(path: Path) -> AsyncIterator[Journal]:
-    opened = Journal(path)
+async def journal(path: Path, record: ControlRecord | None = None, sent_s: float = 60.0) -> AsyncIterator[Journal]:
+    opened = Journal(path, record or ControlRecord(), sent_s)
     try:
         yield opened
     finally:
@@ -178,3 +186,77 @@ def test_long_lines_are_not_held_as_a_whole(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 512 << 20
     finally:
         tracemalloc.stop()
+
+
+def ids_in(path: Path, *, is_sent: bool) -> list[str]:
+    return [request.admission.id for request in read_journal(path, NOW) if request.is_sent == is_sent]
+
+
+async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    async with journal(path, sent_s=0.2) as writing:
+        for number in range(3):
+            await writing.admit(admission(number))
+        writing.answer("id1", (0, 0), [row(5)])
+        for number in (0, 1):
+            writing.sent(f"id{number}")
+            writing.sent(f"id{number}")
+        await until(lambda: ids_in(path, is_sent=True) == ["id0", "id1"])
+        assert read_journal(path, NOW)[1] == OpenRequest(admission(1), {(0, 0): (row(5),)}, is_sent=True)
+        await until(lambda: ids_in(path, is_sent=True) == [] and ids_in(path, is_sent=False) == ["id2"])
+        writing.sent("id2")
+        await until(lambda: path.stat().st_size == 0)
+    assert path.read_bytes() == b""
+
+
+async def test_requests_whose_replies_were_sent_are_bounded_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamaclust.cluster.state.journal._SENT_BYTES", 5000)
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        for number in range(9):
+            await writing.admit(admission(number, "x" * 1000))
+            writing.sent(f"id{number}")
+        await writing.admit(admission(9))
+        assert ids_in(path, is_sent=True) == ["id5", "id6", "id7", "id8"]
+    assert ids_in(path, is_sent=True) == [] and ids_in(path, is_sent=False) == ["id9"]
+
+
+async def test_a_sealed_journal_leaves_everything_to_the_next_coordinator(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        for number in range(2):
+            await writing.admit(admission(number))
+        writing.sent("id0")
+        writing.seal()
+        writing.end("id1")
+        writing.answer("id1", (0, 0), [row(5)])
+        with pytest.raises(SupersededError, match="takes no requests any more"):
+            await writing.admit(admission(2))
+    assert ids_in(path, is_sent=True) == ["id0"] and ids_in(path, is_sent=False) == ["id1"]
+
+
+async def test_a_superseded_coordinator_does_not_touch_its_successors_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "journal"
+    record = ControlRecord.begin(tmp_path / "control.json")
+    async with journal(path, record) as writing:
+        await writing.admit(admission(0))
+        newer = ControlRecord.begin(tmp_path / "control.json")
+        assert (record.newer_term(), newer.newer_term()) == (2, 0)
+        async with journal(path, newer) as successor:
+            await successor.restore(read_journal(path, NOW))
+            with pytest.raises(SupersededError, match="takes no requests any more"):
+                for number in (5, 6):  # the first one finds it out
+                    await writing.admit(admission(number))
+            writing.end("id0")
+            with pytest.raises(SupersededError, match="newer coordinator"):
+                record.drain(frozenset({"a"}))
+            successor.answer("id0", (0, 0), [row(5)])
+    assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(5),)})]
+    assert (ControlRecord.begin(tmp_path / "control.json").term, newer.drained) == (3, frozenset())
+    assert [entry.message.partition(": ")[2] for entry in caplog.records if entry.levelname == "ERROR"] == [
+        "is a newer coordinator's (term 2), and not written any more"
+    ]

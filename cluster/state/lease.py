@@ -1,0 +1,192 @@
+"""A Lease of Kubernetes as a lock: one coordinator holds it, and renews it in time.
+
+The rules are those of client-go's leader election. Clocks of machines are not compared: a lease has run out when a
+candidate itself has seen no change of it for its duration. The holder ends itself before that where it cannot renew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+
+from llamaclust.cluster.config.sections import Lease
+from llamaclust.core.errors import LlamaclustError, SupersededError
+
+_RENEWED = 2 / 3
+"""Of the duration: a holder that has not renewed for so long is none any more."""
+_RETRIES = 7.5
+"""Attempts in a duration."""
+_LOOK_S = 0.1
+_CONFLICT, _NOT_FOUND = 409, 404
+
+_log = logging.getLogger(__name__)
+
+
+class LeaseLock:
+    """Of one process. Use `take`, `renew` and `release` from one thread at a time; `close` it."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"
+        self.renewed_s: float | None = None  # by `now_s`; None: not held
+        self._lease = lease
+        self._seen: dict[str, Any] | None = None  # the spec that another holder wrote last
+        self._seen_s = 0.0
+        path = f"/apis/coordination.k8s.io/v1/namespaces/{lease.namespace}/leases/{lease.name}"
+        self._url = f"{lease.api}{path}"
+        self._http = httpx.Client(verify=_trust(lease), timeout=lease.duration / 5, trust_env=False)
+
+    @property
+    def retry_s(self) -> float:
+        """Between two attempts."""
+        return self._lease.duration / _RETRIES
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it was renewed lately, so that no other process can have it."""
+        return self.renewed_s is not None and now_s() - self.renewed_s < self._lease.duration * _RENEWED
+
+    def take(self) -> bool:
+        """Whether the lease is this process's now. LlamaclustError where the API server does not say."""
+        begun_s, lease = now_s(), self._read()
+        if not self._is_free(lease.get("spec") or {}):
+            return False
+        return self._write(lease, begun_s)
+
+    def renew(self) -> None:
+        """SupersededError where another process has it; LlamaclustError where the API server does not answer."""
+        begun_s, lease = now_s(), self._read()
+        holder = _holder(lease)
+        if holder not in ("", self.identity):
+            raise SupersededError(f"{holder} has the Lease {self._lease.name} now")
+        self._write(lease, begun_s)  # after a conflict, the next attempt sees who has it
+
+    def release(self) -> None:
+        """Others need not wait for its end."""
+        self.renewed_s = None
+        lease = self._read()
+        if _holder(lease) == self.identity:
+            lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _timestamp()}
+            self._put(lease)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _is_free(self, spec: dict[str, Any]) -> bool:
+        if (spec.get("holderIdentity") or "") in ("", self.identity):
+            return True
+        if spec != self._seen:
+            self._seen, self._seen_s = spec, now_s()
+        duration_s = spec.get("leaseDurationSeconds") or self._lease.duration
+        return now_s() - self._seen_s > duration_s
+
+    def _write(self, lease: dict[str, Any], begun_s: float) -> bool:
+        """As its holder; False where the object has changed meanwhile."""
+        spec, now = lease.get("spec") or {}, _timestamp()
+        if spec.get("holderIdentity") != self.identity:
+            spec |= {"acquireTime": now, "leaseTransitions": (spec.get("leaseTransitions") or 0) + 1}
+        seconds = max(1, -(-self._lease.duration // 1))
+        spec |= {"holderIdentity": self.identity, "renewTime": now, "leaseDurationSeconds": int(seconds)}
+        if not self._put(lease | {"spec": spec}):
+            return False
+        self.renewed_s = begun_s
+        return True
+
+    def _read(self) -> dict[str, Any]:
+        reply = self._send("GET", None)
+        if reply.status_code == _NOT_FOUND:
+            raise LlamaclustError(f"Lease {self._lease.namespace}/{self._lease.name}: there is none; create it")
+        return _json(reply)
+
+    def _put(self, lease: dict[str, Any]) -> bool:
+        """With the `resourceVersion` that was read, so that no other change is overwritten."""
+        reply = self._send("PUT", lease)
+        if reply.status_code == _CONFLICT:
+            return False
+        _json(reply)
+        return True
+
+    def _send(self, method: str, content: dict[str, Any] | None) -> httpx.Response:
+        try:
+            token = (self._lease.account / "token").read_text().strip()  # the kubelet replaces it now and then
+            return self._http.request(method, self._url, json=content, headers={"Authorization": f"Bearer {token}"})
+        except (httpx.HTTPError, OSError) as error:
+            raise LlamaclustError(f"Lease {self._lease.name}: {self._lease.api}: {error or repr(error)}") from error
+
+
+@contextmanager
+def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
+    """Renews a lease that was taken, and gives it up at the end. Where it cannot be renewed in time, `lost` gets the
+    reason, in a thread."""
+    end = threading.Event()
+    reasons = ["it was not renewed in time"]
+
+    def renew() -> None:
+        while not end.wait(lock.retry_s):
+            try:
+                lock.renew()
+            except SupersededError as error:
+                lost(str(error))
+                return
+            except LlamaclustError as error:
+                reasons[0] = str(error)
+                _log.warning("the lease is not renewed: %s", error)
+
+    def watch() -> None:  # a request to the API server may hang
+        while not end.wait(_LOOK_S):
+            if not lock.is_current:
+                lost(reasons[0])
+                return
+
+    threads = [threading.Thread(target=run, name="lease", daemon=True) for run in (renew, watch)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        threads[1].join()
+        threads[0].join(lock.retry_s)
+        if not threads[0].is_alive():
+            with suppress(LlamaclustError):
+                lock.release()
+
+
+def now_s() -> float:
+    """Goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _holder(lease: dict[str, Any]) -> str:
+    return (lease.get("spec") or {}).get("holderIdentity") or ""
+
+
+def _timestamp() -> str:
+    """For people: no decision depends on it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _trust(lease: Lease) -> ssl.SSLContext | bool:
+    file = lease.account / "ca.crt"
+    return ssl.create_default_context(cafile=os.fspath(file)) if file.is_file() else True
+
+
+def _json(reply: httpx.Response) -> dict[str, Any]:
+    try:
+        content = reply.json()
+    except ValueError:
+        content = {}
+    if reply.is_success and isinstance(content, dict):
+        return content
+    reason = content.get("message", "") if isinstance(content, dict) else ""
+    raise LlamaclustError(f"the API server answers {reply.status_code} {reason}".strip())

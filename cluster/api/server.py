@@ -31,6 +31,7 @@ _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
 _READ_S = 5.0
 _LEAVE_S = 1.0  # for a client that still sends: one that is cut off sees a reset and no reply
+_LIVE = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -140,8 +141,11 @@ def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
 class StartingReplies:
     """Answers on a listening socket, which stays open, while it is entered; `close` it when the API itself answers."""
 
-    def __init__(self, listener: socket.socket, api_keys: Sequence[str], report: Report) -> None:
-        """What the start waits for is for those with a key."""
+    def __init__(
+        self, listener: socket.socket, api_keys: Sequence[str], report: Report, *, is_live: bool = False
+    ) -> None:
+        """What the start waits for is for those with a key. `is_live`: /live is answered 200."""
+        self._is_live = is_live
         self._keys = ApiKeys(api_keys)
         self._report = report
         self._awaited = ""
@@ -167,6 +171,8 @@ class StartingReplies:
         self._report(event)
 
     def _reply(self, head: bytes) -> bytes:
+        if self._is_live and head.split(b" ")[1:2] == [b"/live"]:
+            return _LIVE
         lines = head.decode("latin-1").split("\r\n")
         values = [line.partition(":")[2] for line in lines if line.lower().startswith("authorization:")]
         is_trusted = self._keys.error("".join(values[:1]).strip()) is None

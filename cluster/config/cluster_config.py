@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from llamaclust.cluster.config.document import Document, override, read_document
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.errors import PlaceError, explain, hint
-from llamaclust.cluster.config.sections import AnyWorker, Join, PlanEntry, Ray, Section, Timeouts, WorkerConfig
+from llamaclust.cluster.config.sections import AnyWorker, Join, Lease, PlanEntry, Ray, Section, Timeouts, WorkerConfig
 from llamaclust.cluster.config.values import (
     Address,
     FilePath,
@@ -88,6 +88,8 @@ class ClusterConfig(Section):
     """File of API keys, one a line, mode 0600; needed when `listen` is not a loopback address."""
     state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)
     """Plans, measurements, logs. By default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
+    lease: Lease | None = None
+    """Kubernetes's lock of coordinators that share `state_dir`; by default a file in that directory is the lock."""
     timeouts: Timeouts = Timeouts()
     """After how long to give up."""
 
@@ -120,10 +122,14 @@ class ClusterConfig(Section):
     def _check_launcher(self) -> Self:
         if self.launcher != "ray" and self.ray != Ray():
             raise PlaceError(("ray",), f"is for launcher: ray, and this one is {self.launcher}")
+        if self.lease is not None and self.launcher == "mpi":
+            raise PlaceError(("lease",), "is not for launcher: mpi, whose workers and coordinator are one program")
         if self.launcher == "static":
             return self
         if self.awaits_any:
             raise PlaceError(("workers",), f"name the workers: only launcher static waits for any {len(self.workers)}")
+        if self.join.addresses:
+            raise PlaceError(("join", "addresses"), f"is for launcher: static; {self.launcher} starts workers itself")
         if self.launcher == "local" and self.join != Join():
             why = "is for launcher: static, ray or mpi; only processes of this machine reach local workers"
             raise PlaceError(("join",), why)
@@ -226,9 +232,10 @@ def _anchored(document: Document, folder: Path) -> Document:
         keys.append("chat_template")
     for key in keys:
         _anchor(values, key, folder)
-    if isinstance(values.get("join"), dict):
-        values["join"] = dict(values["join"])
-        _anchor(values["join"], "trust_dir", folder)
+    for section, key in (("join", "trust_dir"), ("lease", "account")):
+        if isinstance(values.get(section), dict):
+            values[section] = dict(values[section])
+            _anchor(values[section], key, folder)
     return replace(document, values=values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -21,6 +22,7 @@ from llamaclust.cluster.config.values import (
 
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
+_LEAST_LEASE_S = 1.0
 
 
 class Section(BaseModel):
@@ -74,6 +76,8 @@ class Join(Section):
     """HOST:PORT that workers are told to join: there they get their certificates, and nothing else is spoken."""
     members: Address = "0.0.0.0:7101"
     """HOST:PORT of the coordinator for workers that have certificates; these are told of it."""
+    addresses: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
+    """HOST:PORT by which workers reach the coordinator and its standbys, for the command that `up` prints."""
     wait: Duration = 600.0
     """How long `up` waits for its workers."""
     trust_dir: FilePath | None = None
@@ -89,6 +93,27 @@ class Ray(Section):
     """How the workers are placed over Ray's nodes; Ray's own words."""
     allow_unauthenticated: bool = False
     """Whether a Ray cluster may be used that requires no token: every client that reaches it can run programs on it."""
+
+
+class Lease(Section):
+    """The Lease of Kubernetes that one of several coordinators holds: that one serves, the others wait."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+    """Name of the object, which must be there."""
+    namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")] = "default"
+    """Its namespace."""
+    duration: Duration = 15.0
+    """Without renewal for so long, another coordinator takes it; its holder ends after two thirds; 1 s at least."""
+    api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$")] = "https://kubernetes.default.svc"
+    """The API server."""
+    account: FilePath = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+    """Folder of the service account's `token` and the API server's `ca.crt`."""
+
+    @model_validator(mode="after")
+    def _check_duration(self) -> Self:
+        if self.duration < _LEAST_LEASE_S:
+            raise PlaceError(("duration",), f"{self.duration:g} s is too short for renewals; set 1s or more")
+        return self
 
 
 class PlanEntry(Section):

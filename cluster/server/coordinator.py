@@ -50,6 +50,7 @@ class Cluster:
     launcher: Launcher
     supervisor: Supervisor
     engine: Engine
+    record: ControlRecord
 
     @property
     def plan(self) -> Plan:
@@ -94,7 +95,7 @@ async def open_cluster(
                 supervisor = Supervisor(config, epochs, planner, fleet, report)
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
-                    yield Cluster(config, model, registry, launcher, supervisor, engine)
+                    yield Cluster(config, model, registry, launcher, supervisor, engine, record)
 
 
 async def _shortfall(planner: ClusterPlanner, registry: Registry, drained: frozenset[str]) -> LlamaclustError | None:

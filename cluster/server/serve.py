@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -25,14 +24,17 @@ from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.server.answer_digest import answer_digest
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
+from llamaclust.cluster.server.leadership import leading
+from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import Draining, Notice, Ready, Report
 from llamaclust.cluster.state.journal import Journal, OpenRequest, read_journal
 from llamaclust.cluster.text.service import TextService, TextSettings
-from llamaclust.core.errors import UsageError, WorkerError
+from llamaclust.core.errors import SupersededError, UsageError, WorkerError
 from llamaclust.core.interpreter import share_interpreter
 
 _DRAIN_S = 30.0
@@ -51,12 +53,20 @@ _log = logging.getLogger(__name__)
 def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby: bool = False) -> None:
     """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them.
     A standby first waits for the end of the coordinator that has the name, and ends with one that is stopped in order.
+    With a Lease, all coordinators wait for that, and what one leaves is the next one's.
 
     Raises UsageError for a name or port that is taken and for API keys that cannot be used, and what `open_cluster`
     raises.
     """
     folder = ClusterDir(config.state_dir / config.name)
     settings = _api_settings(config)
+    if config.lease is not None:
+        with _listening(config) as listener, leading(config.lease, listener, settings, report) as is_leader:
+            if is_leader:
+                with folder.kept():
+                    front = _Front(listener, _record(config, listener), settings, report)
+                    asyncio.run(_until_signal(config, model_path, folder, front))
+        return
     if is_standby:
         report(Notice(f"{config.name}: this standby takes over when the coordinator ends unexpectedly"))
     with folder.locked(is_standby=is_standby) as is_held:
@@ -79,38 +89,12 @@ class _Front:
     report: Report
 
 
-class _Signals:
-    """The first signal ends a start at once and a running cluster after its requests; the second ends both at once."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.ready = False
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._received)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-            loop.add_signal_handler(signal.SIGHUP, self._lose_terminal)
-
-    def _lose_terminal(self) -> None:
-        """Shell and kernel may both tell of it: that makes no second signal."""
-        if not self.asked.is_set():
-            self._received()
-
-    def _received(self) -> None:
-        if not self.ready or self.asked.is_set():
-            self._task.cancel()
-        self.asked.set()
-
-
 async def _until_signal(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
-    signals = _Signals()
+    signals = Signals()
     try:
         folder.write_record(front.record)
         async with (
-            StartingReplies(front.listener, front.settings.api_keys, front.report) as replies,
+            _starting_replies(config, front) as replies,
             open_cluster(config, model_path, folder, replies.report) as cluster,
         ):
             replies.close()
@@ -123,6 +107,12 @@ async def _until_signal(config: ClusterConfig, model_path: Path, folder: Cluster
         folder.remove_record()
 
 
+def _starting_replies(config: ClusterConfig, front: _Front) -> StartingReplies:
+    """Who waits for a lease was alive before, and stays so."""
+    is_live = config.lease is not None
+    return StartingReplies(front.listener, front.settings.api_keys, front.report, is_live=is_live)
+
+
 def _settle_memory() -> None:
     """What is there now stays: looking through it for garbage again and again would hold up every request."""
     gc.collect()
@@ -130,7 +120,7 @@ def _settle_memory() -> None:
     gc.set_threshold(_COLLECT_EVERY)
 
 
-async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: _Signals) -> None:
+async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: Signals) -> None:
     """Serves the API of a cluster until it is asked to stop."""
     config, record = cluster.config, front.record
     text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
@@ -141,29 +131,42 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     allow_many_files()
     async with _journalled(cluster, folder) as durability, aclosing(Replies(front.settings, durability)) as replies:
         app = create_app(service, replies, engine, show, admission, pool)
-        await replies.restore(await asyncio.to_thread(_open_requests, folder.journal, durability.served))
-        server = _Server(server_config(app, front.settings))
-        serving = asyncio.create_task(server.serve(sockets=[front.listener]))
-        try:
-            await asyncio.wait_for(server.answers.wait(), _START_S)
-            signals.ready = True
-            front.report(Ready(record.name, record.api, record.model, record.api_keys_file))
-            await first_of(_asked(signals), cluster.registry.superseded())
-            await first_of(_drain(cluster.engine, admission), _report_requests(service, front.report))
-            server.should_exit = True  # replies that are being written have a moment
-            await _ended(serving)
-        finally:
-            server.should_exit = server.force_exit = True
-            await _ended(serving)
+        with _left_to_the_next(durability.journal, signals):
+            await replies.restore(await asyncio.to_thread(_open_requests, folder.journal, durability.served))
+            server = _Server(server_config(app, front.settings))
+            serving = asyncio.create_task(server.serve(sockets=[front.listener]))
+            try:
+                await asyncio.wait_for(server.answers.wait(), _START_S)
+                signals.ready = True
+                front.report(Ready(record.name, record.api, record.model, record.api_keys_file))
+                await first_of(_asked(signals), cluster.registry.superseded())
+                left = None if config.lease is None else _Inheritance(cluster.registry, durability.journal)
+                await first_of(_drain(engine, admission, left), _report_requests(service, front.report))
+                server.should_exit = True  # replies that are being written have a moment
+                await _ended(serving)
+            finally:
+                server.should_exit = server.force_exit = True
+                await _ended(serving)
+
+
+@contextmanager
+def _left_to_the_next(journal: Journal, signals: Signals) -> Iterator[None]:
+    """What is in the journal stays there where this coordinator ends before it serves, or is superseded."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SupersededError) or not signals.ready:
+            journal.seal()
+        raise
 
 
 @asynccontextmanager
 async def _journalled(cluster: Cluster, folder: ClusterDir) -> AsyncIterator[Durability]:
     """Where admitted requests are written for the next coordinator."""
-    model, context_length = cluster.model, cluster.plan.context_length
+    model, context_length, timeouts = cluster.model, cluster.plan.context_length, cluster.config.timeouts
     served = answer_digest(cluster.config, model.model_id, model.chat_template.source, context_length)
-    async with aclosing(Journal(folder.journal)) as journal:
-        yield Durability(journal, served, cluster.config.timeouts.request)
+    async with aclosing(Journal(folder.journal, cluster.record, timeouts.resume)) as journal:
+        yield Durability(journal, served, timeouts.request)
 
 
 def _open_requests(path: Path, served: str) -> list[OpenRequest]:
@@ -186,7 +189,7 @@ async def _report_requests(service: TextService, report: Report) -> None:
         await asyncio.sleep(_LOOK_S)
 
 
-async def _asked(signals: _Signals) -> None:
+async def _asked(signals: Signals) -> None:
     await signals.asked.wait()
 
 
@@ -195,9 +198,21 @@ async def _ended(serving: asyncio.Task[None]) -> None:
         await asyncio.wait_for(serving, _END_S)
 
 
-async def _drain(engine: Engine, admission: Admission) -> None:
-    """No new requests; those that were accepted are answered, with all their choices. What is left after that is told
-    why it ends."""
+@dataclass(frozen=True, slots=True)
+class _Inheritance:
+    """What a coordinator that is stopped leaves to one that waits for the lease."""
+
+    registry: Registry
+    journal: Journal
+
+    def leave(self) -> None:
+        self.journal.seal()
+        self.registry.leave_workers()
+
+
+async def _drain(engine: Engine, admission: Admission, left: _Inheritance | None = None) -> None:
+    """No new requests; those that were accepted are answered, with all their choices. Requests that remain after that
+    are left to the next coordinator, or told why they end."""
     admission.stop()
     try:
         with suppress(TimeoutError):
@@ -205,7 +220,11 @@ async def _drain(engine: Engine, admission: Admission) -> None:
                 await engine.drain(_DRAIN_S)
                 await admission.wait_idle()
     finally:
-        engine.break_down(WorkerError("the cluster is stopping"))
+        if left is None:
+            engine.break_down(WorkerError("the cluster is stopping"))
+        else:
+            left.leave()
+            engine.break_down(SupersededError("this coordinator is stopping; the next one goes on"))
         admission.end()
 
 

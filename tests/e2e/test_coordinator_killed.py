@@ -8,21 +8,17 @@ import os
 import random
 import signal
 import socket
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import CommandLine, command_line
+from support.clusters.streamed_answers import STREAMS, TOKENS, answers
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
-
-STREAMS = 6
-TOKENS = 150
 
 
 @pytest.fixture
@@ -41,26 +37,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def options(number: int) -> dict[str, Any]:
-    """Greedy and drawn, with penalties and without."""
-    more = {"temperature": 0.9, "seed": number, "repetition_penalty": 1.1} if number % 2 else {}
-    return {"max_tokens": TOKENS, "ignore_eos": True, **more}
-
-
-async def answer(client: AsyncClient, number: int, arrived: list[int]) -> list[tuple[int, bytes]]:
-    """Tokens with the bits of their logprobs; counts them as they come."""
-    rows = []
-    async for chunk in client.generate(f"prompt {number}", stream=True, **options(number)):
-        rows += [(row.token, struct.pack("<f", row.logprob)) for row in chunk.rows]
-        arrived[number] = len(rows)
-    return rows
-
-
-async def answers(api: str, arrived: list[int]) -> list[list[tuple[int, bytes]]]:
-    async with AsyncClient(api) as client:
-        return list(await asyncio.gather(*(answer(client, number, arrived) for number in range(STREAMS))))
 
 
 @pytest.mark.parametrize("with_standby", [False, True])
@@ -87,6 +63,7 @@ async def test_requests_outlive_a_killed_coordinator(line: CommandLine, model: P
             await asyncio.to_thread(again.says, "tiny is ready")
         async with asyncio.timeout(120):
             assert await asking == undisturbed
+        assert line.run("down").code == 0
         assert (line.cluster_dir("tiny") / "requests.journal").stat().st_size == 0
 
 

@@ -192,14 +192,20 @@ class CommandLine:
         others = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLUST_")}
         return others | own | self._variables
 
-    def start(self, *arguments: str | bytes | Path, out: Path | None = None, before: Sequence[str] = ()) -> Running:
+    def start(
+        self,
+        *arguments: str | bytes | Path,
+        out: Path | None = None,
+        before: Sequence[str] = (),
+        program: Sequence[str | Path] = COMMAND,
+    ) -> Running:
         """A command in its own session; it reads nothing. `out` is where its standard output goes; `before` are words
         that run the command in another place, and become it."""
         number = len(self._started)
         out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
         with out.open("wb") as to_out, err.open("wb") as to_err:
             process = subprocess.Popen(
-                [*before, *COMMAND, *arguments],
+                [*before, *program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=to_out,
                 stderr=to_err,

@@ -228,6 +228,10 @@ MATRIX: dict[str, Mapping[str, Any]] = {
         "model": {"volume": {"kind": "shared"}},
     },
     "version six": {"ipv6": True},
+    "two coordinators": {
+        "coordinator": {"replicas": 2, "persistence": {"accessModes": ["ReadWriteMany"], "storageClass": "nfs"}},
+        "networkPolicy": {"apiServer": [{"ipBlock": {"cidr": "10.96.0.1/32"}}]},
+    },
     "settings of the cluster": {
         "config": {
             "context_length": 8192,

@@ -1,0 +1,65 @@
+"""Which of several coordinators serves: the holder of the Lease. The others wait, and say so on their API's port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from llamaclust.cluster.api.server import StartingReplies
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.config.sections import Lease
+from llamaclust.cluster.server.signals import Signals
+from llamaclust.cluster.state.events import Report, Waiting
+from llamaclust.cluster.state.lease import LeaseLock, held
+from llamaclust.core.errors import LlamaclustError
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def leading(lease: Lease, listener: socket.socket, settings: ApiSettings, report: Report) -> Iterator[bool]:
+    """Waits for the lease, and holds it meanwhile; gives False where a signal ended the wait. Where it cannot be
+    renewed, this process ends at once, as by a kill: another one may have it."""
+
+    def lost(reason: str) -> None:
+        _log.error("this coordinator ends: it does not hold the Lease %s any more: %s", lease.name, reason)
+        logging.shutdown()
+        os._exit(1)
+
+    lock = LeaseLock(lease)
+    starting = StartingReplies(listener, settings.api_keys, report, is_live=True)
+    try:
+        if asyncio.run(_taken(lease, lock, starting)):
+            with held(lock, lost):
+                yield True
+        else:
+            yield False
+    finally:
+        lock.close()
+
+
+async def _taken(lease: Lease, lock: LeaseLock, starting: StartingReplies) -> bool:
+    Signals()
+    with suppress(asyncio.CancelledError):
+        async with starting as replies:
+            replies.report(Waiting(f"the Lease {lease.name}"))
+            await _take(lock)
+            return True
+    return False
+
+
+async def _take(lock: LeaseLock) -> None:
+    logged = ""
+    while True:
+        try:
+            if await asyncio.to_thread(lock.take):
+                return
+        except LlamaclustError as error:
+            if str(error) != logged:
+                _log.warning("waiting for the lease: %s", error)
+            logged = str(error)
+        await asyncio.sleep(lock.retry_s)

@@ -1,0 +1,32 @@
+"""Signals that end a coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+
+class Signals:
+    """The first signal ends a start at once and a running cluster after its requests; the second ends both at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.ready = False
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._received)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(signal.SIGHUP, self._lose_terminal)
+
+    def _lose_terminal(self) -> None:
+        """Shell and kernel may both tell of it: that makes no second signal."""
+        if not self.asked.is_set():
+            self._received()
+
+    def _received(self) -> None:
+        if not self.ready or self.asked.is_set():
+            self._task.cancel()
+        self.asked.set()

@@ -1,0 +1,199 @@
+"""A Lease as a lock: one holder at a time, whatever clocks, conflicts and a silent API server do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.config.sections import Lease
+from llamaclust.cluster.state import lease as lease_module
+from llamaclust.cluster.state.lease import LeaseLock, held
+from llamaclust.core.errors import LlamaclustError, SupersededError
+from support.clusters.command_line import eventually
+from support.kubernetes.lease_api import LeaseApi, lease_api, lease_values
+
+
+@pytest.fixture
+def api() -> Iterator[LeaseApi]:
+    with lease_api() as server:
+        yield server
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(lease_module, "now_s", made)
+    return made
+
+
+class Clock:
+    """Of this machine."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Locks:
+    """Locks of several processes on one lease."""
+
+    def __init__(self, api: LeaseApi, folder: Path, duration: str = "15s") -> None:
+        self._settings = Lease.model_validate(lease_values(api, folder, duration))
+
+    def __call__(self) -> LeaseLock:
+        return LeaseLock(self._settings)
+
+
+@pytest.fixture
+def locks(api: LeaseApi, tmp_path: Path) -> Locks:
+    return Locks(api, tmp_path)
+
+
+def test_one_of_several_takes_a_free_lease(api: LeaseApi, locks: Locks, clock: Clock) -> None:
+    first, second = locks(), locks()
+    assert first.identity != second.identity
+    assert first.take() and not second.take() and first.take()
+    assert api.holder == first.identity and first.is_current and not second.is_current
+    assert api.spec is not None and api.spec["leaseDurationSeconds"] == 15 and api.spec["leaseTransitions"] == 1
+    first.release()
+    assert not first.is_current and second.take() and api.spec["leaseTransitions"] == 2
+
+
+def test_a_lease_runs_out_by_the_candidates_own_clock(api: LeaseApi, locks: Locks, clock: Clock) -> None:
+    """The holder's clock may be years away; each renewal begins the wait anew."""
+    candidate = locks()
+    for renewed in ("1970-01-01T00:00:00.000000Z", "2100-01-01T00:00:00.000000Z"):
+        api.change(holderIdentity="other", leaseDurationSeconds=15, renewTime=renewed)
+        assert not candidate.take(), "it has just been seen for the first time"
+        clock.now += 14.9
+        assert not candidate.take()
+    clock.now += 0.2
+    assert candidate.take() and api.holder == candidate.identity
+
+
+def test_the_holders_duration_counts(api: LeaseApi, locks: Locks, clock: Clock) -> None:
+    candidate = locks()
+    api.change(holderIdentity="other", leaseDurationSeconds=60, renewTime="x")
+    assert not candidate.take()
+    clock.now += 59
+    assert not candidate.take()
+    clock.now += 2
+    assert candidate.take()
+
+
+def test_of_two_candidates_at_once_one_gets_it(api: LeaseApi, locks: Locks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have read the free lease before either writes."""
+    both_read, read = threading.Barrier(4), LeaseLock._read
+
+    def together(self: LeaseLock) -> object:
+        lease = read(self)
+        both_read.wait(10)
+        return lease
+
+    monkeypatch.setattr(LeaseLock, "_read", together)
+    results: list[bool] = []
+    threads = [threading.Thread(target=lambda: results.append(locks().take())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(results) == [False, False, False, True]
+
+
+def test_a_conflict_is_no_loss(api: LeaseApi, locks: Locks, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as `helm upgrade`, which writes a label between a holder's reading and writing."""
+    holder = locks()
+    assert holder.take()
+    read = LeaseLock._read
+
+    def changed_meanwhile(self: LeaseLock) -> object:
+        lease = read(self)
+        api.change()
+        return lease
+
+    clock.now += 5
+    monkeypatch.setattr(LeaseLock, "_read", changed_meanwhile)
+    holder.renew()
+    assert holder.renewed_s == 1000.0
+    monkeypatch.setattr(LeaseLock, "_read", read)
+    holder.renew()
+    assert holder.renewed_s == 1005.0
+
+
+def test_a_holder_does_not_take_back_a_lease_that_another_one_has(api: LeaseApi, locks: Locks, clock: Clock) -> None:
+    holder, standby = locks(), locks()
+    assert holder.take() and not standby.take()
+    clock.now += 15.1
+    assert standby.take()
+    with pytest.raises(SupersededError, match=f"{standby.identity} has the Lease brain now"):
+        holder.renew()
+    holder.release()
+    assert api.holder == standby.identity
+
+
+def test_the_time_of_a_renewal_is_when_it_was_sent(
+    api: LeaseApi, locks: Locks, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = locks()
+    put = LeaseLock._put
+
+    def slow(self: LeaseLock, lease: dict[str, object]) -> bool:
+        clock.now += 9
+        return put(self, lease)
+
+    monkeypatch.setattr(LeaseLock, "_put", slow)
+    assert holder.take() and holder.is_current
+    clock.now += 1.1
+    assert not holder.is_current, "others may have waited since before the answer came"
+
+
+@pytest.mark.parametrize(
+    ("permits", "spec", "said"),
+    [(False, {}, "the API server answers 403 leases is forbidden"), (True, None, "there is none; create it")],
+)
+def test_what_stands_in_the_way_is_said(
+    api: LeaseApi, locks: Locks, permits: bool, spec: dict[str, object] | None, said: str
+) -> None:
+    api.permits, api.spec = permits, spec
+    with pytest.raises(LlamaclustError, match=said):
+        locks().take()
+
+
+@pytest.mark.parametrize("kind", ["taken", "forbidden", "hangs"])
+def test_a_holder_that_cannot_renew_loses_it_before_others_take_it(api: LeaseApi, tmp_path: Path, kind: str) -> None:
+    lock, reasons, lost = Locks(api, tmp_path, "2s")(), list[str](), threading.Event()
+
+    def note(reason: str) -> None:
+        reasons.append(reason)
+        lost.set()
+
+    assert lock.take()
+    with held(lock, note):
+        seen = api.version
+        eventually(lambda: api.version > seen + 2, 10.0, "renewals")
+        assert not reasons
+        if kind == "taken":
+            api.change(holderIdentity="other")
+        elif kind == "forbidden":
+            api.permits = False
+        else:
+            api.answers.clear()
+        assert lost.wait(10)
+        since_s = time.clock_gettime(time.CLOCK_BOOTTIME) - (lock.renewed_s or 0.0)
+        assert kind == "taken" or since_s > 1.3
+        expected = {"taken": "other has the Lease", "forbidden": "403", "hangs": "timed out"}[kind]
+        assert expected in reasons[0] or (kind == "hangs" and reasons[0] == "it was not renewed in time")
+        api.answers.set()
+
+
+def test_a_lease_that_is_given_up_is_free_at_once(api: LeaseApi, locks: Locks) -> None:
+    lock, other = locks(), locks()
+    assert lock.take()
+    with held(lock, pytest.fail):
+        assert not other.take()
+    assert api.holder == "" and other.take()

@@ -21,6 +21,7 @@ OWNED = (
     "launcher",
     "listen",
     "join",
+    "lease",
     "insecure",
     "ray",
     "workers",

@@ -19,12 +19,13 @@
     - {name: control, containerPort: {{ include "llamaclust.controlPort" . }}}
     {{- end }}
   # The API answers once all workers have loaded; a start that waits too long ends by itself, a minute before this.
+  # Where coordinators wait for a lease, /live answers from the beginning.
   startupProbe:
     httpGet: {path: /live, port: api}
     periodSeconds: 5
     timeoutSeconds: 5
     failureThreshold: {{ add (div .Values.coordinator.startupSeconds 5) 12 }}
-  # Requests are taken.
+  # Requests are taken; not by a standby, which gets none from the Service.
   readinessProbe:
     httpGet: {path: /health, port: api}
     periodSeconds: 5
@@ -40,6 +41,9 @@
     {{- include "llamaclust.dataMounts" . | nindent 4 }}
     - {name: config, mountPath: /etc/llamaclust, readOnly: true}
     - {name: private, mountPath: /run/llamaclust, readOnly: true}
+    {{- if include "llamaclust.lease" . }}
+    - {name: account, mountPath: /run/kubernetes, readOnly: true}
+    {{- end }}
 {{- end }}
 
 {{- define "llamaclust.coordinatorInit" -}}
@@ -89,6 +93,14 @@
   {{- else }}
   emptyDir: {sizeLimit: {{ .Values.coordinator.persistence.size }}}
   {{- end }}
+{{- if include "llamaclust.lease" . }}
+- name: account
+  projected:
+    defaultMode: 0440
+    sources:
+      - serviceAccountToken: {path: token, expirationSeconds: 3600}
+      - configMap: {name: kube-root-ca.crt, items: [{key: ca.crt, path: ca.crt}]}
+{{- end }}
 {{ include "llamaclust.privateVolume" . }}
 {{ include "llamaclust.sharedVolumes" . }}
 {{- end }}

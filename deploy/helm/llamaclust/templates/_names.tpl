@@ -14,6 +14,11 @@
 {{ .Values.serviceAccount.name | default (ternary (include "llamaclust.fullname" .) "default" .Values.serviceAccount.create) }}
 {{- end }}
 
+{{/* The lock of several coordinators; empty for one. */}}
+{{- define "llamaclust.lease" -}}
+{{- if gt (int .Values.coordinator.replicas) 1 }}{{ include "llamaclust.fullname" . }}-coordinator{{ end }}
+{{- end }}
+
 {{- define "llamaclust.joinSecret" -}}
 {{ .Values.joinToken.existingSecret | default (printf "%s-join" (include "llamaclust.fullname" .)) }}
 {{- end }}

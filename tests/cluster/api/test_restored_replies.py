@@ -1,0 +1,173 @@
+"""Replies that an earlier coordinator left in its journal: computed again, or when their clients come back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.api.openai.reply import OpenAiReply
+from llamaclust.cluster.api.replies.kept import KeptReply
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.journal import Admission, Journal, read_journal
+from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.core.errors import QueueFullError
+from support.clusters.resumable import (
+    KEY,
+    PATHS,
+    SERVED,
+    KilledJournal,
+    assert_same,
+    body_of,
+    is_idle,
+    served,
+    stream,
+)
+from support.clusters.served import until
+from support.seed import SEED
+
+
+async def write_journal(path: Path, *admissions: Admission) -> None:
+    async with aclosing(Journal(path, ControlRecord(), 60.0)) as journal:
+        for admission in admissions:
+            await journal.admit(admission)
+
+
+def admission(number: int, body: str, *, endpoint: str = PATHS[0], is_streamed: bool = True) -> Admission:
+    return Admission(
+        id=f"{number:024x}",
+        endpoint=endpoint,
+        body=body,
+        seed=7,
+        created=1,
+        deadline=2e9,
+        served=SERVED,
+        idempotency_key=f"key {number}",
+        is_streamed=is_streamed,
+    )
+
+
+async def test_restored_requests_that_are_refused_fail_alone(tmp_path: Path) -> None:
+    path, good = tmp_path / "journal", json.dumps(body_of(PATHS[0]))
+    bad = (admission(0, "no JSON"), admission(1, good, endpoint="/gone"), admission(2, '{"prompt": "x", "n": -1}'))
+    await write_journal(path, *bad, admission(3, good))
+    async with served(path) as server:
+        assert (await stream(server.http, "GET", "/v1/streams/key 3"))[-1][1] == "[DONE]"
+        for number in range(3):
+            ((_, error),) = await stream(server.http, "GET", f"/v1/streams/key {number}")
+            assert isinstance(error, dict) and "error" in error
+
+
+async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path: Path) -> None:
+    path, body = tmp_path / "journal", json.dumps(body_of(PATHS[0]))
+    await write_journal(path, *(admission(number, body) for number in range(4)))
+    async with served(path, max_kept_replies=3) as server:
+        codes = [(await server.http.get(f"/v1/streams/key {number}")).status_code for number in range(4)]
+        assert codes == [200, 200, 200, 404]
+    await write_journal(path, *(admission(number, body) for number in range(4)))
+    async with served(path, max_kept_bytes=len(body) + 1) as server:
+        codes = [(await server.http.get(f"/v1/streams/key {number}")).status_code for number in range(4)]
+        assert codes == [200, 200, 404, 404]
+
+
+async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not streamed is answered as a whole; one that is cancelled meanwhile is not computed."""
+    path, computed, is_full = tmp_path / "journal", [], True
+    start = OpenAiReply.start
+
+    async def refusing(self: OpenAiReply) -> None:
+        if is_full:
+            raise QueueFullError("the queue is full", 0.01)
+        await start(self)
+        computed.append(self)
+
+    monkeypatch.setattr(OpenAiReply, "start", refusing)
+    body = json.dumps(body_of(PATHS[0], stream=False))
+    await write_journal(path, *(admission(number, body, is_streamed=False) for number in range(3)))
+    async with served(path) as server:
+        asking = [asyncio.create_task(server.http.get(f"/v1/streams/key {number}")) for number in (0, 2)]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in asking)
+        await server.http.delete("/v1/streams/key 0")
+        await server.http.delete("/v1/streams/key 1")
+        is_full = False
+        refused, whole = await asyncio.gather(*asking)
+        assert refused.status_code == 503 and whole.json()["choices"][0]["token_ids"]
+        assert len(computed) == 1
+
+
+async def test_a_start_that_is_refused_halfway_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue has room for the first of two prompts only: both are submitted again, and events have the same ids."""
+    submit, refusals = TextService.submit, [False, True]
+
+    def refusing(self: TextService, *arguments: Any) -> CompletionStream:
+        if refusals and refusals.pop(0):
+            raise QueueFullError("the queue is full", 0.01)
+        return submit(self, *arguments)
+
+    body = body_of(PATHS[0], prompt=["Hello", "you"], max_tokens=3)
+    async with served(tmp_path / "other") as server:
+        wanted = await stream(server.http, "POST", PATHS[0], json=body)
+    path = tmp_path / "journal"
+    await write_journal(path, admission(0, json.dumps(body)))
+    monkeypatch.setattr(TextService, "submit", refusing)
+    async with served(path) as server:
+        events = await stream(server.http, "GET", "/v1/streams/key 0")
+        assert not refusals
+        assert [event_id.partition(":")[2] for event_id, _ in events] == [
+            event_id.partition(":")[2] for event_id, _ in wanted
+        ]
+
+
+async def test_of_requests_at_once_in_one_conversation_one_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they come while the one before is being ended."""
+    end = KeptReply.aclose
+
+    async def slow(self: KeptReply) -> None:
+        await asyncio.sleep(0.02)
+        await end(self)
+
+    monkeypatch.setattr(KeptReply, "aclose", slow)
+    headers = {"X-Conversation-Id": "chat"}
+    async with served(tmp_path / "journal") as server:
+        server.pipeline.gate.clear()
+        post, body = server.http.post, body_of("/completion")
+        asking = [asyncio.create_task(post("/completion", json=body, headers=headers)) for _ in range(6)]
+        await until(lambda: sum(task.done() for task in asking) == 5)
+        server.pipeline.gate.set()
+        replies = await asyncio.gather(*asking)
+        assert sum("was cancelled" in reply.text for reply in replies) == 5
+
+
+@pytest.mark.parametrize("headers", [{}, KEY], ids=["direct", "kept"])
+@pytest.mark.parametrize("tokens", [90, 64])
+async def test_what_a_client_had_not_read_of_a_sent_reply_outlives_the_coordinator(
+    headers: dict[str, str], tokens: int, tmp_path: Path
+) -> None:
+    """It is computed when its client comes back, and not before; without a client the journal forgets it."""
+    path, body = tmp_path / "journal", body_of(PATHS[0], max_tokens=tokens)
+    async with served(path, KilledJournal) as server:
+        whole = await stream(server.http, "POST", PATHS[0], json=body, headers=headers)
+        await stream(server.http, "POST", PATHS[0], json=body)
+        await until(lambda: [request.is_sent for request in read_journal(path, 0.0, SERVED)] == [True, True])
+    events = whole[: random.Random(SEED).randrange(1, len(whole))]
+    request_id, last = events[-1][0].partition(":")[0], {"Last-Event-ID": events[-1][0]}
+    before = path.read_bytes()
+    async with served(path) as server:
+        assert is_idle(server.engine) and server.engine.scheduler.counts.running == 0
+        events += await stream(server.http, "GET", f"/v1/streams/{request_id}", headers=last)
+        assert_same(events, whole)
+    path.write_bytes(before)
+    async with served(path, resume_s=0.2) as server:
+        await until(lambda: path.stat().st_size == 0)
+        await asyncio.sleep(0.1)  # the reply's own timer
+        gone = await server.http.get(f"/v1/streams/{request_id}")
+        assert gone.status_code == 404 and is_idle(server.engine)

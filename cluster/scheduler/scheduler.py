@@ -56,9 +56,9 @@ _VISIBLE_WAITING = 8
 _MAX_FAILURES = 1
 """Rows of a sequence without a result before it fails."""
 
-_SHARED = 4
-"""So many times shorter are prefill chunks while another pipeline runs on the same workers. Only one of them is in
-flight then: the other pipeline's decode may wait for it at each stage."""
+_SHARED, _SHARED_ROWS = 4, 32
+"""While another pipeline runs on the same workers, prefill chunks are so many times shorter, have so many rows at most,
+since little is measured yet, and one is in flight: the other pipeline's decode may wait for it at each stage."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -322,10 +322,12 @@ class Scheduler:
         waiting = islice(self.queues.waiting, _VISIBLE_WAITING)
         pending = sum(map(_by_remaining, prefilling)) + sum(map(_by_remaining, waiting))
         self._burst_tokens = max(pending, self._burst_tokens if prefilling else 0)
-        alone, settings = self.queues.decoding == 0, self.settings
         if self.is_shared:
-            alone, settings = False, replace(settings, prefill_ms=settings.prefill_ms / _SHARED)
-        return chunk_rows(settings, self.times, self._burst_tokens, pending, decoding, alone=alone)
+            short = replace(self.settings, prefill_ms=self.settings.prefill_ms / _SHARED)
+            rows = chunk_rows(short, self.times, self._burst_tokens, pending, decoding, alone=False)
+            return min(rows, _SHARED_ROWS)
+        alone = self.queues.decoding == 0
+        return chunk_rows(self.settings, self.times, self._burst_tokens, pending, decoding, alone=alone)
 
     def _launch(self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
         if decoding == len(slices):

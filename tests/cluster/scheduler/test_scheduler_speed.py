@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from llamaclust.cluster.scheduler.chunking import chunk_rows
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
@@ -203,3 +204,19 @@ def test_curves_learn_lines_and_steps(seed: int) -> None:
     for rows in (1, 3, 8, 20, 64, 300, 512, 1000):
         predicted = curve.predict(rows)
         assert predicted == pytest.approx(fixed + row * rows, rel=0.05), rows
+
+
+def test_prompts_beside_another_pipeline_are_computed_in_short_chunks_one_at_a_time() -> None:
+    """Its decode waits for them at each stage, and may not wait for long."""
+    run, rows = simulated([linear(10, 1)] * 3), list[int]()
+
+    def check(scheduled: ScheduledMicrobatch) -> None:
+        counts = [len(taken.chunk.tokens) for taken in run.scheduler.in_flight.slices()]
+        rows.append(sum(count for count in counts if count > 1))
+
+    run.check = check
+    run.scheduler.is_shared = True
+    keys = [run.add(generation(index, 150, 4)) for index in range(3)]
+    run.finish()
+    assert 16 < max(rows) <= 32
+    assert all(len(run.rows(key)) == 4 for key in keys)

@@ -16,6 +16,19 @@ _MAX_USED_EXPERTS = 256  # of a token: what kernels have room for
 _MAX_WIDTH = 1 << 20
 _MAX_CONTEXT = 1 << 30
 
+_NEUTRAL_VALUES = {
+    "attention.clamp_kqv": (0,),
+    "attention.scale": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0,),
+    "embedding_scale": (0, 1),
+    "expert_gating_func": (0, 1),  # 1: softmax
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
+"""Keys of other architectures that would change the arithmetic of ours, and the values that change nothing."""
+
 
 class RopeScaling(StrEnum):
     """How positions past the trained context are handled."""
@@ -84,6 +97,7 @@ def read_hyperparameters(model: ModelFile) -> Hyperparameters:
     """Reads `{architecture}.*`; ModelFileError naming the key that is missing, out of bounds or contradicts another."""
     architecture = read_architecture(model)
     keys = ModelKeys(model, architecture)
+    _refuse_other_arithmetic(keys)
     embedding_length = keys.count("embedding_length", maximum=_MAX_WIDTH)
     head_count = keys.count("attention.head_count", maximum=1 << 14)
     head_count_kv = keys.count("attention.head_count_kv", head_count, maximum=head_count)
@@ -154,6 +168,13 @@ class ModelKeys:
             return [bool(flag) for flag in value[:layers]]
         period = self.model.metadata_int(self.full(key), default_period, minimum=0, maximum=1 << 10)
         return [period == 0 or layer % period < period - 1 for layer in range(layers)]
+
+
+def _refuse_other_arithmetic(keys: ModelKeys) -> None:
+    for key, neutral in _NEUTRAL_VALUES.items():
+        value: Any = keys.model.metadata.get(keys.full(key), neutral[0])
+        if not isinstance(value, int | float) or value not in neutral:
+            raise keys.error(key, f"{shown(str(value))}, which is not supported")
 
 
 def _read_key_length(keys: ModelKeys, embedding_length: int, head_count: int) -> int:

@@ -49,6 +49,25 @@ def test_defaults(tmp_path: Path) -> None:
     assert parameters.sliding_window is None and read(tmp_path, attention__sliding_window=0).sliding_window is None
 
 
+@pytest.mark.parametrize(
+    ("key", "neutral", "other"),
+    [
+        ("attention__clamp_kqv", 0.0, 6.0),
+        ("attention__scale", 0.0, 0.0078125),
+        ("embedding_scale", 1.0, 12.0),
+        ("expert_gating_func", 1, 2),
+        ("logit_scale", 1.0, 0.0625),
+        ("residual_scale", 1.0, np.array([1.0, 0.5], np.float32)),
+    ],
+)
+def test_keys_that_would_change_the_arithmetic_are_refused(
+    tmp_path: Path, key: str, neutral: WritableValue, other: WritableValue
+) -> None:
+    assert read(tmp_path, **{key: neutral}) == read(tmp_path)
+    with pytest.raises(ModelFileError, match=rf"llama\.{key.replace('__', '.')}': .*, which is not supported"):
+        read(tmp_path, **{key: other})
+
+
 def test_sliding_window(tmp_path: Path) -> None:
     assert read(tmp_path, attention__sliding_window=4096).sliding_window == 4096
     with pytest.raises(ModelFileError, match="sliding_window': -1, 0 to"):

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -105,14 +105,19 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 def _locked(path: Path) -> Iterator[None]:
     """The hidden file of the first one is there and locked: other writers of the same files wait or give up."""
     part = hidden_name(path)
-    while True:
-        with open(part, "ab", opener=_no_links) as file:
-            if not take_lock(file):
-                raise UsageError(f"{path}: another process is writing it; wait for it or give another name")
-            if _is_at(file, part):  # else the process that held the lock has given it its name meanwhile
-                file.truncate(0)
-                yield
-                return
+    try:
+        while True:
+            with open(part, "ab", opener=_no_links) as file:
+                if not take_lock(file):
+                    raise UsageError(f"{path}: another process is writing it; wait for it or give another name")
+                if _is_at(file, part):  # else the process that held the lock has given it its name meanwhile
+                    file.truncate(0)
+                    yield
+                    return
+    except BaseException:  # an interrupt may come as soon as the file is there
+        with suppress(OSError):
+            _delete_unlocked([part])
+        raise
 
 
 def take_lock(file: BinaryIO | int) -> bool:
@@ -146,7 +151,7 @@ def _clear(paths: Sequence[Path]) -> None:
 
 def _delete_unlocked(parts: Sequence[Path]) -> None:
     """All, the first one last, unless a process holds the lock, which is on the first one."""
-    with open(parts[0], "ab", opener=_no_links) as file:
+    with open(parts[0], "r+b", opener=_no_links) as file:
         if take_lock(file):
             for part in reversed(parts):
                 part.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import UsageError
+from llamaclust.model.gguf import atomic_file
 from llamaclust.model.gguf.atomic_file import hidden_name, new_file, new_files, part_paths
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.imatrix import Importance, ImportanceMatrix, write_imatrix
@@ -104,6 +105,21 @@ def test_a_lock_on_a_file_that_has_its_name_by_now_is_none(tmp_path: Path, monke
             assert path.read_bytes() == b"first"
             file.write(b"second")
     assert path.read_bytes() == b"second" and names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("step", ["_no_links", "take_lock", "_is_at", "_clear"])
+def test_an_interrupt_at_the_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    original = getattr(atomic_file, step)
+
+    def interrupted(*arguments: object) -> None:
+        monkeypatch.undo()
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic_file, step, interrupted)
+    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "x", 0):
+        pass
+    assert names(tmp_path) == []
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:

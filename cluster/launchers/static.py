@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Collection, Sequence
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
@@ -26,7 +25,6 @@ from llamaclust.worker.settings import WorkerSettings
 _TRUST = "trust"
 _STARTING_S = 60.0
 _GPU = "  on a machine with an NVIDIA GPU the same with --device cuda:0"
-_log = logging.getLogger(__name__)
 
 INSECURE = (
     "INSECURE: links between machines are neither encrypted nor authenticated; any client that reaches them is trusted"
@@ -61,7 +59,6 @@ class StaticLauncher(Launcher):
     async def open(self, join: str) -> str:
         """Lets workers in; returns the address (HOST:PORT) that they are to join."""
         if self.authority is None or not isinstance(self.credentials, Identity):
-            _log.warning(INSECURE)
             return join
         renewing = asyncio.create_task(keep_renewed(self.authority, self.credentials))
         self._ends.callback(renewing.cancel)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.hyperparameters import read_hyperparameters
+from support.clusters.forked_commands import forked_script
 from support.paths import ROOT
 
 SCRIPT = ROOT / "benchmarks/shape.py"
@@ -45,14 +44,10 @@ TYPES = [
 SMALL = ["--layers", "2", "--hidden", "256", "--ffn", "512", "--heads", "8", "--kv-heads", "2", "--vocabulary", "300"]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
-
-
 @pytest.mark.parametrize("quant_type", TYPES)
 def test_a_small_shape_of_every_type(tmp_path: Path, quant_type: str) -> None:
     path = tmp_path / "shape.gguf"
-    done = run("1.1b", quant_type, str(path), *SMALL)
+    done = forked_script(SCRIPT, "1.1b", quant_type, str(path), *SMALL)
     assert done.returncode == 0, done.stderr
     model = open_model(path)
     parameters = read_hyperparameters(model)
@@ -65,7 +60,7 @@ def test_a_small_shape_of_every_type(tmp_path: Path, quant_type: str) -> None:
 
 def test_a_small_shape_of_experts(tmp_path: Path) -> None:
     path = tmp_path / "shape.gguf"
-    done = run("1.1b", "Q4_K", str(path), *SMALL, "--experts", "4", "--experts-used", "3")
+    done = forked_script(SCRIPT, "1.1b", "Q4_K", str(path), *SMALL, "--experts", "4", "--experts-used", "3")
     assert done.returncode == 0, done.stderr
     model = open_model(path)
     parameters = read_hyperparameters(model)
@@ -73,11 +68,11 @@ def test_a_small_shape_of_experts(tmp_path: Path) -> None:
     assert model.tensor("blk.1.ffn_down_exps.weight").shape == (4, 256, 512)
     assert model.tensor("blk.1.ffn_gate_inp.weight").shape == (4, 256)
     assert "blk.1.ffn_down.weight" not in model.tensors
-    refused = run("1.1b", "Q4_K", str(path), *SMALL, "--experts", "1")
+    refused = forked_script(SCRIPT, "1.1b", "Q4_K", str(path), *SMALL, "--experts", "1")
     assert refused.returncode == 2 and "2 of 1 experts" in refused.stderr
 
 
 def test_a_shape_that_cannot_be_is_one_line(tmp_path: Path) -> None:
-    done = run("1.1b", "Q4_K", str(tmp_path / "shape.gguf"), "--hidden", "96")
+    done = forked_script(SCRIPT, "1.1b", "Q4_K", str(tmp_path / "shape.gguf"), "--hidden", "96")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -221,7 +221,8 @@ class CommandLine:
         those of the first command."""
         number = f"run-{next(self._numbers)}"
         out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
-        code = run_forked(list(map(os.fsdecode, arguments)), self._environment, self.folder, out, err, within_s)
+        words = ["llamaclust", *map(os.fsdecode, arguments)]
+        code = run_forked(words, self._environment, self.folder, out, err, within_s)
         return Done(code, out.read_text(), err.read_text())
 
     def cluster_file(self, model: Path | str, name: str = "tiny", **keys: Any) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 _IMPORTED = [
     "llamaclust.cli.app",
@@ -39,16 +40,24 @@ def run_forked(
     within_s: float,
     piped: bytes = b"",
 ) -> int:
-    """The exit code of `llamaclust` with these arguments, run in `folder` with something on standard input;
-    subprocess.TimeoutExpired where it does not end."""
+    """The exit code of `llamaclust`, or of the Python script of that path, with the other arguments, run in `folder`
+    with something on standard input; subprocess.TimeoutExpired where it does not end."""
     process = _server().Process(target=_become, args=(list(arguments), environment, folder, out, err, piped))
     process.start()
     process.join(within_s)
     if process.exitcode is None:
         process.kill()
         process.join()
-        raise subprocess.TimeoutExpired(["llamaclust", *arguments], within_s)
+        raise subprocess.TimeoutExpired(arguments, within_s)
     return process.exitcode
+
+
+def forked_script(script: Path, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A Python script that ends within a minute, run in `folder`, or in this process's own."""
+    with TemporaryDirectory() as outputs:
+        out, err = Path(outputs, "out"), Path(outputs, "err")
+        code = run_forked([str(script), *arguments], dict(os.environ), folder or Path.cwd(), out, err, 60.0)
+        return subprocess.CompletedProcess([script, *arguments], code, out.read_text(), err.read_text())
 
 
 @cache
@@ -73,8 +82,12 @@ def _become(
     sys.stdin = os.fdopen(0)
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
-    sys.argv = ["llamaclust", *arguments]
+    sys.argv = arguments
     try:
-        runpy.run_module("llamaclust", run_name="__main__", alter_sys=True)
+        if arguments[0] == "llamaclust":
+            runpy.run_module("llamaclust", run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(arguments[0]).parent))
+            runpy.run_path(arguments[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which such a process would leave out

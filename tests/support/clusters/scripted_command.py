@@ -34,7 +34,7 @@ async def command(*arguments: str, piped: bytes = b"", state_dir: Path | None = 
 def _run(arguments: Sequence[str], environment: dict[str, str], piped: bytes) -> Ended:
     with TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        code = run_forked(arguments, environment, Path.cwd(), out, err, 60.0, piped)
+        code = run_forked(["llamaclust", *arguments], environment, Path.cwd(), out, err, 60.0, piped)
         return Ended(code, out.read_bytes().decode(), err.read_bytes().decode())
 
 

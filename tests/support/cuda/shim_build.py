@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -43,11 +44,12 @@ def build(
     jobs = [(path, (*_KERNEL_FLAGS, f'-DLLAMACLUST_MODULE="{name}"', *defines)) for name, path in sources.items()]
     jobs += [(path, shim_defines) for path in sorted(SHIM.glob("*.cpp"))]
     BUILT.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(2) as pool:
+    with (BUILT / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait, where they would compile the same
         objects = list(pool.map(lambda job: _compile(*job), jobs))
-    library = BUILT / f"shim-{_hash(*(path.name for path in objects))}.so"
-    if not library.is_file():
-        _run(library, "-shared", *map(str, objects))
+        library = BUILT / f"shim-{_hash(*(path.name for path in objects))}.so"
+        if not library.is_file():
+            _run(library, "-shared", *map(str, objects))
     return library
 
 
@@ -70,8 +72,8 @@ def _compile(path: Path, flags: tuple[str, ...]) -> Path:
 
 
 def _run(made: Path, *arguments: str) -> None:
-    """Another process may make the same file."""
-    partial = made.with_suffix(f".{os.getpid()}{made.suffix}")
+    """It is there when it is whole."""
+    partial = made.with_suffix(f".part{made.suffix}")
     done = subprocess.run(
         [compiler(), *arguments, "-o", str(partial)],
         capture_output=True,

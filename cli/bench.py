@@ -67,8 +67,9 @@ _WIDE_COLUMNS = 400
 def print_bench(task: BenchTask, as_json: bool) -> None:
     """Prints a table, or one JSON object; on standard error what makes the figures doubtful."""
     from llamaclust.cli.progress import step_bar
-    from llamaclust.tools.bench.bench import cores, run_bench
+    from llamaclust.tools.bench.bench import run_bench
     from llamaclust.wire.rpc.grpc_options import tune_grpc
+    from llamaclust.worker.devices.system_info import physical_cores
 
     if task.workers > 1:
         tune_grpc()
@@ -80,8 +81,8 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
     else:
         _print_table(_table(report))
     threads = task.threads_each * task.workers
-    if threads > cores():
-        _note(f"{threads} threads shared {cores()} cores: a thread a core is faster")
+    if threads > physical_cores():
+        _note(f"{threads} threads shared {physical_cores()} cores: a thread a core is faster")
     load = report.other_load
     if load is not None and load.is_much and not as_json:
         stolen = f", other virtual machines {load.stolen:.1f}" if load.stolen >= 0.05 else ""

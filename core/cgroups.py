@@ -1,9 +1,10 @@
-"""Memory limits of the control groups (versions 1 and 2) that this process is in: its own group and all ancestors."""
+"""Limits of the control groups (versions 1 and 2) that this process is in: its own group and all ancestors."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,25 +30,11 @@ class MemoryGroup:
 
 def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
     """The groups with a limit, innermost first. `root`: of the file system with /proc and /sys."""
-    found = []
-    for line in read_text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            found += _groups(root / "sys/fs/cgroup", path, ("memory.max", "memory.current", "{}_file", "file_mapped"))
-        elif "memory" in controllers.split(","):
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file", "total_mapped_file")
-            found += _groups(root / "sys/fs/cgroup/memory", path, files)
-    return found
-
-
-def _groups(mount: Path, path: str, files: tuple[str, str, str, str]) -> list[MemoryGroup]:
-    """A container often sees its own group as the mount's root, whatever its path: folders that are not there have no
-    limit."""
-    limit_file, usage_file, of_list, mapped = files
-    names = [name for name in path.split("/") if name]
+    version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file", "total_mapped_file")
+    version_2 = ("memory.max", "memory.current", "{}_file", "file_mapped")
     groups = []
-    for depth in range(0 if ".." in names else len(names), -1, -1):
-        folder = mount.joinpath(*names[:depth])
+    for folder, version in _folders(root, "memory"):
+        limit_file, usage_file, of_list, mapped = version_1 if version == 1 else version_2
         limit, usage = (read_text(folder / file).strip() for file in (limit_file, usage_file))
         if not (limit.isdigit() and usage.isdigit()) or int(limit) >= _UNLIMITED_BYTES:
             continue
@@ -56,6 +43,30 @@ def _groups(mount: Path, path: str, files: tuple[str, str, str, str]) -> list[Me
         cached = sum(figures.get(of_list.format(kind), 0) for kind in ("inactive", "active")) - figures.get(mapped, 0)
         groups.append(MemoryGroup(folder, int(limit), int(usage) - max(0, cached)))
     return groups
+
+
+def cpu_quota(root: Path = _ROOT) -> float | None:
+    """How many CPUs' time the groups leave to this process; None without a limit."""
+    quotas = []
+    for folder, version in _folders(root, "cpu"):
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version == 1 else ("cpu.max",)
+        figures = " ".join(read_text(folder / file) for file in files).split()
+        if len(figures) == 2 and all(figure.isdigit() for figure in figures):  # else "max", or -1
+            quotas.append(int(figures[0]) / int(figures[1]))
+    return min(quotas, default=None)
+
+
+def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """Folders of the groups with this controller, innermost first, each with its version. A container often sees its
+    own group as the mount's root, whatever its path: folders that are not there have no limit."""
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
+        names = [name for name in path.split("/") if name]
+        for depth in range(0 if ".." in names else len(names), -1, -1):
+            yield mount.joinpath(*names[:depth]), 1 if controllers else 2
 
 
 @cache

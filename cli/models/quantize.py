@@ -60,9 +60,9 @@ def quantize(
     from llamaclust.model.gguf.atomic_file import part_paths
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.model.imatrix import read_imatrix
-    from llamaclust.tools.bench.bench import cores
     from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
     from llamaclust.tools.quantize.type_choice import Wishes
+    from llamaclust.worker.devices.system_info import physical_cores
 
     if len(out) > 1:
         raise UsageError(f"too many names: {' '.join(out[1:])}; give MODEL, OUT and TYPE")
@@ -89,7 +89,7 @@ def quantize(
     if (change := job.needing_importance) is not None:
         raise _without_importance(change, imatrix_file)
     with shown_progress() as progress:
-        write_quantized(job, path, threads or cores(), keep_split, progress)
+        write_quantized(job, path, threads or physical_cores(), keep_split, progress)
     print(part_paths(path, len(file.parts) if keep_split else 1)[0])
     _print_sizes(job)
 
@@ -109,9 +109,9 @@ def imatrix(
     from llamaclust.cli.progress import shown_progress
     from llamaclust.model.imatrix import write_imatrix
     from llamaclust.model.loader import Model
-    from llamaclust.tools.bench.bench import cores
     from llamaclust.tools.evaluate.perplexity import cut, read_text
     from llamaclust.tools.quantize.imatrix import collect
+    from llamaclust.worker.devices.system_info import physical_cores
 
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"{out}: no place for a file; check the path")
@@ -123,7 +123,7 @@ def imatrix(
         if context > trained:
             raise UsageError(f"-c {context}: the model was made for {trained} tokens; set {trained} or less")
         parts = cut(loaded.tokenizer, words, context, chunks)
-        write_imatrix(out, collect(loaded, parts, threads or cores(), str(text), process_output, progress))
+        write_imatrix(out, collect(loaded, parts, threads or physical_cores(), str(text), process_output, progress))
     print(out)
 
 

@@ -38,6 +38,7 @@ from llamaclust.cluster.state.directory import ClusterDir, open_log
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.security.token import JoinToken
+from llamaclust.worker.devices.system_info import physical_cores
 from llamaclust.worker.enrolment import pinned
 from llamaclust.worker.settings import WorkerSettings
 
@@ -199,9 +200,9 @@ class _Rank:
 
 
 def _share(sharers: int) -> int:
-    """Cores that MPI has bound this rank to; else its part of the machine's."""
-    mine = len(os.sched_getaffinity(0))
-    return mine if mine < (os.cpu_count() or 1) else max(1, mine // sharers)
+    """Physical cores that MPI has bound this rank to; else its part of the machine's."""
+    is_bound = len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
+    return physical_cores() if is_bound else max(1, physical_cores() // sharers)
 
 
 class _Coordinator:

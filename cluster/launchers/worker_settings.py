@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields, replace
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.sections import WorkerConfig
+from llamaclust.worker.devices.system_info import physical_cores
 from llamaclust.worker.settings import WorkerSettings
 
 _SETTINGS = {field.name.removesuffix("_bytes"): field.name for field in fields(WorkerSettings)}
@@ -16,8 +16,8 @@ _KEYS = {key: _SETTINGS[key] for key in WorkerConfig.model_fields if key in _SET
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:
-    """Threads of each worker: workers without a number of their own share this machine's cores."""
-    share = max(1, len(os.sched_getaffinity(0)) // len(config.workers))
+    """Threads of each worker: workers without a number of their own share this machine's physical cores."""
+    share = max(1, physical_cores() // len(config.workers))
     return {worker.name: worker.threads or share for worker in config.workers}
 
 

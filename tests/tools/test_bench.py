@@ -23,11 +23,12 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import LayerCost, Model, ModelCosts
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.bench import load as load_module
-from llamaclust.tools.bench.bench import BenchTask, Work, cores, run_bench
+from llamaclust.tools.bench.bench import BenchTask, Work, run_bench
 from llamaclust.tools.bench.even_split import even_split
 from llamaclust.tools.bench.limits import Pair, Spread, paired
 from llamaclust.tools.bench.load import LoadMeter, OtherLoad
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
+from llamaclust.worker.devices.system_info import physical_cores
 from llamaclust.worker.stage.stage_runner import StageOptions
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
@@ -275,9 +276,9 @@ def test_memory_that_is_refused_is_said_in_one_line(
 
 
 def test_more_threads_than_cores_are_noted(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    threads = cores() + 1
+    threads = physical_cores() + 1
     code, out, err = bench(capsys, str(tiny), "-t", str(threads), "-p", "8", "-n", "2", "-r", "1")
-    assert code == 0 and f"note: {threads} threads shared {cores()} cores" in err
+    assert code == 0 and f"note: {threads} threads shared {physical_cores()} cores" in err
     assert all(line == line.rstrip() for line in out.splitlines())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from llamaclust.tools.bench.load import LoadMeter, OtherLoad
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.tools.model_info import describe
 from llamaclust.worker.devices.backends import open_gpu
+from llamaclust.worker.devices.system_info import physical_cores
 from llamaclust.worker.stage.stage_runner import StageOptions
 
 OnStep = Callable[[str], None]
@@ -47,7 +47,7 @@ class BenchTask:
 
     @property
     def threads_each(self) -> int:
-        return self.threads or max(1, cores() // self.workers)
+        return self.threads or max(1, physical_cores() // self.workers)
 
     @property
     def context(self) -> int:
@@ -224,7 +224,7 @@ async def _measure(
     """Interleaves decode and prefill, so that a change of the machine's speed affects both. `limits`: None for those of
     the processor."""
     on_step("warming up")
-    threads = min(task.threads_each * task.workers, cores())
+    threads = min(task.threads_each * task.workers, physical_cores())
     limits = limits or await Limits.open(threads, work.float_share)
     await runner.prefill()
     prefills, decodes = list[Pair](), list[Pair]()
@@ -234,8 +234,3 @@ async def _measure(
         on_step(f"prefill {number}/{task.repeats}")
         prefills.append(await paired(runner.prefill, work.prefill_macs, limits.peak))
     return tuple(prefills), tuple(decodes), limits.machine
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))

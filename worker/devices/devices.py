@@ -42,7 +42,7 @@ class Device:
     @classmethod
     def open(cls, settings: WorkerSettings) -> Device:
         """UsageError for a device or feature level that this machine does not have."""
-        threads = settings.threads or len(os.sched_getaffinity(0))
+        threads = settings.threads or system_info.physical_cores()
         level, folder = settings.feature_level, settings.packed_cache_dir
         packed_cache = None if folder is None else PackedCacheFolder(folder, settings.packed_cache_bytes)
         backend = backends.open_processor(settings.device, threads, level, packed_cache)

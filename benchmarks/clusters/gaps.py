@@ -126,8 +126,8 @@ def scored(source: Random, prompts: int, tokens: int) -> dict[str, Any]:
 
 
 async def with_breakers(client: AsyncClient, source: Random) -> None:
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    texts = ["".join(source.choices(letters, k=source.randrange(1, 4))) for _ in range(64)]
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    texts = ["".join(source.choices(letters, k=source.randrange(2, 4))) for _ in range(64)]
     body = {**_BODY, "prompt": "a story", "max_tokens": 200, "dry_multiplier": 0.8, "dry_sequence_breakers": texts}
     async with aclosing(client.events("v1/completions", body)) as events:
         async for _ in events:

@@ -99,7 +99,8 @@ def test_mirostat_waits_for_its_state() -> None:
 def test_dry_sees_the_token_that_is_not_known_yet(windows: tuple[int, int]) -> None:
     run = simulated(2, stage_us=1000, hop_us=100)
     params = SamplingParams(presence_penalty=1.0, chain=SamplerChain((SamplerName.DRY,), dry_multiplier=1.0))
-    breakers = {token: ((token,), (token, 3)) for token in range(0, VOCABULARY, 5)}
+    lasts = range(VOCABULARY)  # some occur for the first time as the token that is not known yet
+    breakers = {token: ((token,), *((token, last) for last in lasts)) for token in range(0, VOCABULARY, 5)}
     request = generation(40, params=params, penalty_window=windows[0], dry_window=windows[1], breakers=breakers)
     key = run.add(request)
     run.finish()

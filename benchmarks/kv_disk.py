@@ -121,8 +121,8 @@ def main() -> None:
     parser.add_argument("--damage", action="store_true", help="flip a byte of each file before the restart")
     given: Any = parser.parse_args()
     source = random.Random(1)
-    prefixes = [[source.randrange(1000, 40000) for _ in range(given.prefix)] for _ in range(given.repeats)]
-    own = [[source.randrange(1000, 40000) for _ in range(_OWN_TOKENS)] for _ in range(2)]
+    prefixes = [[source.randrange(20, 300) for _ in range(given.prefix)] for _ in range(given.repeats)]
+    own = [[source.randrange(20, 300) for _ in range(_OWN_TOKENS)] for _ in range(2)]
     setting = Setting(given.model, given.workers, given.threads, given.prefix + 64)
     with TemporaryDirectory(prefix="llamaclust-") as folder:
         kv = Path(folder) / "home" / "kv"

@@ -54,6 +54,11 @@ class KvFolder:
     def used_bytes(self) -> int:
         return sum(found.st_size for _, found in self._files())
 
+    def clear(self) -> tuple[int, int]:
+        """Deletes all files; how many, and their bytes. Workers that use them compute what they held. OSError."""
+        sizes = [found.st_size for path, found in self._files() if path.unlink(missing_ok=True) is None]
+        return len(sizes), sum(sizes)
+
     def write(self, file: KvFile, kv: KvLayers, blocks: Iterable[int], kept: Container[Path]) -> KvFile:
         """Writes a file under a name of its own, in the folder that its path names, and returns it. To make room, files
         are deleted but those `kept`, the longest unused first. NoRoomError, OSError."""

@@ -197,6 +197,16 @@ def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
     assert not left.exists()
 
 
+def test_a_cleared_folder_is_empty(tmp_path: Path) -> None:
+    one = stage(tmp_path)
+    one.save(KEYS[:2], [0, 1], memory(1))
+    folder = KvFolder(tmp_path / "kv", 0)
+    used_bytes = folder.used_bytes
+    assert folder.clear() == (1, used_bytes)
+    assert one.find(KEYS, blank()) == 0
+    assert folder.clear() == (0, 0)
+
+
 def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kv").mkdir(mode=0o755)
     (tmp_path / "kv").chmod(0o755)

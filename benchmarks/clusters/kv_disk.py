@@ -1,7 +1,7 @@
 """Time to first token of a long shared prefix after a restart of everything, its KV memory read from disk, relative to
 computing it.
 
-    python benchmarks/kv_disk.py [MODEL] [--workers 2] [--threads 1] [--prefix 4000] [--repeats 3] [--damage]
+    python benchmarks/clusters/kv_disk.py [MODEL] [--workers 2] [--threads 1] [--prefix 4000] [--repeats 3] [--damage]
 
 Each prompt is the prefix and a few tokens of its own. The first cluster computes it and writes its KV memory; the
 second one, all of its processes new, answers another prompt with the same prefix. The answers to the first prompt are

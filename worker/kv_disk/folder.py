@@ -56,8 +56,10 @@ class KvFolder:
 
     def clear(self) -> tuple[int, int]:
         """Deletes all files; how many, and their bytes. Workers that use them compute what they held. OSError."""
-        sizes = [found.st_size for path, found in self._files() if path.unlink(missing_ok=True) is None]
-        return len(sizes), sum(sizes)
+        files = list(self._files())
+        for path, _ in files:
+            path.unlink(missing_ok=True)
+        return len(files), sum(found.st_size for _, found in files)
 
     def write(self, file: KvFile, kv: KvLayers, blocks: Iterable[int], kept: Container[Path]) -> KvFile:
         """Writes a file under a name of its own, in the folder that its path names, and returns it. To make room, files

@@ -53,6 +53,21 @@ def failure(folder: Path, text: str, *overrides: str) -> str:
     return message.replace(str(folder / "cluster.yaml"), "FILE")
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[{name: a, kv_disk: 1GiB}, {name: b}]", "is for all workers or none"),
+        ("[{name: a, kv_disk: 1GiB, device: cuda}]", "is for device cpu, this one has cuda:0"),
+        ("[{name: a, kv_disk: 1GiB}]\nprefix_cache: false", "needs prefix_cache, which is off"),
+        ("[{name: a, kv_disk: 4GiB}]\nlauncher: static", "llamaclust worker ... --kv-disk 4GiB"),
+    ],
+)
+def test_kv_memory_on_disk_is_refused_where_it_would_not_be_used(tmp_path: Path, text: str, why: str) -> None:
+    found = failure(tmp_path, f"model: m\nworkers: {text}\n")
+    assert "kv_disk" in found
+    assert why in found
+
+
 def test_workers_with_gpus(tmp_path: Path) -> None:
     text = "model: m\nworkers:\n- {name: a, device: cuda, gpu_layers: 20, gpu_memory: 4GiB}\n"
     config = load(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 
 import pytest
@@ -96,6 +95,12 @@ async def saved(disks: FakeDisks, blocks: int) -> None:
         await until(lambda: len(disks.kept) >= blocks)
 
 
+async def idle(engine: Engine) -> None:
+    """Returns when no blocks are held for reading or writing."""
+    async with asyncio.timeout(30):
+        await until(lambda: not engine.scheduler.queues.memory.transfers.are_under_way)
+
+
 def opened(disks: dict[bytes, list[int]], **fields: object) -> tuple[Engine, FakeDisks]:
     """A cluster that has just started, with what an earlier one wrote."""
     pipeline = FakePipeline(KV_BLOCKS)
@@ -119,7 +124,7 @@ async def test_a_prompt_is_read_after_a_restart_of_everything() -> None:
         assert (disks.restored, counts.cached_tokens) == (18, 288)
         assert counts.computed_tokens == 12
         assert counts.kv_blocks_held == 0
-        assert not engine.scheduler.queues.memory.transfers.are_under_way
+        await idle(engine)
 
 
 async def test_a_longer_prompt_with_the_same_beginning_is_read_as_far_as_it_is_there() -> None:
@@ -180,7 +185,7 @@ async def test_a_full_disk_ends_the_writing_of_a_prompt() -> None:
         assert await answered(engine, generation) == wanted(generation)
         await saved(disks, 5)
         assert await answered(engine, request(prompt(Random(2), 300)))
-        assert not engine.scheduler.queues.memory.transfers.are_under_way
+        await idle(engine)
 
 
 @pytest.mark.parametrize("error", [WorkerError("no disk"), LlamaclustError("a mistake")], ids=str)
@@ -195,7 +200,7 @@ async def test_a_stage_that_fails_to_read_costs_the_time_alone(error: Llamaclust
     async with engine:
         assert await answered(engine, generation) == wanted(generation)
         assert engine.scheduler.counts.computed_tokens == 300
-        assert not engine.scheduler.queues.memory.transfers.are_under_way
+        await idle(engine)
 
 
 async def test_a_disk_that_does_not_answer_ends_the_pipeline() -> None:
@@ -268,10 +273,6 @@ async def test_a_prompt_that_is_being_read_when_layers_move_is_answered() -> Non
             await retirement.ended.wait()
 
 
-def _is_idle(engine: Engine) -> bool:
-    return not engine.scheduler.queues.memory.transfers.are_under_way
-
-
 @pytest.mark.parametrize("seed", range(12))
 async def test_any_mix_of_requests_gives_the_same_answers(seed: int) -> None:
     """Shared beginnings, requests that end early, little memory: blocks are read and written while others compute."""
@@ -299,7 +300,6 @@ async def test_any_mix_of_requests_gives_the_same_answers(seed: int) -> None:
                     found = tokens_of([event async for event in streams[number]])
                     assert found == wanted(generation)[: len(found)]
                     assert number in ended or found == wanted(generation)
-            async with asyncio.timeout(30):
-                await until(partial(_is_idle, engine))
+            await idle(engine)
             counts = engine.scheduler.counts
             assert (counts.kv_blocks_held, counts.waiting, counts.running) == (0, 0, 0)

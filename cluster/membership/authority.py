@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.model.gguf.atomic_file import sync_folder
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, load_private, private_pem, requested_key
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, KeyPair, Principal
 from llamaclust.wire.security.token import JoinToken
@@ -174,15 +174,5 @@ def _create(folder: Path) -> None:
     write_private(new / _CA_KEY, private_pem(key).decode())
     write_private(new / _CA_CERTIFICATE, certificate.public_bytes(Encoding.PEM).decode())
     write_private(new / _TOKEN, token.text + "\n")
-    for path in (*new.iterdir(), new):
-        _to_disk(path)
     new.rename(folder)
-    _to_disk(folder.parent)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder.parent)

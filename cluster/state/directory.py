@@ -23,6 +23,7 @@ from llamaclust.cluster.state.file_lock import FileLock, is_locked
 from llamaclust.cluster.state.processes import own_start_ticks, start_ticks
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.profile import Profile, read_profile
+from llamaclust.model.gguf.atomic_file import sync_folder
 
 Value = TypeVar("Value")
 
@@ -287,12 +288,13 @@ def read_values(path: Path, read: Callable[[Any], Value]) -> dict[str, Value]:
 
 
 def write_values(path: Path, values: Mapping[str, Any]) -> None:
-    """Dataclasses by key."""
-    write_private(path, json.dumps({key: asdict(value) for key, value in values.items()}))
+    """Dataclasses by key. A power failure may lose them."""
+    write_private(path, json.dumps({key: asdict(value) for key, value in values.items()}), is_synced=False)
 
 
-def write_private(path: Path, text: str) -> None:
-    """Writes a file of mode 0600 so that a reader sees the old text or the new, never a part.
+def write_private(path: Path, text: str, *, is_synced: bool = True) -> None:
+    """Writes a file of mode 0600 so that a reader sees the old text or the new, never a part; `is_synced`: also after a
+    power failure, and the new text once this returns.
 
     LlamaclustError that names the file where it cannot be written, as on a full disk; nothing new stays then.
     """
@@ -301,7 +303,12 @@ def write_private(path: Path, text: str) -> None:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
+            if is_synced:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
+        if is_synced:
+            sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Itera
                 for path in reversed(paths):
                     hidden_name(path).unlink(missing_ok=True)
                 raise
-            _sync_folder(first.parent)
+            sync_folder(first.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UsageError(f"{first}: the disk is full; {size_bytes // MIB} MiB are needed") from None
@@ -157,7 +157,8 @@ def _delete_unlocked(parts: Sequence[Path]) -> None:
                 part.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """The names in it are on the disk afterwards."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

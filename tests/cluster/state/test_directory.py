@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.launchers.run_directory import run_directory
+from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import (
     ClusterDir,
     ClusterRecord,
@@ -210,3 +212,25 @@ def test_a_standby_that_waits_is_seen(tmp_path: Path) -> None:
         eventually(lambda: folder.has_standby, 5.0, "a standby")
     standby.join(10)
     assert not standby.is_alive() and not folder.has_standby
+
+
+def test_terms_and_drained_workers_survive_a_power_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new file is on the disk before it has the name, and the name before the call returns."""
+    fsync, rename, done = os.fsync, Path.replace, list[str]()
+
+    def synced(descriptor: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def replaced(path: Path, target: Path) -> Path:
+        done.append("replace")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    record = ControlRecord.begin(tmp_path / "control.json")
+    assert done == ["file", "replace", "folder"]
+    record.drain(frozenset("a"))
+    record.drain(frozenset("a"))
+    record.admits(7)
+    assert done == ["file", "replace", "folder"] * 3

@@ -132,7 +132,7 @@ def check_worker(command: Any, options: Mapping[str, Any]) -> None:
     with patch("llamaclust.cli.worker._run") as run:
         command.callback(**options)
     (settings,) = run.call_args.args
-    assert settings.join.startswith(f"{options['join'].partition(':')[0]}:") and settings.name.endswith("-worker-0")
+    assert [settings.join, *settings.standbys] == options["join"] and settings.name.endswith("-worker-0")
 
 
 def variables() -> set[str]:

@@ -31,12 +31,18 @@ class ApiKeys:
         """What is wrong with an Authorization header."""
         if not self._keys:
             return None
-        scheme, _, key = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not key:
+        key = bearer_key(authorization)
+        if not key:
             return _unauthorized("this API needs a key: send the header Authorization: Bearer KEY")
-        given = _digest(key.strip())
+        given = _digest(key)
         is_known = sum(hmac.compare_digest(given, known) for known in self._keys) > 0
         return None if is_known else _unauthorized("unknown API key")
+
+
+def bearer_key(authorization: str) -> str:
+    """The key in an Authorization header; "" where there is none."""
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 class Security:

@@ -60,7 +60,7 @@ class Replies:
 
     async def _answer(self, request: Request, path: str) -> Response:
         body = await read_bytes(request, self.settings)
-        ticket = Ticket.draw(request.headers, self._journal)
+        ticket = Ticket.draw(request.headers, self.settings.api_keys, self._journal)
         if (kept := self._kept.same(ticket, path, body)) is not None:
             return await self._respond(request, kept, _given(request))
         if "last-event-id" in request.headers:  # a new computation may give other tokens
@@ -149,7 +149,7 @@ class Replies:
 
     def _find(self, request: Request) -> KeptReply:
         name = request.path_params["id"]
-        if (kept := self._kept.named(owner(request.headers), name)) is None:
+        if (kept := self._kept.named(owner(request.headers, self.settings.api_keys), name)) is None:
             raise self._not_found(name)
         return kept
 

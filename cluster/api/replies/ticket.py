@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from starlette.datastructures import Headers
 
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.security import bearer_key
 from llamaclust.cluster.state.journal import Admission, ChoiceKey, Journal, OpenRequest
 from llamaclust.cluster.text.request import CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import Record
@@ -35,13 +36,13 @@ class Ticket:
     journal: Journal | None = None
 
     @classmethod
-    def draw(cls, headers: Headers, journal: Journal | None) -> Ticket:
+    def draw(cls, headers: Headers, api_keys: Sequence[str], journal: Journal | None) -> Ticket:
         """Of a new request. HttpError for a header that cannot be a name."""
         return cls(
             id=secrets.token_hex(12),
             seed=draw_seed(),
             created=int(time.time()),
-            owner=owner(headers),
+            owner=owner(headers, api_keys),
             conversation=_name(headers, "x-conversation-id"),
             idempotency_key=_name(headers, "idempotency-key"),
             journal=journal,
@@ -120,10 +121,10 @@ class _Recording:
             self._rows[choice] = []
 
 
-def owner(headers: Headers) -> str:
-    """Digest of the API key that a request shows."""
-    key = headers.get("authorization", "")
-    return hashlib.sha256(key.encode()).hexdigest()[:32] if key else ""
+def owner(headers: Headers, api_keys: Sequence[str]) -> str:
+    """Digest of the configured API key that a request shows; "" where none is needed, whatever it shows."""
+    key = bearer_key(headers.get("authorization", ""))
+    return hashlib.sha256(key.encode()).hexdigest()[:32] if key in api_keys else ""
 
 
 def _name(headers: Headers, header: str) -> str:

@@ -153,6 +153,20 @@ async def test_llamacpps_form_counts_bytes(tmp_path: Path) -> None:
         assert bad.status_code == 400
 
 
+async def test_a_key_is_the_same_however_its_header_is_written(tmp_path: Path) -> None:
+    async with served(tmp_path / "journal", api_keys=("first-key",)) as server:
+        first = {"Authorization": "Bearer first-key"}
+        await stream(server.http, "POST", PATHS[0], json=body_of(PATHS[0]), headers=KEY | first)
+        for shown in ("bearer first-key", "BEARER   first-key"):
+            assert (await server.http.get("/v1/streams/one", headers={"Authorization": shown})).status_code == 200
+
+
+async def test_where_no_key_is_needed_any_header_reads_a_reply(tmp_path: Path) -> None:
+    async with served(tmp_path / "journal") as server:
+        await stream(server.http, "POST", PATHS[0], json=body_of(PATHS[0]), headers=KEY | {"Authorization": "Bearer x"})
+        assert (await server.http.get("/v1/streams/one")).status_code == 200
+
+
 async def test_another_key_cannot_read_a_reply(tmp_path: Path) -> None:
     keys = ("first-key", "second-key")
     async with served(tmp_path / "journal", api_keys=keys) as server:

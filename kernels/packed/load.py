@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from llamaclust.kernels._native import Memory
 from llamaclust.kernels.backend import Float32, Progress
 from llamaclust.kernels.packed.cache import PackedCache
+from llamaclust.kernels.packed.mapping import move_to_huge_pages
 from llamaclust.kernels.packed.packed_layer import PackedLayer, packed_layers_of
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model.gguf.tensors import Tensor
@@ -69,6 +70,7 @@ def load_tensors(
     for n_bytes in pool.map(load, [chunk for tensor in unread for chunk in _chunks_of(tensor, weights[tensor.name])]):
         if progress is not None:
             progress(n_bytes)
+    move_to_huge_pages([memory for memory in (*cached.values(), *packed.values()) if memory.is_writable], pool)
     return Loaded(weights, cached, packed)
 
 

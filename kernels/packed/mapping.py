@@ -1,12 +1,17 @@
-"""Which files of the cache may be mapped, and which maps are quick."""
+"""Which files of the cache may be mapped, which maps are quick, and how much memory is in huge pages."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
+from llamaclust.core.sizes import MIB
 from llamaclust.kernels._native import Memory
+
+_log = logging.getLogger(__name__)
 
 _REMOTE = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "vboxsf", "fuse", "afs", "coda", "ncpfs"}
@@ -43,14 +48,29 @@ def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
     """Which maps are in huge pages; all, if the system has none. Without them weights stream 6 to 8 % slower."""
     if _no_huge_pages():
         return [True] * len(memories)
-    try:
-        huge_bytes = dict(_huge_bytes(Path("/proc/self/smaps").read_text().splitlines()))
-    except OSError:
-        return [False] * len(memories)
+    of_files = ("FilePmdMapped:", "ShmemPmdMapped:")
+    huge_bytes = {addresses.start: n_bytes for addresses, n_bytes in _huge_bytes(_smaps(), of_files)}
     return [
         huge_bytes.get(memory.address, 0) >= 0.9 * (memory.bytes // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES)
         for memory in memories
     ]
+
+
+def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
+    """Memory of this process, once it is filled: pages were small where no huge one was free. One log line."""
+    memories = [memory for memory in memories if memory.bytes >= _HUGE_PAGE_BYTES]
+    if not memories or _no_huge_pages():
+        return
+    for _ in pool.map(Memory.collapse, memories):
+        pass
+    total = sum(memory.bytes for memory in memories)
+    _log.info("%d of %d MiB of packed weights are in huge pages", own_huge_bytes(memories) // MIB, total // MIB)
+
+
+def own_huge_bytes(memories: Sequence[Memory]) -> int:
+    """Bytes of this process's memory in huge pages; the kernel lists adjacent memories as one."""
+    found = _huge_bytes(_smaps(), ("AnonHugePages:",))
+    return sum(n_bytes for addresses, n_bytes in found if any(memory.address in addresses for memory in memories))
 
 
 def _no_huge_pages() -> bool:
@@ -61,11 +81,19 @@ def _no_huge_pages() -> bool:
         return True
 
 
-def _huge_bytes(lines: Iterable[str]) -> Iterator[tuple[int, int]]:
-    """Address and bytes in huge pages of the maps of files that /proc/PID/smaps lists."""
-    address = 0
-    for line in lines:
-        if begin := re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line):
-            address = int(begin[1], 16)
-        elif line.startswith(("FilePmdMapped:", "ShmemPmdMapped:")) and (size := int(line.split()[1])):
-            yield address, size * 1024
+def _smaps() -> list[str]:
+    """Lines of /proc/PID/smaps; none where it cannot be read."""
+    try:
+        return Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _huge_bytes(smaps: Iterable[str], fields: tuple[str, ...]) -> Iterator[tuple[range, int]]:
+    """Addresses of a map and its bytes in huge pages, by these fields of /proc/PID/smaps."""
+    addresses = range(0)
+    for line in smaps:
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            addresses = range(int(found[1], 16), int(found[2], 16))
+        elif line.startswith(fields) and (size := int(line.split()[1])):
+            yield addresses, size * 1024

@@ -1,0 +1,71 @@
+"""Memory in huge pages, as the kernel counts it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamaclust.core.sizes import MIB
+from llamaclust.kernels._native import Memory
+from llamaclust.kernels.packed import mapping
+from llamaclust.kernels.packed.mapping import move_to_huge_pages, own_huge_bytes
+
+_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def require_huge_pages() -> None:
+    if not _ENABLED.exists() or "[never]" in _ENABLED.read_text():
+        pytest.skip("huge pages are disabled")
+
+
+def flags_of(memory: Memory) -> list[str]:
+    """VmFlags of the map that holds it."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split()
+        if "-" in fields[0] and not fields[0].endswith(":"):
+            first, last = (int(number, 16) for number in fields[0].split("-"))
+            inside = first <= memory.address < last
+        elif inside and fields[0] == "VmFlags:":
+            return fields[1:]
+    raise AssertionError("no such map")
+
+
+def test_memory_is_advised_for_huge_pages() -> None:
+    require_huge_pages()
+    assert "hg" in flags_of(Memory(8 * MIB))
+
+
+def test_small_pages_become_huge_ones_with_the_same_bytes(caplog: pytest.LogCaptureFixture) -> None:
+    """Pages become small where the process itself splits them, as where no huge one was free."""
+    require_huge_pages()
+    memory, small = Memory(8 * MIB), Memory(MIB)
+    memory.view[:] = np.arange(8 * MIB) % 251
+    split(memory)
+    before, checksum = own_huge_bytes([memory]), memory.checksum()
+    with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.INFO, mapping.__name__):
+        move_to_huge_pages([memory, small], pool)
+    after = own_huge_bytes([memory])
+    assert memory.checksum() == checksum
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{after // MIB} of 8 MiB of packed weights are in huge pages"
+    ]
+    if after == before:
+        pytest.skip("this system moves no pages (Linux before 6.1), or has no free memory in one piece")
+    assert before < after <= 8 * MIB
+
+
+def split(memory: Memory) -> None:
+    """Discards pages in the middle of each huge page, and writes the same bytes there."""
+    kept = memory.view.copy()
+    libc = ctypes.CDLL(None)
+    for offset in range(0, memory.bytes, 2 * MIB):
+        start = ctypes.c_void_p(memory.address + offset + MIB)
+        assert libc.madvise(start, mmap.PAGESIZE, mmap.MADV_DONTNEED) == 0
+    memory.view[:] = kept

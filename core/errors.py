@@ -59,6 +59,16 @@ class RequestFailedError(LlamaclustError):
     code = "request_failed"
 
 
+class RequestCancelledError(LlamaclustError):
+    """A request that its client ended, or whose client stayed away."""
+
+    http_status = 410
+    code = "request_cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("the request was cancelled")
+
+
 class QueueFullError(LlamaclustError):
     """More requests wait than the queue's bound allows; try again after `retry_after_s`."""
 

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum, auto
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.replies.reply import Event, Position, Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.core.errors import LlamaclustError, QueueFullError, WorkerError
+from llamaclust.core.errors import LlamaclustError, QueueFullError, RequestCancelledError
+
+_log = logging.getLogger(__name__)
+
+
+class ReplyState(Enum):
+    """Each follows the ones above it, and may leave some out."""
+
+    ADDED = auto()  # nothing is computed before `begin`
+    POSTPONED = auto()  # until a client reads it
+    BEGUN = auto()  # it is submitted, or waits for a place in the queue
+    ENDED = auto()  # with all its events, or an error
 
 
 class KeptReply:
-    """Runs from `begin` until it is complete or `aclose`d; expires when no client has read it for a while."""
+    """Is computed from `begin` until it ends or is `aclose`d; expires when no client has read it for a while."""
 
     def __init__(
         self, ticket: Ticket, settings: ApiSettings, expired: Callable[[KeptReply], None], *, is_streamed: bool
@@ -22,8 +35,8 @@ class KeptReply:
         self.ticket = ticket
         self.is_streamed = is_streamed
         self.held_bytes = 0
-        self.is_complete = False
         self.is_sent = False  # a connection took all of it
+        self._state = ReplyState.ADDED
         self._settings = settings
         self._expired = expired
         self._events: list[tuple[Event, int]] = []  # with their numbers within their slots
@@ -35,16 +48,16 @@ class KeptReply:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._postponed: Callable[[], None] | None = None
-        self._is_closed = False
+        self._reply: Reply | None = None
 
     @property
     def gives_way(self) -> bool:
         """Whether nothing is computed for it, and no client reads it."""
-        return self._readers == 0 and (self.is_complete or self._postponed is not None)
+        return self._readers == 0 and self._state in (ReplyState.ENDED, ReplyState.POSTPONED)
 
     def postpone(self, begin: Callable[[], None]) -> None:
         """`begin` is called when a client reads it."""
-        self._postponed = begin
+        self._postponed, self._state = begin, ReplyState.POSTPONED
         self._expire_later()
 
     async def begin(self, reply: Reply, *, waits_s: float = 0.0) -> None:
@@ -53,9 +66,10 @@ class KeptReply:
         try:
             await self._start(reply, waits_s)
         except BaseException as error:
-            self._end(error if isinstance(error, LlamaclustError) else _cancelled())
+            self._end(error if isinstance(error, LlamaclustError) else RequestCancelledError())
             await reply.aclose()
             raise
+        self._reply = reply
         self._task = asyncio.create_task(self._run(reply))
         self._expire_later()
 
@@ -65,16 +79,16 @@ class KeptReply:
         self._expire_later()
 
     async def aclose(self) -> None:
-        """Readers of a reply that is not complete get an error."""
-        self._is_closed = True
+        """Readers of a reply that has not ended get an error. Nothing of it runs afterwards, except that `begin` gives
+        up first where it is under way."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._task is None:
-            if not self.is_complete:
-                self._end(_cancelled())
-        else:
+        self._end(RequestCancelledError())
+        if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        if self._reply is not None:  # a task that is cancelled before its first step closes nothing
+            await self._reply.aclose()
 
     async def read(self, after: Position, *, with_comments: bool) -> AsyncGenerator[Event | None, None]:
         """The events that a client lacks, those to come as well; raises the error that ended the reply. None each time
@@ -87,7 +101,7 @@ class KeptReply:
                     place += 1
                     if not after.has(event, number):
                         yield event
-                if self.is_complete:
+                if self._state is ReplyState.ENDED:
                     self.is_sent = True
                     self._raise_error()
                     return
@@ -97,7 +111,7 @@ class KeptReply:
     async def whole(self) -> list[bytes]:
         """The reply that is not streamed."""
         with self._reading():
-            while not self.is_complete:
+            while self._state is not ReplyState.ENDED:
                 await self._changed()
             self._raise_error()
             assert self._whole is not None
@@ -143,7 +157,6 @@ class KeptReply:
         self._progress = asyncio.Event()
 
     async def _run(self, reply: Reply) -> None:
-        error: LlamaclustError | None = _cancelled()
         try:
             if self.is_streamed:
                 async for event in reply.events():
@@ -152,11 +165,13 @@ class KeptReply:
             else:
                 self._whole = await reply.whole()
                 self.held_bytes += sum(map(len, self._whole))
-            error = None
-        except LlamaclustError as failure:
-            error = failure
-        finally:
+            self._end(None)
+        except LlamaclustError as error:
             self._end(error)
+        except Exception:  # noqa: BLE001  a mistake of ours, which ends this reply alone
+            _log.exception("request %s failed", self.ticket.id)
+            self._end(LlamaclustError("internal error; the coordinator's log says more"))
+        finally:
             await reply.aclose()
 
     def _append(self, event: Event) -> None:
@@ -168,13 +183,17 @@ class KeptReply:
         self._notify()
 
     def _end(self, error: LlamaclustError | None) -> None:
-        self._error = error
-        self.is_complete = True
-        self._notify()
+        """Once; what comes later is of no interest."""
+        if self._state is not ReplyState.ENDED:
+            self._error = error
+            self._state = ReplyState.ENDED
+            self._notify()
 
     async def _start(self, reply: Reply, waits_s: float) -> None:
         end = asyncio.get_running_loop().time() + waits_s
-        while not self._is_closed:
+        if self._state is not ReplyState.ENDED:
+            self._state = ReplyState.BEGUN
+        while self._state is ReplyState.BEGUN:
             try:
                 await reply.start()
                 break
@@ -182,9 +201,4 @@ class KeptReply:
                 if asyncio.get_running_loop().time() >= end:
                     raise
                 await asyncio.sleep(full.retry_after_s)
-        if self._is_closed:
-            raise _cancelled()
-
-
-def _cancelled() -> LlamaclustError:
-    return WorkerError("the request was cancelled")
+        self._raise_error()

@@ -105,7 +105,7 @@ class Replies:
         try:
             await unless_disconnected(request, kept.begin(reply))
         except BaseException:
-            self._kept.remove(kept)
+            await self._kept.forget(kept)
             raise
         await self._admit(ticket, path, body, is_streamed=reply.is_streamed)
         return await self._respond(request, kept, Position())

@@ -64,7 +64,8 @@ def down(cluster: Cluster = None) -> None:
         print("running requests are finished first; `llamaclust down` again stops at once", file=sys.stderr)
     if not folder.ends_within(_STOP_S):
         print(f"{record.name} still answers requests after {_STOP_S:.0f} s: ending it now", file=sys.stderr)
-        folder.forget_record()  # else a standby would take over
+        folder.mark_stopped()  # else a standby would take over
+        folder.forget_record()
         record.signal(signal.SIGKILL)
         if not folder.ends_within(_KILL_S):
             folder.write_record(record)

@@ -104,6 +104,8 @@ async def _until_signal(config: ClusterConfig, model_path: Path, folder: Cluster
         if not signals.asked.is_set():
             raise
     finally:
+        if signals.asked.is_set():
+            folder.mark_stopped()
         folder.remove_record()
 
 

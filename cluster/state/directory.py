@@ -90,6 +90,11 @@ class ClusterDir:
         return self.path / "lock"
 
     @property
+    def _stopped(self) -> Path:
+        """There after an orderly stop, until the next start."""
+        return self.path / "stopped"
+
+    @property
     def _standby(self) -> Path:
         """A lock of a standby that waits."""
         return self.path / "standby"
@@ -120,6 +125,8 @@ class ClusterDir:
             is_stopped = self._await_end(lock)
         else:
             self._take(lock)
+        if not is_stopped:
+            self._forget_last()
         with self._brought_back(lock):
             yield not is_stopped
 
@@ -128,7 +135,7 @@ class ClusterDir:
         """For the holder of a lease, which is the lock: other commands find the cluster, and files that are deleted are
         restored. The file is locked where no coordinator that hangs has it."""
         self.create()
-        self._record.unlink(missing_ok=True)
+        self._forget_last()
         lock = FileLock(self._lock)
         with contextlib.suppress(OSError):
             lock.take()
@@ -152,20 +159,25 @@ class ClusterDir:
             time.sleep(_PROBE_S)
             if not lock.take():
                 raise UsageError(self._taken())
-        self._record.unlink(missing_ok=True)  # of a process that was killed
+
+    def _forget_last(self) -> None:
+        """The record of a process that was killed, and that an earlier one was stopped."""
+        self._record.unlink(missing_ok=True)
+        self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Until the lock is held. Whether the cluster that had it was stopped in order: its record is gone then."""
-        was_serving, standby = False, FileLock(self._standby)
+        """Until the lock is held. Whether the cluster that had it was stopped in order; any other end, or a folder that
+        cannot be read, is a reason to take over."""
+        has_waited, standby = False, FileLock(self._standby)
         try:
             while not lock.take():
                 if not standby.is_held:
                     standby.take()
-                was_serving = was_serving or self.read_record() is not None
+                has_waited = True
                 time.sleep(_STANDBY_LOOK_S)
         finally:
             standby.release()
-        return was_serving and self.read_record() is None
+        return has_waited and os.access(self._stopped, os.F_OK)  # False also where a file server is away
 
     def _bring_back(self, lock: FileLock, end: threading.Event) -> None:
         """The folder of a running cluster may be deleted: without lock and record it could not be found, and a second
@@ -234,8 +246,13 @@ class ClusterDir:
         if record is None or record in own or not self.is_running:
             self.forget_record()
 
+    def mark_stopped(self) -> None:
+        """A standby ends with this cluster. Where the mark cannot be written, it takes over."""
+        with contextlib.suppress(OSError):
+            self._stopped.touch(mode=0o600)
+
     def forget_record(self) -> None:
-        """Other processes do not find the cluster any more; a standby ends with it."""
+        """Other processes do not find the cluster any more."""
         self._record.unlink(missing_ok=True)
         if self._link is not None:
             with contextlib.suppress(OSError):

@@ -234,3 +234,30 @@ def test_terms_and_drained_workers_survive_a_power_failure(tmp_path: Path, monke
     record.drain(frozenset("a"))
     record.admits(7)
     assert done == ["file", "replace", "folder"] * 3
+
+
+@pytest.mark.parametrize("end", ["stopped", "stopped without a record", "failed", "failed after a stop"])
+def test_a_standby_ends_with_an_orderly_stop_alone(tmp_path: Path, end: str) -> None:
+    """A coordinator that fails removes its record as well."""
+    folder, served = ClusterDir(tmp_path / "home"), []
+
+    def wait() -> None:
+        with ClusterDir(folder.path).locked(is_standby=True) as is_held:
+            served.append(is_held)
+
+    if end == "failed after a stop":
+        with folder.locked():
+            folder.mark_stopped()
+    standby = threading.Thread(target=wait)
+    with folder.locked():
+        if end != "stopped without a record":
+            folder.write_record(ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m"))
+        standby.start()
+        eventually(lambda: folder.has_standby, 5.0, "a standby")
+        if end.startswith("stopped"):
+            folder.mark_stopped()
+        folder.remove_record()
+    standby.join(10)
+    assert served == [end.startswith("failed")]
+    with folder.locked(is_standby=True) as is_held:  # the next one has nothing to wait for
+        assert is_held

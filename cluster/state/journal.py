@@ -18,19 +18,22 @@ import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.disk_thread import DiskThread
 from llamaclust.cluster.state.journal_file import JournalFile
 from llamaclust.core.errors import SupersededError
 from llamaclust.core.sampling import RowResult
 
 _RETRY_S = 5.0
-"""Between two attempts to write to a disk that is full or read-only."""
+"""Between two attempts to write to a disk that is full, read-only or away."""
+_WRITE_S = 10.0
+"""Until a disk is taken for one that hangs: as long as one request at most waits for it."""
 _ENDED_BYTES = 4 << 20
 """Of ended requests, and as much again as of open ones, before the file is rewritten."""
 
@@ -170,7 +173,7 @@ class Journal:
         self._is_sealed = False
         self._is_whole = False  # the file has the lines of all open requests
         self._failed_s: float | None = None  # when writing failed last; None: the last attempt did not fail
-        self._thread = ThreadPoolExecutor(1, "journal")
+        self._thread = DiskThread("journal", _WRITE_S)
 
     async def restore(self, requests: Iterable[OpenRequest]) -> None:
         """Begins with the open requests of an earlier coordinator; what else the file holds is removed."""
@@ -234,8 +237,9 @@ class Journal:
             self._add(self._needed.end_sent(math.inf))
         if self._writing is not None:
             await self._writing
-        self._thread.shutdown()
-        self._file.close()
+        self._thread.close()
+        if not self._thread.hangs:
+            self._file.close()
 
     async def _written(self) -> None:
         written = asyncio.get_running_loop().create_future()
@@ -253,38 +257,44 @@ class Journal:
             while self._pending or self._waiting:
                 pending, self._pending = self._pending, []
                 waiting, self._waiting = self._waiting, []
-                if self._failed_s is None or loop.time() - self._failed_s >= _RETRY_S:
-                    await self._try(pending, is_synced=bool(waiting))
-                for written in waiting:
-                    if not written.done():
-                        written.set_result(None)
+                try:
+                    if self._failed_s is None or loop.time() - self._failed_s >= _RETRY_S:
+                        await self._try(pending, is_synced=bool(waiting))
+                finally:
+                    for written in waiting:
+                        if not written.done():
+                            written.set_result(None)
         finally:
             self._writing = None
 
     async def _try(self, pending: list[bytes], *, is_synced: bool) -> None:
-        loop = asyncio.get_running_loop()
         try:
-            if not self._is_whole or not self._file.is_in_place or self._is_mostly_ended(sum(map(len, pending))):
-                await loop.run_in_executor(self._thread, self._file.rewrite, self._needed.data)
-            else:
-                await loop.run_in_executor(self._thread, self._file.append, b"".join(pending), is_synced)
+            await self._put(b"".join(pending), is_synced=is_synced)
         except SupersededError as error:
             if not self._is_sealed:
                 _log.error("%s: %s", self._path, error)
             self.seal()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  requests are served, whatever the cause
             if self._failed_s is None:
                 _log.warning(
-                    "%s: cannot be written: %s; requests are served, but would not survive the coordinator until there "
-                    "is room again",
+                    "%s: cannot be written: %s; requests are served, but would not survive the coordinator until "
+                    "it can be written again",
                     self._path,
-                    error.strerror,
+                    error.strerror if isinstance(error, OSError) else repr(error),
                 )
-            self._is_whole, self._failed_s = False, loop.time()
+            self._is_whole, self._failed_s = False, asyncio.get_running_loop().time()
         else:
             if self._failed_s is not None:
                 _log.warning("%s: can be written again", self._path)
             self._is_whole, self._failed_s = True, None
+
+    async def _put(self, data: bytes, *, is_synced: bool) -> None:
+        """Nothing of the file is touched outside of the thread."""
+        if self._is_whole and not self._is_mostly_ended(len(data)):
+            if await self._thread.call(partial(self._file.append, data, is_synced)):
+                return
+            self._pending.clear()  # what came meanwhile is among what is needed
+        await self._thread.call(partial(self._file.rewrite, self._needed.data))
 
     def _is_mostly_ended(self, more_bytes: int) -> bool:
         size = self._file.size + more_bytes

@@ -20,7 +20,7 @@ class JournalFile:
         self._descriptor: int | None = None
 
     @property
-    def is_in_place(self) -> bool:
+    def _is_in_place(self) -> bool:
         """Whether the next process finds what was written. The folder may be deleted meanwhile."""
         if self._descriptor is None:
             return False
@@ -28,8 +28,10 @@ class JournalFile:
             return os.path.samestat(os.fstat(self._descriptor), self._path.lstat())
         return False
 
-    def append(self, data: bytes, is_synced: bool) -> None:
-        """All of `data` or nothing, after a `rewrite`."""
+    def append(self, data: bytes, is_synced: bool) -> bool:
+        """All of `data` or nothing, after a `rewrite`. False where the file is not in its place: `rewrite` it."""
+        if not self._is_in_place:
+            return False
         assert self._descriptor is not None
         try:
             _write_all(self._descriptor, data, self.size)
@@ -40,10 +42,11 @@ class JournalFile:
                 os.ftruncate(self._descriptor, self.size)
             raise
         self.size += len(data)
+        return True
 
     def rewrite(self, data: bytes) -> None:
         """The file holds `data` alone, or is as before. SupersededError where it is a newer coordinator's."""
-        if not data and self.is_in_place:
+        if not data and self._is_in_place:
             self._empty()
             return
         self._check_owner()

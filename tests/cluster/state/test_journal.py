@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import struct
+import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ import pytest
 
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Admission, Journal, OpenRequest, read_journal
+from llamaclust.cluster.state.journal_file import JournalFile
 from llamaclust.core.errors import SupersededError
 from llamaclust.core.sampling import RowResult
 from support.seed import SEED
@@ -125,13 +127,56 @@ async def test_a_disk_that_cannot_be_written_to_stops_no_request(
         await writing.admit(admission(1))
         assert [record.message.partition(": ")[2] for record in caplog.records] == [
             "cannot be written: No such file or directory; requests are served, but would not survive the coordinator "
-            "until there is room again"
+            "until it can be written again"
         ]
         folder.mkdir()
         monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.0)
         writing.end("id1")
         await writing.admit(admission(2))
         assert [request.admission.id for request in read_journal(path, NOW)] == ["id0", "id2"]
+
+
+@pytest.mark.parametrize("is_away_for_ever", [False, True])
+async def test_a_disk_that_hangs_stops_no_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, is_away_for_ever: bool
+) -> None:
+    """Neither a stop: one request waits for the disk, others go on at once."""
+    path, back, append = tmp_path / "journal", threading.Event(), JournalFile.append
+
+    def hanging(self: JournalFile, data: bytes, is_synced: bool) -> bool:
+        back.wait(60)
+        return append(self, data, is_synced)
+
+    monkeypatch.setattr("llamaclust.cluster.state.journal._WRITE_S", 0.2)
+    monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.0)
+    try:
+        async with asyncio.timeout(20), journal(path) as writing:
+            await writing.admit(admission(0))
+            monkeypatch.setattr(JournalFile, "append", hanging)
+            for number in range(1, 4):
+                await writing.admit(admission(number))
+            assert [record.message.partition(": ")[2][:46] for record in caplog.records] == [
+                "cannot be written: no answer within 0.2 s; req"
+            ]
+            if not is_away_for_ever:
+                back.set()
+                await until(lambda: not writing._thread.hangs)
+                await writing.admit(admission(4))
+                assert len(read_journal(path, NOW)) == 5
+    finally:
+        back.set()
+
+
+async def test_a_mistake_while_the_journal_is_written_stops_no_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(self: JournalFile, data: bytes) -> None:
+        raise TypeError("a mistake of ours")
+
+    monkeypatch.setattr(JournalFile, "rewrite", mistaken)
+    async with asyncio.timeout(20), journal(tmp_path / "journal") as writing:
+        await writing.admit(admission(0))
+    assert "cannot be written: TypeError('a mistake of ours')" in caplog.text
 
 
 def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:

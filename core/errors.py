@@ -94,10 +94,14 @@ class WorkerError(LlamaclustError):
     code = "worker_failed"
 
 
-class SupersededError(WorkerError):
-    """This coordinator has a successor, with which its clients go on."""
+class ClusterStoppingError(WorkerError):
+    """This coordinator ends; a request that it accepted goes on with the next one, if that comes in time."""
 
     code = "cluster_stopping"
+
+
+class SupersededError(ClusterStoppingError):
+    """This coordinator has a successor, with which its clients go on."""
 
 
 class DeviceLostError(WorkerError):

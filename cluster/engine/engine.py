@@ -19,7 +19,13 @@ from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, T
 from llamaclust.cluster.scheduler.scheduler import Counts, Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
-from llamaclust.core.errors import DeadlineError, LlamaclustError, RequestFailedError, WorkerError
+from llamaclust.core.errors import (
+    ClusterStoppingError,
+    DeadlineError,
+    LlamaclustError,
+    RequestFailedError,
+    WorkerError,
+)
 from llamaclust.wire.microbatch.messages import Result
 
 _STOPPING = "the cluster is stopping"
@@ -107,7 +113,7 @@ class Engine:
 
     async def __aexit__(self, *_: object) -> None:
         lanes = self._lanes
-        self.break_down(WorkerError(_STOPPING))
+        self.break_down(ClusterStoppingError(_STOPPING))
         for lane in lanes:
             await lane.wait_stopped()
 

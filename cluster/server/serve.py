@@ -34,7 +34,7 @@ from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import Draining, Notice, Ready, Report
 from llamaclust.cluster.state.journal import Journal, OpenRequest, read_journal
 from llamaclust.cluster.text.service import TextService, TextSettings
-from llamaclust.core.errors import SupersededError, UsageError, WorkerError
+from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
 from llamaclust.core.interpreter import share_interpreter
 
 _DRAIN_S = 30.0
@@ -133,7 +133,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     allow_many_files()
     async with _journalled(cluster, folder) as durability, aclosing(Replies(front.settings, durability)) as replies:
         app = create_app(service, replies, engine, show, admission, pool)
-        with _left_to_the_next(durability.journal, signals):
+        with _left_to_the_next(durability.journal):
             await replies.restore(await asyncio.to_thread(_open_requests, folder.journal, durability.served))
             server = _Server(server_config(app, front.settings))
             serving = asyncio.create_task(server.serve(sockets=[front.listener]))
@@ -142,7 +142,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
                 signals.ready = True
                 front.report(Ready(record.name, record.api, record.model, record.api_keys_file))
                 await first_of(_asked(signals), cluster.registry.superseded())
-                left = None if config.lease is None else _Inheritance(cluster.registry, durability.journal)
+                left = _Inheritance(durability.journal, None if config.lease is None else cluster.registry)
                 await first_of(_drain(engine, admission, left), _report_requests(service, front.report))
                 server.should_exit = True  # replies that are being written have a moment
                 await _ended(serving)
@@ -152,13 +152,12 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
 
 
 @contextmanager
-def _left_to_the_next(journal: Journal, signals: Signals) -> Iterator[None]:
-    """What is in the journal stays there where this coordinator ends before it serves, or is superseded."""
+def _left_to_the_next(journal: Journal) -> Iterator[None]:
+    """What is in the journal stays there whatever ends this coordinator."""
     try:
         yield
-    except BaseException as error:
-        if isinstance(error, SupersededError) or not signals.ready:
-            journal.seal()
+    except BaseException:
+        journal.seal()
         raise
 
 
@@ -202,19 +201,26 @@ async def _ended(serving: asyncio.Task[None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Inheritance:
-    """What a coordinator that is stopped leaves to one that waits for the lease."""
+    """What a coordinator that is stopped leaves to the next one: accepted requests, and workers to one that waits for
+    the lease."""
 
-    registry: Registry
     journal: Journal
+    registry: Registry | None
 
-    def leave(self) -> None:
+    def leave(self) -> LlamaclustError:
+        """Why requests end here."""
+        if self.registry is None:
+            self.journal.end_sent()
+            self.journal.seal()
+            return ClusterStoppingError("the cluster is stopping")
         self.journal.seal()
         self.registry.leave_workers()
+        return SupersededError("this coordinator is stopping; the next one goes on")
 
 
-async def _drain(engine: Engine, admission: Admission, left: _Inheritance | None = None) -> None:
+async def _drain(engine: Engine, admission: Admission, left: _Inheritance) -> None:
     """No new requests; those that were accepted are answered, with all their choices. Requests that remain after that
-    are left to the next coordinator, or told why they end."""
+    are left to the next coordinator."""
     admission.stop()
     try:
         with suppress(TimeoutError):
@@ -222,11 +228,7 @@ async def _drain(engine: Engine, admission: Admission, left: _Inheritance | None
                 await engine.drain(_DRAIN_S)
                 await admission.wait_idle()
     finally:
-        if left is None:
-            engine.break_down(WorkerError("the cluster is stopping"))
-        else:
-            left.leave()
-            engine.break_down(SupersededError("this coordinator is stopping; the next one goes on"))
+        engine.break_down(left.leave())
         admission.end()
 
 

@@ -209,6 +209,11 @@ class Journal:
         if not self._is_sealed:
             self._add(self._needed.end(request_id))
 
+    def end_sent(self) -> None:
+        """All whose replies were sent: clients that come back later are too late."""
+        if not self._is_sealed:
+            self._add(self._needed.end_sent(math.inf))
+
     def seal(self) -> None:
         """What is open is left to the next coordinator: from now on nothing is recorded."""
         self._is_sealed = True
@@ -233,8 +238,7 @@ class Journal:
         """Writes what is left. Unless it is sealed, clients that come back later are too late."""
         if self._timer is not None:
             self._timer.cancel()
-        if not self._is_sealed:
-            self._add(self._needed.end_sent(math.inf))
+        self.end_sent()
         if self._writing is not None:
             await self._writing
         self._thread.close()

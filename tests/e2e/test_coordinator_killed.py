@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import CommandLine, command_line
 from support.clusters.streamed_answers import STREAMS, TOKENS, answers
@@ -39,8 +40,20 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize("with_standby", [False, True])
-async def test_requests_outlive_a_killed_coordinator(line: CommandLine, model: Path, with_standby: bool) -> None:
+def end_coordinator(folder: ClusterDir, numbers: Sequence[signal.Signals]) -> None:
+    record = folder.read_record()
+    assert record is not None
+    for number in numbers:
+        os.kill(record.pid, number)
+        time.sleep(0.05)  # the process sees each signal
+
+
+@pytest.mark.parametrize("end", ["kill", "kill with a standby", "stop at once"])
+async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, end: str) -> None:
+    """Also one that is stopped by two signals, without an end of its requests."""
+    with_standby = end == "kill with a standby"
+    numbers = [signal.SIGTERM] * 2 if end == "stop at once" else [signal.SIGKILL]
+    folder = ClusterDir(line.cluster_dir("tiny"))
     drawn = random.Random(SEED)
     port = free_port()
     keys: dict[str, Any] = {"listen": f"127.0.0.1:{port}", "context_length": 512}
@@ -57,7 +70,10 @@ async def test_requests_outlive_a_killed_coordinator(line: CommandLine, model: P
             async with asyncio.timeout(60):
                 while sum(arrived) < wanted and not asking.done():  # noqa: ASYNC110  counted by other tasks
                     await asyncio.sleep(0.001)
-            os.kill(json.loads((line.cluster_dir("tiny") / "cluster.json").read_text())["pid"], signal.SIGKILL)
+            await asyncio.to_thread(end_coordinator, folder, numbers)
+            if end == "stop at once":
+                assert await asyncio.to_thread(folder.ends_within, 20.0)
+                assert not asking.done()
             if not with_standby:
                 again = await asyncio.to_thread(line.start, "up", line.cluster_file(model, "tiny", **keys))
             await asyncio.to_thread(again.says, "tiny is ready")

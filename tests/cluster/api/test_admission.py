@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +19,8 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server import serve
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.journal import Journal
 from support.clusters.served import (
     ScriptedEngine,
     ScriptedStream,
@@ -173,18 +176,22 @@ async def test_a_request_that_ends_in_the_moment_in_which_it_starts_leaves_nothi
         assert len(engine.submitted) == 1 and engine.running == 0
 
 
-async def test_a_chat_that_is_rendered_while_a_drain_begins_is_answered() -> None:
+def inheritance(folder: Path) -> serve._Inheritance:
+    return serve._Inheritance(Journal(folder / "journal", ControlRecord(), 60.0), None)
+
+
+async def test_a_chat_that_is_rendered_while_a_drain_begins_is_answered(tmp_path: Path) -> None:
     async with real_engine() as (engine, _), stoppable(engine) as server:
         chat = server.post("/v1/chat/completions", {**CHAT, "max_tokens": 2})
         await until(lambda: server.template.waiting == 1)
-        draining = asyncio.create_task(serve._drain(engine, server.admission))
+        draining = asyncio.create_task(serve._drain(engine, server.admission, inheritance(tmp_path)))
         await until(lambda: engine.state is EngineState.DRAINING)
         server.template.may.set()
         assert (await chat).status_code == 200
         await draining
 
 
-async def test_requests_beyond_the_drain_get_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_beyond_the_drain_get_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "_DRAIN_S", 0.1)
     async with real_engine() as (engine, pipeline), stoppable(engine) as server:
         asked = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True}
@@ -194,9 +201,10 @@ async def test_requests_beyond_the_drain_get_the_reason(monkeypatch: pytest.Monk
             pipeline.gate.clear()
             left = [server.post("/v1/completions", asked), server.post("/v1/chat/completions", CHAT)]
             await until(lambda: len(engine.scheduler.sequences) == 2 and server.template.waiting == 1)
-            await serve._drain(engine, server.admission)
+            await serve._drain(engine, server.admission, inheritance(tmp_path))
             events = events_of(first + "".join([text async for text in lines]))
-        assert events[-1]["error"]["message"] == "the cluster is stopping"
+        error = events[-1]["error"]
+        assert (error["message"], error["code"]) == ("the cluster is stopping", "cluster_stopping")
         assert [(await reply).status_code for reply in left] == [503, 503]
 
 

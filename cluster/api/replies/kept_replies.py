@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.replies.kept import KeptReply
@@ -11,6 +12,13 @@ from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.wire.rpc.task_set import TaskSet
+
+
+class _Name(Enum):
+    """Kinds of names that clients give. In a path, a conversation is found first."""
+
+    CONVERSATION = auto()
+    IDEMPOTENCY_KEY = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,7 @@ class KeptReplies:
         self._settings = settings
         self._journal = journal
         self._entries: dict[str, _Entry] = {}
-        self._ids: dict[tuple[str, str], str] = {}  # by owner, and conversation or idempotency key
+        self._ids: dict[tuple[str, _Name, str], str] = {}  # by owner and name
         self._ending = TaskSet()
 
     def add(self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool) -> KeptReply:
@@ -40,16 +48,16 @@ class KeptReplies:
         self._make_room()
         kept = KeptReply(ticket, self._settings, self._expire, is_streamed=is_streamed)
         self._entries[ticket.id] = _Entry(kept, _digest(path, body), len(body))
-        for name in filter(None, (ticket.conversation, ticket.idempotency_key)):
-            self._ids[ticket.owner, name] = ticket.id
+        for name in _names(ticket):
+            self._ids[name] = ticket.id
         return kept
 
     def remove(self, kept: KeptReply) -> None:
         ticket = kept.ticket
         self._entries.pop(ticket.id, None)
-        for name in (ticket.conversation, ticket.idempotency_key):
-            if self._ids.get((ticket.owner, name)) == ticket.id:
-                del self._ids[ticket.owner, name]
+        for name in _names(ticket):
+            if self._ids.get(name) == ticket.id:
+                del self._ids[name]
         if self._journal is not None:
             self._journal.end(ticket.id)
 
@@ -73,16 +81,22 @@ class KeptReplies:
 
     def named(self, owner: str, name: str) -> KeptReply | None:
         """By its id, the id with a prefix as in a reply, or its client's name for it."""
-        for request_id in (name.rpartition("-")[2], self._ids.get((owner, name), "")):
+        named = (self._ids.get((owner, kind, name), "") for kind in _Name)
+        for request_id in (name.rpartition("-")[2], *named):
             entry = self._entries.get(request_id)
             if entry is not None and entry.kept.ticket.owner == owner:
                 return entry.kept
         return None
 
+    def in_conversation(self, ticket: Ticket) -> KeptReply | None:
+        """The conversation's newest."""
+        entry = self._entries.get(self._ids.get((ticket.owner, _Name.CONVERSATION, ticket.conversation), ""))
+        return None if entry is None else entry.kept
+
     def same(self, ticket: Ticket, path: str, body: bytes) -> KeptReply | None:
         """The reply to the same request, sent before. HttpError where its idempotency key was another request's."""
         key = ticket.idempotency_key
-        entry = self._entries.get(self._ids.get((ticket.owner, key), "")) if key else None
+        entry = self._entries.get(self._ids.get((ticket.owner, _Name.IDEMPOTENCY_KEY, key), "")) if key else None
         if entry is None:
             return None
         if entry.digest != _digest(path, body):
@@ -105,6 +119,11 @@ class KeptReplies:
     def _is_full(self, held_bytes: int) -> bool:
         settings = self._settings
         return held_bytes > settings.max_kept_bytes or len(self._entries) >= settings.max_kept_replies
+
+
+def _names(ticket: Ticket) -> list[tuple[str, _Name, str]]:
+    given = ((_Name.CONVERSATION, ticket.conversation), (_Name.IDEMPOTENCY_KEY, ticket.idempotency_key))
+    return [(ticket.owner, kind, name) for kind, name in given if name]
 
 
 def _digest(path: str, body: bytes) -> bytes:

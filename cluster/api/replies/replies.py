@@ -97,7 +97,7 @@ class Replies:
     # -- replies that are kept -----------------------------------------------------------------------------------------
 
     async def _keep(self, request: Request, ticket: Ticket, reply: Reply, path: str, body: bytes) -> Response:
-        while ticket.conversation and (before := self._kept.named(ticket.owner, ticket.conversation)) is not None:
+        while ticket.conversation and (before := self._kept.in_conversation(ticket)) is not None:
             await self._kept.forget(before)
         if (kept := self._kept.same(ticket, path, body)) is not None:  # that came meanwhile
             return await self._respond(request, kept, Position())

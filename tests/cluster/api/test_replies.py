@@ -242,3 +242,16 @@ async def test_a_reply_counts_as_sent_once_a_connection_took_it_to_its_end(tmp_p
         assert await stream(server.http, "GET", "/v1/streams/one")
         await until(lambda: [request.is_sent for request in read_journal(path, 0.0, SERVED)] == [True])
     assert path.stat().st_size == 0
+
+
+async def test_a_conversation_and_a_key_may_have_the_same_name(tmp_path: Path) -> None:
+    """Neither ends the other, nor is taken for it."""
+    async with served(tmp_path / "journal") as server:
+        for seed, headers in enumerate((KEY, {"X-Conversation-Id": "one"}, KEY)):
+            body = body_of("/completion", seed=seed % 2)
+            reply = await server.http.post("/completion", json=body, headers=headers)
+            assert reply.status_code == 200, reply.text
+            assert "id: " in reply.text
+            if not seed:
+                first = reply.content
+        assert reply.content == first  # kept since

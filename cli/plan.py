@@ -9,10 +9,10 @@ from pathlib import Path
 
 from llamaclust.cluster.api.settings import read_api_keys
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
-from llamaclust.cluster.control.link_profiling import hops_matter, kept_links
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
-from llamaclust.cluster.control.profiling import stated_speeds
-from llamaclust.cluster.control.resource_shares import WorkerResources, measurement_key
+from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
+from llamaclust.cluster.control.resources.profiling import stated_speeds
+from llamaclust.cluster.control.resources.resource_shares import WorkerResources, measurement_key
 from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links

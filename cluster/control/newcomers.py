@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llamaclust.cluster.control.epochs import Epochs
-from llamaclust.cluster.control.link_profiling import LinkMonitor
 from llamaclust.cluster.control.observations import WorkerSeen
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.planning import ClusterPlanner
+from llamaclust.cluster.control.resources.link_profiling import LinkMonitor
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.events import Notice, Report

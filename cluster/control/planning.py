@@ -10,8 +10,13 @@ from functools import partial
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import context_length, manual_plan, max_batch_tokens, stage_limits
-from llamaclust.cluster.control.profiling import WorkerProfiles
-from llamaclust.cluster.control.resource_shares import WorkerResources, machine_shares, memory_shares, share_gpus
+from llamaclust.cluster.control.resources.profiling import WorkerProfiles
+from llamaclust.cluster.control.resources.resource_shares import (
+    WorkerResources,
+    machine_shares,
+    memory_shares,
+    share_gpus,
+)
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs

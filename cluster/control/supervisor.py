@@ -15,19 +15,16 @@ from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Waits
 from llamaclust.cluster.control.drain import WorkerOperations
 from llamaclust.cluster.control.epochs import Epoch, Epochs
-from llamaclust.cluster.control.link_profiling import LinkMonitor, MeasureLinks
+from llamaclust.cluster.control.membership_watch import MembershipWatch
 from llamaclust.cluster.control.newcomers import Newcomers
-from llamaclust.cluster.control.notices import lost_text
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.reconcile import Abort, Action, Wait, reconcile
+from llamaclust.cluster.control.resources.link_profiling import LinkMonitor, MeasureLinks
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launcher
-from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported, StepReported
 from llamaclust.cluster.membership.registry import Registry
-from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.planner.step_limits import hang_text
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError, RequestFailedError
@@ -66,10 +63,12 @@ class Supervisor:
         self._runner = ActionRunner(self.observed, epochs, planner, registry, self.partitions, report)
         self.pool = WorkerOperations(registry, self._runner, self.observed, self.partitions)
         self._links = LinkMonitor(fleet.measure_links, registry, planner, self.observed, report)
-        self._newcomers = Newcomers(registry, planner, epochs, self.observed, self._links, report)
+        newcomers = Newcomers(registry, planner, epochs, self.observed, self._links, report)
+        self._members = MembershipWatch(
+            registry, fleet.launcher, self._runner, newcomers, self.partitions, self.observed, report
+        )
         self._fleet = fleet
         self._report = report
-        self._first_joins: frozenset[int] = frozenset()
         self._action: asyncio.Task[None] | None = None
 
     @property
@@ -98,13 +97,7 @@ class Supervisor:
     async def start(self) -> Epoch:
         """The first epoch, whose workers have joined. Raises an error that no other worker can help, and after
         `timeouts.recovery` why there is none."""
-        registry = self._fleet.registry
-        self._first_joins = frozenset(registry.joins[name] for name in registry.present)
-        for worker in registry.present.values():
-            self._newcomers.take(worker)
-        for name in registry.workers.keys() - registry.present.keys():  # lost while machines were measured
-            self._runner.ending.start(self._fleet.launcher.end(name))
-        registry.subscribe(self._membership_changed)
+        self._members.start()
         await self._loop(is_start=True)
         return self.epoch
 
@@ -115,7 +108,7 @@ class Supervisor:
             self._action.cancel()
             await asyncio.wait([self._action])
         runner = self._runner
-        await asyncio.gather(self._newcomers.close(), runner.ending.close(), runner.watching.close())
+        await asyncio.gather(self._members.close(), runner.ending.close(), runner.watching.close())
 
     async def run(self, engine: Engine) -> None:
         """Until it is cancelled; an error is a bug."""
@@ -174,38 +167,3 @@ class Supervisor:
 
     def _tick(self) -> seen.Tick:
         return seen.Tick(asyncio.get_running_loop().time())
-
-    def _membership_changed(self, event: MembershipEvent) -> None:
-        worker = event.worker
-        if isinstance(event, PeerReported):
-            self.partitions.suspect(worker, event.report)
-        elif isinstance(event, StepReported):
-            if hang := self._hang_text(worker, event.computing_s):
-                self._fleet.registry.fence(worker, hang)
-        elif isinstance(event, MemberJoined):
-            if self._fleet.registry.joins[worker.name] in self._first_joins:
-                return  # its admission reached it only now
-            self._report(Notice(f"worker {worker.name} is here (pid {worker.registration.pid})"))
-            self._newcomers.joined(worker)
-        else:
-            self._worker_lost(worker)
-
-    def _hang_text(self, worker: WorkerHandle, computing_s: float) -> str | None:
-        """Of a worker whose step takes too long for either of its epochs."""
-        engine = self._runner.engine
-        if engine is None:
-            return None
-        served = zip(engine.schedulers, self._runner.open_epochs, strict=False)
-        stages = [(scheduler, epoch.plan, epoch.stage_of(worker)) for scheduler, epoch in served]
-        held = [stage for stage in stages if stage[2] is not None] or stages[:1]
-        texts = [hang_text(*stage, computing_s) for stage in held]
-        return texts[0] if all(texts) else None
-
-    def _worker_lost(self, worker: WorkerHandle) -> None:
-        engine, epoch = self._runner.engine, self._runner.epoch
-        serves = engine is not None and epoch is not None and worker in epoch.workers
-        counts = engine.counts if engine is not None and serves else None
-        self._report(Notice(lost_text(worker.error, counts.running + counts.waiting if counts else 0)))
-        self._runner.ending.start(self._fleet.launcher.end(worker.name))
-        self.partitions.forget(worker.name)
-        self.observed.post(seen.WorkerLost(worker.name))

@@ -12,9 +12,9 @@ from pathlib import Path
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.epochs import Epochs
 from llamaclust.cluster.control.limits import check_plan
-from llamaclust.cluster.control.link_profiling import MeasureLinks, hops_matter, measure_links
 from llamaclust.cluster.control.planning import ClusterPlanner
-from llamaclust.cluster.control.profiling import WorkerProfiles
+from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, hops_matter, measure_links
+from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.supervisor import Fleet, Supervisor
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launcher

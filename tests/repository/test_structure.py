@@ -13,7 +13,7 @@ from support.structure import Modules, arrows, circle, circle_of, deepest, files
 
 MOST_FILES = 20
 MOST_FOLDERS = 12
-LARGE = {Path("cluster/control"), Path("kernels/cpu/native/level/quants")}
+LARGE = {Path("kernels/cpu/native/level/quants")}
 """Folders with more."""
 MOST_DEPTH = {"module-level": 18, "lazy": 18}
 """Modules in the longest chain of imports from the command line to a native call."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from llamaclust.cluster.control.profiling import _key
-from llamaclust.cluster.control.resource_shares import WorkerResources, machine_shares
+from llamaclust.cluster.control.resources.profiling import _key
+from llamaclust.cluster.control.resources.resource_shares import WorkerResources, machine_shares
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.wire.control.messages import CoordinatorMessage, Register
 from llamaclust.worker.devices.devices import Device

@@ -12,7 +12,7 @@ from textwrap import dedent
 
 import pytest
 
-from llamaclust.cluster.control import profiling
+from llamaclust.cluster.control.resources import profiling
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_worker
 from llamaclust.cluster.scheduler.requests import GenerationRequest

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.profiling import WorkerProfiles
-from llamaclust.cluster.control.resource_shares import WorkerResources
+from llamaclust.cluster.control.resources.profiling import WorkerProfiles
+from llamaclust.cluster.control.resources.resource_shares import WorkerResources
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights, log_tail, probe, profile_link, profile_worker
 from llamaclust.cluster.state.directory import read_profiles

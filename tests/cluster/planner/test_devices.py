@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.control.planning import with_gpus as add_gpus
-from llamaclust.cluster.control.resource_shares import WorkerResources, share_gpus
+from llamaclust.cluster.control.resources.resource_shares import WorkerResources, share_gpus
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.format import plan_json, plan_lines

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control import link_profiling
-from llamaclust.cluster.control.link_profiling import _keys, _newest, _places, _wanted, measure_links
+from llamaclust.cluster.control.resources import link_profiling
+from llamaclust.cluster.control.resources.link_profiling import _keys, _newest, _places, _wanted, measure_links
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.links import COORDINATOR, NO_REACH, USUAL, Link, Links
 from llamaclust.cluster.planner.memory import PlanRequest

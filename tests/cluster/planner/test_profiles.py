@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, Waits
-from llamaclust.cluster.control.link_profiling import LinkMonitor
 from llamaclust.cluster.control.observations import Signal, Tick
 from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.resources.link_profiling import LinkMonitor
 from llamaclust.cluster.control.weight_sources import nearest_first
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.format import plan_json, plan_lines

@@ -17,7 +17,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.config.environment import FEATURE_LEVELS
 from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
-from llamaclust.cluster.control.resource_shares import WorkerResources, memory_shares
+from llamaclust.cluster.control.resources.resource_shares import WorkerResources, memory_shares
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status

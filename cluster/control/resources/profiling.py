@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.resource_shares import measurement_key
+from llamaclust.cluster.control.resources.resource_shares import measurement_key
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_worker
 from llamaclust.cluster.state.directory import read_profiles, write_profiles

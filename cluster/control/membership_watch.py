@@ -1,0 +1,80 @@
+"""Turns events of the registry into observations: members that join, are lost, hang or cannot reach a neighbour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.actions import ActionRunner
+from llamaclust.cluster.control.newcomers import Newcomers
+from llamaclust.cluster.control.notices import lost_text
+from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.partitions import PartitionTracker
+from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported, StepReported
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.step_limits import hang_text
+from llamaclust.cluster.state.events import Notice, Report
+
+
+@dataclass(eq=False)
+class MembershipWatch:
+    """From `start` until the registry closes."""
+
+    _registry: Registry
+    _launcher: Launcher
+    _runner: ActionRunner
+    _newcomers: Newcomers
+    _partitions: PartitionTracker
+    _observed: Observed
+    _report: Report
+    _first_joins: frozenset[int] = field(default=frozenset(), init=False)
+
+    def start(self) -> None:
+        """With the members of now."""
+        registry = self._registry
+        self._first_joins = frozenset(registry.joins[name] for name in registry.present)
+        for worker in registry.present.values():
+            self._newcomers.take(worker)
+        for name in registry.workers.keys() - registry.present.keys():  # lost while machines were measured
+            self._runner.ending.start(self._launcher.end(name))
+        registry.subscribe(self._changed)
+
+    async def close(self) -> None:
+        await self._newcomers.close()
+
+    def _changed(self, event: MembershipEvent) -> None:
+        worker = event.worker
+        if isinstance(event, PeerReported):
+            self._partitions.suspect(worker, event.report)
+        elif isinstance(event, StepReported):
+            if hang := self._hang_text(worker, event.computing_s):
+                self._registry.fence(worker, hang)
+        elif isinstance(event, MemberJoined):
+            if self._registry.joins[worker.name] in self._first_joins:
+                return  # its admission reached it only now
+            self._report(Notice(f"worker {worker.name} is here (pid {worker.registration.pid})"))
+            self._newcomers.joined(worker)
+        else:
+            self._lost(worker)
+
+    def _hang_text(self, worker: WorkerHandle, computing_s: float) -> str | None:
+        """Of a worker whose step takes too long for either of its epochs."""
+        engine = self._runner.engine
+        if engine is None:
+            return None
+        served = zip(engine.schedulers, self._runner.open_epochs, strict=False)
+        stages = [(scheduler, epoch.plan, epoch.stage_of(worker)) for scheduler, epoch in served]
+        held = [stage for stage in stages if stage[2] is not None] or stages[:1]
+        texts = [hang_text(*stage, computing_s) for stage in held]
+        return texts[0] if all(texts) else None
+
+    def _lost(self, worker: WorkerHandle) -> None:
+        engine, epoch = self._runner.engine, self._runner.epoch
+        serves = engine is not None and epoch is not None and worker in epoch.workers
+        counts = engine.counts if engine is not None and serves else None
+        self._report(Notice(lost_text(worker.error, counts.running + counts.waiting if counts else 0)))
+        self._runner.ending.start(self._launcher.end(worker.name))
+        self._partitions.forget(worker.name)
+        self._observed.post(seen.WorkerLost(worker.name))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llamaclust.cluster.control.epochs import Epochs
 from llamaclust.cluster.control.observations import WorkerSeen
 from llamaclust.cluster.control.observed import Observed
-from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.resources.link_profiling import LinkMonitor
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
@@ -15,6 +15,9 @@ from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.control.planning import ClusterPlanner
 
 _MEASURE_S = 60.0
 

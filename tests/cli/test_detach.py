@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from llamaclust.cluster.state.directory import ClusterDir
-from support.clusters.command_line import COMMAND, CommandLine, Running, command_line, eventually
+from support.clusters.command_line import CommandLine, Running, command_line, eventually
 from support.models.hostile_models import slow_to_load, tiny
 
 TOLD = (signal.SIGTERM, signal.SIGHUP)
@@ -24,11 +24,11 @@ def line() -> Iterator[CommandLine]:
         yield line
 
 
-def begun(line: CommandLine, model: str = "slow.gguf") -> Running:
+def begun(line: CommandLine, model: str = "slow.gguf", before: Sequence[str] = ()) -> Running:
     """A start that has another process already, which may not yet hear signals."""
     log = line.cluster_dir("tiny") / "logs" / "coordinator.log"
     log.unlink(missing_ok=True)
-    running = line.start("up", "-d", line.cluster_file(model, context_length=64, max_sequences=2))
+    running = line.start("up", "-d", line.cluster_file(model, context_length=64, max_sequences=2), before=before)
     eventually(lambda: log.exists() and len(line.left_running()) > 1, 30.0, "the coordinator's process")
     return running
 
@@ -67,11 +67,8 @@ def test_a_start_ends_with_the_command_that_was_killed(line: CommandLine, moment
     nothing_left(line)
 
 
-def test_a_cluster_that_is_ready_goes_on_without_the_command_and_its_terminal(
-    line: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("support.clusters.command_line.COMMAND", ("nohup", *COMMAND))
-    running = begun(line, "good.gguf")
+def test_a_cluster_that_is_ready_goes_on_without_the_command_and_its_terminal(line: CommandLine) -> None:
+    running = begun(line, "good.gguf", before=("nohup",))
     os.kill(running.process.pid, signal.SIGHUP)
     assert running.wait().code == 0
     assert line.run("status", "--json").out.startswith("{")

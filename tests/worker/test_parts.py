@@ -133,6 +133,7 @@ def test_settings_survive_the_pipe_to_a_worker() -> None:
     kinds = {str: "x", int: 7, float: 0.5, bool: True, Path: Path("/p"), LogFormat: LogFormat.JSON}
     hints = get_type_hints(WorkerSettings)
     values: dict[str, Any] = {name: kinds[(get_args(hint) or (hint,))[0]] for name, hint in hints.items()}
+    values["standbys"] = ("x", "y")
     full, least = WorkerSettings(**values), WorkerSettings(name="a")
     assert [WorkerSettings.from_json(settings.to_json()) for settings in (full, least)] == [full, least]
     assert "secret" not in repr(replace(full, token="secret"))

@@ -286,6 +286,7 @@ def test_the_command_lists_and_clears(model: Path, folder: PackedCacheFolder, mo
     fetched |= {"size_bytes": 0, "unfinished_bytes": 0}
     empty = {"fetched": fetched, "models": [], "unfinished": {"files": 0, "size_bytes": 0}, "in_the_way": []}
     empty["kernels"] = {"files": 0, "size_bytes": 0}
+    empty["kv_disk"] = {"folder": str(folder.path.parent / "kv"), "size_bytes": 0}
     assert json.loads(said("list", "--json")) == {"folder": str(folder.path), "most_bytes": 5 << 20, **empty}
     assert json.loads(said("clear", "--json"))["files"] == 0
     run(model, folder)

@@ -206,9 +206,9 @@ class Replies:
 
 
 def _given(request: Request) -> Position:
-    """What the client has already."""
-    last = request.headers.get("last-event-id", "").rpartition(":")[2]
-    text = request.query_params.get("after", last)
+    """What the client has already: the id of an event, or what follows its colon."""
+    last = request.query_params.get("after", request.headers.get("last-event-id", ""))
+    text = last.rpartition(":")[2]
     return Position.parse(text, "after") if text else Position()
 
 

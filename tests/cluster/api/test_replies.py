@@ -27,7 +27,7 @@ from support.clusters.served import until
 from support.seed import SEED
 
 
-@pytest.mark.parametrize("again", ["GET", "POST"])
+@pytest.mark.parametrize("again", ["GET", "after", "POST"])
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_client_that_was_cut_off_gets_the_rest(path: str, again: str, tmp_path: Path) -> None:
     drawn = random.Random(SEED)
@@ -43,6 +43,10 @@ async def test_a_client_that_was_cut_off_gets_the_rest(path: str, again: str, tm
         if again == "GET":
             request_id = events[-1][0].partition(":")[0]
             events += await stream(server.http, "GET", f"/v1/streams/{request_id}", headers=last)
+        elif again == "after":  # the whole id, or what follows its colon
+            request_id, _, position = events[-1][0].partition(":")
+            given = drawn.choice([events[-1][0], position])
+            events += await stream(server.http, "GET", f"/v1/streams/{request_id}?after={given}")
         else:
             events += await stream(server.http, "POST", path, json=body, headers=KEY | last)
         assert_same(events, whole)

@@ -68,11 +68,13 @@ def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby
                     asyncio.run(_until_signal(config, model_path, folder, front))
         return
     if is_standby:
-        report(Notice(f"{config.name}: this standby takes over when the coordinator ends unexpectedly"))
+        report(Notice(f"{config.name}: this standby takes over once no coordinator runs"))
     with folder.locked(is_standby=is_standby) as is_held:
         if not is_held:
             report(Notice(f"{config.name} was stopped; its standby ends as well"))
             return
+        if is_standby:
+            report(Notice(f"{config.name}: no coordinator runs, so this standby serves"))
         with _listening(config) as listener:
             front = _Front(listener, _record(config, listener), settings, report)
             share_interpreter()

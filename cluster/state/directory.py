@@ -349,8 +349,8 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
     if name is not None and name in running:
         return running[name]
     if not running:
-        logs = [folder for folder in state_dir.glob("*/logs") if any(folder.iterdir())]
-        why = f"; the last one's logs: {max(logs, key=lambda folder: folder.stat().st_mtime)}" if logs else ""
+        newest = max(state_dir.glob("*/logs/*"), key=lambda log: log.stat().st_mtime, default=None)
+        why = f"; the last one's logs: {newest.parent}" if newest is not None else ""
         raise UsageError(f"no cluster is running: start one with `llamaclust up`{why}")
     names = ", ".join(running)
     asked = f"no cluster named {name!r} is running" if name else "several clusters are running"

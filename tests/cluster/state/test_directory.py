@@ -77,7 +77,8 @@ def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
     older = ClusterDir(usual / "older").log_file("a")
     older.parent.mkdir(parents=True)
     older.touch()
-    os.utime(nearer.log_file("a"), (2e9, 2e9))  # a later line in a folder that is as old
+    os.utime(nearer.log_file("a"), (2e9, 2e9))
+    os.utime(older.parent, (2e9, 2e9))  # of the folder: when a file was made in it
     with pytest.raises(UsageError, match=rf"no cluster is running: .*; the last one's logs: {nearer.logs}"):
         find_running(usual, None)
     with pytest.raises(UsageError, match=r"start one with `llamaclust up`$"):

@@ -197,7 +197,7 @@ class CommandLine:
         *arguments: str | bytes | Path,
         out: Path | None = None,
         before: Sequence[str] = (),
-        program: Sequence[str | Path] = COMMAND,
+        program: Sequence[str | Path] | None = None,
     ) -> Running:
         """A command in its own session; it reads nothing. `out` is where its standard output goes; `before` are words
         that run the command in another place, and become it."""
@@ -205,7 +205,7 @@ class CommandLine:
         out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
         with out.open("wb") as to_out, err.open("wb") as to_err:
             process = subprocess.Popen(
-                [*before, *program, *arguments],
+                [*before, *(program or COMMAND), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=to_out,
                 stderr=to_err,

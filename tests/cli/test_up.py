@@ -126,7 +126,7 @@ def test_down_says_what_it_waits_for_and_a_second_one_waits_no_more(line: Comman
 
 def test_a_closed_terminal_ends_it_as_sigterm_does(line: CommandLine) -> None:
     """Requests are finished, although shell and kernel may both send the signal."""
-    with line.cluster("good.gguf") as cluster:
+    with line.cluster("good.gguf", name="terminal") as cluster:  # of that name, no request was left unanswered
         with cluster.http.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 300}) as reply:
             text = reply.iter_lines()
             assert next(text)

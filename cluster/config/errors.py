@@ -35,8 +35,8 @@ def explain(error: ValidationError, document: Document, schema: Schema) -> str:
 def _what(detail: Any, place: Place, schema: Schema) -> str:
     match detail["type"]:
         case "extra_forbidden":
-            (section,) = _alternatives(_schema_at(schema, place[:-1]), schema)
-            known = list(section["properties"])
+            sections = _alternatives(_schema_at(schema, place[:-1]), schema)  # of an optional one, null as well
+            known = [key for section in sections for key in section.get("properties", ())]
             meant = _deeper(str(place[-1]), schema) if len(place) == 1 else ""
             return f"unknown key {shown(place[-1])}{_within(place[:-1])}{meant or hint(str(place[-1]), known)}"
         case "missing":

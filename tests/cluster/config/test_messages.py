@@ -26,6 +26,7 @@ SIZE = "is not a size; write it like 8GiB or 512MiB (KiB, MiB, GiB, TiB; kB, MB,
 TOP_KEYS = {
     "context_lenght: 5": "unknown key 'context_lenght'; did you mean 'context_length'?",
     "zzz: 5": f"unknown key 'zzz'; known: {', '.join(ClusterConfig.model_fields)}",
+    "lease: {names: brain}": "unknown key 'names' in lease; did you mean 'name'?",
     "timeouts: {requests: 5s}": "unknown key 'requests' in timeouts; did you mean 'request'?",
     "context_length: 0": f"context_length: 0 is not possible; {COUNT} 1048576",
     "context_length: 1048577": f"context_length: 1048577 is not possible; {COUNT} 1048576",

@@ -111,7 +111,7 @@ async def test_moves_at_any_moment_change_nothing(number: int) -> None:
             )
             if source.random() < 0.5:
                 await run.tokens(source.randrange(1, 40)) if run.engine.counts.running else None
-            if source.random() < 0.2:
+            if i == 15 or source.random() < 0.2:
                 run.move(source.randrange(1, 4))
         assert len(run.pipelines) > 1
         await run.check()

@@ -64,8 +64,7 @@ def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby
         with _listening(config) as listener, leading(config.lease, listener, settings, report) as is_leader:
             if is_leader:
                 with folder.kept():
-                    front = _Front(listener, _record(config, listener), settings, report)
-                    asyncio.run(_until_signal(config, model_path, folder, front))
+                    _run(config, model_path, folder, _Front(listener, _record(config, listener), settings, report))
         return
     if is_standby:
         report(Notice(f"{config.name}: this standby takes over once no coordinator runs"))
@@ -76,9 +75,7 @@ def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby
         if is_standby:
             report(Notice(f"{config.name}: no coordinator runs, so this standby serves"))
         with _listening(config) as listener:
-            front = _Front(listener, _record(config, listener), settings, report)
-            share_interpreter()
-            asyncio.run(_until_signal(config, model_path, folder, front))
+            _run(config, model_path, folder, _Front(listener, _record(config, listener), settings, report))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +86,11 @@ class _Front:
     record: ClusterRecord
     settings: ApiSettings
     report: Report
+
+
+def _run(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
+    share_interpreter()
+    asyncio.run(_until_signal(config, model_path, folder, front))
 
 
 async def _until_signal(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:

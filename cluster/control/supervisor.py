@@ -28,10 +28,11 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError, RequestFailedError
+from llamaclust.wire.rpc.task_set import TaskSet
 
 
 @dataclass(frozen=True, slots=True)
-class SupervisedWorkers:
+class Fleet:
     """The workers: registered here, started by the launcher. Without `measure_links`, links stay as they are known.
     `start_s`: how long a start may wait for them."""
 
@@ -46,12 +47,12 @@ class Supervisor:
     """`start` opens the first epoch; from then on `run` sees to it that one serves."""
 
     def __init__(
-        self, config: ClusterConfig, epochs: Epochs, planner: ClusterPlanner, workers: SupervisedWorkers, report: Report
+        self, config: ClusterConfig, epochs: Epochs, planner: ClusterPlanner, fleet: Fleet, report: Report
     ) -> None:
-        registry = workers.registry
+        registry = fleet.registry
         now_s = asyncio.get_running_loop().time()
-        pool = PoolState(drained=workers.record.drained)
-        waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, workers.start_s))
+        pool = PoolState(drained=fleet.record.drained)
+        waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, fleet.start_s))
         state = ClusterState(waits, len(config.workers), seen.Tick(now_s), PipelineLoss(now_s), pool=pool)
         self.observed = Observed(state)
         self.partitions = PartitionTracker(
@@ -61,15 +62,16 @@ class Supervisor:
             lambda pairs: self.observed.post(seen.PartitionsChanged(pairs)),
         )
         self._runner = ActionRunner(self.observed, epochs, planner, registry, self.partitions, report)
-        self.pool = WorkerOperations(registry, self._runner, self.observed, self.partitions, report)
-        self._links = LinkMonitor(workers.measure_links, registry, planner, self.observed, report)
+        self.pool = WorkerOperations(registry, self._runner, self.observed, self.partitions)
+        self._links = LinkMonitor(fleet.measure_links, registry, planner, self.observed, report)
         newcomers = Newcomers(registry, planner, epochs, self.observed, self._links, report)
         self._members = MembershipWatch(
-            registry, workers.launcher, self._runner, newcomers, self.partitions, self.observed, report
+            registry, fleet.launcher, self._runner, newcomers, self.partitions, self.observed, report
         )
-        self._workers = workers
+        self._fleet = fleet
         self._report = report
         self._action: asyncio.Task[None] | None = None
+        self._recording = TaskSet()
 
     @property
     def epoch(self) -> Epoch:
@@ -108,7 +110,9 @@ class Supervisor:
             self._action.cancel()
             await asyncio.wait([self._action])
         runner = self._runner
-        await asyncio.gather(self._members.close(), runner.ending.close(), runner.watching.close())
+        await asyncio.gather(
+            self._members.close(), runner.ending.close(), runner.watching.close(), self._recording.join()
+        )
 
     async def run(self, engine: Engine) -> None:
         """Until it is cancelled; an error is a bug."""
@@ -119,7 +123,7 @@ class Supervisor:
         """The engine's report."""
         if isinstance(error, RequestFailedError):
             self._report(Notice(str(error)))
-            self._workers.launcher.reset_restarts()
+            self._fleet.launcher.forgive()
         self.observed.post(seen.PipelineLost(error))
 
     def not_restarted(self, name: str, why: str) -> None:
@@ -134,7 +138,8 @@ class Supervisor:
             if observation is not None:
                 self.observed.apply(self._tick())
                 self.observed.apply(observation)
-                self._record_drained()
+                if (drained := self.observed.state.pool.drained) != self._fleet.record.drained:
+                    self._recording.start(self._record_drained(drained))
                 if self.observed.state.is_plan_useless:
                     self._runner.cancel_loads()
             if observation is seen.Signal.ACTION_ENDED:
@@ -142,10 +147,10 @@ class Supervisor:
                 ended, self._action = self._action, None
                 ended.result()  # its error is a bug
 
-    def _record_drained(self) -> None:
+    async def _record_drained(self, drained: frozenset[str]) -> None:
         """For the next coordinator."""
         try:
-            self._workers.record.drain(self.observed.state.pool.drained)
+            await self._fleet.record.drain(drained)
         except LlamaclustError as error:
             self._report(Notice(f"the next start will not know which workers are drained: {error}"))
 

@@ -78,7 +78,11 @@ class Registry(Members):
         register = None if data is None else decode_worker_message(data)
         if not isinstance(register, Register):
             raise ProtocolError("a worker must register first")
-        refusal = await self._rules.refusal(register, stream.peer) or self._newer_coordinator(register)
+        refusal = (
+            await self._rules.refusal(register, stream.peer)
+            or await self._newer_coordinator(register)
+            or await self._rules.refusal(register, stream.peer)  # another one may have joined during a write
+        )
         if refusal is not None:
             self._refusals.tell(refusal)
             async with deadline("refusing a worker", HANDSHAKE_S):
@@ -86,11 +90,11 @@ class Registry(Members):
             return
         await self._serve(register, stream)
 
-    def _newer_coordinator(self, register: Register) -> str | None:
+    async def _newer_coordinator(self, register: Register) -> str | None:
         """The cluster's end, where a worker that held its layers was another coordinator's meanwhile: no worker that
         never held any can end a cluster."""
         record, name, seen = self._settings.record, register.name, register.largest_term
-        if record.admits(seen):
+        if await record.admits(seen):
             return None
         newer = f"worker {name} has seen a newer coordinator of this cluster (term {seen}, this one: {record.term})"
         if name in self.workers and self.workers[name].stages:

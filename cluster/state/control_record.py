@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from llamaclust.cluster.state.directory import write_private
+from llamaclust.cluster.state.disk_thread import call_on_disk
 from llamaclust.core.epochs import MAX_TERM, epoch_number
-from llamaclust.core.errors import SupersededError
+from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
 """A worker that reports a larger term cannot use up all terms."""
+_WRITE_S = 10.0
+"""Until a disk is taken for one that hangs."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class ControlRecord:
-    """Every change is on disk at once, unless a newer coordinator's is there (SupersededError); without `path`, none
-    is. The term is fixed by the first epoch."""
+    """A change is on disk once its call returns, unless a newer coordinator's is there (SupersededError); without
+    `path`, none is. The event loop does not wait for the disk. The term is fixed by the first epoch."""
 
     path: Path | None = None
     term: int = 0
     drained: frozenset[str] = frozenset()
     _epochs: int = field(default=0, init=False)
     _written_term: int = field(default=0, init=False)
+    _writing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False, compare=False)
 
     @classmethod
     def begin(cls, path: Path) -> ControlRecord:
@@ -39,28 +45,28 @@ class ControlRecord:
             _log.warning("%s: cannot be read: %s; no worker counts as drained", path, error)
         record = cls(path, term + 1, drained)
         record._written_term = term
-        record._write(record.term)
+        record._write(record.term, record.drained)
         return record
 
     def next_epoch(self) -> int:
         self._epochs += 1
         return epoch_number(self.term, self._epochs)
 
-    def admits(self, seen_term: int) -> bool:
+    async def admits(self, seen_term: int) -> bool:
         """Whether a worker that has seen this term may join. Before the first epoch a larger term is begun: the last
         coordinator's record was lost. Later the next coordinator begins one."""
         seen_term = min(seen_term, _MAX_EXCEEDED)
         if seen_term and seen_term >= self.term and not self._epochs:
             self.term = seen_term + 1
-        if max(self.term, seen_term) > self._written_term:
-            self._write(max(self.term, seen_term))
+        if (term := max(self.term, seen_term)) > self._written_term:
+            await self._save(term)
         return seen_term <= self.term
 
-    def drain(self, names: frozenset[str]) -> None:
+    async def drain(self, names: frozenset[str]) -> None:
         """These, and no others, are drained. LlamaclustError where that cannot be written."""
         if names != self.drained:
             self.drained = names
-            self._write(self._written_term)
+            await self._save(self._written_term)
 
     def newer_term(self) -> int:
         """Of a coordinator that has begun since, in the same state directory; 0 where there is none."""
@@ -70,12 +76,21 @@ class ControlRecord:
             return 0
         return term if term > self._written_term else 0
 
-    def _write(self, term: int) -> None:
+    async def _save(self, term: int) -> None:
+        """One write at a time, in the order of the changes."""
+        async with self._writing:
+            write = partial(self._write, max(term, self._written_term), self.drained)
+            try:
+                await call_on_disk("control record", _WRITE_S, write)
+            except TimeoutError as error:
+                raise LlamaclustError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def _write(self, term: int, drained: frozenset[str]) -> None:
         if newer := self.newer_term():
             raise SupersededError(f"{self.path}: a newer coordinator (term {newer}) has the cluster")
         self._written_term = term
         if self.path is not None:
-            write_private(self.path, json.dumps({"term": term, "drained": sorted(self.drained)}))
+            write_private(self.path, json.dumps({"term": term, "drained": sorted(drained)}))
 
 
 def _read(path: Path) -> tuple[int, frozenset[str]]:

@@ -55,3 +55,12 @@ class DiskThread:
                 future.set_exception(error)
             else:
                 future.set_result(value)
+
+
+async def call_on_disk(name: str, call_s: float, work: Callable[[], Value]) -> Value:
+    """A single call, on a thread of its own."""
+    thread = DiskThread(name, call_s)
+    try:
+        return await thread.call(work)
+    finally:
+        thread.close()

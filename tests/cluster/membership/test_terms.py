@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ import pytest
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import JoinSettings
+from llamaclust.cluster.state import control_record
 from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.epochs import MAX_TERM, epoch_number, epoch_text
-from llamaclust.core.errors import SupersededError, WorkerError
+from llamaclust.core.errors import LlamaclustError, SupersededError, WorkerError
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
 from llamaclust.wire.control.messages import Admitted, Deadlines, LoadFailed, Register, Rejected, WorkerMessage
 from llamaclust.wire.rpc.client import JOIN, Peer
@@ -36,14 +39,14 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "control.json"
 
 
-def test_every_start_begins_a_larger_term_and_knows_the_drained_workers(path: Path) -> None:
+async def test_every_start_begins_a_larger_term_and_knows_the_drained_workers(path: Path) -> None:
     first = ControlRecord.begin(path)
-    first.drain(frozenset("ab"))
+    await first.drain(frozenset("ab"))
     assert [epoch_text(first.next_epoch()), epoch_text(first.next_epoch())] == ["1.1", "1.2"]
     second = ControlRecord.begin(path)
     assert (second.term, second.drained) == (2, frozenset("ab"))
     assert second.next_epoch() == epoch_number(2, 1) == (2 << 32) + 1 > first.next_epoch()
-    second.drain(frozenset())
+    await second.drain(frozenset())
     assert not ControlRecord.begin(path).drained
 
 
@@ -55,19 +58,19 @@ def test_a_damaged_record_is_named_and_begun_anew(text: str, path: Path, caplog:
     assert f"{path}: cannot be read" in caplog.text
 
 
-def test_a_lost_records_term_is_exceeded_before_the_first_epoch(path: Path) -> None:
+async def test_a_lost_records_term_is_exceeded_before_the_first_epoch(path: Path) -> None:
     record = ControlRecord.begin(path)
-    assert record.admits(0) and record.term == 1
-    assert record.admits(5) and record.term == 6
-    assert record.admits(3) and epoch_text(record.next_epoch()) == "6.1"
-    assert record.admits(6) and not record.admits(9) and record.term == 6
+    assert await record.admits(0) and record.term == 1
+    assert await record.admits(5) and record.term == 6
+    assert await record.admits(3) and epoch_text(record.next_epoch()) == "6.1"
+    assert await record.admits(6) and not await record.admits(9) and record.term == 6
     assert ControlRecord.begin(path).term == 10
 
 
-def test_a_worker_cannot_use_up_all_terms(path: Path) -> None:
+async def test_a_worker_cannot_use_up_all_terms(path: Path) -> None:
     record = ControlRecord.begin(path)
-    assert record.admits(MAX_TERM) and record.term == (MAX_TERM >> 1) + 1
-    assert record.admits(MAX_TERM) and record.term == (MAX_TERM >> 1) + 1
+    assert await record.admits(MAX_TERM) and record.term == (MAX_TERM >> 1) + 1
+    assert await record.admits(MAX_TERM) and record.term == (MAX_TERM >> 1) + 1
 
 
 async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_that_it_served(trust: Authority) -> None:
@@ -134,5 +137,25 @@ async def test_a_coordinator_ends_where_the_state_directory_has_a_larger_term(pa
         with pytest.raises(SupersededError, match=r"the state directory has its term 2 \(this one: 1\)"):
             await asyncio.wait_for(superseded, 20)
     with pytest.raises(SupersededError, match="newer coordinator"):
-        record.drain(frozenset("a"))
+        await record.drain(frozenset("a"))
     assert ControlRecord.begin(path).drained == newer.drained == frozenset()
+
+
+async def test_a_disk_that_hangs_does_not_stop_the_event_loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    back, write = threading.Event(), write_private
+
+    def hanging(path: Path, text: str) -> None:
+        back.wait(60)
+        write(path, text)
+
+    record = ControlRecord.begin(path)
+    monkeypatch.setattr(control_record, "write_private", hanging)
+    monkeypatch.setattr(control_record, "_WRITE_S", 0.2)
+    try:
+        draining = asyncio.create_task(record.drain(frozenset("a")))
+        await asyncio.sleep(0)
+        assert not draining.done()
+        with pytest.raises(LlamaclustError, match=r"control.json: cannot be written: no answer within 0.2 s"):
+            await draining
+    finally:
+        back.set()

@@ -51,12 +51,6 @@ def test_checks_for_a_running_cluster_disturb_no_process(tmp_path: Path) -> None
     assert not folder.is_running
 
 
-def test_a_folder_in_place_of_a_lock_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "home" / "lock").mkdir(parents=True)
-    with pytest.raises(UsageError, match="home/lock: is in the way of a lock"), ClusterDir(tmp_path / "home").locked():
-        pass
-
-
 def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +219,9 @@ def test_a_standby_that_waits_is_seen(tmp_path: Path) -> None:
     assert not standby.is_alive() and not folder.has_standby
 
 
-def test_terms_and_drained_workers_survive_a_power_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_terms_and_drained_workers_survive_a_power_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The new file is on the disk before it has the name, and the name before the call returns."""
     fsync, rename, done = os.fsync, Path.replace, list[str]()
 
@@ -241,9 +237,9 @@ def test_terms_and_drained_workers_survive_a_power_failure(tmp_path: Path, monke
     monkeypatch.setattr(Path, "replace", replaced)
     record = ControlRecord.begin(tmp_path / "control.json")
     assert done == ["file", "replace", "folder"]
-    record.drain(frozenset("a"))
-    record.drain(frozenset("a"))
-    record.admits(7)
+    await record.drain(frozenset("a"))
+    await record.drain(frozenset("a"))
+    await record.admits(7)
     assert done == ["file", "replace", "folder"] * 3
 
 

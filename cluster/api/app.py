@@ -21,7 +21,7 @@ from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.models import ModelsEndpoint
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.operations import DrainControl, Operations, Workers
-from llamaclust.cluster.api.replies.replies import Replies
+from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.reply import MakeReply
 from llamaclust.cluster.api.security import Security
 from llamaclust.cluster.engine.engine import Engine

@@ -18,7 +18,8 @@ import uvicorn
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.replies import Durability, Replies
+from llamaclust.cluster.api.replies.durability import Durability
+from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.server import StartingReplies, allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
 from llamaclust.cluster.api.sse import first_of
@@ -32,7 +33,8 @@ from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import Draining, Notice, Ready, Report
-from llamaclust.cluster.state.journal import Journal, OpenRequest, read_journal
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
 from llamaclust.core.interpreter import share_interpreter

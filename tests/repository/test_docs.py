@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from llamaclust.cli.app import app
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.replies import Replies
+from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.config.cluster_config import load_config

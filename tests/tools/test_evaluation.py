@@ -17,7 +17,7 @@ import pytest
 from llamaclust import Client
 from llamaclust.cli.main import main
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.replies import Replies
+from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.engine.engine import Engine

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.client.operations import ClusterApi
-from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, find_running
+from llamaclust.cluster.state.directory import ClusterRecord, find_running
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.tools.chaos.firewall import Firewall, FirewallError
-from llamaclust.tools.chaos.held import DisturbedLinks, FullDisks, Stops
-from llamaclust.tools.chaos.links import Disturbance
+from llamaclust.tools.chaos.held import FullDisks, Stops
 from llamaclust.tools.chaos.processes import Process
 from llamaclust.tools.chaos.schedule import Fault, FaultKind
 from llamaclust.tools.chaos.targets import Permissions, Targets, find_targets
@@ -33,29 +31,23 @@ Show = Callable[[str], None]
 class Injector:
     """Of one cluster. `close` undoes everything that is held, however the run ends; it may be called again."""
 
-    def __init__(
-        self, state_dir: Path, name: str, permissions: Permissions, show: Show, firewall: Firewall | None = None
-    ) -> None:
+    def __init__(self, state_dir: Path, name: str, permissions: Permissions, show: Show) -> None:
         self._state_dir, self._name = state_dir, name
-        self._permissions = permissions if firewall is not None else permissions.without_links()
+        self._permissions = permissions
         self._show = show
         self._stops, self._disks, self._drains = Stops(), FullDisks(), Drains(state_dir, name)
-        self._links = DisturbedLinks(firewall)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def held(self) -> frozenset[str]:
-        """Targets of faults that last now: workers, and the cluster while its coordinator's disk is full."""
-        return self._stops.names | self._disks.names | self._drains.names | self._links.names
+        """Workers that are stopped or drained now, and the cluster while its coordinator's disk is full."""
+        return self._stops.names | self._disks.names | self._drains.names
 
     def targets(self) -> Targets:
         """LlamaclustError while no coordinator answers."""
         record, status = self._status()
-        return find_targets(record, status, self._permissions, has_standby=self._folder.has_standby)
-
-    @property
-    def _folder(self) -> ClusterDir:
-        return find_running(self._state_dir, self._name)[0]
+        folder, _ = find_running(self._state_dir, self._name)
+        return find_targets(record, status, self._permissions, has_standby=folder.has_standby)
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
         """Whether it took place. A fault that is held goes on in the background, except a coordinator's stop; after its
@@ -69,10 +61,6 @@ class Injector:
                 self._drains.add(fault.target)
                 self._hold(self._drain(fault))
                 return True
-            case FaultKind.PARTITION:
-                return self._disturb_link(fault, targets, Disturbance.CUT)
-            case FaultKind.SLOW_LINK:
-                return self._disturb_link(fault, targets, Disturbance.SLOW)
         process = targets.coordinator
         if process is None:
             return False
@@ -85,16 +73,14 @@ class Injector:
                 return self._fill_disk(fault, process)
 
     def close(self) -> None:
-        """Continues stopped processes, makes room on disks, heals links, then undrains. Blocks, for half a minute where
-        the cluster does not answer."""
+        """Continues stopped processes, makes room on disks, then undrains. Blocks, for half a minute where the cluster
+        does not answer."""
         for task in self._tasks:
             task.cancel()
         for name in self._stops.names:
             self._stops.end(name)
         for name in self._disks.names:
             self._disks.end(name)
-        for name in self._links.names:
-            self._heal(name)
         for name in self._drains.names:
             self._undrain(name)
 
@@ -136,25 +122,6 @@ class Injector:
         await asyncio.sleep(_JOURNAL_S)
         self._disks.end(fault.target)
 
-    def _disturb_link(self, fault: Fault, targets: Targets, disturbance: Disturbance) -> bool:
-        try:
-            self._links.begin(fault.target, targets.links[fault.target], disturbance, fault.hold_s)
-        except FirewallError as error:
-            self._show(f"{fault}: {error}")
-            return False
-        self._hold(self._heal_later(fault))
-        return True
-
-    async def _heal_later(self, fault: Fault) -> None:
-        await asyncio.sleep(fault.hold_s)
-        self._heal(fault.target)
-
-    def _heal(self, name: str) -> None:
-        try:
-            self._links.end(name)
-        except FirewallError as error:
-            self._show(f"rules for the link of {name} remain until the end: {error}")
-
     async def _drain(self, fault: Fault) -> None:
         try:
             await asyncio.to_thread(self._drains.begin, fault.target)
@@ -178,8 +145,6 @@ class Injector:
         after = await self._successor(process)
         if after.api != before.api:
             raise LlamaclustError(f"the API moved from {before.api} to {after.api}: give `listen` a port in the file")
-        if not self._permissions.coordinator and not self._folder.has_standby:
-            self._show("no standby is left: the coordinator is not killed again")
         return True
 
     async def _successor(self, killed: Process) -> ClusterRecord:

@@ -76,7 +76,7 @@ def joined_worker(worker: Mapping[str, Any]) -> Process | None:
     words = _command_line(process.pid)
     is_worker = "worker" in words and any(Path(word).name == "llamaclust" for word in words[: words.index("worker")])
     _, _, port = str(worker["address"]).rpartition(":")
-    return process if is_worker and port.isdecimal() and int(port) in listening_ports(process.pid) else None
+    return process if is_worker and port.isdecimal() and _listens(process.pid, int(port)) else None
 
 
 def coordinator(pid: int) -> Process | None:
@@ -116,22 +116,14 @@ def _is_command(words: Sequence[str], command: Sequence[str], worker: Mapping[st
     return any(list(words[i : i + len(wanted)]) == wanted for i in range(len(words)))
 
 
-def listening_ports(pid: int) -> frozenset[int]:
-    """TCP ports on which a process of this user waits for connections."""
-    folder, ports = _PROC / str(pid), {}
+def _listens(pid: int, port: int) -> bool:
+    folder, inodes = _PROC / str(pid), set()
     with suppress(OSError):
         for name in ("tcp", "tcp6"):
             for line in (folder / "net" / name).read_text().splitlines()[1:]:
                 fields = line.split()
                 local, state = fields[1], fields[3]
-                if state == _LISTENING:
-                    ports[f"socket:[{fields[9]}]"] = int(local.rpartition(":")[2], 16)
-        return frozenset(ports[name] for link in (folder / "fd").iterdir() if (name := str(link.readlink())) in ports)
-    return frozenset()
-
-
-def is_in_our_network(pid: int) -> bool:
-    """Whether the process is in the network namespace of this one."""
-    with suppress(OSError):
-        return (_PROC / str(pid) / "ns/net").readlink() == (_PROC / "self/ns/net").readlink()
+                if state == _LISTENING and int(local.rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+        return any(str(link.readlink()) in inodes for link in (folder / "fd").iterdir())
     return False

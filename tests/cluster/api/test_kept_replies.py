@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.openai.reply import OpenAiReply
-from llamaclust.cluster.api.replies.kept import KeptReply
+from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Event, Position
+from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.state.journal_records import RequestIdentity
 from llamaclust.core.errors import RequestCancelledError
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
 
-TICKET = Ticket(id="a", seed=1, created=1, owner="")
+TICKET = Ticket(identity=RequestIdentity(id="a", seed=1, created=1))
 
 
 class EndlessReply:
@@ -49,7 +52,7 @@ class EndlessReply:
 @pytest.mark.parametrize("steps", [0, 1, 2])
 async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> None:
     """Also before the first step of its task."""
-    kept = KeptReply(TICKET, ApiSettings(), lambda kept: None, is_streamed=True)
+    kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True)
     reply = EndlessReply()
     reading = asyncio.create_task(anext(kept.read(Position(), with_comments=False)))
     await asyncio.sleep(0)
@@ -64,7 +67,7 @@ async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> No
 
 
 async def test_a_reply_that_was_closed_does_not_begin() -> None:
-    kept = KeptReply(TICKET, ApiSettings(), lambda kept: None, is_streamed=True)
+    kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True)
     await kept.aclose()
     reply = EndlessReply()
     with pytest.raises(RequestCancelledError):
@@ -92,3 +95,65 @@ async def test_a_mistake_in_a_kept_reply_is_logged_and_named(
         assert data["error"]["code"] == "internal_error" and "log says more" in data["error"]["message"]
         assert "TypeError: a mistake of ours" in caplog.text
         await until(lambda: is_idle(server.engine))
+
+
+def kept_in(cache: ReplyCache, name: str) -> KeptReply:
+    ticket = Ticket(identity=RequestIdentity(id=name, seed=1, created=1))
+    return cache.add(ticket, PATHS[0], b"", is_streamed=True)
+
+
+class LongReply(EndlessReply):
+    """Many events, then none."""
+
+    def __init__(self, events: int) -> None:
+        super().__init__()
+        self._events = events
+
+    async def events(self) -> AsyncGenerator[Event | None, None]:
+        for _ in range(self._events):
+            yield Event(0, b"x" * 1000)
+        await asyncio.Event().wait()
+
+
+class CompleteReply(LongReply):
+    async def events(self) -> AsyncGenerator[Event | None, None]:
+        for _ in range(self._events):
+            yield Event(0, b"x" * 1000)
+
+
+async def test_running_replies_are_bounded_together() -> None:
+    """Complete ones that are not read give way; then the largest fails, one that is not read before one that is."""
+    cache = ReplyCache(ApiSettings(max_kept_bytes=100_000), None)
+    replies = {"complete": CompleteReply(30), "read": LongReply(40), "unread": LongReply(20), "small": LongReply(1)}
+    kept = {name: kept_in(cache, name) for name in replies}
+    reading = kept["read"].read(Position(), with_comments=False)
+    for name in ("complete", "small"):
+        await kept[name].begin(replies[name])
+    await until(lambda: kept["complete"].gives_way)
+    await kept["read"].begin(replies["read"])
+    assert (await anext(reading)) is not None
+    assert cache.named("", "complete") is not None
+    await kept["unread"].begin(replies["unread"])
+    await until(lambda: cache.named("", "complete") is None)
+    assert kept["read"].is_running and kept["unread"].is_running and kept["small"].is_running
+    more = kept_in(cache, "more")
+    await more.begin(LongReply(40))
+    await until(lambda: not more.is_running or not kept["unread"].is_running)
+    assert kept["read"].is_running and kept["small"].is_running
+    failed = kept["unread"] if more.is_running else more
+    with pytest.raises(HttpError, match="larger than 0 MiB together") as error:
+        await anext(failed.read(Position(), with_comments=False))
+    assert error.value.code == "reply_too_large" and failed.held_bytes == 0
+    await until(lambda: bool(replies["unread"].closed) or failed is more)
+    await reading.aclose()
+    await cache.aclose()
+
+
+async def test_the_largest_reply_fails_by_itself_where_it_grows() -> None:
+    cache = ReplyCache(ApiSettings(max_kept_bytes=10_000), None)
+    kept, reply = kept_in(cache, "a"), LongReply(1000)
+    await kept.begin(reply)
+    await until(lambda: reply.closed > 0)
+    assert (kept.is_running, kept.held_bytes) == (False, 0)
+    kept_in(cache, "b")
+    await cache.aclose()

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llamaclust.cluster.state.journal import read_journal
+from llamaclust.cluster.state.journal_records import read_journal
 from llamaclust.cluster.text import choice as choice_text
 from support.clusters.resumable import (
     KEY,

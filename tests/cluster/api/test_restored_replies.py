@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.reply import OpenAiReply
-from llamaclust.cluster.api.replies.kept import KeptReply
+from llamaclust.cluster.api.replies.kept_reply import KeptReply
+from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.journal import Admission, Journal, read_journal
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import QueueFullError
@@ -40,15 +45,13 @@ async def write_journal(path: Path, *admissions: Admission) -> None:
 
 
 def admission(number: int, body: str, *, endpoint: str = PATHS[0], is_streamed: bool = True) -> Admission:
+    identity = RequestIdentity(id=f"{number:024x}", seed=7, created=1, idempotency_key=f"key {number}")
     return Admission(
-        id=f"{number:024x}",
+        identity=identity,
         endpoint=endpoint,
-        body=body,
-        seed=7,
-        created=1,
+        body=body.encode(),
         deadline=2e9,
         served=SERVED,
-        idempotency_key=f"key {number}",
         is_streamed=is_streamed,
     )
 
@@ -70,8 +73,9 @@ async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path
     async with served(path, max_kept_replies=3) as server:
         codes = [(await server.http.get(f"/v1/streams/key {number}")).status_code for number in range(4)]
         assert codes == [200, 200, 200, 404]
+    body += " " * (1 << 20)
     await write_journal(path, *(admission(number, body) for number in range(4)))
-    async with served(path, max_kept_bytes=len(body) + 1) as server:
+    async with served(path, max_kept_bytes=5 << 19) as server:
         codes = [(await server.http.get(f"/v1/streams/key {number}")).status_code for number in range(4)]
         assert codes == [200, 200, 404, 404]
 
@@ -173,3 +177,66 @@ async def test_what_a_client_had_not_read_of_a_sent_reply_outlives_the_coordinat
         await asyncio.sleep(0.1)  # the reply's own timer
         gone = await server.http.get(f"/v1/streams/{request_id}")
         assert gone.status_code == 404 and is_idle(server.engine)
+
+
+async def test_a_request_that_ends_the_coordinator_again_and_again_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are not computed at first, since they stand behind it; later it is begun behind them."""
+    path, create, lives = tmp_path / "journal", CompletionEndpoint.create, 0
+    body, poison = json.dumps(body_of(PATHS[0])), json.dumps(body_of(PATHS[0], prompt="poison"))
+    await write_journal(path, *(admission(number, poison if number == 1 else body) for number in range(4)))
+    is_over = asyncio.Event()
+
+    async def deadly(self: CompletionEndpoint, data: bytes, ticket: Ticket) -> OpenAiReply:
+        if b"poison" in data:
+            is_over.set()
+            await asyncio.Event().wait()
+        return await create(self, data, ticket)
+
+    monkeypatch.setattr(CompletionEndpoint, "create", deadly)
+    while not lives or is_over.is_set():
+        is_over.clear()
+        async with served(path, KilledJournal) as server:
+            async with asyncio.timeout(20):
+                poisoned = asyncio.create_task(server.http.get("/v1/streams/key 1"))
+                await asyncio.wait([asyncio.create_task(is_over.wait()), poisoned], return_when="FIRST_COMPLETED")
+                if poisoned.done():
+                    break
+                poisoned.cancel()
+                if lives >= 2:  # the others are computed before
+                    for number in (0, 2, 3):
+                        assert (await stream(server.http, "GET", f"/v1/streams/key {number}"))[-1][1] == "[DONE]"
+            lives += 1
+    assert lives == 4
+    assert '"code":"request_failed"' in poisoned.result().text
+    assert "the coordinator ended 4 times while it computed this request, at last alone" in poisoned.result().text
+
+
+async def test_a_restored_request_that_progresses_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often its coordinator ends: each life adds tokens, which the next one does not compute again."""
+    path, known = tmp_path / "journal", list[int]()
+    await write_journal(path, admission(0, json.dumps(body_of(PATHS[0]))))
+    for _ in range(7):
+        async with served(path, KilledJournal) as server:
+            await stream(server.http, "GET", "/v1/streams/key 0", most=sum(known) + 3)
+        (request,) = read_journal(path, 0.0, SERVED)
+        assert request.restores == 0
+        known.append(len(request.answered[0, 0]) - sum(known))
+        assert known[-1] > 0
+        if sum(known) > 60:
+            break
+
+
+async def test_a_restored_requests_deadline_goes_on(tmp_path: Path) -> None:
+    path, body = tmp_path / "journal", json.dumps(body_of(PATHS[0], stream=False))
+    near = replace(admission(0, body, is_streamed=False), deadline=time.time() + 1.0)
+    await write_journal(path, near, admission(1, body, is_streamed=False))
+    async with served(path) as server:
+        server.pipeline.gate.clear()
+        reply = await server.http.get("/v1/streams/key 0")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+        server.pipeline.gate.set()
+        assert (await server.http.get("/v1/streams/key 1")).status_code == 200

@@ -16,7 +16,7 @@ import pytest
 
 from llamaclust import Client
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.replies import Replies
+from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.client.types import Options

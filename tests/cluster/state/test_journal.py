@@ -15,17 +15,21 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.journal import Admission, Journal, OpenRequest, read_journal
+from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_file import JournalFile
+from llamaclust.cluster.state.journal_records import Admission, OpenRequest, RequestIdentity, read_journal
 from llamaclust.core.errors import SupersededError
 from llamaclust.core.sampling import RowResult
 from support.seed import SEED
 
 NOW = 1_000.0
+BODY = b'{"\xc3\xa9": "%0A%%\t\xff",\n\r\n}\t\n'
+"""Whatever bytes there are."""
 
 
-def admission(number: int, body: str = "{}") -> Admission:
-    return Admission(id=f"id{number}", endpoint="/v1/completions", body=body, seed=number, created=7, deadline=NOW + 60)
+def admission(number: int, body: bytes = b"{}") -> Admission:
+    identity = RequestIdentity(id=f"id{number}", seed=number, created=7, idempotency_key="é\n")
+    return Admission(identity=identity, endpoint="/v1/completions", body=body, deadline=NOW + 60)
 
 
 async def until(check: Callable[[], bool]) -> None:
@@ -52,15 +56,15 @@ async def test_open_requests_are_found_in_order_with_their_tokens(tmp_path: Path
     path, drawn = tmp_path / "journal", random.Random(SEED)
     rows = [row(token, drawn.getrandbits(20)) for token in range(100)]
     async with journal(path) as writing:
-        await asyncio.gather(*(writing.admit(admission(number, 'é"\n\ud800')) for number in range(5)))
-        writing.answer("id1", (0, 0), rows[:64])
-        writing.answer("id1", (0, 1), rows[:3])
-        writing.answer("id1", (0, 0), rows[64:])
+        await asyncio.gather(*(writing.admit(admission(number, BODY)) for number in range(5)))
+        writing.answer("id1", (0, 0), 0, rows[:64])
+        writing.answer("id1", (0, 1), 0, rows[:3])
+        writing.answer("id1", (0, 0), 64, rows[64:])
         for number in (0, 3):
             writing.end(f"id{number}")
     answered = {(0, 0): tuple(rows), (0, 1): tuple(rows[:3])}
     assert read_journal(path, NOW) == [
-        OpenRequest(admission(number, 'é"\n\ud800'), answered if number == 1 else {}) for number in (1, 2, 4)
+        OpenRequest(admission(number, BODY), answered if number == 1 else {}) for number in (1, 2, 4)
     ]
     assert read_journal(path, NOW + 61) == []
 
@@ -69,15 +73,15 @@ async def test_nothing_stays_on_disk_of_requests_that_ended(tmp_path: Path) -> N
     path = tmp_path / "journal"
     async with journal(path) as writing:
         for number in range(3):
-            await writing.admit(admission(number, "a secret"))
+            await writing.admit(admission(number, b"a secret"))
             writing.end(f"id{number}")
     assert path.read_bytes() == b"" and path.stat().st_mode & 0o777 == 0o600
 
 
 async def test_the_file_is_bounded_by_the_open_requests(tmp_path: Path) -> None:
-    path, body = tmp_path / "journal", "x" * (1 << 20)
+    path, body = tmp_path / "journal", b"x" * (1 << 20)
     async with journal(path) as writing:
-        await writing.admit(admission(0, "first"))
+        await writing.admit(admission(0, b"first"))
         for number in range(1, 20):
             await writing.admit(admission(number, body))
             writing.end(f"id{number}")
@@ -112,7 +116,7 @@ async def test_a_restored_journal_holds_what_was_open_and_goes_on(tmp_path: Path
     async with journal(path) as writing:
         await writing.restore(opened)
         assert read_journal(path, NOW) == opened
-        writing.answer("id0", (0, 0), [row(6)])
+        writing.answer("id0", (0, 0), 1, [row(6)])
         writing.end("id1")
     assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(5), row(6))})]
 
@@ -160,7 +164,7 @@ async def test_a_disk_that_hangs_stops_no_request(
             ]
             if not is_away_for_ever:
                 back.set()
-                await until(lambda: not writing._thread.hangs)
+                await until(lambda: not writing._writer._thread.hangs)
                 await writing.admit(admission(4))
                 assert len(read_journal(path, NOW)) == 5
     finally:
@@ -188,7 +192,7 @@ async def test_tokens_after_a_damaged_line_are_not_taken(tmp_path: Path) -> None
     async with journal(path) as writing:
         await writing.admit(admission(0))
         for start in (0, 3, 6):
-            writing.answer("id0", (0, 0), rows[start : start + 3])
+            writing.answer("id0", (0, 0), start, rows[start : start + 3])
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join((*lines[:2], b"x" + lines[2][1:], *lines[3:])))
     assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): tuple(rows[:3])})]
@@ -242,7 +246,7 @@ async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: P
     async with journal(path, sent_s=0.2) as writing:
         for number in range(3):
             await writing.admit(admission(number))
-        writing.answer("id1", (0, 0), [row(5)])
+        writing.answer("id1", (0, 0), 0, [row(5)])
         for number in (0, 1):
             writing.sent(f"id{number}")
             writing.sent(f"id{number}")
@@ -257,11 +261,11 @@ async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: P
 async def test_requests_whose_replies_were_sent_are_bounded_in_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamaclust.cluster.state.journal._SENT_BYTES", 5000)
+    monkeypatch.setattr("llamaclust.cluster.state.journal_contents._SENT_BYTES", 5000)
     path = tmp_path / "journal"
     async with journal(path) as writing:
         for number in range(9):
-            await writing.admit(admission(number, "x" * 1000))
+            await writing.admit(admission(number, b"x" * 1000))
             writing.sent(f"id{number}")
         await writing.admit(admission(9))
         assert ids_in(path, is_sent=True) == ["id5", "id6", "id7", "id8"]
@@ -276,7 +280,7 @@ async def test_a_sealed_journal_leaves_everything_to_the_next_coordinator(tmp_pa
         writing.sent("id0")
         writing.seal()
         writing.end("id1")
-        writing.answer("id1", (0, 0), [row(5)])
+        writing.answer("id1", (0, 0), 0, [row(5)])
         with pytest.raises(SupersededError, match="takes no requests any more"):
             await writing.admit(admission(2))
     assert ids_in(path, is_sent=True) == ["id0"] and ids_in(path, is_sent=False) == ["id1"]
@@ -298,10 +302,62 @@ async def test_a_superseded_coordinator_does_not_touch_its_successors_files(
                     await writing.admit(admission(number))
             writing.end("id0")
             with pytest.raises(SupersededError, match="newer coordinator"):
-                record.drain(frozenset({"a"}))
-            successor.answer("id0", (0, 0), [row(5)])
+                await record.drain(frozenset({"a"}))
+            successor.answer("id0", (0, 0), 0, [row(5)])
     assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(5),)})]
     assert (ControlRecord.begin(tmp_path / "control.json").term, newer.drained) == (3, frozenset())
     assert [entry.message.partition(": ")[2] for entry in caplog.records if entry.levelname == "ERROR"] == [
         "is a newer coordinator's (term 2), and not written any more"
     ]
+
+
+async def test_tokens_before_the_admission_leave_those_that_follow_out(tmp_path: Path) -> None:
+    """They are computed again, and no others stand in their places."""
+    path, rows = tmp_path / "journal", [row(token) for token in range(4)]
+    async with journal(path) as writing:
+        writing.answer("id0", (0, 0), 0, rows[:2])
+        await writing.admit(admission(0))
+        writing.answer("id0", (0, 0), 2, rows[2:])
+    assert read_journal(path, NOW) == [OpenRequest(admission(0))]
+
+
+async def test_restores_count_until_a_token_is_added(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        await writing.restore([OpenRequest(admission(number), restores=2) for number in range(4)])
+        await writing.begin_restored({"id0": 3, "id1": 3, "id2": 3, "gone": 1})
+        assert [request.restores for request in read_journal(path, NOW)] == [3, 3, 3, 2]
+        writing.answer("id1", (0, 0), 0, [row(5)])
+        writing.progressed("id2")
+    assert [request.restores for request in read_journal(path, NOW)] == [3, 0, 0, 2]
+
+
+async def test_admissions_at_about_the_same_time_share_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nothing waits for goes with them; a lone one is written at once."""
+    path, append, appended = tmp_path / "journal", JournalFile.append, []
+
+    def counted(self: JournalFile, data: bytes, is_synced: bool) -> bool:
+        appended.append((data.count(b"\n"), is_synced))
+        return append(self, data, is_synced)
+
+    monkeypatch.setattr(JournalFile, "append", counted)
+    monkeypatch.setattr("llamaclust.cluster.state.journal._PAUSE_S", 1.0)
+    monkeypatch.setattr("llamaclust.cluster.state.journal._LATER_S", 60.0)
+    async with journal(path) as writing:
+        await writing.restore([])
+        writing._writer._begun_s = 0.0
+        await writing.admit(admission(0))
+        writing._writer._begun_s = 0.0
+        await writing.admit(admission(1))
+        assert appended == [(1, True), (1, True)]
+        admitted = [writing.admit(admission(2))]
+        await asyncio.sleep(0.05)
+        writing.answer("id2", (0, 0), 0, [row(5)])
+        writing.sent("id1")
+        admitted.append(writing.admit(admission(3)))
+        await asyncio.gather(*admitted)
+        assert appended[2:] == [(4, True)]
+        writing.end("id3")
+        await asyncio.sleep(0.05)
+        assert len(appended) == 3
+    assert [request.admission.id for request in read_journal(path, NOW)] == ["id0", "id2"]

@@ -11,11 +11,13 @@ from typing import Any
 
 import httpx
 
-from llamaclust.cluster.api.replies.replies import Durability, Replies
+from llamaclust.cluster.api.replies.durability import Durability
+from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.journal import Journal, read_journal
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import read_journal
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import SETTINGS, make_app, real_engine, serving
 

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.operations import DrainControl
-from llamaclust.cluster.api.replies.replies import Replies
+from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine

@@ -7,12 +7,17 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
+from typing import Protocol
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.replies.reply import Event, Position, Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.core.errors import LlamaclustError, QueueFullError, RequestCancelledError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestCancelledError
+
+_EVENT_BYTES = 256
+"""Of Python's objects for an event, beside its data."""
+_TOO_LONG = "the request took longer than timeouts.request, the coordinator's restart included"
 
 _log = logging.getLogger(__name__)
 
@@ -26,22 +31,30 @@ class ReplyState(Enum):
     ENDED = auto()  # with all its events, or an error
 
 
+class ReplyOwner(Protocol):
+    """Keeps replies."""
+
+    def expired(self, kept: KeptReply) -> None:
+        """No client has read it for a while."""
+        ...
+
+    def grew(self, kept: KeptReply, more_bytes: int) -> None:
+        """It holds so many bytes more, or less; it may be failed now."""
+        ...
+
+
 class KeptReply:
     """Is computed from `begin` until it ends or is `aclose`d; expires when no client has read it for a while."""
 
-    def __init__(
-        self, ticket: Ticket, settings: ApiSettings, expired: Callable[[KeptReply], None], *, is_streamed: bool
-    ) -> None:
+    def __init__(self, ticket: Ticket, settings: ApiSettings, owner: ReplyOwner, *, is_streamed: bool) -> None:
         self.ticket = ticket
         self.is_streamed = is_streamed
         self.held_bytes = 0
         self.is_sent = False  # a connection took all of it
         self._state = ReplyState.ADDED
         self._settings = settings
-        self._expired = expired
-        self._events: list[tuple[Event, int]] = []  # with their numbers within their slots
-        self._numbers = Position()
-        self._whole: list[bytes] | None = None
+        self._owner = owner
+        self._content = _Content()
         self._error: LlamaclustError | None = None
         self._readers = 0
         self._progress = asyncio.Event()
@@ -51,32 +64,51 @@ class KeptReply:
         self._reply: Reply | None = None
 
     @property
+    def is_read(self) -> bool:
+        """At this moment."""
+        return self._readers > 0
+
+    @property
+    def is_running(self) -> bool:
+        """Or is about to run."""
+        return self._state in (ReplyState.ADDED, ReplyState.BEGUN)
+
+    @property
     def gives_way(self) -> bool:
         """Whether nothing is computed for it, and no client reads it."""
-        return self._readers == 0 and self._state in (ReplyState.ENDED, ReplyState.POSTPONED)
+        return not self.is_read and not self.is_running
 
     def postpone(self, begin: Callable[[], None]) -> None:
         """`begin` is called when a client reads it."""
         self._postponed, self._state = begin, ReplyState.POSTPONED
         self._expire_later()
 
-    async def begin(self, reply: Reply, *, waits_s: float = 0.0) -> None:
-        """Submits the request; tries for `waits_s` where the queue is full. Raises what refuses it, also that it was
-        closed before."""
+    async def begin(self, reply: Reply, *, until_s: float | None = None) -> None:
+        """Submits the request. Raises what refuses it, also that it was closed before. `until_s`, in the event loop's
+        time: where the queue is full, it is tried again until then, and then the reply ends."""
         try:
-            await self._start(reply, waits_s)
+            await self._start(reply, until_s)
         except BaseException as error:
             self._end(error if isinstance(error, LlamaclustError) else RequestCancelledError())
             await reply.aclose()
             raise
         self._reply = reply
-        self._task = asyncio.create_task(self._run(reply))
+        self._task = asyncio.create_task(self._run(reply, until_s))
         self._expire_later()
 
     def fail(self, error: LlamaclustError) -> None:
-        """It cannot be computed; readers get the error."""
+        """It ends with an error, which readers get; what it holds is freed."""
         self._end(error)
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+        self._content = _Content()
+        self._hold(-self.held_bytes)
         self._expire_later()
+
+    async def ended(self) -> None:
+        """Returns when it has all its events, or an error."""
+        while self._state is not ReplyState.ENDED:
+            await self._progress.wait()
 
     async def aclose(self) -> None:
         """Readers of a reply that has not ended get an error. Nothing of it runs afterwards, except that `begin` gives
@@ -96,8 +128,8 @@ class KeptReply:
         with self._reading():
             place = 0
             while True:
-                while place < len(self._events):
-                    event, number = self._events[place]
+                while place < len(self._content.events):
+                    event, number = self._content.events[place]
                     place += 1
                     if not after.has(event, number):
                         yield event
@@ -114,8 +146,8 @@ class KeptReply:
             while self._state is not ReplyState.ENDED:
                 await self._changed()
             self._raise_error()
-            assert self._whole is not None
-            return self._whole
+            assert self._content.whole is not None
+            return self._content.whole
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -140,7 +172,7 @@ class KeptReply:
     def _expire_later(self) -> None:
         if self._readers == 0 and self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._settings.resume_s, self._expired, self)
+            self._timer = loop.call_later(self._settings.resume_s, self._owner.expired, self)
 
     async def _changed(self) -> bool:
         """Waits for something new; False where nothing came for a while."""
@@ -156,31 +188,41 @@ class KeptReply:
         self._progress.set()
         self._progress = asyncio.Event()
 
-    async def _run(self, reply: Reply) -> None:
+    async def _run(self, reply: Reply, until_s: float | None) -> None:
         try:
-            if self.is_streamed:
-                async for event in reply.events():
-                    if event is not None:
-                        self._append(event)
-            else:
-                self._whole = await reply.whole()
-                self.held_bytes += sum(map(len, self._whole))
+            async with asyncio.timeout_at(until_s):
+                await self._take(reply)
             self._end(None)
         except LlamaclustError as error:
             self._end(error)
+        except TimeoutError:
+            self._end(DeadlineError(_TOO_LONG))
         except Exception:  # noqa: BLE001  a mistake of ours, which ends this reply alone
             _log.exception("request %s failed", self.ticket.id)
             self._end(LlamaclustError("internal error; the coordinator's log says more"))
         finally:
             await reply.aclose()
 
-    def _append(self, event: Event) -> None:
-        self._events.append((event, self._numbers.add(event)))
-        self.held_bytes += len(event.data)
-        if self.held_bytes > self._settings.max_reply_bytes:
-            most = self._settings.max_reply_bytes >> 20
-            raise HttpError(500, "reply_too_large", f"the reply is larger than {most} MiB; ask for less at once")
-        self._notify()
+    async def _take(self, reply: Reply) -> None:
+        if not self.is_streamed:
+            whole = self._content.whole = await reply.whole()
+            self._hold(sum(map(len, whole)))
+            return
+        async for event in reply.events():
+            if event is not None:
+                size_bytes = self._content.add(event)
+                self._hold(len(event.data) + _EVENT_BYTES)
+                self._raise_error()
+                if size_bytes > self._settings.max_reply_bytes:
+                    most = self._settings.max_reply_bytes >> 20
+                    raise HttpError(
+                        500, "reply_too_large", f"the reply is larger than {most} MiB; ask for less at once"
+                    )
+                self._notify()
+
+    def _hold(self, more_bytes: int) -> None:
+        self.held_bytes += more_bytes
+        self._owner.grew(self, more_bytes)
 
     def _end(self, error: LlamaclustError | None) -> None:
         """Once; what comes later is of no interest."""
@@ -189,8 +231,8 @@ class KeptReply:
             self._state = ReplyState.ENDED
             self._notify()
 
-    async def _start(self, reply: Reply, waits_s: float) -> None:
-        end = asyncio.get_running_loop().time() + waits_s
+    async def _start(self, reply: Reply, until_s: float | None) -> None:
+        clock = asyncio.get_running_loop().time
         if self._state is not ReplyState.ENDED:
             self._state = ReplyState.BEGUN
         while self._state is ReplyState.BEGUN:
@@ -198,7 +240,25 @@ class KeptReply:
                 await reply.start()
                 break
             except QueueFullError as full:
-                if asyncio.get_running_loop().time() >= end:
+                if until_s is None:
                     raise
+                if clock() >= until_s:
+                    raise DeadlineError(_TOO_LONG) from full
                 await asyncio.sleep(full.retry_after_s)
         self._raise_error()
+
+
+class _Content:
+    """What a reply consists of so far."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Event, int]] = []  # with their numbers within their slots
+        self.whole: list[bytes] | None = None  # of one that is not streamed
+        self._numbers = Position()
+        self._size_bytes = 0
+
+    def add(self, event: Event) -> int:
+        """The bytes of all events."""
+        self.events.append((event, self._numbers.add(event)))
+        self._size_bytes += len(event.data)
+        return self._size_bytes

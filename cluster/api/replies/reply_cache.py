@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.replies.kept import KeptReply
+from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.journal import Journal
@@ -33,7 +33,7 @@ class _Entry:
         return self.kept.held_bytes + self.body_bytes
 
 
-class KeptReplies:
+class ReplyCache:
     """Use from one event loop; `aclose` it, which ends them."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None) -> None:
@@ -41,20 +41,23 @@ class KeptReplies:
         self._journal = journal
         self._entries: dict[str, _Entry] = {}
         self._ids: dict[tuple[str, _Name, str], str] = {}  # by owner and name
+        self._held_bytes = 0
         self._ending = TaskSet()
 
     def add(self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool) -> KeptReply:
         """HttpError where there is no room."""
-        self._make_room()
-        kept = KeptReply(ticket, self._settings, self._expire, is_streamed=is_streamed)
+        self._make_room(len(body))
+        kept = KeptReply(ticket, self._settings, self, is_streamed=is_streamed)
         self._entries[ticket.id] = _Entry(kept, _digest(path, body), len(body))
+        self._held_bytes += len(body)
         for name in _names(ticket):
             self._ids[name] = ticket.id
         return kept
 
     def remove(self, kept: KeptReply) -> None:
         ticket = kept.ticket
-        self._entries.pop(ticket.id, None)
+        if (entry := self._entries.pop(ticket.id, None)) is not None:
+            self._held_bytes -= entry.held_bytes
         for name in _names(ticket):
             if self._ids.get(name) == ticket.id:
                 del self._ids[name]
@@ -76,54 +79,77 @@ class KeptReplies:
             await self.forget(entry.kept)
         await self._ending.close()
 
-    def _expire(self, kept: KeptReply) -> None:
+    def expired(self, kept: KeptReply) -> None:
+        """See `ReplyOwner`."""
         self._ending.start(self.forget(kept))
+
+    def grew(self, kept: KeptReply, more_bytes: int) -> None:
+        """See `ReplyOwner`. Where all together are too much, complete ones that are not read give way, then the largest
+        that run fail, first those that are not read."""
+        if kept.ticket.id not in self._entries:
+            return
+        self._held_bytes += more_bytes
+        self._evict()
+        while self._is_full():
+            kept_ones = [entry.kept for entry in self._entries.values()]
+            running = [other for other in kept_ones if other.is_running and other.held_bytes]
+            largest = max(running, key=lambda other: (not other.is_read, other.held_bytes), default=None)
+            if largest is None:
+                return
+            most = self._settings.max_kept_bytes >> 20
+            what = f"kept replies are larger than {most} MiB together, and this one was large and not read"
+            largest.fail(HttpError(500, "reply_too_large", f"{what}; read replies sooner, or ask for less at once"))
 
     def named(self, owner: str, name: str) -> KeptReply | None:
         """By its id, the id with a prefix as in a reply, or its client's name for it."""
         named = (self._ids.get((owner, kind, name), "") for kind in _Name)
         for request_id in (name.rpartition("-")[2], *named):
             entry = self._entries.get(request_id)
-            if entry is not None and entry.kept.ticket.owner == owner:
+            if entry is not None and entry.kept.ticket.identity.owner == owner:
                 return entry.kept
         return None
 
     def in_conversation(self, ticket: Ticket) -> KeptReply | None:
         """The conversation's newest."""
-        entry = self._entries.get(self._ids.get((ticket.owner, _Name.CONVERSATION, ticket.conversation), ""))
+        name = (ticket.identity.owner, _Name.CONVERSATION, ticket.identity.conversation)
+        entry = self._entries.get(self._ids.get(name, ""))
         return None if entry is None else entry.kept
 
     def same(self, ticket: Ticket, path: str, body: bytes) -> KeptReply | None:
         """The reply to the same request, sent before. HttpError where its idempotency key was another request's."""
-        key = ticket.idempotency_key
-        entry = self._entries.get(self._ids.get((ticket.owner, _Name.IDEMPOTENCY_KEY, key), "")) if key else None
+        owner, key = ticket.identity.owner, ticket.identity.idempotency_key
+        entry = self._entries.get(self._ids.get((owner, _Name.IDEMPOTENCY_KEY, key), "")) if key else None
         if entry is None:
             return None
         if entry.digest != _digest(path, body):
             raise HttpError(422, "idempotency_key_reused", f"Idempotency-Key {key!r} came with another request before")
         return entry.kept
 
-    def _make_room(self) -> None:
-        """Replies that are complete or postponed, and not read, give way. HttpError where the others are too much."""
-        entries = list(self._entries.values())
-        held = sum(entry.held_bytes for entry in entries)
-        for entry in [entry for entry in entries if entry.kept.gives_way]:
-            if not self._is_full(held):
-                break
-            held -= entry.held_bytes
-            self.remove(entry.kept)
-        if self._is_full(held):
-            what = f"{len(self._entries)} kept replies of {held >> 20} MiB"
+    def _make_room(self, body_bytes: int) -> None:
+        """For one more. HttpError where those that do not give way are too much."""
+        self._evict(body_bytes, 1)
+        if self._is_full(body_bytes, 1):
+            what = f"{len(self._entries)} kept replies of {self._held_bytes >> 20} MiB"
             raise HttpError(503, "server_busy", f"the server is busy with {what}; try again", {"Retry-After": "5"})
 
-    def _is_full(self, held_bytes: int) -> bool:
-        settings = self._settings
-        return held_bytes > settings.max_kept_bytes or len(self._entries) >= settings.max_kept_replies
+    def _evict(self, more_bytes: int = 0, more_replies: int = 0) -> None:
+        """Replies that are complete or postponed, and not read, give way as needed, the oldest first."""
+        if self._is_full(more_bytes, more_replies):
+            for entry in list(self._entries.values()):
+                if entry.kept.gives_way:
+                    self.remove(entry.kept)
+                    if not self._is_full(more_bytes, more_replies):
+                        return
+
+    def _is_full(self, more_bytes: int = 0, more_replies: int = 0) -> bool:
+        held_bytes, replies = self._held_bytes + more_bytes, len(self._entries) + more_replies
+        return held_bytes > self._settings.max_kept_bytes or replies > self._settings.max_kept_replies
 
 
 def _names(ticket: Ticket) -> list[tuple[str, _Name, str]]:
-    given = ((_Name.CONVERSATION, ticket.conversation), (_Name.IDEMPOTENCY_KEY, ticket.idempotency_key))
-    return [(ticket.owner, kind, name) for kind, name in given if name]
+    identity = ticket.identity
+    given = ((_Name.CONVERSATION, identity.conversation), (_Name.IDEMPOTENCY_KEY, identity.idempotency_key))
+    return [(identity.owner, kind, name) for kind, name in given if name]
 
 
 def _digest(path: str, body: bytes) -> bytes:

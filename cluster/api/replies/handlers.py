@@ -1,13 +1,9 @@
-"""All replies of generating endpoints: begun, kept for clients that are cut off, restored after a coordinator's end."""
+"""The HTTP handlers of generating endpoints: replies are begun, kept for clients that are cut off, and read again."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
-from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,26 +11,15 @@ from starlette.responses import Response
 from llamaclust.cluster.api.body import read_bytes
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.json_parts import JsonParts
-from llamaclust.cluster.api.replies.kept import KeptReply
-from llamaclust.cluster.api.replies.kept_replies import KeptReplies
+from llamaclust.cluster.api.replies.durability import Durability
+from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Event, MakeReply, Position, Reply
+from llamaclust.cluster.api.replies.reply_cache import ReplyCache
+from llamaclust.cluster.api.replies.restoring import Restoring
 from llamaclust.cluster.api.replies.ticket import Ticket, owner
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import WAITING, EventResponse, begin_events, unless_disconnected
-from llamaclust.cluster.state.journal import Journal, OpenRequest
-from llamaclust.core.errors import LlamaclustError, WorkerError
-from llamaclust.wire.rpc.task_set import TaskSet
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Durability:
-    """Where admissions are written, and what they need to be valid for a later coordinator."""
-
-    journal: Journal
-    served: str  # digest of the model and its settings
-    request_s: float
+from llamaclust.cluster.state.journal_records import OpenRequest
 
 
 class Replies:
@@ -46,8 +31,8 @@ class Replies:
         self._durability = durability
         self._journal = None if durability is None else durability.journal
         self._endpoints: dict[str, MakeReply] = {}
-        self._kept = KeptReplies(settings, self._journal)
-        self._restoring = TaskSet()
+        self._cache = ReplyCache(settings, self._journal)
+        self._restoring = None if durability is None else Restoring(durability, self._cache, self._endpoints)
 
     def endpoint(self, path: str, make: MakeReply) -> Callable[[Request], Awaitable[Response]]:
         """The handler of a path whose replies `make` makes."""
@@ -61,10 +46,10 @@ class Replies:
     async def _answer(self, request: Request, path: str) -> Response:
         body = await read_bytes(request, self.settings)
         ticket = Ticket.draw(request.headers, self.settings.api_keys, self._journal)
-        if (kept := self._kept.same(ticket, path, body)) is not None:
+        if (kept := self._cache.same(ticket, path, body)) is not None:
             return await self._respond(request, kept, _given(request))
         if "last-event-id" in request.headers:  # a new computation may give other tokens
-            raise self._not_found(ticket.idempotency_key)
+            raise self._not_found(ticket.identity.idempotency_key)
         reply = await self._endpoints[path](body, ticket)
         if ticket.is_kept:
             return await self._keep(request, ticket, reply, path, body)
@@ -86,28 +71,31 @@ class Replies:
 
     async def _admitted_first(self, reply: Reply, ticket: Ticket, path: str, body: bytes) -> None:
         """Nothing is sent before the admission is on disk; it is written while the prompt is computed."""
-        await asyncio.gather(reply.wait_first(), self._admit(ticket, path, body, is_streamed=True))
+        admitted = self._admit(ticket, path, body, is_streamed=True)
+        await reply.wait_first()
+        if admitted is not None:
+            await admitted
 
-    async def _admit(self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool) -> None:
-        if self._durability is not None:
-            served, request_s = self._durability.served, self._durability.request_s
-            admission = ticket.admission(path, body, served, request_s, is_streamed=is_streamed)
-            await self._durability.journal.admit(admission)
+    def _admit(self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool) -> Awaitable[None] | None:
+        if self._durability is None:
+            return None
+        return self._durability.admit(ticket, path, body, is_streamed=is_streamed)
 
     # -- replies that are kept -----------------------------------------------------------------------------------------
 
     async def _keep(self, request: Request, ticket: Ticket, reply: Reply, path: str, body: bytes) -> Response:
-        while ticket.conversation and (before := self._kept.in_conversation(ticket)) is not None:
-            await self._kept.forget(before)
-        if (kept := self._kept.same(ticket, path, body)) is not None:  # that came meanwhile
+        while ticket.identity.conversation and (before := self._cache.in_conversation(ticket)) is not None:
+            await self._cache.forget(before)
+        if (kept := self._cache.same(ticket, path, body)) is not None:  # that came meanwhile
             return await self._respond(request, kept, Position())
-        kept = self._kept.add(ticket, path, body, is_streamed=reply.is_streamed)
+        kept = self._cache.add(ticket, path, body, is_streamed=reply.is_streamed)
         try:
             await unless_disconnected(request, kept.begin(reply))
         except BaseException:
-            await self._kept.forget(kept)
+            await self._cache.forget(kept)
             raise
-        await self._admit(ticket, path, body, is_streamed=reply.is_streamed)
+        if (admitted := self._admit(ticket, path, body, is_streamed=reply.is_streamed)) is not None:
+            await admitted
         return await self._respond(request, kept, Position())
 
     async def _respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
@@ -115,13 +103,13 @@ class Replies:
         if not kept.is_streamed:
             return JsonParts(await unless_disconnected(request, kept.whole()))
         ticket = kept.ticket
-        events = kept.read(after, with_comments=not ticket.conversation)  # its clients count bytes
+        events = kept.read(after, with_comments=not ticket.identity.conversation)  # its clients count bytes
         return EventResponse(_numbered(ticket, events, after), self._sent(kept))
 
     def _sent(self, kept: KeptReply) -> Callable[[], Awaitable[None]]:
         async def close() -> None:
             if kept.is_sent:
-                self._kept.sent(kept)
+                self._cache.sent(kept)
 
         return close
 
@@ -144,12 +132,12 @@ class Replies:
     async def stop(self, request: Request) -> Response:
         """`DELETE` of either: ends the reply. 204 also where there is none."""
         with suppress(HttpError):
-            await self._kept.forget(self._find(request))
+            await self._cache.forget(self._find(request))
         return Response(status_code=204)
 
     def _find(self, request: Request) -> KeptReply:
         name = request.path_params["id"]
-        if (kept := self._kept.named(owner(request.headers, self.settings.api_keys), name)) is None:
+        if (kept := self._cache.named(owner(request.headers, self.settings.api_keys), name)) is None:
             raise self._not_found(name)
         return kept
 
@@ -160,49 +148,14 @@ class Replies:
     # -- after a coordinator's end -------------------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[OpenRequest]) -> None:
-        """Computes replies again that an earlier coordinator did not complete, for clients that come back. They can be
-        found at once; their computation begins in the order of their admission. Those that were sent are computed where
-        a client has not read them to the end."""
-        assert self._durability is not None
-        await self._durability.journal.restore(requests)
-        restored = []
-        for request in sorted(requests, key=lambda request: request.is_sent):
-            ticket, body = Ticket.restored(request, self._durability.journal), request.admission.body.encode()
-            path, is_streamed = request.admission.endpoint, request.admission.is_streamed
-            try:
-                kept = self._kept.add(ticket, path, body, is_streamed=is_streamed)
-            except HttpError as full:
-                _log.warning("request %s is not restored: %s", ticket.id, full)
-                self._durability.journal.end(ticket.id)
-            else:
-                begin = (kept, path, body)
-                if request.is_sent:
-                    kept.postpone(partial(self._begin_postponed, begin))
-                else:
-                    restored.append(begin)
-        if restored:
-            _log.info("requests restored from the journal", extra={"requests": len(restored)})
-            self._restoring.start(self._begin_all(restored))
-
-    def _begin_postponed(self, restored: tuple[KeptReply, str, bytes]) -> None:
-        self._restoring.start(self._begin_all([restored]))
-
-    async def _begin_all(self, restored: list[tuple[KeptReply, str, bytes]]) -> None:
-        assert self._durability is not None
-        for kept, path, body in restored:
-            try:
-                await kept.begin(await self._endpoints[path](body, kept.ticket), waits_s=self._durability.request_s)
-            except LlamaclustError as error:
-                kept.fail(error)
-            except KeyError:
-                kept.fail(WorkerError(f"the endpoint {path} is not there any more"))
-            except Exception:  # noqa: BLE001  the others are restored all the same
-                _log.exception("request %s is not restored", kept.ticket.id)
-                kept.fail(WorkerError("the request could not be restored; the coordinator's log says more"))
+        """See `Restoring`."""
+        assert self._restoring is not None
+        await self._restoring.restore(requests)
 
     async def aclose(self) -> None:
-        await self._restoring.close()
-        await self._kept.aclose()
+        if self._restoring is not None:
+            await self._restoring.aclose()
+        await self._cache.aclose()
 
 
 def _given(request: Request) -> Position:

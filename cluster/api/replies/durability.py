@@ -1,0 +1,32 @@
+"""Admissions on their way into the journal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import Admission
+
+
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """Where admissions are written, and what they need to be valid for a later coordinator."""
+
+    journal: Journal
+    served: str  # digest of the model and its settings
+    request_s: float
+
+    def admit(self, ticket: Ticket, endpoint: str, body: bytes, *, is_streamed: bool) -> Awaitable[None]:
+        """See `Journal.admit`."""
+        admission = Admission(
+            identity=ticket.identity,
+            endpoint=endpoint,
+            body=body,
+            deadline=time.time() + self.request_s,
+            served=self.served,
+            is_streamed=is_streamed,
+        )
+        return self.journal.admit(admission)

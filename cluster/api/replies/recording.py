@@ -1,0 +1,62 @@
+"""Sampled tokens on their way into the journal, and whether a restored request gets further than before."""
+
+from __future__ import annotations
+
+import asyncio
+
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.core.sampling import RowResult
+
+_RECORDED_ROWS = 64
+
+
+class Restoration:
+    """The computation of a request that an earlier coordinator admitted: it has progressed once a token was added."""
+
+    def __init__(self, journal: Journal, request_id: str) -> None:
+        self._journal = journal
+        self._id = request_id
+        self._has_progressed = asyncio.Event()
+
+    def sampled(self, choice: int, row: RowResult) -> None:
+        """A token that was not known before."""
+        if not self._has_progressed.is_set():
+            self._has_progressed.set()
+            self._journal.progressed(self._id)
+
+    async def progressed(self) -> None:
+        await self._has_progressed.wait()
+
+
+class Recording:
+    """The tokens of one prompt's choices, recorded some at a time: of a restored request the first ones sooner, so that
+    it gets further in a coordinator's short life."""
+
+    def __init__(
+        self, journal: Journal, request_id: str, prompt: int, known: dict[int, int], restoration: Restoration | None
+    ) -> None:
+        """`known`: how many tokens of each choice are recorded already."""
+        self._journal = journal
+        self._id = request_id
+        self._prompt = prompt
+        self._restoration = restoration
+        self._starts = known
+        self._skipped = dict(known)
+        self._most = _RECORDED_ROWS if restoration is None else 1
+        self._rows: dict[int, list[RowResult]] = {}
+
+    def add(self, choice: int, row: RowResult) -> None:
+        """The next token of a choice, from its first one on."""
+        if self._skipped.get(choice, 0):
+            self._skipped[choice] -= 1
+            return
+        if self._restoration is not None:
+            self._restoration.sampled(choice, row)
+        rows = self._rows.setdefault(choice, [])
+        rows.append(row)
+        if len(rows) >= self._most:
+            start = self._starts.get(choice, 0)
+            self._journal.answer(self._id, (self._prompt, choice), start, rows)
+            self._starts[choice] = start + len(rows)
+            self._rows[choice] = []
+            self._most = min(2 * self._most, _RECORDED_ROWS)

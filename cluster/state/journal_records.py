@@ -1,0 +1,188 @@
+"""Requests as the journal has them, and its lines: JSON behind its CRC-32; an admission's body follows as it is.
+
+A torn or damaged line is skipped, and with it the tokens that follow its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamaclust.core.sampling import RowResult
+
+_MAX_LINE_BYTES = 64 << 20
+"""More than the largest body needs; of a longer line, which is none of ours, no more is held."""
+_CHECKSUM_DIGITS = 8
+_BODY = b"\t"
+"""Before a body; JSON of ours has none."""
+
+ChoiceKey = tuple[int, int]
+"""Prompt and choice of a request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestIdentity:
+    """What a request's reply is called, and what makes it the same when it is computed again."""
+
+    id: str
+    seed: int  # where the body has none
+    created: int  # Unix time in seconds, part of replies
+    owner: str = ""  # digest of the API key, others may not read the reply; "": no key was needed
+    conversation: str = ""  # llama.cpp's X-Conversation-Id: names its newest reply
+    idempotency_key: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """A request as it was accepted."""
+
+    identity: RequestIdentity
+    endpoint: str  # path of the POST
+    body: bytes
+    deadline: float  # Unix time at which it ends unanswered
+    served: str = ""  # digest of what else answers depend on: the model and its settings
+    is_streamed: bool = True
+
+    @property
+    def id(self) -> str:
+        return self.identity.id
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """A request of the journal that has not ended, and the tokens of its choices so far."""
+
+    admission: Admission
+    answered: Mapping[ChoiceKey, tuple[RowResult, ...]] = field(default_factory=dict)
+    is_sent: bool = False  # the whole reply was; its client may not have read it
+    restores: int = 0  # by coordinators that ended before they added a token
+
+
+def admission_line(admission: Admission) -> bytes:
+    identity = admission.identity
+    fields = (
+        identity.id,
+        identity.seed,
+        identity.created,
+        identity.owner,
+        identity.conversation,
+        identity.idempotency_key,
+        admission.endpoint,
+        admission.deadline,
+        admission.served,
+        admission.is_streamed,
+    )
+    return _line(_json({"admit": fields}) + _BODY + admission.body.replace(b"%", b"%25").replace(b"\n", b"%0A"))
+
+
+def answer_line(request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> bytes:
+    pairs = [(row.token, row.logprob) for row in rows]
+    return _line(_json({"answer": request_id, "choice": choice, "after": start, "rows": pairs}))
+
+
+def restores_line(request_id: str, restores: int) -> bytes:
+    return _line(_json({"restored": request_id, "times": restores}))
+
+
+def sent_line(request_id: str) -> bytes:
+    return _line(_json({"sent": request_id}))
+
+
+def end_line(request_id: str) -> bytes:
+    return _line(_json({"end": request_id}))
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode()
+
+
+def _line(text: bytes) -> bytes:
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def read_journal(path: Path, now: float, served: str = "") -> list[OpenRequest]:
+    """The requests that an earlier coordinator left, of the same `served` digest and with deadlines after `now` (Unix
+    time), in the order of their admission; empty where there is no journal. OSError where it cannot be read."""
+    requests: dict[str, _Request] = {}
+    for record, body in _records(path):
+        match record:
+            case {"admit": fields}:
+                admission = _admission(fields, body)
+                requests[admission.id] = _Request(admission)
+            case {"answer": request_id, "choice": [prompt, choice], "after": start, "rows": rows}:
+                if request_id in requests:
+                    requests[request_id].answer((prompt, choice), start, rows)
+            case {"restored": request_id, "times": times}:
+                if request_id in requests:
+                    requests[request_id].restores = times
+            case {"sent": request_id}:
+                if request_id in requests:
+                    requests[request_id].is_sent = True
+            case {"end": request_id}:
+                requests.pop(request_id, None)
+    return [
+        request.as_open()
+        for request in requests.values()
+        if request.admission.deadline > now and request.admission.served == served
+    ]
+
+
+@dataclass(slots=True)
+class _Request:
+    """One that is read."""
+
+    admission: Admission
+    answered: dict[ChoiceKey, list[RowResult]] = field(default_factory=dict)
+    is_sent: bool = False
+    restores: int = 0
+
+    def answer(self, choice: ChoiceKey, start: int, rows: Sequence[tuple[int, float]]) -> None:
+        if start == len(self.answered.get(choice, ())):
+            known = self.answered.setdefault(choice, [])
+            known.extend(RowResult(token, logprob) for token, logprob in rows)
+            self.restores = 0
+
+    def as_open(self) -> OpenRequest:
+        answered = {choice: tuple(rows) for choice, rows in self.answered.items()}
+        return OpenRequest(self.admission, answered, self.is_sent, self.restores)
+
+
+def _admission(fields: Sequence[Any], body: bytes) -> Admission:
+    request_id, seed, created, owner, conversation, idempotency_key, endpoint, deadline, served, is_streamed = fields
+    identity = RequestIdentity(
+        id=request_id,
+        seed=seed,
+        created=created,
+        owner=owner,
+        conversation=conversation,
+        idempotency_key=idempotency_key,
+    )
+    body = body.replace(b"%0A", b"\n").replace(b"%25", b"%")
+    return Admission(
+        identity=identity, endpoint=endpoint, body=body, deadline=deadline, served=served, is_streamed=is_streamed
+    )
+
+
+def _records(path: Path) -> Iterable[tuple[dict[str, Any], bytes]]:
+    """What is on whole lines, with the body that follows."""
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except FileNotFoundError:
+        return
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        while line := file.readline(_MAX_LINE_BYTES):
+            checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 :].removesuffix(b"\n")
+            with suppress(ValueError):
+                if int(checksum, 16) == zlib.crc32(text):
+                    record, _, body = text.partition(_BODY)
+                    yield json.loads(record), body

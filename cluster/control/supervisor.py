@@ -123,6 +123,7 @@ class Supervisor:
         """The engine's report."""
         if isinstance(error, RequestFailedError):
             self._report(Notice(str(error)))
+        if self._runner.engine is not None and self._runner.engine.suspects_request:
             self._fleet.launcher.forgive()
         self.observed.post(seen.PipelineLost(error))
 

@@ -99,6 +99,11 @@ class Engine:
         return tuple(lane.scheduler for lane in self._lanes)
 
     @property
+    def suspects_request(self) -> bool:
+        """Whether a request may be why the pipeline failed more than once."""
+        return any(scheduler.strikes.isolated is not None for scheduler in self.schedulers)
+
+    @property
     def counts(self) -> Counts:
         """Of all lanes together."""
         return sum((scheduler.counts for scheduler in self.schedulers), self._ended)

@@ -287,6 +287,7 @@ class Scheduler:
         if sequence.phase is Phase.DECODE:
             return self._launch((sequence.take_token(),), 1, now_ns)
         rows = chunk_rows(self.settings, self.times, sequence.remaining, sequence.remaining, 0, alone=True)
+        rows = min(rows, self.strikes.rows(sequence))
         batch = _PrefillBatch(queues.memory, now_ns, rows, self.settings.max_outputs)
         batch.add(sequence, rows)
         slices = tuple(batch.slices.values())

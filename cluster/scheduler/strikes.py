@@ -1,59 +1,128 @@
-"""Requests that may be why a pipeline failed: after a second failure each is computed alone, until one is found guilty.
-Pure."""
+"""Requests that may be why a pipeline failed: each is computed alone, until the same few rows have failed again and
+again. Pure.
+
+The pipeline also fails for other reasons, once a second at worst. So a failure is evidence against a request only if
+its *suspected rows* were in flight: those that were when it first failed. Rows that the pipeline has computed are not
+suspected any more, and those left are fewer after each failure. A request that breaks the pipeline does so at one row,
+which is in flight each time: if not at the row that failed first, at one of those that were in flight later.
+
+After two such failures the request is computed with nothing else in flight, its suspected rows a few at a time. If
+these take w seconds, and workers are lost for other reasons r times a second, one more failure meanwhile has
+probability r * w: about 0.02 for SmolLM2 and a loss per second. If there is none, the request is cleared. So it fails
+by mistake with probability (r * w) ** 3 at most, since the first of four such failures only finds the few rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence, SequenceSlice
 
 _ISOLATED = 2
-"""Strikes from which on a request is computed with nothing else in flight, so that the next failure is its own. After
-the first one it is not: requests are seldom the cause, and to compute all of them one by one takes long."""
-MAX_STRIKES = 4
-"""Of one request, the last two alone: a worker may be lost at any time, but hardly twice during the same few rows."""
+"""Strikes from which on a request is computed with nothing else in flight. After the first one it is not: requests are
+seldom the cause, and to compute all of them one by one takes long."""
+MAX_STRIKES = 6
+"""Of one request; those after `_ISOLATED` count only if it was isolated."""
+_PROBED_ROWS = 8
+"""Suspected rows of a microbatch: they take about as long as one, since each microbatch reads the weights."""
+_MOST_SUSPECTED = 3
+"""Ranges of suspected rows of a sequence; the newest ones are kept."""
+
+
+@dataclass(slots=True)
+class _Suspected:
+    """Rows [start, end) of a sequence."""
+
+    start: int
+    end: int
+    strikes: int
+
+    def overlaps(self, rows: range) -> bool:
+        return self.start < rows.stop and rows.start < self.end
+
+    def strike(self, rows: range, *, is_alone: bool) -> None:
+        """The pipeline failed while these were in flight."""
+        self.start, self.end = max(self.start, rows.start), min(self.end, rows.stop)
+        self.strikes += is_alone or self.strikes < _ISOLATED
 
 
 @dataclass(slots=True)
 class _Record:
-    """Of a sequence that was in flight when a pipeline failed: rows [0, end) had been sent. A result for them ends
-    it."""
+    """Of a sequence that was in flight when a pipeline failed, until its suspected rows are computed."""
 
     sequence: Sequence
-    strikes: int = 0
-    end: int = 0
+    suspected: list[_Suspected] = field(default_factory=list)
+    interrupted: int = 0  # failures while it was isolated and none of its suspected rows was in flight
+
+    @property
+    def strikes(self) -> int:
+        return max(suspected.strikes for suspected in self.suspected)
+
+    def strike(self, rows: range, *, is_alone: bool) -> bool:
+        """Whether a failure while these rows were in flight is evidence against the sequence."""
+        found = [suspected for suspected in self.suspected if suspected.overlaps(rows)]
+        for suspected in found:
+            suspected.strike(rows, is_alone=is_alone)
+        if not found:
+            new = _Suspected(rows.start, rows.stop, _ISOLATED if is_alone else 1)
+            self.suspected = [*self.suspected, new][-_MOST_SUSPECTED:]
+        return bool(found)
+
+    def computed(self, end: int) -> None:
+        """The pipeline has computed rows [0, end)."""
+        for suspected in self.suspected:
+            suspected.start = max(suspected.start, end)
+        self.suspected = [suspected for suspected in self.suspected if suspected.start < suspected.end]
 
 
 class Strikes:
-    """Failures of the pipeline while a sequence was in flight, since its rows of then were computed."""
+    """Failures of the pipeline while the same rows of a sequence were in flight."""
 
     def __init__(self) -> None:
         self._records: dict[int, _Record] = {}  # by the sequence's key
+        self._is_paused = False  # until the next failure: other requests must not wait for ever
 
     @property
     def isolated(self) -> Sequence | None:
         """The next one to compute with nothing else in flight: one that failed so already, or else the oldest."""
+        record = self._isolated
+        return None if record is None else record.sequence
+
+    @property
+    def _isolated(self) -> _Record | None:
         found = [record for record in self._records.values() if record.strikes >= _ISOLATED]
-        return max(found, key=lambda record: record.strikes).sequence if found else None
+        return None if self._is_paused else max(found, key=lambda r: (-r.interrupted, r.strikes), default=None)
+
+    def rows(self, isolated: Sequence) -> int:
+        """How many rows of the isolated sequence may be computed next: up to suspected ones, then a few of these."""
+        scheduled = isolated.scheduled
+        ahead = [each.start - scheduled for each in self._records[isolated.key].suspected if each.end > scheduled]
+        to_suspected = min(ahead, default=0)
+        return to_suspected if to_suspected > 0 else _PROBED_ROWS
 
     def add(self, slices: Iterable[SequenceSlice]) -> list[Sequence]:
         """The pipeline failed with these in flight. Returns the sequences that are to fail."""
-        struck: dict[int, _Record] = {}
-        for taken in slices:
-            key = taken.sequence.key
-            if taken.sequence.phase is not Phase.FINISHED:
-                struck[key] = self._records.setdefault(key, _Record(taken.sequence))
-                struck[key].end = max(struck[key].end, _end(taken))
-        for record in struck.values():
-            record.strikes += 1
-        return [record.sequence for record in struck.values() if record.strikes >= MAX_STRIKES]
+        in_flight = _rows_in_flight(slices)
+        isolated = self._isolated
+        is_alone = isolated is not None and list(in_flight) == [isolated.sequence]
+        struck = []
+        for sequence, rows in in_flight.items():
+            record = self._records.setdefault(sequence.key, _Record(sequence))
+            if record.strike(rows, is_alone=is_alone):
+                struck.append(record)
+        self._is_paused = isolated is not None and isolated not in struck
+        if isolated is not None and self._is_paused:
+            isolated.interrupted += 1
+        return [record.sequence for record in struck if record.strikes >= MAX_STRIKES]
 
     def computed(self, taken: SequenceSlice) -> None:
         """The pipeline has computed these rows."""
         record = self._records.get(taken.sequence.key)
-        if record is not None and _end(taken) >= record.end:
-            self.forget(taken.sequence)
+        if record is not None:
+            record.computed(_rows(taken).stop)
+            if not record.suspected:
+                self.forget(taken.sequence)
 
     def move(self, sequence: Sequence, other: Strikes) -> None:
         """Another pipeline computes it from now on."""
@@ -64,5 +133,15 @@ class Strikes:
         self._records.pop(sequence.key, None)
 
 
-def _end(taken: SequenceSlice) -> int:
-    return taken.chunk.position + len(taken.chunk.tokens)
+def _rows(taken: SequenceSlice) -> range:
+    return range(taken.chunk.position, taken.chunk.position + len(taken.chunk.tokens))
+
+
+def _rows_in_flight(slices: Iterable[SequenceSlice]) -> dict[Sequence, range]:
+    """Of each sequence that has not ended: from the first row to the last one."""
+    found: dict[Sequence, range] = {}
+    for taken in slices:
+        if taken.sequence.phase is not Phase.FINISHED:
+            rows, before = _rows(taken), found.get(taken.sequence, _rows(taken))
+            found[taken.sequence] = range(min(rows.start, before.start), max(rows.stop, before.stop))
+    return found

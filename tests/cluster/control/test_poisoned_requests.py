@@ -11,6 +11,7 @@ from textwrap import dedent
 import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
 from llamaclust.core.errors import RequestFailedError
 from support.clusters.recovering import Answer, Recovering, config, generations, model_in, recovering, undisturbed
 from support.seed import SEED
@@ -58,7 +59,7 @@ async def fails(run: Recovering) -> None:
     """A poisoned request ends with an error of its own, in time."""
     began_s = asyncio.get_running_loop().time()
     (task,) = run.start([GenerationRequest("poison", tuple(range(3, 23)), 60, seed=POISON)])
-    with pytest.raises(RequestFailedError, match="the pipeline failed 4 times while it computed this request"):
+    with pytest.raises(RequestFailedError, match=f"the pipeline failed {MAX_STRIKES} times while it"):
         await task
     assert asyncio.get_running_loop().time() - began_s < WITHIN_S
 

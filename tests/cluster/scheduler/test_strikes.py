@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
@@ -12,10 +13,15 @@ from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
 from llamaclust.wire.microbatch.messages import Microbatch
-from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+from support.clusters.fakes import VOCABULARY, ConstantModel, FakeModel, FakeStages, Simulation, expected, linear
 from support.seed import SEED
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=200, kv_blocks=60, max_sequences=32, max_waiting=64)
+LARGE = replace(SETTINGS, context_length=4096, kv_blocks=8192, max_sequences=64)
+S_NS = 1_000_000_000
+RECOVERY_NS = S_NS // 2
+STAGE = linear(3000, 400)  # about SmolLM2's, of three workers on two busy cores
+LONG = 3000  # prompt tokens: more than are computed in a second
 
 
 @dataclass
@@ -70,10 +76,63 @@ class Poisonable:
         assert self.run.scheduler.queues.memory.blocks.held == 0
 
 
+@dataclass
+class Timed(Poisonable):
+    """With the times of three workers that compute SmolLM2. A poisoned request breaks the pipeline when the row after
+    five of its tokens is computed."""
+
+    settings: SchedulerSettings = LARGE
+
+    def _stages(self) -> FakeStages:
+        made = FakeStages(ConstantModel(self.settings.kv_blocks), [STAGE] * 3)
+        made.free_at = [self.run.now_ns if self.failures else 0] * 3
+        return made
+
+    def breaks(self, microbatch: Microbatch) -> bool:
+        return any(
+            taken.sequence.request.seed in self.poisoned
+            and taken.chunk.position + len(taken.chunk.tokens) > taken.sequence.prompt_length + 4
+            for taken in self.run.scheduler.in_flight.slices(microbatch.number)
+        )
+
+    def fail(self, number: int | None = None) -> None:
+        super().fail(number)
+        self.run.now_ns += RECOVERY_NS
+        self.run.stages.free_at = [self.run.now_ns] * 3
+
+    def until(self, lost_ns: float) -> bool:
+        """Runs until a worker is lost for another reason. False if nothing is left to compute before."""
+        while True:
+            self.run.send_all()
+            if not self.run.sent:
+                return False
+            if self.run.sent[0][0] >= lost_ns:
+                self.run.now_ns = max(self.run.now_ns, int(lost_ns))
+                self.fail()
+                return True
+            if not self.step():
+                return False
+
+    def lose_workers(self, count: int, *, is_regular: bool = False) -> None:
+        """So often, one a second on average, those during a recovery included."""
+        lost_ns: float = self.run.now_ns
+        for _ in range(count):
+            lost_ns += S_NS * (1.0 if is_regular else self.source.expovariate(1.0))
+            if lost_ns > self.run.now_ns and not self.until(lost_ns):
+                return
+
+
 def requests(source: Random, count: int) -> list[GenerationRequest]:
     lengths = [source.randrange(1, 60) for _ in range(count)]
     prompts = [tuple(source.randrange(VOCABULARY) for _ in range(length)) for length in lengths]
     return [GenerationRequest(f"r{i}", prompt, 40, seed=i) for i, prompt in enumerate(prompts)]
+
+
+def long_requests(lengths: Sequence[int], tokens: int) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(f"r{i}", (i, *[1] * (length - 1)), tokens, seed=i, cache_salt=str(i))
+        for i, length in enumerate(lengths)
+    ]
 
 
 @pytest.mark.parametrize("names_microbatch", [False, True])
@@ -89,7 +148,7 @@ def test_a_request_that_breaks_pipelines_fails_alone(names_microbatch: bool, kv_
     keys = [run.run.add(generation) for generation in generations]
     run.finish()
     assert sorted(run.failed) == sorted(seeds)
-    assert run.failures <= MAX_STRIKES * poisoned
+    assert run.failures <= (MAX_STRIKES + 2) * poisoned, "other rows than before break it when it is computed again"
     for key, generation in zip(keys, generations, strict=True):
         answered = run.run.rows(key)
         wanted = expected(generation, settings.context_length)[0]
@@ -113,6 +172,54 @@ def test_failures_of_other_causes_end_no_request(number: int) -> None:
     assert not run.failed
     for key, generation in zip(keys, generations, strict=True):
         assert run.run.rows(key) == expected(generation, SETTINGS.context_length)[0]
+
+
+def test_a_request_that_is_never_computed_between_losses_does_not_fail() -> None:
+    """Nor do others wait for it: every other epoch computes all of them."""
+    run = Timed(Random(SEED))
+    keys = [run.run.add(request) for request in long_requests([LONG, *[30] * 6], 100)]
+    run.lose_workers(60, is_regular=True)
+    assert run.failures == 60
+    assert not run.failed
+    assert not run.run.updates[keys[0]]
+    assert min(len(run.run.rows(key)) for key in keys[1:]) > 20
+    run.finish()
+    assert not run.failed
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_loss_each_second_ends_no_request(number: int) -> None:
+    print(f"seed {SEED}, {number}")
+    source = Random(f"{SEED} {number}")
+    run = Timed(source)
+    for request in long_requests([source.choice((20, 200, 1000, LONG)) for _ in range(24)], 400):
+        run.run.add(request)
+    run.lose_workers(30)
+    assert not run.failed
+
+
+@pytest.mark.parametrize("length", [20, 1000])
+def test_a_poisoned_request_fails_soon_beside_others(length: int) -> None:
+    run = Timed(Random(SEED), poisoned=frozenset([7]))
+    begun_ns = run.run.now_ns
+    keys = [run.run.add(request) for request in long_requests([length] * 33, 100)]
+    while not run.failed and run.step():
+        pass
+    assert run.failed == [7]
+    assert run.failures == MAX_STRIKES
+    assert run.run.now_ns - begun_ns < 10 * S_NS + 4 * 33 * length * 400_000
+    run.finish()
+    assert run.failed == [7]
+    assert len(run.run.rows(keys[0])) == 100
+
+
+def test_a_poisoned_request_fails_alone_while_workers_are_lost_for_other_reasons() -> None:
+    print(f"seed {SEED}")
+    run = Timed(Random(SEED), poisoned=frozenset([7]))
+    for request in long_requests([100] * 17, 400):
+        run.run.add(request)
+    run.lose_workers(25)
+    assert run.failed == [7]
 
 
 def test_requests_that_are_cancelled_while_they_are_isolated() -> None:

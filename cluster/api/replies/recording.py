@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.core.sampling import RowResult
 
 _RECORDED_ROWS = 64
+_RECORDED_S = 1.0
+"""The oldest row that is not recorded waits no longer, once another one comes: of slow streams, too, a successor
+computes little again."""
 
 
 class Restoration:
@@ -44,6 +48,7 @@ class Recording:
         self._skipped = dict(known)
         self._most = _RECORDED_ROWS if restoration is None else 1
         self._rows: dict[int, list[RowResult]] = {}
+        self._oldest_s = 0.0  # of these rows
 
     def add(self, choice: int, row: RowResult) -> None:
         """The next token of a choice, from its first one on."""
@@ -52,11 +57,18 @@ class Recording:
             return
         if self._restoration is not None:
             self._restoration.sampled(choice, row)
+        now_s = monotonic()
+        if not self._rows:
+            self._oldest_s = now_s
         rows = self._rows.setdefault(choice, [])
         rows.append(row)
-        if len(rows) >= self._most:
+        if len(rows) >= self._most or now_s - self._oldest_s >= _RECORDED_S:
+            self._most = min(2 * self._most, _RECORDED_ROWS)
+            self._write()
+
+    def _write(self) -> None:
+        for choice, rows in self._rows.items():
             start = self._starts.get(choice, 0)
             self._journal.answer(self._id, (self._prompt, choice), start, rows)
             self._starts[choice] = start + len(rows)
-            self._rows[choice] = []
-            self._most = min(2 * self._most, _RECORDED_ROWS)
+        self._rows.clear()

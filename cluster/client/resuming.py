@@ -13,8 +13,8 @@ from llamaclust.cluster.client.http_codec import EventReader, reply_error
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import LlamaclustError, ProtocolError
 
-_RESUME_S = 60.0
-"""From the loss of a connection to an error: the time in which a coordinator starts."""
+_RESUME_S = 120.0
+"""From the loss of a connection to an error, as long as a cluster waits for a worker (`timeouts.recovery`)."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
 """Of a stream that is taken for lost: the server sends a comment every 5 s where it has nothing else. A machine that

@@ -19,7 +19,7 @@ _WORDS = ("one", "river", "stone", "seven", "light", "paper", "green", "north", 
 _LENGTHS = (3, 30, 120)
 _TOKENS = 96
 _TEMPLATE_TOKENS = 32
-_RETRY_S = 60.0
+_RETRY_S = 120.0
 _PAUSE_S = 0.2
 _MIXED: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (2, 1, {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.05}),
@@ -88,7 +88,7 @@ class Streams:
 
     async def repeat(self, number: int, until: asyncio.Event) -> None:
         """An answer that was begun is compared, also one that an error ends. Requests that were not accepted are sent
-        again for a minute."""
+        again for two minutes."""
         refused_s: float | None = None
         while not until.is_set():
             received = Received()

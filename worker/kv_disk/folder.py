@@ -94,13 +94,16 @@ class KvFolder:
             raise NoRoomError(f"{n_bytes} bytes would leave less than {reserved_bytes} of the disk free")
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Of all contents. Deletes what killed processes left."""
-        for path in self.path.glob("*/*"):
+        """Of all contents, and none but its own: links lead elsewhere, and other names are of other programs. Deletes
+        what killed processes left."""
+        for path in (file for folder in self.path.glob("*") if not folder.is_symlink() for file in folder.glob("*")):
             with contextlib.suppress(FileNotFoundError):
                 found = path.lstat()
+                if not stat.S_ISREG(found.st_mode) or path.suffix not in (SUFFIX, _UNFINISHED):
+                    continue
                 if path.suffix == _UNFINISHED and found.st_mtime < time.time() - _UNFINISHED_S:
                     remove(path)
-                elif stat.S_ISREG(found.st_mode):
+                else:
                     yield path, found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ class StageBlocks:
         self._lock = Lock()
         self._files: dict[str, KvFile] = {}
         self._places: dict[bytes, list[_Place]] = {}
+        self._unreadable: set[str] = set()  # names that were logged
         traffic.used_bytes = folder.used_bytes
 
     def find(self, keys: Sequence[bytes], kv: KvLayers) -> int:
@@ -120,12 +120,17 @@ class StageBlocks:
             self._forget(gone)
         for name in names - self._files.keys():
             path = self._path / name
-            with contextlib.suppress(FileNotFoundError, NotAFileError):
-                try:
-                    self._learn(KvFile.read(path))
-                except DamagedError as error:
-                    _log.warning("%s: %s; it is deleted", path, error)
-                    remove(path)
+            try:
+                self._learn(KvFile.read(path))
+            except (FileNotFoundError, NotAFileError):
+                continue
+            except DamagedError as error:
+                _log.warning("%s: %s; it is deleted", path, error)
+                remove(path)
+            except OSError as error:  # of a bad sector, or for want of descriptors: the other files serve
+                if name not in self._unreadable:
+                    _log.warning("%s", error)
+                    self._unreadable.add(name)
 
     def _learn(self, file: KvFile) -> None:
         if file.path.name in self._files:
@@ -136,7 +141,7 @@ class StageBlocks:
 
     def _forget(self, name: str) -> None:
         file = self._files.pop(name, None)
-        for key in () if file is None else file.keys:
+        for key in () if file is None else frozenset(file.keys):
             left = [place for place in self._places[key] if place[0] is not file]
             if left:
                 self._places[key] = left

@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llamaclust.worker.kv_disk.folder import KvFolder
+from llamaclust.worker.kv_disk.kv_file import KvFile
 from llamaclust.worker.kv_disk.stage_blocks import KvTraffic, StageBlocks
 
 BLOCKS = 24
@@ -205,6 +206,55 @@ def test_a_cleared_folder_is_empty(tmp_path: Path) -> None:
     assert folder.clear() == (1, used_bytes)
     assert one.find(KEYS, blank()) == 0
     assert folder.clear() == (0, 0)
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """A folder that holds more than KV memory, and a link in it to another one."""
+    one = stage(tmp_path, most_bytes=4096)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (tmp_path / "kv" / "link").symlink_to(theirs)
+    foreign = [tmp_path / "kv" / CONTENT / "notes.txt", theirs / "photo.kv", theirs / "old.tmp"]
+    for path in foreign:
+        path.write_bytes(b"x" * 8192)
+        os.utime(path, (1, 1))
+    assert one.save(KEYS[:2], [0, 1], memory(1)) == 2
+    folder = KvFolder(tmp_path / "kv", 0)
+    assert folder.used_bytes < 8192
+    assert folder.clear()[0] == 1
+    assert all(path.exists() for path in foreign)
+
+
+def test_a_file_that_cannot_be_read_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a bad sector, or of another mode."""
+    kv = memory(1)
+    stage(tmp_path).save(KEYS[:2], [0, 1], kv)
+    (bad,) = files(tmp_path)
+    stage(tmp_path).save(KEYS[:4], [2, 3], kv)
+    read = KvFile.read
+
+    def read_or_fail(path: Path) -> KvFile:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(KvFile, "read", read_or_fail)
+    one = stage(tmp_path)
+    assert one.find(KEYS[2:4], kv) == one.find(KEYS[2:4], kv) == 2
+    assert caplog.text.count("Input/output error") == 1
+    monkeypatch.undo()
+    assert one.find(KEYS, kv) == 4
+
+
+def test_a_block_that_is_in_a_file_twice_is_forgotten_once(tmp_path: Path) -> None:
+    one, kv = stage(tmp_path), memory(1)
+    one.save([KEYS[0], KEYS[0]], [0, 1], kv)
+    (file,) = files(tmp_path)
+    assert one.find(KEYS[:1], kv) == 1
+    file.unlink()
+    assert one.find(KEYS[:1], kv) == 0
 
 
 def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path) -> None:

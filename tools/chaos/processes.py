@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from llamaclust.core.addresses import split_address
 
 _PROC = Path("/proc")
 _STATE, _PARENT, _START = 0, 1, 19  # fields of /proc/PID/stat after the name
@@ -69,20 +72,22 @@ def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | N
 
 
 def joined_worker(worker: Mapping[str, Any]) -> Process | None:
-    """The process of a worker that joined by itself, if it is on this machine: it listens on the worker's port."""
+    """The process of a worker that joined by itself, if it is on this machine: it listens on the worker's port, at an
+    address of this machine. One elsewhere may have the id and the port of another cluster's worker here."""
     process = _own_process(worker["pid"])
     if process is None:
         return None
     words = _command_line(process.pid)
     is_worker = "worker" in words and any(Path(word).name == "llamaclust" for word in words[: words.index("worker")])
-    _, _, port = str(worker["address"]).rpartition(":")
-    return process if is_worker and port.isdecimal() and _listens(process.pid, int(port)) else None
+    host, port = split_address(worker["address"])
+    return process if is_worker and _listens(process.pid, port) and _is_here(host) else None
 
 
-def coordinator(pid: int) -> Process | None:
-    """The coordinator's process, of a cluster's record."""
+def coordinator(pid: int, start_ticks: int) -> Process | None:
+    """The coordinator's process, of a cluster's record. That may be of another container: here its id is another
+    process's, such as another cluster's coordinator."""
     process = _own_process(pid)
-    if process is None:
+    if process is None or process.start_time != start_ticks:
         return None
     words = _command_line(pid)
     return process if "up" in words and any(Path(word).name == "llamaclust" for word in words) else None
@@ -114,6 +119,17 @@ def _command_line(pid: int) -> list[str]:
 def _is_command(words: Sequence[str], command: Sequence[str], worker: Mapping[str, Any]) -> bool:
     wanted = [*command, worker["name"]]
     return any(list(words[i : i + len(wanted)]) == wanted for i in range(len(words)))
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address is one of this machine: others cannot be bound to."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def _listens(pid: int, port: int) -> bool:

@@ -45,7 +45,7 @@ def find_targets(
     }
     own = {name: process for name, process in found.items() if process is not None}
     may_kill_workers = is_local or permissions.joined_workers
-    coordinator = processes.coordinator(record.pid)
+    coordinator = processes.coordinator(record.pid, record.start_ticks)
     cluster = () if coordinator is None else (record.name,)
     names = {
         FaultKind.KILL: tuple(own) if may_kill_workers else (),

@@ -11,10 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from llamaclust.cluster.state.directory import ClusterRecord
+from llamaclust.cluster.state.processes import start_ticks
 from llamaclust.tools.chaos import processes
+from llamaclust.tools.chaos.targets import Permissions, find_targets
 
 SLEEP = "import time; time.sleep(60)"
 
@@ -64,11 +68,21 @@ def test_others_are_no_workers() -> None:
         assert processes.local_worker({"name": "b", "pid": process.pid}, os.getpid()) is None
         assert processes.local_worker({"name": "a", "pid": process.pid}, os.getpid() + 1) is None
         assert processes.joined_worker({"name": "a", "pid": process.pid, "address": "127.0.0.1:1"}) is None
-        assert processes.coordinator(process.pid) is None
+        assert processes.coordinator(process.pid, start_ticks(process.pid) or 0) is None
     with started("something") as process:
         assert processes.local_worker({"name": "a", "pid": process.pid}, os.getpid()) is None
     assert processes.local_worker({"name": "a", "pid": 1}, 0) is None
-    assert processes.coordinator(process.pid) is None
+    assert processes.coordinator(process.pid, 0) is None
+
+
+def test_a_coordinator_of_another_container_is_not_that_of_its_id_here(tmp_path: Path) -> None:
+    """Two containers share a state directory; here another cluster's coordinator has the id of the record."""
+    with started("llamaclust", "up", "theirs.yaml") as process:
+        status, ticks = dict[str, Any](workers=[]), start_ticks(process.pid) or 0
+        record = ClusterRecord("ours", process.pid, "http://127.0.0.1:1", "m", start_ticks=ticks)
+        assert find_targets(record, status, Permissions(), has_standby=False).coordinator is not None
+        elsewhere = replace(record, start_ticks=ticks - 1)
+        assert find_targets(elsewhere, status, Permissions(), has_standby=False).coordinator is None
 
 
 def test_a_joined_worker_listens_on_its_port(tmp_path: Path) -> None:
@@ -81,5 +95,7 @@ def test_a_joined_worker_listens_on_its_port(tmp_path: Path) -> None:
         port = int(process.stdout.readline())
         found = processes.joined_worker({"name": "a", "pid": process.pid, "address": f"127.0.0.1:{port}"})
         assert found is not None and found.pid == process.pid
-        assert processes.joined_worker({"name": "a", "pid": process.pid, "address": f"127.0.0.1:{port + 1}"}) is None
+        elsewhere = ("192.0.2.7", "no-such-host.invalid")
+        for address in (f"127.0.0.1:{port + 1}", *(f"{host}:{port}" for host in elsewhere)):
+            assert processes.joined_worker({"name": "a", "pid": process.pid, "address": address}) is None
         process.kill()

@@ -21,6 +21,10 @@ class UsageError(LlamaclustError):
     code = "invalid_request_error"
 
 
+class RefusedError(UsageError):
+    """A worker that the coordinator of its cluster refuses: another attempt gives the same."""
+
+
 class ModelFileError(UsageError):
     """A model file that is damaged, hostile, incomplete or not supported; the message names the file and the place."""
 

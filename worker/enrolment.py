@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from llamaclust.core.addresses import joined_address
-from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, RefusedError, UsageError, WorkerError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security import enrolment
@@ -102,7 +102,7 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
         raise ProtocolError(f"the coordinator at {where} ended the enrolment")
     message = enrolment.decode_server_message(data)
     if isinstance(message, enrolment.Refusal):
-        raise UsageError(f"the coordinator at {where} refused: {message.reason}")
+        raise RefusedError(f"the coordinator at {where} refused: {message.reason}")
     if not isinstance(message, enrolment.Grant):
         raise ProtocolError(f"the coordinator at {where} answered a request with a challenge")
     return message

@@ -10,7 +10,7 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from llamaclust.core.errors import DeviceLostError, ProtocolError, UsageError, WorkerError
+from llamaclust.core.errors import DeviceLostError, ProtocolError, RefusedError, UsageError, WorkerError
 from llamaclust.core.logs import last_trouble, name_cluster
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control import messages
@@ -81,14 +81,14 @@ class Member:
     async def join(
         self, coordinator: Peer, registration: messages.Register, join_s: float, *, wait_for_ready: bool = True
     ) -> None:
-        """Registers. UsageError where the coordinator refuses, DeadlineError where it does not answer."""
+        """Registers. RefusedError where the coordinator refuses, DeadlineError where it does not answer."""
         self._stream = coordinator.open(JOIN, wait_for_ready=wait_for_ready)
         async with deadline(f"joining the coordinator at {coordinator.address}", join_s):
             await self._stream.opened()
             await self.send(replace(registration, largest_term=self._worker.largest_term.value))
             answer = await self._receive()
         if isinstance(answer, messages.Rejected):
-            raise UsageError(f"the coordinator refused: {answer.reason}")
+            raise RefusedError(f"the coordinator refused: {answer.reason}")
         if not isinstance(answer, messages.Admitted):
             raise ProtocolError(f"the coordinator answered {type(answer).__name__} to a registration")
         if answer.protocol_version != PROTOCOL_VERSION:

@@ -13,7 +13,14 @@ from dataclasses import replace
 from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.bounds import one_line
-from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
+from llamaclust.core.errors import (
+    DeadlineError,
+    DeviceLostError,
+    LlamaclustError,
+    RefusedError,
+    UsageError,
+    WorkerError,
+)
 from llamaclust.wire.control.messages import Register
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
@@ -40,8 +47,8 @@ _STEP_S = 10.0
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Until the coordinator ends the cluster; returns its reason. UsageError where it refuses the worker at first,
-    WorkerError where it was gone for longer than it said to wait."""
+    """Until the coordinator ends the cluster; returns its reason. UsageError where it refuses the worker at first, or
+    no address is a coordinator's that could take it, WorkerError where it was gone for longer than it said to wait."""
     worker = _StaticWorker(settings)
     try:
         return await worker.run()
@@ -66,14 +73,22 @@ class _StaticWorker:
             try:
                 return await self._run_membership()
             except LlamaclustError as error:
-                is_insecure = self._token is None and self._coordinator_s is None
-                if is_insecure and await speaks_tls(*split_address(self._rejoin.address)):
-                    advice = "start the worker with --token-file instead of --insecure"
-                    raise UsageError(f"the coordinator at {self._rejoin.address} requires TLS: {advice}") from error
-                is_refused = isinstance(error, UsageError) and self._coordinator_s is None
-                if is_refused or isinstance(error, DeviceLostError):
-                    raise
-                await self._rejoin.pause(error, self._coordinator_s)
+                why = await self._explained(error)
+                if self._is_final(why):
+                    raise why from error
+                await self._rejoin.pause(why, self._coordinator_s)
+
+    async def _explained(self, error: LlamaclustError) -> LlamaclustError:
+        address, is_insecure = self._rejoin.address, self._token is None and self._coordinator_s is None
+        if is_insecure and await speaks_tls(*split_address(address)):
+            advice = "start the worker with --token-file instead of --insecure"
+            return UsageError(f"the coordinator at {address} requires TLS: {advice}")
+        return error
+
+    def _is_final(self, error: LlamaclustError) -> bool:
+        """Of several addresses, one may be another program's by now, whatever that answers."""
+        is_refused = self._rejoin.is_refused(error) or isinstance(error, RefusedError)
+        return isinstance(error, DeviceLostError) or (is_refused and self._coordinator_s is None)
 
     async def _run_membership(self) -> str:
         """One membership. DeviceLostError where a step of the last one hangs."""
@@ -156,6 +171,7 @@ class _Attempts:
     def __init__(self, addresses: Sequence[str]) -> None:
         self._addresses = addresses
         self._place = 0
+        self._refused: set[str] = set()  # the addresses whose last attempts no other try would mend
         self.end()
 
     @property
@@ -167,6 +183,11 @@ class _Attempts:
     def turn_s(self) -> float | None:
         """What it may take; None where there is no other one."""
         return None if len(self._addresses) == 1 else _TURN.pause_s(self._attempts // len(self._addresses))
+
+    def is_refused(self, error: LlamaclustError) -> bool:
+        """Whether this one and the last attempts at all other addresses failed for good."""
+        (self._refused.add if isinstance(error, UsageError) else self._refused.discard)(self.address)
+        return len(self._refused) == len(self._addresses)
 
     def end(self) -> None:
         """There is nothing to wait for."""

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from llamaclust.core.errors import DeadlineError, LlamaclustError, StalledError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, StalledError
 from llamaclust.core.sizes import mib
+from llamaclust.wire.control import messages
+from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.messages import CoordinatorMessage, FindWeightsProgress, LoadProgress, WorkerRequest
+from llamaclust.wire.control.profiles import LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
 from llamaclust.wire.rpc.deadlines import deadline
+
+_ANSWERS: Mapping[type[WorkerRequest], type[messages.WorkerMessage]] = {
+    ProfileWorker: WorkerProfile,
+    ProfileLinks: LinkProfiles,
+    messages.FindWeights: messages.WeightsFound,
+    messages.ProbePeer: messages.ProbeResult,
+    messages.GetLog: messages.LogTail,
+    FindKv: KvDone,
+    RestoreKv: KvDone,
+    SaveKv: KvDone,
+}
 
 Send = Callable[[CoordinatorMessage], Awaitable[None]]
 Progress = LoadProgress | FindWeightsProgress
@@ -54,6 +68,7 @@ class WorkerChannel:
         self.send = send
         self._observers: dict[type[Progress], Callable[[Any], None]] = {}
         self._pending: dict[Key, asyncio.Future[Any]] = {}
+        self._expected: dict[Key, type] = {}  # the answers to requests
         self._ids = count(1)
         self._locks: dict[str, asyncio.Lock] = {}
         self._error: LlamaclustError | None = None  # once the worker is lost
@@ -64,7 +79,11 @@ class WorkerChannel:
     async def request(self, request: WorkerRequest, limit: deadline) -> Any:
         """The answer. Raises the worker's own error, WorkerError where it is lost, and what `limit` raises."""
         request_id = next(self._ids)
-        return await self.order(request_id, replace(request, request_id=request_id), limit)
+        self._expected[request_id] = _ANSWERS[type(request)]
+        try:
+            return await self.order(request_id, replace(request, request_id=request_id), limit)
+        finally:
+            del self._expected[request_id]
 
     async def order(self, key: Key, message: CoordinatorMessage, limit: deadline) -> Any:
         if self._error is not None:
@@ -79,12 +98,14 @@ class WorkerChannel:
             del self._pending[key]
 
     def answer(self, key: Key, answer: object) -> None:
-        """Answers that come after their deadline are dropped."""
+        """Answers that come after their deadline are dropped. ProtocolError for one to another kind of request."""
         pending = self._pending.get(key)
         if pending is None or pending.done():
             return
         if isinstance(answer, Exception):
             pending.set_exception(answer)
+        elif key in self._expected and not isinstance(answer, expected := self._expected[key]):
+            raise ProtocolError(f"{type(answer).__name__} answers request {key}, which {expected.__name__} answers")
         else:
             pending.set_result(answer)
 

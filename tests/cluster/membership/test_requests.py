@@ -23,10 +23,12 @@ from llamaclust.core.errors import (
     InsufficientMemoryError,
     LlamaclustError,
     LoadCancelledError,
+    ProtocolError,
     UsageError,
     WorkerError,
 )
 from llamaclust.core.profile import DeviceProfile, Profile, StepTime
+from llamaclust.wire.control.kv_disk import KvDone
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
@@ -99,6 +101,24 @@ async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what:
     worker.receive(late)
     worker.receive(right)
     assert await asking == expected
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+async def test_an_answer_to_another_kind_of_request_breaks_the_protocol(what: str) -> None:
+    """What waits for it would read fields that it lacks: in the control loop, that would end the cluster."""
+    send, right, _, _ = REQUESTS[what]
+    others = [answer for name, (_, answer, _, _) in REQUESTS.items() if name != what]
+    for wrong in (*others, KvDone(0, 1)):
+        worker = handle_of()
+        asking = asyncio.ensure_future(send(worker))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        with pytest.raises(
+            ProtocolError, match=f"{type(wrong).__name__} answers request 1, which {type(right).__name__}"
+        ):
+            worker.receive(wrong)
+        with pytest.raises(DeadlineError):
+            await asking
 
 
 @pytest.mark.parametrize("what", ["machine", "link"])

@@ -29,6 +29,8 @@ _RETRIES = 7.5
 """Attempts in a duration."""
 _LOOK_S = 0.1
 _CONFLICT, _NOT_FOUND = 409, 404
+_FIELDS = (("holderIdentity", str), ("leaseDurationSeconds", int), ("leaseTransitions", int))
+"""Of a Lease's spec, those that decisions depend on."""
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +108,11 @@ class LeaseLock:
         reply = self._send("GET", None)
         if reply.status_code == _NOT_FOUND:
             raise LlamaclustError(f"Lease {self._lease.namespace}/{self._lease.name}: there is none; create it")
-        return _json(reply)
+        lease = _json(reply)
+        spec = lease.get("spec") or {}
+        if not isinstance(spec, dict) or any(not isinstance(spec.get(name) or kind(), kind) for name, kind in _FIELDS):
+            raise LlamaclustError(f"Lease {self._lease.name}: {self._lease.api} answers something else than a Lease")
+        return lease
 
     def _put(self, lease: dict[str, Any]) -> bool:
         """With the `resourceVersion` that was read, so that no other change is overwritten."""
@@ -120,7 +126,7 @@ class LeaseLock:
         try:
             token = (self._lease.account / "token").read_text().strip()  # the kubelet replaces it now and then
             return self._http.request(method, self._url, json=content, headers={"Authorization": f"Bearer {token}"})
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:  # ValueError: a token that is no text
             raise LlamaclustError(f"Lease {self._lease.name}: {self._lease.api}: {error or repr(error)}") from error
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,6 +163,31 @@ def test_what_stands_in_the_way_is_said(
     api.permits, api.spec = permits, spec
     with pytest.raises(LlamaclustError, match=said):
         locks().take()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("text", [1], {"holderIdentity": ["other"]}, {"holderIdentity": "other", "leaseDurationSeconds": "15"}),
+        {"holderIdentity": "", "leaseTransitions": "many"},
+    ],
+    ids=str,
+)
+def test_an_api_server_that_answers_nonsense_gives_no_lease(api: LeaseApi, locks: Locks, spec: Any) -> None:
+    lock = locks()
+    assert lock.take()
+    api.spec = spec
+    for attempt in (lock.renew, lock.take, lock.release, locks().take):
+        with pytest.raises(LlamaclustError, match="answers something else than a Lease"):
+            attempt()
+
+
+@pytest.mark.parametrize("token", [b"\xff\xfe", b"a\nb", "\u00e9".encode()], ids=str)
+def test_a_token_that_is_no_header_is_said(api: LeaseApi, locks: Locks, tmp_path: Path, token: bytes) -> None:
+    lock = locks()
+    (tmp_path / "account" / "token").write_bytes(token)
+    with pytest.raises(LlamaclustError, match="Lease brain: http"):
+        lock.take()
 
 
 @pytest.mark.parametrize("kind", ["taken", "forbidden", "hangs"])

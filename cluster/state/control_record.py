@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.cluster.state.disk_thread import call_on_disk
+from llamaclust.cluster.state.regular_file import read_json
 from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
@@ -18,6 +19,7 @@ _MAX_EXCEEDED = MAX_TERM >> 1
 """A worker that reports a larger term cannot use up all terms."""
 _WRITE_S = 10.0
 """Until a disk is taken for one that hangs."""
+_MOST_SHOWN = 40
 _log = logging.getLogger(__name__)
 
 
@@ -94,6 +96,11 @@ class ControlRecord:
 
 
 def _read(path: Path) -> tuple[int, frozenset[str]]:
-    """Term and drained workers."""
-    values = json.loads(path.read_text())
-    return int(values["term"]), frozenset(map(str, values["drained"]))
+    """Term and drained workers. OSError, ValueError, TypeError, KeyError."""
+    values = read_json(path)
+    term, drained = values["term"], values["drained"]
+    if not isinstance(term, int) or not 0 <= term < MAX_TERM:
+        raise ValueError(f"term {str(term)[:_MOST_SHOWN]}, where 0 to {MAX_TERM - 1} are possible")
+    if not isinstance(drained, list):
+        raise ValueError("the names of drained workers are no list")
+    return term, frozenset(map(str, drained))

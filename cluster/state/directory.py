@@ -18,9 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter
+
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.file_lock import FileLock, is_locked
 from llamaclust.cluster.state.processes import own_start_ticks, start_ticks
+from llamaclust.cluster.state.regular_file import read_json
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.profile import Profile, read_profile
 from llamaclust.model.gguf.atomic_file import sync_folder
@@ -57,6 +60,9 @@ class ClusterRecord:
             what = f"cluster {self.name}: pid {self.pid} of its record is not its coordinator"
             raise LlamaclustError(f"{what}, which runs in another container or wrote no record: look at it with `ps`")
         os.kill(self.pid, number)
+
+
+_RECORD = TypeAdapter(ClusterRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +241,7 @@ class ClusterDir:
 
     def read_record(self) -> ClusterRecord | None:
         try:
-            return ClusterRecord(**json.loads(self._record.read_text()))
+            return _RECORD.validate_python(read_json(self._record))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -299,7 +305,7 @@ def read_profiles(state_dir: Path) -> dict[str, Profile]:
 def read_values(path: Path, read: Callable[[Any], Value]) -> dict[str, Value]:
     """What `write_values` wrote; empty where the file is missing or damaged."""
     try:
-        return {key: read(value) for key, value in json.loads(path.read_text()).items()}
+        return {key: read(value) for key, value in read_json(path).items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
 
@@ -349,7 +355,7 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
     if name is not None and name in running:
         return running[name]
     if not running:
-        newest = max(state_dir.glob("*/logs/*"), key=lambda log: log.stat().st_mtime, default=None)
+        newest = max(state_dir.glob("*/logs/*"), key=lambda log: log.lstat().st_mtime, default=None)
         why = f"; the last one's logs: {newest.parent}" if newest is not None else ""
         raise UsageError(f"no cluster is running: start one with `llamaclust up`{why}")
     names = ", ".join(running)

@@ -5,10 +5,7 @@ A torn or damaged line is skipped, and with it the tokens that follow its own.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import stat
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamaclust.cluster.state.regular_file import open_regular
 from llamaclust.core.sampling import RowResult
 
 _MAX_LINE_BYTES = 64 << 20
@@ -23,6 +21,8 @@ _MAX_LINE_BYTES = 64 << 20
 _CHECKSUM_DIGITS = 8
 _BODY = b"\t"
 """Before a body; JSON of ours has none."""
+_ADMISSION = [str, int, int, str, str, str, str, float, str, bool]
+"""Types of its fields, in the order of `admission_line`."""
 
 ChoiceKey = tuple[int, int]
 """Prompt and choice of a request."""
@@ -113,26 +113,33 @@ def read_journal(path: Path, now: float, served: str = "") -> list[OpenRequest]:
     time), in the order of their admission; empty where there is no journal. OSError where it cannot be read."""
     requests: dict[str, _Request] = {}
     for record, body in _records(path):
-        match record:
-            case {"admit": fields}:
-                admission = _admission(fields, body)
-                requests[admission.id] = _Request(admission)
-            case {"answer": request_id, "choice": [prompt, choice], "after": start, "rows": rows}:
-                if request_id in requests:
-                    requests[request_id].answer((prompt, choice), start, rows)
-            case {"restored": request_id, "times": times}:
-                if request_id in requests:
-                    requests[request_id].restores = times
-            case {"sent": request_id}:
-                if request_id in requests:
-                    requests[request_id].is_sent = True
-            case {"end": request_id}:
-                requests.pop(request_id, None)
+        with suppress(TypeError, KeyError, ValueError):  # a line that another program or version wrote
+            _apply(record, body, requests)
     return [
         request.as_open()
         for request in requests.values()
         if request.admission.deadline > now and request.admission.served == served
     ]
+
+
+def _apply(record: Any, body: bytes, requests: dict[str, _Request]) -> None:
+    """What one line changes. TypeError, KeyError or ValueError for one that is none of ours, which changes nothing."""
+    match record:
+        case {"admit": fields}:
+            admission = _admission(fields, body)
+            requests[admission.id] = _Request(admission)
+        case {"answer": request_id, "choice": [int(prompt), int(choice)], "after": start, "rows": rows}:
+            if request_id in requests:
+                results = [RowResult(int(token), float(logprob)) for token, logprob in rows]
+                requests[request_id].answer((prompt, choice), start, results)
+        case {"restored": request_id, "times": int(times)}:
+            if request_id in requests:
+                requests[request_id].restores = times
+        case {"sent": request_id}:
+            if request_id in requests:
+                requests[request_id].is_sent = True
+        case {"end": request_id}:
+            requests.pop(request_id, None)
 
 
 @dataclass(slots=True)
@@ -144,10 +151,9 @@ class _Request:
     is_sent: bool = False
     restores: int = 0
 
-    def answer(self, choice: ChoiceKey, start: int, rows: Sequence[tuple[int, float]]) -> None:
+    def answer(self, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
         if start == len(self.answered.get(choice, ())):
-            known = self.answered.setdefault(choice, [])
-            known.extend(RowResult(token, logprob) for token, logprob in rows)
+            self.answered.setdefault(choice, []).extend(rows)
             self.restores = 0
 
     def as_open(self) -> OpenRequest:
@@ -156,6 +162,8 @@ class _Request:
 
 
 def _admission(fields: Sequence[Any], body: bytes) -> Admission:
+    if [type(value) for value in fields] != _ADMISSION:
+        raise TypeError("other fields than those of an admission")
     request_id, seed, created, owner, conversation, idempotency_key, endpoint, deadline, served, is_streamed = fields
     identity = RequestIdentity(
         id=request_id,
@@ -171,18 +179,16 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
     )
 
 
-def _records(path: Path) -> Iterable[tuple[dict[str, Any], bytes]]:
+def _records(path: Path) -> Iterable[tuple[Any, bytes]]:
     """What is on whole lines, with the body that follows."""
     try:
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        file = open_regular(path)
     except FileNotFoundError:
         return
     with file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
         while line := file.readline(_MAX_LINE_BYTES):
             checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 :].removesuffix(b"\n")
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 if int(checksum, 16) == zlib.crc32(text):
                     record, _, body = text.partition(_BODY)
                     yield json.loads(record), body

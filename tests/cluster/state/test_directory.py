@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import resource
 import shutil
@@ -12,7 +13,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -268,3 +269,53 @@ def test_a_standby_ends_with_an_orderly_stop_alone(tmp_path: Path, end: str) -> 
     assert served == [end.startswith("failed")]
     with folder.locked(is_standby=True) as is_held:  # the next one has nothing to wait for
         assert is_held
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"term": 1e999, "drained": []}', '{"term": -5, "drained": []}', '{"term": 4294967295, "drained": []}'),
+        *('{"term": 1, "drained": "abc"}', "[" * 100_000, "\xff", "", "7", '{"term": ' + "9" * 5_000 + "}"),
+    ],
+    ids=lambda text: str(text)[:24],
+)
+async def test_a_damaged_control_record_stops_no_start(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Workers know the largest term, and a new coordinator begins above that."""
+    path = tmp_path / "control.json"
+    path.write_text(text, "latin-1")
+    record = ControlRecord.begin(path)
+    assert (record.term, record.drained) == (1, frozenset()) and "cannot be read" in caplog.text
+    assert await record.admits(7) and ControlRecord.begin(path).term == 9
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device without end"])
+def test_a_control_record_that_is_no_file_is_not_read_for_ever(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "control.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    assert ControlRecord.begin(path).term == 1
+    assert path.is_file() and not path.is_symlink()
+
+
+def test_a_damaged_record_of_a_cluster_signals_no_process(tmp_path: Path) -> None:
+    """Its pid could be that of a group, or of every process."""
+    folder = ClusterDir(tmp_path / "home")
+    sound = asdict(ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m"))
+    with folder.locked():
+        for wrong in ({"pid": -1, "start_ticks": None}, {"pid": 0, "start_ticks": None}, {"pid": "self"}, {"api": 5}):
+            (folder.path / "cluster.json").write_text(json.dumps(sound | wrong))
+            assert folder.read_record() is None
+        (folder.path / "cluster.json").write_text("[" * 100_000)
+        assert folder.read_record() is None and "already running" in folder._taken()
+
+
+def test_a_log_that_leads_nowhere_is_no_error(tmp_path: Path) -> None:
+    folder = ClusterDir(tmp_path / "home")
+    folder.create()
+    folder.log_file("a").symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError, match=f"the last one's logs: {folder.logs}"):
+        find_running(tmp_path, None)

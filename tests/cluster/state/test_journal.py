@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import struct
 import threading
 import tracemalloc
+import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -107,6 +109,28 @@ async def test_a_torn_or_damaged_line_loses_no_other(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         left = {request.admission.id for request in read_journal(path, NOW)}
         assert len(left) >= 1 and left <= {"id0", "id1", "id2"}
+
+
+async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> None:
+    """Its checksum is right: another program, or another version, wrote it."""
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        await writing.admit(admission(0))
+        writing.answer("id0", (0, 0), 0, [row(1), row(2)])
+    fields = ["id1", 1, 7, "", "", "", "/v1/completions", NOW + 60, "", True]
+    choices: list[object] = [[], [[], {}], 3, [0, 1, 2]]
+    foreign: list[object] = [
+        *([], 7, None, {"admit": None}, {"admit": []}, {"admit": [*fields, "later"]}, {"admit": {"id": "id1"}}),
+        *({"admit": [*fields[:place], None, *fields[place + 1 :]]} for place in range(len(fields))),
+        *({"answer": "id0", "choice": choice, "after": 2, "rows": []} for choice in choices),
+        *({"answer": "id0", "choice": [0, 0], "after": 2, "rows": rows} for rows in (7, [7], [["x", 1.0]], [[1]])),
+        *({"sent": []}, {"end": {}}, {"answer": {}, "choice": [0, 0], "after": 0, "rows": []}),
+        *({"restored": "id0", "times": "often"}, {"restored": [], "times": 1}),
+    ]
+    lines = [json.dumps(record).encode() for record in foreign] + [b"[" * 100_000]
+    with path.open("ab") as file:
+        file.write(b"".join(b"%08x %s\n" % (zlib.crc32(line), line) for line in lines))
+    assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(1), row(2))})]
 
 
 async def test_a_restored_journal_holds_what_was_open_and_goes_on(tmp_path: Path) -> None:

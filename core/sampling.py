@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llamaclust.core.grammar import GrammarRow
 from llamaclust.core.sampler_chain import SamplerChain
 
 
@@ -48,6 +49,7 @@ class SampleTask:
     dry_window: int | None = None  # and that DRY looks at
     breakers: tuple[tuple[int, ...], ...] = ()  # token sequences that DRY does not look beyond
     mu: float = 0.0  # of Mirostat, from the token before
+    grammar: GrammarRow | None = None  # which the answer obeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +72,4 @@ class RowResult:
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
     failure: str | None = None  # why this row has no answer (logits not finite); then token is -1, logprob NaN
     mu: float | None = None  # of Mirostat, for the next token
+    forced: tuple[int, ...] = ()  # tokens that the grammar has follow it

@@ -55,6 +55,7 @@ class RowTask:
         suppressed: Sequence[int],
         top_logprobs: int,
         chain: Chain | None = None,
+        allowed: NDArray[np.uint32] | None = None,
     ) -> RowTask: ...
     @staticmethod
     def score(token: int, top_logprobs: int) -> RowTask: ...

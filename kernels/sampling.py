@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,27 +14,37 @@ from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 from llamaclust.kernels import _native
 
+AllowedTokens = NDArray[np.uint32]
+"""A bit for each token, lowest first: what a grammar allows."""
+
 
 class Sampler:
     """The sampler of one stage. One call at a time; the GIL is released meanwhile.
 
     A token is chosen in llama.cpp's default order: logit bias, repetition penalty, frequency and presence penalties,
-    suppressed tokens to -infinity; at temperature 0 the greatest logit, ties to the lower id; else top-k, top-p and
-    min-p, all three on probabilities at temperature 1, then temperature, then a draw. (OpenAI and vLLM apply the
-    temperature before top-p.) A chain of samplers puts more steps there, or another order. Logprobs are the
-    log-softmax of the raw logits, before all of this.
+    suppressed tokens and those that a grammar does not allow to -infinity; at temperature 0 the greatest logit, ties to
+    the lower id; else top-k, top-p and min-p, all three on probabilities at temperature 1, then temperature, then a
+    draw. (OpenAI and vLLM apply the temperature before top-p.) A chain of samplers puts more steps there, or another
+    order. Logprobs are the log-softmax of the raw logits, before all of this.
     """
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
         """Rows are spread over `threads`. `feature_level` "" takes the best; ValueError names the levels there are."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
-    def run(self, logits: NDArray[np.float32], tasks: tuple[RowTask, ...]) -> tuple[RowResult, ...]:
-        """One result a row of logits [tasks, vocabulary]. A row that has no answer says so in `failure`."""
-        return tuple(_result(outcome) for outcome in self._native.run(logits, [_native_task(task) for task in tasks]))
+    def run(
+        self,
+        logits: NDArray[np.float32],
+        tasks: tuple[RowTask, ...],
+        allowed: Sequence[AllowedTokens | None] | None = None,
+    ) -> tuple[RowResult, ...]:
+        """One result a row of logits [tasks, vocabulary]. A row that has no answer says so in `failure`. `allowed`: the
+        tokens that each row may choose; None: all."""
+        native = map(_native_task, tasks, repeat(None) if allowed is None else allowed)
+        return tuple(_result(outcome) for outcome in self._native.run(logits, list(native)))
 
 
-def _native_task(task: RowTask) -> _native.RowTask:
+def _native_task(task: RowTask, allowed: AllowedTokens | None) -> _native.RowTask:
     if isinstance(task, ScoreTask):
         return _native.RowTask.score(token=task.token, top_logprobs=task.top_logprobs)
     params = task.params
@@ -52,6 +64,7 @@ def _native_task(task: RowTask) -> _native.RowTask:
         suppressed=task.suppressed,
         top_logprobs=task.top_logprobs,
         chain=_native_chain(params.chain, task) if params.chain is not None else None,
+        **({} if allowed is None else {"allowed": allowed}),
     )
 
 

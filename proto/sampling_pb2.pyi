@@ -213,6 +213,100 @@ class TokenSequence(_message.Message):
 Global___TokenSequence: _TypeAlias = TokenSequence  # noqa: Y015
 
 @_typing.final
+class Grammar(_message.Message):
+    """A grammar, in llguidance's form."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEFINITION_FIELD_NUMBER: _builtins.int
+    TRIGGERS_FIELD_NUMBER: _builtins.int
+    definition: _builtins.str
+    """A JSON object of grammars."""
+    @_builtins.property
+    def triggers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts, with the first of which it begins to rule; without any, it rules from the answer's beginning."""
+
+    def __init__(
+        self,
+        *,
+        definition: _builtins.str = ...,
+        triggers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["definition", b"definition", "triggers", b"triggers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Grammar: _TypeAlias = Grammar  # noqa: Y015
+
+@_typing.final
+class GrammarStart(_message.Message):
+    """What the state of a grammar follows from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    grammar: _builtins.int
+    """Index among the message's grammars."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of the answer so far."""
+
+    def __init__(
+        self,
+        *,
+        grammar: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrammarStart: _TypeAlias = GrammarStart  # noqa: Y015
+
+@_typing.final
+class GrammarRow(_message.Message):
+    """The grammar of an output row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    MAY_FORCE_FIELD_NUMBER: _builtins.int
+    key: _builtins.int
+    """The answer that the row belongs to, within an epoch."""
+    position: _builtins.int
+    """Tokens of the answer before the one to be sampled."""
+    may_force: _builtins.bool
+    """Whether tokens that must follow the sampled one are wanted."""
+    @_builtins.property
+    def start(self) -> Global___GrammarStart:
+        """Set with the first row of an answer, and after its release."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.int = ...,
+        position: _builtins.int = ...,
+        start: Global___GrammarStart | None = ...,
+        may_force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_start", b"_start", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_start", b"_start", "key", b"key", "may_force", b"may_force", "position", b"position", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
+
+Global___GrammarRow: _TypeAlias = GrammarRow  # noqa: Y015
+
+@_typing.final
 class SampleTask(_message.Message):
     """Choose the token after an output row."""
 
@@ -230,6 +324,7 @@ class SampleTask(_message.Message):
     DRY_WINDOW_FIELD_NUMBER: _builtins.int
     BREAKERS_FIELD_NUMBER: _builtins.int
     MU_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """First key of the draw."""
     choice: _builtins.int
@@ -262,6 +357,10 @@ class SampleTask(_message.Message):
     def breakers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSequence]:
         """Token sequences that DRY does not look beyond."""
 
+    @_builtins.property
+    def grammar(self) -> Global___GrammarRow:
+        """The grammar that the answer obeys."""
+
     def __init__(
         self,
         *,
@@ -277,17 +376,22 @@ class SampleTask(_message.Message):
         dry_window: _builtins.int | None = ...,
         breakers: _abc.Iterable[Global___TokenSequence] | None = ...,
         mu: _builtins.float = ...,
+        grammar: Global___GrammarRow | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_penalty_window", b"_penalty_window", "dry_window", b"dry_window", "params", b"params", "penalty_window", b"penalty_window"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_grammar", b"_grammar", "_penalty_window", b"_penalty_window", "dry_window", b"dry_window", "grammar", b"grammar", "params", b"params", "penalty_window", b"penalty_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_penalty_window", b"_penalty_window", "breakers", b"breakers", "choice", b"choice", "dry_window", b"dry_window", "history", b"history", "history_follows", b"history_follows", "mu", b"mu", "params", b"params", "penalty_window", b"penalty_window", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_grammar", b"_grammar", "_penalty_window", b"_penalty_window", "breakers", b"breakers", "choice", b"choice", "dry_window", b"dry_window", "grammar", b"grammar", "history", b"history", "history_follows", b"history_follows", "mu", b"mu", "params", b"params", "penalty_window", b"penalty_window", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dry_window: _TypeAlias = _typing.Literal["dry_window"]  # noqa: Y015
     _WhichOneofArgType__dry_window: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window"]  # noqa: Y015
+    _WhichOneofReturnType__grammar: _TypeAlias = _typing.Literal["grammar"]  # noqa: Y015
+    _WhichOneofArgType__grammar: _TypeAlias = _typing.Literal["_grammar", b"_grammar"]  # noqa: Y015
     _WhichOneofReturnType__penalty_window: _TypeAlias = _typing.Literal["penalty_window"]  # noqa: Y015
     _WhichOneofArgType__penalty_window: _TypeAlias = _typing.Literal["_penalty_window", b"_penalty_window"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dry_window) -> _WhichOneofReturnType__dry_window | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grammar) -> _WhichOneofReturnType__grammar | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__penalty_window) -> _WhichOneofReturnType__penalty_window | None: ...
 
@@ -360,6 +464,8 @@ class SamplingInputs(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
+    GRAMMARS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The microbatch's epoch."""
     number: _builtins.int
@@ -368,16 +474,26 @@ class SamplingInputs(_message.Message):
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowTask]:
         """One for each output row, in row order."""
 
+    @_builtins.property
+    def released(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Answers whose grammars are forgotten before."""
+
+    @_builtins.property
+    def grammars(self) -> _containers.RepeatedCompositeFieldContainer[Global___Grammar]:
+        """Grammars of answers that start here."""
+
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         number: _builtins.int = ...,
         tasks: _abc.Iterable[Global___RowTask] | None = ...,
+        released: _abc.Iterable[_builtins.int] | None = ...,
+        grammars: _abc.Iterable[Global___Grammar] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "number", b"number", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "grammars", b"grammars", "number", b"number", "released", b"released", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -419,6 +535,7 @@ class RowResult(_message.Message):
     TOP_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     MU_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
     failure: _builtins.str
     """Set when this row alone has no answer: one line."""
     mu: _builtins.float
@@ -431,6 +548,10 @@ class RowResult(_message.Message):
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """The likeliest tokens, best first."""
 
+    @_builtins.property
+    def forced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that the grammar has follow it."""
+
     def __init__(
         self,
         *,
@@ -438,10 +559,11 @@ class RowResult(_message.Message):
         top: _abc.Iterable[Global___TokenLogprob] | None = ...,
         failure: _builtins.str | None = ...,
         mu: _builtins.float | None = ...,
+        forced: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "mu", b"mu"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "mu", b"mu", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "forced", b"forced", "mu", b"mu", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015

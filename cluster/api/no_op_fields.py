@@ -30,11 +30,9 @@ def _names(names: str, neutral: Neutral) -> dict[str, Neutral]:
 _SAMPLERS: Final = {"typ_p": number(1), **_names("top_a smoothing_factor", number(0))}
 """Samplers that are not built."""
 
-_CONSTRAINTS: Final = _names(
-    "grammar json_schema grammar_triggers guided_json guided_regex guided_choice guided_grammar structured_outputs "
-    "bad_words allowed_token_ids logits_processors",
-    only(),
-) | {"grammar_lazy": only(False)}
+_CONSTRAINTS: Final = _names("grammar_triggers bad_words allowed_token_ids logits_processors", only()) | {
+    "grammar_lazy": only(False)
+}
 
 _NO_OPS: Final = _names(
     "user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention request_id "
@@ -51,7 +49,6 @@ _BOTH: Final = {
     **_names("store use_beam_search early_stopping include_stop_str_in_output return_tokens_as_token_ids", only(False)),
     **_names("skip_special_tokens spaces_between_special_tokens", only(True)),
     **_names("truncate_prompt_tokens lora prompt_logprobs", only()),
-    "response_format": only({"type": "text"}),
     "length_penalty": number(1),
     "priority": number(0),
 }

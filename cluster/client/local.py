@@ -146,6 +146,7 @@ class LocalStage:
 
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
         """Queues a microbatch behind those that are there."""
+        self._runner.grammars.receive(inputs)
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._thread, self._compute, microbatch, inputs, perf_counter_ns())
 

@@ -73,8 +73,10 @@ class InFlight:
         """Of the largest; 0 where there is none."""
         return max((sum(len(taken.chunk.tokens) for taken in sent.slices) for sent in self._sent), default=0)
 
-    def send(self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
-        """The next microbatch, of these slices."""
+    def send(
+        self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int, released: tuple[int, ...] = ()
+    ) -> ScheduledMicrobatch:
+        """The next microbatch, of these slices. `released`: see `SamplingInputs`."""
         number = self._next_number
         self._next_number += 1
         is_lookahead = any(taken.chunk.depends_on for taken in slices)
@@ -91,7 +93,7 @@ class InFlight:
         chunks = tuple(taken.chunk for taken in slices)
         tasks = tuple(task for taken in slices for task in taken.tasks)
         microbatch = Microbatch(self._model_id, self._epoch, number, chunks)
-        return ScheduledMicrobatch(microbatch, SamplingInputs(self._epoch, number, tasks))
+        return ScheduledMicrobatch(microbatch, SamplingInputs(self._epoch, number, tasks, released))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
         """The slices that a result is for. ProtocolError where it is not the answer to the microbatch that is due."""

@@ -83,13 +83,20 @@ class KvMemory:
 
     def grow(self, sequence: Sequence) -> bool:
         """Gives a sequence the blocks for its next row; False where none is left."""
+        if not self.extend(sequence):
+            return False
+        self.reserve(sequence, 1)
+        return True
+
+    def extend(self, sequence: Sequence) -> bool:
+        """Gives a sequence the blocks for all rows to compute, but those with a window; False where too few are
+        left."""
         if self.window is not None and not self.window.commit(sequence):
             return False
-        if len(sequence.table) < sequence.blocks_needed:
+        while len(sequence.table) < sequence.blocks_needed:
             if not self.blocks.available:
                 return False
             sequence.table.append(self.blocks.take())
-        self.reserve(sequence, 1)
         return True
 
     def reserve(self, sequence: Sequence, rows: int) -> None:

@@ -33,6 +33,7 @@ class SequenceQueues:
         self.running: list[Sequence] = []  # by arrival
         self.waiting: deque[Sequence] = deque()
         self.restoring: list[Sequence] = []  # wait for KV memory from disk
+        self.released: list[int] = []  # keys of sequences whose grammars the last stage may forget
         self.preemptions = 0
         self.cached_tokens = 0  # prompt tokens found in the prefix cache, in all
 
@@ -56,6 +57,7 @@ class SequenceQueues:
         self.running.clear()
         self.waiting = deque(sequences)
         self.restoring.clear()
+        self.released.clear()
         for sequence in self.waiting:
             sequence.restart()
 
@@ -98,7 +100,8 @@ class SequenceQueues:
 
     def make_room(self, sequence: Sequence) -> None:
         """Starts a sequence, or gives it the block it needs, by preempting others; none has anything in flight."""
-        if sequence.phase is _DECODE and not self.memory.grow(sequence):
+        grow = self.memory.grow if sequence.phase is _DECODE else self.memory.extend
+        if sequence.is_running and not grow(sequence):
             self.preempt(sequence)
         if sequence.is_running:
             return
@@ -131,6 +134,17 @@ class SequenceQueues:
         while sequence.phase is _DECODE and not self.memory.grow(sequence):
             self.preempt(self.running[-1])
 
+    def extend(self, sequence: Sequence) -> None:
+        """Likewise the blocks for tokens that its grammar has forced."""
+        while sequence.phase is _PREFILL and not self.memory.extend(sequence):
+            self.preempt(self.running[-1])
+
+    def take_released(self) -> tuple[int, ...]:
+        """The keys that were released since the last call."""
+        released = tuple(self.released)
+        self.released.clear()
+        return released
+
     def begin_restore(self, sequence: Sequence) -> None:
         """A sequence that waits is not started until `end_restore`."""
         self.waiting.remove(sequence)
@@ -146,7 +160,7 @@ class SequenceQueues:
     def put_back(self, sequence: Sequence, phase: Phase = Phase.WAITING) -> None:
         """To the front of the queue; its tokens are computed again later, with the same result."""
         self.running.remove(sequence)
-        self.memory.release(sequence)
+        self._release(sequence)
         sequence.phase = phase
         self.waiting.appendleft(sequence)
 
@@ -172,7 +186,13 @@ class SequenceQueues:
         else:
             self.waiting.remove(sequence)
         sequence.phase = Phase.FINISHED
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
         self.memory.release(sequence)
+        if sequence.has_matcher:
+            sequence.has_matcher = False
+            self.released.append(sequence.key)
 
     def _start(self, sequence: Sequence) -> None:
         """A sequence that waits runs; it has its blocks."""

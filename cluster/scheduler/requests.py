@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from llamaclust.core.grammar import Grammar
 from llamaclust.core.sampling import RowResult, SamplingParams
 
 
@@ -34,6 +35,8 @@ class GenerationRequest:
     score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
     cache_salt: str = ""  # KV blocks are shared with requests that have the same
     group: str = ""  # of requests that came as one; empty: a group of its own
+    grammar: Grammar | None = None  # which the answer obeys
+    with_logprobs: bool = False  # else tokens that the grammar forces are not computed one by one, and have logprob 0
     answered: tuple[RowResult, ...] = ()  # the answer's first tokens, known from an earlier run; without Mirostat
 
     @property

@@ -60,6 +60,9 @@ _SHARED, _SHARED_ROWS = 4, 32
 """While another pipeline runs on the same workers, prefill chunks are so many times shorter, have so many rows at most,
 since little is measured yet, and one is in flight: the other pipeline's decode may wait for it at each stage."""
 
+_MAX_GRAMMARS = 32
+"""Answers under a grammar that start in one microbatch: each brings its grammar, which may be large."""
+
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
 
@@ -72,11 +75,14 @@ class _PrefillBatch:
     now_ns: int
     rows_left: int
     outputs_left: int
+    grammars_left: int = _MAX_GRAMMARS
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
 
     def add(self, sequence: Sequence, most: int) -> None:
         """Up to `most` rows of a sequence, as far as rows and outputs go."""
-        rows = sequence.rows_within(min(most, self.rows_left), self.outputs_left)
+        starts_grammar = sequence.request.grammar is not None and not sequence.has_matcher
+        outputs = self.outputs_left if self.grammars_left or not starts_grammar else 0
+        rows = sequence.rows_within(min(most, self.rows_left), outputs)
         if rows > 0 and sequence.key not in self.slices:
             sequence.started_ns = sequence.started_ns or self.now_ns
             self.memory.reserve(sequence, rows)
@@ -84,6 +90,7 @@ class _PrefillBatch:
             self.memory.filled(sequence)
             self.rows_left -= rows
             self.outputs_left -= len(taken.tasks)
+            self.grammars_left -= starts_grammar and taken.is_sampled
 
 
 class Scheduler:
@@ -211,6 +218,8 @@ class Scheduler:
         if room < 0 or (room == 0 and self.queues.decoding):
             return self._next_ahead(now_ns)
         self.queues.give_turn()
+        for sequence in self.queues.prefilling:
+            self.queues.extend(sequence)
         ready = self._ready_to_decode()
         prefill = self._prefill_slices(len(ready), now_ns)
         if not prefill:
@@ -235,6 +244,8 @@ class Scheduler:
             if not count or not sequence.counts_results:
                 continue
             updates = sequence.answered(taken, rows, now_ns)
+            if not updates:
+                continue
             if isinstance(updates[-1], Failed) and sequence.failures < _MAX_FAILURES:
                 sequence.failures += 1
                 self.queues.discard(sequence)
@@ -337,4 +348,4 @@ class Scheduler:
         for taken in slices[:decoding]:
             memory.filled(taken.sequence)
         memory.end_microbatch()
-        return self.in_flight.send(slices, decoding, now_ns)
+        return self.in_flight.send(slices, decoding, now_ns, self.queues.take_released())

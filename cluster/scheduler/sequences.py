@@ -17,6 +17,7 @@ from llamaclust.cluster.scheduler.requests import (
     Timings,
     TokenSampled,
 )
+from llamaclust.core.grammar import GrammarRow, GrammarStart
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk
@@ -82,6 +83,7 @@ class Sequence:
     sampling: int = 0  # tokens that microbatches in flight will choose: 2 at most
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
     phase: Phase = Phase.WAITING
+    has_matcher: bool = False  # the last stage follows its grammar
     failures: int = 0  # rows without a result since the last result
     overtaken: int = 0  # sequences that started while it was its turn and it did not fit
     cached_tokens: int | None = None  # found in the prefix cache at first admission
@@ -152,6 +154,11 @@ class Sequence:
         )
 
     @property
+    def _unknown(self) -> int:
+        """Tokens before the one that the next row chooses that are not known yet: 1 at most."""
+        return max(0, self.scheduled + 1 - len(self.tokens))
+
+    @property
     def first_output(self) -> int:
         """Rows [first_output, target) are scored or sampled."""
         if self.next_score < self.prompt_length - 1:
@@ -185,7 +192,7 @@ class Sequence:
 
     def take_token(self) -> SequenceSlice:
         """The last token of one that awaits decode or may go ahead, as a part of a microbatch."""
-        if self.sampling:
+        if self._unknown:
             return self._slice((0,), (self._sample_task(),), self.sampled_at)
         return self._slice((self.tokens[-1],), (self._sample_task(),))
 
@@ -211,6 +218,7 @@ class Sequence:
         self.table, self.window = BlockTable(), BlockTable()
         self.rewind(0)
         self.in_flight = self.sampling = 0
+        self.has_matcher = False
         self.phase = Phase.WAITING
         self.next_score = self.scored
 
@@ -222,25 +230,35 @@ class Sequence:
         return (*scores, *samples)
 
     def _sample_task(self) -> SampleTask:
-        """For the token after the next row; `sampling` tokens before it are not known yet."""
-        request = self.request
+        """For the token after the next row."""
+        request, unknown = self.request, self._unknown
         window, with_dry = request.history_window, request.looks_for_repetitions
-        known = max(0, len(self.tokens) - window + self.sampling)
-        is_early = self.generated + self.sampling < request.min_tokens
+        known = max(0, len(self.tokens) - window + unknown)
+        is_early = self.generated + unknown < request.min_tokens
         return SampleTask(
             request.params,
             request.seed,
             request.choice,
-            position=len(self.tokens) + self.sampling,
+            position=len(self.tokens) + unknown,
             history=tuple(self.tokens[known:]) if window else (),
             suppressed=tuple(sorted(request.stop_token_ids)) if is_early else (),
             top_logprobs=request.top_logprobs,
-            history_follows=window > 0 and self.sampling > 0,
+            history_follows=window > 0 and unknown > 0,
             penalty_window=request.penalty_window if with_dry else None,
             dry_window=request.dry_window if with_dry else None,
             breakers=self.breakers.sequences,
             mu=self.mu,
+            grammar=self._grammar_row(),
         )
+
+    def _grammar_row(self) -> GrammarRow | None:
+        request = self.request
+        if request.grammar is None:
+            return None
+        answer = None if self.has_matcher else tuple(self.tokens[self.prompt_length :])
+        start = None if answer is None else GrammarStart(request.grammar, answer)
+        self.has_matcher = True
+        return GrammarRow(self.key, self.generated + self._unknown, start, may_force=not request.with_logprobs)
 
     def answered(self, taken: SequenceSlice, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
         """Takes in the results of a part's output rows."""
@@ -257,14 +275,24 @@ class Sequence:
             self.scored = first_row + len(scored)
             updates.append(PromptScored(first_row + 1, scored))
         if taken.is_sampled:
-            row = rows[-1]
-            self.append(row)
+            updates += map(TokenSampled, self._append_sampled(taken.chunk, rows[-1]))
             if self.phase is _PREFILL or self.phase is _DECODE:
                 self.phase = _DECODE if self.scheduled >= len(self.tokens) - 1 else _PREFILL
-            updates.append(TokenSampled(row))
         if (reason := self._finish_reason(taken.is_sampled)) is not None:
             updates.append(Finished(reason, self.timings()))
         return updates
+
+    def _append_sampled(self, chunk: Chunk, row: RowResult) -> list[RowResult]:
+        """The sampled token and those that its grammar forces, as far as they are new: a row that was sent before the
+        tokens forced by its predecessor were known repeats these."""
+        known = len(self.tokens) - chunk.position - len(chunk.tokens)
+        added: list[RowResult] = []
+        for following in (row, *(RowResult(token, 0.0) for token in row.forced))[known:]:
+            self.append(following)
+            added.append(following)
+            if self._finish_reason(is_sampled=True) is not None:
+                break
+        return added
 
     def append(self, row: RowResult) -> None:
         """The next token of the answer."""

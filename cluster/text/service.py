@@ -21,6 +21,7 @@ from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.model.chat.prompt import encode_chat, guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate
+from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _BLOCKING_CHARACTERS = 2048
@@ -49,9 +50,14 @@ class TextService:
         self.settings = settings
         self.budget = EntryBudget()
         self._engine = engine
+        self._grammars = GrammarChecker(tokenizer)
         self._breaker_tokens = BreakerTokens(tokenizer)
         self._active: set[CompletionStream] = set()
         self._in_preparation = 0
+
+    def close(self) -> None:
+        """Ends the process that checks grammars."""
+        self._grammars.close()
 
     @property
     def active_requests(self) -> int:
@@ -66,6 +72,8 @@ class TextService:
         """The request in tokens. Raises ParameterError for a field that tokens no longer show."""
         request.check_text()
         with self._preparing():
+            if request.grammar is not None:
+                await self._grammars.check(request.grammar)
             return self._generation(request, await self._prompt_ids(request), await self._breakers(request))
 
     def submit(
@@ -188,4 +196,6 @@ class TextService:
             score_from=request.score_from,
             cache_salt=request.cache_salt,
             group=request.group or request_id,
+            grammar=request.grammar,
+            with_logprobs=request.with_logprobs,
         )

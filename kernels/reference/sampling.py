@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask
@@ -24,13 +25,16 @@ def logprobs(logits: Float32) -> Float32:
     return np.asarray(shifted - math.log(np.exp(shifted).sum()), dtype=np.float32)
 
 
-def run(logits: Float32, task: RowTask) -> RowResult:
-    """The result for one row [vocabulary] of finite logits. Without a chain, the plain order is one."""
+def run(logits: Float32, task: RowTask, allowed: NDArray[np.bool_] | None = None) -> RowResult:
+    """The result for one row [vocabulary] of finite logits, of tokens that are `allowed`. Without a chain, the plain
+    order is one."""
     if isinstance(task, SampleTask):
         x = logits.copy()
         for token, bias in task.params.logit_bias:
             x[token] += np.float32(bias)
         x[list(task.suppressed)] = -np.inf
+        if allowed is not None:
+            x[~allowed] = -np.inf
         token, mu = choose(x, task, task.params.chain or SamplerChain())
     else:
         token, mu = task.token, None

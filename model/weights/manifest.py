@@ -28,8 +28,9 @@ from llamaclust.model.gguf.writer import WritableValue, header_bytes
 from llamaclust.model.hyperparameters import read_architecture, read_hyperparameters
 from llamaclust.model.quant_types import QuantType
 
-_VERSION = 1
+MANIFEST_VERSION = 2
 _PREFIX = "llamaclust.manifest."
+_TOKENIZER = "tokenizer.ggml."
 _HASH = re.compile("[0-9a-f]{64}")
 _READ_BYTES = 1 << 23
 _NOWHERE = FileIdentity(0, 0, 0, 0)
@@ -51,7 +52,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`metadata`: without what belongs to the tokenizer."""
+    """`metadata`: what programs and the tokenizer are made of."""
 
     model_id: str
     size_bytes: int
@@ -93,11 +94,11 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """The architecture's own keys, the size of the vocabulary among them."""
+    """The architecture's own keys, the size of the vocabulary among them, and the tokenizer's, which grammars need."""
     architecture = read_architecture(file)
     own: dict[str, WritableValue] = {"general.architecture": architecture}
     for key, value in file.metadata.items():
-        if key.startswith(f"{architecture}."):
+        if key.startswith((f"{architecture}.", _TOKENIZER)):
             own[key] = np.float64(value) if isinstance(value, float) else value
     own[f"{architecture}.vocab_size"] = read_hyperparameters(file).vocabulary_size
     return own
@@ -105,7 +106,7 @@ def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
 
 def _table(file: ModelFile, tensors: Sequence[Tensor], contents: Sequence[str]) -> dict[str, WritableValue]:
     columns: dict[str, WritableValue] = {
-        "version": _VERSION,
+        "version": MANIFEST_VERSION,
         "model_id": file.identity,
         "size": np.uint64(file.size_bytes),
         "names": [tensor.name for tensor in tensors],
@@ -144,8 +145,8 @@ def _manifest(metadata: Mapping[str, MetadataValue], own: Mapping[str, MetadataV
             raise ValueError(f"{name} that are no whole numbers")
         return [int(value) for value in values]
 
-    if column("version", int) != _VERSION:
-        raise ValueError(f"not of version {_VERSION}")
+    if column("version", int) != MANIFEST_VERSION:
+        raise ValueError(f"not of version {MANIFEST_VERSION}")
     names, contents = list(column("names", LazyStrings)), list(column("contents", LazyStrings))
     kinds, dimensions, sizes = numbers("types"), numbers("dimensions"), numbers("sizes")
     if not len(names) == len(contents) == len(kinds) == len(dimensions) == len(set(names)) <= MAX_TENSORS:

@@ -14,16 +14,19 @@ from typing import Literal
 from llamaclust.core import limits, sampling_bounds
 from llamaclust.core.bounds import bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
+from llamaclust.core.grammar import MAX_FORCED_TOKENS, Grammar
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
+from llamaclust.wire.microbatch.grammars import grammar_in, grammar_out, grammar_row_in, grammar_row_out
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 
 MAX_MICROBATCH_BYTES = 1 << 23
 MAX_INPUTS_BYTES = 1 << 26
 MAX_STAGES = 255
+MAX_RELEASED = 4 * limits.MAX_SEQUENCES
 
 _PLAIN_PARAMS = 256
 _BIASED_PARAMS = 32
@@ -104,15 +107,19 @@ def _table(numbers: Sequence[int]) -> tuple[int, ...]:
 
 def encode_inputs(inputs: SamplingInputs) -> bytes:
     message = sampling_proto.SamplingInputs(epoch=inputs.epoch, number=inputs.number)
+    message.released.extend(inputs.released)
+    grammars: dict[Grammar, int] = {}
     for task in inputs.tasks:
         if isinstance(task, SampleTask):
-            message.tasks.add(sample=_sample_out(task))
+            row = None if task.grammar is None else grammar_row_out(task.grammar, grammars)
+            message.tasks.add(sample=_sample_out(task, row))
         else:
             message.tasks.add(score=sampling_proto.ScoreTask(token=task.token, top_logprobs=task.top_logprobs))
+    message.grammars.extend(map(grammar_out, grammars))
     return message.SerializeToString()
 
 
-def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
+def _sample_out(task: SampleTask, grammar: sampling_proto.GrammarRow | None) -> sampling_proto.SampleTask:
     return sampling_proto.SampleTask(
         params=(_biased_params_out if task.params.logit_bias else _plain_params_out)(task.params),
         seed=task.seed,
@@ -126,6 +133,7 @@ def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
         dry_window=task.dry_window,
         breakers=[sampling_proto.TokenSequence(tokens=tokens) for tokens in task.breakers],
         mu=task.mu,
+        grammar=grammar,
     )
 
 
@@ -156,20 +164,23 @@ def decode_inputs(data: bytes) -> SamplingInputs:
     """Raises ProtocolError for bytes that are no sampling inputs or break a bound."""
     message = parse(sampling_proto.SamplingInputs, data, MAX_INPUTS_BYTES)
     bounded("tasks", len(message.tasks), 0, limits.MAX_BATCH_TOKENS)
-    return SamplingInputs(message.epoch, message.number, tuple(_task(task) for task in message.tasks))
+    bounded("released", len(message.released), 0, MAX_RELEASED)
+    grammars = [grammar_in(grammar) for grammar in message.grammars]
+    tasks = tuple(_task(task, grammars) for task in message.tasks)
+    return SamplingInputs(message.epoch, message.number, tasks, tuple(message.released))
 
 
-def _task(message: sampling_proto.RowTask) -> RowTask:
+def _task(message: sampling_proto.RowTask, grammars: Sequence[Grammar]) -> RowTask:
     match message.WhichOneof("task"):
         case "sample":
-            return _sample_in(message.sample)
+            return _sample_in(message.sample, grammars)
         case "score":
             return ScoreTask(_token(message.score.token), _top(message.score.top_logprobs))
         case _:
             raise ProtocolError("a row task of a kind that this version does not know")
 
 
-def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
+def _sample_in(message: sampling_proto.SampleTask, grammars: Sequence[Grammar]) -> SampleTask:
     bounded("history", len(message.history), 0, limits.MAX_CONTEXT_TOKENS)
     bounded("suppressed", len(message.suppressed), 0, limits.MAX_VOCABULARY)
     params = message.params
@@ -186,6 +197,7 @@ def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
         _window("dry_window", message),
         _breakers(message.breakers),
         _mu(message.mu),
+        grammar_row_in(message.grammar, grammars) if message.HasField("grammar") else None,
     )
 
 
@@ -278,6 +290,7 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
         to.top.add(token=token, logprob=logprob)
     if row.mu is not None:
         to.mu = row.mu
+    to.forced.extend(row.forced)
 
 
 def decode_result(data: bytes) -> Result:
@@ -300,7 +313,9 @@ def _row(message: sampling_proto.RowResult) -> RowResult:
     bounded("top_logprobs", len(message.top), 0, limits.MAX_TOP_LOGPROBS)
     top = tuple((_token(entry.token), _logprob(entry.logprob)) for entry in message.top)
     mu = _mu(message.mu) if message.HasField("mu") else None
-    return RowResult(_token(message.chosen.token), _logprob(message.chosen.logprob), top, mu=mu)
+    bounded("forced tokens", len(message.forced), 0, MAX_FORCED_TOKENS)
+    forced = _tokens(message.forced)
+    return RowResult(_token(message.chosen.token), _logprob(message.chosen.logprob), top, mu=mu, forced=forced)
 
 
 def _logprob(value: float) -> float:

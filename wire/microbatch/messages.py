@@ -43,11 +43,15 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """What the last stage does with the output rows of microbatch (epoch, number), one task a row, in row order."""
+    """What the last stage does with the output rows of microbatch (epoch, number), one task a row, in row order.
+
+    Before that it forgets the grammars of answers that `released` names.
+    """
 
     epoch: int
     number: int
     tasks: tuple[RowTask, ...]
+    released: tuple[int, ...] = ()  # keys of answers that have ended, or wait
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,7 @@ class StageLoop:
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
+        runner.grammars.clear()
         self.dependencies = Dependencies(epoch, deadlines.sampling_inputs_s)
         self._tokens = self.dependencies.tokens
         self._epoch = epoch
@@ -138,6 +139,11 @@ class StageLoop:
             raise ProtocolError(f"microbatch {place_text(found)} where {place_text(expected)} was expected")
         return Arrival(frame, microbatch, received_ns, self._wire_ns)
 
+    def put_inputs(self, inputs: SamplingInputs) -> None:
+        """ProtocolError for inputs out of turn."""
+        self.dependencies.put_inputs(inputs)
+        self.runner.grammars.receive(inputs)
+
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
         """Returns when the next microbatch may begin: with the answer, or while the thread computes it.
 
@@ -185,6 +191,7 @@ class StageLoop:
         if not program.is_last:
             return Answer(encode_hidden(arrival.frame.header, self._timings(arrival, queue_ns, compute_ns), out))
         inputs = self._tokens.fill_inputs(await self.dependencies.inputs(microbatch), microbatch)
+        await self.runner.grammars.ready(inputs)
         rows, _, finish_ns = await self._timed(("finish", size, 0), partial(self.runner.finish, out, inputs))
         return self._result(arrival, rows, queue_ns, compute_ns + finish_ns)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 
 import numpy as np
@@ -16,10 +17,14 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.kernels.backend import Backend, Float32, KvInRam, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
+from llamaclust.model.gguf.values import MetadataValue
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType, Program
+from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.batches import build_batch
+from llamaclust.worker.stage.grammars import StageGrammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,10 @@ def kv_content(model: Model, limits: StageLimits) -> str:
     return sha256(repr((NUMERICS_VERSION, model.model_id, limits.kv_type, steps)).encode()).hexdigest()
 
 
+def _grammar_vocabulary(metadata: Mapping[str, MetadataValue], size: int) -> GrammarVocabulary:
+    return read_vocabulary(load_tokenizer(metadata), size)
+
+
 @dataclass(frozen=True, slots=True)
 class StageOptions:
     """`feature_level` ("": the best) and `threads` are the sampler's."""
@@ -99,6 +108,8 @@ class StageRunner:
         self.kv_content = kv_content(model, limits)
         self._vocabulary = model.hyperparameters.vocabulary_size
         self._sampler = Sampler(self._vocabulary, options.feature_level, options.threads) if program.is_last else None
+        vocabulary = partial(_grammar_vocabulary, model.file.metadata, self._vocabulary)
+        self.grammars = StageGrammars(vocabulary, limits.max_sequences)
         self._stage = backend.load(program, model.tensors_for(program), limits, options.progress or (lambda _: None))
         stage = self._stage
         self.memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
@@ -119,7 +130,8 @@ class StageRunner:
         assert self._sampler is not None, "only a last stage has logits"
         if len(inputs.tasks) != len(logits):
             raise ProtocolError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
-        return self._sampler.run(logits, inputs.tasks) if inputs.tasks else ()
+        tasks, allowed = self.grammars.begin(inputs)
+        return self.grammars.end(inputs, self._sampler.run(logits, tasks, allowed)) if tasks else ()
 
     @property
     def kv_layers(self) -> Sequence[NDArray[np.uint8]]:
@@ -146,4 +158,5 @@ class StageRunner:
 
     def close(self) -> None:
         """Frees weights and KV memory."""
+        self.grammars.close()
         self._stage.close()

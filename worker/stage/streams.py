@@ -89,7 +89,7 @@ class StageStreams:
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:
-                self._loop.dependencies.put_inputs(decode_inputs(data))
+                self._loop.put_inputs(decode_inputs(data))
         except ProtocolError as error:
             self._loop.dependencies.fail(error)
             raise

@@ -15,7 +15,7 @@ from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
-from llamaclust.model.weights.manifest import make_manifest, read_manifest
+from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest, read_manifest
 from llamaclust.wire.control.messages import AddWeightSource, FindWeights, WeightsFound
 from llamaclust.wire.rpc.client import FETCH, Peer
 from llamaclust.wire.rpc.deadlines import deadline
@@ -203,12 +203,12 @@ def weight_cache(settings: WorkerSettings) -> WeightCache | None:
 
 def key_of(model_id: str) -> str:
     """By what a model's manifest is remembered where its file is not."""
-    return sha256(f"model {model_id}".encode()).hexdigest()
+    return sha256(f"model {model_id}, manifest {MANIFEST_VERSION}".encode()).hexdigest()
 
 
 def _file_key(file: ModelFile) -> str:
     """Of the files as they are now: one that is replaced or written to has another."""
-    parts: list[object] = [file.identity]
+    parts: list[object] = [file.identity, MANIFEST_VERSION]
     for path in file.parts:
         found = path.stat()
         parts += [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]

@@ -134,6 +134,8 @@ class LlamaCppReply:
             penalize_nl=body.penalize_nl,
             dry_window=body.dry_window,
             dry_breakers=body.dry_sequence_breakers,
+            grammar=body.answer_grammar(),
+            with_logprobs=body.n_probs > 0,
         )
 
     async def _prompt(self, prompt: str | PromptParts) -> str | tuple[int, ...]:

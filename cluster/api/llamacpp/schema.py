@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 from llamaclust.cluster.api.openai.schema import MessagesField
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import Body, StopField, is_int, is_token_id
+from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sampling_bounds import MAX_PENALTY
@@ -62,7 +63,7 @@ _MIXED = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["st
 _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
 
 
-class LlamaCppBody(SamplerFields):
+class LlamaCppBody(SamplerFields, GrammarFields):
     """`POST /completion`."""
 
     prompt: Annotated[Any, BeforeValidator(_prompt), WithJsonSchema(_MIXED)]

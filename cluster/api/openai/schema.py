@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, FailFast, Field
 from llamaclust.cluster.api.no_op_fields import MESSAGE
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import BiasField, Body, ContentField, Prompt, PromptsField, StopField, read_fields
+from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
 from llamaclust.cluster.text.request import MAX_SALT_CHARACTERS, MAX_STOP_TOKENS, CompletionRequest
 from llamaclust.core.errors import ParameterError
@@ -67,7 +68,7 @@ MessagesField = Annotated[
 ]
 
 
-class _Sampling(SamplerFields):
+class _Sampling(SamplerFields, GrammarFields):
     model: str | None = None
     """The served model's name; another name is refused."""
     frequency_penalty: float = 0.0
@@ -137,6 +138,7 @@ class _Sampling(SamplerFields):
             dry_window=self.dry_window,
             dry_breakers=self.dry_sequence_breakers,
             cache_salt=self.cache_salt,
+            grammar=self.answer_grammar(),
             **more,
         )
 
@@ -179,7 +181,7 @@ class ChatBody(_Sampling):
     def request(self, prompt: tuple[int, ...]) -> CompletionRequest:
         """The completion of the chat as tokens."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._request(prompt, most, top_logprobs=self.top_logprobs or 0)
+        return self._request(prompt, most, top_logprobs=self.top_logprobs or 0, with_logprobs=self.logprobs)
 
 
 class CompletionBody(_Sampling):
@@ -217,6 +219,7 @@ class CompletionBody(_Sampling):
         """A completion for each prompt."""
         more = {
             "top_logprobs": self.logprobs or 0,
+            "with_logprobs": self.logprobs is not None,
             "score_from": (self.score_from or 0) if self.echo and self.logprobs is not None else None,
             "add_special": self.add_special_tokens,
             "parse_special": self.parse_special,

@@ -14,11 +14,13 @@ namespace {
 RowTask sample_task(float temperature, int32_t top_k, double top_p, double min_p, float repetition_penalty,
                     float frequency_penalty, float presence_penalty, std::vector<TokenValue> logit_bias, uint64_t seed,
                     uint32_t choice, uint32_t position, std::vector<int32_t> history, std::vector<int32_t> suppressed,
-                    int32_t top_logprobs, std::shared_ptr<const Chain> chain) {
+                    int32_t top_logprobs, std::shared_ptr<const Chain> chain, std::optional<Words> allowed) {
+  std::vector<uint32_t> bits;
+  if (allowed) bits.assign(allowed->data(), allowed->data() + allowed->size());
   return {false, -1,
           Choice{temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty,
                  std::move(logit_bias), seed, choice, position, std::move(history), std::move(suppressed),
-                 std::move(chain)},
+                 std::move(bits), std::move(chain)},
           top_logprobs};
 }
 
@@ -64,7 +66,8 @@ void bind_sampler(nb::module_& module) {
   nb::class_<RowTask>(module, "RowTask")
       .def_static("sample", &sample_task, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
                   "frequency_penalty"_a, "presence_penalty"_a, "logit_bias"_a, "seed"_a, "choice"_a, "position"_a,
-                  "history"_a, "suppressed"_a, "top_logprobs"_a, "chain"_a.none() = nb::none())
+                  "history"_a, "suppressed"_a, "top_logprobs"_a, "chain"_a.none() = nb::none(),
+                  "allowed"_a.none() = nb::none())
       .def_static(
           "score", [](int32_t token, int32_t top) { return RowTask{true, token, {}, top}; }, "token"_a,
           "top_logprobs"_a);

@@ -55,6 +55,21 @@ std::optional<int32_t> foreign_token(const RowTask& task, int vocabulary) {
   return std::nullopt;
 }
 
+// -infinity for tokens whose bit is not set.
+void keep_allowed(const std::vector<uint32_t>& allowed, float* logits, int vocabulary) {
+  for (int begin = 0; begin < vocabulary; begin += 32) {
+    const uint32_t bits = allowed[begin / 32];
+    if (bits == 0xFFFFFFFF) continue;
+    const int end = std::min(begin + 32, vocabulary);
+    if (bits == 0) {
+      std::fill(logits + begin, logits + end, -kInfinity);
+      continue;
+    }
+    for (int i = begin; i < end; i++)
+      if (!(bits >> (i - begin) & 1)) logits[i] = -kInfinity;
+  }
+}
+
 // How many of the best candidates top-k, top-p and min-p keep; the vocabulary's size where they keep all.
 int kept_candidates(Ranking& ranking, const Choice& c) {
   const int limit = c.top_k > 0 ? std::min(c.top_k, ranking.size()) : ranking.size();
@@ -105,6 +120,18 @@ Ranking::Ranking(const SamplerOps& ops, const float* values, int n)
   maximum_ = ops.maxima(values, n, blocks_.data());
 }
 
+// Blocks without a candidate have no weight; they would be slow, since exp is subnormal there.
+int64_t Ranking::total(float divisor) const {
+  int64_t total = 0;
+  const auto block_count = blocks_.size();
+  for (size_t begin = 0, end; begin < block_count; begin = end + 1) {
+    for (end = begin; end < block_count && blocks_[end] != -kInfinity;) end++;
+    const int first = static_cast<int>(begin) * kRankBlock, last = std::min(static_cast<int>(end) * kRankBlock, n_);
+    if (end > begin) total += ops_.weigh(values_ + first, last - first, maximum_, divisor, nullptr);
+  }
+  return total;
+}
+
 int Ranking::best() const {
   const auto block = std::find(blocks_.begin(), blocks_.end(), maximum_);
   return static_cast<int>(std::find(values_ + (block - blocks_.begin()) * kRankBlock, values_ + n_, maximum_) - values_);
@@ -126,7 +153,7 @@ void Ranking::collect(float threshold) {
   complete_ = threshold == -kInfinity;
   size_t count = 0;
   for (size_t b = 0; b < blocks_.size(); b++) {
-    if (blocks_[b] < threshold) continue;
+    if (blocks_[b] < threshold || blocks_[b] == -kInfinity) continue;
     const int begin = static_cast<int>(b) * kRankBlock, end = std::min(begin + kRankBlock, n_);
     if (keys_.size() < count + kRankBlock) keys_.resize(2 * count + kRankBlock);
     for (int i = begin; i < end; i++) {
@@ -169,11 +196,13 @@ Sampler::Sampler(const SamplerOps& ops, int vocabulary, int threads)
 // The sampled token, -1 where every one is suppressed; *mu is set where Mirostat chose.
 int32_t Sampler::sampled(Ranking& raw, const float* logits, const Choice& c, Scratch& scratch, double* mu) const {
   const bool is_penalized = !c.chain && penalizes(c);  // a chain says when
-  if (!c.chain && c.logit_bias.empty() && c.suppressed.empty() && !is_penalized) return sample(raw, c);
+  const bool is_plain = c.logit_bias.empty() && c.suppressed.empty() && c.allowed.empty();
+  if (!c.chain && is_plain && !is_penalized) return sample(raw, c);
   scratch.assign(logits, logits + vocabulary_);
   for (const auto& [id, bias] : c.logit_bias) scratch[id] = orderly(scratch[id] + bias);
   if (is_penalized) penalize(c, scratch.data());
   for (int32_t id : c.suppressed) scratch[id] = -kInfinity;
+  if (!c.allowed.empty()) keep_allowed(c.allowed, scratch.data(), vocabulary_);
   Ranking ranking(ops_, scratch.data(), vocabulary_);
   if (!c.chain || ranking.maximum() == -kInfinity) return sample(ranking, c);
   return sample_by_chain(ops_, scratch.data(), vocabulary_, c, mu);
@@ -182,8 +211,11 @@ int32_t Sampler::sampled(Ranking& raw, const float* logits, const Choice& c, Scr
 RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& scratch) const {
   if (const auto id = foreign_token(task, vocabulary_))
     return failed("token " + std::to_string(*id) + " is outside the vocabulary of " + std::to_string(vocabulary_));
+  const auto words = static_cast<size_t>(vocabulary_ + 31) / 32;
+  if (!task.choice.allowed.empty() && task.choice.allowed.size() != words)
+    return failed(std::to_string(task.choice.allowed.size()) + " words of allowed tokens instead of " + std::to_string(words));
   Ranking raw(ops_, logits, vocabulary_);
-  const int64_t total = raw.total(1.0f);
+  const int64_t total = ops_.weigh(logits, vocabulary_, raw.maximum(), 1.0f, nullptr);
   if (total == 0) return failed("the logits are not finite numbers: damaged weights, or values beyond the KV type's range");
   RowOutcome outcome;
   outcome.token = task.token;

@@ -55,6 +55,7 @@ struct Choice {
   uint32_t position;
   std::vector<int32_t> history;
   std::vector<int32_t> suppressed;
+  std::vector<uint32_t> allowed;  // a bit for each token, lowest first; empty: all
   std::shared_ptr<const Chain> chain;  // may be null: the plain samplers in their order
 };
 
@@ -88,8 +89,8 @@ class Ranking {
   int id(int rank) const { return static_cast<int>(keys_[rank] & 0xFFFFFFFF); }
   const float* ready_values() const { return ready_values_.data(); }  // of the ready entries, best first
 
-  // Sum of the weights of all values (SamplerOps::weigh); 0 where they are not numbers or the maximum is not finite.
-  int64_t total(float divisor) const { return ops_.weigh(values_, n_, maximum_, divisor, nullptr); }
+  // Sum of the weights of all values (SamplerOps::weigh), which are numbers.
+  int64_t total(float divisor) const;
   const SamplerOps& ops() const { return ops_; }
 
  private:

@@ -1,0 +1,130 @@
+"""Fields that bind an answer to a grammar, by OpenAI's, llama.cpp's and vLLM's names, which all endpoints share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, WithJsonSchema
+
+from llamaclust.cluster.api.schema import Body
+from llamaclust.core.errors import ParameterError
+from llamaclust.core.grammar import Grammar
+from llamaclust.model.grammars import definitions
+
+_VLLM_FORMS: dict[str, Callable[[Any, str], Grammar]] = {
+    "json": lambda value, origin: definitions.of_schema(_schema(value, origin), origin),
+    "regex": lambda value, origin: definitions.of_regex(_text(value, origin), origin),
+    "choice": lambda value, origin: definitions.of_choice(_texts(value, origin), origin),
+    "grammar": lambda value, origin: definitions.of_gbnf(_text(value, origin), origin),
+}
+_VLLM_FLAGS = ("disable_any_whitespace", "disable_additional_properties", "disable_fallback", "whitespace_pattern")
+
+
+def _object(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    return value
+
+
+_Object = Annotated[dict[str, Any], BeforeValidator(_object), WithJsonSchema({"type": "object"})]
+_Any = Annotated[Any, WithJsonSchema({})]
+
+
+class GrammarFields(Body):
+    """At most one of these may say how the answer must look."""
+
+    response_format: _Object | None = None
+    """`{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"schema": ...}}`; `text`: as it comes."""
+    json_schema: _Any = None
+    """The answer is JSON that this schema allows (llama.cpp's field)."""
+    grammar: str = ""
+    """The answer obeys this grammar, in llama.cpp's GBNF or llguidance's dialect of Lark."""
+    structured_outputs: _Object | None = None
+    """vLLM's field: an object with one of `json`, `regex`, `choice`, `grammar` and `json_object`."""
+    guided_json: _Any = None
+    """A JSON schema (an older field of vLLM, as the next ones)."""
+    guided_regex: str | None = None
+    """A regular expression that matches the whole answer."""
+    guided_choice: _Any = None
+    """The answer is one of these texts."""
+    guided_grammar: str | None = None
+    """As `grammar`."""
+
+    def answer_grammar(self) -> Grammar | None:
+        """What the answer obeys. ParameterError for fields that contradict each other, or a form that is not known."""
+        given: dict[str, Callable[[], Grammar | None]] = {}
+        if self.response_format is not None and self.response_format != {"type": "text"}:
+            given["response_format"] = partial(_of_response_format, self.response_format)
+        if self.json_schema not in (None, {}):
+            given["json_schema"] = partial(_VLLM_FORMS["json"], self.json_schema, "json_schema")
+        if self.grammar:
+            given["grammar"] = partial(definitions.of_gbnf, self.grammar, "grammar")
+        if self.structured_outputs:
+            given["structured_outputs"] = partial(_of_vllm, self.structured_outputs)
+        for form, make in _VLLM_FORMS.items():
+            name = f"guided_{form}"
+            if getattr(self, name) not in (None, "", {}, []):
+                given[name] = partial(make, getattr(self, name), name)
+        if len(given) > 1:
+            raise ParameterError([*given][1], f"cannot be used together with {[*given][0]}")
+        return next((make() for make in given.values()), None)
+
+
+def _of_response_format(value: dict[str, Any]) -> Grammar | None:
+    origin, kind = "response_format", value.get("type")
+    match kind:
+        case "text":
+            return None
+        case "json_object":
+            schema = value.get("schema") or {"type": "object"}
+        case "json_schema":
+            wrapped = value.get("json_schema", value)
+            schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
+            if schema is None:
+                raise ParameterError(f"{origin}.json_schema.schema", "is missing")
+        case _:
+            reason = f"is {str(kind)[:60]!r}, must be 'text', 'json_object' or 'json_schema'"
+            raise ParameterError(f"{origin}.type", reason)
+    return definitions.of_schema(_schema(schema, origin), origin)
+
+
+def _of_vllm(value: dict[str, Any]) -> Grammar:
+    origin = "structured_outputs"
+    forms = {name: given for name, given in value.items() if given not in (None, False) and name not in _VLLM_FLAGS}
+    if forms == {"json_object": True}:
+        return definitions.of_object(origin)
+    if len(forms) != 1 or not forms.keys() <= _VLLM_FORMS.keys():
+        known = ", ".join((*_VLLM_FORMS, "json_object"))
+        raise ParameterError(origin, f"must have exactly one of {known}")
+    flags = [name for name in _VLLM_FLAGS if value.get(name)]
+    if flags:
+        raise ParameterError(f"{origin}.{flags[0]}", "this server does not support it; leave it out")
+    form, given = next(iter(forms.items()))
+    return _VLLM_FORMS[form](given, f"{origin}.{form}")
+
+
+def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
+    """A JSON schema, or the text of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ParameterError(origin, f"is no JSON: {str(error)[:200]}") from error
+    if not isinstance(value, dict | bool):
+        raise ParameterError(origin, "a JSON schema must be an object")
+    return value
+
+
+def _text(value: Any, origin: str) -> str:
+    if not isinstance(value, str):
+        raise ParameterError(origin, "must be a text")
+    return value
+
+
+def _texts(value: Any, origin: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ParameterError(origin, "must be a list of texts")
+    return value

@@ -1,0 +1,1 @@
+"""Grammars that answers obey: their forms, their checks, and the tokens that they allow."""

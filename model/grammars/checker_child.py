@@ -1,0 +1,55 @@
+"""The process that compiles grammars of requests, with little memory. Requests on stdin and replies on stdout are lines
+of JSON."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import resource
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+from llguidance import LLMatcher
+
+from llamaclust.core.grammar import MAX_GRAMMAR_BYTES
+from llamaclust.model.grammars.matcher import limits, one_line
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+
+_MAX_REQUEST_BYTES: Final = (1 << 28) + 6 * MAX_GRAMMAR_BYTES
+_SET_PARENT_DEATH_SIGNAL: Final = 1
+
+
+def _read_frame() -> dict[str, Any]:
+    """The next request; ends the process where the parent has gone."""
+    line = sys.stdin.buffer.readline(_MAX_REQUEST_BYTES)
+    if not line.endswith(b"\n"):
+        sys.exit(2 if line else 0)
+    frame: dict[str, Any] = json.loads(line)
+    return frame
+
+
+def _write_frame(frame: Mapping[str, Any]) -> None:
+    sys.stdout.buffer.write(json.dumps(frame).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def main() -> None:
+    """Reads the vocabulary, then checks grammars until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    first = _read_frame()
+    words = [word.encode("latin-1") for word in first["words"]]
+    vocabulary = GrammarVocabulary(words, first["ends"], lambda text: [])
+    for kind, bound in ((resource.RLIMIT_AS, first["memory"]), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
+        resource.setrlimit(kind, (bound, bound))
+    _write_frame({})
+    while True:
+        definition = _read_frame()["definition"]
+        _write_frame({"error": one_line(LLMatcher.validate_grammar(definition, vocabulary.native, limits=limits()))})
+
+
+if __name__ == "__main__":
+    main()

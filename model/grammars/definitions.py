@@ -1,0 +1,89 @@
+"""Grammars in the forms that requests give them: JSON Schema, regular expressions, Lark, llama.cpp's GBNF, choices.
+
+What a form means in detail is checked where the grammar is compiled (model/grammars/checker.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llguidance import regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from llamaclust.core.errors import ParameterError
+from llamaclust.core.grammar import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES, MAX_TRIGGERS, Grammar
+
+_GUIDANCE = "x-guidance"
+_WHITE_SPACE = r" |\n{1,2}[ \t]{0,20}"
+"""Between the parts of a JSON text, as in llama.cpp: a small model could write white space without end."""
+_MAX_GBNF_BYTES = 1 << 17
+"""The converter takes about a second for so much."""
+
+
+def of_schema(schema: Mapping[str, Any] | bool, origin: str) -> Grammar:
+    """A JSON text that a schema allows. Keywords that cannot be obeyed are refused when the grammar is checked."""
+    own = {"allOf": [schema]} if isinstance(schema, bool) else schema
+    own = {**own, _GUIDANCE: {"whitespace_pattern": _WHITE_SPACE}}
+    return _grammar({"json_schema": own}, origin)
+
+
+def of_object(origin: str) -> Grammar:
+    """Any JSON object."""
+    return of_schema({"type": "object"}, origin)
+
+
+def of_regex(pattern: str, origin: str) -> Grammar:
+    """A text that all of a regular expression (Rust's syntax, without look-around) matches."""
+    return _grammar({"lark_grammar": f"start: /{regex_to_lark(pattern, '')}/"}, origin)
+
+
+def of_lark(text: str, origin: str) -> Grammar:
+    """A grammar in llguidance's dialect of Lark."""
+    return _grammar({"lark_grammar": text}, origin)
+
+
+def of_gbnf(text: str, origin: str) -> Grammar:
+    """A grammar in llama.cpp's form, or in Lark's."""
+    if len(text) > _MAX_GBNF_BYTES:
+        raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {_MAX_GBNF_BYTES} are taken")
+    try:
+        lark = any_to_lark(text)
+    except RecursionError:
+        raise ParameterError(origin, "the grammar is nested too deeply") from None
+    except Exception as error:  # the converter raises bare ones
+        raise ParameterError(origin, " ".join(str(error).split())[:400]) from error
+    return of_lark(lark, origin)
+
+
+def of_choice(texts: Sequence[str], origin: str) -> Grammar:
+    """One of some texts."""
+    if not texts or not all(texts):
+        raise ParameterError(origin, "must be a list of texts, none of them empty")
+    return of_lark("start: " + " | ".join(map(_quoted, texts)), origin)
+
+
+def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
+    """The same, ruling from the first of these texts on; a trigger is the beginning of what the grammar allows."""
+    if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
+        0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
+    ):
+        reason = f"needs 1 to {MAX_TRIGGERS} triggers of 1 to {MAX_TRIGGER_BYTES} bytes"
+        raise ParameterError(grammar.origin, reason)
+    return Grammar(grammar.definition, tuple(triggers), grammar.origin)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _grammar(part: Mapping[str, Any], origin: str) -> Grammar:
+    """ParameterError where it is too long or holds what JSON cannot."""
+    try:
+        definition = json.dumps({"grammars": [part]}, ensure_ascii=False, allow_nan=False)
+        size = len(definition.encode())
+    except (ValueError, RecursionError) as error:  # lone surrogates are a ValueError, too
+        raise ParameterError(origin, f"cannot be written as JSON: {error}") from error
+    if size > MAX_GRAMMAR_BYTES:
+        raise ParameterError(origin, f"a grammar of {size} bytes, at most {MAX_GRAMMAR_BYTES} are taken")
+    return Grammar(definition, origin=origin)

@@ -1,0 +1,151 @@
+"""Follows one answer through a grammar: which tokens may come next. A function of grammar and tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import RequestError
+from llamaclust.core.grammar import MAX_FORCED_TOKENS, Grammar
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+
+AllowedTokens = NDArray[np.uint32]
+"""A bit for each token, lowest first, [vocabulary / 32 rounded up]."""
+
+
+def limits() -> LLParserLimits:
+    """Tens of milliseconds a step and tens of megabytes an answer, whatever the grammar: the same for checks and for
+    matching."""
+    return LLParserLimits(
+        max_items_in_row=2000,
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_lexer_states=50_000,
+        max_grammar_size=500_000,
+        verbose_errors=False,
+    )
+
+
+def one_line(message: str, most: int = 400) -> str:
+    """A message of llguidance, for users."""
+    folded = " ".join(message.split())
+    return folded if len(folded) <= most else f"{folded[: most - 3]}..."
+
+
+class GrammarMatcher:
+    """The state of one answer. Methods raise RequestError where the grammar cannot be followed; they release the GIL
+    while they work. One thread at a time."""
+
+    def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary) -> None:
+        self.position = 0  # tokens taken in
+        self._vocabulary = vocabulary
+        self._native = LLMatcher(vocabulary.native, grammar.definition, log_level=0, limits=limits())
+        self._check("the grammar cannot be used")
+        self._ended = False
+        self._waiting = _Triggers(grammar.triggers, vocabulary) if grammar.triggers else None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether every token is allowed: no trigger has come."""
+        return self._waiting is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the answer's end is allowed."""
+        return self._waiting is None and (self._ended or self._native.is_stopped())
+
+    def take(self, tokens: Iterable[int]) -> None:
+        """The next tokens of the answer."""
+        for token in tokens:
+            self.position += 1
+            if self._waiting is not None:
+                self._await_trigger(token)
+            elif token in self._vocabulary.end_ids:
+                self._ended = True
+            elif not self._native.consume_token(token):
+                self._check(f"token {token} breaks the grammar")
+
+    def allowed(self) -> AllowedTokens | None:
+        """The tokens that may come next; None: all."""
+        if self._waiting is not None:
+            return None
+        if self._ended:
+            return self._end_only()
+        bits = self._native.compute_bitmask()
+        self._check("the grammar became too complex")
+        return np.frombuffer(bits, np.uint32)[: self._vocabulary.mask_words]
+
+    def forced(self) -> list[int]:
+        """Tokens that must come next, and takes them in: at each of them, nothing else is allowed."""
+        tokens: list[int] = []
+        while self._waiting is None and not self.is_complete and len(tokens) < MAX_FORCED_TOKENS:
+            following = self._native.compute_ff_tokens()
+            self._check("the grammar became too complex")
+            if not following:
+                break
+            self.take(following[:1])
+            tokens.append(following[0])
+        return tokens
+
+    def _end_only(self) -> AllowedTokens:
+        bits = np.zeros(self._vocabulary.mask_words, np.uint32)
+        for token in self._vocabulary.end_ids:
+            bits[token // 32] |= np.uint32(1 << token % 32)
+        return bits
+
+    def _await_trigger(self, token: int) -> None:
+        assert self._waiting is not None
+        for tokens in self._waiting.take(token):
+            if self._native.try_consume_tokens(tokens) == len(tokens):
+                self._waiting = None
+                return
+            self._native.reset()
+
+    def _check(self, what: str) -> None:
+        if self._native.is_error():
+            raise RequestError(f"{what}: {one_line(self._native.get_error())}")
+
+
+class _Triggers:
+    """Looks for the first trigger in an answer's bytes."""
+
+    def __init__(self, texts: tuple[str, ...], vocabulary: GrammarVocabulary) -> None:
+        self._texts = [text.encode() for text in texts]
+        self._longest = max(map(len, self._texts))
+        self._vocabulary = vocabulary
+        self._tail = b""  # the newest bytes
+        self._newest: list[tuple[int, int]] = []  # tokens of the tail and their numbers of bytes
+
+    def take(self, token: int) -> list[list[int]]:
+        """Each way in which the grammar may begin with this token: the tokens from a trigger's first byte on."""
+        word = self._vocabulary.words[token].removeprefix(b"\xff")
+        before = len(self._tail)
+        self._tail += word
+        self._newest.append((token, len(word)))
+        places = {place for text in self._texts for place in _places(self._tail, text, before)}
+        found = [self._tokens_from(place) for place in sorted(places)]
+        while self._newest and len(self._tail) - self._newest[0][1] >= self._longest:
+            self._tail = self._tail[self._newest.pop(0)[1] :]
+        return found
+
+    def _tokens_from(self, place: int) -> list[int]:
+        """The answer's own tokens where one begins there, else others of the same bytes."""
+        start = 0
+        for index, (_, length) in enumerate(self._newest):
+            if start == place:
+                return [token for token, _ in self._newest[index:]]
+            start += length
+        return self._vocabulary.native.tokenize_bytes(self._tail[place:])
+
+
+def _places(data: bytes, text: bytes, before: int) -> list[int]:
+    """Where `text` stands in `data` and ends behind its first `before` bytes."""
+    places, place = [], data.find(text, max(0, before - len(text) + 1))
+    while place >= 0:
+        places.append(place)
+        place = data.find(text, place + 1)
+    return places

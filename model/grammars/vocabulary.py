@@ -1,0 +1,61 @@
+"""A model's vocabulary as llguidance needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Final
+
+from llguidance import LLTokenizer
+
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_SPECIAL: Final = b"\xff"
+"""What llguidance has before the name of a token that stands for no text."""
+_KEPT_TEXTS: Final = 1024
+
+
+class GrammarVocabulary:
+    """`words`: the bytes of each token, `end_ids`: tokens that end an answer, `encode`: token ids of plain text.
+
+    Building takes about a second for 256 Ki tokens.
+    """
+
+    def __init__(self, words: Sequence[bytes], end_ids: Sequence[int], encode: Callable[[str], list[int]]) -> None:
+        self.words = words
+        self.end_ids = tuple(end_ids)
+        self.mask_words = (len(words) + 31) // 32  # of 32 bits
+        self.native = LLTokenizer(_Words(words, self.end_ids, encode), eos_token=list(self.end_ids))  # type: ignore[arg-type]
+
+
+class _Words:
+    """What LLTokenizer expects of a tokenizer."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    special_token_ids: Sequence[int] = ()
+
+    def __init__(self, words: Sequence[bytes], end_ids: Sequence[int], encode: Callable[[str], list[int]]) -> None:
+        self.tokens = words
+        self.eos_token_id = end_ids[0]
+        self._encode = lru_cache(_KEPT_TEXTS)(encode)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+
+
+def read_vocabulary(tokenizer: Tokenizer, size: int) -> GrammarVocabulary:
+    """Of a model whose logits are `size` tokens wide and whose tokenizer has an end-of-generation token."""
+    known = min(size, tokenizer.vocabulary_size)
+    words = [grammar_word(tokenizer, token) for token in range(known)] + [b""] * (size - known)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode_plain(text, after_special=False)
+
+    return GrammarVocabulary(words, sorted(tokenizer.end_of_generation), encode)
+
+
+def grammar_word(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes that a grammar sees of a token."""
+    word = tokenizer.token_bytes(token)
+    return _SPECIAL + word if tokenizer.is_control(token) else word

@@ -1,0 +1,188 @@
+"""Grammars of the answers that a last stage samples: one matcher for each, kept between its rows.
+
+A thread of their own compiles grammars when sampling inputs arrive, and computes what the next rows may choose while
+the stage computes. A matcher's state follows from grammar and tokens alone, so an answer that starts again on another
+pipeline continues with the same tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from math import nan
+
+from llamaclust.core.errors import LlamaclustError, ProtocolError
+from llamaclust.core.grammar import GrammarRow, GrammarStart
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask
+from llamaclust.kernels.sampling import AllowedTokens
+from llamaclust.model.grammars.matcher import GrammarMatcher
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+from llamaclust.wire.microbatch.messages import SamplingInputs
+from llamaclust.wire.rpc.deadlines import deadline
+
+_READY_S = 60.0
+"""Grammars are small enough for a fraction of a second: this is for a machine that is very busy."""
+
+
+class _Answer:
+    """One answer under a grammar. Used by the thread until `ready` is done, else by the stage."""
+
+    def __init__(self) -> None:
+        self.ready: Future[None] = Future()
+        self.failure: str | None = None  # why the grammar cannot be followed
+        self.allowed: AllowedTokens | None = None  # at the next row; None: all
+        self.forced: list[int] = []  # the newest tokens of the matcher: those that had to follow
+        self._matcher: GrammarMatcher | None = None
+
+    def start(self, start: GrammarStart, vocabulary: GrammarVocabulary, *, may_force: bool) -> None:
+        """Raises what the matcher raises."""
+        self._matcher = GrammarMatcher(start.grammar, vocabulary)
+        self._matcher.take(start.tokens)
+        if may_force:
+            self.forced = self._matcher.forced()
+
+    def prepare(self) -> None:
+        """Computes what the next row may choose."""
+        if self._matcher is not None and self.failure is None:
+            try:
+                self.allowed = self._matcher.allowed()
+            except LlamaclustError as error:
+                self.failure = str(error)
+
+    def begin(self, row: GrammarRow) -> bool:
+        """The row that is sampled now; whether nothing but the answer's end is allowed. ProtocolError for one at
+        another place. A row that was sent before its predecessor's forced tokens were known repeats these."""
+        if self._matcher is None or self.failure is not None:
+            return False
+        ahead = self._matcher.position - row.position
+        if not 0 <= ahead <= len(self.forced):
+            raise ProtocolError(f"answer {row.key} has {self._matcher.position} tokens here, not {row.position}")
+        self.forced = self.forced[len(self.forced) - ahead :]
+        return self._matcher.is_complete
+
+    def end(self, result: RowResult, *, may_force: bool) -> RowResult:
+        """Takes in a sampled token; the result with the tokens that must follow, where these are wanted."""
+        if self.failure is not None:
+            return RowResult(-1, nan, failure=self.failure)
+        if self.forced:
+            return RowResult(self.forced[0], 0.0, forced=tuple(self.forced[1:]))
+        if result.failure is not None or self._matcher is None:
+            self.failure = result.failure
+            return result
+        try:
+            self._matcher.take((result.token,))
+            self.forced = self._matcher.forced() if may_force else []
+        except LlamaclustError as error:
+            self.failure = str(error)
+        return replace(result, forced=tuple(self.forced))
+
+
+class StageGrammars:
+    """Of one loaded last stage, in one epoch at a time."""
+
+    def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
+        """`vocabulary` is read at the first grammar; `most` answers are kept at a time."""
+        self._read_vocabulary = vocabulary
+        self._vocabulary: GrammarVocabulary | None = None
+        self._most = most
+        self._answers: dict[int, _Answer] = {}  # by key
+        self._starting: dict[tuple[int, int], _Answer] = {}  # by microbatch and key
+        self._thread = ThreadPoolExecutor(1, "grammar")
+
+    def clear(self) -> None:
+        """Forgets all answers: another epoch begins."""
+        self._answers.clear()
+        self._starting.clear()
+
+    def close(self) -> None:
+        self.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def receive(self, inputs: SamplingInputs) -> None:
+        """Begins to compile what the inputs start. ProtocolError for more than are kept."""
+        for _, row in _rows(inputs):
+            if row.start is not None:
+                if len(self._starting) >= 2 * self._most:
+                    raise ProtocolError(f"more than {2 * self._most} grammars that start")
+                answer = self._starting[inputs.number, row.key] = _Answer()
+                answer.ready = self._thread.submit(self._start, answer, row.start, may_force=row.may_force)
+
+    async def ready(self, inputs: SamplingInputs) -> None:
+        """Returns when it is known what the rows may choose. DeadlineError where that takes too long."""
+        keys = [row.key for _, row in _rows(inputs)]
+        answers = [self._starting.get((inputs.number, key)) or self._answers.get(key) for key in keys]
+        waiting = {answer.ready for answer in answers if answer is not None and not answer.ready.done()}
+        if waiting:
+            async with deadline(f"the grammars of microbatch {inputs.number}", _READY_S):
+                await asyncio.gather(*map(asyncio.wrap_future, waiting))
+
+    def begin(self, inputs: SamplingInputs) -> tuple[tuple[RowTask, ...], list[AllowedTokens | None] | None]:
+        """The tasks, and the tokens that each may choose; None where no row has a grammar. Waits for these.
+        ProtocolError for a row whose grammar is not there."""
+        for key in inputs.released:
+            self._answers.pop(key, None)
+        for number, key in [place for place in list(self._starting) if place[0] <= inputs.number]:
+            answer = self._starting.pop((number, key))
+            if number == inputs.number:  # earlier ones are of microbatches that failed
+                self._answers[key] = answer
+        if len(self._answers) > self._most:
+            raise ProtocolError(f"grammars of {len(self._answers)} answers, at most {self._most} are kept")
+        tasks = list(inputs.tasks)
+        allowed: list[AllowedTokens | None] = [None] * len(tasks)
+        is_constrained = False
+        for place, row in _rows(inputs):
+            answer = self._answer(row)
+            tasks[place] = _task(tasks[place], ends=answer.begin(row))
+            allowed[place] = answer.allowed
+            is_constrained = True
+        return (tuple(tasks), allowed) if is_constrained else (inputs.tasks, None)
+
+    def end(self, inputs: SamplingInputs, rows: tuple[RowResult, ...]) -> tuple[RowResult, ...]:
+        """Takes in the sampled tokens; the results, failed where a grammar cannot be followed."""
+        results, answers = list(rows), []
+        for place, row in _rows(inputs):
+            answer = self._answers[row.key]
+            results[place] = answer.end(rows[place], may_force=row.may_force)
+            answers.append(answer)
+        if not answers:
+            return rows
+        ready = self._thread.submit(_prepare, answers)
+        for answer in answers:
+            answer.ready = ready
+        return tuple(results)
+
+    def _answer(self, row: GrammarRow) -> _Answer:
+        answer = self._answers.get(row.key)
+        if answer is None:
+            raise ProtocolError(f"a row of answer {row.key}, whose grammar is not here")
+        answer.ready.result(_READY_S)
+        return answer
+
+    def _start(self, answer: _Answer, start: GrammarStart, *, may_force: bool) -> None:
+        """In the thread."""
+        try:
+            if self._vocabulary is None:
+                self._vocabulary = self._read_vocabulary()
+            answer.start(start, self._vocabulary, may_force=may_force)
+        except LlamaclustError as error:
+            answer.failure = str(error)
+        answer.prepare()
+
+
+def _prepare(answers: list[_Answer]) -> None:
+    for answer in answers:
+        answer.prepare()
+
+
+def _rows(inputs: SamplingInputs) -> Iterator[tuple[int, GrammarRow]]:
+    """The output rows with a grammar, and their places."""
+    for place, task in enumerate(inputs.tasks):
+        if isinstance(task, SampleTask) and task.grammar is not None:
+            yield place, task.grammar
+
+
+def _task(task: RowTask, *, ends: bool) -> RowTask:
+    """Where nothing but the end is allowed, the answer ends, whatever is suppressed."""
+    return replace(task, suppressed=()) if ends and isinstance(task, SampleTask) and task.suppressed else task

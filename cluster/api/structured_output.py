@@ -69,7 +69,7 @@ class GrammarFields(Body):
             if getattr(self, name) not in (None, "", {}, []):
                 given[name] = partial(make, getattr(self, name), name)
         if len(given) > 1:
-            raise ParameterError([*given][1], f"cannot be used together with {[*given][0]}")
+            raise ParameterError([*given][1], f"cannot be used together with {next(iter(given))}")
         return next((make() for make in given.values()), None)
 
 

@@ -1,0 +1,141 @@
+"""Fields that bind an answer to a grammar: their forms, what is refused, and answers of a real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from httpx import Response
+from jsonschema import Draft202012Validator
+
+from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.replies.replies import Replies
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.structured_output import GrammarFields
+from llamaclust.cluster.client.local import LocalSettings, LocalStage
+from llamaclust.core.errors import ParameterError
+from llamaclust.core.grammar import Grammar
+from llamaclust.model.grammars import definitions
+from support.clusters.served import client
+from support.models.tiny_model import build_tiny_model
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "maximum": 99, "minimum": 0}, "b": {"enum": ["x", "long text"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+JSON = definitions.of_schema(SCHEMA, "")
+GBNF = 'root ::= "yes" | "no"'
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"grammar": "", "guided_regex": "", "json_schema": {}, "structured_outputs": {}}, None),
+        ({"response_format": {"type": "json_object"}}, definitions.of_object("")),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, JSON),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "schema": SCHEMA},
+                }
+            },
+            JSON,
+        ),
+        ({"json_schema": SCHEMA}, JSON),
+        ({"guided_json": json.dumps(SCHEMA)}, JSON),
+        ({"structured_outputs": {"json": SCHEMA, "regex": None}}, JSON),
+        ({"structured_outputs": {"json_object": True}}, definitions.of_object("")),
+        ({"grammar": GBNF}, definitions.of_gbnf(GBNF, "")),
+        ({"guided_grammar": GBNF}, definitions.of_gbnf(GBNF, "")),
+        ({"guided_regex": "a+"}, definitions.of_regex("a+", "")),
+        ({"guided_choice": ["a", "b"]}, definitions.of_choice(["a", "b"], "")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, definitions.of_choice(["a", "b"], "")),
+    ],
+)
+def test_every_form_is_one_grammar(fields: dict[str, Any], grammar: Grammar | None) -> None:
+    assert GrammarFields.model_validate(fields).answer_grammar() == grammar
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type: is 'xml', must be"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema: is missing"),
+        ({"response_format": {"type": "json_object", "schema": 3}}, "response_format: a JSON schema must be an object"),
+        ({"guided_json": "{"}, "guided_json: is no JSON"),
+        ({"guided_choice": []}, None),
+        ({"guided_choice": [""]}, "guided_choice: must be a list of texts, none of them empty"),
+        ({"guided_choice": "ab"}, "guided_choice: must be a list of texts"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs: must have exactly one of"),
+        ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs: must have exactly one of"),
+        (
+            {"structured_outputs": {"regex": "a", "whitespace_pattern": "b"}},
+            "structured_outputs.whitespace_pattern: this server does not support it",
+        ),
+        ({"grammar": "root ::= ("}, "grammar: "),
+        ({"grammar": GBNF, "guided_regex": "a"}, "guided_regex: cannot be used together with grammar"),
+    ],
+)
+def test_other_forms_are_refused(fields: dict[str, Any], reason: str | None) -> None:
+    body = GrammarFields.model_validate(fields)
+    if reason is None:
+        assert body.answer_grammar() is None
+        return
+    with pytest.raises(ParameterError) as refused:
+        body.answer_grammar()
+    assert str(refused.value).startswith(reason)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", layers=2)
+
+
+async def post(model: Path, path: str, fields: dict[str, Any]) -> Response:
+    stage = LocalStage(model, 1, None, LocalSettings(context_length=256))
+    async with stage.serve() as service:
+        app = create_app(service, Replies(ApiSettings()), service._engine, dict)
+        async with client(app) as http:
+            return await http.post(path, json=fields)
+
+
+CHAT = {"messages": [{"role": "user", "content": "say"}], "temperature": 0, "max_tokens": 100}
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+async def test_a_chat_answers_what_its_schema_allows(model: Path, logprobs: bool) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+    reply = await post(model, "/v1/chat/completions", {**CHAT, "response_format": wanted, "logprobs": logprobs})
+    choice = reply.json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    Draft202012Validator(SCHEMA).validate(json.loads(choice["message"]["content"]))
+    if logprobs:
+        assert all(row["logprob"] < 0 for row in choice["logprobs"]["content"]), "of the model, none is forced to 0"
+
+
+async def test_completions_and_llamacpps_endpoint_obey_grammars(model: Path) -> None:
+    fields = {"prompt": "say", "temperature": 0, "grammar": GBNF, "max_tokens": 20}
+    text = (await post(model, "/v1/completions", fields)).json()["choices"][0]["text"]
+    assert text in ("yes", "no")
+    native = {"prompt": "say", "temperature": 0, "json_schema": SCHEMA, "n_predict": 100}
+    Draft202012Validator(SCHEMA).validate(json.loads((await post(model, "/completion", native)).json()["content"]))
+
+
+async def test_an_answer_may_end_where_its_grammar_does_whatever_min_tokens_says(model: Path) -> None:
+    fields = {"prompt": "say", "guided_choice": ["yes"], "max_tokens": 20, "min_tokens": 10}
+    choice = (await post(model, "/v1/completions", fields)).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("yes", "stop")
+
+
+async def test_a_grammar_that_cannot_be_obeyed_is_400_with_the_reason(model: Path) -> None:
+    reply = await post(model, "/v1/chat/completions", {**CHAT, "json_schema": {"type": "string", "pattern": "(?=a)"}})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, "json_schema")
+    assert "look-around" in error["message"]

@@ -1,0 +1,130 @@
+"""Grammars of requests are refused with a reason, and none takes long or ends the process that asks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from llamaclust.core.errors import ParameterError
+from llamaclust.core.grammar import Grammar
+from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars.checker import CheckLimits, GrammarChecker
+from llamaclust.model.tokenizers.loading import load_tokenizer
+from support.models.tiny_tokenizers import byte_level
+
+
+@pytest.fixture(scope="module")
+def checker() -> Iterator[GrammarChecker]:
+    made = GrammarChecker(load_tokenizer(byte_level(330)))
+    yield made
+    made.close()
+
+
+def refusal(checker: GrammarChecker, grammar: Grammar) -> str:
+    """ "" where the grammar is taken."""
+    try:
+        asyncio.run(checker.check(grammar))
+    except ParameterError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        definitions.of_object("o"),
+        definitions.of_schema({"type": "array", "items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"const": 1}}}, "s"),
+        definitions.of_schema(True, "s"),
+        definitions.of_regex(r"a/b\/[/]\d{3}(é|ü)", "r"),
+        definitions.of_lark('start: "a" | "b" start', "l"),
+        definitions.of_gbnf('root ::= item+\nitem ::= "- " [^\\n]+ "\\n"', "g"),
+        definitions.of_choice(['qu"ote', "line\nbreak", "back\\slash", "é/"], "c"),
+        definitions.lazy(definitions.of_lark("start: <|im_start|> /a+/", "t"), ["<|im_start|>"]),
+    ],
+)
+def test_forms_that_are_taken(checker: GrammarChecker, grammar: Grammar) -> None:
+    assert refusal(checker, grammar) == ""
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        (definitions.of_schema({"type": "nonsense"}, "json_schema"), "json_schema: Invalid type: nonsense"),
+        (definitions.of_schema(False, "s"), "s: Unsatisfiable schema"),
+        (definitions.of_schema({"not": {}}, "s"), 's: Unimplemented keys: ["not"]'),
+        (definitions.of_schema({"$ref": "https://example.org/schema"}, "s"), "s: "),
+        (definitions.of_regex("(?=a)", "guided_regex"), "look-around"),
+        (definitions.of_regex("(", "guided_regex"), "guided_regex: "),
+        (definitions.of_lark("start: nothing", "grammar"), 'unknown name: "nothing"'),
+        (definitions.of_lark("start: <|nothing|>", "grammar"), "grammar: "),
+    ],
+)
+def test_forms_that_are_refused(checker: GrammarChecker, grammar: Grammar, reason: str) -> None:
+    assert reason in refusal(checker, grammar)
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"], "additionalProperties": False}
+    return schema
+
+
+_HOSTILE = {
+    "deep schema": lambda: definitions.of_schema(_nested(60), "s"),
+    "deeper schema": lambda: definitions.of_schema(_nested(300), "s"),
+    "huge enum": lambda: definitions.of_schema({"enum": [f"value {i}" for i in range(30_000)]}, "s"),
+    "exponential regex": lambda: definitions.of_regex("(a|b)*a(a|b){500}", "r"),
+    "nested repetitions": lambda: definitions.of_regex("((((a{1,99}){1,99}){1,99}){1,99}){1,99}", "r"),
+    "deep regex": lambda: definitions.of_regex("(" * 100_000 + "a" + ")" * 100_000, "r"),
+    "deep lark": lambda: definitions.of_lark("start: " + "(" * 200_000 + '"a"' + ")" * 200_000, "l"),
+    "many rules": lambda: definitions.of_lark(
+        "start: r0\n" + "\n".join(f'r{i}: "{i}" r{i + 1}' for i in range(20_000)) + '\nr20000: "x"', "l"
+    ),
+    "recursive reference": lambda: definitions.of_schema({"$ref": "#"}, "s"),
+    "many combinations": lambda: definitions.of_schema(
+        {"allOf": [{"anyOf": [{"pattern": f"a{i}.*b{j}"} for j in range(20)]} for i in range(40)]}, "s"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _HOSTILE)
+def test_hostile_grammars_are_bounded(checker: GrammarChecker, name: str) -> None:
+    began = monotonic()
+    try:
+        refusal(checker, _HOSTILE[name]())
+    except ParameterError:
+        pass  # before it is compiled
+    assert monotonic() - began < 30, name
+    assert refusal(checker, definitions.of_object("o")) == "", "the next grammar is checked as before"
+
+
+def test_grammars_that_are_too_long_are_refused() -> None:
+    with pytest.raises(ParameterError, match="at most 1048576 are taken"):
+        definitions.of_schema({"enum": ["x" * (1 << 20)]}, "s")
+    with pytest.raises(ParameterError, match="at most 131072 are taken"):
+        definitions.of_gbnf("root ::= " + '"a" ' * 50_000, "g")
+
+
+@pytest.mark.parametrize("text", ["", "root ::= (", "rot ::= 'a'", "root ::= nothing", "root ::= " + "(" * 5000, "[\\"])
+def test_gbnf_that_is_wrong_is_refused(text: str) -> None:
+    with pytest.raises(ParameterError, match="^grammar: "):
+        definitions.of_gbnf(text, "grammar")
+
+
+def test_a_check_that_takes_too_long_is_a_refusal() -> None:
+    checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(wall_s=0.0, start_s=30.0))
+    try:
+        assert "the grammar needs more than 0 s" in refusal(checker, definitions.of_object("o"))
+    finally:
+        checker.close()
+
+
+def test_definitions_are_llguidances_own_form() -> None:
+    (grammar,) = json.loads(definitions.of_schema({"type": "integer"}, "s").definition)["grammars"]
+    assert grammar["json_schema"]["type"] == "integer"

@@ -1,0 +1,127 @@
+"""The state of an answer follows from grammar and tokens alone, however it came about."""
+
+from __future__ import annotations
+
+import json
+from random import Random
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from llamaclust.core.errors import RequestError
+from llamaclust.core.grammar import Grammar
+from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars.matcher import GrammarMatcher
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
+from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from support.models.random_schemas import random_schema, token_set, walk
+from support.models.tiny_tokenizers import byte_level, sentencepiece
+from support.seed import SEED
+
+SIZE = 330
+
+
+@pytest.fixture(scope="module", params=[sentencepiece, byte_level])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return load_tokenizer(request.param(SIZE))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer: Tokenizer) -> GrammarVocabulary:
+    return read_vocabulary(tokenizer, SIZE + 7)
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 12))
+def test_random_answers_are_valid_and_their_states_can_be_built_again(
+    seed: int, tokenizer: Tokenizer, vocabulary: GrammarVocabulary
+) -> None:
+    source = Random(seed)
+    schema = random_schema(source)
+    grammar = definitions.of_schema(schema, "json_schema")
+    tokens, sets = walk(GrammarMatcher(grammar, vocabulary), source)
+    if set(vocabulary.end_ids) & sets[-1]:
+        body = [token for token in tokens if token not in vocabulary.end_ids]
+        Draft202012Validator(schema).validate(json.loads(tokenizer.decode_bytes(body)))
+    for place in source.sample(range(len(sets)), min(8, len(sets))):
+        again = GrammarMatcher(grammar, vocabulary)
+        again.take(tokens[:place])
+        assert token_set(again.allowed()) == sets[place], f"after {place} of {tokens}"
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 12))
+def test_forced_tokens_are_the_only_ones_that_are_allowed(seed: int, vocabulary: GrammarVocabulary) -> None:
+    source = Random(seed)
+    grammar = definitions.of_schema(random_schema(source), "json_schema")
+    forcing, tokens, forced_tokens = GrammarMatcher(grammar, vocabulary), list[int](), 0
+    while not forcing.is_complete and len(tokens) < 200:
+        forced = forcing.forced()
+        for token in forced:
+            single = GrammarMatcher(grammar, vocabulary)
+            single.take(tokens)
+            assert token_set(single.allowed()) == {token}, f"after {tokens}"
+            tokens.append(token)
+        forced_tokens += len(forced)
+        if not forcing.is_complete:
+            tokens.append(source.choice(sorted(token_set(forcing.allowed()))))
+            forcing.take(tokens[-1:])
+    assert forced_tokens > 0
+
+
+def test_an_answer_ends_where_its_grammar_does(vocabulary: GrammarVocabulary) -> None:
+    matcher = GrammarMatcher(definitions.of_choice(["a"], "guided_choice"), vocabulary)
+    (token,) = matcher.forced()
+    assert vocabulary.words[token] == b"a" and matcher.is_complete
+    assert token_set(matcher.allowed()) == set(vocabulary.end_ids)
+    matcher.take(vocabulary.end_ids[:1])
+    assert token_set(matcher.allowed()) == set(vocabulary.end_ids) and matcher.position == 2
+
+
+def test_tokens_that_break_the_grammar_are_an_error(vocabulary: GrammarVocabulary) -> None:
+    matcher = GrammarMatcher(definitions.of_choice(["a"], "guided_choice"), vocabulary)
+    wrong = vocabulary.words.index(b"b")
+    with pytest.raises(RequestError, match=f"token {wrong} breaks the grammar"):
+        matcher.take([wrong])
+
+
+def test_a_grammar_that_cannot_be_compiled_is_an_error(vocabulary: GrammarVocabulary) -> None:
+    with pytest.raises(RequestError, match="the grammar cannot be used: "):
+        GrammarMatcher(Grammar('{"grammars": [{"lark_grammar": "start: nothing"}]}'), vocabulary)
+
+
+def test_a_grammar_with_triggers_rules_from_the_first_one_on(
+    tokenizer: Tokenizer, vocabulary: GrammarVocabulary
+) -> None:
+    lark = 'start: "<call>" /[a-c]+/ "</call>"'
+    grammar = definitions.lazy(definitions.of_lark(lark, "tools"), ["<call>", "<other>"])
+    text = tokenizer.encode_plain("free text, <calm> <call>", after_special=True)
+    matcher = GrammarMatcher(grammar, vocabulary)
+    for token in text:
+        assert matcher.is_free and matcher.allowed() is None and matcher.forced() == []
+        matcher.take([token])
+    assert not matcher.is_free
+    words = {vocabulary.words[token] for token in token_set(matcher.allowed())}
+    assert {b"a", b"b", b"c"} <= words and b"d" not in words
+    again = GrammarMatcher(grammar, vocabulary)
+    again.take(text)
+    assert token_set(again.allowed()) == token_set(matcher.allowed())
+    matcher.take(tokenizer.encode_plain("ab</call>", after_special=False))
+    assert matcher.is_complete
+
+
+def test_a_trigger_may_begin_and_end_within_tokens() -> None:
+    words = [bytes([byte]) for byte in range(256)] + [b"x<c", b"all>a", b""]
+    vocabulary = GrammarVocabulary(words, [258], lambda text: list(text.encode()))
+    grammar = definitions.lazy(definitions.of_lark('start: "<call>" /[a-c]+/ "!"', "tools"), ["<call>"])
+    matcher = GrammarMatcher(grammar, vocabulary)
+    matcher.take([256])
+    assert matcher.is_free
+    matcher.take([257])
+    assert {chr(token) for token in token_set(matcher.allowed())} == set("abc!")
+
+
+def test_what_a_trigger_cannot_begin_stays_free(vocabulary: GrammarVocabulary, tokenizer: Tokenizer) -> None:
+    grammar = definitions.lazy(definitions.of_lark('start: "other"', "tools"), ["<call>"])
+    matcher = GrammarMatcher(grammar, vocabulary)
+    matcher.take(tokenizer.encode_plain("<call><call>", after_special=False))
+    assert matcher.is_free

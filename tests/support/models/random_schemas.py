@@ -1,0 +1,55 @@
+"""Random JSON schemas whose instances are short, and a random walk through a grammar."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from llamaclust.model.grammars.matcher import AllowedTokens, GrammarMatcher
+
+_NAMES = ("name", "age", "of", "the", "many-people", 'quote"d', "é", "x")
+
+
+def random_schema(source: Random, depth: int = 2) -> dict[str, Any]:
+    """An object, mostly, with nested objects and lists up to `depth`."""
+    kinds = ["string", "integer", "boolean", "enum", "pattern"] + ["object", "object", "array"] * (depth > 0)
+    match "object" if depth == 2 else source.choice(kinds):
+        case "object":
+            names = source.sample(_NAMES, source.randrange(1, 4))
+            required = [name for name in names if source.random() < 0.7]
+            properties = {name: random_schema(source, depth - 1) for name in names}
+            schema = {"type": "object", "properties": properties, "required": required}
+            return {**schema, "additionalProperties": False}
+        case "array":
+            return {"type": "array", "items": random_schema(source, depth - 1), "maxItems": source.randrange(1, 3)}
+        case "enum":
+            return {"enum": source.sample(["red", "green", 3, None, True, "long words"], 3)}
+        case "pattern":
+            return {"type": "string", "pattern": source.choice(["^[a-c]{2,4}$", "^(in|out)-[0-9]$"])}
+        case "string":
+            return {"type": "string", "maxLength": source.randrange(1, 8)}
+        case "integer":
+            return {"type": "integer", "minimum": 0, "maximum": source.choice([9, 1200])}
+        case _:
+            return {"type": "boolean"}
+
+
+def token_set(allowed: AllowedTokens | None) -> set[int]:
+    """Ids of the bits that are set."""
+    assert allowed is not None
+    return set(np.flatnonzero(np.unpackbits(allowed.view(np.uint8), bitorder="little")).tolist())
+
+
+def walk(matcher: GrammarMatcher, source: Random, most: int = 200) -> tuple[list[int], list[set[int]]]:
+    """Random tokens until the grammar ends, and the tokens that were allowed at each."""
+    tokens: list[int] = []
+    sets: list[set[int]] = []
+    while len(tokens) < most:
+        sets.append(token_set(matcher.allowed()))
+        if matcher.is_complete:
+            break
+        tokens.append(source.choice(sorted(sets[-1])))
+        matcher.take(tokens[-1:])
+    return tokens, sets

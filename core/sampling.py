@@ -1,10 +1,9 @@
-"""How a token is sampled or scored, and the result of one row."""
+"""How a token is sampled or scored, the grammar that an answer obeys, and the result of one row."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from llamaclust.core.grammar import GrammarRow
 from llamaclust.core.sampler_chain import SamplerChain
 
 
@@ -31,6 +30,37 @@ class SamplingParams:
     def needs_state(self) -> bool:
         """Whether a choice depends on more than tokens: Mirostat's mu, which comes with the token before."""
         return self.chain is not None and self.chain.mirostat != 0
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """`definition` is llguidance's own form, a JSON object of grammars (model/grammars/definitions.py makes it).
+
+    Without `triggers` the whole answer obeys it. With them the answer is free until its text contains one of these
+    texts; the grammar then rules from the trigger's first byte on.
+    """
+
+    definition: str
+    triggers: tuple[str, ...] = ()
+    origin: str = field(default="grammar", compare=False)  # the request's field, for messages
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarStart:
+    """What the last stage needs to continue an answer under a grammar: the state is a function of both."""
+
+    grammar: Grammar
+    tokens: tuple[int, ...]  # of the answer, so far
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarRow:
+    """The grammar of one output row."""
+
+    key: int  # of the answer, within an epoch
+    position: int  # tokens of the answer before the one to be sampled
+    start: GrammarStart | None = None  # with an answer's first row on a pipeline, and after a release
+    may_force: bool = False  # tokens that must follow the sampled one are wanted with it
 
 
 @dataclass(frozen=True, slots=True)

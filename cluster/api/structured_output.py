@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 from llamaclust.cluster.api.schema import Body
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.grammar import Grammar
+from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
 
 _VLLM_FORMS: dict[str, Callable[[Any, str], Grammar]] = {

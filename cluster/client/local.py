@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -137,7 +137,9 @@ class LocalStage:
         try:
             async with Engine(LocalPipeline(self), scheduling, _DEADLINES) as engine:
                 text = TextSettings(self.model.file.path.stem, scheduling.context_length, scheduling.max_sequences)
-                yield TextService(engine, self.model.tokenizer, self.model.chat_template, text)
+                service = TextService(engine, self.model.tokenizer, self.model.chat_template, text)
+                async with aclosing(service):
+                    yield service
         finally:
             self._thread.shutdown()
             self._runner.close()

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from llamaclust.core.grammar import Grammar
-from llamaclust.core.sampling import RowResult, SamplingParams
+from llamaclust.core.sampling import Grammar, RowResult, SamplingParams
 
 
 class FinishReason(StrEnum):

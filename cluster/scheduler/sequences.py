@@ -17,8 +17,7 @@ from llamaclust.cluster.scheduler.requests import (
     Timings,
     TokenSampled,
 )
-from llamaclust.core.grammar import GrammarRow, GrammarStart
-from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampling import GrammarRow, GrammarStart, RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk
 

@@ -9,7 +9,6 @@ from llamaclust.cluster.scheduler.breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core import sampling_bounds as bounds
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.grammar import MAX_GRAMMAR_BYTES
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
@@ -36,8 +35,8 @@ def validate(request: GenerationRequest, vocabulary: int, max_sequence_tokens: i
         reason = f"is {request.min_tokens}, but stop_token_ids are all {vocabulary} tokens: none is left"
         raise ParameterError("min_tokens", reason)
     _check_params(request.params, vocabulary)
-    if request.grammar is not None and len(request.grammar.definition) > MAX_GRAMMAR_BYTES:
-        reason = f"has {len(request.grammar.definition)} characters, at most {MAX_GRAMMAR_BYTES} bytes are taken"
+    if request.grammar is not None and len(request.grammar.definition) > bounds.MAX_GRAMMAR_BYTES:
+        reason = f"has {len(request.grammar.definition)} characters, at most {bounds.MAX_GRAMMAR_BYTES} bytes are taken"
         raise ParameterError(request.grammar.origin, reason)
     check_size(sum(len(sequence) for sequences in request.breakers.values() for sequence in sequences))
 

@@ -137,7 +137,8 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     engine, pool = cluster.engine, cluster.supervisor.pool
     show = partial(cluster_status, cluster, record)
     allow_many_files()
-    async with _journalled(cluster, folder) as durability, aclosing(Replies(front.settings, durability)) as replies:
+    journalled = _journalled(cluster, folder)
+    async with aclosing(service), journalled as durability, aclosing(Replies(front.settings, durability)) as replies:
         app = create_app(service, replies, engine, show, admission, pool)
         with _left_to_the_next(durability.journal):
             await replies.restore(await asyncio.to_thread(_open_requests, folder.journal, durability.served))

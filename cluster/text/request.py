@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.grammar import Grammar
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling import RowResult, SamplingParams
+from llamaclust.core.sampling import Grammar, RowResult, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,9 +56,9 @@ class TextService:
         self._active: set[CompletionStream] = set()
         self._in_preparation = 0
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Ends the process that checks grammars."""
-        self._grammars.close()
+        await asyncio.to_thread(self._grammars.close)
 
     @property
     def active_requests(self) -> int:

@@ -18,7 +18,7 @@ from threading import Timer
 from typing import Any, Final
 
 from llamaclust.core.errors import DeadlineError, ParameterError
-from llamaclust.core.grammar import Grammar
+from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars.vocabulary import grammar_word
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from llguidance import LLMatcher
 
-from llamaclust.core.grammar import MAX_GRAMMAR_BYTES
+from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
 from llamaclust.model.grammars.matcher import limits, one_line
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 

@@ -12,7 +12,8 @@ from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.grammar import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES, MAX_TRIGGERS, Grammar
+from llamaclust.core.sampling import Grammar
+from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES, MAX_TRIGGERS
 
 _GUIDANCE = "x-guidance"
 _WHITE_SPACE = r" |\n{1,2}[ \t]{0,20}"

@@ -9,7 +9,8 @@ from llguidance import LLMatcher, LLParserLimits
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import RequestError
-from llamaclust.core.grammar import MAX_FORCED_TOKENS, Grammar
+from llamaclust.core.sampling import Grammar
+from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 AllowedTokens = NDArray[np.uint32]

@@ -11,8 +11,7 @@ import pytest
 
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.core.grammar import Grammar
-from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sampling import Grammar, SamplingParams
 from llamaclust.model.grammars import definitions
 from support.clusters.recovering import CONTEXT, Answer, answer_of, config, model_in, recovering, undisturbed
 from support.models.random_schemas import random_schema

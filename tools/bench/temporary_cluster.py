@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import aclosing, asynccontextmanager, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter_ns
@@ -69,7 +69,9 @@ def cluster_service(
     async def open_service() -> AsyncIterator[TextService]:
         async with temporary_cluster(model, workers, threads, context_length, 8, kv_type) as cluster:
             settings = TextSettings(model.stem, cluster.plan.context_length)
-            yield TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, settings)
+            service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, settings)
+            async with aclosing(service):
+                yield service
 
     return open_service
 

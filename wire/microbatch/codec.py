@@ -14,9 +14,9 @@ from typing import Literal
 from llamaclust.core import limits, sampling_bounds
 from llamaclust.core.bounds import bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.grammar import MAX_FORCED_TOKENS, Grammar
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
-from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
+from llamaclust.core.sampling import Grammar, RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
+from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse

@@ -6,14 +6,8 @@ from collections.abc import Sequence
 
 from llamaclust.core import limits
 from llamaclust.core.bounds import UINT64, bounded
-from llamaclust.core.grammar import (
-    MAX_GRAMMAR_BYTES,
-    MAX_TRIGGER_BYTES,
-    MAX_TRIGGERS,
-    Grammar,
-    GrammarRow,
-    GrammarStart,
-)
+from llamaclust.core.sampling import Grammar, GrammarRow, GrammarStart
+from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES, MAX_TRIGGERS
 from llamaclust.proto import sampling_pb2 as sampling_proto
 
 

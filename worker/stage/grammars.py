@@ -14,8 +14,7 @@ from dataclasses import replace
 from math import nan
 
 from llamaclust.core.errors import LlamaclustError, ProtocolError
-from llamaclust.core.grammar import GrammarRow, GrammarStart
-from llamaclust.core.sampling import RowResult, RowTask, SampleTask
+from llamaclust.core.sampling import GrammarRow, GrammarStart, RowResult, RowTask, SampleTask
 from llamaclust.kernels.sampling import AllowedTokens
 from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary

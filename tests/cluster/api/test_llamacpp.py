@@ -139,7 +139,7 @@ async def test_neutral_settings_are_taken() -> None:
         ({"dynatemp_exponent": -1}, "dynatemp_exponent"),
         ({"penalize_nl": 1}, "penalize_nl"),
         ({"grammar": "root ::= x"}, "grammar"),
-        ({"json_schema": {"type": "object"}}, "json_schema"),
+        ({"json_schema": 3}, "json_schema"),
         ({"samplers": ["temperature", "infill"]}, "samplers"),
         ({"samplers": ["top_k", "top-k"]}, "samplers"),
         ({"samplers": "kz"}, "samplers"),

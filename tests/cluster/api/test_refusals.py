@@ -38,12 +38,12 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"tools": [TOOL]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"grammar": "root ::= a"}, "grammar"),
-        ({"json_schema": {"type": "object"}}, "json_schema"),
+        ({"json_schema": 3}, "json_schema"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "alloy"}}, "audio"),
         ({"web_search_options": {"a": 1}}, "web_search_options"),
@@ -55,7 +55,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"store": True}, "store"),
         ({"best_of": 2}, "best_of"),
         ({"logits_processors": ["a"]}, "logits_processors"),
-        ({"guided_json": {"a": 1}}, "guided_json"),
+        ({"guided_json": "{"}, "guided_json"),
         ({"temprature": 1}, "temprature"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),

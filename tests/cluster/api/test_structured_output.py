@@ -16,7 +16,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.client.local import LocalSettings, LocalStage
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.grammar import Grammar
+from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
 from support.clusters.served import client
 from support.models.tiny_model import build_tiny_model

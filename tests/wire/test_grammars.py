@@ -1,0 +1,59 @@
+"""Grammars in sampling inputs, and the tokens that they force in results."""
+
+from __future__ import annotations
+
+import pytest
+
+from llamaclust.core.errors import ProtocolError
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
+from llamaclust.core.sampling import Grammar, GrammarRow, GrammarStart, RowResult, SampleTask, SamplingParams
+from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
+from llamaclust.proto import sampling_pb2
+from llamaclust.wire.microbatch.codec import decode_inputs, decode_result, encode_inputs, encode_result
+from llamaclust.wire.microbatch.messages import Result, SamplingInputs
+
+
+def constrained(key: int, place: int, grammar: Grammar | None = None, tokens: tuple[int, ...] = ()) -> SampleTask:
+    start = None if grammar is None else GrammarStart(grammar, tokens)
+    row = GrammarRow(key, place, start, may_force=key % 2 == 0)
+    return SampleTask(SamplingParams(), 1, 0, 9, grammar=row)
+
+
+def test_grammars_arrive_as_they_were_sent_and_equal_ones_are_sent_once() -> None:
+    free, lazy = Grammar("x" * 1000), Grammar("y", ("<call>", "é"))
+    tasks = (constrained(1, 0, free), constrained(2, 3, lazy, (5, 6, 7)), constrained(3, 9), constrained(4, 0, free))
+    data = encode_inputs(SamplingInputs(1, 0, tasks, (7, 8)))
+    assert decode_inputs(data) == SamplingInputs(1, 0, tasks, (7, 8))
+    assert data.count(b"x" * 1000) == 1
+    result = Result(1, 0, (RowResult(3, -1.0, forced=(4, 5)),))
+    assert decode_result(encode_result(result)) == result
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        constrained(1, MAX_CONTEXT_TOKENS + 1),
+        constrained(1, 0, Grammar("")),
+        constrained(1, 0, Grammar("x" * (MAX_GRAMMAR_BYTES + 1))),
+        constrained(1, 0, Grammar("x", ("t",) * 65)),
+        constrained(1, 0, Grammar("x", ("t" * 1025,))),
+        constrained(1, 0, Grammar("x"), (MAX_VOCABULARY,)),
+    ],
+)
+def test_grammars_out_of_bounds_are_refused(task: SampleTask) -> None:
+    with pytest.raises(ProtocolError):
+        decode_inputs(encode_inputs(SamplingInputs(1, 0, (task,))))
+
+
+def test_a_grammar_that_is_not_in_the_message_is_refused() -> None:
+    message = sampling_pb2.SamplingInputs.FromString(
+        encode_inputs(SamplingInputs(1, 0, (constrained(1, 0, Grammar("x")),)))
+    )
+    message.ClearField("grammars")
+    with pytest.raises(ProtocolError, match="grammar is 0"):
+        decode_inputs(message.SerializeToString())
+
+
+def test_too_many_forced_tokens_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="forced tokens is 65"):
+        decode_result(encode_result(Result(1, 0, (RowResult(3, -1.0, forced=(4,) * 65),))))

@@ -15,6 +15,9 @@ from llamaclust.core.errors import LlamaclustError, ProtocolError
 
 _RESUME_S = 120.0
 """From the loss of a connection to an error, as long as a cluster waits for a worker (`timeouts.recovery`)."""
+_MOST_S = 600.0
+"""From the last event to an error, however often the server answers: coordinators may end faster than they compute
+again what they had sent."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
 """Of a stream that is taken for lost: the server sends a comment every 5 s where it has nothing else. A machine that
@@ -38,7 +41,8 @@ class ResumableStream:
         self._key = uuid.uuid4().hex
         self._events = EventReader()
         self._was_taken = False  # by a server that streams
-        self._lost_s: float | None = None
+        self._lost_s: float | None = None  # when the connection was
+        self._silent_s: float | None = None  # when the first one was lost since the last event
         self._attempts = 0
 
     @property
@@ -69,11 +73,12 @@ class ResumableStream:
         if reply.status_code != httpx.codes.OK:
             raise reply_error(reply.status_code, reply.headers.get("retry-after"), body)
         self._was_taken = reply.headers.get("content-type", "").startswith("text/event-stream")
+        self._lost_s = None
         self._events.restart()
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """The events that are complete with `data`."""
-        self._lost_s, self._attempts = None, 0
+        self._lost_s, self._silent_s, self._attempts = None, None, 0
         return self._events.feed(data)
 
     def ended(self) -> None:
@@ -88,7 +93,8 @@ class ResumableStream:
             raise self._final(error) from error
         now_s = monotonic()
         self._lost_s = now_s if self._lost_s is None else self._lost_s
-        if now_s - self._lost_s > _RESUME_S:
+        self._silent_s = now_s if self._silent_s is None else self._silent_s
+        if now_s - self._lost_s > _RESUME_S or now_s - self._silent_s > _MOST_S:
             raise self._final(error) from error
         self._attempts += 1
         return _BACKOFF.pause_s(self._attempts - 1)

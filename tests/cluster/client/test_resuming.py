@@ -71,3 +71,25 @@ def test_what_may_pass_is_retried_for_a_while(error: type[httpx.HTTPError], monk
 def test_a_request_that_no_server_took_is_not_sent_again() -> None:
     with pytest.raises(LlamaclustError, match="does not answer"):
         ResumableStream(URL).pause_s(httpx.ConnectTimeout("lost"))
+
+
+class Clock:
+    """Of the module, set by a test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        monkeypatch.setattr(resuming, "monotonic", lambda: self.now_s)
+
+
+def test_servers_that_take_a_stream_again_are_given_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coordinators that are killed one after the other, each before a new event."""
+    clock, stream = Clock(monkeypatch), ResumableStream(URL)
+    taken = httpx.Response(200, headers={"content-type": "text/event-stream"})
+    for _ in range(10):
+        stream.opened(taken, b"")
+        stream.pause_s(httpx.ReadError("lost"))
+        clock.now_s += 50
+    stream.opened(taken, b"")
+    clock.now_s += 120
+    with pytest.raises(LlamaclustError, match="ended the connection"):  # 620 s without an event
+        stream.pause_s(httpx.ReadError("lost"))

@@ -174,7 +174,7 @@ class Target:
         self._check()
         if self.model is not None:
             from llamaclust.cluster.client.local import LocalSettings
-            from llamaclust.tools.hub.catalog import resolve_model
+            from llamaclust.cluster.config.catalog import resolve_model
 
             device, gpu_layers, _ = self.gpus.parsed
             settings = LocalSettings(chat_template=self.chat_template, device=device, gpu_layers=gpu_layers)

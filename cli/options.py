@@ -74,7 +74,7 @@ Json = Annotated[bool, Option("--json", help="One JSON object on standard output
 
 def model_file(spec: str) -> Path:
     """UsageError where the model is unknown, or not downloaded."""
-    from llamaclust.tools.hub.catalog import resolve_model
+    from llamaclust.cluster.config.catalog import resolve_model
 
     return resolve_model(spec)
 

@@ -27,7 +27,7 @@ for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """SmolLM2-135M-Instruct Q4_1, where `make test` puts it; tests that need it skip without it."""
-    from llamaclust.tools.hub.catalog import resolve_model
+    from llamaclust.cluster.config.catalog import resolve_model
 
     try:
         return resolve_model("smollm2-135m-instruct")
@@ -49,6 +49,7 @@ _UNIT_FOLDERS = (
     "cluster/engine",
     "cluster/planner",
     "cluster/scheduler",
+    "cluster/state",
     "cluster/text",
     "wire/rpc",
     "wire/test_",

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.hub.catalog import resolve_model
 
 
 def write_padded(source: Path, out: Path, hidden: int) -> None:

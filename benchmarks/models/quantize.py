@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.kernels.cpu.quantize import QUANTIZED_TYPES, quantize
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.hub.catalog import resolve_model
 from llamaclust.tools.quantize.mixes import FLOATS, NEEDS_IMPORTANCE
 
 Float32 = NDArray[np.float32]

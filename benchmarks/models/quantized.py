@@ -21,8 +21,8 @@ from typing import Any
 
 from padded import write_padded
 
+from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.model.gguf.model_file import ModelFile, open_model
-from llamaclust.tools.hub.catalog import resolve_model
 from llamaclust.tools.quantize.mixes import MIXES
 from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
 

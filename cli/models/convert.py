@@ -104,9 +104,9 @@ def split(
     dry_run: DryRun = False,
 ) -> None:
     """Split a model file into parts, as llama.cpp's llama-gguf-split does. Tensors are unchanged."""
+    from llamaclust.cluster.config.catalog import made_beside
     from llamaclust.cluster.config.values import parse_size
     from llamaclust.model.gguf.model_file import open_model
-    from llamaclust.tools.hub.catalog import made_beside
     from llamaclust.tools.split import DEFAULT_TENSORS, SplitRules, plan_split
 
     if max_size is not None and max_tensors is not None:
@@ -124,8 +124,8 @@ def merge(
     dry_run: DryRun = False,
 ) -> None:
     """Merge the parts of a model into one file. Tensors are unchanged."""
+    from llamaclust.cluster.config.catalog import made_beside
     from llamaclust.model.gguf.model_file import open_model
-    from llamaclust.tools.hub.catalog import made_beside
     from llamaclust.tools.split import plan_merge
 
     name = re.sub(r"-\d{5}-of-\d{5}\.gguf$", ".gguf", model.name)

@@ -49,7 +49,7 @@ def pull(model: ModelArgument) -> None:
 
 def list_models(as_json: Json = False) -> None:
     """Show the models of the catalog and those that are downloaded."""
-    from llamaclust.tools.hub.catalog import CATALOG, stored_models
+    from llamaclust.cluster.config.catalog import CATALOG, stored_models
 
     stored = stored_models()
     names = {model.name for model in stored}
@@ -69,7 +69,7 @@ def list_models(as_json: Json = False) -> None:
 
 def remove(model: ModelArgument) -> None:
     """Delete a downloaded model. Files outside the models directory are never touched."""
-    from llamaclust.tools.hub.catalog import remove_model
+    from llamaclust.cluster.config.catalog import remove_model
 
     print(remove_model(model))
 

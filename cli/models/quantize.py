@@ -157,8 +157,8 @@ def _pattern(text: str) -> tuple[re.Pattern[str], QuantType]:
 
 
 def _out(source: Path, given: str | None, name: str, parts: tuple[Path, ...], keep_split: bool) -> Path:
+    from llamaclust.cluster.config.catalog import made_beside
     from llamaclust.model.gguf.atomic_file import part_paths
-    from llamaclust.tools.hub.catalog import made_beside
 
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", source.stem)
     out = made_beside(source, f"{stem}-{name}.gguf") if given is None else Path(given)

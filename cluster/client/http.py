@@ -61,7 +61,7 @@ class Client(TextClient):
         The model is given by its path or, as text, as for the commands' `--model`.
         """
         from llamaclust.cluster.client.local import LocalClient
-        from llamaclust.tools.hub.catalog import resolve_model
+        from llamaclust.cluster.config.catalog import resolve_model
 
         file = resolve_model(model) if isinstance(model, str) else model
         return LocalClient(file, threads, feature_level, settings)

@@ -13,10 +13,10 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 
 from llamaclust.cluster.config.environment import HubSettings
+from llamaclust.cluster.config.model_sources import HubFile
 from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import DownloadError, UsageError
 from llamaclust.tools.hub.download import RETRY_STATUSES, Patience, byte_count
-from llamaclust.tools.hub.sources import HubFile
 
 _SHA256: Final = re.compile(r'(?:W/)?"?([0-9a-f]{64})"?')
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")

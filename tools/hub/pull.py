@@ -16,14 +16,14 @@ from typing import IO
 
 import httpx
 
+from llamaclust.cluster.config.catalog import WantedFile, locate
 from llamaclust.cluster.config.environment import hub_settings
+from llamaclust.cluster.config.model_sources import HubFile, PackageFile, WebFile
 from llamaclust.cluster.state.file_lock import FileLock
 from llamaclust.core.errors import DownloadError, ModelFileError
-from llamaclust.tools.hub.catalog import WantedFile, locate
 from llamaclust.tools.hub.download import PATIENCE, Download, Patience, byte_count, check_room, fetch, hash_of
 from llamaclust.tools.hub.hugging_face import RemoteFile, find_on_hub
 from llamaclust.tools.hub.package_index import find_wheel, local_path, pip_settings
-from llamaclust.tools.hub.sources import HubFile, PackageFile, WebFile
 from llamaclust.tools.hub.web_client import WebClient
 from llamaclust.tools.progress import Progress, silent
 

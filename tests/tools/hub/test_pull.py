@@ -19,9 +19,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from llamaclust.cluster.config import catalog
+from llamaclust.cluster.config.catalog import CatalogEntry, locate, remove_model, resolve_model, stored_models
 from llamaclust.core.errors import DownloadError, ModelFileError, UsageError
-from llamaclust.tools.hub import catalog, download, pull
-from llamaclust.tools.hub.catalog import CatalogEntry, locate, remove_model, resolve_model, stored_models
+from llamaclust.tools.hub import download, pull
 from llamaclust.tools.hub.download import Download, Patience, fetch
 from llamaclust.tools.hub.package_index import PipSettings, pip_settings
 from llamaclust.tools.hub.pull import pull_model

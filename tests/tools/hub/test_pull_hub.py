@@ -15,16 +15,16 @@ import httpx
 import numpy as np
 import pytest
 
+from llamaclust.cluster.config.catalog import remove_model, resolve_model, stored_models
 from llamaclust.cluster.config.environment import hub_settings
+from llamaclust.cluster.config.model_sources import HubFile, parse_source
 from llamaclust.core.errors import DownloadError, UsageError
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.hub import download
-from llamaclust.tools.hub.catalog import remove_model, resolve_model, stored_models
 from llamaclust.tools.hub.download import Patience
 from llamaclust.tools.hub.pull import pull_model
-from llamaclust.tools.hub.sources import HubFile, parse_source
 from llamaclust.tools.progress import silent
 from llamaclust.tools.split import SplitRules, plan_split, write_parts
 from support.clusters.static_cluster import free_port

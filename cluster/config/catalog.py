@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.config.model_sources import RemoteSource, WebFile, parse_source
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.atomic_file import part_paths
 from llamaclust.model.gguf.model_file import PART_NAME
-from llamaclust.tools.hub.sources import RemoteSource, WebFile, parse_source
 
 
 @dataclass(frozen=True, slots=True)

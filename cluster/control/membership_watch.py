@@ -14,7 +14,9 @@ from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported, StepReported
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.planner.step_limits import hang_text
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.step_limits import UNPREDICTED_S, hang_text, step_limit_s
+from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.state.events import Notice, Report
 
 
@@ -65,10 +67,10 @@ class MembershipWatch:
         if engine is None:
             return None
         served = zip(engine.schedulers, self._runner.open_epochs, strict=False)
-        stages = [(scheduler, epoch.plan, epoch.stage_of(worker)) for scheduler, epoch in served]
-        held = [stage for stage in stages if stage[2] is not None] or stages[:1]
-        texts = [hang_text(*stage, computing_s) for stage in held]
-        return texts[0] if all(texts) else None
+        stages = [(epoch.stage_of(worker), scheduler, epoch.plan) for scheduler, epoch in served]
+        limits_s = [stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None]
+        limit_s = max(limits_s, default=UNPREDICTED_S)
+        return hang_text(computing_s, limit_s) if computing_s > limit_s else None
 
     def _lost(self, worker: WorkerHandle) -> None:
         engine, epoch = self._runner.engine, self._runner.epoch
@@ -78,3 +80,10 @@ class MembershipWatch:
         self._runner.ending.start(self._launcher.end(worker.name))
         self._partitions.forget(worker.name)
         self._observed.post(seen.WorkerLost(worker.name))
+
+
+def stage_limit_s(scheduler: Scheduler, plan: Plan, stage: int) -> float:
+    """How long a stage of the plan may compute one of the microbatches in flight."""
+    rows, prediction = scheduler.in_flight.most_rows, plan.prediction
+    measured_s = [times_ns[stage] / 1e9 for times_ns in scheduler.times.predictions(rows)]
+    return step_limit_s(rows, measured_s, None if prediction is None else prediction.stages[stage])

@@ -20,6 +20,7 @@ from support.kubernetes.charts import (
     RELEASE,
     Manifest,
     PodTemplate,
+    cluster_file,
     containers,
     helm,
     one,
@@ -106,6 +107,9 @@ def test_strict_validation_notices_a_wrong_key() -> None:
         ({"workers": {"count": "2"}}, "got string, want integer"),
         ({"workers": {"memory": "8Gi"}}, "/workers/memory"),
         ({"workers": {"persistence": {"size": "8GiB"}}}, "/workers/persistence/size"),
+        ({"workers": {"kvDiskSize": "1.5GiB"}}, "2Gi is less than packedCacheSize 1GiB and kvDiskSize 1.5GiB"),
+        ({"workers": {"kvDiskSize": "1 GiB", "gpu": {"count": 1}}}, "without GPUs"),
+        ({"workers": {"groups": {"more": {"kvDiskSize": "1GiB"}}}}, "by all workers or none"),
         ({"workers": {"antiAffinity": "hard"}}, "/workers/antiAffinity"),
         ({"coordinator": {"ports": {"api": 80}}}, "/coordinator/ports/api"),
         ({"coordinator": {"ports": {"api": 7101}}}, "7101"),
@@ -115,6 +119,8 @@ def test_strict_validation_notices_a_wrong_key() -> None:
         ({"model": {"volume": {"kind": "existingClaim"}}}, "which claim"),
         ({"model": {"volume": {"kind": "hostPath"}}}, "which folder"),
         ({"model": {"pull": False}}, "model.volume.kind"),
+        ({"model": {"pullers": "none"}}, "/model/pullers"),
+        ({"model": {"pullers": "first", "volume": {"kind": "shared"}}}, "with model.volume.kind perPod"),
         ({"model": {"pull": False, "volume": {"kind": "shared"}}}, "no .gguf file"),
         ({"ingress": {"enabled": True}}, "under which names"),
         ({"ingress": {"tlsSecret": "x"}}, "no Ingress"),
@@ -293,6 +299,19 @@ def test_workers_can_join_before_the_coordinator_is_ready() -> None:
     for name in headless:
         assert services[name]["clusterIP"] == "None" and services[name]["publishNotReadyAddresses"] is True
     assert "publishNotReadyAddresses" not in services[f"{RELEASE}-llamaclust"]
+
+
+@pytest.mark.parametrize("own", [{}, {"ray": {"enabled": True}, "workers": {"threads": 1}}], ids=["static", "ray"])
+def test_kv_memory_on_disk_is_a_value_of_all_workers(own: Mapping[str, Any]) -> None:
+    manifests = render({**own, "workers": {"kvDiskSize": "1GiB", **own.get("workers", {})}})
+    if own:
+        assert {worker["kv_disk"] for worker in yaml.safe_load(cluster_file(manifests))["workers"]} == {"1GiB"}
+        return
+    (container,) = one(manifests, "StatefulSet")["spec"]["template"]["spec"]["containers"]
+    assert "--kv-disk=1GiB" in container["args"]
+    home = next(variable["value"] for variable in container["env"] if variable["name"] == "LLAMACLUST_HOME")
+    assert any(home.startswith(mount["mountPath"]) for mount in container["volumeMounts"] if mount["name"] == "data")
+    assert "kv-disk" not in str(render())
 
 
 def test_gpus_are_limits_of_the_workers_alone() -> None:

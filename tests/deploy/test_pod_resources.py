@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from support.kubernetes.charts import MATRIX, containers, one, pod_templates, render
+from support.kubernetes.charts import MATRIX, RELEASE, containers, one, pod_templates, render
 
 
 @pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
@@ -37,6 +39,27 @@ def test_ephemeral_storage_follows_from_what_is_kept() -> None:
     own = {"workers": {"resources": {"limits": {"ephemeral-storage": "9Gi"}}}}
     (container,) = one(render(own), "StatefulSet")["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"memory": "1Gi", "ephemeral-storage": "9Gi"}
+
+
+def test_one_worker_fetches_the_model_where_others_fetch_layers_from_it() -> None:
+    """The init container's command, run in a pod's name."""
+    manifests = render(MATRIX["a model fetched once"])
+    spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
+    (model,) = (container for container in spec["initContainers"] if container["name"] == "model")
+    assert {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}} in model["env"]
+    *shell, wait, seconds, program, model_word, pull, source = model["command"]
+    assert [wait, seconds, program, model_word, pull] == ["timeout", "3600", "llamaclust", "model", "pull"]
+    pods = [f"{RELEASE}-llamaclust-worker{pod}" for pod in ("-0", "-1", "-gpu-0")]
+    pulled = []
+    for pod in pods:
+        environment = {"POD_NAME": pod, "PATH": os.environ["PATH"]}
+        done = subprocess.run([*shell, "echo", source], env=environment, stdout=subprocess.PIPE, check=True)
+        pulled.append(done.stdout)
+    assert pulled == [b"smollm2-135m-instruct\n", b"", b""]
+    sizes = {variable["name"]: variable.get("value") for variable in spec["containers"][0]["env"]}
+    assert sizes["LLAMACLUST_WEIGHTS_SIZE"] == "1024MiB", "what packed layers leave of 2Gi"
+    coordinator = one(manifests, "Deployment")["spec"]["template"]["spec"]["initContainers"]
+    assert any(container["command"][2:] == ["llamaclust", "model", "pull", source] for container in coordinator)
 
 
 def test_the_defaults_are_for_a_small_cluster() -> None:

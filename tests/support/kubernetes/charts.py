@@ -140,6 +140,7 @@ MATRIX: dict[str, Mapping[str, Any]] = {
     "own names": {"fullnameOverride": "brain", "serviceAccount": {"name": "thinker"}},
     "part of names": {"nameOverride": "a-name-that-is-as-long-as-it-may-be-40-x"},
     "shared volume": {"model": {"volume": {"kind": "shared", "size": "80Gi", "storageClass": "nfs"}}},
+    "a model fetched once": {"model": {"pullers": "first"}, "workers": {"count": 3}},
     "claim with the model": {
         "model": {"pull": False, "source": "llama/8b.gguf", "volume": {"kind": "existingClaim", "claimName": "models"}}
     },

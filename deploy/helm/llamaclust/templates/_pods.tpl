@@ -36,7 +36,7 @@ securityContext:
 
 {{- define "llamaclust.bytes" -}}
 {{- $unit := regexFind "[KMGTPE]i?$" . }}
-{{- $bytes := trimSuffix $unit . | float64 }}
+{{- $bytes := trimSuffix $unit . | trim | float64 }}
 {{- range until (get (dict "K" 1 "M" 2 "G" 3 "T" 4 "P" 5 "E" 6) (trimSuffix "i" $unit) | default 0 | int) }}
 {{- $bytes = mulf $bytes (ternary 1024 1000 (hasSuffix "i" $unit)) }}
 {{- end }}
@@ -139,6 +139,35 @@ securityContext:
     {{- if ne .Values.model.volume.kind "perPod" }}
     - {name: models, mountPath: /var/lib/llamaclust/home/models}
     {{- end }}
+{{- end }}
+
+{{/* Whether most workers have no copy of the model and fetch their layers from others: not empty where that holds. */}}
+{{- define "llamaclust.fetchesLayers" -}}
+{{- if and (include "llamaclust.pullsEach" .) (eq .Values.model.pullers "first") }}true{{ end }}
+{{- end }}
+
+{{/* Of workers, where one pod of the cluster fetches the model for all. */}}
+{{- define "llamaclust.workerModel" -}}
+{{- if include "llamaclust.fetchesLayers" . }}
+{{- $model := index (include "llamaclust.pullModel" . | fromYamlArray) 0 }}
+{{- $first := printf "%s-worker-0" (include "llamaclust.fullname" .) }}
+{{- $script := printf "[ \"$POD_NAME\" != %s ] || exec \"$@\"" $first }}
+{{- $_ := set $model "command" (concat (list "sh" "-ec" $script "sh") $model.command) }}
+{{- $name := dict "name" "POD_NAME" "valueFrom" (dict "fieldRef" (dict "fieldPath" "metadata.name")) }}
+{{- $_ := set $model "env" (append $model.env $name) }}
+{{- list $model | toYaml }}
+{{- else }}
+{{- include "llamaclust.model" . }}
+{{- end }}
+{{- end }}
+
+{{/* What a worker's volume has left for fetched layers, in MiB. */}}
+{{- define "llamaclust.weightsSize" -}}
+{{- $free := include "llamaclust.bytes" .persistence.size | int64 }}
+{{- range list .packedCacheSize (.kvDiskSize | default "0") }}
+{{- $free = sub $free (include "llamaclust.bytes" (trimSuffix "B" .) | int64) }}
+{{- end }}
+{{- printf "%dMiB" (div (max $free 0) 1048576) }}
 {{- end }}
 
 {{/* Before a pod serves: its own copy, or a wait for the one that the Job fetches. */}}

@@ -6,6 +6,9 @@
   {{- with $.Values.workers.memory }}
   memory: {{ . }}
   {{- end }}
+  {{- with $.Values.workers.kvDiskSize }}
+  kv_disk: {{ . }}
+  {{- end }}
   {{- with $.Values.workers.gpu }}
   {{- if .count }}
   device: "{{ include "llamaclust.gpus" .count }}"

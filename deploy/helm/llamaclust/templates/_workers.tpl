@@ -21,6 +21,9 @@
 {{- with .Values.workers.memory }}
 - --memory={{ . }}
 {{- end }}
+{{- with .Values.workers.kvDiskSize }}
+- --kv-disk={{ . }}
+{{- end }}
 - --model-dir=/var/lib/llamaclust/home/models
 - --ready-file=/tmp/ready
 {{- with .Values.workers.gpu }}

@@ -26,6 +26,8 @@ _NO_TEMPLATE: Final = (
 )
 _MAX_REPLY_SHARE: Final = 6
 """JSON may write one byte of text as six."""
+_MOST_PROCESSES = 2
+"""So that a template which takes long does not hold up all chats."""
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
 """Variables for Python's start and for dates in templates; keys and tokens are not passed."""
 _OTHERS_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
@@ -50,7 +52,8 @@ class TemplateLimits:
 
 
 class ChatTemplate:
-    """A model's chat template and the process that renders it, started at the first render. Safe for many threads."""
+    """A model's chat template and the processes that render it, started at the first render, further ones where several
+    renders wait. Safe for many threads."""
 
     def __init__(
         self, source: str | None, bos_token: str, eos_token: str, limits: TemplateLimits | None = None
@@ -59,12 +62,8 @@ class ChatTemplate:
         self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._limits = limits or TemplateLimits()
-        self._child: _TemplateProcess | None = None
-        self._broken: str | None = None
-        self._closed = False
-        self._is_reported = False
-        # One thread owns the child for its whole life: Linux kills the child when the thread that started it ends.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
+        self._is_closed = False
+        self._renderers = [_Renderer(source, self._limits) for _ in range(_MOST_PROCESSES)]
 
     def __enter__(self) -> ChatTemplate:
         return self
@@ -73,15 +72,14 @@ class ChatTemplate:
         self.close()
 
     def close(self) -> None:
-        """Ends the child process; renders in progress and those that wait fail. May be called again."""
-        if self._closed:
+        """Ends the child processes; renders in progress and those that wait fail. May be called again."""
+        if self._is_closed:
             return
-        self._closed = True
-        child = self._child
-        if child is not None:
-            child.stop()
-        self._thread.submit(self._drop_child)
-        self._thread.shutdown(wait=True)
+        self._is_closed = True
+        for renderer in self._renderers:
+            renderer.stop()
+        for renderer in self._renderers:
+            renderer.close()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
         """The prompt for some messages; `extra` are more variables of the template (`tools`, `documents`, ...).
@@ -111,10 +109,48 @@ class ChatTemplate:
             raise RequestError(_NO_TEMPLATE)
         variables = {"tools": None, "documents": None, **self._tokens, **extra}
         variables |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        return self._thread.submit(self._render, variables)
+        return min(self._renderers, key=lambda renderer: renderer.load).submit(variables)
 
     def _waited_too_long(self) -> DeadlineError:
         return DeadlineError(f"the chat template was busy with other requests for {self._limits.wait_s:g} s; try again")
+
+
+class _Renderer:
+    """A child process, and the thread that owns it for its whole life: Linux kills a child when the thread that started
+    it ends."""
+
+    def __init__(self, source: str | None, limits: TemplateLimits) -> None:
+        self.child: _TemplateProcess | None = None
+        self._source = source
+        self._limits = limits
+        self._broken: str | None = None
+        self._is_stopped = False
+        self._is_reported = False
+        self._renders: set[Future[str]] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
+
+    @property
+    def load(self) -> int:
+        """Renders in progress, and those that wait."""
+        return len(self._renders)
+
+    def submit(self, variables: Mapping[str, Any]) -> Future[str]:
+        render = self._thread.submit(self._render, variables)
+        self._renders.add(render)
+        render.add_done_callback(self._renders.discard)
+        return render
+
+    def stop(self) -> None:
+        """Renders fail from now on."""
+        self._is_stopped = True
+        child = self.child
+        if child is not None:
+            child.stop()
+
+    def close(self) -> None:
+        """After `stop`: returns when the child is gone."""
+        self._thread.submit(self._drop_child)
+        self._thread.shutdown(wait=True)
 
     def _render(self, variables: Mapping[str, Any]) -> str:
         """On the child's thread: large messages take long to write."""
@@ -136,12 +172,12 @@ class ChatTemplate:
         return str(reply["text"])
 
     def _request(self, frame: bytes) -> dict[str, Any]:
-        if self._closed or self._broken is not None:
+        if self._is_stopped or self._broken is not None:
             raise RequestError(self._broken or "the chat template was closed")
-        if self._child is None:
-            self._child = self._start()
+        if self.child is None:
+            self.child = self._start()
         try:
-            return self._child.request(frame, self._limits.wall_s)
+            return self.child.request(frame, self._limits.wall_s)
         except _RenderingStopped:
             self._drop_child()
             raise
@@ -152,7 +188,7 @@ class ChatTemplate:
         limits = self._limits
         child = _TemplateProcess(limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16))
         try:
-            reply = child.request(_frame({"source": self.source, **asdict(limits)}), limits.start_s)
+            reply = child.request(_frame({"source": self._source, **asdict(limits)}), limits.start_s)
             problem = reply.get("error")
         except (_ProcessKilled, _NotInTime):
             child.kill()
@@ -174,9 +210,9 @@ class ChatTemplate:
             _log.warning("chat templates are rendered with Jinja's sandbox alone: %s", unconfined)
 
     def _drop_child(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
+        if self.child is not None:
+            self.child.kill()
+            self.child = None
 
 
 class _RenderingStopped(Exception):

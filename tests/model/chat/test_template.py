@@ -145,7 +145,7 @@ def test_a_start_that_the_machine_held_up_is_tried_again() -> None:
     with ChatTemplate("ok", "", "", TemplateLimits(start_s=0.001)) as template:
         with pytest.raises(RequestError, match=r"stopped: it did not end within 0.001 s"):
             template.render(HELLO)
-        template._limits = TemplateLimits()
+        template._renderers[0]._limits = TemplateLimits()
         assert template.render(HELLO) == "ok"
 
 
@@ -180,7 +180,7 @@ def test_a_process_that_is_killed_at_every_render_is_an_error() -> None:
         running = threads.submit(template.render, HELLO)
         killed = []
         while not running.done():
-            pid = None if template._child is None else template._child.pid
+            pid = None if template._renderers[0].child is None else template._renderers[0].child.pid
             if pid is not None and pid not in killed:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
@@ -211,6 +211,18 @@ def test_many_threads_and_tasks_get_their_own_answers(chatml: ChatTemplate) -> N
         return await asyncio.gather(*(chatml.render_async(content(number)) for number in range(32)))
 
     assert asyncio.run(together()) == texts
+
+
+def test_a_slow_render_does_not_hold_up_another_one() -> None:
+    source = "{% if messages[0].slow %}" + FOR_EVER + "{% endif %}ok"
+    limits = TemplateLimits(wall_s=20, cpu_seconds=20)
+    with ChatTemplate(source, "", "", limits) as template, ThreadPoolExecutor(1) as threads:
+        running = threads.submit(template.render, [{"slow": True}])
+        wait_for_child(template)
+        assert template.render([{"slow": False}]) == "ok" and not running.done()
+        template.close()
+        with pytest.raises(LlamaclustError):
+            running.result()
 
 
 def test_large_messages_pass_and_too_large_ones_are_refused(chatml: ChatTemplate) -> None:
@@ -313,7 +325,7 @@ def test_a_confined_process_opens_nothing_and_starts_nothing() -> None:
 def test_renders_are_confined(chatml: ChatTemplate) -> None:
     chatml.render(HELLO)
     status = Path(f"/proc/{child_pid(chatml)}/status").read_text()
-    if "Seccomp:" not in status or chatml._is_reported:
+    if "Seccomp:" not in status or chatml._renderers[0]._is_reported:
         pytest.skip("this kernel has no filter of system calls")
     assert "\nNoNewPrivs:\t1\n" in status and "\nSeccomp:\t2\n" in status
 
@@ -341,8 +353,8 @@ def test_the_process_dies_with_its_parent() -> None:
         "from llamaclust.model.chat.template import ChatTemplate, TemplateLimits\n"
         f"template = ChatTemplate({FOR_EVER!r}, '', '', TemplateLimits(wall_s=60, cpu_seconds=60))\n"
         "threading.Thread(target=template.render, args=([],), daemon=True).start()\n"
-        "while template._child is None: time.sleep(0.01)\n"
-        "print(template._child.pid, flush=True); time.sleep(60)\n"
+        "while template._renderers[0].child is None: time.sleep(0.01)\n"
+        "print(template._renderers[0].child.pid, flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -356,13 +368,13 @@ def test_the_process_dies_with_its_parent() -> None:
 
 
 def child_pid(template: ChatTemplate) -> int:
-    assert template._child is not None
-    return template._child.pid
+    assert template._renderers[0].child is not None
+    return template._renderers[0].child.pid
 
 
 def wait_for_child(template: ChatTemplate) -> int:
     deadline = time.monotonic() + 20
-    while template._child is None and time.monotonic() < deadline:
+    while template._renderers[0].child is None and time.monotonic() < deadline:
         time.sleep(0.01)
     return child_pid(template)
 

@@ -28,6 +28,7 @@ from typing import Any
 from running import Bench, Layout, resident_mib, running
 
 from llamaclust.cluster.client.http import AsyncClient
+from llamaclust.tools.chaos.load import meanwhile
 
 _CONTEXT_TOKENS = 2048
 _QUIET_S = 10.0
@@ -96,16 +97,8 @@ class Others:
 async def others(client: AsyncClient, streams: int, pid: int) -> AsyncIterator[Others]:
     made = Others(client)
     works = [*(made.stream(number) for number in range(streams)), made.probe(), made.watch(pid)]
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
+    async with meanwhile(works):
         yield made
-    finally:
-        for task in tasks:
-            task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-    for error in ended:
-        if isinstance(error, Exception):
-            raise error
 
 
 async def post(api: str, body: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.client.operations import ClusterApi
-from llamaclust.cluster.state.directory import ClusterRecord, find_running
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, find_running
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.tools.chaos.held import FullDisks, Stops
 from llamaclust.tools.chaos.processes import Process
@@ -46,8 +46,11 @@ class Injector:
     def targets(self) -> Targets:
         """LlamaclustError while no coordinator answers."""
         record, status = self._status()
-        folder, _ = find_running(self._state_dir, self._name)
-        return find_targets(record, status, self._permissions, has_standby=folder.has_standby)
+        return find_targets(record, status, self._permissions, has_standby=self._folder.has_standby)
+
+    @property
+    def _folder(self) -> ClusterDir:
+        return find_running(self._state_dir, self._name)[0]
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
         """Whether it took place. A fault that is held goes on in the background, except a coordinator's stop; after its
@@ -145,6 +148,8 @@ class Injector:
         after = await self._successor(process)
         if after.api != before.api:
             raise LlamaclustError(f"the API moved from {before.api} to {after.api}: give `listen` a port in the file")
+        if not self._permissions.coordinator and not self._folder.has_standby:
+            self._show("no standby is left: the coordinator is not killed again")
         return True
 
     async def _successor(self, killed: Process) -> ClusterRecord:

@@ -14,9 +14,10 @@ from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, find_running
+from llamaclust.core.counts import counted
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.tools.chaos.injector import Injector
-from llamaclust.tools.chaos.load import Streams, fitting_requests
+from llamaclust.tools.chaos.load import Streams, fitting_requests, meanwhile
 from llamaclust.tools.chaos.received import Received
 from llamaclust.tools.chaos.schedule import FaultKind, Schedule
 from llamaclust.tools.chaos.tally import Tally
@@ -66,7 +67,7 @@ async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
     injector = Injector(settings.state_dir, record.name, settings.permissions, view.line)
     key = None if record.api_keys_file is None else first_key(Path(record.api_keys_file))
     async with AsyncClient(record.api, key) as client:
-        view.progress(f"taking {settings.streams} undisturbed answers")
+        view.progress(f"taking {counted(settings.streams, 'undisturbed answer')}")
         streams = Streams(client, await fitting_requests(client, context_tokens), tally)
         await streams.undisturbed(settings.streams)
         try:
@@ -86,7 +87,7 @@ def _check(settings: ChaosSettings, folder: ClusterDir, record: ClusterRecord, v
         status, context_tokens = api.status(), api.context_length()
     busy = status["requests"]["running"] + status["requests"]["waiting"]
     if busy and not settings.with_other_requests:
-        raise UsageError(f"{record.name} serves {busy} requests of other clients; --yes: disturb them too")
+        raise UsageError(f"{record.name} serves {counted(busy, 'request')} of other clients; --yes: disturb them too")
     targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)
     kinds = [kind for kind in FaultKind if _suffices(kind, targets)]
     for kind in FaultKind:
@@ -94,8 +95,8 @@ def _check(settings: ChaosSettings, folder: ClusterDir, record: ClusterRecord, v
             raise UsageError(f"--faults {kind.option}: {record.name} {_IMPOSSIBLE[kind]}")
     if not kinds:
         raise UsageError(f"{record.name} has no process on this machine that can be disturbed, and no worker to drain")
-    minutes = f"{settings.duration_s / 60:g} minutes"
-    view.line(f"{record.name}: {minutes} of faults under {settings.streams} streams, seed {settings.seed}:")
+    streams = counted(settings.streams, "stream")
+    view.line(f"{record.name}: {settings.duration_s / 60:g} min of faults under {streams}, seed {settings.seed}:")
     view.line("  " + "; ".join(f"{kind.value} ({', '.join(targets.names[kind])})" for kind in kinds))
     return context_tokens
 
@@ -110,21 +111,14 @@ def _suffices(kind: FaultKind, targets: Targets) -> bool:
 async def _load(streams: Streams) -> AsyncIterator[None]:
     """Requests run meanwhile; those that run at the end are finished, unless it ends by an exception."""
     done = asyncio.Event()
-    tasks = {asyncio.create_task(streams.repeat(number, done)): number for number in streams.expected}
-    try:
+    async with meanwhile(streams.repeat(number, done) for number in streams.expected) as tasks:
         yield
         done.set()
-        _, late = await asyncio.wait(tasks, timeout=_FINISH_S)
-        for task in late:
-            streams.tally.errors[f"no end within {_FINISH_S:.0f} s of the last fault"] += 1
-            streams.tally.compared.add_request(streams.expected[tasks[task]], Received())
-    finally:
-        for task in tasks:
-            task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-    for error in ended:
-        if isinstance(error, Exception):
-            raise error
+        await asyncio.wait(tasks, timeout=_FINISH_S)
+        for task, expected in zip(tasks, streams.expected.values(), strict=True):
+            if not task.done():
+                streams.tally.errors[f"no end within {_FINISH_S:.0f} s of the last fault"] += 1
+                streams.tally.compared.add_request(expected, Received())
 
 
 async def _disturb(settings: ChaosSettings, injector: Injector, streams: Streams, view: View) -> None:
@@ -161,6 +155,6 @@ async def _show_progress(streams: Streams, end_s: float, view: View) -> None:
     while True:
         await asyncio.sleep(_SHOW_S)
         rate, before = (streams.received - before) / _SHOW_S, streams.received
-        parts = (f"{rate:.0f} tok/s", f"{tally.compared.answers} answers", f"{tally.faults.total()} faults")
-        wrong = tally.compared.lost + tally.compared.changed
-        view.progress(f"{', '.join(parts)}, {wrong} tokens wrong, {max(0.0, end_s - time.monotonic()):.0f} s left")
+        answers, faults = counted(tally.compared.answers, "answer"), counted(tally.faults.total(), "fault")
+        wrong, left_s = counted(tally.compared.lost + tally.compared.changed, "token"), end_s - time.monotonic()
+        view.progress(f"{rate:.0f} tok/s, {answers}, {faults}, {wrong} wrong, {max(0.0, left_s):.0f} s left")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
+from llamaclust.core.counts import counted
 from llamaclust.tools.chaos.received import Answer, Received
 from llamaclust.tools.chaos.schedule import FaultKind
 
@@ -42,8 +43,9 @@ class Comparison:
         return not self.lost and not self.changed and not self.misplaced
 
     def __str__(self) -> str:
-        events = f"; {self.misplaced} events duplicated or skipped" if self.misplaced else ""
-        return f"{self.answers} answers, {self.tokens} tokens: {self.lost} lost, {self.changed} changed{events}"
+        events = f"; {counted(self.misplaced, 'event')} duplicated or skipped" if self.misplaced else ""
+        compared = f"{counted(self.answers, 'answer')}, {counted(self.tokens, 'token')}"
+        return f"{compared}: {self.lost} lost, {self.changed} changed{events}"
 
 
 @dataclass(slots=True)
@@ -99,14 +101,14 @@ class Tally:
         compared = self.compared
         result = "nothing lost, nothing changed" if self.is_success else "NOTHING TESTED; give more --minutes"
         result = result if compared.is_intact else "LOST OR CHANGED"
-        yield f"{result}: {self.faults.total()} faults, seed {self.seed}"
+        yield f"{result}: {counted(self.faults.total(), 'fault')}, seed {self.seed}"
         yield str(compared)
         pauses = self.pauses.by_kind()
         for kind in FaultKind:
             if count := self.faults[kind]:
                 yield f"{kind.value}: {count}{pause_text(pauses.get(kind, ()))}"
         for error, count in self.errors.most_common(3):
-            yield f"{count} answers ended with: {error}"
+            yield f"{counted(count, 'answer')} ended with: {error}"
 
 
 def pause_text(seconds: Sequence[float]) -> str:

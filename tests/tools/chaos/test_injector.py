@@ -69,3 +69,22 @@ def test_a_coordinator_without_status_is_not_killed(tmp_path: Path, monkeypatch:
     targets: Any = SimpleNamespace(coordinator=SimpleNamespace(send=pytest.fail))
     assert not asyncio.run(injector.inject(Fault(FaultKind.COORDINATOR_KILL, "tiny", 0.0), targets))
     assert lines == ["the coordinator is not killed: tiny does not answer"]
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["standbys alone", "whatever restarts it"])
+async def test_a_kill_of_the_coordinator_that_takes_the_last_standby_is_said(
+    allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record: Any = SimpleNamespace(api="http://127.0.0.1:1")
+
+    async def successor(self: Injector, killed: object) -> Any:
+        return record
+
+    monkeypatch.setattr(Injector, "_status", lambda self: (record, {}))
+    monkeypatch.setattr(Injector, "_successor", successor)
+    monkeypatch.setattr(Injector, "_folder", SimpleNamespace(has_standby=False))
+    lines: list[str] = []
+    injector = Injector(tmp_path, "tiny", Permissions(allowed, False), lines.append)
+    targets: Any = SimpleNamespace(coordinator=SimpleNamespace(send=lambda number: True))
+    assert await injector.inject(Fault(FaultKind.COORDINATOR_KILL, "tiny", 0.0), targets)
+    assert lines == ([] if allowed else ["no standby is left: the coordinator is not killed again"])

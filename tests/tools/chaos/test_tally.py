@@ -48,7 +48,7 @@ def test_each_choice_and_its_events_are_compared() -> None:
     assert (comparison.answers, comparison.lost, comparison.changed) == (2, 2, 0)
     comparison = Comparison()
     comparison.add_request(Received({0: EXPECTED}), Received({0: EXPECTED}, misplaced=1))
-    assert not comparison.is_intact and str(comparison).endswith("; 1 events duplicated or skipped")
+    assert not comparison.is_intact and str(comparison).endswith("; 1 event duplicated or skipped")
 
 
 def test_a_pause_is_the_longest_gap_until_the_next_fault() -> None:
@@ -73,14 +73,14 @@ def test_the_verdict_names_what_was_wrong() -> None:
     tally.compared.add(EXPECTED, EXPECTED)
     assert list(tally.verdict()) == [
         "nothing lost, nothing changed: 2 faults, seed 7",
-        "1 answers, 3 tokens: 0 lost, 0 changed",
+        "1 answer, 3 tokens: 0 lost, 0 changed",
         "drain of a worker: 2",
     ]
     tally.compared.add(EXPECTED, EXPECTED[:2])
     tally.errors["worker a is lost"] += 1
     first, second, *_, last = tally.verdict()
     assert first == "LOST OR CHANGED: 2 faults, seed 7" and second == "2 answers, 5 tokens: 1 lost, 0 changed"
-    assert last == "1 answers ended with: worker a is lost"
+    assert last == "1 answer ended with: worker a is lost"
 
 
 @pytest.mark.parametrize(("faults", "answers"), [(0, 0), (0, 2), (2, 0)])

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 from typer import Argument, Option
 
@@ -28,6 +28,8 @@ _STOP_S = 60.0
 _IDLE_S = 1.5
 _FILE_S, _TAIL_S = 0.05, 0.5
 """Between two looks at a log that is followed."""
+_PIECE = 1 << 16
+"""Characters of a log that are read at a time."""
 _COORDINATOR = "coordinator"
 
 
@@ -63,7 +65,7 @@ def down(cluster: Cluster = None) -> None:
     if not folder.ends_within(_IDLE_S):
         print("running requests are finished first; `llamaclust down` again stops at once", file=sys.stderr)
     if not folder.ends_within(_STOP_S):
-        print(f"{record.name} still answers requests after {_STOP_S:.0f} s: ending it now", file=sys.stderr)
+        print(f"{record.name} has not ended within {_STOP_S:.0f} s: it is killed now", file=sys.stderr)
         folder.mark_stopped()  # else a standby would take over
         folder.forget_record()
         record.signal(signal.SIGKILL)
@@ -115,12 +117,20 @@ def logs(
         what = f"of a worker named {worker!r}"
         if worker == _COORDINATOR:
             what = "of the coordinator, which logs to its terminal unless `up --detach` started it"
+        elif record is None:
+            what += f": {folder.path.name} has ended, and workers on other machines log there"
         raise UsageError(f"no log {what}; there are logs of: {', '.join(files) or 'none'}")
     with files[worker].open(errors="replace") as file:
-        terminal.write(file.read())
+        _print_rest(file)
         while follow:
             time.sleep(_FILE_S)
-            terminal.write(file.read())
+            _print_rest(file)
+
+
+def _print_rest(file: TextIO) -> None:
+    """In pieces: a log may be larger than the memory."""
+    while piece := file.read(_PIECE):
+        terminal.write(piece)
 
 
 def _print_tail(record: ClusterRecord, worker: str, follow: bool) -> None:

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from llamaclust.cluster.api.settings import read_api_keys
+from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
@@ -22,7 +23,6 @@ from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
-from llamaclust.tools.hub.catalog import resolve_model
 from llamaclust.worker.devices.devices import check_devices, fingerprint, gpus_of
 from llamaclust.worker.devices.system_info import available_memory_bytes, resident_bytes
 
@@ -31,7 +31,13 @@ def show_plan(file: Path | None, overrides: list[str], as_json: bool) -> None:
     """Prints the plan of a cluster file; raises what `planned` does."""
     config = load_config(file, overrides)
     plan, own_bytes = planned(config)
-    print(json.dumps(plan_json(plan)) if as_json else "\n".join((*plan_lines(plan), *_room(config, own_bytes))))
+    on_disk = {worker.name: worker.kv_disk for worker in config.workers if worker.kv_disk is not None}
+    if as_json:
+        print(json.dumps(plan_json(plan) | {"kv_disk_bytes": on_disk}))
+        return
+    kv_disk = ", ".join(f"{stage.worker} {mib(on_disk[stage.worker])} MiB" for stage in plan.stages if on_disk)
+    lines = (f"  KV memory on disk, at most: {kv_disk}",) if kv_disk else ()
+    print("\n".join((*plan_lines(plan), *lines, *_room(config, own_bytes))))
 
 
 def planned(config: ClusterConfig) -> tuple[Plan, int]:

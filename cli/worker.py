@@ -143,7 +143,9 @@ def _token_file(given: Path | None, state_dir: Path) -> Path:
 
 
 def rotate(
-    cluster: Annotated[str, Option(metavar="NAME", help="`name` of the cluster file.")] = "default",
+    cluster: Annotated[
+        str | None, Option(metavar="NAME", help="`name` of the cluster file. Default: the one that runs.")
+    ] = None,
     trust_dir: Annotated[
         Path | None, Option(metavar="DIR", help="`join.trust_dir` of the cluster file, where it has one.")
     ] = None,
@@ -152,10 +154,9 @@ def rotate(
 
     The old token admits no worker any more. Members stay, and need the new one to rejoin."""
     from llamaclust.cluster.config.environment import environment
-    from llamaclust.cluster.config.values import parse_name
     from llamaclust.cluster.membership.authority import Authority
 
-    folder = trust_dir or environment().state_dir / option_value("--cluster", parse_name, cluster) / "trust"
+    folder = trust_dir or _trust_folder(cluster, environment().state_dir)
     if not folder.is_dir():
         raise UsageError(
             f"{folder}: no such folder; give the cluster's name by --cluster, or the folder by --trust-dir"
@@ -168,3 +169,13 @@ def rotate(
         " of them once the coordinator was restarted",
         file=sys.stderr,
     )
+
+
+def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
+    """Of the cluster of that name; without one, of the only one that runs, or of `default`."""
+    from llamaclust.cluster.config.values import parse_name
+    from llamaclust.cluster.state.directory import find_running, running_clusters
+
+    if cluster is None and running_clusters(state_dir):
+        return find_running(state_dir, None)[0].path / "trust"
+    return state_dir / option_value("--cluster", parse_name, cluster or "default") / "trust"

@@ -6,9 +6,14 @@ import re
 import socket
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from llamaclust.cli import terminal
+from llamaclust.cli.cluster import logs
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.core.errors import UsageError
 from support.clusters.command_line import Cluster, CommandLine, command_line, eventually, float32
 from support.models.hostile_models import tiny
 
@@ -73,6 +78,28 @@ def test_logs_are_those_of_the_worker(line: CommandLine, cluster: Cluster) -> No
     assert following.wait().code == 130 and "Traceback" not in following.err.read_text()
 
 
+def test_logs_of_a_cluster_that_has_ended_are_those_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
+    folder = ClusterDir(tmp_path / "brain")
+    folder.create()
+    with pytest.raises(UsageError, match="no log of a worker named 'w1': brain has ended, and workers on other"):
+        logs("w1", cluster="brain")
+    written, pieces = "".join(f"line {number}\n" for number in range(3000)), list[int]()
+    folder.log_file("w1").write_text(written)
+    monkeypatch.setattr("llamaclust.cli.cluster._PIECE", 1000)
+    write = terminal.write
+
+    def write_piece(text: str) -> None:
+        pieces.append(len(text))
+        write(text)
+
+    monkeypatch.setattr(terminal, "write", write_piece)
+    logs("w1", cluster="brain")
+    assert capsys.readouterr().out == written and max(pieces) == 1000, "however long it is"
+
+
 def test_a_second_cluster_of_the_name_is_refused_and_the_first_goes_on(line: CommandLine, cluster: Cluster) -> None:
     done = line.run("up", line.cluster_file("good.gguf"))
     assert done.code == 2
@@ -134,6 +161,14 @@ def test_plan_json_says_what_a_start_would_do(line: CommandLine, cluster: Cluste
     assert [(stage["worker"], stage["end"]) for stage in by_hand["stages"]] == [("a", 4)]
     unknown = line.run("plan", line.cluster_file("good.gguf", "never", workers=[{"name": "a"}]))
     assert unknown.code == 0 and "? ms/token" in unknown.out and "?: not measured yet" in unknown.out
+
+
+def test_plan_shows_kv_memory_on_disk(line: CommandLine) -> None:
+    on_disk = ("--set", "workers.a.kv_disk=64MiB", "--set", "workers.b.kv_disk=1.5GiB")
+    path = line.cluster_file("good.gguf", objective="throughput")
+    assert "  KV memory on disk, at most: a 64 MiB, b 1536 MiB\n" in line.run("plan", path, *on_disk).out
+    assert line.run("plan", path, *on_disk, "--json").json["kv_disk_bytes"] == {"a": 64 << 20, "b": 3 << 29}
+    assert "on disk" not in line.run("plan", path).out
 
 
 def room_mib(said: str) -> int:

@@ -149,7 +149,7 @@ def test_the_holder_of_a_lease_that_it_loses_ends_at_once(
 
 
 def test_down_of_a_coordinator_that_hangs_ends_its_standby(
-    line: CommandLine, model: Path, monkeypatch: pytest.MonkeyPatch
+    line: CommandLine, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with line.cluster(model) as cluster:
         standby = line.start("up", line.cluster_file(model), "--standby")
@@ -159,6 +159,7 @@ def test_down_of_a_coordinator_that_hangs_ends_its_standby(
         monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(line.state_dir))
         monkeypatch.setattr("llamaclust.cli.cluster._STOP_S", 0.2)
         down("tiny")
+        assert "tiny has not ended within 0 s: it is killed now\n" in capsys.readouterr().err
         ended = standby.wait()
         assert ended.code == 0 and "tiny was stopped; its standby ends as well" in ended.err
 

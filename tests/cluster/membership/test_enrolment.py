@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import ssl
 from dataclasses import replace
@@ -14,11 +15,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from llamaclust.cli.app import app
 from llamaclust.cluster.membership import enrolment as server_module
 from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
@@ -98,6 +100,28 @@ async def test_a_token_that_was_rotated_is_the_only_one_and_the_authority_stays(
     assert "the join token stays as it was: token file" in caplog.text
     missing = CliRunner().invoke(app, ["token", "rotate", "--trust-dir", str(folder / "none")])
     assert isinstance(missing.exception, UsageError) and "no such folder" in str(missing.exception)
+
+
+def test_the_token_of_the_only_running_cluster_is_rotated_without_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
+    folder = ClusterDir(tmp_path / "brain")
+    folder.create()
+    trust = Authority.open(folder.path / "trust")
+    before = trust.token_file.read_text()
+
+    def rotated() -> Result:
+        return CliRunner().invoke(app, ["token", "rotate"])
+
+    assert f"{tmp_path}/default/trust: no such folder" in str(rotated().exception)
+    with folder.locked():
+        folder.write_record(ClusterRecord("brain", os.getpid(), "http://127.0.0.1:1", "m"))
+        assert str(trust.token_file) in rotated().output and trust.token_file.read_text() != before
+        other = ClusterDir(tmp_path / "other")
+        with other.locked():
+            other.write_record(ClusterRecord("other", os.getpid(), "http://127.0.0.1:1", "m"))
+            assert "several clusters are running: choose one of brain, other" in str(rotated().exception)
 
 
 async def test_a_coordinator_that_the_token_does_not_name_hears_nothing(trust: Authority, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from llamaclust.core.errors import UsageError
+
 
 class FileLock:
     """The lock at a path, once `take` succeeded. A file that is deleted is no lock any more: take it anew."""
@@ -18,8 +20,11 @@ class FileLock:
         self._descriptor: int | None = None
 
     def take(self) -> bool:
-        """Whether it could be had at once."""
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Whether it could be had at once. UsageError for a folder."""
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except IsADirectoryError as error:
+            raise UsageError(f"{self._path}: is in the way of a lock, which is a plain file: remove it") from error
         if not _lock(descriptor, fcntl.LOCK_EX) or not _is_at(descriptor, self._path):
             os.close(descriptor)
             return False

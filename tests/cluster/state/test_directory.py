@@ -52,6 +52,12 @@ def test_checks_for_a_running_cluster_disturb_no_process(tmp_path: Path) -> None
     assert not folder.is_running
 
 
+def test_a_folder_in_place_of_a_lock_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "home" / "lock").mkdir(parents=True)
+    with pytest.raises(UsageError, match="home/lock: is in the way of a lock"), ClusterDir(tmp_path / "home").locked():
+        pass
+
+
 def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,7 +168,7 @@ class Engine:
         lane.kv_disk.completed(result.number, map(self.requests.sequence, [key for key, _ in updated]))
         lane.launch()
         tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
-        self.metrics.chosen(tokens, now_ns)
+        self.metrics.sampled(tokens, now_ns)
         if lane is self._lane:
             self.metrics.completed(result, now_ns)
 

@@ -143,11 +143,11 @@ class Metrics(Collector):
         """KV memory of so many prompt tokens was read from disk."""
         self._restored.inc(tokens)
 
-    def chosen(self, tokens: int, now_ns: int) -> None:
-        """So many tokens were chosen."""
+    def sampled(self, tokens: int, now_ns: int) -> None:
+        """So many tokens were sampled."""
         if tokens:
             self._generated.inc(tokens)
-            self._speed.chosen(tokens, now_ns)
+            self._speed.sampled(tokens, now_ns)
 
     def completed(self, result: Result, now_ns: int) -> None:
         """A microbatch of these stages is back."""
@@ -156,10 +156,13 @@ class Metrics(Collector):
         if result.timings:
             self._histograms[_ROWS].observe(result.timings[0].rows)
 
-    def finished(self, reason: str, timings: Timings) -> None:
-        """A request has ended; `reason` is a finish reason or `error`."""
+    def finished(self, reason: str, timings: Timings, *, is_restored: bool = False) -> None:
+        """A request has ended; `reason` is a finish reason or `error`. The times of one that is restored with a part of
+        its answer say nothing of the cluster's speed."""
         self._finished.labels(reason).inc()
         self._prompt.inc(timings.prompt_tokens)
+        if is_restored:
+            return
         self._speed.finished(timings)
         if timings.generated_tokens:
             self._histograms[_TTFT].observe(timings.ttft_ms / 1e3)

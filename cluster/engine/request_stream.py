@@ -92,7 +92,7 @@ class OpenRequests:
         mailbox = self._mailboxes.pop(key)
         mailbox.close(error)
         timings = mailbox.sequence.timings()
-        self._metrics.finished(reason, timings)
+        self._metrics.finished(reason, timings, is_restored=bool(mailbox.sequence.request.answered))
         if _log.isEnabledFor(logging.INFO):
             sequence = mailbox.sequence
             fields = {  # none of its text

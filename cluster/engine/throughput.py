@@ -14,11 +14,11 @@ _REQUESTS = 32
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSpeed:
-    """Medians over the last requests, None before the first; tokens chosen over the last ten seconds."""
+    """Medians over the last requests, None before the first; tokens sampled over the last ten seconds."""
 
     token_ms: float | None  # from token to token of a request, whatever else ran
     ttft_ms: float | None  # from arrival to the first token
-    prompt_tokens: int | None  # that were computed before it; others were in the prefix cache
+    prompt_tokens: int | None  # that the request of this median computed before it; others were in the prefix cache
     tokens_per_s: float  # of all requests together
     requests: int  # that count here
 
@@ -49,12 +49,12 @@ class SpeedMeter:
 
     def __init__(self, since_ns: int) -> None:
         self._since_ns = since_ns
-        self._chosen = RecentSums()
+        self._sampled = RecentSums()
         self._first_tokens: deque[tuple[float, int]] = deque(maxlen=_REQUESTS)  # (ms, prompt tokens)
         self._token_ms: deque[float] = deque(maxlen=_REQUESTS)
 
-    def chosen(self, tokens: int, now_ns: int) -> None:
-        self._chosen.add(now_ns, 0, tokens)
+    def sampled(self, tokens: int, now_ns: int) -> None:
+        self._sampled.add(now_ns, 0, tokens)
 
     def finished(self, timings: Timings) -> None:
         if timings.generated_tokens:
@@ -63,11 +63,12 @@ class SpeedMeter:
             self._token_ms.append(1e3 / timings.decode_tok_s)
 
     def measured(self, now_ns: int) -> MeasuredSpeed:
-        firsts = self._first_tokens
+        firsts = sorted(self._first_tokens)
+        ttft_ms, prompt_tokens = firsts[(len(firsts) - 1) // 2] if firsts else (None, None)
         return MeasuredSpeed(
             token_ms=median(self._token_ms) if self._token_ms else None,
-            ttft_ms=median(ms for ms, _ in firsts) if firsts else None,
-            prompt_tokens=round(median(tokens for _, tokens in firsts)) if firsts else None,
-            tokens_per_s=self._chosen.rates(now_ns, self._since_ns)[1],
+            ttft_ms=ttft_ms,
+            prompt_tokens=prompt_tokens,
+            tokens_per_s=self._sampled.rates(now_ns, self._since_ns)[1],
             requests=len(firsts),
         )

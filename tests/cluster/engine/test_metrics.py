@@ -176,3 +176,17 @@ def test_stages_tell_decode_from_prefill() -> None:
         metrics.completed(Result(1, number, timings=(StageTiming(0, ms * MS, 0, rows),)), number)
     [report] = metrics.stage_report()
     assert (report.decode_ms, report.prefill_ms) == (5.0, 2.0)
+
+
+def test_measured_first_token_is_that_of_one_request_and_not_of_a_restored_one() -> None:
+    metrics, _ = whole()
+    for ttft_ms, prompt_tokens in ((10.0, 900), (500.0, 7), (30.0, 20)):
+        metrics.finished("stop", Timings(0.0, ttft_ms, 1.0, 1.0, prompt_tokens, 0, 4))
+    metrics.finished("stop", Timings(0.0, 1.0, 1.0, 1e6, 5, 0, 400), is_restored=True)
+    speed = metrics.speed()
+    assert (speed.ttft_ms, speed.prompt_tokens, speed.requests) == (20.0, 8, 4), "the first one is `whole`'s"
+    metrics.finished("stop", Timings(0.0, 40.0, 1.0, 1.0, 64, 0, 4))
+    assert (metrics.speed().ttft_ms, metrics.speed().prompt_tokens) == (30.0, 20)
+    text = metrics.render().decode()
+    assert value(text, "llamaclust_requests_total", finish_reason="stop") == 6
+    assert value(text, "llamaclust_time_to_first_token_seconds_count") == 5

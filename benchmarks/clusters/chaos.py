@@ -203,7 +203,7 @@ class Chaos:
 
     async def _incident(self) -> None:
         """One fault, or two; returns when requests go on."""
-        self._cluster.launcher.forgive()  # a worker may be killed more than six times a minute
+        self._cluster.launcher.reset_restarts()  # a worker may be killed more than six times a minute
         await until(lambda: len(self._present) > 1)
         moment = self._source.choice(_MOMENTS)
         if moment == "prefill":

@@ -127,7 +127,7 @@ class LocalStage:
             self._gpus = gpus.pop_all()
         self.placement = placed(held) if device.gpus else ""
         self._own = own
-        self._chosen = SampledTokensBox()
+        self._sampled_tokens = SampledTokensBox()
         self._thread = ThreadPoolExecutor(1, "compute")
 
     @asynccontextmanager
@@ -154,9 +154,9 @@ class LocalStage:
 
     def _compute(self, microbatch: Microbatch, inputs: SamplingInputs, queued_ns: int) -> Result:
         started_ns = perf_counter_ns()
-        logits = self._runner.run(self._chosen.fill(microbatch), None)
-        rows = self._runner.finish(logits, self._chosen.fill_inputs(inputs, microbatch))
-        self._chosen.put(sampled_tokens_of(microbatch.number, rows))
+        logits = self._runner.run(self._sampled_tokens.fill(microbatch), None)
+        rows = self._runner.finish(logits, self._sampled_tokens.fill_inputs(inputs, microbatch))
+        self._sampled_tokens.put(sampled_tokens_of(microbatch.number, rows))
         timing = StageTiming(started_ns - queued_ns, perf_counter_ns() - started_ns, 0, microbatch.rows)
         return Result(microbatch.epoch, microbatch.number, rows, (timing,))
 

@@ -12,6 +12,7 @@ from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import log_tail
+from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import UsageError, WorkerError
 from llamaclust.wire.control.messages import LogTail
 
@@ -27,6 +28,7 @@ class WorkerOperations:
     _runner: ActionRunner
     _observed: Observed
     _partitions: PartitionTracker
+    _report: Report
     _undrained: Counter[str] = field(default_factory=Counter, init=False)  # requests to undrain, by name
 
     @property
@@ -49,9 +51,12 @@ class WorkerOperations:
         await self._runner.planner.plan(others, self._partitions.pairs)
         if self._undrained[name] != undrained:
             raise WorkerError(f"worker {name} was undrained before its layers moved")
+        if name not in self.drained:
+            self._report(Notice(f"worker {name} is drained: it gets no layers until `undrain`"))
         self._observed.post(DrainRequested(name))
         await self._observed.settled_or(lambda state: state.is_freed(name))
         if self._runner.epoch is not None and self._runner.epoch.holds(name):
+            self._report(Notice(f"the layers of worker {name} could not be moved"))
             self.undrain(name)
             await self._observed.settled.wait()
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
@@ -61,6 +66,8 @@ class WorkerOperations:
         UsageError for an unknown name."""
         if name not in self.drained:  # one of before the coordinator's start may be absent
             self._worker(name)
+        else:
+            self._report(Notice(f"worker {name} is drained no more: plans use it again"))
         self._undrained[name] += 1
         self._observed.post(UndrainRequested(name))
 

@@ -150,20 +150,27 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
     """The reason is noticed once. After `timeouts.recovery` requests fail, but the cluster waits on; a start fails."""
     loss = state.loss
     assert loss is not None and state.planning is not None
-    what = "link" if isinstance(why, NetworkPartitionError) else "worker"
-    if state.is_start and state.planning.error is not None and state.is_whole and what == "worker":
+    is_link = isinstance(why, NetworkPartitionError)
+    if state.is_start and state.planning.error is not None and state.is_whole and not is_link:
         return Abort(why)
-    waiting = "the start" if state.is_start else "requests"
-    if (text := f"waiting for a {what}, {waiting} for {state.wait_s:g} s at most: {why}") != state.waits_for:
+    what, waiting = "a link" if is_link else _absent_workers(state), "the start" if state.is_start else "requests"
+    if (text := f"waiting for {what}, {waiting} for {state.wait_s:g} s at most: {why}") != state.waits_for:
         return Notify(text)
     if state.tick.now_s < state.deadline_s:
         return Wait(_earliest(state.deadline_s, _quarantine_end_s(state)))
     if state.is_start:
         return Abort(why)
-    late = f"no {what} came back within {state.wait_s:g} s (timeouts.recovery): {why}"
+    late = f"no {'link' if is_link else 'worker'} came back within {state.wait_s:g} s (timeouts.recovery): {why}"
     if late != loss.failed_because:
         return FailRequests(late)
     return Wait(_quarantine_end_s(state))
+
+
+def _absent_workers(state: ClusterState) -> str:
+    """Those of the lost epoch, by name."""
+    serving = () if state.serving is None else state.serving.workers
+    absent = [name for name, _ in serving if name not in state.pool.present]
+    return f"worker{'s' if len(absent) > 1 else ''} {', '.join(absent)}" if absent else "a worker"
 
 
 def _improve(state: ClusterState) -> Action:

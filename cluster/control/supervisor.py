@@ -32,7 +32,7 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class SupervisedWorkers:
     """The workers: registered here, started by the launcher. Without `measure_links`, links stay as they are known.
     `start_s`: how long a start may wait for them."""
 
@@ -47,12 +47,12 @@ class Supervisor:
     """`start` opens the first epoch; from then on `run` sees to it that one serves."""
 
     def __init__(
-        self, config: ClusterConfig, epochs: Epochs, planner: ClusterPlanner, fleet: Fleet, report: Report
+        self, config: ClusterConfig, epochs: Epochs, planner: ClusterPlanner, workers: SupervisedWorkers, report: Report
     ) -> None:
-        registry = fleet.registry
+        registry = workers.registry
         now_s = asyncio.get_running_loop().time()
-        pool = PoolState(drained=fleet.record.drained)
-        waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, fleet.start_s))
+        pool = PoolState(drained=workers.record.drained)
+        waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, workers.start_s))
         state = ClusterState(waits, len(config.workers), seen.Tick(now_s), PipelineLoss(now_s), pool=pool)
         self.observed = Observed(state)
         self.partitions = PartitionTracker(
@@ -62,13 +62,13 @@ class Supervisor:
             lambda pairs: self.observed.post(seen.PartitionsChanged(pairs)),
         )
         self._runner = ActionRunner(self.observed, epochs, planner, registry, self.partitions, report)
-        self.pool = WorkerOperations(registry, self._runner, self.observed, self.partitions)
-        self._links = LinkMonitor(fleet.measure_links, registry, planner, self.observed, report)
+        self.pool = WorkerOperations(registry, self._runner, self.observed, self.partitions, report)
+        self._links = LinkMonitor(workers.measure_links, registry, planner, self.observed, report)
         newcomers = Newcomers(registry, planner, epochs, self.observed, self._links, report)
         self._members = MembershipWatch(
-            registry, fleet.launcher, self._runner, newcomers, self.partitions, self.observed, report
+            registry, workers.launcher, self._runner, newcomers, self.partitions, self.observed, report
         )
-        self._fleet = fleet
+        self._workers = workers
         self._report = report
         self._action: asyncio.Task[None] | None = None
         self._recording = TaskSet()
@@ -124,7 +124,7 @@ class Supervisor:
         if isinstance(error, RequestFailedError):
             self._report(Notice(str(error)))
         if self._runner.engine is not None and self._runner.engine.suspects_request:
-            self._fleet.launcher.forgive()
+            self._workers.launcher.reset_restarts()
         self.observed.post(seen.PipelineLost(error))
 
     def not_restarted(self, name: str, why: str) -> None:
@@ -151,7 +151,7 @@ class Supervisor:
     async def _record_drained(self, drained: frozenset[str]) -> None:
         """For the next coordinator."""
         try:
-            await self._fleet.record.drain(drained)
+            await self._workers.record.drain(drained)
         except LlamaclustError as error:
             self._report(Notice(f"the next start will not know which workers are drained: {error}"))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.events import Notice, Report, Waiting, WorkerJoined
+from llamaclust.core.counts import counted
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 from llamaclust.wire.rpc.deadlines import deadline
 
@@ -30,7 +31,7 @@ class Awaited:
         """In words."""
         names = [name for name in self.names if name not in present]
         others = self.count - len(present) - len(names)
-        more = [f"{others} more worker{'s' if others > 1 else ''}"] if others > 0 else []
+        more = [counted(others, "more worker")] if others > 0 else []
         return [f"worker {name}" for name in names] + more
 
 
@@ -70,6 +71,7 @@ class Arrivals:
             if present.items() - seen.items():
                 self._report_joins(present, seen)
                 grace_end_s = clock() + self._awaited.grace_s
+            self._report_losses([name for name in seen if name not in present])
             seen = present
             if not self._missing:
                 return
@@ -90,6 +92,14 @@ class Arrivals:
             if seen.get(name) != present[name]:
                 host = self._registry.workers[name].registration.host
                 self._report(WorkerJoined(name, host, tuple(self._awaited.missing(reported))))
+
+    def _report_losses(self, names: list[str]) -> None:
+        """Of workers that had joined."""
+        losses = [f"worker {name} is lost: {self._registry.workers[name].loss}" for name in names]
+        if losses and self._missing:
+            self._report(Waiting("; ".join((", ".join(self._missing), *losses))))
+        elif losses:
+            self._report(Notice("; ".join(losses)))
 
     async def _suffice(self) -> bool:
         missing = ", ".join(self._missing)

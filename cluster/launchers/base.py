@@ -57,11 +57,11 @@ class Launcher(ABC):
         """Ends all and returns when they are gone."""
 
     @abstractmethod
-    def keeping_up(self, gave_up: GaveUp) -> AbstractContextManager[None]:
+    def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
         """Meanwhile, a worker whose process ended or ends is started again, if this launcher is one that can."""
 
     @abstractmethod
-    def forgive(self) -> None:
+    def reset_restarts(self) -> None:
         """Workers ended because of a request that has failed: these ends count no more."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llamaclust.cluster.launchers.arrivals import Shortfall
 from llamaclust.cluster.launchers.base import Exited, GaveUp, Launcher
-from llamaclust.cluster.launchers.restarts import Upkeep
+from llamaclust.cluster.launchers.restarts import RestartPolicy
 from llamaclust.cluster.launchers.run_directory import RunDirectory
 from llamaclust.cluster.launchers.worker_process import (
     describe_exit,
@@ -47,7 +47,7 @@ class LocalLauncher(Launcher):
         self._log_starts: dict[str, int] = {}  # of the process that runs, in bytes
         self._sockets = count()
         self._watches: list[asyncio.Task[None]] = []
-        self._upkeep = Upkeep()
+        self._restarts = RestartPolicy()
         self._is_stopping = False
 
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
@@ -63,12 +63,12 @@ class LocalLauncher(Launcher):
         """All of them: they are processes of this machine."""
         await registry.wait_for(tuple(self._processes), _JOIN_S)
 
-    def keeping_up(self, gave_up: GaveUp) -> AbstractContextManager[None]:
+    def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
         """One that ends too often within a minute is given up."""
-        return self._upkeep.on(gave_up)
+        return self._restarts.on(gave_up)
 
-    def forgive(self) -> None:
-        self._upkeep.forgive()
+    def reset_restarts(self) -> None:
+        self._restarts.reset_restarts()
 
     async def end(self, name: str) -> None:
         """By SIGKILL: a lost worker may not react to anything else."""
@@ -81,7 +81,7 @@ class LocalLauncher(Launcher):
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL to what is still there a second later."""
         self._is_stopping = True
-        self._upkeep.end()
+        self._restarts.end()
         self._signal(signal.SIGTERM)
         if self._watches:
             await asyncio.wait(self._watches, timeout=_GRACE_S)
@@ -133,7 +133,7 @@ class LocalLauncher(Launcher):
 
     async def _restart(self, settings: WorkerSettings, how: str) -> bool:
         """False where it is started no more."""
-        while await self._upkeep.may_restart(settings.name, how):
+        while await self._restarts.may_restart(settings.name, how):
             try:
                 await self._spawn(settings)
             except OSError as error:  # no room for a process now may be there later

@@ -62,7 +62,7 @@ class MpiLauncher(RestartingLauncher):
 
     async def stop(self) -> None:
         """SIGTERM to those that are still there, and SIGKILL a second later."""
-        self._upkeep.end()
+        self._restarts.end()
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not await self._ended(_GRACE_S):
                 for name in self._running:
@@ -114,11 +114,11 @@ class MpiLauncher(RestartingLauncher):
                 name = names[message.rank]
                 self._lost.add(name)
                 exited(name, f"its rank {message.rank} is gone")
-                self._upkeep.give_up(name, f"its rank {message.rank} is gone, and MPI starts no other")
+                self._restarts.give_up(name, f"its rank {message.rank} is gone, and MPI starts no other")
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def _restart(self, name: str, how: str) -> None:
-        if await self._upkeep.may_restart(name, how) and name not in self._lost:
+        if await self._restarts.may_restart(name, how) and name not in self._lost:
             self._start(name)
 
 

@@ -66,7 +66,7 @@ class RayLauncher(RestartingLauncher):
         """Those that have heard the registry's goodbye have a moment; then all is removed, and a Ray cluster that was
         started here is ended."""
         self._stopping = True
-        self._upkeep.end()
+        self._restarts.end()
         if self._watches:
             await asyncio.wait(self._watches, timeout=_GRACE_S)
         for task in self._watches:
@@ -126,8 +126,8 @@ class RayLauncher(RestartingLauncher):
             ended = self._incarnations.pop(name)
             if not self._stopping:
                 exited(name, how)
-            if not await self._upkeep.may_restart(name, how):
-                if self._upkeep.is_on:  # given up: Ray is not to start it again either
+            if not await self._restarts.may_restart(name, how):
+                if self._restarts.is_on:  # given up: Ray is not to start it again either
                     await self._call(lambda: self._placed.forget(name))
                 return
             with contextlib.suppress(RayError):  # it is being started

@@ -12,7 +12,7 @@ from llamaclust.core.backoff import Backoff
 
 
 @dataclass(frozen=True, slots=True)
-class Restarts:
+class RestartLimits:
     """Limits: the first restart is immediate, later ones within `within_s` seconds back off."""
 
     most: int = 6
@@ -20,11 +20,11 @@ class Restarts:
     first_s: float = 0.1
 
 
-class Upkeep:
-    """Workers of one launcher: see `Launcher.keeping_up`. It decides when; the launcher starts them."""
+class RestartPolicy:
+    """Workers of one launcher: see `Launcher.restarting`. It decides when; the launcher starts them."""
 
     def __init__(self) -> None:
-        self.limits = Restarts()
+        self.limits = RestartLimits()
         self._gave_up: GaveUp | None = None
         self._begun, self._ended = asyncio.Event(), asyncio.Event()
         self._starts_s: dict[str, list[float]] = {}  # restarts of each worker
@@ -53,7 +53,7 @@ class Upkeep:
         if self._gave_up is not None:
             self._gave_up(name, why)
 
-    def forgive(self) -> None:
+    def reset_restarts(self) -> None:
         """Restarts so far had a cause that is gone: they count no more."""
         self._starts_s.clear()
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.launchers.arrivals import Arrivals, Awaited, Shortfall
 from llamaclust.cluster.launchers.base import Exited, GaveUp, Launcher
-from llamaclust.cluster.launchers.restarts import Upkeep
+from llamaclust.cluster.launchers.restarts import RestartPolicy
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.registry import Registry
@@ -70,11 +70,11 @@ class StaticLauncher(Launcher):
         """Workers have heard the registry's goodbye; they are not ours to kill."""
         await self._ends.aclose()
 
-    def keeping_up(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
+    def restarting(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
         """They are restarted by what started them."""
         return contextlib.nullcontext()
 
-    def forgive(self) -> None:
+    def reset_restarts(self) -> None:
         """Nothing counts here."""
 
     async def end(self, name: str) -> None:
@@ -127,15 +127,15 @@ class RestartingLauncher(StaticLauncher):
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
-        self._upkeep = Upkeep()
+        self._restarts = RestartPolicy()
         self._last_errors: dict[str, str] = {}
 
-    def keeping_up(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
+    def restarting(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
         """One that ends too often within a minute is given up."""
-        return self._upkeep.on(gave_up)
+        return self._restarts.on(gave_up)
 
-    def forgive(self) -> None:
-        self._upkeep.forgive()
+    def reset_restarts(self) -> None:
+        self._restarts.reset_restarts()
 
     def last_error(self, name: str) -> str:
         """As it came with the worker's end."""

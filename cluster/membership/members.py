@@ -129,6 +129,7 @@ class Members:
         """Counts a worker as lost, although its process may live on: its messages are ignored."""
         if not handle.state.is_gone:
             handle.lose(reason)
+            self._set_changed()
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:

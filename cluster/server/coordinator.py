@@ -15,7 +15,7 @@ from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, hops_matter, measure_links
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
-from llamaclust.cluster.control.supervisor import Fleet, Supervisor
+from llamaclust.cluster.control.supervisor import SupervisedWorkers, Supervisor
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.local import LocalLauncher
@@ -91,8 +91,8 @@ async def open_cluster(
                     planner.update(await meter(registry.present))
                 epochs = Epochs(config, model, registry, launcher.credentials, record)
                 start_s = 0.0 if config.launcher == "local" else config.join.wait
-                fleet = Fleet(registry, launcher, record, start_s, meter)
-                supervisor = Supervisor(config, epochs, planner, fleet, report)
+                supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
+                supervisor = Supervisor(config, epochs, planner, supervised, report)
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine, record)
@@ -156,7 +156,7 @@ def _link_meter(
 async def _engine(config: ClusterConfig, supervisor: Supervisor, launcher: Launcher) -> AsyncIterator[Engine]:
     """An engine whose pipeline the supervisor replaces when it is lost."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
-    with launcher.keeping_up(supervisor.not_restarted), supervisor.partitions:
+    with launcher.restarting(supervisor.not_restarted), supervisor.partitions:
         async with aclosing(supervisor):
             first = await supervisor.start()
             try:

@@ -43,7 +43,7 @@ class ChoiceText:
                 yield from self._score(start, rows)
             case TokenSampled(row):
                 yield from self._rest_of_scores()
-                yield self._chosen(row)
+                yield self._sampled(row)
             case Finished(reason, timings):
                 yield from self._rest_of_scores()
                 yield self._finished(reason, timings)
@@ -69,7 +69,7 @@ class ChoiceText:
         del self._scored[:count]
         return chunk
 
-    def _chosen(self, row: RowResult) -> TextChunk:
+    def _sampled(self, row: RowResult) -> TextChunk:
         offset = self._characters
         self._tokens += 1
         text = ""

@@ -22,13 +22,14 @@ from llamaclust.cluster.control.epochs import Epochs, StageLoadError
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.reconcile import LoadEpoch
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
-from llamaclust.cluster.control.supervisor import Fleet, Supervisor
+from llamaclust.cluster.control.supervisor import SupervisedWorkers, Supervisor
 from llamaclust.cluster.membership.members import Members
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
@@ -45,6 +46,7 @@ from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.wire.control_messages import LOAD, REGISTER
 
 ANYTHING: Any = SimpleNamespace()
+UNPARTITIONED: Any = SimpleNamespace(pairs=frozenset())
 
 
 def plan_of(*names: str) -> Plan:
@@ -154,9 +156,9 @@ def supervisor_of(registry: Members) -> Supervisor:
     config = ClusterConfig.model_validate({"model": "m.gguf", "workers": [{"name": "a"}], "state_dir": Path("/none")})
     opener: Any = SimpleNamespace(announce=nothing)
     launcher: Any = SimpleNamespace(end=nothing)
-    fleet: Any = Fleet(registry, launcher, ControlRecord())  # type: ignore[arg-type]
+    workers: Any = SupervisedWorkers(registry, launcher, ControlRecord())  # type: ignore[arg-type]
     planner: Any = SimpleNamespace(profiles=SimpleNamespace(of=lambda workers: workers))
-    return Supervisor(config, opener, planner, fleet, lambda event: None)
+    return Supervisor(config, opener, planner, workers, lambda event: None)
 
 
 async def test_closing_waits_for_the_action_and_for_the_end_of_lost_workers() -> None:
@@ -205,7 +207,7 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
 async def test_a_drain_of_a_worker_without_layers_returns_although_requests_delay_a_better_plan() -> None:
     async def plan(*_: object) -> None: ...
 
-    observed = observed_cluster()
+    observed, events = observed_cluster(), list[Event]()
     workers = dict.fromkeys("abc", ANYTHING)
     served: Any = SimpleNamespace(planner=SimpleNamespace(plan=plan), epoch=SimpleNamespace(holds="ab".__contains__))
     registry: Any = SimpleNamespace(workers=workers, present=workers)
@@ -213,12 +215,13 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     observed.state = replace(observed.state, pool=PoolState(joins))
     observed.apply(seen.Planned(observed.state.inputs, plan_of("a", "b")))
     observed.apply(seen.Signal.EPOCH_SERVING)
-    pool = WorkerOperations(registry, served, observed, SimpleNamespace(pairs=frozenset()))  # type: ignore[arg-type]
+    pool = WorkerOperations(registry, served, observed, UNPARTITIONED, events.append)
     drains = {name: asyncio.create_task(pool.drain(name)) for name in "cb"}
     for _ in drains:
         observation = await observed.next(None)
         assert observation is not None
         observed.apply(observation)
+    assert events == [Notice(f"worker {name} is drained: it gets no layers until `undrain`") for name in "cb"]
     await asyncio.sleep(0.01)
     assert not any(drain.done() for drain in drains.values()), "an older plan may give it layers"
     observed.begin()
@@ -231,6 +234,11 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     assert not drains["b"].done(), "its layers are not moved yet"
     drains["b"].cancel()
     await asyncio.wait(drains.values())
+    again = asyncio.create_task(pool.drain("c"))
+    await asyncio.sleep(0)
+    pool.undrain("c")
+    again.cancel()
+    assert events[2:] == [Notice("worker c is drained no more: plans use it again")], "each change once"
 
 
 async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place() -> None:
@@ -241,10 +249,10 @@ async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place
         planning.set()
         await planned.wait()
 
-    observed, workers = observed_cluster(), dict.fromkeys("ab", ANYTHING)
+    observed, workers, events = observed_cluster(), dict.fromkeys("ab", ANYTHING), list[Event]()
     served: Any = SimpleNamespace(planner=SimpleNamespace(plan=plan))
     registry: Any = SimpleNamespace(workers=workers, present=workers)
-    pool = WorkerOperations(registry, served, observed, SimpleNamespace(pairs=frozenset()))  # type: ignore[arg-type]
+    pool = WorkerOperations(registry, served, observed, UNPARTITIONED, events.append)
     drain = asyncio.create_task(pool.drain("a"))
     await planning.wait()
     pool.undrain("a")
@@ -253,3 +261,4 @@ async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place
         async with asyncio.timeout(30):
             await drain
     assert await observed.next(None) == seen.UndrainRequested("a") and observed.is_current
+    assert events == []

@@ -15,28 +15,10 @@ from support.clusters.recovering import (
     Recovering,
     answer_of,
     config,
-    generations,
-    model_in,
     recovering,
-    undisturbed,
 )
-from support.seed import SEED
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_in(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def requests() -> tuple[GenerationRequest, ...]:
-    print(f"seed {SEED}")
-    return generations(SEED, 150)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
-    return undisturbed(model, requests)
+TOKENS = 150
 
 
 @pytest.fixture

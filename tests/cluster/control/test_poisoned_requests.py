@@ -13,8 +13,10 @@ import pytest
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
 from llamaclust.core.errors import RequestFailedError
-from support.clusters.recovering import Answer, Recovering, config, generations, model_in, recovering, undisturbed
-from support.seed import SEED
+from support.clusters.recovering import Answer, Recovering, config, recovering
+
+TOKENS = 150
+MIXES = 4
 
 POISON = 666
 WITHIN_S = 10.0
@@ -37,22 +39,6 @@ _POISONED = dedent(
     """
 )
 BREAKS = {"raises": 'raise ValueError("poison")', "kills its worker": "os.kill(os.getpid(), 9)"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_in(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def requests() -> tuple[GenerationRequest, ...]:
-    print(f"seed {SEED}")
-    return tuple(request for part in range(4) for request in generations(SEED + part, 150))
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
-    return undisturbed(model, requests)
 
 
 async def fails(run: Recovering) -> None:

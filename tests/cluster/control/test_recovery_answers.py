@@ -11,8 +11,9 @@ from textwrap import dedent
 import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from support.clusters.recovering import Answer, config, generations, model_in, recovering, undisturbed
-from support.seed import SEED
+from support.clusters.recovering import Answer, config, recovering
+
+TOKENS = 100
 
 _WRAPPED = dedent(
     """
@@ -59,22 +60,6 @@ ANSWERS = {
     ),
     "a sign of life that is none": (*CONTROL, "encode(replace(message, busy=float('nan')))", "busy is nan"),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_in(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def requests() -> tuple[GenerationRequest, ...]:
-    print(f"seed {SEED}")
-    return generations(SEED, 100)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
-    return undisturbed(model, requests)
 
 
 @pytest.mark.parametrize("what", ANSWERS)

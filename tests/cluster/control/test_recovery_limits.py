@@ -16,7 +16,7 @@ from llamaclust.cluster.control import planning
 from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.launchers.local import LocalLauncher
-from llamaclust.cluster.launchers.restarts import Restarts
+from llamaclust.cluster.launchers.restarts import RestartLimits
 from llamaclust.cluster.launchers.worker_process import worker_command
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -31,30 +31,12 @@ from support.clusters.recovering import (
     Recovering,
     answer_of,
     config,
-    generations,
-    model_in,
     recovering,
-    undisturbed,
 )
-from support.seed import SEED
+
+TOKENS = 60
 
 _HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_in(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def requests() -> tuple[GenerationRequest, ...]:
-    print(f"seed {SEED}")
-    return generations(SEED, 60)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
-    return undisturbed(model, requests)
 
 
 def launcher(run: Recovering) -> LocalLauncher:
@@ -95,12 +77,12 @@ async def test_requests_wait_for_a_worker_to_come_back(
         tasks = run.start(requests[:4])
         await run.token(40)
         run.hurt("b")
-        await run.until("too little", lambda: any("waiting for a worker" in text for text in run.told))
+        await run.until("too little", lambda: any("waiting for worker b" in text for text in run.told))
         assert run.cluster.engine.state is EngineState.RECOVERING
         tasks += run.start(requests[4:])
         assert await asyncio.gather(*tasks) == expected
         says = "MiB are missing" if why == "memory" else "the plan gives layers to b"
-        assert any("waiting for a worker, requests for 120 s at most" in text and says in text for text in run.told)
+        assert any("waiting for worker b, requests for 120 s at most" in text and says in text for text in run.told)
         await run.whole()
 
 
@@ -110,7 +92,7 @@ async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_whe
     timeouts = {"recovery": "300ms", "worker": "3s"}
     async with recovering(config(model, tmp_path, workers=2, plan=_HALVES, timeouts=timeouts)) as run:
         engine = run.cluster.engine
-        launcher(run)._upkeep.limits = Restarts(most=0)
+        launcher(run)._restarts.limits = RestartLimits(most=0)
         tasks = run.start(requests)
         await run.token(40)
         run.hurt("b")
@@ -216,7 +198,7 @@ async def test_plans_do_without_who_fails_at_every_load_and_comes_back_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with recovering(config(model, tmp_path)) as run:
-        launcher(run)._upkeep.limits = Restarts(most=1000, first_s=0.0)
+        launcher(run)._restarts.limits = RestartLimits(most=1000, first_s=0.0)
         load = WorkerHandle.load
 
         async def fails(worker: WorkerHandle, order: Load, *rest: Any, **named: Any) -> Loaded:

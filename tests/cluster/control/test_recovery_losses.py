@@ -21,32 +21,13 @@ from llamaclust.wire.control.profiles import ProfileWorker
 from support.clusters.recovering import (
     Answer,
     config,
-    generations,
-    model_in,
     recovering,
-    undisturbed,
     worker_pids,
 )
 from support.seed import SEED
 
 TOKENS = 100
 VICTIMS = 2  # of the three
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_in(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def requests() -> tuple[GenerationRequest, ...]:
-    print(f"seed {SEED}")
-    return generations(SEED, TOKENS)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
-    return undisturbed(model, requests)
 
 
 async def test_a_worker_that_is_killed_while_the_start_measures_is_planned_around(

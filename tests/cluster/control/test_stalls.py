@@ -26,16 +26,11 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from llamaclust.wire.rpc.deadlines import deadline
-from support.clusters.recovering import config, generations, model_in, recovering, undisturbed
+from support.clusters.recovering import config, generations, recovering, undisturbed
 from support.seed import SEED
 from support.wire.control_messages import LOAD, REGISTER
 
 PROGRESS_TIMEOUT_S = 0.4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_in(tmp_path_factory.mktemp("model"))
 
 
 def hang_once(monkeypatch: pytest.MonkeyPatch, victims: set[str]) -> None:

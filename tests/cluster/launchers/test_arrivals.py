@@ -90,6 +90,19 @@ async def test_a_start_waits_on_where_those_that_are_here_do_not_suffice_and_say
     assert start.asked == 2, "once for each set of workers"
 
 
+async def test_a_worker_that_is_lost_while_others_are_awaited_is_reported() -> None:
+    start = Start(enough=3, awaited=Awaited((), 3, grace_s=3600.0, wait_s=30.0))
+    waiting = start.wait()
+    start.join("a", "b")
+    await start.reported(WorkerJoined)
+    start.registry.report_loss(start.registry.workers["b"], "its connection closed")
+    lost = await start.reported(Waiting)
+    assert lost == Waiting("2 more workers; worker b is lost: its connection closed")
+    start.join("b", "c")
+    async with asyncio.timeout(30):
+        await waiting
+
+
 async def test_a_start_that_waits_in_vain_names_the_missing_workers_and_the_shortfall() -> None:
     start = Start(enough=2, awaited=replace(ABC, wait_s=0.3))
     waiting = start.wait()

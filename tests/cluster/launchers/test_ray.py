@@ -18,7 +18,7 @@ import pytest
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.launchers.ray import RayLauncher
 from llamaclust.cluster.launchers.ray_workers import resources
-from llamaclust.cluster.launchers.restarts import Upkeep
+from llamaclust.cluster.launchers.restarts import RestartPolicy
 from llamaclust.core.errors import UsageError
 from llamaclust.worker.settings import WorkerSettings
 from support.clusters.command_line import Cluster, CommandLine, Running, command_line, eventually, is_there
@@ -244,9 +244,9 @@ async def test_a_restart_kills_the_actor_that_ended_and_not_its_successor(is_ano
     )
     launcher: Any = RayLauncher.__new__(RayLauncher)
     launcher._incarnations, launcher._last_errors, launcher._stopping = {}, {}, False
-    launcher._upkeep, launcher._thread = Upkeep(), ThreadPoolExecutor(1)
+    launcher._restarts, launcher._thread = RestartPolicy(), ThreadPoolExecutor(1)
     launcher._workers = SimpleNamespace(restart=killed.append)
-    with launcher._upkeep.on(lambda name, why: None), pytest.raises(RuntimeError, match="StopIteration"):
+    with launcher._restarts.on(lambda name, why: None), pytest.raises(RuntimeError, match="StopIteration"):
         await launcher._follow("a", actor, lambda name, how: None)
     assert len(killed) == kills
 

@@ -1,0 +1,129 @@
+"""Values of arguments that are written as plain text, as JSON of the type that the tool's schema asks for."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from llamaclust.model.chat.tools.call_sink import Schema
+
+STRING: Final = frozenset({"string"})
+_UNIONS: Final = ("anyOf", "oneOf", "allOf")
+_MAX_DEPTH: Final = 8
+_CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
+
+
+def property_schema(schema: Schema, key: str) -> Schema:
+    """The schema of one argument; empty where the tool does not declare it."""
+    properties = schema.get("properties")
+    found = properties.get(key) if isinstance(properties, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def types_of(schema: Schema, depth: int = 0) -> frozenset[str]:
+    """JSON's names of the types that a value may have; empty where the schema does not tell."""
+    declared = schema.get("type")
+    if isinstance(declared, str):
+        return frozenset({declared})
+    if isinstance(declared, Sequence):
+        return frozenset(kind for kind in declared if isinstance(kind, str))
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return frozenset(map(type_name, values))
+    unions = [schema.get(key) for key in _UNIONS]
+    members = [member for union in unions if isinstance(union, Sequence) for member in union]
+    if depth == _MAX_DEPTH:
+        return frozenset()
+    return frozenset().union(*(types_of(member, depth + 1) for member in members if isinstance(member, Mapping)))
+
+
+def type_name(value: Any) -> str:
+    """JSON's name of a value's type."""
+    match value:
+        case bool():
+            return "boolean"
+        case None:
+            return "null"
+        case int():
+            return "integer"
+        case float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case _:
+            return "object"
+
+
+def json_of(text: str, types: frozenset[str]) -> str:
+    """A value's text as JSON: as it is where it is JSON of another of the types, otherwise as a string."""
+    if types == STRING:
+        return string(text)
+    bare = text.strip()
+    for candidate in (bare, _CONSTANTS.get(bare, "")):
+        try:
+            kind = type_name(json.loads(candidate))
+        except (ValueError, RecursionError):
+            continue
+        if not types or kind in types or (kind == "integer" and "number" in types):
+            return string(text) if kind == "string" and "string" in types else candidate
+        if "string" not in types:
+            return candidate
+    return string(text)
+
+
+def string(text: str) -> str:
+    """A text as a JSON string."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def string_inside(text: str) -> str:
+    """A piece of a JSON string, without the quotes."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def json_of_python(text: str) -> str:
+    """A Python literal as JSON, or JSON as it is; anything else as a string."""
+    text = text.strip()
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return json.dumps(read(text), ensure_ascii=False)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return string(text)
+
+
+class TextValue:
+    """Gives a string value as JSON while its text comes, without the white space that the format puts around it."""
+
+    def __init__(self, put: Callable[[str], None], indent: str, dedent: str) -> None:
+        self._put = put
+        self._indent = indent
+        self._dedent = dedent
+        self._held = ""
+        self._has_begun = False
+
+    def push(self, text: str) -> None:
+        text = self._held + text
+        if not self._has_begun:
+            if len(text) < len(self._indent):
+                self._held = text
+                return
+            self._begin()
+            text = text.removeprefix(self._indent)
+        keep = len(self._dedent)
+        self._held = text[len(text) - keep :] if keep else ""
+        self._put(string_inside(text[: len(text) - keep] if keep else text))
+
+    def end(self) -> None:
+        if not self._has_begun:
+            self._begin()
+            self._held = self._held.removeprefix(self._indent)
+        self._put(string_inside(self._held.removesuffix(self._dedent)) + '"')
+
+    def _begin(self) -> None:
+        self._has_begun = True
+        self._put('"')

@@ -1,0 +1,54 @@
+"""Where the readers of calls put them, and what they know of the tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from llamaclust.model.chat.tools.events import AnswerEvent, ArgumentText, CallBegun, CallEnded
+
+MAX_NAME_CHARACTERS: Final = 256
+
+Schema = Mapping[str, Any]
+Tools = Mapping[str, Schema]
+"""The JSON schema of the parameters of each tool, by name."""
+
+
+class CallSink:
+    """Numbers calls and collects their events. One call is open at a time."""
+
+    def __init__(self, tools: Tools, most_calls: int | None) -> None:
+        """Calls beyond `most_calls` are read and left out."""
+        self.tools = tools
+        self._most_calls = most_calls
+        self._events: list[AnswerEvent] = []
+        self._calls = 0
+        self.is_open = False
+
+    @property
+    def calls(self) -> int:
+        """Calls that began so far."""
+        return self._calls
+
+    def take_events(self) -> list[AnswerEvent]:
+        events, self._events = self._events, []
+        return events
+
+    def put(self, event: AnswerEvent) -> None:
+        self._events.append(event)
+
+    def begin(self, name: str, call_id: str = "") -> None:
+        self._put_of_call(CallBegun(self._calls, name, call_id))
+        self.is_open = True
+
+    def argument(self, text: str) -> None:
+        self._put_of_call(ArgumentText(self._calls, text))
+
+    def end(self, call_id: str = "") -> None:
+        self._put_of_call(CallEnded(self._calls, call_id))
+        self._calls += 1
+        self.is_open = False
+
+    def _put_of_call(self, event: AnswerEvent) -> None:
+        if self._most_calls is None or self._calls < self._most_calls:
+            self._events.append(event)

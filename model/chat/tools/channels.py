@@ -1,0 +1,87 @@
+"""Reads answers that are a sequence of messages with headers, which tell reasoning, content and calls apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llamaclust.model.chat.tools.call_sink import MAX_NAME_CHARACTERS, CallSink
+from llamaclust.model.chat.tools.json_reading import raw_value
+from llamaclust.model.chat.tools.named_calls import TaggedReader, skip_lines
+from llamaclust.model.chat.tools.text_run import TextRun
+from llamaclust.model.chat.tools.text_source import Markers, Reading, TextSource
+from llamaclust.model.chat.tools.tool_format import ChannelCalls
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    content: TextRun
+    reasoning: TextRun | None  # None: reasoning stays in the content, with its markers
+
+
+class ChannelReader:
+    """Reads the whole answer; the prompt has opened the first message."""
+
+    def __init__(
+        self, source: TextSource, sink: CallSink, calls: ChannelCalls, content: TextRun, reasoning: TextRun | None
+    ) -> None:
+        self._source = source
+        self._sink = sink
+        self._calls = calls
+        self._texts = _Texts(content, reasoning)
+        self._ends = Markers((*calls.message_ends, calls.message_begin))
+        self._header_end = Markers((calls.header_end,))
+        self._body = None if calls.calls is None else TaggedReader(source, sink, calls.calls)
+
+    def read(self) -> Reading[None]:
+        while (yield from self._source.ahead()):
+            end = yield from self._message()
+            while end and end != self._calls.message_begin:
+                yield from self._source.skip_space()
+                end = yield from self._source.take_literal((*self._calls.message_ends, self._calls.message_begin))
+
+    def _message(self) -> Reading[str]:
+        """Reads a message; what ended it."""
+        header = yield from self._source.word(self._header_end, MAX_NAME_CHARACTERS)
+        content, reasoning = self._texts.content, self._texts.reasoning
+        if header is None:
+            return (yield from self._source.until(self._ends, content.push))
+        yield from self._source.take_literal((self._calls.header_end,))
+        recipient = re.search(self._calls.recipient, header)
+        if recipient and (recipient[1] in self._sink.tools or self._calls.header_end != "\n"):
+            return (yield from self._call(recipient[1]))
+        if re.search(self._calls.reasoning, header):
+            if reasoning is None:
+                return (yield from self._unsplit(header))
+            reasoning.cut()
+            return (yield from self._source.until(self._ends, reasoning.push))
+        if re.search(self._calls.ignored, header):
+            return (yield from self._source.until(self._ends, _drop))
+        if header.strip() != self._calls.content_header.strip() and self._calls.header_end == "\n":
+            content.push(header + self._calls.header_end)
+        return (yield from self._source.until(self._ends, content.push))
+
+    def _unsplit(self, header: str) -> Reading[str]:
+        put: Callable[[str], None] = self._texts.content.push
+        put(header + self._calls.header_end)
+        end = yield from self._source.until(self._ends, put)
+        put(end)
+        return end
+
+    def _call(self, name: str) -> Reading[str]:
+        self._texts.content.cut()
+        yield from self._source.skip_space()
+        if self._body is not None and self._calls.calls is not None:
+            yield from skip_lines(self._source, self._calls.calls.frame.lines)
+            yield from self._body.read()
+        else:
+            self._sink.begin(name)
+            if (yield from self._source.ahead()) == "{":
+                yield from raw_value(self._source, self._sink.argument)
+            self._sink.end()
+        return (yield from self._source.until(self._ends, _drop))
+
+
+def _drop(_: str) -> None:
+    """Text of no meaning."""

@@ -1,0 +1,111 @@
+"""The format of a model's answers, from its chat template."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from llamaclust.model.chat.tools.call_derivation import derived_calls
+from llamaclust.model.chat.tools.known_formats import (
+    GENERIC_CALLS,
+    KNOWN_FORMATS,
+    KNOWN_REASONING,
+    SHOWN_CALLS,
+    KnownFormat,
+)
+from llamaclust.model.chat.tools.template_probe import (
+    CALL_IDS,
+    CONTENT,
+    KEYS,
+    NAMES,
+    QUESTION,
+    REASONING,
+    RESULT,
+    VALUES,
+    Probe,
+    Render,
+    call_message,
+    common_begin,
+    first_markup,
+    last_markup,
+)
+from llamaclust.model.chat.tools.tool_format import Calls, ReasoningTags, TaggedCalls, ToolFormat
+
+_ARGUMENTS: Final = {KEYS[0]: VALUES[0]}
+
+
+def derive_format(source: str, render: Render) -> ToolFormat:
+    """Renders the template about twenty times. What it refuses to render tells as well."""
+    known = next((form for form in KNOWN_FORMATS if all(mark in source for mark in form.marks)), KnownFormat(()))
+    plain = Probe(render, _takes_text(Probe(render)))
+    reasoning = known.reasoning or _derived_reasoning(plain) or _shown_reasoning(source, plain)
+    probe = replace(plain, reasoning=reasoning)
+    calls = known.calls or derived_calls(probe) or _shown_calls(source) or GENERIC_CALLS
+    if isinstance(calls, TaggedCalls) and "CDATA" in source:
+        calls = replace(calls, has_cdata=True)
+    message = call_message([_ARGUMENTS], text_arguments=probe.text_arguments)
+    result = {"role": "tool", "tool_call_id": CALL_IDS[0], "name": NAMES[0], "content": RESULT}
+    return ToolFormat(
+        calls,
+        reasoning,
+        known.dropped or _wrappers(probe),
+        known.calls_end_reasoning or isinstance(calls, TaggedCalls),
+        takes_tools=probe.text(prompt=True) != probe.text(prompt=True, tools=None),
+        takes_text_arguments=probe.text_arguments,
+        takes_tool_role=RESULT in probe.text(message, result),
+        takes_call_messages=VALUES[0] in probe.text(message),
+    )
+
+
+def _takes_text(probe: Probe) -> bool:
+    """Whether arguments of calls must be JSON text: an object is refused, or written as Python does."""
+    message = call_message([_ARGUMENTS], text_arguments=False)
+    as_object = probe.text(message)
+    if KEYS[0] in as_object and f"'{KEYS[0]}'" not in as_object:
+        return False
+    as_text = probe.text(call_message([_ARGUMENTS], text_arguments=True))
+    return KEYS[0] in as_text and f'\\"{KEYS[0]}' not in as_text
+
+
+def _shown_calls(source: str) -> Calls | None:
+    return next((calls for marks, calls in SHOWN_CALLS if all(mark in source for mark in marks)), None)
+
+
+def _derived_reasoning(probe: Probe) -> ReasoningTags | None:
+    """From a message with reasoning, in all the fields that templates know."""
+    fields = {"reasoning_content": REASONING, "reasoning": REASONING, "thinking": REASONING, "thought": REASONING}
+    parts = [{"type": "thinking", "thinking": REASONING}, {"type": "text", "text": CONTENT}]
+    header = probe.content_text().partition(CONTENT)[0].rpartition(QUESTION)[2]
+    prompt = probe.text(prompt=True)
+    opening = prompt.rstrip().rpartition("\n")[2] if not last_markup(prompt) else ""
+    for message in ({"content": CONTENT, **fields}, {"content": parts}):
+        text = probe.text({"role": "assistant", **message})
+        before, _, behind = text.partition(REASONING)
+        between, has_content, _ = behind.partition(CONTENT)
+        end = first_markup(between)
+        if not has_content or not end:
+            continue
+        begin = last_markup(before)
+        if begin and (begin not in header or end in header) and begin not in opening:
+            return ReasoningTags(begin, (end,))
+        if opening:
+            return ReasoningTags(opening, (end,))
+    return None
+
+
+def _shown_reasoning(source: str, probe: Probe) -> ReasoningTags | None:
+    prompt = probe.text(prompt=True).rstrip()
+    opened = next((tags for tags in KNOWN_REASONING if prompt.endswith((tags.begin, tags.end))), None)
+    return opened or next((tags for tags in KNOWN_REASONING if tags.begin in source and tags.end in source), None)
+
+
+def _wrappers(probe: Probe) -> tuple[str, ...]:
+    """Tags that only stand around content: behind what a prompt, or a message with calls, has in common with it."""
+    before, has_content, behind = probe.content_text().partition(CONTENT)
+    call = probe.text(call_message([_ARGUMENTS], text_arguments=probe.text_arguments))
+    prompt = probe.text(prompt=True)
+    headers = [prompt if before.startswith(prompt) else "", common_begin(call, before) if NAMES[0] in call else ""]
+    header = max(headers, key=len)
+    begin, end = last_markup(before[len(header) :]), first_markup(behind)
+    tags = () if probe.reasoning is None else (probe.reasoning.begin, *probe.reasoning.ends)
+    return (begin, end) if has_content and header and begin and end and begin not in tags else ()

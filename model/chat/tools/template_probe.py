@@ -1,0 +1,123 @@
+"""Derives how a model writes reasoning and calls: renders its chat template with sentinels and compares the texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from llamaclust.core.errors import RequestError
+from llamaclust.model.chat.tools.tool_format import ReasoningTags
+
+Message = Mapping[str, Any]
+Render = Callable[[Sequence[Message], bool, Mapping[str, Any]], str]
+"""Renders messages, with a generation prompt or not, and further variables. RequestError where the template refuses."""
+
+NAMES: Final = ("zqfirsttool", "zqsecondtool")
+KEYS: Final = ("zqfirstkey", "zqsecondkey")
+VALUES: Final = ("Zqfirstvalue", "Zqsecondvalue")
+NUMBER: Final = 70613
+CALL_IDS: Final = ("zqcall001", "zqcall002")  # nine characters, as Mistral's templates ask for
+CONTENT: Final = "Zqcontent9"
+REASONING: Final = "Zqreasoning8"
+RESULT: Final = "Zqresult7"
+QUESTION: Final = "Zqquestion6"
+_USER: Final = {"role": "user", "content": QUESTION}
+_CUT_AT_END: Final = re.compile(r"(<[^<>\s]*|\[[A-Z_/]*)$")
+_CUT_AT_BEGIN: Final = re.compile(r"^([^<>\s]*>|[A-Z_/]+\])")
+_LAST_MARKUP: Final = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$")
+_FIRST_MARKUP: Final = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]]+\])")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A template, the shape of arguments that it takes, and the tags of reasoning, which is no part of a call."""
+
+    render: Render
+    text_arguments: bool = False
+    reasoning: ReasoningTags | None = None
+
+    def text(self, *messages: Message, prompt: bool = False, **variables: Any) -> str:
+        """The rendered text; empty where the template refuses."""
+        try:
+            return self.render([_USER, *messages], prompt, {"tools": tools(), "enable_thinking": True, **variables})
+        except RequestError:
+            return ""
+
+    def call_text(self, *arguments: Mapping[str, Any]) -> str:
+        """What a message with a call for each of the arguments adds to what one with content has; empty where the
+        template shows no calls."""
+        text = difference(self.text(call_message(arguments, text_arguments=self.text_arguments)), self.content_text())
+        tags = self.reasoning
+        if tags is None:
+            return text
+        return re.sub(rf"^\s*{re.escape(tags.begin)}\s*{re.escape(tags.end)}", "", text)
+
+    def content_text(self) -> str:
+        """A message with content alone."""
+        return self.text({"role": "assistant", "content": CONTENT})
+
+
+def tools() -> list[dict[str, Any]]:
+    """Two tools, as templates take them."""
+    properties = {key: {"type": "string", "description": "A value."} for key in KEYS}
+    schema = {"type": "object", "properties": properties, "required": [KEYS[0]]}
+    return [
+        {"type": "function", "function": {"name": name, "description": "A tool.", "parameters": schema}}
+        for name in NAMES
+    ]
+
+
+def call_message(arguments: Sequence[Mapping[str, Any]], *, text_arguments: bool) -> Message:
+    """An assistant's message with calls of the tools in their order."""
+    calls = [
+        {
+            "type": "function",
+            "id": call_id,
+            "function": {"name": name, "arguments": json.dumps(given) if text_arguments else dict(given)},
+        }
+        for name, call_id, given in zip(NAMES, CALL_IDS, arguments, strict=False)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def difference(text: str, other: str) -> str:
+    """What a text has between its common beginning and its common end with another one."""
+    before = len(common_begin(text, other))
+    behind = common_end(text[before:], other[before:])
+    return text[before : len(text) - len(behind)]
+
+
+def common_begin(text: str, other: str) -> str:
+    """What both texts begin with, without markup of which that is only a part."""
+    return _CUT_AT_END.sub("", shared_begin(text, other))
+
+
+def common_end(text: str, other: str) -> str:
+    """What both texts end with, without markup of which that is only a part."""
+    return _CUT_AT_BEGIN.sub("", shared_end(text, other))
+
+
+def shared_begin(text: str, other: str) -> str:
+    """The longest text that both begin with."""
+    length = next((place for place, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
+    return min(text, other, key=len) if length is None else text[:length]
+
+
+def shared_end(text: str, other: str) -> str:
+    """The longest text that both end with."""
+    return shared_begin(text[::-1], other[::-1])[::-1]
+
+
+def last_markup(text: str) -> str:
+    """The tag that a text ends with, white space aside; empty where there is none."""
+    found = _LAST_MARKUP.search(text)
+    return found[1] if found else ""
+
+
+def first_markup(text: str) -> str:
+    """The tag that a text begins with."""
+    found = _FIRST_MARKUP.match(text)
+    return found[1] if found else ""

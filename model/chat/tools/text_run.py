@@ -1,0 +1,43 @@
+"""Text of one kind on its way out, without the white space around markers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from llamaclust.model.chat.tools.events import AnswerEvent
+
+_MAX_HELD: Final = 64
+"""Characters of white space that may turn out to stand before a marker."""
+
+
+class TextRun:
+    """Holds white space at the end back until it is known what follows."""
+
+    def __init__(self, put: Callable[[AnswerEvent], None], event: Callable[[str], AnswerEvent]) -> None:
+        self._put = put
+        self._event = event
+        self._held = ""
+        self._skips_space = False
+        self.has_begun = False  # something other than white space was there
+
+    def push(self, text: str) -> None:
+        text = self._held + text
+        if self._skips_space:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self.has_begun = self.has_begun or bool(shown)
+        self._skips_space = self._skips_space and not shown
+        keep = min(len(text) - len(shown), _MAX_HELD)
+        self._held = text[len(text) - keep :] if keep else ""
+        self._put(self._event(text[: len(text) - keep]))
+
+    def cut(self) -> None:
+        """A marker follows: the white space around it is no text."""
+        self._held = ""
+        self._skips_space = True
+
+    def end(self) -> None:
+        """Nothing follows: white space at the end is text."""
+        self._put(self._event(self._held))
+        self._held = ""

@@ -1,0 +1,129 @@
+"""Text that comes piece by piece, read by generators that wait for more: what they do depends on the text alone, never
+on where its pieces end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Sequence
+from typing import Final, TypeVar
+
+Result = TypeVar("Result")
+Reading = Generator[None, None, Result]
+"""Yields where more text is needed."""
+
+_SPACE: Final = re.compile(r"\s+")
+
+
+class Markers:
+    """Texts to look for; the leftmost wins, of several at one place the longest."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = tuple(sorted({text for text in texts if text}, key=len, reverse=True))
+        self._pattern = re.compile("|".join(map(re.escape, self._texts)) or r"(?!)")
+        self._longest = len(self._texts[0]) if self._texts else 0
+
+    def find(self, text: str, start: int) -> tuple[int, int]:
+        """Where the first marker begins and ends; the end of the text where there is none."""
+        found = self._pattern.search(text, start)
+        return (found.start(), found.end()) if found else (len(text), len(text))
+
+    def cut_at(self, text: str, start: int) -> int:
+        """Where the first text begins that further characters may make a marker, or a longer one."""
+        for place in range(max(start, len(text) - self._longest + 1), len(text)):
+            rest = text[place:]
+            if any(len(marker) > len(rest) and marker.startswith(rest) for marker in self._texts):
+                return place
+        return len(text)
+
+
+class TextSource:
+    """The text of an answer: what was fed and not taken yet."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._at = 0
+        self._is_ended = False
+        self._recorded: list[str] | None = None
+
+    def feed(self, text: str) -> None:
+        self._text = self._text[self._at :] + text
+        self._at = 0
+
+    def end(self) -> None:
+        """No more text comes: no reading waits any longer."""
+        self._is_ended = True
+
+    def record(self) -> None:
+        """Keeps what is taken from now on."""
+        self._recorded = []
+
+    def recorded(self) -> str:
+        """What was taken since `record`; ends the recording."""
+        text = "".join(self._recorded or ())
+        self._recorded = None
+        return text
+
+    def take(self, count: int) -> str:
+        """The next characters, as many as there are."""
+        text = self._text[self._at : self._at + count]
+        self._at += len(text)
+        if self._recorded is not None:
+            self._recorded.append(text)
+        return text
+
+    def ahead(self, count: int = 1) -> Reading[str]:
+        """The next characters, fewer only at the end; they stay."""
+        while len(self._text) - self._at < count and not self._is_ended:
+            yield
+        return self._text[self._at : self._at + count]
+
+    def skip_space(self) -> Reading[None]:
+        while (yield from self.ahead()).isspace():
+            found = _SPACE.match(self._text, self._at)
+            assert found is not None
+            self.take(found.end() - self._at)
+
+    def take_match(self, pattern: re.Pattern[str]) -> str:
+        """What the text that is there begins with; may be empty."""
+        found = pattern.match(self._text, self._at)
+        return self.take(found.end() - self._at) if found else ""
+
+    def take_literal(self, literals: Sequence[str]) -> Reading[str]:
+        """The longest of some texts that comes next, taken; empty where none does."""
+        candidates = sorted(literals, key=len, reverse=True)
+        while True:
+            text = self._text[self._at : self._at + len(candidates[0])] if candidates else ""
+            for literal in candidates:
+                if text.startswith(literal):
+                    return self.take(len(literal))
+                if literal.startswith(text) and not self._is_ended:
+                    break  # a longer one may still come
+            else:
+                return ""
+            yield
+
+    def until(self, markers: Markers, sink: Callable[[str], None]) -> Reading[str]:
+        """Gives the text before the next marker to `sink`, as it comes, and takes the marker; empty at the end."""
+        while True:
+            begin, end = markers.find(self._text, self._at)
+            cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)
+            if begin < cut:
+                sink(self.take(begin - self._at))
+                return self.take(end - begin)
+            sink(self.take(min(begin, cut) - self._at))
+            if self._is_ended:
+                return ""
+            yield
+
+    def word(self, markers: Markers, most: int) -> Reading[str | None]:
+        """The text before the next marker, which stays; None where there is no marker within so many characters."""
+        while True:
+            begin, end = markers.find(self._text, self._at)
+            cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)
+            if min(begin, cut) - self._at > most:
+                return None
+            if begin < cut:
+                return self.take(begin - self._at)
+            if self._is_ended:
+                return self.take(begin - self._at) if begin == end else None
+            yield

@@ -1,0 +1,145 @@
+"""How a model writes reasoning and tool calls: the values that the parser, the constraint and the probe share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+_BETWEEN_TAGS: Final = re.compile(r"\n|(?<=[>`])(?=<)")
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningTags:
+    """Reasoning stands between `begin` and the first of `ends`, the first of which is the usual one."""
+
+    begin: str
+    ends: tuple[str, ...]
+    repeats: bool = False  # reasoning may also stand behind content
+
+    @property
+    def end(self) -> str:
+        return self.ends[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands around calls, without white space at the ends: `section_begin`, then for each call `call_begin`, the
+    call and `call_end`, then `section_end`. Any part may be empty. `call_begin` may have several lines."""
+
+    section_begin: str = ""
+    call_begin: str = ""
+    call_end: str = ""
+    section_end: str = ""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The markers before a call, in order."""
+        parts = (*self.section_begin.split("\n"), *self.call_begin.split("\n"))
+        return tuple(part for part in map(str.strip, parts) if part)
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """Markers that begin calls: the first one, and others that look like markup, since models skip markers."""
+        lines = self.lines
+        return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Markers behind a call, each tag alone."""
+        parts = _BETWEEN_TAGS.split(f"{self.call_end}\n{self.section_end}")
+        return tuple(dict.fromkeys(part for part in map(str.strip, parts) if part))
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectCalls:
+    """Each call is a JSON object with its name and arguments, alone or in a list. Without any marker in the frame,
+    calls stand at the beginning of the answer."""
+
+    frame: Frame
+    name_key: str = "name"
+    arguments_key: str = "arguments"
+    id_key: str = ""
+    wrapper_key: str = ""  # the object is the value of this key
+    is_list: bool = False
+    name_is_key: bool = False  # {NAME: ARGUMENTS}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedCalls:
+    """The name stands before the arguments, which are a JSON object: NAME id_begin ID name_end ARGUMENTS."""
+
+    frame: Frame
+    name_end: str = ""
+    id_begin: str = ""  # empty: there is no id
+    has_name_in_id: bool = False  # functions.NAME:0 stands in place of the name
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedCalls:
+    """The name stands before the arguments, each of which has its key and its value between markers. Between `key_end`
+    and `value_begin`, where that is not empty, stands an attribute, which is `string_attribute` for strings."""
+
+    frame: Frame
+    name_end: str
+    argument_begin: str
+    key_end: str
+    value_end: str
+    value_begin: str = ""
+    string_attribute: str = ""
+    value_indent: str = ""  # white space before a value, which is no part of it, such as a line break
+    value_dedent: str = ""  # and behind it
+    has_cdata: bool = False  # values may be CDATA sections
+
+
+class Notation(Enum):
+    """Notations of names and arguments that are neither JSON nor tagged."""
+
+    PYTHON = auto()  # NAME(key="text", other=1), also in a list
+    GEMMA = auto()  # NAME{key:<|"|>text<|"|>,other:1}
+    ELEMENTS = auto()  # an element for each key, nested for objects and lists
+
+
+@dataclass(frozen=True, slots=True)
+class NotatedCalls:
+    """Calls in a notation of their own. `mark`: GEMMA's delimiter of texts, or what stands before tags of ELEMENTS."""
+
+    frame: Frame
+    notation: Notation
+    mark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelCalls:
+    """The answer is a sequence of messages, each with a header that names its recipient or channel. `recipient` and
+    `reasoning` are regular expressions: the tool's name in a header, and the headers of reasoning. Recipients that are
+    no tool have an `ignored` header."""
+
+    message_begin: str  # before a header; the prompt ends with the first one
+    header_end: str
+    message_ends: tuple[str, ...]
+    recipient: str
+    reasoning: str
+    ignored: str
+    content_header: str  # what a prompt that begins the content writes behind message_begin
+    reasoning_header: str
+    call_header: str  # with {name}
+    calls: TaggedCalls | None = None  # the body of a call; None: the arguments as JSON
+
+
+Calls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls | ChannelCalls
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How answers of a model look, and what its chat template takes. The default: text alone."""
+
+    calls: Calls | None = None
+    reasoning: ReasoningTags | None = None
+    dropped: tuple[str, ...] = ()  # markers around content, no part of it
+    calls_end_reasoning: bool = False  # a call may begin before the reasoning's end marker
+    takes_tools: bool = False  # the template shows `tools` to the model
+    takes_text_arguments: bool = False  # of calls in messages: JSON text in place of an object
+    takes_tool_role: bool = True
+    takes_call_messages: bool = True  # messages with `tool_calls`

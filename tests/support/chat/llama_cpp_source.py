@@ -1,0 +1,35 @@
+"""llama.cpp's tests and templates, which llama-cpp-python's source package holds: found, or fetched from PyPI."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+PACKAGE = "llama-cpp-python==0.3.36"
+_VARIABLE = "LLAMACLUST_LLAMA_CPP"
+_FOLDER = Path.home() / ".cache" / "llamaclust" / "suites" / "llama.cpp"
+_NEEDED = ("tests/test-chat.cpp", "models/templates/")
+
+
+def find_source() -> Path | None:
+    """The folder with `tests/` and `models/`: that of LLAMACLUST_LLAMA_CPP, or the fetched one."""
+    folder = Path(os.environ.get(_VARIABLE) or _FOLDER)
+    return folder if (folder / _NEEDED[0]).is_file() else None
+
+
+def fetch_source() -> Path:
+    """Downloads the package, some 60 MB, and keeps the files that are needed. CalledProcessError without a network."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        subprocess.run([*command, "-d", scratch, PACKAGE], check=True)
+        with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
+            for member in archive.getmembers():
+                inner = member.name.partition("/vendor/llama.cpp/")[2]
+                if inner.startswith(_NEEDED) and member.isfile():
+                    member.name = inner
+                    archive.extract(member, _FOLDER, filter="data")
+    return _FOLDER

@@ -17,14 +17,15 @@ from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.gguf.atomic_file import sync_folder
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, load_private, private_pem, requested_key
-from llamaclust.wire.security.credentials import COORDINATOR, Identity, KeyPair, Principal
+from llamaclust.wire.security.credentials import COORDINATOR, MAX_SKEW_S, Identity, KeyPair, Principal
 from llamaclust.wire.security.token import JoinToken
 
 LIFE = timedelta(hours=24)
 """Of a worker's certificate, and of the coordinator's own; both are renewed after two thirds of it."""
 _CA_LIFE = timedelta(days=3650)
-_SKEW = timedelta(minutes=5)
-"""How far machines' clocks may be apart."""
+_SKEW = timedelta(seconds=MAX_SKEW_S)
+_CA_BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
+"""Before any clock that is set: an authority that was made while the clock was ahead stays valid."""
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Authority:
             raise UsageError(f"{what}; remove it for new certificates and a new token") from error
         if certificate.public_key() != key.public_key():
             raise UsageError(f"{folder}: key and certificate do not belong together; remove it for new ones")
+        _check_time(folder, certificate)
         return cls(folder, key, certificate)
 
     def _read_token(self) -> JoinToken:
@@ -132,7 +134,7 @@ class Authority:
 
 def new_ca(life: timedelta = _CA_LIFE) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     """A key, and the certificate that it signs for itself."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "llamaclust cluster CA")])
     builder = (
         x509.CertificateBuilder()
@@ -140,13 +142,21 @@ def new_ca(life: timedelta = _CA_LIFE) -> tuple[ec.EllipticCurvePrivateKey, x509
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _SKEW)
-        .not_valid_after(now + life)
+        .not_valid_before(_CA_BEGIN)
+        .not_valid_after(max(datetime.now(UTC), _CA_BEGIN) + life)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs=False), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
     return key, builder.sign(key, hashes.SHA256())
+
+
+def _check_time(folder: Path, certificate: x509.Certificate) -> None:
+    begin, end, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
+    if not begin <= now <= end:
+        valid = f"its certificate is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
+        clock = f"this machine's clock says {now:%Y-%m-%d %H:%M} UTC"
+        raise UsageError(f"{folder}: {valid}, {clock}: set the clock, or remove the folder for new ones")
 
 
 def _usage(*, signs: bool) -> x509.KeyUsage:

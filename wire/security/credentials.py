@@ -48,6 +48,10 @@ def principal_of(host: str, cluster: str) -> Principal | None:
     return named if named.host(cluster) == host else None
 
 
+MAX_SKEW_S = 300.0
+"""How far machines' clocks may be apart."""
+
+
 @dataclass(frozen=True, slots=True)
 class KeyPair:
     """A private key and the certificate for it, both PEM."""
@@ -63,8 +67,10 @@ class KeyPair:
 
     @property
     def renewal_in_s(self) -> float:
-        """From now until two thirds of its life are over; 0 where they are."""
-        return max(0.0, self.made_at_s + self.life_s * 2 / 3 - time.time())
+        """From now until two thirds of its life are over; 0 where they are, or where the clock was set back to a time
+        at which it is not valid yet."""
+        age_s = time.time() - self.made_at_s
+        return 0.0 if age_s < -MAX_SKEW_S else max(0.0, self.life_s * 2 / 3 - age_s)
 
 
 @dataclass(slots=True, eq=False)

@@ -6,8 +6,8 @@ import asyncio
 
 from llamaclust.wire.security.credentials import Identity
 
-_LOOK_S = 60.0
-"""Sleeps use a clock that stands still while the machine is suspended; certificates do not."""
+_LOOK_S = 5.0
+"""Sleeps use a clock that is never set and stands still while the machine is suspended; certificates use the other."""
 
 
 async def until_renewal(identity: Identity) -> None:

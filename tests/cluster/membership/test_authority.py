@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
+from llamaclust.cluster.membership import authority as module
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.errors import UsageError
 from llamaclust.wire.security.certificates import NewKey, cluster_id
@@ -33,6 +35,28 @@ def test_a_start_that_was_cut_short_leaves_no_half_of_an_authority(tmp_path: Pat
     (tmp_path / ".trust.new" / "ca.key").write_text("half")
     authority(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["trust"]
+
+
+class Clock(datetime):
+    """Of a machine whose clock is `ahead`."""
+
+    ahead = timedelta()
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Clock:
+        return super().now(tz) + cls.ahead
+
+
+def test_an_authority_outlives_a_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "datetime", Clock)
+    monkeypatch.setattr(Clock, "ahead", timedelta(days=365))
+    made = authority(tmp_path)
+    for days in (0, -365, 1000):
+        monkeypatch.setattr(Clock, "ahead", timedelta(days=days))
+        assert authority(tmp_path).certificate == made.certificate
+    monkeypatch.setattr(Clock, "ahead", timedelta(days=20 * 365))
+    with pytest.raises(UsageError, match=r"this machine's clock says 20.*: set the clock, or remove the folder"):
+        authority(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ca.key", "ca.crt", "token"])

@@ -168,20 +168,22 @@ async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> 
     assert identity.pair.ends_at_s > short.ends_at_s + 3600
 
 
-async def test_a_machine_that_was_suspended_renews_its_certificate_within_a_minute(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("jump_s", [9 * 3600, 365 * 86400, -3600, -365 * 86400])
+async def test_a_machine_that_was_suspended_or_whose_clock_was_set_renews_its_certificate_within_seconds(
+    monkeypatch: pytest.MonkeyPatch, jump_s: float
 ) -> None:
-    now_s, slept = 0.0, list[float]()
+    begun_s = now_s = 2e9
+    slept = list[float]()
 
-    async def suspended(seconds: float) -> None:
+    async def jump(seconds: float) -> None:
         nonlocal now_s
         slept.append(seconds)
-        now_s += 9 * 3600 if len(slept) == 2 else seconds
+        now_s += jump_s if len(slept) == 2 else seconds
 
-    monkeypatch.setattr(asyncio, "sleep", suspended)
+    monkeypatch.setattr(asyncio, "sleep", jump)
     monkeypatch.setattr(time, "time", lambda: now_s)
-    await renewal.until_renewal(Identity(b"", "c", A, KeyPair(b"", b"", 0.0, 12 * 3600.0)))
-    assert slept == [60.0, 60.0], "two thirds of its life were over when the machine woke up"
+    await renewal.until_renewal(Identity(b"", "c", A, KeyPair(b"", b"", begun_s, begun_s + 12 * 3600.0)))
+    assert slept == [5.0, 5.0], "two thirds of its life were over, or it was not valid yet"
 
 
 async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_one_harms_no_member(

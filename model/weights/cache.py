@@ -30,6 +30,7 @@ WHOLE, UNFINISHED, KNOWN, LEASE = ".weights", ".part", ".manifest", ".load"
 _WHOLE_NS = 1_000_000_000 * 10**9
 """Time of modification of every whole file: one that was written to afterwards has another."""
 
+_NO_LEASE_NS = 1 << 63
 _READ_BYTES = 1 << 22
 _LOCK_WAIT_S = 10.0
 _LOCK_RETRY_S = 0.02
@@ -179,7 +180,7 @@ class WeightCache:
         if not self.path.is_dir():
             return Cleared(0, 0)
         with _locked(self.path):
-            if _oldest_lease_ns(self.path) <= time.time_ns():
+            if _oldest_lease_ns(self.path) < _NO_LEASE_NS:
                 raise BlockingIOError(errno.EAGAIN, "a load is using it; try again later")
             files = list(_files(self.path))
             for path in (*(path for path, _ in files), *self.path.glob(f"*{KNOWN}"), *self.path.glob("*.tmp")):
@@ -308,8 +309,8 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _oldest_lease_ns(folder: Path) -> int:
-    """When the oldest load that is under way began; the far future where there is none."""
-    begun = [1 << 63]
+    """When the oldest load that is under way began."""
+    begun = [_NO_LEASE_NS]
     for path in folder.glob(f"*{LEASE}"):
         with contextlib.suppress(OSError):
             begun_ns = path.stat().st_mtime_ns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,9 @@ def test_the_command_lists_and_clears_fetched_weights(tmp_path: Path, monkeypatc
     with cache.in_use():
         refused = CliRunner().invoke(app, ["model", "cache", "clear"])
         assert isinstance(refused.exception, LlamaclustError) and "a load is using it" in str(refused.exception)
+        with monkeypatch.context() as clock, pytest.raises(BlockingIOError):
+            clock.setattr(time, "time_ns", lambda: 0)  # set back since the load began
+            cache.clear()
     cleared = json.loads(CliRunner().invoke(app, ["model", "cache", "clear", "--json"]).output)
     assert (cleared["fetched_files"], cleared["fetched_bytes"]) == (1, 1000)
     assert cache.list_files() == ([], [])

@@ -27,7 +27,10 @@ def chaos(
     seed: Annotated[int | None, Option(metavar="N", min=0, help="Of the faults. Default: random.")] = None,
     faults: Annotated[
         str | None,
-        Option(metavar="KIND,...", help="Of kill, stop, drain, coordinator-kill, coordinator-stop, disk-full."),
+        Option(
+            metavar="KIND,...",
+            help="Of kill, stop, drain, coordinator-kill, coordinator-stop, disk-full, partition, slow-link.",
+        ),
     ] = None,
     streams: Annotated[int, Option(metavar="K", min=1, max=64, help="Requests at a time.")] = 8,
     coordinator: Annotated[

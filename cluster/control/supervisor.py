@@ -139,7 +139,7 @@ class Supervisor:
             if observation is not None:
                 self.observed.apply(self._tick())
                 self.observed.apply(observation)
-                if (drained := self.observed.state.pool.drained) != self._fleet.record.drained:
+                if (drained := self.observed.state.pool.drained) != self._workers.record.drained:
                     self._recording.start(self._record_drained(drained))
                 if self.observed.state.is_plan_useless:
                     self._runner.cancel_loads()

@@ -1,9 +1,11 @@
-"""Faults of processes that last until they are undone: stops and full disks."""
+"""Faults that last until they are undone: stops, full disks, disturbed links."""
 
 from __future__ import annotations
 
 import signal
 
+from llamaclust.tools.chaos.firewall import Firewall
+from llamaclust.tools.chaos.links import Disturbance, WorkerLink
 from llamaclust.tools.chaos.processes import Process
 
 
@@ -59,3 +61,28 @@ class FullDisks:
         if name in self._limits:
             self.make_room(name)
             del self._limits[name]
+
+
+class DisturbedLinks:
+    """Of workers, by name. The kernel ends each at its time by itself."""
+
+    def __init__(self, firewall: Firewall | None) -> None:
+        self._firewall = firewall
+        self._labels: dict[str, str] = {}  # of rules
+        self._serial = 0
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._labels)
+
+    def begin(self, name: str, link: WorkerLink, disturbance: Disturbance, hold_s: float) -> None:
+        """FirewallError where it is not possible."""
+        assert self._firewall is not None, "without a firewall, links are no targets"
+        self._serial += 1
+        label = f"fault{self._serial}"
+        self._firewall.run(link.commands(self._firewall.table, label, disturbance, hold_s))
+        self._labels[name] = label
+
+    def end(self, name: str) -> None:
+        if self._firewall is not None and (label := self._labels.pop(name, None)):
+            self._firewall.run(WorkerLink.end_commands(self._firewall.table, label))

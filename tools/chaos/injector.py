@@ -14,7 +14,9 @@ from typing import Any
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, find_running
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.tools.chaos.held import FullDisks, Stops
+from llamaclust.tools.chaos.firewall import Firewall, FirewallError
+from llamaclust.tools.chaos.held import DisturbedLinks, FullDisks, Stops
+from llamaclust.tools.chaos.links import Disturbance
 from llamaclust.tools.chaos.processes import Process
 from llamaclust.tools.chaos.schedule import Fault, FaultKind
 from llamaclust.tools.chaos.targets import Permissions, Targets, find_targets
@@ -31,17 +33,20 @@ Show = Callable[[str], None]
 class Injector:
     """Of one cluster. `close` undoes everything that is held, however the run ends; it may be called again."""
 
-    def __init__(self, state_dir: Path, name: str, permissions: Permissions, show: Show) -> None:
+    def __init__(
+        self, state_dir: Path, name: str, permissions: Permissions, show: Show, firewall: Firewall | None = None
+    ) -> None:
         self._state_dir, self._name = state_dir, name
-        self._permissions = permissions
+        self._permissions = permissions if firewall is not None else permissions.without_links()
         self._show = show
         self._stops, self._disks, self._drains = Stops(), FullDisks(), Drains(state_dir, name)
+        self._links = DisturbedLinks(firewall)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def held(self) -> frozenset[str]:
-        """Workers that are stopped or drained now, and the cluster while its coordinator's disk is full."""
-        return self._stops.names | self._disks.names | self._drains.names
+        """Targets of faults that last now: workers, and the cluster while its coordinator's disk is full."""
+        return self._stops.names | self._disks.names | self._drains.names | self._links.names
 
     def targets(self) -> Targets:
         """LlamaclustError while no coordinator answers."""
@@ -64,6 +69,10 @@ class Injector:
                 self._drains.add(fault.target)
                 self._hold(self._drain(fault))
                 return True
+            case FaultKind.PARTITION:
+                return self._disturb_link(fault, targets, Disturbance.CUT)
+            case FaultKind.SLOW_LINK:
+                return self._disturb_link(fault, targets, Disturbance.SLOW)
         process = targets.coordinator
         if process is None:
             return False
@@ -76,14 +85,16 @@ class Injector:
                 return self._fill_disk(fault, process)
 
     def close(self) -> None:
-        """Continues stopped processes, makes room on disks, then undrains. Blocks, for half a minute where the cluster
-        does not answer."""
+        """Continues stopped processes, makes room on disks, heals links, then undrains. Blocks, for half a minute where
+        the cluster does not answer."""
         for task in self._tasks:
             task.cancel()
         for name in self._stops.names:
             self._stops.end(name)
         for name in self._disks.names:
             self._disks.end(name)
+        for name in self._links.names:
+            self._heal(name)
         for name in self._drains.names:
             self._undrain(name)
 
@@ -124,6 +135,25 @@ class Injector:
         self._disks.make_room(fault.target)
         await asyncio.sleep(_JOURNAL_S)
         self._disks.end(fault.target)
+
+    def _disturb_link(self, fault: Fault, targets: Targets, disturbance: Disturbance) -> bool:
+        try:
+            self._links.begin(fault.target, targets.links[fault.target], disturbance, fault.hold_s)
+        except FirewallError as error:
+            self._show(f"{fault}: {error}")
+            return False
+        self._hold(self._heal_later(fault))
+        return True
+
+    async def _heal_later(self, fault: Fault) -> None:
+        await asyncio.sleep(fault.hold_s)
+        self._heal(fault.target)
+
+    def _heal(self, name: str) -> None:
+        try:
+            self._links.end(name)
+        except FirewallError as error:
+            self._show(f"rules for the link of {name} remain until the end: {error}")
 
     async def _drain(self, fault: Fault) -> None:
         try:

@@ -80,7 +80,7 @@ def joined_worker(worker: Mapping[str, Any]) -> Process | None:
     words = _command_line(process.pid)
     is_worker = "worker" in words and any(Path(word).name == "llamaclust" for word in words[: words.index("worker")])
     host, port = split_address(worker["address"])
-    return process if is_worker and _listens(process.pid, port) and _is_here(host) else None
+    return process if is_worker and port in listening_ports(process.pid) and _is_here(host) else None
 
 
 def coordinator(pid: int, start_ticks: int) -> Process | None:
@@ -132,14 +132,22 @@ def _is_here(host: str) -> bool:
     return True
 
 
-def _listens(pid: int, port: int) -> bool:
-    folder, inodes = _PROC / str(pid), set()
+def listening_ports(pid: int) -> frozenset[int]:
+    """TCP ports on which a process of this user waits for connections."""
+    folder, ports = _PROC / str(pid), {}
     with suppress(OSError):
         for name in ("tcp", "tcp6"):
             for line in (folder / "net" / name).read_text().splitlines()[1:]:
                 fields = line.split()
                 local, state = fields[1], fields[3]
-                if state == _LISTENING and int(local.rpartition(":")[2], 16) == port:
-                    inodes.add(f"socket:[{fields[9]}]")
-        return any(str(link.readlink()) in inodes for link in (folder / "fd").iterdir())
+                if state == _LISTENING:
+                    ports[f"socket:[{fields[9]}]"] = int(local.rpartition(":")[2], 16)
+        return frozenset(ports[name] for link in (folder / "fd").iterdir() if (name := str(link.readlink())) in ports)
+    return frozenset()
+
+
+def is_in_our_network(pid: int) -> bool:
+    """Whether the process is in the network namespace of this one."""
+    with suppress(OSError):
+        return (_PROC / str(pid) / "ns/net").readlink() == (_PROC / "self/ns/net").readlink()
     return False

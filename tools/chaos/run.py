@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.client.operations import ClusterApi
-from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, find_running
+from llamaclust.cluster.state.directory import ClusterRecord, find_running
 from llamaclust.core.counts import counted
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.tools.chaos.firewall import Firewall, FirewallError
 from llamaclust.tools.chaos.injector import Injector
 from llamaclust.tools.chaos.load import Streams, fitting_requests, meanwhile
 from llamaclust.tools.chaos.received import Received
@@ -27,6 +28,7 @@ _SHOW_S = 1.0
 _FINISH_S = 180.0
 """For the last answers, after the last fault."""
 _NOT_HERE = "has no coordinator of this user on this machine"
+_NO_LINKS = "has no worker with a network link to this machine (those of `launcher: local` have Unix sockets)"
 _IMPOSSIBLE = {
     FaultKind.KILL: "has no workers on this machine that it starts again itself; --kill-joined: something else does",
     FaultKind.STOP: "has no worker on this machine beside which another one serves",
@@ -34,6 +36,8 @@ _IMPOSSIBLE = {
     FaultKind.COORDINATOR_KILL: "has no standby (`llamaclust up FILE --standby`); --coordinator: something restarts it",
     FaultKind.COORDINATOR_STOP: _NOT_HERE,
     FaultKind.DISK_FULL: _NOT_HERE,
+    FaultKind.PARTITION: f"{_NO_LINKS} beside which another one serves",
+    FaultKind.SLOW_LINK: _NO_LINKS,
 }
 
 
@@ -63,47 +67,75 @@ async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
 
     UsageError where the cluster has nothing that may be disturbed, or serves other clients."""
     folder, record = find_running(settings.state_dir, settings.cluster)
-    context_tokens = _check(settings, folder, record, view)
-    injector = Injector(settings.state_dir, record.name, settings.permissions, view.line)
-    key = None if record.api_keys_file is None else first_key(Path(record.api_keys_file))
-    async with AsyncClient(record.api, key) as client:
-        view.progress(f"taking {counted(settings.streams, 'undisturbed answer')}")
-        streams = Streams(client, await fitting_requests(client, context_tokens), tally)
-        await streams.undisturbed(settings.streams)
-        try:
-            async with _load(streams):
-                try:
-                    await _disturb(settings, injector, streams, view)
-                finally:
-                    injector.close()
-                    view.progress("waiting for the last answers")
-        finally:
-            injector.close()
+    status, context_tokens = _idle_status(settings, record)
+    targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)
+    with _firewall(settings, targets, view) as firewall:
+        injector = Injector(settings.state_dir, record.name, settings.permissions, view.line, firewall)
+        _announce(settings, record.name, injector.targets(), view)
+        key = None if record.api_keys_file is None else first_key(Path(record.api_keys_file))
+        async with AsyncClient(record.api, key) as client:
+            streams = Streams(client, await fitting_requests(client, context_tokens), tally)
+            await _disturb_and_compare(settings, injector, streams, view)
 
 
-def _check(settings: ChaosSettings, folder: ClusterDir, record: ClusterRecord, view: View) -> int:
-    """Tells what will be done; returns the context length."""
+async def _disturb_and_compare(settings: ChaosSettings, injector: Injector, streams: Streams, view: View) -> None:
+    view.progress(f"taking {counted(settings.streams, 'undisturbed answer')}")
+    await streams.undisturbed(settings.streams)
+    try:
+        async with _load(streams):
+            try:
+                await _disturb(settings, injector, streams, view)
+            finally:
+                injector.close()
+                view.progress("waiting for the last answers")
+    finally:
+        injector.close()
+
+
+def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[str, Any], int]:
+    """The cluster's, and the context length. UsageError where it serves requests of other clients."""
     with ClusterApi.of(record) as api:
         status, context_tokens = api.status(), api.context_length()
     busy = status["requests"]["running"] + status["requests"]["waiting"]
     if busy and not settings.with_other_requests:
         raise UsageError(f"{record.name} serves {counted(busy, 'request')} of other clients; --yes: disturb them too")
-    targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)
+    return status, context_tokens
+
+
+@contextmanager
+def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator[Firewall | None]:
+    """None where links are not disturbed; a line says what is missing for it."""
+    kinds = [kind for kind in FaultKind if kind.is_of_link and targets.names[kind]]
+    try:
+        firewall = Firewall() if kinds else None
+    except FirewallError as error:
+        if required := [kind.option for kind in kinds if kind in settings.required]:
+            raise UsageError(f"--faults {required[0]}: {error}") from None
+        view.line(f"no {', no '.join(kind.option for kind in kinds)}: {error}")
+        firewall = None
+    try:
+        yield firewall
+    finally:
+        if firewall is not None:
+            firewall.close()
+
+
+def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: View) -> None:
+    """Shows what will be done. UsageError where nothing can be, or a required kind cannot."""
     kinds = [kind for kind in FaultKind if _suffices(kind, targets)]
     for kind in FaultKind:
         if kind in settings.required and kind not in kinds:
-            raise UsageError(f"--faults {kind.option}: {record.name} {_IMPOSSIBLE[kind]}")
+            raise UsageError(f"--faults {kind.option}: {cluster} {_IMPOSSIBLE[kind]}")
     if not kinds:
-        raise UsageError(f"{record.name} has no process on this machine that can be disturbed, and no worker to drain")
+        raise UsageError(f"{cluster} has no process on this machine that can be disturbed, and no worker to drain")
     streams = counted(settings.streams, "stream")
-    view.line(f"{record.name}: {settings.duration_s / 60:g} min of faults under {streams}, seed {settings.seed}:")
+    view.line(f"{cluster}: {settings.duration_s / 60:g} min of faults under {streams}, seed {settings.seed}:")
     view.line("  " + "; ".join(f"{kind.value} ({', '.join(targets.names[kind])})" for kind in kinds))
-    return context_tokens
 
 
 def _suffices(kind: FaultKind, targets: Targets) -> bool:
-    """The last worker is neither stopped nor drained."""
-    least = 2 if kind in (FaultKind.STOP, FaultKind.DRAIN) else 1
+    """The last worker is left alone by some kinds."""
+    least = 2 if kind.needs_another_worker else 1
     return len(targets.names[kind]) >= 1 and targets.connected >= least
 
 

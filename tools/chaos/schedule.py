@@ -15,12 +15,13 @@ from random import Random
 from llamaclust.core.errors import UsageError
 
 _BETWEEN_S = (0.5, 3.0)
-_STOPPED_S = (0.1, 10.0)
-"""Shorter and longer than `timeouts.worker`, log-uniform: a worker that is slow, and one that is lost."""
+_LOST_S = (0.1, 10.0)
+"""Shorter and longer than `timeouts.worker`, log-uniform: a worker that is late, and one that is lost."""
 _DRAINED_S = (0.5, 5.0)
 _COORDINATOR_STOPPED_S = (0.1, 4.0)
 """Shorter than `timeouts.worker`, and longer than many heartbeats."""
 _FULL_S = (0.5, 5.0)
+_SLOW_S = (0.5, 8.0)
 _LOSSES = 5
 _WITHIN_S = 75.0
 """A launcher restarts a worker six times a minute at most, one that hangs a while after its fault."""
@@ -33,6 +34,8 @@ class FaultKind(StrEnum):
     COORDINATOR_KILL = "SIGKILL of the coordinator"
     COORDINATOR_STOP = "SIGSTOP of the coordinator"
     DISK_FULL = "full disk of the coordinator"
+    PARTITION = "partition of a worker"
+    SLOW_LINK = "slow link of a worker"
 
     @property
     def option(self) -> str:
@@ -41,7 +44,21 @@ class FaultKind(StrEnum):
 
     @property
     def is_of_worker(self) -> bool:
-        return self in (FaultKind.KILL, FaultKind.STOP, FaultKind.DRAIN)
+        return self not in (FaultKind.COORDINATOR_KILL, FaultKind.COORDINATOR_STOP, FaultKind.DISK_FULL)
+
+    @property
+    def is_of_link(self) -> bool:
+        return self in (FaultKind.PARTITION, FaultKind.SLOW_LINK)
+
+    @property
+    def needs_another_worker(self) -> bool:
+        """Its worker is left alone while no other one serves."""
+        return self in (FaultKind.STOP, FaultKind.DRAIN, FaultKind.PARTITION)
+
+    @property
+    def is_loss(self) -> bool:
+        """Its worker may be lost."""
+        return self in (FaultKind.KILL, FaultKind.STOP, FaultKind.PARTITION)
 
 
 def fault_kinds(text: str | None = None) -> frozenset[FaultKind]:
@@ -60,11 +77,14 @@ _WEIGHTS = {
     FaultKind.COORDINATOR_KILL: 2,
     FaultKind.COORDINATOR_STOP: 1,
     FaultKind.DISK_FULL: 1,
+    FaultKind.PARTITION: 2,
+    FaultKind.SLOW_LINK: 2,
 }
 _HOLDS_S = {
     FaultKind.DRAIN: _DRAINED_S,
     FaultKind.COORDINATOR_STOP: _COORDINATOR_STOPPED_S,
     FaultKind.DISK_FULL: _FULL_S,
+    FaultKind.SLOW_LINK: _SLOW_S,
 }
 
 
@@ -95,15 +115,15 @@ class Schedule:
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """None where no target is left. `held`: targets that are stopped or drained now; they are left alone, and the
-        last worker beside them is neither stopped nor drained."""
+        """None where no target is left. `held`: targets of faults that last now; they are left alone, and the last
+        worker beside them is neither stopped nor drained nor cut off."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:
             return None
         kind = _pick(list(able), [_WEIGHTS[kind] for kind in able], kind_draw)
         target = able[kind][int(target_draw * len(able[kind]))]
-        if kind in (FaultKind.KILL, FaultKind.STOP):
+        if kind.is_loss:
             self._losses_s.setdefault(target, deque(maxlen=_LOSSES)).append(now_s)
         return Fault(kind, target, _hold_s(kind, hold_draw))
 
@@ -113,9 +133,9 @@ class Schedule:
         names = [name for name in sorted(targets.get(kind, ())) if name not in held]
         if not kind.is_of_worker:
             return names
-        if kind is not FaultKind.KILL and not self._leaves_one(targets, held):
+        if kind.needs_another_worker and not self._leaves_one(targets, held):
             return []
-        return names if kind is FaultKind.DRAIN else [name for name in names if self._has_restarts(name, now_s)]
+        return [name for name in names if self._has_restarts(name, now_s)] if kind.is_loss else names
 
     @staticmethod
     def _leaves_one(targets: Mapping[FaultKind, Sequence[str]], held: frozenset[str]) -> bool:
@@ -137,8 +157,8 @@ def _pick(kinds: Sequence[FaultKind], weights: Sequence[int], draw: float) -> Fa
 
 
 def _hold_s(kind: FaultKind, draw: float) -> float:
-    if kind is FaultKind.STOP:
-        low_s, high_s = _STOPPED_S
+    if kind in (FaultKind.STOP, FaultKind.PARTITION):
+        low_s, high_s = _LOST_S
         return float(low_s * (high_s / low_s) ** draw)
     low_s, high_s = _HOLDS_S.get(kind, (0.0, 0.0))
     return low_s + (high_s - low_s) * draw

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.tools.chaos import processes
+from llamaclust.tools.chaos.links import WorkerLink, worker_links
 from llamaclust.tools.chaos.processes import Process
 from llamaclust.tools.chaos.schedule import FaultKind
 
@@ -22,14 +23,18 @@ class Permissions:
     joined_workers: bool = False
     kinds: frozenset[FaultKind] = frozenset(FaultKind)
 
+    def without_links(self) -> Permissions:
+        return replace(self, kinds=frozenset(kind for kind in self.kinds if not kind.is_of_link))
+
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Names by kind of fault, and the processes of those that would be signalled."""
+    """Names by kind of fault, the processes of those that would be signalled, and the links that would be disturbed."""
 
     names: Mapping[FaultKind, tuple[str, ...]] = field(default_factory=dict)
     workers: Mapping[str, Process] = field(default_factory=dict)
     coordinator: Process | None = None
+    links: Mapping[str, WorkerLink] = field(default_factory=dict)
     connected: int = 0  # workers that the user has not drained
 
 
@@ -47,6 +52,7 @@ def find_targets(
     may_kill_workers = is_local or permissions.joined_workers
     coordinator = processes.coordinator(record.pid, record.start_ticks)
     cluster = () if coordinator is None else (record.name,)
+    links = {} if coordinator is None else _links(record, workers, coordinator)
     names = {
         FaultKind.KILL: tuple(own) if may_kill_workers else (),
         FaultKind.STOP: tuple(own),
@@ -54,6 +60,16 @@ def find_targets(
         FaultKind.COORDINATOR_KILL: cluster if has_standby or permissions.coordinator else (),
         FaultKind.COORDINATOR_STOP: cluster,
         FaultKind.DISK_FULL: cluster,
+        FaultKind.PARTITION: tuple(links),
+        FaultKind.SLOW_LINK: tuple(links),
     }
     allowed = {kind: found if kind in permissions.kinds else () for kind, found in names.items()}
-    return Targets(allowed, own, coordinator, len(workers))
+    return Targets(allowed, own, coordinator, links, len(workers))
+
+
+def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordinator: Process) -> dict[str, WorkerLink]:
+    """Clients of the API are not disturbed; neither is a cluster in another network namespace."""
+    if not processes.is_in_our_network(coordinator.pid):
+        return {}
+    own_ports = processes.listening_ports(coordinator.pid) - {int(record.api.rpartition(":")[2])}
+    return worker_links({worker["name"]: worker["address"] for worker in workers}, own_ports)

@@ -52,7 +52,7 @@ def test_draws_do_not_depend_on_targets() -> None:
 def test_a_worker_keeps_restarts_within_a_minute() -> None:
     """Five losses each; drains and the coordinator are left."""
     found = [fault for fault in faults(2, 400, every_s=0.1) if fault]
-    losses = Counter(fault.target for fault in found if fault.kind in (FaultKind.KILL, FaultKind.STOP))
+    losses = Counter(fault.target for fault in found if fault.kind.is_loss)
     assert losses == dict.fromkeys(WORKERS, 5)
     only = {FaultKind.KILL: ("a",)}
     schedule = Schedule(2)
@@ -60,12 +60,13 @@ def test_a_worker_keeps_restarts_within_a_minute() -> None:
     assert schedule.next_fault(76.0, only) == Fault(FaultKind.KILL, "a")
 
 
-def test_the_last_worker_is_neither_stopped_nor_drained() -> None:
+def test_the_last_worker_is_neither_stopped_nor_drained_nor_cut_off() -> None:
     schedule = Schedule(3)
     found = [schedule.next_fault(100.0 * number, ALL, {"a", "b"}) for number in range(100)]
     assert {(fault.kind, fault.target) for fault in found if fault} == {
         (FaultKind.KILL, "c"),
+        (FaultKind.SLOW_LINK, "c"),
         *((kind, "tiny") for kind in OF_COORDINATOR),
     }
-    alone = dict.fromkeys((FaultKind.STOP, FaultKind.DRAIN), ("a",))
+    alone = dict.fromkeys((FaultKind.STOP, FaultKind.DRAIN, FaultKind.PARTITION), ("a",))
     assert schedule.next_fault(0.0, alone) is None

@@ -1,0 +1,94 @@
+"""The network links of workers, and the rules of nftables that disturb one of them. Packets are known by the addresses
+and ports of the cluster's members, so that no other traffic is concerned."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+_UNIX = "unix:"
+_PRIORITY = -310
+"""Before connection tracking, and before the rules of others."""
+
+
+class Disturbance(StrEnum):
+    """What happens to packets, as nftables writes it."""
+
+    CUT = "drop"
+    SLOW = "limit rate over 100 kbytes/second burst 100 kbytes drop"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLink:
+    """Of a worker to the members on this machine. `own_ports` are those that it connects to; a worker that is on this
+    machine as well has none: connections that it opens are not told from those of other processes."""
+
+    hosts: frozenset[str]  # IP addresses
+    port: int
+    own_ports: frozenset[int] = frozenset()
+
+    def commands(self, table: str, label: str, disturbance: Disturbance, hold_s: float) -> str:
+        """Of nft, for a disturbance that the kernel ends after this time: rules find the ports in sets that expire."""
+        lifetime = f"timeout {max(1, round(hold_s * 1000))}ms"
+        lines = []
+        for name, ports in (("port", {self.port}), ("own", self.own_ports)):
+            lines.append(f"add set {table} {label}_{name} {{ type inet_service; flags timeout; }}")
+            lines += [f"add element {table} {label}_{name} {{ {port} {lifetime} }}" for port in sorted(ports)]
+        for hook in ("input", "output"):
+            lines.append(f"add chain {table} {label}_{hook} {{ type filter hook {hook} priority {_PRIORITY}; }}")
+            for match in self._matches(hook, f"@{label}_port", f"@{label}_own"):
+                lines.append(f"add rule {table} {label}_{hook} {match} {disturbance}")
+        return "\n".join(lines)
+
+    @staticmethod
+    def end_commands(table: str, label: str) -> str:
+        chains = [f"delete chain {table} {label}_{hook}" for hook in ("input", "output")]
+        return "\n".join([*chains, *(f"delete set {table} {label}_{name}" for name in ("port", "own"))])
+
+    def _matches(self, hook: str, port: str, own: str) -> Iterator[str]:
+        for host in sorted(self.hosts):
+            family = "ip6" if ":" in host else "ip"
+            if not self.own_ports:  # packets on this machine are dropped where they arrive, in both directions
+                if hook == "input":
+                    yield f"{family} daddr {host} tcp dport {port}"
+                    yield f"{family} saddr {host} tcp sport {port}"
+            elif hook == "input":
+                yield f"{family} saddr {host} tcp sport {port}"
+                yield f"{family} saddr {host} tcp dport {own}"
+            else:
+                yield f"{family} daddr {host} tcp dport {port}"
+                yield f"{family} daddr {host} tcp sport {own}"
+
+
+def worker_links(addresses: Mapping[str, str], coordinator_ports: frozenset[int]) -> dict[str, WorkerLink]:
+    """By name, of workers that have network addresses; `coordinator_ports` are those that workers connect to."""
+    found = {name: _resolve(address) for name, address in addresses.items() if not address.startswith(_UNIX)}
+    known = {name: link for name, link in found.items() if link.hosts and coordinator_ports}
+    here = {name for name, link in known.items() if any(map(_is_here, link.hosts))}
+    own_ports = coordinator_ports | {known[name].port for name in here}
+    return {
+        name: link if name in here else WorkerLink(link.hosts, link.port, own_ports) for name, link in known.items()
+    }
+
+
+def _resolve(address: str) -> WorkerLink:
+    host, _, port = address.rpartition(":")
+    with suppress(OSError):
+        found: list[Any] = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        return WorkerLink(frozenset(entry[4][0].partition("%")[0] for entry in found), int(port))
+    return WorkerLink(frozenset(), int(port))
+
+
+def _is_here(host: str) -> bool:
+    """Whether this machine has the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True

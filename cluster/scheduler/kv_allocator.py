@@ -52,7 +52,7 @@ class KvMemory:
             return False
         found, idle = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
         if self.window is not None:
-            if not self.window.can_begin(sequence, reserve):
+            if not self.window.can_begin((sequence,), reserve):
                 return False
             found = self.window.usable(sequence.block_keys, found)
             idle = sum(self.blocks.is_idle(key) is True for key in sequence.block_keys[:found])
@@ -71,6 +71,11 @@ class KvMemory:
             self.window.begin(sequence, found)
         sequence.rewind(found * KV_BLOCK_TOKENS)
         return True
+
+    def has_room_for(self, sequences: tuple[Sequence, ...], reserve: int) -> bool:
+        """Whether all of them could be given blocks, if none is cached, so that `reserve` blocks are left."""
+        has_window = self.window is None or self.window.can_begin(sequences, reserve)
+        return has_window and sum(each.blocks_needed for each in sequences) + reserve <= self.blocks.available
 
     def lacks_blocks(self, sequence: Sequence) -> bool:
         """Whether there were too few blocks for it when it was last to be admitted."""

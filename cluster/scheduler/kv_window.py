@@ -37,10 +37,10 @@ class KvWindow:
                 usable = end
         return usable
 
-    def can_begin(self, sequence: Sequence, reserve: int) -> bool:
-        """Whether it can be given a commitment so that `reserve` are left to sequences that still grow."""
+    def can_begin(self, sequences: Items[Sequence], reserve: int) -> bool:
+        """Whether these can be given commitments so that `reserve` are left to sequences that still grow."""
         growth = self._begun * self.group.sequence_blocks - self._committed
-        return self._committed + self._need(sequence) + min(reserve, growth) <= self._most
+        return self._committed + sum(map(self._need, sequences)) + min(reserve, growth) <= self._most
 
     def begin(self, sequence: Sequence, shared: int) -> None:
         """Commits blocks to it; its first `shared` blocks are filled by other sequences."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
+from functools import partial
 from operator import attrgetter, itemgetter
 
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
@@ -22,6 +23,11 @@ _MAX_OVERTAKEN = 32
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
+
+
+def _rank(running: Counter[str], sequence: Sequence) -> tuple[int, int]:
+    """For `SequenceQueues.shortest`."""
+    return running[turn_of(sequence)], sequence.remaining
 
 
 class SequenceQueues:
@@ -111,23 +117,28 @@ class SequenceQueues:
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
         """The sequence whose request has less that runs than the oldest one's, or else with less left to do; None where
-        there is none."""
+        there is none. One that waited is started for it."""
         if not prefilling:
             return None
-        oldest, running = prefilling[0], running_by_turn(self.running)
+        running = running_by_turn(self.running)
+        if self.can_start:
+            waiting = min(self.waiting, key=partial(_rank, running))
+            started = running + Counter([turn_of(waiting)])
+            is_shortest = min((*prefilling, waiting), key=partial(_rank, started)) is waiting
+            if is_shortest and self._overtake(waiting, first_in_turn(self.waiting, running)):
+                return waiting
+        shortest = min(prefilling, key=partial(_rank, running))
+        return None if shortest is prefilling[0] else shortest
 
-        def rank(sequence: Sequence) -> tuple[int, int]:
-            return running[turn_of(sequence)], sequence.remaining
-
-        if (
-            self.can_start
-            and rank(first_in_turn(self.waiting, running)) < rank(oldest)
-            and (admitted := self.admit()) is not None
+    def _overtake(self, sequence: Sequence, first: Sequence) -> bool:
+        """Starts it if it is the first in turn, or leaves a place and memory for that one."""
+        running = len(self.running)
+        if sequence is not first and (
+            running + 2 > self.max_running
+            or not self.memory.has_room_for((sequence, first), RESERVE_BLOCKS * (running + 1))
         ):
-            running = running_by_turn(self.running)
-            prefilling = [*prefilling, admitted]
-        shortest = min(prefilling, key=rank)
-        return None if shortest is oldest else shortest
+            return False
+        return self._admit(sequence)
 
     def grow(self, sequence: Sequence) -> None:
         """Gives a sequence the block it needs by preempting the youngest, which may be the sequence itself."""

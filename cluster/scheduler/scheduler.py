@@ -196,13 +196,11 @@ class Scheduler:
 
     def has_room_for(self, sequence: Sequence) -> bool:
         """Whether a sequence of another scheduler could start at once, and none that waits would start later for it."""
-        queues, memory = self.queues, self.queues.memory
+        queues = self.queues
         if queues.waiting or len(queues.running) >= queues.max_running:
             return False
-        reserve = RESERVE_BLOCKS * (len(queues.running) + 1)
-        has_window = memory.window is None or memory.window.can_begin(sequence, reserve)
         is_short = len(sequence.tokens) < self.settings.max_sequence_tokens
-        return is_short and has_window and sequence.blocks_needed + reserve <= memory.blocks.available
+        return is_short and queues.memory.has_room_for((sequence,), RESERVE_BLOCKS * (len(queues.running) + 1))
 
     # -- microbatches ----------------------------------------------------------------------------------------------
 
@@ -310,7 +308,8 @@ class Scheduler:
     def _prefill_slices(self, decoding: int, now_ns: int) -> list[SequenceSlice]:
         """Prompt slices for one microbatch: half for the sequence with least left to do, the rest in order of arrival.
 
-        So a short prompt does not wait for a long one, and the oldest never stands still.
+        So a short prompt does not wait for a long one, nor after a loss for all sequences that are computed again, and
+        the oldest never stands still.
         """
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:

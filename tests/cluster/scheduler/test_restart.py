@@ -13,7 +13,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
-from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+from support.clusters.fakes import VOCABULARY, ConstantModel, FakeModel, FakeStages, Simulation, expected, linear
 from support.seed import SEED
 
 SETTINGS = SchedulerSettings(
@@ -85,3 +85,35 @@ def test_an_answer_of_an_older_epoch_is_refused() -> None:
     run.send_all()
     with pytest.raises(ProtocolError, match=r"of epoch 0\.1, but microbatch 0 of epoch 0\.2 is due"):
         run.scheduler.complete(late, run.now_ns)
+
+
+def test_a_new_request_does_not_wait_for_all_that_is_computed_again() -> None:
+    """Nor do streams that have little left to compute; the oldest one is computed as well."""
+    settings = SchedulerSettings("m", VOCABULARY, context_length=2048, kv_blocks=2048, max_sequences=64)
+
+    def stage() -> FakeStages:
+        return FakeStages(ConstantModel(settings.kv_blocks), [linear(3000, 400)])
+
+    run = Simulation(Scheduler(settings, 1, 1), stage())
+    lengths = [600, *[400] * 8, *[100] * 8]
+    keys = [run.add(GenerationRequest(f"r{i}", (i,) * length, 50, seed=i)) for i, length in enumerate(lengths)]
+    while min(len(run.updates[key]) for key in keys) < 2:
+        run.step()
+    run.send_all()
+    run.sent.clear()
+    run.scheduler.restart(settings, 2, 1)
+    lost_ns = run.now_ns
+    run.stages = stage()
+    had = {key: len(run.updates[key]) for key in keys}
+    new = run.add(GenerationRequest("new", (99,) * 5, 2))
+    resumed_ns: dict[int, int] = {}
+    while len(resumed_ns) <= len(keys):
+        run.step()
+        for key in (*keys, new):
+            if len(run.updates[key]) > had.get(key, 0):
+                resumed_ns.setdefault(key, run.now_ns - lost_ns)
+    in_ms = {key: ns / 1e6 for key, ns in resumed_ns.items()}
+    all_ms = max(in_ms.values())
+    assert in_ms[new] < 150
+    assert max(in_ms[key] for key in keys[9:]) < 0.75 * all_ms
+    assert in_ms[keys[0]] < 0.75 * all_ms, "half of the rows are the oldest one's"

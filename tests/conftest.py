@@ -49,7 +49,7 @@ _UNIT_FOLDERS = (
     "cluster/engine",
     "cluster/planner",
     "cluster/scheduler",
-    "cluster/state",
+    "cluster/state/test_directory",
     "cluster/text",
     "wire/rpc",
     "wire/test_",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -114,6 +115,7 @@ Devices = Annotated[
 GpuLayers = Annotated[
     str, Option("--gpu-layers", "-ngl", metavar="N", help="Layers on GPUs, or auto: as many as fit in VRAM.")
 ]
+_Given = TypeVar("_Given")
 _Value = TypeVar("_Value")
 
 
@@ -142,7 +144,7 @@ class Gpus:
 NO_GPUS = Gpus()
 
 
-def option_value(option: str, read: Callable[[str], _Value], given: str) -> _Value:
+def option_value(option: str, read: Callable[[_Given], _Value], given: _Given) -> _Value:
     """UsageError that names the option with a bad value."""
     try:
         return read(given)
@@ -170,10 +172,32 @@ _SAMPLERS: dict[str, tuple[Any, str, str]] = {
     "presence_penalty": (float, "X", "Subtracted from the logits of tokens that occurred."),
     "samplers": (str, "A;B", "Order: penalties, dry, top_n_sigma, top_k, tfs_z, typ_p, top_p, min_p, ..."),
     "dry_sequence_breakers": (list[str], "TEXT", "No repetition continues across this text; repeatable."),
+    "json_schema": (Path, "FILE", "Answer in JSON that the schema in this file allows."),
+    "grammar": (Path, "FILE", "Answer by the grammar in this file, in GBNF or Lark."),
 }
 """Request fields with type, placeholder and help."""
 _OPTIONS = {"repetition_penalty": "--repeat-penalty", "dry_sequence_breakers": "--dry-sequence-breaker"}
 """Those that are not named as their field."""
+
+
+def _text_of(path: Path) -> str:
+    """ValueError for a file that cannot be read as text."""
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+
+
+def _json_of(path: Path) -> Any:
+    """ValueError for a file that holds no JSON."""
+    try:
+        return json.loads(_text_of(path))
+    except RecursionError:
+        raise ValueError(f"{path}: is nested too deeply") from None
+
+
+_FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": _text_of}
+"""Those whose value is in a file."""
 
 
 def with_samplers(command: Callable[..., None]) -> Callable[..., None]:
@@ -186,6 +210,9 @@ def with_samplers(command: Callable[..., None]) -> Callable[..., None]:
         more = {name: value for name in _SAMPLERS if (value := arguments.pop(name)) not in (None, [])}
         if "samplers" in more:
             more["samplers"] = [name for name in more["samplers"].replace(";", ",").split(",") if name]
+        for name, read in _FILES.items():
+            if name in more:
+                more[name] = option_value(f"--{name.replace('_', '-')}", read, more[name])
         command(**arguments, more=more)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

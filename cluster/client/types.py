@@ -47,6 +47,10 @@ class Options(TypedDict, total=False):
     mirostat_eta: float
     penalize_nl: bool
     samplers: Sequence[str]  # which act, and in which order
+    response_format: Mapping[str, Any]  # OpenAI's: {"type": "json_object"}, {"type": "json_schema", ...}
+    json_schema: Mapping[str, Any]  # the answer is JSON that it allows
+    grammar: str  # in GBNF or Lark, which the answer obeys
+    structured_outputs: Mapping[str, Any]  # vLLM's: {"regex": ...}, {"choice": [...]}, ...
 
 
 class CompletionOptions(Options, total=False):

@@ -133,6 +133,17 @@ async def test_a_model_in_the_process(tiny: Path) -> None:
     assert tuple(np.float32(value) for value in printed["logprobs"]) == reply.logprobs
 
 
+async def test_an_answer_obeys_the_schema_or_the_grammar_in_a_file(tiny: Path, tmp_path: Path) -> None:
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.gbnf"
+    schema.write_text('{"enum": [12, "twelve"]}')
+    grammar.write_text('root ::= "yes" | "no"')
+    common = ("generate", "say", "-n", "20", "--model", str(tiny), "--threads", "1")
+    by_schema = await command(*common, "--json-schema", str(schema))
+    assert by_schema.code == 0 and by_schema.out in ("12\n", '"twelve"\n')
+    by_grammar = await command(*common, "--grammar", str(grammar))
+    assert by_grammar.code == 0 and by_grammar.out in ("yes\n", "no\n")
+
+
 async def test_the_running_cluster_is_found_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path / "state"))
     keys = tmp_path / "keys"
@@ -164,6 +175,7 @@ async def test_the_running_cluster_is_found_with_its_key(tmp_path: Path, monkeyp
         (("generate", "x", "--threads", "2"), 2, "--threads is for --model"),
         (("generate", "x", "--endpoint", "http://a", "--api-key-file", "/nonexistent"), 2, "cannot read the API key"),
         (("generate", "x", "--model", "/nonexistent.gguf"), 2, "no such file"),
+        (("generate", "x", "--json-schema", "/nonexistent"), 2, "--json-schema: /nonexistent: No such file"),
         (("generate", "x", "-n", "many"), 2, "valid integer"),
         (("generate", "h\udcff"), 2, "not UTF-8"),
         (("chat", "--system", "h\udcff", "--endpoint", "http://127.0.0.1:9"), 2, "not UTF-8"),

@@ -127,6 +127,7 @@ def _answers(client: Client | LocalClient) -> list[object]:
         plain(client.generate(prompt(6, 50), **SEEDED)),
         plain(join(client.generate("h\u00e9", stream=True, max_tokens=5, seed=2))),
         plain(client.chat(CHAT, **SEEDED)),
+        plain(client.chat(CHAT, structured_outputs={"choice": ["yes", "no"]}, **SEEDED)),
         client.tokenize("Once <s> upon"),
         client.tokenize("Once upon", add_special=False),
         client.detokenize([72, 100, 105]),
@@ -152,6 +153,8 @@ def _refusals(client: Client | LocalClient) -> list[str]:
         {"stop_token_ids": [400]},
         {"min_tokens": 5, "max_tokens": 4},
         {"seed": 1 << 64},
+        {"grammar": "root ::= ("},
+        {"json_schema": {"type": "nonsense"}},
     ]
     chats: list[list[dict[str, object]]] = [
         [],

@@ -56,6 +56,17 @@ class ParameterError(RequestError):
         self.code = code
 
 
+class ContextLengthError(ParameterError):
+    """A prompt that does not fit into the context. Clients recognize the words of OpenAI's message."""
+
+    def __init__(self, has: str, prompt_tokens: int, context_length: int, param: str = "prompt") -> None:
+        """`prompt_tokens`: at least so many, where the prompt was not tokenized."""
+        reason = f"{has}, but this model's maximum context length is {context_length} tokens; shorten it"
+        super().__init__(param, reason, "context_length_exceeded")
+        self.prompt_tokens = prompt_tokens
+        self.context_length = context_length
+
+
 class RequestFailedError(LlamaclustError):
     """A request that breaks what computes it, again and again and at last alone: to send it again is of no use."""
 

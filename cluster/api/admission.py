@@ -110,12 +110,12 @@ class AdmissionGate:
         try:
             self._admission.check()
         except HttpError as refusal:
-            await error_response(refusal)(scope, receive, send)
+            await error_response(refusal, scope)(scope, receive, send)
         else:
             with self._admission.held(has_body=has_body(scope)) as request:
                 given_way = await self._answer(request, scope, receive, send)
             if given_way is not None:
-                await error_response(given_way)(scope, receive, send)
+                await error_response(given_way, scope)(scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
         """The refusal of a request that was cancelled for others before its reply began."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,16 +14,19 @@ from starlette.responses import Response
 from llamaclust.cluster.api.admission import Admission, AdmissionGate
 from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.errors import add_error_handlers
+from llamaclust.cluster.api.ignored import IgnoredFields
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
 from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
-from llamaclust.cluster.api.openai.models import ModelsEndpoint
+from llamaclust.cluster.api.openai.models import ModelNames, ModelsEndpoint
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.operations import DrainControl, Operations, Workers
+from llamaclust.cluster.api.paths import Paths
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.reply import MakeReply
 from llamaclust.cluster.api.security import Security
+from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.version import VERSION
@@ -44,13 +47,8 @@ def create_app(
     settings = replies.settings
     app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    llamacpp, models = LlamaCppEndpoints(service, settings), ModelsEndpoint(service)
-    generating: tuple[tuple[str, MakeReply, type[BaseModel]], ...] = (
-        ("/v1/chat/completions", ChatEndpoint(service, settings).create, ChatBody),
-        ("/v1/completions", CompletionEndpoint(service, settings).create, CompletionBody),
-        ("/completion", llamacpp.complete, LlamaCppBody),
-    )
-    for path, make, body in generating:
+    llamacpp, models = LlamaCppEndpoints(service, settings), ModelsEndpoint(service, settings)
+    for path, make, body in _generating(service, settings, llamacpp):
         _post(app, path, replies.endpoint(path, make), body)
     _route(app, "GET", "/v1/streams/{id:path}", replies.resume)
     _route(app, "GET", "/v1/stream/{id:path}", replies.replay)
@@ -71,10 +69,26 @@ def create_app(
     if settings.allowed_origins:
         origins = settings.allowed_origins
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(IgnoredFields)
     app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
     app.add_middleware(Security, settings=settings)
     app.add_middleware(EarlyReplies)
+    app.add_middleware(Paths, prefix=settings.prefix)
     return app
+
+
+def _generating(
+    service: TextService, settings: ApiSettings, llamacpp: LlamaCppEndpoints
+) -> Iterator[tuple[str, MakeReply, type[BaseModel]]]:
+    """Paths, makers and bodies. Clients of llama.cpp leave `/v1` away, and name any model."""
+    served = service.settings.model_name
+    for prefix, models in (
+        ("/v1", ModelNames(served, settings)),
+        ("", ModelNames(served, settings, any_by_default=True)),
+    ):
+        yield f"{prefix}/chat/completions", ChatEndpoint(service, settings, models).create, ChatBody
+        yield f"{prefix}/completions", CompletionEndpoint(service, settings, models).create, CompletionBody
+    yield "/completion", llamacpp.complete, LlamaCppBody
 
 
 def _route(app: FastAPI, method: str, path: str, endpoint: Endpoint, schema: dict[str, Any] | None = None) -> None:

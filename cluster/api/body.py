@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import codecs
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,8 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.schema import AnyBody, Neutral, read_fields
+from llamaclust.cluster.api.ignored import report_ignored
+from llamaclust.cluster.api.schema import AnyBody, ForeignFields, Leniency, read_fields
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.threads import run_on
 
@@ -21,26 +22,28 @@ _BLOCKING_BYTES = 1 << 16
 _parsing = ThreadPoolExecutor(2, "parse-body")
 
 
-async def read_body(
-    request: Request, kind: type[AnyBody], unsupported: Mapping[str, Neutral], settings: ApiSettings
-) -> AnyBody:
-    """The request's body. Raises HttpError (413, 408, 400), and what `read_fields` raises."""
-    return await parse_body(await read_bytes(request, settings), kind, unsupported)
+async def read_body(request: Request, kind: type[AnyBody], foreign: ForeignFields, settings: ApiSettings) -> AnyBody:
+    """The request's body. Raises HttpError (413, 408, 415, 400), and what `read_fields` raises."""
+    return await parse_body(await read_bytes(request, settings), kind, foreign, settings)
 
 
-async def parse_body(data: bytes, kind: type[AnyBody], unsupported: Mapping[str, Neutral]) -> AnyBody:
-    """Raises HttpError (400), and what `read_fields` raises."""
+async def parse_body(data: bytes, kind: type[AnyBody], foreign: ForeignFields, settings: ApiSettings) -> AnyBody:
+    """The reply names the fields that have no effect. Raises HttpError (400), and what `read_fields` raises."""
+    leniency = None if settings.is_strict else Leniency()
 
     def parse() -> AnyBody:
-        return read_fields(kind, parse_object(data), unsupported)
+        return read_fields(kind, parse_object(data), foreign, leniency)
 
-    return parse() if len(data) <= _BLOCKING_BYTES else await run_on(_parsing, parse)
+    body = parse() if len(data) <= _BLOCKING_BYTES else await run_on(_parsing, parse)
+    if leniency is not None and leniency.ignored:
+        report_ignored(leniency.ignored)
+    return body
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
     """A JSON object, nested 200 levels deep at most."""
     try:
-        payload = from_json(data)
+        payload = from_json(data.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
         reason = "it is nested too deeply" if "recursion limit" in str(error) else str(error)
         raise HttpError(400, "invalid_json", f"the body is not valid JSON: {reason}") from error
@@ -50,7 +53,11 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 async def read_bytes(request: Request, settings: ApiSettings) -> bytes:
-    """Raises HttpError (413, 408)."""
+    """Raises HttpError (413, 408, 415)."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        message = f"Content-Encoding {encoding[:60]!r} is not supported: send the body as it is"
+        raise HttpError(415, "unsupported_encoding", message)
     length = request.headers.get("content-length", "")
     too_large = length.isascii() and length.isdigit() and int(length[:18]) > settings.max_body_bytes
     try:

@@ -1,22 +1,22 @@
-"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}."""
+"""Errors as replies, in the shape that the API of the request has (`error_shapes`)."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
-from llamaclust.core.errors import LlamaclustError, ParameterError, QueueFullError
+from llamaclust.cluster.api.error_shapes import Failure, chosen_shape, to_json
+from llamaclust.core.errors import ContextLengthError, LlamaclustError, ParameterError, QueueFullError
 
 CLIENT_GONE = 499
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -33,19 +33,6 @@ class HttpError(LlamaclustError):
         self.param = param
 
 
-def to_json(value: Any) -> bytes:
-    """A value as JSON. Iterators are arrays; numbers that JSON lacks are a mistake of ours; halves of surrogate pairs
-    become '?'."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_items)
-    return text.encode("utf-8", "replace")
-
-
-def _items(value: object) -> list[Any]:
-    if not isinstance(value, Iterator):
-        raise TypeError(f"{type(value).__name__} is no JSON")
-    return list(value)
-
-
 class JsonResponse(Response):
     """A body of JSON."""
 
@@ -55,17 +42,21 @@ class JsonResponse(Response):
         return to_json(content)
 
 
-def error_body(error: LlamaclustError) -> dict[str, Any]:
-    """The error as a reply's or an event's JSON."""
+def failure_of(error: LlamaclustError) -> Failure:
+    """What a reply says about an error."""
     param = error.param if isinstance(error, ParameterError | HttpError) else None
-    return _body(error.http_status, str(error), param, error.code)
+    numbers = {}
+    if isinstance(error, ContextLengthError):
+        numbers = {"n_prompt_tokens": error.prompt_tokens, "n_ctx": error.context_length}
+    return Failure(error.http_status, str(error), error.code, param, numbers)
 
 
-def error_response(error: LlamaclustError) -> Response:
+def error_response(error: LlamaclustError, scope: Scope) -> Response:
+    """In the shape of the request's API."""
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    return JsonResponse(error_body(error), status_code=error.http_status, headers=headers)
+    return _response(failure_of(error), scope, headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -76,22 +67,22 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-def _body(status: int, message: str, param: str | None, code: str) -> dict[str, Any]:
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def _response(failure: Failure, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
+    return JsonResponse(chosen_shape(scope).body(failure), status_code=failure.status, headers=headers)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LlamaclustError)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    status = error.status_code
+    if request.method == "OPTIONS" and error.headers and "Allow" in error.headers:
+        return Response(status_code=204, headers=error.headers)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    body = _body(status, message, None, _CODES.get(status, "invalid_request_error"))
-    return JsonResponse(body, status_code=status, headers=error.headers)
+    failure = Failure(error.status_code, message, _CODES.get(error.status_code, "invalid_request_error"))
+    return _response(failure, request.scope, error.headers)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
@@ -100,4 +91,5 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     """The server logs the error itself, once it is re-raised."""
-    return JsonResponse(_body(500, "internal error; the coordinator's log says more", None, "internal_error"), 500)
+    failure = Failure(500, "internal error; the coordinator's log says more", "internal_error")
+    return _response(failure, request.scope)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llamaclust.cluster.api.errors import to_json
+from llamaclust.cluster.api.error_shapes import to_json
 from llamaclust.cluster.text.threads import run_on
 
 _LARGE_ENTRIES = 1024

@@ -4,11 +4,21 @@ Fields that come in several shapes are read into one: stop strings, prompts, mes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from llamaclust.core.errors import ParameterError
@@ -16,9 +26,9 @@ from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 
 _UNKNOWN = "unknown_field"
 _MOST_OF_A_NAME = 200
+_MOST_IGNORED = 16
 
 MAX_PROMPTS = 64
-_TEXT_PART_KEYS = {"type", "text"}
 
 Prompt = str | tuple[int, ...]
 
@@ -26,8 +36,32 @@ Neutral = Callable[[Any], bool]
 """Whether a value of a field asks for nothing that is not done anyway."""
 
 
+@dataclass(frozen=True, slots=True)
+class ForeignFields:
+    """Fields that other servers have and an endpoint has not."""
+
+    refused: Mapping[str, Neutral] = field(default_factory=dict)  # would change the answer
+    hints: Mapping[str, Neutral] = field(default_factory=dict)  # may be left undone
+    other_names: Mapping[str, str] = field(default_factory=dict)  # of fields that the endpoint has
+
+
+NOTHING_FOREIGN: Final = ForeignFields()
+
+
+class Leniency:
+    """Takes the names of fields that one body has and that have no effect."""
+
+    def __init__(self) -> None:
+        self.ignored: list[str] = []
+
+    def ignore(self, name: str) -> None:
+        if len(self.ignored) < _MOST_IGNORED and name not in self.ignored:
+            self.ignored.append(name)
+
+
 class Body(BaseModel):
-    """A request's fields, by their own names and types only. Null is the same as absent."""
+    """A request's fields, by their own names and types only; 5.0 is a whole number. Null is the same as absent. Unknown
+    fields are refused unless a `Leniency` is the context of validation."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -35,35 +69,66 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _knows_its_fields(cls, fields: Any) -> Any:
-        """Ends at the first unknown field; pydantic would list them all, which takes seconds for a million."""
+    def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
+        """Ends at the first unknown field that is refused; pydantic would list them all, which takes seconds for a
+        million."""
+        if not isinstance(fields, dict):
+            return fields
         known = cls.model_fields
-        unknown = next((name for name in fields if name not in known), None) if isinstance(fields, dict) else None
-        if unknown is not None:
-            near = get_close_matches(str(unknown)[:_MOST_OF_A_NAME], list(known), 1)
-            text = f"unknown field{f'; did you mean {near[0]!r}?' if near else ''}"
-            raise PydanticCustomError(_UNKNOWN, "{text}", {"name": str(unknown), "text": text})
-        return fields
+        unknown = [name for name in fields if name not in known]
+        for name in unknown:
+            if not isinstance(info.context, Leniency):
+                raise _unknown_field(str(name), known)
+            info.context.ignore(str(name))
+        if unknown:
+            fields = {name: value for name, value in fields.items() if name in known}
+        return {name: _whole(known[name], value) for name, value in fields.items()}
+
+
+def _unknown_field(name: str, known: Iterable[str]) -> PydanticCustomError:
+    near = get_close_matches(name[:_MOST_OF_A_NAME], list(known), 1)
+    text = f"unknown field{f'; did you mean {near[0]!r}?' if near else ''}"
+    return PydanticCustomError(_UNKNOWN, "{text}", {"name": name, "text": text})
+
+
+def _whole(field_info: FieldInfo, value: Any) -> Any:
+    """5.0 as 5 where a field is a whole number."""
+    if type(value) is float and value.is_integer() and field_info.annotation in (int, int | None):
+        return int(value)
+    return value
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def read_fields(
-    kind: type[AnyBody], fields: Mapping[str, Any], unsupported: Mapping[str, Neutral] | None = None
+    kind: type[AnyBody],
+    fields: Mapping[str, Any],
+    foreign: ForeignFields = NOTHING_FOREIGN,
+    leniency: Leniency | None = None,
 ) -> AnyBody:
-    """The body that the fields make. ParameterError for one that is wrong or asks for what is not supported.
-
-    `unsupported` are fields that other servers have: dropped where neutral, else refused.
-    """
+    """The body that the fields make. ParameterError for one that is wrong or asks for what is not supported; without
+    `leniency` also for those that are unknown or have no effect."""
     kept = {name: value for name, value in fields.items() if value is not None}
-    for name, is_neutral in (unsupported or {}).items():
+    for name, is_neutral in foreign.refused.items():
         if name in kept and not is_neutral(kept.pop(name)):
-            raise ParameterError(name, "this server does not support it; leave it out")
+            raise _unsupported(name)
+    for name, is_neutral in foreign.hints.items():
+        if name in kept and not is_neutral(kept.pop(name)):
+            if leniency is None:
+                raise _unsupported(name)
+            leniency.ignore(name)
+    for other, name in foreign.other_names.items():
+        if other in kept and kept.setdefault(name, kept[other]) != kept.pop(other):
+            raise ParameterError(other, f"is another name of {name}, which has another value: leave one out")
     try:
-        return kind.model_validate(kept)
+        return kind.model_validate(kept, context=leniency)
     except ValidationError as error:
         raise _first_error(error) from error
+
+
+def _unsupported(name: str) -> ParameterError:
+    return ParameterError(name, "this server does not support it; leave it out")
 
 
 def _first_error(error: ValidationError) -> ParameterError:
@@ -84,6 +149,14 @@ def _first_error(error: ValidationError) -> ParameterError:
 
 def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _limit(value: Any) -> Any:
+    return None if value in (-1, -2) and not isinstance(value, bool) else value
+
+
+def _seed(value: Any) -> Any:
+    return None if value == -1 and not isinstance(value, bool) else value
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -125,8 +198,8 @@ def _part(part: Any) -> str:
         raise ValueError("a part must be an object with a 'type'")
     if part["type"] != "text":
         raise ValueError(f"parts of type {part['type'][:60]!r} are not supported, only 'text'")
-    if not isinstance(part.get("text"), str) or part.keys() - _TEXT_PART_KEYS:
-        raise ValueError("a text part has the fields 'type' and 'text' alone")
+    if not isinstance(part.get("text"), str):
+        raise ValueError("a text part needs the field 'text'")
     return str(part["text"])
 
 
@@ -162,6 +235,10 @@ _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
 _PROMPTS = {"anyOf": [{"type": "string"}, _IDS, {"type": "array", "items": {"anyOf": [{"type": "string"}, _IDS]}}]}
 _PARTS = {"type": "array", "items": {"type": "object", "required": ["type", "text"]}}
 
+LimitField = Annotated[int | None, BeforeValidator(_limit), WithJsonSchema({"type": "integer", "minimum": -2})]
+"""Tokens of an answer; None: what the context leaves, which llama.cpp writes -1 or -2."""
+SeedField = Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type": "integer"})]
+"""None: drawn, which llama.cpp writes -1."""
 StopField = Annotated[tuple[str, ...], BeforeValidator(_stop), WithJsonSchema(_STRINGS)]
 PromptsField = Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
 ContentField = Annotated[str, BeforeValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})]

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,22 +27,22 @@ class ApiKeys:
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [_digest(key) for key in keys]
 
-    def error(self, authorization: str) -> HttpError | None:
-        """What is wrong with an Authorization header."""
+    def error(self, key: str) -> HttpError | None:
+        """What is wrong with the key that a client sent; "" for none."""
         if not self._keys:
             return None
-        key = bearer_key(authorization)
         if not key:
-            return _unauthorized("this API needs a key: send the header Authorization: Bearer KEY")
+            return _unauthorized("this API needs a key: send the header Authorization: Bearer KEY, or X-Api-Key: KEY")
         given = _digest(key)
         is_known = sum(hmac.compare_digest(given, known) for known in self._keys) > 0
         return None if is_known else _unauthorized("unknown API key")
 
 
-def bearer_key(authorization: str) -> str:
-    """The key in an Authorization header; "" where there is none."""
-    scheme, _, key = authorization.partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+def sent_key(headers: Mapping[str, str]) -> str:
+    """The key in the headers of a request, whose names are in small letters; "" where there is none. Anthropic's
+    clients send it without a scheme."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
 class Security:
@@ -60,7 +60,7 @@ class Security:
             try:
                 self._check(scope)
             except HttpError as error:
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -72,7 +72,7 @@ class Security:
             message = "a request has Content-Length or Transfer-Encoding, not both"
             raise HttpError(400, "bad_request", message, {"Connection": "close"})
         is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
-        error = self._keys.error(headers.get("authorization", ""))
+        error = self._keys.error(sent_key(headers))
         if error is not None and scope["path"] not in OPEN_PATHS and not is_preflight:
             raise error
         scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}

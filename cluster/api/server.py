@@ -15,8 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llamaclust.cluster.api.errors import HttpError, error_body, to_json
-from llamaclust.cluster.api.security import ApiKeys
+from llamaclust.cluster.api.error_shapes import OPENAI, Failure, to_json
+from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
 
@@ -173,11 +173,11 @@ class StartingReplies:
     def _reply(self, head: bytes) -> bytes:
         if self._is_live and head.split(b" ")[1:2] == [b"/live"]:
             return _LIVE
-        lines = head.decode("latin-1").split("\r\n")
-        values = [line.partition(":")[2] for line in lines if line.lower().startswith("authorization:")]
-        is_trusted = self._keys.error("".join(values[:1]).strip()) is None
+        lines = [line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:]]
+        is_trusted = self._keys.error(sent_key({name.lower(): value.strip() for name, _, value in lines})) is None
         why = f"; it waits for {self._awaited}" if self._awaited and is_trusted else ""
-        body = to_json(error_body(HttpError(503, "cluster_starting", f"the cluster is starting: try again later{why}")))
+        failure = Failure(503, f"the cluster is starting: try again later{why}", "cluster_starting")
+        body = to_json(OPENAI.body(failure))
         status = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         more = f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
         return (status + more).encode() + body

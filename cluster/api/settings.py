@@ -18,6 +18,10 @@ class ApiSettings:
     """Fixed for the life of an app. Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
+    prefix: str = ""  # of all paths, like "/llm"
+    is_strict: bool = False  # refuses fields that are unknown or have no effect
+    strict_model: bool | None = None  # whether a request must name the served model; None: on OpenAI's paths
+    aliases: tuple[str, ...] = ()  # further names of the served model
     api_keys: tuple[str, ...] = ()  # none: no key is asked for
     allowed_hosts: tuple[str, ...] = ()  # names beside loopback, listen_host and the address that was connected to
     allowed_origins: tuple[str, ...] = ()  # web pages that may use the API, like "https://chat.example"

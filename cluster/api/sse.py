@@ -11,7 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llamaclust.cluster.api.errors import error_body, to_json
+from llamaclust.cluster.api.error_shapes import chosen_shape, to_json
+from llamaclust.cluster.api.errors import failure_of
 from llamaclust.cluster.api.json_parts import json_parts
 from llamaclust.core.errors import LlamaclustError
 
@@ -41,12 +42,12 @@ class EventResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await first_of(self._send(send), self._watch(receive))
+            await first_of(self._send(scope, send), self._watch(receive))
         finally:
             await self._events.aclose()
             await self._close()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         last = b""
         try:
@@ -55,7 +56,7 @@ class EventResponse(Response):
                 if self._is_cut:  # the server takes data also after that
                     return
         except LlamaclustError as error:
-            last = event(error_body(error))
+            last = chosen_shape(scope).event(failure_of(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _watch(self, receive: Receive) -> None:

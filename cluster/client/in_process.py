@@ -134,7 +134,7 @@ class ServiceClient(TextClient):
         chat = read_fields(ChatBody, body)
 
         async def start() -> CompletionStream:
-            return await self._service.start(chat.request(await self._service.chat_prompt(chat.variables)))
+            return await self._service.start(await self._service.chat(chat.request()))
 
         return self._stream(start)
 

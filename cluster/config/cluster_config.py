@@ -13,7 +13,17 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from llamaclust.cluster.config.document import Document, override, read_document
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.errors import PlaceError, explain, hint
-from llamaclust.cluster.config.sections import AnyWorker, Join, Lease, PlanEntry, Ray, Section, Timeouts, WorkerConfig
+from llamaclust.cluster.config.sections import (
+    AnyWorker,
+    Api,
+    Join,
+    Lease,
+    PlanEntry,
+    Ray,
+    Section,
+    Timeouts,
+    WorkerConfig,
+)
 from llamaclust.cluster.config.values import (
     Address,
     FilePath,
@@ -86,6 +96,8 @@ class ClusterConfig(Section):
     """Web pages that may use the API, such as https://chat.example; none by default."""
     api_keys_file: FilePath | None = None
     """File of API keys, one a line, mode 0600; needed when `listen` is not a loopback address."""
+    api: Api = Api()
+    """What the HTTP API accepts."""
     state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)
     """Plans, measurements, logs. By default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
     lease: Lease | None = None

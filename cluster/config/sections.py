@@ -116,6 +116,19 @@ class Lease(Section):
         return self
 
 
+class Api(Section):
+    """What the HTTP API accepts."""
+
+    prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]{1,63}){0,8}$")] = ""
+    """Of all paths, such as /llm; paths without it are served too."""
+    strict: bool = False
+    """Whether fields that are unknown or have no effect are refused; by default a header of the reply names them."""
+    strict_model: Annotated[bool | None, OrAuto()] = None
+    """Whether a request must name the served model; auto: on OpenAI's paths."""
+    aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
+    """Further names of the served model."""
+
+
 class PlanEntry(Section):
     """One stage of a plan made by hand."""
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from llamaclust.cluster.scheduler.breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core import sampling_bounds as bounds
-from llamaclust.core.errors import ParameterError
+from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
@@ -80,8 +80,7 @@ def _check_prompt(request: GenerationRequest, vocabulary: int, most: int) -> Non
         raise ParameterError("prompt", "is empty; give at least one token")
     if tokens + (request.max_new_tokens != 0) > most:
         room = " with no room for an answer" if tokens == most else ""
-        reason = f"has {tokens} tokens{room}, but the model's context length is {most} tokens; shorten it"
-        raise ParameterError("prompt", reason, "context_length_exceeded")
+        raise ContextLengthError(f"has {tokens} tokens{room}", tokens, most)
     _check_tokens("prompt", request.prompt, vocabulary)
 
 

@@ -259,6 +259,10 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
     return ApiSettings(
         listen_host=config.host,
         api_keys=read_api_keys(config.api_keys_file),
+        prefix=config.api.prefix,
+        is_strict=config.api.strict,
+        strict_model=config.api.strict_model,
+        aliases=config.api.aliases,
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
         resume_s=config.timeouts.resume,

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.budget import EntryBudget
+from llamaclust.cluster.text.chat import ChatRequest, render
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import CompletionStream, Record
 from llamaclust.cluster.text.threads import BREAKERS, TOKENIZING, run_on
-from llamaclust.core.errors import ParameterError
+from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
-from llamaclust.model.chat.prompt import encode_chat, guard_messages, unguarded
+from llamaclust.model.chat.prompt import encode_chat, unguarded
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _BLOCKING_CHARACTERS = 2048
 """Texts longer than this are tokenized on a thread."""
-
-_TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,31 +98,28 @@ class TextService:
         return await run_on(TOKENIZING, self.tokenizer.encode, text, add_special, parse_special)
 
     async def tokenize_all(
-        self, parts: Sequence[str | int], most_tokens: int, param: str, add_special: bool = False
+        self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
         """Token ids of each part of a request's field `param`; an id stands for itself, `add_special` is for the first
-        part. ParameterError, before any work, where the parts are more than so many tokens can hold."""
-        if len(parts) > most_tokens:
-            raise ParameterError(param, f"has {len(parts)} parts, at most {most_tokens} tokens are taken")
-        self._check_characters(sum(len(part) for part in parts if isinstance(part, str)), most_tokens, param)
+        part. ParameterError, before any work, where the parts are more than so many tokens, by default the context's,
+        can hold."""
+        self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
+        self._check_characters(sum(len(part) for part in parts if isinstance(part, str)), param, most_tokens)
         return await run_on(TOKENIZING, self._encode_all, parts, add_special)
 
-    async def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
-    ) -> tuple[int, ...]:
-        """Token ids of a chat, ready for the answer. Control words in the messages stay text. `variables` are the
-        template's. Raises RequestError where the template refuses the messages."""
-        contents = [message.get("content") for message in messages]
-        given = sum(len(content) for content in contents if isinstance(content, str))
-        self._check_characters(given, self.settings.context_length, "prompt")
+    async def chat(self, chat: ChatRequest) -> CompletionRequest:
+        """The completion that answers a chat. Control words in the messages stay text. RequestError where the template
+        refuses the messages."""
+        self._check_characters(chat.characters)
         with self._preparing():
-            rendered = await self._render(messages, variables or {})
-            self._check_characters(len(unguarded(rendered)), self.settings.context_length, "prompt")
-            return tuple(await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered))
+            rendered = await render(chat, self.chat_template, self.tokenizer)
+            self._check_characters(len(unguarded(rendered)))
+            prompt = await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered)
+        return replace(chat.answer, prompt=tuple(prompt))
 
-    async def chat_text(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+    async def chat_text(self, chat: ChatRequest) -> str:
         """A chat as the model will see it."""
-        return unguarded(await self._render(messages, variables or {}))
+        return unguarded(await render(chat, self.chat_template, self.tokenizer))
 
     @contextmanager
     def _preparing(self) -> Iterator[None]:
@@ -134,16 +129,9 @@ class TextService:
         finally:
             self._in_preparation -= 1
 
-    async def _render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        taken = _TEMPLATE_ARGUMENTS & variables.keys()
-        if taken:
-            raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
-        *guarded, more = await run_on(TOKENIZING, guard_messages, [*messages, variables], self.tokenizer)
-        return await self.chat_template.render_async(guarded, **more)
-
     async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):
-            self._check_characters(len(request.prompt), self.settings.context_length, "prompt")
+            self._check_characters(len(request.prompt))
             return tuple(await self.tokenize(request.prompt, request.add_special, request.parse_special))
         return request.prompt
 
@@ -154,11 +142,19 @@ class TextService:
             for place, part in enumerate(parts)
         ]
 
-    def _check_characters(self, characters: int, most_tokens: int, param: str) -> None:
+    def _check_characters(self, characters: int, param: str = "prompt", most_tokens: int | None = None) -> None:
         """Refuses without work what is surely too long."""
-        if characters > most_tokens * self.tokenizer.longest_word:
-            reason = f"has {characters} characters, more than {most_tokens} tokens can hold; shorten it"
-            raise ParameterError(param, reason, "context_length_exceeded")
+        self._check_room(
+            f"has {characters} characters", -(-characters // self.tokenizer.longest_word), param, most_tokens
+        )
+
+    def _check_room(self, has: str, tokens: int, param: str, most_tokens: int | None) -> None:
+        """`tokens`: at least so many."""
+        context = self.settings.context_length
+        if most_tokens is None and tokens > context:
+            raise ContextLengthError(f"{has}, more than {context} tokens can hold", tokens, context, param)
+        if most_tokens is not None and tokens > most_tokens:
+            raise ParameterError(param, f"{has}, more than {most_tokens} tokens can hold; shorten it")
 
     async def _breakers(self, request: CompletionRequest) -> Breakers:
         """Only where DRY looks for them."""

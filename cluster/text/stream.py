@@ -10,7 +10,7 @@ from typing import Self
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream
-from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
+from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, Timings, TokenSampled
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import Answered
@@ -58,7 +58,7 @@ class CompletionStream:
         self._unfinished = len(choices)
         self._is_primed = asyncio.Event()
         self._head: TextChunk | None = None
-        self._streams = [engine.submit(replace(generation, answered=answered.get(0, ())))]
+        self._streams = {0: engine.submit(replace(generation, answered=answered.get(0, ())))}
         self._tasks = [asyncio.create_task(self._run(i, choice)) for i, choice in enumerate(choices)]
         for task in self._tasks:
             task.add_done_callback(self._ended)
@@ -94,9 +94,13 @@ class CompletionStream:
             async with asyncio.timeout(timeout_s):
                 self._head = await anext(self)
 
+    def timings(self, choice: int = 0) -> Timings:
+        """Of a choice, as far as it came."""
+        return self._streams[choice].timings
+
     async def aclose(self) -> None:
         """Aborts choices that have not ended. Nothing of the request is left in the engine afterwards."""
-        for stream in self._streams:
+        for stream in self._streams.values():
             stream.abort()
         for task in self._tasks:
             task.cancel()
@@ -128,7 +132,7 @@ class CompletionStream:
                     raise
                 await asyncio.sleep(full.retry_after_s)
             else:
-                self._streams.append(stream)
+                self._streams[index] = stream
                 return stream
 
     async def _follow(self, stream: RequestStream, index: int, choice: ChoiceText) -> None:
@@ -149,7 +153,7 @@ class CompletionStream:
     def _put(self, chunk: TextChunk) -> None:
         self._unread_rows += _rows(chunk)
         if self._most_unread_rows is not None and self._unread_rows > self._most_unread_rows:
-            for stream in self._streams:
+            for stream in self._streams.values():
                 stream.abort()
             raise DeadlineError(f"the answer was read too slowly: {self._unread_rows} tokens waited for their reader")
         self._chunks.put_nowait(chunk)

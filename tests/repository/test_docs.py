@@ -242,6 +242,7 @@ def minimal(tmp_path: Path) -> Path:
         ("timeouts", "Timeouts", "timeouts."),
         ("join", "Join", "join."),
         ("ray", "Ray", "ray."),
+        ("api", "Api", "api."),
     ],
 )
 def test_keys_and_defaults_are_those_of_the_schema(

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
-from llamaclust.cluster.api.openai.schema import MessagesField
+from llamaclust.cluster.api.openai.schema import ChatFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
-from llamaclust.cluster.api.schema import Body, StopField, is_int, is_token_id
+from llamaclust.cluster.api.schema import MAX_PROMPTS, Body, StopField, is_int, is_token_id
 from llamaclust.cluster.api.structured_output import GrammarFields
+from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sampling_bounds import MAX_PENALTY
@@ -20,17 +21,24 @@ NEVER = -1e9
 
 MAX_TOKENIZED_BYTES = 1 << 20
 
-PromptParts = tuple[str | int, ...]
+LlamaCppPrompt = str | tuple[str | int, ...]
+"""Text, or token ids and texts mixed."""
 
 
-def _prompt(value: Any) -> str | PromptParts:
-    """Text, token ids, or both mixed in one list."""
+def _prompts(value: Any) -> tuple[LlamaCppPrompt, ...]:
+    """One prompt, or a list of texts and lists."""
+    if isinstance(value, list) and value and not any(is_int(item) for item in value):
+        if len(value) > MAX_PROMPTS:
+            raise ValueError(f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
+        return tuple(_prompt(item) for item in value)
+    return (_prompt(value),)
+
+
+def _prompt(value: Any) -> LlamaCppPrompt:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(item, str) or is_int(item) for item in value):
-        raise ValueError("must be a string or a list of strings and token ids")
-    if value and not any(is_int(item) for item in value):
-        raise ValueError("several prompts in one request are not supported here; /v1/completions takes them")
+        raise ValueError("must be a string, a list of token ids and strings, or a list of those")
     return tuple(value)
 
 
@@ -59,15 +67,16 @@ def _bias(value: Any) -> float:
     return float(value)
 
 
-_MIXED = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "integer"]}}]}
+_MIXED: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "integer"]}}]}
+_PROMPTS = {"anyOf": [*_MIXED["anyOf"], {"type": "array", "items": _MIXED}]}
 _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
 
 
 class LlamaCppBody(SamplerFields, GrammarFields):
     """`POST /completion`."""
 
-    prompt: Annotated[Any, BeforeValidator(_prompt), WithJsonSchema(_MIXED)]
-    """Text, token ids, or both mixed."""
+    prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
+    """Text, token ids, both mixed, or a list of several."""
     n_predict: Annotated[int, Field(ge=-2, le=MAX_CONTEXT_TOKENS)] = -1
     """Tokens at most; -1: what the context leaves."""
     temperature: float = 0.8
@@ -98,6 +107,8 @@ class LlamaCppBody(SamplerFields, GrammarFields):
     """Logprobs of the chosen tokens and of that many of the likeliest."""
     return_tokens: bool = False
     """Token ids in the reply; a stream always has them."""
+    timings_per_token: bool = False
+    """Timings in each event of a stream."""
     stream: bool = False
     """Server-sent events."""
 
@@ -147,10 +158,13 @@ class DetokenizeBody(Body):
     """Token ids."""
 
 
-class TemplateBody(Body):
+class TemplateBody(ChatFields):
     """`POST /apply-template`."""
 
-    messages: MessagesField
-    """The chat."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """More variables for the template."""
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    """Definitions of functions, for the template."""
+
+    def request(self) -> ChatRequest:
+        return ChatRequest(
+            self.variables, tools=tuple(self.tools), variables=self.template_variables, end=self.prompt_end
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llamaclust.cluster.api.body import parse_body
-from llamaclust.cluster.api.no_op_fields import CHAT
-from llamaclust.cluster.api.openai.models import check_model
+from llamaclust.cluster.api.foreign_fields import CHAT
+from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
 from llamaclust.cluster.api.openai.schema import ChatBody
 from llamaclust.cluster.api.openai.shapes import ending, row_entry
@@ -23,17 +23,18 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 class ChatEndpoint:
     """Chats, rendered by the model's own template."""
 
-    def __init__(self, service: TextService, settings: ApiSettings) -> None:
+    def __init__(self, service: TextService, settings: ApiSettings, models: ModelNames) -> None:
         self._service = service
         self._settings = settings
+        self._models = models
 
     async def create(self, data: bytes, ticket: Ticket) -> OpenAiReply:
-        body = await parse_body(data, ChatBody, CHAT)
-        check_model(body.model, self._service)
+        body = await parse_body(data, ChatBody, CHAT, self._settings)
+        self._models.check(body.model)
         body.check()
 
         async def requests() -> list[CompletionRequest]:
-            return [body.request(await self._service.chat_prompt(body.variables, body.chat_template_kwargs))]
+            return [await self._service.chat(body.request())]
 
         shape = _ChatShape(self._service.tokenizer, body)
         return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)
@@ -48,6 +49,7 @@ class _ChatShape:
         self._tokenizer = tokenizer
         self._with_logprobs = body.logprobs
         self._with_ids = body.return_token_ids
+        self.shows_timings = body.timings_per_token
 
     def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice:
         ids = {"prompt_token_ids": stream.generation.prompt} if self._with_ids else {}

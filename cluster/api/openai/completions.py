@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llamaclust.cluster.api.body import parse_body
-from llamaclust.cluster.api.no_op_fields import COMPLETION
-from llamaclust.cluster.api.openai.models import check_model
+from llamaclust.cluster.api.foreign_fields import COMPLETION
+from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
 from llamaclust.cluster.api.openai.schema import CompletionBody
 from llamaclust.cluster.api.openai.shapes import NO_ECHO, Echo, ShownToken, completion_logprobs, ending, make_echo
@@ -22,13 +22,14 @@ from llamaclust.cluster.text.stream import CompletionStream
 class CompletionEndpoint:
     """Prompts as they are, text or token ids."""
 
-    def __init__(self, service: TextService, settings: ApiSettings) -> None:
+    def __init__(self, service: TextService, settings: ApiSettings, models: ModelNames) -> None:
         self._service = service
         self._settings = settings
+        self._models = models
 
     async def create(self, data: bytes, ticket: Ticket) -> OpenAiReply:
-        body = await parse_body(data, CompletionBody, COMPLETION)
-        check_model(body.model, self._service)
+        body = await parse_body(data, CompletionBody, COMPLETION, self._settings)
+        self._models.check(body.model)
         body.check()
 
         async def requests() -> list[CompletionRequest]:
@@ -46,6 +47,7 @@ class _CompletionShape:
     def __init__(self, service: TextService, body: CompletionBody) -> None:
         self._tokenizer = service.tokenizer
         self._body = body
+        self.shows_timings = body.timings_per_token
         self._echoes: dict[int, Echo] = {}
 
     def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice | None:

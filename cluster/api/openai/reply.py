@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from llamaclust.cluster.api.json_parts import is_large, json_parts, off_loop_if_large
+from llamaclust.cluster.api.llamacpp.timings import shown_timings
 from llamaclust.cluster.api.openai.schema import StreamOptions
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
+from llamaclust.cluster.api.prompt_streams import PromptStreams
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import DONE, event
-from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
+from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.cluster.text.answer import Answer, TextChunk, collect, release_rows
-from llamaclust.cluster.text.budget import ReplySize
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
-from llamaclust.cluster.text.stream import MAX_UNREAD_ROWS, CompletionStream, chunks_or_silence
+from llamaclust.cluster.text.stream import CompletionStream
 
 Choice = dict[str, Any]
 
@@ -29,6 +30,7 @@ class Shape(Protocol):
     id_prefix: str
     whole_object: str
     chunk_object: str
+    shows_timings: bool
 
     def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice | None:
         """What a streamed choice begins with."""
@@ -65,43 +67,21 @@ class OpenAiReply:
         self._shape = shape
         self._requests = requests
         self._options = streaming or StreamOptions()
-        self._streams: list[CompletionStream] = []
-        self._choices = 0  # known once it has started
-        self._reserved = 0
+        self._prompts = PromptStreams(service, ticket, is_streamed=self.is_streamed)
         self._opened: set[tuple[int, int]] = set()
 
-    async def start(self) -> None:
-        """Submits all prompts, with one seed; where one is refused, none runs."""
-        try:
-            requests = [self._ticket.request(*numbered) for numbered in enumerate(await self._requests())]
-            generations = [await self._service.prepare(request) for request in requests]
-            self._reserve(requests, generations)
-            for prompt, (request, generation) in enumerate(zip(requests, generations, strict=True)):
-                recording = self._ticket.recording(prompt, request)
-                self._streams.append(self._service.submit(request, generation, recording))
-            self._choices = sum(request.n for request in requests)
-        except BaseException:
-            await self.aclose()
-            raise
+    @property
+    def _streams(self) -> list[CompletionStream]:
+        return self._prompts.streams
 
-    def _reserve(self, requests: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> None:
-        """Of a streamed reply, the first prompt's answer is read while it runs, the others wait for their turn."""
-        bounds = [MAX_UNREAD_ROWS if self.is_streamed and prompt == 0 else None for prompt in range(len(requests))]
-        sizes = [
-            ReplySize.of(generation, request.n, bound)
-            for request, generation, bound in zip(requests, generations, bounds, strict=True)
-        ]
-        self._reserved = self._service.budget.reserve(sizes)
+    async def start(self) -> None:
+        await self._prompts.submit(await self._requests())
 
     async def wait_first(self) -> None:
         await self._streams[0].wait_first(self._settings.first_chunk_s)
 
     async def aclose(self) -> None:
-        for stream in self._streams:
-            await stream.aclose()
-        self._streams.clear()
-        self._service.budget.release(self._reserved)
-        self._reserved = 0
+        await self._prompts.aclose()
 
     async def whole(self) -> list[bytes]:
         answers = [await collect(stream) for stream in self._streams]
@@ -121,7 +101,8 @@ class OpenAiReply:
         ]
         tokens = sum(len(answer.rows) for prompt_answers in answers for answer in prompt_answers)
         counts = self._usage(tokens, [prompt_answers[0].timings for prompt_answers in answers])
-        parts = json_parts({**self._reply(self._shape.whole_object, choices), "usage": counts})
+        more = {"timings": shown_timings(answers[0][0].timings)} if self._shape.shows_timings else {}
+        parts = json_parts({**self._reply(self._shape.whole_object, choices), "usage": counts, **more})
         release_rows(answers)
         return parts
 
@@ -129,7 +110,7 @@ class OpenAiReply:
         options = self._options
         tokens, timings = 0, []
         more: dict[str, Any] = {"usage": None} if options.include_usage else {}
-        async for prompt, chunk in self._chunks():
+        async for prompt, chunk in self._prompts.chunks(self._settings.keepalive_s):
             if chunk is None:
                 yield None
                 continue
@@ -144,8 +125,8 @@ class OpenAiReply:
                 yield shown
         if options.include_usage:
             counts = self._usage(tokens, timings)
-            yield Event(self._choices, event({**self._reply(self._shape.chunk_object, []), "usage": counts}))
-        yield Event(self._choices, DONE)
+            yield Event(self._prompts.choices, event({**self._reply(self._shape.chunk_object, []), "usage": counts}))
+        yield Event(self._prompts.choices, DONE)
 
     def _reply(self, kind: str, choices: list[Choice]) -> dict[str, Any]:
         return {
@@ -168,14 +149,10 @@ class OpenAiReply:
             "prompt_tokens_details": {"cached_tokens": sum(timing.cached_tokens for timing in timings)},
         }
 
-    async def _chunks(self) -> AsyncIterator[tuple[int, TextChunk | None]]:
-        """All prompts' chunks, prompt by prompt; None where nothing came for a while."""
-        for prompt, stream in enumerate(self._streams):
-            async for chunk in chunks_or_silence(stream, self._settings.keepalive_s):
-                yield prompt, chunk
-
     def _events_of(self, prompt: int, chunk: TextChunk, more: dict[str, Any], *, is_large: bool) -> list[Event]:
         shown = self._shown(prompt, chunk)
+        if self._shape.shows_timings:
+            more = {**more, "timings": shown_timings(self._streams[prompt].timings(chunk.index))}
         values = [{**self._reply(self._shape.chunk_object, [choice]), **more} for choice in shown]
         return [
             Event(choice["index"], event(value, is_large=is_large)) for choice, value in zip(shown, values, strict=True)

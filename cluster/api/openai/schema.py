@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
-from llamaclust.cluster.api.no_op_fields import MESSAGE
+from llamaclust.cluster.api.foreign_fields import MESSAGE
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
-from llamaclust.cluster.api.schema import BiasField, Body, ContentField, Prompt, PromptsField, StopField, read_fields
+from llamaclust.cluster.api.schema import (
+    BiasField,
+    Body,
+    ContentField,
+    LimitField,
+    Prompt,
+    PromptsField,
+    SeedField,
+    StopField,
+    read_fields,
+)
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
+from llamaclust.cluster.text.chat import ChatRequest, PromptEnd, prompt_end
 from llamaclust.cluster.text.request import MAX_SALT_CHARACTERS, MAX_STOP_TOKENS, CompletionRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
@@ -41,21 +52,24 @@ class Message(Body):
     """Text, or parts of type `text`."""
     name: str | None = None
     """Passed to the chat template."""
+    reasoning_content: str | None = None
+    """What a model thought before its answer, sent back; passed to the chat template."""
 
     def as_variables(self) -> dict[str, str]:
         """As chat templates know it."""
         role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": self.content, **named}
+        more = {"name": self.name, "reasoning_content": self.reasoning_content}
+        given = {name: value for name, value in more.items() if value is not None}
+        return {"role": role, "content": self.content, **given}
 
 
-def _message(value: Any) -> Any:
+def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
     if value.get("role") in ("tool", "function"):
         raise ValueError(f"messages of role {value['role']!r} are not supported: there are no tools yet")
     try:
-        message = read_fields(Message, value, MESSAGE)
+        message = read_fields(Message, value, MESSAGE, info.context)
     except ParameterError as error:
         raise ValueError(str(error)) from error
     if "content" not in message.model_fields_set and message.role != "assistant":
@@ -66,6 +80,40 @@ def _message(value: Any) -> Any:
 MessagesField = Annotated[
     list[Annotated[Message, BeforeValidator(_message)]], FailFast(), Field(min_length=1, max_length=100_000)
 ]
+
+
+class ChatFields(Body):
+    """What a chat's prompt is made of."""
+
+    messages: MessagesField
+    """The chat so far."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More variables for the chat template."""
+    reasoning_effort: str | None = None
+    """Passed to the chat template; none sets its `enable_thinking` to false."""
+    add_generation_prompt: bool | None = None
+    """Whether the prompt ends with the beginning of an answer; by default true unless the last message is continued."""
+    continue_final_message: bool | None = None
+    """Whether the answer continues the last message; by default an assistant's message is continued."""
+
+    @property
+    def variables(self) -> tuple[dict[str, str], ...]:
+        """The messages as chat templates know them."""
+        return tuple(message.as_variables() for message in self.messages)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """As llama.cpp: the template decides what an effort means."""
+        effort = self.reasoning_effort
+        if effort is None:
+            return self.chat_template_kwargs
+        named = {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
+        return named | self.chat_template_kwargs
+
+    @property
+    def prompt_end(self) -> PromptEnd:
+        roles = [message.role for message in self.messages]
+        return prompt_end(roles, self.continue_final_message, self.add_generation_prompt)
 
 
 class _Sampling(SamplerFields, GrammarFields):
@@ -89,8 +137,8 @@ class _Sampling(SamplerFields, GrammarFields):
     """Only that many of the likeliest tokens; 0 and -1: all."""
     min_p: float = 0.0
     """Keep tokens with at least this fraction of the top token's probability."""
-    seed: int | None = None
-    """The same seed gives the same answer; drawn and returned where it is absent."""
+    seed: SeedField = None
+    """The same seed gives the same answer; drawn and returned where it is absent or -1."""
     stop: StopField = ()
     """The answer ends before the first of these."""
     stop_token_ids: Annotated[list[int], FailFast(), Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
@@ -101,6 +149,8 @@ class _Sampling(SamplerFields, GrammarFields):
     """The model may not end its answer."""
     n: int = 1
     """Answers to each prompt."""
+    timings_per_token: bool = False
+    """llama.cpp's `timings` in each event of a stream and in the reply."""
     stream: bool = False
     """Server-sent events."""
     stream_options: StreamOptions | None = None
@@ -148,26 +198,17 @@ class _Sampling(SamplerFields, GrammarFields):
             raise ParameterError("stream_options", "only makes sense with stream: true")
 
 
-class ChatBody(_Sampling):
+class ChatBody(_Sampling, ChatFields):
     """`POST /v1/chat/completions`."""
 
-    messages: MessagesField
-    """The chat so far."""
-    max_tokens: int | None = None
-    """Tokens of an answer, at most; by default what the context leaves."""
-    max_completion_tokens: int | None = None
+    max_tokens: LimitField = None
+    """Tokens of an answer, at most; by default and for -1 what the context leaves."""
+    max_completion_tokens: LimitField = None
     """The newer name of max_tokens."""
     logprobs: bool = False
     """Logprobs of the chosen tokens."""
     top_logprobs: int | None = None
     """Also those of that many of the likeliest tokens; needs `logprobs`."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """More variables for the chat template."""
-
-    @property
-    def variables(self) -> list[dict[str, str]]:
-        """The messages as chat templates know them."""
-        return [message.as_variables() for message in self.messages]
 
     def check(self) -> None:
         super().check()
@@ -178,10 +219,15 @@ class ChatBody(_Sampling):
         if self.top_logprobs is not None and not self.logprobs:
             raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
 
-    def request(self, prompt: tuple[int, ...]) -> CompletionRequest:
-        """The completion of the chat as tokens."""
+    def request(self) -> ChatRequest:
+        """The chat of the body."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._request(prompt, most, top_logprobs=self.top_logprobs or 0, with_logprobs=self.logprobs)
+        return ChatRequest(
+            self.variables,
+            self._request((), most, top_logprobs=self.top_logprobs or 0, with_logprobs=self.logprobs),
+            variables=self.template_variables,
+            end=self.prompt_end,
+        )
 
 
 class CompletionBody(_Sampling):
@@ -189,8 +235,8 @@ class CompletionBody(_Sampling):
 
     prompt: PromptsField
     """Text, token ids, or a list of either."""
-    max_tokens: int = DEFAULT_COMPLETION_TOKENS
-    """Tokens of an answer, at most; 0 with `echo` and `logprobs` gives the prompt's logprobs alone."""
+    max_tokens: LimitField = DEFAULT_COMPLETION_TOKENS
+    """Tokens of an answer, at most; -1: what the context leaves; 0: `echo` and `logprobs` give the prompt's alone."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """Logprobs of the chosen tokens and of that many of the likeliest."""
     echo: bool = False

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.replies.recording import Recording, Restoration
-from llamaclust.cluster.api.security import bearer_key
+from llamaclust.cluster.api.security import sent_key
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import ChoiceKey, RequestIdentity
 from llamaclust.cluster.text.request import CompletionRequest, draw_seed
@@ -76,7 +76,7 @@ class Ticket:
 
 def owner(headers: Headers, api_keys: Sequence[str]) -> str:
     """Digest of the configured API key that a request shows; "" where none is needed, whatever it shows."""
-    key = bearer_key(headers.get("authorization", ""))
+    key = sent_key(headers)
     return hashlib.sha256(key.encode()).hexdigest()[:32] if key in api_keys else ""
 
 

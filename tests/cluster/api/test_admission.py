@@ -21,6 +21,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server import serve
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.text.chat import ChatRequest
 from support.clusters.served import (
     ScriptedEngine,
     ScriptedStream,
@@ -140,7 +141,7 @@ async def test_chats_in_preparation_count_as_requests_that_are_left() -> None:
     template = SlowTemplate()
     service = make_service(ScriptedEngine(says("Hi")))
     service.chat_template = template  # type: ignore[assignment]
-    preparing = asyncio.create_task(service.chat_prompt(CHAT["messages"]))  # type: ignore[arg-type]
+    preparing = asyncio.create_task(service.chat(ChatRequest(tuple(CHAT["messages"]))))  # type: ignore[arg-type]
     await until(lambda: template.waiting == 1)
     assert service.active_requests == 1
     template.may.set()

@@ -12,18 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from llamaclust.cluster.api.foreign_fields import CHAT, COMPLETION, LLAMACPP, TEMPLATE
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
-from llamaclust.cluster.api.no_op_fields import CHAT, COMPLETION, LLAMACPP
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
+from llamaclust.cluster.api.schema import NOTHING_FOREIGN, ForeignFields
 from support.clusters.served import VOCABULARY, client, make_app, real_engine
 
-BODIES: dict[str, tuple[type[BaseModel], Any]] = {
+BODIES: dict[str, tuple[type[BaseModel], ForeignFields]] = {
     "/v1/chat/completions": (ChatBody, CHAT),
     "/v1/completions": (CompletionBody, COMPLETION),
     "/completion": (LlamaCppBody, LLAMACPP),
-    "/tokenize": (TokenizeBody, {}),
-    "/detokenize": (DetokenizeBody, {}),
-    "/apply-template": (TemplateBody, {}),
+    "/tokenize": (TokenizeBody, NOTHING_FOREIGN),
+    "/detokenize": (DetokenizeBody, NOTHING_FOREIGN),
+    "/apply-template": (TemplateBody, TEMPLATE),
 }
 
 numbers = st.integers(-2, 40) | st.integers() | st.floats() | st.just(10**300) | st.just(2**64)
@@ -58,8 +59,9 @@ good_messages = [{"role": "user", "content": "a"}]
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     path = draw(st.sampled_from(sorted(BODIES)))
-    kind, unsupported = BODIES[path]
-    names = st.sampled_from([*kind.model_fields, *unsupported, "unknown"])
+    kind, foreign = BODIES[path]
+    known = (*foreign.refused, *foreign.hints, *foreign.other_names)
+    names = st.sampled_from([*kind.model_fields, *known, "unknown"])
     body: dict[str, Any] = {"prompt": "a", "messages": good_messages, "content": "a", "tokens": [5]}
     body = {name: value for name, value in body.items() if name in kind.model_fields}
     for name in draw(st.lists(names, max_size=4, unique=True)):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.api.errors import to_json
+from llamaclust.cluster.api.error_shapes import to_json
 from llamaclust.cluster.api.json_parts import json_parts
 from llamaclust.cluster.api.openai import completions
 from llamaclust.cluster.api.openai.shapes import completion_logprobs

@@ -132,7 +132,7 @@ async def test_neutral_settings_are_taken() -> None:
         ({"xtc_probability": 1.5}, "xtc_probability"),
         ({"xtc_threshold": -0.5}, "xtc_threshold"),
         ({"typical_p": 1.5}, "typical_p"),
-        ({"typ_p": 0.5}, "typ_p"),
+        ({"typ_p": 0.5, "typical_p": 0.6}, "typ_p"),
         ({"tfs_z": "1"}, "tfs_z"),
         ({"top_n_sigma": 1e9}, "top_n_sigma"),
         ({"dynatemp_range": -0.5}, "dynatemp_range"),
@@ -146,7 +146,7 @@ async def test_neutral_settings_are_taken() -> None:
         ({"samplers": [1]}, "samplers"),
         ({"lora": [{"id": 0, "scale": 1}]}, "lora"),
         ({"image_data": [{"data": ""}]}, "image_data"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [1, 2**70]}, "prompt"),
@@ -159,7 +159,7 @@ async def test_neutral_settings_are_taken() -> None:
         ({"logit_bias": [[1, True]]}, "logit_bias"),
         ({"logit_bias": [[None, 1]]}, "logit_bias"),
         ({"logit_bias": [[400, 1]]}, "logit_bias"),
-        ({"n_predicted": 5}, "n_predicted"),
+        ({"n_predict": 5, "max_tokens": 6}, "max_tokens"),
     ],
 )
 async def test_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:

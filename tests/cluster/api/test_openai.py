@@ -152,13 +152,13 @@ async def test_sampling_parameters_reach_the_engine() -> None:
     engine = ScriptedEngine(says("a"))
     given = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1}
     given |= {"frequency_penalty": 0.2, "presence_penalty": 0.3}
-    fields = given | {"logit_bias": {"7": -5, "3": 2.5}, "seed": -1, "stop_token_ids": [9], "min_tokens": 2}
+    fields = given | {"logit_bias": {"7": -5, "3": 2.5}, "seed": -2, "stop_token_ids": [9], "min_tokens": 2}
     await chat(engine, **fields, max_completion_tokens=9, repeat_last_n=20, stop=None, n=1, user="me", tools=None)
     await chat(engine, top_k=-1)
     (asked, default) = engine.submitted
     assert {name: getattr(asked.params, name) for name in given} == given
     assert asked.params.logit_bias == ((3, 2.5), (7, -5.0))
-    assert asked.seed == 2**64 - 1 and asked.max_new_tokens == 9 and asked.min_tokens == 2
+    assert asked.seed == 2**64 - 2 and asked.max_new_tokens == 9 and asked.min_tokens == 2
     assert 9 in asked.stop_token_ids and END in asked.stop_token_ids and asked.penalty_window == 20
     assert default.params.temperature == 1.0 and default.params.top_k == 0 and default.penalty_window == CONTEXT
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llamaclust.cluster.api.ignored import HEADER
 from llamaclust.core.errors import QueueFullError, WorkerError
 from support.clusters.served import (
     CONTEXT,
@@ -47,21 +48,20 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "alloy"}}, "audio"),
         ({"web_search_options": {"a": 1}}, "web_search_options"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
-        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
         ({"mirostat": 3}, "mirostat"),
         ({"xtc_probability": 1.5}, "xtc_probability"),
         ({"samplers": ["mirostat"]}, "samplers"),
-        ({"store": True}, "store"),
         ({"best_of": 2}, "best_of"),
         ({"logits_processors": ["a"]}, "logits_processors"),
         ({"guided_json": "{"}, "guided_json"),
-        ({"temprature": 1}, "temprature"),
+        ({"min_keep": 3}, "min_keep"),
+        ({"repeat_penalty": 1.1, "repetition_penalty": 1.2}, "repeat_penalty"),
+        ({"n_predict": 3, "max_tokens": 4}, "n_predict"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 10**400}, "temperature"),
-        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": -3}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": 10**30}, "max_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
@@ -78,7 +78,6 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"logit_bias": {"5": 1000}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options.chunks"),
         ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
         ({"messages": []}, "messages"),
         ({"messages": None}, "messages"),
@@ -90,6 +89,9 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [TOOL]}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": "x " * 3000}]}, "prompt"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+        ({"messages": [{"role": "assistant", "content": "a"}] * 2}, "messages"),
     ],
 )
 async def test_chat_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:
@@ -158,7 +160,19 @@ async def test_the_error_of_a_too_long_prompt_has_both_lengths() -> None:
     reply = await post("/v1/completions", {"prompt": [1] * (CONTEXT + 7)})
     error = reply.json()["error"]
     assert error["code"] == "context_length_exceeded"
-    assert str(CONTEXT + 7) in error["message"] and str(CONTEXT) in error["message"]
+    assert f"has {CONTEXT + 7} tokens" in error["message"]
+    assert f"this model's maximum context length is {CONTEXT} tokens" in error["message"], "litellm looks for that"
+
+
+async def test_clients_of_llamacpp_get_its_error_of_a_too_long_prompt() -> None:
+    for path, body in (
+        ("/completion", {"prompt": [1] * (CONTEXT + 7)}),
+        ("/chat/completions", {"messages": [{"role": "user", "content": "x " * 3000}]}),
+    ):
+        reply = await post(path, body)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["type"], error["n_ctx"]) == (400, "exceed_context_size_error", CONTEXT)
+        assert error["n_prompt_tokens"] > CONTEXT
 
 
 @pytest.mark.parametrize(
@@ -224,11 +238,12 @@ def documented_no_ops() -> list[str]:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/completion"])
 async def test_documented_no_ops_are_taken_by_each_endpoint(path: str) -> None:
     fields = documented_no_ops()
-    assert {"id_slot", "timings_per_token", "return_progress", "user"} <= {*fields}
+    assert {"id_slot", "user"} <= {*fields}
     body = CHAT if "chat" in path else {"prompt": "a"}
     for value in (True, 7, "x", {"a": [1]}):
         reply = await post(path, body | dict.fromkeys(fields, value))
         assert reply.status_code == 200, reply.text
+        assert HEADER not in reply.headers
 
 
 async def test_failures_have_their_status() -> None:

@@ -1,0 +1,110 @@
+"""Fields of other servers that are not built here, for each family of endpoints, and the values at which they ask for
+nothing. `refused` ones would change the answer; hints may be left undone."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from llamaclust.cluster.api.schema import ForeignFields, Neutral
+
+
+def only(*values: Any) -> Neutral:
+    """Neutral at these values, or where nothing is in it."""
+    known = [(type(value), value) for value in values]
+    return lambda value: value in ([], {}, "") or (type(value), value) in known
+
+
+def anything(value: Any) -> bool:
+    """A field that never changes the answer."""
+    return True
+
+
+def number(neutral: float) -> Neutral:
+    """Neutral at one number, written as 1 or 1.0."""
+    return lambda value: type(value) in (int, float) and value == neutral
+
+
+def _names(names: str, neutral: Neutral) -> dict[str, Neutral]:
+    return dict.fromkeys(names.split(), neutral)
+
+
+_NO_OPS: Final = _names(
+    "user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention request_id "
+    "cache_prompt id_slot slot_id n_keep n_discard",
+    anything,
+)
+"""`metadata` is for stored completions, and none are stored; `n_keep` and `n_discard` are for a context that shifts;
+this one ends."""
+
+_HINTS: Final = {
+    **_NO_OPS,
+    **_names("store early_stopping backend_sampling return_progress speculative cache_reuse", only(False)),
+    "priority": number(0),
+}
+"""Of all endpoints: unknown fields are hints too, but these have values that need not be mentioned."""
+
+_CONSTRAINTS: Final = _names("grammar_triggers bad_words allowed_token_ids logits_processors", only()) | {
+    "grammar_lazy": only(False)
+}
+
+_REFUSED: Final = {
+    **_CONSTRAINTS,
+    **_names("top_a smoothing_factor", number(0)),
+    **_names("use_beam_search include_stop_str_in_output return_tokens_as_token_ids", only(False)),
+    **_names("skip_special_tokens spaces_between_special_tokens", only(True)),
+    **_names("truncate_prompt_tokens lora prompt_logprobs", only()),
+    **_names("t_max_predict_ms t_max_prompt_ms", only(-1, 0)),
+    "length_penalty": number(1),
+    "n_indent": number(0),
+    "min_keep": only(0, 1),
+}
+"""Samplers, constraints and forms of the answer that no endpoint has."""
+
+_OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z"}
+"""Of fields of all endpoints."""
+
+_OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
+
+CHAT: Final = ForeignFields(
+    refused={
+        **_REFUSED,
+        **_names("tools functions audio web_search_options chat_template documents", only()),
+        **_names("tool_choice function_call", only("none", "auto")),
+        **_names("echo add_special_tokens", only(False)),
+        "modalities": only(["text"]),
+        "best_of": number(1),
+        "n_cmpl": number(1),
+    },
+    hints={
+        **_HINTS,
+        **_names("verbosity", only("medium")),
+        **_names("prediction", only()),
+        "parallel_tool_calls": only(True, False),
+    },
+    other_names=_OPENAI_NAMES,
+)
+
+MESSAGE: Final = ForeignFields(
+    refused=_names("audio function_call tool_calls tool_call_id", only()),
+    hints=_names("id refusal annotations cache_control", anything),
+)
+"""An answer of this API, or of another, may be sent back as a message."""
+
+COMPLETION: Final = ForeignFields(
+    refused={**_REFUSED, **_names("suffix prompt_embeds", only()), "n_cmpl": number(1)},
+    hints=_HINTS,
+    other_names={**_OPENAI_NAMES, "n_probs": "logprobs"},
+)
+
+LLAMACPP: Final = ForeignFields(
+    refused={
+        **_REFUSED,
+        **_names("response_fields image_data multimodal_data", only()),
+        **_names("post_sampling_probs", only(False)),
+        "n_cmpl": number(1),
+    },
+    hints={**_HINTS, "model": anything},
+    other_names={**_OTHER_NAMES, "max_tokens": "n_predict", "repetition_penalty": "repeat_penalty"},
+)
+
+TEMPLATE: Final = ForeignFields(hints={"model": anything})

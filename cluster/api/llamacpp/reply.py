@@ -1,0 +1,159 @@
+"""The reply to one `/completion`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from llamaclust.cluster.api.json_parts import json_parts, off_loop_if_large
+from llamaclust.cluster.api.llamacpp.schema import RANDOM_SEEDS, LlamaCppBody, LlamaCppPrompt
+from llamaclust.cluster.api.llamacpp.timings import shown_timings
+from llamaclust.cluster.api.openai.shapes import row_entry
+from llamaclust.cluster.api.prompt_streams import PromptStreams
+from llamaclust.cluster.api.replies.reply import Event
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import event
+from llamaclust.cluster.scheduler.requests import FinishReason
+from llamaclust.cluster.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
+
+
+class LlamaCppReply:
+    """One answer to each prompt. See `Reply`."""
+
+    def __init__(self, service: TextService, settings: ApiSettings, ticket: Ticket, body: LlamaCppBody) -> None:
+        self.is_streamed = body.stream
+        self._service = service
+        self._settings = settings
+        self._body = body
+        self._prompts = PromptStreams(service, ticket, is_streamed=body.stream)
+
+    async def start(self) -> None:
+        biases = await self._biases(self._body.logit_bias)
+        await self._prompts.submit([self._request(await self._prompt(prompt), biases) for prompt in self._body.prompt])
+
+    async def wait_first(self) -> None:
+        await self._prompts.streams[0].wait_first(self._settings.first_chunk_s)
+
+    async def aclose(self) -> None:
+        await self._prompts.aclose()
+
+    async def whole(self) -> list[bytes]:
+        answers = [(await collect(stream))[0] for stream in self._prompts.streams]
+        return await off_loop_if_large(partial(self._rendered, answers), sum(answer.entries for answer in answers))
+
+    def _rendered(self, answers: Sequence[Answer]) -> list[bytes]:
+        """A list where there are several prompts."""
+        shown = [shape.whole(answer) for shape, answer in zip(self._shapes(), answers, strict=True)]
+        return json_parts(shown[0] if len(shown) == 1 else shown)
+
+    async def events(self) -> AsyncGenerator[Event | None, None]:
+        shapes = self._shapes()
+        async for prompt, chunk in self._prompts.chunks(self._settings.keepalive_s):
+            yield None if chunk is None else Event(prompt, event(shapes[prompt].chunk(chunk)))
+
+    def _shapes(self) -> list[_Shape]:
+        streams = self._prompts.streams
+        return [_Shape(self._service, self._body, stream, index) for index, stream in enumerate(streams)]
+
+    def _request(self, prompt: str | tuple[int, ...], biases: tuple[tuple[int, float], ...]) -> CompletionRequest:
+        body = self._body
+        return CompletionRequest(
+            prompt,
+            body.max_new_tokens,
+            body.sampling(biases),
+            seed=None if body.seed in RANDOM_SEEDS else body.seed,
+            stop=body.stop,
+            ignore_eos=body.ignore_eos,
+            top_logprobs=body.n_probs,
+            penalty_window=None if body.repeat_last_n == -1 else body.repeat_last_n,
+            penalize_nl=body.penalize_nl,
+            dry_window=body.dry_window,
+            dry_breakers=body.dry_sequence_breakers,
+            grammar=body.answer_grammar(),
+            with_logprobs=body.n_probs > 0,
+        )
+
+    async def _prompt(self, prompt: LlamaCppPrompt) -> str | tuple[int, ...]:
+        if isinstance(prompt, str):
+            return prompt
+        return tuple(chain(*await self._service.tokenize_all(prompt, "prompt", add_special=True)))
+
+    async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
+        """A text's bias goes to each of its tokens."""
+        tokens = [token for token, _ in given]
+        ids = await self._service.tokenize_all(tokens, "logit_bias", MAX_LOGIT_BIASES) if tokens else []
+        biases: dict[int, float] = {}
+        for part, (_, bias) in zip(ids, given, strict=True):
+            biases.update(dict.fromkeys(part, bias))
+        return tuple(sorted(biases.items()))
+
+
+class _Shape:
+    """The answer to one prompt."""
+
+    def __init__(self, service: TextService, body: LlamaCppBody, stream: CompletionStream, index: int) -> None:
+        self._service = service
+        self._body = body
+        self._stream = stream
+        self._index = index
+        self._predicted = 0
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        tokens = answer.token_ids if self._body.return_tokens else ()
+        return {
+            "index": self._index,
+            "content": answer.text,
+            "tokens": tokens,
+            **self._end(answer),
+            **self._probabilities(answer),
+        }
+
+    def chunk(self, chunk: TextChunk) -> dict[str, Any]:
+        """One event. The last has no tokens."""
+        self._predicted += len(chunk.rows)
+        shown = {"index": self._index, "content": chunk.text, "tokens": chunk.token_ids}
+        if chunk.finish_reason is not None:
+            return {**shown, **self._end(chunk)}
+        timings = {"timings": shown_timings(self._stream.timings())} if self._body.timings_per_token else {}
+        return {**shown, **self._counts(self._predicted), "stop": False, **timings, **self._probabilities(chunk)}
+
+    def _end(self, part: TextChunk) -> dict[str, Any]:
+        assert part.timings is not None
+        predicted = len(part.rows) or self._predicted
+        word = part.stopped_by if isinstance(part.stopped_by, str) else ""
+        return {
+            **self._counts(predicted),
+            "stop": True,
+            "model": self._service.settings.model_name,
+            "stop_type": _stop_type(part),
+            "stopping_word": word,
+            "truncated": False,
+            "tokens_cached": part.timings.cached_tokens,
+            "generation_settings": self._settings(),
+            "timings": shown_timings(part.timings),
+        }
+
+    def _counts(self, predicted: int) -> dict[str, int]:
+        return {"id_slot": 0, "tokens_predicted": predicted, "tokens_evaluated": len(self._stream.generation.prompt)}
+
+    def _probabilities(self, part: TextChunk) -> dict[str, Any]:
+        if not self._body.n_probs:
+            return {}
+        return {"completion_probabilities": (row_entry(self._service.tokenizer, row) for row in part.rows)}
+
+    def _settings(self) -> dict[str, Any]:
+        fields = self._body.model_dump(exclude={"prompt", "return_tokens"})
+        return {**fields, "seed": self._stream.generation.seed, "n_ctx": self._service.settings.context_length}
+
+
+def _stop_type(part: TextChunk) -> str:
+    if part.finish_reason is FinishReason.LENGTH:
+        return "limit"
+    return "word" if isinstance(part.stopped_by, str) else "eos"

@@ -1,0 +1,25 @@
+"""Timings by llama.cpp's names."""
+
+from __future__ import annotations
+
+from llamaclust.cluster.scheduler.requests import Timings
+
+
+def shown_timings(timings: Timings) -> dict[str, float]:
+    computed = timings.prompt_tokens - timings.cached_tokens
+    return {
+        "cache_n": timings.cached_tokens,
+        **_phase("prompt", computed, computed, timings.prefill_tok_s),
+        **_phase("predicted", timings.generated_tokens, max(0, timings.generated_tokens - 1), timings.decode_tok_s),
+    }
+
+
+def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str, float]:
+    """`measured` of the tokens were computed within the time that the rate is of."""
+    ms = measured / per_second * 1e3 if per_second else 0.0
+    return {
+        f"{name}_n": tokens,
+        f"{name}_ms": ms,
+        f"{name}_per_token_ms": ms / measured if measured else 0.0,
+        f"{name}_per_second": per_second,
+    }

@@ -1,0 +1,40 @@
+"""Paths as clients write them: behind a prefix, without `/v1`, with HEAD."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llamaclust.cluster.api.error_shapes import choose_shape, error_shape
+
+_WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
+"""What clients request whose base URL lacks `/v1`, and what begins like that; generating endpoints have both paths."""
+_OTHER_NAMES: Final = {"/v1/health": "/health"}
+
+
+class Paths:
+    """Passes requests on with the path and the method by which the app knows them."""
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        """`prefix`: "" or "/..."; paths without it are served too, for probes and this program's own clients."""
+        self._app = app
+        self._prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given: str = scope["path"]
+            if self._prefix and given.startswith(self._prefix + "/"):
+                given = given.removeprefix(self._prefix)
+            path = canonical_path(given)
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body then
+            scope = {**scope, "path": path, "raw_path": path.encode(), "method": method}
+            choose_shape(scope, error_shape(given))
+        await self._app(scope, receive, send)
+
+
+def canonical_path(path: str) -> str:
+    """The path of the endpoint."""
+    if path.startswith(_WITHOUT_V1):
+        return "/v1" + path
+    return _OTHER_NAMES.get(path, path)

@@ -1,0 +1,61 @@
+"""The completions of one request, one a prompt: admitted together, read one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.budget import ReplySize
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.text.stream import MAX_UNREAD_ROWS, CompletionStream, chunks_or_silence
+
+
+class PromptStreams:
+    """Empty until `submit`; the caller closes it."""
+
+    def __init__(self, service: TextService, ticket: Ticket, *, is_streamed: bool) -> None:
+        self.streams: list[CompletionStream] = []
+        self.choices = 0  # of all prompts
+        self._service = service
+        self._ticket = ticket
+        self._is_streamed = is_streamed
+        self._reserved = 0
+
+    async def submit(self, prompts: Sequence[CompletionRequest]) -> None:
+        """Submits all prompts, with one seed; where one is refused, none runs."""
+        try:
+            requests = [self._ticket.request(*numbered) for numbered in enumerate(prompts)]
+            generations = [await self._service.prepare(request) for request in requests]
+            self._reserve(requests, generations)
+            for prompt, (request, generation) in enumerate(zip(requests, generations, strict=True)):
+                recording = self._ticket.recording(prompt, request)
+                self.streams.append(self._service.submit(request, generation, recording))
+            self.choices = sum(request.n for request in requests)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    def _reserve(self, requests: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> None:
+        """Of a streamed reply, the first prompt's answer is read while it runs, the others wait for their turn."""
+        bounds = [MAX_UNREAD_ROWS if self._is_streamed and prompt == 0 else None for prompt in range(len(requests))]
+        sizes = [
+            ReplySize.of(generation, request.n, bound)
+            for request, generation, bound in zip(requests, generations, bounds, strict=True)
+        ]
+        self._reserved = self._service.budget.reserve(sizes)
+
+    async def aclose(self) -> None:
+        for stream in self.streams:
+            await stream.aclose()
+        self.streams.clear()
+        self._service.budget.release(self._reserved)
+        self._reserved = 0
+
+    async def chunks(self, keepalive_s: float) -> AsyncIterator[tuple[int, TextChunk | None]]:
+        """All prompts' chunks, prompt by prompt; None where nothing came for a while."""
+        for prompt, stream in enumerate(self.streams):
+            async for chunk in chunks_or_silence(stream, keepalive_s):
+                yield prompt, chunk

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llamaclust.core.errors import UsageError
+from llamaclust.model.chat.turn_formats import OTHER_NAMES, TURN_FORMATS
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _FOLDER: Final = Path(__file__).with_name("templates")
@@ -43,12 +44,15 @@ _NAMES: Final = (
 
 def built_in_names() -> tuple[str, ...]:
     """What `built_in` knows."""
-    return tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
+    files = (path.stem for path in _FOLDER.glob("*.jinja"))
+    return tuple(sorted((*files, *TURN_FORMATS, *OTHER_NAMES)))
 
 
 def built_in(name: str) -> str:
     """The Jinja text of one of `built_in_names`."""
-    return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    if name in TURN_FORMATS:
+        return TURN_FORMATS[name].jinja
+    return (_FOLDER / f"{OTHER_NAMES.get(name, name)}.jinja").read_text(encoding="utf-8")
 
 
 def chosen_template(choice: str) -> str:

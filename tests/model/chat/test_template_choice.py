@@ -15,6 +15,7 @@ from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.core.errors import RequestError, UsageError
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.chat.template_choice import built_in, built_in_names, chosen_template, suggested_template
+from llamaclust.model.chat.turn_formats import OTHER_NAMES, TURN_FORMATS
 from llamaclust.model.loader import Model
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from support.models.tiny_model import build_tiny_model
@@ -68,8 +69,57 @@ WRITTEN = {
 }
 
 
+_LLAMACPP = """
+bailing bailing-think bailing2 chatglm3 chatglm4 chatml command-r deepseek deepseek-ocr deepseek2 deepseek3 exaone-moe
+exaone3 exaone4 falcon3 gemma gigachat glmedge gpt-oss granite granite-4.0 granite-4.1 grok-2 hunyuan-dense hunyuan-moe
+hunyuan-vl kimi-k2 llama2 llama2-sys llama2-sys-bos llama2-sys-strip llama3 llama4 megrez minicpm mistral-v1 mistral-v3
+mistral-v3-tekken mistral-v7 mistral-v7-tekken monarch openchat orion pangu-embedded phi3 phi4 rwkv-world seed_oss
+smolvlm solar-open vicuna vicuna-orca yandex zephyr
+"""
+TURNS = {
+    "command-r": (
+        "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Be brief.<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>Hello<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>How?<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+    ),
+    "deepseek3": "Be brief.\n\n<｜User｜>Hi<｜Assistant｜>Hello<｜end▁of▁sentence｜><｜User｜>How?<｜Assistant｜>",
+    "gpt-oss": (
+        "<|start|>system<|message|>Be brief.<|end|><|start|>user<|message|>Hi<|end|>"
+        "<|start|>assistant<|message|>Hello<|return|><|start|>user<|message|>How?<|end|><|start|>assistant"
+    ),
+    "llama2-sys": "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]Hello</s>[INST] How? [/INST]",
+    "mistral-v3-tekken": "[INST]Be brief.\n\nHi[/INST]Hello</s>[INST]How?[/INST]",
+    "orion": "Human: Be brief.\n\nHi\n\nAssistant: </s>Hello</s>Human: How?\n\nAssistant: </s>",
+    "smolvlm": (
+        "<|im_start|>Be brief.\n\nUser: Hi<end_of_utterance>\nAssistant: Hello<end_of_utterance>\n"
+        "User: How?<end_of_utterance>\nAssistant:"
+    ),
+}
+
+
 def test_every_template_has_its_text() -> None:
-    assert tuple(sorted(WRITTEN)) == built_in_names()
+    assert {*WRITTEN} == {*built_in_names()} - {*TURN_FORMATS, *OTHER_NAMES}
+    assert {*_LLAMACPP.split()} <= {*built_in_names()}
+
+
+def test_formats_of_turns_are_written_out() -> None:
+    """Each name makes a template that renders a talk; some are compared with what their models were trained on."""
+    for name in (*TURN_FORMATS, *OTHER_NAMES):
+        talk = TALK[1:] if name == "yandex" else TALK
+        with ChatTemplate(built_in(name), "<s>", "</s>") as template:
+            text = template.render(talk)
+            assert TURNS.get(name, text) == text
+            assert all(text.count(message["content"]) == 1 for message in talk), name
+            if name in TURN_FORMATS:
+                with pytest.raises(RequestError, match="not function"):
+                    template.render([*TALK[1:], {"role": "function", "content": "42"}])
+
+
+def test_a_system_message_replaces_the_default() -> None:
+    with ChatTemplate(built_in("bailing2"), "<s>", "</s>") as template:
+        assert template.render(TALK[1:2]).startswith("<role>SYSTEM</role>detailed thinking off<|role_end|><role>HUMAN")
+        assert "thinking" not in template.render(TALK)
 
 
 @pytest.mark.parametrize("name", WRITTEN)

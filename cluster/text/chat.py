@@ -73,6 +73,7 @@ async def render(chat: ChatRequest, template: ChatTemplate, tokenizer: Tokenizer
     variables = {**chat.variables, "tools": [*chat.tools] or None}
     *messages, more = await run_on(TOKENIZING, guard_messages, [*chat.messages, variables], tokenizer)
     if chat.end is not PromptEnd.LAST_MESSAGE:
-        return await template.render_async(messages, chat.end is PromptEnd.GENERATION_PROMPT, **more)
+        is_open = chat.end is PromptEnd.GENERATION_PROMPT
+        return await template.render_async(messages, add_generation_prompt=is_open, **more)
     *before, last = messages
-    return await template.render_async(before, True, **more) + str(last.get("content") or "")
+    return await template.render_async(before, add_generation_prompt=True, **more) + str(last.get("content") or "")

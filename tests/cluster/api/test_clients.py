@@ -230,7 +230,8 @@ async def test_timings_in_every_event(path: str) -> None:
     body = CHAT if "chat" in path else {"prompt": "a"}
     reply = await post(path, body | {"stream": True, "timings_per_token": True})
     events = [event for event in events_of(reply.text) if event != "[DONE]"]
-    assert [event["timings"]["predicted_n"] for event in events][-2:] == [events[-1]["timings"]["predicted_n"]] * 2
+    counts = [event["timings"]["predicted_n"] for event in events]
+    assert counts == sorted(counts) and counts[-1] > 1
     assert all("prompt_n" in event["timings"] for event in events)
     plain = await post(path, body | {"stream": True})
     assert "timings" not in events_of(plain.text)[0]

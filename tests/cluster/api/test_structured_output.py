@@ -11,7 +11,7 @@ from httpx import Response
 from jsonschema import Draft202012Validator
 
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.replies import Replies
+from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.client.local import LocalSettings, LocalStage

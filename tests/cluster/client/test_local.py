@@ -29,6 +29,7 @@ from support.models.tiny_model import build_tiny_model
 
 CONTEXT = 640
 SEEDED: Options = {"max_tokens": 24, "temperature": 0.9, "top_p": 0.95, "seed": 11, "ignore_eos": True}
+CONSTRAINED: Options = {**SEEDED, "structured_outputs": {"choice": ["yes", "no"]}}
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
 
@@ -127,7 +128,7 @@ def _answers(client: Client | LocalClient) -> list[object]:
         plain(client.generate(prompt(6, 50), **SEEDED)),
         plain(join(client.generate("h\u00e9", stream=True, max_tokens=5, seed=2))),
         plain(client.chat(CHAT, **SEEDED)),
-        plain(client.chat(CHAT, structured_outputs={"choice": ["yes", "no"]}, **SEEDED)),
+        plain(client.chat(CHAT, **CONSTRAINED)),
         client.tokenize("Once <s> upon"),
         client.tokenize("Once upon", add_special=False),
         client.detokenize([72, 100, 105]),

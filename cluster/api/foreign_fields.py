@@ -68,8 +68,8 @@ _OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", 
 CHAT: Final = ForeignFields(
     refused={
         **_REFUSED,
-        **_names("tools functions audio web_search_options chat_template documents", only()),
-        **_names("tool_choice function_call", only("none", "auto")),
+        **_names("functions audio web_search_options chat_template documents", only()),
+        **_names("function_call", only("none", "auto")),
         **_names("echo add_special_tokens", only(False)),
         "modalities": only(["text"]),
         "best_of": number(1),
@@ -79,13 +79,12 @@ CHAT: Final = ForeignFields(
         **_HINTS,
         **_names("verbosity", only("medium")),
         **_names("prediction", only()),
-        "parallel_tool_calls": only(True, False),
     },
     other_names=_OPENAI_NAMES,
 )
 
 MESSAGE: Final = ForeignFields(
-    refused=_names("audio function_call tool_calls tool_call_id", only()),
+    refused=_names("audio function_call", only()),
     hints=_names("id refusal annotations cache_control", anything),
 )
 """An answer of this API, or of another, may be sent back as a message."""

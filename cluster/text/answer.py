@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.core.sampling import RowResult
+from llamaclust.model.chat.tools.events import AnswerEvent, merged
 
 _LEAST_LOGPROB = -9999.0
 
@@ -36,6 +37,7 @@ class TextChunk:
     timings: Timings | None = None
     prompt_token_ids: tuple[int, ...] = ()  # on the first chunk that a client gets, with the seed
     seed: int | None = None
+    events: tuple[AnswerEvent, ...] = ()  # of a chat's answer: also its content, which is the text then
 
     @property
     def entries(self) -> int:
@@ -99,4 +101,5 @@ def join(chunks: Iterable[TextChunk]) -> Answer:
         timings=last.timings,
         prompt_token_ids=first.prompt_token_ids,
         seed=first.seed,
+        events=tuple(merged(event for part in parts for event in part.events)),
     )

@@ -7,16 +7,37 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+from llamaclust.cluster.text.chat_format import AnswerReading
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.threads import TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
-from llamaclust.model.chat.prompt import guard_messages
+from llamaclust.model.chat.prompt import guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate
+from llamaclust.model.chat.tools.history import prepared_messages, template_variables
+from llamaclust.model.chat.tools.prefill import continuation, opened_reasoning
+from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "tools"})
 
 Variables = Mapping[str, Any]
+
+
+class ToolMode(Enum):
+    """Whether an answer calls tools."""
+
+    AUTO = auto()  # as the model decides
+    NONE = auto()
+    REQUIRED = auto()  # at least one
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """Which tools an answer calls."""
+
+    mode: ToolMode = ToolMode.AUTO
+    name: str | None = None  # of the only one that may be called
+    is_parallel: bool = True  # an answer may have several calls
 
 
 class PromptEnd(Enum):
@@ -36,12 +57,40 @@ class ChatRequest:
     tools: tuple[Variables, ...] = ()  # OpenAI's definitions; the template writes them
     variables: Variables = field(default_factory=dict)  # further ones of the template
     end: PromptEnd = PromptEnd.GENERATION_PROMPT
+    tool_use: ToolUse = field(default_factory=ToolUse)
+    splits_reasoning: bool = True  # reasoning is apart from the content
+
+    @property
+    def offered_tools(self) -> tuple[Variables, ...]:
+        """Those that the model may call."""
+        named = self.tool_use.name
+        if self.tool_use.mode is ToolMode.NONE:
+            return ()
+        return tuple(tool for tool in self.tools if named in (None, tool["function"]["name"]))
+
+    def reading(self, form: ToolFormat, prefill: str) -> AnswerReading | None:
+        """How the answer is read; None: it is content as it stands."""
+        schemas = {
+            str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
+        }
+        if not (schemas or form.dropped or isinstance(form.calls, ChannelCalls) or form.reasoning is not None):
+            return None
+        most_calls = None if self.tool_use.is_parallel else 1
+        return AnswerReading(form, schemas, self.splits_reasoning, most_calls, prefill)
 
     @property
     def characters(self) -> int:
         """Of all contents: the prompt has at least as many."""
         contents = (message.get("content") for message in self.messages)
         return sum(len(content) for content in contents if isinstance(content, str))
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A chat's prompt, guarded (`model.chat.prompt`), and how its answer is read."""
+
+    prompt: str
+    reading: AnswerReading | None
 
 
 def prompt_end(
@@ -65,15 +114,22 @@ def prompt_end(
     return PromptEnd.NOTHING if add_generation_prompt is False else PromptEnd.GENERATION_PROMPT
 
 
-async def render(chat: ChatRequest, template: ChatTemplate, tokenizer: Tokenizer) -> str:
-    """The prompt's text, guarded (`model.chat.prompt`). RequestError where the template refuses the messages."""
+async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, tokenizer: Tokenizer) -> RenderedChat:
+    """RequestError where the template refuses the messages."""
     taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
     if taken:
         raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
-    variables = {**chat.variables, "tools": [*chat.tools] or None}
-    *messages, more = await run_on(TOKENIZING, guard_messages, [*chat.messages, variables], tokenizer)
+    tools = chat.offered_tools
+    prepared = prepared_messages(form, chat.messages, tools)
+    variables = {**chat.variables, "tools": [*tools] or None}
+    *messages, more = await run_on(TOKENIZING, guard_messages, [*prepared, variables], tokenizer)
+    more = template_variables(more)
     if chat.end is not PromptEnd.LAST_MESSAGE:
         is_open = chat.end is PromptEnd.GENERATION_PROMPT
-        return await template.render_async(messages, add_generation_prompt=is_open, **more)
+        text = await template.render_async(messages, add_generation_prompt=is_open, **more)
+        return RenderedChat(text, chat.reading(form, opened_reasoning(form, text)))
     *before, last = messages
-    return await template.render_async(before, add_generation_prompt=True, **more) + str(last.get("content") or "")
+    text = await template.render_async(before, add_generation_prompt=True, **more)
+    content, thoughts = str(last.get("content") or ""), str(last.get("reasoning_content") or "")
+    begun = continuation(form, text, thoughts, content, in_reasoning=bool(thoughts) and not content)
+    return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun)))

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, PromptScored, Timings, TokenSampled
 from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.chat_format import AnswerReading
 from llamaclust.core.sampling import RowResult
+from llamaclust.model.chat.tools.events import AnswerEvent, ContentText
 from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 
 SCORED_TOKENS = 256
@@ -18,10 +20,18 @@ class ChoiceText:
     engine computes at a time."""
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, end_ids: frozenset[int], stop: tuple[str, ...], min_tokens: int
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        end_ids: frozenset[int],
+        stop: tuple[str, ...],
+        min_tokens: int,
+        reading: AnswerReading | None = None,
     ) -> None:
+        """`reading`: of a chat's answer, whose text is its content then."""
         self._index = index
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, shown=frozenset() if reading is None else reading.shown_control_ids)
+        self._parser = None if reading is None else reading.parser()
         self._end_ids = end_ids
         self._stop = StopStrings(stop)
         self._min_tokens = min_tokens
@@ -50,7 +60,15 @@ class ChoiceText:
 
     def stopped(self, timings: Timings) -> TextChunk:
         """The last chunk of a choice that a stop string ended."""
-        return TextChunk(self._index, finish_reason=FinishReason.STOP, stopped_by=self._stop.matched, timings=timings)
+        text, events = self._read("", is_last=True)
+        return TextChunk(
+            self._index,
+            text,
+            finish_reason=FinishReason.STOP,
+            stopped_by=self._stop.matched,
+            timings=timings,
+            events=events,
+        )
 
     def _score(self, start: int, rows: Sequence[RowResult]) -> Iterator[TextChunk]:
         if not self._scored:
@@ -77,7 +95,8 @@ class ChoiceText:
             self._end_token = row.token
         else:
             text = self._shown(self._detokenizer.push(row.token))
-        return TextChunk(self._index, text, (row,), (offset,))
+        text, events = self._read(text)
+        return TextChunk(self._index, text, (row,), (offset,), events=events)
 
     def _shown(self, text: str) -> str:
         self._characters += len(text)
@@ -86,13 +105,24 @@ class ChoiceText:
     def _finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         is_stop_string = self._stop.matched is not None
+        text, events = self._read(text, is_last=True)
         return TextChunk(
             self._index,
             text,
             finish_reason=FinishReason.STOP if is_stop_string else reason,
             stopped_by=self._stop.matched if is_stop_string else self._end_token,
             timings=timings,
+            events=events,
         )
+
+    def _read(self, text: str, *, is_last: bool = False) -> tuple[str, tuple[AnswerEvent, ...]]:
+        """The content in a piece of text, and all events."""
+        if self._parser is None:
+            return text, ()
+        events = self._parser.feed(text) if text else []
+        if is_last:
+            events = [*events, *self._parser.end()]
+        return "".join(event.text for event in events if isinstance(event, ContentText)), tuple(events)
 
 
 class StopStrings:

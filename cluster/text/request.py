@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
+from llamaclust.cluster.text.chat_format import AnswerReading
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import Grammar, RowResult, SamplingParams
@@ -51,6 +52,7 @@ class CompletionRequest:
     group: str = ""  # of prompts that came as one request
     grammar: Grammar | None = None  # which each answer obeys
     with_logprobs: bool = False  # of each token; else those that the grammar forces have logprob 0
+    reading: AnswerReading | None = None  # of a chat's answer
     answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
 
     def identified(self, request_id: str, group: str, seed: int, answered: Answered) -> CompletionRequest:

@@ -13,6 +13,7 @@ from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.budget import EntryBudget
 from llamaclust.cluster.text.chat import ChatRequest, render
+from llamaclust.cluster.text.chat_format import ChatFormat
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import CompletionStream, Record
@@ -50,6 +51,7 @@ class TextService:
         self.budget = EntryBudget()
         self._engine = engine
         self._grammars = GrammarChecker(tokenizer)
+        self._format = ChatFormat(chat_template, tokenizer)
         self._breaker_tokens = BreakerTokens(tokenizer)
         self._active: set[CompletionStream] = set()
         self._in_preparation = 0
@@ -85,7 +87,8 @@ class TextService:
         """
         ends = generation.stop_token_ids
         choices = [
-            ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens) for index in range(request.n)
+            ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens, request.reading)
+            for index in range(request.n)
         ]
         stream = CompletionStream(self._engine, generation, request.answered, choices, self._active.discard, record)
         self._active.add(stream)
@@ -112,14 +115,15 @@ class TextService:
         refuses the messages."""
         self._check_characters(chat.characters)
         with self._preparing():
-            rendered = await render(chat, self.chat_template, self.tokenizer)
-            self._check_characters(len(unguarded(rendered)))
-            prompt = await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered)
-        return replace(chat.answer, prompt=tuple(prompt))
+            rendered = await render(chat, await self._format.get(), self.chat_template, self.tokenizer)
+            self._check_characters(len(unguarded(rendered.prompt)))
+            prompt = await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered.prompt)
+        reading = rendered.reading and replace(rendered.reading, shown_control_ids=self._format.control_ids)
+        return replace(chat.answer, prompt=tuple(prompt), reading=reading)
 
     async def chat_text(self, chat: ChatRequest) -> str:
         """A chat as the model will see it."""
-        return unguarded(await render(chat, self.chat_template, self.tokenizer))
+        return unguarded((await render(chat, await self._format.get(), self.chat_template, self.tokenizer)).prompt)
 
     @contextmanager
     def _preparing(self) -> Iterator[None]:

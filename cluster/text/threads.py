@@ -10,6 +10,7 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 TOKENIZING = ThreadPoolExecutor(2, "tokenize")
+RENDERING = ThreadPoolExecutor(1, "derive-format")
 BREAKERS = ThreadPoolExecutor(1, "breakers")
 """Few: they compute in Python, one at a time, and the event loop waits for its turn beside them."""
 

@@ -114,10 +114,18 @@ class Detokenizer:
     """Text of one stream of tokens, without half characters.
 
     By default the stream continues a text (a prompt), so a leading space stays; with `text_start` it is a whole text
-    and reads as `Tokenizer.decode` would give it.
+    and reads as `Tokenizer.decode` would give it. Control tokens in `shown` are not skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, *, text_start: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special: bool = True,
+        *,
+        text_start: bool = False,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        self._shown = shown
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._strip_space = text_start and tokenizer.add_space_prefix
@@ -125,7 +133,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; bytes that cannot be UTF-8 become U+FFFD."""
-        if self._skip_special and self._tokenizer.is_control(token_id):
+        if self._skip_special and self._tokenizer.is_control(token_id) and token_id not in self._shown:
             return ""
         data = self._tokenizer.token_bytes(token_id)
         if self._strip_space and data:

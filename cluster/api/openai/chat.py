@@ -10,6 +10,7 @@ from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
 from llamaclust.cluster.api.openai.schema import ChatBody
 from llamaclust.cluster.api.openai.shapes import ending, row_entry
+from llamaclust.cluster.api.openai.tools import delta_of, message_of
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.answer import Answer, TextChunk
@@ -17,6 +18,7 @@ from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.sampling import RowResult
+from llamaclust.model.chat.tools.events import ContentText
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
@@ -36,7 +38,7 @@ class ChatEndpoint:
         async def requests() -> list[CompletionRequest]:
             return [await self._service.chat(body.request())]
 
-        shape = _ChatShape(self._service.tokenizer, body)
+        shape = _ChatShape(self._service.tokenizer, body, ticket.id)
         return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)
 
 
@@ -45,11 +47,13 @@ class _ChatShape:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, body: ChatBody) -> None:
+    def __init__(self, tokenizer: Tokenizer, body: ChatBody, reply_id: str) -> None:
         self._tokenizer = tokenizer
         self._with_logprobs = body.logprobs
         self._with_ids = body.return_token_ids
         self.shows_timings = body.timings_per_token
+        self._reply_id = reply_id
+        self._calling: set[tuple[int, int]] = set()  # choices with calls
 
     def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice:
         ids = {"prompt_token_ids": stream.generation.prompt} if self._with_ids else {}
@@ -58,27 +62,37 @@ class _ChatShape:
 
     def chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
         with_rows = chunk.rows and (self._with_logprobs or self._with_ids)
-        if not (chunk.text or with_rows or chunk.finish_reason):
+        delta = delta_of(chunk.events or (ContentText(chunk.text),), f"{self._reply_id} {prompt} {chunk.index}")
+        if "tool_calls" in delta:
+            self._calling.add((prompt, chunk.index))
+        if not (delta or with_rows or chunk.finish_reason):
             return None
         return {
             "index": chunk.index,
-            "delta": {"content": chunk.text} if chunk.text else {},
+            "delta": delta,
             "logprobs": self._logprobs(chunk.rows) if chunk.rows else None,
             **({"token_ids": chunk.token_ids} if self._with_ids else {}),
-            **ending(chunk),
+            **_ending(chunk, has_calls=(prompt, chunk.index) in self._calling),
         }
 
     def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice:
         ids = {"token_ids": answer.token_ids, "prompt_token_ids": stream.generation.prompt} if self._with_ids else {}
+        message = message_of(answer.events or (ContentText(answer.text),), f"{self._reply_id} {prompt} {answer.index}")
         return {
             "index": answer.index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": {"role": "assistant", **message, "refusal": None},
             "logprobs": self._logprobs(answer.rows),
             **ids,
-            **ending(answer),
+            **_ending(answer, has_calls="tool_calls" in message),
         }
 
     def _logprobs(self, rows: tuple[RowResult, ...]) -> dict[str, Any] | None:
         if not self._with_logprobs:
             return None
         return {"content": (row_entry(self._tokenizer, row) for row in rows), "refusal": None}
+
+
+def _ending(part: TextChunk, *, has_calls: bool) -> dict[str, Any]:
+    """A complete answer with calls waits for their results."""
+    end = ending(part)
+    return end | {"finish_reason": "tool_calls"} if has_calls and end["finish_reason"] == "stop" else end

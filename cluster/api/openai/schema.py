@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
 from llamaclust.cluster.api.foreign_fields import MESSAGE
+from llamaclust.cluster.api.openai.tools import CallField, ToolFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import (
     BiasField,
@@ -46,7 +47,7 @@ class StreamOptions(Body):
 class Message(Body):
     """One message of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is another name of `system`."""
     content: ContentField = ""
     """Text, or parts of type `text`."""
@@ -55,10 +56,20 @@ class Message(Body):
     reasoning_content: str | None = None
     """What a model thought before its answer, sent back; passed to the chat template."""
 
-    def as_variables(self) -> dict[str, str]:
+    tool_calls: list[CallField] | None = None
+    """An assistant's calls, sent back."""
+    tool_call_id: str | None = None
+    """The call that a message of role `tool` answers."""
+
+    def as_variables(self) -> dict[str, Any]:
         """As chat templates know it."""
         role = "system" if self.role == "developer" else self.role
-        more = {"name": self.name, "reasoning_content": self.reasoning_content}
+        more = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_calls": self.tool_calls or None,
+            "tool_call_id": self.tool_call_id,
+        }
         given = {name: value for name, value in more.items() if value is not None}
         return {"role": role, "content": self.content, **given}
 
@@ -66,14 +77,14 @@ class Message(Body):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    if value.get("role") in ("tool", "function"):
-        raise ValueError(f"messages of role {value['role']!r} are not supported: there are no tools yet")
     try:
         message = read_fields(Message, value, MESSAGE, info.context)
     except ParameterError as error:
         raise ValueError(str(error)) from error
     if "content" not in message.model_fields_set and message.role != "assistant":
         raise ValueError("content: is missing")
+    if message.tool_calls and message.role != "assistant":
+        raise ValueError(f"tool_calls: a message of role {message.role!r} has none")
     return message
 
 
@@ -82,7 +93,7 @@ MessagesField = Annotated[
 ]
 
 
-class ChatFields(Body):
+class ChatFields(ToolFields):
     """What a chat's prompt is made of."""
 
     messages: MessagesField
@@ -97,7 +108,7 @@ class ChatFields(Body):
     """Whether the answer continues the last message; by default an assistant's message is continued."""
 
     @property
-    def variables(self) -> tuple[dict[str, str], ...]:
+    def variables(self) -> tuple[dict[str, Any], ...]:
         """The messages as chat templates know them."""
         return tuple(message.as_variables() for message in self.messages)
 
@@ -212,6 +223,7 @@ class ChatBody(_Sampling, ChatFields):
 
     def check(self) -> None:
         super().check()
+        self.check_tools()
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             reason = f"is {shown(new)}, but max_tokens is {shown(old)}: give one of them"
@@ -225,8 +237,11 @@ class ChatBody(_Sampling, ChatFields):
         return ChatRequest(
             self.variables,
             self._request((), most, top_logprobs=self.top_logprobs or 0, with_logprobs=self.logprobs),
-            variables=self.template_variables,
-            end=self.prompt_end,
+            tuple(self.tools),
+            self.template_variables,
+            self.prompt_end,
+            self.tool_use,
+            self.reasoning_format != "none",
         )
 
 

@@ -21,6 +21,7 @@ from llamaclust.model.chat.tools.template_probe import (
     QUESTION,
     REASONING,
     RESULT,
+    SYSTEM,
     VALUES,
     Probe,
     Render,
@@ -54,6 +55,7 @@ def derive_format(source: str, render: Render) -> ToolFormat:
         takes_text_arguments=probe.text_arguments,
         takes_tool_role=RESULT in probe.text(message, result),
         takes_call_messages=VALUES[0] in probe.text(message),
+        takes_system_role=SYSTEM in probe.with_system(SYSTEM),
     )
 
 

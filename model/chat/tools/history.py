@@ -1,10 +1,22 @@
-"""Messages and tools in the shape that a chat template takes."""
+"""Messages and tools in the shape that a chat template takes. Where it takes none, text stands in their place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from llamaclust.model.chat.tools.tool_format import ToolFormat
+
+Message = Mapping[str, Any]
+
+_INSTRUCTIONS: Final = (
+    "You may call functions to answer. These are their definitions, as JSON schemas, within <tools></tools>:\n"
+    "<tools>\n{tools}\n</tools>\n"
+    "For each call, write a JSON object with the function's name and arguments within <tool_call></tool_call>:\n"
+    '<tool_call>\n{{"name": "function name", "arguments": {{"name": "value"}}}}\n</tool_call>\n'
+    "Results come within <tool_response></tool_response>. Answer without a call where none is needed."
+)
 
 
 def template_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -13,3 +25,77 @@ def template_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
     if not tools:
         return {"functions": "", **{key: value for key, value in variables.items() if key != "tools"}}
     return {"functions": json.dumps([tool.get("function", tool) for tool in tools], indent=4), **variables}
+
+
+def prepared_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages of OpenAI's shape as the template takes them."""
+    prepared: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            names[str(call.get("id", ""))] = call["function"]["name"]
+        if message.get("role") == "tool":
+            _add_result(form, prepared, message, names)
+        elif message.get("tool_calls"):
+            prepared.append(_call_message(form, message))
+        else:
+            prepared.append(dict(message))
+    return prepared if form.takes_tools or not tools else _instructed(form, prepared, tools)
+
+
+def _call_message(form: ToolFormat, message: Message) -> dict[str, Any]:
+    calls = [call["function"] for call in message["tool_calls"]]
+    if not form.takes_call_messages:
+        texts = [f"<tool_call>\n{_dumped({**call, 'arguments': _arguments(call)})}\n</tool_call>" for call in calls]
+        content = "\n".join([*filter(None, [message.get("content")]), *texts])
+        return {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}
+    shaped = [
+        {**call, "function": {**function, "arguments": _shaped(form, function)}}
+        for call, function in zip(message["tool_calls"], calls, strict=True)
+    ]
+    return {**message, "content": message.get("content") or "", "tool_calls": shaped}
+
+
+def _shaped(form: ToolFormat, function: Message) -> Any:
+    arguments = _arguments(function)
+    return _dumped(arguments) if form.takes_text_arguments else arguments
+
+
+def _arguments(function: Message) -> Any:
+    """An object where the text is one; templates that go through the keys take nothing else."""
+    given = function.get("arguments") or {}
+    if not isinstance(given, str):
+        return given
+    try:
+        parsed = json.loads(given)
+    except (ValueError, RecursionError):
+        return given
+    return parsed if isinstance(parsed, dict) else given
+
+
+def _add_result(form: ToolFormat, prepared: list[dict[str, Any]], message: Message, names: Mapping[str, str]) -> None:
+    """A tool's result; where the template has no such role, the user says it, several results in one message."""
+    name = message.get("name") or names.get(str(message.get("tool_call_id", "")))
+    named = {} if name is None else {"name": name}
+    if form.takes_tool_role:
+        prepared.append({**message, **named})
+        return
+    text = f"<tool_response>\n{_dumped({**named, 'content': message.get('content', '')})}\n</tool_response>"
+    if prepared and prepared[-1]["role"] == "user":
+        prepared[-1]["content"] = f"{prepared[-1]['content']}\n{text}"
+    else:
+        prepared.append({"role": "user", "content": text})
+
+
+def _instructed(form: ToolFormat, messages: list[dict[str, Any]], tools: Sequence[Message]) -> list[dict[str, Any]]:
+    """With the tools described in the system message, or in the first one where the template has no such role."""
+    definitions = "\n".join(_dumped(tool.get("function", tool)) for tool in tools)
+    text = _INSTRUCTIONS.format(tools=definitions)
+    first, *others = messages
+    if first["role"] == "system" or not form.takes_system_role:
+        return [{**first, "content": "\n\n".join(filter(None, [first["content"], text]))}, *others]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

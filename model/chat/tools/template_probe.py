@@ -23,6 +23,7 @@ CALL_IDS: Final = ("zqcall001", "zqcall002")  # nine characters, as Mistral's te
 CONTENT: Final = "Zqcontent9"
 REASONING: Final = "Zqreasoning8"
 RESULT: Final = "Zqresult7"
+SYSTEM: Final = "Zqsystem5"
 QUESTION: Final = "Zqquestion6"
 _USER: Final = {"role": "user", "content": QUESTION}
 _CUT_AT_END: Final = re.compile(r"(<[^<>\s]*|\[[A-Z_/]*)$")
@@ -43,6 +44,13 @@ class Probe:
         """The rendered text; empty where the template refuses."""
         try:
             return self.render([_USER, *messages], prompt, {"tools": tools(), "enable_thinking": True, **variables})
+        except RequestError:
+            return ""
+
+    def with_system(self, text: str) -> str:
+        """A chat with a system message; empty where the template refuses it."""
+        try:
+            return self.render([{"role": "system", "content": text}, _USER], True, {"enable_thinking": True})
         except RequestError:
             return ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum, auto
 from typing import Final
 
@@ -143,3 +143,20 @@ class ToolFormat:
     takes_text_arguments: bool = False  # of calls in messages: JSON text in place of an object
     takes_tool_role: bool = True
     takes_call_messages: bool = True  # messages with `tool_calls`
+    takes_system_role: bool = True
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """All texts of the format, in which control words of the vocabulary may stand."""
+        return (*_texts_in(self.calls), *_texts_in(self.reasoning), *self.dropped)
+
+
+def _texts_in(value: object) -> tuple[str, ...]:
+    """Texts in the fields of a value, and in those of its parts."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, tuple):
+        return tuple(text for item in value for text in _texts_in(item))
+    if is_dataclass(value):
+        return tuple(text for item in fields(value) for text in _texts_in(getattr(value, item.name)))
+    return ()

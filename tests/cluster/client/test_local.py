@@ -159,7 +159,7 @@ def _refusals(client: Client | LocalClient) -> list[str]:
     ]
     chats: list[list[dict[str, object]]] = [
         [],
-        [{**CHAT[0]}, {"role": "tool", "content": "x"}],
+        [{**CHAT[0]}, {"role": "function", "content": "x"}],
         [{"role": "unknown", "content": "x"}],
         [{"role": "user", "content": 5}],
         [{"role": "user"}],
@@ -214,8 +214,8 @@ def test_errors_name_the_field(client: LocalClient) -> None:
         client.generate("x", temperature=float("nan"))
     with pytest.raises(RequestError, match="context length is 640"):
         client.generate([5] * 700)
-    with pytest.raises(RequestError, match=r"messages\[1\]: messages of role 'tool'"):
-        client.chat([CHAT[0], {"role": "tool", "content": "x"}])
+    with pytest.raises(RequestError, match=r"messages\[1\]: role"):
+        client.chat([CHAT[0], {"role": "function", "content": "x"}])
     with pytest.raises(RequestError, match=r"messages\[0\]: content"):
         client.chat([{"role": "user", "content": 5}])
     with pytest.raises(RequestError, match="2 prompts in one call"):

@@ -1,0 +1,83 @@
+"""How the served model's answers look: derived from its chat template when a chat first needs it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from llamaclust.cluster.text.threads import RENDERING, run_on
+from llamaclust.core.errors import RequestError
+from llamaclust.model.chat.template import ChatTemplate
+from llamaclust.model.chat.tools.answer_parser import AnswerParser
+from llamaclust.model.chat.tools.call_sink import Tools
+from llamaclust.model.chat.tools.format_derivation import derive_format
+from llamaclust.model.chat.tools.history import template_variables
+from llamaclust.model.chat.tools.known_formats import GENERIC_CALLS
+from llamaclust.model.chat.tools.tool_format import ToolFormat
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
+"""A template without any of these texts knows neither calls nor reasoning: rendering it would tell nothing."""
+_MAX_DERIVATION_S: Final = 10.0
+
+PLAIN: Final = ToolFormat(GENERIC_CALLS, takes_tool_role=False, takes_call_messages=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerReading:
+    """How the text of an answer is read; the same for each choice."""
+
+    form: ToolFormat
+    tools: Tools = field(default_factory=dict)
+    splits_reasoning: bool = True
+    most_calls: int | None = None
+    prefill: str = ""  # what the prompt has written of the answer
+    shown_control_ids: frozenset[int] = frozenset()  # control tokens that are part of the format
+
+    def parser(self) -> AnswerParser:
+        return AnswerParser(
+            self.form,
+            self.tools,
+            splits_reasoning=self.splits_reasoning,
+            most_calls=self.most_calls,
+            prefill=self.prefill,
+        )
+
+
+class ChatFormat:
+    """The format of one template."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        self._template = template
+        self._tokenizer = tokenizer
+        self._lock = asyncio.Lock()
+        self._form: ToolFormat | None = None
+        self.control_ids: frozenset[int] = frozenset()
+
+    async def get(self) -> ToolFormat:
+        """DeadlineError where the template is busy for too long."""
+        async with self._lock:
+            if self._form is None:
+                form = await run_on(RENDERING, self._derived)
+                controls = [text for text in self._tokenizer.control_texts if len(text) > 1]
+                shown = [text for text in controls if any(text in marker for marker in form.markers)]
+                found = (self._tokenizer.token_id(text) for text in shown)
+                self.control_ids = frozenset(token_id for token_id in found if token_id is not None)
+                self._form = form
+        return self._form
+
+    def _derived(self) -> ToolFormat:
+        source = self._template.source or ""
+        if not any(hint in source for hint in _HINTS):
+            return PLAIN
+        end = time.monotonic() + _MAX_DERIVATION_S
+
+        def render(messages: Sequence[Mapping[str, Any]], prompt: bool, variables: Mapping[str, Any]) -> str:
+            if time.monotonic() > end:
+                raise RequestError("the template is too slow")
+            return self._template.render(messages, prompt, **template_variables(variables))
+
+        return derive_format(source, render)

@@ -1,0 +1,150 @@
+"""Tool calls and reasoning in chats: prompts, replies, streams, and OpenAI's client on top."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+from llamaclust.model.chat.template import ChatTemplate
+from support.clusters.served import ScriptedEngine, client, events_of, make_app, says, serving, tokenizer
+
+# Short, since the tiny model's context is.
+TEMPLATE = (
+    "{% for t in tools or [] %}+{{ t.function.name }}{% endfor %}{% for m in messages %}<{{ m.role }}>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    '{% for c in m.tool_calls or [] %}<tool_call>{"name": "{{ c.function.name }}", '
+    '"arguments": {{ c.function.arguments | tojson }}}</tool_call>{% endfor %}{% endfor %}'
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking %}<think>{% endif %}{% endif %}"
+)
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+OTHER = {"type": "function", "function": {"name": "run"}}
+CALL = '<tool_call>{"name": "look", "arguments": {"city": "Rom"}}</tool_call>'
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+async def chat(answer: str, template: str = TEMPLATE, **fields: Any) -> tuple[Any, str]:
+    """The reply, and the prompt that the engine got."""
+    engine = ScriptedEngine(says(answer))
+    with ChatTemplate(template, "", "") as made:
+        async with client(make_app(engine, made)) as http:
+            reply = await http.post("/v1/chat/completions", json=CHAT | fields)
+    assert reply.status_code == 200, reply.text
+    prompt = tokenizer().decode(engine.submitted[0].prompt)
+    return events_of(reply.text) if fields.get("stream") else reply.json(), prompt
+
+
+async def message_of(answer: str, **fields: Any) -> dict[str, Any]:
+    reply, _ = await chat(answer, **fields)
+    found: dict[str, Any] = reply["choices"][0]["message"]
+    return found
+
+
+async def test_call() -> None:
+    reply, prompt = await chat("I look." + CALL, tools=[TOOL, OTHER])
+    (choice,) = reply["choices"]
+    assert prompt == "+look+run<user>Hi<assistant>"
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "I look."
+    (call,) = choice["message"]["tool_calls"]
+    assert call["id"].isalnum() and call["type"] == "function"
+    assert call["function"] == {"name": "look", "arguments": '{"city": "Rom"}'}
+
+
+async def test_content_is_null_beside_calls_alone() -> None:
+    message = await message_of(CALL * 2, tools=[TOOL])
+    assert message["content"] is None and len({call["id"] for call in message["tool_calls"]}) == 2
+
+
+async def test_one_call_without_parallel_calls() -> None:
+    message = await message_of(CALL * 2, tools=[TOOL], parallel_tool_calls=False)
+    assert len(message["tool_calls"]) == 1
+
+
+async def test_without_tools_the_text_stays() -> None:
+    assert (await message_of(CALL))["content"] == CALL
+    reply, prompt = await chat(CALL, tools=[TOOL], tool_choice="none")
+    assert reply["choices"][0]["message"]["content"] == CALL and prompt == "<user>Hi<assistant>"
+
+
+async def test_a_named_tool_is_the_only_one_offered() -> None:
+    choice = {"type": "function", "function": {"name": "look"}}
+    reply, prompt = await chat(CALL, tools=[TOOL, OTHER], tool_choice=choice)
+    assert prompt.startswith("+look<user>") and reply["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_stream() -> None:
+    *chunks, done = (await chat("So." + CALL, tools=[TOOL], stream=True))[0]
+    assert done == "[DONE]"
+    choices = [chunk["choices"][0] for chunk in chunks]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == "So."
+    assert calls[0]["function"]["name"] == "look" and calls[0]["id"] and calls[0]["type"] == "function"
+    assert all("id" not in call and "name" not in call["function"] for call in calls[1:])
+    assert "".join(call["function"]["arguments"] for call in calls) == '{"city": "Rom"}'
+    assert len(calls) > 3 and choices[-1]["finish_reason"] == "tool_calls"
+
+
+async def test_reasoning() -> None:
+    message = await message_of("<think>Hm.</think>\n\nYes.")
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
+    raw = await message_of("<think>Hm.</think>\n\nYes.", reasoning_format="none")
+    assert raw["content"] == "<think>Hm.</think>\n\nYes." and "reasoning_content" not in raw
+    *chunks, _ = (await chat("<think>Hm.</think>Yes.", stream=True))[0]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
+    assert "".join(delta.get("content", "") for delta in deltas) == "Yes."
+
+
+async def test_reasoning_that_the_prompt_opens() -> None:
+    reply, prompt = await chat("Hm.</think>Yes.", chat_template_kwargs={"enable_thinking": True})
+    message = reply["choices"][0]["message"]
+    assert prompt.endswith("<think>") and (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
+
+
+async def test_calls_and_results_come_back_to_the_template() -> None:
+    call = {"id": "a1", "type": "function", "function": {"name": "look", "arguments": '{"city": "Rom"}'}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Hm."},
+        {"role": "tool", "tool_call_id": "a1", "content": [{"type": "text", "text": "sunny"}]},
+    ]
+    _, prompt = await chat("Ok", messages=messages, tools=[TOOL])
+    assert prompt == f"+look<user>Hi<assistant><think>Hm.</think>{CALL}<tool>sunny<assistant>"
+
+
+async def test_a_template_without_tools_gets_them_as_text() -> None:
+    short = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    from support.clusters import served
+
+    engine = ScriptedEngine(says("a"))
+    with ChatTemplate(PLAIN, "", "") as made:
+        async with client(make_app(engine, made)) as http:
+            reply = await http.post("/apply-template", json=CHAT | {"tools": [short]})
+    assert served.CONTEXT and reply.status_code == 200, reply.text
+    prompt = reply.json()["prompt"]
+    assert prompt.startswith("<system>") and '"name": "f"' in prompt and prompt.endswith("<user>Hi")
+
+
+async def test_the_official_client_puts_a_stream_together() -> None:
+    engine = ScriptedEngine(says("So." + CALL + CALL))
+    with ChatTemplate(TEMPLATE, "", "") as made:
+        async with (
+            serving(make_app(engine, made)) as address,
+            AsyncOpenAI(base_url=f"{address}/v1", api_key="k", http_client=DefaultAsyncHttpxClient()) as openai,
+            openai.chat.completions.stream(model="tiny", tools=[TOOL], **CHAT) as stream,
+        ):
+            async for _ in stream:
+                pass
+            message = (await stream.get_final_completion()).choices[0].message
+    assert message.content == "So." and message.tool_calls is not None
+    assert [json.loads(call.function.arguments) for call in message.tool_calls] == [{"city": "Rom"}] * 2
+
+
+@pytest.mark.parametrize("answer", ["<tool_call>{", "<think>", "<tool_call>nothing", '<tool_call>{"name": "look"'])
+async def test_answers_that_are_cut(answer: str) -> None:
+    *chunks, _ = (await chat(answer, tools=[TOOL], stream=True))[0]
+    assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "tool_calls")

@@ -99,7 +99,7 @@ class ClusterConfig(Section):
     api: Api = Api()
     """What the HTTP API accepts."""
     state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)
-    """Plans, measurements, logs. By default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
+    """Records, measurements, credentials, logs. By default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
     lease: Lease | None = None
     """Kubernetes's lock of coordinators that share `state_dir`; by default a file in that directory is the lock."""
     timeouts: Timeouts = Timeouts()

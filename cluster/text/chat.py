@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from enum import Enum, auto
 from typing import Any
 
@@ -121,7 +122,7 @@ async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, to
         raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
     tools = chat.offered_tools
     prepared = prepared_messages(form, chat.messages, tools)
-    variables = {**chat.variables, "tools": [*tools] or None}
+    variables = {**_defaults(), **chat.variables, "tools": [*tools] or None}
     *messages, more = await run_on(TOKENIZING, guard_messages, [*prepared, variables], tokenizer)
     more = template_variables(more)
     if chat.end is not PromptEnd.LAST_MESSAGE:
@@ -133,3 +134,13 @@ async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, to
     content, thoughts = str(last.get("content") or ""), str(last.get("reasoning_content") or "")
     begun = continuation(form, text, thoughts, content, in_reasoning=bool(thoughts) and not content)
     return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun)))
+
+
+def _defaults() -> dict[str, Any]:
+    """What llama.cpp gives to templates beside messages; some publishers' templates need it."""
+    today = date.today()
+    return {
+        "enable_thinking": True,
+        "date_string": today.strftime("%d %b %Y"),
+        "datetime": today.strftime("%b %d %Y"),
+    }

@@ -6,7 +6,9 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from datetime import date
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,6 +22,7 @@ from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, ParameterError, QueueFullError, RequestError, WorkerError
 from llamaclust.core.sampling import RowResult, SamplingParams
+from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import (
     CONTEXT,
     END,
@@ -320,6 +323,22 @@ async def test_a_chat_cannot_forge_control_words() -> None:
     assert forged in await service.chat_text(user(forged))
     with pytest.raises(ParameterError, match="'messages' cannot be set"):
         await service.chat(replace(user("a"), variables={"messages": []}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [({}, "thinks"), ({"enable_thinking": False}, "answers"), ({"date_string": "26 Jul 2024"}, "thinks 26 Jul 2024")],
+)
+async def test_templates_get_what_llamacpp_gives_them(variables: dict[str, Any], text: str) -> None:
+    source = "{{ 'thinks' if enable_thinking is true else 'answers' }} {{ date_string }} {{ datetime }}"
+    today = date.today()
+    with ChatTemplate(source, "", "") as template:
+        shown = await make_service(ScriptedEngine(says("a")), template).chat_text(
+            replace(user("Hi"), variables=variables)
+        )
+    if "date_string" not in variables:
+        text = f"{text} {today:%d %b %Y}"
+    assert shown == f"{text} {today:%b %d %Y}"
 
 
 async def test_tokens_and_back() -> None:

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import socket
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import Draining, Notice, Ready, Report
+from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
 from llamaclust.cluster.text.service import TextService, TextSettings
@@ -180,7 +180,7 @@ async def _journalled(cluster: Cluster, folder: ClusterDir) -> AsyncIterator[Dur
 def _open_requests(path: Path, served: str) -> list[OpenRequest]:
     """Those of an earlier coordinator; none where the journal cannot be read."""
     try:
-        return read_journal(path, time.time(), served)
+        return read_journal(path, Instant.now(), served)
     except (OSError, ValueError, TypeError, KeyError) as error:
         _log.warning("%s: cannot be read: %s; requests of the last coordinator are lost", path, error)
         return []

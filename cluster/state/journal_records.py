@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.regular_file import open_regular
 from llamaclust.core.sampling import RowResult
 
@@ -21,7 +22,7 @@ _MAX_LINE_BYTES = 64 << 20
 _CHECKSUM_DIGITS = 8
 _BODY = b"\t"
 """Before a body; JSON of ours has none."""
-_ADMISSION = [str, int, int, str, str, str, str, float, str, bool]
+_ADMISSION = [str, int, int, str, str, str, str, float, float, str, float, str, bool]
 """Types of its fields, in the order of `admission_line`."""
 
 ChoiceKey = tuple[int, int]
@@ -47,13 +48,18 @@ class Admission:
     identity: RequestIdentity
     endpoint: str  # path of the POST
     body: bytes
-    deadline: float  # Unix time at which it ends unanswered
+    admitted: Instant
+    limit_s: float  # from then on; it ends unanswered
     served: str = ""  # digest of what else answers depend on: the model and its settings
     is_streamed: bool = True
 
     @property
     def id(self) -> str:
         return self.identity.id
+
+    def left_s(self, now: Instant) -> float:
+        """Until it ends unanswered."""
+        return self.limit_s - self.admitted.passed_s(now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,10 @@ def admission_line(admission: Admission) -> bytes:
         identity.conversation,
         identity.idempotency_key,
         admission.endpoint,
-        admission.deadline,
+        admission.admitted.unix_s,
+        admission.admitted.boot_s,
+        admission.admitted.machine,
+        admission.limit_s,
         admission.served,
         admission.is_streamed,
     )
@@ -108,9 +117,9 @@ def _line(text: bytes) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def read_journal(path: Path, now: float, served: str = "") -> list[OpenRequest]:
-    """The requests that an earlier coordinator left, of the same `served` digest and with deadlines after `now` (Unix
-    time), in the order of their admission; empty where there is no journal. OSError where it cannot be read."""
+def read_journal(path: Path, now: Instant, served: str = "") -> list[OpenRequest]:
+    """The requests that an earlier coordinator left, of the same `served` digest and not too old, in the order of their
+    admission; empty where there is no journal. OSError where it cannot be read."""
     requests: dict[str, _Request] = {}
     for record, body in _records(path):
         with suppress(TypeError, KeyError, ValueError):  # a line that another program or version wrote
@@ -118,7 +127,7 @@ def read_journal(path: Path, now: float, served: str = "") -> list[OpenRequest]:
     return [
         request.as_open()
         for request in requests.values()
-        if request.admission.deadline > now and request.admission.served == served
+        if request.admission.left_s(now) > 0 and request.admission.served == served
     ]
 
 
@@ -164,7 +173,8 @@ class _Request:
 def _admission(fields: Sequence[Any], body: bytes) -> Admission:
     if [type(value) for value in fields] != _ADMISSION:
         raise TypeError("other fields than those of an admission")
-    request_id, seed, created, owner, conversation, idempotency_key, endpoint, deadline, served, is_streamed = fields
+    request_id, seed, created, owner, conversation, idempotency_key, *more = fields
+    endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed = more
     identity = RequestIdentity(
         id=request_id,
         seed=seed,
@@ -175,7 +185,13 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
     )
     body = body.replace(b"%0A", b"\n").replace(b"%25", b"%")
     return Admission(
-        identity=identity, endpoint=endpoint, body=body, deadline=deadline, served=served, is_streamed=is_streamed
+        identity=identity,
+        endpoint=endpoint,
+        body=body,
+        admitted=Instant(unix_s, boot_s, machine),
+        limit_s=limit_s,
+        served=served,
+        is_streamed=is_streamed,
     )
 
 

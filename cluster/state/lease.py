@@ -12,7 +12,6 @@ import secrets
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from typing import Any
 import httpx
 
 from llamaclust.cluster.config.sections import Lease
+from llamaclust.cluster.state.instants import boot_s
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _RENEWED = 2 / 3
@@ -40,7 +40,7 @@ class LeaseLock:
 
     def __init__(self, lease: Lease) -> None:
         self.identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"
-        self.renewed_s: float | None = None  # by `now_s`; None: not held
+        self.renewed_s: float | None = None  # by `boot_s`; None: not held
         self._lease = lease
         self._seen: dict[str, Any] | None = None  # the spec that another holder wrote last
         self._seen_s = 0.0
@@ -56,18 +56,18 @@ class LeaseLock:
     @property
     def is_current(self) -> bool:
         """Whether it was renewed lately, so that no other process can have it."""
-        return self.renewed_s is not None and now_s() - self.renewed_s < self._lease.duration * _RENEWED
+        return self.renewed_s is not None and boot_s() - self.renewed_s < self._lease.duration * _RENEWED
 
     def take(self) -> bool:
         """Whether the lease is this process's now. LlamaclustError where the API server does not say."""
-        begun_s, lease = now_s(), self._read()
+        begun_s, lease = boot_s(), self._read()
         if not self._is_free(lease.get("spec") or {}):
             return False
         return self._write(lease, begun_s)
 
     def renew(self) -> None:
         """SupersededError where another process has it; LlamaclustError where the API server does not answer."""
-        begun_s, lease = now_s(), self._read()
+        begun_s, lease = boot_s(), self._read()
         holder = _holder(lease)
         if holder not in ("", self.identity):
             raise SupersededError(f"{holder} has the Lease {self._lease.name} now")
@@ -88,9 +88,9 @@ class LeaseLock:
         if (spec.get("holderIdentity") or "") in ("", self.identity):
             return True
         if spec != self._seen:
-            self._seen, self._seen_s = spec, now_s()
+            self._seen, self._seen_s = spec, boot_s()
         duration_s = spec.get("leaseDurationSeconds") or self._lease.duration
-        return now_s() - self._seen_s > duration_s
+        return boot_s() - self._seen_s > duration_s
 
     def _write(self, lease: dict[str, Any], begun_s: float) -> bool:
         """As its holder; False where the object has changed meanwhile."""
@@ -166,11 +166,6 @@ def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
         if not threads[0].is_alive():
             with suppress(LlamaclustError):
                 lock.release()
-
-
-def now_s() -> float:
-    """Goes on while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _holder(lease: dict[str, Any]) -> str:

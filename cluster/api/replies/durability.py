@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission
 
@@ -25,7 +25,8 @@ class Durability:
             identity=ticket.identity,
             endpoint=endpoint,
             body=body,
-            deadline=time.time() + self.request_s,
+            admitted=Instant.now(),
+            limit_s=self.request_s,
             served=self.served,
             is_streamed=is_streamed,
         )

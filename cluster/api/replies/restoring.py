@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from llamaclust.cluster.api.replies.reply import MakeReply
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.sse import first_of
+from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerError
 from llamaclust.wire.rpc.task_set import TaskSet
@@ -121,7 +121,7 @@ class Restoring:
 
     async def _begin(self, restored: _Restored) -> None:
         kept, admission = restored.kept, restored.request.admission
-        end_s = asyncio.get_running_loop().time() + admission.deadline - time.time()
+        end_s = asyncio.get_running_loop().time() + admission.left_s(Instant.now())
         try:
             reply = await self._endpoints[admission.endpoint](admission.body, kept.ticket)
             await kept.begin(reply, until_s=end_s)

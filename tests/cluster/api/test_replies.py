@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal_records import read_journal
 from llamaclust.cluster.text import choice as choice_text
 from support.clusters.resumable import (
@@ -67,7 +68,7 @@ async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
         whole = await stream(server.http, "POST", path, json=body)
     async with served(tmp_path / "journal", KilledJournal) as server:
         events = await stream(server.http, "POST", path, json=body, most=random.Random(SEED).randrange(1, len(whole)))
-    opened = read_journal(tmp_path / "journal", 0.0, SERVED)
+    opened = read_journal(tmp_path / "journal", Instant.now(), SERVED)
     assert len(opened) == 1 and not (opened[0].answered and not is_recorded)
     request_id = events[-1][0].partition(":")[0]
     async with served(tmp_path / "journal") as server:
@@ -79,7 +80,9 @@ async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
             f"chatcmpl-{request_id}",
         }
         await until(lambda: is_idle(server.engine))
-        await until(lambda: [request.is_sent for request in read_journal(tmp_path / "journal", 0.0, SERVED)] == [True])
+        await until(
+            lambda: [request.is_sent for request in read_journal(tmp_path / "journal", Instant.now(), SERVED)] == [True]
+        )
     assert (tmp_path / "journal").stat().st_size == 0
 
 
@@ -242,9 +245,9 @@ async def test_a_reply_counts_as_sent_once_a_connection_took_it_to_its_end(tmp_p
             pass
         server.pipeline.gate.set()
         await until(lambda: is_idle(server.engine))
-        assert [request.is_sent for request in read_journal(path, 0.0, SERVED)] == [False]
+        assert [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [False]
         assert await stream(server.http, "GET", "/v1/streams/one")
-        await until(lambda: [request.is_sent for request in read_journal(path, 0.0, SERVED)] == [True])
+        await until(lambda: [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [True])
     assert path.stat().st_size == 0
 
 

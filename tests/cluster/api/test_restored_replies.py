@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from llamaclust.cluster.api.openai.reply import OpenAiReply
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
 from llamaclust.cluster.text.service import TextService
@@ -50,7 +50,8 @@ def admission(number: int, body: str, *, endpoint: str = PATHS[0], is_streamed: 
         identity=identity,
         endpoint=endpoint,
         body=body.encode(),
-        deadline=2e9,
+        admitted=Instant.now(),
+        limit_s=1e9,
         served=SERVED,
         is_streamed=is_streamed,
     )
@@ -163,7 +164,7 @@ async def test_what_a_client_had_not_read_of_a_sent_reply_outlives_the_coordinat
     async with served(path, KilledJournal) as server:
         whole = await stream(server.http, "POST", PATHS[0], json=body, headers=headers)
         await stream(server.http, "POST", PATHS[0], json=body)
-        await until(lambda: [request.is_sent for request in read_journal(path, 0.0, SERVED)] == [True, True])
+        await until(lambda: [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [True, True])
     events = whole[: random.Random(SEED).randrange(1, len(whole))]
     request_id, last = events[-1][0].partition(":")[0], {"Last-Event-ID": events[-1][0]}
     before = path.read_bytes()
@@ -222,7 +223,7 @@ async def test_a_restored_request_that_progresses_is_not_given_up(
     for _ in range(7):
         async with served(path, KilledJournal) as server:
             await stream(server.http, "GET", "/v1/streams/key 0", most=sum(known) + 3)
-        (request,) = read_journal(path, 0.0, SERVED)
+        (request,) = read_journal(path, Instant.now(), SERVED)
         assert request.restores == 0
         known.append(len(request.answered[0, 0]) - sum(known))
         assert known[-1] > 0
@@ -232,7 +233,7 @@ async def test_a_restored_request_that_progresses_is_not_given_up(
 
 async def test_a_restored_requests_deadline_goes_on(tmp_path: Path) -> None:
     path, body = tmp_path / "journal", json.dumps(body_of(PATHS[0], stream=False))
-    near = replace(admission(0, body, is_streamed=False), deadline=time.time() + 1.0)
+    near = replace(admission(0, body, is_streamed=False), limit_s=1.0)
     await write_journal(path, near, admission(1, body, is_streamed=False))
     async with served(path) as server:
         server.pipeline.gate.clear()

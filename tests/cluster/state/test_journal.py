@@ -12,11 +12,13 @@ import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_file import JournalFile
 from llamaclust.cluster.state.journal_records import Admission, OpenRequest, RequestIdentity, read_journal
@@ -24,14 +26,16 @@ from llamaclust.core.errors import SupersededError
 from llamaclust.core.sampling import RowResult
 from support.seed import SEED
 
-NOW = 1_000.0
+NOW = Instant(unix_s=1_000.0, boot_s=50.0, machine="m")
+LIMIT_S = 60.0
+YEAR_S = 365 * 86400.0
 BODY = b'{"\xc3\xa9": "%0A%%\t\xff",\n\r\n}\t\n'
 """Whatever bytes there are."""
 
 
 def admission(number: int, body: bytes = b"{}") -> Admission:
     identity = RequestIdentity(id=f"id{number}", seed=number, created=7, idempotency_key="é\n")
-    return Admission(identity=identity, endpoint="/v1/completions", body=body, deadline=NOW + 60)
+    return Admission(identity=identity, endpoint="/v1/completions", body=body, admitted=NOW, limit_s=LIMIT_S)
 
 
 async def until(check: Callable[[], bool]) -> None:
@@ -68,7 +72,23 @@ async def test_open_requests_are_found_in_order_with_their_tokens(tmp_path: Path
     assert read_journal(path, NOW) == [
         OpenRequest(admission(number, BODY), answered if number == 1 else {}) for number in (1, 2, 4)
     ]
-    assert read_journal(path, NOW + 61) == []
+    assert read_journal(path, replace(NOW, boot_s=NOW.boot_s + LIMIT_S)) == []
+
+
+@pytest.mark.parametrize("jump_s", [YEAR_S, -YEAR_S, 86400.0, -86400.0])
+async def test_a_clock_that_is_set_loses_no_request(tmp_path: Path, jump_s: float) -> None:
+    """And no request gets more time by it than it had."""
+    path, request = tmp_path / "journal", admission(1)
+    async with journal(path) as writing:
+        await writing.admit(request)
+        writing.seal()
+    restarted = Instant(NOW.unix_s + jump_s, NOW.boot_s + 20, NOW.machine)
+    assert [found.admission for found in read_journal(path, restarted)] == [request]
+    assert request.left_s(restarted) == LIMIT_S - 20
+    elsewhere = Instant(NOW.unix_s + 20, 9.0, "another")
+    assert request.left_s(elsewhere) == LIMIT_S - 20
+    assert request.left_s(replace(elsewhere, unix_s=0.0)) == LIMIT_S
+    assert not read_journal(path, replace(elsewhere, unix_s=NOW.unix_s + LIMIT_S))
 
 
 async def test_nothing_stays_on_disk_of_requests_that_ended(tmp_path: Path) -> None:

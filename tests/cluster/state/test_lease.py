@@ -27,7 +27,7 @@ def api() -> Iterator[LeaseApi]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(lease_module, "now_s", made)
+    monkeypatch.setattr(lease_module, "boot_s", made)
     return made
 
 

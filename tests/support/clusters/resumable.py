@@ -16,6 +16,7 @@ from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import read_journal
 from support.clusters.fakes import FakePipeline
@@ -64,7 +65,7 @@ async def served(
         aclosing(Replies(ApiSettings(**settings), Durability(opened, SERVED, 60.0))) as replies,
     ):
         app = make_app(engine, replies=replies, **settings)
-        await replies.restore(read_journal(journal, 0.0, SERVED))
+        await replies.restore(read_journal(journal, Instant.now(), SERVED))
         async with (
             serving(app) as address,
             httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,

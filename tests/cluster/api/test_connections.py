@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from llamaclust.cluster.api.server import allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings
@@ -107,6 +108,14 @@ async def test_a_kept_connection_that_sends_no_further_head_is_closed_in_time() 
         drip = asyncio.create_task(peer.drip(HEALTH, 0.05))
         await until(lambda: peer.is_closed)
         await drip
+
+
+def test_idle_connections_are_kept_for_longer_than_clients_keep_them() -> None:
+    """Where a server closes one as its client sends on it, the request is lost."""
+    settings = ApiSettings()
+    server_s = server_config(FastAPI(), settings).timeout_keep_alive
+    client_s = httpx.Limits().keepalive_expiry
+    assert client_s is not None and client_s < settings.head_s < server_s
 
 
 async def test_a_refused_request_whose_body_never_ends_is_closed_in_time() -> None:

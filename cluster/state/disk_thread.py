@@ -6,7 +6,8 @@ import asyncio
 import errno
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -18,29 +19,29 @@ class DiskThread:
 
     def __init__(self, name: str, call_s: float) -> None:
         self._call_s = call_s
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._last: Future[Any] | None = None
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._is_busy = False
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     @property
     def hangs(self) -> bool:
         """Whether a call has not returned yet."""
-        return self._last is not None and not self._last.done()
+        return self._is_busy
 
     async def call(self, work: Callable[[], Value]) -> Value:
         """Raises what `work` does. TimeoutError where it does not return in time, and while an earlier one has not."""
         if self.hangs:
             raise TimeoutError(errno.ETIMEDOUT, "an earlier call has not returned")
-        future: Future[Value] = Future()
-        future.set_running_or_notify_cancel()
-        self._last = future
-        self._calls.put((future, work))
-        waiting = asyncio.wrap_future(future)
-        done, _ = await asyncio.wait([waiting], timeout=self._call_s)
-        if not done:
-            waiting.cancel()
-            raise TimeoutError(errno.ETIMEDOUT, f"no answer within {self._call_s:g} s")
-        return waiting.result()
+        self._is_busy = True
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Value] = loop.create_future()
+        self._calls.put(_Call(work, loop, answer))
+        late = TimeoutError(errno.ETIMEDOUT, f"no answer within {self._call_s:g} s")
+        timer = loop.call_later(self._call_s, _settle, answer, None, late)
+        try:
+            return await answer
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         """The thread ends once its call has returned."""
@@ -48,13 +49,30 @@ class DiskThread:
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            future, work = call
+            value, error = None, None
             try:
-                value = work()
-            except BaseException as error:  # noqa: BLE001  the caller's
-                future.set_exception(error)
-            else:
-                future.set_result(value)
+                value = call.work()
+            except BaseException as raised:  # noqa: BLE001  the caller's
+                error = raised
+            self._is_busy = False
+            with suppress(RuntimeError):  # the event loop was closed meanwhile
+                call.loop.call_soon_threadsafe(_settle, call.answer, value, error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    work: Callable[[], Any]
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[Any]
+
+
+def _settle(answer: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(value)
+    else:
+        answer.set_exception(error)
 
 
 async def call_on_disk(name: str, call_s: float, work: Callable[[], Value]) -> Value:

@@ -22,7 +22,7 @@ from llamaclust.cluster.state.journal_records import Admission, ChoiceKey, OpenR
 from llamaclust.core.errors import SupersededError
 from llamaclust.core.sampling import RowResult
 
-_PAUSE_S = 0.01
+_PAUSE_S = 0.02
 """From the begin of one write to that of the next: admissions of that time share it. Less than a prompt takes."""
 _LATER_S = 0.1
 """Until lines are written that nothing waits for, unless an admission takes them along."""

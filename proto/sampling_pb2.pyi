@@ -532,7 +532,8 @@ class RowResult(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CHOSEN_FIELD_NUMBER: _builtins.int
-    TOP_FIELD_NUMBER: _builtins.int
+    TOP_TOKENS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     MU_FIELD_NUMBER: _builtins.int
     FORCED_FIELD_NUMBER: _builtins.int
@@ -545,8 +546,12 @@ class RowResult(_message.Message):
         """The chosen or scored token."""
 
     @_builtins.property
-    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+    def top_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The likeliest tokens, best first."""
+
+    @_builtins.property
+    def top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their logprobs."""
 
     @_builtins.property
     def forced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -556,14 +561,15 @@ class RowResult(_message.Message):
         self,
         *,
         chosen: Global___TokenLogprob | None = ...,
-        top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        top_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
         failure: _builtins.str | None = ...,
         mu: _builtins.float | None = ...,
         forced: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "mu", b"mu"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "forced", b"forced", "mu", b"mu", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "forced", b"forced", "mu", b"mu", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import sys
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_SEQUENCES, MAX_VOCABULARY
+from llamaclust.core.limits import (
+    MAX_BATCH_TOKENS,
+    MAX_CONTEXT_TOKENS,
+    MAX_KV_BLOCKS,
+    MAX_SEQUENCES,
+    MAX_TOP_LOGPROBS,
+    MAX_VOCABULARY,
+)
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams, ScoreTask
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
@@ -147,6 +155,35 @@ def test_a_failed_row_arrives_alone() -> None:
     failed = decoded.rows[1]
     assert (failed.token, failed.failure) == (-1, "logits are not finite")
     assert math.isnan(failed.logprob)
+
+
+@pytest.mark.parametrize(
+    ("top_tokens", "top_logprobs"),
+    [((1,), ()), ((1, 2), (-1.0, math.nan)), ((MAX_VOCABULARY,), (-1.0,)), ((1,) * 200, (-1.0,) * 200)],
+    ids=["one without a logprob", "no number", "token", "many"],
+)
+def test_top_logprobs_that_cannot_be_are_refused(top_tokens: tuple[int, ...], top_logprobs: tuple[float, ...]) -> None:
+    row = sampling_pb2.RowResult(top_tokens=top_tokens, top_logprobs=top_logprobs)
+    with pytest.raises(ProtocolError):
+        decode_result(sampling_pb2.Result(rows=[row]).SerializeToString())
+
+
+def test_a_result_with_many_logprobs_takes_few_calls() -> None:
+    """The event loop decodes it, and streams wait meanwhile."""
+    top, calls = tuple((token, -float(token)) for token in range(MAX_TOP_LOGPROBS)), 0
+    result = Result(1, 2, tuple(RowResult(token, -1.5, top) for token in range(64)))
+    data = encode_result(result)
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        decoded = decode_result(data)
+    finally:
+        sys.setprofile(None)
+    assert decoded == result and calls < 64 * 16
 
 
 def test_unknown_fields_of_a_newer_minor_version_are_ignored() -> None:

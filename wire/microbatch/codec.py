@@ -286,8 +286,10 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
         to.failure = one_line(row.failure)
         return
     to.chosen.token, to.chosen.logprob = row.token, row.logprob
-    for token, logprob in row.top_logprobs:
-        to.top.add(token=token, logprob=logprob)
+    if row.top_logprobs:
+        tokens, logprobs = zip(*row.top_logprobs, strict=True)
+        to.top_tokens.extend(tokens)
+        to.top_logprobs.extend(logprobs)
     if row.mu is not None:
         to.mu = row.mu
     to.forced.extend(row.forced)
@@ -310,12 +312,21 @@ def decode_result(data: bytes) -> Result:
 def _row(message: sampling_proto.RowResult) -> RowResult:
     if message.HasField("failure"):
         return RowResult(-1, math.nan, failure=line("failure", message.failure))
-    bounded("top_logprobs", len(message.top), 0, limits.MAX_TOP_LOGPROBS)
-    top = tuple((_token(entry.token), _logprob(entry.logprob)) for entry in message.top)
     mu = _mu(message.mu) if message.HasField("mu") else None
     bounded("forced tokens", len(message.forced), 0, MAX_FORCED_TOKENS)
     forced = _tokens(message.forced)
-    return RowResult(_token(message.chosen.token), _logprob(message.chosen.logprob), top, mu=mu, forced=forced)
+    token, logprob = _token(message.chosen.token), _logprob(message.chosen.logprob)
+    return RowResult(token, logprob, _top_in(message), mu=mu, forced=forced)
+
+
+def _top_in(message: sampling_proto.RowResult) -> tuple[tuple[int, float], ...]:
+    """Without calls for each of them: a result may have thousands."""
+    tokens, logprobs = _tokens(message.top_tokens), tuple(message.top_logprobs)
+    bounded("top_logprobs", len(tokens), 0, limits.MAX_TOP_LOGPROBS)
+    bounded("logprobs of the top tokens", len(logprobs), len(tokens), len(tokens))
+    if any(map(math.isnan, logprobs)):
+        raise ProtocolError("logprob is no number")
+    return tuple(zip(tokens, logprobs, strict=True))
 
 
 def _logprob(value: float) -> float:

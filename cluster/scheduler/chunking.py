@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.cluster.scheduler.stage_times import StageTimes
+from llamaclust.cluster.scheduler.stage_times import StageCurves, StageTimes
 
 _FIRST_ROWS = 64
 """Without measurements and decode: small enough for a slow machine, large enough not to matter on a fast one."""
@@ -14,6 +14,9 @@ _LEAST_ROWS_ALONE = 64
 """Without decode nothing waits for a chunk's end, and a slow machine reads the weights for 64 rows as for 16."""
 _EFFICIENT = 4
 """Least ratio of the time for a chunk's rows to the fixed cost of a chunk."""
+_SCORED_SHARE = 0.5
+"""Of `prefill_ms`, for a microbatch with scored rows. The coordinator takes longer for those as well, and they come in
+hundreds, each of which other streams would wait for."""
 
 
 def chunk_rows(
@@ -31,7 +34,7 @@ def chunk_rows(
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
         return min(settings.prefill_chunk, most)
-    slowest = _slowest(times)
+    slowest = _slowest(times.prefill)
     if slowest is None:
         return min(_FIRST_ROWS if alone else _LEAST_ROWS, most)
     fixed_ns, row_ns = slowest
@@ -45,9 +48,20 @@ def chunk_rows(
     return min(most, max(1, int(rows) // _LEAST_ROWS * _LEAST_ROWS))
 
 
-def _slowest(times: StageTimes) -> tuple[float, float] | None:
+def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -> int:
+    """Rows that are scored in one microbatch which also has `decoding` rows. On the last stage each of them costs a row
+    of logits, which may be more than its layers."""
+    slowest = _slowest(times.scoring)
+    if slowest is None:
+        return _LEAST_ROWS
+    fixed_ns, row_ns = slowest
+    fit = (_SCORED_SHARE * settings.prefill_ms * 1e6 - fixed_ns) / row_ns - decoding
+    return max(int(fit) // _LEAST_ROWS, 1) * _LEAST_ROWS
+
+
+def _slowest(curves: StageCurves) -> tuple[float, float] | None:
     """(ns of a microbatch, ns of a row): a line through the slowest stage's times of small and large chunks."""
-    small, large = times.prefill.predict(_LEAST_ROWS), times.prefill.predict(8 * _LEAST_ROWS)
+    small, large = curves.predict(_LEAST_ROWS), curves.predict(8 * _LEAST_ROWS)
     if small is None or large is None:
         return None
     stage = large.index(max(large))

@@ -109,5 +109,9 @@ class InFlight:
         if self._sent and self._sent[0].is_lookahead:
             self._sent[0].begun_ns = now_ns
         is_decode = due.decoding == len(due.slices)
-        self._times.learn(result, is_decode, due.alone, now_ns - due.begun_ns, was_lookahead=due.is_lookahead)
+        is_scored = any(taken.is_scored for taken in due.slices)
+        elapsed_ns = now_ns - due.begun_ns
+        self._times.learn(
+            result, is_decode, due.alone, elapsed_ns, was_lookahead=due.is_lookahead, was_scored=is_scored
+        )
         return due.slices

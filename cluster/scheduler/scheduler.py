@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from operator import attrgetter
 
-from llamaclust.cluster.scheduler.chunking import chunk_rows
+from llamaclust.cluster.scheduler.chunking import chunk_rows, scored_rows
 from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
@@ -75,14 +75,18 @@ class _PrefillBatch:
     now_ns: int
     rows_left: int
     outputs_left: int
+    scored_left: int  # of these
     grammars_left: int = _MAX_GRAMMARS
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
 
-    def add(self, sequence: Sequence, most: int) -> None:
-        """Up to `most` rows of a sequence, as far as rows and outputs go."""
+    def add(self, sequence: Sequence, share: int = 1) -> bool:
+        """Rows of a sequence, as far as one part in `share` of the rows and outputs that are left goes. False where
+        that is none."""
+        is_scored = sequence.has_scores_left
         starts_grammar = sequence.request.grammar is not None and not sequence.has_matcher
         outputs = self.outputs_left if self.grammars_left or not starts_grammar else 0
-        rows = sequence.rows_within(min(most, self.rows_left), outputs)
+        outputs = min(outputs, self.scored_left) if is_scored else outputs
+        rows = sequence.rows_within(max(self.rows_left // share, min(1, self.rows_left)), -(-outputs // share))
         if rows > 0 and sequence.key not in self.slices:
             sequence.started_ns = sequence.started_ns or self.now_ns
             self.memory.reserve(sequence, rows)
@@ -90,7 +94,9 @@ class _PrefillBatch:
             self.memory.filled(sequence)
             self.rows_left -= rows
             self.outputs_left -= len(taken.tasks)
+            self.scored_left -= len(taken.tasks) if is_scored else 0
             self.grammars_left -= starts_grammar and taken.is_sampled
+        return rows > 0
 
 
 class Scheduler:
@@ -297,8 +303,8 @@ class Scheduler:
             return self._launch((sequence.take_token(),), 1, now_ns)
         rows = chunk_rows(self.settings, self.times, sequence.remaining, sequence.remaining, 0, alone=True)
         rows = min(rows, self.strikes.rows(sequence))
-        batch = _PrefillBatch(queues.memory, now_ns, rows, self.settings.max_outputs)
-        batch.add(sequence, rows)
+        batch = _PrefillBatch(queues.memory, now_ns, rows, self.settings.max_outputs, self.settings.max_outputs)
+        batch.add(sequence)
         slices = tuple(batch.slices.values())
         self._computed_tokens += len(slices[0].chunk.tokens)
         return self._launch(slices, 0, now_ns)
@@ -317,14 +323,17 @@ class Scheduler:
         if self.is_shared and self.in_flight.has_prefill:
             return []
         rows = self._prefill_rows(prefilling, decoding)
-        batch = _PrefillBatch(self.queues.memory, now_ns, rows, self.settings.max_outputs - decoding)
+        outputs = self.settings.max_outputs - decoding
+        scored = scored_rows(self.settings, self.times, decoding) if self.queues.decoding else outputs
+        batch = _PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored)
         shortest = self.queues.shortest(prefilling)
         if shortest is not None:
-            batch.add(shortest, max(1, batch.rows_left // 2))
+            batch.add(shortest, share=2)
         for sequence in prefilling:
-            batch.add(sequence, batch.rows_left)
+            batch.add(sequence)
         while batch.rows_left > 0 and (admitted := self.queues.admit()) is not None:
-            batch.add(admitted, batch.rows_left)
+            if not batch.add(admitted):
+                break
         slices = list(batch.slices.values())
         self._computed_tokens += sum(len(taken.chunk.tokens) for taken in slices)
         return slices

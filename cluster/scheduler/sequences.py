@@ -59,6 +59,11 @@ class SequenceSlice:
         """Whether its last row chooses a token."""
         return bool(self.tasks) and isinstance(self.tasks[-1], SampleTask)
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether rows of it are scored."""
+        return bool(self.tasks) and isinstance(self.tasks[0], ScoreTask)
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -160,16 +165,19 @@ class Sequence:
     @property
     def first_output(self) -> int:
         """Rows [first_output, target) are scored or sampled."""
-        if self.next_score < self.prompt_length - 1:
-            return self.next_score
-        return len(self.tokens) - 1
+        return self.next_score if self.has_scores_left else len(self.tokens) - 1
+
+    @property
+    def has_scores_left(self) -> bool:
+        """Whether prompt rows are still to be scored."""
+        return self.next_score < self.prompt_length - 1
 
     @property
     def known_end(self) -> FinishReason | None:
         """Why there is nothing to compute for it: its answer is known, or no token is to be scored or chosen."""
         if self.generated:
             return self._finish_reason(is_sampled=True)
-        return None if self.max_new_tokens > 0 or self.next_score < self.prompt_length - 1 else FinishReason.LENGTH
+        return None if self.max_new_tokens > 0 or self.has_scores_left else FinishReason.LENGTH
 
     @property
     def blocks_needed(self) -> int:
@@ -301,7 +309,7 @@ class Sequence:
 
     def _finish_reason(self, is_sampled: bool) -> FinishReason | None:
         if not is_sampled:
-            is_scored = self.next_score >= self.prompt_length - 1 and self.in_flight == 0
+            is_scored = not self.has_scores_left and self.in_flight == 0
             return FinishReason.LENGTH if self.max_new_tokens == 0 and is_scored else None
         if self.tokens[-1] in self.request.stop_token_ids:
             return FinishReason.STOP

@@ -85,19 +85,28 @@ class StageCurves:
 
 
 class StageTimes:
-    """Curves by kind: decode alone in the pipeline, decode beside other microbatches, and anything with prefill."""
+    """Curves by kind: decode alone in the pipeline, decode beside other microbatches, and anything with prefill; of the
+    last, also those with scored rows for themselves."""
 
     def __init__(self, stages: int) -> None:
         self.stages = stages
         self.alone = StageCurves(stages)
         self.beside = StageCurves(stages)
         self.prefill = StageCurves(stages)
+        self.scoring = StageCurves(stages)
         self.transit_ns = 0.0  # of a round, beyond the stages' times: links, and the coordinator where it waits for it
         self.whole_transit_ns = 0.0  # the same where no step was sent ahead
         self._recent_ns: list[float] | None = None
 
     def learn(
-        self, result: Result, is_decode: bool, was_alone: bool, elapsed_ns: int, *, was_lookahead: bool = False
+        self,
+        result: Result,
+        is_decode: bool,
+        was_alone: bool,
+        elapsed_ns: int,
+        *,
+        was_lookahead: bool = False,
+        was_scored: bool = False,
     ) -> None:
         """From a microbatch that took `elapsed_ns` in all, or since the one before came back where it was sent ahead of
         that; `was_alone`: no other was in flight meanwhile but one ahead of it."""
@@ -106,6 +115,8 @@ class StageTimes:
             return
         decode = self.alone if was_alone else self.beside
         (decode if is_decode else self.prefill).learn(timings[0].rows, timings)
+        if was_scored:
+            self.scoring.learn(timings[0].rows, timings)
         now = [float(_occupied_ns(timing)) for timing in timings]
         before = self._recent_ns or now
         self._recent_ns = [old + 0.2 * (new - old) for old, new in zip(before, now, strict=True)]

@@ -218,6 +218,27 @@ def test_scored_rows_are_computed_though_cached() -> None:
     assert max(outputs) <= 10
 
 
+def test_scored_rows_beside_decode_are_bounded_by_their_time() -> None:
+    """Other sequences wait for each microbatch, and a long prompt that is scored has many."""
+    run = simulation(1, fixed_us=1000, row_us=1000, max_outputs=100, max_batch_tokens=200, context_length=400)
+    decoding = run.add(generation(1, 300))
+    run.step()
+    run.step()
+    keys = [run.add(generation(300, 0, start=start, score_from=0)) for start in (2, 3)]
+    begun = len(run.microbatches)
+    run.finish()
+    beside = [
+        sum(chunk.outputs for chunk in scheduled.microbatch.chunks if len(chunk.tokens) > 1)
+        for scheduled in run.microbatches[begun:]
+        if any(len(chunk.tokens) == 1 for chunk in scheduled.microbatch.chunks)
+    ]
+    assert beside[0] == 16 and max(beside) == 64 and max(beside[2:]) == 48
+    assert sum(beside) > 400
+    for key, start in zip(keys, (2, 3), strict=True):
+        check_answer(run, key, generation(300, 0, start=start, score_from=0))
+    check_answer(run, decoding, generation(1, 300))
+
+
 def test_nothing_to_compute_is_no_work() -> None:
     run = simulation()
     for request in (

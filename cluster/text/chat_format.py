@@ -37,6 +37,12 @@ class AnswerReading:
     prefill: str = ""  # what the prompt has written of the answer
     shown_control_ids: frozenset[int] = frozenset()  # control tokens that are part of the format
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the answer begins in reasoning."""
+        tags = self.form.reasoning
+        return tags is not None and tags.begin in self.prefill and tags.end not in self.prefill
+
     def parser(self) -> AnswerParser:
         return AnswerParser(
             self.form,

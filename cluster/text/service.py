@@ -12,6 +12,7 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.budget import EntryBudget
+from llamaclust.cluster.text.call_constraint import answer_grammar
 from llamaclust.cluster.text.chat import ChatRequest, render
 from llamaclust.cluster.text.chat_format import ChatFormat
 from llamaclust.cluster.text.choice import ChoiceText
@@ -118,8 +119,9 @@ class TextService:
             rendered = await render(chat, await self._format.get(), self.chat_template, self.tokenizer)
             self._check_characters(len(unguarded(rendered.prompt)))
             prompt = await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered.prompt)
-        reading = rendered.reading and replace(rendered.reading, shown_control_ids=self._format.control_ids)
-        return replace(chat.answer, prompt=tuple(prompt), reading=reading)
+            reading = rendered.reading and replace(rendered.reading, shown_control_ids=self._format.control_ids)
+            grammar = await answer_grammar(chat, reading, self.tokenizer, self._grammars)
+        return replace(chat.answer, prompt=tuple(prompt), reading=reading, grammar=grammar)
 
     async def chat_text(self, chat: ChatRequest) -> str:
         """A chat as the model will see it."""

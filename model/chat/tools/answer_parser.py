@@ -126,7 +126,8 @@ class AnswerParser:
         is_call = yield from self._reader(self._form.calls, is_bare=False).read()
         text = self._source.recorded()
         if not is_call:
-            self._content.push(trigger + text)
+            is_cut = self._sink.calls > 0 and not (yield from self._source.ahead())
+            self._content.push("" if is_cut else trigger + text)  # a further call that the answer's limit cut is none
             return
         self._content.cut()
         yield from self._call_ends()

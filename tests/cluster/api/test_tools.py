@@ -21,7 +21,7 @@ TEMPLATE = (
 )
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
-TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+TOOL: Any = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
 OTHER = {"type": "function", "function": {"name": "run"}}
 CALL = '<tool_call>{"name": "look", "arguments": {"city": "Rom"}}</tool_call>'
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}

@@ -1,0 +1,216 @@
+"""The grammar of an answer's calls, in llguidance's dialect of Lark: markers as the model's own tokens, names of the
+tools offered, arguments that their schemas allow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from llamaclust.model.chat.tools.argument_values import STRING, types_of
+from llamaclust.model.chat.tools.call_sink import Schema, Tools
+from llamaclust.model.chat.tools.tool_format import (
+    ChannelCalls,
+    NamedCalls,
+    NotatedCalls,
+    Notation,
+    ObjectCalls,
+    ReasoningTags,
+    TaggedCalls,
+    ToolFormat,
+)
+
+FramedCalls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls
+Split = Callable[[str], Sequence[str | int]]
+"""A text as pieces of text and ids of control tokens."""
+
+_TEXT: Final = "/(?s:.*)/"
+_SPACE: Final = r"/[ \n]{0,2}/"
+_ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'
+_OPENINGS: Final = {Notation.PYTHON: "(", Notation.GEMMA: "{", Notation.ELEMENTS: '">'}
+
+
+@dataclass
+class _Rules:
+    """Collects rules by name."""
+
+    split: Split
+    rules: list[str] = field(default_factory=list)
+
+    def literal(self, text: str) -> str:
+        """A text with its control tokens."""
+        pieces = (_quoted(piece) if isinstance(piece, str) else f"<[{piece}]>" for piece in self.split(text) if piece)
+        return " ".join(pieces)
+
+    def text_until(self, end: str) -> str:
+        """Any text, and its end."""
+        first, *rest = [piece for piece in self.split(end) if piece != ""]
+        if isinstance(first, int):
+            return f"{self.rule(_TEXT)} {self.literal(end)}"
+        parts = "".join(f" {_quoted(piece) if isinstance(piece, str) else f'<[{piece}]>'}" for piece in rest)
+        return self.rule(_TEXT, f"suffix={_quoted(first)}") + parts
+
+    def rule(self, body: str, attributes: str = "") -> str:
+        """The name of a new rule."""
+        name = f"r{len(self.rules)}"
+        self.rules.append(f"{name}{f'[{attributes}]' if attributes else ''}: {body}")
+        return name
+
+    def lark(self, start: str) -> str:
+        return "\n".join([f"start: {start}", *self.rules])
+
+
+@dataclass(frozen=True, slots=True)
+class CallGrammar:
+    """`lark` rules from the first token on, or, with triggers, from the first of them on."""
+
+    lark: str
+    triggers: tuple[str, ...] = ()
+
+
+def call_grammar(
+    form: ToolFormat, tools: Tools, split: Split, *, is_required: bool, is_parallel: bool, is_thinking: bool = False
+) -> CallGrammar | None:
+    """None where the answer may do without calls and nothing marks their beginning.
+
+    `is_required`: the answer is calls, behind reasoning at most. `is_thinking`: the prompt has begun reasoning.
+    """
+    rules = _Rules(split)
+    calls = form.calls
+    if calls is None or not tools:
+        return None
+    if isinstance(calls, ChannelCalls):
+        return CallGrammar(rules.lark(_channel_call(rules, calls, tools))) if is_required else None
+    section = _section(rules, calls, tools, is_parallel=is_parallel)
+    if is_required:
+        return CallGrammar(rules.lark(f"{_reasoning(rules, form.reasoning, is_thinking=is_thinking)} {section}"))
+    return CallGrammar(rules.lark(section), calls.frame.lines[:1]) if calls.frame.lines else None
+
+
+def _reasoning(rules: _Rules, tags: ReasoningTags | None, *, is_thinking: bool) -> str:
+    if tags is None:
+        return ""
+    thoughts = f"{rules.text_until(tags.end)} {_SPACE}"
+    return thoughts if is_thinking else f"({rules.literal(tags.begin)} {thoughts})?"
+
+
+def _section(rules: _Rules, calls: FramedCalls, tools: Tools, *, is_parallel: bool) -> str:
+    frame = calls.frame
+    if isinstance(calls, NotatedCalls):
+        return _notated(rules, calls, tools)
+    is_list = isinstance(calls, ObjectCalls) and calls.is_list
+    bodies = [rules.rule(_call(rules, calls, name, schema)) for name, schema in tools.items()]
+    head, tail = _marker(rules, frame.call_begin), _marker(rules, frame.call_end)
+    inner = rules.rule(" | ".join(bodies))
+    call = rules.rule(inner if is_list else _joined(head, inner, _SPACE, tail))
+    separator = '"," ' + _SPACE if is_list else _SPACE
+    several = f"{call} ({separator} {call})*" if is_parallel else call
+    if is_list:
+        several = _joined('"["', _SPACE, several, _SPACE, '"]"')
+    return _joined(_marker(rules, frame.section_begin), several, _marker(rules, frame.section_end))
+
+
+def _marker(rules: _Rules, text: str) -> str:
+    """A marker, whose lines stand below each other; white space may follow."""
+    lines = [rules.literal(line.strip()) for line in text.split("\n") if line.strip()]
+    opens_name = text.rstrip().endswith(("=", '"', ":", "."))
+    return f" {_SPACE} ".join(lines) + ("" if opens_name or not lines else f" {_SPACE}")
+
+
+def _call(rules: _Rules, calls: ObjectCalls | NamedCalls | TaggedCalls, name: str, schema: Schema) -> str:
+    match calls:
+        case ObjectCalls():
+            return _object(rules, calls, name, schema)
+        case NamedCalls():
+            shown = _quoted(f"functions.{name}:") + " /[0-9]{1,3}/" if calls.has_name_in_id else _quoted(name)
+            call_id = f"({rules.literal(calls.id_begin)} /[a-zA-Z0-9_-]{{1,40}}/)?" if calls.id_begin else ""
+            return _joined(shown, call_id, _marker(rules, calls.name_end) or _SPACE, _json(rules, schema), _SPACE)
+        case TaggedCalls():
+            return _tagged(rules, calls, name, schema)
+
+
+def _notated(rules: _Rules, calls: NotatedCalls, tools: Tools) -> str:
+    """The arguments of these notations are free."""
+    frame = calls.frame
+    bracket = _quoted("[") if calls.notation is Notation.PYTHON else ""
+    names = " | ".join(_quoted(name + _OPENINGS[calls.notation]) for name in tools)
+    end = rules.text_until(frame.section_end or frame.call_end)
+    return _joined(_marker(rules, frame.section_begin), _marker(rules, frame.call_begin), bracket, f"({names})", end)
+
+
+def _object(rules: _Rules, calls: ObjectCalls, name: str, schema: Schema) -> str:
+    arguments = _json(rules, schema)
+    if calls.name_is_key:
+        return _joined(_quoted("{" + json.dumps(name) + ": "), arguments, '"}"')
+    key, given = json.dumps(calls.name_key), json.dumps(calls.arguments_key)
+    head = _quoted(f"{{{key}: {json.dumps(name, ensure_ascii=False)}, {given}: ")
+    call_id = f"({_quoted(f', {json.dumps(calls.id_key)}: ')} {_ID} )?" if calls.id_key else ""
+    members = _joined(head, arguments, call_id, _SPACE, '"}"')
+    if calls.wrapper_key:
+        return _joined(_quoted(f"{{{json.dumps(calls.wrapper_key)}: "), members, '"}"')
+    return members
+
+
+def _tagged(rules: _Rules, calls: TaggedCalls, name: str, schema: Schema) -> str:
+    properties = schema.get("properties")
+    required = schema.get("required")
+    needed = required if isinstance(required, Sequence) else ()
+    known = properties if isinstance(properties, Mapping) else {}
+    ordered = [*(key for key in known if key in needed), *(key for key in known if key not in needed)]
+    parts = []
+    for key in ordered:
+        argument = rules.rule(_argument(rules, calls, key, known[key] if isinstance(known[key], Mapping) else {}))
+        parts.append(argument if key in needed else f"({argument})?")
+    attributes = f'/[^<>"]{{0,20}}"[^<>"]{{0,20}}/ {rules.literal(calls.value_begin)}' if calls.name_end == '"' else ""
+    return _joined(_quoted(name), _marker(rules, calls.name_end) or _SPACE, attributes, *parts)
+
+
+def _argument(rules: _Rules, calls: TaggedCalls, key: str, schema: Schema) -> str:
+    types = types_of(schema)
+    is_text = not types or "string" in types
+    head = [_marker(rules, calls.argument_begin), _quoted(key), _marker(rules, calls.key_end.rstrip())]
+    if calls.value_begin:
+        attribute = _quoted(calls.string_attribute) if is_text else "/[a-z]{1,12}/"
+        head += [attribute, rules.literal(calls.value_begin)]
+    if is_text and "enum" in schema and types == STRING:
+        choices = " | ".join(_quoted(str(value)) for value in schema["enum"])
+        value = f"({choices}) {_SPACE} {rules.literal(calls.value_end)}"
+    elif is_text:
+        value = rules.text_until(calls.value_end)
+    else:
+        value = f"{_json(rules, schema)} {_SPACE} {rules.literal(calls.value_end)}"
+    indent = f"{_quoted(calls.value_indent)}" if calls.value_indent else ""
+    return _joined(*head, indent, value, _SPACE)
+
+
+def _channel_call(rules: _Rules, calls: ChannelCalls, tools: Tools) -> str:
+    """One call, behind a message of reasoning at most."""
+    bodies = []
+    for name, schema in tools.items():
+        header = rules.literal(calls.call_header.format(name=name) + calls.header_end)
+        body = (
+            _json(rules, schema)
+            if calls.calls is None
+            else _section(rules, calls.calls, {name: schema}, is_parallel=False)
+        )
+        bodies.append(rules.rule(_joined(header, body)))
+    call = f"({' | '.join(bodies)})"
+    if not calls.message_ends or calls.reasoning_header == calls.content_header:
+        return call
+    thoughts = rules.text_until(calls.message_ends[0])
+    begin = rules.literal(calls.reasoning_header + calls.header_end)
+    return f"({begin} {thoughts} {rules.literal(calls.message_begin)})? {call}"
+
+
+def _json(rules: _Rules, schema: Schema) -> str:
+    shown: dict[str, Any] = {"type": "object", **schema} if not schema else dict(schema)
+    return rules.rule(f"%json {json.dumps(shown)}")
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _joined(*parts: str) -> str:
+    return " ".join(part for part in parts if part)

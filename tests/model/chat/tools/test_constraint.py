@@ -1,0 +1,107 @@
+"""Grammars of calls: what they take of the samples, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher
+
+from llamaclust.model.chat.tools.constraint import call_grammar
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
+from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from support.chat.sample_answers import SAMPLES, TOOLS
+from support.chat.sample_templates import KNOWN_MARKS, TEMPLATES, form_of
+from support.models.tiny_tokenizers import byte_level
+
+FORMS = [*TEMPLATES, *KNOWN_MARKS]
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rom", "days": 2}}\n</tool_call>'
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(byte_level(320))
+
+
+@cache
+def vocabulary() -> GrammarVocabulary:
+    return read_vocabulary(tokenizer(), 320)
+
+
+def split(text: str) -> list[str | int]:
+    return tokenizer().split_special(text, parse_special=True)
+
+
+def matcher(form: str, *, is_required: bool, **options: Any) -> LLMatcher:
+    options = {"is_parallel": True, **options}
+    grammar = call_grammar(form_of(form), TOOLS, split, is_required=is_required, **options)
+    assert grammar is not None
+    definition = json.dumps({"grammars": [{"lark_grammar": grammar.lark}]})
+    made = LLMatcher(vocabulary().native, definition, log_level=0)
+    assert not made.is_error(), made.get_error()
+    return made
+
+
+def takes(made: LLMatcher, text: str) -> bool:
+    """Whether the grammar allows the text and may end behind it."""
+    made.reset()
+    ids = tokenizer().encode(text, add_special=False)
+    return made.try_consume_tokens(ids) == len(ids) and made.is_accepting()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_required_calls_have_a_grammar_in_every_form(form: str) -> None:
+    matcher(form, is_required=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_calls_that_a_trigger_begins(form: str) -> None:
+    grammar = call_grammar(form_of(form), TOOLS, split, is_required=False, is_parallel=True)
+    samples = [sample for sample in SAMPLES if sample.form == form and sample.calls]
+    if grammar is None:
+        assert form in ("llama", "harmony", "muse", "functionary")
+        return
+    made = matcher(form, is_required=False)
+    for sample in samples:
+        place = sample.text.rfind(grammar.triggers[0] if form != "coder" else grammar.triggers[0] + "\n<function=get")
+        is_usual = '"type": "function"' not in sample.text and '{"arguments"' not in sample.text
+        if place >= 0 and is_usual and sample.content in ("", sample.text[: len(sample.content)]):
+            assert takes(made, sample.text[place:]), sample.text[place:]
+
+
+def test_arguments_obey_the_schema() -> None:
+    made = matcher("hermes", is_required=True)
+    assert takes(made, CALL) and takes(made, CALL + "\n" + CALL)
+    assert takes(made, "<think>So.</think>\n" + CALL)
+    assert not takes(made, CALL.replace("2", '"2"'))
+    assert not takes(made, CALL.replace("get_weather", "other"))
+    assert not takes(made, CALL.replace('"city": "Rom", ', ""))
+    assert not takes(made, "Hi " + CALL) and not takes(made, "<think>So.</think>\nHi")
+
+
+def test_one_call_where_calls_are_not_parallel() -> None:
+    made = matcher("hermes", is_required=True, is_parallel=False)
+    assert takes(made, CALL) and not takes(made, CALL + "\n" + CALL)
+
+
+def test_reasoning_that_the_prompt_has_begun_comes_first() -> None:
+    made = matcher("hermes", is_required=True, is_thinking=True)
+    assert takes(made, "So.</think>\n" + CALL) and not takes(made, CALL)
+
+
+def test_tagged_arguments_obey_their_types() -> None:
+    made = matcher("coder", is_required=True)
+    head, tail = (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nRom\n</parameter>\n",
+        "</function>\n</tool_call>",
+    )
+    assert takes(made, head + tail) and takes(made, head + "<parameter=days>\n2\n</parameter>\n" + tail)
+    assert not takes(made, head + "<parameter=days>\ntwo\n</parameter>\n" + tail)
+    assert not takes(made, "<tool_call>\n<function=get_weather>\n" + tail)
+
+
+def test_without_tools_there_is_no_grammar() -> None:
+    assert call_grammar(form_of("hermes"), {}, split, is_required=False, is_parallel=True) is None

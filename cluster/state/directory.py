@@ -176,14 +176,24 @@ class ClusterDir:
         cannot be read, is a reason to take over."""
         has_waited, standby = False, FileLock(self._standby)
         try:
-            while not lock.take():
-                if not standby.is_held:
-                    standby.take()
+            while not self._has_ended(lock):
+                with contextlib.suppress(OSError):
+                    if not standby.is_held:
+                        standby.take()
                 has_waited = True
                 time.sleep(_STANDBY_LOOK_S)
         finally:
             standby.release()
         return has_waited and os.access(self._stopped, os.F_OK)  # False also where a file server is away
+
+    def _has_ended(self, lock: FileLock) -> bool:
+        """Whether the lock is this process's now. The folder may be deleted, or on a file server that is away."""
+        try:
+            return lock.take_next()
+        except OSError:
+            with contextlib.suppress(OSError, LlamaclustError):
+                self.create()
+            return False
 
     def _bring_back(self, lock: FileLock, end: threading.Event) -> None:
         """The folder of a running cluster may be deleted: without lock and record it could not be found, and a second

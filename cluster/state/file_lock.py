@@ -18,14 +18,34 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor: int | None = None
+        self._awaited: int | None = None  # the file whose lock another process had at the last look
 
     def take(self) -> bool:
         """Whether it could be had at once. UsageError for a folder."""
+        descriptor = self._open()
+        if not _lock(descriptor, fcntl.LOCK_EX):
+            os.close(descriptor)
+            return False
+        return self._has_taken(descriptor)
+
+    def take_next(self) -> bool:
+        """As `take`, of a process that waits for another one's end: while that one lives, nothing is taken, also where
+        its file was deleted."""
+        if self._awaited is None:
+            self._awaited = self._open()
+        if not _lock(self._awaited, fcntl.LOCK_EX):
+            return False
+        descriptor, self._awaited = self._awaited, None
+        return self._has_taken(descriptor)
+
+    def _open(self) -> int:
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except IsADirectoryError as error:
             raise UsageError(f"{self._path}: is in the way of a lock, which is a plain file: remove it") from error
-        if not _lock(descriptor, fcntl.LOCK_EX) or not _is_at(descriptor, self._path):
+
+    def _has_taken(self, descriptor: int) -> bool:
+        if not _is_at(descriptor, self._path):
             os.close(descriptor)
             return False
         self.release()
@@ -38,9 +58,10 @@ class FileLock:
         return self._descriptor is not None and _is_at(self._descriptor, self._path)
 
     def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        for descriptor in (self._descriptor, self._awaited):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._descriptor = self._awaited = None
 
 
 def is_locked(path: Path) -> bool:

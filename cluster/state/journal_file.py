@@ -51,7 +51,8 @@ class JournalFile:
             return
         self._check_owner()
         temporary = self._path.with_name(f".{self._path.name}.new")  # a killed process leaves one at most
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        temporary.unlink(missing_ok=True)  # it may be a pipe or a link
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             _write_all(descriptor, data, 0)
             os.fdatasync(descriptor)

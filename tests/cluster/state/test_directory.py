@@ -226,6 +226,33 @@ def test_a_standby_that_waits_is_seen(tmp_path: Path) -> None:
     assert not standby.is_alive() and not folder.has_standby
 
 
+@pytest.mark.parametrize("deleted", ["folder", "lock"])
+def test_a_standby_waits_on_while_the_files_of_a_running_cluster_are_deleted(tmp_path: Path, deleted: str) -> None:
+    """The coordinator lives, and makes its files again."""
+    folder, served = ClusterDir(tmp_path / "home"), list[bool]()
+
+    def wait() -> None:
+        with ClusterDir(folder.path).locked(is_standby=True) as is_held:
+            served.append(is_held)
+
+    standby = threading.Thread(target=wait)
+    with folder.locked():
+        standby.start()
+        eventually(lambda: folder.has_standby, 5.0, "a standby")
+        lock = folder.path / "lock"
+        before = lock.stat().st_ino, os.open(lock, os.O_RDONLY)  # so that no other file gets the number
+        if deleted == "lock":
+            lock.unlink()
+        else:
+            shutil.rmtree(folder.path)
+        eventually(lambda: lock.exists() and lock.stat().st_ino != before[0], 10.0, "another lock")
+        eventually(lambda: folder.is_running and folder.has_standby, 10.0, "both processes' locks")
+        assert served == [] and standby.is_alive()
+        os.close(before[1])
+    standby.join(10)
+    assert served == [True]
+
+
 async def test_terms_and_drained_workers_survive_a_power_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,20 @@ async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> Non
     assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(1), row(2))})]
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+async def test_what_is_in_the_way_of_a_new_file_goes(tmp_path: Path, kind: str) -> None:
+    path, left, other = tmp_path / "journal", tmp_path / ".journal.new", tmp_path / "other"
+    other.write_text("precious")
+    if kind == "pipe":
+        os.mkfifo(left)
+    else:
+        left.symlink_to(other)
+    async with asyncio.timeout(5), journal(path) as writing:
+        await writing.admit(admission(0))
+        assert [request.admission.id for request in read_journal(path, NOW)] == ["id0"]
+    assert other.read_text() == "precious" and not left.exists()
+
+
 async def test_a_restored_journal_holds_what_was_open_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     opened = [OpenRequest(admission(0), {(0, 0): (row(5),)}), OpenRequest(admission(1))]

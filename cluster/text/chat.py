@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import datetime
 from enum import Enum, auto
 from typing import Any
 
@@ -19,7 +20,7 @@ from llamaclust.model.chat.tools.prefill import continuation, opened_reasoning
 from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
-_TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "tools"})
+_TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "tools", "now_s"})
 
 Variables = Mapping[str, Any]
 
@@ -60,6 +61,7 @@ class ChatRequest:
     end: PromptEnd = PromptEnd.GENERATION_PROMPT
     tool_use: ToolUse = field(default_factory=ToolUse)
     splits_reasoning: bool = True  # reasoning is apart from the content
+    created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
 
     @property
     def offered_tools(self) -> tuple[Variables, ...]:
@@ -122,9 +124,9 @@ async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, to
         raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
     tools = chat.offered_tools
     prepared = prepared_messages(form, chat.messages, tools)
-    variables = {**_defaults(), **chat.variables, "tools": [*tools] or None}
+    variables = {**_defaults(chat.created), **chat.variables, "tools": [*tools] or None}
     *messages, more = await run_on(TOKENIZING, guard_messages, [*prepared, variables], tokenizer)
-    more = template_variables(more)
+    more = template_variables(more) | {"now_s": chat.created}
     if chat.end is not PromptEnd.LAST_MESSAGE:
         is_open = chat.end is PromptEnd.GENERATION_PROMPT
         text = await template.render_async(messages, add_generation_prompt=is_open, **more)
@@ -136,9 +138,9 @@ async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, to
     return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun)))
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults(now_s: float) -> dict[str, Any]:
     """What llama.cpp gives to templates beside messages; some publishers' templates need it."""
-    today = date.today()
+    today = datetime.fromtimestamp(now_s).astimezone()
     return {
         "enable_thinking": True,
         "date_string": today.strftime("%d %b %Y"),

@@ -82,7 +82,8 @@ class ChatTemplate:
             renderer.close()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """The prompt for some messages; `extra` are more variables of the template (`tools`, `documents`, ...).
+        """The prompt for some messages; `extra` are more variables of the template (`tools`, `documents`, ...), and
+        `now_s` the Unix time that it sees, the present where that is missing.
 
         RequestError where there is no template, it refuses the messages, fails, or uses more than its limits;
         DeadlineError where it had to wait too long for other renders.

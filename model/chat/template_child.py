@@ -89,7 +89,15 @@ def strftime_now(form: str) -> str:
     return datetime.now().astimezone().strftime(form)
 
 
-def _render(template: jinja2.Template, variables: Mapping[str, Any], max_bytes: int) -> str:
+def _clock(now_s: float) -> Callable[[str], str]:
+    """`strftime_now` at this Unix time."""
+    return lambda form: datetime.fromtimestamp(now_s).astimezone().strftime(form)
+
+
+def _render(template: jinja2.Template, variables: dict[str, Any], max_bytes: int) -> str:
+    """With `now_s`, templates see this time."""
+    if (now_s := variables.pop("now_s", None)) is not None:
+        variables = {"strftime_now": _clock(now_s), **variables}
     pieces: list[str] = []
     size = 0
     for piece in template.generate(**variables):

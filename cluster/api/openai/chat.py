@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llamaclust.cluster.api.body import parse_body
@@ -36,7 +37,7 @@ class ChatEndpoint:
         body.check()
 
         async def requests() -> list[CompletionRequest]:
-            return [await self._service.chat(body.request())]
+            return [await self._service.chat(replace(body.request(), created=ticket.created))]
 
         shape = _ChatShape(self._service.tokenizer, body, ticket.id)
         return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)

@@ -20,6 +20,8 @@ from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
+from llamaclust.cluster.text.chat import ChatRequest
+from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import QueueFullError
@@ -66,6 +68,24 @@ async def test_restored_requests_that_are_refused_fail_alone(tmp_path: Path) -> 
         for number in range(3):
             ((_, error),) = await stream(server.http, "GET", f"/v1/streams/key {number}")
             assert isinstance(error, dict) and "error" in error
+
+
+async def test_a_restored_chat_is_rendered_with_the_time_of_its_admission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Templates that write the date give the same prompt after midnight, or on a clock that was set."""
+    seen, chat = list[float](), TextService.chat
+
+    async def seeing(service: TextService, request: ChatRequest) -> CompletionRequest:
+        seen.append(request.created)
+        return await chat(service, request)
+
+    monkeypatch.setattr(TextService, "chat", seeing)
+    journalled = admission(0, json.dumps(body_of(PATHS[1])), endpoint=PATHS[1])
+    await write_journal(tmp_path / "journal", journalled)
+    async with served(tmp_path / "journal") as server:
+        await stream(server.http, "GET", "/v1/streams/key 0")
+    assert seen == [journalled.identity.created]
 
 
 async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path: Path) -> None:

@@ -336,9 +336,11 @@ async def test_templates_get_what_llamacpp_gives_them(variables: dict[str, Any],
         shown = await make_service(ScriptedEngine(says("a")), template).chat_text(
             replace(user("Hi"), variables=variables)
         )
+        once = await make_service(ScriptedEngine(says("a")), template).chat_text(replace(user("Hi"), created=1e9))
     if "date_string" not in variables:
         text = f"{text} {today:%d %b %Y}"
     assert shown == f"{text} {today:%b %d %Y}"
+    assert once == "thinks 09 Sep 2001 Sep 09 2001"
 
 
 async def test_tokens_and_back() -> None:

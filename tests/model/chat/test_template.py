@@ -82,6 +82,7 @@ def test_the_date_and_variables_of_the_caller() -> None:
     text = rendered("{{ strftime_now('%d %b %Y') }}|{{ tools[0].name }}", tools=[{"name": "f"}])
     after = datetime.now().astimezone().strftime("%d %b %Y")
     assert text in (f"{before}|f", f"{after}|f")
+    assert rendered("{{ strftime_now('%m/%Y') }}{{ now_s }}", now_s=1e9) == "09/2001"
 
 
 @pytest.mark.parametrize(

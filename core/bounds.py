@@ -18,7 +18,8 @@ MAX_GPUS = 16
 MAX_LAYERS = 1 << 16
 UINT64 = (1 << 64) - 1
 
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")  # a cluster file has the same rule
+NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+"""Of a worker or a cluster: safe as a file name."""
 
 
 def bounded(what: str, value: int, low: int, high: int) -> int:
@@ -58,7 +59,7 @@ def one_line(text: str, most: int = 1000) -> str:
 
 def worker_name(_: str, value: str) -> str:
     """A name that is safe as a file name."""
-    if not _NAME.fullmatch(value):
+    if not re.fullmatch(NAME, value):
         raise ProtocolError(
             f"worker name {value[:80]!r} must be 1 to 63 letters, digits, '_', '.' or '-', no sign at either end"
         )

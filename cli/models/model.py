@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -145,8 +148,15 @@ def _print_info(model: ModelFile, info: ModelInfo) -> None:
         f"\nweights  {total.parameters:,} parameters in {total.tensors} tensors, {total.bits_per_weight:.2f} bits each"
     )
     _print_shares("by type", info.by_type)
-    _print_shares("by layer", info.layers)
+    _print_shares("by layer", tuple(_alike(info.layers)))
     _print_shares("outside the layers", info.outside)
+
+
+def _alike(layers: tuple[Share, ...]) -> Iterator[Share]:
+    """Neighbours of the same size as one row."""
+    for _, equal in groupby(layers, key=lambda layer: replace(layer, name="")):
+        first, *others = equal
+        yield replace(first, name=f"{first.name}-{others[-1].name}, each") if others else first
 
 
 def _print_shares(title: str, shares: tuple[Share, ...]) -> None:

@@ -12,11 +12,11 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from llamaclust.core.addresses import split_address
+from llamaclust.core.bounds import NAME
 
 MAX_BYTES = 1 << 50
 MAX_SECONDS = 30 * 86_400
 
-_NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?(B|[kKMGT]B?|[KMGT]iB?)"
 _SIZE_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _LEAST_WITHOUT_UNIT = 1 << 20
@@ -50,7 +50,7 @@ def parse_name(value: object) -> str:
     """A name that can be a file's and stand in any message. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"{shown(value)} is not a name; put it in quotes")
-    if not re.fullmatch(_NAME, value):
+    if not re.fullmatch(NAME, value):
         raise ValueError(
             f"{shown(value)} is not a name; write 1 to 63 letters, digits, dots, dashes or underscores, "
             "a letter or digit at either end"
@@ -218,7 +218,7 @@ Device = Annotated[
         }
     ),
 ]
-Name = Annotated[str, BeforeValidator(parse_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
+Name = Annotated[str, BeforeValidator(parse_name), WithJsonSchema({"type": "string", "pattern": f"^{NAME}$"})]
 Size = Annotated[
     int,
     BeforeValidator(parse_size),

@@ -100,6 +100,9 @@ def test_info_counts_every_weight_once(tiny: Path) -> None:
 def test_info_as_text_and_as_json(tiny: Path) -> None:
     text = run("info", str(tiny)).stdout
     assert "general.architecture = " in text and "by layer" in text and "outside the layers" in text
+    layers = describe(open_model(tiny)).layers
+    assert len({(layer.parameters, layer.bytes) for layer in layers}) == 1, "of this model"
+    assert f"  0-{len(layers) - 1}, each" in text and "\n  1 " not in text, "layers of the same size are one row"
     shown = json.loads(run("info", str(tiny), "--json").stdout)
     assert shown["parameters"] == describe(open_model(tiny)).total.parameters
     assert 1 < shown["bits_per_weight"] <= 32

@@ -16,6 +16,7 @@ from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.membership.worker_requests import refresh_memory
 from llamaclust.cluster.planner.format import plan_lines
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.state.events import Notice, PlanMade, Report, Waiting, WorkerLoading
@@ -114,7 +115,7 @@ class ActionRunner:
         """Of a worker whose memory did not suffice, for the next plan."""
         if isinstance(suspect.error, InsufficientMemoryError):
             with contextlib.suppress(DeadlineError):
-                await self._registry.workers[suspect.name].refresh_memory()
+                await refresh_memory(self._registry.workers[suspect.name])
 
     def cancel_loads(self) -> None:
         """Those under way fail soon, where there are any."""

@@ -31,7 +31,6 @@ from llamaclust.wire.rpc.deadlines import deadline
 PROGRESS_TIMEOUT_S = 60.0
 """Without progress for so long, a load is taken to hang."""
 _UNLOAD_S = 60.0
-_HEARTBEAT_S = 10.0
 _REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
     kind.__name__: kind
     for kind in (
@@ -149,15 +148,6 @@ class WorkerHandle:
             return gpus
         free = zip(gpus, heartbeat.gpu_free_bytes, strict=True)
         return tuple(replace(gpu, free_bytes=free_bytes) for gpu, free_bytes in free)
-
-    async def refresh_memory(self) -> None:
-        """After a load that memory did not suffice for: it holds nothing, and its next heartbeat says what is free."""
-        last = self.heartbeat
-        async with deadline(f"worker {self.name}: a heartbeat", _HEARTBEAT_S):
-            while self.heartbeat is last and await self.is_responsive():
-                pass
-        if self.heartbeat is not None and self.heartbeat is not last:
-            self.fresh_memory = FreshMemory(self.heartbeat.free_memory_bytes, self.gpus)
 
     @property
     def error(self) -> WorkerError:

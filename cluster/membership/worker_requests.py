@@ -1,4 +1,4 @@
-"""Requests that need no state of the coordinator: profiles, probes, logs, weights."""
+"""Requests to a worker beside its loads: profiles, probes, logs, weights, free memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from llamaclust.cluster.membership.worker_channel import ProgressDeadline
-from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
+from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, FreshMemory, WorkerHandle
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.profile import Profile
 from llamaclust.wire.control import messages, profiles
@@ -18,6 +18,7 @@ _PROFILE_S = 300.0
 """It includes layers of a large model that are read from a slow disk."""
 _LINK_S = 30.0
 _LOG_S = 5.0
+_HEARTBEAT_S = 10.0
 
 
 async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_s: float = _PROFILE_S) -> Profile:
@@ -58,6 +59,17 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
         limit = deadline(f"worker {worker.name}: its log", deadline_s)
         tail: LogTail = await worker.channel.request(messages.GetLog(), limit)
     return tail
+
+
+async def refresh_memory(worker: WorkerHandle) -> None:
+    """After a load that memory did not suffice for: it holds nothing, and its next heartbeat says what is free.
+    DeadlineError."""
+    last = worker.heartbeat
+    async with deadline(f"worker {worker.name}: a heartbeat", _HEARTBEAT_S):
+        while worker.heartbeat is last and await worker.is_responsive():
+            pass
+    if worker.heartbeat is not None and worker.heartbeat is not last:
+        worker.fresh_memory = FreshMemory(worker.heartbeat.free_memory_bytes, worker.gpus)
 
 
 async def find_weights(

@@ -15,7 +15,14 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.membership.worker_requests import find_weights, log_tail, probe, profile_link, profile_worker
+from llamaclust.cluster.membership.worker_requests import (
+    find_weights,
+    log_tail,
+    probe,
+    profile_link,
+    profile_worker,
+    refresh_memory,
+)
 from llamaclust.cluster.state.directory import read_profiles
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.errors import (
@@ -237,7 +244,7 @@ async def test_figures_of_a_busy_machine_are_not_kept(tmp_path: Path) -> None:
 async def test_the_next_heartbeat_tells_what_a_worker_without_layers_may_take() -> None:
     worker = handle_of()
     worker.receive(Heartbeat(0.0, 0, 0, 1, 1 << 30))
-    asking = asyncio.create_task(worker.refresh_memory())
+    asking = asyncio.create_task(refresh_memory(worker))
     await asyncio.sleep(0)
     assert WorkerResources.of(worker).free_memory_bytes == REGISTER.free_memory_bytes
     worker.receive(Heartbeat(0.0, 0, 0, 1, 1 << 20))

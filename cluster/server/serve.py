@@ -216,6 +216,7 @@ class _Inheritance:
 
     def leave(self) -> LlamaclustError:
         """Why requests end here."""
+        self.journal.stop_in_order()
         if self.registry is None:
             self.journal.end_sent()
             self.journal.seal()

@@ -51,6 +51,7 @@ class Journal:
         self._contents = JournalContents()
         self._writer = _Writer(path, JournalFile(path, record), self._contents)
         self._timer: asyncio.TimerHandle | None = None  # of those that were sent
+        self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
     async def restore(self, requests: Iterable[OpenRequest]) -> None:
         """Begins with the open requests of an earlier coordinator; what else the file holds is removed."""
@@ -76,11 +77,13 @@ class Journal:
         """Requests, by id, are computed for a client again, so many times now without a token. Returns once that will
         be found whatever this process does next."""
         if not self._writer.is_sealed:
+            self._without_progress.update(times)
             self._writer.put(b"".join(self._contents.restored(*restored) for restored in times.items()))
             await self._writer.written(is_synced=False)
 
     def progressed(self, request_id: str) -> None:
         """A restored request has got further than before."""
+        self._without_progress.pop(request_id, None)
         if not self._writer.is_sealed:
             self._writer.add(self._contents.restored(request_id, 0))
 
@@ -99,6 +102,13 @@ class Journal:
         """All whose replies were sent: clients that come back later are too late."""
         if not self._writer.is_sealed:
             self._writer.add(self._contents.end_sent(math.inf))
+
+    def stop_in_order(self) -> None:
+        """This coordinator's end does not count against the requests that it restored."""
+        if not self._writer.is_sealed:
+            for request_id, times in self._without_progress.items():
+                self._writer.add(self._contents.restored(request_id, times - 1))
+            self._without_progress.clear()
 
     def seal(self) -> None:
         """What is open is left to the next coordinator: from now on nothing is recorded."""

@@ -363,14 +363,20 @@ async def test_tokens_before_the_admission_leave_those_that_follow_out(tmp_path:
 
 
 async def test_restores_count_until_a_token_is_added(tmp_path: Path) -> None:
+    """One that an orderly stop ends does not count."""
     path = tmp_path / "journal"
     async with journal(path) as writing:
         await writing.restore([OpenRequest(admission(number), restores=2) for number in range(4)])
         await writing.begin_restored({"id0": 3, "id1": 3, "id2": 3, "gone": 1})
         assert [request.restores for request in read_journal(path, NOW)] == [3, 3, 3, 2]
+        for number in (1, 2):
+            writing.progressed(f"id{number}")
         writing.answer("id1", (0, 0), 0, [row(5)])
-        writing.progressed("id2")
-    assert [request.restores for request in read_journal(path, NOW)] == [3, 0, 0, 2]
+        await writing.begin_restored({"id3": 3})
+        assert [request.restores for request in read_journal(path, NOW)] == [3, 0, 0, 3]
+        writing.stop_in_order()
+        writing.seal()
+    assert [request.restores for request in read_journal(path, NOW)] == [2, 0, 0, 2]
 
 
 async def test_admissions_at_about_the_same_time_share_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

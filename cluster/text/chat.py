@@ -15,7 +15,7 @@ from llamaclust.cluster.text.threads import TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.prompt import guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate
-from llamaclust.model.chat.tools.history import prepared_messages, template_variables
+from llamaclust.model.chat.tools.history import template_messages, template_variables
 from llamaclust.model.chat.tools.prefill import continuation, opened_reasoning
 from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -123,9 +123,9 @@ async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, to
     if taken:
         raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
     tools = chat.offered_tools
-    prepared = prepared_messages(form, chat.messages, tools)
+    adapted = template_messages(form, chat.messages, tools)
     variables = {**_defaults(chat.created), **chat.variables, "tools": [*tools] or None}
-    *messages, more = await run_on(TOKENIZING, guard_messages, [*prepared, variables], tokenizer)
+    *messages, more = await run_on(TOKENIZING, guard_messages, [*adapted, variables], tokenizer)
     more = template_variables(more) | {"now_s": chat.created}
     if chat.end is not PromptEnd.LAST_MESSAGE:
         is_open = chat.end is PromptEnd.GENERATION_PROMPT

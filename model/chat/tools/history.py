@@ -27,20 +27,20 @@ def template_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {"functions": json.dumps([tool.get("function", tool) for tool in tools], indent=4), **variables}
 
 
-def prepared_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequence[Message]) -> list[dict[str, Any]]:
+def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages of OpenAI's shape as the template takes them."""
-    prepared: list[dict[str, Any]] = []
+    adapted: list[dict[str, Any]] = []
     names: dict[str, str] = {}
     for message in messages:
         for call in message.get("tool_calls") or ():
             names[str(call.get("id", ""))] = call["function"]["name"]
         if message.get("role") == "tool":
-            _add_result(form, prepared, message, names)
+            _add_result(form, adapted, message, names)
         elif message.get("tool_calls"):
-            prepared.append(_call_message(form, message))
+            adapted.append(_call_message(form, message))
         else:
-            prepared.append(dict(message))
-    return prepared if form.takes_tools or not tools else _instructed(form, prepared, tools)
+            adapted.append(dict(message))
+    return adapted if form.takes_tools or not tools else _instructed(form, adapted, tools)
 
 
 def _call_message(form: ToolFormat, message: Message) -> dict[str, Any]:
@@ -73,18 +73,18 @@ def _arguments(function: Message) -> Any:
     return parsed if isinstance(parsed, dict) else given
 
 
-def _add_result(form: ToolFormat, prepared: list[dict[str, Any]], message: Message, names: Mapping[str, str]) -> None:
+def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Message, names: Mapping[str, str]) -> None:
     """A tool's result; where the template has no such role, the user says it, several results in one message."""
     name = message.get("name") or names.get(str(message.get("tool_call_id", "")))
     named = {} if name is None else {"name": name}
     if form.takes_tool_role:
-        prepared.append({**message, **named})
+        adapted.append({**message, **named})
         return
     text = f"<tool_response>\n{_dumped({**named, 'content': message.get('content', '')})}\n</tool_response>"
-    if prepared and prepared[-1]["role"] == "user":
-        prepared[-1]["content"] = f"{prepared[-1]['content']}\n{text}"
+    if adapted and adapted[-1]["role"] == "user":
+        adapted[-1]["content"] = f"{adapted[-1]['content']}\n{text}"
     else:
-        prepared.append({"role": "user", "content": text})
+        adapted.append({"role": "user", "content": text})
 
 
 def _instructed(form: ToolFormat, messages: list[dict[str, Any]], tools: Sequence[Message]) -> list[dict[str, Any]]:

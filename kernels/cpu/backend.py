@@ -146,6 +146,7 @@ class CpuBackend:
                 weights = self._weights.load(program, tensors, progress)
                 plan = compile_program(program, weights, limits, found if observed else None)
                 native = _native.Stage(plan, self.feature_level, self._pool)
+                native.touch()
                 return CpuStage(native, weights, len(program.kv_layers), found)
         except MemoryError as error:
             raise InsufficientMemoryError(self._memory_error_text(program, tensors, limits)) from error

@@ -75,6 +75,11 @@ struct NativeStage {
     return executor.run(batch);
   }
 
+  void touch() const {
+    const nb::gil_scoped_release unlocked;
+    executor.touch();
+  }
+
   std::vector<nb::object> kept;
   nb::object pool;
   const Level level;
@@ -198,6 +203,7 @@ void bind_executor(nb::module_& module) {
       .def(nb::init<PlanBuilder&, const std::string&, nb::object>(), "plan"_a, "feature_level"_a, "pool"_a)
       .def("run", &NativeStage::run, "tokens"_a, "positions"_a, "sequence_starts"_a, "table_starts"_a, "block_tables"_a,
            "output_rows"_a, "hidden"_a.none(), "window_tables"_a.none() = nb::none())
+      .def("touch", &NativeStage::touch, "Takes memory from the system that the first runs use; to be called before them.")
       .def_prop_ro("result", &result_of)
       .def("contents", &contents_of, "buffer"_a, "Lines of a buffer that no thread has a copy of, as a run left them.")
       .def("kv_layer", &kv_layer_of, "layer"_a, "KV memory of a layer without a window: [KV blocks, bytes].")

@@ -1,6 +1,7 @@
 // Where the buffers of a plan lie: once for all threads, and for few rows once more for each thread. And its KV memory.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "executor/plan.h"
@@ -40,6 +41,9 @@ class Workspace {
 
   // Takes the memory, all zero. To be called once, before anything is read or written.
   void allocate() { memory_ = Memory(bytes_); }
+
+  // See Memory; before the first run.
+  void touch() const { memory_.touch(0, bytes_); }
 
   // First line of a buffer; `own` returns that thread's copy, which holds kPrivateRows rows.
   float* shared(BufferId id) const { return reinterpret_cast<float*>(memory_.data() + shared_[index(id)]); }
@@ -87,6 +91,14 @@ class KvCache {
   // The piece of KV head 0 in block 0; heads lie one after another, then comes the next block.
   uint8_t* layer(int index) const { return memory_.data() + offsets_[index]; }
   size_t bytes() const { return memory_.bytes(); }
+
+  // See Memory; before the first run. Up to `layer_bytes` of each layer: of the blocks that are used first.
+  void touch(size_t layer_bytes) const {
+    for (size_t i = 0; i < offsets_.size(); i++) {
+      const size_t end = i + 1 < offsets_.size() ? offsets_[i + 1] : memory_.bytes();
+      memory_.touch(offsets_[i], std::min(end, offsets_[i] + layer_bytes));
+    }
+  }
 
  private:
   std::vector<size_t> offsets_;

@@ -97,6 +97,12 @@ Memory::~Memory() {
   if (data_ != nullptr) munmap(data_, bytes_);
 }
 
+void Memory::touch(size_t begin, size_t end) const {
+  constexpr size_t kSmallPage = 4096;
+  volatile uint8_t* data = data_;
+  for (size_t at = begin; at < end; at += kSmallPage) data[at] = 0;
+}
+
 void Memory::collapse() {
 #ifndef MADV_COLLAPSE
   constexpr int MADV_COLLAPSE = 25;  // of headers older than the kernel

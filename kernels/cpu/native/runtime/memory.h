@@ -23,6 +23,10 @@ class Memory {
   Memory& operator=(Memory&& other) noexcept;
   ~Memory();
 
+  // Writes zero to every page of bytes [begin, end), so that they are there before they are first used: the system takes
+  // longer to give a page than to write it again. Only as long as they are zero.
+  void touch(size_t begin, size_t end) const;
+
   // Moves what is in small pages into huge ones, as far as the system has free ones and can (Linux 6.1): a page that was
   // touched while no huge one was free stays small otherwise.
   void collapse();

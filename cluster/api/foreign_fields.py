@@ -80,7 +80,7 @@ CHAT: Final = ForeignFields(
         **_names("verbosity", only("medium")),
         **_names("prediction", only()),
     },
-    other_names=_OPENAI_NAMES,
+    other_names={**_OPENAI_NAMES, "thinking_budget_tokens": "reasoning_budget"},
 )
 
 MESSAGE: Final = ForeignFields(

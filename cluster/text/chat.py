@@ -15,8 +15,8 @@ from llamaclust.cluster.text.threads import TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.prompt import guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate
+from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoning, opened_reasoning
 from llamaclust.model.chat.tools.history import template_messages, template_variables
-from llamaclust.model.chat.tools.prefill import continuation, opened_reasoning
 from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -61,6 +61,7 @@ class ChatRequest:
     end: PromptEnd = PromptEnd.GENERATION_PROMPT
     tool_use: ToolUse = field(default_factory=ToolUse)
     splits_reasoning: bool = True  # reasoning is apart from the content
+    may_reason: bool = True  # False: the prompt ends any reasoning that it begins
     created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
 
     @property
@@ -71,7 +72,7 @@ class ChatRequest:
             return ()
         return tuple(tool for tool in self.tools if named in (None, tool["function"]["name"]))
 
-    def reading(self, form: ToolFormat, prefill: str) -> AnswerReading | None:
+    def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
         """How the answer is read; None: it is content as it stands."""
         schemas = {
             str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
@@ -79,7 +80,7 @@ class ChatRequest:
         if not (schemas or form.dropped or isinstance(form.calls, ChannelCalls) or form.reasoning is not None):
             return None
         most_calls = None if self.tool_use.is_parallel else 1
-        return AnswerReading(form, schemas, self.splits_reasoning, most_calls, prefill)
+        return AnswerReading(form, schemas, self.splits_reasoning, most_calls, begun)
 
     @property
     def characters(self) -> int:
@@ -124,13 +125,15 @@ async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, to
         raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
     tools = chat.offered_tools
     adapted = template_messages(form, chat.messages, tools)
-    variables = {**_defaults(chat.created), **chat.variables, "tools": [*tools] or None}
+    defaults = {**_defaults(chat.created), "enable_thinking": chat.may_reason}
+    variables = {**defaults, **chat.variables, "tools": [*tools] or None}
     *messages, more = await run_on(TOKENIZING, guard_messages, [*adapted, variables], tokenizer)
     more = template_variables(more) | {"now_s": chat.created}
     if chat.end is not PromptEnd.LAST_MESSAGE:
         is_open = chat.end is PromptEnd.GENERATION_PROMPT
         text = await template.render_async(messages, add_generation_prompt=is_open, **more)
-        return RenderedChat(text, chat.reading(form, opened_reasoning(form, text)))
+        begun = "" if chat.may_reason or not is_open else ended_reasoning(form, text)
+        return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + begun))
     *before, last = messages
     text = await template.render_async(before, add_generation_prompt=True, **more)
     content, thoughts = str(last.get("content") or ""), str(last.get("reasoning_content") or "")
@@ -142,7 +145,6 @@ def _defaults(now_s: float) -> dict[str, Any]:
     """What llama.cpp gives to templates beside messages; some publishers' templates need it."""
     today = datetime.fromtimestamp(now_s).astimezone()
     return {
-        "enable_thinking": True,
         "date_string": today.strftime("%d %b %Y"),
         "datetime": today.strftime("%b %d %Y"),
     }

@@ -34,14 +34,14 @@ class AnswerReading:
     tools: Tools = field(default_factory=dict)
     splits_reasoning: bool = True
     most_calls: int | None = None
-    prefill: str = ""  # what the prompt has written of the answer
+    begun: str = ""  # what the prompt has written of the answer
     shown_control_ids: frozenset[int] = frozenset()  # control tokens that are part of the format
 
     @property
     def is_thinking(self) -> bool:
         """Whether the answer begins in reasoning."""
         tags = self.form.reasoning
-        return tags is not None and tags.begin in self.prefill and tags.end not in self.prefill
+        return tags is not None and tags.begin in self.begun and tags.end not in self.begun
 
     def parser(self) -> AnswerParser:
         return AnswerParser(
@@ -49,7 +49,7 @@ class AnswerReading:
             self.tools,
             splits_reasoning=self.splits_reasoning,
             most_calls=self.most_calls,
-            prefill=self.prefill,
+            begun=self.begun,
         )
 
 

@@ -242,6 +242,7 @@ class ChatBody(_Sampling, ChatFields):
             self.prompt_end,
             self.tool_use,
             self.reasoning_format != "none",
+            self.reasoning_budget != 0,
         )
 
 

@@ -87,8 +87,13 @@ class ToolFields(Body):
     reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "none"] = "auto"
     """`none`: reasoning stays in the content, as the model writes it; otherwise it is in `reasoning_content`."""
 
+    reasoning_budget: int = -1
+    """0: the answer begins without reasoning; -1: as the model decides. There is no other budget."""
+
     def check_tools(self) -> None:
         """ParameterError for fields that contradict each other."""
+        if self.reasoning_budget not in (-1, 0):
+            raise ParameterError("reasoning_budget", f"is {self.reasoning_budget}, must be -1 (no limit) or 0 (none)")
         names = [tool["function"]["name"] for tool in self.tools]
         use = self.tool_use
         if len(set(names)) < len(names):

@@ -33,10 +33,10 @@ class AnswerParser:
         *,
         splits_reasoning: bool = True,
         most_calls: int | None = None,
-        prefill: str = "",
+        begun: str = "",
     ) -> None:
         """Without tools, nothing is a call. Without `splits_reasoning`, reasoning stays in the content, with its
-        markers. `prefill` is what the prompt has written of the answer, which makes no events."""
+        markers. `begun` is what the prompt has written of the answer, which makes no events."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -49,7 +49,7 @@ class AnswerParser:
         self._triggers = self._frame.triggers if self._frame is not None and tools else ()
         self._reading = self._answer()
         self._is_over = False
-        self.feed(prefill)
+        self.feed(begun)
 
     def feed(self, text: str) -> list[AnswerEvent]:
         """The events that a piece of text completes."""

@@ -49,6 +49,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"tool_choice": "any", "tools": [TOOL]}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]}, "tool_choice"),
         ({"reasoning_format": "x"}, "reasoning_format"),
+        ({"reasoning_budget": 100}, "reasoning_budget"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"grammar": "root ::= a"}, "grammar"),
         ({"json_schema": 3}, "json_schema"),

@@ -17,7 +17,7 @@ TEMPLATE = (
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
     '{% for c in m.tool_calls or [] %}<tool_call>{"name": "{{ c.function.name }}", '
     '"arguments": {{ c.function.arguments | tojson }}}</tool_call>{% endfor %}{% endfor %}'
-    "{% if add_generation_prompt %}<assistant>{% if enable_thinking %}<think>{% endif %}{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% if opens and enable_thinking %}<think>{% endif %}{% endif %}"
 )
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -100,9 +100,17 @@ async def test_reasoning() -> None:
 
 
 async def test_reasoning_that_the_prompt_opens() -> None:
-    reply, prompt = await chat("Hm.</think>Yes.", chat_template_kwargs={"enable_thinking": True})
+    reply, prompt = await chat("Hm.</think>Yes.", chat_template_kwargs={"opens": True})
     message = reply["choices"][0]["message"]
     assert prompt.endswith("<think>") and (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
+
+
+async def test_no_budget_ends_the_reasoning_that_the_prompt_opens() -> None:
+    always = TEMPLATE.replace("{% if opens and enable_thinking %}<think>{% endif %}", "<think>")
+    reply, prompt = await chat("Yes.", template=always, thinking_budget_tokens=0)
+    assert prompt.endswith("<think></think>\n\n") and reply["choices"][0]["message"]["content"] == "Yes."
+    _, prompt = await chat("Yes.", reasoning_budget=0, chat_template_kwargs={"opens": True})
+    assert prompt.endswith("<assistant>")
 
 
 async def test_calls_and_results_come_back_to_the_template() -> None:

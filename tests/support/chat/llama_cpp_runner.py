@@ -14,10 +14,10 @@ import jinja2
 from llamaclust.core.errors import RequestError
 from llamaclust.model.chat.template_child import environment
 from llamaclust.model.chat.tools.answer_parser import AnswerParser
+from llamaclust.model.chat.tools.begun_answer import continuation, opened_reasoning
 from llamaclust.model.chat.tools.events import AnswerEvent, ParsedAnswer
 from llamaclust.model.chat.tools.format_derivation import derive_format
 from llamaclust.model.chat.tools.history import template_variables
-from llamaclust.model.chat.tools.prefill import continuation, opened_reasoning
 from llamaclust.model.chat.tools.template_probe import Message, Render
 from llamaclust.model.chat.tools.tool_format import ToolFormat
 from support.chat.llama_cpp_cases import Case

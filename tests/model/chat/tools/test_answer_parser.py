@@ -74,7 +74,7 @@ def test_reasoning_may_stay_in_the_content() -> None:
 
 
 def test_reasoning_that_the_prompt_opened() -> None:
-    answer = parsed(AnswerParser(form_of("hermes"), {}, prefill="<think>\n"), "Hm.\n</think>\n\nYes.")
+    answer = parsed(AnswerParser(form_of("hermes"), {}, begun="<think>\n"), "Hm.\n</think>\n\nYes.")
     assert (answer.reasoning, answer.content) == ("Hm.", "Yes.")
 
 

@@ -71,8 +71,8 @@ def test_template_that_refuses_everything_has_the_generic_form() -> None:
 
 
 def test_reasoning_that_the_prompt_opens() -> None:
+    from llamaclust.model.chat.tools.begun_answer import opened_reasoning
     from llamaclust.model.chat.tools.format_derivation import derive_format
-    from llamaclust.model.chat.tools.prefill import opened_reasoning
 
     source = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]"

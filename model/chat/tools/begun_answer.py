@@ -13,6 +13,12 @@ def opened_reasoning(form: ToolFormat, prompt: str) -> str:
     return prompt[prompt.rindex(tags.begin) :]
 
 
+def ended_reasoning(form: ToolFormat, prompt: str) -> str:
+    """What ends the reasoning that a prompt has opened; empty where there is none."""
+    tags = form.reasoning
+    return f"{tags.end}\n\n" if tags is not None and opened_reasoning(form, prompt) else ""
+
+
 def continuation(form: ToolFormat, prompt: str, reasoning: str, content: str, *, in_reasoning: bool) -> str:
     """The text behind a generation prompt that continues a message: behind its content, or behind its reasoning."""
     if isinstance(form.calls, ChannelCalls):

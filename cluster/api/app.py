@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,6 +22,7 @@ from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.models import ModelNames, ModelsEndpoint
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
+from llamaclust.cluster.api.openapi import body_schema, describe, docs_page
 from llamaclust.cluster.api.operations import DrainControl, Operations, Workers
 from llamaclust.cluster.api.paths import Paths
 from llamaclust.cluster.api.replies.handlers import Replies
@@ -66,6 +68,8 @@ def create_app(
         workers = Workers(pool)
         for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
             _route(app, method, f"/cluster/workers/{{worker}}/{name}", getattr(workers, name))
+    _route(app, "GET", "/docs", docs_page)
+    app.openapi = partial(describe, app.routes)  # type: ignore[method-assign]  # FastAPI's own way
     if settings.allowed_origins:
         origins = settings.allowed_origins
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -97,19 +101,4 @@ def _route(app: FastAPI, method: str, path: str, endpoint: Endpoint, schema: dic
 
 def _post(app: FastAPI, path: str, endpoint: Endpoint, body: type[BaseModel]) -> None:
     """The endpoint reads its body itself; the schema is for openapi.json."""
-    schema = _inlined(body.model_json_schema())
-    content = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-    _route(app, "POST", path, endpoint, content)
-
-
-def _inlined(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:
-    """A JSON schema without references, which would point outside of it once it is a part of openapi.json."""
-    if definitions is None:
-        definitions = schema.pop("$defs", {})
-    if isinstance(schema, list):
-        return [_inlined(item, definitions) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema:
-        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    return {key: _inlined(value, definitions) for key, value in schema.items()}
+    _route(app, "POST", path, endpoint, body_schema(body))

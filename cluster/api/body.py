@@ -32,12 +32,23 @@ async def parse_body(data: bytes, kind: type[AnyBody], foreign: ForeignFields, s
     leniency = None if settings.is_strict else Leniency()
 
     def parse() -> AnyBody:
-        return read_fields(kind, parse_object(data), foreign, leniency)
+        return read_fields(kind, _with_defaults(parse_object(data), kind, foreign, settings), foreign, leniency)
 
     body = parse() if len(data) <= _BLOCKING_BYTES else await run_on(_parsing, parse)
     if leniency is not None and leniency.ignored:
         report_ignored(leniency.ignored)
     return body
+
+
+def _with_defaults(
+    fields: dict[str, Any], kind: type[AnyBody], foreign: ForeignFields, settings: ApiSettings
+) -> dict[str, Any]:
+    """The fields of a body, and the server's values of those that the endpoint has and the body has under no name."""
+    if not settings.defaults:
+        return fields
+    given = {foreign.name(name) for name, value in fields.items() if value is not None}
+    own = ((foreign.name(name), value) for name, value in settings.defaults.items())
+    return fields | {name: value for name, value in own if name in kind.model_fields and name not in given}
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class ForeignFields:
     hints: Mapping[str, Neutral] = field(default_factory=dict)  # may be left undone
     other_names: Mapping[str, str] = field(default_factory=dict)  # of fields that the endpoint has
 
+    def name(self, given: str) -> str:
+        """The endpoint's name of a field."""
+        return self.other_names.get(given, given)
+
 
 NOTHING_FOREIGN: Final = ForeignFields()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llamaclust.core.errors import UsageError
 
@@ -22,6 +24,7 @@ class ApiSettings:
     is_strict: bool = False  # refuses fields that are unknown or have no effect
     strict_model: bool | None = None  # whether a request must name the served model; None: on OpenAI's paths
     aliases: tuple[str, ...] = ()  # further names of the served model
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of request fields
     api_keys: tuple[str, ...] = ()  # none: no key is asked for
     allowed_hosts: tuple[str, ...] = ()  # names beside loopback, listen_host and the address that was connected to
     allowed_origins: tuple[str, ...] = ()  # web pages that may use the API, like "https://chat.example"

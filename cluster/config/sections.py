@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -127,6 +127,8 @@ class Api(Section):
     """Whether a request must name the served model; auto: on OpenAI's paths."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Further names of the served model."""
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    """Values of request fields for requests without them, such as temperature; each endpoint takes those it has."""
 
 
 class PlanEntry(Section):

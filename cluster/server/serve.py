@@ -264,6 +264,7 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         is_strict=config.api.strict,
         strict_model=config.api.strict_model,
         aliases=config.api.aliases,
+        defaults=config.api.defaults,
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
         resume_s=config.timeouts.resume,

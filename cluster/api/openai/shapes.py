@@ -14,7 +14,7 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.core.version import VERSION
 from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 
-FINGERPRINT = f"llamaclust-{VERSION}-numerics-{NUMERICS_VERSION}"
+FINGERPRINT = f"build-llamaclust-{VERSION}-numerics-{NUMERICS_VERSION}"
 """`system_fingerprint`: equal ones compute alike."""
 
 

@@ -116,6 +116,17 @@ async def test_models_that_a_request_may_name(path: str, settings: dict[str, Any
         assert reply.json()["model"] == MODEL
 
 
+async def test_defaults_of_request_fields() -> None:
+    defaults = {"n_predict": 3, "seed": 7, "temperature": 0.5, "logprobs": 2}
+    engine = ScriptedEngine(says(ANSWER))
+    for path, body in (("/v1/completions", {"prompt": "a"}), ("/completion", {"prompt": "a"})):
+        assert (await post(path, body, engine, defaults=defaults)).status_code == 200
+        assert (await post(path, body | {"max_tokens": 2, "seed": 8}, engine, defaults=defaults)).status_code == 200
+    given = [(request.max_new_tokens, request.seed, request.params.temperature) for request in engine.submitted]
+    assert given == [(3, 7, 0.5), (2, 8, 0.5)] * 2
+    assert (await post("/tokenize", {"content": "a"}, defaults=defaults)).status_code == 200
+
+
 # -- fields without effect ---------------------------------------------------------------------------------------------
 
 HINTS: dict[str, Any] = {

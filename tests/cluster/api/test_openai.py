@@ -56,7 +56,7 @@ async def test_chat() -> None:
     engine = ScriptedEngine(says(ANSWER))
     reply = await chat(engine, seed=5)
     assert reply["object"] == "chat.completion" and reply["model"] == MODEL and reply["seed"] == 5
-    assert reply["id"].startswith("chatcmpl-") and reply["system_fingerprint"].startswith("llamaclust-")
+    assert reply["id"].startswith("chatcmpl-") and reply["system_fingerprint"].startswith("build-llamaclust-")
     (choice,) = reply["choices"]
     assert choice["message"] == {"role": "assistant", "content": ANSWER, "refusal": None}
     assert choice["finish_reason"] == "stop" and choice["stop_reason"] == END and choice["logprobs"] is None

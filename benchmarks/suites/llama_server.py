@@ -1,0 +1,82 @@
+"""Stands in for llama.cpp's `llama-server`: its command line becomes a cluster file, and `llamaclust up` runs that.
+
+LLAMACLUST_SUITE_MODEL is the model of all tests, in place of the one that they name. Flags without a counterpart are
+left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+VALUES = {
+    "--port", "--host", "--temp", "--seed", "--hf-repo", "--hf-file", "--model", "--model-url", "--model-draft",
+    "--batch-size", "--ubatch-size", "--threads", "--n-gpu-layers", "--pooling", "--alias", "--tags", "--ctx-size",
+    "--parallel", "-ctk", "-ctv", "-fa", "--n-predict", "--slot-save-path", "--grp-attn-n", "--grp-attn-w", "--lora",
+    "--spec-type", "--api-key", "--spec-draft-n-max", "--spec-draft-n-min", "--reasoning-format", "--reasoning",
+    "--chat-template", "--chat-template-file", "--mmproj-url", "--media-path", "--sleep-idle-seconds", "--cache-ram",
+    "--tools", "--cors-origins",
+}  # fmt: skip
+"""Flags that have a value."""
+
+DEFAULTS = {"--temp": ("temperature", float), "--seed": ("seed", int), "--n-predict": ("n_predict", int)}
+"""Flags that are defaults of request fields."""
+
+THINKING = {"on": True, "off": False}
+
+
+def read_flags(arguments: list[str]) -> dict[str, str]:
+    """Flags with their values; "" for those without one."""
+    rest, flags = iter(arguments), {}
+    for flag in rest:
+        flags[flag] = next(rest) if flag in VALUES else ""
+    return flags
+
+
+def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
+    """The cluster that the flags describe. llama-server shares its context out among its slots."""
+    slots = int(flags.get("--parallel", "4"))
+    context = int(flags.get("--ctx-size", "4096")) // (1 if "--kv-unified" in flags else slots)
+    defaults: dict[str, Any] = {field: kind(flags[flag]) for flag, (field, kind) in DEFAULTS.items() if flag in flags}
+    if flags.get("--reasoning") in THINKING:
+        defaults["chat_template_kwargs"] = {"enable_thinking": THINKING[flags["--reasoning"]]}
+    config: dict[str, Any] = {
+        "name": "suite",
+        "model": os.environ["LLAMACLUST_SUITE_MODEL"],
+        "listen": f"{flags.get('--host', '127.0.0.1')}:{flags.get('--port', '8080')}",
+        "workers": [{"name": "a", "threads": 2}],
+        "context_length": context,
+        "max_sequences": slots,
+        "state_dir": str(folder),
+        "api": {
+            "strict_model": False,
+            "defaults": defaults,
+            "aliases": [name for name in flags.get("--alias", "").split(",") if name],
+        },
+    }
+    if "--api-key" in flags:
+        keys = folder / "keys"
+        keys.write_text(flags["--api-key"].replace(",", "\n") + "\n")
+        keys.chmod(0o600)
+        config["api_keys_file"] = str(keys)
+    for flag in ("--chat-template", "--chat-template-file"):
+        if flag in flags:
+            config["chat_template"] = str(Path(flags[flag]).resolve()) if flag.endswith("file") else flags[flag]
+    if flags.get("--cors-origins"):
+        config["allowed_origins"] = flags["--cors-origins"].split(",")
+    return config
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="state-", dir=os.environ.get("LLAMACLUST_SUITE_FOLDER")))
+    config = folder / "cluster.yaml"
+    config.write_text(json.dumps(cluster_file(read_flags(sys.argv[1:]), folder)))
+    os.execv(sys.executable, [sys.executable, "-m", "llamaclust", "up", str(config)])
+
+
+if __name__ == "__main__":
+    main()

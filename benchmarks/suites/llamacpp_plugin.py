@@ -1,0 +1,38 @@
+"""A pytest plugin for llama.cpp's server tests: no model is downloaded, and a server serves all tests in a row that
+want the same flags."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+sys.modules.setdefault("wget", types.ModuleType("wget"))
+_KEPT: dict[str, Any] = {}
+"""The server that runs: `server`, an instance of the tests' ServerProcess, its `flags` and its own `stop`."""
+
+
+def pytest_collection_finish(session: object) -> None:
+    import utils  # type: ignore[import-not-found]  # of the tests
+
+    utils.ServerPreset.load_all = staticmethod(lambda: None)
+    start, stop = utils.ServerProcess.start, utils.ServerProcess.stop
+
+    def start_or_keep(server: Any, *arguments: Any, **options: Any) -> None:
+        flags = {name: value for name, value in vars(server).items() if name not in ("process", "_log")}
+        kept = _KEPT.get("server")
+        if kept is not None and _KEPT["flags"] == flags and kept.process.poll() is None:
+            server.process = kept.process
+            return
+        pytest_sessionfinish()
+        start(server, *arguments, **options)
+        _KEPT.update(server=server, flags=flags, stop=stop)
+
+    utils.ServerProcess.start = start_or_keep
+    utils.ServerProcess.stop = lambda server: None
+
+
+def pytest_sessionfinish() -> None:
+    if "server" in _KEPT:
+        _KEPT["stop"](_KEPT["server"])
+        _KEPT.clear()

@@ -1,0 +1,171 @@
+"""`GET /openapi.json` and `GET /docs`: the API's description, made from its routes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from html import escape
+from typing import Any, Final
+
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute
+
+from llamaclust.cluster.api.security import OPEN_PATHS
+from llamaclust.core.version import VERSION
+
+_PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
+_JSON: Final = "application/json"
+_EVENTS: Final = "text/event-stream"
+_TYPES: Final = {"/metrics": ("text/plain",), "/docs": ("text/html",), "/v1/stream/{id}": (_EVENTS,)}
+"""Of replies that are not JSON, by path."""
+_STREAMED: Final = (_JSON, _EVENTS)
+_REFUSALS: Final = {
+    "400": "a field that is wrong or not supported; a prompt that is too long",
+    "401": "no API key, or an unknown one",
+    "403": "a Host header or an origin that is not allowed",
+    "404": "an unknown path, model or reply",
+    "405": "a method that the path has not",
+    "408": "a body that came too slowly",
+    "413": "a body that is too large",
+    "415": "a compressed body",
+    "422": "an idempotency key with another body; a request that fails again and again",
+    "429": "a full queue; Retry-After says when to try again",
+    "500": "an error of the server",
+    "503": "a cluster that starts, stops, or lacks a worker",
+    "504": "a deadline that has passed",
+}
+_QUERIES: Final = {
+    "/v1/streams/{id}": [
+        ("after", "string", "the id of the last event that the client has, or its part after the colon")
+    ],
+    "/v1/stream/{id}": [("from", "integer", "the number of bytes that the client has")],
+}
+_ERROR: Final = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+                "n_prompt_tokens": {"type": "integer"},
+                "n_ctx": {"type": "integer"},
+            },
+        }
+    },
+}
+_STYLE: Final = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
+    "code{font-size:.9em}table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;"
+    "padding:.2rem .6rem;border-top:1px solid #8886}summary{cursor:pointer;padding:.4rem 0}"
+)
+_HEADERS: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
+
+
+def body_schema(body: type[BaseModel]) -> dict[str, Any]:
+    """What a route that reads its body itself says about it."""
+    schema = _inlined(body.model_json_schema())
+    return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
+
+
+def describe(routes: list[BaseRoute]) -> dict[str, Any]:
+    """The document, of OpenAPI 3.1."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        if isinstance(route, APIRoute):
+            path = _PARAMETER.sub(r"{\1}", route.path)
+            for method in sorted(route.methods):
+                paths.setdefault(path, {})[method.lower()] = _operation(route, method, path)
+    keys = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "llamaclust", "version": VERSION},
+        "paths": paths,
+        "security": [{}, {"bearer": []}, {"header": []}],
+        "components": {"securitySchemes": keys, "schemas": {"Error": _ERROR}},
+    }
+
+
+async def docs_page(request: Request) -> Response:
+    """A page that lists all operations and the fields of their bodies; it needs no scripts and no other host."""
+    document = request.app.openapi()
+    parts = "".join(
+        _shown(path, method, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    )
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>llamaclust API</title><style>{_STYLE}</style>'
+    intro = "<h1>llamaclust API</h1><p>For programs: <a href='openapi.json'>openapi.json</a></p>"
+    return HTMLResponse(f"{head}<main>{intro}{parts}</main></html>", headers=_HEADERS)
+
+
+def _operation(route: APIRoute, method: str, path: str) -> dict[str, Any]:
+    has_body = "requestBody" in (route.openapi_extra or {})
+    streams = has_body and "stream" in _fields(route.openapi_extra or {})
+    types = _TYPES.get(path, _STREAMED if streams or path == "/v1/streams/{id}" else (_JSON,))
+    done = {"204": {"description": "done"}} if method == "DELETE" else {"200": _reply("the reply", types)}
+    text = " ".join((route.endpoint.__doc__ or path).split())
+    return {
+        "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
+        "summary": text.partition(". ")[0],
+        "parameters": [*_parameters(path)],
+        **({"security": []} if path in OPEN_PATHS else {}),
+        **(route.openapi_extra or {}),
+        "responses": done | {status: _refusal(why) for status, why in _REFUSALS.items()},
+    }
+
+
+def _parameters(path: str) -> Iterator[dict[str, Any]]:
+    for name in _PARAMETER.findall(path):
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+    for name, kind, text in _QUERIES.get(path, ()):
+        yield {"name": name, "in": "query", "description": text, "schema": {"type": kind}}
+
+
+def _reply(text: str, types: tuple[str, ...]) -> dict[str, Any]:
+    schemas: dict[str, Any] = {_JSON: {}}
+    return {"description": text, "content": {kind: {"schema": schemas.get(kind, {"type": "string"})} for kind in types}}
+
+
+def _refusal(why: str) -> dict[str, Any]:
+    return {"description": why, "content": {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}}
+
+
+def _fields(operation: Mapping[str, Any]) -> dict[str, Any]:
+    content = operation.get("requestBody", {}).get("content", {})
+    fields: dict[str, Any] = content.get(_JSON, {}).get("schema", {}).get("properties", {})
+    return fields
+
+
+def _shown(path: str, method: str, operation: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td><code>{escape(name)}</code><td>{escape(str(schema.get('default', '')))}"
+        f"<td>{escape(str(schema.get('description', '')))}"
+        for name, schema in _fields(operation).items()
+    )
+    table = f"<table><tr><th>field<th>default<th>meaning{rows}</table>" if rows else ""
+    title = f"<summary><code>{method.upper()} {escape(path)}</code> {escape(operation['summary'])}</summary>"
+    return f"<details>{title}{table}</details>"
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:
+    """A JSON schema without references, which would point outside of it once it is a part of the document."""
+    if definitions is None:
+        definitions = schema.pop("$defs", {})
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items()}

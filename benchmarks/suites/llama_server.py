@@ -72,6 +72,9 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    if "--help" in sys.argv:
+        print(f"usage: {Path(__file__).name} [flags of llama-server]\n\n{__doc__}")
+        return
     folder = Path(tempfile.mkdtemp(prefix="state-", dir=os.environ.get("LLAMACLUST_SUITE_FOLDER")))
     config = folder / "cluster.yaml"
     config.write_text(json.dumps(cluster_file(read_flags(sys.argv[1:]), folder)))

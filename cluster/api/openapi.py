@@ -81,7 +81,7 @@ def describe(routes: list[BaseRoute]) -> dict[str, Any]:
     for route in routes:
         if isinstance(route, APIRoute):
             path = _PARAMETER.sub(r"{\1}", route.path)
-            for method in sorted(route.methods):
+            for method in sorted(route.methods or ()):
                 paths.setdefault(path, {})[method.lower()] = _operation(route, method, path)
     keys = {
         "bearer": {"type": "http", "scheme": "bearer"},

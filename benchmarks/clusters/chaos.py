@@ -73,7 +73,7 @@ class Struck:
 
 
 @dataclass
-class Tally:
+class Outcome:
     """What was seen, by kind of fault: its moment and signal, or two losses."""
 
     faults: Counter[str] = field(default_factory=Counter)
@@ -150,7 +150,7 @@ class Chaos:
     """Faults of one cluster, and requests that run meanwhile."""
 
     def __init__(self, cluster: Cluster, source: Random, faults: int, end_s: float) -> None:
-        self.tally = Tally()
+        self.outcome = Outcome()
         self._cluster = cluster
         self._left = faults
         self._end_s = end_s
@@ -163,7 +163,7 @@ class Chaos:
     def _is_over(self) -> bool:
         return self._left <= 0 or time.monotonic() > self._end_s
 
-    async def run(self, streams: int) -> Tally:
+    async def run(self, streams: int) -> Outcome:
         requests = make_requests(self._source, streams)
         every = [*requests, *self._late]
         answers = await asyncio.gather(*map(self._answer, every))
@@ -173,7 +173,7 @@ class Chaos:
             await asyncio.sleep(self._source.uniform(0.0, 0.3))
             await self._incident()
         await asyncio.gather(*tasks, *self._late_tasks)
-        return self.tally
+        return self.outcome
 
     async def _repeat(self, request: GenerationRequest) -> None:
         while not self._is_over:
@@ -184,14 +184,14 @@ class Chaos:
         try:
             answer = await self._answer(request)
         except LlamaclustError as error:
-            self.tally.errors[str(error)] += 1
-        self.tally.compared.add(expected, answer)
+            self.outcome.errors[str(error)] += 1
+        self.outcome.compared.add(expected, answer)
 
     async def _answer(self, request: GenerationRequest) -> Answer:
         rows: Answer = []
         async for event in self._cluster.engine.submit(request):
             if isinstance(event, TokenSampled):
-                self.tally.last_token_s = time.monotonic()
+                self.outcome.last_token_s = time.monotonic()
                 rows += answer_rows([event.row])
         return rows
 
@@ -262,8 +262,8 @@ class Chaos:
         """A stopped worker of a static cluster goes on once it is lost: no launcher ends it."""
         await until(struck.worker.lost.is_set)
         kind = f"{moment} {struck.number.name}"
-        self.tally.faults[kind] += 1
-        self.tally.noticed_s.setdefault(kind, []).append(time.monotonic() - struck.at_s)
+        self.outcome.faults[kind] += 1
+        self.outcome.noticed_s.setdefault(kind, []).append(time.monotonic() - struck.at_s)
         if struck.number is signal.SIGSTOP and self._cluster.config.launcher == "static":
             os.kill(struck.worker.registration.pid, signal.SIGCONT)
 
@@ -274,10 +274,10 @@ class Chaos:
         ready_s = time.monotonic()
         if not any(strike.serves for strike in struck) or not engine.scheduler.sequences:
             return
-        await until(lambda: self.tally.last_token_s > ready_s or not engine.scheduler.sequences)
-        if self.tally.last_token_s > ready_s:
+        await until(lambda: self.outcome.last_token_s > ready_s or not engine.scheduler.sequences)
+        if self.outcome.last_token_s > ready_s:
             kind = _TOGETHER if len(struck) > 1 else f"{moment} {struck[0].number.name}"
-            self.tally.pauses_s.setdefault(kind, []).append(self.tally.last_token_s - struck[0].at_s)
+            self.outcome.pauses_s.setdefault(kind, []).append(self.outcome.last_token_s - struck[0].at_s)
 
 
 async def run(given: argparse.Namespace) -> bool:
@@ -302,11 +302,11 @@ async def run(given: argparse.Namespace) -> bool:
                 config = load_config(bench.file)
                 async with open_cluster(config, given.model, bench.directory, report) as cluster:
                     end_s = time.monotonic() + 60.0 * given.minutes
-                    tally = await Chaos(cluster, Random(given.seed), given.faults, end_s).run(given.streams)
+                    outcome = await Chaos(cluster, Random(given.seed), given.faults, end_s).run(given.streams)
                     recoveries = cluster.supervisor.recoveries
-    tally.show(recoveries)
+    outcome.show(recoveries)
     print(f"{time.monotonic() - begun_s:.0f} s in all")
-    return tally.is_intact
+    return outcome.is_intact
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from functools import partial
 
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode
 from llamaclust.cluster.text.chat_format import AnswerReading
+from llamaclust.cluster.text.threads import TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.chat.tools.constraint import call_grammar
@@ -29,7 +30,9 @@ async def answer_grammar(
         raise ParameterError("tool_choice", f"a required call cannot be used together with {own.origin}")
     if own is not None or reading is None or not reading.tools:
         return own
-    found = call_grammar(
+    found = await run_on(
+        TOKENIZING,
+        call_grammar,
         reading.form,
         reading.tools,
         partial(_pieces, tokenizer),

@@ -173,8 +173,9 @@ def _argument(rules: _Rules, calls: TaggedCalls, key: str, schema: Schema) -> st
     if calls.value_begin:
         attribute = _quoted(calls.string_attribute) if is_text else "/[a-z]{1,12}/"
         head += [attribute, rules.literal(calls.value_begin)]
-    if is_text and "enum" in schema and types == STRING:
-        choices = " | ".join(_quoted(str(value)) for value in schema["enum"])
+    values = schema.get("enum")
+    if types == STRING and isinstance(values, list) and values:
+        choices = " | ".join(_quoted(str(value)) for value in values)
         value = f"({choices}) {_SPACE} {rules.literal(calls.value_end)}"
     elif is_text:
         value = rules.text_until(calls.value_end)

@@ -98,8 +98,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", layers=2)
 
 
-async def post(model: Path, path: str, fields: dict[str, Any]) -> Response:
-    stage = LocalStage(model, 1, None, LocalSettings(context_length=256))
+async def post(model: Path, path: str, fields: dict[str, Any], context_length: int = 256) -> Response:
+    stage = LocalStage(model, 1, None, LocalSettings(context_length=context_length))
     async with stage.serve() as service:
         app = create_app(service, Replies(ApiSettings()), service._engine, dict)
         async with client(app) as http:
@@ -139,3 +139,24 @@ async def test_a_grammar_that_cannot_be_obeyed_is_400_with_the_reason(model: Pat
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, "json_schema")
     assert "look-around" in error["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
+async def test_a_required_call_obeys_the_schema_of_its_tool(model: Path, choice: Any) -> None:
+    """From the first token on, whatever the model would say; n of them, each with its own grammar."""
+    tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("look", "run")]
+    fields = {**CHAT, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False, "n": 2, "max_tokens": 200}
+    reply = await post(model, "/v1/chat/completions", fields | {"temperature": 1, "seed": 4}, context_length=2000)
+    assert reply.status_code == 200, reply.text
+    for answer in reply.json()["choices"]:
+        assert answer["finish_reason"] == "tool_calls" and answer["message"]["content"] is None
+        (call,) = answer["message"]["tool_calls"]
+        assert call["function"]["name"] in (("look", "run") if choice == "required" else ("look",))
+        Draft202012Validator(SCHEMA).validate(json.loads(call["function"]["arguments"]))
+
+
+async def test_a_required_call_excludes_another_grammar(model: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    fields = {**CHAT, "tools": tools, "tool_choice": "required", "json_schema": SCHEMA}
+    reply = await post(model, "/v1/chat/completions", fields, context_length=2000)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "tool_choice"

@@ -105,3 +105,18 @@ def test_tagged_arguments_obey_their_types() -> None:
 
 def test_without_tools_there_is_no_grammar() -> None:
     assert call_grammar(form_of("hermes"), {}, split, is_required=False, is_parallel=True) is None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"type": "string", "enum": 5}}, "required": "a"},
+        {"properties": {"a": 5, 'b"\n': {"type": ["string", {}]}}, "required": [{}, "b"]},
+        {"properties": [1], "required": None},
+        {"type": 5, "properties": {"a": {"anyOf": [5, {"anyOf": [{"enum": [[]]}]}]}}},
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_schemas_that_are_none_make_a_grammar_or_none(form: str, schema: dict[str, Any]) -> None:
+    """What llguidance says of them is the request's error."""
+    call_grammar(form_of(form), {"f": schema}, split, is_required=True, is_parallel=True)

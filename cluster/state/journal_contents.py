@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 from llamaclust.cluster.state.journal_records import (
     Admission,
@@ -67,27 +68,36 @@ class JournalContents:
         """The oldest of these end where they are many."""
         if request_id in self._sent:
             return b""
-        written = [self._add(request_id, sent_line(request_id))]
+        line = self._add(request_id, sent_line(request_id))
         if request_id in self._lines:
             self._sent[request_id] = now_s
             self._sent_bytes += _size(self._lines[request_id])
+        excess = []
         while self._sent_bytes > _SENT_BYTES:
-            written.append(self.end(next(iter(self._sent))))
-        return b"".join(written)
+            excess.append(next(iter(self._sent)))
+            self._remove(excess[-1])
+        return line + end_line(excess) if excess else line
 
     def end(self, request_id: str) -> bytes:
+        return end_line([request_id]) if self._remove(request_id) else b""
+
+    def end_sent(self, until_s: float) -> bytes:
+        """Those that were sent until then."""
+        ended = list(takewhile(lambda request_id: self._sent[request_id] <= until_s, self._sent))
+        for request_id in ended:
+            self._remove(request_id)
+        return end_line(ended) if ended else b""
+
+    def _remove(self, request_id: str) -> bool:
+        """False where it has ended."""
         lines = self._lines.pop(request_id, None)
         if lines is None:
-            return b""
+            return False
         size_bytes = _size(lines)
         self.size_bytes -= size_bytes
         if self._sent.pop(request_id, None) is not None:
             self._sent_bytes -= size_bytes
-        return end_line(request_id)
-
-    def end_sent(self, until_s: float) -> bytes:
-        """Those that were sent until then."""
-        return b"".join([self.end(request_id) for request_id, sent_s in list(self._sent.items()) if sent_s <= until_s])
+        return True
 
     def _add(self, request_id: str, line: bytes) -> bytes:
         lines = self._lines.get(request_id)
@@ -95,6 +105,8 @@ class JournalContents:
             return b""
         lines.append(line)
         self.size_bytes += len(line)
+        if request_id in self._sent:
+            self._sent_bytes += len(line)
         return line
 
 

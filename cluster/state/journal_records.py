@@ -24,6 +24,8 @@ _BODY = b"\t"
 """Before a body; JSON of ours has none."""
 _ADMISSION = [str, int, int, str, str, str, str, float, float, str, float, str, bool]
 """Types of its fields, in the order of `admission_line`."""
+_encoder = json.JSONEncoder(separators=(",", ":"))
+"""One for all lines: to make one takes as long as a line."""
 
 ChoiceKey = tuple[int, int]
 """Prompt and choice of a request."""
@@ -105,12 +107,12 @@ def sent_line(request_id: str) -> bytes:
     return _line(_json({"sent": request_id}))
 
 
-def end_line(request_id: str) -> bytes:
-    return _line(_json({"end": request_id}))
+def end_line(request_ids: Sequence[str]) -> bytes:
+    return _line(_json({"end": request_ids}))
 
 
 def _json(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, separators=(",", ":")).encode()
+    return _encoder.encode(record).encode()
 
 
 def _line(text: bytes) -> bytes:
@@ -147,8 +149,9 @@ def _apply(record: Any, body: bytes, requests: dict[str, _Request]) -> None:
         case {"sent": request_id}:
             if request_id in requests:
                 requests[request_id].is_sent = True
-        case {"end": request_id}:
-            requests.pop(request_id, None)
+        case {"end": [*request_ids]}:
+            for request_id in set(request_ids):
+                requests.pop(request_id, None)
 
 
 @dataclass(slots=True)

@@ -408,3 +408,17 @@ async def test_admissions_at_about_the_same_time_share_a_write(tmp_path: Path, m
         await asyncio.sleep(0.05)
         assert len(appended) == 3
     assert [request.admission.id for request in read_journal(path, NOW)] == ["id0", "id2"]
+
+
+async def test_sent_replies_that_are_computed_again_count_with_their_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamaclust.cluster.state.journal_contents._SENT_BYTES", 5000)
+    path, rows = tmp_path / "journal", [row(token) for token in range(50)]
+    async with journal(path) as writing:
+        await writing.restore([OpenRequest(admission(number, b"x" * 1000), is_sent=True) for number in range(4)])
+        for start in (0, 50, 100):
+            writing.answer("id3", (0, 0), start, rows)
+        await writing.admit(admission(4, b"x" * 1000))
+        writing.sent("id4")
+        await until(lambda: ids_in(path, is_sent=True) == ["id3", "id4"])

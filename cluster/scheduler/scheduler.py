@@ -292,6 +292,8 @@ class Scheduler:
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:
             return None
+        if any(sequence.expects_forced for sequence in queues.running):
+            return None
         ahead = [s for s in queues.running if (s.awaits_decode or s.may_go_ahead) and queues.memory.grow(s)]
         return self._launch(tuple(s.take_token() for s in ahead), len(ahead), now_ns) if ahead else None
 

@@ -32,6 +32,10 @@ class Failed:
 Update = Event | Failed
 
 
+_LATELY = 16
+"""Tokens of an answer after a forced one, in which a further one is likely."""
+
+
 class Phase(Enum):
     """What is done with a sequence."""
 
@@ -88,6 +92,7 @@ class Sequence:
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
     phase: Phase = Phase.WAITING
     has_matcher: bool = False  # the last stage follows its grammar
+    last_forced: int = 0  # tokens of the answer with the last one that its grammar forced
     failures: int = 0  # rows without a result since the last result
     overtaken: int = 0  # sequences that started while it was its turn and it did not fit
     cached_tokens: int | None = None  # found in the prefix cache at first admission
@@ -156,6 +161,12 @@ class Sequence:
             and self.generated + 1 < self.max_new_tokens
             and not self.request.params.needs_state
         )
+
+    @property
+    def expects_forced(self) -> bool:
+        """Whether its grammar has forced tokens lately, and may again: a row sent ahead would only repeat them."""
+        forces = self.request.grammar is not None and not self.request.with_logprobs
+        return forces and self.generated - self.last_forced < _LATELY
 
     @property
     def _unknown(self) -> int:
@@ -297,6 +308,7 @@ class Sequence:
         for following in (row, *(RowResult(token, 0.0) for token in row.forced))[known:]:
             self.append(following)
             added.append(following)
+            self.last_forced = self.generated if following is not row else self.last_forced
             if self._finish_reason(is_sampled=True) is not None:
                 break
         return added

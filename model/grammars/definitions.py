@@ -18,13 +18,20 @@ from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES
 _GUIDANCE = "x-guidance"
 _WHITE_SPACE = r" |\n{1,2}[ \t]{0,20}"
 """Between the parts of a JSON text, as in llama.cpp: a small model could write white space without end."""
+_FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"])
+_DATA = frozenset(("const", "enum", "default", "examples"))
+"""Keywords whose values are no schemas."""
 _MAX_GBNF_BYTES = 1 << 17
 """The converter takes about a second for so much."""
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str) -> Grammar:
-    """A JSON text that a schema allows. Keywords that cannot be obeyed are refused when the grammar is checked."""
-    own = {"allOf": [schema]} if isinstance(schema, bool) else schema
+    """A JSON text that a schema allows. Keywords that cannot be obeyed are refused when the grammar is checked;
+    formats that are not known are annotations, as JSON Schema has it."""
+    try:
+        own = {"allOf": [schema]} if isinstance(schema, bool) else _with_known_formats(schema)
+    except RecursionError:
+        raise ParameterError(origin, "the schema is nested too deeply") from None
     own = {**own, _GUIDANCE: {"whitespace_pattern": _WHITE_SPACE}}
     return _grammar({"json_schema": own}, origin)
 
@@ -72,6 +79,18 @@ def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
         reason = f"needs 1 to {MAX_TRIGGERS} triggers of 1 to {MAX_TRIGGER_BYTES} bytes"
         raise ParameterError(grammar.origin, reason)
     return Grammar(grammar.definition, tuple(triggers), grammar.origin)
+
+
+def _with_known_formats(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_known_formats(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: value if key in _DATA else _with_known_formats(value)
+        for key, value in schema.items()
+        if key != "format" or not isinstance(value, str) or value in _FORMATS
+    }
 
 
 def _quoted(text: str) -> str:

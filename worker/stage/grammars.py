@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from math import nan
+from time import thread_time_ns
 
 from llamaclust.core.errors import LlamaclustError, ProtocolError
 from llamaclust.core.sampling import GrammarRow, GrammarStart, RowResult, RowTask, SampleTask
@@ -23,6 +25,8 @@ from llamaclust.wire.rpc.deadlines import deadline
 
 _READY_S = 60.0
 """Grammars are small enough for a fraction of a second: this is for a machine that is very busy."""
+_TOKEN_NS = 250_000_000
+"""Of a processor, for one token; large schemas take a tenth of that."""
 
 
 class _Answer:
@@ -45,10 +49,8 @@ class _Answer:
     def prepare(self) -> None:
         """Computes what the next row may choose."""
         if self._matcher is not None and self.failure is None:
-            try:
+            with self._bounded():
                 self.allowed = self._matcher.allowed()
-            except LlamaclustError as error:
-                self.failure = str(error)
 
     def begin(self, row: GrammarRow) -> bool:
         """The row that is sampled now; whether nothing but the answer's end is allowed. ProtocolError for one at
@@ -70,12 +72,21 @@ class _Answer:
         if result.failure is not None or self._matcher is None:
             self.failure = result.failure
             return result
-        try:
+        with self._bounded():
             self._matcher.take((result.token,))
             self.forced = self._matcher.forced() if may_force else []
+        return replace(result, forced=tuple(self.forced))
+
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """The grammar's errors are the answer's, which also fails where others would have to wait for it."""
+        began_ns = thread_time_ns()
+        try:
+            yield
         except LlamaclustError as error:
             self.failure = str(error)
-        return replace(result, forced=tuple(self.forced))
+        if thread_time_ns() - began_ns > _TOKEN_NS and self.failure is None:
+            self.failure = f"the grammar is too ambiguous: one token takes more than {_TOKEN_NS // 1_000_000} ms"
 
 
 class StageGrammars:

@@ -41,6 +41,9 @@ def refusal(checker: GrammarChecker, grammar: Grammar) -> str:
         definitions.of_object("o"),
         definitions.of_schema({"type": "array", "items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"const": 1}}}, "s"),
         definitions.of_schema(True, "s"),
+        definitions.of_schema(
+            {"type": "object", "properties": {"format": {"type": "string", "format": "binary"}}}, "s"
+        ),
         definitions.of_regex(r"a/b\/[/]\d{3}(é|ü)", "r"),
         definitions.of_lark('start: "a" | "b" start', "l"),
         definitions.of_gbnf('root ::= item+\nitem ::= "- " [^\\n]+ "\\n"', "g"),
@@ -122,6 +125,12 @@ def test_a_check_that_takes_too_long_is_a_refusal() -> None:
         assert "the grammar needs more than 0 s" in refusal(checker, definitions.of_object("o"))
     finally:
         checker.close()
+
+
+def test_formats_that_are_not_known_are_annotations() -> None:
+    schema = {"properties": {"format": {"format": "uuid"}, "b": {"format": "binary"}}, "const": {"format": "binary"}}
+    known = {"properties": {"format": {"format": "uuid"}, "b": {}}, "const": {"format": "binary"}}
+    assert definitions.of_schema(schema, "s") == definitions.of_schema(known, "s")
 
 
 def test_definitions_are_llguidances_own_form() -> None:

@@ -1,0 +1,120 @@
+"""Grammars at the last stage: what its rows may choose, and what goes wrong in one answer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from llamaclust.core.errors import ProtocolError
+from llamaclust.core.sampling import Grammar, GrammarRow, GrammarStart, RowResult, RowTask, SampleTask, SamplingParams
+from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+from llamaclust.wire.microbatch.messages import SamplingInputs
+from llamaclust.worker.stage import grammars as module
+from llamaclust.worker.stage.grammars import StageGrammars
+from support.models.random_schemas import token_set
+
+END = 256
+VOCABULARY = GrammarVocabulary(
+    [*(bytes([byte]) for byte in range(256)), b"\xff<end>"], [END], lambda text: [*text.encode()]
+)
+ABC = definitions.of_regex("[ab]c(d|e)", "guided_regex")
+
+
+@pytest.fixture
+def stage() -> Iterator[StageGrammars]:
+    made = StageGrammars(lambda: VOCABULARY, most=3)
+    yield made
+    made.close()
+
+
+def task(
+    key: int,
+    place: int,
+    grammar: Grammar | None = None,
+    said: str = "",
+    *,
+    may_force: bool = False,
+    min_tokens: bool = False,
+) -> SampleTask:
+    start = None if grammar is None else GrammarStart(grammar, tuple(said.encode()))
+    row = GrammarRow(key, place, start, may_force)
+    return SampleTask(SamplingParams(), 0, 0, 9, suppressed=(END,) if min_tokens else (), grammar=row)
+
+
+def step(
+    stage: StageGrammars, number: int, *tasks: RowTask, says: str, released: tuple[int, ...] = ()
+) -> tuple[list[set[str]], tuple[RowResult, ...]]:
+    """What each row could choose, and the results where it chose the letters of `says`."""
+    inputs = SamplingInputs(1, number, tasks, released)
+    stage.receive(inputs)
+    _, allowed = stage.begin(inputs)
+    rows = tuple(RowResult(END if letter == "." else ord(letter), -1.0) for letter in says)
+    letters = [{"." if i == END else chr(i) for i in token_set(bits)} for bits in allowed or () if bits is not None]
+    return letters, stage.end(inputs, rows)
+
+
+def test_each_answer_has_a_state_of_its_own(stage: StageGrammars) -> None:
+    assert step(stage, 0, task(1, 0, ABC), task(2, 1, ABC, "b"), says="ac")[0] == [set("ab"), {"c"}]
+    assert step(stage, 1, task(2, 2), task(1, 1), says="ec")[0] == [set("de"), {"c"}]
+    assert step(stage, 2, task(1, 2), task(2, 3), says="d.")[0] == [set("de"), {"."}]
+    assert step(stage, 3, task(2, 4), says=".")[0] == [{"."}], "a row after the end"
+
+
+def test_forced_tokens_come_with_the_sampled_one_and_rows_sent_before_repeat_them(stage: StageGrammars) -> None:
+    _, (row,) = step(stage, 0, task(1, 0, ABC, may_force=True), says="a")
+    assert row == RowResult(ord("a"), -1.0, forced=(ord("c"),))
+    assert step(stage, 1, task(1, 1, may_force=True), says="x")[1] == (RowResult(ord("c"), 0.0),)
+    assert step(stage, 2, task(1, 2, may_force=True), says="e")[0] == [set("de")]
+
+
+def test_an_answer_that_starts_where_a_token_is_forced_takes_it(stage: StageGrammars) -> None:
+    assert step(stage, 0, task(1, 1, ABC, "b", may_force=True), says="x")[1] == (RowResult(ord("c"), 0.0),)
+    assert step(stage, 1, task(1, 2, may_force=True), says="d")[0] == [set("de")]
+
+
+def test_a_grammar_that_cannot_be_followed_fails_its_answer_alone(stage: StageGrammars) -> None:
+    wrong = Grammar('{"grammars": [{"lark_grammar": "start: nothing"}]}')
+    _, (bad, good) = step(stage, 0, task(1, 0, wrong), task(2, 0, ABC), says="ab")
+    assert bad.failure is not None and "the grammar cannot be used" in bad.failure
+    assert good == RowResult(ord("b"), -1.0)
+    _, (again,) = step(stage, 1, task(1, 0, ABC), says="a")
+    assert again.failure is None, "it starts again"
+
+
+def test_a_token_that_takes_too_long_fails_its_answer(stage: StageGrammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TOKEN_NS", -1)
+    _, (row,) = step(stage, 0, task(1, 0, ABC), says="a")
+    assert row.failure is not None and "too ambiguous" in row.failure
+
+
+def test_a_row_without_a_token_ends_its_state(stage: StageGrammars) -> None:
+    inputs = SamplingInputs(1, 0, (task(1, 0, ABC),))
+    stage.receive(inputs)
+    stage.begin(inputs)
+    stage.end(inputs, (RowResult(-1, float("nan"), failure="not finite"),))
+    assert step(stage, 1, task(1, 1), says="a")[1][0].failure == "not finite"
+
+
+def test_nothing_but_the_end_may_not_be_suppressed(stage: StageGrammars) -> None:
+    inputs = SamplingInputs(1, 0, (task(1, 3, ABC, "acd", min_tokens=True), task(2, 1, ABC, "a", min_tokens=True)))
+    stage.receive(inputs)
+    (ends, goes_on), _ = stage.begin(inputs)
+    assert isinstance(ends, SampleTask) and isinstance(goes_on, SampleTask)
+    assert (ends.suppressed, goes_on.suppressed) == ((), (END,))
+
+
+def test_rows_of_answers_that_are_not_there_break_the_protocol(stage: StageGrammars) -> None:
+    step(stage, 0, task(1, 0, ABC), says="a")
+    with pytest.raises(ProtocolError, match="has 1 tokens here, not 2"):
+        step(stage, 1, task(1, 2), says="d")
+    with pytest.raises(ProtocolError, match="whose grammar is not here"):
+        step(stage, 2, task(1, 1), says="c", released=(1,))
+
+
+def test_no_more_answers_are_kept_than_run(stage: StageGrammars) -> None:
+    step(stage, 0, *(task(key, 0, ABC) for key in range(3)), says="aaa")
+    step(stage, 1, task(3, 0, ABC), says="a", released=(0,))
+    with pytest.raises(ProtocolError, match="grammars of 4 answers"):
+        step(stage, 2, task(4, 0, ABC), says="a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -139,6 +141,24 @@ def test_split(folder: Path) -> None:
 
 def test_hop(folder: Path) -> None:
     assert re.search(r"^a hop [+-]\d+ us$", output(folder, "hop.py", "Q8_0.gguf", "--steps", "20"), re.MULTILINE)
+
+
+def test_structured(folder: Path) -> None:
+    text = output(folder, "structured.py", "Q8_0.gguf", "--threads", "1", "--tokens", "4", "--pairs", "1")
+    assert re.search(r"^step, JSON strings, 16 streams: \d", text, re.MULTILINE)
+    assert re.search(r"^JSON by a schema, speed relative to free text: .* tokens$", text, re.MULTILINE)
+
+
+def test_schema_suite(folder: Path) -> None:
+    tests = [{"description": "", "data": data, "valid": data == 1} for data in (1, 2)]
+    name = "jsonschema-0/json/tests/draft2020-12/const.json"
+    groups = [{"description": "", "schema": {"const": 1}, "tests": tests}, {"schema": {"not": {}}, "tests": tests}]
+    with tarfile.open(folder / "suite.tar.gz", "w:gz") as archive:
+        entry, content = tarfile.TarInfo(name), json.dumps(groups).encode()
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    text = output(folder, "schema_suite.py", "--source", "suite.tar.gz")
+    assert text == "schemas: 2\nvalid: 1\ninvalid: 1\nrefused: 1\n"
 
 
 def test_tls(folder: Path) -> None:

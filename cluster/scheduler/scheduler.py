@@ -203,7 +203,7 @@ class Scheduler:
     def has_room_for(self, sequence: Sequence) -> bool:
         """Whether a sequence of another scheduler could start at once, and none that waits would start later for it."""
         queues = self.queues
-        if queues.waiting or len(queues.running) >= queues.max_running:
+        if queues.waiting or queues.restoring or len(queues.running) >= queues.max_running:
             return False
         is_short = len(sequence.tokens) < self.settings.max_sequence_tokens
         return is_short and queues.memory.has_room_for((sequence,), RESERVE_BLOCKS * (len(queues.running) + 1))

@@ -361,3 +361,12 @@ def test_a_preempted_sequence_waits_for_what_is_in_flight() -> None:
     assert run.scheduler.next_microbatch(run.now_ns) is None, "its next token is not known yet"
     run.finish()
     check_answer(run, key, request)
+
+
+def test_a_sequence_that_is_read_from_disk_comes_before_pre_copies() -> None:
+    """A pre-copy that the full queue refuses would end the pipeline."""
+    other, scheduler = Scheduler(BASE, 1, 2), Scheduler(replace(BASE, max_sequences=1, max_waiting=0), 2, 2)
+    moving = other.add(generation(40, 100), 0)
+    assert scheduler.has_room_for(moving)
+    scheduler.queues.begin_restore(scheduler.add(generation(40, 100), 0))
+    assert not scheduler.has_room_for(moving)

@@ -254,7 +254,7 @@ def test_nothing_to_compute_is_no_work() -> None:
     ("changes", "message"),
     [
         ({"prompt": ()}, "prompt: is empty"),
-        ({"prompt": (1,) * 201}, "has 201 tokens, but the model's context length is 200"),
+        ({"prompt": (1,) * 201}, "has 201 tokens, but this model's maximum context length is 200 tokens"),
         ({"prompt": (1,) * 200}, "200 tokens with no room"),
         ({"prompt": (1, 101)}, r"prompt: token id 101 is outside the vocabulary \[0, 101\)"),
         ({"prompt": (-1,)}, "token id -1"),

@@ -314,7 +314,7 @@ class Scheduler:
     # -- prefill ---------------------------------------------------------------------------------------------------
 
     def _prefill_slices(self, decoding: int, now_ns: int) -> list[SequenceSlice]:
-        """Prompt slices for one microbatch: half for the sequence with least left to do, the rest in order of arrival.
+        """Prompt slices for one microbatch: half for the sequences with least left to do, the rest in order of arrival.
 
         So a short prompt does not wait for a long one, nor after a loss for all sequences that are computed again, and
         the oldest never stands still.
@@ -328,9 +328,10 @@ class Scheduler:
         outputs = self.settings.max_outputs - decoding
         scored = scored_rows(self.settings, self.times, decoding) if self.queues.decoding else outputs
         batch = _PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored)
-        shortest = self.queues.shortest(prefilling)
-        if shortest is not None:
-            batch.add(shortest, share=2)
+        half = batch.rows_left // 2
+        while batch.rows_left > half and (shortest := self.queues.shortest(self.queues.prefilling)) is not None:
+            if shortest.key in batch.slices or not batch.add(shortest, share=2):
+                break
         for sequence in prefilling:
             batch.add(sequence)
         while batch.rows_left > 0 and (admitted := self.queues.admit()) is not None:

@@ -94,7 +94,7 @@ system-deps: ## Debian/Ubuntu packages (needs root): a compiler and Python's hea
 	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev
 
 system-deps-test: ## what tests of the ARM kernels and of networks need besides (needs root); they are skipped without
-	apt-get update && apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user-static iproute2 iptables nftables
+	apt-get update && apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user-static iproute2 iptables nftables libfaketime
 
 $(VENV)/.pip: constraints.txt
 	$(need_python)

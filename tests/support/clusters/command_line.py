@@ -179,6 +179,10 @@ class CommandLine:
         finally:
             self._variables.clear()
 
+    def set_variables(self, **variables: str) -> None:
+        """Of the environment of commands that are started from now on."""
+        self._variables.update(variables)
+
     @property
     def state_dir(self) -> Path:
         return self.folder / "state"

@@ -152,6 +152,24 @@ async def test_the_official_client_puts_a_stream_together() -> None:
     assert [json.loads(call.function.arguments) for call in message.tool_calls] == [{"city": "Rom"}] * 2
 
 
+async def test_markers_that_are_control_tokens() -> None:
+    """They are no text of an answer, except as part of the format."""
+    template = TEMPLATE.replace("<tool_call>", "<|im_start|>").replace("</tool_call>", "")
+    text = 'So.<|im_start|>{"name": "look", "arguments": {"city": "Rom"}}'
+    tokens = tokenizer().encode(text, add_special=False, parse_special=True)
+    engine = ScriptedEngine(lambda _: tokens)
+    with ChatTemplate(template, "", "") as made:
+        async with client(make_app(engine, made)) as http:
+            reply = await http.post("/v1/chat/completions", json=CHAT | {"tools": [TOOL]})
+            plain = await http.post("/v1/completions", json={"prompt": "a"})
+    (choice,) = reply.json()["choices"]
+    assert choice["message"]["content"] == "So." and choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Rom"}'
+    assert plain.json()["choices"][0]["text"].startswith('So.{"name"')
+    grammar = engine.submitted[0].grammar
+    assert grammar is not None and grammar.triggers == ("<|im_start|>",) and "<[" in grammar.definition
+
+
 @pytest.mark.parametrize("answer", ["<tool_call>{", "<think>", "<tool_call>nothing", '<tool_call>{"name": "look"'])
 async def test_answers_that_are_cut(answer: str) -> None:
     *chunks, _ = (await chat(answer, tools=[TOOL], stream=True))[0]

@@ -6,55 +6,23 @@ import asyncio
 import json
 import os
 import random
-import struct
 import threading
 import tracemalloc
 import zlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.instants import Instant
-from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_file import JournalFile
-from llamaclust.cluster.state.journal_records import Admission, OpenRequest, RequestIdentity, read_journal
+from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
 from llamaclust.core.errors import SupersededError
-from llamaclust.core.sampling import RowResult
+from support.clusters.journals import LIMIT_S, NOW, admission, ids_in, journal, row, until
 from support.seed import SEED
 
-NOW = Instant(unix_s=1_000.0, boot_s=50.0, machine="m")
-LIMIT_S = 60.0
 BODY = b'{"\xc3\xa9": "%0A%%\t\xff",\n\r\n}\t\n'
 """Whatever bytes there are."""
-
-
-def admission(number: int, body: bytes = b"{}") -> Admission:
-    identity = RequestIdentity(id=f"id{number}", seed=number, created=7, idempotency_key="é\n")
-    return Admission(identity=identity, endpoint="/v1/completions", body=body, admitted=NOW, limit_s=LIMIT_S)
-
-
-async def until(check: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not check():  # noqa: ASYNC110  a file reports nothing
-            await asyncio.sleep(0.01)
-
-
-def row(token: int, random_bits: int = 0) -> RowResult:
-    """A token with the float32 logprob of some random bits."""
-    return RowResult(token, struct.unpack("<f", struct.pack("<I", 0xBF800000 | random_bits & 0xFFFFF))[0])
-
-
-@asynccontextmanager
-async def journal(path: Path, record: ControlRecord | None = None, sent_s: float = 60.0) -> AsyncIterator[Journal]:
-    opened = Journal(path, record or ControlRecord(), sent_s)
-    try:
-        yield opened
-    finally:
-        await opened.aclose()
 
 
 async def test_open_requests_are_found_in_order_with_their_tokens(tmp_path: Path) -> None:
@@ -278,41 +246,6 @@ def test_long_lines_are_not_held_as_a_whole(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def ids_in(path: Path, *, is_sent: bool) -> list[str]:
-    return [request.admission.id for request in read_journal(path, NOW) if request.is_sent == is_sent]
-
-
-async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    async with journal(path, sent_s=0.2) as writing:
-        for number in range(3):
-            await writing.admit(admission(number))
-        writing.answer("id1", (0, 0), 0, [row(5)])
-        for number in (0, 1):
-            writing.sent(f"id{number}")
-            writing.sent(f"id{number}")
-        await until(lambda: ids_in(path, is_sent=True) == ["id0", "id1"])
-        assert read_journal(path, NOW)[1] == OpenRequest(admission(1), {(0, 0): (row(5),)}, is_sent=True)
-        await until(lambda: ids_in(path, is_sent=True) == [] and ids_in(path, is_sent=False) == ["id2"])
-        writing.sent("id2")
-        await until(lambda: path.stat().st_size == 0)
-    assert path.read_bytes() == b""
-
-
-async def test_requests_whose_replies_were_sent_are_bounded_in_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llamaclust.cluster.state.journal_contents._SENT_BYTES", 5000)
-    path = tmp_path / "journal"
-    async with journal(path) as writing:
-        for number in range(9):
-            await writing.admit(admission(number, b"x" * 1000))
-            writing.sent(f"id{number}")
-        await writing.admit(admission(9))
-        assert ids_in(path, is_sent=True) == ["id5", "id6", "id7", "id8"]
-    assert ids_in(path, is_sent=True) == [] and ids_in(path, is_sent=False) == ["id9"]
-
-
 async def test_a_sealed_journal_leaves_everything_to_the_next_coordinator(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     async with journal(path) as writing:
@@ -408,17 +341,3 @@ async def test_admissions_at_about_the_same_time_share_a_write(tmp_path: Path, m
         await asyncio.sleep(0.05)
         assert len(appended) == 3
     assert [request.admission.id for request in read_journal(path, NOW)] == ["id0", "id2"]
-
-
-async def test_sent_replies_that_are_computed_again_count_with_their_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llamaclust.cluster.state.journal_contents._SENT_BYTES", 5000)
-    path, rows = tmp_path / "journal", [row(token) for token in range(50)]
-    async with journal(path) as writing:
-        await writing.restore([OpenRequest(admission(number, b"x" * 1000), is_sent=True) for number in range(4)])
-        for start in (0, 50, 100):
-            writing.answer("id3", (0, 0), start, rows)
-        await writing.admit(admission(4, b"x" * 1000))
-        writing.sent("id4")
-        await until(lambda: ids_in(path, is_sent=True) == ["id3", "id4"])

@@ -1,0 +1,55 @@
+"""Journalled requests whose replies were sent: kept for clients that come back, for a while."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
+from support.clusters.journals import NOW, admission, ids_in, journal, row, until
+
+
+async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    async with journal(path, sent_s=0.2) as writing:
+        for number in range(3):
+            await writing.admit(admission(number))
+        writing.answer("id1", (0, 0), 0, [row(5)])
+        for number in (0, 1):
+            writing.sent(f"id{number}")
+            writing.sent(f"id{number}")
+        await until(lambda: ids_in(path, is_sent=True) == ["id0", "id1"])
+        assert read_journal(path, NOW)[1] == OpenRequest(admission(1), {(0, 0): (row(5),)}, is_sent=True)
+        await until(lambda: ids_in(path, is_sent=True) == [] and ids_in(path, is_sent=False) == ["id2"])
+        writing.sent("id2")
+        await until(lambda: path.stat().st_size == 0)
+    assert path.read_bytes() == b""
+
+
+async def test_requests_whose_replies_were_sent_are_bounded_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamaclust.cluster.state.journal_contents._SENT_BYTES", 5000)
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        for number in range(9):
+            await writing.admit(admission(number, b"x" * 1000))
+            writing.sent(f"id{number}")
+        await writing.admit(admission(9))
+        assert ids_in(path, is_sent=True) == ["id5", "id6", "id7", "id8"]
+    assert ids_in(path, is_sent=True) == [] and ids_in(path, is_sent=False) == ["id9"]
+
+
+async def test_sent_replies_that_are_computed_again_count_with_their_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamaclust.cluster.state.journal_contents._SENT_BYTES", 5000)
+    path, rows = tmp_path / "journal", [row(token) for token in range(50)]
+    async with journal(path) as writing:
+        await writing.restore([OpenRequest(admission(number, b"x" * 1000), is_sent=True) for number in range(4)])
+        for start in (0, 50, 100):
+            writing.answer("id3", (0, 0), start, rows)
+        await writing.admit(admission(4, b"x" * 1000))
+        writing.sent("id4")
+        await until(lambda: ids_in(path, is_sent=True) == ["id3", "id4"])

@@ -1,0 +1,47 @@
+"""Admissions and journals of tests."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.instants import Instant
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
+from llamaclust.core.sampling import RowResult
+
+NOW = Instant(unix_s=1_000.0, boot_s=50.0, machine="m")
+LIMIT_S = 60.0
+
+
+def admission(number: int, body: bytes = b"{}") -> Admission:
+    identity = RequestIdentity(id=f"id{number}", seed=number, created=7, idempotency_key="é\n")
+    return Admission(identity=identity, endpoint="/v1/completions", body=body, admitted=NOW, limit_s=LIMIT_S)
+
+
+async def until(check: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not check():  # noqa: ASYNC110  a file reports nothing
+            await asyncio.sleep(0.01)
+
+
+def row(token: int, random_bits: int = 0) -> RowResult:
+    """A token with the float32 logprob of some random bits."""
+    return RowResult(token, struct.unpack("<f", struct.pack("<I", 0xBF800000 | random_bits & 0xFFFFF))[0])
+
+
+@asynccontextmanager
+async def journal(path: Path, record: ControlRecord | None = None, sent_s: float = 60.0) -> AsyncIterator[Journal]:
+    opened = Journal(path, record or ControlRecord(), sent_s)
+    try:
+        yield opened
+    finally:
+        await opened.aclose()
+
+
+def ids_in(path: Path, *, is_sent: bool) -> list[str]:
+    return [request.admission.id for request in read_journal(path, NOW) if request.is_sent == is_sent]

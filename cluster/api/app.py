@@ -50,6 +50,9 @@ def create_app(
     app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     llamacpp, models = LlamaCppEndpoints(service, settings), ModelsEndpoint(service, settings)
+    counting = ChatEndpoint(service, settings, ModelNames(service.settings.model_name, settings, any_by_default=True))
+    for prefix in ("/v1", ""):
+        _post(app, f"{prefix}/chat/completions/input_tokens", counting.count, ChatBody)
     for path, make, body in _generating(service, settings, llamacpp):
         _post(app, path, replies.endpoint(path, make), body)
     _route(app, "GET", "/v1/streams/{id:path}", replies.resume)
@@ -61,7 +64,7 @@ def create_app(
     _post(app, "/apply-template", llamacpp.apply_template, TemplateBody)
     _route(app, "GET", "/v1/models", models.list)
     _route(app, "GET", "/v1/models/{model:path}", models.retrieve)
-    operations = Operations(service, engine, cluster_status)
+    operations = Operations(service, engine, cluster_status, settings.defaults)
     for name in ("health", "live", "metrics", "cluster", "props", "slots"):
         _route(app, "GET", f"/{name}", getattr(operations, name))
     if pool is not None:

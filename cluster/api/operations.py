@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from prometheus_client import generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.llamacpp.metrics import LlamaCppMetrics
+from llamaclust.cluster.api.llamacpp.schema import LlamaCppBody
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
 from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.cluster.engine.metrics import CONTENT_TYPE
@@ -58,8 +61,16 @@ class Workers:
 class Operations:
     """Reads only."""
 
-    def __init__(self, service: TextService, engine: Engine, cluster_status: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        service: TextService,
+        engine: Engine,
+        cluster_status: Callable[[], Mapping[str, Any]],
+        defaults: Mapping[str, Any],
+    ) -> None:
+        """`defaults`: of request fields."""
         self._service = service
+        self._defaults = defaults
         self._engine = engine
         self._cluster_status = cluster_status
 
@@ -85,7 +96,9 @@ class Operations:
         return str(error or f"the cluster is {self._engine.state}")
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._engine.metrics.render(), media_type=CONTENT_TYPE)
+        """Prometheus: this program's metrics, and those that have names in llama.cpp."""
+        text = self._engine.metrics.render() + generate_latest(LlamaCppMetrics(self._engine))
+        return Response(text, media_type=CONTENT_TYPE)
 
     async def cluster(self, request: Request) -> Response:
         return JsonResponse(self._cluster_status())
@@ -94,9 +107,17 @@ class Operations:
         settings, tokenizer = self._service.settings, self._service.tokenizer
         return JsonResponse(
             {
-                "default_generation_settings": {"n_ctx": settings.context_length},
+                "default_generation_settings": {
+                    "n_ctx": settings.context_length,
+                    "speculative": False,
+                    "is_processing": False,
+                    "params": {
+                        **LlamaCppBody.model_validate({"prompt": ""}).model_dump(exclude={"prompt"}),
+                        **self._defaults,
+                    },
+                },
                 "total_slots": settings.max_sequences,
-                "model_path": settings.model_name,
+                "model_path": settings.model_path or settings.model_name,
                 "model_alias": settings.model_name,
                 "chat_template": self._service.chat_template.source or "",
                 "bos_token": "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),

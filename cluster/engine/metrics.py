@@ -169,6 +169,11 @@ class Metrics(Collector):
         if timings.decode_tok_s > 0:
             self._histograms[_TPOT].observe(1 / timings.decode_tok_s)
 
+    @property
+    def generated_tokens(self) -> int:
+        """Sampled so far."""
+        return int(next(iter(self._generated.collect())).samples[0].value)
+
     def stage_report(self) -> tuple[StageReport, ...]:
         """First stage first."""
         now_ns = self._clock_ns()

@@ -131,7 +131,8 @@ def _settle_memory() -> None:
 async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: Signals) -> None:
     """Serves the API of a cluster until it is asked to stop."""
     config, record = cluster.config, front.record
-    text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
+    path = str(cluster.model.file.path)
+    text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences, path)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
     admission = Admission(front.settings)
     engine, pool = cluster.engine, cluster.supervisor.pool

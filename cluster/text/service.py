@@ -38,6 +38,7 @@ class TextSettings:
     model_name: str
     context_length: int  # tokens of a sequence, prompt and answer together
     max_sequences: int = 32
+    model_path: str = ""  # of the file, where there is one
 
 
 class TextService:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from llamaclust.cluster.api.body import parse_body
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.body import parse_body, read_body
+from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.foreign_fields import CHAT
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
@@ -14,6 +18,7 @@ from llamaclust.cluster.api.openai.shapes import ending, row_entry
 from llamaclust.cluster.api.openai.tools import delta_of, message_of
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import unless_disconnected
 from llamaclust.cluster.text.answer import Answer, TextChunk
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
@@ -41,6 +46,12 @@ class ChatEndpoint:
 
         shape = _ChatShape(self._service.tokenizer, body, ticket.id)
         return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)
+
+    async def count(self, request: Request) -> Response:
+        """The tokens of a chat's prompt (llama.cpp's `.../input_tokens`)."""
+        body = await read_body(request, ChatBody, CHAT, self._settings)
+        answer = await unless_disconnected(request, self._service.chat(body.request()))
+        return JsonResponse({"object": "response.input_tokens", "input_tokens": len(answer.prompt)})
 
 
 class _ChatShape:

@@ -292,6 +292,15 @@ async def test_a_continued_message_cannot_forge_control_words() -> None:
     assert engine.submitted[0].prompt.count(319) == plain.count("<|im_end|>")
 
 
+async def test_tokens_of_a_chat_are_counted() -> None:
+    engine = ScriptedEngine(says("a"))
+    await post("/v1/chat/completions", CHAT, engine)
+    for path in ("/v1/chat/completions/input_tokens", "/chat/completions/input_tokens"):
+        counted = (await post(path, CHAT, engine)).json()
+        assert counted["input_tokens"] == len(engine.submitted[0].prompt)
+    assert len(engine.submitted) == 1
+
+
 async def test_templates_get_the_effort() -> None:
     reply = await post("/v1/chat/completions", CHAT | {"reasoning_effort": "low"})
     assert reply.status_code == 200 and HEADER not in reply.headers

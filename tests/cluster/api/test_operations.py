@@ -257,3 +257,16 @@ def test_api_keys_file(tmp_path: Path) -> None:
             read_api_keys(path)
     with pytest.raises(UsageError, match="cannot read"):
         read_api_keys(tmp_path / "none")
+
+
+async def test_metrics_and_properties_by_llamacpps_names() -> None:
+    async with real_engine() as (engine, _), client(make_app(engine, defaults={"temperature": 0.5, "seed": 7})) as http:
+        for _ in range(2):
+            await http.post("/completion", json={"prompt": "the quick brown fox jumps over it", "n_predict": 4})
+        text = (await http.get("/metrics")).text
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("llamacpp:"))
+        assert float(values["llamacpp:tokens_predicted_total"]) == 8
+        assert float(values["llamacpp:prompt_tokens_total"]) > 0 and float(values["llamacpp:n_decode_total"]) > 0
+        assert float(values["llamacpp:requests_processing"]) == float(values["llamacpp:requests_deferred"]) == 0
+        params = (await http.get("/props")).json()["default_generation_settings"]["params"]
+        assert (params["temperature"], params["seed"], params["top_k"]) == (0.5, 7, 40)

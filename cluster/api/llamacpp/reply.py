@@ -11,7 +11,7 @@ from llamaclust.cluster.api.json_parts import json_parts, off_loop_if_large
 from llamaclust.cluster.api.llamacpp.schema import RANDOM_SEEDS, LlamaCppBody, LlamaCppPrompt
 from llamaclust.cluster.api.llamacpp.timings import shown_timings
 from llamaclust.cluster.api.openai.shapes import row_entry
-from llamaclust.cluster.api.prompt_streams import PromptStreams
+from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings

@@ -10,7 +10,7 @@ from llamaclust.cluster.api.json_parts import is_large, json_parts, off_loop_if_
 from llamaclust.cluster.api.llamacpp.timings import shown_timings
 from llamaclust.cluster.api.openai.schema import StreamOptions
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
-from llamaclust.cluster.api.prompt_streams import PromptStreams
+from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings

@@ -92,7 +92,7 @@ class Sequence:
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
     phase: Phase = Phase.WAITING
     has_matcher: bool = False  # the last stage follows its grammar
-    last_forced: int = 0  # tokens of the answer with the last one that its grammar forced
+    last_forced: int = -_LATELY  # tokens of the answer with the last one that its grammar forced
     failures: int = 0  # rows without a result since the last result
     overtaken: int = 0  # sequences that started while it was its turn and it did not fit
     cached_tokens: int | None = None  # found in the prefix cache at first admission

@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import UsageError
@@ -137,7 +137,7 @@ def _web_file(spec: str) -> WebFile:
     match = _HASH_FRAGMENT.fullmatch(fragment)
     if fragment and match is None:
         raise UsageError(f"{spec}: the part after # must be sha256= and 64 hexadecimal digits")
-    host = urlsplit(url).hostname
+    host = _parts(url).hostname
     if not host:
         raise UsageError(f"{spec}: the address names no host")
     if not url.lower().startswith("https:") and match is None and not is_loopback(host):
@@ -145,8 +145,15 @@ def _web_file(spec: str) -> WebFile:
     return WebFile(url, match[1].lower() if match else None)
 
 
+def _parts(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"{url}: not an address: {error}") from error
+
+
 def _file_path(spec: str) -> Path:
-    parts = urlsplit(spec)
+    parts = _parts(spec)
     if parts.netloc not in ("", "localhost"):
         raise UsageError(f"{spec}: a file address cannot name a host; write file:///path")
     return Path(unquote(parts.path))

@@ -162,6 +162,12 @@ def test_what_names_no_file(spec: str) -> None:
         parse_source(spec)
 
 
+@pytest.mark.parametrize("spec", ["http://[::1", "https://[x]/m.gguf", "file://[::1/m.gguf"])
+def test_what_is_no_address(spec: str) -> None:
+    with pytest.raises(UsageError, match="not an address"):
+        parse_source(spec)
+
+
 def test_what_is_read_of_specs_and_variables(tmp_path: Path) -> None:
     assert parse_source("hf:a/b/d/m.gguf@v1") == HubFile("a/b", "d/m.gguf", "v1")
     found = hub_settings({"HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)})

@@ -115,7 +115,7 @@ async def http(tiny: Path) -> AsyncIterator[str]:
     text = TextSettings("tiny", CONTEXT)
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
         service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, text)
-        async with serving(create_app(service, Replies(ApiSettings()), engine, dict)) as url:
+        async with serving(create_app(service, Replies(ApiSettings(is_strict=True)), engine, dict)) as url:
             yield url
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import Grammar, GrammarRow, GrammarStart, RowResult, RowTask, SampleTask, SamplingParams
+from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker.stage import grammars as module
@@ -69,9 +73,23 @@ def test_forced_tokens_come_with_the_sampled_one_and_rows_sent_before_repeat_the
     assert step(stage, 2, task(1, 2, may_force=True), says="e")[0] == [set("de")]
 
 
-def test_an_answer_that_starts_where_a_token_is_forced_takes_it(stage: StageGrammars) -> None:
-    assert step(stage, 0, task(1, 1, ABC, "b", may_force=True), says="x")[1] == (RowResult(ord("c"), 0.0),)
+def test_an_answer_begins_with_its_forced_tokens(stage: StageGrammars) -> None:
+    grammar = definitions.of_regex("ca[de]", "guided_regex")
+    assert step(stage, 0, task(1, 0, grammar, may_force=True), says="x")[1] == (
+        RowResult(ord("c"), 0.0, forced=(ord("a"),)),
+    )
     assert step(stage, 1, task(1, 2, may_force=True), says="d")[0] == [set("de")]
+
+
+def test_an_answer_that_starts_again_behind_its_forced_tokens_samples_as_before(stage: StageGrammars) -> None:
+    """A longer run than one row may add: its next token is sampled, also after a loss."""
+    grammar = definitions.of_regex(f"[ab]{'c' * MAX_FORCED_TOKENS}cd", "guided_regex")
+    _, (row,) = step(stage, 0, task(1, 0, grammar, may_force=True), says="a")
+    assert len(row.forced) == MAX_FORCED_TOKENS
+    said = "a" + "c" * MAX_FORCED_TOKENS
+    undisturbed = step(stage, 1, task(1, len(said), may_force=True), says="c")
+    again = step(stage, 2, task(2, len(said), grammar, said, may_force=True), says="c")
+    assert again == undisturbed == ([{"c"}], (RowResult(ord("c"), -1.0, forced=(ord("d"),)),))
 
 
 def test_a_grammar_that_cannot_be_followed_fails_its_answer_alone(stage: StageGrammars) -> None:
@@ -85,8 +103,58 @@ def test_a_grammar_that_cannot_be_followed_fails_its_answer_alone(stage: StageGr
 
 def test_a_token_that_takes_too_long_fails_its_answer(stage: StageGrammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TOKEN_NS", -1)
-    _, (row,) = step(stage, 0, task(1, 0, ABC), says="a")
+    step(stage, 0, task(1, 0, ABC), says="a")
+    _, (row,) = step(stage, 1, task(1, 1), says="c")
     assert row.failure is not None and "too ambiguous" in row.failure
+
+
+def test_all_rows_of_a_step_share_a_time(stage: StageGrammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those fail that are expected to take more than their share when it is used up."""
+    step(stage, 0, *(task(key, 0, ABC) for key in range(3)), says="aaa")
+    for key, expected_ns in enumerate((1 << 40, 0, 1 << 40)):
+        stage._answers[key]._expected_ns = expected_ns
+    monkeypatch.setattr(module._StepTime, "left_ns", property(lambda _: 0, lambda *_: None))
+    _, (slow, quick, slow_too) = step(stage, 1, *(task(key, 1) for key in range(3)), says="ccc")
+    assert quick == RowResult(ord("c"), -1.0)
+    for row in (slow, slow_too):
+        assert row.failure is not None and "a step's rows take more than" in row.failure
+
+
+def test_a_start_that_takes_too_long_fails_its_answer(stage: StageGrammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_START_NS", -1)
+    _, (bad, good) = step(stage, 0, task(1, 2, ABC, "ac"), task(2, 0, ABC), says="da")
+    assert bad.failure is not None and "its start takes more than" in bad.failure
+    assert good.failure is None
+
+
+def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
+    stage: StageGrammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_READY_S", 0.01)
+    go_on = threading.Event()
+    stage._thread.submit(go_on.wait, 30)
+    inputs = SamplingInputs(1, 0, (task(1, 0, ABC),))
+    stage.receive(inputs)
+    asyncio.run(stage.ready(inputs))
+    stage.begin(inputs)
+    (row,) = stage.end(inputs, (RowResult(ord("a"), -1.0),))
+    go_on.set()
+    assert row.failure == "the grammar was not ready in 0.01 s"
+
+
+def test_a_fault_of_the_matcher_fails_its_answer_alone(stage: StageGrammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = GrammarMatcher.take
+
+    def faulty(matcher: GrammarMatcher, tokens: tuple[int, ...]) -> None:
+        if ord("b") in tokens:
+            raise IndexError("a token beyond the vocabulary")
+        take(matcher, tokens)
+
+    monkeypatch.setattr(GrammarMatcher, "take", faulty)
+    step(stage, 0, task(1, 1, ABC, "b"), task(2, 0, ABC), task(3, 0, ABC), says="cba")
+    _, (started, sampled, good) = step(stage, 1, task(1, 2), task(2, 1), task(3, 1), says="dcc")
+    assert started.failure == sampled.failure == "the grammar failed: IndexError: a token beyond the vocabulary"
+    assert good.failure is None
 
 
 def test_a_row_without_a_token_ends_its_state(stage: StageGrammars) -> None:

@@ -157,6 +157,7 @@ class StageLoop:
                 answered.set_result(self._failed(arrival, arrival.frame.failure))
             elif program.is_first and program.is_last and newest_dependency(microbatch) is not None:
                 inputs = await self.dependencies.inputs(microbatch)
+                await self.runner.grammars.ready(inputs)
                 return self._compute.queue(partial(self._whole_step, arrival, inputs))
             else:
                 answered.set_result(await self._step(arrival))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.core.version import VERSION
 
-KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type"})
-"""Of the cluster file: those that change answers."""
+KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type", "api"})
+"""Of the cluster file: those that change answers; of `api`, its defaults."""
 
 
 def answer_digest(config: ClusterConfig, model_id: str, chat_template: str | None, context_length: int) -> str:
     """`chat_template`: its source; `context_length`: of the plan."""
-    keys = (model_id, chat_template, context_length, config.wire, config.kv_type.value)
+    defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
+    keys = (model_id, chat_template, context_length, config.wire, config.kv_type.value, defaults)
     return hashlib.sha256(repr((VERSION, NUMERICS_VERSION, *keys)).encode()).hexdigest()

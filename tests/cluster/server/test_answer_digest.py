@@ -35,6 +35,7 @@ def test_a_change_of_answers_changes_the_digest(tmp_path: Path) -> None:
         "chat_template": answer_digest(config, "id", "other", 512),
         "context_length": answer_digest(config, "id", "template", 256),
         "wire": answer_digest(config.model_copy(update={"wire": "f16"}), "id", "template", 512),  # a wire type to come
+        "api": answer_digest(_config(tmp_path, api={"defaults": {"temperature": 1}}), "id", "template", 512),
         "kv_type": answer_digest(_config(tmp_path, kv_type="q8_0"), "id", "template", 512),
     }
     assert digests.keys() - {""} == KEYS
@@ -42,7 +43,11 @@ def test_a_change_of_answers_changes_the_digest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"prefill_chunk": 7}, {"prefix_cache": False}, {"max_sequences": 3}, {"timeouts": {"request": "1min"}}]
+    "changed",
+    [
+        *({"prefill_chunk": 7}, {"prefix_cache": False}, {"max_sequences": 3}, {"timeouts": {"request": "1min"}}),
+        {"api": {"prefix": "/llm", "aliases": ["m"]}},
+    ],
 )
 def test_other_settings_do_not(tmp_path: Path, changed: dict[str, Any]) -> None:
     unchanged = answer_digest(_config(tmp_path), "id", "template", 512)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from llamaclust.cluster.state.directory import write_private
-from llamaclust.cluster.state.disk_thread import call_on_disk
+from llamaclust.cluster.state.disk_thread import DiskThread
 from llamaclust.cluster.state.regular_file import read_json
 from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
@@ -33,6 +33,8 @@ class ControlRecord:
     drained: frozenset[str] = frozenset()
     _epochs: int = field(default=0, init=False)
     _written_term: int = field(default=0, init=False)
+    _written_drained: frozenset[str] | None = field(default=None, init=False)
+    _disk: DiskThread | None = field(default=None, init=False, compare=False)  # of the newest write
     _writing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False, compare=False)
 
     @classmethod
@@ -66,7 +68,7 @@ class ControlRecord:
 
     async def drain(self, names: frozenset[str]) -> None:
         """These, and no others, are drained. LlamaclustError where that cannot be written."""
-        if names != self.drained:
+        if names != self.drained or names != self._written_drained:
             self.drained = names
             await self._save(self._written_term)
 
@@ -79,13 +81,17 @@ class ControlRecord:
         return term if term > self._written_term else 0
 
     async def _save(self, term: int) -> None:
-        """One write at a time, in the order of the changes."""
+        """One write at a time, in the order of the changes: none begins while an earlier one hangs."""
         async with self._writing:
-            write = partial(self._write, max(term, self._written_term), self.drained)
+            if self._disk is not None and self._disk.hangs:
+                raise LlamaclustError(f"{self.path}: cannot be written: an earlier write has not returned")
+            disk = self._disk = DiskThread("control record", _WRITE_S)
             try:
-                await call_on_disk("control record", _WRITE_S, write)
+                await disk.call(partial(self._write, max(term, self._written_term), self.drained))
             except TimeoutError as error:
                 raise LlamaclustError(f"{self.path}: cannot be written: {error.strerror}") from error
+            finally:
+                disk.close()
 
     def _write(self, term: int, drained: frozenset[str]) -> None:
         if newer := self.newer_term():
@@ -93,6 +99,7 @@ class ControlRecord:
         self._written_term = term
         if self.path is not None:
             write_private(self.path, json.dumps({"term": term, "drained": sorted(drained)}))
+        self._written_drained = drained
 
 
 def _read(path: Path) -> tuple[int, frozenset[str]]:

@@ -73,12 +73,3 @@ def _settle(answer: asyncio.Future[Any], value: Any, error: BaseException | None
         answer.set_result(value)
     else:
         answer.set_exception(error)
-
-
-async def call_on_disk(name: str, call_s: float, work: Callable[[], Value]) -> Value:
-    """A single call, on a thread of its own."""
-    thread = DiskThread(name, call_s)
-    try:
-        return await thread.call(work)
-    finally:
-        thread.close()

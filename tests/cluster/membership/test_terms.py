@@ -30,6 +30,7 @@ from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.worker import Worker
 from support.clusters.members import ANY, join, registry_of
+from support.clusters.served import until
 from support.wire.control_messages import LOAD, REGISTER
 from support.wire.trust import A, B
 
@@ -159,3 +160,27 @@ async def test_a_disk_that_hangs_does_not_stop_the_event_loop(path: Path, monkey
             await draining
     finally:
         back.set()
+
+
+async def test_a_write_that_hangs_does_not_replace_a_later_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    back, write, hangs = threading.Event(), write_private, [True]
+
+    def hanging(path: Path, text: str) -> None:
+        if hangs and hangs.pop():
+            back.wait(60)
+        write(path, text)
+
+    record = ControlRecord.begin(path)
+    monkeypatch.setattr(control_record, "write_private", hanging)
+    monkeypatch.setattr(control_record, "_WRITE_S", 0.1)
+    try:
+        with pytest.raises(LlamaclustError, match=r"no answer within 0.1 s"):
+            await record.drain(frozenset("a"))
+        with pytest.raises(LlamaclustError, match="an earlier write has not returned"):
+            await record.drain(frozenset("ab"))
+    finally:
+        back.set()
+    monkeypatch.setattr(control_record, "_WRITE_S", 30.0)
+    await until(lambda: record._disk is None or not record._disk.hangs)
+    await record.drain(frozenset("ab"))  # though the record has these names already
+    assert ControlRecord.begin(path).drained == {"a", "b"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamaclust.core.addresses import split_address
+from llamaclust.core.addresses import AddressError, split_address
 
 _PROC = Path("/proc")
 _STATE, _PARENT, _START = 0, 1, 19  # fields of /proc/PID/stat after the name
@@ -79,8 +79,11 @@ def joined_worker(worker: Mapping[str, Any]) -> Process | None:
         return None
     words = _command_line(process.pid)
     is_worker = "worker" in words and any(Path(word).name == "llamaclust" for word in words[: words.index("worker")])
-    host, port = split_address(worker["address"])
-    return process if is_worker and port in listening_ports(process.pid) and _is_here(host) else None
+    with suppress(AddressError):  # such as a Unix socket
+        host, port = split_address(worker["address"])
+        if is_worker and port in listening_ports(process.pid) and _is_here(host):
+            return process
+    return None
 
 
 def coordinator(pid: int, start_ticks: int) -> Process | None:

@@ -96,6 +96,6 @@ def test_a_joined_worker_listens_on_its_port(tmp_path: Path) -> None:
         found = processes.joined_worker({"name": "a", "pid": process.pid, "address": f"127.0.0.1:{port}"})
         assert found is not None and found.pid == process.pid
         elsewhere = ("192.0.2.7", "no-such-host.invalid")
-        for address in (f"127.0.0.1:{port + 1}", *(f"{host}:{port}" for host in elsewhere)):
+        for address in ("/run/worker.sock", f"127.0.0.1:{port + 1}", *(f"{host}:{port}" for host in elsewhere)):
             assert processes.joined_worker({"name": "a", "pid": process.pid, "address": address}) is None
         process.kill()

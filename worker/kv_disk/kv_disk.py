@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import get_native_id
 from weakref import WeakKeyDictionary
 
-from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv, split_keys
 from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.kv_file import KvLayers
@@ -19,6 +20,8 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 
 _LOW_PRIORITY = 10
 
+_log = logging.getLogger(__name__)
+
 
 class KvDisk:
     """Of one process. Blocks are read by one thread, and written by another one of low priority."""
@@ -26,12 +29,14 @@ class KvDisk:
     def __init__(self, folder: KvFolder) -> None:
         self.folder = folder
         self.traffic = KvTraffic()
+        self._is_reported = False  # that the folder cannot be used
         self._stages: WeakKeyDictionary[StageRunner, StageBlocks] = WeakKeyDictionary()
         self._reader = ThreadPoolExecutor(1, "read-kv")
         self._writer = ThreadPoolExecutor(1, "write-kv", initializer=_lower_priority)
 
     async def answer(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> KvDone:
-        """ProtocolError for KV blocks that the stage does not have, WorkerError where its folder cannot be used."""
+        """ProtocolError for KV blocks that the stage does not have. No block is there where its folder cannot be
+        used."""
         thread = self._writer if isinstance(request, SaveKv) else self._reader
         done = await asyncio.get_running_loop().run_in_executor(thread, self._done, request, runner)
         return KvDone(done, request.request_id)
@@ -43,6 +48,8 @@ class KvDisk:
 
     def _done(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> int:
         keys, kv, blocks = split_keys(request.keys), runner.kv_layers, self._blocks_of(runner)
+        if blocks is None:
+            return 0
         if isinstance(request, FindKv):
             return blocks.find(keys, kv)
         _check(request.blocks, kv)
@@ -50,12 +57,17 @@ class KvDisk:
             return blocks.restore(keys, request.blocks, kv)
         return blocks.save(keys, request.blocks, kv)
 
-    def _blocks_of(self, runner: StageRunner) -> StageBlocks:
+    def _blocks_of(self, runner: StageRunner) -> StageBlocks | None:
+        """None where the folder cannot be used, which is logged once."""
         if (known := self._stages.get(runner)) is None:
             try:
                 path = self.folder.create(runner.kv_content)
             except OSError as error:
-                raise WorkerError(f"KV memory is not kept on disk: {error}") from error
+                if not self._is_reported:
+                    _log.warning("KV memory is not kept on disk: %s", error)
+                self._is_reported = True
+                return None
+            self._is_reported = False
             known = self._stages.setdefault(runner, StageBlocks(self.folder, path, runner.program.start, self.traffic))
         return known
 

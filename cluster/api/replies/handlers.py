@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -90,12 +92,13 @@ class Replies:
             return await self._respond(request, kept, Position())
         kept = self._cache.add(ticket, path, body, is_streamed=reply.is_streamed)
         try:
-            await unless_disconnected(request, kept.begin(reply))
+            admit = partial(self._admit, ticket, path, body, is_streamed=reply.is_streamed)
+            admitted = await unless_disconnected(request, kept.begin(reply, admit=admit))
         except BaseException:
             await self._cache.forget(kept)
             raise
-        if (admitted := self._admit(ticket, path, body, is_streamed=reply.is_streamed)) is not None:
-            await admitted
+        if admitted is not None:
+            await asyncio.shield(admitted)
         return await self._respond(request, kept, Position())
 
     async def _respond(self, request: Request, kept: KeptReply, after: Position) -> Response:

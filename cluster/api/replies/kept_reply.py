@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
+from itertools import count
 from typing import Protocol
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.replies.reply import Event, Position, Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestCancelledError
 
 _EVENT_BYTES = 256
 """Of Python's objects for an event, beside its data."""
+_BUSY = Backoff(1.0, 30.0)
+"""Between attempts to submit a request."""
 _TOO_LONG = "the request took longer than timeouts.request, the coordinator's restart included"
 
 _log = logging.getLogger(__name__)
@@ -83,18 +87,23 @@ class KeptReply:
         self._postponed, self._state = begin, ReplyState.POSTPONED
         self._expire_later()
 
-    async def begin(self, reply: Reply, *, until_s: float | None = None) -> None:
-        """Submits the request. Raises what refuses it, also that it was closed before. `until_s`, in the event loop's
-        time: where the queue is full, it is tried again until then, and then the reply ends."""
+    async def begin(
+        self, reply: Reply, *, until_s: float | None = None, admit: Callable[[], Awaitable[None] | None] | None = None
+    ) -> Awaitable[None] | None:
+        """Submits the request, and returns what `admit` then does: readers get nothing before that is done. Raises what
+        refuses the request, also that it was closed before. `until_s`, in the event loop's time: where the machine is
+        busy, it is tried again until then, and then the reply ends."""
         try:
             await self._start(reply, until_s)
+            admitted = None if admit is None else admit()
         except BaseException as error:
             self._end(error if isinstance(error, LlamaclustError) else RequestCancelledError())
             await reply.aclose()
             raise
         self._reply = reply
-        self._task = asyncio.create_task(self._run(reply, until_s))
+        self._task = asyncio.create_task(self._run(reply, until_s, admitted))
         self._expire_later()
+        return admitted
 
     def fail(self, error: LlamaclustError) -> None:
         """It ends with an error, which readers get; what it holds is freed."""
@@ -188,8 +197,10 @@ class KeptReply:
         self._progress.set()
         self._progress = asyncio.Event()
 
-    async def _run(self, reply: Reply, until_s: float | None) -> None:
+    async def _run(self, reply: Reply, until_s: float | None, admitted: Awaitable[None] | None) -> None:
         try:
+            if admitted is not None:
+                await asyncio.shield(admitted)
             async with asyncio.timeout_at(until_s):
                 await self._take(reply)
             self._end(None)
@@ -232,19 +243,21 @@ class KeptReply:
             self._notify()
 
     async def _start(self, reply: Reply, until_s: float | None) -> None:
-        clock = asyncio.get_running_loop().time
+        clock, failures = asyncio.get_running_loop().time, count()
         if self._state is not ReplyState.ENDED:
             self._state = ReplyState.BEGUN
         while self._state is ReplyState.BEGUN:
             try:
                 await reply.start()
                 break
-            except QueueFullError as full:
+            except (QueueFullError, DeadlineError) as busy:
                 if until_s is None:
                     raise
                 if clock() >= until_s:
-                    raise DeadlineError(_TOO_LONG) from full
-                await asyncio.sleep(full.retry_after_s)
+                    raise DeadlineError(_TOO_LONG) from busy
+                await asyncio.sleep(
+                    busy.retry_after_s if isinstance(busy, QueueFullError) else _BUSY.pause_s(next(failures))
+                )
         self._raise_error()
 
 

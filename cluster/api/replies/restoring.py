@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.replies.durability import Durability
@@ -107,13 +108,17 @@ class Restoring:
         together = [restored for restored in begun if not restored.request.restores]
         await self._journal.begin_restored({restored.id: 1 for restored in together})
         for restored in together:
-            await self._begin(restored)
+            await self._attempt(self._begin(restored))
         alone = [restored for restored in begun if restored.request.restores]
         for restored in sorted(alone, key=lambda restored: restored.request.restores):
-            await self._begin_alone(restored)
+            await self._attempt(self._begin_alone(restored))
             with suppress(TimeoutError):
                 async with asyncio.timeout(_ALONE_S):
                     await first_of(restored.restoration.progressed(), restored.kept.ended())
+
+    async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
+        """One that is tried again, because the machine is busy, does not hold up the others for long."""
+        await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, restored: _Restored) -> None:
         await self._journal.begin_restored({restored.id: restored.request.restores + 1})

@@ -16,7 +16,8 @@ from llamaclust.cluster.api.replies.reply import Event, Position
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.state.journal_records import RequestIdentity
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import Admission, RequestIdentity
 from llamaclust.core.errors import RequestCancelledError
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
@@ -73,6 +74,33 @@ async def test_a_reply_that_was_closed_does_not_begin() -> None:
     with pytest.raises(RequestCancelledError):
         await kept.begin(reply)
     assert reply.closed
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_second_connection_gets_nothing_before_the_admission_is_on_disk(
+    is_streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk, asked, admit = asyncio.Event(), list[str](), Journal.admit
+
+    def slow(self: Journal, admission: Admission) -> asyncio.Task[None]:
+        async def written() -> None:
+            await on_disk.wait()
+            await admit(self, admission)
+
+        asked.append(admission.identity.id)
+        return asyncio.create_task(written())
+
+    monkeypatch.setattr(Journal, "admit", slow)
+    async with served(tmp_path / "journal") as server:
+        body = body_of(PATHS[0], stream=is_streamed)
+        first = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
+        await until(lambda: bool(asked))
+        second = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
+        await asyncio.sleep(0.2)
+        (kept,) = [entry.kept for entry in server.replies._cache._entries.values()]
+        assert kept.is_running and not kept.held_bytes and not (first.done() or second.done())
+        on_disk.set()
+        assert (await first).content == (await second).content and len(asked) == 1
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])

@@ -14,6 +14,7 @@ import pytest
 
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.reply import OpenAiReply
+from llamaclust.cluster.api.replies import kept_reply, restoring
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.state.control_record import ControlRecord
@@ -24,7 +25,8 @@ from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
-from llamaclust.core.errors import QueueFullError
+from llamaclust.core.backoff import Backoff
+from llamaclust.core.errors import DeadlineError, QueueFullError
 from support.clusters.resumable import (
     KEY,
     PATHS,
@@ -125,6 +127,29 @@ async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, mo
         refused, whole = await asyncio.gather(*asking)
         assert refused.status_code == 410 and whole.json()["choices"][0]["token_ids"]
         assert len(computed) == 1
+
+
+async def test_restored_requests_wait_where_the_machine_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as for the chat template, at a start on busy cores; one that waits does not hold up the next one."""
+    path, start, refused = tmp_path / "journal", OpenAiReply.start, list[OpenAiReply]()
+
+    async def busy(self: OpenAiReply) -> None:
+        if not refused or (self is refused[0] and len(refused) < 3):
+            refused.append(self)
+            raise DeadlineError("the chat template was busy")
+        await start(self)
+
+    monkeypatch.setattr(OpenAiReply, "start", busy)
+    monkeypatch.setattr(kept_reply, "_BUSY", Backoff(0.2, 0.2))
+    monkeypatch.setattr(restoring, "_ALONE_S", 0.05)
+    await write_journal(path, *(admission(number, json.dumps(body_of(PATHS[0]))) for number in range(2)))
+    async with served(path) as server:
+        assert (await stream(server.http, "GET", "/v1/streams/key 1"))[-1][1] == "[DONE]"
+        assert len(refused) < 3
+        assert (await stream(server.http, "GET", "/v1/streams/key 0"))[-1][1] == "[DONE]"
+        assert len(refused) == 3
 
 
 async def test_a_start_that_is_refused_halfway_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 from llamaclust.core.sampler_chain import SamplerChain
+
+if TYPE_CHECKING:  # clients do not wait for it
+    import numpy as np
+    from numpy.typing import NDArray
+
+AllowedTokens: TypeAlias = "NDArray[np.uint32]"
+"""What a grammar allows: a bit for each token, lowest first, [vocabulary / 32 rounded up]."""
 
 
 @dataclass(frozen=True, slots=True)

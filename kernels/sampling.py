@@ -10,12 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
-from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampling import AllowedTokens, RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 from llamaclust.kernels import _native
-
-AllowedTokens = NDArray[np.uint32]
-"""A bit for each token, lowest first: what a grammar allows."""
 
 
 class Sampler:

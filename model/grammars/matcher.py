@@ -6,15 +6,11 @@ from collections.abc import Iterable
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits
-from numpy.typing import NDArray
 
 from llamaclust.core.errors import RequestError
-from llamaclust.core.sampling import Grammar
+from llamaclust.core.sampling import AllowedTokens, Grammar
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
-
-AllowedTokens = NDArray[np.uint32]
-"""A bit for each token, lowest first, [vocabulary / 32 rounded up]."""
 
 
 def limits() -> LLParserLimits:

@@ -19,8 +19,7 @@ from time import thread_time_ns
 from typing import TypeVar
 
 from llamaclust.core.errors import LlamaclustError, ProtocolError, RequestError
-from llamaclust.core.sampling import GrammarRow, GrammarStart, RowResult, RowTask, SampleTask
-from llamaclust.kernels.sampling import AllowedTokens
+from llamaclust.core.sampling import AllowedTokens, GrammarRow, GrammarStart, RowResult, RowTask, SampleTask
 from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.wire.microbatch.messages import SamplingInputs

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from llamaclust.model.grammars.matcher import AllowedTokens, GrammarMatcher
+from llamaclust.core.sampling import AllowedTokens
+from llamaclust.model.grammars.matcher import GrammarMatcher
 
 _NAMES = ("name", "age", "of", "the", "many-people", 'quote"d', "é", "x")
 

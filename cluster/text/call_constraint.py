@@ -23,7 +23,8 @@ async def answer_grammar(
     chat: ChatRequest, reading: AnswerReading | None, tokenizer: Tokenizer, checker: GrammarChecker
 ) -> Grammar | None:
     """The grammar of a chat's answer: the request's own, or that of its calls. Schemas that cannot be obeyed leave
-    calls that the model chooses free; ParameterError where a call is required."""
+    calls that the model chooses free; ParameterError where a call is required. DeadlineError for a check that was
+    late."""
     own, use = chat.answer.grammar, chat.tool_use
     is_required = use.mode is ToolMode.REQUIRED
     if own is not None and is_required:
@@ -46,13 +47,12 @@ async def answer_grammar(
         grammar = of_lark(found.lark, _ORIGIN)
         if found.triggers:
             grammar = lazy(grammar, found.triggers)
-        await checker.check(grammar)
+        return await checker.check(grammar)
     except ParameterError as error:
         if is_required:
             raise
         _log.info("calls are not constrained: %s", error)
         return None
-    return grammar
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> list[str | int]:

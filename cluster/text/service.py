@@ -76,7 +76,7 @@ class TextService:
         request.check_text()
         with self._preparing():
             if request.grammar is not None:
-                await self._grammars.check(request.grammar)
+                request = replace(request, grammar=await self._grammars.check(request.grammar))
             return self._generation(request, await self._prompt_ids(request), await self._breakers(request))
 
     def submit(

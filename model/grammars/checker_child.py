@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import any_to_lark
 
 from llamaclust.core.errors import RequestError
 from llamaclust.core.sampling import Grammar
 from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
+from llamaclust.model.grammars.definitions import GBNF, GBNF_START
 from llamaclust.model.grammars.matcher import GrammarMatcher, limits, one_line
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
@@ -40,15 +42,32 @@ def _write_frame(frame: Mapping[str, Any]) -> None:
     sys.stdout.buffer.flush()
 
 
-def _reason(definition: str, vocabulary: GrammarVocabulary) -> str:
-    """Why a grammar cannot be used, or nothing; as far as its first token."""
+def _checked(definition: str, vocabulary: GrammarVocabulary, compile_cpu_s: float) -> dict[str, str]:
+    """Why a grammar cannot be used, or nothing, as far as its first token; and its definition where that is converted.
+    The converter's time runs already."""
+    converted = ""
+    if definition.startswith(GBNF_START):
+        try:
+            lark = any_to_lark(json.loads(definition)[GBNF])
+        except RecursionError:
+            return _reply("the grammar is nested too deeply")
+        except Exception as error:  # noqa: BLE001  the converter raises bare ones
+            return _reply(str(error))
+        converted = definition = json.dumps({"grammars": [{"lark_grammar": lark}]}, ensure_ascii=False)
+        if len(definition.encode()) > MAX_GRAMMAR_BYTES:
+            return _reply(f"a grammar of more than {MAX_GRAMMAR_BYTES} bytes")
+    signal.setitimer(signal.ITIMER_PROF, compile_cpu_s)
     message = LLMatcher.validate_grammar(definition, vocabulary.native, limits=limits())
     if not message:
         try:
             GrammarMatcher(Grammar(definition), vocabulary).allowed()
         except RequestError as error:
             message = str(error)
-    return one_line(message)
+    return _reply(message, converted)
+
+
+def _reply(message: str, converted: str = "") -> dict[str, str]:
+    return {"error": one_line(message), "definition": "" if message else converted}
 
 
 def main() -> None:
@@ -65,8 +84,11 @@ def main() -> None:
     _write_frame({})
     while True:
         definition = _read_frame()["definition"]
+        signal.setitimer(signal.ITIMER_PROF, first["convert_cpu_s"])  # its signal ends the process
         with ThreadPoolExecutor(1) as small:
-            _write_frame({"error": small.submit(_reason, definition, vocabulary).result()})
+            reply = small.submit(_checked, definition, vocabulary, first["compile_cpu_s"]).result()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _write_frame(reply)
 
 
 if __name__ == "__main__":

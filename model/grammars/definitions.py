@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llguidance import regex_to_lark
-from llguidance.gbnf_to_lark import any_to_lark
 
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
@@ -22,7 +21,10 @@ _FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostnam
 _DATA = frozenset(("const", "enum", "default", "examples"))
 """Keywords whose values are no schemas."""
 _MAX_GBNF_BYTES = 1 << 17
-"""The converter takes about a second for so much."""
+"""The converter takes about a second for so much as a rule."""
+GBNF = "gbnf"
+GBNF_START = f'{{"{GBNF}"'
+"""How the definition of a grammar in GBNF begins until it is checked, which converts it."""
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str) -> Grammar:
@@ -52,16 +54,10 @@ def of_lark(text: str, origin: str) -> Grammar:
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """A grammar in llama.cpp's form, or in Lark's."""
+    """A grammar in llama.cpp's form, or in Lark's; the check converts it, which may take long."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {_MAX_GBNF_BYTES} are taken")
-    try:
-        lark = any_to_lark(text)
-    except RecursionError:
-        raise ParameterError(origin, "the grammar is nested too deeply") from None
-    except Exception as error:  # the converter raises bare ones
-        raise ParameterError(origin, " ".join(str(error).split())[:400]) from error
-    return of_lark(lark, origin)
+    return _defined({GBNF: text}, origin)
 
 
 def of_choice(texts: Sequence[str], origin: str) -> Grammar:
@@ -98,9 +94,13 @@ def _quoted(text: str) -> str:
 
 
 def _grammar(part: Mapping[str, Any], origin: str) -> Grammar:
+    return _defined({"grammars": [part]}, origin)
+
+
+def _defined(whole: Mapping[str, Any], origin: str) -> Grammar:
     """ParameterError where it is too long or holds what JSON cannot."""
     try:
-        definition = json.dumps({"grammars": [part]}, ensure_ascii=False, allow_nan=False)
+        definition = json.dumps(whole, ensure_ascii=False, allow_nan=False)
         size = len(definition.encode())
     except (ValueError, RecursionError) as error:  # lone surrogates are a ValueError, too
         raise ParameterError(origin, f"cannot be written as JSON: {error}") from error

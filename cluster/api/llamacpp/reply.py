@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -36,7 +37,9 @@ class LlamaCppReply:
 
     async def start(self) -> None:
         biases = await self._biases(self._body.logit_bias)
-        await self._prompts.submit([self._request(await self._prompt(prompt), biases) for prompt in self._body.prompt])
+        first, *others = [await self._prompt(prompt) for prompt in self._body.prompt]
+        request = self._request(first, biases)
+        await self._prompts.submit([request, *(replace(request, prompt=prompt) for prompt in others)])
 
     async def wait_first(self) -> None:
         await self._prompts.streams[0].wait_first(self._settings.first_chunk_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
@@ -286,4 +287,5 @@ class CompletionBody(_Sampling):
             "add_special": self.add_special_tokens,
             "parse_special": self.parse_special,
         }
-        return [self._request(prompt, self.max_tokens, **more) for prompt in self.prompt]
+        first = self._request(self.prompt[0], self.max_tokens, **more)
+        return [first, *(replace(first, prompt=prompt) for prompt in self.prompt[1:])]

@@ -11,6 +11,7 @@ from httpx import Response
 from jsonschema import Draft202012Validator
 
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.openai.schema import CompletionBody
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.structured_output import GrammarFields
@@ -79,7 +80,7 @@ def test_every_form_is_one_grammar(fields: dict[str, Any], grammar: Grammar | No
             {"structured_outputs": {"regex": "a", "whitespace_pattern": "b"}},
             "structured_outputs.whitespace_pattern: this server does not support it",
         ),
-        ({"grammar": "root ::= ("}, "grammar: "),
+        ({"grammar": "a" * (1 << 18)}, "grammar: a grammar of 262144 characters"),
         ({"grammar": GBNF, "guided_regex": "a"}, "guided_regex: cannot be used together with grammar"),
     ],
 )
@@ -160,3 +161,16 @@ async def test_a_required_call_excludes_another_grammar(model: Path) -> None:
     fields = {**CHAT, "tools": tools, "tool_choice": "required", "json_schema": SCHEMA}
     reply = await post(model, "/v1/chat/completions", fields, context_length=2000)
     assert reply.status_code == 400 and reply.json()["error"]["param"] == "tool_choice"
+
+
+def test_all_prompts_of_a_body_share_one_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def of_gbnf(text: str, origin: str) -> Grammar:
+        made.append(text)
+        return Grammar(text, origin=origin)
+
+    monkeypatch.setattr(definitions, "of_gbnf", of_gbnf)
+    requests = CompletionBody.model_validate({"prompt": ["a", "b", "c"], "grammar": GBNF}).requests()
+    assert [request.prompt for request in requests] == ["a", "b", "c"]
+    assert made == [GBNF] and {request.grammar for request in requests} == {Grammar(GBNF, origin="grammar")}

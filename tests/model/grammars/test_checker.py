@@ -6,15 +6,18 @@ import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from hashlib import sha256
 from time import monotonic
 from typing import Any
 
 import pytest
 
-from llamaclust.core.errors import ParameterError
+from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.sampling import Grammar
+from llamaclust.model.grammars import checker as module
 from llamaclust.model.grammars import definitions
-from llamaclust.model.grammars.checker import CheckLimits, GrammarChecker
+from llamaclust.model.grammars.checker import GrammarChecker
+from llamaclust.model.grammars.checker_process import CheckLimits
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from support.models.tiny_tokenizers import byte_level
 
@@ -114,17 +117,77 @@ def test_grammars_that_are_too_long_are_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "root ::= (", "rot ::= 'a'", "root ::= nothing", "root ::= " + "(" * 5000, "[\\"])
-def test_gbnf_that_is_wrong_is_refused(text: str) -> None:
-    with pytest.raises(ParameterError, match=r"^grammar: "):
-        definitions.of_gbnf(text, "grammar")
+def test_gbnf_that_is_wrong_is_refused(checker: GrammarChecker, text: str) -> None:
+    assert refusal(checker, definitions.of_gbnf(text, "grammar")).startswith("grammar: ")
 
 
-def test_a_check_that_takes_too_long_is_a_refusal() -> None:
-    checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(wall_s=0.0, start_s=30.0))
+def test_gbnf_is_converted_by_the_check(checker: GrammarChecker) -> None:
+    given = definitions.lazy(definitions.of_gbnf('root ::= "a" | [b-c]', "g"), ["a"])
+    for _ in range(2):  # the second from what is kept
+        taken = asyncio.run(checker.check(given))
+        assert (taken.triggers, taken.origin) == (given.triggers, given.origin)
+        assert json.loads(taken.definition)["grammars"][0]["lark_grammar"].endswith('start: "a"\n     | /[b-c]/\n\n')
+
+
+def _chain(rules: int) -> str:
+    """GBNF that takes its converter quadratic time."""
+    middle = "".join(f'a{i}::="x""x"a{i + 1}\n' for i in range(rules))
+    return f'root::=a0\n{middle}a{rules}::="x"'
+
+
+def test_gbnf_that_takes_long_to_convert_is_refused_and_blocks_nothing() -> None:
+    checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(convert_cpu_s=0.3))
+    grammar = definitions.of_gbnf(_chain(6000), "grammar")
+
+    async def check() -> None:
+        checks = asyncio.gather(checker.check(grammar), return_exceptions=True)
+        await asyncio.sleep(0)  # the first one starts
+        await checker.check(definitions.of_object("o"))  # the other process
+        (error,) = await checks
+        assert isinstance(error, ParameterError) and "the grammar needs more than" in str(error)
+        assert await asyncio.wait_for(asyncio.gather(checker.check(grammar), return_exceptions=True), 0.1), "kept"
+
     try:
-        assert "the grammar needs more than 0 s" in refusal(checker, definitions.of_object("o"))
+        asyncio.run(check())
     finally:
         checker.close()
+
+
+def test_a_check_that_takes_too_much_of_a_processor_is_a_refusal() -> None:
+    checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(compile_cpu_s=0.001))
+    try:
+        grammar = definitions.of_schema({"enum": [f"value {i}" for i in range(10_000)]}, "s")
+        assert "the grammar needs more than 0.001 s" in refusal(checker, grammar)
+    finally:
+        checker.close()
+
+
+def test_a_check_that_is_late_says_nothing_about_the_grammar() -> None:
+    checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(wall_s=0.0))
+    try:
+        with pytest.raises(DeadlineError, match="did not end within 0 s; try again"):
+            refusal(checker, definitions.of_object("o"))
+    finally:
+        checker.close()
+
+
+def test_a_process_that_others_end_is_started_again(checker: GrammarChecker) -> None:
+    assert refusal(checker, definitions.of_regex("first", "r")) == ""
+    for process in checker._processes:
+        if process._child is not None:
+            process._child.kill()
+    assert refusal(checker, definitions.of_regex("second", "r")) == ""
+
+
+def test_verdicts_are_kept_by_digest_and_the_oldest_used_goes(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_KEPT_VERDICTS", 2)
+    checker._verdicts.clear()
+    first, second, third = (definitions.of_regex(f"kept{i}", "r") for i in range(3))
+    for grammar in (first, second, first, third):
+        assert refusal(checker, grammar) == ""
+    assert [*checker._verdicts] == [sha256(grammar.definition.encode()).digest() for grammar in (first, third)]
 
 
 def test_formats_that_are_not_known_are_annotations() -> None:

@@ -187,7 +187,9 @@ def test_mistakes_get_one_line(here: Here, arguments: Sequence[str], code: int, 
     assert ended.err.startswith("error: ") and words in ended.err and ended.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [("-n", "-1"), ("--temperature", "nan"), ("--top-p", "2"), ("--top-k", "-5")])
+@pytest.mark.parametrize(
+    "arguments", [("-n", "99999999999"), ("--temperature", "nan"), ("--top-p", "2"), ("--top-k", "-5")]
+)
 def test_values_out_of_bounds(here: Here, arguments: Sequence[str], tiny: Path) -> None:
     ended = here("generate", "x", *arguments, "--model", str(tiny))
     assert (ended.code, ended.out) == (2, "")
@@ -305,7 +307,7 @@ async def test_control_c_interrupts_an_answer_and_not_the_chat(tmp_path: Path) -
         await screen.shows("Hello" * 30)
         screen.type("/nonsense\n")
         await screen.shows("unknown command")
-        screen.type("\x04")
+        screen.type("/exit\n")
         assert await screen.process.wait() == 0
         prompts = [served.tokenizer().decode(generation.prompt) for generation in engine.submitted]
         assert len(prompts) == 2 and "Two" in prompts[1] and "One" not in prompts[1]

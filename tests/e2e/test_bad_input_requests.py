@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "no prompt": ({"prompt": []}, "prompt"),
     "empty prompt": ({"prompt": "", "add_special_tokens": False}, "empty"),
     "unknown token": ({"prompt": [1, 99999]}, "99999"),
-    "negative max_tokens": ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
+    "too many max_tokens": ({"prompt": "a", "max_tokens": 10**12}, "max_tokens"),
     "NaN": (b'{"prompt": "a", "temperature": NaN}', "temperature"),
     "infinity": (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
     "long stop": ({"prompt": "a", "stop": "x" * (1 << 20)}, "stop"),
@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "half a surrogate": (b'{"prompt": "\\ud800"}', "JSON"),
     "not JSON": (b"{", "JSON"),
     "not UTF-8": (b'{"prompt": "\xff"}', "JSON"),
-    "unknown field": ({"prompt": "a", "temprature": 1}, "temperature"),
+    "unsupported field": ({"prompt": "a", "suffix": "b"}, "suffix"),
     "body without end": (b"[" + b" " * (17 << 20), str(16 << 20)),
 }
 

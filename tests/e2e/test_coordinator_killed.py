@@ -45,7 +45,7 @@ def end_coordinator(folder: ClusterDir, numbers: Sequence[signal.Signals]) -> No
     assert record is not None
     for number in numbers:
         os.kill(record.pid, number)
-        time.sleep(0.05)  # the process sees each signal
+        time.sleep(0.01)  # the process sees each signal
 
 
 @pytest.mark.parametrize("end", ["kill", "kill with a standby", "stop at once"])

@@ -102,6 +102,8 @@ def test_commands_and_variables_are_the_programs(values: Mapping[str, Any]) -> N
     kinds = 1 + len(values.get("workers", {}).get("groups", ()))
     model = values.get("model", {})
     copies = 1 + kinds if model.get("volume", {}).get("kind", "perPod") == "perPod" else 1
+    if model.get("pullers") == "first":
+        copies = 1  # the workers' command is a shell's, in which the first one pulls
     pulls = ["pull"] * copies if model.get("pull", True) else []
     workers = ["worker"] * kinds if launcher_of(values) == "static" else []
     assert sorted(parsed) == sorted(["up", "generate", *workers, *pulls])

@@ -46,6 +46,7 @@ class SlowTemplate:
     may: asyncio.Event = field(default_factory=asyncio.Event)
     waiting: int = 0
     given_up: int = 0
+    source: str = ""
 
     async def render_async(self, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
         self.waiting += 1

@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from llamaclust.cluster.text.threads import RENDERING, run_on
-from llamaclust.core.errors import RequestError
+from llamaclust.core.errors import DeadlineError
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.chat.tools.answer_parser import AnswerParser
 from llamaclust.model.chat.tools.call_sink import Tools
 from llamaclust.model.chat.tools.format_derivation import derive_format
-from llamaclust.model.chat.tools.history import template_variables
 from llamaclust.model.chat.tools.known_formats import GENERIC_CALLS
 from llamaclust.model.chat.tools.tool_format import ToolFormat
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
 """A template without any of these texts knows neither calls nor reasoning: rendering it would tell nothing."""
-_MAX_DERIVATION_S: Final = 10.0
+_MAX_DERIVATION_S: Final = 60.0
+"""Of a slow template, or on a busy machine; the next chat tries again."""
 
 PLAIN: Final = ToolFormat(GENERIC_CALLS, takes_tool_role=False, takes_call_messages=False)
 
@@ -64,7 +64,7 @@ class ChatFormat:
         self.control_ids: frozenset[int] = frozenset()
 
     async def get(self) -> ToolFormat:
-        """DeadlineError where the template is busy for too long."""
+        """DeadlineError where the template takes too long: what it does then tells nothing of its form."""
         async with self._lock:
             if self._form is None:
                 form = await run_on(RENDERING, self._derived)
@@ -83,7 +83,7 @@ class ChatFormat:
 
         def render(messages: Sequence[Mapping[str, Any]], prompt: bool, variables: Mapping[str, Any]) -> str:
             if time.monotonic() > end:
-                raise RequestError("the template is too slow")
-            return self._template.render(messages, prompt, **template_variables(variables))
+                raise DeadlineError(f"the chat template's form was not known after {_MAX_DERIVATION_S:g} s; try again")
+            return self._template.render(messages, prompt, **variables)
 
         return derive_format(source, render)

@@ -43,7 +43,7 @@ Message = Mapping[str, Any]
 class TemplateLimits:
     """What one render may use. `wait_s` is how long a render may wait for others before it."""
 
-    wall_s: float = 5.0
+    wall_s: float = 15.0
     cpu_seconds: int = 4
     memory_bytes: int = 512 << 20
     max_text_bytes: int = 8 << 20
@@ -85,8 +85,9 @@ class ChatTemplate:
         """The prompt for some messages; `extra` are more variables of the template (`tools`, `documents`, ...), and
         `now_s` the Unix time that it sees, the present where that is missing.
 
-        RequestError where there is no template, it refuses the messages, fails, or uses more than its limits;
-        DeadlineError where it had to wait too long for other renders.
+        RequestError where there is no template, it refuses the messages, fails, or uses more than its limits, always
+        the same for the same messages; DeadlineError where it had to wait too long for other renders, took too long by
+        the clock, was killed by others or closed.
         """
         future = self._submit(messages, add_generation_prompt, extra)
         try:
@@ -166,6 +167,8 @@ class _Renderer:
                 reply = self._request(frame)
             except _ProcessKilled:  # by others, at work or before
                 reply = self._request(frame)
+        except (_ProcessKilled, _NotInTime) as failure:
+            raise DeadlineError(f"the model's chat template was stopped: {failure}; try again") from None
         except _RenderingStopped as failure:
             raise RequestError(f"the model's chat template was stopped: {failure}") from None
         if "error" in reply:
@@ -173,8 +176,10 @@ class _Renderer:
         return str(reply["text"])
 
     def _request(self, frame: bytes) -> dict[str, Any]:
-        if self._is_stopped or self._broken is not None:
-            raise RequestError(self._broken or "the chat template was closed")
+        if self._is_stopped:
+            raise DeadlineError("the chat template was closed")
+        if self._broken is not None:
+            raise RequestError(self._broken)
         if self.child is None:
             self.child = self._start()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.prompt import guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoning, opened_reasoning
-from llamaclust.model.chat.tools.history import template_messages, template_variables
+from llamaclust.model.chat.tools.history import template_messages
 from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -70,7 +71,7 @@ class ChatRequest:
         named = self.tool_use.name
         if self.tool_use.mode is ToolMode.NONE:
             return ()
-        return tuple(tool for tool in self.tools if named in (None, tool["function"]["name"]))
+        return tuple(tool for tool in self.tools if named is None or named == tool["function"]["name"])
 
     def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
         """How the answer is read; None: it is content as it stands."""
@@ -82,11 +83,14 @@ class ChatRequest:
         most_calls = None if self.tool_use.is_parallel else 1
         return AnswerReading(form, schemas, self.splits_reasoning, most_calls, begun)
 
-    @property
-    def characters(self) -> int:
-        """Of all contents: the prompt has at least as many."""
-        contents = (message.get("content") for message in self.messages)
-        return sum(len(content) for content in contents if isinstance(content, str))
+    def count_characters(self) -> int:
+        """Of all contents, calls' arguments and tools: the prompt has about as many at least. Large tools take long."""
+        contents = [message.get("content") for message in self.messages]
+        calls = (call for message in self.messages for call in message.get("tool_calls") or ())
+        texts = [*contents, *(call["function"].get("arguments") for call in calls)]
+        tools = self.offered_tools
+        written = len(json.dumps(tools, ensure_ascii=False)) if tools else 0
+        return written + sum(len(text) for text in texts if isinstance(text, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +127,8 @@ async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, to
     taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
     if taken:
         raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
-    tools = chat.offered_tools
-    adapted = template_messages(form, chat.messages, tools)
-    defaults = {**_defaults(chat.created), "enable_thinking": chat.may_reason}
-    variables = {**defaults, **chat.variables, "tools": [*tools] or None}
-    *messages, more = await run_on(TOKENIZING, guard_messages, [*adapted, variables], tokenizer)
-    more = template_variables(more) | {"now_s": chat.created}
+    *messages, more = await run_on(TOKENIZING, _guarded, chat, form, tokenizer)
+    more |= {"now_s": chat.created}
     if chat.end is not PromptEnd.LAST_MESSAGE:
         is_open = chat.end is PromptEnd.GENERATION_PROMPT
         text = await template.render_async(messages, add_generation_prompt=is_open, **more)
@@ -139,6 +139,14 @@ async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, to
     content, thoughts = str(last.get("content") or ""), str(last.get("reasoning_content") or "")
     begun = continuation(form, text, thoughts, content, in_reasoning=bool(thoughts) and not content)
     return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun)))
+
+
+def _guarded(chat: ChatRequest, form: ToolFormat, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The messages for the template, and its variables behind them."""
+    tools = chat.offered_tools
+    adapted = template_messages(form, chat.messages, tools)
+    defaults = {**_defaults(chat.created), "enable_thinking": chat.may_reason}
+    return guard_messages([*adapted, {**defaults, **chat.variables, "tools": [*tools] or None}], tokenizer)
 
 
 def _defaults(now_s: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, Final
@@ -94,8 +94,16 @@ def _clock(now_s: float) -> Callable[[str], str]:
     return lambda form: datetime.fromtimestamp(now_s).astimezone().strftime(form)
 
 
-def _render(template: jinja2.Template, variables: dict[str, Any], max_bytes: int) -> str:
+def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> str:
+    """What old templates know as `functions`: the definitions as one text. A small one may make a long text, so this is
+    made where memory and time are bounded."""
+    return json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False, indent=4) if tools else ""
+
+
+def _render(template: jinja2.Template, variables: dict[str, Any], max_bytes: int, *, with_functions: bool) -> str:
     """With `now_s`, templates see this time."""
+    if with_functions:
+        variables = {"functions": functions_of(variables.get("tools")), **variables}
     if (now_s := variables.pop("now_s", None)) is not None:
         variables = {"strftime_now": _clock(now_s), **variables}
     pieces: list[str] = []
@@ -181,10 +189,12 @@ def main() -> None:
         return ""
 
     _write_frame({**_answer(compile_it), "unconfined": unconfined})
+    with_functions = "functions" in first["source"]
     while template is not None:
         variables = _read_frame()
         _limit_cpu(first["cpu_seconds"])
-        _write_frame(_answer(partial(_render, template, variables, first["max_text_bytes"])))
+        render = partial(_render, template, variables, first["max_text_bytes"], with_functions=with_functions)
+        _write_frame(_answer(render))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Messages and tools in the shape that a chat template takes. Where it takes none, text stands in their place."""
+"""Messages in the shape that a chat template takes. Where it takes none, text stands in their place."""
 
 from __future__ import annotations
 
@@ -17,14 +17,6 @@ _INSTRUCTIONS: Final = (
     '<tool_call>\n{{"name": "function name", "arguments": {{"name": "value"}}}}\n</tool_call>\n'
     "Results come within <tool_response></tool_response>. Answer without a call where none is needed."
 )
-
-
-def template_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables with the other forms in which templates ask for tools; without tools, `tools` is left out."""
-    tools = variables.get("tools")
-    if not tools:
-        return {"functions": "", **{key: value for key, value in variables.items() if key != "tools"}}
-    return {"functions": json.dumps([tool.get("function", tool) for tool in tools], indent=4), **variables}
 
 
 def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequence[Message]) -> list[dict[str, Any]]:

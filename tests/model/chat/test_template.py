@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llamaclust.core.errors import LlamaclustError, RequestError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, RequestError
 from llamaclust.model.chat import template as template_module
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
 from llamaclust.model.chat.template_choice import built_in
@@ -77,6 +77,12 @@ def test_what_templates_in_the_wild_use(source: str, text: str) -> None:
     assert rendered(source) == text
 
 
+def test_tools_as_the_text_that_old_templates_take() -> None:
+    tools = [{"type": "function", "function": {"name": "é<\ufdd0>"}}]
+    assert rendered("{{ functions }}", tools=tools) == '[\n    {\n        "name": "é<\ufdd0>"\n    }\n]'
+    assert rendered("{{ functions }}.") == "."
+
+
 def test_the_date_and_variables_of_the_caller() -> None:
     before = datetime.now().astimezone().strftime("%d %b %Y")
     text = rendered("{{ strftime_now('%d %b %Y') }}|{{ tools[0].name }}", tools=[{"name": "f"}])
@@ -121,7 +127,7 @@ def test_a_template_that_loops_for_ever_is_stopped_and_the_next_render_works() -
     with ChatTemplate(source, "", "", SHORT) as template:
         assert template.render(HELLO) == "ok"
         start = time.monotonic()
-        with pytest.raises(RequestError, match="did not end within 1 s"):
+        with pytest.raises(DeadlineError, match="did not end within 1 s"):
             template.render([{"role": "user", "content": "loop"}])
         assert 0.9 < time.monotonic() - start < 15
         assert template.render(HELLO) == "ok"
@@ -144,7 +150,7 @@ def test_a_template_that_overruns_its_limit_where_it_is_compiled_is_remembered()
 
 def test_a_start_that_the_machine_held_up_is_tried_again() -> None:
     with ChatTemplate("ok", "", "", TemplateLimits(start_s=0.001)) as template:
-        with pytest.raises(RequestError, match=r"stopped: it did not end within 0.001 s"):
+        with pytest.raises(DeadlineError, match=r"stopped: it did not end within 0.001 s"):
             template.render(HELLO)
         template._renderers[0]._limits = TemplateLimits()
         assert template.render(HELLO) == "ok"
@@ -186,7 +192,7 @@ def test_a_process_that_is_killed_at_every_render_is_an_error() -> None:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
             time.sleep(0.001)
-        with pytest.raises(RequestError, match="killed by SIGKILL"):
+        with pytest.raises(DeadlineError, match="killed by SIGKILL"):
             running.result()
         assert len(killed) == 2
 

@@ -12,12 +12,11 @@ from typing import Any
 import jinja2
 
 from llamaclust.core.errors import RequestError
-from llamaclust.model.chat.template_child import environment
+from llamaclust.model.chat.template_child import environment, functions_of
 from llamaclust.model.chat.tools.answer_parser import AnswerParser
 from llamaclust.model.chat.tools.begun_answer import continuation, opened_reasoning
 from llamaclust.model.chat.tools.events import AnswerEvent, ParsedAnswer
 from llamaclust.model.chat.tools.format_derivation import derive_format
-from llamaclust.model.chat.tools.history import template_variables
 from llamaclust.model.chat.tools.template_probe import Message, Render
 from llamaclust.model.chat.tools.tool_format import ToolFormat
 from support.chat.llama_cpp_cases import Case
@@ -40,7 +39,9 @@ def load_template(path: Path) -> Template:
     compiled = environment().from_string(source)
 
     def render(messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
-        given = {"bos_token": "<s>", "eos_token": "</s>", "datetime": "Nov 22 2026", **template_variables(variables)}
+        more = {key: value for key, value in variables.items() if value or key != "tools"}
+        more["functions"] = functions_of(variables.get("tools"))
+        given = {"bos_token": "<s>", "eos_token": "</s>", "datetime": "Nov 22 2026", **more}
         try:
             return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **given)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:

@@ -29,6 +29,8 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _BLOCKING_CHARACTERS = 2048
 """Texts longer than this are tokenized on a thread."""
+_MAX_BEGUN_CHARACTERS = 1 << 18
+"""Of a continued message, for all choices together: about two seconds of parsing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,14 @@ class TextSettings:
     context_length: int  # tokens of a sequence, prompt and answer together
     max_sequences: int = 32
     model_path: str = ""  # of the file, where there is one
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request in tokens, and what makes text of its answers."""
+
+    generation: GenerationRequest
+    choices: Sequence[ChoiceText]
 
 
 class TextService:
@@ -71,28 +81,29 @@ class TextService:
         """Prepares and submits a request."""
         return self.submit(request, await self.prepare(request))
 
-    async def prepare(self, request: CompletionRequest) -> GenerationRequest:
+    async def prepare(self, request: CompletionRequest) -> PreparedRequest:
         """The request in tokens. Raises ParameterError for a field that tokens no longer show."""
         request.check_text()
         with self._preparing():
             if request.grammar is not None:
                 request = replace(request, grammar=await self._grammars.check(request.grammar))
-            return self._generation(request, await self._prompt_ids(request), await self._breakers(request))
+            prompt = await self._prompt_ids(request)
+            if len(prompt) > self.settings.context_length:
+                raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)
+            generation = self._generation(request, prompt, await self._breakers(request))
+            return PreparedRequest(generation, await self._choices(request, generation))
 
     def submit(
-        self, request: CompletionRequest, generation: GenerationRequest, record: Record | None = None
+        self, request: CompletionRequest, ready: PreparedRequest, record: Record | None = None
     ) -> CompletionStream:
         """Submits a request that was prepared; the caller must close the stream. `record` gets each token as it is
         sampled.
 
         Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
         """
-        ends = generation.stop_token_ids
-        choices = [
-            ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens, request.reading)
-            for index in range(request.n)
-        ]
-        stream = CompletionStream(self._engine, generation, request.answered, choices, self._active.discard, record)
+        stream = CompletionStream(
+            self._engine, ready.generation, request.answered, ready.choices, self._active.discard, record
+        )
         self._active.add(stream)
         return stream
 
@@ -115,8 +126,8 @@ class TextService:
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
         """The completion that answers a chat. Control words in the messages stay text. RequestError where the template
         refuses the messages."""
-        self._check_characters(chat.characters)
         with self._preparing():
+            self._check_characters(await run_on(TOKENIZING, chat.count_characters))
             rendered = await render(chat, await self._format.get(), self.chat_template, self.tokenizer)
             self._check_characters(len(unguarded(rendered.prompt)))
             prompt = await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered.prompt)
@@ -135,6 +146,22 @@ class TextService:
             yield
         finally:
             self._in_preparation -= 1
+
+    async def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[ChoiceText]:
+        """Each reads what the prompt has written of its answer."""
+        begun = 0 if request.reading is None else len(request.reading.begun) * request.n
+        if begun > _MAX_BEGUN_CHARACTERS:
+            reason = f"{request.n} answers would read {begun} characters of the continued message, at most "
+            raise ParameterError("n" if request.n > 1 else "messages", f"{reason}{_MAX_BEGUN_CHARACTERS} are read")
+
+        def make() -> list[ChoiceText]:
+            ends = generation.stop_token_ids
+            return [
+                ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens, request.reading)
+                for index in range(request.n)
+            ]
+
+        return make() if begun <= _BLOCKING_CHARACTERS else await run_on(TOKENIZING, make)
 
     async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):

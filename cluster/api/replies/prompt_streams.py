@@ -28,11 +28,11 @@ class PromptStreams:
         """Submits all prompts, with one seed; where one is refused, none runs."""
         try:
             requests = [self._ticket.request(*numbered) for numbered in enumerate(prompts)]
-            generations = [await self._service.prepare(request) for request in requests]
-            self._reserve(requests, generations)
-            for prompt, (request, generation) in enumerate(zip(requests, generations, strict=True)):
+            ready_requests = [await self._service.prepare(request) for request in requests]
+            self._reserve(requests, [ready.generation for ready in ready_requests])
+            for prompt, (request, ready) in enumerate(zip(requests, ready_requests, strict=True)):
                 recording = self._ticket.recording(prompt, request)
-                self.streams.append(self._service.submit(request, generation, recording))
+                self.streams.append(self._service.submit(request, ready, recording))
             self.choices = sum(request.n for request in requests)
         except BaseException:
             await self.aclose()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +83,22 @@ class ParsedAnswer:
                     self.calls[index].call_id = call_id or self.calls[index].call_id
 
 
+_TEXTS: Final = (ReasoningText, ContentText, ArgumentText)
+
+
+def _kind_of_text(event: AnswerEvent) -> tuple[type[AnswerEvent], int]:
+    """Equal for texts that may be joined."""
+    return type(event), event.index if isinstance(event, ArgumentText) else 0
+
+
 def merged(events: Iterable[AnswerEvent]) -> list[AnswerEvent]:
     """The same events with adjacent pieces of one text joined, and empty ones left out."""
     joined: list[AnswerEvent] = []
-    for event in events:
-        last = joined[-1] if joined else None
-        match event, last:
-            case ((ReasoningText("") | ContentText("") | ArgumentText(_, "")), _):
-                continue
-            case ReasoningText(text), ReasoningText(before):
-                joined[-1] = ReasoningText(before + text)
-            case ContentText(text), ContentText(before):
-                joined[-1] = ContentText(before + text)
-            case ArgumentText(index, text), ArgumentText(same, before) if index == same:
-                joined[-1] = ArgumentText(index, before + text)
-            case _:
-                joined.append(event)
+    for _, group in groupby((event for event in events if not isinstance(event, _TEXTS) or event.text), _kind_of_text):
+        same = list(group)
+        first = same[0]
+        if isinstance(first, _TEXTS):
+            joined.append(replace(first, text="".join(event.text for event in same if isinstance(event, _TEXTS))))
+        else:
+            joined += same
     return joined

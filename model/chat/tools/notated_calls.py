@@ -14,7 +14,8 @@ from llamaclust.model.chat.tools.tool_format import NotatedCalls, Notation
 _NAME: Final = re.compile(r"[\w.\-/]+")
 _KEY: Final = re.compile(r"\w+")
 _PLAIN: Final = re.compile(r"""[^"'(){}\[\],\\]+""")
-_GEMMA_KEY: Final = re.compile(r"([^\s{}\[\],:\"]+)\s*:")
+_GEMMA_KEY: Final = re.compile(r"(?<![^\s{}\[\],:\"])([^\s{}\[\],:\"]++)\s*+:")
+"""A whole word, so that a long one is read once."""
 _MAX_DEPTH: Final = 64
 
 

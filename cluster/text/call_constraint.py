@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
 
@@ -10,7 +11,8 @@ from llamaclust.cluster.text.chat_format import AnswerReading
 from llamaclust.cluster.text.threads import TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
-from llamaclust.model.chat.tools.constraint import call_grammar
+from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
+from llamaclust.model.chat.tools.constraint import CallGrammar, call_grammar
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.definitions import lazy, of_lark
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -31,19 +33,10 @@ async def answer_grammar(
         raise ParameterError("tool_choice", f"a required call cannot be used together with {own.origin}")
     if own is not None or reading is None or not reading.tools:
         return own
-    found = await run_on(
-        TOKENIZING,
-        call_grammar,
-        reading.form,
-        reading.tools,
-        partial(_pieces, tokenizer),
-        is_required=is_required,
-        is_parallel=use.is_parallel,
-        is_thinking=reading.is_thinking,
-    )
-    if found is None:
-        return None
     try:
+        found = await run_on(TOKENIZING, _call_grammar, chat, reading, tokenizer)
+        if found is None:
+            return None
         grammar = of_lark(found.lark, _ORIGIN)
         if found.triggers:
             grammar = lazy(grammar, found.triggers)
@@ -53,6 +46,20 @@ async def answer_grammar(
             raise
         _log.info("calls are not constrained: %s", error)
         return None
+
+
+def _call_grammar(chat: ChatRequest, reading: AnswerReading, tokenizer: Tokenizer) -> CallGrammar | None:
+    size = len(json.dumps(reading.tools, ensure_ascii=False))
+    if size > MAX_GRAMMAR_BYTES:
+        raise ParameterError(_ORIGIN, f"schemas of {size} characters, at most {MAX_GRAMMAR_BYTES} are taken")
+    return call_grammar(
+        reading.form,
+        reading.tools,
+        partial(_pieces, tokenizer),
+        is_required=chat.tool_use.mode is ToolMode.REQUIRED,
+        is_parallel=chat.tool_use.is_parallel,
+        is_thinking=reading.is_thinking,
+    )
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> list[str | int]:

@@ -155,7 +155,7 @@ def _object(rules: _Rules, calls: ObjectCalls, name: str, schema: Schema) -> str
 def _tagged(rules: _Rules, calls: TaggedCalls, name: str, schema: Schema) -> str:
     properties = schema.get("properties")
     required = schema.get("required")
-    needed = required if isinstance(required, Sequence) else ()
+    needed = {key for key in required if isinstance(key, str)} if isinstance(required, list) else set()
     known = properties if isinstance(properties, Mapping) else {}
     ordered = [*(key for key in known if key in needed), *(key for key in known if key not in needed)]
     parts = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import cache
 from typing import Any
 
@@ -70,6 +71,14 @@ def test_calls_that_a_trigger_begins(form: str) -> None:
         is_usual = '"type": "function"' not in sample.text and '{"arguments"' not in sample.text
         if place >= 0 and is_usual and sample.content in ("", sample.text[: len(sample.content)]):
             assert takes(made, sample.text[place:]), sample.text[place:]
+
+
+@pytest.mark.parametrize("required", [[f"p{i}" for i in range(15_000)], "p1", [["p1"], {}]])
+def test_many_properties_take_linear_time(required: Any) -> None:
+    tools = {"f": {"properties": {f"p{i}": {"type": "string"} for i in range(15_000)}, "required": required}}
+    start = time.process_time()
+    grammar = call_grammar(form_of("coder"), tools, lambda text: [text], is_required=True, is_parallel=True)
+    assert grammar is not None and time.process_time() - start < 2
 
 
 def test_arguments_obey_the_schema() -> None:

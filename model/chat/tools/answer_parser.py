@@ -58,6 +58,8 @@ class AnswerParser:
 
     def end(self) -> list[AnswerEvent]:
         """The events that are left; the text has ended."""
+        if self._sink.calls and not self._sink.is_open and self._content.is_cut:
+            self._source.drop_beginning(self._triggers)  # of a further call that the answer's limit cut
         self._source.end()
         return self._advance()
 

@@ -12,6 +12,8 @@ from llamaclust.model.chat.tools.call_sink import Schema
 STRING: Final = frozenset({"string"})
 _UNIONS: Final = ("anyOf", "oneOf", "allOf")
 _MAX_DEPTH: Final = 8
+_MAX_LITERAL_CHARACTERS: Final = 1 << 14
+"""Python's parser takes a hundred times the memory of a literal."""
 _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -65,7 +67,7 @@ def json_of(text: str, types: frozenset[str]) -> str:
     bare = text.strip()
     for candidate in (bare, _CONSTANTS.get(bare, "")):
         try:
-            kind = type_name(json.loads(candidate))
+            kind = type_name(json.loads(candidate, parse_constant=_refuse))
         except (ValueError, RecursionError):
             continue
         if not types or kind in types or (kind == "integer" and "number" in types):
@@ -88,12 +90,18 @@ def string_inside(text: str) -> str:
 def json_of_python(text: str) -> str:
     """A Python literal as JSON, or JSON as it is; anything else as a string."""
     text = text.strip()
-    for read in (json.loads, ast.literal_eval):
+    readers = (json.loads, ast.literal_eval) if len(text) <= _MAX_LITERAL_CHARACTERS else (json.loads,)
+    for read in readers:
         try:
-            return json.dumps(read(text), ensure_ascii=False)
+            return json.dumps(read(text), ensure_ascii=False, allow_nan=False)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     return string(text)
+
+
+def _refuse(constant: str) -> Any:
+    """`NaN` and the infinities are no JSON, but Python reads them."""
+    raise ValueError(f"{constant} is no JSON")
 
 
 class TextValue:

@@ -32,6 +32,11 @@ class TextRun:
         self._held = text[len(text) - keep :] if keep else ""
         self._put(self._event(text[: len(text) - keep]))
 
+    @property
+    def is_cut(self) -> bool:
+        """Nothing came behind a marker so far, white space aside."""
+        return self._skips_space
+
     def cut(self) -> None:
         """A marker follows: the white space around it is no text."""
         self._held = ""

@@ -53,6 +53,12 @@ class TextSource:
         """No more text comes: no reading waits any longer."""
         self._is_ended = True
 
+    def drop_beginning(self, markers: Sequence[str]) -> None:
+        """Leaves the rest of the text out where it is only the beginning of a marker."""
+        rest = self._text[self._at :].strip()
+        if rest and any(marker.startswith(rest) for marker in markers):
+            self._at = len(self._text)
+
     def record(self) -> None:
         """Keeps what is taken from now on."""
         self._recorded = []

@@ -68,6 +68,15 @@ def test_calls_beyond_the_limit_are_left_out() -> None:
     assert len(answer.calls) == 1 and answer.content == ""
 
 
+@pytest.mark.parametrize("piece", ["<", "\n<tool", "<tool_call>", '<tool_call>\n{"na'])
+def test_a_piece_of_a_further_call_is_no_content(piece: str) -> None:
+    call = '<tool_call>\n{"name": "run", "arguments": {}}\n</tool_call>'
+    answer = parsed(AnswerParser(form_of("hermes"), TOOLS), call + piece)
+    assert len(answer.calls) == 1 and answer.content == ""
+    assert parsed(AnswerParser(form_of("hermes"), TOOLS), f"{call}So 1 <").content == "So 1 <"
+    assert parsed(AnswerParser(form_of("hermes"), TOOLS), piece[:5]).content == piece[:5]
+
+
 def test_reasoning_may_stay_in_the_content() -> None:
     text = "<think>\nHm.\n</think>\n\nYes."
     assert parsed(AnswerParser(form_of("hermes"), {}, splits_reasoning=False), text).content == text
@@ -107,6 +116,14 @@ def test_long_answers_take_linear_time(form: str) -> None:
         parser.feed(unit)
     parser.end()
     assert time.process_time() - start < 10
+
+
+def test_many_events_and_long_words_take_linear_time() -> None:
+    start = time.process_time()
+    events = merged([CallBegun(0, "run"), *(ArgumentText(0, character) for character in "[]" * 300_000)])
+    assert events == [CallBegun(0, "run"), ArgumentText(0, "[]" * 300_000)]
+    parsed(AnswerParser(form_of("gemma"), TOOLS), "<|tool_call>call:run{" + "a" * 100_000)
+    assert time.process_time() - start < 5
 
 
 def events_of(parser: AnswerParser, pieces: list[str]) -> list[AnswerEvent]:

@@ -161,9 +161,6 @@ class DetokenizeBody(Body):
 class TemplateBody(ChatFields):
     """`POST /apply-template`."""
 
-    tools: list[dict[str, Any]] = Field(default_factory=list)
-    """Definitions of functions, for the template."""
-
     def request(self) -> ChatRequest:
         return ChatRequest(
             self.variables, tools=tuple(self.tools), variables=self.template_variables, end=self.prompt_end

@@ -65,6 +65,7 @@ def _choice(value: Any) -> Any:
 
 
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}}
+_MODES: Final = {"none": ToolMode.NONE, "required": ToolMode.REQUIRED}
 _OBJECT: Final = WithJsonSchema({"type": "object", "required": ["type", "function"]})
 ToolField = Annotated[dict[str, Any], BeforeValidator(_tool), _OBJECT]
 CallField = Annotated[dict[str, Any], BeforeValidator(_call), _OBJECT]
@@ -82,8 +83,8 @@ class ToolFields(Body):
     """Functions that the model may call."""
     tool_choice: _ChoiceField = None
     """`auto` (the default), `none`, `required`, or the one function to be called."""
-    parallel_tool_calls: bool = True
-    """Whether an answer may have several calls."""
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may have several calls; by default true, but one call where `tool_choice` asks for one."""
     reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "none"] = "auto"
     """`none`: reasoning stays in the content, as the model writes it; otherwise it is in `reasoning_content`."""
 
@@ -106,10 +107,10 @@ class ToolFields(Body):
     @property
     def tool_use(self) -> ToolUse:
         choice = self.tool_choice
-        if isinstance(choice, dict):
-            return ToolUse(ToolMode.REQUIRED, choice["function"]["name"], self.parallel_tool_calls)
-        mode = {"none": ToolMode.NONE, "required": ToolMode.REQUIRED}.get(choice, ToolMode.AUTO)
-        return ToolUse(mode, None, self.parallel_tool_calls)
+        named = choice["function"]["name"] if isinstance(choice, dict) else None
+        mode = ToolMode.REQUIRED if named else _MODES.get(choice, ToolMode.AUTO)
+        is_parallel = self.parallel_tool_calls
+        return ToolUse(mode, named, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
 
 
 def delta_of(events: Iterable[AnswerEvent], choice_id: str) -> dict[str, Any]:
@@ -158,6 +159,5 @@ def message_of(events: Iterable[AnswerEvent], choice_id: str) -> dict[str, Any]:
 
 
 def call_id_of(choice_id: str, index: int) -> str:
-    """Of a call that the model gave none: the same where a reply is computed again. Letters and digits alone, since
-    templates check them."""
-    return f"call{sha256(f'{choice_id} {index}'.encode()).hexdigest()[:_ID_CHARACTERS]}"
+    """Of a call that the model gave none: the same where a reply is computed again."""
+    return f"call_{sha256(f'{choice_id} {index}'.encode()).hexdigest()[:_ID_CHARACTERS]}"

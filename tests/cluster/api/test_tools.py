@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+from llamaclust.cluster.api.openai.schema import ChatBody
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, says, serving, tokenizer
 
@@ -50,7 +51,7 @@ async def test_call() -> None:
     assert prompt == "+look+run<user>Hi<assistant>"
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "I look."
     (call,) = choice["message"]["tool_calls"]
-    assert call["id"].isalnum() and call["type"] == "function"
+    assert call["id"].startswith("call_") and call["type"] == "function"
     assert call["function"] == {"name": "look", "arguments": '{"city": "Rom"}'}
 
 
@@ -62,6 +63,34 @@ async def test_content_is_null_beside_calls_alone() -> None:
 async def test_one_call_without_parallel_calls() -> None:
     message = await message_of(CALL * 2, tools=[TOOL], parallel_tool_calls=False)
     assert len(message["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
+async def test_a_choice_that_asks_for_a_call_gets_one_unless_parallel_calls_are_asked_for(choice: Any) -> None:
+    body = {**CHAT, "tools": [TOOL], "tool_choice": choice}
+    assert not ChatBody.model_validate(body).tool_use.is_parallel
+    assert ChatBody.model_validate({**body, "parallel_tool_calls": True}).tool_use.is_parallel
+    assert ChatBody.model_validate({**body, "tool_choice": "auto"}).tool_use.is_parallel
+    assert len((await message_of(CALL * 2, tools=[TOOL], tool_choice=choice))["tool_calls"]) == 1
+
+
+async def test_tools_beyond_the_context_are_refused_before_anything_is_made_of_them() -> None:
+    value: Any = [1] * 1000
+    for _ in range(150):
+        value = [value]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"x": [value] * 40}}}
+    engine = ScriptedEngine(says("a"))
+    with ChatTemplate(TEMPLATE, "", "") as made:
+        async with client(make_app(engine, made)) as http:
+            reply = await http.post("/v1/chat/completions", json=CHAT | {"tools": [tool]})
+    assert reply.status_code == 400 and reply.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_a_tool_that_is_no_definition_is_refused_where_templates_are_applied() -> None:
+    with ChatTemplate(TEMPLATE, "", "") as made:
+        async with client(make_app(ScriptedEngine(says("a")), made)) as http:
+            reply = await http.post("/apply-template", json=CHAT | {"tools": [{}]})
+    assert reply.status_code == 400 and reply.json()["error"]["param"].startswith("tools")
 
 
 async def test_without_tools_the_text_stays() -> None:

@@ -44,7 +44,7 @@ class TextSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedRequest:
+class TokenizedRequest:
     """A request in tokens, and what makes text of its answers."""
 
     generation: GenerationRequest
@@ -81,7 +81,7 @@ class TextService:
         """Prepares and submits a request."""
         return self.submit(request, await self.prepare(request))
 
-    async def prepare(self, request: CompletionRequest) -> PreparedRequest:
+    async def prepare(self, request: CompletionRequest) -> TokenizedRequest:
         """The request in tokens. Raises ParameterError for a field that tokens no longer show."""
         request.check_text()
         with self._preparing():
@@ -91,10 +91,10 @@ class TextService:
             if len(prompt) > self.settings.context_length:
                 raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)
             generation = self._generation(request, prompt, await self._breakers(request))
-            return PreparedRequest(generation, await self._choices(request, generation))
+            return TokenizedRequest(generation, await self._choices(request, generation))
 
     def submit(
-        self, request: CompletionRequest, ready: PreparedRequest, record: Record | None = None
+        self, request: CompletionRequest, ready: TokenizedRequest, record: Record | None = None
     ) -> CompletionStream:
         """Submits a request that was prepared; the caller must close the stream. `record` gets each token as it is
         sampled.

@@ -1,0 +1,48 @@
+"""Chats before their answers: formats of templates, grammars of calls, messages that answers continue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llamaclust.cluster.text.call_constraint import answer_grammar
+from llamaclust.cluster.text.chat import ChatRequest, ToolMode, ToolUse
+from llamaclust.cluster.text.chat_format import PLAIN, AnswerReading, ChatFormat
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.core.errors import DeadlineError, ParameterError
+from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
+from llamaclust.model.grammars.checker import GrammarChecker
+from support.clusters.served import ScriptedEngine, make_service, says, tokenizer
+
+GENERATION = CompletionRequest("Hello", seed=7)
+
+
+async def test_a_format_that_the_machine_held_up_is_derived_again() -> None:
+    source = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{{ messages[0].content }}"
+    with ChatTemplate(source, "", "", TemplateLimits(start_s=0.001)) as template:
+        chat_format = ChatFormat(template, tokenizer())
+        with pytest.raises(DeadlineError):
+            await chat_format.get()
+        for renderer in template._renderers:
+            renderer._limits = TemplateLimits()
+        assert (await chat_format.get()).takes_tools
+
+
+async def test_a_message_that_too_many_answers_continue_is_refused_before_it_is_read() -> None:
+    reading = AnswerReading(PLAIN, begun="a" * 10_000)
+    with pytest.raises(ParameterError, match="n: 128 answers would read 1280000 characters"):
+        await make_service(ScriptedEngine(says("a"))).start(replace(GENERATION, n=128, reading=reading))
+
+
+async def test_large_schemas_of_tools_are_no_grammar() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"description": "a" * (1 << 20)}}}
+    reading = AnswerReading(PLAIN, {"f": tool["function"]["parameters"]})  # type: ignore[index]
+    checker = GrammarChecker(tokenizer())
+    for mode in (ToolMode.AUTO, ToolMode.REQUIRED):
+        chat = ChatRequest((), tools=(tool,), tool_use=ToolUse(mode))
+        if mode is ToolMode.AUTO:
+            assert await answer_grammar(chat, reading, tokenizer(), checker) is None
+            continue
+        with pytest.raises(ParameterError, match="tools: schemas of"):
+            await answer_grammar(chat, reading, tokenizer(), checker)

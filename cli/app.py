@@ -47,7 +47,7 @@ def _group(name: str, text: str, commands: dict[str, Callable[..., None]]) -> ty
 
 _cache = _group(
     "cache",
-    "List and clear the packed-weight cache, fetched weights and compiled kernels.",
+    "List and clear the packed-weight cache, fetched weights, compiled kernels and KV memory on disk.",
     {"list": cache.list_layers, "clear": cache.clear},
 )
 _model = _group(

@@ -1,4 +1,4 @@
-"""`llamaclust model cache ...`: the packed-weight cache, fetched weights and compiled kernels."""
+"""`llamaclust model cache ...`: the packed-weight cache, fetched weights, compiled kernels and KV memory on disk."""
 
 from __future__ import annotations
 

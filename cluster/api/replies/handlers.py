@@ -156,6 +156,7 @@ class Replies:
         await self._restoring.restore(requests)
 
     async def aclose(self) -> None:
+        self._cache.stop()
         if self._restoring is not None:
             await self._restoring.aclose()
         await self._cache.aclose()

@@ -15,7 +15,13 @@ from llamaclust.cluster.api.replies.reply import Event, Position, Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestCancelledError
+from llamaclust.core.errors import (
+    ClusterStoppingError,
+    DeadlineError,
+    LlamaclustError,
+    QueueFullError,
+    RequestCancelledError,
+)
 
 _EVENT_BYTES = 256
 """Of Python's objects for an event, beside its data."""
@@ -113,6 +119,10 @@ class KeptReply:
         self._content = _Content()
         self._hold(-self.held_bytes)
         self._expire_later()
+
+    def stop(self) -> None:
+        """The coordinator ends: readers learn it where the reply has not ended before."""
+        self._end(ClusterStoppingError("the cluster is stopping"))
 
     async def ended(self) -> None:
         """Returns when it has all its events, or an error."""

@@ -74,6 +74,11 @@ class ReplyCache:
         self.remove(kept)
         await kept.aclose()
 
+    def stop(self) -> None:
+        """The coordinator ends, and what is not complete goes on with the next one."""
+        for entry in self._entries.values():
+            entry.kept.stop()
+
     async def aclose(self) -> None:
         for entry in tuple(self._entries.values()):
             await self.forget(entry.kept)

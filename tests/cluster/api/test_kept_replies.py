@@ -18,7 +18,7 @@ from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, RequestIdentity
-from llamaclust.core.errors import RequestCancelledError
+from llamaclust.core.errors import ClusterStoppingError, RequestCancelledError
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
 
@@ -65,6 +65,21 @@ async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> No
     async with asyncio.timeout(5):
         with pytest.raises(RequestCancelledError):
             await reading
+
+
+async def test_readers_learn_that_the_coordinator_ends() -> None:
+    """Also of a reply that is being restored: they come back to the next coordinator."""
+    cache = ReplyCache(ApiSettings(), None)
+    replies = [cache.add(TICKET, "/", b"", is_streamed=True), KeptReply(TICKET, ApiSettings(), cache, is_streamed=True)]
+    reading = asyncio.create_task(anext(replies[0].read(Position(), with_comments=False)))
+    replies[1].stop()
+    cache.stop()
+    await cache.aclose()
+    async with asyncio.timeout(5):
+        with pytest.raises(ClusterStoppingError):
+            await reading
+        with pytest.raises(ClusterStoppingError):
+            await replies[1].begin(EndlessReply())
 
 
 async def test_a_reply_that_was_closed_does_not_begin() -> None:

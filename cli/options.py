@@ -197,7 +197,7 @@ def _json_of(path: Path) -> Any:
 
 
 _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": _text_of}
-"""Those whose value is in a file."""
+"""Their values are files."""
 
 
 def with_samplers(command: Callable[..., None]) -> Callable[..., None]:

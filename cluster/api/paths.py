@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llamaclust.cluster.api.error_shapes import choose_shape, error_shape
 
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
-"""What clients request whose base URL lacks `/v1`, and what begins like that; generating endpoints have both paths."""
+"""First parts of the paths that clients with a base URL without `/v1` request; generating endpoints have both paths."""
 _OTHER_NAMES: Final = {"/v1/health": "/health"}
 
 

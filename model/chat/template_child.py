@@ -5,12 +5,9 @@ lines of JSON."""
 from __future__ import annotations
 
 import codecs
-import ctypes
 import importlib
 import json
 import resource
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -25,11 +22,10 @@ import jinja2.parser
 import jinja2.sandbox
 
 from llamaclust.model.chat.confinement import confine
+from llamaclust.model.child_frames import end_with_parent, read_frame, write_frame
 
-_MAX_REQUEST_BYTES: Final = 1 << 28
 _MAX_MESSAGE_CHARACTERS: Final = 500
 _MAX_FILES: Final = 16
-_SET_PARENT_DEATH_SIGNAL: Final = 1
 _LATE_MODULES: Final = ("pprint", "random", "unicodedata", "_strptime")
 _CODECS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-32", "unicode-escape", "raw-unicode-escape", "idna")
 """That rendering loads where a template first needs them."""
@@ -130,25 +126,6 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
         return {"error": (str(error) or type(error).__name__)[:_MAX_MESSAGE_CHARACTERS]}
 
 
-def _read_frame() -> dict[str, Any]:
-    """The next request; ends the process where the parent has gone."""
-    line = sys.stdin.buffer.readline(_MAX_REQUEST_BYTES)
-    if not line.endswith(b"\n"):
-        sys.exit(2 if line else 0)
-    frame: dict[str, Any] = json.loads(line)
-    return frame
-
-
-def _write_frame(frame: Mapping[str, Any]) -> None:
-    sys.stdout.buffer.write(json.dumps(frame).encode() + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def _set_parent_death_signal() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
 def _limit_resources(memory_bytes: int) -> None:
     """Little memory, no files but those that the interpreter itself reads, nothing written but the replies."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -175,10 +152,9 @@ def _confine() -> str | None:
 
 def main() -> None:
     """Reads the template and its limits, says whether it compiles, then renders until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _set_parent_death_signal()
+    end_with_parent()
     unconfined = _confine()
-    first = _read_frame()
+    first = read_frame()
     _limit_resources(first["memory_bytes"])
     _limit_cpu(first["cpu_seconds"])
     template: jinja2.Template | None = None
@@ -188,13 +164,13 @@ def main() -> None:
         template = environment().from_string(first["source"])
         return ""
 
-    _write_frame({**_answer(compile_it), "unconfined": unconfined})
+    write_frame({**_answer(compile_it), "unconfined": unconfined})
     with_functions = "functions" in first["source"]
     while template is not None:
-        variables = _read_frame()
+        variables = read_frame()
         _limit_cpu(first["cpu_seconds"])
         render = partial(_render, template, variables, first["max_text_bytes"], with_functions=with_functions)
-        _write_frame(_answer(render))
+        write_frame(_answer(render))
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ async def test_a_second_connection_gets_nothing_before_the_admission_is_on_disk(
         first = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
         await until(lambda: bool(asked))
         second = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
-        await asyncio.sleep(0.2)
         (kept,) = [entry.kept for entry in server.replies._cache._entries.values()]
+        await until(lambda: kept.is_running and kept._readers == 1)  # the second one's
         assert kept.is_running and not kept.held_bytes and not (first.done() or second.done())
         on_disk.set()
         assert (await first).content == (await second).content and len(asked) == 1

@@ -1,0 +1,35 @@
+"""The child's side of a process that computes with untrusted input: it reads requests and writes replies as lines of
+JSON, and ends with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+_MAX_REQUEST_BYTES: Final = 1 << 29
+_SET_PARENT_DEATH_SIGNAL: Final = 1
+
+
+def end_with_parent() -> None:
+    """The kernel kills this process when its parent's thread ends; the terminal's Ctrl-C is the parent's alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def read_frame() -> dict[str, Any]:
+    """The next request; ends the process where the parent has gone."""
+    line = sys.stdin.buffer.readline(_MAX_REQUEST_BYTES)
+    if not line.endswith(b"\n"):
+        sys.exit(2 if line else 0)
+    frame: dict[str, Any] = json.loads(line)
+    return frame
+
+
+def write_frame(frame: Mapping[str, Any]) -> None:
+    sys.stdout.buffer.write(json.dumps(frame).encode() + b"\n")
+    sys.stdout.buffer.flush()

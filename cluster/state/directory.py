@@ -23,10 +23,9 @@ from pydantic import TypeAdapter
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.file_lock import FileLock, is_locked
 from llamaclust.cluster.state.processes import own_start_ticks, start_ticks
-from llamaclust.cluster.state.regular_file import read_json
+from llamaclust.cluster.state.regular_file import read_json, write_regular
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.profile import Profile, read_profile
-from llamaclust.model.gguf.atomic_file import sync_folder
 
 Value = TypeVar("Value")
 
@@ -326,25 +325,10 @@ def write_values(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_private(path: Path, text: str, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 so that a reader sees the old text or the new, never a part; `is_synced`: also after a
-    power failure, and the new text once this returns.
-
-    LlamaclustError that names the file where it cannot be written, as on a full disk; nothing new stays then.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """As `write_regular`. LlamaclustError that names the file where it cannot be written."""
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            if is_synced:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-        if is_synced:
-            sync_folder(path.parent)
+        write_regular(path, text, is_synced=is_synced)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         what = f"{path}: cannot be written: {error.strerror}"
         raise LlamaclustError(f"{what}; make room, or set `state_dir:` or LLAMACLUST_STATE_DIR") from error
 

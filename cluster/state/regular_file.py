@@ -1,4 +1,4 @@
-"""Files of the state directory as they are read: neither links to pipes, nor without end, nor nested without end."""
+"""Single files, read and written with care: neither links to pipes, nor without end, nor half written."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import errno
 import json
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llamaclust.model.gguf.atomic_file import sync_folder
+
 _MOST_BYTES = 16 << 20
-"""Of a file that is read as a whole; measured profiles take a few KiB a machine."""
+"""Of a file of JSON; measured profiles take a few KiB a machine."""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -24,11 +27,50 @@ def open_regular(path: Path) -> BinaryIO:
 
 def read_json(path: Path) -> Any:
     """OSError where the file cannot be read, ValueError where it holds no JSON."""
-    with open_regular(path) as file:
-        data = file.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
-        raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB")
     try:
-        return json.loads(data)
+        return json.loads(_read(path, _MOST_BYTES))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """OSError where the file cannot be read, ValueError where it is larger than so many bytes or no text in UTF-8."""
+    try:
+        text = _read(path, most_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not text in UTF-8 at byte {error.start}") from None
+    if "\0" in text:
+        raise ValueError("not text: it has a zero byte")
+    return text
+
+
+def write_regular(path: Path, text: str, *, is_synced: bool = True) -> None:
+    """Writes a file of mode 0600 so that a reader sees the old text or the new, never a part; `is_synced`: also after a
+    power failure, and the new text once this returns.
+
+    OSError where it cannot be written, as on a full disk; nothing new stays then.
+    """
+    temporary, data = path.with_name(f".{path.name}.{os.getpid()}"), text.encode()
+    try:
+        temporary.unlink(missing_ok=True)  # of a process that was killed, or a link
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            if is_synced:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if is_synced:
+            sync_folder(path.parent)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path, most_bytes: int) -> bytes:
+    with open_regular(path) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"larger than {most_bytes >> 20} MiB")
+    return data

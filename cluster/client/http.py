@@ -21,8 +21,15 @@ from llamaclust.cluster.client.http_codec import (
     reply_error,
 )
 from llamaclust.cluster.client.resuming import READ_TIMEOUT_S, ResumableStream, unreachable
-from llamaclust.cluster.client.types import AsyncChunkStream, ChunkStream, CompletionOptions, Message, Options
-from llamaclust.cluster.text.answer import Answer, TextChunk, join
+from llamaclust.cluster.client.types import (
+    AsyncChunkStream,
+    ChunkStream,
+    CompletionOptions,
+    Message,
+    Options,
+    join_chunks,
+)
+from llamaclust.cluster.text.answer import Answer, TextChunk
 from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import LlamaclustError, UsageError
 
@@ -126,7 +133,7 @@ class AsyncClient:
     ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
         """As `Client.generate`."""
         chunks = self._stream("v1/completions", completion_body(prompt, options))
-        return AsyncChunkStream(chunks) if stream else _collect(chunks)
+        return AsyncChunkStream(chunks) if stream else join_chunks(chunks)
 
     @overload
     def chat(
@@ -141,7 +148,7 @@ class AsyncClient:
     ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
         """As `Client.chat`."""
         chunks = self._stream("v1/chat/completions", chat_body(messages, options))
-        return AsyncChunkStream(chunks) if stream else _collect(chunks)
+        return AsyncChunkStream(chunks) if stream else join_chunks(chunks)
 
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         """As `Client.tokenize`."""
@@ -191,10 +198,6 @@ class AsyncClient:
     async def _post(self, path: str, body: dict[str, Any]) -> bytes:
         with _reaching(self._http.base_url):
             return _checked(await self._http.post(path, content=encode(body)))
-
-
-async def _collect(chunks: AsyncGenerator[TextChunk, None]) -> Answer:
-    return join([chunk async for chunk in chunks])
 
 
 def http_options(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from llamaclust.core.errors import (
 )
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import RowResult
+from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
 
 _Value = TypeVar("_Value")
 _SHOWN_BYTES = 300
@@ -137,8 +138,16 @@ class ChunkReader:
             rows=_rows(ids, logprobs[of_prompt:]),
             prompt_start=start if of_prompt else 0,
             prompt_rows=_rows(self._prompt[start : self._scored], logprobs[:of_prompt]),
+            events=_events(choice.get("delta", {})),
             **_ending(choice),
         )
+
+
+def _events(delta: Mapping[str, Any]) -> tuple[AnswerEvent, ...]:
+    """Of a chat's answer; the clients send no tools, so it has no calls."""
+    reasoning, content = delta.get("reasoning_content"), delta.get("content")
+    events = (ReasoningText(reasoning) if reasoning else None, ContentText(content) if content else None)
+    return tuple(event for event in events if event is not None)
 
 
 def _logprobs(choice: Mapping[str, Any]) -> Sequence[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import Any, Self, TypedDict
 
-from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.answer import Answer, TextChunk, join
 
 Message = Mapping[str, Any]
 """One message of a chat: {"role": "user", "content": "Hello"}."""
@@ -107,3 +107,8 @@ class AsyncChunkStream:
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
+
+
+async def join_chunks(chunks: AsyncGenerator[TextChunk, None]) -> Answer:
+    """The answer that all chunks make."""
+    return join([chunk async for chunk in chunks])

@@ -26,6 +26,7 @@ class Environment:
     weights_bytes: int  # LLAMACLUST_WEIGHTS_SIZE: what weights fetched from other workers may take; 0: none are fetched
     feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: forces the kernels' level; None: the best there is
     log_format: LogFormat  # LLAMACLUST_LOG: how log lines are written
+    has_colors: bool = True  # without NO_COLOR, on a terminal that is not `dumb`
     join: tuple[str, ...] = ()  # LLAMACLUST_JOIN: coordinators that a worker joins, HOST:PORT with commas between
 
     @property
@@ -70,6 +71,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         weights_bytes=_size(variables, "LLAMACLUST_WEIGHTS_SIZE", default="64GiB"),
         feature_level=level,
         log_format=LogFormat(form),
+        has_colors=not variables.get("NO_COLOR") and variables.get("TERM") not in (None, "", "dumb"),
         join=tuple(filter(None, (variables.get("LLAMACLUST_JOIN") or "").split(","))),
     )
 

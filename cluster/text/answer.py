@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.core.sampling import RowResult
-from llamaclust.model.chat.tools.events import AnswerEvent, merged
+from llamaclust.model.chat.tools.events import AnswerEvent, ReasoningText, merged
 
 _LEAST_LOGPROB = -9999.0
 
@@ -38,6 +38,11 @@ class TextChunk:
     prompt_token_ids: tuple[int, ...] = ()  # on the first chunk that a client gets, with the seed
     seed: int | None = None
     events: tuple[AnswerEvent, ...] = ()  # of a chat's answer: also its content, which is the text then
+
+    @property
+    def reasoning(self) -> str:
+        """What the model of a chat wrote apart from the text, before it."""
+        return "".join(event.text for event in self.events if isinstance(event, ReasoningText))
 
     @property
     def entries(self) -> int:

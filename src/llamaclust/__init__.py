@@ -9,9 +9,11 @@ from llamaclust.core.version import VERSION
 if TYPE_CHECKING:
     from llamaclust.cluster.client.http import AsyncClient as AsyncClient
     from llamaclust.cluster.client.http import Client as Client
+    from llamaclust.cluster.client.session import AsyncChatSession as AsyncChatSession
+    from llamaclust.cluster.client.session import ChatSession as ChatSession
 
 __version__ = VERSION
-__all__ = ["AsyncClient", "Client", "__version__"]
+__all__ = ["AsyncChatSession", "AsyncClient", "ChatSession", "Client", "__version__"]
 
 
 def __dir__() -> list[str]:
@@ -23,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from llamaclust.cluster.client import http
 
         return getattr(http, name)
+    if name in ("AsyncChatSession", "ChatSession"):
+        from llamaclust.cluster.client import session
+
+        return getattr(session, name)
     raise AttributeError(f"module 'llamaclust' has no attribute {name!r}")

@@ -21,6 +21,8 @@ from llamaclust.cli.options import (
     Json,
     KeyFile,
     Threads,
+    option_value,
+    text_of,
     with_samplers,
 )
 from llamaclust.core.errors import UsageError
@@ -84,6 +86,18 @@ def generate(
 @with_samplers
 def chat(
     system: Annotated[str | None, Option("--system", metavar="TEXT", help="System message.")] = None,
+    system_file: Annotated[
+        Path | None, Option("--system-file", "-f", metavar="FILE", help="File of the system message.")
+    ] = None,
+    session: Annotated[
+        Path | None, Option("--session", metavar="FILE", help="Continue FILE's conversation, and keep it there.")
+    ] = None,
+    stop: Annotated[
+        list[str],
+        Option("--stop", "-r", "--reverse-prompt", metavar="TEXT", help="End an answer before this text; repeatable."),
+    ] = [],  # noqa: B006  typer reads the default
+    stats: Annotated[bool, Option("--stats", help="Tokens and speed after each answer.")] = False,
+    color: Annotated[terminal.Color, Option("--color", metavar="WHEN", help="auto, on or off.")] = terminal.Color.AUTO,
     max_tokens: Annotated[
         int | None, Option("-n", "--max-tokens", metavar="N", help="Maximum number of tokens of an answer.")
     ] = None,
@@ -107,13 +121,31 @@ def chat(
     more: dict[str, Any],
 ) -> None:
     """Chat: Ctrl-C interrupts an answer, /help shows the commands. Piped input is read line by line."""
-    from llamaclust.cli.chat import Chat
+    from llamaclust.cli.chat.answer_screen import uses_color
+    from llamaclust.cli.chat.chat import Chat, ChatSettings
+    from llamaclust.cluster.client.session import ChatSession
+    from llamaclust.cluster.config.values import expand_home
 
     target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, Gpus(tuple(device), gpu_layers))
-    options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
+    instruction = _system_message(system, system_file)
+    file = None if session is None else Path(option_value("--session", expand_home, str(session)))
     with target.open() as client:
-        Chat(client, system, options).run()
+        conversation = ChatSession(client, drop_oldest=True, **options)
+        if file is not None and file.exists():
+            conversation.load(file)
+        if instruction is not None:
+            conversation.set_system(instruction)
+        Chat(conversation, ChatSettings(uses_color(color), stats, file)).run()
+
+
+def _system_message(text: str | None, file: Path | None) -> str | None:
+    if text is not None and file is not None:
+        raise UsageError("--system and --system-file both give a system message: give one of them")
+    if file is not None:
+        return option_value("--system-file", text_of, file).strip("\n")
+    return None if text is None else terminal.argument(text)
 
 
 def given_or_piped(prompt: str | None) -> str:

@@ -180,7 +180,7 @@ _OPTIONS = {"repetition_penalty": "--repeat-penalty", "dry_sequence_breakers": "
 """Those that are not named as their field."""
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
     """ValueError for a file that cannot be read as text."""
     try:
         return path.read_text("utf-8")
@@ -191,12 +191,12 @@ def _text_of(path: Path) -> str:
 def _json_of(path: Path) -> Any:
     """ValueError for a file that holds no JSON."""
     try:
-        return json.loads(_text_of(path))
+        return json.loads(text_of(path))
     except RecursionError:
         raise ValueError(f"{path}: is nested too deeply") from None
 
 
-_FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": _text_of}
+_FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": text_of}
 """Their values are files."""
 
 

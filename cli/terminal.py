@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import re
 import sys
+from enum import StrEnum
 
 from llamaclust.core.errors import UsageError
 
 _CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
 _LONG_WORD = re.compile(r"(\S{100})\S{100,}(\S{50})")
 """A path or the like of which the ends are enough to know it by."""
+
+
+class Color(StrEnum):
+    """When there are colors; `auto`: on a terminal that has them, unless NO_COLOR is set."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
 
 
 def write(text: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +12,10 @@ import numpy as np
 import pytest
 
 from llamaclust import Client
-from llamaclust.cli.chat import Chat
 from llamaclust.cli.main import main
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
-from llamaclust.core.errors import LlamaclustError
 from support.clusters import served
-from support.clusters.scripted_command import Ended, command, scripted, terminal
+from support.clusters.scripted_command import Ended, command, scripted
 from support.clusters.served import END, ids, logprob
 from support.models.tiny_model import build_tiny_model
 
@@ -194,120 +190,3 @@ def test_values_out_of_bounds(here: Here, arguments: Sequence[str], tiny: Path) 
     ended = here("generate", "x", *arguments, "--model", str(tiny))
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
-
-
-# -- chat --------------------------------------------------------------------------------------------------------------
-
-
-async def test_a_chat_through_a_pipe_remembers_saves_and_loads(tmp_path: Path) -> None:
-    saved = tmp_path / "chat.json"
-    turns = f"Hello\n\n /not a command\n/save {saved}\n/clear\nNew\n/load {saved}\nMore\n/help\n/exit\nnever sent\n"
-    async with scripted("Hi") as (url, engine):
-        ended = await command("chat", "--system", "Be brief.", "--endpoint", url, piped=turns.encode())
-        prompts = [served.tokenizer().decode(generation.prompt) for generation in engine.submitted]
-    assert (ended.code, ended.out) == (0, "Hi\n" * 4)
-    assert "saved 5 messages" in ended.err and "loaded 5 messages" in ended.err and "/clear" in ended.err
-    messages = json.loads(saved.read_text())["messages"]
-    assert [message["role"] for message in messages] == ["system", *("user", "assistant") * 2]
-    assert [message["content"] for message in messages] == ["Be brief.", "Hello", "Hi", "/not a command", "Hi"]
-    assert all("Be brief." in prompt for prompt in prompts)
-    assert ["Hello" in prompt for prompt in prompts] == [True, True, False, True]
-    assert "/not a command" in prompts[3] and "New" not in prompts[3]
-
-
-async def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns() -> None:
-    turns = [f"turn {number} {'x' * 30}" for number in range(6)]
-    async with scripted("Hi") as (url, engine):
-        ended = await command("chat", "--system", "Be brief.", "--endpoint", url, piped="\n".join(turns).encode())
-        prompts = [served.tokenizer().decode(generation.prompt) for generation in engine.submitted]
-    assert (ended.code, ended.out) == (0, "Hi\n" * len(turns))
-    assert ended.err.count("the oldest turns are left out") == 1 and "/clear" in ended.err
-    assert all("Be brief." in prompt and turn in prompt for prompt, turn in zip(prompts, turns, strict=True))
-    assert turns[0] not in prompts[-1] and turns[-2] in prompts[-1]
-
-
-async def test_a_message_longer_than_the_context_is_refused() -> None:
-    async with scripted("Hi") as (url, _):
-        ended = await command("chat", "--endpoint", url, piped=b"Hello\n" + b"x" * 300)
-    assert ended.code == 2 and "context length" in ended.err and ended.out == "Hi\n"
-
-
-async def test_a_chat_is_instructed_answers_again_and_tells_its_speed() -> None:
-    lines = "/system Be loud.\nHello\n/again\n/system\nMore\n/stats\n"
-    async with scripted("Hi") as (url, engine):
-        ended = await command("chat", "--endpoint", url, piped=lines.encode())
-        prompts = [served.tokenizer().decode(generation.prompt) for generation in engine.submitted]
-    assert (ended.code, ended.out) == (0, "Hi\n" * 3)
-    assert prompts[0] == prompts[1] and "Be loud." in prompts[0] and "Be loud." not in prompts[2]
-    assert prompts[2].count("Hello") == 1 and "tok/s" in ended.err
-
-
-def test_an_answer_that_does_not_come_again_stays() -> None:
-    with Client("http://127.0.0.1:9") as client:
-        chat = Chat(client, None, {})
-        chat.messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-        with pytest.raises(LlamaclustError, match="does not answer"):
-            chat._take("/again")
-    assert [message["content"] for message in chat.messages] == ["Hello", "Hi"]
-
-
-async def test_a_chat_on_a_terminal_knows_the_lines_of_the_last_one(
-    tmp_path: Path,
-) -> None:
-    async with scripted("Hi") as (url, engine):
-        for line in ("Hello\n", "\x1b[A\n"):  # the second is the key "up"
-            async with terminal("chat", "--endpoint", url, state_dir=tmp_path) as screen:
-                await screen.shows("> ")
-                screen.type(line)
-                await screen.shows("Hi\r\n")
-                screen.type("\x04")
-                assert await screen.process.wait() == 0
-        first, again = (generation.prompt for generation in engine.submitted)
-    assert first == again
-    assert stat.S_IMODE((tmp_path / ".chat_history").stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("/again", "nothing has been said"),
-        ("/stats", "no answer yet"),
-        ("/sing", "unknown command /sing"),
-        ("/save", "needs the name of a file"),
-        ("/save /nonexistent/a/b", "cannot save"),
-        ("/load /nonexistent", "cannot load"),
-        ("/load FILE", "not a conversation"),
-    ],
-)
-async def test_mistakes_in_a_piped_chat_end_it(line: str, words: str, tmp_path: Path) -> None:
-    other = tmp_path / "other.json"
-    other.write_text('{"messages": [{"role": "judge", "content": "x"}]}')
-    async with scripted("Hi") as (url, engine):
-        ended = await command("chat", "--endpoint", url, piped=f"{line.replace('FILE', str(other))}\nHello\n".encode())
-    assert (ended.code, ended.out, engine.submitted) == (2, "", [])
-    assert words in ended.err and ended.err.count("\n") == 1
-
-
-async def test_control_c_interrupts_an_answer_and_not_the_chat(tmp_path: Path) -> None:
-    async with (
-        scripted("Hello" * 30) as (url, engine),
-        terminal("chat", "--endpoint", url, state_dir=tmp_path) as screen,
-    ):
-        await screen.shows("> ")
-        engine.gate.clear()
-        screen.type("One\n")
-        await served.until(lambda: engine.running == 1)
-        screen.process.send_signal(signal.SIGINT)
-        await screen.shows("(interrupted)")
-        await served.until(lambda: engine.running == 0)
-        screen.process.send_signal(signal.SIGINT)
-        await screen.shows("/exit or Ctrl-D leaves")
-        engine.gate.set()
-        screen.type("Two\n")
-        await screen.shows("Hello" * 30)
-        screen.type("/nonsense\n")
-        await screen.shows("unknown command")
-        screen.type("/exit\n")
-        assert await screen.process.wait() == 0
-        prompts = [served.tokenizer().decode(generation.prompt) for generation in engine.submitted]
-        assert len(prompts) == 2 and "Two" in prompts[1] and "One" not in prompts[1]

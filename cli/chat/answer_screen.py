@@ -1,0 +1,58 @@
+"""An answer on the screen as it comes, and whether there are colors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+from llamaclust.cli import terminal
+from llamaclust.cli.terminal import Color
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.text.answer import TextChunk
+
+_DIM: Final = "\033[2m"
+_RESET: Final = "\033[0m"
+
+
+def uses_color(color: Color) -> bool:
+    """Whether standard output gets colors."""
+    return color is Color.ON or (color is Color.AUTO and sys.stdout.isatty() and environment().has_colors)
+
+
+class AnswerScreen:
+    """One answer on standard output. Reasoning is shown on a terminal alone: dimmed, or without colors under a line."""
+
+    def __init__(self, *, is_colored: bool) -> None:
+        self._is_colored = is_colored
+        self._shows_reasoning = sys.stdout.isatty()
+        self._is_reasoning = False
+        self._is_empty = True
+
+    def show(self, chunk: TextChunk) -> None:
+        """Writes a part of the answer."""
+        if self._shows_reasoning and chunk.reasoning:
+            if not self._is_reasoning:
+                sys.stdout.write(_DIM if self._is_colored else "[reasoning]\n")
+            self._is_reasoning, self._is_empty = True, False
+            terminal.write(chunk.reasoning)
+        if chunk.text:
+            if self._is_reasoning:
+                self._end_reasoning()
+                sys.stdout.write("\n\n" if self._is_colored else "\n[answer]\n")
+            self._is_empty = False
+            terminal.write(chunk.text)
+
+    def end(self) -> None:
+        """Ends the line of an answer that is complete, or that was interrupted."""
+        self._end_reasoning()
+        print(flush=True)
+
+    def fail(self) -> None:
+        """The same for an answer that failed, if any of it is shown."""
+        if not self._is_empty:
+            self.end()
+
+    def _end_reasoning(self) -> None:
+        if self._is_reasoning and self._is_colored:
+            sys.stdout.write(_RESET)
+        self._is_reasoning = False

@@ -1,0 +1,167 @@
+"""`chat`: a session on a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from llamaclust.cli import terminal
+from llamaclust.cli.chat.answer_screen import AnswerScreen
+from llamaclust.cli.chat.entries import Entries, Entry
+from llamaclust.cli.chat.inserted_files import with_files
+from llamaclust.cluster.client.session import ChatSession
+from llamaclust.cluster.client.types import ChunkStream
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.core.errors import LlamaclustError, UsageError
+
+_HELP: Final = '''\
+/again        answer the last message anew
+/undo         take back the last message and its answer
+/history      print the conversation
+/system TEXT  say how to answer; without TEXT, no more
+/stats        tokens and speed of the last answer
+/save FILE    write the conversation to FILE
+/load FILE    go on with the conversation of FILE
+/clear        forget the conversation, but not the system message
+/help, /?     this
+/exit         leave, as /quit, /bye and Ctrl-D do
+@FILE         in a message: the text of FILE; @"MY FILE": of one with spaces in its name
+A line that ends with \\ continues on the next one. """ begins and ends a message of several lines.
+Such a message, and a line that begins with a space, are sent as they are. Ctrl-C interrupts an answer.'''
+_DROPPED: Final = "(longer than the model's context: the oldest turns are left out from here on; /clear begins anew)"
+_EXITS: Final = ("/exit", "/quit", "/bye")
+_HISTORY: Final = ".chat_history"
+"""In the state directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """How a chat looks, and where its conversation is kept."""
+
+    is_colored: bool = False
+    shows_stats: bool = False  # after each answer
+    file: Path | None = None  # has the conversation after each answer and command
+
+
+class Chat:
+    """A session and its commands. What is not part of an answer goes to standard error."""
+
+    def __init__(self, session: ChatSession, settings: ChatSettings) -> None:
+        self._session = session
+        self._settings = settings
+        self._timings: Timings | None = None  # of the last answer
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/again": lambda rest: self._show(session.regenerate(stream=True)),
+            "/undo": lambda rest: self._undo(),
+            "/history": lambda rest: self._print_history(),
+            "/system": lambda rest: session.set_system(terminal.argument(rest) or None),
+            "/stats": lambda rest: self._print_stats(),
+            "/save": self._save,
+            "/load": self._load,
+            "/clear": lambda rest: session.clear(),
+            "/help": lambda rest: _print_notice(_HELP),
+            "/?": lambda rest: _print_notice(_HELP),
+        }
+
+    def run(self) -> None:
+        """Until the end of the input or /exit. On a terminal an error ends a turn, else the chat."""
+        is_terminal = sys.stdin.isatty()
+        entries = Entries(environment().state_dir / _HISTORY, is_colored=self._settings.is_colored)
+        if is_terminal:
+            _print_notice("/help shows commands, Ctrl-D leaves")
+        while True:
+            try:
+                entry = entries.read()
+                if entry.text in _EXITS and not entry.is_literal:
+                    return
+                self.take(entry)
+            except EOFError:
+                if is_terminal:
+                    _print_notice("")
+                return
+            except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
+                _print_notice("\n/exit or Ctrl-D leaves")
+            except LlamaclustError as error:
+                if not is_terminal:
+                    raise
+                terminal.print_error(error)
+
+    def take(self, entry: Entry) -> None:
+        """Answers a message, obeys a command. UsageError for a command that is not known."""
+        name, _, rest = entry.text.partition(" ")
+        if not entry.text:
+            return
+        if entry.is_literal or not name.startswith("/"):
+            text = terminal.argument(entry.text)
+            self._show(self._session.send(text if entry.is_literal else with_files(text), stream=True))
+        elif name in self._commands:
+            self._commands[name](rest.strip())
+        else:
+            raise UsageError(f"unknown command {name}; try /help, or put a space before the line to send it as it is")
+        if self._settings.file is not None:
+            self._session.save(self._settings.file)
+
+    def _show(self, chunks: ChunkStream) -> None:
+        dropped = self._session.dropped_messages
+        screen = AnswerScreen(is_colored=self._settings.is_colored)
+        try:
+            with chunks:
+                for chunk in chunks:
+                    if not dropped and (dropped := self._session.dropped_messages):
+                        _print_notice(_DROPPED)
+                    self._timings = chunk.timings or self._timings
+                    screen.show(chunk)
+        except KeyboardInterrupt:
+            screen.end()
+            _print_notice("(interrupted)")
+            return
+        except LlamaclustError:
+            screen.fail()
+            raise
+        screen.end()
+        if self._settings.shows_stats:
+            self._print_stats()
+
+    def _undo(self) -> None:
+        removed = self._session.undo()
+        _print_notice(f"took back {len(removed)} messages; {len(self._session.messages)} are left")
+
+    def _print_history(self) -> None:
+        for message in self._session.messages:
+            content = message.get("content")
+            terminal.write(f"{message['role']}: {content if isinstance(content, str) else json.dumps(content)}\n")
+
+    def _print_stats(self) -> None:
+        if self._timings is None:
+            raise UsageError("/stats: there is no answer yet")
+        timings = self._timings
+        prompt = (
+            f"{timings.prompt_tokens} tokens, {timings.cached_tokens} of them cached, {timings.prefill_tok_s:.0f} tok/s"
+        )
+        answer = f"{timings.generated_tokens} tokens, {timings.decode_tok_s:.1f} tok/s"
+        _print_notice(f"prompt: {prompt}; first token after {timings.ttft_ms:.0f} ms; answer: {answer}")
+
+    def _save(self, name: str) -> None:
+        self._session.save(_given(name, "/save"))
+        _print_notice(f"saved {len(self._session.messages)} messages to {name}")
+
+    def _load(self, name: str) -> None:
+        self._session.load(_given(name, "/load"))
+        _print_notice(f"loaded {len(self._session.messages)} messages from {name}")
+
+
+def _given(name: str, command: str) -> str:
+    if not name:
+        raise UsageError(f"{command} needs the name of a file")
+    return name
+
+
+def _print_notice(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,86 @@
+"""What is typed or piped: messages and commands of one line or several."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from llamaclust.cli.chat.line_history import LineHistory
+from llamaclust.core.errors import UsageError
+
+_QUOTES: Final = '"""'
+_FIRST_PROMPT: Final = "> "
+_NEXT_PROMPT: Final = ". "
+_BRIGHT: Final = ("\001\033[1;32m\002", "\001\033[0m\002")
+"""With the marks by which readline knows what takes no room on the screen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A message, or a command. A literal one is a message without anything to replace in it."""
+
+    text: str
+    is_literal: bool = False
+
+
+class Entries:
+    """Entries from standard input. On a terminal, keys edit a line and bring back those of earlier chats."""
+
+    def __init__(self, history: Path, *, is_colored: bool) -> None:
+        """`history`: the file of earlier lines."""
+        self._is_terminal = sys.stdin.isatty()
+        self._edits = self._is_terminal and sys.stdout.isatty()
+        self._history: LineHistory | None = None
+        if self._edits:
+            with suppress(ImportError):
+                self._history = LineHistory(history)
+        self._color = _BRIGHT if is_colored and self._history is not None else ("", "")
+
+    def read(self) -> Entry:
+        """The next one. EOFError at the end of the input, UsageError where it ends within an entry."""
+        line = self._line(_FIRST_PROMPT)
+        if line.startswith(" "):
+            return Entry(line.strip(), is_literal=True)
+        if line.startswith(_QUOTES):
+            return Entry(self._quoted(line.removeprefix(_QUOTES)), is_literal=True)
+        lines = [line]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(self._next("a message whose last line ends with a backslash"))
+        return Entry("\n".join(lines).strip())
+
+    def _quoted(self, first: str) -> str:
+        lines = [first]
+        while not lines[-1].rstrip().endswith(_QUOTES):
+            lines.append(self._next(f"a message that begins with {_QUOTES}"))
+        lines[-1] = lines[-1].rstrip().removesuffix(_QUOTES)
+        return "\n".join(lines).strip("\n")
+
+    def _next(self, within: str) -> str:
+        try:
+            return self._line(_NEXT_PROMPT)
+        except EOFError:
+            raise UsageError(f"the input ended within {within}") from None
+
+    def _line(self, prompt: str) -> str:
+        if self._edits:
+            line = input(prompt.join(self._color))
+            if self._history is not None:
+                self._history.add(line)
+            return line
+        if self._is_terminal:
+            print(prompt, end="", file=sys.stderr, flush=True)
+        return _piped_line()
+
+
+def _piped_line() -> str:
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not {sys.stdin.encoding}: {error.reason}") from error
+    if not line:
+        raise EOFError
+    return line.rstrip("\r\n")

@@ -1,0 +1,51 @@
+"""The lines that were typed in this chat and in earlier ones: readline's keys bring them back, a file keeps them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from llamaclust.cluster.state.regular_file import read_text, write_regular
+
+_LINES: Final = 1000
+_CHARACTERS: Final = 4096
+"""Longer lines, which were pasted, are not kept."""
+_MOST_BYTES: Final = 64 << 20
+
+
+class LineHistory:
+    """Gives input() keys to edit a line with. Chats at the same time add to one file; one that cannot be read or
+    written is done without."""
+
+    def __init__(self, path: Path) -> None:
+        """ImportError on a machine without readline."""
+        import readline
+
+        self._path = path
+        self._add = readline.add_history
+        readline.set_auto_history(False)
+        for line in self._earlier():
+            self._add(line)
+
+    def add(self, line: str) -> None:
+        """Keeps it at once, since a closed terminal ends the process."""
+        if not line.strip() or len(line) > _CHARACTERS:
+            return
+        self._add(line)
+        with suppress(OSError, UnicodeEncodeError):
+            data = f"{line}\n".encode()
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with os.fdopen(os.open(self._path, flags, 0o600), "ab") as file:
+                file.write(data)
+
+    def _earlier(self) -> list[str]:
+        with suppress(OSError, ValueError):
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lines = read_text(self._path, _MOST_BYTES).split("\n")[:-1]
+            if len(lines) > _LINES:
+                lines = lines[-_LINES:]
+                write_regular(self._path, "".join(f"{line}\n" for line in lines))
+            return lines
+        return []

@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 from typer import Argument, Option
 
 from llamaclust.cli import terminal
+from llamaclust.cli.cluster_source import MAX_WORKERS, cluster_source
 from llamaclust.cli.interrupts import ends_at_once
 from llamaclust.cli.options import Cluster, Endpoint, Json, KeyFile, option_value
 from llamaclust.core.errors import LlamaclustError, UsageError
@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from llamaclust.cluster.client.operations import ClusterApi
     from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 
-ConfigFile = Annotated[Path | None, Argument(metavar="FILE", help="Cluster file (YAML). Without it: the demo.")]
+Source = Annotated[
+    str | None,
+    Argument(metavar="FILE", help="Cluster file (YAML), or a model for workers on this machine. Without it: the demo."),
+]
+LocalWorkers = Annotated[
+    int | None,
+    Option("--workers", min=1, max=MAX_WORKERS, metavar="N", help="Workers that share the model; 1 by default."),
+]
 Worker = Annotated[str, Argument(metavar="WORKER", help="A worker's name.")]
 Overrides = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a key of the file; repeatable.")]
 
@@ -34,8 +41,9 @@ _COORDINATOR = "coordinator"
 
 
 def up(
-    file: ConfigFile = None,
+    source: Source = None,
     overrides: Overrides = [],  # noqa: B006  typer reads the default
+    workers: LocalWorkers = None,
     port: Annotated[
         int | None, Option(min=0, max=65535, metavar="N", help="Port of the HTTP API; 0: any free one.")
     ] = None,
@@ -49,10 +57,12 @@ def up(
     notify: Annotated[int | None, Option("--notify", hidden=True)] = None,
     ranked: Annotated[bool, Option("--ranked", hidden=True)] = False,
 ) -> None:
-    """Start the cluster that FILE describes and serve its API until Ctrl-C."""
+    """Start the cluster that FILE describes, or one of workers on this machine for a model, and serve its API until
+    Ctrl-C."""
     with ends_at_once():
         from llamaclust.cli.up import run_cluster, template_of
 
+    file, overrides = cluster_source(source, workers, overrides)
     if chat_template is not None:
         overrides = [*overrides, f"chat_template={template_of(chat_template)}"]
     run_cluster(file, overrides, port, detach=detach, standby=standby, notify=notify, ranked=ranked)
@@ -147,10 +157,16 @@ def _print_tail(record: ClusterRecord, worker: str, follow: bool) -> None:
             time.sleep(_TAIL_S)
 
 
-def plan(file: ConfigFile = None, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
+def plan(
+    source: Source = None,
+    overrides: Overrides = [],  # noqa: B006  typer reads the default
+    workers: LocalWorkers = None,
+    as_json: Json = False,
+) -> None:
     """Show the split, its memory and its predicted speed, without starting anything."""
     from llamaclust.cli.plan import show_plan
 
+    file, overrides = cluster_source(source, workers, overrides)
     show_plan(file, overrides, as_json)
 
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from llamaclust.cluster.config.document import Document, override, read_document
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.errors import PlaceError, explain, hint
+from llamaclust.cluster.config.model_sources import REMOTE_PREFIXES
 from llamaclust.cluster.config.sections import (
     AnyWorker,
     Api,
@@ -197,8 +198,6 @@ class ClusterConfig(Section):
 
 _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory", "kv_disk")
 """Keys of workers that are options of `llamaclust worker` of a static cluster."""
-_ELSEWHERE = ("hf:", "pypi:", "http:", "https:")
-"""How models begin that are no paths."""
 
 
 def _as_option(worker: WorkerConfig, key: str) -> str:
@@ -238,7 +237,7 @@ def _anchored(document: Document, folder: Path) -> Document:
     values = dict(document.values)
     model = values.get("model")
     keys = ["api_keys_file", "state_dir"]
-    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(_ELSEWHERE):
+    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(REMOTE_PREFIXES):
         keys.append("model")
     if values.get("chat_template") not in built_in_names():
         keys.append("chat_template")

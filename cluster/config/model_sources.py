@@ -16,6 +16,8 @@ _HUB_FILE = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})/(?P<file>[^\s@?#]{1,500})(@(?P<revision>[\w./-]{1,200}))?",
     re.ASCII,
 )
+REMOTE_PREFIXES = ("hf:", "pypi:", "http:", "https:")
+"""How models begin that are neither paths nor names."""
 _MAX_NAME_BYTES = 200
 """File systems take 255; a file that is not complete has a longer name."""
 _MAX_SLUG = 100

@@ -1,0 +1,58 @@
+"""What describes a cluster on the command line: a cluster file, a model for workers on this machine, or the demo."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamaclust.cluster.config.model_sources import REMOTE_PREFIXES
+from llamaclust.core.errors import UsageError
+
+MAX_WORKERS = len(string.ascii_lowercase)
+_FILES = frozenset({".yaml", ".yml", ".json"})
+_MAX_NAME = 63
+
+
+def cluster_source(source: str | None, workers: int | None, overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The cluster file, if there is one, and the KEY=VALUE overrides; for a model, a cluster named after it.
+
+    UsageError for a model that is neither a file nor known by name, and for `--workers` beside a cluster file.
+    """
+    if source is not None and not _is_model(source):
+        if workers is not None:
+            raise UsageError(f"--workers: {source} lists its workers; give a model in place of the file")
+        return Path(source), [*overrides]
+    count = [] if source is None and workers is None else _local_workers(workers or 1)
+    return None, [*([] if source is None else _served(source)), *count, *overrides]
+
+
+def _is_model(source: str) -> bool:
+    if source.startswith(REMOTE_PREFIXES) or source.lower().endswith(".gguf"):
+        return True
+    return "/" not in source and Path(source).suffix not in _FILES and not Path(source).exists()
+
+
+def _served(spec: str) -> list[str]:
+    from llamaclust.cluster.config.catalog import WantedFile, locate
+
+    found = locate(spec)
+    path = found.path if isinstance(found, WantedFile) else found
+    model = spec if isinstance(found, WantedFile) else str(found.absolute())
+    name = path.stem if spec.startswith(REMOTE_PREFIXES) or spec.lower().endswith(".gguf") else spec
+    return [f"name={_cluster_name(name)}", f"model={json.dumps(model)}"]
+
+
+def _cluster_name(text: str) -> str:
+    """Of the letters that names may have."""
+    name = re.sub(r"[^a-z0-9_.-]+", "-", text.lower(), flags=re.ASCII)[:_MAX_NAME].strip("_.-")
+    return json.dumps(name or "default")
+
+
+def _local_workers(count: int) -> list[str]:
+    """One serves a single request fastest; more are there to share the model among."""
+    names = [{"name": name} for name in string.ascii_lowercase[:count]]
+    objective = "latency" if count == 1 else "throughput"
+    return [f"workers={json.dumps(names)}", f"objective={objective}"]

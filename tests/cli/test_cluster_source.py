@@ -1,0 +1,84 @@
+"""`up` and `plan` of a model without a cluster file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cli.cluster_source import cluster_source
+from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
+from llamaclust.core.errors import UsageError
+from support.clusters.command_line import CommandLine, command_line
+from support.models.hostile_models import tiny
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        tiny(line.folder / "Good one (2).gguf")
+        yield line
+
+
+def described(source: str | None, workers: int | None = None, *overrides: str) -> ClusterConfig:
+    return load_config(*cluster_source(source, workers, overrides))
+
+
+def test_a_model_is_served_by_one_worker_or_shared_by_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny(tmp_path / "Good one (2).gguf")
+    alone = described("Good one (2).gguf")
+    assert (alone.name, alone.model) == ("good-one-2", str(tmp_path / "Good one (2).gguf"))
+    assert ([worker.name for worker in alone.workers], alone.objective) == (["a"], "latency")
+    shared = described("Good one (2).gguf", 3, "name=mine", "workers.1.threads=1")
+    assert (shared.name, shared.objective) == ("mine", "throughput")
+    assert [(worker.name, worker.threads) for worker in shared.workers] == [("a", None), ("b", 1), ("c", None)]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ("hf:some/repository/Model-Q4_K_M.gguf", "model-q4_k_m"),
+        ("https://example.org/a/Model.gguf", "model"),
+        ("hf:some/repository/" + "x" * 90 + ".gguf", "x" * 63),
+        ("hf:some/repository/模型.gguf", "default"),
+    ],
+)
+def test_clusters_are_named_after_their_models(source: str, name: str) -> None:
+    config = described(source)
+    assert (config.name, config.model) == (name, source)
+
+
+def test_without_a_source_the_demo_has_as_many_workers_as_given() -> None:
+    assert described(None).name == described(None, 3).name == "demo"
+    assert [len(described(None, workers).workers) for workers in (None, 1, 3)] == [2, 1, 3]
+
+
+def test_a_file_is_a_file_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("cluster.yaml", "plain"):
+        (tmp_path / name).write_text("name: filed\nmodel: smollm2-135m-instruct\nworkers: [{name: a}]\n")
+        assert described(name).name == "filed"
+    with pytest.raises(UsageError, match="--workers: plain lists its workers"):
+        described("plain", 2)
+    with pytest.raises(UsageError, match=r"missing\.yaml: "):
+        described("missing.yaml")
+    with pytest.raises(UsageError, match=r"folder/missing: "):
+        described("folder/missing")
+    with pytest.raises(UsageError, match=r"missing\.gguf: no such file"):
+        described("missing.gguf")
+    with pytest.raises(UsageError, match="smollm2-135m-instruc: neither a file nor a model known by name, did you mean"):
+        described("smollm2-135m-instruc")
+
+
+def test_a_model_is_planned_and_served_without_a_file(line: CommandLine) -> None:
+    plan = line.run("plan", "Good one (2).gguf", "--workers", "2", "--json").json
+    assert [stage["worker"] for stage in plan["stages"]] == ["a", "b"]
+    assert line.run("up", "Good one (2).gguf", "--workers", "2", "--port", "0", "--detach").code == 0
+    try:
+        status = line.run("status", "--json").json
+        assert (status["name"], [worker["name"] for worker in status["workers"]]) == ("good-one-2", ["a", "b"])
+    finally:
+        assert line.run("down").code == 0

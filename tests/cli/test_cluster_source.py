@@ -69,7 +69,9 @@ def test_a_file_is_a_file_whatever_it_is_called(tmp_path: Path, monkeypatch: pyt
         described("folder/missing")
     with pytest.raises(UsageError, match=r"missing\.gguf: no such file"):
         described("missing.gguf")
-    with pytest.raises(UsageError, match="smollm2-135m-instruc: neither a file nor a model known by name, did you mean"):
+    with pytest.raises(
+        UsageError, match="smollm2-135m-instruc: neither a file nor a model known by name, did you mean"
+    ):
         described("smollm2-135m-instruc")
 
 

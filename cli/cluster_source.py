@@ -8,7 +8,6 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamaclust.cluster.config.model_sources import REMOTE_PREFIXES
 from llamaclust.core.errors import UsageError
 
 MAX_WORKERS = len(string.ascii_lowercase)
@@ -30,9 +29,16 @@ def cluster_source(source: str | None, workers: int | None, overrides: Sequence[
 
 
 def _is_model(source: str) -> bool:
-    if source.startswith(REMOTE_PREFIXES) or source.lower().endswith(".gguf"):
-        return True
-    return "/" not in source and Path(source).suffix not in _FILES and not Path(source).exists()
+    return _has_model_form(source) or (
+        "/" not in source and Path(source).suffix not in _FILES and not Path(source).exists()
+    )
+
+
+def _has_model_form(source: str) -> bool:
+    """Whether it is a path or an address of a model, not a name."""
+    from llamaclust.cluster.config.model_sources import REMOTE_PREFIXES
+
+    return source.startswith(REMOTE_PREFIXES) or source.lower().endswith(".gguf")
 
 
 def _served(spec: str) -> list[str]:
@@ -41,7 +47,7 @@ def _served(spec: str) -> list[str]:
     found = locate(spec)
     path = found.path if isinstance(found, WantedFile) else found
     model = spec if isinstance(found, WantedFile) else str(found.absolute())
-    name = path.stem if spec.startswith(REMOTE_PREFIXES) or spec.lower().endswith(".gguf") else spec
+    name = path.stem if _has_model_form(spec) else spec
     return [f"name={_cluster_name(name)}", f"model={json.dumps(model)}"]
 
 

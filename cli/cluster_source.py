@@ -29,9 +29,16 @@ def cluster_source(source: str | None, workers: int | None, overrides: Sequence[
 
 
 def _is_model(source: str) -> bool:
-    return _has_model_form(source) or (
-        "/" not in source and Path(source).suffix not in _FILES and not Path(source).exists()
-    )
+    if _has_model_form(source):
+        return True
+    return "/" not in source and Path(source).suffix not in _FILES and not _is_there(Path(source))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _has_model_form(source: str) -> bool:

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from llamaclust.cluster.api.schema import Body
+from llamaclust.cluster.api.schema import Body, SeedField
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.scheduler.validation import check_chain
+from llamaclust.cluster.text.request import MAX_SALT_CHARACTERS, CompletionRequest
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
-from llamaclust.core.sampling_bounds import CHAIN_BOUNDS, MAX_MIROSTAT
+from llamaclust.core.sampling import Grammar, SamplingParams
+from llamaclust.core.sampling_bounds import CHAIN_BOUNDS, MAX_MIROSTAT, MAX_TOP_K, REAL_BOUNDS
 
 _ALIASES = {
     "nucleus": SamplerName.TOP_P,
@@ -120,6 +122,53 @@ class SamplerFields(Body):
     def dry_window(self) -> int | None:
         """None: all tokens."""
         return None if self.dry_penalty_last_n == -1 else self.dry_penalty_last_n
+
+
+class AnswerFields(SamplerFields):
+    """Of one answer to one chat, where an API has no more to say of how tokens are sampled."""
+
+    stream: bool = False
+    """Server-sent events."""
+    temperature: float = 1.0
+    """0 chooses the likeliest token."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that reach this probability together."""
+    top_k: Annotated[int, documented(-1, MAX_TOP_K)] = 0
+    """Only that many of the likeliest tokens; 0 and -1: all."""
+    min_p: float = 0.0
+    """Keep tokens with at least this fraction of the top token's probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that occurred."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it occurred."""
+    presence_penalty: float = 0.0
+    """Subtracted from a token's logit if it occurred."""
+    seed: SeedField = None
+    """The same seed gives the same answer; drawn where it is absent or -1."""
+    cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
+    """Only requests with the same share their prompts' beginnings in the prefix cache."""
+
+    def completion(
+        self, max_new_tokens: int | None, stop: tuple[str, ...], grammar: Grammar | None
+    ) -> CompletionRequest:
+        """Without a prompt."""
+        params = SamplingParams(
+            top_k=0 if self.top_k == -1 else self.top_k,
+            chain=self.chain(),
+            **{name: getattr(self, name) for name in REAL_BOUNDS},
+        )
+        return CompletionRequest(
+            (),
+            max_new_tokens,
+            params,
+            seed=self.seed,
+            stop=stop,
+            penalize_nl=self.penalize_nl,
+            dry_window=self.dry_window,
+            dry_breakers=self.dry_sequence_breakers,
+            cache_salt=self.cache_salt,
+            grammar=grammar,
+        )
 
 
 def _effective_order(chain: SamplerChain) -> tuple[SamplerName, ...]:

@@ -28,6 +28,11 @@ def event(value: Any, *, is_large: bool = False) -> bytes:
     return b"data: " + (b"".join(json_parts(value)) if is_large else to_json(value)) + b"\n\n"
 
 
+def named_event(name: str, value: Any) -> bytes:
+    """Likewise with the name of its kind."""
+    return f"event: {name}\n".encode() + event(value)
+
+
 class EventResponse(Response):
     """Sends events as they come. However it ends, the events' generator and then `close` are run to their ends."""
 

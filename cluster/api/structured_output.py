@@ -57,7 +57,7 @@ class GrammarFields(Body):
         """What the answer obeys. ParameterError for fields that contradict each other, or a form that is not known."""
         given: dict[str, Callable[[], Grammar | None]] = {}
         if self.response_format is not None and self.response_format != {"type": "text"}:
-            given["response_format"] = partial(_of_response_format, self.response_format)
+            given["response_format"] = partial(response_format_grammar, self.response_format, "response_format")
         if self.json_schema not in (None, {}):
             given["json_schema"] = partial(_VLLM_FORMS["json"], self.json_schema, "json_schema")
         if self.grammar:
@@ -73,8 +73,9 @@ class GrammarFields(Body):
         return next((make() for make in given.values()), None)
 
 
-def _of_response_format(value: dict[str, Any]) -> Grammar | None:
-    origin, kind = "response_format", value.get("type")
+def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
+    """Of OpenAI's form, which is the value of the field `origin`; None for `text`. ParameterError for another form."""
+    kind = value.get("type")
     match kind:
         case "text":
             return None

@@ -42,6 +42,21 @@ class ToolUse:
     name: str | None = None  # of the only one that may be called
     is_parallel: bool = True  # an answer may have several calls
 
+    @classmethod
+    def of(cls, mode: ToolMode, name: str | None, is_parallel: bool | None) -> ToolUse:
+        """`is_parallel` None: one call where one is asked for, otherwise as many as the model makes."""
+        return cls(mode, name, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
+
+    def check(self, tools: Sequence[Variables]) -> None:
+        """ParameterError for tools that contradict each other or this choice among them."""
+        names = [tool["function"]["name"] for tool in tools]
+        if len(set(names)) < len(names):
+            raise ParameterError("tools", "two functions have the same name")
+        if self.mode is ToolMode.REQUIRED and not names:
+            raise ParameterError("tool_choice", "needs tools")
+        if self.name is not None and self.name not in names:
+            raise ParameterError("tool_choice", f"names {self.name[:60]!r}, which is not among the tools")
+
 
 class PromptEnd(Enum):
     """What a rendered chat ends with."""
@@ -99,6 +114,13 @@ class RenderedChat:
 
     prompt: str
     reading: AnswerReading | None
+
+
+def effort_variables(effort: str | None) -> dict[str, Any]:
+    """Of a template, for an effort of reasoning. As llama.cpp: the template decides what it means."""
+    if effort is None:
+        return {}
+    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
 
 
 def prompt_end(

@@ -28,6 +28,8 @@ from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 class LlamaCppReply:
     """One answer to each prompt. See `Reply`."""
 
+    acknowledgement: bytes | None = None
+
     def __init__(self, service: TextService, settings: ApiSettings, ticket: Ticket, body: LlamaCppBody) -> None:
         self.is_streamed = body.stream
         self._service = service

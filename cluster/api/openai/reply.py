@@ -50,6 +50,8 @@ Requests = Callable[[], Awaitable[Sequence[CompletionRequest]]]
 class OpenAiReply:
     """The streams of one request, one a prompt. See `Reply`."""
 
+    acknowledgement: bytes | None = None
+
     def __init__(
         self,
         service: TextService,

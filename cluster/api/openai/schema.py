@@ -23,7 +23,7 @@ from llamaclust.cluster.api.schema import (
 )
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
-from llamaclust.cluster.text.chat import ChatRequest, PromptEnd, prompt_end
+from llamaclust.cluster.text.chat import ChatRequest, PromptEnd, effort_variables, prompt_end
 from llamaclust.cluster.text.request import MAX_SALT_CHARACTERS, MAX_STOP_TOKENS, CompletionRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
@@ -115,12 +115,7 @@ class ChatFields(ToolFields):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """As llama.cpp: the template decides what an effort means."""
-        effort = self.reasoning_effort
-        if effort is None:
-            return self.chat_template_kwargs
-        named = {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
-        return named | self.chat_template_kwargs
+        return effort_variables(self.reasoning_effort) | self.chat_template_kwargs
 
     @property
     def prompt_end(self) -> PromptEnd:

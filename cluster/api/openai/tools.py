@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
-from hashlib import sha256
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, call_id_of, function_tool
 from llamaclust.cluster.api.schema import Body
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
 from llamaclust.core.errors import ParameterError
@@ -22,23 +21,11 @@ from llamaclust.model.chat.tools.events import (
     ReasoningText,
 )
 
-MAX_TOOLS: Final = 1024
-_NAME: Final = re.compile(r"[\w.\-/:]{1,128}")
-_ID_CHARACTERS: Final = 24
-
 
 def _tool(value: Any) -> Any:
     if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
         raise ValueError("a tool must be an object with type 'function' and an object 'function'")
-    function = value["function"]
-    if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
-        raise ValueError("function.name: must have 1 to 128 letters, digits and characters of _.-/:")
-    if not isinstance(function.get("parameters") or {}, dict):
-        raise ValueError("function.parameters: must be a JSON schema, an object")
-    if not isinstance(function.get("description") or "", str):
-        raise ValueError("function.description: must be a string")
-    known = {key: function[key] for key in ("name", "description", "parameters") if function.get(key) is not None}
-    return {"type": "function", "function": {"description": "", "parameters": _NO_PARAMETERS, **known}}
+    return function_tool(value["function"], "function.")
 
 
 def _call(value: Any) -> Any:
@@ -64,7 +51,6 @@ def _choice(value: Any) -> Any:
     raise ValueError('must be \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": ...}}')
 
 
-_NO_PARAMETERS: Final = {"type": "object", "properties": {}}
 _MODES: Final = {"none": ToolMode.NONE, "required": ToolMode.REQUIRED}
 _OBJECT: Final = WithJsonSchema({"type": "object", "required": ["type", "function"]})
 ToolField = Annotated[dict[str, Any], BeforeValidator(_tool), _OBJECT]
@@ -95,22 +81,14 @@ class ToolFields(Body):
         """ParameterError for fields that contradict each other."""
         if self.reasoning_budget not in (-1, 0):
             raise ParameterError("reasoning_budget", f"is {self.reasoning_budget}, must be -1 (no limit) or 0 (none)")
-        names = [tool["function"]["name"] for tool in self.tools]
-        use = self.tool_use
-        if len(set(names)) < len(names):
-            raise ParameterError("tools", "two functions have the same name")
-        if use.mode is ToolMode.REQUIRED and not names:
-            raise ParameterError("tool_choice", "needs tools")
-        if use.name is not None and use.name not in names:
-            raise ParameterError("tool_choice", f"names {use.name[:60]!r}, which is not among the tools")
+        self.tool_use.check(self.tools)
 
     @property
     def tool_use(self) -> ToolUse:
         choice = self.tool_choice
         named = choice["function"]["name"] if isinstance(choice, dict) else None
         mode = ToolMode.REQUIRED if named else _MODES.get(choice, ToolMode.AUTO)
-        is_parallel = self.parallel_tool_calls
-        return ToolUse(mode, named, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
+        return ToolUse.of(mode, named, self.parallel_tool_calls)
 
 
 def delta_of(events: Iterable[AnswerEvent], choice_id: str) -> dict[str, Any]:
@@ -156,8 +134,3 @@ def message_of(events: Iterable[AnswerEvent], choice_id: str) -> dict[str, Any]:
             for index, call in enumerate(answer.calls)
         ]
     return message
-
-
-def call_id_of(choice_id: str, index: int) -> str:
-    """Of a call that the model gave none: the same where a reply is computed again."""
-    return f"call_{sha256(f'{choice_id} {index}'.encode()).hexdigest()[:_ID_CHARACTERS]}"

@@ -33,12 +33,17 @@ class Replies:
         self._durability = durability
         self._journal = None if durability is None else durability.journal
         self._endpoints: dict[str, MakeReply] = {}
-        self._cache = ReplyCache(settings, self._journal)
-        self._restoring = None if durability is None else Restoring(durability, self._cache, self._endpoints)
+        self.cache = ReplyCache(settings, self._journal)
+        self._restoring = None if durability is None else Restoring(durability, self.cache, self._endpoints)
 
-    def endpoint(self, path: str, make: MakeReply) -> Callable[[Request], Awaitable[Response]]:
-        """The handler of a path whose replies `make` makes."""
+    def endpoint(
+        self, path: str, make: MakeReply, kept_s: float | None = None
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """The handler of a path whose replies `make` makes. `kept_s`: how long they are kept without a reader, where it
+        is not as the settings say."""
         self._endpoints[path] = make
+        if kept_s is not None:
+            self.cache.lifetimes[path] = kept_s
 
         async def answer(request: Request) -> Response:
             return await self._answer(request, path)
@@ -48,12 +53,12 @@ class Replies:
     async def _answer(self, request: Request, path: str) -> Response:
         body = await read_bytes(request, self.settings)
         ticket = Ticket.draw(request.headers, self.settings.api_keys, self._journal)
-        if (kept := self._cache.same(ticket, path, body)) is not None:
-            return await self._respond(request, kept, _given(request))
+        if (kept := self.cache.same(ticket, path, body)) is not None:
+            return await self._begun(request, kept, _given(request))
         if "last-event-id" in request.headers:  # a new computation may give other tokens
             raise self._not_found(ticket.identity.idempotency_key)
         reply = await self._endpoints[path](body, ticket)
-        if ticket.is_kept:
+        if ticket.is_kept or reply.acknowledgement is not None:
             return await self._keep(request, ticket, reply, path, body)
         return await self._direct(request, ticket, reply, path, body)
 
@@ -86,22 +91,28 @@ class Replies:
     # -- replies that are kept -----------------------------------------------------------------------------------------
 
     async def _keep(self, request: Request, ticket: Ticket, reply: Reply, path: str, body: bytes) -> Response:
-        while ticket.identity.conversation and (before := self._cache.in_conversation(ticket)) is not None:
-            await self._cache.forget(before)
-        if (kept := self._cache.same(ticket, path, body)) is not None:  # that came meanwhile
-            return await self._respond(request, kept, Position())
-        kept = self._cache.add(ticket, path, body, is_streamed=reply.is_streamed)
+        while ticket.identity.conversation and (before := self.cache.in_conversation(ticket)) is not None:
+            await self.cache.forget(before)
+        if (kept := self.cache.same(ticket, path, body)) is not None:  # that came meanwhile
+            return await self._begun(request, kept, Position())
+        kept = self.cache.add(ticket, path, body, is_streamed=reply.is_streamed)
         try:
             admit = partial(self._admit, ticket, path, body, is_streamed=reply.is_streamed)
             admitted = await unless_disconnected(request, kept.begin(reply, admit=admit))
         except BaseException:
-            await self._cache.forget(kept)
+            await self.cache.forget(kept)
             raise
         if admitted is not None:
             await asyncio.shield(admitted)
-        return await self._respond(request, kept, Position())
+        return await self._begun(request, kept, Position())
 
-    async def _respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
+    async def _begun(self, request: Request, kept: KeptReply, after: Position) -> Response:
+        """To the request that begins it, or repeats that."""
+        if kept.acknowledgement is not None and not kept.is_streamed:
+            return JsonParts([kept.acknowledgement])
+        return await self.respond(request, kept, after)
+
+    async def respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
         """The rest of a kept reply."""
         if not kept.is_streamed:
             return JsonParts(await unless_disconnected(request, kept.whole()))
@@ -112,7 +123,7 @@ class Replies:
     def _sent(self, kept: KeptReply) -> Callable[[], Awaitable[None]]:
         async def close() -> None:
             if kept.is_sent:
-                self._cache.sent(kept)
+                self.cache.sent(kept)
 
         return close
 
@@ -121,7 +132,7 @@ class Replies:
     async def resume(self, request: Request) -> Response:
         """`GET /v1/streams/ID`: the events after the one of `Last-Event-ID` or `?after=`; a reply that is not streamed
         as a whole."""
-        return await self._respond(request, self._find(request), _given(request))
+        return await self.respond(request, self._find(request), _given(request))
 
     async def replay(self, request: Request) -> Response:
         """`GET /v1/stream/ID?from=N`, llama.cpp's form: the bytes of a conversation's newest stream from N on."""
@@ -135,12 +146,12 @@ class Replies:
     async def stop(self, request: Request) -> Response:
         """`DELETE` of either: ends the reply. 204 also where there is none."""
         with suppress(HttpError):
-            await self._cache.forget(self._find(request))
+            await self.cache.forget(self._find(request))
         return Response(status_code=204)
 
     def _find(self, request: Request) -> KeptReply:
         name = request.path_params["id"]
-        if (kept := self._cache.named(owner(request.headers, self.settings.api_keys), name)) is None:
+        if (kept := self.cache.named(owner(request.headers, self.settings.api_keys), name)) is None:
             raise self._not_found(name)
         return kept
 
@@ -156,10 +167,10 @@ class Replies:
         await self._restoring.restore(requests)
 
     async def aclose(self) -> None:
-        self._cache.stop()
+        self.cache.stop()
         if self._restoring is not None:
             await self._restoring.aclose()
-        await self._cache.aclose()
+        await self.cache.aclose()
 
 
 def _given(request: Request) -> Position:

@@ -54,7 +54,8 @@ class ReplyOwner(Protocol):
 
 
 class KeptReply:
-    """Is computed from `begin` until it ends or is `aclose`d; expires when no client has read it for a while."""
+    """Is computed from `begin` until it ends or is `aclose`d; expires when no client has read it for a while, one that
+    its client does not wait for not before it has ended."""
 
     def __init__(self, ticket: Ticket, settings: ApiSettings, owner: ReplyOwner, *, is_streamed: bool) -> None:
         self.ticket = ticket
@@ -84,14 +85,35 @@ class KeptReply:
         return self._state in (ReplyState.ADDED, ReplyState.BEGUN)
 
     @property
+    def is_complete(self) -> bool:
+        """Ended without an error."""
+        return self._state is ReplyState.ENDED and self._error is None
+
+    @property
+    def error(self) -> LlamaclustError | None:
+        """What ended it."""
+        return self._error
+
+    @property
+    def acknowledgement(self) -> bytes | None:
+        """See `Reply`; None also before it has begun."""
+        return None if self._reply is None else self._reply.acknowledgement
+
+    @property
     def gives_way(self) -> bool:
         """Whether nothing is computed for it, and no client reads it."""
         return not self.is_read and not self.is_running
 
     def postpone(self, begin: Callable[[], None]) -> None:
-        """`begin` is called when a client reads it."""
+        """`begin` is called when a client reads it, or with `resume`."""
         self._postponed, self._state = begin, ReplyState.POSTPONED
         self._expire_later()
+
+    def resume(self) -> None:
+        """Begins what was postponed."""
+        begin, self._postponed = self._postponed, None
+        if begin is not None:
+            begin()
 
     async def begin(
         self, reply: Reply, *, until_s: float | None = None, admit: Callable[[], Awaitable[None] | None] | None = None
@@ -179,9 +201,7 @@ class KeptReply:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        begin, self._postponed = self._postponed, None
-        if begin is not None:
-            begin()
+        self.resume()
         try:
             yield
         finally:
@@ -189,6 +209,8 @@ class KeptReply:
             self._expire_later()
 
     def _expire_later(self) -> None:
+        if self.is_running and self.acknowledgement is not None:
+            return
         if self._readers == 0 and self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._settings.resume_s, self._owner.expired, self)
@@ -223,6 +245,7 @@ class KeptReply:
             self._end(LlamaclustError("internal error; the coordinator's log says more"))
         finally:
             await reply.aclose()
+        self._expire_later()
 
     async def _take(self, reply: Reply) -> None:
         if not self.is_streamed:

@@ -26,6 +26,8 @@ class Reply(Protocol):
     """The reply to one request."""
 
     is_streamed: bool
+    acknowledgement: bytes | None
+    """The JSON of a client that does not wait for its reply; None: it waits. The reply is kept for it."""
 
     async def start(self) -> None:
         """Submits the request. Raises what refuses it."""

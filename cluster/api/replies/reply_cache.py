@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from llamaclust.cluster.api.errors import HttpError
@@ -37,6 +37,7 @@ class ReplyCache:
     """Use from one event loop; `aclose` it, which ends them."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None) -> None:
+        self.lifetimes: dict[str, float] = {}  # in seconds without a reader, of paths that have one of their own
         self._settings = settings
         self._journal = journal
         self._entries: dict[str, _Entry] = {}
@@ -47,7 +48,8 @@ class ReplyCache:
     def add(self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool) -> KeptReply:
         """HttpError where there is no room."""
         self._make_room(len(body))
-        kept = KeptReply(ticket, self._settings, self, is_streamed=is_streamed)
+        settings = replace(self._settings, resume_s=self.lifetimes.get(path, self._settings.resume_s))
+        kept = KeptReply(ticket, settings, self, is_streamed=is_streamed)
         self._entries[ticket.id] = _Entry(kept, _digest(path, body), len(body))
         self._held_bytes += len(body)
         for name in _names(ticket):
@@ -108,7 +110,7 @@ class ReplyCache:
     def named(self, owner: str, name: str) -> KeptReply | None:
         """By its id, the id with a prefix as in a reply, or its client's name for it."""
         named = (self._ids.get((owner, kind, name), "") for kind in _Name)
-        for request_id in (name.rpartition("-")[2], *named):
+        for request_id in (name.replace("_", "-").rpartition("-")[2], *named):
             entry = self._entries.get(request_id)
             if entry is not None and entry.kept.ticket.identity.owner == owner:
                 return entry.kept

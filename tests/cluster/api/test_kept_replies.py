@@ -29,6 +29,7 @@ class EndlessReply:
     """Submitted at once, without events."""
 
     is_streamed = True
+    acknowledgement: bytes | None = None
 
     def __init__(self) -> None:
         self.closed = 0
@@ -111,7 +112,7 @@ async def test_a_second_connection_gets_nothing_before_the_admission_is_on_disk(
         first = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
         await until(lambda: bool(asked))
         second = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
-        (kept,) = [entry.kept for entry in server.replies._cache._entries.values()]
+        (kept,) = [entry.kept for entry in server.replies.cache._entries.values()]
         await until(lambda: kept.is_running and kept._readers == 1)  # the second one's
         assert kept.is_running and not kept.held_bytes and not (first.done() or second.done())
         on_disk.set()

@@ -119,7 +119,7 @@ async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, mo
     await write_journal(path, *(admission(number, body, is_streamed=False) for number in range(3)))
     async with served(path) as server:
         asking = [asyncio.create_task(server.http.get(f"/v1/streams/key {number}")) for number in (0, 2)]
-        await until(lambda: sum(entry.kept._readers for entry in server.replies._cache._entries.values()) == 2)
+        await until(lambda: sum(entry.kept._readers for entry in server.replies.cache._entries.values()) == 2)
         assert not any(task.done() for task in asking)
         await server.http.delete("/v1/streams/key 0")
         await server.http.delete("/v1/streams/key 1")

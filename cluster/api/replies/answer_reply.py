@@ -1,0 +1,82 @@
+"""The reply of endpoints that give one answer to one chat, streamed or whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from functools import partial
+from typing import Any, Protocol
+
+from llamaclust.cluster.api.json_parts import json_parts, off_loop_if_large
+from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
+from llamaclust.cluster.api.replies.reply import Event
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.text.stream import CompletionStream
+
+MakeRequest = Callable[[], Awaitable[CompletionRequest]]
+"""Prepares the completion; raises what refuses it."""
+
+
+class AnswerShape(Protocol):
+    """How an API shows an answer."""
+
+    def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
+        """The JSON of a reply that is not streamed."""
+        ...
+
+    def events(self, chunk: TextChunk, stream: CompletionStream) -> Iterable[bytes]:
+        """The events that a chunk adds to a stream: on the first chunk also those that begin it, on the last one those
+        that end it."""
+        ...
+
+
+class AnswerReply:
+    """See `Reply`."""
+
+    def __init__(
+        self,
+        service: TextService,
+        settings: ApiSettings,
+        ticket: Ticket,
+        shape: AnswerShape,
+        request: MakeRequest,
+        *,
+        is_streamed: bool,
+        acknowledgement: bytes | None = None,
+    ) -> None:
+        self.is_streamed = is_streamed
+        self.acknowledgement = acknowledgement
+        self._settings = settings
+        self._shape = shape
+        self._request = request
+        self._prompts = PromptStreams(service, ticket, is_streamed=is_streamed)
+
+    @property
+    def _stream(self) -> CompletionStream:
+        (stream,) = self._prompts.streams
+        return stream
+
+    async def start(self) -> None:
+        await self._prompts.submit([await self._request()])
+
+    async def wait_first(self) -> None:
+        await self._stream.wait_first(self._settings.first_chunk_s)
+
+    async def aclose(self) -> None:
+        await self._prompts.aclose()
+
+    async def whole(self) -> list[bytes]:
+        (answer,) = await collect(self._stream)
+        value = self._shape.whole(answer, self._stream)
+        return await off_loop_if_large(partial(json_parts, value), len(answer.rows))
+
+    async def events(self) -> AsyncGenerator[Event | None, None]:
+        async for _, chunk in self._prompts.chunks(self._settings.keepalive_s):
+            if chunk is None:
+                yield None
+                continue
+            for data in self._shape.events(chunk, self._stream):
+                yield Event(0, data)

@@ -13,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.admission import Admission, AdmissionGate
+from llamaclust.cluster.api.anthropic.endpoint import MessagesEndpoint
+from llamaclust.cluster.api.anthropic.schema import MessagesBody
 from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.errors import add_error_handlers
 from llamaclust.cluster.api.ignored import IgnoredFields
@@ -53,6 +55,7 @@ def create_app(
     counting = ChatEndpoint(service, settings, ModelNames(service.settings.model_name, settings, any_by_default=True))
     for prefix in ("/v1", ""):
         _post(app, f"{prefix}/chat/completions/input_tokens", counting.count, ChatBody)
+    _post(app, "/v1/messages/count_tokens", MessagesEndpoint(service, settings).count, MessagesBody)
     for path, make, body in _generating(service, settings, llamacpp):
         _post(app, path, replies.endpoint(path, make), body)
     _route(app, "GET", "/v1/streams/{id:path}", replies.resume)
@@ -96,6 +99,7 @@ def _generating(
         yield f"{prefix}/chat/completions", ChatEndpoint(service, settings, models).create, ChatBody
         yield f"{prefix}/completions", CompletionEndpoint(service, settings, models).create, CompletionBody
     yield "/completion", llamacpp.complete, LlamaCppBody
+    yield "/v1/messages", MessagesEndpoint(service, settings).create, MessagesBody
 
 
 def _route(app: FastAPI, method: str, path: str, endpoint: Endpoint, schema: dict[str, Any] | None = None) -> None:

@@ -13,6 +13,14 @@ _STATE: Final = "error_shape"
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _LLAMACPP_TYPES: Final = {**_TYPES, 404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
 
+_ANTHROPIC_TYPES: Final = {
+    **_TYPES,
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -32,12 +40,14 @@ class ErrorShape:
     body: Callable[[Failure], dict[str, Any]]
     """The JSON of a reply."""
     event_name: str = ""
-    """Of the event that ends a stream; "": it has none."""
+    """Of the event that ends a stream, and its `type`; "": it has none."""
 
     def event(self, failure: Failure) -> bytes:
         """The last event of a stream that fails."""
-        name = f"event: {self.event_name}\n".encode() if self.event_name else b""
-        return name + b"data: " + to_json(self.body(failure)) + b"\n\n"
+        if not self.event_name:
+            return b"data: " + to_json(self.body(failure)) + b"\n\n"
+        value = {"type": self.event_name, **self.body(failure)}
+        return f"event: {self.event_name}\n".encode() + b"data: " + to_json(value) + b"\n\n"
 
 
 def to_json(value: Any) -> bytes:
@@ -74,6 +84,17 @@ def _llamacpp(failure: Failure) -> dict[str, Any]:
     return {"error": {**error, "type": kind, **failure.numbers}}
 
 
+def _anthropic(failure: Failure) -> dict[str, Any]:
+    """Clients shorten a chat upon the words "prompt is too long"."""
+    kind = _ANTHROPIC_TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
+    message = failure.message
+    if failure.numbers:
+        tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
+        message = f"prompt is too long: {tokens} tokens > {most} maximum ({message})"
+    error = {"type": kind, "message": message, "param": failure.param, "code": failure.code, **failure.numbers}
+    return {"type": "error", "error": error}
+
+
 def _kind(failure: Failure) -> str:
     return "invalid_request_error" if failure.status < 500 else "server_error"
 
@@ -86,6 +107,14 @@ def _items(value: object) -> list[Any]:
 
 OPENAI: Final = ErrorShape(_openai)
 LLAMACPP: Final = ErrorShape(_llamacpp)
+RESPONSES: Final = ErrorShape(_openai, "error")
+ANTHROPIC: Final = ErrorShape(_anthropic, "error")
 
-_SHAPES: Final = (("/v1/", OPENAI), ("/cluster", OPENAI))
+_SHAPES: Final = (
+    ("/v1/messages", ANTHROPIC),
+    ("/v1/responses", RESPONSES),
+    ("/responses", RESPONSES),
+    ("/v1/", OPENAI),
+    ("/cluster", OPENAI),
+)
 """By the beginning of the path, the first that fits; llama.cpp's where none does."""

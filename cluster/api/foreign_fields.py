@@ -107,3 +107,50 @@ LLAMACPP: Final = ForeignFields(
 )
 
 TEMPLATE: Final = ForeignFields(hints={"model": anything})
+
+_CHAT_ONLY: Final = {
+    **_REFUSED,
+    **_names("response_format json_schema grammar structured_outputs logit_bias", only()),
+    **_names("guided_json guided_regex guided_choice guided_grammar", only()),
+    "n": number(1),
+}
+"""What other chats have."""
+
+RESPONSES: Final = ForeignFields(
+    refused={
+        **_CHAT_ONLY,
+        **_names("conversation prompt", only()),
+        **_names("top_logprobs", number(0)),
+        "include": lambda value: isinstance(value, list) and "message.output_text.logprobs" not in value,
+    },
+    hints={
+        **_names(
+            "user service_tier safety_identifier prompt_cache_key prompt_cache_retention client_metadata", anything
+        ),
+        **_names("max_tool_calls context_management timings_per_token return_progress", only(False)),
+        "truncation": only("disabled"),
+    },
+    other_names={
+        **_OTHER_NAMES,
+        "repeat_penalty": "repetition_penalty",
+        "n_predict": "max_output_tokens",
+        "max_tokens": "max_output_tokens",
+        "max_completion_tokens": "max_output_tokens",
+    },
+)
+
+MESSAGES: Final = ForeignFields(
+    refused={**_CHAT_ONLY, **_names("mcp_servers container fallback_model", only())},
+    hints=_names(
+        "metadata service_tier cache_control context_management inference_geo speed betas user_profile_id", anything
+    ),
+    other_names={**_OPENAI_NAMES, "stop": "stop_sequences"},
+)
+"""Of Anthropic's API: what it says about costs, caches and places; `context_management` would only shorten chats."""
+
+THINKING: Final = ForeignFields(hints={"budget_tokens": only(), "display": only("summarized")})
+"""A budget of thinking is a wish: `max_tokens` bounds thinking and answer together."""
+
+ANTHROPIC_TOOL: Final = ForeignFields(
+    hints=_names("cache_control strict defer_loading allowed_callers input_examples eager_input_streaming", anything)
+)

@@ -1,0 +1,49 @@
+"""`POST /v1/messages` and `POST /v1/messages/count_tokens`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.anthropic.message import MessageShape
+from llamaclust.cluster.api.anthropic.schema import MessagesBody
+from llamaclust.cluster.api.body import parse_body, read_body
+from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.foreign_fields import MESSAGES
+from llamaclust.cluster.api.openai.models import ModelNames
+from llamaclust.cluster.api.replies.answer_reply import AnswerReply
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import unless_disconnected
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.text.service import TextService
+
+
+class MessagesEndpoint:
+    """Chats of Anthropic's API."""
+
+    def __init__(self, service: TextService, settings: ApiSettings) -> None:
+        """Its clients name Anthropic's models, for some of their requests by names of their own."""
+        self._service = service
+        self._settings = settings
+        self._models = ModelNames(service.settings.model_name, settings, any_by_default=True)
+
+    async def create(self, data: bytes, ticket: Ticket) -> AnswerReply:
+        body = await parse_body(data, MessagesBody, MESSAGES, self._settings)
+        self._models.check(body.model)
+        chat = replace(body.request(), created=ticket.created)
+
+        async def request() -> CompletionRequest:
+            return await self._service.chat(chat)
+
+        shape = MessageShape(self._service.settings.model_name, ticket.id)
+        return AnswerReply(self._service, self._settings, ticket, shape, request, is_streamed=body.stream)
+
+    async def count(self, request: Request) -> Response:
+        """The tokens of a chat's prompt."""
+        body = await read_body(request, MessagesBody, MESSAGES, self._settings)
+        self._models.check(body.model)
+        completion = await unless_disconnected(request, self._service.chat(body.request()))
+        return JsonResponse({"input_tokens": len(completion.prompt)})

@@ -23,6 +23,9 @@ from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody,
 from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.models import ModelNames, ModelsEndpoint
+from llamaclust.cluster.api.openai.responses.endpoints import ResponsesEndpoint, StoredResponses
+from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
+from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.openapi import body_schema, describe, docs_page
 from llamaclust.cluster.api.operations import DrainControl, Operations, Workers
@@ -58,6 +61,7 @@ def create_app(
     _post(app, "/v1/messages/count_tokens", MessagesEndpoint(service, settings).count, MessagesBody)
     for path, make, body in _generating(service, settings, llamacpp):
         _post(app, path, replies.endpoint(path, make), body)
+    _add_responses(app, service, replies)
     _route(app, "GET", "/v1/streams/{id:path}", replies.resume)
     _route(app, "GET", "/v1/stream/{id:path}", replies.replay)
     for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}"):
@@ -100,6 +104,22 @@ def _generating(
         yield f"{prefix}/completions", CompletionEndpoint(service, settings, models).create, CompletionBody
     yield "/completion", llamacpp.complete, LlamaCppBody
     yield "/v1/messages", MessagesEndpoint(service, settings).create, MessagesBody
+
+
+def _add_responses(app: FastAPI, service: TextService, replies: Replies) -> None:
+    """OpenAI's Responses API; clients of llama.cpp leave `/v1` away here too."""
+    store, settings = ResponseStore(), replies.settings
+    stored = StoredResponses(replies, store)
+    for prefix in ("/v1", ""):
+        path = f"{prefix}/responses"
+        models = ModelNames(service.settings.model_name, settings, any_by_default=not prefix)
+        endpoint = ResponsesEndpoint(service, settings, models, store)
+        _post(app, path, replies.endpoint(path, endpoint.create, settings.background_s), ResponsesBody)
+        _post(app, f"{path}/input_tokens", endpoint.count, ResponsesBody)
+        _route(app, "GET", f"{path}/{{id}}/input_items", stored.input_items)
+        _route(app, "POST", f"{path}/{{id}}/cancel", stored.cancel)
+        _route(app, "GET", f"{path}/{{id}}", stored.retrieve)
+        _route(app, "DELETE", f"{path}/{{id}}", stored.delete)
 
 
 def _route(app: FastAPI, method: str, path: str, endpoint: Endpoint, schema: dict[str, Any] | None = None) -> None:

@@ -22,6 +22,7 @@ _EVENTS: Final = "text/event-stream"
 _TYPES: Final = {"/metrics": ("text/plain",), "/docs": ("text/html",), "/v1/stream/{id}": (_EVENTS,)}
 """Of replies that are not JSON, by path."""
 _STREAMED: Final = (_JSON, _EVENTS)
+_RESPONSE: Final = "/responses/{id}"
 _REFUSALS: Final = {
     "400": "a field that is wrong or not supported; a prompt that is too long",
     "401": "no API key, or an unknown one",
@@ -42,7 +43,17 @@ _QUERIES: Final = {
         ("after", "string", "the id of the last event that the client has, or its part after the colon")
     ],
     "/v1/stream/{id}": [("from", "integer", "the number of bytes that the client has")],
+    _RESPONSE: [
+        ("stream", "boolean", "the events of a response that is streamed in the background"),
+        ("starting_after", "integer", "the number of the last event that the client has"),
+    ],
+    f"{_RESPONSE}/input_items": [
+        ("limit", "integer", "items at most, up to 100"),
+        ("order", "string", "asc: the oldest first"),
+        ("after", "string", "the id of the item before the first one"),
+    ],
 }
+"""By path, without `/v1` where there are both."""
 _ERROR: Final = {
     "type": "object",
     "required": ["error"],
@@ -112,23 +123,25 @@ async def docs_page(request: Request) -> Response:
 def _operation(route: APIRoute, method: str, path: str) -> dict[str, Any]:
     has_body = "requestBody" in (route.openapi_extra or {})
     streams = has_body and "stream" in _fields(route.openapi_extra or {})
-    types = _TYPES.get(path, _STREAMED if streams or path == "/v1/streams/{id}" else (_JSON,))
-    done = {"204": {"description": "done"}} if method == "DELETE" else {"200": _reply("the reply", types)}
+    streams = streams or (method == "GET" and path.endswith((_RESPONSE, "/v1/streams/{id}")))
+    types = _TYPES.get(path, _STREAMED if streams else (_JSON,))
+    has_reply = method != "DELETE" or path.endswith(_RESPONSE)
+    done = {"200": _reply("the reply", types)} if has_reply else {"204": {"description": "done"}}
     text = " ".join((route.endpoint.__doc__ or path).split())
     return {
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
         "summary": text.partition(". ")[0],
-        "parameters": [*_parameters(path)],
+        "parameters": [*_parameters(path, method)],
         **({"security": []} if path in OPEN_PATHS else {}),
         **(route.openapi_extra or {}),
         "responses": done | {status: _refusal(why) for status, why in _REFUSALS.items()},
     }
 
 
-def _parameters(path: str) -> Iterator[dict[str, Any]]:
+def _parameters(path: str, method: str) -> Iterator[dict[str, Any]]:
     for name in _PARAMETER.findall(path):
         yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-    for name, kind, text in _QUERIES.get(path, ()):
+    for name, kind, text in _QUERIES.get(path.removeprefix("/v1"), _QUERIES.get(path, ())) if method == "GET" else ():
         yield {"name": name, "in": "query", "description": text, "schema": {"type": kind}}
 
 

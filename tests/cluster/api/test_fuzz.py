@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from llamaclust.cluster.api.foreign_fields import CHAT, COMPLETION, LLAMACPP, TEMPLATE
+from llamaclust.cluster.api.anthropic.schema import MessagesBody
+from llamaclust.cluster.api.foreign_fields import CHAT, COMPLETION, LLAMACPP, MESSAGES, RESPONSES, TEMPLATE
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
+from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.schema import NOTHING_FOREIGN, ForeignFields
 from support.clusters.served import VOCABULARY, client, make_app, real_engine
@@ -21,6 +23,9 @@ from support.clusters.served import VOCABULARY, client, make_app, real_engine
 BODIES: dict[str, tuple[type[BaseModel], ForeignFields]] = {
     "/v1/chat/completions": (ChatBody, CHAT),
     "/v1/completions": (CompletionBody, COMPLETION),
+    "/v1/messages": (MessagesBody, MESSAGES),
+    "/v1/messages/count_tokens": (MessagesBody, MESSAGES),
+    "/v1/responses/input_tokens": (ResponsesBody, RESPONSES),
     "/completion": (LlamaCppBody, LLAMACPP),
     "/tokenize": (TokenizeBody, NOTHING_FOREIGN),
     "/detokenize": (DetokenizeBody, NOTHING_FOREIGN),
@@ -49,6 +54,8 @@ likely = {
     "max_tokens": st.integers(0, 30),
     "n_predict": st.integers(-2, 30),
     "stream": st.booleans(),
+    "input": texts | messages,
+    "system": texts,
     "echo": st.booleans(),
     "logprobs": st.booleans() | st.integers(0, 5),
     "n": st.integers(0, 4),
@@ -62,7 +69,7 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     kind, foreign = BODIES[path]
     known = (*foreign.refused, *foreign.hints, *foreign.other_names)
     names = st.sampled_from([*kind.model_fields, *known, "unknown"])
-    body: dict[str, Any] = {"prompt": "a", "messages": good_messages, "content": "a", "tokens": [5]}
+    body: dict[str, Any] = {"prompt": "a", "messages": good_messages, "content": "a", "tokens": [5], "input": "a"}
     body = {name: value for name, value in body.items() if name in kind.model_fields}
     for name in draw(st.lists(names, max_size=4, unique=True)):
         body[name] = draw(likely.get(name, anything) | anything)

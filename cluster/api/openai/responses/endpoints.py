@@ -1,0 +1,204 @@
+"""`POST /v1/responses`, and what clients do with stored responses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.body import parse_body, read_body
+from llamaclust.cluster.api.error_shapes import to_json
+from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.foreign_fields import RESPONSES
+from llamaclust.cluster.api.openai.models import ModelNames
+from llamaclust.cluster.api.openai.responses.items import messages_of
+from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, ResponseHead, Status, cancelled, failed
+from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
+from llamaclust.cluster.api.openai.responses.shape import ResponseShape, Storing
+from llamaclust.cluster.api.openai.responses.store import Messages, ResponseStore, StoredResponse
+from llamaclust.cluster.api.replies.answer_reply import AnswerReply
+from llamaclust.cluster.api.replies.kept_reply import KeptReply
+from llamaclust.cluster.api.replies.reply import Position
+from llamaclust.cluster.api.replies.reply_cache import ReplyCache
+from llamaclust.cluster.api.replies.ticket import Ticket, owner
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import unless_disconnected
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.text.service import TextService
+from llamaclust.core.errors import ClusterStoppingError
+
+_MOST_LISTED = 100
+_LISTED = 20
+
+
+class KeptReplies(Protocol):
+    """The replies of the API, as far as they are kept."""
+
+    settings: ApiSettings
+    cache: ReplyCache
+
+    async def respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
+        """The rest of a kept reply."""
+        ...
+
+
+class ResponsesEndpoint:
+    """Makes responses."""
+
+    def __init__(self, service: TextService, settings: ApiSettings, models: ModelNames, store: ResponseStore) -> None:
+        self._service = service
+        self._settings = settings
+        self._models = models
+        self._store = store
+
+    async def create(self, data: bytes, ticket: Ticket) -> AnswerReply:
+        body = await parse_body(data, ResponsesBody, RESPONSES, self._settings)
+        self._models.check(body.model)
+        body.check()
+        messages = self._messages(body, ticket.identity.owner)
+        chat = replace(body.request([*messages]), created=ticket.created)
+
+        async def request() -> CompletionRequest:
+            return await self._service.chat(chat)
+
+        head = ResponseHead(ID_PREFIX + ticket.id, ticket.created, self._service.settings.model_name, body.shown())
+        storing = Storing(self._store, ticket.identity.owner, body.input, messages) if body.store else None
+        shape = ResponseShape(head, ticket.id, self._service.tokenizer, storing)
+        acknowledgement = to_json(head.shown(head.first_status)) if body.background else None
+        return AnswerReply(
+            self._service,
+            self._settings,
+            ticket,
+            shape,
+            request,
+            is_streamed=body.stream,
+            acknowledgement=acknowledgement,
+        )
+
+    async def count(self, request: Request) -> Response:
+        """The tokens of a response's prompt."""
+        body = await read_body(request, ResponsesBody, RESPONSES, self._settings)
+        self._models.check(body.model)
+        body.check()
+        messages = self._messages(body, owner(request.headers, self._settings.api_keys))
+        completion = await unless_disconnected(request, self._service.chat(body.request([*messages])))
+        return JsonResponse({"object": "response.input_tokens", "input_tokens": len(completion.prompt)})
+
+    def _messages(self, body: ResponsesBody, owner_digest: str) -> Messages:
+        """Of the chat before the answer."""
+        given = tuple(messages_of(body.input))
+        if body.previous_response_id is None:
+            return given
+        return (*self._store.followed(owner_digest, body.previous_response_id).messages, *given)
+
+
+class StoredResponses:
+    """Reads responses, also those that are computed in the background, and ends them."""
+
+    def __init__(self, replies: KeptReplies, store: ResponseStore) -> None:
+        self._replies = replies
+        self._store = store
+
+    async def retrieve(self, request: Request) -> Response:
+        """A response as it is; `?stream=true`: the events of one that was streamed in the background, after the one of
+        number `starting_after`."""
+        if request.query_params.get("stream", "false").lower() in ("true", "1"):
+            return await self._events(request)
+        return JsonResponse(self._shown(request))
+
+    async def cancel(self, request: Request) -> Response:
+        """Ends a response that is computed in the background."""
+        kept, response = self._kept(request), self._shown(request)
+        if not response["background"]:
+            raise HttpError(
+                400, "not_in_background", f"response {response['id']} was not created with background: true"
+            )
+        if kept is not None and response["status"] in (Status.QUEUED, Status.IN_PROGRESS):
+            response = cancelled(response)
+            self._store.put(self._owner(request), StoredResponse(response, [], ()))
+            await self._replies.cache.forget(kept)
+        return JsonResponse(response)
+
+    async def delete(self, request: Request) -> Response:
+        """Ends a response that runs, and forgets it."""
+        kept = self._kept(request)
+        is_stored = self._store.delete(self._owner(request), request.path_params["id"])
+        if kept is not None:
+            await self._replies.cache.forget(kept)
+        elif not is_stored:
+            raise self._not_found(request)
+        return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
+
+    async def input_items(self, request: Request) -> Response:
+        """What a response answered; the newest item first unless `order=asc`."""
+        stored = self._store.get(self._owner(request), request.path_params["id"])
+        if stored is None:
+            raise self._not_found(request)
+        items = stored.input_items if request.query_params.get("order") == "asc" else stored.input_items[::-1]
+        after = request.query_params.get("after")
+        place = next((place for place, item in enumerate(items) if item["id"] == after), -1)
+        most = _number(request, "limit", _LISTED)
+        if not 1 <= most <= _MOST_LISTED:
+            raise HttpError(400, "bad_limit", f"limit: {most} is not within 1..{_MOST_LISTED}", param="limit")
+        rest = items[place + 1 :]
+        shown = rest[:most]
+        ends = (
+            {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
+        )
+        return JsonResponse({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
+
+    async def _events(self, request: Request) -> Response:
+        self._shown(request)
+        kept = self._kept(request)
+        if kept is None or not kept.is_streamed:
+            raise HttpError(
+                400, "not_streamed", "only responses of background: true and stream: true can be streamed again"
+            )
+        after = Position()
+        if "starting_after" in request.query_params:
+            after = Position.parse(str(_number(request, "starting_after", 0) + 1), "starting_after")
+        return await self._replies.respond(request, kept, after)
+
+    def _shown(self, request: Request) -> dict[str, Any]:
+        """HttpError where there is none."""
+        stored = self._store.get(self._owner(request), request.path_params["id"])
+        if stored is not None:
+            return stored.response
+        kept = self._kept(request)
+        if kept is None or kept.is_complete:  # too large for the store, or for as long as it is kept
+            raise self._not_found(request)
+        kept.resume()
+        return _unended(kept, request.path_params["id"])
+
+    def _kept(self, request: Request) -> KeptReply | None:
+        name = request.path_params["id"]
+        is_response = name.startswith(ID_PREFIX)  # other replies are kept too
+        return self._replies.cache.named(self._owner(request), name) if is_response else None
+
+    def _owner(self, request: Request) -> str:
+        return owner(request.headers, self._replies.settings.api_keys)
+
+    def _not_found(self, request: Request) -> HttpError:
+        return HttpError(404, "response_not_found", f"no response {request.path_params['id'][:60]!r} is stored here")
+
+
+def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
+    """A response that is not stored yet. One that waits for its turn after a restart is known by its id alone."""
+    known = kept.acknowledgement
+    shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.ticket.created}
+    shown |= {"background": True, "output": []} if known is None else json.loads(known)
+    if isinstance(kept.error, ClusterStoppingError):  # the next coordinator computes it on
+        raise kept.error
+    if kept.error is not None:
+        return failed(shown, kept.error)
+    return {**shown, "status": Status.QUEUED if known is None else Status.IN_PROGRESS}
+
+
+def _number(request: Request, name: str, default: int) -> int:
+    text = request.query_params.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 12):
+        raise HttpError(400, "bad_number", f"{name}: {text[:60]!r} is not a number", param=name)
+    return int(text)

@@ -1,0 +1,144 @@
+"""Items of the Responses API as messages of a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+Item = dict[str, Any]
+
+MAX_ITEMS: Final = 100_000
+_ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+_TEXT_PARTS: Final = ("input_text", "output_text", "text")
+_REASONING_PARTS: Final = ("summary_text", "reasoning_text", "text")
+
+
+def read_items(value: Any) -> list[Item]:
+    """The input of a request, in full form. ValueError for one that is wrong or has parts that are not supported."""
+    if isinstance(value, str):
+        return [_message({"role": "user", "content": value})]
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of items")
+    if len(value) > MAX_ITEMS:
+        raise ValueError(f"{len(value)} items, at most {MAX_ITEMS} are taken")
+    items = []
+    for place, item in enumerate(value):
+        try:
+            items.append(_item(item))
+        except ValueError as error:
+            raise ValueError(f"[{place}]: {error}") from error
+    return items
+
+
+def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
+    """As a client lists them: those without an id get one."""
+    return [{**item, "id": item.get("id") or f"item_{response_id}{place}"} for place, item in enumerate(items)]
+
+
+def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
+    """Successive items of an assistant (reasoning, text, calls) are one message."""
+    messages: list[dict[str, Any]] = []
+    answer: _Answer | None = None
+    for item in items:
+        if item["type"] == "function_call_output" or item.get("role", "assistant") != "assistant":
+            messages += [] if answer is None else [answer.message()]
+            answer = None
+            messages.append(_other_message(item))
+        else:
+            answer = answer or _Answer()
+            answer.add(item)
+    return messages if answer is None else [*messages, answer.message()]
+
+
+class _Answer:
+    """An assistant's message, put together from its items."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._thoughts: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+
+    def add(self, item: Item) -> None:
+        match item["type"]:
+            case "message":
+                self._texts.append(text_of(item))
+            case "reasoning":
+                parts = item.get("content") or item.get("summary") or ()
+                self._thoughts += [part["text"] for part in parts]
+            case "function_call":
+                function = {"name": item["name"], "arguments": item["arguments"]}
+                self._calls.append({"id": item["call_id"], "type": "function", "function": function})
+
+    def message(self) -> dict[str, Any]:
+        more = {"reasoning_content": "\n".join(self._thoughts), "tool_calls": self._calls}
+        given = {name: value for name, value in more.items() if value}
+        return {"role": "assistant", "content": "\n".join(self._texts), **given}
+
+
+def text_of(item: Item) -> str:
+    """Of a message or a result."""
+    content = item["output"] if item["type"] == "function_call_output" else item["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _other_message(item: Item) -> dict[str, Any]:
+    if item["type"] == "function_call_output":
+        return {"role": "tool", "tool_call_id": item["call_id"], "content": text_of(item)}
+    return {"role": _ROLES[item["role"]], "content": text_of(item)}
+
+
+def _item(value: Any) -> Item:
+    if not isinstance(value, dict):
+        raise ValueError("an item must be an object")
+    kind = value.get("type") or "message"
+    match kind:
+        case "message":
+            return _message(value)
+        case "function_call":
+            call = {name: _text(value, name) for name in ("call_id", "name", "arguments")}
+            return {"type": kind, **_id(value), **call, "status": "completed"}
+        case "function_call_output":
+            output = value.get("output")
+            shown = output if isinstance(output, str) else _parts(output, _TEXT_PARTS)
+            return {"type": kind, **_id(value), "call_id": _text(value, "call_id"), "output": shown}
+        case "reasoning":
+            summary = _parts(value.get("summary") or [], _REASONING_PARTS)
+            content = _parts(value.get("content") or [], _REASONING_PARTS)
+            return {"type": kind, **_id(value), "summary": summary, "content": content}
+    raise ValueError(f"items of type {str(kind)[:60]!r} are not supported")
+
+
+def _message(value: dict[str, Any]) -> Item:
+    role, content = value.get("role"), value.get("content")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ValueError(f"role: must be one of {', '.join(_ROLES)}")
+    kind = "output_text" if role == "assistant" else "input_text"
+    parts = [{"type": kind, "text": content}] if isinstance(content, str) else _parts(content, _TEXT_PARTS)
+    return {"type": "message", **_id(value), "role": role, "status": "completed", "content": parts}
+
+
+def _parts(value: Any, kinds: Sequence[str]) -> list[Item]:
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of parts")
+    return [_part(part, kinds) for part in value]
+
+
+def _part(part: Any, kinds: Sequence[str]) -> Item:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "refusal":
+        return {"type": "output_text", "text": _text(part, "refusal")}
+    if kind == "input_image":
+        raise ValueError("image input is not supported by this server; leave it out")
+    if kind not in kinds:
+        raise ValueError(f"parts of type {str(kind)[:60]!r} are not supported")
+    return {"type": kind, "text": _text(part, "text")}
+
+
+def _text(value: dict[str, Any], name: str) -> str:
+    if not isinstance(value.get(name), str):
+        raise ValueError(f"{name}: must be a string")
+    return str(value[name])
+
+
+def _id(value: dict[str, Any]) -> dict[str, str]:
+    return {"id": value["id"]} if isinstance(value.get("id"), str) else {}

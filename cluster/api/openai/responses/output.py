@@ -1,0 +1,108 @@
+"""An answer as output items, and as the events by which a stream adds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from llamaclust.cluster.api.openai.function_tools import call_id_of
+from llamaclust.cluster.api.openai.responses.response import Status
+from llamaclust.model.chat.tools.events import (
+    AnswerEvent,
+    ArgumentText,
+    CallBegun,
+    CallEnded,
+    ContentText,
+    ReasoningText,
+)
+
+Shown = dict[str, Any]
+"""An event without its number: its `type` and further fields."""
+
+_PART_TYPES: Final = {"message": "output_text", "reasoning": "reasoning_text"}
+_PREFIXES: Final = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+
+
+class OutputItems:
+    """Puts an answer's items together and gives the events of each step. One item is open at a time."""
+
+    def __init__(self, reply_id: str) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._reply_id = reply_id
+        self._is_open = False
+        self._pieces: list[str] = []  # of the open item's text or arguments
+
+    def take(self, events: Iterable[AnswerEvent]) -> Iterator[Shown]:
+        for event in events:
+            match event:
+                case ReasoningText(text) if text:
+                    yield from self._piece("reasoning", text)
+                case ContentText(text) if text:
+                    yield from self._piece("message", text)
+                case CallBegun(index, name, call_id):
+                    call_id = call_id or call_id_of(self._reply_id, index)
+                    yield from self._begin("function_call", call_id=call_id, name=name, arguments="")
+                case ArgumentText(_, text) if text:
+                    self._pieces.append(text)
+                    yield self._event("response.function_call_arguments.delta", delta=text)
+                case CallEnded():
+                    yield from self._close(Status.COMPLETED)
+
+    def end(self, status: Status) -> Iterator[Shown]:
+        """The last item has the status of the response. An empty answer has an empty message."""
+        if not self.items:
+            yield from self._begin_text("message")
+        yield from self._close(status)
+
+    def _piece(self, kind: str, text: str) -> Iterator[Shown]:
+        if not self._is_open or self.items[-1]["type"] != kind:
+            yield from self._begin_text(kind)
+        self._pieces.append(text)
+        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+        yield self._part_event(f"response.{_PART_TYPES[kind]}.delta", delta=text, **more)
+
+    def _begin_text(self, kind: str) -> Iterator[Shown]:
+        more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
+        yield from self._begin(kind, **more, content=[])
+        yield self._part_event("response.content_part.added", part=_part(kind, ""))
+
+    def _begin(self, kind: str, **fields: Any) -> Iterator[Shown]:
+        yield from self._close(Status.COMPLETED)
+        item_id = f"{_PREFIXES[kind]}_{self._reply_id}{len(self.items)}"
+        self.items.append({"id": item_id, "type": kind, "status": Status.IN_PROGRESS, **fields})
+        self._is_open = True
+        self._pieces = []
+        yield self._item_event("response.output_item.added")
+
+    def _close(self, status: Status) -> Iterator[Shown]:
+        if not self._is_open:
+            return
+        self._is_open = False
+        item, text = self.items[-1], "".join(self._pieces)
+        item["status"] = status
+        kind = item["type"]
+        if kind == "function_call":
+            item["arguments"] = text or "{}"
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._event("response.function_call_arguments.done", **done)
+        else:
+            part = _part(kind, text)
+            item["content"] = [part]
+            more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+            yield self._part_event(f"response.{_PART_TYPES[kind]}.done", text=text, **more)
+            yield self._part_event("response.content_part.done", part=part)
+        yield self._item_event("response.output_item.done")
+
+    def _event(self, event_type: str, /, **fields: Any) -> Shown:
+        return {"type": event_type, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
+
+    def _part_event(self, name: str, **fields: Any) -> Shown:
+        return self._event(name, content_index=0, **fields)
+
+    def _item_event(self, name: str) -> Shown:
+        return {"type": name, "output_index": len(self.items) - 1, "item": dict(self.items[-1])}
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    more: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "message" else {}
+    return {"type": _PART_TYPES[kind], "text": text, **more}

@@ -1,0 +1,178 @@
+"""The body of `POST /v1/responses`."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, function_tool
+from llamaclust.cluster.api.openai.responses.items import read_items
+from llamaclust.cluster.api.sampler_schema import AnswerFields
+from llamaclust.cluster.api.schema import Body, LimitField, StopField
+from llamaclust.cluster.api.structured_output import response_format_grammar
+from llamaclust.cluster.text.chat import ChatRequest, ToolMode, ToolUse, effort_variables
+from llamaclust.core.errors import ParameterError
+
+_MODES: Final = {"auto": ToolMode.AUTO, "none": ToolMode.NONE, "required": ToolMode.REQUIRED}
+_MAX_METADATA: Final = 16
+
+
+def _tool(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind != "function":
+        raise ValueError(f"tools of type {str(kind)[:60]!r} are not supported, only 'function'")
+    nested = value.get("function")
+    return function_tool(nested if isinstance(nested, dict) else value)
+
+
+def _choice(value: Any) -> Any:
+    if isinstance(value, str) and value in _MODES:
+        return value
+    if isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("name"), str):
+        return {"type": "function", "name": value["name"]}
+    raise ValueError("must be 'none', 'auto', 'required' or {\"type\": \"function\", \"name\": ...}")
+
+
+def _metadata(value: Any) -> Any:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError("must be an object of strings")
+    if len(value) > _MAX_METADATA or any(len(key) > 64 or len(text) > 512 for key, text in value.items()):
+        raise ValueError(f"must have at most {_MAX_METADATA} keys of 64 characters and values of 512")
+    return value
+
+
+_INPUT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+_CHOICE: Final = {"anyOf": [{"enum": [*_MODES]}, {"type": "object", "required": ["type", "name"]}]}
+_TOOL: Final = {"type": "object", "required": ["type", "name"]}
+_InputField = Annotated[list[dict[str, Any]], BeforeValidator(read_items), WithJsonSchema(_INPUT)]
+_ToolField = Annotated[dict[str, Any], BeforeValidator(_tool), WithJsonSchema(_TOOL)]
+_ChoiceField = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE)]
+_MetadataField = Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonSchema({"type": "object"})]
+
+
+class Reasoning(Body):
+    """How the model thinks."""
+
+    effort: str | None = None
+    """Passed to the chat template; none sets its `enable_thinking` to false."""
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    """No-op: reasoning is shown as it is."""
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    """An older name of `summary`."""
+
+
+class TextConfig(Body):
+    """How the text looks."""
+
+    format: dict[str, Any] = Field(default_factory=lambda: {"type": "text"})
+    """`{"type": "json_schema", "name": ..., "schema": ...}`, `{"type": "json_object"}` or `{"type": "text"}`."""
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """No-op."""
+
+
+class StreamOptions(Body):
+    """What a stream carries beside the answer."""
+
+    include_obfuscation: bool = False
+    """No-op: events are never padded."""
+
+
+class ResponsesBody(AnswerFields):
+    """`POST /v1/responses`."""
+
+    model: str | None = None
+    """The served model's name; another name is refused."""
+    input: _InputField = Field(default_factory=list)
+    """Text, or items: messages, function_call, function_call_output, reasoning."""
+    instructions: str | None = None
+    """A system prompt; those of earlier responses are not carried over."""
+    previous_response_id: str | None = Field(default=None, max_length=256)
+    """A stored response that this one follows."""
+    store: bool = True
+    """The response can be read again, and followed, as long as there is room."""
+    background: bool = False
+    """The reply comes at once; the response is computed on and read with `GET /v1/responses/ID`."""
+    max_output_tokens: LimitField = None
+    """Tokens of the answer, reasoning included; by default what the context leaves."""
+    stream_options: StreamOptions | None = None
+    """Only with `stream`."""
+    stop: StopField = ()
+    """The answer ends before the first of these."""
+    tools: list[_ToolField] = Field(default_factory=list, max_length=MAX_TOOLS)
+    """Functions that the model may call."""
+    tool_choice: _ChoiceField = "auto"
+    """`auto`, `none`, `required`, or the one function to be called."""
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may have several calls; by default true, but one call where `tool_choice` asks for one."""
+    reasoning: Reasoning = Field(default_factory=Reasoning)
+    """How the model thinks."""
+    text: TextConfig = Field(default_factory=TextConfig)
+    """How the text looks."""
+    metadata: _MetadataField = Field(default_factory=dict)
+    """Comes back with the response."""
+
+    @property
+    def tool_use(self) -> ToolUse:
+        if isinstance(self.tool_choice, dict):
+            return ToolUse.of(ToolMode.REQUIRED, self.tool_choice["name"], self.parallel_tool_calls)
+        return ToolUse.of(_MODES[self.tool_choice], None, self.parallel_tool_calls)
+
+    def shown(self) -> dict[str, Any]:
+        """What a response repeats of its request."""
+        return {
+            "background": self.background,
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "parallel_tool_calls": self.tool_use.is_parallel,
+            "previous_response_id": self.previous_response_id,
+            "reasoning": {"effort": self.reasoning.effort, "summary": None},
+            "store": self.store,
+            "temperature": self.temperature,
+            "text": {"format": self.text.format},
+            "tool_choice": self.tool_choice,
+            "tools": [_shown_tool(tool) for tool in self.tools],
+            "top_p": self.top_p,
+            "metadata": self.metadata,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+        }
+
+    def check(self) -> None:
+        """ParameterError for fields that contradict each other."""
+        self.tool_use.check(self.tools)
+        if self.background and not self.store:
+            raise ParameterError("background", "needs store: true")
+        if self.stream_options is not None and not self.stream:
+            raise ParameterError("stream_options", "only makes sense with stream: true")
+        if not self.input and self.previous_response_id is None:
+            raise ParameterError("input", "is missing")
+
+    def request(self, messages: list[dict[str, Any]]) -> ChatRequest:
+        """The chat that the messages of the input, and those before them, make."""
+        grammar = response_format_grammar(self.text.format, "text.format")
+        instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        return ChatRequest(
+            _with_one_system_prompt([*instructions, *messages]),
+            self.completion(self.max_output_tokens, self.stop, grammar),
+            tuple(self.tools),
+            effort_variables(self.reasoning.effort),
+            tool_use=self.tool_use,
+        )
+
+
+def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """In the flat form of this API."""
+    function = tool["function"]
+    fields = {name: function[name] for name in ("name", "description", "parameters")}
+    return {"type": "function", **fields, "strict": False}
+
+
+def _with_one_system_prompt(messages: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Instructions and the developer's first messages are one: many templates take no second one."""
+    systems = [*takewhile(lambda message: message["role"] == "system", messages)]
+    others = messages[len(systems) :]
+    if not systems:
+        return tuple(others)
+    return ({"role": "system", "content": "\n\n".join(message["content"] for message in systems)}, *others)

@@ -1,5 +1,5 @@
-"""The child's side of a process that computes with untrusted input: it reads requests and writes replies as lines of
-JSON, and ends with its parent."""
+"""Frames between a process and a child that computes with untrusted input, lines of JSON; and the child's side of them,
+which ends with its parent."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from typing import Any, Final
 
 _MAX_REQUEST_BYTES: Final = 1 << 29
 _SET_PARENT_DEATH_SIGNAL: Final = 1
+
+
+def encoded(frame: Mapping[str, Any]) -> bytes:
+    """In plain ASCII. TypeError, ValueError or RecursionError for values that JSON cannot hold."""
+    return json.dumps(frame).encode() + b"\n"
 
 
 def end_with_parent() -> None:
@@ -31,5 +36,5 @@ def read_frame() -> dict[str, Any]:
 
 
 def write_frame(frame: Mapping[str, Any]) -> None:
-    sys.stdout.buffer.write(json.dumps(frame).encode() + b"\n")
+    sys.stdout.buffer.write(encoded(frame))
     sys.stdout.buffer.flush()

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import json
 import logging
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from threading import Event, Timer
+from functools import partial
 from typing import Any, Final
 
 from llamaclust.core.errors import DeadlineError, ModelFileError, RequestError
 from llamaclust.model.chat.template_choice import built_in, suggested_template
+from llamaclust.model.child_process import (
+    BoundedChild,
+    ChildEndedError,
+    ChildKilledError,
+    ChildLateError,
+    ChildProgram,
+    ChildUnusableError,
+)
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _NO_TEMPLATE: Final = (
@@ -28,11 +31,7 @@ _MAX_REPLY_SHARE: Final = 6
 """JSON may write one byte of text as six."""
 _MOST_PROCESSES = 2
 """So that a template which takes long does not hold up all chats."""
-_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
-"""Variables for Python's start and for dates in templates; keys and tokens are not passed."""
-_OTHERS_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
-_END_S = 1.0
-"""Deadline from the child's last byte to its exit."""
+_CHILD: Final = "llamaclust.model.chat.template_child"
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +61,6 @@ class ChatTemplate:
         self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._limits = limits or TemplateLimits()
-        self._is_closed = False
         self._renderers = [_Renderer(source, self._limits) for _ in range(_MOST_PROCESSES)]
 
     def __enter__(self) -> ChatTemplate:
@@ -73,13 +71,10 @@ class ChatTemplate:
 
     def close(self) -> None:
         """Ends the child processes; renders in progress and those that wait fail. May be called again."""
-        if self._is_closed:
-            return
-        self._is_closed = True
         for renderer in self._renderers:
-            renderer.stop()
+            renderer.child.stop()
         for renderer in self._renderers:
-            renderer.close()
+            renderer.child.close()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
         """The prompt for some messages; `extra` are more variables of the template (`tools`, `documents`, ...), and
@@ -111,195 +106,53 @@ class ChatTemplate:
             raise RequestError(_NO_TEMPLATE)
         variables = {"tools": None, "documents": None, **self._tokens, **extra}
         variables |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        return min(self._renderers, key=lambda renderer: renderer.load).submit(variables)
+        return min(self._renderers, key=lambda renderer: renderer.child.load).submit(variables)
 
     def _waited_too_long(self) -> DeadlineError:
         return DeadlineError(f"the chat template was busy with other requests for {self._limits.wait_s:g} s; try again")
 
 
 class _Renderer:
-    """A child process, and the thread that owns it for its whole life: Linux kills a child when the thread that started
-    it ends."""
+    """One of the child processes that render a template."""
 
     def __init__(self, source: str | None, limits: TemplateLimits) -> None:
-        self.child: _TemplateProcess | None = None
-        self._source = source
-        self._limits = limits
+        first = {"source": source, **asdict(limits)}
+        max_reply_bytes = limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16)
+        program = ChildProgram(_CHILD, lambda: first, limits.start_s, limits.wall_s, max_reply_bytes)
+        self.child = BoundedChild(program, "chat-template")
         self._broken: str | None = None
-        self._is_stopped = False
         self._is_reported = False
-        self._renders: set[Future[str]] = set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
-
-    @property
-    def load(self) -> int:
-        """Renders in progress, and those that wait."""
-        return len(self._renders)
 
     def submit(self, variables: Mapping[str, Any]) -> Future[str]:
-        render = self._thread.submit(self._render, variables)
-        self._renders.add(render)
-        render.add_done_callback(self._renders.discard)
-        return render
-
-    def stop(self) -> None:
-        """Renders fail from now on."""
-        self._is_stopped = True
-        child = self.child
-        if child is not None:
-            child.stop()
-
-    def close(self) -> None:
-        """After `stop`: returns when the child is gone."""
-        self._thread.submit(self._drop_child)
-        self._thread.shutdown(wait=True)
+        return self.child.submit(partial(self._render, variables))
 
     def _render(self, variables: Mapping[str, Any]) -> str:
         """On the child's thread: large messages take long to write."""
+        if self._broken is not None:
+            raise RequestError(self._broken)
         try:
-            frame = _frame(variables)
+            reply = self.child.request(variables)
         except RecursionError:
             raise RequestError("the messages are nested too deeply") from None
         except (TypeError, ValueError) as error:
             raise RequestError(f"the messages cannot be written as JSON: {error}") from error
-        try:
-            try:
-                reply = self._request(frame)
-            except _ProcessKilled:  # by others, at work or before
-                reply = self._request(frame)
-        except (_ProcessKilled, _NotInTime) as failure:
+        except ChildUnusableError as failure:  # it does not compile, or not with what it may use: not tried again
+            self._broken = f"the model's chat template cannot be used: {_line(failure)}"
+            raise RequestError(self._broken) from None
+        except (ChildKilledError, ChildLateError) as failure:
             raise DeadlineError(f"the model's chat template was stopped: {failure}; try again") from None
-        except _RenderingStopped as failure:
+        except ChildEndedError as failure:
             raise RequestError(f"the model's chat template was stopped: {failure}") from None
+        self._report(self.child.first_reply["unconfined"])
         if "error" in reply:
             raise RequestError(f"the model's chat template: {_line(reply['error'])}")
         return str(reply["text"])
-
-    def _request(self, frame: bytes) -> dict[str, Any]:
-        if self._is_stopped:
-            raise DeadlineError("the chat template was closed")
-        if self._broken is not None:
-            raise RequestError(self._broken)
-        if self.child is None:
-            self.child = self._start()
-        try:
-            return self.child.request(frame, self._limits.wall_s)
-        except _RenderingStopped:
-            self._drop_child()
-            raise
-
-    def _start(self) -> _TemplateProcess:
-        """A child that has compiled the template. A template that does not compile, or not with what it may use, is
-        remembered, not tried again."""
-        limits = self._limits
-        child = _TemplateProcess(limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16))
-        try:
-            reply = child.request(_frame({"source": self._source, **asdict(limits)}), limits.start_s)
-            problem = reply.get("error")
-        except (_ProcessKilled, _NotInTime):
-            child.kill()
-            raise
-        except _RenderingStopped as failure:
-            problem = str(failure)
-        else:
-            self._report(reply["unconfined"])
-        if problem is not None:
-            child.kill()
-            self._broken = f"the model's chat template cannot be used: {_line(problem)}"
-            raise RequestError(self._broken)
-        return child
 
     def _report(self, unconfined: str | None) -> None:
         """Once: a child may be started again and again."""
         if unconfined is not None and not self._is_reported:
             self._is_reported = True
             _log.warning("chat templates are rendered with Jinja's sandbox alone: %s", unconfined)
-
-    def _drop_child(self) -> None:
-        if self.child is not None:
-            self.child.kill()
-            self.child = None
-
-
-class _RenderingStopped(Exception):
-    """The child ended, or did not answer in time; the message says how."""
-
-
-class _ProcessKilled(_RenderingStopped):
-    """The child was killed from outside, not by a template."""
-
-
-class _NotInTime(_RenderingStopped):
-    """No reply within the deadline: a slow template or a stalled machine."""
-
-
-class _TemplateProcess:
-    """The rendering process and its two pipes."""
-
-    def __init__(self, max_reply_bytes: int) -> None:
-        self._max_reply_bytes = max_reply_bytes
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "llamaclust.model.chat.template_child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._input, self._output = self._process.stdin, self._process.stdout
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def request(self, frame: bytes, timeout_s: float) -> dict[str, Any]:
-        """Sends a request, one line of JSON, and waits for the reply, another one."""
-        is_late = Event()
-
-        def end() -> None:
-            is_late.set()
-            self._process.kill()
-
-        timer = Timer(timeout_s, end)
-        timer.daemon = True
-        timer.start()
-        try:
-            self._input.write(frame)
-            self._input.flush()
-            line = self._output.readline(self._max_reply_bytes + 1)
-        except BrokenPipeError:
-            line = b""
-        finally:
-            timer.cancel()
-        if line.endswith(b"\n"):
-            reply: dict[str, Any] = json.loads(line)
-            return reply
-        if is_late.is_set():
-            raise _NotInTime(f"it did not end within {timeout_s:g} s")
-        if len(line) > self._max_reply_bytes:
-            raise _RenderingStopped(f"a reply of more than {self._max_reply_bytes} bytes")
-        raise self._ending()
-
-    def stop(self) -> None:
-        """Makes the process end; may be called from any thread."""
-        self._process.kill()
-
-    def kill(self) -> None:
-        """Ends the process and its pipes."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _ending(self) -> _RenderingStopped:
-        """How the child ended, which has closed its pipes."""
-        try:
-            code = self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            return _RenderingStopped("its process does not answer")
-        if -code in _OTHERS_SIGNALS:
-            return _ProcessKilled(f"its process was killed by {signal.Signals(-code).name}")
-        if code == -signal.SIGXCPU:
-            return _RenderingStopped("it used more CPU time than a template may")
-        return _RenderingStopped("it crashed the process that rendered it")
 
 
 def load_chat_template(
@@ -319,11 +172,6 @@ def load_chat_template(
         name = suggested_template(metadata, tokenizer)
         source = None if name is None else built_in(name)
     return ChatTemplate(source, _text(tokenizer, tokenizer.bos_id), _text(tokenizer, tokenizer.eos_id), limits)
-
-
-def _frame(values: Mapping[str, Any]) -> bytes:
-    """One line of JSON in plain ASCII. TypeError, ValueError or RecursionError for values that JSON cannot hold."""
-    return json.dumps(values).encode() + b"\n"
 
 
 def _line(text: object) -> str:

@@ -44,9 +44,9 @@ class GrammarChecker:
         if key in self._verdicts:
             self._verdicts.move_to_end(key)
             return self._verdicts[key]
-        process = min(self._processes, key=lambda process: process.waiting)
+        process = min(self._processes, key=lambda process: process.child.load)
         try:
-            verdict = await asyncio.wait_for(process.check(definition), self._limits.wait_s)
+            verdict = await asyncio.wait_for(asyncio.wrap_future(process.submit(definition)), self._limits.wait_s)
         except (TimeoutError, concurrent.futures.CancelledError):
             text = f"the check of grammars was busy with others for {self._limits.wait_s:g} s; try again"
             raise DeadlineError(text) from None
@@ -59,4 +59,6 @@ class GrammarChecker:
     def close(self) -> None:
         """Ends the processes; checks in progress fail."""
         for process in self._processes:
-            process.close()
+            process.child.stop()
+        for process in self._processes:
+            process.child.close()

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ import psutil
 import pytest
 
 from llamaclust.core.errors import DeadlineError, LlamaclustError, RequestError
-from llamaclust.model.chat import template as template_module
+from llamaclust.model import child_process
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
 from llamaclust.model.chat.template_choice import built_in
+from llamaclust.model.child_process import BoundedChild
 
 HELLO = [{"role": "user", "content": "Hello"}]
 FOR_EVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -152,7 +154,8 @@ def test_a_start_that_the_machine_held_up_is_tried_again() -> None:
     with ChatTemplate("ok", "", "", TemplateLimits(start_s=0.001)) as template:
         with pytest.raises(DeadlineError, match=r"stopped: it did not end within 0.001 s"):
             template.render(HELLO)
-        template._renderers[0]._limits = TemplateLimits()
+        child = template._renderers[0].child
+        child._program = replace(child._program, start_s=30.0)
         assert template.render(HELLO) == "ok"
 
 
@@ -187,7 +190,7 @@ def test_a_process_that_is_killed_at_every_render_is_an_error() -> None:
         running = threads.submit(template.render, HELLO)
         killed = []
         while not running.done():
-            pid = None if template._renderers[0].child is None else template._renderers[0].child.pid
+            pid = template._renderers[0].child.pid
             if pid is not None and pid not in killed:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
@@ -251,13 +254,13 @@ def test_messages_that_are_no_json_are_refused(chatml: ChatTemplate) -> None:
 async def test_messages_are_written_off_the_event_loop(chatml: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large ones take long."""
     threads: set[int] = set()
-    frame = template_module._frame
+    encoded = child_process.encoded
 
-    def spied(values: dict[str, object]) -> bytes:
+    def spied(values: Mapping[str, Any]) -> bytes:
         threads.add(threading.get_ident())
-        return frame(values)
+        return encoded(values)
 
-    monkeypatch.setattr(template_module, "_frame", spied)
+    monkeypatch.setattr(child_process, "encoded", spied)
     assert "Hello" in await chatml.render_async(HELLO)
     assert threads and threading.get_ident() not in threads
 
@@ -340,13 +343,13 @@ def test_renders_are_confined(chatml: ChatTemplate) -> None:
 def test_a_machine_without_a_filter_is_reported_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    request = template_module._TemplateProcess.request
+    exchange = BoundedChild._exchange
 
-    def unconfined(process: Any, frame: bytes, timeout_s: float) -> dict[str, Any]:
-        reply = request(process, frame, timeout_s)
+    def unconfined(child: BoundedChild, *exchanged: Any) -> dict[str, Any]:
+        reply = exchange(child, *exchanged)
         return {**reply, "unconfined": "no filter here"} if "unconfined" in reply else reply
 
-    monkeypatch.setattr(template_module._TemplateProcess, "request", unconfined)
+    monkeypatch.setattr(BoundedChild, "_exchange", unconfined)
     with ChatTemplate("a", "", "") as template:
         for _ in range(2):
             assert template.render(HELLO) == "a"
@@ -360,7 +363,7 @@ def test_the_process_dies_with_its_parent() -> None:
         "from llamaclust.model.chat.template import ChatTemplate, TemplateLimits\n"
         f"template = ChatTemplate({FOR_EVER!r}, '', '', TemplateLimits(wall_s=60, cpu_seconds=60))\n"
         "threading.Thread(target=template.render, args=([],), daemon=True).start()\n"
-        "while template._renderers[0].child is None: time.sleep(0.01)\n"
+        "while template._renderers[0].child.pid is None: time.sleep(0.01)\n"
         "print(template._renderers[0].child.pid, flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
@@ -375,13 +378,14 @@ def test_the_process_dies_with_its_parent() -> None:
 
 
 def child_pid(template: ChatTemplate) -> int:
-    assert template._renderers[0].child is not None
-    return template._renderers[0].child.pid
+    pid = template._renderers[0].child.pid
+    assert pid is not None
+    return pid
 
 
 def wait_for_child(template: ChatTemplate) -> int:
     deadline = time.monotonic() + 20
-    while template._renderers[0].child is None and time.monotonic() < deadline:
+    while template._renderers[0].child.pid is None and time.monotonic() < deadline:
         time.sleep(0.01)
     return child_pid(template)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
@@ -174,8 +176,8 @@ def test_a_check_that_is_late_says_nothing_about_the_grammar() -> None:
 def test_a_process_that_others_end_is_started_again(checker: GrammarChecker) -> None:
     assert refusal(checker, definitions.of_regex("first", "r")) == ""
     for process in checker._processes:
-        if process._child is not None:
-            process._child.kill()
+        if process.child.pid is not None:
+            os.kill(process.child.pid, signal.SIGKILL)
     assert refusal(checker, definitions.of_regex("second", "r")) == ""
 
 

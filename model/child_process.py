@@ -1,0 +1,189 @@
+"""A child process that computes with untrusted input, from its parent's side: requests with deadlines, starts and ends.
+The child bounds its own memory and processor time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from threading import Event, Timer
+from typing import Any, Final, TypeVar
+
+from llamaclust.model.child_frames import encoded
+
+_Result = TypeVar("_Result")
+
+_KEPT_VARIABLES: Final = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
+"""Variables for Python's start and for dates; keys and tokens are not passed."""
+_OTHERS_SIGNALS: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+_TIME_SIGNALS: Final = (signal.SIGXCPU, signal.SIGPROF)
+_END_S: Final = 5.0
+"""Deadline from the child's last byte to its exit."""
+
+
+class ChildEndedError(Exception):
+    """The child ended without a reply; the message says how."""
+
+
+class ChildKilledError(ChildEndedError):
+    """The child was killed from outside, not by what it computed."""
+
+
+class ChildLateError(ChildEndedError):
+    """No reply within the deadline: long work or a stalled machine."""
+
+
+class ChildUnusableError(ChildEndedError):
+    """The child refuses its first frame, or ends over it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildProgram:
+    """What a child runs. It answers the frame that `first` makes, with "error" where it is of no use, then requests."""
+
+    module: str
+    first: Callable[[], Mapping[str, Any]]
+    start_s: float
+    wall_s: float  # of a request
+    max_reply_bytes: int
+
+
+class BoundedChild:
+    """A child, started at the first request and again after its end, and the thread that owns it for its whole life:
+    Linux kills a child when the thread that started it ends. Safe for many threads."""
+
+    def __init__(self, program: ChildProgram, name: str) -> None:
+        self.pid: int | None = None  # of a child that answers requests
+        self.first_reply: Mapping[str, Any] = {}
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_stopped = False
+        self._work: set[Future[Any]] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    @property
+    def load(self) -> int:
+        """Calls in progress, and those that wait."""
+        return len(self._work)
+
+    def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
+        """Calls `work` on the child's thread, where it may use `request`."""
+        future = self._thread.submit(work)
+        self._work.add(future)
+        future.add_done_callback(self._work.discard)
+        return future
+
+    def request(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply; a child that was killed from outside gets the request once more. ChildEndedError; TypeError,
+        ValueError or RecursionError for values that JSON cannot hold."""
+        frame = encoded(values)
+        try:
+            return self._request(frame)
+        except ChildKilledError:  # at work or before
+            return self._request(frame)
+
+    def stop(self) -> None:
+        """Requests fail from now on, the one in progress too."""
+        self._is_stopped = True
+        if (process := self._process) is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """After `stop`: returns when the child is gone. May be called again."""
+        with suppress(RuntimeError):  # the thread has ended
+            self._thread.submit(self._drop)
+        self._thread.shutdown(wait=True)
+
+    def _request(self, frame: bytes) -> dict[str, Any]:
+        if self._is_stopped:
+            raise ChildKilledError("its process was closed")
+        try:
+            process = self._process or self._start()
+            return self._exchange(process, frame, self._program.wall_s)
+        except BaseException:
+            self._drop()
+            raise
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        first = encoded(self._program.first())
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-P", "-m", self._program.module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+        )
+        if self._is_stopped:  # `stop` may have seen no process
+            process.kill()
+        try:
+            reply = self._exchange(process, first, self._program.start_s)
+        except (ChildKilledError, ChildLateError):
+            raise
+        except ChildEndedError as failure:
+            raise ChildUnusableError(str(failure)) from None
+        if "error" in reply:
+            raise ChildUnusableError(str(reply["error"]))
+        self.first_reply, self.pid = reply, process.pid
+        return process
+
+    def _exchange(self, process: subprocess.Popen[bytes], frame: bytes, timeout_s: float) -> dict[str, Any]:
+        """Sends a frame and waits for the reply."""
+        assert process.stdin is not None and process.stdout is not None
+        is_late = Event()
+
+        def end() -> None:
+            is_late.set()
+            process.kill()
+
+        timer = Timer(timeout_s, end)
+        timer.daemon = True
+        timer.start()
+        line, max_bytes = b"", self._program.max_reply_bytes
+        try:
+            with suppress(BrokenPipeError):
+                process.stdin.write(frame)
+                process.stdin.flush()
+                line = process.stdout.readline(max_bytes + 1)
+        finally:
+            timer.cancel()
+        if line.endswith(b"\n"):
+            return _decoded(line)
+        if is_late.is_set():
+            raise ChildLateError(f"it did not end within {timeout_s:g} s")
+        if len(line) > max_bytes:
+            raise ChildEndedError(f"a reply of more than {max_bytes} bytes")
+        raise _ending(process)
+
+    def _drop(self) -> None:
+        """Ends the process and its pipes."""
+        process, self._process, self.pid = self._process, None, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+
+def _decoded(line: bytes) -> dict[str, Any]:
+    try:
+        reply: dict[str, Any] = json.loads(line)
+    except ValueError:
+        raise ChildEndedError("its reply cannot be decoded") from None
+    return reply
+
+
+def _ending(process: subprocess.Popen[bytes]) -> ChildEndedError:
+    """How a child ended that has closed its pipes."""
+    try:
+        code = process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        return ChildEndedError("its process does not answer")
+    if -code in _OTHERS_SIGNALS:
+        return ChildKilledError(f"its process was killed by {signal.Signals(-code).name}")
+    if -code in _TIME_SIGNALS:
+        return ChildEndedError("it used more CPU time than it may")
+    return ChildEndedError("it crashed its process")

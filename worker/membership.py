@@ -85,7 +85,8 @@ class Member:
         self._stream = coordinator.open(JOIN, wait_for_ready=wait_for_ready)
         async with deadline(f"joining the coordinator at {coordinator.address}", join_s):
             await self._stream.opened()
-            await self.send(replace(registration, largest_term=self._worker.largest_term.value))
+            seen = self._worker.largest_term
+            await self.send(replace(registration, largest_term=seen.value, term_proof=seen.proof))
             answer = await self._receive()
         if isinstance(answer, messages.Rejected):
             raise RefusedError(f"the coordinator refused: {answer.reason}")
@@ -94,7 +95,7 @@ class Member:
         if answer.protocol_version != PROTOCOL_VERSION:
             versions = f"{answer.protocol_version}, this worker {PROTOCOL_VERSION}"
             raise UsageError(f"the coordinator speaks protocol {versions}")
-        self._worker.largest_term.see(answer.term)
+        seen.see(answer.term, answer.term_proof)
         self._deadlines = answer.deadlines
         if answer.cluster:
             name_cluster(answer.cluster)

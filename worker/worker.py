@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llamaclust.core.errors import UsageError, WorkerError
+from llamaclust.wire.control.messages import TermProof
 from llamaclust.wire.rpc.server import Handler
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.kv_disk.folder import KvFolder
@@ -22,13 +23,15 @@ class LargestTerm:
     """Of all coordinators that this process has seen: a smaller one's orders are refused."""
 
     value: int = 0
+    proof: TermProof = field(default_factory=TermProof)
 
-    def see(self, term: int) -> None:
+    def see(self, term: int, proof: TermProof | None = None) -> None:
         """WorkerError for a smaller one."""
         if term < self.value:
             seen = f"this worker has seen a newer one (term {self.value})"
             raise WorkerError(f"the coordinator of term {term} is superseded: {seen}")
-        self.value = term
+        if proof is not None or term > self.value:
+            self.value, self.proof = term, proof or TermProof()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Credentials, Principal
+from llamaclust.wire.security.terms import is_term_proven, prove_term
 
 _LISTEN_S = 0.1
 _GOODBYE_S = 0.5
@@ -91,13 +92,14 @@ class Registry(Members):
         await self._serve(register, stream)
 
     async def _newer_coordinator(self, register: Register) -> str | None:
-        """The cluster's end, where a worker that held its layers was another coordinator's meanwhile: no worker that
-        never held any can end a cluster."""
+        """The cluster's end, where a worker that held its layers was another coordinator's meanwhile, which has signed
+        its term: no member's word alone ends a cluster, nor does a worker that never held layers."""
         record, name, seen = self._settings.record, register.name, register.largest_term
         if await record.admits(seen):
             return None
         newer = f"worker {name} has seen a newer coordinator of this cluster (term {seen}, this one: {record.term})"
-        if name in self.workers and self.workers[name].stages:
+        has_held_layers = name in self.workers and bool(self.workers[name].stages)
+        if has_held_layers and is_term_proven(self._credentials, seen, register.term_proof):
             self._supersede(newer)
         return f"{newer}: restart this one, or end it"
 
@@ -138,8 +140,9 @@ class Registry(Members):
                 self.report_loss(handle, reason)
 
     def _admitted(self) -> messages.Admitted:
-        settings = self._settings
-        return messages.Admitted(settings.deadlines, cluster=settings.cluster, term=settings.record.term)
+        settings, term = self._settings, self._settings.record.term
+        proof = prove_term(self._credentials, term)
+        return messages.Admitted(settings.deadlines, cluster=settings.cluster, term=term, term_proof=proof)
 
     async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:
         """Until the connection ends; returns why."""

@@ -44,6 +44,14 @@ _MAX_LOG_BYTES = 1 << 17  # of all lines as UTF-8: little else is in such a mess
 
 
 @dataclass(frozen=True, slots=True)
+class TermProof:
+    """A coordinator's signature of its term; empty where members have no certificates."""
+
+    certificate: Annotated[bytes, Size(0, 4096)] = b""  # PEM
+    signature: Annotated[bytes, Size(0, 128)] = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Register:
     """Identity and facts of a worker; the first message of a membership."""
 
@@ -65,6 +73,7 @@ class Register:
     machine: Annotated[str, Line(64)] = ""  # boot id of its kernel: host names may be equal on several machines
     memory_group: Annotated[str, Line(64)] = ""  # the control group that limits its memory most; "": none does
     kv_disk_bytes: MemoryBytes = 0  # what KV memory may take on its disk; 0: none is kept there
+    term_proof: TermProof = TermProof()  # that a coordinator had the largest term
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
@@ -88,6 +97,7 @@ class Admitted:
     protocol_version: int = PROTOCOL_VERSION
     cluster: Annotated[str, Line(255)] = ""
     term: Term = 0  # the coordinator's
+    term_proof: TermProof = TermProof()  # for other coordinators
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,27 @@ def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
     return key
 
 
+def sign(pair: KeyPair, statement: bytes) -> bytes:
+    """ECDSA with SHA-256."""
+    return load_private(pair.private_key).sign(statement, ec.ECDSA(hashes.SHA256()))
+
+
+def has_signed(host: str, certificate: bytes, statement: bytes, signature: bytes, ca: bytes) -> bool:
+    """Whether the owner of a certificate (PEM) has signed a statement, and the CA (PEM) has issued the certificate for
+    the name `host` alone. When it ends does not matter: it may have signed before."""
+    try:
+        loaded = x509.load_pem_x509_certificate(certificate)
+        loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
+        names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        key = loaded.public_key()
+        if [*names] != [x509.DNSName(host)] or not isinstance(key, ec.EllipticCurvePublicKey):
+            return False
+        key.verify(signature, statement, ec.ECDSA(hashes.SHA256()))
+    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+        return False
+    return True
+
+
 def pem(der: bytes) -> bytes:
     return _certificate(der).public_bytes(Encoding.PEM)
 

@@ -20,10 +20,19 @@ from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.epochs import MAX_TERM, epoch_number, epoch_text
 from llamaclust.core.errors import LlamaclustError, SupersededError, WorkerError
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
-from llamaclust.wire.control.messages import Admitted, Deadlines, LoadFailed, Register, Rejected, WorkerMessage
+from llamaclust.wire.control.messages import (
+    Admitted,
+    Deadlines,
+    LoadFailed,
+    Register,
+    Rejected,
+    TermProof,
+    WorkerMessage,
+)
 from llamaclust.wire.rpc.client import JOIN, Peer
 from llamaclust.wire.rpc.server import Server, ServerStream
-from llamaclust.wire.security.credentials import COORDINATOR
+from llamaclust.wire.security.credentials import COORDINATOR, Identity
+from llamaclust.wire.security.terms import prove_term
 from llamaclust.worker.membership import Member
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.loads import Loads
@@ -87,10 +96,45 @@ async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_t
         there.workers["a"].stages[LOAD.epoch] = LOAD, SimpleNamespace()  # type: ignore[assignment]
         there.process_exited("a", "killed")
         async with asyncio.timeout(10):
-            _, refused = await join(there, trust.identity(A), replace(REGISTER, largest_term=4))
+            proven = replace(REGISTER, largest_term=4, term_proof=prove_term(trust.identity(), 4))
+            _, refused = await join(there, trust.identity(A), proven)
             assert isinstance(refused, Rejected)
             with pytest.raises(WorkerError, match="superseded by a newer coordinator: worker a has seen"):
                 await superseded
+
+
+async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_nothing(
+    trust: Authority, tmp_path: Path
+) -> None:
+    """It has held layers, and its own certificate; only coordinators sign terms."""
+    record = ControlRecord(term=3)
+    record.next_epoch()
+    own, other = trust.identity(A), Authority.open(tmp_path / "other")
+    signed = prove_term(own, 4)
+    proofs = (
+        TermProof(),
+        signed,
+        TermProof(trust.identity().pair.certificate, signed.signature),
+        prove_term(trust.identity(), 3),  # as every member got it
+        prove_term(other.identity(), 4),
+        prove_term(replace_ca(other.identity(), own), 4),
+        TermProof(b"no certificate", b"no signature"),
+    )
+    async with registry_of(trust.identity(), JoinSettings(record=record)) as there:
+        superseded = asyncio.create_task(there.superseded())
+        await join(there, own, REGISTER)
+        there.workers["a"].stages[LOAD.epoch] = LOAD, SimpleNamespace()  # type: ignore[assignment]
+        there.process_exited("a", "killed")
+        async with asyncio.timeout(20):
+            for proof in proofs:
+                _, refused = await join(there, own, replace(REGISTER, largest_term=4, term_proof=proof))
+                assert isinstance(refused, Rejected) and not superseded.done(), proof
+        superseded.cancel()
+
+
+def replace_ca(identity: Identity, of: Identity) -> Identity:
+    """A coordinator of another CA that says it is of this cluster."""
+    return Identity(of.ca, of.cluster, identity.principal, identity.pair)
 
 
 async def test_a_worker_refuses_memberships_and_loads_of_smaller_terms(
@@ -104,16 +148,16 @@ async def test_a_worker_refuses_memberships_and_loads_of_smaller_terms(
         await stream.accept()
         register = decode_worker_message(await stream.read() or b"")
         assert isinstance(register, Register)
-        reported.append(register.largest_term)
-        await stream.write(encode_coordinator_message(Admitted(Deadlines(), term=next(terms))))
+        reported.append((register.largest_term, register.term_proof))
+        await stream.write(encode_coordinator_message(Admitted(Deadlines(), term=next(terms), term_proof=proof)))
 
-    terms = iter((4, 2))
+    terms, proof = iter((4, 2)), prove_term(trust.identity(), 4)
     server = await Server.start(ANY, trust.identity(), {JOIN: admit})
     peer = Peer(server.address, trust.identity(A), COORDINATOR)
     await Member(worker, trust.identity(A)).join(peer, REGISTER, 10.0)
     with pytest.raises(WorkerError, match=r"of term 2 is superseded: this worker has seen a newer one \(term 4\)"):
         await Member(worker, trust.identity(A)).join(peer, REGISTER, 10.0)
-    assert reported == [0, 4]
+    assert reported == [(0, TermProof()), (4, proof)]
     await peer.close()
     await server.stop(0.0)
     answers: list[WorkerMessage] = []

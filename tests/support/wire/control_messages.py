@@ -33,6 +33,7 @@ from llamaclust.wire.control.messages import (
     RenewCertificate,
     RequestFailed,
     Shutdown,
+    TermProof,
     Unload,
     Unloaded,
     UnloadFailed,
@@ -75,7 +76,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     REGISTER,
     replace(REGISTER, protocol_version=2, numerics_version=99, log="/var/log/worker.log"),
     replace(REGISTER, device="cuda:0,cuda:1", gpus=GPUS, gpu_layers=0),
-    replace(REGISTER, device="cuda:0", gpus=GPUS[:1], largest_term=3),
+    replace(REGISTER, device="cuda:0", gpus=GPUS[:1], largest_term=3, term_proof=TermProof(b"certificate", b"signed")),
     replace(REGISTER, kv_disk_bytes=1 << 32),
     replace(REGISTER, machine="2f0c7a9e-4f0e-4f5e-9d3b-6b1f8f0f7c11", memory_group="31:4711"),
     WorkerProfile(Profile(CPU)),
@@ -118,7 +119,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
 
 COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     Admitted(Deadlines(0.5, 2.0, 3.0, 600.0), 2, "home"),
-    Admitted(Deadlines(0.5, 2.0, 3.0, peer_s=0.6), term=(1 << 32) - 1),
+    Admitted(Deadlines(0.5, 2.0, 3.0, peer_s=0.6), term=(1 << 32) - 1, term_proof=TermProof(b"certificate", b"signed")),
     Rejected("no"),
     ProfileWorker(),
     ProfileWorker("/models/m.gguf", "ab" * 32),

@@ -1,0 +1,29 @@
+"""Proofs of terms: a coordinator signs its term, so that no member can invent a newer coordinator."""
+
+from __future__ import annotations
+
+from llamaclust.wire.control.messages import TermProof
+from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity
+
+
+def prove_term(credentials: Credentials, term: int) -> TermProof:
+    """Of the coordinator that has these credentials."""
+    if not isinstance(credentials, Identity):
+        return TermProof()
+    from llamaclust.wire.security.certificates import sign
+
+    return TermProof(credentials.pair.certificate, sign(credentials.pair, _statement(credentials.cluster, term)))
+
+
+def is_term_proven(credentials: Credentials, term: int, proof: TermProof) -> bool:
+    """Whether a coordinator of this cluster had the term. Where there are no certificates, every member is trusted."""
+    if not isinstance(credentials, Identity):
+        return True
+    from llamaclust.wire.security.certificates import has_signed
+
+    host, statement = COORDINATOR.host(credentials.cluster), _statement(credentials.cluster, term)
+    return has_signed(host, proof.certificate, statement, proof.signature, credentials.ca)
+
+
+def _statement(cluster: str, term: int) -> bytes:
+    return f"llamaclust 1: a coordinator of cluster {cluster} has term {term}".encode()

@@ -117,7 +117,7 @@ def _run(settings: WorkerSettings) -> NoReturn:
 
 
 def _addresses(given: list[str], variables: Environment) -> tuple[str, ...]:
-    """Of the coordinator and its standbys, each once, in the order in which they are tried."""
+    """Of the coordinator and its standbys, each once."""
     name, values = ("--join", given) if given else ("LLAMACLUST_JOIN", list(variables.join))
     if not values:
         raise UsageError("--join: needed, the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well")

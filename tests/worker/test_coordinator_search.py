@@ -1,0 +1,113 @@
+"""A worker finds its coordinator at one of several addresses, whatever the others do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from llamaclust.core.errors import LlamaclustError, RefusedError, UsageError, WorkerError
+from llamaclust.worker.coordinator_search import CoordinatorSearch
+
+Outcome = LlamaclustError | str | None
+"""Of an attempt: an error, a result, or None for one that does not end."""
+
+
+class Attempts:
+    """At addresses with scripted outcomes, whose last one is repeated."""
+
+    def __init__(self, **outcomes: list[Outcome]) -> None:
+        self.made: list[str] = []
+        self.cancelled: list[str] = []
+        self._outcomes = outcomes
+
+    async def __call__(self, address: str) -> str:
+        self.made.append(address)
+        outcomes = self._outcomes[address]
+        match outcomes.pop(0) if len(outcomes) > 1 else outcomes[0]:
+            case None:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.cancelled.append(address)
+                raise AssertionError
+            case str(result):
+                return result
+            case error:
+                raise error
+
+
+GONE = WorkerError("it cannot be reached")
+
+
+async def test_an_address_that_does_not_answer_delays_no_other_one() -> None:
+    search, attempts = CoordinatorSearch(("dead", "gone", "b")), Attempts(dead=[None], gone=[GONE], b=["here"])
+    async with asyncio.timeout(2.5):
+        place, result = await search.reached(attempts)
+    assert (place.address, result, attempts.made[0]) == ("b", "here", "dead")
+    await asyncio.sleep(0)
+    assert attempts.cancelled == ["dead"]
+
+
+async def test_an_address_that_answers_at_once_is_the_only_one_that_is_tried() -> None:
+    search, attempts = CoordinatorSearch(("a", "b")), Attempts(a=["here"], b=["there"])
+    assert (await search.reached(attempts))[1] == "here"
+    assert attempts.made == ["a"]
+
+
+async def test_each_address_is_tried_again_with_its_own_backoff() -> None:
+    search, attempts = CoordinatorSearch(("dead", "b")), Attempts(dead=[None], b=[GONE, GONE, GONE, "here"])
+    async with asyncio.timeout(20):
+        place, _ = await search.reached(attempts)
+    assert attempts.made == ["dead", "b", "b", "b", "b"] and place.failures == 3
+
+
+async def test_an_address_whose_coordinator_does_not_admit_the_worker_comes_last() -> None:
+    search, attempts = CoordinatorSearch(("a", "b")), Attempts(a=["hangs"], b=["here"])
+    place, _ = await search.reached(attempts)
+    search.failed(place, WorkerError("joining: not within 10 s"))
+    assert (await search.reached(attempts))[0].address == "b"
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        lambda: {"a": [UsageError("no TLS")], "b": [UsageError("another token")]},
+        lambda: {"a": [None], "b": [RefusedError("no worker of that name")]},
+        lambda: {"a": [RefusedError("no worker of that name")], "b": [GONE]},
+    ],
+)
+async def test_a_worker_that_no_coordinator_takes_ends(outcomes: Callable[[], dict[str, list[Outcome]]]) -> None:
+    search, attempts = CoordinatorSearch(("a", "b")), Attempts(**outcomes())
+    async with asyncio.timeout(20):
+        with pytest.raises(UsageError):
+            await search.reached(attempts)
+
+
+async def test_a_program_at_one_of_several_addresses_ends_nothing() -> None:
+    search, attempts = CoordinatorSearch(("a", "b")), Attempts(a=[UsageError("no TLS")], b=[GONE, "here"])
+    async with asyncio.timeout(20):
+        assert (await search.reached(attempts))[1] == "here"
+
+
+async def test_a_lost_coordinator_is_waited_for_so_long_as_it_said(caplog: pytest.LogCaptureFixture) -> None:
+    search, attempts = CoordinatorSearch(("a", "b")), Attempts(a=["here", RefusedError("not yet")], b=[GONE])
+    place, _ = await search.reached(attempts)
+    search.admitted(0.5)
+    with caplog.at_level(logging.WARNING):
+        search.failed(place, WorkerError("its stream ended"))
+        async with asyncio.timeout(20):
+            with pytest.raises(WorkerError, match=r"gone, and has not come back within 0\.5 s: "):
+                await search.reached(attempts)
+    assert "waiting for the coordinator at a or b for 0.5 s at most, weights kept: its stream ended" in caplog.messages
+
+
+async def test_failures_before_an_admission_do_not_count_after_it() -> None:
+    search, attempts = CoordinatorSearch(("a",)), Attempts(a=[GONE, "here"])
+    place, _ = await search.reached(attempts)
+    search.admitted(60.0)
+    assert place.failures == 0
+    search.failed(place, WorkerError("its stream ended"))
+    assert (await search.reached(attempts))[1] == "here"

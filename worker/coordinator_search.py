@@ -1,0 +1,114 @@
+"""Finds a worker's coordinator: all its addresses are tried at once, each with its own backoff."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from llamaclust.core.backoff import Backoff
+from llamaclust.core.errors import LlamaclustError, RefusedError, UsageError, WorkerError
+
+_log = logging.getLogger(__name__)
+
+_BACKOFF = Backoff(0.2, 5.0)
+_STAGGER_S = 0.25
+"""Between the first attempts at two addresses (RFC 8305, section 5)."""
+_LOG_EVERY_S = 60.0
+_MOST_LOGGED = 16
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """One address, and the attempts at it that failed since a coordinator admitted this worker."""
+
+    address: str
+    failures: int = 0
+    is_refused: bool = False  # the last one failed for a reason that another attempt does not change
+
+    @property
+    def pause_s(self) -> float:
+        """Before the next attempt."""
+        return _BACKOFF.pause_s(self.failures - 1) if self.failures else 0.0
+
+
+class CoordinatorSearch:
+    """Of one worker, from its start on. An address that does not answer delays no other one."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self.limit_s: float | None = None
+        """How long a lost coordinator is waited for; None: the worker was never a member, and waits for ever."""
+        self._places = [Place(address) for address in addresses]
+        self._trying: list[asyncio.Task[Any]] = []  # referenced until they have ended
+        self._forget_failures()
+
+    def admitted(self, limit_s: float) -> None:
+        """A coordinator has admitted the worker; it is waited for so long when it is lost."""
+        self.limit_s = limit_s
+        self._forget_failures()
+
+    async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
+        """The first address at which `attempt` succeeds, and its result. Raises as `failed` does; WorkerError where
+        none is reached in time."""
+        places = sorted(self._places, key=lambda place: place.failures)
+        trying = [asyncio.create_task(self._repeat(place, i * _STAGGER_S, attempt)) for i, place in enumerate(places)]
+        self._trying = [*trying]
+        try:
+            async with asyncio.timeout_at(self._end_s):
+                done, _ = await asyncio.wait(trying, return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            gone = f"the coordinator is gone, and has not come back within {self.limit_s or 0.0:g} s"
+            raise WorkerError(f"{gone}: {self._error}") from self._error
+        finally:
+            for task in trying:
+                task.cancel()
+        return min(done, key=lambda task: task.exception() is not None).result()
+
+    def failed(self, place: Place, error: LlamaclustError) -> None:
+        """Raises the error of a worker that was never a member where no attempt at any address would change it."""
+        place.failures += 1
+        place.is_refused = isinstance(error, UsageError)
+        now_s, self._error = asyncio.get_running_loop().time(), error
+        if self._begun_s is None:
+            self._begun_s = now_s
+        # one of several addresses may be another program's by now, whatever that answers
+        is_final = isinstance(error, RefusedError) or all(each.is_refused for each in self._places)
+        if self.limit_s is None and is_final:
+            raise error
+        self._report(error, now_s)
+
+    async def _repeat(
+        self, place: Place, delay_s: float, attempt: Callable[[str], Awaitable[_Result]]
+    ) -> tuple[Place, _Result]:
+        """Until an attempt succeeds."""
+        await asyncio.sleep(max(delay_s, place.pause_s))
+        while True:
+            try:
+                return place, await attempt(place.address)
+            except LlamaclustError as error:
+                self.failed(place, error)
+            await asyncio.sleep(place.pause_s)
+
+    def _report(self, error: LlamaclustError, now_s: float) -> None:
+        if now_s - self._logged.get(str(error), -_LOG_EVERY_S) < _LOG_EVERY_S:
+            return
+        limit = "" if self.limit_s is None else f" for {self.limit_s:g} s at most, weights kept"
+        addresses = " or ".join(place.address for place in self._places)
+        _log.warning("waiting for the coordinator at %s%s: %s", addresses, limit, error)
+        self._logged = {str(error): now_s, **dict(list(self._logged.items())[: _MOST_LOGGED - 1])}
+
+    @property
+    def _end_s(self) -> float | None:
+        """By the clock of the event loop."""
+        return None if self.limit_s is None or self._begun_s is None else self._begun_s + self.limit_s
+
+    def _forget_failures(self) -> None:
+        self._begun_s: float | None = None  # the first one
+        self._error: LlamaclustError | None = None  # the last one
+        self._logged: dict[str, float] = {}
+        for place in self._places:
+            place.failures, place.is_refused = 0, False

@@ -84,7 +84,8 @@ async def open_cluster(
                 shortfall = partial(_shortfall, planner, registry, record.drained)
                 await asyncio.gather(launcher.joined(registry, shortfall), named)
                 workers = registry.present
-                await planner.profiles.measure(workers, workers)
+                if not (folder.has_requests and planner.profiles.estimate(workers)):
+                    await planner.profiles.measure(workers, workers)  # else requests wait for the cluster
                 planner.free_bytes = launcher.free_memory_bytes()
                 meter = _link_meter(config, planner.profiles.of(workers), launcher, folder, report)
                 if meter is not None:

@@ -87,6 +87,13 @@ class ClusterDir:
         return self.path / "requests.journal"
 
     @property
+    def has_requests(self) -> bool:
+        """Whether an earlier coordinator left requests, or replies that clients may still read."""
+        with contextlib.suppress(OSError):
+            return self.journal.stat().st_size > 0
+        return False
+
+    @property
     def _record(self) -> Path:
         return self.path / "cluster.json"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.resources.resource_shares import measurement_key
+from llamaclust.cluster.control.resources.resource_shares import measurement_key, most_similar_key
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_worker
 from llamaclust.cluster.state.directory import read_profiles, write_profiles
@@ -46,10 +46,19 @@ class WorkerProfiles:
             self._report(Measuring(tuple(missing)))
             await self._measure(missing, workers)
 
+    def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
+        """Takes measurements of the same hardware with more or fewer workers on its machine, too: they are there at
+        once. Whether any profile is known then."""
+        for worker in workers.values():
+            similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
+            if similar is not None:
+                self._used.setdefault(_hardware(worker), self._known[similar])
+        return bool(self.of(workers))
+
     def _profile(self, worker: WorkerHandle, workers: Mapping[str, WorkerHandle]) -> Profile | None:
         if worker.name in self._stated:
             return self._stated[worker.name]
-        hardware = worker.registration.machine, worker.registration.fingerprint
+        hardware = _hardware(worker)
         if hardware not in self._used:
             if (known := self._known.get(_key(worker, workers, self._model_id))) is None:
                 return None
@@ -76,6 +85,10 @@ def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:
         for spec in config.workers
         if spec.memory_bandwidth_gb_s is not None and spec.int8_gmac_s is not None
     }
+
+
+def _hardware(worker: WorkerHandle) -> tuple[str, str]:
+    return worker.registration.machine, worker.registration.fingerprint
 
 
 def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: str = "") -> str:

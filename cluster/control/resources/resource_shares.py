@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
@@ -76,8 +77,23 @@ def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResour
     }
 
 
+_KEY = re.compile(r"(?P<hardware>.*), one of (?P<sharers>\d+) workers with \d+ threads(?P<model>.*)")
+
+
 def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
     """Equal where measurements would be equal: `sharers` workers with `threads` in all share the machine. With
     `model_id` where the model's steps were timed."""
     profiled = f", model {model_id[:32]}" if model_id else ""
     return f"{fingerprint}, one of {sharers} workers with {threads} threads{profiled}"
+
+
+def most_similar_key(key: str, known: Iterable[str]) -> str | None:
+    """Of the known measurements of the same hardware and model, the one with the most similar number of workers on the
+    machine. None where there is none."""
+    wanted = _KEY.fullmatch(key)
+    assert wanted is not None
+    found = [match for other in known if (match := _KEY.fullmatch(other)) is not None]
+    alike = [match for match in found if match["hardware"] == wanted["hardware"] and match["model"] == wanted["model"]]
+    sharers = int(wanted["sharers"])
+    nearest = min(alike, key=lambda match: abs(int(match["sharers"]) - sharers), default=None)
+    return None if nearest is None else nearest[0]

@@ -13,7 +13,7 @@ import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
-from llamaclust.cluster.control.resources.resource_shares import WorkerResources
+from llamaclust.cluster.control.resources.resource_shares import WorkerResources, measurement_key, most_similar_key
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import (
     find_weights,
@@ -229,6 +229,28 @@ async def test_a_worker_that_comes_back_on_other_hardware_is_measured(tmp_path: 
     await profiles.measure(["a"], moved.workers)
     assert profiles.of(moved.workers)["a"].cpu.read_bytes_s == 5e9
     assert any(key.startswith("another chip") for key in read_profiles(tmp_path))
+
+
+async def test_known_hardware_is_estimated_whatever_the_number_of_workers_on_its_machine(tmp_path: Path) -> None:
+    """Where requests wait for a start that a worker is missing at, nothing is measured."""
+    await Machines(a=PROFILED, b=PROFILED).measure(tmp_path)
+    left = Machines(a=PROFILED)
+    profiles = left.empty(tmp_path)
+    assert not profiles.of(left.workers) and profiles.estimate(left.workers)
+    await profiles.measure(left.workers, left.workers)
+    assert not left.asked and profiles.of(left.workers)["a"].cpu.concurrent == PROFILED.profile.cpu.concurrent
+    other = left.workers["a"].registration
+    left.workers["a"].registration = replace(other, fingerprint="another chip, 4 cores", machine="another")
+    assert not left.empty(tmp_path).estimate(left.workers)
+
+
+def test_the_most_similar_measurement_has_the_same_hardware_and_model() -> None:
+    wanted = measurement_key("a chip, one of a kind", 3, 6, "m")
+    others = [measurement_key("a chip", 3, 6, "m"), measurement_key("a chip, one of a kind", 3, 6), "damaged"]
+    assert most_similar_key(wanted, others) is None
+    near, far = (measurement_key("a chip, one of a kind", sharers, 2 * sharers, "m") for sharers in (2, 5))
+    assert most_similar_key(wanted, [*others, far, near]) == near
+    assert most_similar_key(wanted, [near, wanted]) == wanted
 
 
 async def test_figures_of_a_busy_machine_are_not_kept(tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path
     ) as cluster:
         assert read_profiles(tmp_path) == made_up
         plan = cluster.plan
+    requests = ClusterDir(tmp_path / "taken-over").journal
+    requests.parent.mkdir()
+    requests.write_bytes(b"left by a coordinator that was killed\n")
+    async with opened(tiny, tmp_path, name="taken-over", workers=workers[:1]):
+        assert read_profiles(tmp_path) == made_up, "requests wait: a machine with fewer workers is not measured again"
     file = tmp_path / "cluster.yaml"
     values = {"name": "third", "model": str(tiny), "objective": "throughput", "context_length": 256}
     file.write_text(json.dumps({**values, "state_dir": str(tmp_path), "workers": workers}))

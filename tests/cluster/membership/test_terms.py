@@ -31,7 +31,7 @@ from llamaclust.wire.control.messages import (
 )
 from llamaclust.wire.rpc.client import JOIN, Peer
 from llamaclust.wire.rpc.server import Server, ServerStream
-from llamaclust.wire.security.credentials import COORDINATOR, Identity
+from llamaclust.wire.security.credentials import COORDINATOR
 from llamaclust.wire.security.terms import prove_term
 from llamaclust.worker.membership import Member
 from llamaclust.worker.session import Session
@@ -41,7 +41,7 @@ from llamaclust.worker.worker import Worker
 from support.clusters.members import ANY, join, registry_of
 from support.clusters.served import until
 from support.wire.control_messages import LOAD, REGISTER
-from support.wire.trust import A, B
+from support.wire.trust import A, B, with_pair
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_not
         TermProof(trust.identity().pair.certificate, signed.signature),
         prove_term(trust.identity(), 3),  # as every member got it
         prove_term(other.identity(), 4),
-        prove_term(replace_ca(other.identity(), own), 4),
+        prove_term(with_pair(own, other.identity().pair), 4),
         TermProof(b"no certificate", b"no signature"),
     )
     async with registry_of(trust.identity(), JoinSettings(record=record)) as there:
@@ -130,11 +130,6 @@ async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_not
                 _, refused = await join(there, own, replace(REGISTER, largest_term=4, term_proof=proof))
                 assert isinstance(refused, Rejected) and not superseded.done(), proof
         superseded.cancel()
-
-
-def replace_ca(identity: Identity, of: Identity) -> Identity:
-    """A coordinator of another CA that says it is of this cluster."""
-    return Identity(of.ca, of.cluster, identity.principal, identity.pair)
 
 
 async def test_a_worker_refuses_memberships_and_loads_of_smaller_terms(

@@ -13,6 +13,8 @@ from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, ProtocolError, StalledError
 from llamaclust.core.gpus import DeviceLayers
 
+_CLEARLY_BETTER = 0.95
+"""A plan must be better by this factor, for equal workers are measured as nearly equal."""
 _MAX_LOADS = 3
 """That fail before their workers are expelled."""
 _LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
@@ -103,6 +105,21 @@ class Serving:
 
     def has_layers_as(self, plan: Plan) -> bool:
         return _layers(self.plan) == _layers(plan)
+
+    def is_as_good_as(self, plan: Plan) -> bool:
+        """Whether the plan only has other workers for the same stages, which are not clearly faster or larger."""
+        served, new = self.plan.prediction, plan.prediction
+        if served is None or new is None or _ranges(self.plan) != _ranges(plan):
+            return False
+        return (
+            new.token_s >= served.token_s * _CLEARLY_BETTER
+            and served.tokens_per_s >= new.tokens_per_s * _CLEARLY_BETTER
+            and self.plan.kv_blocks >= plan.kv_blocks * _CLEARLY_BETTER
+        )
+
+
+def _ranges(plan: Plan) -> list[tuple[int, int]]:
+    return [(stage.start, stage.end) for stage in plan.stages]
 
 
 def _layers(plan: Plan) -> list[tuple[str, int, int, tuple[DeviceLayers, ...]]]:

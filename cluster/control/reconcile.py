@@ -185,7 +185,8 @@ def _improve(state: ClusterState) -> Action:
     if planning.plan is None:
         text = f"layers cannot be moved now: {planning.error}"
         return Notify(text) if must_move and not planning.is_noticed else settled
-    if serving.has_layers_as(planning.plan) and not state.has_lost_workers:
+    may_stay = not (must_move or state.has_lost_workers or state.pool.is_partitioned(serving.plan))
+    if may_stay and (serving.has_layers_as(planning.plan) or serving.is_as_good_as(planning.plan)):
         return settled
     if planning.rejected is not None:
         return _move_failed(planning.rejected, must_move=must_move, is_noticed=planning.is_noticed) or settled

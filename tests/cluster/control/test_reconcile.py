@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -343,7 +344,7 @@ def test_a_better_plan_is_adopted_at_once_and_the_old_epoch_freed_when_it_is_emp
         ({"tokens_per_s": 1.1}, True),
     ],
 )
-def test_layers_move_to_other_workers_for_a_clear_gain_alone(change: dict[str, float], moves: bool) -> None:
+def test_layers_move_to_other_workers_for_a_clear_gain_alone(change: dict[str, Any], moves: bool) -> None:
     """Equal workers are measured as nearly equal; to load a model anew for that gains nothing."""
     cluster, plan = Cluster.serving(), plan_of("a", "c")
     assert plan.prediction is not None

@@ -97,9 +97,10 @@ class Registry(Members):
         record, name, seen = self._settings.record, register.name, register.largest_term
         if await record.admits(seen):
             return None
-        newer = f"worker {name} has seen a newer coordinator of this cluster (term {seen}, this one: {record.term})"
-        has_held_layers = name in self.workers and bool(self.workers[name].stages)
-        if has_held_layers and is_term_proven(self._credentials, seen, register.term_proof):
+        is_proven = is_term_proven(self._credentials, seen, register.term_proof)
+        terms = f"term {seen}{'' if is_proven else ', which none has signed'}, this one: {record.term}"
+        newer = f"worker {name} has seen a newer coordinator of this cluster ({terms})"
+        if is_proven and name in self.workers and self.workers[name].stages:
             self._supersede(newer)
         return f"{newer}: restart this one, or end it"
 

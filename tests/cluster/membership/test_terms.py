@@ -90,13 +90,13 @@ async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_t
         superseded = asyncio.create_task(there.superseded())
         _, welcome = await join(there, trust.identity(A), REGISTER)
         assert isinstance(welcome, Admitted) and welcome.term == 3
-        _, refused = await join(there, trust.identity(B), replace(REGISTER, name="b", largest_term=4))
+        proven = replace(REGISTER, largest_term=4, term_proof=prove_term(trust.identity(), 4))
+        _, refused = await join(there, trust.identity(B), replace(proven, name="b"))
         assert isinstance(refused, Rejected) and not superseded.done(), "b held no layers: its word ends nothing"
         assert "worker b has seen a newer coordinator of this cluster (term 4, this one: 3)" in refused.reason
         there.workers["a"].stages[LOAD.epoch] = LOAD, SimpleNamespace()  # type: ignore[assignment]
         there.process_exited("a", "killed")
         async with asyncio.timeout(10):
-            proven = replace(REGISTER, largest_term=4, term_proof=prove_term(trust.identity(), 4))
             _, refused = await join(there, trust.identity(A), proven)
             assert isinstance(refused, Rejected)
             with pytest.raises(WorkerError, match="superseded by a newer coordinator: worker a has seen"):
@@ -129,6 +129,7 @@ async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_not
             for proof in proofs:
                 _, refused = await join(there, own, replace(REGISTER, largest_term=4, term_proof=proof))
                 assert isinstance(refused, Rejected) and not superseded.done(), proof
+                assert "(term 4, which none has signed, this one: 3)" in refused.reason
         superseded.cancel()
 
 

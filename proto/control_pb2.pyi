@@ -287,6 +287,7 @@ class Register(_message.Message):
     MACHINE_FIELD_NUMBER: _builtins.int
     MEMORY_GROUP_FIELD_NUMBER: _builtins.int
     KV_DISK_BYTES_FIELD_NUMBER: _builtins.int
+    TERM_PROOF_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the cluster file; unique in a cluster."""
     pid: _builtins.int
@@ -331,6 +332,10 @@ class Register(_message.Message):
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]:
         """GPUs that it computes on, beside its processor."""
 
+    @_builtins.property
+    def term_proof(self) -> Global___TermProof:
+        """That a coordinator of this cluster had the largest term."""
+
     def __init__(
         self,
         *,
@@ -354,10 +359,11 @@ class Register(_message.Message):
         machine: _builtins.str = ...,
         memory_group: _builtins.str = ...,
         kv_disk_bytes: _builtins.int = ...,
+        term_proof: Global___TermProof | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers", "term_proof", b"term_proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "kv_disk_bytes", b"kv_disk_bytes", "largest_term", b"largest_term", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "kv_disk_bytes", b"kv_disk_bytes", "largest_term", b"largest_term", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "term_proof", b"term_proof", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
     _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015
@@ -413,6 +419,7 @@ class Admitted(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     CLUSTER_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
+    TERM_PROOF_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The coordinator's protocol version."""
     cluster: _builtins.str
@@ -423,6 +430,10 @@ class Admitted(_message.Message):
     def deadlines(self) -> Global___Deadlines:
         """Intervals and timeouts."""
 
+    @_builtins.property
+    def term_proof(self) -> Global___TermProof:
+        """For the worker to show to other coordinators."""
+
     def __init__(
         self,
         *,
@@ -430,14 +441,41 @@ class Admitted(_message.Message):
         protocol_version: _builtins.int = ...,
         cluster: _builtins.str = ...,
         term: _builtins.int = ...,
+        term_proof: Global___TermProof | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadlines", b"deadlines"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadlines", b"deadlines", "term_proof", b"term_proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "deadlines", b"deadlines", "protocol_version", b"protocol_version", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "deadlines", b"deadlines", "protocol_version", b"protocol_version", "term", b"term", "term_proof", b"term_proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Admitted: _TypeAlias = Admitted  # noqa: Y015
+
+@_typing.final
+class TermProof(_message.Message):
+    """A coordinator's signature of its term; empty where members have no certificates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    certificate: _builtins.bytes
+    """The coordinator's, PEM."""
+    signature: _builtins.bytes
+    """ECDSA with SHA-256, by the key of the certificate."""
+    def __init__(
+        self,
+        *,
+        certificate: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TermProof: _TypeAlias = TermProof  # noqa: Y015
 
 @_typing.final
 class Deadlines(_message.Message):

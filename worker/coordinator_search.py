@@ -44,12 +44,16 @@ class CoordinatorSearch:
         """How long a lost coordinator is waited for; None: the worker was never a member, and waits for ever."""
         self._places = [Place(address) for address in addresses]
         self._trying: list[asyncio.Task[Any]] = []  # referenced until they have ended
-        self._forget_failures()
+        self._begun_s: float | None = None  # the first failure since an admission
+        self._error: LlamaclustError | None = None  # the last one
+        self._logged: dict[str, float] = {}
 
     def admitted(self, limit_s: float) -> None:
         """A coordinator has admitted the worker; it is waited for so long when it is lost."""
         self.limit_s = limit_s
-        self._forget_failures()
+        self._begun_s, self._error, self._logged = None, None, {}
+        for place in self._places:
+            place.failures, place.is_refused = 0, False
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
         """The first address at which `attempt` succeeds, and its result. Raises as `failed` does; WorkerError where
@@ -105,10 +109,3 @@ class CoordinatorSearch:
     def _end_s(self) -> float | None:
         """By the clock of the event loop."""
         return None if self.limit_s is None or self._begun_s is None else self._begun_s + self.limit_s
-
-    def _forget_failures(self) -> None:
-        self._begun_s: float | None = None  # the first one
-        self._error: LlamaclustError | None = None  # the last one
-        self._logged: dict[str, float] = {}
-        for place in self._places:
-            place.failures, place.is_refused = 0, False

@@ -25,7 +25,7 @@ async def test_a_format_that_the_machine_held_up_is_derived_again() -> None:
         with pytest.raises(DeadlineError):
             await chat_format.get()
         for renderer in template._renderers:
-            renderer._limits = TemplateLimits()
+            renderer.child._program = replace(renderer.child._program, start_s=60.0)
         assert (await chat_format.get()).takes_tools
 
 

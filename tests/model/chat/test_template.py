@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from llamaclust.core.errors import DeadlineError, LlamaclustError, RequestError
-from llamaclust.model import child_process
+from llamaclust.model import child_frames, child_process
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
 from llamaclust.model.chat.template_choice import built_in
 from llamaclust.model.child_process import BoundedChild
@@ -254,7 +254,7 @@ def test_messages_that_are_no_json_are_refused(chatml: ChatTemplate) -> None:
 async def test_messages_are_written_off_the_event_loop(chatml: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large ones take long."""
     threads: set[int] = set()
-    encoded = child_process.encoded
+    encoded = child_frames.encoded
 
     def spied(values: Mapping[str, Any]) -> bytes:
         threads.add(threading.get_ident())

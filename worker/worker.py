@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llamaclust.core.errors import UsageError, WorkerError
-from llamaclust.wire.control.messages import TermProof
 from llamaclust.wire.rpc.server import Handler
+from llamaclust.wire.security.terms import TermProof
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.kv_disk import KvDisk

@@ -6,7 +6,7 @@ name with the same fields.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated
 
@@ -35,20 +35,13 @@ from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.profiles import LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
+from llamaclust.wire.security.terms import TermProof
 
 Term = Annotated[int, Integer(0, MAX_TERM)]
 _Timeout = Annotated[float, Real(0.01, 86400.0)]
 _LogLine = LogLine(2000)
 _MAX_LOG_LINES = 1000
 _MAX_LOG_BYTES = 1 << 17  # of all lines as UTF-8: little else is in such a message
-
-
-@dataclass(frozen=True, slots=True)
-class TermProof:
-    """A coordinator's signature of its term; empty where members have no certificates."""
-
-    certificate: Annotated[bytes, Size(0, 4096)] = b""  # PEM
-    signature: Annotated[bytes, Size(0, 128)] = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +66,7 @@ class Register:
     machine: Annotated[str, Line(64)] = ""  # boot id of its kernel: host names may be equal on several machines
     memory_group: Annotated[str, Line(64)] = ""  # the control group that limits its memory most; "": none does
     kv_disk_bytes: MemoryBytes = 0  # what KV memory may take on its disk; 0: none is kept there
-    term_proof: TermProof = TermProof()  # that a coordinator had the largest term
+    term_proof: TermProof = field(default_factory=TermProof)  # that a coordinator had the largest term
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
@@ -97,7 +90,7 @@ class Admitted:
     protocol_version: int = PROTOCOL_VERSION
     cluster: Annotated[str, Line(255)] = ""
     term: Term = 0  # the coordinator's
-    term_proof: TermProof = TermProof()  # for other coordinators
+    term_proof: TermProof = field(default_factory=TermProof)  # for other coordinators
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from llamaclust.wire.control.messages import TermProof
+from dataclasses import dataclass
+from typing import Annotated
+
+from llamaclust.core.bounds import Size
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity
+
+
+@dataclass(frozen=True, slots=True)
+class TermProof:
+    """A coordinator's signature of its term; empty where members have no certificates."""
+
+    certificate: Annotated[bytes, Size(0, 4096)] = b""  # PEM
+    signature: Annotated[bytes, Size(0, 128)] = b""
 
 
 def prove_term(credentials: Credentials, term: int) -> TermProof:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 
@@ -332,47 +331,6 @@ def test_a_better_plan_is_adopted_at_once_and_the_old_epoch_freed_when_it_is_emp
     cluster = moving(ALL)
     assert cluster.see(seen.Signal.RETIRING_EMPTY) == FreeRetired()
     assert cluster.see(seen.Signal.RETIRING_FREED) == IDLE
-
-
-@pytest.mark.parametrize(
-    ("change", "moves"),
-    [
-        ({}, False),
-        ({"token_s": 0.96}, False),
-        ({"token_s": 0.9}, True),
-        ({"tokens_per_s": 1.04}, False),
-        ({"tokens_per_s": 1.1}, True),
-    ],
-)
-def test_layers_move_to_other_workers_for_a_clear_gain_alone(change: dict[str, Any], moves: bool) -> None:
-    """Equal workers are measured as nearly equal; to load a model anew for that gains nothing."""
-    cluster, plan = Cluster.serving(), plan_of("a", "c")
-    assert plan.prediction is not None
-    factors = {"token_s": plan.prediction.token_s, "tokens_per_s": plan.prediction.tokens_per_s}
-    changed = {name: factors[name] * factor for name, factor in change.items()}
-    plan = replace(plan, prediction=replace(plan.prediction, **changed))
-    cluster.see(seen.WorkerSeen("c", 3))
-    assert cluster.plan(plan) == (LoadEpoch(plan, is_exclusive=False) if moves else IDLE)
-
-
-def test_equal_layers_move_where_more_room_or_other_stages_are_gained_or_a_prediction_lacks() -> None:
-    plan = plan_of("a", "c")
-    for better in (
-        replace(plan, kv_blocks=2 * plan.kv_blocks),
-        replace(plan, prediction=None),
-        plan_of("c"),
-    ):
-        cluster = Cluster.serving()
-        cluster.see(seen.WorkerSeen("c", 3))
-        assert cluster.plan(better) == LoadEpoch(better, is_exclusive=False)
-
-
-def test_equal_layers_move_off_drained_and_disconnected_workers() -> None:
-    plan = plan_of("a", "c")
-    for change in (seen.DrainRequested("b"), seen.PartitionsChanged(frozenset({AB}))):
-        cluster = Cluster.serving()
-        cluster.see(seen.WorkerSeen("c", 3), change)
-        assert cluster.plan(plan) == LoadEpoch(plan, is_exclusive=False)
 
 
 def test_a_second_move_waits_for_the_end_of_the_first() -> None:

@@ -26,13 +26,12 @@ from llamaclust.wire.control.messages import (
     LoadFailed,
     Register,
     Rejected,
-    TermProof,
     WorkerMessage,
 )
 from llamaclust.wire.rpc.client import JOIN, Peer
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR
-from llamaclust.wire.security.terms import prove_term
+from llamaclust.wire.security.terms import TermProof, prove_term
 from llamaclust.worker.membership import Member
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.loads import Loads

@@ -33,7 +33,6 @@ from llamaclust.wire.control.messages import (
     RenewCertificate,
     RequestFailed,
     Shutdown,
-    TermProof,
     Unload,
     Unloaded,
     UnloadFailed,
@@ -50,6 +49,7 @@ from llamaclust.wire.control.profiles import (
     ProfileWorker,
     WorkerProfile,
 )
+from llamaclust.wire.security.terms import TermProof
 
 REGISTER = Register("a", 7, "host", "127.0.0.1:7", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
 

@@ -126,14 +126,20 @@ class TextService:
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
         """The completion that answers a chat. Control words in the messages stay text. RequestError where the template
         refuses the messages."""
+        unconstrained = await self.chat_prompt(chat)
+        with self._preparing():
+            grammar = await answer_grammar(chat, unconstrained.reading, self.tokenizer, self._grammars)
+        return replace(unconstrained, grammar=grammar)
+
+    async def chat_prompt(self, chat: ChatRequest) -> CompletionRequest:
+        """The same without the grammar of its calls."""
         with self._preparing():
             self._check_characters(await run_on(TOKENIZING, chat.count_characters))
             rendered = await render(chat, await self._format.get(), self.chat_template, self.tokenizer)
             self._check_characters(len(unguarded(rendered.prompt)))
             prompt = await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered.prompt)
-            reading = rendered.reading and replace(rendered.reading, shown_control_ids=self._format.control_ids)
-            grammar = await answer_grammar(chat, reading, self.tokenizer, self._grammars)
-        return replace(chat.answer, prompt=tuple(prompt), reading=reading, grammar=grammar)
+        reading = rendered.reading and replace(rendered.reading, shown_control_ids=self._format.control_ids)
+        return replace(chat.answer, prompt=tuple(prompt), reading=reading)
 
     async def chat_text(self, chat: ChatRequest) -> str:
         """A chat as the model will see it."""

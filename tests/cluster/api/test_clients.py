@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from llamaclust.cluster.api.ignored import HEADER
+from llamaclust.cluster.text import service as service_module
 from support.clusters.served import (
     CONTEXT,
     MODEL,

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.regular_file import open_regular
@@ -122,36 +124,38 @@ def _line(text: bytes) -> bytes:
 def read_journal(path: Path, now: Instant, served: str = "") -> list[OpenRequest]:
     """The requests that an earlier coordinator left, of the same `served` digest and not too old, in the order of their
     admission; empty where there is no journal. OSError where it cannot be read."""
+    return [request for request in read_left(path, now) if request.admission.served == served]
+
+
+def read_left(path: Path, now: Instant) -> list[OpenRequest]:
+    """The same of any digest."""
     requests: dict[str, _Request] = {}
     for record, body in _records(path):
-        with suppress(TypeError, KeyError, ValueError):  # a line that another program or version wrote
+        try:
             _apply(record, body, requests)
-    return [
-        request.as_open()
-        for request in requests.values()
-        if request.admission.left_s(now) > 0 and request.admission.served == served
-    ]
+        except (TypeError, KeyError, ValueError):  # a line that another program or version wrote
+            continue
+    return [request.as_open() for request in requests.values() if request.admission.left_s(now) > 0]
 
 
 def _apply(record: Any, body: bytes, requests: dict[str, _Request]) -> None:
     """What one line changes. TypeError, KeyError or ValueError for one that is none of ours, which changes nothing."""
-    match record:
-        case {"admit": fields}:
-            admission = _admission(fields, body)
-            requests[admission.id] = _Request(admission)
-        case {"answer": request_id, "choice": [int(prompt), int(choice)], "after": start, "rows": rows}:
-            if request_id in requests:
-                results = [RowResult(int(token), float(logprob)) for token, logprob in rows]
-                requests[request_id].answer((prompt, choice), start, results)
-        case {"restored": request_id, "times": int(times)}:
-            if request_id in requests:
-                requests[request_id].restores = times
-        case {"sent": request_id}:
-            if request_id in requests:
-                requests[request_id].is_sent = True
-        case {"end": [*request_ids]}:
-            for request_id in set(request_ids):
-                requests.pop(request_id, None)
+    kind = next(iter(record), None)
+    if kind == "answer":  # most lines
+        if (request := requests.get(record[kind])) is not None:
+            request.answer(record["choice"], record["after"], record["rows"])
+    elif kind == "admit":
+        admission = _admission(record[kind], body)
+        requests[admission.id] = _Request(admission)
+    elif kind == "restored":
+        if (request := requests.get(record[kind])) is not None:
+            request.restores = int(record["times"])
+    elif kind == "sent":
+        if (request := requests.get(record[kind])) is not None:
+            request.is_sent = True
+    elif kind == "end":
+        for request_id in set(record[kind]):
+            requests.pop(request_id, None)
 
 
 @dataclass(slots=True)
@@ -159,17 +163,20 @@ class _Request:
     """One that is read."""
 
     admission: Admission
-    answered: dict[ChoiceKey, list[RowResult]] = field(default_factory=dict)
+    answered: dict[ChoiceKey, list[tuple[int, float]]] = field(default_factory=dict)
     is_sent: bool = False
     restores: int = 0
 
-    def answer(self, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
-        if start == len(self.answered.get(choice, ())):
-            self.answered.setdefault(choice, []).extend(rows)
+    def answer(self, choice: Sequence[Any], start: int, rows: Sequence[Sequence[Any]]) -> None:
+        prompt, index = choice
+        key = int(prompt), int(index)
+        pairs = [(int(token), float(logprob)) for token, logprob in rows]
+        if start == len(self.answered.get(key, ())):
+            self.answered.setdefault(key, []).extend(pairs)
             self.restores = 0
 
     def as_open(self) -> OpenRequest:
-        answered = {choice: tuple(rows) for choice, rows in self.answered.items()}
+        answered = {choice: tuple(starmap(RowResult, rows)) for choice, rows in self.answered.items()}
         return OpenRequest(self.admission, answered, self.is_sent, self.restores)
 
 
@@ -206,8 +213,12 @@ def _records(path: Path) -> Iterable[tuple[Any, bytes]]:
         return
     with file:
         while line := file.readline(_MAX_LINE_BYTES):
-            checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 :].removesuffix(b"\n")
-            with suppress(ValueError, RecursionError):
-                if int(checksum, 16) == zlib.crc32(text):
-                    record, _, body = text.partition(_BODY)
-                    yield json.loads(record), body
+            text = line[_CHECKSUM_DIGITS + 1 :].removesuffix(b"\n")
+            try:
+                if int(line[:_CHECKSUM_DIGITS], 16) != zlib.crc32(text):
+                    continue
+                record, _, body = text.partition(_BODY)
+                value = from_json(record)
+            except ValueError:
+                continue
+            yield value, body

@@ -7,8 +7,10 @@ import json
 import os
 import random
 import threading
+import time
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,6 +246,26 @@ def test_long_lines_are_not_held_as_a_whole(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 512 << 20
     finally:
         tracemalloc.stop()
+
+
+async def test_a_long_journal_is_read_in_little_more_time_than_its_json(tmp_path: Path) -> None:
+    """Lines of one token, as of slow streams: relative to `json`, with both on this thread's clock."""
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        await writing.admit(admission(0))
+        for token in range(5000):
+            writing.answer("id0", (0, 0), token, [row(token, token)])
+    lines = [line[9:] for line in path.read_bytes().splitlines()[1:]]
+
+    def seconds(work: Callable[[], object]) -> float:
+        begun_s = time.thread_time()
+        work()
+        return time.thread_time() - begun_s
+
+    json_s = min(seconds(lambda: [json.loads(line) for line in lines]) for _ in range(5))
+    reading_s = min(seconds(lambda: read_journal(path, NOW)) for _ in range(5))
+    assert len(read_journal(path, NOW)[0].answered[0, 0]) == 5000
+    assert reading_s < 4 * json_s, f"{reading_s:.3f} s, {json_s:.3f} s for the JSON"
 
 
 async def test_a_sealed_journal_leaves_everything_to_the_next_coordinator(tmp_path: Path) -> None:

@@ -85,7 +85,11 @@ class JsonParts(Response):
         self._parts = parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.send_parts(send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def send_parts(self, send: Send) -> None:
+        """All but the end."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for part in self._parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})

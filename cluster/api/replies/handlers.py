@@ -9,6 +9,7 @@ from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.api.body import read_bytes
 from llamaclust.cluster.api.errors import HttpError
@@ -20,8 +21,9 @@ from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.restoring import Restoring
 from llamaclust.cluster.api.replies.ticket import Ticket, owner
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import WAITING, EventResponse, begin_events, unless_disconnected
+from llamaclust.cluster.api.sse import WAITING, EventResponse, begin_events, unless_disconnected, wait_for_disconnect
 from llamaclust.cluster.state.journal_records import OpenRequest
+from llamaclust.core.errors import LlamaclustError
 
 
 class Replies:
@@ -54,7 +56,7 @@ class Replies:
         body = await read_bytes(request, self.settings)
         ticket = Ticket.draw(request.headers, self.settings.api_keys, self._journal)
         if (kept := self.cache.same(ticket, path, body)) is not None:
-            return await self._begun(request, kept, _given(request))
+            return await self._begun(request, kept, _given(request, kept.ticket))
         if "last-event-id" in request.headers:  # a new computation may give other tokens
             raise self._not_found(ticket.identity.idempotency_key)
         reply = await self._endpoints[path](body, ticket)
@@ -115,10 +117,18 @@ class Replies:
     async def respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
         """The rest of a kept reply."""
         if not kept.is_streamed:
-            return JsonParts(await unless_disconnected(request, kept.whole()))
+            return await self._respond_whole(request, kept)
         ticket = kept.ticket
         events = kept.read(after, with_comments=not ticket.identity.conversation)  # its clients count bytes
         return EventResponse(_numbered(ticket, events, after), self._sent(kept))
+
+    async def _respond_whole(self, request: Request, kept: KeptReply) -> Response:
+        sent = partial(self.cache.sent, kept)
+        try:
+            return _WholeResponse(await unless_disconnected(request, kept.whole()), sent)
+        except LlamaclustError:  # it is all that the client gets
+            sent()
+            raise
 
     def _sent(self, kept: KeptReply) -> Callable[[], Awaitable[None]]:
         async def close() -> None:
@@ -132,7 +142,8 @@ class Replies:
     async def resume(self, request: Request) -> Response:
         """`GET /v1/streams/ID`: the events after the one of `Last-Event-ID` or `?after=`; a reply that is not streamed
         as a whole."""
-        return await self.respond(request, self._find(request), _given(request))
+        kept = self._find(request)
+        return await self.respond(request, kept, _given(request, kept.ticket))
 
     async def replay(self, request: Request) -> Response:
         """`GET /v1/stream/ID?from=N`, llama.cpp's form: the bytes of a conversation's newest stream from N on."""
@@ -173,11 +184,38 @@ class Replies:
         await self.cache.aclose()
 
 
-def _given(request: Request) -> Position:
-    """What the client has already: the id of an event, or what follows its colon."""
+class _WholeResponse(JsonParts):
+    """A reply that is not streamed; `sent` is called once the connection took all of it."""
+
+    def __init__(self, parts: Sequence[bytes], sent: Callable[[], None]) -> None:
+        super().__init__(parts)
+        self._sent = sent
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        cut = asyncio.create_task(wait_for_disconnect(receive))
+        try:
+            await self.send_parts(send)
+            await asyncio.sleep(0)  # the task may not have run yet; after the end, it is always done
+            if not cut.done():
+                self._sent()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            cut.cancel()
+            await asyncio.wait([cut])
+
+
+def _given(request: Request, ticket: Ticket) -> Position:
+    """What the client has already of the reply: the id of an event, or what follows its colon. HttpError for what is
+    neither, and for an event of another request."""
+    param = "after" if "after" in request.query_params else "Last-Event-ID"
     last = request.query_params.get("after", request.headers.get("last-event-id", ""))
-    text = last.rpartition(":")[2]
-    return Position.parse(text, "after") if text else Position()
+    if not last:
+        return Position()
+    request_id, colon, position = last.rpartition(":")
+    if colon and request_id != ticket.id:
+        why = f"{last[:60]!r} is an event of another request; the ids of this reply's events begin with {ticket.id}:"
+        raise HttpError(400, "bad_event_id", f"{param}: {why}", param=param)
+    return Position.parse(position, param)
 
 
 async def _numbered(

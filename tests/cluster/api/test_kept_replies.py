@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from llamaclust.cluster.api.replies.reply import Event, Position
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, RequestIdentity
+from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
 from llamaclust.core.errors import ClusterStoppingError, RequestCancelledError
-from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
+from support.clusters.resumable import KEY, PATHS, SERVED, body_of, is_idle, served, stream
 from support.clusters.served import until
 
 TICKET = Ticket(identity=RequestIdentity(id="a", seed=1, created=1))
@@ -139,6 +141,8 @@ async def test_a_mistake_in_a_kept_reply_is_logged_and_named(
         assert data["error"]["code"] == "internal_error" and "log says more" in data["error"]["message"]
         assert "TypeError: a mistake of ours" in caplog.text
         await until(lambda: is_idle(server.engine))
+        left = partial(read_journal, tmp_path / "journal", Instant.now(), SERVED)
+        await until(lambda: [request.is_sent for request in left()] == [True])
 
 
 def kept_in(cache: ReplyCache, name: str) -> KeptReply:

@@ -200,6 +200,25 @@ async def test_headers_that_make_no_sense_are_refused(headers: dict[str, str], c
         assert reply.status_code == code
 
 
+@pytest.mark.parametrize("again", ["GET", "after", "POST"])
+async def test_an_event_of_another_request_is_refused(again: str, tmp_path: Path) -> None:
+    """Such as one of a reply that is not kept any more: the rest of this one would not follow it."""
+    body, other = body_of(PATHS[0]), "3f2a0b1c2d3e4f5061728394:17"
+    async with served(tmp_path / "journal") as server:
+        await stream(server.http, "POST", PATHS[0], json=body, headers=KEY)
+        if again == "POST":
+            reply = await server.http.post(PATHS[0], json=body, headers=KEY | {"Last-Event-ID": other})
+        elif again == "GET":
+            reply = await server.http.get("/v1/streams/one", headers={"Last-Event-ID": other})
+        else:
+            reply = await server.http.get("/v1/streams/one", params={"after": other})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"]) == (400, "bad_event_id")
+        assert error["message"].startswith(
+            f"{'after' if again == 'after' else 'Last-Event-ID'}: '{other}' is an event of"
+        )
+
+
 async def test_kept_replies_are_bounded(tmp_path: Path) -> None:
     async with served(tmp_path / "journal", max_kept_replies=2, max_reply_bytes=1000) as server:
         server.pipeline.gate.clear()
@@ -249,6 +268,24 @@ async def test_a_reply_counts_as_sent_once_a_connection_took_it_to_its_end(tmp_p
         assert await stream(server.http, "GET", "/v1/streams/one")
         await until(lambda: [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [True])
     assert path.stat().st_size == 0
+
+
+async def test_a_whole_reply_counts_as_sent_once_a_connection_took_it(tmp_path: Path) -> None:
+    """A later coordinator does not compute it again, unless its client comes back."""
+    path, body = tmp_path / "journal", body_of(PATHS[0], stream=False)
+    async with served(path, KilledJournal) as server:
+        server.pipeline.gate.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            await server.http.post(PATHS[0], json=body, headers=KEY, timeout=0.2)
+        server.pipeline.gate.set()
+        await until(lambda: is_idle(server.engine))
+        assert [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [False]
+        first = await server.http.get("/v1/streams/one")
+        await until(lambda: [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [True])
+    async with served(path) as server:
+        assert is_idle(server.engine) and server.engine.scheduler.counts.running == 0
+        again = await server.http.get("/v1/streams/one")
+        assert again.json()["choices"] == first.json()["choices"]
 
 
 async def test_a_conversation_and_a_key_may_have_the_same_name(tmp_path: Path) -> None:

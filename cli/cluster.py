@@ -172,7 +172,7 @@ def plan(
 
 def _running(name: str | None) -> tuple[ClusterDir, ClusterRecord]:
     from llamaclust.cluster.config.environment import environment
-    from llamaclust.cluster.state.directory import find_running
+    from llamaclust.cluster.state.clusters import find_running
 
     return find_running(environment().state_dir, name)
 
@@ -180,7 +180,8 @@ def _running(name: str | None) -> tuple[ClusterDir, ClusterRecord]:
 def _running_or_last(name: str | None) -> tuple[ClusterDir, ClusterRecord | None]:
     """A running cluster with its record, or one that has ended."""
     from llamaclust.cluster.config.environment import environment
-    from llamaclust.cluster.state.directory import ClusterDir, running_clusters
+    from llamaclust.cluster.state.clusters import running_clusters
+    from llamaclust.cluster.state.directory import ClusterDir
 
     state_dir = environment().state_dir
     if name in {path.name for path in state_dir.glob("*/")} - running_clusters(state_dir).keys():

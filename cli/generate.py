@@ -201,7 +201,7 @@ class Target:
         """A client of it. UsageError where the options contradict each other or no cluster runs."""
         from llamaclust.cluster.client.http import Client
         from llamaclust.cluster.config.environment import environment
-        from llamaclust.cluster.state.directory import find_running
+        from llamaclust.cluster.state.clusters import find_running
 
         self._check()
         if self.model is not None:

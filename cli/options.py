@@ -186,12 +186,17 @@ def text_of(path: Path) -> str:
         return path.read_text("utf-8")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start})") from error
 
 
 def _json_of(path: Path) -> Any:
     """ValueError for a file that holds no JSON."""
+    text = text_of(path)
     try:
-        return json.loads(text_of(path))
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from error
     except RecursionError:
         raise ValueError(f"{path}: is nested too deeply") from None
 

@@ -19,7 +19,8 @@ from rich.text import Text
 from llamaclust.cli import terminal
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.state.directory import ClusterDir, find_running
+from llamaclust.cluster.state.clusters import find_running
+from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.gpus import DeviceLayers, placed
 from llamaclust.core.sizes import MIB

@@ -174,7 +174,7 @@ def rotate(
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
     """Of the cluster of that name; without one, of the only one that runs, or of `default`."""
     from llamaclust.cluster.config.values import parse_name
-    from llamaclust.cluster.state.directory import find_running, running_clusters
+    from llamaclust.cluster.state.clusters import find_running, running_clusters
 
     if cluster is None and running_clusters(state_dir):
         return find_running(state_dir, None)[0].path / "trust"

@@ -79,8 +79,10 @@ def _keys_of(path: Path) -> list[str]:
             raise UsageError(f"{path}: cannot read the API keys: not a regular file")
         with path.open(encoding="utf-8") as file:
             lines = [line.strip() for line in file.read(_MOST_KEY_CHARACTERS).splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the API keys: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the API keys: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: cannot read the API keys: not UTF-8 text") from error
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise UsageError(f"{path}: holds no API key; put one a line")

@@ -30,7 +30,7 @@ from llamaclust.core.profile import Profile, read_profile
 Value = TypeVar("Value")
 
 _PROFILES = ".profiles.json"  # no cluster's name begins with a dot
-_ELSEWHERE = ".elsewhere"
+ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
 """Longer than a process that checks for a running cluster has its lock."""
 _POLL_S = 0.05
@@ -253,7 +253,7 @@ class ClusterDir:
     @property
     def _link(self) -> Path | None:
         usual = environment().state_dir
-        return None if self.path.parent.absolute() == usual.absolute() else usual / _ELSEWHERE / self.path.name
+        return None if self.path.parent.absolute() == usual.absolute() else usual / ELSEWHERE / self.path.name
 
     def read_record(self) -> ClusterRecord | None:
         try:
@@ -338,27 +338,3 @@ def write_private(path: Path, text: str, *, is_synced: bool = True) -> None:
     except OSError as error:
         what = f"{path}: cannot be written: {error.strerror}"
         raise LlamaclustError(f"{what}; make room, or set `state_dir:` or LLAMACLUST_STATE_DIR") from error
-
-
-def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterRecord]]:
-    """Clusters of this user whose coordinator serves or starts, by name; `state_dir` comes before elsewhere."""
-    paths = [*sorted((state_dir / _ELSEWHERE).glob("*")), *sorted(state_dir.glob("*"))]
-    folders = [ClusterDir(path) for path in paths if path.is_dir()]
-    found = {folder.path.name: (folder, folder.read_record()) for folder in folders if folder.is_running}
-    return {name: (folder, record) for name, (folder, record) in found.items() if record is not None}
-
-
-def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
-    """The running cluster of that name, or the only one. Raises UsageError that lists what runs."""
-    running = running_clusters(state_dir)
-    if name is None and len(running) == 1:
-        name = next(iter(running))
-    if name is not None and name in running:
-        return running[name]
-    if not running:
-        newest = max(state_dir.glob("*/logs/*"), key=lambda log: log.lstat().st_mtime, default=None)
-        why = f"; the last one's logs: {newest.parent}" if newest is not None else ""
-        raise UsageError(f"no cluster is running: start one with `llamaclust up`{why}")
-    names = ", ".join(running)
-    asked = f"no cluster named {name!r} is running" if name else "several clusters are running"
-    raise UsageError(f"{asked}: choose one of {names} with --cluster")

@@ -17,11 +17,14 @@ from llamaclust.model.chat.tools.format_derivation import derive_format
 from llamaclust.model.chat.tools.known_formats import GENERIC_CALLS
 from llamaclust.model.chat.tools.tool_format import ToolFormat
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.wire.rpc.deadlines import deadline
 
 _HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
 """A template without any of these texts knows neither calls nor reasoning: rendering it would tell nothing."""
 _MAX_DERIVATION_S: Final = 60.0
 """Of a slow template, or on a busy machine; the next chat tries again."""
+_MAX_WAIT_S: Final = 120.0
+"""Of one chat, while others derive it."""
 
 PLAIN: Final = ToolFormat(GENERIC_CALLS, takes_tool_role=False, takes_call_messages=False)
 
@@ -65,7 +68,7 @@ class ChatFormat:
 
     async def get(self) -> ToolFormat:
         """DeadlineError where the template takes too long: what it does then tells nothing of its form."""
-        async with self._lock:
+        async with deadline("the chat template's form", _MAX_WAIT_S), self._lock:
             if self._form is None:
                 form = await run_on(RENDERING, self._derived)
                 controls = [text for text in self._tokenizer.control_texts if len(text) > 1]

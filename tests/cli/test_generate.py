@@ -184,6 +184,24 @@ def test_mistakes_get_one_line(here: Here, arguments: Sequence[str], code: int, 
 
 
 @pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "is not JSON: Expecting property name"),
+        (b'"\xff"', "is not UTF-8 text (byte 1)"),
+        (b"[" * 100_000, "is nested too deeply"),
+    ],
+)
+def test_a_schema_that_cannot_be_read_is_named_by_its_file(
+    here: Here, tmp_path: Path, content: bytes, words: str
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_bytes(content)
+    ended = here("generate", "x", "--json-schema", str(schema))
+    assert ended.code == 2 and ended.err.startswith(f"error: --json-schema: {schema}: {words}")
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "arguments", [("-n", "99999999999"), ("--temperature", "nan"), ("--top-p", "2"), ("--top-k", "-5")]
 )
 def test_values_out_of_bounds(here: Here, arguments: Sequence[str], tiny: Path) -> None:

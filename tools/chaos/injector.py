@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.client.operations import ClusterApi
-from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, find_running
+from llamaclust.cluster.state.clusters import find_running
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.tools.chaos.firewall import Firewall, FirewallError
 from llamaclust.tools.chaos.held import DisturbedLinks, FullDisks, Stops

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.client.operations import ClusterApi
-from llamaclust.cluster.state.directory import ClusterRecord, find_running
+from llamaclust.cluster.state.clusters import find_running
+from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.counts import counted
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.tools.chaos.firewall import Firewall, FirewallError

@@ -86,8 +86,11 @@ def read_private(path: Path) -> str:
         with path.open() as file:
             mode = os.fstat(file.fileno()).st_mode
             value = file.read(_MOST_CHARACTERS + 1).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"token file {path}: cannot be read: {error}") from error
+    except OSError as error:
+        what = f"token file {path}: cannot be read: {error.strerror}"
+        raise UsageError(f"{what}; give a readable copy of the file that `llamaclust up` names") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"token file {path}: holds no text; copy it again") from error
     if stat.S_IMODE(mode) & 0o077:
         raise UsageError(f"token file {path}: other users can read it; run: chmod 600 {path}")
     if len(value) > _MOST_CHARACTERS:

@@ -23,7 +23,6 @@ from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import (
     ClusterDir,
     ClusterRecord,
-    find_running,
     open_log,
     read_profiles,
     write_profiles,
@@ -56,40 +55,6 @@ def test_a_folder_in_place_of_a_lock_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "home" / "lock").mkdir(parents=True)
     with pytest.raises(UsageError, match="home/lock: is in the way of a lock"), ClusterDir(tmp_path / "home").locked():
         pass
-
-
-def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual = tmp_path / "usual"
-    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(usual))
-    folder = ClusterDir(tmp_path / "own" / "home")
-    record = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m")
-    with folder.locked():
-        folder.write_record(record)
-        for name in (None, "home"):
-            found, found_record = find_running(usual, name)
-            assert found_record == record and found.log_file("a").parent.samefile(folder.logs)
-            assert found.is_running
-        nearer = ClusterDir(usual / "home")
-        with nearer.locked():
-            nearer.write_record(record)
-            assert find_running(usual, "home")[0] == nearer
-            nearer.remove_record()
-        folder.remove_record()
-    assert list((usual / ".elsewhere").iterdir()) == []
-    with pytest.raises(UsageError, match=r"start one with `llamaclust up`$"):
-        find_running(usual, None)
-    nearer.log_file("a").touch()
-    older = ClusterDir(usual / "older").log_file("a")
-    older.parent.mkdir(parents=True)
-    older.touch()
-    os.utime(nearer.log_file("a"), (2e9, 2e9))
-    os.utime(older.parent, (2e9, 2e9))  # of the folder: when a file was made in it
-    with pytest.raises(UsageError, match=rf"no cluster is running: .*; the last one's logs: {nearer.logs}"):
-        find_running(usual, None)
-    with pytest.raises(UsageError, match=r"start one with `llamaclust up`$"):
-        find_running(tmp_path / "nowhere", None)
 
 
 def test_a_lock_ends_the_record_of_a_killed_process(tmp_path: Path) -> None:
@@ -344,11 +309,3 @@ def test_a_damaged_record_of_a_cluster_signals_no_process(tmp_path: Path) -> Non
             assert folder.read_record() is None
         (folder.path / "cluster.json").write_text("[" * 100_000)
         assert folder.read_record() is None and "already running" in folder._taken()
-
-
-def test_a_log_that_leads_nowhere_is_no_error(tmp_path: Path) -> None:
-    folder = ClusterDir(tmp_path / "home")
-    folder.create()
-    folder.log_file("a").symlink_to(tmp_path / "gone")
-    with pytest.raises(UsageError, match=f"the last one's logs: {folder.logs}"):
-        find_running(tmp_path, None)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from threading import Event
 
 import pytest
 
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.text import stream as stream_module
+from llamaclust.cluster.text import threads
 from llamaclust.cluster.text.answer import Answer, collect
 from llamaclust.cluster.text.request import CompletionRequest
-from llamaclust.cluster.text.threads import BREAKERS
+from llamaclust.cluster.text.threads import BREAKERS, run_on
 from llamaclust.core.errors import DeadlineError, QueueFullError
 from support.clusters.served import ScriptedEngine, make_service, real_engine, says, until
 
@@ -113,3 +116,15 @@ async def test_work_on_breakers_holds_up_no_other_work_on_texts() -> None:
         assert not held.done()
     finally:
         is_over.set()
+
+
+async def test_work_on_texts_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waited for its thread until then does not run."""
+    monkeypatch.setattr(threads, "_WORK_S", 0.05)
+    held, ran = Event(), list[int]()
+    with ThreadPoolExecutor(1) as pool:
+        for work in (partial(held.wait, 20.0), partial(ran.append, 1)):
+            with pytest.raises(DeadlineError, match=r"on a busy machine: not within 0.05 s"):
+                await run_on(pool, work)
+        held.set()
+    assert ran == []

@@ -149,6 +149,16 @@ def test_a_token_file_that_holds_none_is_an_error(tmp_path: Path, content: bytes
         ClusterToken.read(path)
 
 
+def test_a_token_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    with pytest.raises(UsageError) as raised:
+        ClusterToken.read(path)
+    assert str(raised.value) == (
+        f"token file {path}: cannot be read: No such file or directory; "
+        "give a readable copy of the file that `llamaclust up` names"
+    )
+
+
 async def test_a_deadline_names_what_did_not_come() -> None:
     with pytest.raises(DeadlineError, match=r"the answer: not within 0\.01 s"):
         async with deadline("the answer", 0.01):

@@ -1,0 +1,61 @@
+"""Clusters of this user: those that run, and the one that ended last."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+from llamaclust.cluster.state.directory import ELSEWHERE, ClusterDir, ClusterRecord
+from llamaclust.core.errors import UsageError
+
+
+def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterRecord]]:
+    """Clusters whose coordinator serves or starts, by name; `state_dir` comes before elsewhere."""
+    found = {folder.path.name: (folder, folder.read_record()) for folder in _folders(state_dir) if folder.is_running}
+    return {name: (folder, record) for name, (folder, record) in found.items() if record is not None}
+
+
+def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
+    """The running cluster of that name, or the only one. Raises UsageError that lists what runs."""
+    running = running_clusters(state_dir)
+    if name is None and len(running) == 1:
+        name = next(iter(running))
+    if name is not None and name in running:
+        return running[name]
+    last = _last_ended(state_dir, name)
+    if not running:
+        raise UsageError(f"no cluster is running: start one with `llamaclust up`{last}")
+    choose = f"choose one of {', '.join(running)} with --cluster"
+    if name is None:
+        raise UsageError(f"several clusters are running: {choose}")
+    raise UsageError(f"no cluster named {name!r} is running: {choose}{last}")
+
+
+def _folders(state_dir: Path) -> list[ClusterDir]:
+    paths = [*sorted((state_dir / ELSEWHERE).glob("*")), *sorted(state_dir.glob("*"))]
+    return [ClusterDir(path) for path in paths if path.is_dir()]
+
+
+def _last_ended(state_dir: Path, name: str | None) -> str:
+    """How the cluster that ran last, or last under that name, has ended, and where its logs are; "" where there is
+    none. When a killed one ended is not known: it counts as the last."""
+    of_name = [folder for folder in _folders(state_dir) if name in (None, folder.path.name)]
+    ended = [folder for folder in of_name if _last_change_s(folder) and not folder.is_running]
+    if not ended:
+        return ""
+    last = max(ended, key=lambda folder: (_was_killed(folder), _last_change_s(folder)))
+    logs = last.path.resolve() / "logs" if any(last.logs.glob("*")) else None
+    if _was_killed(last):
+        return f"; {last.path.name} ended unexpectedly" + (f", its logs: {logs}" if logs else "")
+    return f"; the last one's logs: {logs}" if logs else ""
+
+
+def _was_killed(folder: ClusterDir) -> bool:
+    """Whether the cluster that ended did not remove its record."""
+    return folder.read_record() is not None
+
+
+def _last_change_s(folder: ClusterDir) -> float:
+    """When one of its files changed last, in Unix time; 0 where there is none."""
+    entries = (path.lstat() for path in (*folder.path.glob("*"), *folder.logs.glob("*")))
+    return max((entry.st_mtime for entry in entries if not stat.S_ISDIR(entry.st_mode)), default=0.0)

@@ -70,6 +70,8 @@ def up(
 
 def down(cluster: Cluster = None) -> None:
     """Stop a running cluster. Running requests get up to 30 seconds to finish; a second `down` stops it at once."""
+    from llamaclust.cluster.state.unanswered import left_unanswered
+
     folder, record = _running(cluster)
     record.signal(signal.SIGTERM)
     if not folder.ends_within(_IDLE_S):
@@ -82,6 +84,8 @@ def down(cluster: Cluster = None) -> None:
         if not folder.ends_within(_KILL_S):
             folder.write_record(record)
             raise LlamaclustError(f"cluster {record.name} (pid {record.pid}) does not end; look at it with `ps`")
+    if left := left_unanswered(folder.journal):
+        print(f"{record.name}: {left}", file=sys.stderr)
     print(f"{record.name} is stopped", file=sys.stderr)
 
 

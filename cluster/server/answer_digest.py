@@ -14,7 +14,8 @@ KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type",
 
 
 def answer_digest(config: ClusterConfig, model_id: str, chat_template: str | None, context_length: int) -> str:
-    """`chat_template`: its source; `context_length`: of the plan."""
+    """`chat_template`: its source, from which the format of answers follows in one version; `context_length`: of the
+    plan."""
     defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
     keys = (model_id, chat_template, context_length, config.wire, config.kv_type.value, defaults)
     return hashlib.sha256(repr((VERSION, NUMERICS_VERSION, *keys)).encode()).hexdigest()

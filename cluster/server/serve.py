@@ -35,6 +35,7 @@ from llamaclust.cluster.state.events import Draining, Notice, Ready, Report
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
+from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswered
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
 from llamaclust.core.interpreter import share_interpreter
@@ -93,6 +94,12 @@ class _Front:
 def _run(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
     share_interpreter()
     asyncio.run(_until_signal(config, model_path, folder, front))
+    _report_line(front, left_unanswered(folder.journal))
+
+
+def _report_line(front: _Front, line: str) -> None:
+    if line:
+        front.report(Notice(f"{front.record.name}: {line}"))
 
 
 async def _until_signal(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
@@ -142,7 +149,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     async with aclosing(service), journalled as durability, aclosing(Replies(front.settings, durability)) as replies:
         app = create_app(service, replies, engine, show, admission, pool)
         with _left_to_the_next(durability.journal):
-            await replies.restore(await asyncio.to_thread(_open_requests, folder.journal, durability.served))
+            await replies.restore(await _restorable(folder, durability.served, front))
             server = _Server(server_config(app, front.settings))
             serving = asyncio.create_task(server.serve(sockets=[front.listener]))
             try:
@@ -178,10 +185,17 @@ async def _journalled(cluster: Cluster, folder: ClusterDir) -> AsyncIterator[Dur
         yield Durability(journal, served, timeouts.request)
 
 
-def _open_requests(path: Path, served: str) -> list[OpenRequest]:
+async def _restorable(folder: ClusterDir, served: str, front: _Front) -> list[OpenRequest]:
+    """What an earlier coordinator left for one of the same digest."""
+    left = await asyncio.to_thread(_left_requests, folder.journal)
+    _report_line(front, found_unanswered(left, served))
+    return [request for request in left if request.admission.served == served]
+
+
+def _left_requests(path: Path) -> list[OpenRequest]:
     """Those of an earlier coordinator; none where the journal cannot be read."""
     try:
-        return read_journal(path, Instant.now(), served)
+        return read_journal(path, Instant.now())
     except (OSError, ValueError, TypeError, KeyError) as error:
         _log.warning("%s: cannot be read: %s; requests of the last coordinator are lost", path, error)
         return []

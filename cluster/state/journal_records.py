@@ -121,14 +121,9 @@ def _line(text: bytes) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def read_journal(path: Path, now: Instant, served: str = "") -> list[OpenRequest]:
-    """The requests that an earlier coordinator left, of the same `served` digest and not too old, in the order of their
-    admission; empty where there is no journal. OSError where it cannot be read."""
-    return [request for request in read_left(path, now) if request.admission.served == served]
-
-
-def read_left(path: Path, now: Instant) -> list[OpenRequest]:
-    """The same of any digest."""
+def read_journal(path: Path, now: Instant) -> list[OpenRequest]:
+    """The requests that an earlier coordinator left and that are not too old, in the order of their admission; empty
+    where there is no journal. OSError where it cannot be read."""
     requests: dict[str, _Request] = {}
     for record, body in _records(path):
         try:

@@ -76,6 +76,7 @@ async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, en
                 assert not asking.done()
             if not with_standby:
                 again = await asyncio.to_thread(line.start, "up", line.cluster_file(model, "tiny", **keys))
+            await asyncio.to_thread(again.says, "computed again")
             await asyncio.to_thread(again.says, "tiny is ready")
         async with asyncio.timeout(120):
             assert await asking == undisturbed

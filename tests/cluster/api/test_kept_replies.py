@@ -21,7 +21,7 @@ from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
 from llamaclust.core.errors import ClusterStoppingError, RequestCancelledError
-from support.clusters.resumable import KEY, PATHS, SERVED, body_of, is_idle, served, stream
+from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
 
 TICKET = Ticket(identity=RequestIdentity(id="a", seed=1, created=1))
@@ -141,7 +141,7 @@ async def test_a_mistake_in_a_kept_reply_is_logged_and_named(
         assert data["error"]["code"] == "internal_error" and "log says more" in data["error"]["message"]
         assert "TypeError: a mistake of ours" in caplog.text
         await until(lambda: is_idle(server.engine))
-        left = partial(read_journal, tmp_path / "journal", Instant.now(), SERVED)
+        left = partial(read_journal, tmp_path / "journal", Instant.now())
         await until(lambda: [request.is_sent for request in left()] == [True])
 
 

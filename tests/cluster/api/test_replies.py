@@ -15,7 +15,6 @@ from llamaclust.cluster.text import choice as choice_text
 from support.clusters.resumable import (
     KEY,
     PATHS,
-    SERVED,
     Event,
     KilledJournal,
     assert_same,
@@ -68,7 +67,7 @@ async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
         whole = await stream(server.http, "POST", path, json=body)
     async with served(tmp_path / "journal", KilledJournal) as server:
         events = await stream(server.http, "POST", path, json=body, most=random.Random(SEED).randrange(1, len(whole)))
-    opened = read_journal(tmp_path / "journal", Instant.now(), SERVED)
+    opened = read_journal(tmp_path / "journal", Instant.now())
     assert len(opened) == 1 and not (opened[0].answered and not is_recorded)
     request_id = events[-1][0].partition(":")[0]
     async with served(tmp_path / "journal") as server:
@@ -81,7 +80,7 @@ async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
         }
         await until(lambda: is_idle(server.engine))
         await until(
-            lambda: [request.is_sent for request in read_journal(tmp_path / "journal", Instant.now(), SERVED)] == [True]
+            lambda: [request.is_sent for request in read_journal(tmp_path / "journal", Instant.now())] == [True]
         )
     assert (tmp_path / "journal").stat().st_size == 0
 
@@ -264,9 +263,9 @@ async def test_a_reply_counts_as_sent_once_a_connection_took_it_to_its_end(tmp_p
             pass
         server.pipeline.gate.set()
         await until(lambda: is_idle(server.engine))
-        assert [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [False]
+        assert [request.is_sent for request in read_journal(path, Instant.now())] == [False]
         assert await stream(server.http, "GET", "/v1/streams/one")
-        await until(lambda: [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [True])
+        await until(lambda: [request.is_sent for request in read_journal(path, Instant.now())] == [True])
     assert path.stat().st_size == 0
 
 
@@ -279,9 +278,9 @@ async def test_a_whole_reply_counts_as_sent_once_a_connection_took_it(tmp_path: 
             await server.http.post(PATHS[0], json=body, headers=KEY, timeout=0.2)
         server.pipeline.gate.set()
         await until(lambda: is_idle(server.engine))
-        assert [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [False]
+        assert [request.is_sent for request in read_journal(path, Instant.now())] == [False]
         first = await server.http.get("/v1/streams/one")
-        await until(lambda: [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [True])
+        await until(lambda: [request.is_sent for request in read_journal(path, Instant.now())] == [True])
     async with served(path) as server:
         assert is_idle(server.engine) and server.engine.scheduler.counts.running == 0
         again = await server.http.get("/v1/streams/one")

@@ -209,7 +209,7 @@ async def test_what_a_client_had_not_read_of_a_sent_reply_outlives_the_coordinat
     async with served(path, KilledJournal) as server:
         whole = await stream(server.http, "POST", PATHS[0], json=body, headers=headers)
         await stream(server.http, "POST", PATHS[0], json=body)
-        await until(lambda: [request.is_sent for request in read_journal(path, Instant.now(), SERVED)] == [True, True])
+        await until(lambda: [request.is_sent for request in read_journal(path, Instant.now())] == [True, True])
     events = whole[: random.Random(SEED).randrange(1, len(whole))]
     request_id, last = events[-1][0].partition(":")[0], {"Last-Event-ID": events[-1][0]}
     before = path.read_bytes()
@@ -268,7 +268,7 @@ async def test_a_restored_request_that_progresses_is_not_given_up(
     for _ in range(7):
         async with served(path, KilledJournal) as server:
             await stream(server.http, "GET", "/v1/streams/key 0", most=sum(known) + 3)
-        (request,) = read_journal(path, Instant.now(), SERVED)
+        (request,) = read_journal(path, Instant.now())
         assert request.restores == 0
         known.append(len(request.answered[0, 0]) - sum(known))
         assert known[-1] > 0

@@ -33,7 +33,7 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
 
 def _folders(state_dir: Path) -> list[ClusterDir]:
     paths = [*sorted((state_dir / ELSEWHERE).glob("*")), *sorted(state_dir.glob("*"))]
-    return [ClusterDir(path) for path in paths if path.is_dir()]
+    return [ClusterDir(path) for path in paths if path.is_dir() and not path.name.startswith(".")]
 
 
 def _last_ended(state_dir: Path, name: str | None) -> str:

@@ -32,8 +32,10 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
 
 
 def _folders(state_dir: Path) -> list[ClusterDir]:
-    paths = [*sorted((state_dir / ELSEWHERE).glob("*")), *sorted(state_dir.glob("*"))]
-    return [ClusterDir(path) for path in paths if path.is_dir() and not path.name.startswith(".")]
+    """Of clusters elsewhere, the folders themselves: their links go with their records, before their locks."""
+    elsewhere = [path.resolve() for path in sorted((state_dir / ELSEWHERE).glob("*")) if path.is_dir()]
+    here = [path for path in sorted(state_dir.glob("*")) if path.is_dir() and not path.name.startswith(".")]
+    return [ClusterDir(path) for path in (*elsewhere, *here)]
 
 
 def _last_ended(state_dir: Path, name: str | None) -> str:
@@ -44,7 +46,7 @@ def _last_ended(state_dir: Path, name: str | None) -> str:
     if not ended:
         return ""
     last = max(ended, key=lambda folder: (_was_killed(folder), _last_change_s(folder)))
-    logs = last.path.resolve() / "logs" if any(last.logs.glob("*")) else None
+    logs = last.logs if any(last.logs.glob("*")) else None
     if _was_killed(last):
         return f"; {last.path.name} ended unexpectedly" + (f", its logs: {logs}" if logs else "")
     return f"; the last one's logs: {logs}" if logs else ""

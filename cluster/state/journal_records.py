@@ -128,13 +128,14 @@ def read_journal(path: Path, now: Instant) -> list[OpenRequest]:
     for record, body in _records(path):
         try:
             _apply(record, body, requests)
-        except (TypeError, KeyError, ValueError):  # a line that another program or version wrote
+        except (TypeError, KeyError, ValueError, OverflowError):  # a line that another program or version wrote
             continue
     return [request.as_open() for request in requests.values() if request.admission.left_s(now) > 0]
 
 
 def _apply(record: Any, body: bytes, requests: dict[str, _Request]) -> None:
-    """What one line changes. TypeError, KeyError or ValueError for one that is none of ours, which changes nothing."""
+    """What one line changes. TypeError, KeyError, ValueError or OverflowError for one that is none of ours, which
+    changes nothing."""
     kind = next(iter(record), None)
     if kind == "answer":  # most lines
         if (request := requests.get(record[kind])) is not None:

@@ -26,7 +26,7 @@ def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
         for name in (None, "home"):
             found, found_record = find_running(usual, name)
             assert found_record == record and found.log_file("a").parent.samefile(folder.logs)
-            assert found.is_running
+            assert found.is_running and found.path == folder.path  # which outlives its link
         nearer = ClusterDir(usual / "home")
         with nearer.locked():
             nearer.write_record(record)

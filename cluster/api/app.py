@@ -17,6 +17,7 @@ from llamaclust.cluster.api.anthropic.endpoint import MessagesEndpoint
 from llamaclust.cluster.api.anthropic.schema import MessagesBody
 from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.errors import add_error_handlers
+from llamaclust.cluster.api.ignored import HEADER as IGNORED_HEADER
 from llamaclust.cluster.api.ignored import IgnoredFields
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
@@ -32,13 +33,15 @@ from llamaclust.cluster.api.operations import DrainControl, Operations, Workers
 from llamaclust.cluster.api.paths import Paths
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.reply import MakeReply
-from llamaclust.cluster.api.security import Security
+from llamaclust.cluster.api.security import KeyGate, Security
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.version import VERSION
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+_EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
+"""Of replies, that scripts of web pages may read beside those that they always may."""
 
 
 def create_app(
@@ -80,11 +83,17 @@ def create_app(
             _route(app, method, f"/cluster/workers/{{worker}}/{name}", getattr(workers, name))
     _route(app, "GET", "/docs", docs_page)
     app.openapi = partial(describe, app.routes)  # type: ignore[method-assign]  # FastAPI's own way
-    if settings.allowed_origins:
-        origins = settings.allowed_origins
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(IgnoredFields)
     app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
+    app.add_middleware(KeyGate, settings=settings)
+    if settings.allowed_origins:  # outside all that refuses requests of these pages: they may read why
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED_HEADERS,
+        )
     app.add_middleware(Security, settings=settings)
     app.add_middleware(EarlyReplies)
     app.add_middleware(Paths, prefix=settings.prefix)

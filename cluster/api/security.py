@@ -45,15 +45,31 @@ def sent_key(headers: Mapping[str, str]) -> str:
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
-class Security:
-    """Refuses requests before the app sees them."""
+class KeyGate:
+    """Refuses requests without a key before the app sees them."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
         self._keys = ApiKeys(settings.api_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            error = self._keys.error(sent_key(Headers(scope=scope)))
+            if error is not None and scope["path"] not in OPEN_PATHS:
+                await error_response(error, scope)(scope, receive, send)
+                return
+            scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}
+        await self._app(scope, receive, send)
+
+
+class Security:
+    """Refuses requests of foreign web pages and to other hosts before anything else sees them."""
+
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+        self._app = app
         self._takes_any_ip = not is_loopback(settings.listen_host)
         self._hosts = {name.lower() for name in (*settings.allowed_hosts, settings.listen_host)}
-        self._origins = {origin.lower().rstrip("/") for origin in settings.allowed_origins}
+        self._origins = frozenset(settings.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -67,15 +83,10 @@ class Security:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         self._check_host(headers, scope)
-        self._check_origin(headers)
+        self._check_origin(headers, scope)
         if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may read another length
             message = "a request has Content-Length or Transfer-Encoding, not both"
             raise HttpError(400, "bad_request", message, {"Connection": "close"})
-        is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
-        error = self._keys.error(sent_key(headers))
-        if error is not None and scope["path"] not in OPEN_PATHS and not is_preflight:
-            raise error
-        scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}
 
     def _check_host(self, headers: Headers, scope: Scope) -> None:
         given = headers.getlist("host")
@@ -92,11 +103,15 @@ class Security:
         cure = "add it to `allowed_hosts` in the cluster file if it should be allowed"
         raise HttpError(403, "host_not_allowed", f"Host {host!r} is not a name of this API; {cure}")
 
-    def _check_origin(self, headers: Headers) -> None:
+    def _check_origin(self, headers: Headers, scope: Scope) -> None:
         origin = headers.get("origin")
         if origin is None or "*" in self._origins or origin.lower() in self._origins:
             return
-        if origin.partition("://")[2].lower() == headers["host"].lower():
+        scheme, _, host = origin.lower().partition("://")
+        is_secure = (
+            scheme == "https" or scope["scheme"] == "http"
+        )  # behind a proxy, pages are more secure than requests
+        if is_secure and host == headers["host"].lower():
             return
         cure = "add it to `allowed_origins` in the cluster file if they should be allowed"
         raise HttpError(403, "origin_not_allowed", f"web pages of {origin[:200]!r} may not use this API; {cure}")

@@ -206,6 +206,40 @@ async def test_foreign_pages_are_refused() -> None:
         reply = await http.get("/v1/models", headers=page | {"authorization": "Bearer first-key"})
         assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == "https://chat.example"
         assert await get(http, origin="https://evil.example") == 403
+        refused = await http.options("/v1/chat/completions", headers=asked | {"origin": "https://evil.example"})
+        assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
+
+
+async def test_allowed_pages_may_read_errors_and_headers_but_send_no_cookies() -> None:
+    page = {"origin": "https://chat.example"}
+    key = {"authorization": "Bearer first-key"}
+    for allowed in ("https://chat.example", "*"):
+        async with client(app(allowed_origins=(allowed,), api_keys=("first-key",))) as http:
+            for reply in (
+                await http.get("/v1/models", headers=page),
+                await http.get("/v1/nothing", headers=page | key),
+                await http.post("/v1/completions", headers=page | key, json={"prompt": 5}),
+                await http.post("/v1/completions", headers=page | key, json={"prompt": "a", "unknown": 1}),
+            ):
+                assert reply.headers["access-control-allow-origin"] == allowed
+                assert "X-Llamaclust-Ignored" in reply.headers["access-control-expose-headers"]
+                assert "access-control-allow-credentials" not in reply.headers
+            assert "x-llamaclust-ignored" in reply.headers
+            asked = page | {"access-control-request-method": "DELETE", "access-control-request-headers": "x-api-key"}
+            preflight = await http.options("/v1/streams/a", headers=asked)
+            assert preflight.status_code == 200 and "access-control-allow-credentials" not in preflight.headers
+            assert "DELETE" in preflight.headers["access-control-allow-methods"]
+            assert "x-api-key" in preflight.headers["access-control-allow-headers"]
+
+
+async def test_a_plain_page_of_the_same_address_may_not_use_https() -> None:
+    """Anyone on the way could have written it. Behind a proxy that speaks TLS, pages are https and requests http."""
+    async with client(app()) as http:
+        http.base_url = httpx.URL("https://127.0.0.1:8080")
+        assert await get(http, origin="https://127.0.0.1:8080") == 200
+        assert await get(http, origin="http://127.0.0.1:8080") == 403
+        http.base_url = httpx.URL("http://127.0.0.1:8080")
+        assert await get(http, origin="https://127.0.0.1:8080") == 200
 
 
 async def test_large_bodies_are_refused() -> None:

@@ -8,9 +8,7 @@ import logging
 import secrets
 import socket
 import ssl
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import RefusalReason
@@ -22,6 +20,7 @@ from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security import enrolment as protocol
 from llamaclust.wire.security.credentials import Identity, Principal
+from llamaclust.wire.security.server_context import server_context
 
 MAX_CONNECTIONS = 64
 """At a time; more are closed at once."""
@@ -137,20 +136,10 @@ class EnrolmentServer:
         """Of the present certificate."""
         pair = self._identity.pair
         if self._tls is None or self._tls[0] != pair.certificate:
-            self._tls = (pair.certificate, _server_context(pair.private_key + pair.certificate))
+            context = server_context(pair.private_key + pair.certificate, ssl.TLSVersion.TLSv1_3)
+            context.num_tickets = 0
+            self._tls = (pair.certificate, context)
         return self._tls[1]
-
-
-def _server_context(pem: bytes) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.num_tickets = 0
-    with tempfile.TemporaryDirectory(prefix="llamaclust-") as folder:  # Python takes certificates from files only
-        path = Path(folder) / "pair"
-        path.touch(mode=0o600)
-        path.write_bytes(pem)
-        context.load_cert_chain(path)
-    return context
 
 
 def _listening(address: str) -> socket.socket:

@@ -1,0 +1,22 @@
+"""The server's side of TLS as Python's `ssl` wants it."""
+
+from __future__ import annotations
+
+import ssl
+import tempfile
+from pathlib import Path
+
+
+def server_context(pem: bytes, minimum: ssl.TLSVersion) -> ssl.SSLContext:
+    """Shows the certificates in `pem`, which also has the private key. ssl.SSLError where they cannot be used.
+
+    Python takes them from files only: they are in a private one for that moment."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = minimum
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    with tempfile.TemporaryDirectory(prefix="llamaclust-") as folder:
+        path = Path(folder) / "pair"
+        path.touch(mode=0o600)
+        path.write_bytes(pem)
+        context.load_cert_chain(path)
+    return context

@@ -12,7 +12,7 @@ from typer import Argument, Option
 from llamaclust.cli import terminal
 from llamaclust.cli.cluster_source import MAX_WORKERS, cluster_source
 from llamaclust.cli.interrupts import ends_at_once
-from llamaclust.cli.options import Cluster, Endpoint, Json, KeyFile, option_value
+from llamaclust.cli.options import CaFile, Cluster, Endpoint, Json, KeyFile, option_value
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 if TYPE_CHECKING:
@@ -95,11 +95,12 @@ def status(
     watch: Annotated[bool, Option("--watch", "-w", help="Repeat every second until Ctrl-C.")] = False,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
+    ca_file: CaFile = None,
 ) -> None:
     """Show a running cluster: workers, layers, memory, requests, measured and predicted speed."""
     from llamaclust.cli.status import Watched, show_status
 
-    show_status(Watched.find(cluster, endpoint, api_key_file), as_json, watch)
+    show_status(Watched.find(cluster, endpoint, api_key_file, ca_file), as_json, watch)
 
 
 def drain(worker: Worker, cluster: Cluster = None) -> None:

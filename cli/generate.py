@@ -13,6 +13,7 @@ from typer import Argument, Option
 from llamaclust.cli import terminal
 from llamaclust.cli.options import (
     NO_GPUS,
+    CaFile,
     Cluster,
     Devices,
     Endpoint,
@@ -63,6 +64,7 @@ def generate(
     as_json: Json = False,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
+    ca_file: CaFile = None,
     model: ModelFile = None,
     threads: Threads = None,
     device: Devices = [],  # noqa: B006  typer reads the default
@@ -73,7 +75,8 @@ def generate(
 ) -> None:
     """Complete PROMPT and stream the text."""
     text = given_or_piped(prompt)
-    target = Target(cluster, endpoint, api_key_file, model, threads, gpus=Gpus(tuple(device), gpu_layers))
+    gpus = Gpus(tuple(device), gpu_layers)
+    target = Target(cluster, endpoint, api_key_file, model, threads, gpus=gpus, ca_file=ca_file)
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
     with target.open() as client:
@@ -108,6 +111,7 @@ def chat(
     min_p: MinP = 0.05,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
+    ca_file: CaFile = None,
     model: ModelFile = None,
     chat_template: Annotated[
         str | None,
@@ -126,7 +130,8 @@ def chat(
     from llamaclust.cluster.client.session import ChatSession
     from llamaclust.cluster.config.values import expand_home
 
-    target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, Gpus(tuple(device), gpu_layers))
+    gpus = Gpus(tuple(device), gpu_layers)
+    target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file)
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
     instruction = _system_message(system, system_file)
@@ -196,6 +201,7 @@ class Target:
     threads: int | None = None
     chat_template: str | None = None
     gpus: Gpus = NO_GPUS
+    ca_file: Path | None = None
 
     def open(self) -> TextClient:
         """A client of it. UsageError where the options contradict each other or no cluster runs."""
@@ -215,7 +221,7 @@ class Target:
                 print(client.placement, file=sys.stderr)
             return client
         if self.endpoint is not None:
-            return connect(self.endpoint, self.api_key_file)
+            return connect(self.endpoint, self.api_key_file, self.ca_file)
         _, record = find_running(environment().state_dir, self.cluster)
         keys = self.api_key_file or (Path(record.api_keys_file) if record.api_keys_file else None)
         return connect(record.api, keys)
@@ -231,13 +237,15 @@ class Target:
             raise UsageError("--device and --gpu-layers are for --model: a cluster's workers have theirs")
         if self.chat_template is not None and self.model is None:
             raise UsageError("--chat-template is for --model: a cluster's is in its file, or given to `up`")
+        if self.ca_file is not None and self.endpoint is None:
+            raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
         if self.api_key_file is not None and self.model is not None:
             raise UsageError("--api-key-file is for a cluster: a model in this process asks for no key")
 
 
-def connect(endpoint: str, api_key_file: Path | None) -> Client:
+def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None) -> Client:
     """A client of an address, with the first key of a file. UsageError where there is none in it."""
     from llamaclust.cluster.api.settings import first_key
     from llamaclust.cluster.client.http import Client
 
-    return Client(endpoint, None if api_key_file is None else first_key(api_key_file))
+    return Client(endpoint, None if api_key_file is None else first_key(api_key_file), verify=ca_file)

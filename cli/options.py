@@ -85,6 +85,7 @@ LocalModel = Annotated[Path, Argument(metavar="MODEL", parser=model_file, help=M
 """The file of a model that is on this machine."""
 Cluster = Annotated[str | None, Option("--cluster", metavar="NAME", help="Name of the cluster, if several run.")]
 Endpoint = Annotated[str | None, Option("--endpoint", metavar="URL", help="Address of a running cluster's API.")]
+CaFile = Annotated[Path | None, Option("--ca-file", metavar="FILE", help="Certificates (PEM) to trust at --endpoint.")]
 KeyFile = Annotated[Path | None, Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")]
 Threads = Annotated[
     int | None, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Compute threads; all cores by default.")

@@ -256,7 +256,14 @@ def ready_text(ready: events.Ready) -> str:
   llamaclust generate "Once upon a time"{name}
   llamaclust status{name}
   OpenAI clients: base_url={api}/v1{key}
-"""
+{_certificate_text(ready)}"""
+
+
+def _certificate_text(ready: events.Ready) -> str:
+    if ready.fingerprint is None:
+        return ""
+    use = "" if ready.ca_file is None else f"\n  other machines: --ca-file with a copy of {printable(ready.ca_file)}"
+    return f"  certificate: SHA-256 {ready.fingerprint}{use}\n"
 
 
 def own_address(url: str) -> str:

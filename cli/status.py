@@ -41,14 +41,19 @@ class Watched:
     folder: ClusterDir | None
 
     @classmethod
-    def find(cls, name: str | None, endpoint: str | None, api_key_file: Path | None) -> Watched:
+    def find(
+        cls, name: str | None, endpoint: str | None, api_key_file: Path | None, ca_file: Path | None = None
+    ) -> Watched:
         """UsageError where no such cluster runs here, or the options contradict each other."""
         if endpoint is None:
+            if ca_file is not None:
+                raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
             folder, record = find_running(environment().state_dir, name)
             return cls(record.name, ClusterApi.of(record, api_key_file), folder)
         if name is not None:
             raise UsageError("--cluster and --endpoint name different places: give one of them")
-        return cls(endpoint, ClusterApi(f"the cluster at {endpoint}", endpoint, api_key_file), None)
+        api = ClusterApi(f"the cluster at {endpoint}", endpoint, api_key_file, ca_file)
+        return cls(endpoint, api, None)
 
     @property
     def has_ended(self) -> bool:

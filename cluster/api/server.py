@@ -10,13 +10,14 @@ import resource
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llamaclust.cluster.api.error_shapes import OPENAI, Failure, to_json
+from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
@@ -36,20 +37,23 @@ _LIVE = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
-def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
-    """How an app is served. Warnings are not logged: any client can cause them without end. Idle connections are the
-    room's to close, later than clients do: OpenAI's gives one up after 5 s, and a request that meets the end of its
-    connection on the way is lost."""
+def server_config(app: FastAPI, settings: ApiSettings, port: ApiPort) -> uvicorn.Config:
+    """How an app is served at a port. Warnings are not logged: any client can cause them without end. Idle connections
+    are the room's to close, later than clients do: OpenAI's gives one up after 5 s, and a request that meets the end
+    of its connection on the way is lost."""
 
     class Connection(_Connection):
         """The server makes connections of a class; those of this one share a room."""
 
         room = _Room(settings)
 
+    def connect(**given: Any) -> asyncio.Protocol:
+        return port.carrying(Connection(**given))
+
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     return uvicorn.Config(
         app,
-        http=Connection,
+        http=connect,  # type: ignore[arg-type]  # it is called as a class is
         ws="none",
         backlog=_BACKLOG,
         lifespan="off",
@@ -143,23 +147,26 @@ def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
 
 
 class StartingReplies:
-    """Answers on a listening socket, which stays open, while it is entered; `close` it when the API itself answers."""
+    """Answers on a port, whose socket stays open, while it is entered; `close` it when the API itself answers."""
 
-    def __init__(
-        self, listener: socket.socket, api_keys: Sequence[str], report: Report, *, is_live: bool = False
-    ) -> None:
+    def __init__(self, port: ApiPort, api_keys: Sequence[str], report: Report, *, is_live: bool = False) -> None:
         """What the start waits for is for those with a key. `is_live`: /live is answered 200."""
         self._is_live = is_live
         self._keys = ApiKeys(api_keys)
         self._report = report
         self._awaited = ""
-        self._listener = listener
+        self._port = port
         self._open = 0
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._answer, sock=self._listener.dup(), limit=_HEAD_BYTES)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._connect, sock=self._port.listener.dup())
         return self
+
+    def _connect(self) -> asyncio.Protocol:
+        streams = asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=_HEAD_BYTES), self._answer)
+        return self._port.carrying(streams)
 
     async def __aexit__(self, *error: object) -> None:
         self.close()

@@ -21,6 +21,7 @@ from llamaclust.cluster.client.http_codec import (
     reply_error,
 )
 from llamaclust.cluster.client.resuming import READ_TIMEOUT_S, ResumableStream, unreachable
+from llamaclust.cluster.client.trust import Verify, trust
 from llamaclust.cluster.client.types import (
     AsyncChunkStream,
     ChunkStream,
@@ -51,9 +52,19 @@ class Client(TextClient):
     Proxies of the environment are used, but never to this machine itself.
     """
 
-    def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _IDLE_S) -> None:
-        """UsageError for what is not the address of an HTTP server. Connects with the first call."""
-        self._http = httpx.Client(**http_options(base_url, api_key, timeout))
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        timeout: float = _IDLE_S,
+        verify: Verify = None,
+    ) -> None:
+        """`verify`: a PEM file of certificates to trust, or a context, for addresses of other machines.
+
+        UsageError for what is not the address of an HTTP server, and for a file that cannot be used. Connects with the
+        first call."""
+        self._http = httpx.Client(**http_options(base_url, api_key, timeout, verify))
         self._stream_timeout = _limits(timeout, READ_TIMEOUT_S)
 
     @staticmethod
@@ -115,9 +126,16 @@ class Client(TextClient):
 class AsyncClient:
     """`Client` for asyncio: `await client.generate(...)`, or `async for` over what it gives with `stream=True`."""
 
-    def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _IDLE_S) -> None:
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        timeout: float = _IDLE_S,
+        verify: Verify = None,
+    ) -> None:
         """As for `Client`."""
-        self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout))
+        self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout, verify))
         self._stream_timeout = _limits(timeout, READ_TIMEOUT_S)
 
     @overload
@@ -200,7 +218,7 @@ class AsyncClient:
             return _checked(await self._http.post(path, content=encode(body)))
 
 
-def http_options(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
+def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
     """Arguments of both of httpx's clients. A `/v1` at the end, as OpenAI's clients want it, is taken as well."""
     try:
         url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
@@ -218,6 +236,7 @@ def http_options(base_url: str, api_key: str | None, timeout: float) -> dict[str
         "headers": headers,
         "timeout": _limits(timeout, timeout),
         "trust_env": not is_loopback(url.host),
+        "verify": trust(url, verify),
     }
 
 

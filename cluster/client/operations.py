@@ -10,6 +10,7 @@ import httpx
 from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.client.http import http_options
 from llamaclust.cluster.client.http_codec import reply_error
+from llamaclust.cluster.client.trust import explain_refusal
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.errors import LlamaclustError
 
@@ -21,12 +22,12 @@ _DRAIN_S = 630.0
 class ClusterApi:
     """A context manager: holds a connection while it is entered. Errors name the cluster and its address."""
 
-    def __init__(self, where: str, url: str, api_keys_file: Path | None) -> None:
-        """`where`: its name in errors. UsageError for what is not the address of an HTTP server, and without a key in
-        the file."""
+    def __init__(self, where: str, url: str, api_keys_file: Path | None, ca_file: Path | None = None) -> None:
+        """`where`: its name in errors. UsageError for what is not the address of an HTTP server, and without a key or
+        certificates in the files."""
         self._where = where
         key = None if api_keys_file is None else first_key(api_keys_file)
-        self._client = httpx.Client(**http_options(url, key, _ANSWER_S) | {"trust_env": False})
+        self._client = httpx.Client(**http_options(url, key, _ANSWER_S, ca_file) | {"trust_env": False})
 
     @classmethod
     def of(cls, record: ClusterRecord, api_keys_file: Path | None = None) -> Self:
@@ -67,7 +68,8 @@ class ClusterApi:
         try:
             answer = self._client.request(method, path, timeout=httpx.Timeout(_ANSWER_S, read=read_s))
         except httpx.HTTPError as error:
-            raise LlamaclustError(f"{self._where} does not answer: {error}") from error
+            refusal = explain_refusal(self._where, error)
+            raise LlamaclustError(refusal or f"{self._where} does not answer: {error}") from error
         if answer.status_code == httpx.codes.OK:
             body: dict[str, Any] = answer.json()
             return body

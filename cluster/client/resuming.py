@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from llamaclust.cluster.client.http_codec import EventReader, reply_error
+from llamaclust.cluster.client.trust import explain_refusal
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import LlamaclustError, ProtocolError
 
@@ -112,6 +113,9 @@ class ResumableStream:
 
 def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
     """A server that does not answer, or not to the end."""
+    refusal = explain_refusal(str(url).rstrip("/"), error)
+    if refusal is not None:
+        return LlamaclustError(refusal)
     reason = str(error) or type(error).__name__
     is_broken = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
     what = "ended the connection in the middle of an answer" if is_broken else "does not answer"

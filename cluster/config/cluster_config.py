@@ -19,6 +19,7 @@ from llamaclust.cluster.config.sections import (
     Api,
     Join,
     Lease,
+    ListenTls,
     PlanEntry,
     Ray,
     Section,
@@ -31,6 +32,8 @@ from llamaclust.cluster.config.values import (
     Name,
     OrAuto,
     OrCount,
+    Origin,
+    OrWord,
     Size,
     check_wire_type,
     expand_home,
@@ -67,6 +70,8 @@ class ClusterConfig(Section):
     """A static cluster without encryption and authentication: every client that reaches its ports is trusted."""
     listen: Address = "127.0.0.1:8080"
     """HOST:PORT of the HTTP API; port 0 takes a free one."""
+    listen_tls: Annotated[ListenTls | None, OrWord("self-signed")] = None
+    """self-signed, or certificate and key: the API speaks HTTPS; by default plain HTTP."""
     workers: Annotated[
         tuple[WorkerConfig, ...],
         Field(min_length=1, max_length=MAX_WORKERS, strict=False),
@@ -93,7 +98,7 @@ class ClusterConfig(Section):
     """Whether requests share the KV memory of equal beginnings."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
     """Names by which clients may call the API, beside this machine's own; another Host header is refused."""
-    allowed_origins: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
+    allowed_origins: tuple[Origin, ...] = Field(default=(), max_length=64, strict=False)
     """Web pages that may use the API, such as https://chat.example; none by default."""
     api_keys_file: FilePath | None = None
     """File of API keys, one a line, mode 0600; needed when `listen` is not a loopback address."""
@@ -198,6 +203,8 @@ class ClusterConfig(Section):
 
 _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory", "kv_disk")
 """Keys of workers that are options of `llamaclust worker` of a static cluster."""
+_PATHS = (("join", "trust_dir"), ("lease", "account"), ("listen_tls", "certificate"), ("listen_tls", "key"))
+"""Keys of sections that are paths."""
 
 
 def _as_option(worker: WorkerConfig, key: str) -> str:
@@ -243,7 +250,7 @@ def _anchored(document: Document, folder: Path) -> Document:
         keys.append("chat_template")
     for key in keys:
         _anchor(values, key, folder)
-    for section, key in (("join", "trust_dir"), ("lease", "account")):
+    for section, key in _PATHS:
         if isinstance(values.get(section), dict):
             values[section] = dict(values[section])
             _anchor(values[section], key, folder)

@@ -116,6 +116,22 @@ class Lease(Section):
         return self
 
 
+class ListenTls(Section):
+    """TLS of the HTTP API's port. Without keys, with a certificate that is made at the first start."""
+
+    certificate: FilePath | None = None
+    """PEM file of the certificate and those of its authorities; read again when it changes."""
+    key: FilePath | None = None
+    """PEM file of its private key, without a password, which other users cannot read."""
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        for name, other in (("certificate", "key"), ("key", "certificate")):
+            if getattr(self, name) is None and getattr(self, other) is not None:
+                raise PlaceError((other,), f"certificate and key go together: give {name} as well")
+        return self
+
+
 class Api(Section):
     """What the HTTP API accepts."""
 

@@ -25,6 +25,9 @@ _DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
+_ORIGIN = r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?"
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+"""That browsers leave out."""
 _GPU = r"cuda(:\d{1,3})?"
 _MOST_GPUS = 16
 _DEVICES = "give cpu, cuda:0, or several as cuda:0,cuda:1"
@@ -162,6 +165,18 @@ def parse_gpu_layers(value: str) -> int | None:
     return int(value)
 
 
+def parse_origin(value: object) -> str:
+    """The origin of web pages, as browsers send it; `*`: any, `null`: of files and pages in a sandbox. Raises
+    ValueError."""
+    given = value.lower().removesuffix("/") if isinstance(value, str) else ""
+    if given in ("*", "null"):
+        return given
+    match = re.fullmatch(_ORIGIN, given)
+    if match is None:
+        raise ValueError(f"{shown(value)} is no origin of web pages; write it like https://chat.example")
+    return given.removesuffix(_DEFAULT_PORTS.get(match[1], ""))
+
+
 def parse_ray_address(value: object) -> object:
     """`auto`, `none` or HOST:PORT. Raises ValueError."""
     if value not in ("auto", "none"):
@@ -183,6 +198,21 @@ class OrAuto:
         json = handler(schema)
         json["anyOf"] = [{"const": "auto"}] + [option for option in json["anyOf"] if option.get("type") != "null"]
         return json
+
+
+class OrWord:
+    """Marks an optional section that a word may stand for: without keys."""
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        read: Callable[[Any], Any] = lambda value: {} if value == self._word else value  # noqa: E731
+        return core_schema.no_info_before_validator_function(read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        json = handler(schema)
+        return {**json, "anyOf": [{"const": self._word}, *json["anyOf"]]}
 
 
 class OrCount:
@@ -228,6 +258,9 @@ Duration = Annotated[
     float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["string", "number"], "pattern": f"^{_DURATION}$"})
 ]
 Address = Annotated[str, BeforeValidator(_parse_address)]
+Origin = Annotated[
+    str, BeforeValidator(parse_origin), WithJsonSchema({"type": "string", "pattern": f"^(\\*|null|{_ORIGIN}/?)$"})
+]
 FilePath = Annotated[Path, BeforeValidator(_parse_path), WithJsonSchema({"type": "string"})]
 Layers = Annotated[
     tuple[int, int],

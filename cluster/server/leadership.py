@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.server import StartingReplies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.config.sections import Lease
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def leading(lease: Lease, listener: socket.socket, settings: ApiSettings, report: Report) -> Iterator[bool]:
+def leading(lease: Lease, port: ApiPort, settings: ApiSettings, report: Report) -> Iterator[bool]:
     """Waits for the lease, and holds it meanwhile; gives False where a signal ended the wait. Where it cannot be
     renewed, this process ends at once, as by a kill: another one may have it."""
 
@@ -31,7 +31,7 @@ def leading(lease: Lease, listener: socket.socket, settings: ApiSettings, report
         os._exit(1)
 
     lock = LeaseLock(lease)
-    starting = StartingReplies(listener, settings.api_keys, report, is_live=True)
+    starting = StartingReplies(port, settings.api_keys, report, is_live=True)
     try:
         if asyncio.run(_taken(lease, lock, starting)):
             with held(lock, lost):

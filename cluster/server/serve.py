@@ -8,15 +8,17 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.port.api_port import ApiPort, listening
 from llamaclust.cluster.api.replies.durability import Durability
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.server import StartingReplies, allow_many_files, server_config
@@ -37,8 +39,11 @@ from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
 from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswered
 from llamaclust.cluster.text.service import TextService, TextSettings
-from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
+from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError
 from llamaclust.core.interpreter import share_interpreter
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.api.port.certificate import ServerCertificate
 
 _DRAIN_S = 30.0
 _LOOK_S = 0.2
@@ -46,7 +51,6 @@ _COLLECT_EVERY = 20_000
 """Objects between two looks for garbage, 700 by default."""
 _START_S = 10.0
 _END_S = 5.0
-_BACKLOG = 128
 _MORE_REQUESTS = 64
 """Requests beside those that run and wait: they are read, refused, or their replies are written."""
 
@@ -64,10 +68,10 @@ def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby
     folder = ClusterDir(config.state_dir / config.name)
     settings = _api_settings(config)
     if config.lease is not None:
-        with _listening(config) as listener, leading(config.lease, listener, settings, report) as is_leader:
+        with _open_port(config, folder) as port, leading(config.lease, port, settings, report) as is_leader:
             if is_leader:
                 with folder.kept():
-                    _run(config, model_path, folder, _Front(listener, _record(config, listener), settings, report))
+                    _run(config, model_path, folder, _Front(port, _record(config, folder, port), settings, report))
         return
     if is_standby:
         report(Notice(f"{config.name}: this standby takes over once no coordinator runs"))
@@ -77,15 +81,15 @@ def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby
             return
         if is_standby:
             report(Notice(f"{config.name}: no coordinator runs, so this standby serves"))
-        with _listening(config) as listener:
-            _run(config, model_path, folder, _Front(listener, _record(config, listener), settings, report))
+        with _open_port(config, folder) as port:
+            _run(config, model_path, folder, _Front(port, _record(config, folder, port), settings, report))
 
 
 @dataclass(frozen=True, slots=True)
 class _Front:
-    """The public side of a cluster: its socket, its record, its API settings, the receiver of its events."""
+    """The public side of a cluster: its port, its record, its API settings, the receiver of its events."""
 
-    listener: socket.socket
+    port: ApiPort
     record: ClusterRecord
     settings: ApiSettings
     report: Report
@@ -105,6 +109,8 @@ def _report_line(front: _Front, line: str) -> None:
 async def _until_signal(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
     signals = Signals()
     try:
+        if front.port.certificate is not None:
+            front.port.certificate.publish(folder.api_certificate)
         folder.write_record(front.record)
         async with (
             _starting_replies(config, front) as replies,
@@ -125,7 +131,7 @@ async def _until_signal(config: ClusterConfig, model_path: Path, folder: Cluster
 def _starting_replies(config: ClusterConfig, front: _Front) -> StartingReplies:
     """Who waits for a lease was alive before, and stays so."""
     is_live = config.lease is not None
-    return StartingReplies(front.listener, front.settings.api_keys, front.report, is_live=is_live)
+    return StartingReplies(front.port, front.settings.api_keys, front.report, is_live=is_live)
 
 
 def _settle_memory() -> None:
@@ -150,12 +156,12 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         app = create_app(service, replies, engine, show, admission, pool)
         with _left_to_the_next(durability.journal):
             await replies.restore(await _restorable(folder, durability.served, front))
-            server = _Server(server_config(app, front.settings))
-            serving = asyncio.create_task(server.serve(sockets=[front.listener]))
+            server = _Server(server_config(app, front.settings, front.port))
+            serving = asyncio.create_task(server.serve(sockets=[front.port.listener]))
             try:
                 await asyncio.wait_for(server.answers.wait(), _START_S)
                 signals.ready = True
-                front.report(Ready(record.name, record.api, record.model, record.api_keys_file))
+                front.report(_ready(config, front))
                 await first_of(_asked(signals), cluster.registry.superseded())
                 left = _Inheritance(durability.journal, None if config.lease is None else cluster.registry)
                 await first_of(_drain(engine, admission, left), _report_requests(service, front.report))
@@ -288,32 +294,54 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
 
 
 @contextmanager
-def _listening(config: ClusterConfig) -> Iterator[socket.socket]:
-    """The API's socket, taken before anything is started."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((config.host, config.port))
-            listener.listen(_BACKLOG)
-        except OSError as error:
-            what = f"cannot listen on {config.host} port {config.port}: {error.strerror}"
-            raise UsageError(f"{what}; choose another with `--port N` or `listen:` (0: any free one)") from error
-        listener.setblocking(False)
-        yield listener
+def _open_port(config: ClusterConfig, folder: ClusterDir) -> Iterator[ApiPort]:
+    """The API's port with its certificate, taken before anything is started."""
+    certificate = _certificate(config, folder)
+    with (
+        nullcontext() if certificate is None else certificate.watched(),
+        listening(config.host, config.port, certificate) as port,
+    ):
+        yield port
 
 
-def _record(config: ClusterConfig, listener: socket.socket) -> ClusterRecord:
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
+def _certificate(config: ClusterConfig, folder: ClusterDir) -> ServerCertificate | None:
+    """UsageError for files that cannot be used."""
+    if config.listen_tls is None:
+        return None
+    from llamaclust.cluster.api.port.certificate import CertificateFiles, ServerCertificate
+    from llamaclust.cluster.api.port.self_signed import certificate_names, keep_self_signed
+
+    given, own = config.listen_tls, folder.api_pem
+    if given.certificate is not None and given.key is not None:
+        return ServerCertificate(CertificateFiles(given.certificate, given.key))
+    folder.create()
+    keep_self_signed(own, certificate_names(config.host, config.allowed_hosts))
+    return ServerCertificate(CertificateFiles(own, own))
+
+
+def _record(config: ClusterConfig, folder: ClusterDir, port: ApiPort) -> ClusterRecord:
     keys = config.api_keys_file
     return ClusterRecord(
         name=config.name,
         pid=os.getpid(),
-        api=f"http://{host}:{port}",
+        api=port.url,
         model=_model_name(config.model),
         api_keys_file=None if keys is None else str(keys),
         launcher=config.launcher,
+        api_certificate=None if port.certificate is None else str(folder.api_certificate),
+    )
+
+
+def _ready(config: ClusterConfig, front: _Front) -> Ready:
+    record, certificate = front.record, front.port.certificate
+    is_own = config.listen_tls is not None and config.listen_tls.certificate is None
+    return Ready(
+        record.name,
+        record.api,
+        record.model,
+        record.api_keys_file,
+        fingerprint=None if certificate is None else certificate.fingerprint,
+        ca_file=record.api_certificate if is_own else None,
     )
 
 

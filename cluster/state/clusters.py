@@ -15,6 +15,12 @@ def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterReco
     return {name: (folder, record) for name, (folder, record) in found.items() if record is not None}
 
 
+def recorded_clusters(state_dir: Path) -> list[ClusterRecord]:
+    """Records of running clusters, and of those that were killed."""
+    records = (folder.read_record() for folder in _folders(state_dir))
+    return [record for record in records if record is not None]
+
+
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
     """The running cluster of that name, or the only one. Raises UsageError that lists what runs."""
     running = running_clusters(state_dir)

@@ -47,10 +47,11 @@ class ClusterRecord:
 
     name: str
     pid: int
-    api: str  # http://HOST:PORT
+    api: str  # http://HOST:PORT, or https://
     model: str
     api_keys_file: str | None = None  # where this user's programs find a key, if the API wants one
     launcher: str = "local"
+    api_certificate: str | None = None  # the one that https shows, for this user's programs
     start_ticks: int = field(default_factory=own_start_ticks)  # of the process
 
     def signal(self, number: signal.Signals) -> None:
@@ -92,6 +93,16 @@ class ClusterDir:
         with contextlib.suppress(OSError):
             return self.journal.stat().st_size > 0
         return False
+
+    @property
+    def api_pem(self) -> Path:
+        """Key and certificate of an API with a self-signed one."""
+        return self.path / "api.pem"
+
+    @property
+    def api_certificate(self) -> Path:
+        """The certificate that the API shows."""
+        return self.path / "api.crt"
 
     @property
     def _record(self) -> Path:

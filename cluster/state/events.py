@@ -77,6 +77,8 @@ class Ready:
     api: str
     model: str
     api_keys_file: str | None = None
+    fingerprint: str | None = None  # SHA-256 of the certificate; None: plain HTTP
+    ca_file: str | None = None  # the certificate, where it is the cluster's own
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,13 @@ def test_a_ready_cluster_names_an_address_that_others_can_use_and_where_keys_are
     assert "base_url=http://127.0.0.1:1/v1\n" in ready_text(Ready("mine", "http://127.0.0.1:1", "good"))
 
 
+def test_a_ready_cluster_with_tls_names_its_certificate() -> None:
+    signed = ready_text(Ready("mine", "https://127.0.0.1:1", "good", fingerprint="AB:CD"))
+    assert "base_url=https://127.0.0.1:1/v1\n  certificate: SHA-256 AB:CD\n" in signed
+    own = ready_text(Ready("mine", "https://127.0.0.1:1", "good", fingerprint="AB:CD", ca_file="/s/api.crt"))
+    assert "other machines: --ca-file with a copy of /s/api.crt\n" in own
+
+
 def test_weights_that_were_kept_are_not_loading(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys, WorkerLoading("a", 0, 2, 2 * MIB, 2 * MIB)) == ["worker a, layers 0-1: 2.0 MiB are there"]
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
+from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.server import StartingReplies
 from llamaclust.cluster.state.events import AwaitingWorkers, Event, Notice, Waiting, WorkerJoined
 
@@ -22,7 +23,7 @@ async def port() -> AsyncIterator[tuple[socket.socket, str]]:
 
 
 def replies_on(listener: socket.socket) -> StartingReplies:
-    return StartingReplies(listener, (), lambda event: None)
+    return StartingReplies(ApiPort(listener), (), lambda event: None)
 
 
 @pytest.mark.parametrize("body", [b"", b"x" * 3_000_000], ids=len)
@@ -39,7 +40,7 @@ async def test_the_starting_error_names_what_is_awaited_for_those_with_a_key() -
     async with (
         port() as (listener, url),
         httpx.AsyncClient(timeout=20) as client,
-        StartingReplies(listener, ["first-key"], passed_on.append) as replies,
+        StartingReplies(ApiPort(listener), ["first-key"], passed_on.append) as replies,
     ):
 
         async def told(**headers: str) -> str:

@@ -132,6 +132,21 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         assert load(tmp_path, f"model: '{model}'\nworkers: [{{name: a}}]\n").model == model
 
 
+def test_tls_of_the_api(tmp_path: Path) -> None:
+    assert load(tmp_path, SMALL).listen_tls is None
+    own = load(tmp_path, SMALL + "listen_tls: self-signed\n").listen_tls
+    assert own is not None and own.certificate is own.key is None
+    given = load(tmp_path, SMALL + "listen_tls: {certificate: tls.crt, key: /keys/tls.key}\n").listen_tls
+    assert given is not None and (given.certificate, given.key) == (tmp_path / "tls.crt", Path("/keys/tls.key"))
+    assert load(tmp_path, SMALL, "listen_tls=self-signed").listen_tls == own
+
+
+def test_origins_are_written_as_browsers_send_them(tmp_path: Path) -> None:
+    given = "['https://Chat.Example/', 'http://a:80', 'https://a:443', 'http://[::1]:3000', app://notes, 'null', '*']"
+    read = ("https://chat.example", "http://a", "https://a", "http://[::1]:3000", "app://notes", "null", "*")
+    assert load(tmp_path, f"{SMALL}allowed_origins: {given}\n").allowed_origins == read
+
+
 def test_environment() -> None:
     read = environment({"LLAMACLUST_STATE_DIR": "/s", "XDG_CACHE_HOME": "/c", "LLAMACLUST_FEATURE_LEVEL": "avx2"})
     assert (read.state_dir, read.home, read.feature_level) == (Path("/s"), Path("/c/llamaclust"), "avx2")

@@ -19,6 +19,7 @@ NAME = "is not a name; write 1 to 63 letters, digits, dots, dashes or underscore
 COUNT = "give a whole number from 1 to"
 ADDRESS = "is not an address; write it like 127.0.0.1:8080 or [::1]:8080"
 DECIMAL = "is no decimal number; write it in decimal digits, or put it in quotes"
+ORIGIN = "is no origin of web pages; write it like https://chat.example"
 NO_PATH = "no path has a zero byte in it; write the place of a file or folder"
 NO_HOME = "begins in a home directory that is not there; write the whole path"
 SIZE = "is not a size; write it like 8GiB or 512MiB (KiB, MiB, GiB, TiB; kB, MB, GB, TB)"
@@ -55,6 +56,12 @@ TOP_KEYS = {
     "kv_memory: [1]": f"kv_memory: [1] {SIZE}",
     "kv_memory: 24": "kv_memory: 24 has no unit; write 24GiB or 24MiB, or bytes from 1048576 on",
     "kv_memory: 0": "kv_memory: 0 is not a possible size; 1B to 1024TiB are",
+    "listen_tls: true": "listen_tls: true is not possible; give self-signed or keys with values: certificate, key",
+    "listen_tls: {certificate: a.pem}": "listen_tls.certificate: certificate and key go together: give key as well",
+    "listen_tls: {key: a.pem}": "listen_tls.key: certificate and key go together: give certificate as well",
+    "listen_tls: {cert: a.pem}": "unknown key 'cert' in listen_tls; did you mean 'certificate'?",
+    "allowed_origins: [chat.example]": f"allowed_origins[0]: 'chat.example' {ORIGIN}",
+    "allowed_origins: [https://chat.example/page]": f"allowed_origins[0]: 'https://chat.example/page' {ORIGIN}",
     "listen: localhost": f"listen: 'localhost' {ADDRESS}",
     "listen: 8080": f"listen: 8080 {ADDRESS}",
     "listen: 0.0.0.0:80": "listen: 0.0.0.0:80 can be reached from other machines: set api_keys_file as well",

@@ -10,7 +10,8 @@ from llamaclust.cluster.server.answer_digest import KEYS, answer_digest
 
 _SAME_ANSWERS = frozenset(
     {
-        *("name", "launcher", "join", "ray", "insecure", "listen", "workers", "plan", "objective"),
+        *("name", "launcher", "join", "ray", "insecure", "listen", "listen_tls", "workers"),
+        *("plan", "objective"),
         *("kv_memory", "max_sequences", "max_waiting", "prefill_chunk", "prefix_cache"),
         *("allowed_hosts", "allowed_origins", "api_keys_file", "state_dir", "lease", "timeouts"),
     }

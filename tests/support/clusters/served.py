@@ -20,6 +20,8 @@ from fastapi import FastAPI
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.operations import DrainControl
+from llamaclust.cluster.api.port.api_port import ApiPort
+from llamaclust.cluster.api.port.certificate import ServerCertificate
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
@@ -202,14 +204,17 @@ async def real_engine(
 
 
 @asynccontextmanager
-async def serving(app: FastAPI, settings: ApiSettings | None = None) -> AsyncIterator[str]:
+async def serving(
+    app: FastAPI, settings: ApiSettings | None = None, certificate: ServerCertificate | None = None
+) -> AsyncIterator[str]:
     """A real server on a free port of this machine; its address. `settings` are for its connections."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(server_config(app, settings or ApiSettings()))
+        port = ApiPort(listener, certificate)
+        server = uvicorn.Server(server_config(app, settings or ApiSettings(), port))
         task = asyncio.create_task(server.serve([listener]))
         try:
             await until(lambda: server.started)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield port.url
         finally:
             server.should_exit = server.force_exit = True
             await task

@@ -1,0 +1,1 @@
+"""The API's port: its socket, its certificate, TLS under HTTP."""

@@ -1,0 +1,53 @@
+"""The socket of the API, and the certificate that it shows."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llamaclust.cluster.api.port.tls_protocol import TlsProtocol
+from llamaclust.core.addresses import joined_address
+from llamaclust.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.api.port.certificate import ServerCertificate
+
+_BACKLOG = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ApiPort:
+    """Where clients connect to."""
+
+    listener: socket.socket
+    certificate: ServerCertificate | None = None  # None: plain HTTP
+
+    @property
+    def url(self) -> str:
+        host, port = self.listener.getsockname()[:2]
+        scheme = "http" if self.certificate is None else "https"
+        return f"{scheme}://{joined_address(host, port)}"
+
+    def carrying(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
+        """What a new connection speaks to."""
+        return protocol if self.certificate is None else TlsProtocol(protocol, self.certificate.context)
+
+
+@contextmanager
+def listening(host: str, port: int, certificate: ServerCertificate | None) -> Iterator[ApiPort]:
+    """Takes the port. UsageError where that is not possible."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            what = f"cannot listen on {host} port {port}: {error.strerror}"
+            raise UsageError(f"{what}; choose another with `--port N` or `listen:` (0: any free one)") from error
+        listener.setblocking(False)
+        yield ApiPort(listener, certificate)

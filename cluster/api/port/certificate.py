@@ -1,0 +1,186 @@
+"""The certificate of the API's port: read from files, checked, read again when they change."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+
+from llamaclust.cluster.state.directory import write_private
+from llamaclust.cluster.state.regular_file import open_regular
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.wire.security.server_context import server_context
+
+_LOOK_S: Final = 1.0
+"""Between two looks at the files."""
+_END_S: Final = 1.0
+_MOST_BYTES: Final = 1 << 20
+_WARNING: Final = timedelta(days=7)
+"""Before the end."""
+_log = logging.getLogger(__name__)
+
+_Stamp = tuple[tuple[int, ...] | None, ...]
+"""What changes when a file does."""
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateFiles:
+    """PEM files; both may be the same."""
+
+    certificate: Path  # the server's first, then those of the authorities that signed it
+    key: Path
+
+    def stamp(self) -> _Stamp:
+        return tuple(_stamp(path) for path in (self.certificate, self.key))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCertificate:
+    """A certificate that can be used."""
+
+    context: ssl.SSLContext
+    pem: str  # of the server's certificate alone
+    fingerprint: str  # SHA-256 as browsers and OpenSSL show it
+    ends_at: datetime
+
+    @classmethod
+    def of(cls, files: CertificateFiles) -> LoadedCertificate:
+        """UsageError that names the file where one cannot be used, or they do not belong together."""
+        chain, key = _read(files.certificate), _read(files.key, is_private=True)
+        try:
+            certificate = x509.load_pem_x509_certificate(chain)
+        except (ValueError, x509.InvalidVersion) as error:
+            raise UsageError(f"{files.certificate}: holds no certificate in PEM") from error
+        _check_key(files, certificate, key)
+        _check_time(files.certificate, certificate)
+        try:
+            context = server_context(key + b"\n" + chain, ssl.TLSVersion.TLSv1_2)
+        except ssl.SSLError as error:
+            raise UsageError(f"{files.certificate}: cannot be used: {error.reason}") from error
+        context.set_alpn_protocols(["http/1.1"])
+        pem = certificate.public_bytes(Encoding.PEM).decode()
+        fingerprint = certificate.fingerprint(hashes.SHA256()).hex(":").upper()
+        return cls(context, pem, fingerprint, certificate.not_valid_after_utc)
+
+
+class ServerCertificate:
+    """The certificate as its files have it now; where they cannot be used, as they last could be."""
+
+    def __init__(self, files: CertificateFiles) -> None:
+        """UsageError where they cannot be used."""
+        self._files = files
+        self._seen = self._used = files.stamp()
+        self._loaded = LoadedCertificate.of(files)
+        self._published: Path | None = None
+        self._has_warned = False
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        """For the next connection; those that are open are not disturbed."""
+        return self._loaded.context
+
+    @property
+    def fingerprint(self) -> str:
+        return self._loaded.fingerprint
+
+    def publish(self, path: Path) -> None:
+        """Writes the certificate, now and whenever it changes, where this user's programs look which one to trust.
+        LlamaclustError where it cannot be written."""
+        self._published = path
+        write_private(path, self._loaded.pem)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Looks at the files again and again, on a thread of its own: a file server that is away stops no request."""
+        end = threading.Event()
+
+        def watch() -> None:
+            while not end.wait(_LOOK_S):
+                self.look()
+
+        thread = threading.Thread(target=watch, name="certificate", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join(_END_S)
+
+    def look(self) -> None:
+        """Reads files that have changed since, and did not between this look and the last: both are written."""
+        stamp, last = self._files.stamp(), self._seen
+        self._seen = stamp
+        if stamp == last != self._used:
+            self._used = stamp
+            self._load()
+        left = self._loaded.ends_at - datetime.now(UTC)
+        if left < _WARNING and not self._has_warned:
+            self._has_warned = True
+            _log.warning("%s: ends at %s: renew it", self._files.certificate, _shown(self._loaded.ends_at))
+
+    def _load(self) -> None:
+        try:
+            self._loaded = LoadedCertificate.of(self._files)
+        except UsageError as error:
+            _log.warning("the API's certificate stays as it was: %s", error)
+            return
+        self._has_warned = False
+        _log.info("the API has a new certificate: SHA-256 %s", self.fingerprint)
+        if self._published is not None:
+            with suppress(LlamaclustError):
+                self.publish(self._published)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(path: Path, *, is_private: bool = False) -> bytes:
+    try:
+        with open_regular(path) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read(_MOST_BYTES)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    if is_private and mode & 0o007:
+        raise UsageError(f"{path}: all users of this machine can read this key: chmod o= {path}")
+    return data
+
+
+def _check_key(files: CertificateFiles, certificate: x509.Certificate, pem: bytes) -> None:
+    try:
+        is_its_key = load_pem_private_key(pem, None).public_key() == certificate.public_key()
+    except TypeError as error:  # its password is missing
+        what = f"{files.key}: the key is protected by a password"
+        raise UsageError(f"{what}; write it without one: openssl pkey -in {files.key} -out FILE") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise UsageError(f"{files.key}: holds no private key in PEM") from error
+    if not is_its_key:
+        raise UsageError(f"{files.key}: is not the key of the certificate in {files.certificate}")
+
+
+def _check_time(path: Path, certificate: x509.Certificate) -> None:
+    begin, end, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
+    if not begin <= now <= end:
+        valid = f"is valid from {_shown(begin)} to {_shown(end)}"
+        raise UsageError(f"{path}: {valid}, this machine's clock says {_shown(now)}: renew it, or set the clock")
+
+
+def _shown(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M} UTC"

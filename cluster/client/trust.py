@@ -1,0 +1,96 @@
+"""Which certificates a client of an HTTPS address trusts."""
+
+from __future__ import annotations
+
+import ssl
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from llamaclust.core.addresses import ANYWHERE, is_loopback, split_address
+from llamaclust.core.errors import UsageError
+
+Verify = str | PathLike[str] | ssl.SSLContext | None
+"""A PEM file of certificates to trust, or a context; None: those that this machine trusts, and for a cluster that
+runs here its own."""
+
+_CURE = "give its file, or its authority's, by --ca-file, `verify=` or the environment variable SSL_CERT_FILE"
+
+
+def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext | bool:
+    """For httpx's `verify`. UsageError for a file that cannot be used."""
+    if url.scheme != "https":
+        return True
+    if isinstance(verify, ssl.SSLContext):
+        return verify
+    if verify is not None:
+        return _of_file(Path(verify))
+    own = _own_certificate(url)
+    if own is not None:
+        return _pinned(own)
+    context = httpx.create_ssl_context()
+    context.load_default_certs()
+    return context
+
+
+def _of_file(path: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:  # ssl.SSLError is one
+        reason = "holds no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+        raise UsageError(f"{path}: cannot read the certificates to trust: {reason}") from error
+
+
+def _own_certificate(url: httpx.URL) -> Path | None:
+    """Of the cluster of this user that has this address, if one has."""
+    from llamaclust.cluster.config.environment import environment
+    from llamaclust.cluster.state.clusters import recorded_clusters
+
+    for record in recorded_clusters(environment().state_dir):
+        if record.api_certificate is not None:
+            host, port = split_address(record.api.removeprefix("https://"))
+            is_here = url.host == host or (is_loopback(url.host) and (is_loopback(host) or host in ANYWHERE))
+            if is_here and (url.port or 443) == port:
+                return Path(record.api_certificate)
+    return None
+
+
+class _PinnedContext(ssl.SSLContext):
+    """Trusts the certificate in a file and no other, whatever its names; each connection reads it again, since it may
+    have been renewed."""
+
+    file: Path
+
+    def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
+        self._read()
+        return super().wrap_socket(*args, **kwargs)
+
+    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        self._read()
+        return super().wrap_bio(*args, **kwargs)
+
+    def _read(self) -> None:
+        with suppress(OSError):  # then the server is not trusted, or still is
+            self.load_verify_locations(self.file)
+
+
+def _pinned(file: Path) -> ssl.SSLContext:
+    context = _PinnedContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.file = file
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an authority may have signed it
+    return context
+
+
+def explain_refusal(url: str, error: httpx.HTTPError) -> str | None:
+    """What to do about a server that speaks TLS in another way; None where that is not why."""
+    reason = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        why = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or reason
+        return f"{url} shows a certificate that is not trusted here ({why}): {_CURE}"
+    if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
+        return f"{url} does not speak TLS: write http:// in its address"
+    return None

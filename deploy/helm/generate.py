@@ -20,6 +20,7 @@ OWNED = (
     "model",
     "launcher",
     "listen",
+    "listen_tls",
     "join",
     "lease",
     "insecure",

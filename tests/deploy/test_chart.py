@@ -142,7 +142,13 @@ def test_what_is_unknown_or_wrong_is_refused(values: Mapping[str, Any], said: st
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("defaults", "port-forward"), ("published", "https://llm.example"), ("ray", "raycluster/")]
+    ("name", "said"),
+    [
+        ("defaults", "curl http://127.0.0.1"),
+        ("tls", "curl --insecure https://127.0.0.1"),
+        ("published", "https://llm.example"),
+        ("ray", "raycluster/"),
+    ],
 )
 def test_notes_say_how_to_ask(name: str, said: str) -> None:
     done = helm("install", RELEASE, str(CHART), "--dry-run=client", values=MATRIX[name])
@@ -223,7 +229,7 @@ def test_references_lead_somewhere(values: Mapping[str, Any]) -> None:
     """Volumes, claims, secrets, accounts, ports: what one object names, another one has."""
     manifests = render(values)
     there = {(each["kind"], each["metadata"]["name"]) for each in manifests}
-    outside = {"models", "authority", "join", "keys", "registry"}  # that the matrix says exist
+    outside = {"models", "authority", "join", "keys", "registry", "api-tls"}  # that the matrix says exist
     outside |= {
         word.partition("=")[2] for pod in pod_templates(manifests) for word in pod.spec["containers"][0].get("args", ())
     }

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.api.port.certificate import ServerCertificate
 from support.paths import ROOT
+from support.wire.api_certificates import write_signed
 
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
 
@@ -104,8 +106,10 @@ class _Health(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(status: int) -> Iterator[int]:
+def serving(status: int, certificate: ServerCertificate | None = None) -> Iterator[int]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Health", (_Health,), {"status": status}))
+    if certificate is not None:
+        server.socket = certificate.context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -116,19 +120,38 @@ def serving(status: int) -> Iterator[int]:
         thread.join()
 
 
-def record(state: Path, port: int) -> None:
+def record(state: Path, port: int, scheme: str = "http", certificate: Path | None = None) -> None:
     (state / "lab").mkdir(parents=True)
-    (state / "lab/cluster.json").write_text(json.dumps({"api": f"http://0.0.0.0:{port}"}))
+    values = {"api": f"{scheme}://0.0.0.0:{port}", "api_certificate": certificate and str(certificate)}
+    (state / "lab/cluster.json").write_text(json.dumps(values))
+
+
+def health(state: Path) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "-I", str(ROOT / "deploy/healthcheck.py")]
+    variables = {"PATH": os.environ["PATH"], "LLAMACLUST_STATE_DIR": str(state)}
+    return subprocess.run(script, env=variables, capture_output=True, text=True, timeout=20, check=False)
 
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
 def test_a_coordinator_is_healthy_while_it_takes_requests(status: int, code: int, tmp_path: Path) -> None:
     with serving(status) as port:
         record(tmp_path, port)
-        script = [sys.executable, "-I", str(ROOT / "deploy/healthcheck.py")]
-        variables = {"PATH": os.environ["PATH"], "LLAMACLUST_STATE_DIR": str(tmp_path)}
-        done = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=20, check=False)
+        done = health(tmp_path)
     assert done.returncode == code, done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+@pytest.mark.parametrize("is_its_own", [True, False])
+def test_a_coordinator_with_tls_is_healthy_if_it_shows_its_certificate(is_its_own: bool, tmp_path: Path) -> None:
+    """Of an authority, for another name."""
+    certificate = ServerCertificate(write_signed(tmp_path, ("llm.example",)).files)
+    certificate.publish(tmp_path / "api.crt")
+    if not is_its_own:
+        certificate = ServerCertificate(write_signed(tmp_path).files)
+    with serving(200, certificate) as port:
+        record(tmp_path, port, "https", tmp_path / "api.crt")
+        done = health(tmp_path)
+    assert done.returncode == (0 if is_its_own else 1), done.stdout + done.stderr
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 

@@ -156,6 +156,11 @@ MATRIX: dict[str, Mapping[str, Any]] = {
         "joinToken": {"existingSecret": "join"},
         "apiKeys": {"existingSecret": "keys"},
     },
+    "tls": {
+        "tls": {"existingSecret": "api-tls"},
+        "serviceMonitor": {"enabled": True},
+        "networkPolicy": {"apiFrom": []},
+    },
     "published": {
         "ingress": {
             "enabled": True,

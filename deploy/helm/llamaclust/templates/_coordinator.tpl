@@ -21,18 +21,18 @@
   # The API answers once all workers have loaded; a start that waits too long ends by itself, a minute before this.
   # Where coordinators wait for a lease, /live answers from the beginning.
   startupProbe:
-    httpGet: {path: /live, port: api}
+    httpGet: {path: /live, port: api, scheme: {{ include "llamaclust.apiScheme" . | upper }}}
     periodSeconds: 5
     timeoutSeconds: 5
     failureThreshold: {{ add (div .Values.coordinator.startupSeconds 5) 12 }}
   # Requests are taken; not by a standby, which gets none from the Service.
   readinessProbe:
-    httpGet: {path: /health, port: api}
+    httpGet: {path: /health, port: api, scheme: {{ include "llamaclust.apiScheme" . | upper }}}
     periodSeconds: 5
     timeoutSeconds: 5
   # It answers at all, and is not beyond what it can mend by itself.
   livenessProbe:
-    httpGet: {path: /live, port: api}
+    httpGet: {path: /live, port: api, scheme: {{ include "llamaclust.apiScheme" . | upper }}}
     periodSeconds: 10
     timeoutSeconds: 10
     failureThreshold: 6
@@ -43,6 +43,9 @@
     - {name: private, mountPath: /run/llamaclust, readOnly: true}
     {{- if include "llamaclust.lease" . }}
     - {name: account, mountPath: /run/kubernetes, readOnly: true}
+    {{- end }}
+    {{- if .Values.tls.existingSecret }}
+    - {name: tls, mountPath: /run/tls, readOnly: true}
     {{- end }}
 {{- end }}
 
@@ -100,6 +103,15 @@
     sources:
       - serviceAccountToken: {path: token, expirationSeconds: 3600}
       - configMap: {name: kube-root-ca.crt, items: [{key: ca.crt, path: ca.crt}]}
+{{- end }}
+{{- with .Values.tls.existingSecret }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+    items:
+      - {key: tls.crt, path: tls.crt}
+      - {key: tls.key, path: tls.key}
 {{- end }}
 {{ include "llamaclust.privateVolume" . }}
 {{ include "llamaclust.sharedVolumes" . }}

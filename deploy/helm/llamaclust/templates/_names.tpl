@@ -31,6 +31,11 @@
 {{ .Values.apiKeys.existingSecret | default (printf "%s-api-keys" (include "llamaclust.fullname" .)) }}
 {{- end }}
 
+{{/* How clients speak to the API's port. */}}
+{{- define "llamaclust.apiScheme" -}}
+http{{ if .Values.tls.existingSecret }}s{{ end }}
+{{- end }}
+
 {{/* What selectors match; never changes over upgrades. */}}
 {{- define "llamaclust.selector" -}}
 app.kubernetes.io/name: {{ include "llamaclust.name" . }}

@@ -243,6 +243,7 @@ def minimal(tmp_path: Path) -> Path:
         ("join", "Join", "join."),
         ("ray", "Ray", "ray."),
         ("api", "Api", "api."),
+        ("listen_tls", "ListenTls", "listen_tls."),
     ],
 )
 def test_keys_and_defaults_are_those_of_the_schema(

@@ -77,6 +77,10 @@ def _openai(failure: Failure) -> dict[str, Any]:
     return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
 
 
+def _ollama(failure: Failure) -> dict[str, Any]:
+    return {"error": failure.message}
+
+
 def _llamacpp(failure: Failure) -> dict[str, Any]:
     """OpenAI's, with llama.cpp's types, and numbers where it has them."""
     kind = "exceed_context_size_error" if failure.numbers else _LLAMACPP_TYPES.get(failure.status, _kind(failure))
@@ -109,6 +113,7 @@ OPENAI: Final = ErrorShape(_openai)
 LLAMACPP: Final = ErrorShape(_llamacpp)
 RESPONSES: Final = ErrorShape(_openai, "error")
 ANTHROPIC: Final = ErrorShape(_anthropic, "error")
+OLLAMA: Final = ErrorShape(_ollama)
 
 _SHAPES: Final = (
     ("/v1/messages", ANTHROPIC),
@@ -116,5 +121,6 @@ _SHAPES: Final = (
     ("/responses", RESPONSES),
     ("/v1/", OPENAI),
     ("/cluster", OPENAI),
+    ("/api/", OLLAMA),
 )
 """By the beginning of the path, the first that fits; llama.cpp's where none does."""

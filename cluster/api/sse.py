@@ -1,4 +1,4 @@
-"""Answers as server-sent events, with keep-alive comments, cancelled when the client disconnects."""
+"""Streamed replies, cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 from llamaclust.cluster.api.error_shapes import chosen_shape, to_json
 from llamaclust.cluster.api.errors import failure_of
 from llamaclust.cluster.api.json_parts import json_parts
+from llamaclust.cluster.api.stream_format import StreamFormat
 from llamaclust.core.errors import LlamaclustError
 
-WAITING = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -36,13 +36,14 @@ def named_event(name: str, value: Any) -> bytes:
 class EventResponse(Response):
     """Sends events as they come. However it ends, the events' generator and then `close` are run to their ends."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(headers=_HEADERS)
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]], form: StreamFormat
+    ) -> None:
+        super().__init__(headers=_HEADERS, media_type=form.value)
         del self.headers["content-length"]
         self._events = events
         self._close = close
+        self._form = form
         self._is_cut = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +62,7 @@ class EventResponse(Response):
                 if self._is_cut:  # the server takes data also after that
                     return
         except LlamaclustError as error:
-            last = chosen_shape(scope).event(failure_of(error))
+            last = self._form.error(chosen_shape(scope), failure_of(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _watch(self, receive: Receive) -> None:
@@ -70,12 +71,17 @@ class EventResponse(Response):
 
 
 async def begin_events(
-    request: Request, first: Awaitable[None], events: AsyncGenerator[bytes, None], cleanup: AsyncExitStack
+    request: Request,
+    first: Awaitable[None],
+    events: AsyncGenerator[bytes, None],
+    *,
+    form: StreamFormat,
+    cleanup: AsyncExitStack,
 ) -> EventResponse:
     """A stream's reply once there is something to say: what fails before gets a status of its own. What `cleanup`
     holds is the reply's from then on, until its end."""
     await unless_disconnected(request, first)
-    return EventResponse(events, cleanup.pop_all().aclose)
+    return EventResponse(events, cleanup.pop_all().aclose, form)
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:

@@ -21,7 +21,8 @@ from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.restoring import Restoring
 from llamaclust.cluster.api.replies.ticket import Ticket, owner
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import WAITING, EventResponse, begin_events, unless_disconnected, wait_for_disconnect
+from llamaclust.cluster.api.sse import EventResponse, begin_events, unless_disconnected, wait_for_disconnect
+from llamaclust.cluster.api.stream_format import StreamFormat
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.core.errors import LlamaclustError
 
@@ -35,15 +36,21 @@ class Replies:
         self._durability = durability
         self._journal = None if durability is None else durability.journal
         self._endpoints: dict[str, MakeReply] = {}
+        self._forms: dict[str, StreamFormat] = {}
         self.cache = ReplyCache(settings, self._journal)
         self._restoring = None if durability is None else Restoring(durability, self.cache, self._endpoints)
 
     def endpoint(
-        self, path: str, make: MakeReply, kept_s: float | None = None
+        self,
+        path: str,
+        make: MakeReply,
+        kept_s: float | None = None,
+        *,
+        form: StreamFormat = StreamFormat.EVENTS,
     ) -> Callable[[Request], Awaitable[Response]]:
         """The handler of a path whose replies `make` makes. `kept_s`: how long they are kept without a reader, where it
-        is not as the settings say."""
-        self._endpoints[path] = make
+        is not as the settings say; `form`: of those that are streamed."""
+        self._endpoints[path], self._forms[path] = make, form
         if kept_s is not None:
             self.cache.lifetimes[path] = kept_s
 
@@ -75,8 +82,9 @@ class Replies:
                 return JsonParts(await unless_disconnected(request, reply.whole()))
             if self._journal is not None:
                 cleanup.callback(self._journal.sent, ticket.id)
-            first = self._admitted_first(reply, ticket, path, body)
-            return await begin_events(request, first, _numbered(ticket, reply.events(), Position()), cleanup)
+            first, form = self._admitted_first(reply, ticket, path, body), self._forms[path]
+            events = _numbered(ticket, reply.events(), Position(), form)
+            return await begin_events(request, first, events, form=form, cleanup=cleanup)
 
     async def _admitted_first(self, reply: Reply, ticket: Ticket, path: str, body: bytes) -> None:
         """Nothing is sent before the admission is on disk; it is written while the prompt is computed."""
@@ -118,9 +126,12 @@ class Replies:
         """The rest of a kept reply."""
         if not kept.is_streamed:
             return await self._respond_whole(request, kept)
-        ticket = kept.ticket
+        ticket, form = kept.ticket, self._form(kept)
         events = kept.read(after, with_comments=not ticket.identity.conversation)  # its clients count bytes
-        return EventResponse(_numbered(ticket, events, after), self._sent(kept))
+        return EventResponse(_numbered(ticket, events, after, form), self._sent(kept), form)
+
+    def _form(self, kept: KeptReply) -> StreamFormat:
+        return self._forms.get(self.cache.path_of(kept), StreamFormat.EVENTS)
 
     async def _respond_whole(self, request: Request, kept: KeptReply) -> Response:
         sent = partial(self.cache.sent, kept)
@@ -151,8 +162,9 @@ class Replies:
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
             raise HttpError(400, "bad_offset", f"from: {start[:60]!r} is not a number of bytes", param="from")
-        events = kept.read(Position(), with_comments=False)
-        return EventResponse(_from_byte(_numbered(kept.ticket, events, Position()), int(start)), self._sent(kept))
+        events, form = kept.read(Position(), with_comments=False), self._form(kept)
+        parts = _from_byte(_numbered(kept.ticket, events, Position(), form), int(start))
+        return EventResponse(parts, self._sent(kept), form)
 
     async def stop(self, request: Request) -> Response:
         """`DELETE` of either: ends the reply. 204 also where there is none."""
@@ -219,16 +231,16 @@ def _given(request: Request, ticket: Ticket) -> Position:
 
 
 async def _numbered(
-    ticket: Ticket, events: AsyncGenerator[Event | None, None], sent: Position
+    ticket: Ticket, events: AsyncGenerator[Event | None, None], sent: Position, form: StreamFormat
 ) -> AsyncGenerator[bytes, None]:
     """Events with ids, after those of `sent`."""
     try:
         async for event in events:
-            if event is None:
-                yield WAITING
-            else:
+            if event is not None:
                 sent.add(event)
-                yield b"id: %s:%s\n%s" % (ticket.id.encode(), str(sent).encode(), event.data)
+                yield form.part(f"{ticket.id}:{sent}", event.data)
+            elif form.keepalive:
+                yield form.keepalive
     finally:
         await events.aclose()
 

@@ -24,6 +24,7 @@ class _Name(Enum):
 @dataclass(frozen=True, slots=True)
 class _Entry:
     kept: KeptReply
+    path: str  # of its endpoint
     digest: bytes  # of its request
     body_bytes: int
 
@@ -50,11 +51,16 @@ class ReplyCache:
         self._make_room(len(body))
         settings = replace(self._settings, resume_s=self.lifetimes.get(path, self._settings.resume_s))
         kept = KeptReply(ticket, settings, self, is_streamed=is_streamed)
-        self._entries[ticket.id] = _Entry(kept, _digest(path, body), len(body))
+        self._entries[ticket.id] = _Entry(kept, path, _digest(path, body), len(body))
         self._held_bytes += len(body)
         for name in _names(ticket):
             self._ids[name] = ticket.id
         return kept
+
+    def path_of(self, kept: KeptReply) -> str:
+        """Of its endpoint; "" once it is removed."""
+        entry = self._entries.get(kept.ticket.id)
+        return "" if entry is None else entry.path
 
     def remove(self, kept: KeptReply) -> None:
         ticket = kept.ticket

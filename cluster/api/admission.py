@@ -104,7 +104,7 @@ class AdmissionGate:
         self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or (scope["method"] != "POST" and not has_body(scope)):
             await self._app(scope, receive, send)
             return
         try:

@@ -19,8 +19,8 @@ from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.errors import add_error_handlers
 from llamaclust.cluster.api.ignored import HEADER as IGNORED_HEADER
 from llamaclust.cluster.api.ignored import IgnoredFields
-from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
-from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
+from llamaclust.cluster.api.llamacpp.routes import llamacpp_routes
+from llamaclust.cluster.api.ollama.routes import ollama_routes
 from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.models import ModelNames, ModelsEndpoint
@@ -57,23 +57,23 @@ def create_app(
     settings = replies.settings
     app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    llamacpp, models = LlamaCppEndpoints(service, settings), ModelsEndpoint(service, settings)
+    models = ModelsEndpoint(service, settings)
     counting = ChatEndpoint(service, settings, ModelNames(service.settings.model_name, settings, any_by_default=True))
     for prefix in ("/v1", ""):
         _post(app, f"{prefix}/chat/completions/input_tokens", counting.count, ChatBody)
     _post(app, "/v1/messages/count_tokens", MessagesEndpoint(service, settings).count, MessagesBody)
-    for path, make, body in _generating(service, settings, llamacpp):
+    for path, make, body in _generating(service, settings):
         _post(app, path, replies.endpoint(path, make), body)
     _add_responses(app, service, replies)
     _route(app, "GET", "/v1/streams/{id:path}", replies.resume)
     _route(app, "GET", "/v1/stream/{id:path}", replies.replay)
     for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}"):
         _route(app, "DELETE", path, replies.stop)
-    _post(app, "/tokenize", llamacpp.tokenize, TokenizeBody)
-    _post(app, "/detokenize", llamacpp.detokenize, DetokenizeBody)
-    _post(app, "/apply-template", llamacpp.apply_template, TemplateBody)
     _route(app, "GET", "/v1/models", models.list)
     _route(app, "GET", "/v1/models/{model:path}", models.retrieve)
+    for route in (*llamacpp_routes(service, replies), *ollama_routes(service, replies)):
+        schema = None if route.body is None else body_schema(route.body)
+        _route(app, route.method, route.path, route.endpoint, schema)
     operations = Operations(service, engine, cluster_status, settings.defaults)
     for name in ("health", "live", "metrics", "cluster", "props", "slots"):
         _route(app, "GET", f"/{name}", getattr(operations, name))
@@ -100,9 +100,7 @@ def create_app(
     return app
 
 
-def _generating(
-    service: TextService, settings: ApiSettings, llamacpp: LlamaCppEndpoints
-) -> Iterator[tuple[str, MakeReply, type[BaseModel]]]:
+def _generating(service: TextService, settings: ApiSettings) -> Iterator[tuple[str, MakeReply, type[BaseModel]]]:
     """Paths, makers and bodies. Clients of llama.cpp leave `/v1` away, and name any model."""
     served = service.settings.model_name
     for prefix, models in (
@@ -111,7 +109,6 @@ def _generating(
     ):
         yield f"{prefix}/chat/completions", ChatEndpoint(service, settings, models).create, ChatBody
         yield f"{prefix}/completions", CompletionEndpoint(service, settings, models).create, CompletionBody
-    yield "/completion", llamacpp.complete, LlamaCppBody
     yield "/v1/messages", MessagesEndpoint(service, settings).create, MessagesBody
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +13,7 @@ from starlette.requests import Request
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.ignored import report_ignored
-from llamaclust.cluster.api.schema import AnyBody, ForeignFields, Leniency, read_fields
+from llamaclust.cluster.api.schema import AnyBody, Body, ForeignFields, Leniency, read_fields
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.threads import run_on
 
@@ -46,9 +47,20 @@ def _with_defaults(
     """The fields of a body, and the server's values of those that the endpoint has and the body has under no name."""
     if not settings.defaults:
         return fields
+    filled = _filled(fields, kind.model_fields.keys(), foreign, settings)
+    for name, part in foreign.parts.items():
+        inner, known = filled.get(name), kind.model_fields[name].annotation
+        if (inner is None or isinstance(inner, dict)) and isinstance(known, type) and issubclass(known, Body):
+            filled[name] = _filled(inner or {}, known.model_fields.keys(), part, settings)
+    return filled
+
+
+def _filled(
+    fields: dict[str, Any], known: Collection[str], foreign: ForeignFields, settings: ApiSettings
+) -> dict[str, Any]:
     given = {foreign.name(name) for name, value in fields.items() if value is not None}
     own = ((foreign.name(name), value) for name, value in settings.defaults.items())
-    return fields | {name: value for name, value in own if name in kind.model_fields and name not in given}
+    return fields | {name: value for name, value in own if name in known and name not in given}
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -40,6 +40,16 @@ class JsonResponse(Response):
 
     def render(self, content: Any) -> bytes:
         return to_json(content)
+
+
+def unsupported(what: str) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint of a path that clients of other servers know and this one refuses."""
+
+    async def refuse(request: Request) -> Response:
+        raise HttpError(501, "not_supported", f"{request.url.path}: {what}")
+
+    refuse.__doc__ = f"Refused: {what}."
+    return refuse
 
 
 def failure_of(error: LlamaclustError) -> Failure:

@@ -154,3 +154,26 @@ THINKING: Final = ForeignFields(hints={"budget_tokens": only(), "display": only(
 ANTHROPIC_TOOL: Final = ForeignFields(
     hints=_names("cache_control strict defer_loading allowed_callers input_examples eager_input_streaming", anything)
 )
+
+OLLAMA_OPTIONS: Final = ForeignFields(
+    refused={**_CHAT_ONLY, **_names("rope_frequency_base rope_frequency_scale", number(0))},
+    hints={
+        **_names("num_keep num_batch num_gpu main_gpu num_thread low_vram vocab_only numa num_gqa", anything),
+        **_names("use_mmap use_mlock f16_kv logits_all", anything),
+        "num_ctx": only(),
+    },
+    other_names={"penalize_newline": "penalize_nl", "max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"}
+    | _OTHER_NAMES,
+)
+"""The cluster file decides where and how the model is computed. A smaller context would truncate prompts."""
+
+OLLAMA: Final = ForeignFields(
+    refused={**_CHAT_ONLY, **_names("template images adapters", only())},
+    hints=_names("keep_alive truncate shift", anything),
+    parts={"options": OLLAMA_OPTIONS},
+)
+"""The model stays loaded; a prompt is never truncated, and a context never shifted."""
+
+OLLAMA_MESSAGE: Final = ForeignFields(
+    refused=_names("images", only()), other_names={"name": "tool_name", "reasoning_content": "thinking"}
+)

@@ -19,10 +19,18 @@ from llamaclust.core.version import VERSION
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
 _JSON: Final = "application/json"
 _EVENTS: Final = "text/event-stream"
-_TYPES: Final = {"/metrics": ("text/plain",), "/docs": ("text/html",), "/v1/stream/{id}": (_EVENTS,)}
+_LINES: Final = "application/x-ndjson"
+_TYPES: Final = {
+    "/": ("text/plain",),
+    "/metrics": ("text/plain",),
+    "/docs": ("text/html",),
+    "/v1/stream/{id}": (_EVENTS,),
+}
 """Of replies that are not JSON, by path."""
 _STREAMED: Final = (_JSON, _EVENTS)
 _RESPONSE: Final = "/responses/{id}"
+_OLLAMA: Final = "/api/"
+_UNSUPPORTED: Final = {"501": "what this server does not support"}
 _REFUSALS: Final = {
     "400": "a field that is wrong or not supported; a prompt that is too long",
     "401": "no API key, or an unknown one",
@@ -72,6 +80,7 @@ _ERROR: Final = {
         }
     },
 }
+_OLLAMA_ERROR: Final = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
     "code{font-size:.9em}table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;"
@@ -103,7 +112,7 @@ def describe(routes: list[BaseRoute]) -> dict[str, Any]:
         "info": {"title": "llamaclust", "version": VERSION},
         "paths": paths,
         "security": [{}, {"bearer": []}, {"header": []}],
-        "components": {"securitySchemes": keys, "schemas": {"Error": _ERROR}},
+        "components": {"securitySchemes": keys, "schemas": {"Error": _ERROR, "OllamaError": _OLLAMA_ERROR}},
     }
 
 
@@ -124,9 +133,10 @@ def _operation(route: APIRoute, method: str, path: str) -> dict[str, Any]:
     has_body = "requestBody" in (route.openapi_extra or {})
     streams = has_body and "stream" in _fields(route.openapi_extra or {})
     streams = streams or (method == "GET" and path.endswith((_RESPONSE, "/v1/streams/{id}")))
-    types = _TYPES.get(path, _STREAMED if streams else (_JSON,))
-    has_reply = method != "DELETE" or path.endswith(_RESPONSE)
-    done = {"200": _reply("the reply", types)} if has_reply else {"204": {"description": "done"}}
+    is_ollama = path.startswith(_OLLAMA)
+    streamed = (_JSON, _LINES) if is_ollama else _STREAMED
+    types = _TYPES.get(path, streamed if streams else (_JSON,))
+    error = "OllamaError" if is_ollama else "Error"
     text = " ".join((route.endpoint.__doc__ or path).split())
     return {
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
@@ -134,7 +144,8 @@ def _operation(route: APIRoute, method: str, path: str) -> dict[str, Any]:
         "parameters": [*_parameters(path, method)],
         **({"security": []} if path in OPEN_PATHS else {}),
         **(route.openapi_extra or {}),
-        "responses": done | {status: _refusal(why) for status, why in _REFUSALS.items()},
+        "responses": _done(method, path, types)
+        | {status: _refusal(why, error) for status, why in (_REFUSALS | _UNSUPPORTED).items()},
     }
 
 
@@ -145,13 +156,20 @@ def _parameters(path: str, method: str) -> Iterator[dict[str, Any]]:
         yield {"name": name, "in": "query", "description": text, "schema": {"type": kind}}
 
 
+def _done(method: str, path: str, types: tuple[str, ...]) -> dict[str, Any]:
+    if path in ("/api/copy", "/api/delete"):
+        return {"200": {"description": "done"}}
+    has_reply = method != "DELETE" or path.endswith(_RESPONSE)
+    return {"200": _reply("the reply", types)} if has_reply else {"204": {"description": "done"}}
+
+
 def _reply(text: str, types: tuple[str, ...]) -> dict[str, Any]:
     schemas: dict[str, Any] = {_JSON: {}}
     return {"description": text, "content": {kind: {"schema": schemas.get(kind, {"type": "string"})} for kind in types}}
 
 
-def _refusal(why: str) -> dict[str, Any]:
-    return {"description": why, "content": {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}}
+def _refusal(why: str, error: str) -> dict[str, Any]:
+    return {"description": why, "content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{error}"}}}}
 
 
 def _fields(operation: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""Paths as clients write them: behind a prefix, without `/v1`, with HEAD."""
+"""Paths: what the app serves under them, and how clients write them, behind a prefix, without `/v1`, with HEAD."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Final
 
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llamaclust.cluster.api.error_shapes import choose_shape, error_shape
@@ -11,6 +16,16 @@ from llamaclust.cluster.api.error_shapes import choose_shape, error_shape
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
 """First parts of the paths that clients with a base URL without `/v1` request; generating endpoints have both paths."""
 _OTHER_NAMES: Final = {"/v1/health": "/health"}
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint. `body`: the class of its fields, for openapi.json; it reads its body itself."""
+
+    method: str
+    path: str
+    endpoint: Callable[[Request], Awaitable[Response]]
+    body: type[BaseModel] | None = None
 
 
 class Paths:

@@ -43,6 +43,7 @@ class ForeignFields:
     refused: Mapping[str, Neutral] = field(default_factory=dict)  # would change the answer
     hints: Mapping[str, Neutral] = field(default_factory=dict)  # may be left undone
     other_names: Mapping[str, str] = field(default_factory=dict)  # of fields that the endpoint has
+    parts: Mapping[str, ForeignFields] = field(default_factory=dict)  # of objects that have fields with defaults
 
     def name(self, given: str) -> str:
         """The endpoint's name of a field."""

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from llamaclust.cluster.api.error_shapes import chosen_shape, to_json
 from llamaclust.cluster.api.errors import failure_of
 from llamaclust.cluster.api.json_parts import json_parts
-from llamaclust.cluster.api.stream_format import StreamFormat
+from llamaclust.cluster.api.replies.stream_format import StreamFormat
 from llamaclust.core.errors import LlamaclustError
 
 DONE = b"data: [DONE]\n\n"

@@ -145,7 +145,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     """Serves the API of a cluster until it is asked to stop."""
     config, record = cluster.config, front.record
     path = str(cluster.model.file.path)
-    text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences, path)
+    text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences, path, cluster.model.file)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
     admission = Admission(front.settings)
     engine, pool = cluster.engine, cluster.supervisor.pool

@@ -18,7 +18,7 @@ from llamaclust.model.chat.prompt import guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoning, opened_reasoning
 from llamaclust.model.chat.tools.history import template_messages
-from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
+from llamaclust.model.chat.tools.tool_format import ToolFormat
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "tools", "now_s"})
@@ -93,7 +93,7 @@ class ChatRequest:
         schemas = {
             str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
         }
-        if not (schemas or form.dropped or isinstance(form.calls, ChannelCalls) or form.reasoning is not None):
+        if not (schemas or form.dropped or form.knows_reasoning):
             return None
         most_calls = None if self.tool_use.is_parallel else 1
         return AnswerReading(form, schemas, self.splits_reasoning, most_calls, begun)

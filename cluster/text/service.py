@@ -24,6 +24,7 @@ from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.model.chat.prompt import encode_chat, unguarded
 from llamaclust.model.chat.template import ChatTemplate
+from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -41,6 +42,7 @@ class TextSettings:
     context_length: int  # tokens of a sequence, prompt and answer together
     max_sequences: int = 32
     model_path: str = ""  # of the file, where there is one
+    file: ModelFile | None = None  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class TextService:
         self.budget = EntryBudget()
         self._engine = engine
         self._grammars = GrammarChecker(tokenizer)
-        self._format = ChatFormat(chat_template, tokenizer)
+        self.chat_format = ChatFormat(chat_template, tokenizer)
         self._breaker_tokens = BreakerTokens(tokenizer)
         self._active: set[CompletionStream] = set()
         self._in_preparation = 0
@@ -135,15 +137,15 @@ class TextService:
         """The same without the grammar of its calls."""
         with self._preparing():
             self._check_characters(await run_on(TOKENIZING, chat.count_characters))
-            rendered = await render(chat, await self._format.get(), self.chat_template, self.tokenizer)
+            rendered = await render(chat, await self.chat_format.get(), self.chat_template, self.tokenizer)
             self._check_characters(len(unguarded(rendered.prompt)))
             prompt = await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered.prompt)
-        reading = rendered.reading and replace(rendered.reading, shown_control_ids=self._format.control_ids)
+        reading = rendered.reading and replace(rendered.reading, shown_control_ids=self.chat_format.control_ids)
         return replace(chat.answer, prompt=tuple(prompt), reading=reading)
 
     async def chat_text(self, chat: ChatRequest) -> str:
         """A chat as the model will see it."""
-        return unguarded((await render(chat, await self._format.get(), self.chat_template, self.tokenizer)).prompt)
+        return unguarded((await render(chat, await self.chat_format.get(), self.chat_template, self.tokenizer)).prompt)
 
     @contextmanager
     def _preparing(self) -> Iterator[None]:

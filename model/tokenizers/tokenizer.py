@@ -20,7 +20,7 @@ class Tokenizer(ABC):
     """
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self.vocabulary_size = len(vocabulary)
         self.longest_word = max(map(len, vocabulary.words))
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
@@ -43,12 +43,12 @@ class Tokenizer(ABC):
 
     def token_id(self, word: str) -> int | None:
         """The id of a word as it stands in the vocabulary."""
-        return self._vocabulary.ids.get(word)
+        return self.vocabulary.ids.get(word)
 
     def token_text(self, token_id: int) -> str:
         """The word as it stands in the vocabulary."""
         self._type_of(token_id)
-        return self._vocabulary.words[token_id]
+        return self.vocabulary.words[token_id]
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of a text. `add_special` adds BOS and EOS where the model wants them; `parse_special` turns control
@@ -97,7 +97,7 @@ class Tokenizer(ABC):
 
     def _bytes_of(self, token_id: int) -> bytes:
         kind = self._type_of(token_id)
-        word = self._vocabulary.words[token_id]
+        word = self.vocabulary.words[token_id]
         if kind == TokenType.BYTE:
             return bytes([int(word[3:5], 16)])
         if kind in (*_CONTROL, TokenType.USER_DEFINED):
@@ -107,7 +107,7 @@ class Tokenizer(ABC):
     def _type_of(self, token_id: int) -> int:
         if not 0 <= token_id < self.vocabulary_size:
             raise RequestError(f"token id {token_id} is outside the vocabulary [0, {self.vocabulary_size})")
-        return self._vocabulary.types[token_id]
+        return self.vocabulary.types[token_id]
 
 
 class Detokenizer:

@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.tokenizers.fill_in import FillInTokens, find_fill_in
 
 _END_TEXTS: Final = (
     "</s> <EOT> <REPO> <eos> <end_of_turn> <end_of_utterance> <fim-pad> <fim_pad> <fim-repo> <reponame> <turn|> "
@@ -22,7 +24,7 @@ END_OF_GENERATION_TEXTS: Final = frozenset(_END_TEXTS.split())
 _PADDING_TEXTS: Final = frozenset({"<PAD>", "[PAD]"})
 _PLAIN_TEXTS: Final = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"})
 _BYTE_TEXT: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_END_KEYS: Final = ("eos_token_id", "eot_token_id", "eom_token_id")
+_END_KEYS: Final = tuple(f"{name}_token_id" for name in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
 
 
 class TokenType(IntEnum):
@@ -49,6 +51,7 @@ class Vocabulary:
     eos_id: int | None
     unknown_id: int | None
     end_of_generation: frozenset[int]
+    fill_in: FillInTokens | None = None
 
     def __len__(self) -> int:
         return len(self.words)
@@ -64,6 +67,10 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     ids = _ids_by_word(words)
     types = _read_types(metadata, len(words))
     ends = _end_of_generation(metadata, ids, types)
+    fill_in = find_fill_in(ids, partial(read_token_id, metadata, count=len(words)))
+    if fill_in is not None:  # whatever the file says: otherwise these words in a text would be taken for the tokens
+        for token_id in (fill_in.prefix, fill_in.suffix, fill_in.middle):
+            types[token_id] = TokenType.CONTROL
     _check_byte_words(words, types)
     return Vocabulary(
         words=words,
@@ -74,6 +81,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         eos_id=read_token_id(metadata, "eos_token_id", len(words)),
         unknown_id=read_token_id(metadata, "unknown_token_id", len(words)),
         end_of_generation=ends,
+        fill_in=fill_in,
     )
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp's own endpoints: /completion, /tokenize, /detokenize, /apply-template."""
+"""llama.cpp's own endpoints: /completion, /infill, /tokenize, /detokenize, /apply-template."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import parse_body, read_body
-from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.foreign_fields import LLAMACPP, TEMPLATE
-from llamaclust.cluster.api.llamacpp.reply import LlamaCppReply
+from llamaclust.cluster.api.llamacpp.reply import InfillReply, LlamaCppReply
 from llamaclust.cluster.api.llamacpp.schema import (
     DetokenizeBody,
+    InfillBody,
     LlamaCppBody,
     TemplateBody,
     TokenizeBody,
@@ -35,6 +36,14 @@ class LlamaCppEndpoints:
     def __init__(self, service: TextService, settings: ApiSettings) -> None:
         self._service = service
         self._settings = settings
+
+    async def infill(self, data: bytes, ticket: Ticket) -> InfillReply:
+        tokens = self._service.tokenizer.vocabulary.fill_in
+        if tokens is None:
+            message = "/infill: the model has no tokens for a prefix, a suffix and a middle"
+            raise HttpError(501, "not_supported", message)
+        body = await parse_body(data, InfillBody, LLAMACPP, self._settings)
+        return InfillReply(self._service, self._settings, ticket, body, tokens)
 
     async def complete(self, data: bytes, ticket: Ticket) -> LlamaCppReply:
         body = await parse_body(data, LlamaCppBody, LLAMACPP, self._settings)

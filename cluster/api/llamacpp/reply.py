@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
 from llamaclust.cluster.api.json_parts import json_parts, off_loop_if_large
-from llamaclust.cluster.api.llamacpp.schema import RANDOM_SEEDS, LlamaCppBody, LlamaCppPrompt
+from llamaclust.cluster.api.llamacpp.schema import RANDOM_SEEDS, InfillBody, LlamaCppBody, LlamaCppPrompt
 from llamaclust.cluster.api.llamacpp.timings import shown_timings
 from llamaclust.cluster.api.openai.shapes import row_entry
 from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
@@ -19,10 +19,15 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import event
 from llamaclust.cluster.scheduler.requests import FinishReason
 from llamaclust.cluster.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.text.fill_in import fill_in_prompt
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
+from llamaclust.model.tokenizers.fill_in import FillInTokens
+
+_INPUTS: Final = {"prompt", "return_tokens", "input_prefix", "input_suffix", "input_extra"}
+"""Fields that are no settings of the generation."""
 
 
 class LlamaCppReply:
@@ -100,6 +105,22 @@ class LlamaCppReply:
         return tuple(sorted(biases.items()))
 
 
+class InfillReply(LlamaCppReply):
+    """One answer that fills a gap."""
+
+    def __init__(
+        self, service: TextService, settings: ApiSettings, ticket: Ticket, body: InfillBody, tokens: FillInTokens
+    ) -> None:
+        super().__init__(service, settings, ticket, body)
+        self._gap = body.gap
+        self._max_new_tokens = body.max_new_tokens
+        self._tokens = tokens
+
+    async def _prompt(self, prompt: LlamaCppPrompt) -> tuple[int, ...]:
+        context = self._service.settings.context_length
+        return await fill_in_prompt(self._service.tokenizer, self._tokens, self._gap, context, self._max_new_tokens)
+
+
 class _Shape:
     """The answer to one prompt."""
 
@@ -154,7 +175,7 @@ class _Shape:
         return {"completion_probabilities": (row_entry(self._service.tokenizer, row) for row in part.rows)}
 
     def _settings(self) -> dict[str, Any]:
-        fields = self._body.model_dump(exclude={"prompt", "return_tokens"})
+        fields = self._body.model_dump(exclude=_INPUTS)
         return {**fields, "seed": self._stream.generation.seed, "n_ctx": self._service.settings.context_length}
 
 

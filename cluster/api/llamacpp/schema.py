@@ -11,6 +11,7 @@ from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import MAX_PROMPTS, Body, StopField, is_int, is_token_id
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.text.chat import ChatRequest
+from llamaclust.cluster.text.fill_in import Gap, OtherFile
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sampling_bounds import MAX_PENALTY
@@ -20,6 +21,7 @@ NEVER = -1e9
 """The bias of a token that may not be chosen, which llama.cpp writes as false."""
 
 MAX_TOKENIZED_BYTES = 1 << 20
+MAX_FILES = 1024
 
 LlamaCppPrompt = str | tuple[str | int, ...]
 """Text, or token ids and texts mixed."""
@@ -129,6 +131,49 @@ class LlamaCppBody(SamplerFields, GrammarFields):
     def max_new_tokens(self) -> int | None:
         """None: what the context leaves, which llama.cpp writes -1 or -2."""
         return None if self.n_predict < 0 else self.n_predict
+
+
+def _begun(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    return (value,)
+
+
+def _files(value: Any) -> tuple[OtherFile, ...]:
+    if not isinstance(value, list):
+        raise ValueError("must be a list of objects with 'filename' and 'text'")
+    if len(value) > MAX_FILES:
+        raise ValueError(f"{len(value)} files, at most {MAX_FILES} are taken")
+    return tuple(_file(item) for item in value)
+
+
+def _file(value: Any) -> OtherFile:
+    name, text = (value.get("filename", "tmp"), value.get("text")) if isinstance(value, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(text, str):
+        raise ValueError("a file must be an object with a string 'text', and a string 'filename' if wanted")
+    return OtherFile(name, text)
+
+
+_FILES = {"type": "array", "items": {"type": "object", "required": ["text"]}}
+
+
+class InfillBody(LlamaCppBody):
+    """`POST /infill`."""
+
+    prompt: Annotated[tuple[Any, ...], BeforeValidator(_begun), WithJsonSchema({"type": "string"})] = Field(
+        default_factory=lambda: ("",)
+    )
+    """The beginning of the answer."""
+    input_prefix: str
+    """The text before the answer."""
+    input_suffix: str
+    """The text behind it."""
+    input_extra: Annotated[tuple[Any, ...], BeforeValidator(_files), WithJsonSchema(_FILES)] = ()
+    """Texts of other files; where room is short, the first ones are left out."""
+
+    @property
+    def gap(self) -> Gap:
+        return Gap(self.input_prefix, self.input_suffix, self.prompt[0], self.input_extra)
 
 
 def _text(value: Any) -> Any:

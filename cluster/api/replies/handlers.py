@@ -19,10 +19,10 @@ from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Event, MakeReply, Position, Reply
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.restoring import Restoring
+from llamaclust.cluster.api.replies.stream_format import StreamFormat
 from llamaclust.cluster.api.replies.ticket import Ticket, owner
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import EventResponse, begin_events, unless_disconnected, wait_for_disconnect
-from llamaclust.cluster.api.stream_format import StreamFormat
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.core.errors import LlamaclustError
 
@@ -41,12 +41,7 @@ class Replies:
         self._restoring = None if durability is None else Restoring(durability, self.cache, self._endpoints)
 
     def endpoint(
-        self,
-        path: str,
-        make: MakeReply,
-        kept_s: float | None = None,
-        *,
-        form: StreamFormat = StreamFormat.EVENTS,
+        self, path: str, make: MakeReply, kept_s: float | None = None, *, form: StreamFormat = StreamFormat.EVENTS
     ) -> Callable[[Request], Awaitable[Response]]:
         """The handler of a path whose replies `make` makes. `kept_s`: how long they are kept without a reader, where it
         is not as the settings say; `form`: of those that are streamed."""
@@ -74,15 +69,18 @@ class Replies:
     # -- replies that end with their connections -----------------------------------------------------------------------
 
     async def _direct(self, request: Request, ticket: Ticket, reply: Reply, path: str, body: bytes) -> Response:
-        """No completion outlives the connection. A streamed one can be resumed after this process ended."""
+        """No completion outlives the connection. A stream of events can be resumed after this process ended."""
         async with AsyncExitStack() as cleanup:
             cleanup.push_async_callback(reply.aclose)
             await unless_disconnected(request, reply.start())
             if not reply.is_streamed:
                 return JsonParts(await unless_disconnected(request, reply.whole()))
-            if self._journal is not None:
+            form = self._forms[path]
+            if self._journal is None or not form.has_ids:  # no client could ask for the rest
+                first = reply.wait_first()
+            else:
                 cleanup.callback(self._journal.sent, ticket.id)
-            first, form = self._admitted_first(reply, ticket, path, body), self._forms[path]
+                first = self._admitted_first(reply, ticket, path, body)
             events = _numbered(ticket, reply.events(), Position(), form)
             return await begin_events(request, first, events, form=form, cleanup=cleanup)
 

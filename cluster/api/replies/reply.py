@@ -15,8 +15,8 @@ _MAX_SLOTS = 130
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One server-sent event: its `data:` line. The events of one slot come in the same order whenever the reply is
-    computed; those of different slots mix as they come."""
+    """A part of a stream: the `data:` line of a server-sent event, or a line of JSON. The events of one slot come in
+    the same order whenever the reply is computed; those of different slots mix as they come."""
 
     slot: int  # index of a choice; one past the last for what belongs to none
     data: bytes

@@ -146,6 +146,11 @@ class ToolFormat:
     takes_system_role: bool = True
 
     @property
+    def knows_reasoning(self) -> bool:
+        """Whether answers have reasoning apart from their content."""
+        return self.reasoning is not None or isinstance(self.calls, ChannelCalls)
+
+    @property
     def markers(self) -> tuple[str, ...]:
         """All texts of the format, in which control words of the vocabulary may stand."""
         return (*_texts_in(self.calls), *_texts_in(self.reasoning), *self.dropped)

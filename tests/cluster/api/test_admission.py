@@ -36,6 +36,7 @@ from support.clusters.served import (
 
 GENERATION = {"prompt": "Hello", "max_tokens": 3}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+STOPPING = "the cluster is stopping and takes no more requests"
 HALF = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"
 
 
@@ -90,7 +91,7 @@ def _nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 def assert_told(reply: httpx.Response) -> None:
     assert reply.status_code == 503
-    assert reply.json()["error"]["message"] == "the cluster is stopping and takes no more requests"
+    assert reply.json()["error"]["message"] == STOPPING
 
 
 async def test_a_stopping_server_answers_open_requests_and_refuses_new_ones() -> None:
@@ -111,16 +112,18 @@ async def test_a_stopping_server_answers_open_requests_and_refuses_new_ones() ->
         await idle
 
 
-async def test_a_body_that_is_still_to_come_is_not_waited_for() -> None:
+@pytest.mark.parametrize(("target", "end"), [(b"POST /v1/completions", b"}}"), (b"DELETE /api/delete", b"}")])
+async def test_a_body_that_is_still_to_come_is_not_waited_for(target: bytes, end: bytes) -> None:
     async with stoppable(ScriptedEngine(says("Hi"))) as server:
         reader, writer = await asyncio.open_connection(server.http.base_url.host, server.http.base_url.port)
-        writer.write(HALF)
+        writer.write(HALF.replace(b"POST /v1/completions", target))
         await until(lambda: bool(server.admission._open))
         server.admission.stop()
-        head, _, body = (await reader.readuntil(b"}}")).partition(b"\r\n\r\n")
+        head, _, body = (await reader.readuntil(end)).partition(b"\r\n\r\n")
         writer.close()
         assert head.startswith(b"HTTP/1.1 503 ")
-        assert json.loads(body)["error"]["code"] == "cluster_stopping"
+        error = json.loads(body)["error"]
+        assert (error if isinstance(error, str) else error["message"]) == STOPPING
         await server.admission.wait_idle()
 
 

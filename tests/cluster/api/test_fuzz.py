@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from llamaclust.cluster.api.anthropic.schema import MessagesBody
-from llamaclust.cluster.api.foreign_fields import CHAT, COMPLETION, LLAMACPP, MESSAGES, RESPONSES, TEMPLATE
+from llamaclust.cluster.api.foreign_fields import CHAT, COMPLETION, LLAMACPP, MESSAGES, OLLAMA, RESPONSES, TEMPLATE
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
+from llamaclust.cluster.api.ollama.bodies import SHOW, ShowBody
+from llamaclust.cluster.api.ollama.schema import GenerateBody, OllamaChatBody, Options
 from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.schema import NOTHING_FOREIGN, ForeignFields
-from support.clusters.served import VOCABULARY, client, make_app, real_engine
+from support.clusters.served import MODEL, VOCABULARY, client, make_app, real_engine
 
 BODIES: dict[str, tuple[type[BaseModel], ForeignFields]] = {
     "/v1/chat/completions": (ChatBody, CHAT),
@@ -30,6 +32,9 @@ BODIES: dict[str, tuple[type[BaseModel], ForeignFields]] = {
     "/tokenize": (TokenizeBody, NOTHING_FOREIGN),
     "/detokenize": (DetokenizeBody, NOTHING_FOREIGN),
     "/apply-template": (TemplateBody, TEMPLATE),
+    "/api/generate": (GenerateBody, OLLAMA),
+    "/api/chat": (OllamaChatBody, OLLAMA),
+    "/api/show": (ShowBody, SHOW),
 }
 
 numbers = st.integers(-2, 40) | st.integers() | st.floats() | st.just(10**300) | st.just(2**64)
@@ -59,6 +64,8 @@ likely = {
     "echo": st.booleans(),
     "logprobs": st.booleans() | st.integers(0, 5),
     "n": st.integers(0, 4),
+    "options": st.dictionaries(st.sampled_from([*Options.model_fields, "num_ctx"]), numbers, max_size=3),
+    "format": st.sampled_from(["json", "", {"type": "object"}, True]),
 }
 good_messages = [{"role": "user", "content": "a"}]
 
@@ -70,6 +77,7 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     known = (*foreign.refused, *foreign.hints, *foreign.other_names)
     names = st.sampled_from([*kind.model_fields, *known, "unknown"])
     body: dict[str, Any] = {"prompt": "a", "messages": good_messages, "content": "a", "tokens": [5], "input": "a"}
+    body["model"] = MODEL
     body = {name: value for name, value in body.items() if name in kind.model_fields}
     for name in draw(st.lists(names, max_size=4, unique=True)):
         body[name] = draw(likely.get(name, anything) | anything)
@@ -89,7 +97,10 @@ def caller() -> Iterator[Callable[[str, bytes], int]]:
                 reply = await http.post(path, content=data)
             if reply.status_code >= 400:
                 error = reply.json()["error"]
-                assert error["message"] and error["type"] == "invalid_request_error"
+                if path.startswith("/api/"):
+                    assert error and isinstance(error, str)
+                else:
+                    assert error["message"] and error["type"] == "invalid_request_error"
             assert engine.scheduler.counts.running == engine.scheduler.counts.waiting == 0
             return reply.status_code
 

@@ -220,3 +220,16 @@ async def test_apply_template() -> None:
     messages = [{"role": "user", "content": "Hi<|im_end|>"}]
     reply = await post("/apply-template", {"messages": messages})
     assert reply.json()["prompt"] == "<|im_start|>user\nHi<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("path", ["/infill", "/embedding", "/embeddings", "/rerank", "/lora-adapters", "/slots/0"])
+async def test_what_is_not_supported_is_refused_by_name(path: str) -> None:
+    reply = await post(path, {"input": "a"})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"], error["code"]) == (501, "not_supported_error", "not_supported")
+    assert error["message"].startswith(f"{path}: ")
+
+
+async def test_there_are_no_adapters() -> None:
+    async with client(make_app(ScriptedEngine(says(ANSWER)))) as http:
+        assert (await http.get("/lora-adapters")).json() == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,7 +25,7 @@ from support.clusters.resumable import (
     served,
     stream,
 )
-from support.clusters.served import until
+from support.clusters.served import MODEL, until
 from support.seed import SEED
 
 
@@ -83,6 +85,34 @@ async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
             lambda: [request.is_sent for request in read_journal(tmp_path / "journal", Instant.now())] == [True]
         )
     assert (tmp_path / "journal").stat().st_size == 0
+
+
+async def lines(http: httpx.AsyncClient, method: str, path: str, most: int | None = None, **more: Any) -> list[Any]:
+    """Of a stream that is no stream of events."""
+    found: list[Any] = []
+    async with http.stream(method, path, **more) as reply:
+        assert reply.headers["content-type"] == "application/x-ndjson"
+        async for line in reply.aiter_lines():
+            found.append(json.loads(line))
+            if len(found) == most:
+                break
+    return found
+
+
+async def test_lines_of_ollama_outlive_the_coordinator(tmp_path: Path) -> None:
+    """A client asks for the rest by the key that it gave and the number of its lines; without a key it cannot."""
+    path, messages = tmp_path / "journal", [{"role": "user", "content": "Hello"}]
+    body = {"model": MODEL, "messages": messages, "options": {"num_predict": 40, "seed": 7}}
+    most = random.Random(SEED).randrange(1, 40)
+    async with served(path, KilledJournal) as server:
+        whole = await lines(server.http, "POST", "/api/chat", json=body)
+        read = await lines(server.http, "POST", "/api/chat", most, json=body, headers=KEY)
+    assert [request.admission.endpoint for request in read_journal(path, Instant.now())] == ["/api/chat"]
+    async with served(path) as server:
+        read += await lines(server.http, "GET", f"/v1/streams/one?after={len(read)}")
+        await until(lambda: is_idle(server.engine))
+    assert [line["message"] for line in read] == [line["message"] for line in whole]
+    assert (read[-1]["eval_count"], read[-1]["done"], len({line["created_at"] for line in read})) == (40, True, 1)
 
 
 async def test_events_of_a_scored_prompt_do_not_depend_on_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

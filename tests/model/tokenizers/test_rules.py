@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llamaclust.core.errors import ModelFileError, RequestError
 from llamaclust.model.tokenizers.byte_pairs import _BYTE_OF
+from llamaclust.model.tokenizers.fill_in import FillInTokens
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.pre_tokenizers import _BY_NAME
 from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
@@ -118,6 +119,15 @@ def test_end_marks_inside_an_answer_do_not_end_it() -> None:
     assert not tokenizer.is_control(256) and not tokenizer.is_control(259)
     alone = load_tokenizer(bpe(words={"<|end|>": CONTROL}))
     assert alone.end_of_generation == {256}
+
+
+def test_tokens_around_a_gap_by_key_and_by_text() -> None:
+    words = {"<PRE>": USER_DEFINED, "<SUF>": 1, "<mid>": USER_DEFINED, "<file>": CONTROL, "<REPO>": 1}
+    tokenizer = load_tokenizer(bpe(words=words, fim_mid_token_id=258, fim_sep_token_id=259))
+    assert tokenizer.vocabulary.fill_in == FillInTokens(256, 257, 258, repository=260, file=259)
+    assert tokenizer.end_of_generation == {259, 260}
+    assert len(tokenizer.encode("<PRE><SUF><mid>")) == 15, "a text never becomes one of these tokens"
+    assert load_tokenizer(bpe(words=words)).vocabulary.fill_in is None
 
 
 def test_special_ids_outside_the_vocabulary_count_as_none() -> None:

@@ -16,13 +16,18 @@ class StreamFormat(Enum):
     LINES = "application/x-ndjson"
 
     @property
+    def has_ids(self) -> bool:
+        """Whether a part tells its client where the reply is found again."""
+        return self is StreamFormat.EVENTS
+
+    @property
     def keepalive(self) -> bytes:
         """What is sent when nothing came for a while; clients that read lines would take it for a part."""
         return WAITING if self is StreamFormat.EVENTS else b""
 
     def part(self, event_id: str, data: bytes) -> bytes:
         """One event, with its id where the form has ids."""
-        return b"id: %s\n%s" % (event_id.encode(), data) if self is StreamFormat.EVENTS else data
+        return b"id: %s\n%s" % (event_id.encode(), data) if self.has_ids else data
 
     def error(self, shape: ErrorShape, failure: Failure) -> bytes:
         """The last part of a stream that fails."""

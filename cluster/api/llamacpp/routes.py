@@ -1,0 +1,45 @@
+"""The paths of llama.cpp's own endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.errors import JsonResponse, unsupported
+from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
+from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, InfillBody, LlamaCppBody, TemplateBody, TokenizeBody
+from llamaclust.cluster.api.paths import Route
+from llamaclust.cluster.api.replies.handlers import Replies
+from llamaclust.cluster.text.service import TextService
+
+_NO_EMBEDDINGS: Final = "this server has no embeddings yet"
+_NO_SLOTS: Final = "slots have no state of their own; the prefix cache, and kv_disk in the cluster file, keep prompts"
+_UNSUPPORTED: Final = {
+    "/embedding": _NO_EMBEDDINGS,
+    "/embeddings": _NO_EMBEDDINGS,
+    "/rerank": "this server does not rank documents yet",
+    "/reranking": "this server does not rank documents yet",
+    "/lora-adapters": "this server has no adapters",
+    "/slots/{slot}": _NO_SLOTS,
+}
+"""By path: what clients may send there."""
+
+
+def llamacpp_routes(service: TextService, replies: Replies) -> Iterator[Route]:
+    endpoints = LlamaCppEndpoints(service, replies.settings)
+    yield Route("POST", "/completion", replies.endpoint("/completion", endpoints.complete), LlamaCppBody)
+    yield Route("POST", "/infill", replies.endpoint("/infill", endpoints.infill), InfillBody)
+    yield Route("POST", "/tokenize", endpoints.tokenize, TokenizeBody)
+    yield Route("POST", "/detokenize", endpoints.detokenize, DetokenizeBody)
+    yield Route("POST", "/apply-template", endpoints.apply_template, TemplateBody)
+    yield Route("GET", "/lora-adapters", _no_adapters)
+    for path, what in _UNSUPPORTED.items():
+        yield Route("POST", path, unsupported(what))
+
+
+async def _no_adapters(request: Request) -> Response:
+    """The adapters: there are none."""
+    return JsonResponse([])

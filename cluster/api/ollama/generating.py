@@ -1,0 +1,99 @@
+"""`POST /api/generate` and `POST /api/chat`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llamaclust.cluster.api.body import parse_body
+from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.foreign_fields import OLLAMA
+from llamaclust.cluster.api.ollama.names import OllamaNames
+from llamaclust.cluster.api.ollama.reply import Lines, LoadReply, OllamaShape, Show, as_message, as_text
+from llamaclust.cluster.api.ollama.schema import AnswerFields, GenerateBody, OllamaChatBody
+from llamaclust.cluster.api.replies.answer_reply import AnswerReply, MakeRequest
+from llamaclust.cluster.api.replies.reply import Reply
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.text.fill_in import Gap, fill_in_prompt
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.text.service import TextService
+from llamaclust.core.errors import ParameterError
+
+
+class OllamaGenerating:
+    """One served model under Ollama's names."""
+
+    def __init__(self, service: TextService, settings: ApiSettings, names: OllamaNames) -> None:
+        self._service = service
+        self._settings = settings
+        self._names = names
+
+    async def generate(self, data: bytes, ticket: Ticket) -> Reply:
+        body = await parse_body(data, GenerateBody, OLLAMA, self._settings)
+
+        async def request() -> CompletionRequest:
+            return await self._generation(body, ticket)
+
+        return self._reply(body, ticket, request, as_text, with_context=not body.raw)
+
+    async def chat(self, data: bytes, ticket: Ticket) -> Reply:
+        body = await parse_body(data, OllamaChatBody, OLLAMA, self._settings)
+
+        async def request() -> CompletionRequest:
+            await self._check_reasoning(body)
+            return await self._service.chat(replace(body.chat(), created=ticket.created))
+
+        return self._reply(body, ticket, request, as_message, with_context=False)
+
+    def _reply(
+        self,
+        body: GenerateBody | OllamaChatBody,
+        ticket: Ticket,
+        request: MakeRequest,
+        show: Show,
+        *,
+        with_context: bool,
+    ) -> Reply:
+        """HttpError for another model's name."""
+        self._names.check(body.model)
+        service = self._service
+        lines = Lines(service.settings.model_name, ticket.created, show)
+        if body.is_load:
+            return LoadReply(lines, is_streamed=body.stream)
+        shape = OllamaShape(service.tokenizer, lines, with_logprobs=body.logprobs, with_context=with_context)
+        return AnswerReply(service, self._settings, ticket, shape, request, is_streamed=body.stream)
+
+    async def _generation(self, body: GenerateBody, ticket: Ticket) -> CompletionRequest:
+        """The context of an earlier reply stands before the prompt, whose BOS it has."""
+        earlier = tuple(body.context)
+        await self._check_reasoning(body)
+        if body.suffix:
+            return await self._fill_in(body)
+        if body.raw:
+            if not earlier:
+                return body.completion(body.prompt)
+            (prompt,) = await self._service.tokenize_all([body.prompt], "prompt")
+            return body.completion((*earlier, *prompt))
+        request = await self._service.chat(replace(body.chat(), created=ticket.created))
+        assert not isinstance(request.prompt, str)
+        bos = self._service.tokenizer.bos_id
+        own = request.prompt[1:] if earlier and request.prompt[:1] == (bos,) else request.prompt
+        return replace(request, prompt=(*earlier, *own))
+
+    async def _fill_in(self, body: GenerateBody) -> CompletionRequest:
+        service, tokens = self._service, self._service.tokenizer.vocabulary.fill_in
+        if tokens is None:
+            message = f"{service.settings.model_name!r} does not support insert; leave suffix out"
+            raise HttpError(400, "unsupported_parameter", message, param="suffix")
+        if body.raw or body.context or body.system:
+            raise ParameterError("suffix", "cannot be used together with raw, context or system")
+        request, gap = body.completion(), Gap(body.prompt, body.suffix)
+        context = service.settings.context_length
+        prompt = await fill_in_prompt(service.tokenizer, tokens, gap, context, request.max_new_tokens)
+        return replace(request, prompt=prompt)
+
+    async def _check_reasoning(self, body: AnswerFields) -> None:
+        """Reasoning of a model that knows none is refused, as Ollama does."""
+        if body.wants_reasoning and not (await self._service.chat_format.get()).knows_reasoning:
+            message = f"{self._service.settings.model_name!r} does not support thinking; leave think out"
+            raise HttpError(400, "unsupported_parameter", message, param="think")

@@ -1,0 +1,67 @@
+"""Names of models as Ollama's clients write them: the served one with or without `:latest`, its aliases, and copies."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.openai.models import ModelNames
+from llamaclust.cluster.api.settings import ApiSettings
+
+MAX_COPIES: Final = 64
+_TAG: Final = ":latest"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
+
+
+class OllamaNames:
+    """Copies are names that clients made; they last as long as this process."""
+
+    def __init__(self, served: str, settings: ApiSettings) -> None:
+        self._models = ModelNames(served, settings, any_by_default=True)
+        self._fixed = (served, *settings.aliases)
+        self._is_strict = settings.strict_model is True
+        self._copies: dict[str, None] = {}
+
+    @property
+    def all(self) -> list[str]:
+        """With their tags."""
+        return [*dict.fromkeys(tagged(name) for name in (*self._fixed, *self._copies))]
+
+    def check(self, name: str) -> None:
+        """HttpError 404 where requests must name the served model and this one does not."""
+        self._models.check(name if name in self._fixed else name.removesuffix(_TAG))
+
+    def check_known(self, name: str) -> None:
+        """HttpError 404 for a name that the list of models does not have."""
+        if tagged(name) not in self.all:
+            raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
+
+    def copy(self, source: str, destination: str) -> None:
+        """Another name of a model. HttpError where it is none, or where the cluster file decides about names."""
+        self.check_known(source)
+        if not _NAME.fullmatch(destination):
+            message = f"{destination[:200]!r} is not a model's name: letters, digits and ._:/@- are"
+            raise HttpError(400, "bad_name", message, param="destination")
+        name = destination.removesuffix(_TAG)
+        if tagged(destination) in self.all:
+            return
+        if self._is_strict:
+            message = f"names are fixed here: add {name!r} to api.aliases in the cluster file"
+            raise HttpError(403, "names_are_fixed", message)
+        if len(self._copies) >= MAX_COPIES:
+            raise HttpError(507, "too_many_names", f"there are {MAX_COPIES} copies already; delete one")
+        self._copies[name] = None
+
+    def delete(self, name: str) -> None:
+        """A copy. HttpError for the served model and the cluster file's aliases, and for a name that is none."""
+        self.check_known(name)
+        if name.removesuffix(_TAG) not in self._copies:
+            message = f"{name[:200]!r} is served: remove it with `llamaclust model rm` once the cluster is stopped"
+            raise HttpError(403, "model_in_use", message, param="model")
+        del self._copies[name.removesuffix(_TAG)]
+
+
+def tagged(name: str) -> str:
+    """Ollama's models have a tag."""
+    return name if ":" in name.rpartition("/")[2] else name + _TAG

@@ -1,0 +1,43 @@
+"""The paths of Ollama's API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llamaclust.cluster.api.errors import unsupported
+from llamaclust.cluster.api.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
+from llamaclust.cluster.api.ollama.generating import OllamaGenerating
+from llamaclust.cluster.api.ollama.managing import OllamaManaging
+from llamaclust.cluster.api.ollama.models import OllamaModels
+from llamaclust.cluster.api.ollama.names import OllamaNames
+from llamaclust.cluster.api.ollama.schema import GenerateBody, OllamaChatBody
+from llamaclust.cluster.api.paths import Route
+from llamaclust.cluster.api.replies.handlers import Replies
+from llamaclust.cluster.api.replies.stream_format import StreamFormat
+from llamaclust.cluster.text.service import TextService
+
+
+def ollama_routes(service: TextService, replies: Replies) -> Iterator[Route]:
+    settings = replies.settings
+    names = OllamaNames(service.settings.model_name, settings)
+    generating = OllamaGenerating(service, settings, names)
+    for path, make, body in (
+        ("/api/generate", generating.generate, GenerateBody),
+        ("/api/chat", generating.chat, OllamaChatBody),
+    ):
+        yield Route("POST", path, replies.endpoint(path, make, form=StreamFormat.LINES), body)
+    models, managing = OllamaModels(service, settings, names), OllamaManaging(settings, names)
+    yield Route("GET", "/", models.root)
+    yield Route("GET", "/api/version", models.version)
+    yield Route("GET", "/api/tags", models.tags)
+    yield Route("GET", "/api/ps", models.ps)
+    yield Route("POST", "/api/show", models.show, ShowBody)
+    yield Route("POST", "/api/pull", managing.pull, PullBody)
+    yield Route("POST", "/api/create", managing.create, CreateBody)
+    yield Route("POST", "/api/copy", managing.copy, CopyBody)
+    yield Route("DELETE", "/api/delete", managing.delete, DeleteBody)
+    yield Route("GET", "/api/blobs/{digest}", managing.blob)
+    yield Route("POST", "/api/blobs/{digest}", unsupported("models are not made from uploaded files"))
+    yield Route("POST", "/api/push", unsupported("models are not uploaded to registries"))
+    for name in ("embed", "embeddings"):
+        yield Route("POST", f"/api/{name}", unsupported("this server has no embeddings yet"))

@@ -1,0 +1,121 @@
+"""`/infill`, and Ollama's `suffix`: the order of tokens, room for files, and models that cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from support.clusters import served
+from support.clusters.served import CONTEXT, MODEL, VOCABULARY, ScriptedEngine, client, make_app, says
+from support.models.tiny_tokenizers import byte_level
+
+WORDS = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>"]
+
+
+def filling(words: list[str]) -> Tokenizer:
+    """The tiny tokenizer with these words in place of its last merged pieces."""
+    metadata: dict[str, Any] = {**byte_level(VOCABULARY)}
+    tokens, merges = list(metadata["tokenizer.ggml.tokens"]), list(metadata["tokenizer.ggml.merges"])
+    end = VOCABULARY - 3
+    tokens[end - len(words) : end] = words
+    kinds = np.array(metadata["tokenizer.ggml.token_type"])
+    kinds[end - len(words) : end] = 3
+    metadata |= {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges[: len(merges) - len(words)],
+        "tokenizer.ggml.token_type": kinds,
+    }
+    return load_tokenizer(metadata)
+
+
+@pytest.fixture
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
+    made = filling(WORDS)
+    monkeypatch.setattr(served, "tokenizer", lambda: made)
+    return made
+
+
+async def post(path: str, body: dict[str, Any], engine: ScriptedEngine) -> httpx.Response:
+    async with client(make_app(engine)) as http:
+        return await http.post(path, json=body)
+
+
+async def prompt_of(tokenizer: Tokenizer, **fields: Any) -> str:
+    """The text of the prompt that the engine got."""
+    engine = ScriptedEngine(says("x"))
+    body = {"input_prefix": "def ", "input_suffix": "end", "n_predict": 8} | fields
+    reply = await post("/infill", body, engine)
+    assert reply.status_code == 200, reply.text
+    assert "input_prefix" not in reply.json()["generation_settings"]
+    return tokenizer.decode(engine.submitted[0].prompt)
+
+
+async def test_the_order_is_that_of_llama_cpp(tokenizer: Tokenizer) -> None:
+    head = "<|repo_name|>myproject\n"
+    rest = "<|file_sep|>filename\n<|fim_prefix|>def f<|fim_suffix|>end<|fim_middle|>"
+    assert await prompt_of(tokenizer, prompt="f") == head + rest
+    files = [{"filename": "a.py", "text": "A"}, {"text": "B"}]
+    shown = "<|file_sep|>a.py\nA<|file_sep|>tmp\nB"
+    assert await prompt_of(tokenizer, prompt="f", input_extra=files) == head + shown + rest
+
+
+async def test_control_words_of_the_texts_stay_text(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(says("x"))
+    body = {"input_prefix": "<|fim_middle|>", "input_suffix": "", "n_predict": 1}
+    assert (await post("/infill", body, engine)).status_code == 200
+    middle = tokenizer.token_id("<|fim_middle|>")
+    assert engine.submitted[0].prompt.count(middle) == 1 and engine.submitted[0].prompt[-1] == middle
+
+
+async def test_files_without_room_are_left_out_from_the_beginning(tokenizer: Tokenizer) -> None:
+    prompt = await prompt_of(tokenizer, input_extra=[{"text": "A" * 5000}, {"text": "B" * 20}])
+    assert prompt.endswith("<|fim_middle|>") and "B" * 20 in prompt and "myproject" not in prompt
+    assert len(tokenizer.encode(prompt, parse_special=True)) <= CONTEXT - 8
+
+
+async def test_a_prefix_that_is_too_long_is_refused(tokenizer: Tokenizer) -> None:
+    for length in (CONTEXT, 100 * CONTEXT):
+        body = {"input_prefix": "#" * length, "input_suffix": ""}
+        reply = await post("/infill", body, ScriptedEngine(says("x")))
+        assert (reply.status_code, reply.json()["error"]["type"]) == (400, "exceed_context_size_error")
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"input_prefix": None}, "input_prefix"),
+        ({"input_suffix": 5}, "input_suffix"),
+        ({"prompt": [1]}, "prompt"),
+        ({"input_extra": "a"}, "input_extra"),
+        ({"input_extra": [{"filename": "a"}]}, "input_extra"),
+        ({"input_extra": [{"text": "a", "filename": 5}]}, "input_extra"),
+    ],
+)
+async def test_fields_that_are_wrong(tokenizer: Tokenizer, fields: dict[str, Any], name: str) -> None:
+    body = {"input_prefix": "a", "input_suffix": "b"} | fields
+    reply = await post("/infill", body, ScriptedEngine(says("x")))
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, name)
+
+
+async def test_suffix_of_ollama(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(says("x"))
+    body = {"model": MODEL, "prompt": "def ", "suffix": "end", "stream": False}
+    assert (await post("/api/generate", body, engine)).json()["response"] == "x"
+    assert tokenizer.decode(engine.submitted[0].prompt) == "<|fim_prefix|>def <|fim_suffix|>end<|fim_middle|>"
+    refused = await post("/api/generate", body | {"raw": True}, engine)
+    assert refused.status_code == 400 and "suffix" in refused.json()["error"]
+    shown = await post("/api/show", {"model": MODEL}, engine)
+    assert "insert" in shown.json()["capabilities"]
+
+
+@pytest.mark.parametrize("missing", WORDS[:3])
+async def test_a_model_without_the_tokens_is_refused(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = filling([word for word in WORDS if word != missing])
+    monkeypatch.setattr(served, "tokenizer", lambda: made)
+    reply = await post("/infill", {"input_prefix": "a", "input_suffix": "b"}, ScriptedEngine(says("x")))
+    assert (reply.status_code, reply.json()["error"]["code"]) == (501, "not_supported")

@@ -1,6 +1,6 @@
 """A coding agent's session: times to the first tokens of its turns beside that of the first, where nothing is cached.
 
-    python benchmarks/clusters/agent.py MODEL.gguf [--tokens 20000] [--turns 30] [--workers 2]
+    python benchmarks/clusters/agent.py MODEL.gguf [--tokens 20000] [--context 32768] [--turns 30] [--workers 2]
 
 Turns go to Anthropic's endpoint as Claude Code sends them: a long system prompt whose billing header differs each time,
 tools, all messages so far, results of tools of changing lengths. Prints each turn's prompt, how much of it was cached
@@ -70,8 +70,9 @@ def send(client: httpx.Client, random: Random, system: str, messages: list[dict[
             event = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {}
             if event.get("type") == "error":
                 raise SystemExit(event["error"]["message"])
+            if event.get("type") == "message_start":  # comes with the first token
+                first_s = time.perf_counter() - begun
             if event.get("type") == "content_block_delta":
-                first_s = first_s or time.perf_counter() - begun
                 text += event["delta"].get("text", "")
             usage = event.get("usage", usage)
     cached = usage["cache_read_input_tokens"]
@@ -104,7 +105,8 @@ def session(api: str, tokens: int, turns: int) -> list[Turn]:
 
 
 async def measure(options: argparse.Namespace) -> list[Turn]:
-    async with running(options.model, Layout(workers=options.workers)) as (bench, _):
+    layout = Layout(workers=options.workers, keys={"context_length": options.context})
+    async with running(options.model, layout) as (bench, _):
         return await asyncio.to_thread(session, bench.api, options.tokens, options.turns)
 
 
@@ -112,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=20_000, help="words of the system prompt, about a token each")
+    parser.add_argument("--context", type=int, default=32_768, help="tokens of a sequence, at most the model's")
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--workers", type=int, default=2)
     first, *others = asyncio.run(measure(parser.parse_args()))

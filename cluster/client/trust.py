@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -28,8 +29,8 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext | bool:
         return verify
     if verify is not None:
         return _of_file(Path(verify))
-    own = _own_certificate(url)
-    if own is not None:
+    own = _own_certificates(url)
+    if own:
         return _pinned(own)
     context = httpx.create_ssl_context()
     context.load_default_certs()
@@ -44,25 +45,26 @@ def _of_file(path: Path) -> ssl.SSLContext:
         raise UsageError(f"{path}: cannot read the certificates to trust: {reason}") from error
 
 
-def _own_certificate(url: httpx.URL) -> Path | None:
-    """Of the cluster of this user that has this address, if one has."""
+def _own_certificates(url: httpx.URL) -> list[Path]:
+    """Of clusters of this user that have this address, one that was killed among them."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.state.clusters import recorded_clusters
 
-    for record in recorded_clusters(environment().state_dir):
-        if record.api_certificate is not None:
-            host, port = split_address(record.api.removeprefix("https://"))
-            is_here = url.host == host or (is_loopback(url.host) and (is_loopback(host) or host in ANYWHERE))
-            if is_here and (url.port or 443) == port:
-                return Path(record.api_certificate)
-    return None
+    records = recorded_clusters(environment().state_dir)
+    return [Path(record.api_certificate) for record in records if record.api_certificate and _is_at(url, record.api)]
+
+
+def _is_at(url: httpx.URL, api: str) -> bool:
+    host, port = split_address(api.removeprefix("https://"))
+    is_here = url.host == host or (is_loopback(url.host) and (is_loopback(host) or host in ANYWHERE))
+    return is_here and (url.port or 443) == port
 
 
 class _PinnedContext(ssl.SSLContext):
-    """Trusts the certificate in a file and no other, whatever its names; each connection reads it again, since it may
-    have been renewed."""
+    """Trusts the certificates in files and no others, whatever their names; each connection reads them again, since
+    they may have been renewed."""
 
-    file: Path
+    files: Sequence[Path]
 
     def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
         self._read()
@@ -73,13 +75,14 @@ class _PinnedContext(ssl.SSLContext):
         return super().wrap_bio(*args, **kwargs)
 
     def _read(self) -> None:
-        with suppress(OSError):  # then the server is not trusted, or still is
-            self.load_verify_locations(self.file)
+        for file in self.files:
+            with suppress(OSError):  # then the server is not trusted, or still is
+                self.load_verify_locations(file)
 
 
-def _pinned(file: Path) -> ssl.SSLContext:
+def _pinned(files: Sequence[Path]) -> ssl.SSLContext:
     context = _PinnedContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.file = file
+    context.files = files
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an authority may have signed it
     return context

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -53,6 +54,12 @@ async def test_an_address_of_this_machine_is_pinned_to_its_certificate(folder: C
         assert record is not None
         with ClusterApi.of(record) as api:
             assert await asyncio.to_thread(api.context_length) == CONTEXT
+        killed = ClusterDir(folder.path.with_name("gone"))  # was at this address before
+        killed.create()
+        killed.write_record(replace(record, name="gone", api_certificate=str(killed.api_certificate)))
+        ServerCertificate(write_signed(tmp_path).files).publish(killed.api_certificate)
+        assert await answer(url) == "Hi"
+        killed.remove_record()
     other = ServerCertificate(write_signed(tmp_path).files)
     async with recorded(folder, other) as url:
         with pytest.raises(LlamaclustError, match="not trusted here"):

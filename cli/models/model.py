@@ -14,6 +14,7 @@ from typer import Argument, Option
 from llamaclust.cli import terminal
 from llamaclust.cli.options import (
     MODEL_HELP,
+    CaFile,
     Chunks,
     Devices,
     Endpoint,
@@ -217,6 +218,7 @@ def perplexity(
     gpu_layers: GpuLayers = "auto",
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
+    ca_file: CaFile = None,
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, as llama.cpp's llama-perplexity does; lower is better."""
@@ -225,5 +227,5 @@ def perplexity(
     evaluation = Evaluation(text, context, chunks, base, compare, hellaswag, tasks)
     evaluation.check()
     gpus = Gpus(tuple(device), gpu_layers)
-    source = Source(model, threads, workers, kv_type, endpoint, api_key_file, gpus)
+    source = Source(model, threads, workers, kv_type, endpoint, api_key_file, gpus, ca_file)
     evaluate(source, evaluation, as_json)

@@ -72,6 +72,7 @@ class Source:
     endpoint: str | None
     api_key_file: Path | None
     gpus: Gpus = NO_GPUS
+    ca_file: Path | None = None
 
     def tokenizer(self) -> Tokenizer:
         with closing(Model.open(self.model)) as model:
@@ -89,8 +90,7 @@ class Source:
         """The model in this process. UsageError where it is to run elsewhere."""
         if self.endpoint is not None or self.workers > 1:
             raise UsageError("logits are those of a model in this process: --endpoint and --workers are not for them")
-        if self.api_key_file is not None:
-            raise UsageError("--api-key-file is for --endpoint")
+        self._check_no_endpoint()
         from llamaclust.cluster.client.local import LocalClient, LocalSettings
 
         device, gpu_layers, _ = self.gpus.parsed
@@ -105,6 +105,11 @@ class Source:
         )
         return LocalClient(self.model, self.threads, settings=settings)
 
+    def _check_no_endpoint(self) -> None:
+        for option, value in (("--api-key-file", self.api_key_file), ("--ca-file", self.ca_file)):
+            if value is not None:
+                raise UsageError(f"{option} is for --endpoint")
+
     def _open(self, context: int, sequences: int) -> TextClient:
         if self.gpus != NO_GPUS and (self.endpoint is not None or self.workers > 1):
             options = "--device and --gpu-layers"
@@ -113,9 +118,8 @@ class Source:
             if self.workers > 1 or self.threads is not None or self.kv_type is not None:
                 given = "--workers, --threads and --kv-type"
                 raise UsageError(f"--endpoint asks a cluster that runs already: {given} are not for it")
-            return connect(self.endpoint, self.api_key_file)
-        if self.api_key_file is not None:
-            raise UsageError("--api-key-file is for --endpoint")
+            return connect(self.endpoint, self.api_key_file, self.ca_file)
+        self._check_no_endpoint()
         if self.workers == 1:
             return self.local(context, sequences)
         tune_grpc()

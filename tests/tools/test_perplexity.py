@@ -143,6 +143,7 @@ async def test_a_server_with_another_vocabulary_is_found_out(
         (("-f", "TEXT", "-c", "32", "--chunks", "0"), "--chunks"),
         (("-f", "TEXT", "-c", "32", "--endpoint", "http://a", "--workers", "2"), "--workers, --threads and --kv-type"),
         (("-f", "TEXT", "-c", "32", "--api-key-file", "TEXT"), "--api-key-file is for --endpoint"),
+        (("-f", "TEXT", "-c", "32", "--ca-file", "TEXT"), "--ca-file is for --endpoint"),
     ],
 )
 def test_mistakes_get_one_line(

@@ -13,6 +13,7 @@ import httpx
 
 from llamaclust.core.addresses import ANYWHERE, is_loopback, split_address
 from llamaclust.core.errors import UsageError
+from llamaclust.core.own_addresses import own_addresses
 
 Verify = str | PathLike[str] | ssl.SSLContext | None
 """A PEM file of certificates to trust, or a context; None: those that this machine trusts, and for a cluster that
@@ -56,8 +57,11 @@ def _own_certificates(url: httpx.URL) -> list[Path]:
 
 def _is_at(url: httpx.URL, api: str) -> bool:
     host, port = split_address(api.removeprefix("https://"))
-    is_here = url.host == host or (is_loopback(url.host) and (is_loopback(host) or host in ANYWHERE))
-    return is_here and (url.port or 443) == port
+    if (url.port or 443) != port:
+        return False
+    if host in ANYWHERE:
+        return is_loopback(url.host) or url.host in own_addresses()
+    return url.host == host or (is_loopback(url.host) and is_loopback(host))
 
 
 class _PinnedContext(ssl.SSLContext):

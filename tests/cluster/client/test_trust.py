@@ -18,6 +18,7 @@ from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.client.trust import trust
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.own_addresses import own_addresses
 from support.clusters.served import CONTEXT, ScriptedEngine, make_app, says, serving
 from support.wire.api_certificates import write_signed
 
@@ -77,6 +78,28 @@ async def test_a_client_follows_a_renewal(folder: ClusterDir, tmp_path: Path) ->
             write_signed(tmp_path)
             for _ in range(2):
                 certificate.look()
+
+
+@pytest.mark.parametrize(
+    ("api", "url", "is_its"),
+    [
+        ("https://0.0.0.0:8443", "https://localhost:8443", True),
+        ("https://0.0.0.0:8443", f"https://{own_addresses()[0]}:8443", True),
+        ("https://0.0.0.0:8443", "https://203.0.113.9:8443", False),
+        ("https://[::]:443", "https://[::1]", True),
+        ("https://203.0.113.9:8443", "https://203.0.113.9:8443", True),
+        ("https://203.0.113.9:8443", "https://localhost:8443", False),
+        ("https://127.0.0.1:8443", "https://localhost:8444", False),
+    ],
+)
+def test_which_addresses_are_those_of_a_cluster_on_this_machine(
+    folder: ClusterDir, tmp_path: Path, api: str, url: str, is_its: bool
+) -> None:
+    ServerCertificate(write_signed(tmp_path).files).publish(folder.api_certificate)
+    path = str(folder.api_certificate)
+    folder.write_record(ClusterRecord("home", os.getpid(), api, "tiny", api_certificate=path))
+    context = trust(httpx.URL(url), None)
+    assert not isinstance(context, bool) and context.check_hostname is not is_its
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ _MAX_LINE_BYTES = 64 << 20
 _CHECKSUM_DIGITS = 8
 _BODY = b"\t"
 """Before a body; JSON of ours has none."""
-_ADMISSION = [str, int, int, str, str, str, str, float, float, str, float, str, bool]
+_ADMISSION = [str, int, int, str, str, str, str, float, float, str, float, str, bool, bool]
 """Types of its fields, in the order of `admission_line`."""
 _encoder = json.JSONEncoder(separators=(",", ":"))
 """One for all lines: to make one takes as long as a line."""
@@ -56,6 +56,7 @@ class Admission:
     limit_s: float  # from then on; it ends unanswered
     served: str = ""  # digest of what else answers depend on: the model and its settings
     is_streamed: bool = True
+    is_constrained: bool = False  # its answers obey a grammar
 
     @property
     def id(self) -> str:
@@ -92,6 +93,7 @@ def admission_line(admission: Admission) -> bytes:
         admission.limit_s,
         admission.served,
         admission.is_streamed,
+        admission.is_constrained,
     )
     return _line(_json({"admit": fields}) + _BODY + admission.body.replace(b"%", b"%25").replace(b"\n", b"%0A"))
 
@@ -180,7 +182,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
     if [type(value) for value in fields] != _ADMISSION:
         raise TypeError("other fields than those of an admission")
     request_id, seed, created, owner, conversation, idempotency_key, *more = fields
-    endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed = more
+    endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_constrained = more
     identity = RequestIdentity(
         id=request_id,
         seed=seed,
@@ -198,6 +200,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
         limit_s=limit_s,
         served=served,
         is_streamed=is_streamed,
+        is_constrained=is_constrained,
     )
 
 

@@ -29,5 +29,6 @@ class Durability:
             limit_s=self.request_s,
             served=self.served,
             is_streamed=is_streamed,
+            is_constrained=bool(ticket.constraint.is_used),
         )
         return self.journal.admit(admission)

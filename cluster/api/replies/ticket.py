@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.datastructures import Headers
 
@@ -17,9 +17,27 @@ from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import ChoiceKey, RequestIdentity
 from llamaclust.cluster.text.request import CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import Record
+from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampling import RowResult
 
 _MAX_NAME = 255
+
+
+@dataclass(slots=True)
+class Constraint:
+    """Whether the answers of a request obey a grammar. The first computation decides it, for the calls of a chat by the
+    processor time that their grammar takes; later ones, on which other tokens would depend, have no choice."""
+
+    is_used: bool | None = None  # None: not decided yet
+
+    def kept(self, request: CompletionRequest) -> CompletionRequest:
+        """WorkerError where its grammar could not be made again."""
+        has_grammar = request.grammar is not None
+        if self.is_used is None:
+            self.is_used = has_grammar
+        if self.is_used and not has_grammar:
+            raise WorkerError("the grammar of this request's calls could not be made in time again; send it anew")
+        return request if self.is_used else replace(request, grammar=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +48,7 @@ class Ticket:
     answered: Mapping[ChoiceKey, tuple[RowResult, ...]] = field(default_factory=dict)
     journal: Journal | None = None
     restoration: Restoration | None = None  # of a request that an earlier coordinator admitted
+    constraint: Constraint = field(default_factory=Constraint)
 
     @classmethod
     def draw(cls, headers: Headers, api_keys: Sequence[str], journal: Journal | None) -> Ticket:
@@ -62,7 +81,7 @@ class Ticket:
         answered = {choice: rows for (of, choice), rows in self.answered.items() if of == prompt}
         seed = self.identity.seed if request.seed is None else request.seed
         name = self.id if prompt == 0 else f"{self.id}-p{prompt}"
-        return request.identified(name, self.id, seed, answered)
+        return self.constraint.kept(request.identified(name, self.id, seed, answered))
 
     def recording(self, prompt: int, request: CompletionRequest) -> Record | None:
         """Takes the tokens of the completion into the journal, where tokens are all that it needs to go on."""

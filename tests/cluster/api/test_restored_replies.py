@@ -16,17 +16,18 @@ from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.reply import OpenAiReply
 from llamaclust.cluster.api.replies import kept_reply, restoring
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
-from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.replies.ticket import Constraint, Ticket
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
 from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.cluster.text.request import CompletionRequest
-from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.text.service import TextService, TokenizedRequest
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DeadlineError, QueueFullError
+from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
+from llamaclust.core.sampling import Grammar
 from support.clusters.resumable import (
     KEY,
     PATHS,
@@ -40,6 +41,8 @@ from support.clusters.resumable import (
 )
 from support.clusters.served import until
 from support.seed import SEED
+
+GRAMMAR = Grammar("{}", origin="tools")
 
 
 async def write_journal(path: Path, *admissions: Admission) -> None:
@@ -286,3 +289,43 @@ async def test_a_restored_requests_deadline_goes_on(tmp_path: Path) -> None:
         assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
         server.pipeline.gate.set()
         assert (await server.http.get("/v1/streams/key 1")).status_code == 200
+
+
+def test_the_first_decision_about_a_grammar_counts() -> None:
+    free, bound = CompletionRequest("a"), CompletionRequest("a", grammar=GRAMMAR)
+    constraint = Constraint()
+    assert constraint.kept(free) == free and constraint.kept(bound) == free
+    constraint = Constraint()
+    assert constraint.kept(bound) == bound
+    with pytest.raises(WorkerError, match="could not be made in time again"):
+        constraint.kept(free)
+
+
+@pytest.mark.parametrize("is_constrained", [True, False])
+async def test_a_restored_chat_has_the_grammar_of_its_first_computation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_constrained: bool
+) -> None:
+    decisions, used = [is_constrained], list[Grammar | None]()
+    chat, prepare = TextService.chat, TextService.prepare
+
+    async def deciding(service: TextService, request: ChatRequest) -> CompletionRequest:
+        return replace(await chat(service, request), grammar=GRAMMAR if decisions[-1] else None)
+
+    async def seeing(service: TextService, request: CompletionRequest) -> TokenizedRequest:
+        used.append(request.grammar)
+        return await prepare(service, replace(request, grammar=None))
+
+    monkeypatch.setattr(TextService, "chat", deciding)
+    monkeypatch.setattr(TextService, "prepare", seeing)
+    path = tmp_path / "journal"
+    async with served(path, KilledJournal) as server:
+        await stream(server.http, "POST", PATHS[1], json=body_of(PATHS[1]), headers=KEY)
+    (left,) = read_journal(path, Instant.now())
+    assert left.admission.is_constrained == is_constrained
+    decisions.append(not is_constrained)
+    async with served(path) as server:
+        events = await stream(server.http, "GET", "/v1/streams/one")
+    if is_constrained:
+        assert "could not be made in time again" in str(events) and used == [GRAMMAR]
+    else:
+        assert events[-1][1] == "[DONE]" and used == [None, None]

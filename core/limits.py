@@ -14,6 +14,7 @@ MAX_SEQUENCES = 1024
 MAX_BATCH_TOKENS = 8192
 MAX_CONTEXT_TOKENS = 1 << 20
 MAX_TOP_LOGPROBS = 128
+MAX_EMBEDDING_BYTES = 1 << 24  # of hidden states in the result of one microbatch
 MAX_VOCABULARY = 1 << 20
 MAX_KV_BLOCKS = 1 << 26
 

@@ -89,7 +89,7 @@ def is_read(program: ir.Program, at: int, name: str) -> bool:
             return True
         if written_by(step).name == name:
             return False
-    return program.out.name == name
+    return name in {result.name for result in (program.out, program.normed) if result is not None}
 
 
 def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:

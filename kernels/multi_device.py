@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.backend import Backend, Batch, Float32, Progress, Stage
+from llamaclust.kernels.backend import Backend, Batch, Float32, Int32, Progress, Stage
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Attention, Program, Step
 
@@ -76,6 +76,9 @@ class MultiDeviceStage:
         assert hidden is not None
         return hidden
 
+    def normed(self, rows: Int32) -> Float32:
+        return self.stages[-1].normed(rows)
+
     def close(self) -> None:
         for stage in self.stages:
             stage.close()
@@ -93,7 +96,8 @@ def layers_of(program: Program, start: int, end: int) -> Program:
             bounds.setdefault(layer, at)
     is_last = end == program.end
     steps = program.steps[bounds[start] : bounds[end]]
-    return replace(program, start=start, end=end, out=program.out if is_last else program.hidden, steps=steps)
+    out, normed = (program.out, program.normed) if is_last else (program.hidden, None)
+    return replace(program, start=start, end=end, out=out, steps=steps, normed=normed)
 
 
 def _layer(step: Step) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import dropwhile, takewhile
 from operator import attrgetter
 from pathlib import Path
@@ -20,7 +20,7 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
-from llamaclust.model.program import AddPosition, Embed, KvType, MatMul, Moe, Program, SelectRows, Step, weights_of
+from llamaclust.model.program import AddPosition, Embed, KvType, MatMul, Moe, Program, Step, weights_of
 from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -112,7 +112,7 @@ class Model:
     def costs(self, kv_type: KvType) -> ModelCosts:
         tensors = self.file.tensors
         embedding = [step for step in self._whole.steps if isinstance(step, Embed | AddPosition)]
-        head = list(dropwhile(_is_before_head, self._whole.steps))
+        head = list(dropwhile(partial(_is_before_head, self._whole), self._whole.steps))
         layers = [self.program(layer, layer + 1, kv_type) for layer in range(self.layer_count)]
         return ModelCosts(
             embedding_bytes=_weight_bytes(tensors, embedding),
@@ -165,7 +165,8 @@ _file_bytes = attrgetter("n_bytes")
 
 def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
     """Of a program of one layer, without the embedding and the head of a first or last stage."""
-    steps = [step for step in takewhile(_is_before_head, program.steps) if not isinstance(step, Embed | AddPosition)]
+    before_head = takewhile(partial(_is_before_head, program), program.steps)
+    steps = [step for step in before_head if not isinstance(step, Embed | AddPosition)]
     return LayerCost(
         weight_bytes=_weight_bytes(tensors, steps),
         macs_per_token=_all_macs(steps),
@@ -198,8 +199,9 @@ def _float_macs(tensors: Mapping[str, Tensor], steps: Iterable[Step]) -> int:
     return sum(count for name, count in macs if tensors[name].quant_type.info.activation is ActivationFormat.F32)
 
 
-def _is_before_head(step: Step) -> bool:
-    return not isinstance(step, SelectRows)
+def _is_before_head(program: Program, step: Step) -> bool:
+    """The head begins with the norm of all rows."""
+    return program.normed is None or getattr(step, "out", None) != program.normed
 
 
 def _macs(step: Step) -> list[tuple[str, int]]:

@@ -283,7 +283,8 @@ class Program:
     """The steps of layers [start, end) of a model.
 
     The first stage begins with `Embed`, others are given `hidden_in`; the last stage ends with the logits in `out`
-    [output rows, vocabulary], others with the hidden state [rows, embedding].
+    [output rows, vocabulary], others with the hidden state [rows, embedding]. On the last stage, `normed` [rows,
+    embedding] is the normed hidden state of every row, written before `SelectRows`.
     """
 
     start: int
@@ -292,6 +293,7 @@ class Program:
     hidden: Buffer
     out: Buffer
     steps: tuple[Step, ...]
+    normed: Buffer | None = None
 
     @property
     def is_first(self) -> bool:

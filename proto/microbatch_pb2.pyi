@@ -34,12 +34,18 @@ class Chunk(_message.Message):
     DEPENDS_ON_FIELD_NUMBER: _builtins.int
     WINDOW_TABLE_FIELD_NUMBER: _builtins.int
     WINDOW_START_FIELD_NUMBER: _builtins.int
+    EMBEDDED_FIRST_FIELD_NUMBER: _builtins.int
+    EMBEDDED_END_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Absolute position of the first of them."""
     outputs: _builtins.int
     """How many of the last rows are sampled or scored."""
     window_start: _builtins.int
     """Their first one's place in the table: blocks before it were given up."""
+    embedded_first: _builtins.int
+    """Rows of the chunk, [first, end), whose normed hidden state the last stage answers."""
+    embedded_end: _builtins.int
+    """End of these; 0: none."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids, at least one."""
@@ -70,10 +76,12 @@ class Chunk(_message.Message):
         depends_on: Global___RowReference | None = ...,
         window_table: _abc.Iterable[_builtins.int] | None = ...,
         window_start: _builtins.int = ...,
+        embedded_first: _builtins.int = ...,
+        embedded_end: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["depends_on", b"depends_on"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["depends_on", b"depends_on", "outputs", b"outputs", "position", b"position", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depends_on", b"depends_on", "embedded_end", b"embedded_end", "embedded_first", b"embedded_first", "outputs", b"outputs", "position", b"position", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -627,12 +627,15 @@ class Result(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The microbatch's epoch."""
     number: _builtins.int
     """The microbatch's number."""
     failure: _builtins.str
     """Set when a stage could not compute it: one line that names worker, layers and cause."""
+    embeddings: _builtins.bytes
+    """Normed hidden state of the chunks' embedded rows, in row order: float32, little endian."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowResult]:
         """One for each output row, in row order; empty with a failure."""
@@ -649,10 +652,11 @@ class Result(_message.Message):
         rows: _abc.Iterable[Global___RowResult] | None = ...,
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
         failure: _builtins.str | None = ...,
+        embeddings: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "epoch", b"epoch", "failure", b"failure", "number", b"number", "rows", b"rows", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "embeddings", b"embeddings", "epoch", b"epoch", "failure", b"failure", "number", b"number", "rows", b"rows", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015

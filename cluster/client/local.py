@@ -24,7 +24,7 @@ from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSetti
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_EMBEDDING_BYTES, MAX_KV_BLOCKS, StageLimits
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
@@ -158,7 +158,8 @@ class LocalStage:
         rows = self._runner.finish(logits, self._sampled_tokens.fill_inputs(inputs, microbatch))
         self._sampled_tokens.put(sampled_tokens_of(microbatch.number, rows))
         timing = StageTiming(started_ns - queued_ns, perf_counter_ns() - started_ns, 0, microbatch.rows)
-        return Result(microbatch.epoch, microbatch.number, rows, (timing,))
+        embeddings = self._runner.embeddings(microbatch)
+        return Result(microbatch.epoch, microbatch.number, rows, (timing,), embeddings=embeddings)
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
         """Rows [first, tokens), [some, vocabulary], computed between what the engine runs."""
@@ -269,6 +270,7 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         max_sequences=settings.max_sequences,
         max_batch_tokens=max_batch_tokens,
         max_outputs=_OUTPUTS,
+        max_embedded_rows=MAX_EMBEDDING_BYTES // (4 * model.hyperparameters.embedding_length),
         prefill_chunk=chunk,
         prefix_cache=settings.prefix_cache,
         window=None if group is None else group.window,

@@ -105,6 +105,9 @@ class InFlight:
         outputs = sum(len(taken.tasks) for taken in due.slices)
         if (found := len(result.rows)) != outputs:
             raise ProtocolError(f"microbatch {due.number} came back with {found} results instead of {outputs}")
+        embedded, found = sum(taken.chunk.embedded_rows for taken in due.slices), len(result.embeddings)
+        if bool(found) != bool(embedded) or (embedded and found % (4 * embedded)):
+            raise ProtocolError(f"microbatch {due.number} came back with {found} bytes for {embedded} embedded rows")
         self._sent.popleft()
         if self._sent and self._sent[0].is_lookahead:
             self._sent[0].begun_ns = now_ns

@@ -182,7 +182,7 @@ class SequenceQueues:
     def discard(self, sequence: Sequence) -> None:
         """Repeats a sequence's computation from its tokens, in blocks that no other sequence has written, in case that
         a stage's result or KV memory is damaged."""
-        sequence.next_score = sequence.scored
+        sequence.repeat_outputs()
         self.memory.invalidate(sequence)
         if sequence.is_running:
             self.put_back(sequence, Phase.DISCARDED)

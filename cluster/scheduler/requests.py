@@ -21,7 +21,7 @@ class GenerationRequest:
 
     request_id: str
     prompt: tuple[int, ...]
-    max_new_tokens: int  # 0: score the prompt only
+    max_new_tokens: int  # 0: score or embed the prompt only
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     choice: int = 0
@@ -32,6 +32,7 @@ class GenerationRequest:
     dry_window: int = 0  # likewise those that DRY looks at
     breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # for DRY, by first token
     score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
+    embedded: tuple[int, int] | None = None  # hidden states of prompt tokens [first, end) are wanted, none is sampled
     cache_salt: str = ""  # KV blocks are shared with requests that have the same
     group: str = ""  # of requests that came as one; empty: a group of its own
     grammar: Grammar | None = None  # which the answer obeys
@@ -56,6 +57,16 @@ class PromptScored:
 
     start: int
     rows: tuple[RowResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEmbedded:
+    """Normed hidden states of prompt tokens [start, start + count): `data` is float32 [count, embedding], little
+    endian."""
+
+    start: int
+    count: int
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,4 +97,4 @@ class Finished:
     timings: Timings
 
 
-Event = PromptScored | TokenSampled | Finished
+Event = PromptScored | PromptEmbedded | TokenSampled | Finished

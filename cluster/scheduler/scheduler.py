@@ -76,6 +76,7 @@ class _PrefillBatch:
     rows_left: int
     outputs_left: int
     scored_left: int  # of these
+    embedded_left: int
     grammars_left: int = _MAX_GRAMMARS
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
 
@@ -86,6 +87,7 @@ class _PrefillBatch:
         starts_grammar = sequence.request.grammar is not None and not sequence.has_matcher
         outputs = self.outputs_left if self.grammars_left or not starts_grammar else 0
         outputs = min(outputs, self.scored_left) if is_scored else outputs
+        outputs = self.embedded_left if sequence.request.embedded is not None else outputs
         rows = sequence.rows_within(max(self.rows_left // share, min(1, self.rows_left)), -(-outputs // share))
         if rows > 0 and sequence.key not in self.slices:
             sequence.started_ns = sequence.started_ns or self.now_ns
@@ -95,6 +97,7 @@ class _PrefillBatch:
             self.rows_left -= rows
             self.outputs_left -= len(taken.tasks)
             self.scored_left -= len(taken.tasks) if is_scored else 0
+            self.embedded_left -= taken.chunk.embedded_rows
             self.grammars_left -= starts_grammar and taken.is_sampled
         return rows > 0
 
@@ -238,16 +241,21 @@ class Scheduler:
         """
         updated: list[tuple[int, list[Update]]] = []
         row = 0
-        for taken in self.in_flight.complete(result, now_ns):
+        at = 0  # in the embeddings
+        slices = self.in_flight.complete(result, now_ns)
+        row_bytes = len(result.embeddings) // max(1, sum(taken.chunk.embedded_rows for taken in slices))
+        for taken in slices:
             self.strikes.computed(taken)
             sequence, count = taken.sequence, len(taken.tasks)
             rows = result.rows[row : row + count]
             row += count
             sequence.in_flight -= 1
             sequence.sampling -= taken.is_sampled
-            if not count or not sequence.counts_results:
+            hidden = result.embeddings[at : at + row_bytes * taken.chunk.embedded_rows]
+            at += len(hidden)
+            if not taken.is_answered or not sequence.counts_results:
                 continue
-            updates = sequence.answered(taken, rows, now_ns)
+            updates = sequence.received(taken, hidden, now_ns) if hidden else sequence.answered(taken, rows, now_ns)
             if not updates:
                 continue
             if isinstance(updates[-1], Failed) and sequence.failures < _MAX_FAILURES:
@@ -305,7 +313,10 @@ class Scheduler:
             return self._launch((sequence.take_token(),), 1, now_ns)
         rows = chunk_rows(self.settings, self.times, sequence.remaining, sequence.remaining, 0, alone=True)
         rows = min(rows, self.strikes.rows(sequence))
-        batch = _PrefillBatch(queues.memory, now_ns, rows, self.settings.max_outputs, self.settings.max_outputs)
+        most = self.settings
+        batch = _PrefillBatch(
+            queues.memory, now_ns, rows, most.max_outputs, most.max_outputs, most.max_embedded_rows
+        )
         batch.add(sequence)
         slices = tuple(batch.slices.values())
         self._computed_tokens += len(slices[0].chunk.tokens)
@@ -327,7 +338,8 @@ class Scheduler:
         rows = self._prefill_rows(prefilling, decoding)
         outputs = self.settings.max_outputs - decoding
         scored = scored_rows(self.settings, self.times, decoding) if self.queues.decoding else outputs
-        batch = _PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored)
+        embedded = self.settings.max_embedded_rows
+        batch = _PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored, embedded)
         half = batch.rows_left // 2
         while batch.rows_left > half and (shortest := self.queues.shortest(self.queues.prefilling)) is not None:
             if shortest.key in batch.slices or not batch.add(shortest, share=2):

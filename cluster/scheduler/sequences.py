@@ -13,6 +13,7 @@ from llamaclust.cluster.scheduler.requests import (
     Finished,
     FinishReason,
     GenerationRequest,
+    PromptEmbedded,
     PromptScored,
     Timings,
     TokenSampled,
@@ -68,6 +69,11 @@ class SequenceSlice:
         """Whether rows of it are scored."""
         return bool(self.tasks) and isinstance(self.tasks[0], ScoreTask)
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether its result says something about the sequence."""
+        return bool(self.tasks) or self.chunk.embedded_rows > 0
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -87,6 +93,8 @@ class Sequence:
     scheduled: int = 0  # tokens whose keys and values are computed or under way
     next_score: int = 0  # first prompt row that is still to be scored
     scored: int = 0  # first prompt row whose score is still to come
+    next_embedded: int = 0  # first prompt row whose hidden state is still to be requested
+    embedded: int = 0  # first prompt row whose hidden state is still to come
     in_flight: int = 0  # microbatches
     sampling: int = 0  # tokens that microbatches in flight will choose: 2 at most
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
@@ -107,6 +115,7 @@ class Sequence:
         self.mu = 0.0 if request.params.chain is None else request.params.chain.first_mu
         self.scored = last if request.score_from is None else min(max(request.score_from, 1) - 1, last)
         self.next_score = self.scored
+        self.next_embedded = self.embedded = 0 if request.embedded is None else request.embedded[0]
         for row in request.answered:
             self.append(row)
 
@@ -139,7 +148,10 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """Rows to compute: all tokens, but the last one where nothing is chosen after it."""
+        """Rows to compute: all tokens, but the last one where nothing is chosen after it; or all that are embedded and
+        those before."""
+        if self.request.embedded is not None:
+            return self.request.embedded[1]
         return len(self.tokens) if self.max_new_tokens else len(self.tokens) - 1
 
     @property
@@ -175,7 +187,9 @@ class Sequence:
 
     @property
     def first_output(self) -> int:
-        """Rows [first_output, target) are scored or sampled."""
+        """Rows [first_output, target) are scored, sampled or embedded."""
+        if self.request.embedded is not None:
+            return self.next_embedded
         return self.next_score if self.has_scores_left else len(self.tokens) - 1
 
     @property
@@ -188,6 +202,8 @@ class Sequence:
         """Why there is nothing to compute for it: its answer is known, or no token is to be scored or chosen."""
         if self.generated:
             return self._finish_reason(is_sampled=True)
+        if self.request.embedded is not None:
+            return None
         return None if self.max_new_tokens > 0 or self.has_scores_left else FinishReason.LENGTH
 
     @property
@@ -203,10 +219,18 @@ class Sequence:
     def take(self, rows: int) -> SequenceSlice:
         """The next rows of a prompt, or of tokens that are computed again, as a part of a microbatch."""
         start, end = self.scheduled, self.scheduled + rows
+        if self.request.embedded is not None:
+            return self._take_embedded(start, end)
         tasks = self._tasks(max(start, self.first_output), end)
         if tasks:
             self.next_score = max(self.next_score, min(end, self.prompt_length - 1))
         return self._slice(tuple(self.tokens[start:end]), tasks)
+
+    def _take_embedded(self, start: int, end: int) -> SequenceSlice:
+        first = max(start, self.next_embedded)
+        self.next_embedded = max(self.next_embedded, end)
+        embedded = (first - start, end - start) if first < end else (0, 0)
+        return self._slice(tuple(self.tokens[start:end]), (), embedded=embedded)
 
     def take_token(self) -> SequenceSlice:
         """The last token of one that awaits decode or may go ahead, as a part of a microbatch."""
@@ -215,11 +239,15 @@ class Sequence:
         return self._slice((self.tokens[-1],), (self._sample_task(),))
 
     def _slice(
-        self, tokens: tuple[int, ...], tasks: tuple[RowTask, ...], follows: tuple[int, int] | None = None
+        self,
+        tokens: tuple[int, ...],
+        tasks: tuple[RowTask, ...],
+        follows: tuple[int, int] | None = None,
+        embedded: tuple[int, int] = (0, 0),
     ) -> SequenceSlice:
         table, window = self.table.runs, self.window
         start = window.start if window.blocks else 0
-        chunk = Chunk(tokens, self.scheduled, table, len(tasks), follows, window.runs, start)
+        chunk = Chunk(tokens, self.scheduled, table, len(tasks), follows, window.runs, start, embedded)
         self.scheduled += len(tokens)
         self.in_flight += 1
         taken = SequenceSlice(self, chunk, tasks)
@@ -238,7 +266,11 @@ class Sequence:
         self.in_flight = self.sampling = 0
         self.has_matcher = False
         self.phase = Phase.WAITING
-        self.next_score = self.scored
+        self.repeat_outputs()
+
+    def repeat_outputs(self) -> None:
+        """What is under way is computed again; what was told stays told."""
+        self.next_score, self.next_embedded = self.scored, self.embedded
 
     def _tasks(self, start: int, end: int) -> tuple[RowTask, ...]:
         score_end = min(end, self.prompt_length - 1)
@@ -298,6 +330,18 @@ class Sequence:
                 self.phase = _DECODE if self.scheduled >= len(self.tokens) - 1 else _PREFILL
         if (reason := self._finish_reason(taken.is_sampled)) is not None:
             updates.append(Finished(reason, self.timings()))
+        return updates
+
+    def received(self, taken: SequenceSlice, data: bytes, now_ns: int) -> list[Update]:
+        """Takes in the hidden states of a part's embedded rows."""
+        self.first_ns = self.first_ns or now_ns
+        self.last_ns = now_ns
+        self.failures = 0
+        start, count = taken.chunk.position + taken.chunk.embedded[0], taken.chunk.embedded_rows
+        self.embedded = start + count
+        updates: list[Update] = [PromptEmbedded(start, count, data)]
+        if self.embedded == self.target:
+            updates.append(Finished(FinishReason.LENGTH, self.timings()))
         return updates
 
     def _append_sampled(self, chunk: Chunk, row: RowResult) -> list[RowResult]:

@@ -29,6 +29,9 @@ def validate(request: GenerationRequest, vocabulary: int, max_sequence_tokens: i
     check_integer("dry_penalty_last_n", request.dry_window, 0, MAX_CONTEXT_TOKENS)
     if request.score_from is not None:
         check_integer("score_from", request.score_from, 0, MAX_CONTEXT_TOKENS)
+    if request.embedded is not None:
+        first, end = request.embedded
+        assert 0 <= first < end <= len(request.prompt) and request.max_new_tokens == 0, request.embedded
     assert len(request.answered) <= request.max_new_tokens, "an earlier run had the same bounds"
     _check_tokens("stop_token_ids", request.stop_token_ids, vocabulary)
     if request.min_tokens and len(request.stop_token_ids) == vocabulary:

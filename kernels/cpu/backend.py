@@ -37,9 +37,15 @@ class CpuStage:
     """A loaded program; see `kernels.backend.Stage`. A batch that is out of bounds is a ValueError."""
 
     def __init__(
-        self, native: _native.Stage, weights: dict[str, Weight], kv_layer_count: int, observed: Sequence[Observed] = ()
+        self,
+        native: _native.Stage,
+        weights: dict[str, Weight],
+        kv_layer_count: int,
+        normed: int | None = None,
+        observed: Sequence[Observed] = (),
     ) -> None:
         self._observed = observed
+        self._normed = normed
         self._kv_layer_count = kv_layer_count
         self._native: _native.Stage | None = native
         self._result: Float32 = native.result
@@ -61,6 +67,11 @@ class CpuStage:
             batch.window_tables,
         )
         return self._result[:lines]
+
+    def normed(self, rows: Int32) -> Float32:
+        assert self._native is not None, "the stage was closed"
+        assert self._normed is not None, "only a last stage has it"
+        return self._native.contents(self._normed)[rows]
 
     def inputs(self, rows: int) -> Iterator[Inputs]:
         """What the matrices multiplied in the last run, of `rows` rows, where the stage was loaded as `observed`."""
@@ -84,7 +95,7 @@ class CpuStage:
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int) -> int:
     """What a stage takes beside weights and KV memory where so many threads compute. Starts none of them."""
     with _explained(program):
-        return _native.workspace_bytes(compile_program(program, shapes_only(program, tensors), limits), threads)
+        return _native.workspace_bytes(compile_program(program, shapes_only(program, tensors), limits).plan, threads)
 
 
 @contextmanager
@@ -144,10 +155,10 @@ class CpuBackend:
         try:
             with _explained(program):
                 weights = self._weights.load(program, tensors, progress)
-                plan = compile_program(program, weights, limits, found if observed else None)
-                native = _native.Stage(plan, self.feature_level, self._pool)
+                compiled = compile_program(program, weights, limits, found if observed else None)
+                native = _native.Stage(compiled.plan, self.feature_level, self._pool)
                 native.touch()
-                return CpuStage(native, weights, len(program.kv_layers), found)
+                return CpuStage(native, weights, len(program.kv_layers), compiled.normed, found)
         except MemoryError as error:
             raise InsufficientMemoryError(self._memory_error_text(program, tensors, limits)) from error
 

@@ -30,6 +30,14 @@ class Observed:
     used: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A plan; of a last stage also the buffer with the normed hidden state of every row."""
+
+    plan: Plan
+    normed: int | None
+
+
 @dataclass(slots=True)
 class _Buffers:
     """Numbers for buffers. A name has up to two: row by row steps write copies that each thread may keep for itself,
@@ -59,6 +67,7 @@ class _Compiler:
         self, program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None
     ) -> None:
         self._observed = observed
+        self.normed: int | None = None
         self.plan = Plan(
             limits.max_batch_tokens,
             limits.max_outputs,
@@ -73,13 +82,13 @@ class _Compiler:
         self._buffers = _Buffers(self.plan)
         self._rotations: dict[ir.RopeTable, int] = {}
 
-    def run(self) -> Plan:
+    def run(self) -> Compiled:
         if not self._program.is_first:
             self.plan.read_hidden(self._buffers.write(self._program.hidden, private=True))
         for step in fuse(self._program):
             self._emit(step)
         self._finish(self._program.out)
-        return self.plan
+        return Compiled(self.plan, self.normed)
 
     def _emit(self, step: FusedStep) -> None:
         buffers = self._buffers
@@ -94,6 +103,8 @@ class _Compiler:
                 self._experts(step)
             case ir.SelectRows():
                 x = buffers.read(step.x)
+                if (normed := self._program.normed) is not None:
+                    self.normed = self._copy(buffers.read(normed), normed.width)
                 buffers.selected = True
                 self.plan.select_rows(x, buffers.write(step.out, private=True))
             case _:
@@ -234,7 +245,7 @@ class _Compiler:
 
 def compile_program(
     program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
-) -> Plan:
+) -> Compiled:
     """ValueError where the program does not hold together (widths, heads, angles). To a list of what is `observed`,
     what each product multiplies is added, and the plan then keeps copies of it; results are the same."""
     return _Compiler(program, weights, limits, observed).run()

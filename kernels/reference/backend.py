@@ -8,7 +8,7 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.backend import Batch, Float32, Progress
+from llamaclust.kernels.backend import Batch, Float32, Int32, Progress
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
 from llamaclust.kernels.reference.steps import State, run_step
@@ -23,6 +23,7 @@ class ReferenceStage:
         self._program = program
         self.weights = weights
         self._limits = limits
+        self._normed: Float32 | None = None
         self._kv = {
             step.layer: LayerKv(step, limits.layer_blocks(step.window), windowed=limits.gives_up(step.window))
             for step in program.kv_layers
@@ -39,7 +40,12 @@ class ReferenceStage:
             state[self._program.hidden] = hidden
         for step in self._program.steps:
             run_step(step, state)
+        self._normed = None if self._program.normed is None else state[self._program.normed]
         return state[self._program.out]
+
+    def normed(self, rows: Int32) -> Float32:
+        assert self._normed is not None, "only a last stage that ran has it"
+        return self._normed[rows]
 
     def close(self) -> None:
         self.weights = {}

@@ -60,12 +60,15 @@ class ProgramBuilder:
         self._hidden = Buffer("hidden", width)
         self._normed = Buffer("normed", width)
         self._projected = Buffer("projected", width)
+        self._last_normed = Buffer("last normed", width)
         self._out = self._hidden
         self._layer_norm_epsilon: float | None = None
 
     def program(self) -> Program:
         layers = self.hyperparameters.block_count
-        return Program(self._layers.start, self._layers.stop, layers, self._hidden, self._out, tuple(self._steps))
+        start, end = self._layers.start, self._layers.stop
+        normed = self._last_normed if end == layers else None
+        return Program(start, end, layers, self._hidden, self._out, tuple(self._steps), normed)
 
     def use_layer_norms(self) -> None:
         """From here on norms subtract the mean and add a bias."""
@@ -98,10 +101,12 @@ class ProgramBuilder:
             self._steps.append(steps.AddPosition(embedded, self._hidden, weight))
 
     def _head(self, soft_cap: float | None) -> None:
-        """Wanted rows, norm and logits. Without `output.weight` the embedding is used again."""
+        """The norm of all rows, for embeddings; then wanted rows, their norm and logits. Without `output.weight` the
+        token embedding is used again."""
         if self._layers.stop < self.hyperparameters.block_count:
             return
         self._out = Buffer("logits", self.hyperparameters.vocabulary_size)
+        self._norm("output_norm", self._hidden, self._last_normed)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._hidden, selected))
         self._norm("output_norm", selected)
@@ -282,12 +287,14 @@ class ProgramBuilder:
             raise self.error(name, f"type {found.name}, F32 expected")
         return name
 
-    def _norm(self, name: str, x: Buffer) -> None:
+    def _norm(self, name: str, x: Buffer, out: Buffer | None = None) -> None:
+        """To `normed` unless another buffer is named."""
+        out = out or self._normed
         if self._layer_norm_epsilon is None:
-            self._rms_norm(name, x, self._normed)
+            self._rms_norm(name, x, out)
             return
         weight, bias = self._vector(f"{name}.weight", x.width), self._vector(f"{name}.bias", x.width)
-        self._steps.append(steps.LayerNorm(x, self._normed, weight, bias, self._layer_norm_epsilon))
+        self._steps.append(steps.LayerNorm(x, out, weight, bias, self._layer_norm_epsilon))
 
     def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:
         """ModelFileError where the file has the epsilon of the norms with a mean alone."""

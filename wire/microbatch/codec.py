@@ -45,6 +45,8 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
             outputs=chunk.outputs,
             window_table=chunk.window_table,
             window_start=chunk.window_start,
+            embedded_first=chunk.embedded[0],
+            embedded_end=chunk.embedded[1],
         )
         if chunk.depends_on is not None:
             added.depends_on.number, added.depends_on.row = chunk.depends_on
@@ -74,7 +76,9 @@ def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     depends_on = _depends_on(message.depends_on, tokens, number) if message.HasField("depends_on") else None
     window = _table(message.window_table) if message.window_table else ()
     start = bounded("window_start", message.window_start, 0, limits.MAX_CONTEXT_TOKENS)
-    return Chunk(tokens, message.position, _table(message.table), message.outputs, depends_on, window, start)
+    end = bounded("end of embedded rows", message.embedded_end, 0, len(tokens))
+    embedded = (bounded("first embedded row", message.embedded_first, 0, end), end)
+    return Chunk(tokens, message.position, _table(message.table), message.outputs, depends_on, window, start, embedded)
 
 
 def _depends_on(message: microbatch_proto.RowReference, tokens: tuple[int, ...], number: int) -> tuple[int, int]:
@@ -269,7 +273,7 @@ def _top(value: int) -> int:
 
 
 def encode_result(result: Result) -> bytes:
-    message = sampling_proto.Result(epoch=result.epoch, number=result.number)
+    message = sampling_proto.Result(epoch=result.epoch, number=result.number, embeddings=result.embeddings)
     for row in result.rows:
         _row_out(row, message.rows.add())
     for timing in result.timings:
@@ -306,7 +310,15 @@ def decode_result(data: bytes) -> Result:
         tuple(_row(row) for row in message.rows),
         tuple(StageTiming(t.queue_ns, t.compute_ns, t.wire_ns, t.rows) for t in message.timings),
         line("failure", message.failure) if message.HasField("failure") else None,
+        _floats("embeddings", message.embeddings),
     )
+
+
+def _floats(what: str, data: bytes) -> bytes:
+    bounded(f"bytes of {what}", len(data), 0, limits.MAX_EMBEDDING_BYTES)
+    if len(data) % 4:
+        raise ProtocolError(f"{what}: {len(data)} bytes, no whole number of float32")
+    return data
 
 
 def _row(message: sampling_proto.RowResult) -> RowResult:

@@ -16,6 +16,7 @@ class Chunk:
     The last `outputs` rows are sampled or scored. If it `depends_on` a row, its only token is the one sampled there,
     unknown when it was sent; then tokens is (0,). Where layers with a window have KV blocks of their own,
     `window_table` has those from the table's block number `window_start` to the last token's, in the same manner.
+    The result has the normed hidden state of the `embedded` rows [first, end) of the chunk.
     """
 
     tokens: tuple[int, ...]
@@ -25,6 +26,11 @@ class Chunk:
     depends_on: tuple[int, int] | None = None  # (number of an earlier microbatch, index among its output rows)
     window_table: tuple[int, ...] = ()
     window_start: int = 0
+    embedded: tuple[int, int] = (0, 0)
+
+    @property
+    def embedded_rows(self) -> int:
+        return self.embedded[1] - self.embedded[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,10 @@ class Microbatch:
     @property
     def rows(self) -> int:
         return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    @property
+    def embedded_rows(self) -> int:
+        return sum(chunk.embedded_rows for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +91,4 @@ class Result:
     rows: tuple[RowResult, ...] = ()
     timings: tuple[StageTiming, ...] = field(default=())  # first stage first
     failure: str | None = None  # one line: worker, layers, what happened
+    embeddings: bytes = b""  # normed hidden state of the embedded rows, in row order: float32, little endian

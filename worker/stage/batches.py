@@ -46,6 +46,13 @@ def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int, wi
     )
 
 
+def embedded_rows(microbatch: Microbatch) -> NDArray[np.int32]:
+    """Row numbers of the microbatch whose hidden state is wanted, ascending."""
+    starts = accumulate((len(chunk.tokens) for chunk in microbatch.chunks), initial=0)
+    firsts = [start + chunk.embedded[0] for start, chunk in zip(starts, microbatch.chunks, strict=False)]
+    return _ranges(firsts, [chunk.embedded_rows for chunk in microbatch.chunks])
+
+
 def _window_tables(
     chunks: tuple[Chunk, ...], table_lengths: list[int], limits: StageLimits, window: int | None
 ) -> NDArray[np.int32]:

@@ -217,7 +217,8 @@ class StageLoop:
 
     def _result(self, arrival: Arrival, rows: tuple[RowResult, ...], queue_ns: int, compute_ns: int) -> Answer:
         microbatch, timings = arrival.microbatch, self._timings(arrival, queue_ns, compute_ns)
-        data = encode_result(Result(microbatch.epoch, microbatch.number, rows, timings))
+        embeddings = self.runner.embeddings(microbatch)
+        data = encode_result(Result(microbatch.epoch, microbatch.number, rows, timings, embeddings=embeddings))
         if not rows:
             return Answer(data)
         sampled = sampled_tokens_of(microbatch.number, rows)

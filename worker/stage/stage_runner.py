@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
-from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
+from llamaclust.core.limits import MAX_EMBEDDING_BYTES, NUMERICS_VERSION, StageLimits
 from llamaclust.core.sampling import RowResult
 from llamaclust.kernels.backend import Backend, Float32, KvInRam, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
@@ -23,7 +23,7 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType, Program
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
-from llamaclust.worker.stage.batches import build_batch
+from llamaclust.worker.stage.batches import build_batch, embedded_rows
 from llamaclust.worker.stage.grammars import StageGrammars
 
 
@@ -123,6 +123,18 @@ class StageRunner:
         if microbatch.model_id != self.model_id:
             raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
         return self._stage.run(build_batch(microbatch, self.limits, self._vocabulary, self.program.window), hidden)
+
+    def embeddings(self, microbatch: Microbatch) -> bytes:
+        """Normed hidden state of the embedded rows of a last stage's last run, as `Result` has it. ProtocolError for
+        more of them than one result holds."""
+        assert self.program.is_last, "only a last stage has it"
+        count = microbatch.embedded_rows
+        if count == 0:
+            return b""
+        most = MAX_EMBEDDING_BYTES // (4 * self.program.hidden.width)
+        if count > most:
+            raise ProtocolError(f"microbatch with {count} embedded rows, one result holds {most}")
+        return self._stage.normed(embedded_rows(microbatch)).astype("<f4").tobytes()
 
     def finish(self, logits: Float32, inputs: SamplingInputs) -> tuple[RowResult, ...]:
         """Samples and scores logits [outputs, vocabulary] of a last stage's run. ProtocolError where tasks do not

@@ -75,6 +75,12 @@ class Plan:
     def out_offset(self) -> int:
         return self._layout.offset((self.program.out.name, self.program.is_last))
 
+    @property
+    def normed_offset(self) -> int:
+        """Of a last stage."""
+        assert self.program.normed is not None, "only a last stage has it"
+        return self._layout.offset((self.program.normed.name, False))
+
     def bind(self, device: Device, weights: Mapping[str, Weights], buffers: Buffer, kv: Buffer) -> None:
         """Sets all addresses and uploads constants."""
         self.weights = weights

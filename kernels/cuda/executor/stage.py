@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 from weakref import finalize
 
 import numpy as np
 
-from llamaclust.kernels.backend import Batch, Float32, kv_bytes
+from llamaclust.kernels.backend import Batch, Float32, Int32, kv_bytes
 from llamaclust.kernels.cuda.executor.plan import Plan
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Graph, Launch
@@ -112,9 +113,30 @@ class CudaStage:
         device.synchronize()
         return result.view(np.float32).reshape(rows, width)
 
+    def normed(self, rows: Int32) -> Float32:
+        """In pieces that the pinned memory of hidden states holds."""
+        plan, device = self._plan, self._gpu_lock.device
+        row_bytes = _FLOAT * plan.program.hidden.width
+        out = np.empty((len(rows), plan.program.hidden.width), np.float32)
+        with self._gpu_lock.exclusive():
+            for at, run in _runs(rows):
+                staged = self._hidden[: row_bytes * len(run)]
+                device.copy_out(staged, self._buffers, plan.normed_offset + row_bytes * run.start)
+                device.synchronize()
+                out[at : at + len(run)] = staged.view(np.float32).reshape(len(run), -1)
+        return out
+
     def close(self) -> None:
         with self._gpu_lock.exclusive():
             self._launches.close()
             self._kv.close()
             self._buffers.close()
         self.weights = ()
+
+
+def _runs(rows: Int32) -> Iterator[tuple[int, range]]:
+    """Consecutive ones of ascending rows, each run with its place among `rows`."""
+    starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    for start, end in pairwise(starts):
+        if start < end:
+            yield start, range(int(rows[start]), int(rows[end - 1]) + 1)

@@ -1,0 +1,41 @@
+"""How the hidden states of a prompt's tokens become its embedding, and what a model file says about it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.hyperparameters import ModelKeys, read_architecture
+
+
+class Pooling(StrEnum):
+    """Which rows: all, one by one; their mean; the first; the last."""
+
+    NONE = "none"
+    MEAN = "mean"
+    CLS = "cls"
+    LAST = "last"
+
+    def rows(self, tokens: int) -> tuple[int, int]:
+        """The tokens [first, end) of a prompt whose hidden states it reads."""
+        match self:
+            case Pooling.CLS:
+                return 0, 1
+            case Pooling.LAST:
+                return tokens - 1, tokens
+            case _:
+                return 0, tokens
+
+
+_BY_NUMBER = (Pooling.NONE, Pooling.MEAN, Pooling.CLS, Pooling.LAST)
+"""By the number that GGUF files have."""
+
+DEFAULT = Pooling.LAST
+"""Of models that name none: in a model of causal attention, the last token alone has seen the whole prompt."""
+
+
+def read_pooling(model: ModelFile) -> Pooling:
+    """What the file names; the default where it names none. ModelFileError for another number."""
+    keys = ModelKeys(model, read_architecture(model))
+    number = keys.count("pooling_type", _BY_NUMBER.index(DEFAULT), minimum=0, maximum=len(_BY_NUMBER) - 1)
+    return _BY_NUMBER[number]

@@ -62,7 +62,8 @@ class Stage(Protocol):
         """
 
     def normed(self, rows: Int32) -> Float32:
-        """The normed hidden state of these rows of the last `run`, [len(rows), embedding], as a copy; of a last stage."""
+        """A copy of the normed hidden state of these rows of the last `run`, [len(rows), embedding]; of a last
+        stage."""
 
     def close(self) -> None:
         """Frees weights and KV memory; the stage must not run again."""

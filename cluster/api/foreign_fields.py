@@ -106,6 +106,11 @@ LLAMACPP: Final = ForeignFields(
     other_names={**_OTHER_NAMES, "max_tokens": "n_predict", "repetition_penalty": "repeat_penalty"},
 )
 
+EMBEDDING: Final = ForeignFields(
+    refused=_names("truncate_prompt_tokens lora", only()),
+    hints=_HINTS,
+)
+
 TEMPLATE: Final = ForeignFields(hints={"model": anything})
 
 _CHAT_ONLY: Final = {

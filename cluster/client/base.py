@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from typing import Any, Literal, Self, Unpack, overload
 
-from llamaclust.cluster.client.http_codec import chat_body, completion_body
-from llamaclust.cluster.client.types import ChunkStream, CompletionOptions, Message, Options
+from llamaclust.cluster.client.http_codec import chat_body, completion_body, embedding_body
+from llamaclust.cluster.client.types import ChunkStream, CompletionOptions, EmbeddingOptions, Message, Options
 from llamaclust.cluster.text.answer import Answer, TextChunk, join
+from llamaclust.cluster.text.pooler import Vector
 
 Prompt = str | Sequence[int]
 
@@ -50,6 +51,12 @@ class TextClient(ABC):
         chunks = self._chat(chat_body(messages, options))
         return ChunkStream(chunks) if stream else join(chunks)
 
+    def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
+        """Embeddings of texts or token ids, in their order: [embedding], of Euclidean norm 1."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a text: give a list of prompts")
+        return self._embed(embedding_body(prompts, options)) if prompts else []
+
     @abstractmethod
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the model wants it unless `add_special` is false."""
@@ -67,6 +74,10 @@ class TextClient(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @abstractmethod
+    def _embed(self, body: dict[str, Any]) -> list[Vector]:
+        """The embeddings of a body of `POST /v1/embeddings`."""
 
     @abstractmethod
     def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:

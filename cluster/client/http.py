@@ -16,9 +16,11 @@ from llamaclust.cluster.client.http_codec import (
     ChunkReader,
     chat_body,
     completion_body,
+    embedding_body,
     encode,
     field_of,
     reply_error,
+    vectors_of,
 )
 from llamaclust.cluster.client.resuming import READ_TIMEOUT_S, ResumableStream, unreachable
 from llamaclust.cluster.client.trust import Verify, trust
@@ -26,11 +28,13 @@ from llamaclust.cluster.client.types import (
     AsyncChunkStream,
     ChunkStream,
     CompletionOptions,
+    EmbeddingOptions,
     Message,
     Options,
     join_chunks,
 )
 from llamaclust.cluster.text.answer import Answer, TextChunk
+from llamaclust.cluster.text.pooler import Vector
 from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import LlamaclustError, UsageError
 
@@ -44,6 +48,8 @@ _CONNECT_S = 10.0
 _IDLE_S = 60.0
 _STREAMED = {"stream": True, "return_token_ids": True}
 _CANCEL_S = 2.0
+_EMBED_S = 600.0
+"""Nothing of a reply with embeddings comes before its end."""
 
 
 class Client(TextClient):
@@ -93,6 +99,9 @@ class Client(TextClient):
     def close(self) -> None:
         self._http.close()
 
+    def _embed(self, body: dict[str, Any]) -> list[Vector]:
+        return vectors_of(self._post("v1/embeddings", body, _EMBED_S))
+
     def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
         return self._stream("v1/completions", body)
 
@@ -118,9 +127,9 @@ class Client(TextClient):
                 with suppress(httpx.HTTPError):
                     self._http.delete(stream.cancel_path, timeout=_CANCEL_S)
 
-    def _post(self, path: str, body: dict[str, Any]) -> bytes:
+    def _post(self, path: str, body: dict[str, Any], read_s: float | None = None) -> bytes:
         with _reaching(self._http.base_url):
-            return _checked(self._http.post(path, content=encode(body)))
+            return _checked(self._http.post(path, content=encode(body), timeout=_read_within(read_s)))
 
 
 class AsyncClient:
@@ -168,6 +177,14 @@ class AsyncClient:
         chunks = self._stream("v1/chat/completions", chat_body(messages, options))
         return AsyncChunkStream(chunks) if stream else join_chunks(chunks)
 
+    async def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
+        """As `Client.embed`."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a text: give a list of prompts")
+        return (
+            vectors_of(await self._post("v1/embeddings", embedding_body(prompts, options), _EMBED_S)) if prompts else []
+        )
+
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         """As `Client.tokenize`."""
         return field_of(await self._post("tokenize", _tokenize_body(text, add_special)), "tokens", list)
@@ -213,9 +230,9 @@ class AsyncClient:
             async for _, event in events:
                 yield reader.read(event)
 
-    async def _post(self, path: str, body: dict[str, Any]) -> bytes:
+    async def _post(self, path: str, body: dict[str, Any], read_s: float | None = None) -> bytes:
         with _reaching(self._http.base_url):
-            return _checked(await self._http.post(path, content=encode(body)))
+            return _checked(await self._http.post(path, content=encode(body), timeout=_read_within(read_s)))
 
 
 def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
@@ -238,6 +255,10 @@ def http_options(base_url: str, api_key: str | None, timeout: float, verify: Ver
         "trust_env": not is_loopback(url.host),
         "verify": trust(url, verify),
     }
+
+
+def _read_within(read_s: float | None) -> httpx.Timeout | httpx._client.UseClientDefault:
+    return httpx.USE_CLIENT_DEFAULT if read_s is None else _limits(read_s, read_s)
 
 
 def _limits(timeout: float, read_s: float) -> httpx.Timeout:

@@ -4,13 +4,17 @@ reads the same requests."""
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from llamaclust.cluster.client.types import CompletionOptions, Message, Options
+import numpy as np
+
+from llamaclust.cluster.client.types import CompletionOptions, EmbeddingOptions, Message, Options
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.pooler import Vector
 from llamaclust.core.errors import (
     DeadlineError,
     InsufficientMemoryError,
@@ -47,13 +51,34 @@ def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
     return {"messages": [dict(message) for message in messages], "logprobs": True, **_more(options, Options)}
 
 
-def _more(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+def embedding_body(prompts: Sequence[str | Sequence[int]], options: EmbeddingOptions) -> dict[str, Any]:
+    """The body of `POST /v1/embeddings`. TypeError for an unknown option."""
+    more = _known(options, EmbeddingOptions)
+    given = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    return {"input": given, "encoding_format": "base64", **more}
+
+
+def vectors_of(body: bytes) -> list[Vector]:
+    """The embeddings of a reply. ProtocolError where it has none."""
+    try:
+        entries = field_of(body, "data", list)
+        return [np.frombuffer(b64decode(entry["embedding"], validate=True), "<f4") for entry in entries]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"the server does not answer as llamaclust does: {_shown(body)}") from error
+
+
+def _known(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Those that are not None."""
     if unknown := options.keys() - kind.__annotations__.keys():
         from llamaclust.cluster.config.errors import hint
 
         name = min(unknown)
         raise TypeError(f"unknown option {name!r}{hint(name, list(kind.__annotations__))}")
-    given = {name: _json(value) for name, value in options.items() if value is not None}
+    return {name: _json(value) for name, value in options.items() if value is not None}
+
+
+def _more(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    given = _known(options, kind)
     return {"temperature": 0.0, "repeat_last_n": given.pop("penalty_window", -1), **given}
 
 

@@ -10,10 +10,12 @@ from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar
 
+from llamaclust.cluster.api.embeddings.schema import OpenAiEmbeddingBody
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.schema import read_fields
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.pooler import Vector
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import LlamaclustError, ParameterError
@@ -123,6 +125,12 @@ class ServiceClient(TextClient):
 
     def close(self) -> None:
         self._closed()
+
+    def _embed(self, body: dict[str, Any]) -> list[Vector]:
+        fields = read_fields(OpenAiEmbeddingBody, body)
+        options = fields.options(self._service.settings.pooling)
+        embeddings = self._thread.call(self._service.embed(fields.input, options))
+        return [vector for embedding in embeddings for vector in embedding.vectors]
 
     def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
         requests = read_fields(CompletionBody, body).requests()

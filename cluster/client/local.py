@@ -136,7 +136,12 @@ class LocalStage:
         scheduling = self.scheduling
         try:
             async with Engine(LocalPipeline(self), scheduling, _DEADLINES) as engine:
-                text = TextSettings(self.model.file.path.stem, scheduling.context_length, scheduling.max_sequences)
+                text = TextSettings(
+                    self.model.file.path.stem,
+                    scheduling.context_length,
+                    scheduling.max_sequences,
+                    pooling=self.model.pooling,
+                )
                 service = TextService(engine, self.model.tokenizer, self.model.chat_template, text)
                 async with aclosing(service):
                     yield service

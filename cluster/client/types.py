@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from typing import Any, Self, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 from llamaclust.cluster.text.answer import Answer, TextChunk, join
 
@@ -57,6 +57,13 @@ class CompletionOptions(Options, total=False):
     """Options of a prompt that is completed as it is."""
 
     score_from: int | None  # the prompt's tokens [max(score_from, 1), end) get logprobs; None, the default: none
+
+
+class EmbeddingOptions(TypedDict, total=False):
+    """How to embed. What is left out has the defaults of `/v1/embeddings`."""
+
+    pooling: Literal["mean", "cls", "last"] | None  # None, the default: as the model file says, else "last"
+    dimensions: int | None  # leading channels to keep; None, the default: all
 
 
 class ChunkStream:

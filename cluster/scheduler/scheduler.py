@@ -314,9 +314,7 @@ class Scheduler:
         rows = chunk_rows(self.settings, self.times, sequence.remaining, sequence.remaining, 0, alone=True)
         rows = min(rows, self.strikes.rows(sequence))
         most = self.settings
-        batch = _PrefillBatch(
-            queues.memory, now_ns, rows, most.max_outputs, most.max_outputs, most.max_embedded_rows
-        )
+        batch = _PrefillBatch(queues.memory, now_ns, rows, most.max_outputs, most.max_outputs, most.max_embedded_rows)
         batch.add(sequence)
         slices = tuple(batch.slices.values())
         self._computed_tokens += len(slices[0].chunk.tokens)

@@ -145,7 +145,8 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     """Serves the API of a cluster until it is asked to stop."""
     config, record = cluster.config, front.record
     path = str(cluster.model.file.path)
-    text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences, path, cluster.model.file)
+    context, pooling = cluster.plan.context_length, cluster.model.pooling
+    text = TextSettings(record.model, context, config.max_sequences, path, cluster.model.file, pooling)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
     admission = Admission(front.settings)
     engine, pool = cluster.engine, cluster.supervisor.pool

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbedded
-from llamaclust.cluster.text.pooler import EUCLIDEAN, Pooler, Vector, normalized
-from llamaclust.core.errors import QueueFullError
+from llamaclust.cluster.text.pooler import EUCLIDEAN, Float64, Pooler, Vector, normalized
+from llamaclust.core.errors import ParameterError, QueueFullError, WorkerError
 from llamaclust.model.pooling import Pooling
 
 _QUEUE_S = 120.0
@@ -64,9 +64,7 @@ class Embedder:
             raise _first(errors) from None
         return [head.result(), *(task.result() for task in later)]
 
-    async def _run(
-        self, places: asyncio.Semaphore, request: GenerationRequest, options: EmbeddingOptions
-    ) -> Embedding:
+    async def _run(self, places: asyncio.Semaphore, request: GenerationRequest, options: EmbeddingOptions) -> Embedding:
         async with places:
             return await _pooled(await self._submit(request), request, options)
 
@@ -95,12 +93,16 @@ async def _pooled(stream: RequestStream, request: GenerationRequest, options: Em
         async for event in stream:
             if isinstance(event, PromptEmbedded):
                 pooler.add(event)
+    if request.embedded is None or pooler.count < request.embedded[1] - request.embedded[0]:
+        raise WorkerError("the request was ended before its embedding was complete")
     vectors = tuple(_finished(vector, options) for vector in pooler.vectors())
     return Embedding(vectors, len(request.prompt))
 
 
-def _finished(vector: Vector, options: EmbeddingOptions) -> Vector:
+def _finished(vector: Float64, options: EmbeddingOptions) -> Vector:
     """The channels are cut before the norm, as OpenAI does."""
+    if options.dimensions is not None and options.dimensions > len(vector):
+        raise ParameterError("dimensions", f"{options.dimensions}, but this model's embeddings have {len(vector)}")
     norm = -1 if options.pooling is Pooling.NONE else options.norm
     return normalized(vector[: options.dimensions], norm)
 

@@ -26,7 +26,7 @@ class Pooler:
     def __init__(self, pooling: Pooling) -> None:
         self._pooling = pooling
         self._rows: list[Float64] = []  # of Pooling.MEAN: one row, their sum
-        self._count = 0
+        self.count = 0  # rows so far
 
     def add(self, event: PromptEmbedded) -> None:
         """WorkerError for hidden states that are not finite."""
@@ -34,7 +34,7 @@ class Pooler:
         if not np.isfinite(hidden).all():
             raise WorkerError(f"hidden states of tokens from {event.start} on are not finite")
         for row in hidden.astype(np.float64):
-            self._count += 1
+            self.count += 1
             if self._pooling is Pooling.MEAN and self._rows:
                 self._rows[0] += row
             else:
@@ -43,7 +43,7 @@ class Pooler:
     def vectors(self) -> list[Float64]:
         """Of each token without pooling, else one: [embedding]."""
         if self._pooling is Pooling.MEAN:
-            return [self._rows[0] / self._count]
+            return [self._rows[0] / self.count]
         return self._rows
 
 

@@ -16,6 +16,7 @@ from llamaclust.cluster.text.call_constraint import answer_grammar
 from llamaclust.cluster.text.chat import ChatRequest, render
 from llamaclust.cluster.text.chat_format import ChatFormat
 from llamaclust.cluster.text.choice import ChoiceText
+from llamaclust.cluster.text.embedder import Embedder, Embedding, EmbeddingOptions
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import CompletionStream, Record
 from llamaclust.cluster.text.threads import BREAKERS, TOKENIZING, run_on
@@ -26,6 +27,7 @@ from llamaclust.model.chat.prompt import encode_chat, unguarded
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.grammars.checker import GrammarChecker
+from llamaclust.model.pooling import DEFAULT, Pooling
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _BLOCKING_CHARACTERS = 2048
@@ -43,6 +45,7 @@ class TextSettings:
     max_sequences: int = 32
     model_path: str = ""  # of the file, where there is one
     file: ModelFile | None = None  # likewise
+    pooling: Pooling = DEFAULT  # of embeddings, where a request names none
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class TextService:
         self.settings = settings
         self.budget = EntryBudget()
         self._engine = engine
+        self._embedder = Embedder(engine)
         self._grammars = GrammarChecker(tokenizer)
         self.chat_format = ChatFormat(chat_template, tokenizer)
         self._breaker_tokens = BreakerTokens(tokenizer)
@@ -108,6 +112,22 @@ class TextService:
         )
         self._active.add(stream)
         return stream
+
+    async def embed(self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions) -> list[Embedding]:
+        """Embeddings of prompts of texts and token ids, in their order. RequestError for one that is empty or too long;
+        errors of `Embedder.embed`."""
+        with self._preparing():
+            ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]
+            return await self._embedder.embed(ids, options)
+
+    async def _input_ids(self, prompt: Sequence[str | int]) -> list[int]:
+        ids = [token for part in await self.tokenize_all(prompt, "input", add_special=True) for token in part]
+        context = self.settings.context_length
+        if not ids:
+            raise ParameterError("input", "a prompt without tokens; give at least one")
+        if len(ids) > context:
+            raise ContextLengthError(f"a prompt of {len(ids)} tokens is too large", len(ids), context, "input")
+        return ids
 
     async def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text."""

@@ -1,0 +1,1 @@
+"""Embeddings of prompts, by the names of OpenAI and llama.cpp."""

@@ -1,0 +1,88 @@
+"""`POST /v1/embeddings`, `POST /embedding`."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from functools import partial
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.body import read_body
+from llamaclust.cluster.api.embeddings.schema import EmbeddingFields, Input, LlamaCppEmbeddingBody, OpenAiEmbeddingBody
+from llamaclust.cluster.api.foreign_fields import EMBEDDING
+from llamaclust.cluster.api.json_parts import JsonParts, json_parts, off_loop_if_large
+from llamaclust.cluster.api.openai.models import ModelNames
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import unless_disconnected
+from llamaclust.cluster.text.embedder import Embedding, EmbeddingOptions
+from llamaclust.cluster.text.pooler import Vector
+from llamaclust.cluster.text.service import TextService
+
+_Fields = TypeVar("_Fields", bound=EmbeddingFields)
+
+
+class EmbeddingEndpoints:
+    """One served model's."""
+
+    def __init__(self, service: TextService, settings: ApiSettings) -> None:
+        self._service = service
+        self._settings = settings
+        served = service.settings.model_name
+        self._names = ModelNames(served, settings)
+        self._llamacpp_names = ModelNames(served, settings, any_by_default=True)
+
+    async def openai(self, request: Request) -> Response:
+        """One vector for each prompt."""
+        body = await self._read(request, OpenAiEmbeddingBody, self._names)
+        options = body.options(self._service.settings.pooling)
+        embeddings = await self._embed(request, body.input, options)
+        return await self._reply(embeddings, partial(self._openai_reply, body))
+
+    async def llamacpp(self, request: Request) -> Response:
+        """A list of vectors for each prompt: one, or without pooling one for each token."""
+        body = await self._read(request, LlamaCppEmbeddingBody, self._llamacpp_names)
+        options = body.options(self._service.settings.pooling, body.embd_normalize)
+        embeddings = await self._embed(request, body.inputs, options)
+        return await self._reply(embeddings, partial(_llamacpp_reply, body))
+
+    async def _read(self, request: Request, kind: type[_Fields], names: ModelNames) -> _Fields:
+        body = await read_body(request, kind, EMBEDDING, self._settings)
+        names.check(body.model)
+        return body
+
+    async def _embed(self, request: Request, inputs: tuple[Input, ...], options: EmbeddingOptions) -> list[Embedding]:
+        return await unless_disconnected(request, self._service.embed(inputs, options))
+
+    async def _reply(self, embeddings: list[Embedding], shape: partial[Any]) -> Response:
+        numbers = sum(len(vector) for embedding in embeddings for vector in embedding.vectors)
+        return JsonParts(await off_loop_if_large(lambda: json_parts(shape(embeddings)), numbers))
+
+    def _openai_reply(self, body: OpenAiEmbeddingBody, embeddings: list[Embedding]) -> dict[str, Any]:
+        tokens = sum(embedding.prompt_tokens for embedding in embeddings)
+        return {
+            "object": "list",
+            "data": (_openai_entry(body, index, embedding) for index, embedding in enumerate(embeddings)),
+            "model": self._service.settings.model_name,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+
+def _openai_entry(body: OpenAiEmbeddingBody, index: int, embedding: Embedding) -> dict[str, Any]:
+    (vector,) = embedding.vectors
+    return {"object": "embedding", "index": index, "embedding": _shown(body, vector)}
+
+
+def _llamacpp_reply(body: LlamaCppEmbeddingBody, embeddings: list[Embedding]) -> list[Any]:
+    return [
+        {"index": index, "embedding": (_shown(body, vector) for vector in embedding.vectors)}
+        for index, embedding in enumerate(embeddings)
+    ]
+
+
+def _shown(body: EmbeddingFields, vector: Vector) -> str | list[float]:
+    if body.encoding_format == "base64":
+        return b64encode(vector.astype("<f4").tobytes()).decode()
+    numbers: list[float] = vector.tolist()
+    return numbers

@@ -129,7 +129,13 @@ class Client(TextClient):
 
     def _post(self, path: str, body: dict[str, Any], read_s: float | None = None) -> bytes:
         with _reaching(self._http.base_url):
-            return _checked(self._http.post(path, content=encode(body), timeout=_read_within(read_s)))
+            return _checked(
+                self._http.post(
+                    path,
+                    content=encode(body),
+                    timeout=self._http.timeout if read_s is None else _limits(read_s, read_s),
+                )
+            )
 
 
 class AsyncClient:
@@ -232,7 +238,13 @@ class AsyncClient:
 
     async def _post(self, path: str, body: dict[str, Any], read_s: float | None = None) -> bytes:
         with _reaching(self._http.base_url):
-            return _checked(await self._http.post(path, content=encode(body), timeout=_read_within(read_s)))
+            return _checked(
+                await self._http.post(
+                    path,
+                    content=encode(body),
+                    timeout=self._http.timeout if read_s is None else _limits(read_s, read_s),
+                )
+            )
 
 
 def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
@@ -255,10 +267,6 @@ def http_options(base_url: str, api_key: str | None, timeout: float, verify: Ver
         "trust_env": not is_loopback(url.host),
         "verify": trust(url, verify),
     }
-
-
-def _read_within(read_s: float | None) -> httpx.Timeout | httpx._client.UseClientDefault:
-    return httpx.USE_CLIENT_DEFAULT if read_s is None else _limits(read_s, read_s)
 
 
 def _limits(timeout: float, read_s: float) -> httpx.Timeout:

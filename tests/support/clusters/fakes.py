@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
+import numpy as np
+
 from llamaclust.cluster.engine.pipeline import KvDisks, StageInfo
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
@@ -16,6 +18,7 @@ from llamaclust.cluster.scheduler.requests import (
     Finished,
     FinishReason,
     GenerationRequest,
+    PromptEmbedded,
     PromptScored,
     TokenSampled,
 )
@@ -58,6 +61,11 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
     return RowResult(allowed[value % len(allowed)], -(value % 4096) / 64, mu=mu)
 
 
+def hidden_state(tokens: Sequence[int]) -> bytes:
+    """Four float32 that the fake model gives for the last of these tokens."""
+    return (np.frombuffer(sha256(repr(tuple(tokens)).encode()).digest()[:8], "<u2") / 64).astype("<f4").tobytes()
+
+
 def _more(tokens: Sequence[int], task: SampleTask) -> tuple[object, ...]:
     """A breaker that does not stand in the tokens makes no difference, nor one that begins with the last one alone."""
     begun = (breaker for breaker in task.breakers if breaker[0] in tokens[:-1])
@@ -93,6 +101,14 @@ class FakeModel:
                 rows.append(answer([*context, *chunk.tokens[: row + 1]], task))
         assert next(tasks, None) is None
         return tuple(rows)
+
+    def embeddings(self, microbatch: Microbatch) -> bytes:
+        """Of a microbatch that was run last: other tokens give others."""
+        return b"".join(
+            hidden_state(self._read(blocks_of(chunk), chunk.position + row + 1))
+            for chunk in microbatch.chunks
+            for row in range(*chunk.embedded)
+        )
 
     def _table(self, chunk: Chunk) -> list[int]:
         table = blocks_of(chunk)
@@ -155,7 +171,9 @@ class FakeStages:
         rows = self.model.run(self.chosen.fill(microbatch), inputs)
         self.chosen.put(sampled_tokens_of(microbatch.number, rows))
         self.chosen_ns[microbatch.number] = now_ns + self.hop_ns * (len(self.stage_ns) > 1)
-        return now_ns + self.hop_ns, Result(microbatch.epoch, microbatch.number, rows, tuple(timings))
+        embeddings = self.model.embeddings(microbatch)
+        result = Result(microbatch.epoch, microbatch.number, rows, tuple(timings), embeddings=embeddings)
+        return now_ns + self.hop_ns, result
 
 
 def linear(fixed_us: float, row_us: float) -> StageNs:
@@ -203,6 +221,17 @@ class Simulation:
 
     def rows(self, key: int) -> list[RowResult]:
         return [update.row for update in self.updates[key] if isinstance(update, TokenSampled)]
+
+    def embedded(self, key: int) -> dict[int, bytes]:
+        """Hidden states by position; each comes once."""
+        found: dict[int, bytes] = {}
+        for update in self.updates[key]:
+            if isinstance(update, PromptEmbedded):
+                size = len(update.data) // update.count
+                for place in range(update.count):
+                    assert update.start + place not in found
+                    found[update.start + place] = update.data[place * size : (place + 1) * size]
+        return found
 
     def scores(self, key: int) -> dict[int, RowResult]:
         """By position of the scored token; each is scored once."""

@@ -1,0 +1,112 @@
+"""Requests for hidden states among requests for tokens: every row once, in order, with the bits of its own tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import Finished, FinishReason, GenerationRequest
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.errors import ProtocolError
+from llamaclust.wire.microbatch.messages import Result
+from support.clusters.fakes import (
+    VOCABULARY,
+    FakeModel,
+    FakeStages,
+    Simulation,
+    expected,
+    hidden_state,
+    linear,
+    reason_of,
+)
+from support.seed import SEED
+
+SETTINGS = SchedulerSettings(
+    "m", VOCABULARY, context_length=200, kv_blocks=60, max_sequences=6, max_waiting=64, max_embedded_rows=20
+)
+
+
+def stages(kv_blocks: int, count: int = 2) -> FakeStages:
+    return FakeStages(FakeModel(kv_blocks), [linear(200, 10)] * count)
+
+
+def embedding(number: int, prompt: tuple[int, ...], first: int = 0, end: int | None = None) -> GenerationRequest:
+    return GenerationRequest(f"e{number}", prompt, 0, embedded=(first, len(prompt) if end is None else end))
+
+
+def random_request(source: Random, number: int) -> GenerationRequest:
+    """Half of them for tokens. Prompts have prefixes in common."""
+    shared, length = source.choice((0, 33)), source.randrange(1, 100)
+    prompt = tuple(range(shared)) + tuple(source.randrange(VOCABULARY) for _ in range(length))
+    if source.random() < 0.5:
+        return GenerationRequest(f"r{number}", prompt, source.randrange(1, 30), seed=number)
+    first, end = source.choice([(0, len(prompt)), (0, 1), (len(prompt) - 1, len(prompt))])
+    return embedding(number, prompt, first, end)
+
+
+def check(run: Simulation, key: int, request: GenerationRequest) -> None:
+    if request.embedded is None:
+        assert run.rows(key) == expected(request, SETTINGS.context_length)[0]
+        return
+    wanted = {place: hidden_state(request.prompt[: place + 1]) for place in range(*request.embedded)}
+    assert run.embedded(key) == wanted and list(run.embedded(key)) == sorted(wanted)
+    assert reason_of(run.updates[key]) is FinishReason.LENGTH and not run.rows(key)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_every_row_comes_once_whatever_happens_around_it(number: int) -> None:
+    """Among other requests, with preemption for lack of memory, and on new stages at any moment."""
+    source = Random(f"{SEED} {number}")
+    kv_blocks = source.choice((16, 60))
+    settings = replace(SETTINGS, kv_blocks=kv_blocks, prefill_chunk=source.choice((None, 7, 24)))
+    run = Simulation(Scheduler(settings, 1, 2), stages(kv_blocks))
+    requests = [random_request(source, each) for each in range(20)]
+    keys = [run.add(request) for request in requests]
+    for epoch in range(2, 5):
+        for _ in range(source.randrange(15)):
+            run.step()
+        run.sent.clear()
+        run.stages = stages(kv_blocks)
+        run.scheduler.restart(settings, epoch, 2)
+    run.finish()
+    for key, request in zip(keys, requests, strict=True):
+        check(run, key, request)
+    assert run.scheduler.queues.memory.blocks.held == 0
+
+
+def test_a_result_has_so_many_rows_at_most() -> None:
+    run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))
+    keys = [run.add(embedding(each, (each,) * 70)) for each in range(4)]
+    run.finish()
+    assert max(sent.microbatch.embedded_rows for sent in run.microbatches) == SETTINGS.max_embedded_rows
+    assert all(len(run.embedded(key)) == 70 for key in keys)
+
+
+def test_the_last_row_alone_finds_its_prefix_in_the_cache_and_all_rows_do_not() -> None:
+    run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))
+    prompt = tuple(range(64))
+    for request, cached in ((embedding(0, prompt), 0), (embedding(1, prompt, 63), 48), (embedding(2, prompt), 0)):
+        key = run.add(request)
+        run.finish()
+        check(run, key, request)
+        last = run.updates[key][-1]
+        assert isinstance(last, Finished) and last.timings.cached_tokens == cached
+
+
+def test_rows_behind_the_embedded_ones_are_not_computed() -> None:
+    run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))
+    key = run.add(embedding(0, tuple(range(100)), 0, 1))
+    run.finish()
+    assert sum(sent.microbatch.rows for sent in run.microbatches) == 1 and len(run.embedded(key)) == 1
+
+
+@pytest.mark.parametrize("n_bytes", [0, 13, 4 * 9])
+def test_a_result_with_other_bytes_than_rows_is_refused(n_bytes: int) -> None:
+    run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))
+    run.add(embedding(0, tuple(range(10))))
+    run.send_all()
+    with pytest.raises(ProtocolError, match=f"{n_bytes} bytes for 10 embedded rows"):
+        run.scheduler.complete(Result(1, 0, embeddings=bytes(n_bytes)), 1)

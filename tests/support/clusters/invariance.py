@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.config.cluster_config import load_config
-from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptScored, TokenSampled
+from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbedded, PromptScored, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
@@ -21,10 +21,11 @@ from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 Answer = tuple[tuple[int, bytes], ...]
-"""(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one."""
+"""(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one; of a
+request for hidden states (position, bytes of its hidden state)."""
 
 _DEADLINE_S = 240.0
-_OWN = 3
+_OWN = 4
 _SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.1)
 _CHAINS = (
     SamplerChain(SAMPLERS, mirostat=1, mirostat_tau=3.0),
@@ -61,8 +62,8 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Requests to compare: one greedy, one seeded whose context is longer than a span, one that scores its prompt, and
-    seven that grow long enough to be preempted when KV memory is short."""
+    """Requests to compare: one greedy, one seeded whose context is longer than a span, one that scores its prompt, one
+    for hidden states, and seven that grow long enough to be preempted when KV memory is short."""
 
     generations: tuple[GenerationRequest, ...]
     kv_heads: int
@@ -95,6 +96,7 @@ def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: in
         GenerationRequest("greedy", prompt(37), tokens),
         GenerationRequest("seeded", prompt(long), tokens, _SEEDED, seed=source.getrandbits(64)),
         GenerationRequest("scored", prompt(70), 2, score_from=1),
+        GenerationRequest("embedded", prompt(53), 0, embedded=(0, 53)),
     )
     others = tuple(
         GenerationRequest(
@@ -114,7 +116,7 @@ def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: in
 def run(model: Path, way: Way, work: Work, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
     """Starts a cluster of real processes, runs `work.asks_of(way)` and returns the answers in that order.
 
-    Requests that are alone are the first three, unless `way.every`.
+    Requests that are alone are the first four, unless `way.every`.
     """
     if way.feature_level is not None:
         monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", way.feature_level)
@@ -170,13 +172,25 @@ async def _answers(cluster: Cluster, way: Way, work: Work) -> list[Answer]:
 
 async def _answer_to(cluster: Cluster, generation: GenerationRequest) -> Answer:
     rows: list[RowResult] = []
+    hidden = b""
     tokens = 0
     async for event in cluster.engine.submit(generation):
         match event:
             case PromptScored():
                 rows += event.rows
+            case PromptEmbedded():
+                hidden += event.data
             case TokenSampled():
                 rows.append(event.row)
                 tokens += 1
     assert tokens == generation.max_new_tokens
-    return tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)
+    scored = tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)
+    return embedded_answer(hidden, generation) if hidden else scored
+
+
+def embedded_answer(hidden: bytes, generation: GenerationRequest) -> Answer:
+    """Hidden states of a request, row by row."""
+    first, end = generation.embedded or (0, 0)
+    size = len(hidden) // (end - first)
+    assert size * (end - first) == len(hidden)
+    return tuple((first + row, hidden[row * size : (row + 1) * size]) for row in range(end - first))

@@ -19,7 +19,7 @@ from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptScored, TokenSampled
+from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbedded, PromptScored, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Event, Notice, PlanMade
@@ -27,7 +27,8 @@ from llamaclust.core.sampling import RowResult, SamplingParams
 from support.models.tiny_model import build_tiny_model
 
 Answer = tuple[tuple[int, bytes], ...]
-"""(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one."""
+"""(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one;
+before these (position, bytes of all hidden states)."""
 
 REQUESTS = 8
 CONTEXT = 512
@@ -71,14 +72,22 @@ def undisturbed(model: Path, requests: Sequence[GenerationRequest]) -> list[Answ
 
 async def answer_of(events: AsyncIterable[object], on_token: Callable[[], None] = lambda: None) -> Answer:
     rows: list[RowResult] = []
+    hidden: list[tuple[int, bytes]] = []
     async for event in events:
         match event:
             case PromptScored():
                 rows += event.rows
+            case PromptEmbedded():
+                hidden.append((event.start, event.data))
             case TokenSampled():
                 rows.append(event.row)
                 on_token()
-    return tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)
+    return (*_joined(hidden), *((row.token, struct.pack("<f", row.logprob)) for row in rows))
+
+
+def _joined(hidden: list[tuple[int, bytes]]) -> Answer:
+    """Hidden states in one piece, whatever the pieces that they came in."""
+    return ((hidden[0][0], b"".join(data for _, data in hidden)),) if hidden else ()
 
 
 @dataclass

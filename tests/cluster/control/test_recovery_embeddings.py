@@ -1,0 +1,30 @@
+"""Workers that are killed while prompts are embedded: hidden states with the bits of an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from random import Random
+
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from support.clusters.recovering import config, recovering, undisturbed
+from support.seed import SEED
+
+PROMPT = 400
+
+
+async def test_any_worker_is_lost_while_prompts_are_embedded(model: Path, tmp_path: Path) -> None:
+    source = Random(SEED)
+    requests = tuple(
+        GenerationRequest(f"e{i}", tuple(source.randrange(3, 320) for _ in range(PROMPT)), 0, embedded=(0, PROMPT))
+        for i in range(6)
+    )
+    expected = await asyncio.to_thread(undisturbed, model, requests)
+    async with recovering(config(model, tmp_path)) as run:
+        for victim in "ac":
+            tasks = run.start(requests)
+            await run.at_work()
+            run.hurt(victim, signal.SIGKILL)
+            assert await asyncio.gather(*tasks) == expected
+            await run.until(f"worker {victim} again", lambda name=victim: name in run.cluster.registry.present)

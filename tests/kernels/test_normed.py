@@ -13,6 +13,7 @@ from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.loader import Model
+from llamaclust.model.program import SoftCap
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import Chain, batch_of
 from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
@@ -65,8 +66,8 @@ def test_normed_rows_are_those_that_the_logits_are_made_of(model: Model) -> None
     head = tensors["output.weight" if "output.weight" in tensors else "token_embd.weight"]
     weight = dequantize(head.quant_type, head.read(), head.rows * head.shape[-1]).reshape(head.shape)
     found = rows @ weight.astype(np.float64).T
-    if "final_logit_softcapping" in str(model.file.metadata.keys()):
-        cap = float(model.file.metadata["gemma2.final_logit_softcapping"])
+    steps = model.program(0, model.layer_count).steps
+    for cap in [step.cap for step in steps if isinstance(step, SoftCap)]:
         found = np.tanh(found / cap) * cap
     np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
 

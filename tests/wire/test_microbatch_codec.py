@@ -19,6 +19,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import (
     MAX_BATCH_TOKENS,
     MAX_CONTEXT_TOKENS,
+    MAX_EMBEDDING_BYTES,
     MAX_KV_BLOCKS,
     MAX_SEQUENCES,
     MAX_TOP_LOGPROBS,
@@ -60,6 +61,7 @@ chunks = st.lists(tokens, min_size=1, max_size=9).flatmap(
         st.none(),
         st.lists(runs, max_size=4).map(lambda runs: tuple(chain.from_iterable(runs))),
         st.integers(0, MAX_CONTEXT_TOKENS),
+        st.sampled_from([(0, 0), (0, 1), (1, 1)]),
     )
 )
 many_chunks = st.lists(chunks, min_size=1, max_size=5).map(tuple)
@@ -125,7 +127,8 @@ rows = st.lists(st.builds(RowResult, tokens, logprobs, tops, mu=st.none() | st.f
     tuple
 )
 lines = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=50)
-results = st.builds(Result, uint64, uint64, rows, timings, st.none() | lines)
+embeddings = st.binary(max_size=3).map(lambda data: data * 4)
+results = st.builds(Result, uint64, uint64, rows, timings, st.none() | lines, embeddings)
 
 
 @given(microbatches, inputs, results)
@@ -166,6 +169,19 @@ def test_top_logprobs_that_cannot_be_are_refused(top_tokens: tuple[int, ...], to
     row = sampling_pb2.RowResult(top_tokens=top_tokens, top_logprobs=top_logprobs)
     with pytest.raises(ProtocolError):
         decode_result(sampling_pb2.Result(rows=[row]).SerializeToString())
+
+
+@pytest.mark.parametrize("n_bytes", [5, MAX_EMBEDDING_BYTES + 4])
+def test_embeddings_that_cannot_be_are_refused(n_bytes: int) -> None:
+    with pytest.raises(ProtocolError, match="embeddings"):
+        decode_result(sampling_pb2.Result(embeddings=bytes(n_bytes)).SerializeToString())
+
+
+@pytest.mark.parametrize("embedded", [(2, 1), (0, 3)])
+def test_embedded_rows_outside_the_chunk_are_refused(embedded: tuple[int, int]) -> None:
+    microbatch = Microbatch("m", 1, 0, (Chunk((1, 2), 0, (0, 1), 0, embedded=embedded),))
+    with pytest.raises(ProtocolError, match="embedded row"):
+        decode_microbatch(encode_microbatch(microbatch))
 
 
 def test_a_result_with_many_logprobs_takes_few_calls() -> None:

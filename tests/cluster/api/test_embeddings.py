@@ -89,7 +89,7 @@ async def test_llamacpp_reply() -> None:
         ("/v1/embeddings", {"input": {"content": "Hello"}}, "input"),
         ("/v1/embeddings", {"input": {"content": [{"type": "image_url"}]}}, "input"),
         ("/v1/embeddings", {"input": [5, 100_000]}, "prompt"),
-        ("/v1/embeddings", {"input": "a " * CONTEXT}, "input"),
+        ("/v1/embeddings", {"input": "a " * (2 * CONTEXT)}, "input"),
         ("/v1/embeddings", {"input": "a", "pooling": "none"}, "pooling"),
         ("/v1/embeddings", {"input": "a", "dimensions": 5}, "dimensions"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format"),

@@ -132,6 +132,8 @@ def _answers(client: Client | LocalClient) -> list[object]:
         client.tokenize("Once <s> upon"),
         client.tokenize("Once upon", add_special=False),
         client.detokenize([72, 100, 105]),
+        [vector.tolist() for vector in client.embed(["Once upon a time", prompt(7, 100)], pooling="mean")],
+        [vector.tolist() for vector in client.embed(["Once"], dimensions=5)],
     ]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from typing import Any, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from llamaclust.cluster.client.http_codec import chat_body, completion_body, embedding_body
 from llamaclust.cluster.client.types import ChunkStream, CompletionOptions, EmbeddingOptions, Message, Options
 from llamaclust.cluster.text.answer import Answer, TextChunk, join
-from llamaclust.cluster.text.pooler import Vector
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.text.pooler import Vector
 
 Prompt = str | Sequence[int]
 

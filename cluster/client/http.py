@@ -34,12 +34,12 @@ from llamaclust.cluster.client.types import (
     join_chunks,
 )
 from llamaclust.cluster.text.answer import Answer, TextChunk
-from llamaclust.cluster.text.pooler import Vector
 from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client.local import LocalClient, LocalSettings
+    from llamaclust.cluster.text.pooler import Vector
 
 __all__ = ["Answer", "AsyncChunkStream", "AsyncClient", "ChunkStream", "Client", "Message", "Options", "TextChunk"]
 

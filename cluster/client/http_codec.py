@@ -7,14 +7,11 @@ import json
 from base64 import b64decode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llamaclust.cluster.client.types import CompletionOptions, EmbeddingOptions, Message, Options
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.cluster.text.answer import TextChunk
-from llamaclust.cluster.text.pooler import Vector
 from llamaclust.core.errors import (
     DeadlineError,
     InsufficientMemoryError,
@@ -28,6 +25,9 @@ from llamaclust.core.errors import (
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.text.pooler import Vector
 
 _Value = TypeVar("_Value")
 _SHOWN_BYTES = 300
@@ -60,6 +60,8 @@ def embedding_body(prompts: Sequence[str | Sequence[int]], options: EmbeddingOpt
 
 def vectors_of(body: bytes) -> list[Vector]:
     """The embeddings of a reply. ProtocolError where it has none."""
+    import numpy as np  # commands that embed nothing start without it
+
     try:
         entries = field_of(body, "data", list)
         return [np.frombuffer(b64decode(entry["embedding"], validate=True), "<f4") for entry in entries]

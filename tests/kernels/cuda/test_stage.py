@@ -36,6 +36,23 @@ def test_prompts_and_single_tokens(
     same(run(cuda, model, tokens[:13], 5, limits), wanted[:13])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_normed_rows(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
+    """Also where no logits are wanted, and rows that are not all of a microbatch."""
+    model = opened(name)
+    tokens = random_tokens(model)
+    stages = [load_stage(backend, model, limits=LIMITS) for backend in (cpu, cuda)]
+    for outputs, rows in (([], range(ROWS)), ([ROWS - 1], range(ROWS)), ([], [0, 1, 5, 7, 8, 9, ROWS - 1])):
+        wanted, found = (
+            stage.normed(np.array(rows, np.int32))
+            for stage in stages
+            if stage.run(batch_of([(tokens, range(ROWS), range(2))], outputs=outputs), None) is not None
+        )
+        same(found, wanted)
+    for stage in stages:
+        stage.close()
+
+
 @pytest.mark.parametrize("name", ["llama", "moe"])
 def test_contexts_of_several_spans(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
     """What attention gives goes to its product by the kernel that merges spans, where that can be."""

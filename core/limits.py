@@ -22,6 +22,11 @@ KV_TYPES = ("f16", "q8_0")
 """How keys and values may lie in KV memory: `model.program.KvType`, which is not imported here."""
 
 
+def max_embedded_rows(width: int) -> int:
+    """Hidden states of so many channels in the result of one microbatch."""
+    return MAX_EMBEDDING_BYTES // (4 * width)
+
+
 @dataclass(frozen=True, slots=True)
 class StageLimits:
     """What a stage's buffers are planned for, fixed at load; nothing larger is sent to it.

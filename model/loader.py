@@ -20,7 +20,7 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
-from llamaclust.model.pooling import Pooling, read_pooling
+from llamaclust.model.pooling import read_pooling
 from llamaclust.model.program import AddPosition, Embed, KvType, MatMul, Moe, Program, Step, weights_of
 from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.model.tokenizers.loading import load_tokenizer
@@ -72,6 +72,7 @@ class Model:
         self.file = file
         self._chosen_template = None if chat_template is None else chosen_template(chat_template)
         self.hyperparameters: Hyperparameters = read_hyperparameters(file)
+        self.pooling = read_pooling(file)
         self._whole = self.program(0, self.layer_count)
         self._refuse_unknown_tensors()
 
@@ -105,11 +106,6 @@ class Model:
     def window(self) -> int | None:
         """The largest one of its layers, if any has one."""
         return self._whole.window
-
-    @property
-    def pooling(self) -> Pooling:
-        """Of embeddings. ModelFileError for a number that is unknown."""
-        return read_pooling(self.file)
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
         """The tensors that the program names."""

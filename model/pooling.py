@@ -26,6 +26,10 @@ class Pooling(StrEnum):
             case _:
                 return 0, tokens
 
+    def vectors(self, tokens: int) -> int:
+        """Vectors of the embedding of a prompt."""
+        return tokens if self is Pooling.NONE else 1
+
 
 _BY_NUMBER = (Pooling.NONE, Pooling.MEAN, Pooling.CLS, Pooling.LAST)
 """By the number that GGUF files have."""

@@ -129,8 +129,12 @@ class ServiceClient(TextClient):
     def _embed(self, body: dict[str, Any]) -> list[Vector]:
         fields = read_fields(OpenAiEmbeddingBody, body)
         options = fields.options(self._service.settings.pooling)
-        embeddings = self._thread.call(self._service.embed(fields.input, options))
-        return [vector for embedding in embeddings for vector in embedding.vectors]
+
+        async def vectors() -> list[Vector]:
+            async with self._service.embed(fields.input, options) as embeddings:
+                return [vector for embedding in embeddings for vector in embedding.vectors]
+
+        return self._thread.call(vectors())
 
     def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
         requests = read_fields(CompletionBody, body).requests()

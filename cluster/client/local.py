@@ -24,7 +24,7 @@ from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSetti
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_EMBEDDING_BYTES, MAX_KV_BLOCKS, StageLimits
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits, max_embedded_rows
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
@@ -140,6 +140,7 @@ class LocalStage:
                     self.model.file.path.stem,
                     scheduling.context_length,
                     scheduling.max_sequences,
+                    embedding_length=self.model.hyperparameters.embedding_length,
                     pooling=self.model.pooling,
                 )
                 service = TextService(engine, self.model.tokenizer, self.model.chat_template, text)
@@ -162,8 +163,8 @@ class LocalStage:
         logits = self._runner.run(self._sampled_tokens.fill(microbatch), None)
         rows = self._runner.finish(logits, self._sampled_tokens.fill_inputs(inputs, microbatch))
         self._sampled_tokens.put(sampled_tokens_of(microbatch.number, rows))
-        timing = StageTiming(started_ns - queued_ns, perf_counter_ns() - started_ns, 0, microbatch.rows)
         embeddings = self._runner.embeddings(microbatch)
+        timing = StageTiming(started_ns - queued_ns, perf_counter_ns() - started_ns, 0, microbatch.rows)
         return Result(microbatch.epoch, microbatch.number, rows, (timing,), embeddings=embeddings)
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
@@ -275,7 +276,7 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         max_sequences=settings.max_sequences,
         max_batch_tokens=max_batch_tokens,
         max_outputs=_OUTPUTS,
-        max_embedded_rows=MAX_EMBEDDING_BYTES // (4 * model.hyperparameters.embedding_length),
+        max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
         prefill_chunk=chunk,
         prefix_cache=settings.prefix_cache,
         window=None if group is None else group.window,

@@ -8,7 +8,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.kv_groups import window_group
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import UsageError
-from llamaclust.core.limits import MAX_EMBEDDING_BYTES, StageLimits
+from llamaclust.core.limits import StageLimits, max_embedded_rows
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
@@ -98,7 +98,7 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         max_waiting=config.max_waiting,
         max_batch_tokens=max_batch_tokens(config),
         max_outputs=max_outputs(config),
-        max_embedded_rows=MAX_EMBEDDING_BYTES // (4 * model.hyperparameters.embedding_length),
+        max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
         prefill_chunk=config.prefill_chunk,
         prefix_cache=config.prefix_cache,
         window=model.window if plan.window_blocks else None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
+
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.kv_blocks import BlockTable
 from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
@@ -336,8 +338,10 @@ class Sequence:
         """Takes in the hidden states of a part's embedded rows."""
         self.first_ns = self.first_ns or now_ns
         self.last_ns = now_ns
-        self.failures = 0
         start, count = taken.chunk.position + taken.chunk.embedded[0], taken.chunk.embedded_rows
+        if not np.isfinite(np.frombuffer(data, "<f4")).all():
+            return [Failed(f"hidden states of tokens [{start}, {start + count}) are not finite numbers")]
+        self.failures = 0
         self.embedded = start + count
         updates: list[Update] = [PromptEmbedded(start, count, data)]
         if self.embedded == self.target:

@@ -144,10 +144,10 @@ def _settle_memory() -> None:
 async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: Signals) -> None:
     """Serves the API of a cluster until it is asked to stop."""
     config, record = cluster.config, front.record
-    path = str(cluster.model.file.path)
-    context, pooling = cluster.plan.context_length, cluster.model.pooling
-    text = TextSettings(record.model, context, config.max_sequences, path, cluster.model.file, pooling)
-    service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
+    model, context = cluster.model, cluster.plan.context_length
+    width, path = model.hyperparameters.embedding_length, str(model.file.path)
+    text = TextSettings(record.model, context, config.max_sequences, path, model.file, width, model.pooling)
+    service = TextService(cluster.engine, model.tokenizer, model.chat_template, text)
     admission = Admission(front.settings)
     engine, pool = cluster.engine, cluster.supervisor.pool
     show = partial(cluster_status, cluster, record)

@@ -1,4 +1,4 @@
-"""Tokens and logprobs that replies hold in memory: counted before a request is admitted."""
+"""Tokens, logprobs and numbers of embeddings that replies hold in memory: counted before a request is admitted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from llamaclust.core.limits import MAX_TOP_LOGPROBS
 MAX_REPLY_ENTRIES = 1 << 21
 """Of one reply. An entry is a token or a top logprob; each takes up to 200 bytes while the reply is built."""
 MAX_HELD_ENTRIES = 1 << 22
-"""Of all replies with logprobs together."""
+"""Of all replies with logprobs or embeddings together."""
+_ENTRY_NUMBERS = 5
+"""Numbers of an embedding that take as much as an entry."""
 _RETRY_S = 5.0
 
 
@@ -58,11 +60,22 @@ class EntryBudget:
                 "given in one reply: lower max_tokens, n or logprobs, or send fewer prompts at once"
             )
             raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
-        reserved = sum(size.entries for size in sizes if size.has_logprobs)
-        if reserved and self.held + reserved > MAX_HELD_ENTRIES:
-            raise QueueFullError(f"replies with {self.held} logprobs are under way; try again", _RETRY_S)
-        self.held += reserved
-        return reserved
+        return self._take(sum(size.entries for size in sizes if size.has_logprobs))
+
+    def reserve_numbers(self, count: int) -> int:
+        """Likewise for the numbers of embeddings."""
+        entries = -(-count // _ENTRY_NUMBERS)
+        if entries > MAX_REPLY_ENTRIES:
+            most = MAX_REPLY_ENTRIES * _ENTRY_NUMBERS
+            reason = f"embeddings of {count} numbers, at most {most} are given in one reply: send less at once"
+            raise ParameterError("input", reason, "reply_too_large")
+        return self._take(entries)
 
     def release(self, reserved: int) -> None:
         self.held -= reserved
+
+    def _take(self, entries: int) -> int:
+        if entries and self.held + entries > MAX_HELD_ENTRIES:
+            raise QueueFullError(f"replies of {self.held} entries are under way; try again", _RETRY_S)
+        self.held += entries
+        return entries

@@ -11,7 +11,7 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbedded
 from llamaclust.cluster.text.pooler import EUCLIDEAN, Float64, Pooler, Vector, normalized
-from llamaclust.core.errors import ParameterError, QueueFullError, WorkerError
+from llamaclust.core.errors import QueueFullError, WorkerError
 from llamaclust.model.pooling import Pooling
 
 _QUEUE_S = 120.0
@@ -101,8 +101,6 @@ async def _pooled(stream: RequestStream, request: GenerationRequest, options: Em
 
 def _finished(vector: Float64, options: EmbeddingOptions) -> Vector:
     """The channels are cut before the norm, as OpenAI does."""
-    if options.dimensions is not None and options.dimensions > len(vector):
-        raise ParameterError("dimensions", f"{options.dimensions}, but this model's embeddings have {len(vector)}")
     norm = -1 if options.pooling is Pooling.NONE else options.norm
     return normalized(vector[: options.dimensions], norm)
 

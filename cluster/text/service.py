@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 
 from llamaclust.cluster.engine.engine import Engine
@@ -45,6 +45,7 @@ class TextSettings:
     max_sequences: int = 32
     model_path: str = ""  # of the file, where there is one
     file: ModelFile | None = None  # likewise
+    embedding_length: int = 0  # numbers of an embedding
     pooling: Pooling = DEFAULT  # of embeddings, where a request names none
 
 
@@ -113,12 +114,23 @@ class TextService:
         self._active.add(stream)
         return stream
 
-    async def embed(self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions) -> list[Embedding]:
-        """Embeddings of prompts of texts and token ids, in their order. RequestError for one that is empty or too long;
-        errors of `Embedder.embed`."""
+    @asynccontextmanager
+    async def embed(
+        self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
+    ) -> AsyncIterator[list[Embedding]]:
+        """Embeddings of prompts of texts and token ids, in their order; they count for the budget inside. RequestError
+        for a prompt that is empty or too long, or too many numbers; errors of `Embedder.embed`."""
+        length = self.settings.embedding_length
+        if options.dimensions is not None and options.dimensions > length:
+            raise ParameterError("dimensions", f"{options.dimensions}, but this model's embeddings have {length}")
         with self._preparing():
             ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]
-            return await self._embedder.embed(ids, options)
+            vectors = sum(options.pooling.vectors(len(prompt)) for prompt in ids)
+            reserved = self.budget.reserve_numbers(vectors * length)
+            try:
+                yield await self._embedder.embed(ids, options)
+            finally:
+                self.budget.release(reserved)
 
     async def _input_ids(self, prompt: Sequence[str | int]) -> list[int]:
         ids = [token for part in await self.tokenize_all(prompt, "input", add_special=True) for token in part]

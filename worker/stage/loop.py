@@ -56,6 +56,14 @@ class StageContext:
 
 
 @dataclass(frozen=True, slots=True)
+class _Outputs:
+    """Of a last stage, as `Result` has them."""
+
+    rows: tuple[RowResult, ...]
+    embeddings: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Arrival:
     """A microbatch as received; `wire_ns`: time to send the one before it."""
 
@@ -173,8 +181,8 @@ class StageLoop:
         try:
             queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(microbatch))
             logits = self._run_layers(arrival)
-            rows = self.runner.finish(logits, self._tokens.fill_inputs(inputs, microbatch))
-            return self._result(arrival, rows, queue_ns, perf_counter_ns() - started_ns)
+            outputs = self._finish(microbatch, logits, self._tokens.fill_inputs(inputs, microbatch))
+            return self._result(arrival, outputs, queue_ns, perf_counter_ns() - started_ns)
         except Exception as error:  # noqa: BLE001  a border, see there
             return self._failure(arrival, error)
 
@@ -193,8 +201,12 @@ class StageLoop:
             return Answer(encode_hidden(arrival.frame.header, self._timings(arrival, queue_ns, compute_ns), out))
         inputs = self._tokens.fill_inputs(await self.dependencies.inputs(microbatch), microbatch)
         await self.runner.grammars.ready(inputs)
-        rows, _, finish_ns = await self._timed(("finish", size, 0), partial(self.runner.finish, out, inputs))
-        return self._result(arrival, rows, queue_ns, compute_ns + finish_ns)
+        kind = ("finish", size, microbatch.embedded_rows.bit_length())
+        outputs, _, finish_ns = await self._timed(kind, partial(self._finish, microbatch, out, inputs))
+        return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
+
+    def _finish(self, microbatch: Microbatch, logits: Float32, inputs: SamplingInputs) -> _Outputs:
+        return _Outputs(self.runner.finish(logits, inputs), self.runner.embeddings(microbatch))
 
     def _run_layers(self, arrival: Arrival) -> Float32:
         program, microbatch = self.runner.program, arrival.microbatch
@@ -215,10 +227,10 @@ class StageLoop:
         self._taken_ns[kind] = taken[2]
         return taken
 
-    def _result(self, arrival: Arrival, rows: tuple[RowResult, ...], queue_ns: int, compute_ns: int) -> Answer:
+    def _result(self, arrival: Arrival, outputs: _Outputs, queue_ns: int, compute_ns: int) -> Answer:
         microbatch, timings = arrival.microbatch, self._timings(arrival, queue_ns, compute_ns)
-        embeddings = self.runner.embeddings(microbatch)
-        data = encode_result(Result(microbatch.epoch, microbatch.number, rows, timings, embeddings=embeddings))
+        rows, hidden = outputs.rows, outputs.embeddings
+        data = encode_result(Result(microbatch.epoch, microbatch.number, rows, timings, embeddings=hidden))
         if not rows:
             return Answer(data)
         sampled = sampled_tokens_of(microbatch.number, rows)

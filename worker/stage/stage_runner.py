@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
-from llamaclust.core.limits import MAX_EMBEDDING_BYTES, NUMERICS_VERSION, StageLimits
+from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, max_embedded_rows
 from llamaclust.core.sampling import RowResult
 from llamaclust.kernels.backend import Backend, Float32, KvInRam, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
@@ -131,7 +131,7 @@ class StageRunner:
         count = microbatch.embedded_rows
         if count == 0:
             return b""
-        most = MAX_EMBEDDING_BYTES // (4 * self.program.hidden.width)
+        most = max_embedded_rows(self.program.hidden.width)
         if count > most:
             raise ProtocolError(f"microbatch with {count} embedded rows, one result holds {most}")
         return self._stage.normed(embedded_rows(microbatch)).astype("<f4").tobytes()

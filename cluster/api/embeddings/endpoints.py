@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -37,27 +38,25 @@ class EmbeddingEndpoints:
         """One vector for each prompt."""
         body = await self._read(request, OpenAiEmbeddingBody, self._names)
         options = body.options(self._service.settings.pooling)
-        embeddings = await self._embed(request, body.input, options)
-        return await self._reply(embeddings, partial(self._openai_reply, body))
+        return await unless_disconnected(request, self._answer(body.input, options, partial(self._openai_reply, body)))
 
     async def llamacpp(self, request: Request) -> Response:
         """A list of vectors for each prompt: one, or without pooling one for each token."""
         body = await self._read(request, LlamaCppEmbeddingBody, self._llamacpp_names)
         options = body.options(self._service.settings.pooling, body.embd_normalize)
-        embeddings = await self._embed(request, body.inputs, options)
-        return await self._reply(embeddings, partial(_llamacpp_reply, body))
+        return await unless_disconnected(request, self._answer(body.inputs, options, partial(_llamacpp_reply, body)))
 
     async def _read(self, request: Request, kind: type[_Fields], names: ModelNames) -> _Fields:
         body = await read_body(request, kind, EMBEDDING, self._settings)
         names.check(body.model)
         return body
 
-    async def _embed(self, request: Request, inputs: tuple[Input, ...], options: EmbeddingOptions) -> list[Embedding]:
-        return await unless_disconnected(request, self._service.embed(inputs, options))
-
-    async def _reply(self, embeddings: list[Embedding], shape: partial[Any]) -> Response:
-        numbers = sum(len(vector) for embedding in embeddings for vector in embedding.vectors)
-        return JsonParts(await off_loop_if_large(lambda: json_parts(shape(embeddings)), numbers))
+    async def _answer(
+        self, inputs: tuple[Input, ...], options: EmbeddingOptions, shape: Callable[[list[Embedding]], Any]
+    ) -> Response:
+        async with self._service.embed(inputs, options) as embeddings:
+            numbers = sum(len(vector) for embedding in embeddings for vector in embedding.vectors)
+            return JsonParts(await off_loop_if_large(lambda: json_parts(shape(embeddings)), numbers))
 
     def _openai_reply(self, body: OpenAiEmbeddingBody, embeddings: list[Embedding]) -> dict[str, Any]:
         tokens = sum(embedding.prompt_tokens for embedding in embeddings)

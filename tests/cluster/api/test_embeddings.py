@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from base64 import b64decode
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from llamaclust.cluster.text.pooler import Vector, normalized
 from support.clusters.fakes import hidden_state
-from support.clusters.served import CONTEXT, MODEL, client, ids, make_app, real_engine
+from support.clusters.served import CONTEXT, MODEL, client, ids, make_app, real_engine, until
 
 
 def states(tokens: list[int]) -> list[Vector]:
@@ -111,3 +112,27 @@ async def test_many_prompts_take_turns_in_a_full_queue() -> None:
     prompts = [[each % 90, 7] for each in range(150)]
     reply = await embed(input=prompts)
     assert [entry["embedding"] for entry in reply["data"]] == [unit(states(prompt)[-1]) for prompt in prompts]
+
+
+async def test_numbers_of_one_reply_and_of_all_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with real_engine() as (engine, _), client(make_app(engine)) as http:
+        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_REPLY_ENTRIES", 8)  # 40 numbers
+        for _ in range(3):  # what a reply took is given back
+            reply = await http.post("/embedding", json={"input": [[1] * 4, [2] * 6], "pooling": "none"})
+            assert reply.status_code == 200, reply.text
+        refused = await http.post("/embedding", json={"input": [[1] * 4, [2] * 7], "pooling": "none"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "reply_too_large")
+        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_ENTRIES", 0)
+        busy = await http.post("/embedding", json={"input": "a"})
+        assert (busy.status_code, busy.headers["retry-after"]) == (429, "5")
+
+
+async def test_a_client_that_goes_away_ends_its_prompts() -> None:
+    """`real_engine` checks that no KV block is held."""
+    async with real_engine() as (engine, pipeline), client(make_app(engine)) as http:
+        pipeline.gate.clear()
+        waiting = asyncio.create_task(http.post("/v1/embeddings", json={"input": [[1] * 50, [2] * 50]}))
+        await until(lambda: len(engine.requests.keys) == 2)
+        waiting.cancel()
+        await until(lambda: not engine.requests.keys)
+        pipeline.gate.set()

@@ -112,7 +112,7 @@ def test_settings_change_no_bit(client: LocalClient, tiny: Path, settings: Local
 @asynccontextmanager
 async def http(tiny: Path) -> AsyncIterator[str]:
     stage = LocalStage(tiny, 1, None, LocalSettings(context_length=CONTEXT))
-    text = TextSettings("tiny", CONTEXT)
+    text = TextSettings("tiny", CONTEXT, embedding_length=stage.model.hyperparameters.embedding_length)
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
         service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, text)
         async with serving(create_app(service, Replies(ApiSettings(is_strict=True)), engine, dict)) as url:

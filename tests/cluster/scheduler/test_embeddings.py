@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 
+import numpy as np
 import pytest
 
 from llamaclust.cluster.scheduler.requests import Finished, FinishReason, GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.sequences import Failed
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError
-from llamaclust.wire.microbatch.messages import Result
+from llamaclust.wire.microbatch.messages import Microbatch, Result
 from support.clusters.fakes import (
     VOCABULARY,
     FakeModel,
@@ -101,6 +103,44 @@ def test_rows_behind_the_embedded_ones_are_not_computed() -> None:
     key = run.add(embedding(0, tuple(range(100)), 0, 1))
     run.finish()
     assert sum(sent.microbatch.rows for sent in run.microbatches) == 1 and len(run.embedded(key)) == 1
+
+
+def test_a_prompt_may_fill_the_context() -> None:
+    settings = replace(SETTINGS, context_length=64, kv_blocks=4, max_embedded_rows=50)
+    run = Simulation(Scheduler(settings, 1, 2), stages(settings.kv_blocks))
+    requests = [embedding(0, tuple(range(64))), embedding(1, tuple(range(64)), 63)]
+    keys = [run.add(request) for request in requests]
+    run.finish()
+    for key, request in zip(keys, requests, strict=True):
+        check(run, key, request)
+
+
+@dataclass
+class DamagedModel(FakeModel):
+    """Its first `damaged` results are not finite."""
+
+    damaged: int = 0
+
+    def embeddings(self, microbatch: Microbatch) -> bytes:
+        hidden = super().embeddings(microbatch)
+        if not self.damaged or not hidden:
+            return hidden
+        self.damaged -= 1
+        return np.full(len(hidden) // 4, np.inf, "<f4").tobytes()
+
+
+@pytest.mark.parametrize("damaged", [1, 100])
+def test_hidden_states_that_are_not_finite_are_computed_again_once(damaged: int) -> None:
+    model = DamagedModel(SETTINGS.kv_blocks, damaged=damaged)
+    run = Simulation(Scheduler(SETTINGS, 1, 1), FakeStages(model, [linear(200, 10)]))
+    request = embedding(0, tuple(range(50)))
+    key = run.add(request)
+    run.finish()
+    assert run.scheduler.counts.retries == 1 and run.scheduler.queues.memory.blocks.held == 0
+    if damaged == 1:
+        check(run, key, request)
+    else:
+        assert run.updates[key] == [Failed("hidden states of tokens [0, 20) are not finite numbers")]
 
 
 @pytest.mark.parametrize("n_bytes", [0, 13, 4 * 9])

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from llamaclust.cluster.scheduler.requests import PromptEmbedded
 from llamaclust.cluster.text.pooler import Pooler, normalized
-from llamaclust.core.errors import WorkerError
 from llamaclust.model.pooling import Pooling
 
 ROWS = np.random.default_rng(5).standard_normal((37, 12)).astype(np.float32)
@@ -51,10 +50,3 @@ def test_other_norms() -> None:
     assert np.abs(normalized(wide, 0)).max() == pytest.approx(32760)
     for norm in (-1, 0, 1, 2, 3):
         np.testing.assert_array_equal(normalized(np.zeros(4), norm), np.zeros(4, np.float32))
-
-
-def test_hidden_states_that_are_not_finite_are_an_error() -> None:
-    rows = ROWS.copy()
-    rows[3, 2] = np.nan
-    with pytest.raises(WorkerError, match="from 0 on are not finite"):
-        pooled(Pooling.MEAN, rows, 9)

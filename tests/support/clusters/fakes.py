@@ -30,6 +30,7 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, Sampl
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
 
 VOCABULARY = 101
+WIDTH = 4  # of hidden states
 
 
 def blocks_of(chunk: Chunk) -> list[int]:
@@ -62,8 +63,9 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
 
 
 def hidden_state(tokens: Sequence[int]) -> bytes:
-    """Four float32 that the fake model gives for the last of these tokens."""
-    return (np.frombuffer(sha256(repr(tuple(tokens)).encode()).digest()[:8], "<u2") / 64).astype("<f4").tobytes()
+    """What the fake model gives for the last of these tokens."""
+    digest = sha256(repr(tuple(tokens)).encode()).digest()
+    return (np.frombuffer(digest[: 2 * WIDTH], "<u2") / 64).astype("<f4").tobytes()
 
 
 def _more(tokens: Sequence[int], task: SampleTask) -> tuple[object, ...]:

@@ -43,7 +43,7 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
-from support.clusters.fakes import FakePipeline
+from support.clusters.fakes import WIDTH, FakePipeline
 from support.models.tiny_tokenizers import byte_level
 
 VOCABULARY = 320
@@ -166,7 +166,7 @@ def says(text: str) -> Script:
 
 
 def make_service(engine: Any, template: ChatTemplate | None = None) -> TextService:
-    settings = TextSettings(MODEL, CONTEXT, SETTINGS.max_sequences)
+    settings = TextSettings(MODEL, CONTEXT, SETTINGS.max_sequences, embedding_length=WIDTH)
     return TextService(engine, tokenizer(), template or chat_template(), settings)
 
 

@@ -101,17 +101,16 @@ class ProgramBuilder:
             self._steps.append(steps.AddPosition(embedded, self._hidden, weight))
 
     def _head(self, soft_cap: float | None) -> None:
-        """The norm of all rows, for embeddings; then wanted rows, their norm and logits. Without `output.weight` the
-        token embedding is used again."""
+        """The norm of all rows, which embeddings are made of; then wanted rows and their logits. Without `output.weight`
+        the token embedding is used again."""
         if self._layers.stop < self.hyperparameters.block_count:
             return
         self._out = Buffer("logits", self.hyperparameters.vocabulary_size)
         self._norm("output_norm", self._hidden, self._last_normed)
         selected = Buffer("selected", self._hidden.width)
-        self._steps.append(steps.SelectRows(self._hidden, selected))
-        self._norm("output_norm", selected)
+        self._steps.append(steps.SelectRows(self._last_normed, selected))
         weight = "output" if "output.weight" in self.model.tensors else _EMBEDDING.removesuffix(".weight")
-        self._matmul(weight, self._normed, self._out)
+        self._matmul(weight, selected, self._out)
         if soft_cap is not None:
             self._steps.append(steps.SoftCap(self._out, self._out, soft_cap))
 

@@ -58,7 +58,6 @@ _ONE: list[dict[str, Any]] = [
 _INPUTS = {"anyOf": [*_ONE, {"type": "array", "items": {"anyOf": _ONE}}]}
 
 InputsField = Annotated[tuple[Any, ...], BeforeValidator(_inputs), WithJsonSchema(_INPUTS)]
-PoolingField = Annotated[Literal["none", "mean", "cls", "last"] | None, Field()]
 
 
 class EmbeddingFields(Body):
@@ -68,9 +67,9 @@ class EmbeddingFields(Body):
     """Name of the served model."""
     encoding_format: Literal["float", "base64"] = "float"
     """Numbers, or the base64 of their float32, little endian."""
-    dimensions: Annotated[int, Field(ge=1, le=_MAX_DIMENSIONS)] | None = None
+    dimensions: int | None = Field(default=None, ge=1, le=_MAX_DIMENSIONS)
     """Leading channels to keep; by default all."""
-    pooling: PoolingField = None
+    pooling: Literal["none", "mean", "cls", "last"] | None = None
     """Which tokens' hidden states make the embedding; by default as the model file says, else the last one's."""
     cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
     """KV blocks are shared with requests that have the same."""
@@ -102,7 +101,7 @@ class LlamaCppEmbeddingBody(EmbeddingFields):
     """Text, token ids, both mixed, or a list of several."""
     content: InputsField | None = None
     """llama.cpp's other name of `input`."""
-    embd_normalize: Annotated[int, Field(ge=-1, le=_MAX_NORM)] = EUCLIDEAN
+    embd_normalize: int = Field(default=EUCLIDEAN, ge=-1, le=_MAX_NORM)
     """-1: not at all; 0: the greatest absolute value becomes 32760; p: the p-norm becomes 1."""
 
     @property

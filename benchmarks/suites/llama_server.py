@@ -23,7 +23,12 @@ VALUES = {
 }  # fmt: skip
 """Flags that have a value."""
 
-DEFAULTS = {"--temp": ("temperature", float), "--seed": ("seed", int), "--n-predict": ("n_predict", int)}
+DEFAULTS = {
+    "--temp": ("temperature", float),
+    "--seed": ("seed", int),
+    "--n-predict": ("n_predict", int),
+    "--pooling": ("pooling", str),
+}
 """Flags that are defaults of request fields."""
 
 THINKING = {"on": True, "off": False}

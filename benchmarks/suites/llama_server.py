@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ VALUES = {
 }  # fmt: skip
 """Flags that have a value."""
 
-DEFAULTS = {
+DEFAULTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--temp": ("temperature", float),
     "--seed": ("seed", int),
     "--n-predict": ("n_predict", int),

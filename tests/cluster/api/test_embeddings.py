@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from openai import AsyncOpenAI
 
 from llamaclust.cluster.text.pooler import Vector, normalized
 from support.clusters.fakes import hidden_state
@@ -102,6 +103,20 @@ async def test_refusals_name_the_field(path: str, body: dict[str, Any], field: s
     reply = await post(path, body)
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"] == field
+
+
+async def test_the_official_client() -> None:
+    """It requests base64, unless it is told otherwise."""
+    async with (
+        real_engine() as (engine, _),
+        client(make_app(engine)) as http,
+        AsyncOpenAI(base_url="http://127.0.0.1:8080/v1", api_key="none", http_client=http, max_retries=0) as openai,
+    ):
+        reply = await openai.embeddings.create(model=MODEL, input=["Hello", "The cat"])
+        floats = await openai.embeddings.create(model=MODEL, input="The cat", encoding_format="float", dimensions=4)
+    wanted = [unit(states(ids(text))[-1]) for text in ("Hello", "The cat")]
+    assert [entry.embedding for entry in reply.data] == wanted
+    assert floats.data[0].embedding == wanted[1]
 
 
 async def test_another_model_is_refused_on_openais_path() -> None:

@@ -22,7 +22,8 @@ async def embedded(path: Path, pooling: Pooling) -> NDArray[np.float64]:
     prompts = [(text,) for text in TEXTS]
     async with stage.serve() as service, service.embed(prompts, EmbeddingOptions(pooling)) as embeddings:
         rows = np.array([vector for embedding in embeddings for vector in embedding.vectors], np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    norms: NDArray[np.float64] = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / norms
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

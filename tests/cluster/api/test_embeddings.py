@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from llamaclust.cluster.text.pooler import Vector, normalized
 from support.clusters.fakes import hidden_state
-from support.clusters.served import CONTEXT, MODEL, client, ids, make_app, real_engine, until
+from support.clusters.served import CONTEXT, MODEL, client, ids, make_app, real_engine, serving, until
 
 
 def states(tokens: list[int]) -> list[Vector]:
@@ -109,8 +109,9 @@ async def test_the_official_client() -> None:
     """It requests base64, unless it is told otherwise."""
     async with (
         real_engine() as (engine, _),
-        client(make_app(engine)) as http,
-        AsyncOpenAI(base_url="http://127.0.0.1:8080/v1", api_key="none", http_client=http, max_retries=0) as openai,
+        serving(make_app(engine)) as address,
+        DefaultAsyncHttpxClient(trust_env=False) as http,
+        AsyncOpenAI(base_url=f"{address}/v1", api_key="none", http_client=http, max_retries=0) as openai,
     ):
         reply = await openai.embeddings.create(model=MODEL, input=["Hello", "The cat"])
         floats = await openai.embeddings.create(model=MODEL, input="The cat", encoding_format="float", dimensions=4)

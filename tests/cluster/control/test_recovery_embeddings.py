@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from functools import partial
 from pathlib import Path
 from random import Random
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from support.clusters.recovering import config, recovering, undisturbed
+from support.clusters.recovering import Recovering, config, recovering, undisturbed
 from support.seed import SEED
 
 PROMPT = 400
+
+
+def present(run: Recovering, name: str) -> bool:
+    return name in run.cluster.registry.present
 
 
 async def test_any_worker_is_lost_while_prompts_are_embedded(model: Path, tmp_path: Path) -> None:
@@ -27,4 +32,4 @@ async def test_any_worker_is_lost_while_prompts_are_embedded(model: Path, tmp_pa
             await run.at_work()
             run.hurt(victim, signal.SIGKILL)
             assert await asyncio.gather(*tasks) == expected
-            await run.until(f"worker {victim} again", lambda name=victim: name in run.cluster.registry.present)
+            await run.until(f"worker {victim} again", partial(present, run, victim))

@@ -101,8 +101,8 @@ class ProgramBuilder:
             self._steps.append(steps.AddPosition(embedded, self._hidden, weight))
 
     def _head(self, soft_cap: float | None) -> None:
-        """The norm of all rows, which embeddings are made of; then wanted rows and their logits. Without `output.weight`
-        the token embedding is used again."""
+        """The norm of all rows, for embeddings; then wanted rows and their logits. Without `output.weight` the token
+        embedding is used again."""
         if self._layers.stop < self.hyperparameters.block_count:
             return
         self._out = Buffer("logits", self.hyperparameters.vocabulary_size)

@@ -19,7 +19,6 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import (
     MAX_BATCH_TOKENS,
     MAX_CONTEXT_TOKENS,
-    MAX_EMBEDDING_BYTES,
     MAX_KV_BLOCKS,
     MAX_SEQUENCES,
     MAX_TOP_LOGPROBS,
@@ -169,19 +168,6 @@ def test_top_logprobs_that_cannot_be_are_refused(top_tokens: tuple[int, ...], to
     row = sampling_pb2.RowResult(top_tokens=top_tokens, top_logprobs=top_logprobs)
     with pytest.raises(ProtocolError):
         decode_result(sampling_pb2.Result(rows=[row]).SerializeToString())
-
-
-@pytest.mark.parametrize("n_bytes", [5, MAX_EMBEDDING_BYTES + 4])
-def test_embeddings_that_cannot_be_are_refused(n_bytes: int) -> None:
-    with pytest.raises(ProtocolError, match="embeddings"):
-        decode_result(sampling_pb2.Result(embeddings=bytes(n_bytes)).SerializeToString())
-
-
-@pytest.mark.parametrize("embedded", [(2, 1), (0, 3)])
-def test_embedded_rows_outside_the_chunk_are_refused(embedded: tuple[int, int]) -> None:
-    microbatch = Microbatch("m", 1, 0, (Chunk((1, 2), 0, (0, 1), 0, embedded=embedded),))
-    with pytest.raises(ProtocolError, match="embedded row"):
-        decode_microbatch(encode_microbatch(microbatch))
 
 
 def test_a_result_with_many_logprobs_takes_few_calls() -> None:

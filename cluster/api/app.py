@@ -16,8 +16,7 @@ from llamaclust.cluster.api.admission import Admission, AdmissionGate
 from llamaclust.cluster.api.anthropic.endpoint import MessagesEndpoint
 from llamaclust.cluster.api.anthropic.schema import MessagesBody
 from llamaclust.cluster.api.early_replies import EarlyReplies
-from llamaclust.cluster.api.embeddings.endpoints import EmbeddingEndpoints
-from llamaclust.cluster.api.embeddings.schema import LlamaCppEmbeddingBody, OpenAiEmbeddingBody
+from llamaclust.cluster.api.embeddings.endpoints import embedding_routes
 from llamaclust.cluster.api.errors import add_error_handlers
 from llamaclust.cluster.api.ignored import HEADER as IGNORED_HEADER
 from llamaclust.cluster.api.ignored import IgnoredFields
@@ -71,13 +70,10 @@ def create_app(
     _route(app, "GET", "/v1/stream/{id:path}", replies.replay)
     for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}"):
         _route(app, "DELETE", path, replies.stop)
-    embeddings = EmbeddingEndpoints(service, settings)
-    _post(app, "/v1/embeddings", embeddings.openai, OpenAiEmbeddingBody)
-    for path in ("/embedding", "/embeddings"):
-        _post(app, path, embeddings.llamacpp, LlamaCppEmbeddingBody)
     _route(app, "GET", "/v1/models", models.list)
     _route(app, "GET", "/v1/models/{model:path}", models.retrieve)
-    for route in (*llamacpp_routes(service, replies), *ollama_routes(service, replies)):
+    own = embedding_routes(service, settings)
+    for route in (*own, *llamacpp_routes(service, replies), *ollama_routes(service, replies)):
         schema = None if route.body is None else body_schema(route.body)
         _route(app, route.method, route.path, route.endpoint, schema)
     operations = Operations(service, engine, cluster_status, settings.defaults)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from llamaclust.cluster.api.embeddings.schema import EmbeddingFields, Input, Lla
 from llamaclust.cluster.api.foreign_fields import EMBEDDING
 from llamaclust.cluster.api.json_parts import JsonParts, json_parts, off_loop_if_large
 from llamaclust.cluster.api.openai.models import ModelNames
+from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import unless_disconnected
 from llamaclust.cluster.text.embedder import Embedding, EmbeddingOptions
@@ -22,6 +23,13 @@ from llamaclust.cluster.text.pooler import Vector
 from llamaclust.cluster.text.service import TextService
 
 _Fields = TypeVar("_Fields", bound=EmbeddingFields)
+
+
+def embedding_routes(service: TextService, settings: ApiSettings) -> Iterator[Route]:
+    endpoints = EmbeddingEndpoints(service, settings)
+    yield Route("POST", "/v1/embeddings", endpoints.openai, OpenAiEmbeddingBody)
+    for path in ("/embedding", "/embeddings"):
+        yield Route("POST", path, endpoints.llamacpp, LlamaCppEmbeddingBody)
 
 
 class EmbeddingEndpoints:

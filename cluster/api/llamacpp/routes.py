@@ -15,11 +15,8 @@ from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.text.service import TextService
 
-_NO_EMBEDDINGS: Final = "this server has no embeddings yet"
 _NO_SLOTS: Final = "slots have no state of their own; the prefix cache, and kv_disk in the cluster file, keep prompts"
 _UNSUPPORTED: Final = {
-    "/embedding": _NO_EMBEDDINGS,
-    "/embeddings": _NO_EMBEDDINGS,
     "/rerank": "this server does not rank documents yet",
     "/reranking": "this server does not rank documents yet",
     "/lora-adapters": "this server has no adapters",

@@ -40,4 +40,4 @@ def ollama_routes(service: TextService, replies: Replies) -> Iterator[Route]:
     yield Route("POST", "/api/blobs/{digest}", unsupported("models are not made from uploaded files"))
     yield Route("POST", "/api/push", unsupported("models are not uploaded to registries"))
     for name in ("embed", "embeddings"):
-        yield Route("POST", f"/api/{name}", unsupported("this server has no embeddings yet"))
+        yield Route("POST", f"/api/{name}", unsupported("use POST /v1/embeddings"))

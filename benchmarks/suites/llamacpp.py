@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from pathlib import Path
+
+from results import count, print_table
 
 PACKAGE = "llama-cpp-python==0.3.36"
 TESTS = Path("tools/server/tests")
@@ -92,24 +92,6 @@ def run(tests: Path, folder: Path, model: Path, arguments: list[str]) -> Path:
     return report
 
 
-def print_results(report: Path) -> None:
-    counts: dict[str, Counter[str]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        kind = "skipped" if "skipped" in kinds else "failed" if kinds & {"failure", "error"} else "passed"
-        name = str(case.get("classname")).rpartition(".")[2]
-        counts.setdefault(name, Counter())[kind] += 1
-        if kind == "failed":
-            reason = next(child.get("message", "") for child in case if child.tag in ("failure", "error"))
-            print(f"failed {name}::{case.get('name')}: {' '.join(str(reason).split())[:160]}")
-    print(f"{'file':28} passed  failed  skipped")
-    total: Counter[str] = Counter()
-    for name, of in sorted(counts.items()):
-        total += of
-        print(f"{name:28} {of['passed']:6}  {of['failed']:6}  {of['skipped']:7}")
-    print(f"{'sum':28} {total['passed']:6}  {total['failed']:6}  {total['skipped']:7}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -124,7 +106,7 @@ def main() -> None:
         source = options.source or fetch(folder)
         tests = prepare(source, folder)
         files = [f"unit/test_{name}.py" for name in options.files]
-        print_results(run(tests, folder, options.model, [*files, *(["-k", options.k] if options.k else [])]))
+        print_table(count(run(tests, folder, options.model, [*files, *(["-k", options.k] if options.k else [])])))
 
 
 if __name__ == "__main__":

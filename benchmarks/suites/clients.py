@@ -1,0 +1,143 @@
+"""Client libraries and load generators, unchanged, against a cluster: how many cases of each pass.
+
+    python benchmarks/suites/clients.py MODEL.gguf [SUITE ...] [--workers 2]
+
+Each suite has an environment of its own in the cache folder, made by pip or npm at its pinned versions. A suite of
+packages that cannot be had is skipped with the reason. The cases are in `cases/`; langchain-tests brings its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import venv
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+from results import count, print_table
+
+sys.path.append(str(Path(__file__).parents[1] / "clusters"))
+
+from running import Layout, running
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llamaclust" / "suites"
+_INSTALL_S = 900
+_RUN_S = 1800
+_PYTEST = ("pytest==9.2.0", "pytest-asyncio==1.5.0")
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Packages by name and version, and the file of its cases."""
+
+    packages: tuple[str, ...]
+    cases: str
+
+    @property
+    def is_node(self) -> bool:
+        return self.cases.endswith(".mjs")
+
+
+SUITES = {
+    "openai": Suite(("openai==3.54.0", "pydantic"), "test_openai.py"),
+    "anthropic": Suite(("anthropic==2.12.0",), "test_anthropic.py"),
+    "ollama": Suite(("ollama==0.6.3",), "test_ollama.py"),
+    "langchain": Suite(("langchain-tests==1.1.9", "langchain-openai==1.7.3"), "test_langchain.py"),
+    "litellm": Suite(("litellm==1.106.2",), "test_litellm.py"),
+    "llama-index": Suite(("llama-index-llms-openai-like==0.8.1",), "test_llama_index.py"),
+    "schemathesis": Suite(("schemathesis==4.32.5",), "test_schemathesis.py"),
+    "guidellm": Suite(("guidellm==0.8.1",), "test_guidellm.py"),
+    "openai-node": Suite(("openai@7.57.0", "zod@4"), "openai.test.mjs"),
+    "ai-sdk": Suite(("ai@7.0.173", "@ai-sdk/openai-compatible", "@ai-sdk/openai", "zod@4"), "ai-sdk.test.mjs"),
+    "ollama-node": Suite(("ollama@0.6.4",), "ollama.test.mjs"),
+    "anthropic-node": Suite(("@anthropic-ai/sdk",), "anthropic.test.mjs"),
+}
+
+
+class Skipped(Exception):
+    """The suite's packages cannot be had."""
+
+
+def install(name: str, suite: Suite) -> Path:
+    """The folder of its environment. A marker with the packages' names is written last."""
+    folder = CACHE / name
+    packages = [*suite.packages, *(() if suite.is_node else _PYTEST)]
+    marker = folder / "installed"
+    if marker.exists() and marker.read_text() == "\n".join(packages):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{name}: installing {', '.join(packages)}", file=sys.stderr, flush=True)
+    if suite.is_node:
+        command = ["npm", "install", "--no-fund", "--no-audit", "--prefix", str(folder), *packages]
+    else:
+        venv.create(folder, with_pip=True)
+        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", *packages]
+    try:
+        made = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALL_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Skipped(f"{command[0]}: {error}") from None
+    if made.returncode != 0:
+        raise Skipped(" ".join(made.stderr.split())[-300:])
+    marker.write_text("\n".join(packages))
+    return folder
+
+
+def _command(suite: Suite, folder: Path, report: Path) -> list[str]:
+    cases = HERE / "cases" / suite.cases
+    if suite.is_node:
+        return ["node", "--test", "--test-reporter=junit", f"--test-reporter-destination={report}", str(cases)]
+    words = ["-q", "-p", "no:cacheprovider", "--tb=line", "-o", "asyncio_mode=auto", f"--junitxml={report}"]
+    return [str(folder / "bin" / "python"), "-m", "pytest", *words, f"--rootdir={cases.parent}", str(cases)]
+
+
+def run(name: str, suite: Suite, api: str, model: str) -> Counter[str]:
+    """Counts of its cases."""
+    folder = install(name, suite)
+    with TemporaryDirectory(prefix="llamaclust-suite-") as results:
+        report = Path(results) / "results.xml"
+        own = {"SUITE_API": api, "SUITE_MODEL": model, "NODE_PATH": str(folder / "node_modules")}
+        command = _command(suite, folder, report)
+        with (Path(results) / "output").open("w+") as output:
+            subprocess.run(
+                command, env=os.environ | own, stdout=output, stderr=output, timeout=_RUN_S, check=False, cwd=results
+            )
+            if not report.exists():
+                output.seek(0)
+                raise Skipped(f"its tests did not run: {output.read()[-500:]}")
+        return sum(count(report).values(), Counter())
+
+
+async def run_all(model: Path, names: list[str], workers: int) -> None:
+    keys = {"context_length": 2048, "max_sequences": 32, "api": {"strict_model": False}}
+    async with running(model, Layout(workers=workers, keys=keys)) as (bench, _):
+        served = httpx.get(f"{bench.api}/v1/models", trust_env=False).json()["data"][0]["id"]
+        counts = {}
+        for name in names:
+            try:
+                counts[name] = await asyncio.to_thread(run, name, SUITES[name], bench.api, served)
+            except Skipped as reason:
+                print(f"skipped {name}: {reason}")
+        print_table(counts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("suites", nargs="*", default=[*SUITES], help=f"of {', '.join(SUITES)}")
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    unknown = sorted({*given.suites} - {*SUITES})
+    if unknown:
+        parser.error(f"no suite {unknown[0]}; there are {', '.join(SUITES)}")
+    asyncio.run(run_all(given.model, given.suites, given.workers))
+
+
+if __name__ == "__main__":
+    main()

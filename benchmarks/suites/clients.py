@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -92,7 +93,10 @@ def install(name: str, suite: Suite) -> Path:
 def _command(suite: Suite, folder: Path, report: Path) -> list[str]:
     cases = HERE / "cases" / suite.cases
     if suite.is_node:
-        return ["node", "--test", "--test-reporter=junit", f"--test-reporter-destination={report}", str(cases)]
+        for name in ("server.mjs", suite.cases):  # beside their packages, where node looks for them
+            shutil.copy(cases.with_name(name), folder)
+        reporter = ["--test-reporter=junit", f"--test-reporter-destination={report}"]
+        return ["node", "--test", *reporter, str(folder / suite.cases)]
     words = ["-q", "-p", "no:cacheprovider", "--tb=line", "-o", "asyncio_mode=auto", f"--junitxml={report}"]
     return [str(folder / "bin" / "python"), "-m", "pytest", *words, f"--rootdir={cases.parent}", str(cases)]
 
@@ -102,7 +106,7 @@ def run(name: str, suite: Suite, api: str, model: str) -> Counter[str]:
     folder = install(name, suite)
     with TemporaryDirectory(prefix="llamaclust-suite-") as results:
         report = Path(results) / "results.xml"
-        own = {"SUITE_API": api, "SUITE_MODEL": model, "NODE_PATH": str(folder / "node_modules")}
+        own = {"SUITE_API": api, "SUITE_MODEL": model}
         command = _command(suite, folder, report)
         with (Path(results) / "output").open("w+") as output:
             subprocess.run(
@@ -117,7 +121,7 @@ def run(name: str, suite: Suite, api: str, model: str) -> Counter[str]:
 async def run_all(model: Path, names: list[str], workers: int) -> None:
     keys = {"context_length": 2048, "max_sequences": 32, "api": {"strict_model": False}}
     async with running(model, Layout(workers=workers, keys=keys)) as (bench, _):
-        served = httpx.get(f"{bench.api}/v1/models", trust_env=False).json()["data"][0]["id"]
+        served = (await asyncio.to_thread(httpx.get, f"{bench.api}/v1/models", trust_env=False)).json()["data"][0]["id"]
         counts = {}
         for name in names:
             try:

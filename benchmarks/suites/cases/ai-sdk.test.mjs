@@ -1,12 +1,12 @@
 // Vercel's AI SDK, with its provider for OpenAI-compatible servers and the one for OpenAI.
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { api, load, model } from "./server.mjs";
+import { embed, generateObject, generateText, streamText, tool } from "ai";
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+import { createOpenAI } from "@ai-sdk/openai";
+import { z } from "zod";
+import { api, model } from "./server.mjs";
 
-const { embed, generateObject, generateText, streamText, tool } = await load("ai");
-const { createOpenAICompatible } = await load("@ai-sdk/openai-compatible");
-const { createOpenAI } = await load("@ai-sdk/openai");
-const { z } = await load("zod");
 const options = { name: "llamaclust", baseURL: `${api}/v1`, apiKey: "none", supportsStructuredOutputs: true };
 const provider = createOpenAICompatible(options);
 const prompt = "Say hello.";

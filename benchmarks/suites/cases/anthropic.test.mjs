@@ -1,9 +1,9 @@
 // Anthropic's client for JavaScript.
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { api, load, model } from "./server.mjs";
+import { Anthropic } from "@anthropic-ai/sdk";
+import { api, model } from "./server.mjs";
 
-const { Anthropic } = await load("@anthropic-ai/sdk");
 const client = new Anthropic({ baseURL: api, apiKey: "none", maxRetries: 0 });
 const asked = { model, messages: [{ role: "user", content: "Say hello." }], max_tokens: 8 };
 

@@ -1,9 +1,9 @@
 // Ollama's client for JavaScript.
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { api, load, model } from "./server.mjs";
+import { Ollama } from "ollama";
+import { api, model } from "./server.mjs";
 
-const { Ollama } = await load("ollama");
 const client = new Ollama({ host: api });
 const messages = [{ role: "user", content: "Say hello." }];
 const options = { num_predict: 8 };

@@ -1,11 +1,11 @@
 // OpenAI's client for JavaScript.
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { api, load, model } from "./server.mjs";
+import { OpenAI } from "openai";
+import { zodResponseFormat } from "openai/helpers/zod";
+import { z } from "zod";
+import { api, model } from "./server.mjs";
 
-const { OpenAI } = await load("openai");
-const { zodResponseFormat } = await load("openai/helpers/zod");
-const { z } = await load("zod");
 const client = new OpenAI({ baseURL: `${api}/v1`, apiKey: "none", maxRetries: 0 });
 const messages = [{ role: "user", content: "Say hello." }];
 const asked = { model, messages, max_tokens: 8 };

@@ -38,7 +38,22 @@ from running import Layout, running
 _DEADLINE_S = 600.0
 _TOKENS_A_WORD = 1.3
 _ANSWER_TOKENS = 16
-_WORDS = "read write the file line of code test run build error fix name class function value list path open".split()
+_WORDS = (
+    "read",
+    "write",
+    "the",
+    "file",
+    "line",
+    "of",
+    "code",
+    "test",
+    "run",
+    "build",
+    "error",
+    "name",
+    "class",
+    "open",
+)
 _PARAMETERS = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
 
 
@@ -48,11 +63,11 @@ def words(source: Random, tokens: int) -> str:
 
 def write_long(model: Path, out: Path, context: int) -> None:
     """The same weights with a longer context: what is said beyond the trained one does not matter here."""
-    with open_model(model) as opened:
-        architecture = opened.metadata_str("general.architecture")
-        metadata = {**opened.metadata, f"{architecture}.context_length": context}
-        sources = [TensorSource(t.name, t.quant_type, t.shape, t.read) for t in opened.tensors.values()]
-        write_gguf(out, metadata, sources)
+    opened = open_model(model)
+    key = f"{opened.metadata_str('general.architecture')}.context_length"
+    tensors = opened.tensors.values()
+    sources = [TensorSource(tensor.name, tensor.quant_type, tensor.shape, tensor.read) for tensor in tensors]
+    write_gguf(out, {**opened.metadata, key: context}, sources)
 
 
 @dataclass(slots=True)

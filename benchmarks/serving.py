@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -124,18 +123,20 @@ async def llama_server(program: Path, model: Path, threads: int, slots: int, con
     port = free_port()
     words = ["-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-np", str(slots)]
     words += ["-c", str(context * slots), "--no-webui"]
-    process = subprocess.Popen([str(program), *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    nowhere = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(str(program), *words, stdout=nowhere, stderr=nowhere)
     api = f"http://127.0.0.1:{port}"
     try:
         async with asyncio.timeout(_READY_S), httpx.AsyncClient(trust_env=False) as client:
             while not await _is_ready(client, api):
-                if process.poll() is not None:
+                if process.returncode is not None:
                     raise SystemExit(f"{program} ended with code {process.returncode}")
                 await asyncio.sleep(_LOOK_S)
         yield api
     finally:
-        process.terminate()
-        process.wait()
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
 
 
 async def _is_ready(client: httpx.AsyncClient, api: str) -> bool:

@@ -17,7 +17,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +148,7 @@ async def take_turn(client: httpx.AsyncClient, path: str, body: dict[str, Any]) 
     return Turn(first_s, usage.get("prompt", 0), usage.get("cached", 0))
 
 
-async def _events(reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def _events(reply: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
     async for line in reply.aiter_lines():
         data = line.removeprefix("data: ")
         if data != line and data != "[DONE]":

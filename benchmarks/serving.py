@@ -64,6 +64,7 @@ class Result:
     errors: int = 0
     first_s: list[float] = field(default_factory=list)
     elapsed_s: float = 0.0
+    reason: str = ""  # of the first error
 
     @property
     def rate(self) -> float:
@@ -72,12 +73,13 @@ class Result:
     def row(self, name: str) -> str:
         slowest = quantiles(self.first_s, n=100)[98] if len(self.first_s) > 1 else 0.0
         first = median(self.first_s) if self.first_s else 0.0
-        return f"{name:12}{self.rate:10.1f}{first:12.2f}{slowest:10.2f}{len(self.first_s):10}{self.errors:8}"
+        waits = f"{first:12.2f}{slowest:10.2f}"
+        return f"{name:12}{self.rate:10.1f}{waits}{len(self.first_s):10}{self.errors:8} {self.reason}".rstrip()
 
 
 async def offer(api: str, load: Load, seed: int) -> Result:
     """Streams one after the other in each of `load.streams`, until the time is up; those that run then are cut off and
-    their tokens so far count."""
+    their events so far count as tokens."""
     result, begun_s = Result(), time.monotonic()
     limits = httpx.Limits(max_connections=load.streams)
     async with httpx.AsyncClient(base_url=api, timeout=_REQUEST_S, limits=limits, trust_env=False) as client:
@@ -94,27 +96,27 @@ async def offer(api: str, load: Load, seed: int) -> Result:
 
 async def _streams(client: httpx.AsyncClient, load: Load, source: Random, result: Result) -> None:
     while True:
-        begun_s, is_first = time.monotonic(), True
+        begun_s, shown = time.monotonic(), 0  # events of this answer
         try:
             async with client.stream("POST", "/v1/chat/completions", json=load.body(source)) as reply:
                 reply.raise_for_status()
                 async for line in reply.aiter_lines():
-                    if not _is_token(line):
-                        continue
-                    if is_first:
-                        result.first_s.append(time.monotonic() - begun_s)
-                        is_first = False
-                    result.tokens += 1
-        except httpx.HTTPError:
+                    event = json.loads(line[6:]) if line.startswith("data: {") else {}
+                    if (usage := event.get("usage")) is not None:  # an event may have several tokens, or none
+                        result.tokens += usage["completion_tokens"] - shown
+                        shown = usage["completion_tokens"]
+                    elif _has_text(event):
+                        if not shown:
+                            result.first_s.append(time.monotonic() - begun_s)
+                        result.tokens += 1
+                        shown += 1
+        except httpx.HTTPError as error:
             result.errors += 1
+            result.reason = result.reason or str(error)
 
 
-def _is_token(line: str) -> bool:
-    """Whether an event has a piece of the answer; both servers send one for each token that ends a character."""
-    if not line.startswith("data: {"):
-        return False
-    choices = json.loads(line[6:]).get("choices") or [{}]
-    return bool((choices[0].get("delta") or {}).get("content"))
+def _has_text(event: dict[str, Any]) -> bool:
+    return any(choice["delta"].get("content") for choice in event.get("choices", ()))
 
 
 @asynccontextmanager
@@ -163,7 +165,7 @@ async def compare(apis: dict[str, str], load: Load, pairs: int) -> None:
 
 async def run(given: argparse.Namespace) -> None:
     most, words = max(given.streams), round(given.prompt_tokens / 1.2)
-    context = given.prompt_tokens * 2 + given.tokens + 64
+    context = given.prompt_tokens * 2 + given.tokens + 256
     workers = [{"name": "a", "threads": given.threads}]
     keys = {"workers": workers, "context_length": context, "max_sequences": most, "objective": "throughput"}
     async with AsyncExitStack() as stack:

@@ -157,8 +157,30 @@ def test_schema_suite(folder: Path) -> None:
         entry, content = tarfile.TarInfo(name), json.dumps(groups).encode()
         entry.size = len(content)
         archive.addfile(entry, io.BytesIO(content))
-    text = output(folder, "schema_suite.py", "--source", "suite.tar.gz")
+    text = output(folder, "suites/schema_suite.py", "--source", "suite.tar.gz")
     assert text == "schemas: 2\nvalid: 1\ninvalid: 1\nrefused: 1\n"
+
+
+def test_maskbench(folder: Path) -> None:
+    (folder / "schemas").mkdir()
+    tests = [{"data": data, "valid": data == 1} for data in (1, 2)]
+    for number, schema in enumerate([{"const": 1}, {"const": 2}, {"not": {}}]):
+        (folder / "schemas" / f"{number}.json").write_text(json.dumps({"schema": schema, "tests": tests}))
+    lines = output(folder, "suites/maskbench.py", "schemas").splitlines()
+    assert {"schemas: 3", "schemas, passed: 1", "schemas, refused: 1"} <= {*lines}
+    assert {"valid instances, judged wrongly: 1", "invalid instances, judged wrongly: 1"} <= {*lines}
+
+
+def test_agent(folder: Path) -> None:
+    arguments = ("--system", "100", "--turns", "3", "--workers", "1", "--api", "openai")
+    text = output(folder, "agent.py", "Q8_0.gguf", *arguments)
+    assert re.search(r"^openai +\d+\.\d+ .* 0\.[1-9]\d* +\d+ to \d+ tokens$", text, re.MULTILINE)
+
+
+def test_serving(folder: Path) -> None:
+    load = ("--streams", "2", "--seconds", "3", "--pairs", "1", "--prompt-tokens", "8", "--tokens", "16")
+    text = output(folder, "serving.py", "Q8_0.gguf", *load)
+    assert re.search(r"^llamaclust +[1-9]\d*\.\d .* [1-9]\d* +0$", text, re.MULTILINE)
 
 
 def test_tls(folder: Path) -> None:

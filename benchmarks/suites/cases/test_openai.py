@@ -10,8 +10,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-HELLO = [{"role": "user", "content": "Say hello."}]
-WEATHER = {
+HELLO: Any = [{"role": "user", "content": "Say hello."}]
+WEATHER: Any = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -24,7 +24,7 @@ WEATHER = {
         },
     },
 }
-NAMED = {"type": "function", "function": {"name": "get_weather"}}
+NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 
 
 class City(BaseModel):
@@ -63,7 +63,7 @@ async def test_asynchronous_chat_stream(asynchronous: openai.AsyncOpenAI, model:
 
 
 @pytest.mark.parametrize("options", [{}, {"continuous_usage_stats": True}], ids=["final", "continuous"])
-def test_usage_of_a_stream(client: openai.OpenAI, model: str, options: dict[str, Any]) -> None:
+def test_usage_of_a_stream(client: openai.OpenAI, model: str, options: Any) -> None:
     options = {"include_usage": True, **options}
     chunks = [
         *client.chat.completions.create(model=model, messages=HELLO, max_tokens=4, stream=True, stream_options=options)
@@ -85,7 +85,7 @@ def test_logprobs(client: openai.OpenAI, model: str) -> None:
 
 
 def test_seed_and_several_choices(client: openai.OpenAI, model: str) -> None:
-    asked = {"model": model, "messages": HELLO, "max_tokens": 8, "n": 3, "seed": 7, "temperature": 1.0}
+    asked: dict[str, Any] = {"model": model, "messages": HELLO, "max_tokens": 8, "n": 3, "seed": 7, "temperature": 1.0}
     first, second = (client.chat.completions.create(**asked) for _ in range(2))
     assert [choice.message.content for choice in first.choices] == [choice.message.content for choice in second.choices]
     assert len(first.choices) == 3
@@ -108,23 +108,23 @@ def test_seed_and_several_choices(client: openai.OpenAI, model: str) -> None:
     ids=lambda hint: "-".join(hint),
 )
 def test_fields(client: openai.OpenAI, model: str, hint: dict[str, Any]) -> None:
-    asked = {"model": model, "messages": HELLO, "max_tokens": 4, **hint}
+    asked: dict[str, Any] = {"model": model, "messages": HELLO, "max_tokens": 4, **hint}
     assert client.chat.completions.create(**asked).choices
 
 
 def test_roles_parts_and_names(client: openai.OpenAI, model: str) -> None:
-    messages = [
+    messages: Any = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "name": "ada", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]},
         {"role": "assistant", "content": "Three", "refusal": None},
         {"role": "user", "content": "Four"},
     ]
-    assert client.chat.completions.create(model=model, messages=messages, max_tokens=4).choices  # type: ignore[arg-type]
+    assert client.chat.completions.create(model=model, messages=messages, max_tokens=4).choices
 
 
 def test_a_reply_that_is_sent_back(client: openai.OpenAI, model: str) -> None:
     message = client.chat.completions.create(model=model, messages=HELLO, max_tokens=4).choices[0].message
-    messages = [*HELLO, message, {"role": "user", "content": "Go on."}]
+    messages: Any = [*HELLO, message, {"role": "user", "content": "Go on."}]
     assert client.chat.completions.create(model=model, messages=messages, max_tokens=4).choices
 
 
@@ -141,7 +141,7 @@ def test_a_parsed_stream(client: openai.OpenAI, model: str) -> None:
 
 
 def test_json_objects(client: openai.OpenAI, model: str) -> None:
-    form = {"type": "json_object"}
+    form: Any = {"type": "json_object"}
     reply = client.chat.completions.create(model=model, messages=HELLO, max_tokens=64, response_format=form)
     choice = reply.choices[0]
     if choice.finish_reason == "stop":
@@ -150,7 +150,13 @@ def test_json_objects(client: openai.OpenAI, model: str) -> None:
 
 @pytest.mark.parametrize("choice", ["none", "auto", "required", NAMED], ids=["none", "auto", "required", "named"])
 def test_tools(client: openai.OpenAI, model: str, choice: Any) -> None:
-    asked = {"model": model, "messages": HELLO, "max_tokens": 100, "tools": [WEATHER], "tool_choice": choice}
+    asked: dict[str, Any] = {
+        "model": model,
+        "messages": HELLO,
+        "max_tokens": 100,
+        "tools": [WEATHER],
+        "tool_choice": choice,
+    }
     message = client.chat.completions.create(**asked).choices[0].message
     if choice in ("required", NAMED):
         assert message.tool_calls
@@ -160,7 +166,13 @@ def test_tools(client: openai.OpenAI, model: str, choice: Any) -> None:
 
 
 def test_a_stream_of_tools(client: openai.OpenAI, model: str) -> None:
-    asked = {"model": model, "messages": HELLO, "max_tokens": 100, "tools": [WEATHER], "tool_choice": "required"}
+    asked: dict[str, Any] = {
+        "model": model,
+        "messages": HELLO,
+        "max_tokens": 100,
+        "tools": [WEATHER],
+        "tool_choice": "required",
+    }
     with client.chat.completions.stream(**asked) as stream:
         kinds = [event.type for event in stream]
         message = stream.get_final_completion().choices[0].message
@@ -170,7 +182,7 @@ def test_a_stream_of_tools(client: openai.OpenAI, model: str) -> None:
 
 def test_results_of_tools(client: openai.OpenAI, model: str) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
-    messages = [
+    messages: Any = [
         *HELLO,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
@@ -225,7 +237,7 @@ def test_a_stream_of_responses(client: openai.OpenAI, model: str) -> None:
 
 
 def test_responses_with_tools(client: openai.OpenAI, model: str) -> None:
-    tool: Any = {"type": "function", "strict": True, **WEATHER["function"]}  # type: ignore[dict-item]
+    tool: Any = {"type": "function", "strict": True, **WEATHER["function"]}
     reply = client.responses.create(
         model=model, input="Weather?", tools=[tool], tool_choice="required", max_output_tokens=100
     )

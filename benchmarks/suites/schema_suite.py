@@ -1,6 +1,6 @@
 """JSON-Schema-Test-Suite (draft 2020-12) against grammars: which schemas are taken, and which instances they allow.
 
-    python benchmarks/schema_suite.py [--source jsonschema-4.26.0.tar.gz]
+    python benchmarks/suites/schema_suite.py [--source jsonschema-4.26.0.tar.gz]
 
 The suite is in the source package of `jsonschema`, which pip downloads where no `--source` is given. Properties of a
 valid instance may be refused for their order, which a grammar fixes as the schema has it: such instances are tried in
@@ -62,14 +62,19 @@ def ordered(instance: Any, schema: Any) -> Any:
     return {name: ordered(instance[name], named.get(name)) for name in dict.fromkeys(names)}
 
 
-def allows(grammar: Grammar, instance: Any) -> bool:
+def ends_here(grammar: Grammar, text: str) -> bool:
+    """Whether the text is allowed, and may be all."""
     matcher = GrammarMatcher(grammar, BYTES)
     try:
-        matcher.take(json.dumps(instance, ensure_ascii=False, separators=(",", ":")).encode())
+        matcher.take(text.encode())
+        allowed = matcher.allowed()
     except LlamaclustError:
         return False
-    allowed = matcher.allowed()
     return allowed is not None and bool(allowed[_END // 32] >> _END % 32 & 1)
+
+
+def allows(grammar: Grammar, instance: Any) -> bool:
+    return ends_here(grammar, json.dumps(instance, ensure_ascii=False, separators=(",", ":")))
 
 
 def judge(group: dict[str, Any], counts: Counter[str]) -> Iterator[str]:

@@ -51,7 +51,7 @@ SUITES = {
     "anthropic": Suite(("anthropic==2.12.0",), "test_anthropic.py"),
     "ollama": Suite(("ollama==0.6.3",), "test_ollama.py"),
     "langchain": Suite(("langchain-tests==1.1.9", "langchain-openai==1.7.3"), "test_langchain.py"),
-    "litellm": Suite(("litellm==1.106.2",), "test_litellm.py"),
+    "litellm": Suite(("litellm==1.106.2", "mcp"), "test_litellm.py"),
     "llama-index": Suite(("llama-index-llms-openai-like==0.8.1",), "test_llama_index.py"),
     "schemathesis": Suite(("schemathesis==4.32.5",), "test_schemathesis.py"),
     "guidellm": Suite(("guidellm==0.8.1",), "test_guidellm.py"),

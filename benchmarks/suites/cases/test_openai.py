@@ -251,10 +251,13 @@ def test_parsed_responses(client: openai.OpenAI, model: str) -> None:
 
 
 def test_a_response_in_the_background(client: openai.OpenAI, model: str) -> None:
-    reply = client.responses.create(model=model, input="Hello", background=True, max_output_tokens=16)
-    events = [*client.responses.retrieve(reply.id, stream=True, starting_after=0)]
+    asked: Any = {"model": model, "input": "Hello", "background": True, "max_output_tokens": 16}
+    with client.responses.create(**asked, stream=True) as stream:
+        first = next(iter(stream))
+    events = [*client.responses.retrieve(first.response.id, stream=True, starting_after=first.sequence_number)]
+    assert events[0].sequence_number == first.sequence_number + 1
     assert events[-1].type in ("response.completed", "response.incomplete")
-    assert client.responses.retrieve(reply.id).output_text
+    assert client.responses.retrieve(first.response.id).output_text
 
 
 @pytest.mark.parametrize(
@@ -264,9 +267,8 @@ def test_a_response_in_the_background(client: openai.OpenAI, model: str) -> None
         ({"temperature": -1}, openai.BadRequestError),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, openai.BadRequestError),
         ({"messages": [{"role": "nobody", "content": "x"}]}, openai.BadRequestError),
-        ({"max_tokens": 0}, openai.BadRequestError),
     ],
-    ids=["no message", "temperature", "context", "role", "max_tokens"],
+    ids=["no message", "temperature", "context", "role"],
 )
 def test_errors(client: openai.OpenAI, model: str, asked: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):

@@ -173,7 +173,7 @@ def test_maskbench(folder: Path) -> None:
 
 def test_agent(folder: Path) -> None:
     arguments = ("--system", "100", "--turns", "3", "--workers", "1", "--api", "openai")
-    text = output(folder, "agent.py", "Q8_0.gguf", *arguments)
+    text = output(folder, "clusters/agent.py", "Q8_0.gguf", *arguments)
     assert re.search(r"^openai +\d+\.\d+ .* 0\.[1-9]\d* +\d+ to \d+ tokens$", text, re.MULTILINE)
 
 

@@ -69,7 +69,13 @@ class OllamaModels:
         """By Ollama's names. Every template takes tools: their definitions are written into the chat otherwise."""
         reasons = (await self._service.chat_format.get()).knows_reasoning
         fills_in = self._service.tokenizer.vocabulary.fill_in is not None
-        return ["completion", "tools", *(["thinking"] if reasons else []), *(["insert"] if fills_in else [])]
+        return [
+            "completion",
+            "tools",
+            "embedding",
+            *(["thinking"] if reasons else []),
+            *(["insert"] if fills_in else []),
+        ]
 
     def _entry(self, name: str) -> dict[str, Any]:
         details = self._details

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from llamaclust.cluster.api.errors import unsupported
 from llamaclust.cluster.api.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
+from llamaclust.cluster.api.ollama.embedding import EmbedBody, EmbeddingsBody, OllamaEmbeddings
 from llamaclust.cluster.api.ollama.generating import OllamaGenerating
 from llamaclust.cluster.api.ollama.managing import OllamaManaging
 from llamaclust.cluster.api.ollama.models import OllamaModels
@@ -39,5 +40,6 @@ def ollama_routes(service: TextService, replies: Replies) -> Iterator[Route]:
     yield Route("GET", "/api/blobs/{digest}", managing.blob)
     yield Route("POST", "/api/blobs/{digest}", unsupported("models are not made from uploaded files"))
     yield Route("POST", "/api/push", unsupported("models are not uploaded to registries"))
-    for name in ("embed", "embeddings"):
-        yield Route("POST", f"/api/{name}", unsupported("use POST /v1/embeddings"))
+    embeddings = OllamaEmbeddings(service, settings, names)
+    yield Route("POST", "/api/embed", embeddings.embed, EmbedBody)
+    yield Route("POST", "/api/embeddings", embeddings.embeddings, EmbeddingsBody)

@@ -47,7 +47,7 @@ async def test_show() -> None:
     async with opened() as http:
         for field in ("model", "name"):
             shown = (await http.post("/api/show", json={field: MODEL})).json()
-            assert "<|im_start|>" in shown["template"] and shown["capabilities"] == ["completion", "tools"]
+            assert "<|im_start|>" in shown["template"] and shown["capabilities"] == ["completion", "tools", "embedding"]
         assert (await http.post("/api/show", json={})).json() == {"error": "model: is missing"}
 
 
@@ -99,7 +99,7 @@ async def test_nothing_is_downloaded_or_uploaded() -> None:
         assert [json.loads(line)["status"] for line in pulled.text.splitlines()][-1] == "success"
         refused = await http.post("/api/pull", json={"model": "http://127.0.0.1/model"})
         assert refused.status_code == 403 and "model pull" in refused.json()["error"]
-        for path in ("/api/push", "/api/embed", "/api/embeddings", "/api/blobs/sha256:00"):
+        for path in ("/api/push", "/api/blobs/sha256:00"):
             reply = await http.post(path, json={"model": MODEL})
             assert (reply.status_code, [*reply.json()]) == (501, ["error"])
         assert (await http.head("/api/blobs/sha256:00")).status_code == 404
@@ -121,7 +121,7 @@ async def test_client_of_ollama() -> None:
         assert answer.message.content == "The cat." and answer.done and answer.eval_count == len("The cat.") + 1
         parts = [part async for part in await model.generate(MODEL, "Hello", stream=True)]
         assert "".join(part.response for part in parts) == "The cat." and parts[-1].context
-        assert (await model.show(MODEL)).capabilities == ["completion", "tools"]
+        assert (await model.show(MODEL)).capabilities == ["completion", "tools", "embedding"]
         assert (await model.ps()).models[0].context_length == CONTEXT
         await model.copy(MODEL, "other")
         assert (await model.delete("other")).status == "success"

@@ -1,0 +1,117 @@
+"""`POST /api/embed` and `POST /api/embeddings`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.body import read_body
+from llamaclust.cluster.api.embeddings.schema import MAX_INPUTS
+from llamaclust.cluster.api.foreign_fields import anything
+from llamaclust.cluster.api.json_parts import JsonParts, json_parts, off_loop_if_large
+from llamaclust.cluster.api.ollama.bodies import ModelBody
+from llamaclust.cluster.api.ollama.names import OllamaNames
+from llamaclust.cluster.api.schema import ForeignFields
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import unless_disconnected
+from llamaclust.cluster.text.embedder import Embedding, EmbeddingOptions
+from llamaclust.cluster.text.pooler import EUCLIDEAN
+from llamaclust.cluster.text.service import TextService
+from llamaclust.core.errors import ParameterError
+from llamaclust.model.pooling import Pooling
+
+_FOREIGN: Final = ForeignFields(hints=dict.fromkeys(("keep_alive", "truncate", "options"), anything))
+"""Prompts are never truncated, and no option changes an embedding."""
+_UNCHANGED: Final = -1
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be a string or a list of strings")
+    if len(texts) > MAX_INPUTS:
+        raise ValueError(f"{len(texts)} texts in one request, at most {MAX_INPUTS} are taken")
+    return tuple(texts)
+
+
+_TEXTS: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+
+
+class _Fields(ModelBody):
+    pooling: Literal["mean", "cls", "last"] | None = None
+    """Which tokens' hidden states make the embedding; by default as the model file says, else the last one's."""
+
+
+class EmbedBody(_Fields):
+    """`POST /api/embed`."""
+
+    input: Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
+    """A text, or a list of texts."""
+    dimensions: int | None = Field(default=None, ge=1)
+    """Leading numbers to keep; by default all."""
+
+
+class EmbeddingsBody(_Fields):
+    """`POST /api/embeddings`."""
+
+    prompt: str
+    """The text."""
+
+
+class OllamaEmbeddings:
+    """One served model's."""
+
+    def __init__(self, service: TextService, settings: ApiSettings, names: OllamaNames) -> None:
+        self._service = service
+        self._settings = settings
+        self._names = names
+
+    async def embed(self, request: Request) -> Response:
+        """A vector of length 1 for each text."""
+        body = await read_body(request, EmbedBody, _FOREIGN, self._settings)
+        self._names.check(body.model)
+        begun_ns = time.perf_counter_ns()
+
+        def shape(embeddings: Sequence[Embedding]) -> dict[str, Any]:
+            return {
+                "model": self._service.settings.model_name,
+                "embeddings": (embedding.vectors[0].tolist() for embedding in embeddings),
+                "total_duration": time.perf_counter_ns() - begun_ns,
+                "load_duration": 0,
+                "prompt_eval_count": sum(embedding.prompt_tokens for embedding in embeddings),
+            }
+
+        options = EmbeddingOptions(self._pooling(body), EUCLIDEAN, body.dimensions)
+        return await unless_disconnected(request, self._answer(body.input, options, shape))
+
+    async def embeddings(self, request: Request) -> Response:
+        """A vector of the length that the model gave it; an empty one for an empty text, as the model is loaded."""
+        body = await read_body(request, EmbeddingsBody, _FOREIGN, self._settings)
+        self._names.check(body.model)
+
+        def shape(embeddings: Sequence[Embedding]) -> dict[str, Any]:
+            return {"embedding": embeddings[0].vectors[0].tolist() if embeddings else []}
+
+        options = EmbeddingOptions(self._pooling(body), _UNCHANGED)
+        return await unless_disconnected(request, self._answer([body.prompt] if body.prompt else [], options, shape))
+
+    def _pooling(self, body: _Fields) -> Pooling:
+        """ParameterError without pooling, which a model file may name: the replies have one vector for each text."""
+        pooling = self._service.settings.pooling if body.pooling is None else Pooling(body.pooling)
+        if pooling is Pooling.NONE:
+            raise ParameterError("pooling", "the model file wants none: set one, or use POST /embedding")
+        return pooling
+
+    async def _answer(
+        self, texts: Sequence[str], options: EmbeddingOptions, shape: Callable[[Sequence[Embedding]], dict[str, Any]]
+    ) -> Response:
+        if not texts:
+            return JsonParts(json_parts(shape([])))
+        async with self._service.embed([(text,) for text in texts], options) as embeddings:
+            numbers = sum(len(vector) for embedding in embeddings for vector in embedding.vectors)
+            return JsonParts(await off_loop_if_large(lambda: json_parts(shape(embeddings)), numbers))

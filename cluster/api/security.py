@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llamaclust.cluster.api.browser.assets import assets
 from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.core.addresses import is_loopback
@@ -51,11 +52,12 @@ class KeyGate:
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
         self._keys = ApiKeys(settings.api_keys)
+        self._open_paths = OPEN_PATHS | assets().keys()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             error = self._keys.error(sent_key(Headers(scope=scope)))
-            if error is not None and scope["path"] not in OPEN_PATHS:
+            if error is not None and scope["path"] not in self._open_paths:
                 await error_response(error, scope)(scope, receive, send)
                 return
             scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}

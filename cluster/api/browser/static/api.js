@@ -1,0 +1,57 @@
+// The API of the server that sent this page. The key goes in a header, and stays in this tab's session.
+
+const KEY = "llamaclust.key";
+export const ROOT = new URL("..", import.meta.url); // this file is in browser/
+
+/** A reply that says what is wrong. */
+export class ApiError extends Error {
+  constructor(status, message, code = "") {
+    super(message);
+    this.status = status;
+    this.code = code;
+  }
+}
+
+/** What went wrong, in words. */
+export function reasonOf(error) {
+  return error instanceof ApiError ? error.message : "the server is not reached";
+}
+
+export function apiKey() {
+  return sessionStorage.getItem(KEY) ?? "";
+}
+
+export function setApiKey(key) {
+  if (key) sessionStorage.setItem(KEY, key);
+  else sessionStorage.removeItem(KEY);
+}
+
+/** `fetch` of a path, like "v1/models". Raises ApiError for a status that is no success. */
+export async function request(path, { headers = {}, ...options } = {}) {
+  const key = apiKey();
+  const credentials = key ? { Authorization: `Bearer ${key}` } : {};
+  const reply = await fetch(new URL(path, ROOT), {
+    ...options,
+    headers: { ...headers, ...credentials },
+    credentials: "same-origin",
+    cache: "no-store",
+    redirect: "error",
+  });
+  if (!reply.ok) throw await errorOf(reply);
+  return reply;
+}
+
+export async function requestJson(path, options) {
+  return (await request(path, options)).json();
+}
+
+async function errorOf(reply) {
+  if (reply.status === 401 && !apiKey()) return new ApiError(401, "this server needs an API key: use the button “API key”");
+  const text = await reply.text();
+  try {
+    const { error } = JSON.parse(text);
+    return new ApiError(reply.status, error.message ?? String(error), error.code ?? "");
+  } catch {
+    return new ApiError(reply.status, text.slice(0, 300) || `the server answered with status ${reply.status}`);
+  }
+}

@@ -1,0 +1,78 @@
+// A conversation as a tree of messages: an edited or regenerated message stands beside the one that it replaces.
+//
+// A message: {id, parent, role, content, reasoning, calls, tokens, state, waiting, error, replyId, lastEvent, seed}.
+// `state` of an answer: "streaming", "done", "stopped" or "failed". `tokens`: [text, logprob, [[text, logprob], ...],
+// bytes]. `waiting`: why an answer pauses.
+
+export const State = Object.freeze({ STREAMING: "streaming", DONE: "done", STOPPED: "stopped", FAILED: "failed" });
+
+const TITLE = 60;
+
+/** 128 random bits as text: `crypto.randomUUID` is only there for https and this machine. */
+export function randomId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** A conversation that begins with a system prompt; "" for none. */
+export function newConversation(system) {
+  return { id: randomId(), title: "New chat", updated: Date.now(), messages: {}, chosen: {}, system };
+}
+
+/** Adds a message below another one (null: at the top), and chooses it. */
+export function addMessage(conversation, parent, fields) {
+  const message = { id: randomId(), parent, content: "", ...fields };
+  conversation.messages[message.id] = message;
+  choose(conversation, message);
+  conversation.updated = Date.now();
+  if (parent === null && message.role === "user") conversation.title = titleOf(message.content);
+  return message;
+}
+
+/** The messages that are seen, from the top. */
+export function chosenPath(conversation) {
+  const path = [];
+  for (let id = conversation.chosen[""]; id !== undefined; id = conversation.chosen[id]) {
+    path.push(conversation.messages[id]);
+  }
+  return path;
+}
+
+/** Those in the same place, the oldest first. */
+export function siblings(conversation, message) {
+  return Object.values(conversation.messages).filter((other) => other.parent === message.parent);
+}
+
+export function choose(conversation, message) {
+  conversation.chosen[message.parent ?? ""] = message.id;
+}
+
+/** The messages above one, as the API wants them. Failed answers without text are left away. */
+export function apiMessages(conversation, parent) {
+  const messages = [];
+  for (let id = parent; id !== null; id = conversation.messages[id].parent) messages.unshift(conversation.messages[id]);
+  const system = conversation.system ? [{ role: "system", content: conversation.system }] : [];
+  return [...system, ...messages.filter(isSent).map(apiMessage)];
+}
+
+function isSent(message) {
+  return message.role === "user" || message.content !== "" || Boolean(message.calls?.length);
+}
+
+function apiMessage({ role, content, reasoning, calls }) {
+  return {
+    role,
+    content,
+    ...(reasoning ? { reasoning_content: reasoning } : {}),
+    ...(calls?.length ? { tool_calls: calls.map(apiCall) } : {}),
+  };
+}
+
+function apiCall({ id, name, arguments: text }) {
+  return { id, type: "function", function: { name, arguments: text } };
+}
+
+function titleOf(text) {
+  const line = text.trim().split("\n")[0];
+  return line.length > TITLE ? `${line.slice(0, TITLE)}…` : line || "New chat";
+}

@@ -1,0 +1,92 @@
+// One streamed answer that survives lost connections: the server keeps it, and sends what follows the last event.
+
+import { ApiError, reasonOf, request } from "../api.js";
+import { EventParser } from "../text/events.js";
+
+const PAUSES_MS = [0, 250, 500, 1000, 2000, 5000]; // the last one again and again: the server says when it keeps the answer no more
+const SILENT_MS = 20_000; // the server sends a comment every 5 s where it has nothing else
+const SHOWN_FROM = 2; // earlier losses are over too soon to be read
+const RETRIED_CODES = new Set(["cluster_starting", "cluster_stopping", "server_busy"]);
+const PROXY_STATUSES = new Set([502, 503, 504]);
+const JSON_HEADERS = { "Content-Type": "application/json" };
+
+/** Events as `{id, chunk}`; `{lost}` says why nothing comes, until the next event. `body` null: an answer that was begun before,
+ *  of which `lastEvent` is the last event that the caller has.
+ *
+ *  Raises ApiError where the server refuses or fails, DOMException AbortError where `signal` is aborted. */
+export async function* streamReply({ replyId, lastEvent = "", body = null, signal }) {
+  let position = lastEvent;
+  let isSent = body === null;
+  for (let failures = 0; ; failures++) {
+    let lost = "the connection was closed";
+    try {
+      const reply = isSent ? await resume(replyId, position, signal) : await begin(replyId, body, signal);
+      isSent = true;
+      for await (const event of eventsOf(reply)) {
+        if (event.data === "[DONE]") return;
+        failures = 0;
+        position = event.id || position;
+        yield { id: position, chunk: checked(JSON.parse(event.data)) };
+      }
+    } catch (error) {
+      const isNew = isSent && body !== null && position === "" && error.code === "reply_not_found";
+      if (signal.aborted || !(isLost(error) || isNew)) throw error;
+      if (isNew) isSent = false; // the server ended before it had kept anything
+      lost = reasonOf(error);
+    }
+    if (failures >= SHOWN_FROM) yield { lost };
+    await pause(PAUSES_MS[Math.min(failures, PAUSES_MS.length - 1)], signal);
+  }
+}
+
+/** Ends an answer on the server, also one that no connection reads. */
+export async function endReply(replyId) {
+  await request(`v1/streams/${encodeURIComponent(replyId)}`, { method: "DELETE" });
+}
+
+/** The same key again gives the same answer, so that a request whose reply was lost can be sent again. */
+function begin(replyId, body, signal) {
+  const headers = { ...JSON_HEADERS, "Idempotency-Key": replyId };
+  return request("v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal });
+}
+
+function resume(replyId, lastEvent, signal) {
+  const headers = lastEvent ? { "Last-Event-ID": lastEvent } : {};
+  return request(`v1/streams/${encodeURIComponent(replyId)}`, { headers, signal });
+}
+
+async function* eventsOf(reply) {
+  const parser = new EventParser();
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (let part = await read(reader); !part.done; part = await read(reader)) yield* parser.push(part.value);
+  } finally {
+    reader.cancel().catch(() => {}); // of a connection that is lost anyway
+  }
+}
+
+/** The next part. TypeError, as where the network fails, where none comes for long: a machine without power closes nothing. */
+function read(reader) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => reject(new TypeError("nothing comes")), SILENT_MS);
+    reader.read().then(resolve, reject).finally(() => clearTimeout(timer));
+  });
+}
+
+function checked(chunk) {
+  if (chunk.error) throw new ApiError(500, chunk.error.message, chunk.error.code);
+  return chunk;
+}
+
+/** Whether another attempt may succeed: the network, a server that starts, stops or is busy, a proxy that has none behind it. */
+function isLost(error) {
+  if (!(error instanceof ApiError)) return error instanceof TypeError;
+  return error.code === "" ? PROXY_STATUSES.has(error.status) : RETRIED_CODES.has(error.code);
+}
+
+function pause(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+  });
+}

@@ -1,0 +1,176 @@
+// The chat: the conversations of this browser, the one that is open, and its running answer.
+
+import { element, fill } from "../dom.js";
+import { Answering } from "./answering.js";
+import { Composer } from "./composer.js";
+import { State, addMessage, apiMessages, choose, chosenPath, newConversation, randomId, siblings } from "./conversation.js";
+import { HistoryView } from "./history_view.js";
+import { MessageView } from "./message_view.js";
+import { loadSettings, requestBody } from "./settings.js";
+import { settingsDialog } from "./settings_view.js";
+
+const NEAR_END_PX = 80;
+const ENDS = {
+  [State.DONE]: "The answer is complete.",
+  [State.STOPPED]: "The answer was stopped.",
+  [State.FAILED]: "The answer failed.",
+};
+
+export class ChatView {
+  #history;
+  #answering;
+  #views = new Map(); // by the message's id
+  #changed = new Set();
+  #settings = loadSettings();
+  #conversation = this.#fresh();
+  #messages = element("div", { class: "messages" });
+  #scroll = element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Messages" }, this.#messages);
+  #status = element("p", { class: "unseen", role: "status" });
+  #list = new HistoryView({ open: (id) => this.#open(id), create: () => this.#create(), remove: (id) => this.#remove(id) });
+  #composer = new Composer({ send: (text) => this.#send(text), stop: () => this.#stop() });
+  #dialog = settingsDialog(this.#settings, () => this.#onSettings());
+
+  /** `history` keeps the conversations; `model()` gives the served model's name. */
+  constructor(history, model) {
+    this.#history = history;
+    this.model = model;
+    this.#answering = new Answering(history, (conversation, message) => this.#onAnswer(conversation, message));
+    const talk = element("section", { class: "talk", "aria-label": "Chat" }, this.#scroll, this.#composer.node, this.#status);
+    this.node = element("div", { class: "chat" }, this.#list.node, talk, this.#dialog);
+  }
+
+  openSettings() {
+    this.#dialog.showModal();
+  }
+
+  /** Opens the newest conversation, and goes on with answers that ran when the page was left. */
+  async start() {
+    const [newest] = await this.#history.list();
+    this.#conversation = (newest && (await this.#history.load(newest.id))) ?? this.#fresh();
+    await this.#show();
+    this.#composer.focus();
+  }
+
+  #fresh() {
+    return newConversation(this.#settings.system);
+  }
+
+  async #create() {
+    this.#conversation = this.#fresh();
+    await this.#show();
+    this.#composer.focus();
+  }
+
+  async #open(id) {
+    this.#conversation = this.#answering.conversation(id) ?? (await this.#history.load(id)) ?? this.#fresh();
+    await this.#show();
+  }
+
+  async #remove(id) {
+    this.#answering.stopAll(id);
+    await this.#history.remove(id);
+    if (id === this.#conversation.id) this.#conversation = this.#fresh();
+    await this.#show();
+    this.#composer.focus();
+  }
+
+  async #show() {
+    this.#resume();
+    this.#render();
+    this.#scroll.scrollTop = this.#scroll.scrollHeight;
+    await this.#showList();
+  }
+
+  async #showList() {
+    this.#list.show(await this.#history.list(), this.#conversation.id, this.#history.isKept);
+  }
+
+  /** Answers of the open conversation that no page reads. */
+  #resume() {
+    for (const message of Object.values(this.#conversation.messages)) {
+      const isLeft = message.state === State.STREAMING && !this.#answering.isRunning(message);
+      if (isLeft) this.#answering.run(this.#conversation, message, null);
+    }
+  }
+
+  #send(text) {
+    const last = chosenPath(this.#conversation).at(-1) ?? null;
+    this.#sendBelow(last?.id ?? null, text);
+  }
+
+  #sendBelow(parent, content) {
+    const question = addMessage(this.#conversation, parent, { role: "user", content });
+    this.#answer(question.id);
+  }
+
+  #answer(parent, seed = null) {
+    const model = this.model();
+    const body = { ...(model ? { model } : {}), ...requestBody(this.#settings, apiMessages(this.#conversation, parent), seed) };
+    const fields = { role: "assistant", state: State.STREAMING, replyId: randomId(), lastEvent: "" };
+    const message = addMessage(this.#conversation, parent, fields);
+    const conversation = this.#conversation;
+    this.#history.save(conversation).then(() => this.#showList());
+    this.#answering.run(conversation, message, body);
+    this.#status.textContent = "";
+    this.#render();
+    this.#scroll.scrollTop = this.#scroll.scrollHeight;
+  }
+
+  /** A conversation without messages begins with the system prompt as it is now. */
+  #onSettings() {
+    if (chosenPath(this.#conversation).length === 0) this.#conversation.system = this.#settings.system;
+    this.#render();
+  }
+
+  #running() {
+    return chosenPath(this.#conversation).find((message) => this.#answering.isRunning(message));
+  }
+
+  #stop() {
+    const message = this.#running();
+    if (message) this.#answering.stop(message);
+  }
+
+  #render() {
+    const actions = {
+      choose: (message) => this.#choose(message),
+      edit: (message, text) => this.#sendBelow(message.parent, text),
+      regenerate: (message, seed) => this.#answer(message.parent, seed),
+    };
+    const path = chosenPath(this.#conversation);
+    this.#views = new Map(
+      path.map((message) => [message.id, new MessageView(message, siblings(this.#conversation, message), actions, this.#settings)]),
+    );
+    const hadFocus = this.#messages.contains(document.activeElement);
+    fill(this.#messages, path.length ? [...this.#views.values()].map((view) => view.node) : welcome());
+    if (hadFocus) this.#scroll.focus({ preventScroll: true }); // what had it is gone
+    this.#composer.isRunning = this.#running() !== undefined;
+  }
+
+  #choose(message) {
+    choose(this.#conversation, message);
+    this.#history.save(this.#conversation);
+    this.#render();
+  }
+
+  #onAnswer(conversation, message) {
+    if (conversation.id !== this.#conversation.id) return;
+    if (this.#changed.size === 0) requestAnimationFrame(() => this.#update());
+    this.#changed.add(message);
+  }
+
+  /** Shows what came since the last frame. */
+  #update() {
+    const isAtEnd = this.#scroll.scrollHeight - this.#scroll.scrollTop - this.#scroll.clientHeight < NEAR_END_PX;
+    for (const message of this.#changed) this.#views.get(message.id)?.update();
+    const ended = [...this.#changed].find((message) => message.state !== State.STREAMING);
+    if (ended) this.#status.textContent = ENDS[ended.state];
+    this.#changed.clear();
+    this.#composer.isRunning = this.#running() !== undefined;
+    if (isAtEnd) this.#scroll.scrollTop = this.#scroll.scrollHeight;
+  }
+}
+
+function welcome() {
+  return element("p", { class: "empty" }, "Answers come from your own cluster. Chats are kept in this browser alone.");
+}

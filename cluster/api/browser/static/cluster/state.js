@@ -1,0 +1,57 @@
+// What `GET /cluster` says, as the view needs it. Pure.
+
+const GONE = new Set(["lost", "left"]);
+
+/** `sample`: {at, cluster} now; `before`: the same at an earlier time, for rates; null at first. */
+export function viewState({ at, cluster }, before = null) {
+  const { status, plan, links = [], sequences = [] } = cluster;
+  const elapsed = before ? (at - before.at) / 1000 : 0;
+  const planned = new Map(plan.stages.map((stage) => [stage.worker, stage]));
+  const earlier = new Map((before?.cluster.status.workers ?? []).map((worker) => [worker.name, worker]));
+  const workers = status.workers.map((worker) => ({
+    ...worker,
+    condition: worker.drained && worker.state === "ready" ? "drained" : worker.state,
+    planned: planned.get(worker.name) ?? null,
+    busy: GONE.has(worker.state) ? 0 : worker.busy,
+    sentRate: byteRate(worker, earlier.get(worker.name), elapsed),
+  }));
+  const byName = new Map(workers.map((worker) => [worker.name, worker]));
+  return {
+    status,
+    plan,
+    links,
+    sequences,
+    layerCount: Math.max(0, ...plan.stages.map((stage) => stage.end)),
+    stages: plan.stages.map((stage) => byName.get(stage.worker) ?? absentWorker(stage)),
+    others: workers.filter((worker) => !planned.has(worker.name)),
+    workers,
+    notices: notices(status),
+  };
+}
+
+/** Bytes of microbatches per second since the sample before; null where it cannot be known. */
+function byteRate(worker, earlier, elapsed) {
+  const [now, then] = [worker.heartbeat?.sent_bytes, earlier?.heartbeat?.sent_bytes];
+  const isKnown = elapsed > 0 && now !== undefined && then !== undefined && earlier.pid === worker.pid && now >= then;
+  return isKnown ? (now - then) / elapsed : null;
+}
+
+/** A worker of the plan that is not connected. */
+function absentWorker(stage) {
+  const nothing = { layers: null, memory_bytes: 0, busy: 0, tokens_per_s: 0, decode_ms: null, heartbeat: null };
+  return { name: stage.worker, state: "lost", condition: "lost", planned: stage, sentRate: null, drained: false, ...nothing };
+}
+
+function notices(status) {
+  const gone = status.workers.filter(({ state }) => state === "lost").map(({ name }) => name);
+  const found = [];
+  if (status.state !== "ready") found.push({ isBad: status.state !== "recovering", text: stateText(status) });
+  if (gone.length) found.push({ isBad: true, text: `lost: ${gone.join(", ")}` });
+  if (status.absent.length) found.push({ isBad: true, text: `missing: ${status.absent.join(", ")}` });
+  if (status.insecure) found.push({ isBad: false, text: "workers may join without a token (insecure: true)" });
+  return found;
+}
+
+function stateText({ state, reason }) {
+  return `${state}${reason ? `: ${reason}` : ""}`;
+}

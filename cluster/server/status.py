@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llamaclust.cluster.control.planning import in_order
@@ -10,21 +13,64 @@ from llamaclust.cluster.engine.metrics import StageReport
 from llamaclust.cluster.engine.throughput import MeasuredSpeed
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.format import plan_json
+from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.plan import Plan, StagePrediction
+from llamaclust.cluster.scheduler.sequences import Sequence as ScheduledSequence
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.epochs import epoch_text
 
 if TYPE_CHECKING:
     from llamaclust.cluster.server.coordinator import Cluster
 
+_MOST_LISTED = 64
+_ID_CHARACTERS = 8
+
 
 def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:
-    """`status`: the workers and their layers now; `plan`: what was predicted; `stages`: the same figures measured."""
+    """`status`: the workers and their layers now; `plan`: what was predicted; `stages`: the same figures measured;
+    `links`: the way of a token; `sequences`: requests that run or wait."""
     reports = cluster.engine.metrics.stage_report()
+    sequences = [sequence for scheduler in cluster.engine.schedulers for sequence in scheduler.sequences]
     return {
         "status": _status(cluster, record, {report.worker: report for report in reports}),
         "plan": plan_json(cluster.plan),
         "stages": [asdict(report) for report in reports],
+        "links": links_json(cluster.plan, cluster.supervisor.planner.links),
+        "sequences": sequences_json(sequences, time.monotonic_ns()),
+    }
+
+
+def sequences_json(sequences: Sequence[ScheduledSequence], now_ns: int) -> list[dict[str, Any]]:
+    """Of requests that run or wait, the first ones. Ids are cut off: a whole one names a reply, which others could read
+    or end."""
+    return [
+        {
+            "id": sequence.request.request_id[:_ID_CHARACTERS],
+            "phase": sequence.phase.name.lower(),
+            "prompt_tokens": sequence.prompt_length,
+            "cached_tokens": sequence.cached_tokens or 0,
+            "computed_tokens": min(sequence.scheduled, sequence.prompt_length),
+            "generated_tokens": sequence.generated,
+            "max_new_tokens": sequence.max_new_tokens,
+            "age_s": max(0, now_ns - sequence.arrived_ns) / 1e9,
+        }
+        for sequence in sequences[:_MOST_LISTED]
+    ]
+
+
+def links_json(plan: Plan, links: Links) -> list[dict[str, Any]]:
+    """The links of a token's way, from the coordinator (named "") through the stages and back; null where not
+    measured."""
+    names = [COORDINATOR, *(stage.worker for stage in plan.stages), COORDINATOR]
+    return [_link(*pair, links.measured.get(frozenset(pair))) for pair in pairwise(names)]
+
+
+def _link(sender: str, receiver: str, link: Link | None) -> dict[str, Any]:
+    return {
+        "from": sender,
+        "to": receiver,
+        "round_trip_ms": None if link is None else 2e3 * link.one_way_s,
+        "bytes_per_s": 1 / link.byte_s if link is not None and link.byte_s else None,
     }
 
 

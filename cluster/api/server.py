@@ -8,14 +8,15 @@ import logging
 import math
 import resource
 import socket
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Self
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from llamaclust.cluster.api.browser.endpoint import page_reply
 from llamaclust.cluster.api.error_shapes import OPENAI, Failure, to_json
 from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.security import ApiKeys, sent_key
@@ -149,10 +150,11 @@ def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
 class StartingReplies:
     """Answers on a port, whose socket stays open, while it is entered; `close` it when the API itself answers."""
 
-    def __init__(self, port: ApiPort, api_keys: Sequence[str], report: Report, *, is_live: bool = False) -> None:
+    def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
         """What the start waits for is for those with a key. `is_live`: /live is answered 200."""
+        self._prefix = settings.prefix
         self._is_live = is_live
-        self._keys = ApiKeys(api_keys)
+        self._keys = ApiKeys(settings.api_keys)
         self._report = report
         self._awaited = ""
         self._port = port
@@ -182,10 +184,16 @@ class StartingReplies:
         self._report(event)
 
     def _reply(self, head: bytes) -> bytes:
-        if self._is_live and head.split(b" ")[1:2] == [b"/live"]:
+        request, *lines = head.decode("latin-1").split("\r\n")
+        method, _, target = request.rpartition(" ")[0].partition(" ")
+        if self._is_live and target == "/live":
             return _LIVE
-        lines = [line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:]]
-        is_trusted = self._keys.error(sent_key({name.lower(): value.strip() for name, _, value in lines})) is None
+        parts = [line.partition(":") for line in lines]
+        headers = {name.lower(): value.strip() for name, _, value in parts}
+        path = target.partition("?")[0].removeprefix(self._prefix)
+        if method == "GET" and (page := page_reply(path, headers)) is not None:  # it says that the cluster starts
+            return _whole(page)
+        is_trusted = self._keys.error(sent_key(headers)) is None
         why = f"; it waits for {self._awaited}" if self._awaited and is_trusted else ""
         failure = Failure(503, f"the cluster is starting: try again later{why}", "cluster_starting")
         body = to_json(OPENAI.body(failure))
@@ -211,3 +219,9 @@ class StartingReplies:
             async with asyncio.timeout(_LEAVE_S):
                 while await reader.read(_HEAD_BYTES):
                     pass
+
+
+def _whole(reply: Response) -> bytes:
+    """A reply as it is sent on a connection of its own."""
+    headers = b"".join(b"%s: %s\r\n" % header for header in reply.raw_headers)
+    return b"HTTP/1.1 %d \r\n%sConnection: close\r\n\r\n%s" % (reply.status_code, headers, bytes(reply.body))

@@ -31,7 +31,7 @@ def leading(lease: Lease, port: ApiPort, settings: ApiSettings, report: Report) 
         os._exit(1)
 
     lock = LeaseLock(lease)
-    starting = StartingReplies(port, settings.api_keys, report, is_live=True)
+    starting = StartingReplies(port, settings, report, is_live=True)
     try:
         if asyncio.run(_taken(lease, lock, starting)):
             with held(lock, lost):

@@ -131,7 +131,7 @@ async def _until_signal(config: ClusterConfig, model_path: Path, folder: Cluster
 def _starting_replies(config: ClusterConfig, front: _Front) -> StartingReplies:
     """Who waits for a lease was alive before, and stays so."""
     is_live = config.lease is not None
-    return StartingReplies(front.port, front.settings.api_keys, front.report, is_live=is_live)
+    return StartingReplies(front.port, front.settings, front.report, is_live=is_live)
 
 
 def _settle_memory() -> None:

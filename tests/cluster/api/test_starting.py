@@ -6,12 +6,15 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
 
+from llamaclust.cluster.api.browser.assets import assets
 from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.server import StartingReplies
+from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import AwaitingWorkers, Event, Notice, Waiting, WorkerJoined
 
 
@@ -22,8 +25,8 @@ async def port() -> AsyncIterator[tuple[socket.socket, str]]:
         yield listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def replies_on(listener: socket.socket) -> StartingReplies:
-    return StartingReplies(ApiPort(listener), (), lambda event: None)
+def replies_on(listener: socket.socket, **settings: Any) -> StartingReplies:
+    return StartingReplies(ApiPort(listener), ApiSettings(**settings), lambda event: None)
 
 
 @pytest.mark.parametrize("body", [b"", b"x" * 3_000_000], ids=len)
@@ -40,7 +43,7 @@ async def test_the_starting_error_names_what_is_awaited_for_those_with_a_key() -
     async with (
         port() as (listener, url),
         httpx.AsyncClient(timeout=20) as client,
-        StartingReplies(ApiPort(listener), ["first-key"], passed_on.append) as replies,
+        StartingReplies(ApiPort(listener), ApiSettings(api_keys=("first-key",)), passed_on.append) as replies,
     ):
 
         async def told(**headers: str) -> str:
@@ -57,6 +60,24 @@ async def test_the_starting_error_names_what_is_awaited_for_those_with_a_key() -
         replies.report(Waiting("worker b, since 12 MiB are missing"))
         assert await told(**key) == "; it waits for worker b, since 12 MiB are missing"
         assert len(passed_on) == 4
+
+
+async def test_the_page_is_there_and_says_that_the_cluster_starts() -> None:
+    html = {"Accept": "text/html"}
+    async with (
+        port() as (listener, url),
+        replies_on(listener, prefix="/llm", api_keys=("first-key",)),
+        httpx.AsyncClient(timeout=20) as client,
+    ):
+        for path, asset in assets().items():
+            for prefix in ("", "/llm"):
+                reply = await client.get(f"{url}{prefix}{path}?a=1", headers=html)
+                assert (reply.status_code, reply.content) == (200, asset.data)
+                assert "default-src 'none'" in reply.headers["content-security-policy"]
+        again = await client.get(url, headers={**html, "If-None-Match": assets()["/"].etag})
+        assert (again.status_code, again.content) == (304, b"")
+        for other in (client.get(url), client.post(url, headers=html), client.get(f"{url}/browser/", headers=html)):
+            assert (await other).json()["error"]["code"] == "cluster_starting"
 
 
 async def test_silent_clients_do_not_block_others() -> None:

@@ -285,7 +285,7 @@ async def test_a_cluster_that_starts_answers_over_tls(tmp_path: Path) -> None:
         listener.setblocking(False)
         port = ApiPort(listener, certificate)
         async with (
-            StartingReplies(port, (), lambda event: None),
+            StartingReplies(port, ApiSettings(), lambda event: None),
             httpx.AsyncClient(verify=ssl.create_default_context(cafile=tmp_path / "api.crt"), timeout=20) as http,
         ):
             silent = [await asyncio.open_connection(*listener.getsockname()) for _ in range(8)]

@@ -93,8 +93,10 @@ image-test: image ## the image answers the demo's question
 system-deps: ## Debian/Ubuntu packages (needs root): a compiler and Python's headers
 	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev
 
-system-deps-test: ## what tests of the ARM kernels and of networks need besides (needs root); they are skipped without
+system-deps-test: ## what tests of the ARM kernels, of networks and of the page in a browser need besides (needs root); they are skipped without
 	apt-get update && apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user-static iproute2 iptables nftables libfaketime
+	command -v chromium || command -v google-chrome || apt-get install -y --no-install-recommends chromium || \
+	  echo "Chromium is not to be had here: the tests of the page in a browser are skipped" >&2
 
 $(VENV)/.pip: constraints.txt
 	$(need_python)
@@ -117,6 +119,8 @@ $(VENV)/.test: $(VENV)/.installed
 	$(PIP) install -c constraints.txt --group test
 	@$(PIP) install -c constraints.txt --group launchers || \
 	  echo "Ray or Open MPI is not to be had here: the tests of these launchers are skipped" >&2
+	@$(PIP) install -c constraints.txt --group browser || \
+	  echo "Playwright is not to be had here: the tests of the page in a browser are skipped" >&2
 	@touch $@
 
 # Only tests of the chart need it: without it they are skipped.

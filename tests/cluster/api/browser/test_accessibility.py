@@ -1,0 +1,75 @@
+"""axe-core's findings on both views: none is serious."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from support.browser.chromium import opened
+from support.browser.cluster_states import cluster_app, cluster_of, lose
+from support.clusters.served import ScriptedEngine, says, serving
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Page
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+TEXT = "# Title\n\n[a](https://a.example) `b`\n\n```py\nc\n```\n\n| d | e |\n|---|---|\n| f | g |\n\n> h"
+RUN = "axe.run(document, {resultTypes: ['violations']})"
+
+
+async def serious(page: Page) -> list[tuple[str, list[Any]]]:
+    """Rules that are broken in a serious or critical way, with the elements."""
+    from axe_playwright_python.async_playwright import Axe
+
+    if not await page.evaluate("'axe' in window"):
+        await page.evaluate(Axe().axe_script)
+    found = (await page.evaluate(RUN))["violations"]
+    return [
+        (rule["id"], [(node["html"][:150], node["failureSummary"]) for node in rule["nodes"]])
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_nothing_serious_is_found(browser: Browser, scheme: str) -> None:
+    pytest.importorskip("axe_playwright_python", reason="axe-core comes with axe-playwright-python")
+    cluster = cluster_of("a", "b")
+    app = cluster_app(lambda: cluster, engine=ScriptedEngine(says(TEXT)))
+    async with serving(app) as address, opened(browser, address, color_scheme=scheme) as seen:
+        page = seen.page
+        assert await serious(page) == []
+        await page.get_by_label("Message", exact=True).fill("Hi")
+        await page.keyboard.press("Enter")
+        await page.locator(".message.assistant:not(.streaming)").wait_for()
+        assert await serious(page) == []
+        await page.get_by_role("button", name="Settings").click()
+        assert await serious(page) == []
+        await page.get_by_role("button", name="Close").click()
+        await page.get_by_role("link", name="Cluster").click()
+        await page.locator(".picture .stage.ready").nth(1).wait_for()
+        assert await serious(page) == []
+        lose(cluster, "b")
+        await page.locator(".picture .stage.lost").wait_for()
+        assert await serious(page) == []
+        seen.check()
+
+
+async def test_the_page_is_usable_by_keys_and_on_a_narrow_screen(browser: Browser) -> None:
+    app = cluster_app(lambda: cluster_of("a", "b"), engine=ScriptedEngine(says("Yes")))
+    screen = {"width": 360, "height": 640}
+    async with serving(app) as address, opened(browser, address, viewport=screen) as seen:
+        page = seen.page
+        await page.locator("textarea:focus").wait_for()
+        await page.keyboard.type("Hi")
+        await page.keyboard.press("Enter")
+        await page.locator(".message.assistant:not(.streaming)").wait_for()
+        width = "document.documentElement.scrollWidth <= innerWidth"
+        assert await page.evaluate(width)
+        await page.get_by_role("link", name="Cluster").focus()
+        await page.keyboard.press("Enter")
+        await page.locator(".picture .stage.ready").nth(1).wait_for()
+        assert await page.evaluate(width)
+        seen.check()

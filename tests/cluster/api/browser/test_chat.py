@@ -1,0 +1,337 @@
+"""The chat in a real browser, against the real server and a scripted engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from llamaclust.cluster.api.settings import ApiSettings
+from support.browser.chromium import Opened, opened
+from support.clusters.served import ScriptedEngine, make_app, says, serving, until
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Page, Route
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@asynccontextmanager
+async def chatting(
+    browser: Browser, engine: ScriptedEngine, script: str = "", **settings: Any
+) -> AsyncIterator[Opened]:
+    app = make_app(engine, **settings)
+    async with serving(app, ApiSettings(**settings)) as address, opened(browser, address, script) as seen:
+        await seen.page.get_by_text("ready").wait_for()
+        yield seen
+
+
+async def send(page: Page, text: str) -> None:
+    await page.get_by_label("Message", exact=True).fill(text)
+    await page.keyboard.press("Enter")
+
+
+async def answers(page: Page) -> list[str]:
+    return [text.strip() for text in await page.locator(".message.assistant > .text").all_inner_texts()]
+
+
+async def ended(page: Page, count: int = 1) -> None:
+    """Waits until so many answers are shown, and none runs."""
+    await page.locator(".message.assistant:not(.streaming)").nth(count - 1).wait_for()
+
+
+async def test_a_turn_streams_and_the_next_one_carries_it(browser: Browser) -> None:
+    engine = ScriptedEngine(says("**Yes**"))
+    async with chatting(browser, engine) as seen:
+        await send(seen.page, "Hi")
+        await ended(seen.page)
+        assert await answers(seen.page) == ["Yes"]
+        assert await seen.page.locator(".message.assistant strong").inner_text() == "Yes"
+        await send(seen.page, "More")
+        await ended(seen.page, 2)
+        seen.check()
+    assert len(engine.submitted) == 2 and len(engine.submitted[1].prompt) > len(engine.submitted[0].prompt) + 10
+
+
+async def test_stop_ends_the_answer_on_the_server(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Yes"))
+    async with chatting(browser, engine) as seen:
+        engine.gate.clear()
+        await send(seen.page, "Hi")
+        await until(lambda: engine.running == 1)
+        await seen.page.get_by_role("button", name="Stop").click()
+        await seen.page.get_by_text("stopped", exact=True).wait_for()
+        engine.gate.set()
+        await until(lambda: engine.running == 0)
+        await seen.page.get_by_role("button", name="Send").wait_for()
+        seen.check()
+
+
+async def test_regenerating_keeps_both_versions_and_takes_a_seed(browser: Browser) -> None:
+    engine = ScriptedEngine(lambda request: says(f"seed {request.seed}" if request.seed == 7 else "drawn")(request))
+    async with chatting(browser, engine) as seen:
+        page = seen.page
+        await send(page, "Hi")
+        await ended(page)
+        await page.get_by_role("button", name="With seed…").click()
+        await page.locator(".message footer input").fill("7")
+        await page.keyboard.press("Enter")
+        await page.locator(".message.assistant .text", has_text="seed 7").wait_for()
+        await ended(page)
+        assert await page.get_by_text("2/2").count() == 1
+        await page.get_by_role("button", name="Previous version").click()
+        assert await answers(page) == ["drawn"]
+        await page.get_by_role("button", name="Regenerate").click()
+        await page.get_by_text("3/3").wait_for()
+        seen.check()
+    assert engine.submitted[1].seed == 7 and engine.submitted[2].seed not in (7, engine.submitted[0].seed)
+
+
+async def test_an_edited_message_is_another_branch(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Yes"))
+    async with chatting(browser, engine) as seen:
+        page = seen.page
+        await send(page, "First")
+        await ended(page)
+        await page.get_by_role("button", name="Edit").click()
+        await page.get_by_label("Edit the message").fill("Second")
+        await page.locator("form.edit").get_by_role("button", name="Send").click()
+        await page.locator(".message.user .text", has_text="Second").wait_for()
+        await ended(page)
+        await page.get_by_role("button", name="Previous version").click()
+        await page.locator(".message.user .text", has_text="First").wait_for()
+        assert await answers(page) == ["Yes"]
+        seen.check()
+
+
+async def test_settings_go_with_the_request_and_stay(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Yes"))
+    async with chatting(browser, engine) as seen:
+        page = seen.page
+        await page.get_by_role("button", name="Settings").click()
+        await page.get_by_label("Temperature").fill("0.25")
+        await page.get_by_label("Maximum tokens").fill("2")
+        await page.get_by_label("Seed").fill("11")
+        await page.get_by_role("button", name="Close").click()
+        await send(page, "Hi")
+        await ended(page)
+        await page.reload()
+        await ended(page)
+        await page.get_by_role("button", name="Settings").click()
+        assert await page.get_by_label("Temperature").input_value() == "0.25"
+        seen.check()
+    request = engine.submitted[0]
+    assert (request.seed, request.max_new_tokens, request.params.temperature) == (11, 2, 0.25)
+
+
+async def test_history_is_kept_and_deleted(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Yes"))
+    async with chatting(browser, engine) as seen:
+        page = seen.page
+        await send(page, "Remember")
+        await ended(page)
+        await page.get_by_role("button", name="New chat").click()
+        assert await answers(page) == []
+        await page.reload()
+        await ended(page)
+        assert await answers(page) == ["Yes"]
+        await page.get_by_role("button", name="Delete Remember").click()
+        await page.get_by_role("button", name="Really delete Remember").click()
+        await page.get_by_text("kept in this browser alone").wait_for()
+        await page.reload()
+        await page.get_by_text("kept in this browser alone").wait_for()
+        seen.check()
+
+
+async def test_a_running_answer_survives_a_reload(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Whole"))
+    async with chatting(browser, engine) as seen:
+        engine.gate.clear()
+        await send(seen.page, "Hi")
+        await until(lambda: engine.running == 1)
+        await seen.page.reload()
+        engine.gate.set()
+        await seen.page.locator(".message.assistant .text", has_text="Whole").wait_for()
+        await ended(seen.page)
+        seen.check()
+    assert len(engine.submitted) == 1
+
+
+CUT_ONCE = """() => {
+  const whole = window.fetch;
+  let isCut = false;
+  window.fetch = async (...parameters) => {
+    const reply = await whole(...parameters);
+    if (isCut || !String(parameters[0]).endsWith("/v1/chat/completions")) return reply;
+    isCut = true;
+    const reader = reply.body.getReader();
+    let left = 700;
+    const body = new ReadableStream({
+      async pull(controller) {
+        const { value } = await reader.read();
+        controller.enqueue(value.slice(0, left));
+        left -= value.length;
+        if (left <= 0) { await reader.cancel(); controller.error(new TypeError("network error")); }
+      },
+    });
+    return new Response(body, { status: reply.status, headers: reply.headers });
+  };
+}"""
+
+
+async def test_a_cut_connection_costs_nothing_of_the_answer(browser: Browser) -> None:
+    engine = ScriptedEngine(says("abcdefghijklmnopqrstuvwxyz"))
+    async with chatting(browser, engine) as seen:
+        await seen.page.evaluate(CUT_ONCE)
+        await send(seen.page, "Hi")
+        await ended(seen.page)
+        assert await answers(seen.page) == ["abcdefghijklmnopqrstuvwxyz"]
+        seen.check()
+    assert len(engine.submitted) == 1
+
+
+def chunk(delta: dict[str, Any], **more: Any) -> str:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+    return f"id: x:1\ndata: {json.dumps({'seed': 1, 'choices': [choice]})}\n\n"
+
+
+async def test_reasoning_and_calls_are_shown(browser: Browser) -> None:
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city":'}}
+    rest = {"index": 0, "function": {"arguments": '"Oslo"}'}}
+    parts: list[dict[str, Any]] = [
+        {"reasoning_content": "Think first"},
+        {"content": "So"},
+        {"tool_calls": [call]},
+        {"tool_calls": [rest]},
+    ]
+    body = "".join([*map(chunk, parts), chunk({}, finish_reason="tool_calls"), "data: [DONE]\n\n"])
+    async with chatting(browser, ScriptedEngine(says("a"))) as seen:
+        page = seen.page
+        answer = {"body": body, "content_type": "text/event-stream"}
+        await page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
+        await send(page, "Hi")
+        await ended(page)
+        assert await answers(page) == ["So"]
+        assert "Oslo" in await page.locator(".call pre").inner_text()
+        assert await page.locator(".call summary").inner_text() == "Call of weather"
+        await page.locator(".assistant .reasoning summary").click()
+        await page.get_by_text("Think first").wait_for()
+        seen.check()
+
+
+async def test_probabilities_are_shown_on_hover_and_by_keys(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Yes"))
+    async with chatting(browser, engine) as seen:
+        page = seen.page
+        await page.get_by_role("button", name="Settings").click()
+        await page.get_by_label("Show probabilities of tokens").check()
+        await page.get_by_role("button", name="Close").click()
+        await send(page, "Hi")
+        await ended(page)
+        await page.locator(".token").first.hover()
+        assert "%" in await page.locator(".token-detail").inner_text()
+        await page.locator(".tokens").focus()
+        await page.keyboard.press("ArrowRight")
+        assert await page.locator(".token.current").get_attribute("data-index") == "1"
+        seen.check()
+    assert engine.submitted[0].top_logprobs == 5
+
+
+async def test_the_key_is_asked_for_and_stays_in_the_tab(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Yes"))
+    app = make_app(engine, api_keys=("first-key",))
+    async with serving(app) as address, opened(browser, address) as seen:
+        page, urls = seen.page, list[str]()
+        page.on("request", lambda request: urls.append(request.url))
+        for key in ("wrong-key", "first-key"):
+            await page.get_by_label("Key", exact=True).fill(key)
+            await page.get_by_role("button", name="Use").click()
+            if key == "wrong-key":
+                await page.get_by_text("unknown API key").wait_for()
+        await page.get_by_text("tiny: ready").wait_for()
+        await send(page, "Hi")
+        await ended(page)
+        stored = await page.evaluate("[JSON.stringify(localStorage), document.cookie, location.href]")
+        assert await answers(page) == ["Yes"] and "first-key" not in str(stored) + str(urls)
+        assert await page.evaluate("sessionStorage.getItem('llamaclust.key')") == "first-key"
+
+
+async def test_a_server_that_is_not_reached_is_waited_for(browser: Browser) -> None:
+    engine, left = ScriptedEngine(says("Yes")), 4
+
+    async def lose(route: Route) -> None:
+        nonlocal left
+        left -= 1
+        await (route.continue_() if left < 0 else route.abort())
+
+    async with chatting(browser, engine) as seen:
+        await seen.page.route("**/v1/chat/completions", lose)
+        await send(seen.page, "Hi")
+        await seen.page.get_by_text("Waiting: the server is not reached").wait_for()
+        await ended(seen.page)
+        assert await answers(seen.page) == ["Yes"]
+        assert await seen.page.get_by_text("Waiting").count() == 0
+    assert len(engine.submitted) == 1
+
+
+PLAIN_HTTP = """delete Crypto.prototype.randomUUID;
+Object.defineProperty(navigator, "clipboard", { value: undefined });
+Object.defineProperty(window, "indexedDB", { value: { open() { throw new Error("none") } } });"""
+
+
+async def test_a_browser_that_gives_little_is_enough(browser: Browser) -> None:
+    """As for pages of other machines without https, and in some private windows."""
+    async with chatting(browser, ScriptedEngine(says("Yes")), PLAIN_HTTP) as seen:
+        page = seen.page
+        await send(page, "Hi")
+        await ended(page)
+        assert await answers(page) == ["Yes"]
+        await page.get_by_text("This browser cannot keep chats").wait_for()
+        await page.get_by_role("button", name="Copy").click()
+        await page.get_by_role("button", name="Copied").wait_for()
+        await page.get_by_role("button", name="New chat").click()
+        await page.locator(".conversations").get_by_role("button", name="Hi", exact=True).click()
+        assert await answers(page) == ["Yes"]
+        seen.check()
+
+
+async def test_two_tabs_lose_no_message_of_each_other(browser: Browser) -> None:
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        page = seen.page
+        await send(page, "First")
+        await ended(page)
+        other = await page.context.new_page()
+        await other.goto(page.url)
+        await ended(other)
+        for tab, text in ((page, "Second"), (other, "Third")):
+            await send(tab, text)
+            await ended(tab, 2)
+            await tab.get_by_text("The answer is complete.").wait_for(state="attached")
+        await page.reload()
+        await page.get_by_text("2/2").wait_for()
+        await page.get_by_role("button", name="Previous version").click()
+        await page.locator(".message.user .text", has_text="Second").wait_for()
+        seen.check()
+
+
+async def test_a_dialog_does_not_outlast_its_view(browser: Browser) -> None:
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        page = seen.page
+        await page.get_by_role("button", name="Settings").click()
+        await page.evaluate("location.hash = 'cluster'")
+        await page.get_by_role("button", name="Settings").wait_for(state="hidden")
+        await page.get_by_role("link", name="Chat").click()
+        await send(page, "Hi")
+        await ended(page)
+
+
+async def test_a_refusal_is_shown_with_its_reason(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Yes"))
+    async with chatting(browser, engine) as seen:
+        await send(seen.page, "x" * 400)
+        alert = seen.page.get_by_role("alert")
+        await alert.wait_for()
+        assert "200" in await alert.inner_text()

@@ -1,0 +1,121 @@
+"""The page of the cluster: what it shows of losses and recoveries, and what it does to workers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.wire.control.messages import LogTail
+from support.browser.chromium import opened
+from support.browser.cluster_states import bring_back, cluster_app, cluster_of, lose
+from support.clusters.command_line import command_line
+from support.clusters.served import serving
+from support.clusters.static_cluster import named
+from support.models.tiny_model import build_tiny_model
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@dataclass
+class Workers:
+    """Two of them; `b` cannot be spared."""
+
+    moves: list[str] = field(default_factory=list)
+
+    async def drain(self, name: str) -> None:
+        if name == "b":
+            raise InsufficientMemoryError("12 MiB are missing")
+        self.moves.append(f"drain {name}")
+
+    def undrain(self, name: str) -> None:
+        self.moves.append(f"undrain {name}")
+
+    async def log(self, name: str) -> LogTail:
+        return LogTail((f"log of {name}", "<b>second</b>"), 12)
+
+
+async def test_machines_links_and_figures_are_shown(browser: Browser) -> None:
+    async with (
+        serving(cluster_app(lambda: cluster_of("a", "b"))) as address,
+        opened(browser, f"{address}/#cluster") as seen,
+    ):
+        page = seen.page
+        await page.locator(".picture .stage.ready").nth(1).wait_for()
+        picture = await page.locator(".picture svg").text_content() or ""
+        for text in ("layers 0–5", "layers 6–11", "busy 60 %", "0.40 ms round", "1.0 GiB/s", "coordinator"):
+            assert text in picture, text
+        assert await page.locator(".picture .link.active").count() == 3
+        figures = await page.get_by_role("region", name="Figures").inner_text()
+        assert "3 of 9" in await page.get_by_role("region", name="Requests").inner_text()
+        assert await page.get_by_text("and 1 more").count() == 1
+        assert "1 waiting" in figures and "9.10 ms" in figures and "plan 8.00 ms" in figures
+        seen.check()
+
+
+async def test_a_loss_and_its_recovery_are_seen(browser: Browser) -> None:
+    cluster = cluster_of("a", "b")
+    async with serving(cluster_app(lambda: cluster)) as address, opened(browser, f"{address}/#cluster") as seen:
+        page = seen.page
+        await page.locator(".picture .stage.ready").nth(1).wait_for()
+        lose(cluster, "b")
+        await page.locator(".picture .stage.lost").wait_for()
+        await page.get_by_text("lost: b").wait_for()
+        bring_back(cluster, "b")
+        await page.locator(".picture .stage.ready").nth(1).wait_for()
+        await page.get_by_text("recovered in 0.84 s").wait_for()
+        events = await page.locator(".events li").all_inner_texts()
+        assert [event for event in events if "b was lost" in event] and [
+            event for event in events if "b is back" in event
+        ]
+        seen.check()
+
+
+async def test_a_loss_between_two_readings_is_not_missed(browser: Browser) -> None:
+    cluster = cluster_of("a", "b")
+    async with serving(cluster_app(lambda: cluster)) as address, opened(browser, f"{address}/#cluster") as seen:
+        await seen.page.locator(".picture .stage.ready").nth(1).wait_for()
+        bring_back(cluster, "b")
+        await seen.page.get_by_text("b was lost").wait_for()
+
+
+async def test_workers_are_drained_and_used_again(browser: Browser) -> None:
+    cluster, workers = cluster_of("a", "b"), Workers()
+    async with (
+        serving(cluster_app(lambda: cluster, workers)) as address,
+        opened(browser, f"{address}/#cluster") as seen,
+    ):
+        page = seen.page
+        await page.get_by_role("button", name="Drain a").click()
+        cluster["status"]["workers"][0]["drained"] = True
+        await page.get_by_role("button", name="Undrain a").click()
+        await page.get_by_role("button", name="Log of a").click()
+        await page.get_by_text("<b>second</b>").wait_for()
+        await page.get_by_text("12 earlier lines").wait_for()
+        await page.get_by_role("button", name="Close").click()
+        seen.check()
+        await page.get_by_role("button", name="Drain b").click()
+        await page.get_by_text("12 MiB are missing").wait_for()
+    assert workers.moves == ["drain a", "undrain a"]
+
+
+async def test_a_killed_worker_of_a_real_cluster_is_seen(browser: Browser, tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "tiny.gguf", context=256)
+    with command_line() as line, line.cluster(model, workers=named("a", "b")) as cluster:
+        async with opened(browser, f"{cluster.api}/#cluster") as seen:
+            page = seen.page
+            await page.locator(".picture .stage.ready").nth(1).wait_for()
+            os.kill((await asyncio.to_thread(lambda: cluster.worker_pids))["b"], signal.SIGKILL)
+            await page.get_by_text("b was lost").first.wait_for(timeout=10_000)
+            await page.get_by_text("b is back").first.wait_for(timeout=30_000)
+            await page.get_by_text("recovered in").first.wait_for(timeout=30_000)
+            seen.check()

@@ -95,13 +95,10 @@ async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> Non
     foreign: list[object] = [
         *([], 7, None, {"admit": None}, {"admit": []}, {"admit": [*fields, "later"]}, {"admit": {"id": "id1"}}),
         *({"admit": [*fields[:place], None, *fields[place + 1 :]]} for place in range(len(fields))),
-        *({"answer": "id0", "choice": choice, "after": 2, "rows": []} for choice in choices),
-        *(
-            {"answer": "id0", "choice": [0, 0], "after": 2, "rows": rows}
-            for rows in (7, [7], [["x", 1.0]], [[1]], [[1e999, 1]])
-        ),
-        *({"sent": []}, {"end": {}}, {"answer": {}, "choice": [0, 0], "after": 0, "rows": []}),
-        *({"restored": "id0", "times": "often"}, {"restored": [], "times": 1}),
+        *({"answer": "id0", "choice": choice, "after": 2, "rows": ""} for choice in choices),
+        *({"answer": "id0", "choice": [0, 0], "after": 2, "rows": rows} for rows in (7, [7], "x", "00" * 13, None)),
+        *({"sent": []}, {"end": {}}, {"answer": {}, "choice": [0, 0], "after": 0, "rows": ""}),
+        *({"restored": "id0", "times": "often"}, {"restored": "id0", "times": 1e999}, {"restored": [], "times": 1}),
     ]
     lines = [json.dumps(record).encode() for record in foreign] + [b"[" * 100_000]
     with path.open("ab") as file:

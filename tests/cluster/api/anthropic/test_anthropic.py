@@ -318,22 +318,22 @@ async def official(engine: ScriptedEngine, **settings: Any) -> AsyncIterator[Asy
 async def test_the_official_client() -> None:
     chat = HELLO | {"max_tokens": 120}
     async with official(ScriptedEngine(says("<think>Hm.</think>So." + CALL)), api_keys=("sk-secret-1",)) as anthropic:
-        message = await anthropic.messages.create(model="claude-x", tools=[TOOL], **chat)  # type: ignore[list-item]
-        async with anthropic.messages.stream(model="claude-x", tools=[TOOL], **chat) as stream:  # type: ignore[list-item]
+        message = await anthropic.messages.create(model="claude-x", tools=[TOOL], **chat)
+        async with anthropic.messages.stream(model="claude-x", tools=[TOOL], **chat) as stream:
             texts = [text async for text in stream.text_stream]
             streamed = await stream.get_final_message()
         counted = await anthropic.messages.count_tokens(model="claude-x", messages=HELLO["messages"])
     assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
     assert "".join(texts) == "So." and counted.input_tokens > 0
     assert streamed.stop_reason == message.stop_reason == "tool_use"
-    assert streamed.content[2].input == {"city": "Rom"}  # type: ignore[union-attr]
+    assert streamed.content[2].input == {"city": "Rom"}
     assert streamed.usage.output_tokens == message.usage.output_tokens > 0
 
 
 async def test_the_official_client_understands_errors() -> None:
     async with official(ScriptedEngine(says("a"))) as anthropic:
         with pytest.raises(BadRequestError, match="image input is not supported"):
-            await anthropic.messages.create(model="m", max_tokens=1, messages=[{"role": "user", "content": [RED]}])  # type: ignore[list-item,misc]
+            await anthropic.messages.create(model="m", max_tokens=1, messages=[{"role": "user", "content": [RED]}])
     async with official(ScriptedEngine(says("a")), api_keys=("sk-secret-2",)) as anthropic:
         with pytest.raises(AuthenticationError):
             await anthropic.messages.create(model="m", **HELLO)

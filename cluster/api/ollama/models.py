@@ -51,7 +51,7 @@ class OllamaModels:
     async def show(self, request: Request) -> Response:
         """The served model's file and chat template."""
         body = await read_body(request, ShowBody, SHOW, self._settings)
-        self._names.check(body.model)
+        self._names.check_known(body.model)
         details = self._details
         return JsonResponse(
             {

@@ -49,6 +49,8 @@ async def test_show() -> None:
             shown = (await http.post("/api/show", json={field: MODEL})).json()
             assert "<|im_start|>" in shown["template"] and shown["capabilities"] == ["completion", "tools", "embedding"]
         assert (await http.post("/api/show", json={})).json() == {"error": "model: is missing"}
+        reply = await http.post("/api/show", json={"model": "llama3.2"})
+        assert (reply.status_code, reply.json()) == (404, {"error": "model 'llama3.2' not found"})
 
 
 def test_details_are_those_of_the_file(tmp_path: Path) -> None:

@@ -48,12 +48,14 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
     slots = int(flags.get("--parallel", "4"))
     context = int(flags.get("--ctx-size", "4096")) // (1 if "--kv-unified" in flags else slots)
     defaults: dict[str, Any] = {field: kind(flags[flag]) for flag, (field, kind) in DEFAULTS.items() if flag in flags}
+    if "--verbose" in flags:
+        defaults["verbose"] = True
     if flags.get("--reasoning") in THINKING:
         defaults["chat_template_kwargs"] = {"enable_thinking": THINKING[flags["--reasoning"]]}
     config: dict[str, Any] = {
         "name": "suite",
         "model": os.environ["LLAMACLUST_SUITE_MODEL"],
-        "listen": f"{flags.get('--host', '127.0.0.1')}:{flags.get('--port', '8080')}",
+        "listen": f"{flags.get('--host', '127.0.0.1').partition(',')[0]}:{flags.get('--port', '8080')}",
         "workers": [{"name": "a", "threads": 2}],
         "context_length": context,
         "max_sequences": slots,
@@ -61,7 +63,8 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
         "api": {
             "strict_model": False,
             "defaults": defaults,
-            "aliases": [name for name in flags.get("--alias", "").split(",") if name],
+            **names(flags),
+            "disabled": [name for name in ("metrics", "slots") if f"--{name}" not in flags],
         },
     }
     if "--api-key" in flags:
@@ -72,9 +75,15 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
     for flag in ("--chat-template", "--chat-template-file"):
         if flag in flags:
             config["chat_template"] = str(Path(flags[flag]).resolve()) if flag.endswith("file") else flags[flag]
-    if flags.get("--cors-origins"):
-        config["allowed_origins"] = flags["--cors-origins"].split(",")
+    config["allowed_origins"] = flags.get("--cors-origins", "localhost" if "--tools" in flags else "*").split(",")
     return config
+
+
+def names(flags: dict[str, str]) -> dict[str, Any]:
+    """The first name in alphabetical order is the model's."""
+    aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)
+    named = {"model_name": aliases[0], "aliases": aliases} if aliases else {}
+    return {**named, "tags": [tag for tag in flags.get("--tags", "").split(",") if tag]}
 
 
 def main() -> None:

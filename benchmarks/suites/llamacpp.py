@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -71,6 +72,7 @@ def run(tests: Path, folder: Path, model: Path, arguments: list[str]) -> Path:
         "LLAMA_SERVER_BIN_PATH": str(folder / "llama-server"),
         "LLAMACLUST_SUITE_MODEL": str(model.resolve()),
         "LLAMACLUST_SUITE_FOLDER": str(folder),
+        "PORT": str(_free_port()),
         "PYTHONPATH": os.pathsep.join([str(HERE.resolve()), os.environ.get("PYTHONPATH", "")]),
     }
     command = [
@@ -90,6 +92,13 @@ def run(tests: Path, folder: Path, model: Path, arguments: list[str]) -> Path:
     if not report.exists():
         raise SystemExit("skipped: the tests did not run; they need: pip install openai requests filelock")
     return report
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def main() -> None:

@@ -3,8 +3,10 @@ want the same flags."""
 
 from __future__ import annotations
 
+import os
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 sys.modules.setdefault("wget", types.ModuleType("wget"))
@@ -25,11 +27,21 @@ def pytest_collection_finish(session: object) -> None:
             server.process = kept.process
             return
         pytest_sessionfinish()
-        start(server, *arguments, **options)
+        log = Path(os.environ["LLAMACLUST_SUITE_FOLDER"]) / "server.log"
+        server.log_path = server.log_path or str(log)
+        try:
+            start(server, *arguments, **options)
+        except Exception as error:
+            stop(server)
+            raise RuntimeError(f"{error}: {_last_lines(Path(server.log_path))}") from error
         _KEPT.update(server=server, flags=flags, stop=stop)
 
     utils.ServerProcess.start = start_or_keep
     utils.ServerProcess.stop = lambda server: None
+
+
+def _last_lines(log: Path) -> str:
+    return " | ".join(log.read_text(errors="replace").splitlines()[-4:])
 
 
 def pytest_sessionfinish() -> None:

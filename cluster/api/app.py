@@ -31,11 +31,11 @@ from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.openapi import body_schema, describe, docs_page
-from llamaclust.cluster.api.operations import DrainControl, Operations, Workers
+from llamaclust.cluster.api.operations import DrainControl, Operations, Workers, disabled
 from llamaclust.cluster.api.paths import Paths
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.reply import MakeReply
-from llamaclust.cluster.api.security import KeyGate, Security
+from llamaclust.cluster.api.security import KeyGate, Security, page_origins
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
@@ -80,12 +80,12 @@ def create_app(
         _route(app, route.method, route.path, route.endpoint, schema)
     operations = Operations(service, engine, cluster_status, settings.defaults)
     for name in ("health", "live", "metrics", "cluster", "props", "slots"):
-        _route(app, "GET", f"/{name}", getattr(operations, name))
+        _route(app, "GET", f"/{name}", disabled if name in settings.disabled else getattr(operations, name))
     if pool is not None:
         workers = Workers(pool)
         for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
             _route(app, method, f"/cluster/workers/{{worker}}/{name}", getattr(workers, name))
-    _route(app, "GET", "/docs", docs_page)
+    _route(app, "GET", "/docs", disabled if "docs" in settings.disabled else docs_page)
     app.openapi = partial(describe, app.routes)  # type: ignore[method-assign]  # FastAPI's own way
     app.add_middleware(IgnoredFields)
     app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
@@ -93,8 +93,8 @@ def create_app(
     if settings.allowed_origins:  # outside all that refuses requests of these pages: they may read why
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=settings.allowed_origins,
-            allow_methods=["*"],
+            allow_origin_regex=page_origins(settings).pattern,
+            allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
             allow_headers=["*"],
             expose_headers=_EXPOSED_HEADERS,
         )

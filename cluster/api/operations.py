@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -29,6 +30,11 @@ class DrainControl(Protocol):
     async def drain(self, name: str) -> None: ...
     def undrain(self, name: str) -> None: ...
     async def log(self, name: str) -> LogTail: ...
+
+
+async def disabled(request: Request) -> Response:
+    """In place of an endpoint that the cluster file switches off."""
+    raise HttpError(501, "disabled", f"{request.url.path}: is switched off by `api.disabled` in the cluster file")
 
 
 class Workers:
@@ -73,6 +79,7 @@ class Operations:
         self._defaults = defaults
         self._engine = engine
         self._cluster_status = cluster_status
+        self._started_s = str(int(time.time()))
 
     async def health(self, request: Request) -> Response:
         """200 while requests are taken, even if they have to wait; else 503, and why not for those with a key."""
@@ -98,7 +105,7 @@ class Operations:
     async def metrics(self, request: Request) -> Response:
         """Prometheus: this program's metrics, and those that have names in llama.cpp."""
         text = self._engine.metrics.render() + generate_latest(LlamaCppMetrics(self._engine))
-        return Response(text, media_type=CONTENT_TYPE)
+        return Response(text, media_type=CONTENT_TYPE, headers={"Process-Start-Time-Unix": self._started_s})
 
     async def cluster(self, request: Request) -> Response:
         return JsonResponse(self._cluster_status())

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llamaclust.cluster.api.browser.assets import assets
@@ -19,6 +20,11 @@ from llamaclust.core.addresses import is_loopback
 OPEN_PATHS = frozenset({"/health", "/live"})
 """Need no key; `request.state.is_trusted` says whether a request may see more than the state."""
 
+LOCALHOST = "localhost"
+"""An origin of the settings that stands for all pages of this machine."""
+
+_FOREIGN_ORIGIN = "origin_not_allowed"
+_LOCAL_PAGE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})?")
 
 
@@ -46,6 +52,13 @@ def sent_key(headers: Mapping[str, str]) -> str:
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
+def page_origins(settings: ApiSettings) -> re.Pattern[str]:
+    """Matches the origins of the web pages that may use the API, in small letters."""
+    known = {"*": r".*", LOCALHOST: _LOCAL_PAGE}
+    parts = [known.get(origin, re.escape(origin)) for origin in settings.allowed_origins]
+    return re.compile("|".join(f"(?:{part})" for part in parts) or r"(?!)")
+
+
 class KeyGate:
     """Refuses requests without a key before the app sees them."""
 
@@ -71,14 +84,16 @@ class Security:
         self._app = app
         self._takes_any_ip = not is_loopback(settings.listen_host)
         self._hosts = {name.lower() for name in (*settings.allowed_hosts, settings.listen_host)}
-        self._origins = frozenset(settings.allowed_origins)
+        self._origins = page_origins(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
                 self._check(scope)
             except HttpError as error:
-                await error_response(error, scope)(scope, receive, send)
+                is_unanswered = error.code == _FOREIGN_ORIGIN and _is_preflight(scope)
+                reply = Response() if is_unanswered else error_response(error, scope)  # no header allows the page
+                await reply(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -107,7 +122,7 @@ class Security:
 
     def _check_origin(self, headers: Headers, scope: Scope) -> None:
         origin = headers.get("origin")
-        if origin is None or "*" in self._origins or origin.lower() in self._origins:
+        if origin is None or self._origins.fullmatch(origin.lower()):
             return
         scheme, _, host = origin.lower().partition("://")
         is_secure = (
@@ -116,7 +131,11 @@ class Security:
         if is_secure and host == headers["host"].lower():
             return
         cure = "add it to `allowed_origins` in the cluster file if they should be allowed"
-        raise HttpError(403, "origin_not_allowed", f"web pages of {origin[:200]!r} may not use this API; {cure}")
+        raise HttpError(403, _FOREIGN_ORIGIN, f"web pages of {origin[:200]!r} may not use this API; {cure}")
+
+
+def _is_preflight(scope: Scope) -> bool:
+    return scope["method"] == "OPTIONS" and "access-control-request-method" in Headers(scope=scope)
 
 
 def _unauthorized(message: str) -> HttpError:

@@ -24,6 +24,8 @@ class ApiSettings:
     is_strict: bool = False  # refuses fields that are unknown or have no effect
     strict_model: bool | None = None  # whether a request must name the served model; None: on OpenAI's paths
     aliases: tuple[str, ...] = ()  # further names of the served model
+    tags: tuple[str, ...] = ()  # shown with it
+    disabled: tuple[str, ...] = ()  # GET endpoints that are off, such as "slots"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of request fields
     api_keys: tuple[str, ...] = ()  # none: no key is asked for
     allowed_hosts: tuple[str, ...] = ()  # names beside loopback, listen_host and the address that was connected to

@@ -141,8 +141,16 @@ class Api(Section):
     """Whether fields that are unknown or have no effect are refused; by default a header of the reply names them."""
     strict_model: Annotated[bool | None, OrAuto()] = None
     """Whether a request must name the served model; auto: on OpenAI's paths."""
+    model_name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    """Name of the served model; by default its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Further names of the served model."""
+    tags: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
+    """Words that `/v1/models` shows with the model."""
+    disabled: Annotated[
+        tuple[Literal["docs", "metrics", "props", "slots"], ...], Field(max_length=4, strict=False)
+    ] = ()
+    """Endpoints that are answered with 501."""
     defaults: dict[str, Any] = Field(default_factory=dict)
     """Values of request fields for requests without them, such as temperature; each endpoint takes those it has."""
 

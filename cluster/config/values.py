@@ -166,10 +166,10 @@ def parse_gpu_layers(value: str) -> int | None:
 
 
 def parse_origin(value: object) -> str:
-    """The origin of web pages, as browsers send it; `*`: any, `null`: of files and pages in a sandbox. Raises
-    ValueError."""
+    """The origin of web pages, as browsers send it; `*`: any, `null`: of files and pages in a sandbox,
+    `localhost`: of servers on the browser's machine. Raises ValueError."""
     given = value.lower().removesuffix("/") if isinstance(value, str) else ""
-    if given in ("*", "null"):
+    if given in ("*", "null", "localhost"):
         return given
     match = re.fullmatch(_ORIGIN, given)
     if match is None:
@@ -259,7 +259,7 @@ Duration = Annotated[
 ]
 Address = Annotated[str, BeforeValidator(_parse_address)]
 Origin = Annotated[
-    str, BeforeValidator(parse_origin), WithJsonSchema({"type": "string", "pattern": f"^(\\*|null|{_ORIGIN}/?)$"})
+    str, BeforeValidator(parse_origin), WithJsonSchema({"type": "string", "pattern": f"^(\\*|null|localhost|{_ORIGIN}/?)$"})
 ]
 FilePath = Annotated[Path, BeforeValidator(_parse_path), WithJsonSchema({"type": "string"})]
 Layers = Annotated[

@@ -24,5 +24,6 @@ def test_flags_become_a_cluster_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = load_config(path)
     assert (config.context_length, config.max_sequences, config.port) == (256, 2, 8080)
     assert config.api.defaults["seed"] == 42 and config.api.aliases == ("a", "b")
+    assert config.api.model_name == "a" and config.api.disabled == ("metrics", "slots")
     assert config.api.defaults["chat_template_kwargs"] == {"enable_thinking": False}
     assert config.api_keys_file is not None and config.api_keys_file.stat().st_mode & 0o777 == 0o600

@@ -35,7 +35,7 @@ class ModelsEndpoint:
     def __init__(self, service: TextService, settings: ApiSettings) -> None:
         self._service = service
         self._names = ModelNames(service.settings.model_name, settings)
-        self._aliases = settings.aliases
+        self._shown = {"aliases": settings.aliases, "tags": settings.tags}
         self._created = int(time.time())
 
     async def list(self, request: Request) -> Response:
@@ -50,7 +50,7 @@ class ModelsEndpoint:
         return {
             "id": settings.model_name,
             "object": "model",
-            "aliases": self._aliases,
+            **self._shown,
             "created": self._created,
             "owned_by": "llamaclust",
             "max_model_len": settings.context_length,

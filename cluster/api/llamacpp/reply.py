@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, Final
 
 from llamaclust.cluster.api.json_parts import json_parts, off_loop_if_large
-from llamaclust.cluster.api.llamacpp.schema import RANDOM_SEEDS, InfillBody, LlamaCppBody, LlamaCppPrompt
+from llamaclust.cluster.api.llamacpp.schema import NEVER, RANDOM_SEEDS, InfillBody, LlamaCppBody, LlamaCppPrompt
 from llamaclust.cluster.api.llamacpp.timings import shown_timings
 from llamaclust.cluster.api.openai.shapes import row_entry
 from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
@@ -130,6 +130,7 @@ class _Shape:
         self._stream = stream
         self._index = index
         self._predicted = 0
+        self._has_new_line = False
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         tokens = answer.token_ids if self._body.return_tokens else ()
@@ -144,6 +145,7 @@ class _Shape:
     def chunk(self, chunk: TextChunk) -> dict[str, Any]:
         """One event. The last has no tokens."""
         self._predicted += len(chunk.rows)
+        self._has_new_line |= "\n" in chunk.text
         shown = {"index": self._index, "content": chunk.text, "tokens": chunk.token_ids}
         if chunk.finish_reason is not None:
             return {**shown, **self._end(chunk)}
@@ -161,6 +163,7 @@ class _Shape:
             "stop_type": _stop_type(part),
             "stopping_word": word,
             "truncated": False,
+            "has_new_line": self._has_new_line or "\n" in part.text,
             "tokens_cached": part.timings.cached_tokens,
             "generation_settings": self._settings(),
             "timings": shown_timings(part.timings),
@@ -176,7 +179,19 @@ class _Shape:
 
     def _settings(self) -> dict[str, Any]:
         fields = self._body.model_dump(exclude=_INPUTS)
-        return {**fields, "seed": self._stream.generation.seed, "n_ctx": self._service.settings.context_length}
+        return {
+            **fields,
+            "logit_bias": self._shown_biases(),
+            "seed": self._stream.generation.seed,
+            "n_ctx": self._service.settings.context_length,
+        }
+
+    def _shown_biases(self) -> list[dict[str, Any]]:
+        """null: the token may not be chosen."""
+        biases: dict[int, float | None] = dict(self._stream.generation.params.logit_bias)
+        if self._body.ignore_eos:
+            biases |= dict.fromkeys(self._service.tokenizer.end_of_generation)
+        return [{"token": token, "bias": None if bias == NEVER else bias} for token, bias in sorted(biases.items())]
 
 
 def _stop_type(part: TextChunk) -> str:

@@ -31,6 +31,7 @@ class Shape(Protocol):
     whole_object: str
     chunk_object: str
     shows_timings: bool
+    shows_prompt: bool
 
     def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice | None:
         """What a streamed choice begins with."""
@@ -104,6 +105,7 @@ class OpenAiReply:
         tokens = sum(len(answer.rows) for prompt_answers in answers for answer in prompt_answers)
         counts = self._usage(tokens, [prompt_answers[0].timings for prompt_answers in answers])
         more = {"timings": shown_timings(answers[0][0].timings)} if self._shape.shows_timings else {}
+        more |= self._verbose(self._streams[0])
         parts = json_parts({**self._reply(self._shape.whole_object, choices), "usage": counts, **more})
         release_rows(answers)
         return parts
@@ -141,6 +143,12 @@ class OpenAiReply:
             "choices": choices,
         }
 
+    def _verbose(self, stream: CompletionStream) -> dict[str, Any]:
+        """The prompt's text as the model sees it, where it is asked for."""
+        if not self._shape.shows_prompt:
+            return {}
+        return {"__verbose": {"prompt": self._service.tokenizer.decode(stream.generation.prompt)}}
+
     def _usage(self, tokens: int, timings: Sequence[Timings]) -> dict[str, Any]:
         """Token counts: of the prompts, of all answers, and the cached ones of each prompt's first choice."""
         prompts = sum(len(stream.generation.prompt) for stream in self._streams)
@@ -155,6 +163,8 @@ class OpenAiReply:
         shown = self._shown(prompt, chunk)
         if self._shape.shows_timings:
             more = {**more, "timings": shown_timings(self._streams[prompt].timings(chunk.index))}
+        if chunk.finish_reason is not None:
+            more = {**more, **self._verbose(self._streams[prompt])}
         values = [{**self._reply(self._shape.chunk_object, [choice]), **more} for choice in shown]
         return [
             Event(choice["index"], event(value, is_large=is_large)) for choice, value in zip(shown, values, strict=True)

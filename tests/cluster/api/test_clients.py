@@ -249,6 +249,34 @@ async def test_timings_in_every_event(path: str) -> None:
     assert "timings" not in events_of(plain.text)[0]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_the_prompt_as_the_model_sees_it(path: str) -> None:
+    body: dict[str, Any] = CHAT if "chat" in path else {"prompt": "Hi"}
+    reply = (await post(path, body | {"verbose": True})).json()
+    prompt = reply["__verbose"]["prompt"]
+    assert "Hi" in prompt and ("<|im_start|>user" in prompt) == ("chat" in path)
+    events = events_of((await post(path, body | {"verbose": True, "stream": True})).text)
+    ends = [event for event in events if event != "[DONE]" and "__verbose" in event]
+    assert [event["__verbose"]["prompt"] for event in ends] == [prompt]
+    assert ends[0]["choices"][0]["finish_reason"] == "stop"
+    assert "__verbose" not in (await post(path, body)).json()
+
+
+async def test_names_and_tags_of_the_model() -> None:
+    settings = {"aliases": ("a", "b"), "tags": ("small",)}
+    async with client(make_app(ScriptedEngine(says("a")), **settings)) as http:
+        model = (await http.get("/v1/models")).json()["data"][0]
+    assert (model["id"], model["aliases"], model["tags"]) == (MODEL, ["a", "b"], ["small"])
+
+
+async def test_endpoints_that_are_off() -> None:
+    async with client(make_app(ScriptedEngine(says("a")), disabled=("slots", "metrics", "docs"))) as http:
+        for path in ("/slots", "/metrics", "/docs"):
+            reply = await http.get(path)
+            assert reply.status_code == 501 and reply.json()["error"]["type"] == "not_supported_error", path
+        assert (await http.get("/props")).status_code == 200
+
+
 async def test_several_prompts_of_llamacpp() -> None:
     engine = ScriptedEngine(says(ANSWER))
     reply = await post("/completion", {"prompt": ["a", [1, 2], [3, "b"]], "seed": -1}, engine)

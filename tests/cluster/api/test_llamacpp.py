@@ -97,6 +97,15 @@ async def test_prompts_and_settings() -> None:
     assert engine.submitted[1].seed != engine.submitted[2].seed
 
 
+async def test_biases_and_new_lines_are_shown() -> None:
+    reply = await complete(ScriptedEngine(says("a\nb")), logit_bias=[[7, -2], [9, False]])
+    assert reply["generation_settings"]["logit_bias"] == [{"token": 7, "bias": -2.0}, {"token": 9, "bias": None}]
+    assert reply["has_new_line"] is True
+    events = await complete(ignore_eos=True, stream=True)
+    assert {"token": END, "bias": None} in events[-1]["generation_settings"]["logit_bias"]
+    assert events[-1]["has_new_line"] is False
+
+
 async def test_neutral_settings_are_taken() -> None:
     await complete(
         cache_prompt=True,

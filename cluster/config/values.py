@@ -259,7 +259,9 @@ Duration = Annotated[
 ]
 Address = Annotated[str, BeforeValidator(_parse_address)]
 Origin = Annotated[
-    str, BeforeValidator(parse_origin), WithJsonSchema({"type": "string", "pattern": f"^(\\*|null|localhost|{_ORIGIN}/?)$"})
+    str,
+    BeforeValidator(parse_origin),
+    WithJsonSchema({"type": "string", "pattern": f"^(\\*|null|localhost|{_ORIGIN}/?)$"}),
 ]
 FilePath = Annotated[Path, BeforeValidator(_parse_path), WithJsonSchema({"type": "string"})]
 Layers = Annotated[

@@ -263,8 +263,7 @@ async def test_the_prompt_as_the_model_sees_it(path: str) -> None:
 
 
 async def test_names_and_tags_of_the_model() -> None:
-    settings = {"aliases": ("a", "b"), "tags": ("small",)}
-    async with client(make_app(ScriptedEngine(says("a")), **settings)) as http:
+    async with client(make_app(ScriptedEngine(says("a")), aliases=("a", "b"), tags=("small",))) as http:
         model = (await http.get("/v1/models")).json()["data"][0]
     assert (model["id"], model["aliases"], model["tags"]) == (MODEL, ["a", "b"], ["small"])
 

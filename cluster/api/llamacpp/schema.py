@@ -37,11 +37,21 @@ def _prompts(value: Any) -> tuple[LlamaCppPrompt, ...]:
 
 
 def _prompt(value: Any) -> LlamaCppPrompt:
+    if isinstance(value, dict):
+        return _prompt_string(value)
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(item, str) or is_int(item) for item in value):
         raise ValueError("must be a string, a list of token ids and strings, or a list of those")
     return tuple(value)
+
+
+def _prompt_string(value: dict[str, Any]) -> str:
+    """{"prompt_string": text}, llama.cpp's form for prompts with images, without any."""
+    text = value.get("prompt_string")
+    if not isinstance(text, str) or value.get("multimodal_data") or value.keys() - {"prompt_string", "multimodal_data"}:
+        raise ValueError("an object must have the text `prompt_string` and no other fields; images are not supported")
+    return text
 
 
 def _biases(value: Any) -> tuple[tuple[int | str, float], ...]:
@@ -69,7 +79,10 @@ def _bias(value: Any) -> float:
     return float(value)
 
 
-_MIXED: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "integer"]}}]}
+_OBJECT = {"type": "object", "required": ["prompt_string"], "properties": {"prompt_string": {"type": "string"}}}
+_MIXED: dict[str, Any] = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "integer"]}}, _OBJECT]
+}
 _PROMPTS = {"anyOf": [*_MIXED["anyOf"], {"type": "array", "items": _MIXED}]}
 _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
 

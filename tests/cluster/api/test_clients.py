@@ -285,7 +285,10 @@ async def test_several_prompts_of_llamacpp() -> None:
     assert "".join(event["content"] for event in events if event["index"] == 1) == ANSWER
     assert (await post("/completion", {"prompt": ["a"]}, engine)).json()["content"] == ANSWER
     assert engine.running == 0
-    for prompt in (["a", [[1]]], ["a"] * 65, [["a"], 1], ["a", ""]):
+    mixed = await post("/completion", {"prompt": [{"prompt_string": "a"}, [1]]}, engine)
+    assert [part["content"] for part in mixed.json()] == [ANSWER, ANSWER]
+    image = {"prompt_string": "a", "multimodal_data": ["iVBO"]}
+    for prompt in (["a", [[1]]], ["a"] * 65, [["a"], 1], ["a", ""], image, {"prompt_string": 1}, {"text": "a"}):
         assert (await post("/completion", {"prompt": prompt}, engine)).status_code == 400, prompt
     assert engine.running == 0
 

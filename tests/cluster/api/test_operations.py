@@ -146,7 +146,7 @@ async def test_workers_that_cannot_be_drained() -> None:
 
 async def test_unknown_paths_and_methods() -> None:
     async with client(app()) as http:
-        missing = await http.get("/v1/embeddings")
+        missing = await http.get("/v1/nothing")
         assert missing.status_code == 404 and missing.json()["error"]["code"] == "not_found"
         wrong = await http.get("/v1/completions")
         assert wrong.status_code == 405 and wrong.json()["error"]["code"] == "method_not_allowed"

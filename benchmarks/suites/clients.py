@@ -97,7 +97,8 @@ def _command(suite: Suite, folder: Path, report: Path) -> list[str]:
             shutil.copy(cases.with_name(name), folder)
         reporter = ["--test-reporter=junit", f"--test-reporter-destination={report}"]
         return ["node", "--test", *reporter, str(folder / suite.cases)]
-    words = ["-q", "-p", "no:cacheprovider", "--tb=line", "-o", "asyncio_mode=auto", f"--junitxml={report}"]
+    words = ["-q", "-p", "no:cacheprovider", "--tb=line", f"--junitxml={report}"]
+    words += ["-o", "asyncio_mode=auto", "-o", "asyncio_default_test_loop_scope=session"]
     return [str(folder / "bin" / "python"), "-m", "pytest", *words, f"--rootdir={cases.parent}", str(cases)]
 
 

@@ -23,6 +23,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):  # type: ignore[misc]
             "api_key": "none",
             "max_tokens": 200,
             "temperature": 0,
+            "stream_usage": True,
         }
 
     @property

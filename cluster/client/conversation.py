@@ -99,6 +99,7 @@ class Conversation:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)
         turn = Turn(self, start, self.messages[start] if message is None else dict(message))
+        dropped_before = self.dropped_messages
         self._is_answering = True
         try:
             yield turn
@@ -106,6 +107,8 @@ class Conversation:
             self._is_answering = False
             if turn.has_answer:
                 self.messages[start:] = [turn.message, turn.answer()]
+            else:
+                self.dropped_messages = dropped_before
 
     def _shorten(self, end: int, error: LlamaclustError) -> bool:
         """Whether another of the turns before `end` is dropped because of the error."""

@@ -189,6 +189,20 @@ async def test_the_oldest_turns_are_dropped_only_where_that_is_wanted() -> None:
             await with_session(url, lambda session: session.send("x" * 300), drop_oldest=True)
 
 
+async def test_a_message_without_an_answer_drops_no_turns() -> None:
+    def use(session: ChatSession) -> int:
+        session.send("a")
+        session.send("b")
+        with pytest.raises(RequestError, match="context length is 200"):
+            session.send("x" * 300)
+        session.send("c")
+        return session.dropped_messages
+
+    async with scripted("Hi") as (url, engine):
+        assert await with_session(url, use, drop_oldest=True) == 0
+    assert prompts(engine)[-1] == "<user>a<assistant>Hi<user>b<assistant>Hi<user>c<assistant>"
+
+
 def test_a_file_keeps_all_messages(tmp_path: Path) -> None:
     file, link = tmp_path / "chat.json", tmp_path / "link"
     link.symlink_to(file)

@@ -6,7 +6,7 @@ import hashlib
 import time
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
@@ -78,7 +78,7 @@ def has_signed(host: str, certificate: bytes, statement: bytes, signature: bytes
         if [*names] != [x509.DNSName(host)] or not isinstance(key, ec.EllipticCurvePublicKey):
             return False
         key.verify(signature, statement, ec.ECDSA(hashes.SHA256()))
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound, x509.InvalidVersion):
         return False
     return True
 

@@ -7,10 +7,13 @@ import logging
 import threading
 from dataclasses import replace
 from pathlib import Path
+from ssl import DER_cert_to_PEM_cert
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import JoinSettings
@@ -31,7 +34,7 @@ from llamaclust.wire.control.messages import (
 from llamaclust.wire.rpc.client import JOIN, Peer
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR
-from llamaclust.wire.security.terms import TermProof, prove_term
+from llamaclust.wire.security.terms import TermProof, is_term_proven, prove_term
 from llamaclust.worker.membership import Member
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.loads import Loads
@@ -223,3 +226,17 @@ async def test_a_write_that_hangs_does_not_replace_a_later_one(path: Path, monke
     await until(lambda: record._disk is None or not record._disk.hangs)
     await record.drain(frozenset("ab"))  # though the record has these names already
     assert ControlRecord.begin(path).drained == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("06082a8648ce3d040302", "06082a8648ce3d04037f"), ("a003020102", "a003020107")],
+    ids=["an unknown algorithm", "an unknown version"],
+)
+def test_a_proof_that_cannot_be_read_is_none(old: str, new: str, tmp_path: Path) -> None:
+    identity = Authority.open(tmp_path / "trust").identity(COORDINATOR)
+    certificate = x509.load_pem_x509_certificate(identity.pair.certificate).public_bytes(Encoding.DER)
+    changed = certificate.replace(bytes.fromhex(old), bytes.fromhex(new))
+    assert changed != certificate
+    proof = TermProof(DER_cert_to_PEM_cert(changed).encode(), b"signature")
+    assert not is_term_proven(identity, 7, proof)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from llamaclust.cluster.state.directory import ELSEWHERE, ClusterDir, ClusterRecord
@@ -65,5 +66,9 @@ def _was_killed(folder: ClusterDir) -> bool:
 
 def _last_change_s(folder: ClusterDir) -> float:
     """When one of its files changed last, in Unix time; 0 where there is none."""
-    entries = (path.lstat() for path in (*folder.path.glob("*"), *folder.logs.glob("*")))
-    return max((entry.st_mtime for entry in entries if not stat.S_ISDIR(entry.st_mode)), default=0.0)
+    last_s = 0.0
+    for path in (*folder.path.glob("*"), *folder.logs.glob("*")):
+        with suppress(FileNotFoundError):  # temporary files of a cluster that runs
+            entry = path.lstat()
+            last_s = max(last_s, 0.0 if stat.S_ISDIR(entry.st_mode) else entry.st_mtime)
+    return last_s

@@ -37,5 +37,5 @@ def describe_exit(code: int) -> str:
     if code >= 0:
         return f"its process ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
-    why = ", by someone or for lack of memory" if -code == signal.SIGKILL else ""
+    why = ", by `kill` or for lack of memory" if -code == signal.SIGKILL else ""
     return f"its process was killed by signal {-code} ({name}){why}"

@@ -224,5 +224,5 @@ def test_last_words_are_one_safe_line(tmp_path: Path) -> None:
 def test_ends_of_processes_are_described() -> None:
     assert describe_exit(3) == "its process ended with exit code 3"
     assert describe_exit(-11) == "its process was killed by signal 11 (SIGSEGV)"
-    assert describe_exit(-9).endswith("signal 9 (SIGKILL), by someone or for lack of memory")
+    assert describe_exit(-9).endswith("signal 9 (SIGKILL), by `kill` or for lack of memory")
     assert describe_exit(-250) == "its process was killed by signal 250 (unknown)"

@@ -110,10 +110,20 @@ def run(name: str, suite: Suite, api: str, model: str) -> Counter[str]:
         own = {"SUITE_API": api, "SUITE_MODEL": model}
         command = _command(suite, folder, report)
         with (Path(results) / "output").open("w+") as output:
-            subprocess.run(
-                command, env=os.environ | own, stdout=output, stderr=output, timeout=_RUN_S, check=False, cwd=results
-            )
-            if not report.exists():
+            try:
+                subprocess.run(
+                    command,
+                    env=os.environ | own,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    timeout=_RUN_S,
+                    check=False,
+                    cwd=results,
+                )
+            except subprocess.TimeoutExpired:
+                raise Skipped(f"its tests did not end within {_RUN_S} s") from None
+            if not report.exists() or not report.stat().st_size:
                 output.seek(0)
                 raise Skipped(f"its tests did not run: {output.read()[-500:]}")
         return sum(count(report).values(), Counter())

@@ -71,7 +71,7 @@ test("responses", async () => {
 });
 
 test("a stream of responses", async () => {
-  const stream = client.responses.stream({ model, input: "Hello", max_output_tokens: 16 });
+  const stream = client.responses.stream({ model, input: "Hello", max_output_tokens: 400, temperature: 0 });
   assert.ok((await stream.finalResponse()).output_text);
 });
 

@@ -229,7 +229,8 @@ def test_responses(client: openai.OpenAI, model: str) -> None:
 
 
 def test_a_stream_of_responses(client: openai.OpenAI, model: str) -> None:
-    with client.responses.stream(model=model, input="Hello", max_output_tokens=16) as stream:
+    asked: Any = {"model": model, "input": "Hello", "max_output_tokens": 400, "temperature": 0}
+    with client.responses.stream(**asked) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_response()
     assert kinds[0] == "response.created" and "response.output_text.delta" in kinds

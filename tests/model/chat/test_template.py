@@ -56,7 +56,7 @@ def test_a_render_is_quick_once_the_process_runs(chatml: ChatTemplate) -> None:
         start = time.perf_counter()
         chatml.render(HELLO)
         took.append(time.perf_counter() - start)
-    assert min(took) < 0.01
+    assert min(took) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,14 @@ def _part(part: Any) -> str:
     return str(part["text"])
 
 
+def prompt_string(value: dict[str, Any]) -> str:
+    """{"prompt_string": text}, llama.cpp's form for prompts with images, without any."""
+    text = value.get("prompt_string")
+    if not isinstance(text, str) or value.get("multimodal_data") or value.keys() - {"prompt_string", "multimodal_data"}:
+        raise ValueError("an object must have the text `prompt_string` and no other fields; images are not supported")
+    return text
+
+
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     """{"token id": bias}."""
     if not isinstance(value, dict):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from llamaclust.cluster.api.schema import Body, is_int
+from llamaclust.cluster.api.schema import Body, is_int, prompt_string
 from llamaclust.cluster.text.embedder import EmbeddingOptions
 from llamaclust.cluster.text.pooler import EUCLIDEAN
 from llamaclust.cluster.text.request import MAX_SALT_CHARACTERS
@@ -37,16 +37,17 @@ def _input(value: Any) -> Input:
         return (value,)
     if isinstance(value, list) and all(isinstance(item, str) or is_int(item) for item in value):
         return tuple(value)
-    if isinstance(value, dict) and isinstance(value.get("prompt_string"), str):
-        return (value["prompt_string"],)
-    if isinstance(value, dict) and isinstance(value.get("content"), list):
+    if isinstance(value, dict) and "prompt_string" in value:
+        return (prompt_string(value),)
+    if isinstance(value, dict) and value.keys() == {"content"} and isinstance(value["content"], list):
         return ("".join(map(_part, value["content"])),)
     raise ValueError("must be a string, a list of token ids and strings, an object with text parts, or a list of those")
 
 
 def _part(part: Any) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise ValueError("a part of 'content' must be an object of type 'text' with the field 'text'")
+    is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    if not is_text or len(part) > 2:
+        raise ValueError("a part of 'content' must be an object of type 'text' with the field 'text' and no others")
     return str(part["text"])
 
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
 from llamaclust.cluster.api.openai.schema import ChatFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
-from llamaclust.cluster.api.schema import MAX_PROMPTS, Body, StopField, is_int, is_token_id
+from llamaclust.cluster.api.schema import MAX_PROMPTS, Body, StopField, is_int, is_token_id, prompt_string
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.cluster.text.fill_in import Gap, OtherFile
@@ -38,20 +38,12 @@ def _prompts(value: Any) -> tuple[LlamaCppPrompt, ...]:
 
 def _prompt(value: Any) -> LlamaCppPrompt:
     if isinstance(value, dict):
-        return _prompt_string(value)
+        return prompt_string(value)
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(item, str) or is_int(item) for item in value):
         raise ValueError("must be a string, a list of token ids and strings, or a list of those")
     return tuple(value)
-
-
-def _prompt_string(value: dict[str, Any]) -> str:
-    """{"prompt_string": text}, llama.cpp's form for prompts with images, without any."""
-    text = value.get("prompt_string")
-    if not isinstance(text, str) or value.get("multimodal_data") or value.keys() - {"prompt_string", "multimodal_data"}:
-        raise ValueError("an object must have the text `prompt_string` and no other fields; images are not supported")
-    return text
 
 
 def _biases(value: Any) -> tuple[tuple[int | str, float], ...]:

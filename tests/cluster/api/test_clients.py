@@ -333,6 +333,12 @@ async def test_tokens_of_a_chat_are_counted(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(engine.submitted) == 1
 
 
+async def test_counts_refuse_what_chats_refuse() -> None:
+    path = "/v1/chat/completions/input_tokens"
+    assert (await post(path, CHAT | {"model": "other"}, strict_model=True)).status_code == 404
+    assert (await post(path, CHAT | {"top_logprobs": 3})).status_code == 400
+
+
 async def test_templates_get_the_effort() -> None:
     reply = await post("/v1/chat/completions", CHAT | {"reasoning_effort": "low"})
     assert reply.status_code == 200 and HEADER not in reply.headers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import math
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,9 +17,12 @@ from llamaclust.cluster.api.ignored import report_ignored
 from llamaclust.cluster.api.schema import AnyBody, Body, ForeignFields, Leniency, read_fields
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.threads import run_on
+from llamaclust.core.errors import ParameterError
 
 _BLOCKING_BYTES = 1 << 16
 """Larger bodies are parsed on a thread."""
+
+_MOST_OF_A_PLACE = 200
 
 _parsing = ThreadPoolExecutor(2, "parse-body")
 
@@ -64,7 +68,7 @@ def _filled(
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object, nested 200 levels deep at most."""
+    """A JSON object, nested 200 levels deep at most. ParameterError for numbers that no reply could show."""
     try:
         payload = from_json(data.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
@@ -72,7 +76,21 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise HttpError(400, "invalid_json", f"the body is not valid JSON: {reason}") from error
     if not isinstance(payload, dict):
         raise HttpError(400, "invalid_json", "the body must be a JSON object")
+    if (place := _not_finite(payload)) is not None:
+        raise ParameterError(place.removeprefix(".")[:_MOST_OF_A_PLACE], "must be a finite number")
     return payload
+
+
+def _not_finite(value: Any) -> str | None:
+    """The place of a number that JSON lacks (NaN) or Python reads as infinite (1e999), if there is one."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ""
+    if not isinstance(value, dict | list):
+        return None
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if (place := _not_finite(item)) is not None:
+            return f".{key}{place}" if isinstance(value, dict) else f"[{key}]{place}"
+    return None
 
 
 async def read_bytes(request: Request, settings: ApiSettings) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -11,6 +10,7 @@ from llamaclust.cluster.api.sse import named_event
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.cluster.text.answer import Answer, TextChunk
 from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,
     ArgumentText,
@@ -165,11 +165,8 @@ def _call(event: CallBegun, reply_id: str) -> Block:
 
 def _input(text: str) -> dict[str, Any]:
     """The arguments of a call. Those of an answer that was cut are not JSON; Anthropic's convention for them."""
-    try:
-        parsed = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {"INVALID_JSON": text}
-    return parsed if isinstance(parsed, dict) else {"INVALID_JSON": text}
+    arguments = arguments_object(text or "{}")
+    return {"INVALID_JSON": text} if arguments is None else arguments
 
 
 _UNSTOPPED: Final[dict[str, Any]] = {"stop_reason": None, "stop_sequence": None}

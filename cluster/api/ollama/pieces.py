@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,
     ArgumentText,
@@ -66,17 +66,9 @@ class PieceReader:
     def _close(self, index: int, piece: Piece) -> None:
         """What is no complete call, since the answer was cut off, is content: arguments are objects here."""
         call = self._open.pop(index)
-        arguments = _object(call.arguments)
+        arguments = arguments_object(call.arguments)
         if arguments is None:
             piece.content += f"{call.name}({call.arguments}"
             return
         named = {"id": call.call_id} if call.call_id else {}
         piece.calls.append({**named, "function": {"index": index, "name": call.name, "arguments": arguments}})
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

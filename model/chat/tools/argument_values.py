@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -15,6 +16,15 @@ _MAX_DEPTH: Final = 8
 _MAX_LITERAL_CHARACTERS: Final = 1 << 14
 """Python's parser takes a hundred times the memory of a literal."""
 _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
+
+
+def arguments_object(text: str) -> dict[str, Any] | None:
+    """The arguments of a whole call; None where the text is no JSON object, or has numbers that no JSON can show."""
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def property_schema(schema: Schema, key: str) -> Schema:
@@ -102,6 +112,14 @@ def json_of_python(text: str) -> str:
 def _refuse(constant: str) -> Any:
     """`NaN` and the infinities are no JSON, but Python reads them."""
     raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(text: str) -> float:
+    """Python reads numbers that are too large as infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:60]} is too large")
+    return number
 
 
 class TextValue:

@@ -200,6 +200,8 @@ async def test_clients_of_llamacpp_get_its_error_of_a_too_long_prompt() -> None:
         b'{"prompt": [' + b"9" * 10_000 + b"]}",
         b'{"prompt": "a", "temperature": NaN}',
         b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "a", "messages": [], "content": "a", "response_format": {"type": "text", "x": NaN}}',
+        b'{"prompt": "a", "messages": [], "content": "a", "of_no_effect": [{"x": 0.5, "y": [1, -1e999]}]}',
         b'{"prompt": "a", "max_tokens": 1' + b"0" * 4000 + b"}",
     ],
 )
@@ -208,6 +210,12 @@ async def test_bodies_that_are_no_request(body: bytes) -> None:
         reply = await post(path, body)
         assert reply.status_code == 400, (path, reply.text)
         assert len(reply.json()["error"]["message"]) < 500
+
+
+async def test_numbers_that_no_reply_could_show_are_named() -> None:
+    reply = await post("/v1/responses", b'{"input": "x", "text": {"format": {"type": "text", "x": [1, 1e999]}}}')
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and error["param"] == "text.format.x[1]" and "finite" in error["message"]
 
 
 async def test_neutral_fields_are_taken() -> None:

@@ -236,6 +236,13 @@ async def test_a_call_that_was_cut_off_is_content() -> None:
     assert "tool_calls" not in whole["message"] and "look" in whole["message"]["content"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_call_with_numbers_that_json_lacks_is_content(stream: bool) -> None:
+    lines, _ = await chat(CALL.replace('"Rom"', "1e999"), tools=[TOOL], stream=stream)
+    assert lines[-1]["done"] and not any("tool_calls" in line["message"] for line in lines)
+    assert "".join(line["message"]["content"] for line in lines) == 'look({"city": 1e999}'
+
+
 async def test_messages_sent_back() -> None:
     messages = [
         *HI,

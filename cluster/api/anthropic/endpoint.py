@@ -45,5 +45,5 @@ class MessagesEndpoint:
         """The tokens of a chat's prompt."""
         body = await read_body(request, MessagesBody, MESSAGES, self._settings)
         self._models.check(body.model)
-        completion = await unless_disconnected(request, self._service.chat(body.request()))
+        completion = await unless_disconnected(request, self._service.chat_prompt(body.request()))
         return JsonResponse({"input_tokens": len(completion.prompt)})

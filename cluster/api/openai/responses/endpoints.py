@@ -84,7 +84,7 @@ class ResponsesEndpoint:
         self._models.check(body.model)
         body.check()
         messages = self._messages(body, owner(request.headers, self._settings.api_keys))
-        completion = await unless_disconnected(request, self._service.chat(body.request([*messages])))
+        completion = await unless_disconnected(request, self._service.chat_prompt(body.request([*messages])))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": len(completion.prompt)})
 
     def _messages(self, body: ResponsesBody, owner_digest: str) -> Messages:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.openai.responses.store import ResponseStore, StoredResponse
+from llamaclust.cluster.text import service as service_module
 from llamaclust.core.errors import WorkerError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import MODEL, ScriptedEngine, events_of, make_app, says, serving, tokenizer
@@ -120,7 +121,8 @@ async def test_an_answer_that_obeys_a_schema() -> None:
     assert engine.submitted[0].grammar is not None and reply.json()["text"]["format"] == form
 
 
-async def test_counting() -> None:
+async def test_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "answer_grammar", None)  # a count needs none
     async with served(ScriptedEngine(says("a"))) as http:
         reply = await http.post(f"{PATH}/input_tokens", json={"input": "Hi", "instructions": "A"})
     expected = len(tokenizer().encode("<system>A<user>Hi<assistant>", add_special=False))

@@ -33,6 +33,11 @@ class HttpError(LlamaclustError):
         self.param = param
 
 
+def internal_error() -> LlamaclustError:
+    """What replies say of a mistake of ours, which is logged."""
+    return LlamaclustError("internal error; the coordinator's log says more")
+
+
 class JsonResponse(Response):
     """A body of JSON."""
 
@@ -101,5 +106,4 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     """The server logs the error itself, once it is re-raised."""
-    failure = Failure(500, "internal error; the coordinator's log says more", "internal_error")
-    return _response(failure, request.scope)
+    return error_response(internal_error(), request.scope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.api.error_shapes import chosen_shape, to_json
-from llamaclust.cluster.api.errors import failure_of
+from llamaclust.cluster.api.errors import failure_of, internal_error
 from llamaclust.cluster.api.json_parts import json_parts
 from llamaclust.cluster.api.replies.stream_format import StreamFormat
 from llamaclust.core.errors import LlamaclustError
@@ -21,6 +22,8 @@ DONE = b"data: [DONE]\n\n"
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _Value = TypeVar("_Value")
+
+_log = logging.getLogger(__name__)
 
 
 def event(value: Any, *, is_large: bool = False) -> bytes:
@@ -63,6 +66,9 @@ class EventResponse(Response):
                     return
         except LlamaclustError as error:
             last = self._form.error(chosen_shape(scope), failure_of(error))
+        except Exception:  # noqa: BLE001  a mistake of ours; without an end the client would take it for a lost network
+            _log.exception("a stream of %s failed", scope["path"])
+            last = self._form.error(chosen_shape(scope), failure_of(internal_error()))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _watch(self, receive: Receive) -> None:

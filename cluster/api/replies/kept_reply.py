@@ -10,7 +10,7 @@ from enum import Enum, auto
 from itertools import count
 from typing import Protocol
 
-from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.errors import HttpError, internal_error
 from llamaclust.cluster.api.replies.reply import Event, Position, Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
@@ -242,7 +242,7 @@ class KeptReply:
             self._end(DeadlineError(_TOO_LONG))
         except Exception:  # noqa: BLE001  a mistake of ours, which ends this reply alone
             _log.exception("request %s failed", self.ticket.id)
-            self._end(LlamaclustError("internal error; the coordinator's log says more"))
+            self._end(internal_error())
         finally:
             await reply.aclose()
         self._expire_later()

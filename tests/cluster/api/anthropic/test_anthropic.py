@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,6 +13,10 @@ from anthropic import AsyncAnthropic, AuthenticationError, BadRequestError, Defa
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
+from llamaclust.cluster.api.anthropic.message import MessageShape
+from llamaclust.cluster.text import service as service_module
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import QueueFullError, WorkerError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import MODEL, ScriptedEngine, client, events_of, make_app, says, serving, tokenizer
@@ -153,7 +157,8 @@ async def test_a_last_message_of_the_assistant_is_continued() -> None:
     assert await prompt_of(messages=messages) == "<user>Hi<assistant>Well, "
 
 
-async def test_counting() -> None:
+async def test_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "answer_grammar", None)  # a count needs none
     body = {key: value for key, value in HELLO.items() if key != "max_tokens"}
     reply, prompt = await post(body | {"system": "Be."}, path=PATH + "/count_tokens")
     expected = len(tokenizer().encode("<system>Be.<user>Hi<assistant>", add_special=False))
@@ -194,6 +199,12 @@ async def test_a_call_that_was_cut() -> None:
     message = await message_of(cut, tools=[TOOL], max_tokens=len(tokenizer().encode(cut, add_special=False)))
     assert message["stop_reason"] == "max_tokens"
     assert [*message["content"][0]["input"]] == ["INVALID_JSON"]
+
+
+async def test_a_call_with_numbers_that_json_lacks() -> None:
+    for number in ("1e999", "NaN"):
+        (call,) = (await message_of(CALL.replace('"Rom"', number), tools=[TOOL]))["content"]
+        assert call["input"] == {"INVALID_JSON": '{"city": ' + number + "}"}
 
 
 async def test_an_answer_that_obeys_a_schema() -> None:
@@ -248,6 +259,18 @@ async def test_a_stream_that_fails_ends_with_an_error() -> None:
         reply = await http.post(PATH, json=HELLO | {"stream": True})
     last = reply.text.strip().split("\n\n")[-1] if reply.status_code == 200 else reply.text
     assert "overloaded_error" in last and "lost" in last
+
+
+async def test_a_stream_that_meets_a_mistake_of_ours_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = MessageShape.events
+
+    def broken(shape: MessageShape, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
+        yield from events(shape, chunk, stream)
+        raise KeyError(0)
+
+    monkeypatch.setattr(MessageShape, "events", broken)
+    *_, last = await stream_of("Yes.")
+    assert last["type"] == "error" and "internal error" in last["error"]["message"]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -99,8 +99,9 @@ class ChatRequest:
         return AnswerReading(form, schemas, self.splits_reasoning, most_calls, begun)
 
     def count_characters(self) -> int:
-        """Of all contents, calls' arguments and tools: the prompt has about as many at least. Large tools take long."""
-        contents = [message.get("content") for message in self.messages]
+        """Of all contents, reasoning, calls' arguments and tools: the prompt has about as many at least, unless its
+        template leaves reasoning out. Large tools take long."""
+        contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
         calls = (call for message in self.messages for call in message.get("tool_calls") or ())
         texts = [*contents, *(call["function"].get("arguments") for call in calls)]
         tools = self.offered_tools

@@ -62,6 +62,7 @@ class KeptReply:
         self.is_streamed = is_streamed
         self.held_bytes = 0
         self.is_sent = False  # a connection took all of it
+        self.acknowledgement: bytes | None = None  # see `Reply`; None also before it has begun
         self._state = ReplyState.ADDED
         self._settings = settings
         self._owner = owner
@@ -95,11 +96,6 @@ class KeptReply:
         return self._error
 
     @property
-    def acknowledgement(self) -> bytes | None:
-        """See `Reply`; None also before it has begun."""
-        return None if self._reply is None else self._reply.acknowledgement
-
-    @property
     def gives_way(self) -> bool:
         """Whether nothing is computed for it, and no client reads it."""
         return not self.is_read and not self.is_running
@@ -128,7 +124,7 @@ class KeptReply:
             self._end(error if isinstance(error, LlamaclustError) else RequestCancelledError())
             await reply.aclose()
             raise
-        self._reply = reply
+        self._reply, self.acknowledgement = reply, reply.acknowledgement
         self._task = asyncio.create_task(self._run(reply, until_s, admitted))
         self._expire_later()
         return admitted
@@ -245,6 +241,7 @@ class KeptReply:
             self._end(internal_error())
         finally:
             await reply.aclose()
+        self._reply = None  # with what it was made from
         self._expire_later()
 
     async def _take(self, reply: Reply) -> None:

@@ -151,6 +151,7 @@ class ReplyCache:
             for entry in list(self._entries.values()):
                 if entry.kept.gives_way:
                     self.remove(entry.kept)
+                    self._ending.start(entry.kept.aclose())  # its timer would hold it for as long as it is kept
                     if not self._is_full(more_bytes, more_replies):
                         return
 

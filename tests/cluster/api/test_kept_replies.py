@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
@@ -194,6 +196,23 @@ async def test_running_replies_are_bounded_together() -> None:
     assert error.value.code == "reply_too_large" and failed.held_bytes == 0
     await until(lambda: bool(replies["unread"].closed) or failed is more)
     await reading.aclose()
+    await cache.aclose()
+
+
+async def test_a_reply_that_gave_way_is_not_held_until_it_would_expire() -> None:
+    """Nor is, of one that is kept, what it was computed from."""
+    cache = ReplyCache(ApiSettings(max_kept_replies=1, resume_s=600.0), None)
+
+    async def computed() -> tuple[weakref.ref[KeptReply], weakref.ref[CompleteReply]]:
+        kept, reply = kept_in(cache, "a"), CompleteReply(2)
+        await kept.begin(reply)
+        await until(lambda: kept.gives_way and reply.closed > 0)
+        return weakref.ref(kept), weakref.ref(reply)
+
+    held, source = await computed()
+    await until(lambda: gc.collect() >= 0 and source() is None)
+    kept_in(cache, "b")
+    await until(lambda: gc.collect() >= 0 and held() is None)
     await cache.aclose()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,10 @@ from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import refresh_memory
 from llamaclust.cluster.planner.format import plan_lines
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.state.events import Notice, PlanMade, Report, Waiting, WorkerLoading
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.wire.rpc.deadlines import deadline
@@ -96,7 +98,13 @@ class ActionRunner:
                 break
             except (InsufficientMemoryError, WorkerError) as error:
                 failure = error
-        self._observed.post(seen.Planned(inputs, plan, failure))
+        served = None if plan is None else await self._predict_served(usable)
+        self._observed.post(seen.Planned(inputs, plan, failure, served))
+
+    async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
+        """Not while requests wait for a pipeline."""
+        serving, loss = self._observed.state.serving, self._observed.state.loss
+        return None if serving is None or loss is not None else await self.planner.predict(serving.plan, workers)
 
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
         """Any error of a worker is a failed load."""

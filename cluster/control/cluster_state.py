@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.observations import Incarnation, PlanInputs
 from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, ProtocolError, StalledError
 from llamaclust.core.gpus import DeviceLayers
@@ -105,6 +105,10 @@ class Serving:
 
     def has_layers_as(self, plan: Plan) -> bool:
         return _layers(self.plan) == _layers(plan)
+
+    def predicted(self, prediction: Prediction | None) -> Serving:
+        """Predictions compare only where both are of the same links: those of before may be too good."""
+        return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:
         """Whether the plan only has other workers for the same stages, which are not clearly faster or larger."""
@@ -224,8 +228,9 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
             return replace(state, is_acting=False)
         case seen.Noticed(text):
             return replace(state, planning=planning and replace(planning, is_noticed=True), waits_for=text)
-        case seen.Planned(inputs, plan, error):
-            return replace(state, planning=Planning(inputs, plan, error))
+        case seen.Planned(inputs, plan, error, served):
+            serving = state.serving and state.serving.predicted(served)
+            return replace(state, planning=Planning(inputs, plan, error), serving=serving)
         case seen.EpochLoadFailed():
             return _load_failed(state, observation)
         case seen.Signal.EPOCH_LOADED:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from llamaclust.cluster.planner.adjacency import Pairs
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.errors import LlamaclustError
 
 Incarnation = tuple[str, int]
@@ -74,6 +74,7 @@ class Planned:
     inputs: PlanInputs
     plan: Plan | None = None
     error: LlamaclustError | None = None
+    served: Prediction | None = None  # of the plan that serves, by the same profiles and links; None: unknown
 
 
 @dataclass(frozen=True, slots=True)

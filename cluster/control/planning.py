@@ -20,11 +20,12 @@ from llamaclust.cluster.control.resources.resource_shares import (
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
-from llamaclust.cluster.planner.costs import GpuFacts, WorkerFacts
+from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.memory import PlanRequest
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.cluster.planner.predict import predict_again
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.model.loader import Model, ModelCosts
@@ -66,6 +67,13 @@ def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResource
     if len(plan.stages) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
     return plan
+
+
+def predict_served(config: ClusterConfig, model: Model, resources: ClusterResources, plan: Plan) -> Prediction | None:
+    """What a plan of before brings by the present profiles and links. None where that is unknown."""
+    costs, workers = StageCosts.of(model.costs(config.kv_type)), _worker_facts(config, resources)
+    by_name = {worker.name: worker for worker in workers}
+    return predict_again(costs, plan, by_name, config.max_sequences, resources.links)
 
 
 def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
@@ -152,7 +160,15 @@ class ClusterPlanner:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
-        known = {name: WorkerResources.of(worker) for name, worker in workers.items()}
-        resources = ClusterResources(known, self.profiles.of(workers), self.links, partitions, self.free_bytes)
+        resources = self._resources(workers, partitions)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, plan_cluster, self.config, self.model, resources)
+
+    async def predict(self, plan: Plan, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
+        """Of the plan that serves: see `predict_served`."""
+        loop, resources = asyncio.get_running_loop(), self._resources(workers)
+        return await loop.run_in_executor(self._thread, predict_served, self.config, self.model, resources, plan)
+
+    def _resources(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> ClusterResources:
+        known = {name: WorkerResources.of(worker) for name, worker in workers.items()}
+        return ClusterResources(known, self.profiles.of(workers), self.links, partitions, self.free_bytes)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llamaclust.cluster.planner.costs import StageCosts
-from llamaclust.cluster.planner.devices import Held
+from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.links import COORDINATOR, Links
-from llamaclust.cluster.planner.plan import Prediction, StagePrediction
+from llamaclust.cluster.planner.plan import Plan, Prediction, StagePlan, StagePrediction
 from llamaclust.cluster.scheduler.microbatching import cycle_ns
 
 _CHUNKS = (1, 2, 4, 8, 16)
@@ -65,6 +65,27 @@ def predict(
         tokens_per_s=max(_tokens_per_s(costs, split, max_sequences, groups, path) for groups in _CHUNKS),
         bottleneck=split[slowest].worker,
     )
+
+
+def predict_again(
+    costs: StageCosts, plan: Plan, workers: Mapping[str, WorkerFacts], max_sequences: int, links: Links
+) -> Prediction | None:
+    """Of a plan of before, from what is measured now. None where one of its devices is absent or was not measured."""
+    split = [StageParts(stage.worker, _held(stage, workers)) for stage in plan.stages]
+    if any(not stage.parts or any(device.profile is None for device, _, _ in stage.parts) for stage in split):
+        return None
+    return predict(costs, split, plan.prompt_tokens, max_sequences, links)
+
+
+def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, ...]:
+    """Nothing where a device is absent."""
+    if stage.worker not in workers:
+        return ()
+    devices = {device.device: device for device in devices_of(workers[stage.worker])}
+    layers = [(part.device, part.start, part.end) for part in stage.devices] or [("cpu", stage.start, stage.end)]
+    if any(device not in devices for device, _, _ in layers):
+        return ()
+    return tuple((devices[device], start, end) for device, start, end in layers)
 
 
 def _ttft_s(costs: StageCosts, split: Sequence[StageParts], prompt_tokens: int, chunks: int, path: _Path) -> float:

@@ -16,17 +16,17 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import actions, epochs
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Waits
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Serving, Waits
 from llamaclust.cluster.control.drain import WorkerOperations
 from llamaclust.cluster.control.epochs import Epochs, StageLoadError
 from llamaclust.cluster.control.observed import Observed
-from llamaclust.cluster.control.reconcile import LoadEpoch
+from llamaclust.cluster.control.reconcile import LoadEpoch, MakePlan
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
 from llamaclust.cluster.control.supervisor import SupervisedWorkers, Supervisor
 from llamaclust.cluster.membership.members import Members
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import UNKNOWN
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Event, Notice
@@ -112,11 +112,33 @@ def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionR
 
     loading: Any = SimpleNamespace(open=open_epoch, file_is_absent=False)
     planner: Any = SimpleNamespace(links=UNKNOWN)
-    registry: Any = SimpleNamespace(workers={})
+    registry: Any = SimpleNamespace(workers={}, present={})
     partitions: Any = SimpleNamespace(settled=settled)
     runner = ActionRunner(observed, loading, planner, registry, partitions, lambda event: None)
     runner.engine = ANYTHING
     return runner
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+async def test_the_pipeline_that_serves_is_predicted_again_with_each_plan(is_lost: bool) -> None:
+    """Not while requests wait for another one."""
+    former, new = plan_of("a", "b"), plan_of("a")
+
+    async def plan(*_: object) -> Plan:
+        return new
+
+    async def predict(plan: Plan, workers: object) -> Prediction | None:
+        assert plan == former
+        return new.prediction
+
+    observed = observed_cluster()
+    loss = PipelineLoss(0.0) if is_lost else None
+    observed.state = replace(observed.state, serving=Serving(former, (("a", 1), ("b", 2))), loss=loss)
+    runner = action_runner(observed, ANYTHING)
+    runner.planner = SimpleNamespace(plan=plan, predict=predict)  # type: ignore[assignment]
+    await runner.run(MakePlan(observed.state.inputs))
+    planned = await observed.next(None)
+    assert planned == seen.Planned(observed.state.inputs, new, served=None if is_lost else new.prediction)
 
 
 async def load_failure(runner: ActionRunner, observed: Observed, *, is_exclusive: bool) -> LlamaclustError:

@@ -7,28 +7,36 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control.cluster_state import ClusterState, Planning, PoolState, Serving, Waits
-from llamaclust.cluster.control.observations import Tick
+from llamaclust.cluster.control.cluster_state import ClusterState, Planning, PoolState, Serving, Waits, observe
+from llamaclust.cluster.control.observations import Planned, Tick
 from llamaclust.cluster.control.reconcile import Action, LoadEpoch, Wait, reconcile
+from llamaclust.cluster.planner.costs import StageCosts
+from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
-from support.plans.plan_inputs import REQUEST, SMALL, worker
+from llamaclust.cluster.planner.predict import predict_again
+from support.plans.plan_inputs import REQUEST, SMALL, link, worker
 
 STAYS = Wait(None, is_settled=True)
 PRESENT = {"a": 1, "b": 2, "c": 3}
+NEAR = Links({frozenset("ab"): link(0.3), frozenset("ac"): link(0.3)})
+FAR = Links({frozenset("ab"): link(20.0), frozenset("ac"): link(0.3)})
 
 
-def plan_of(*names: str) -> Plan:
-    return make_plan(SMALL, [worker(name) for name in names], replace(REQUEST, objective="throughput"))
+def plan_of(*names: str, links: Links = UNKNOWN) -> Plan:
+    return make_plan(SMALL, [worker(name) for name in names], replace(REQUEST, objective="throughput", links=links))
+
+
+def serving_cluster(pool: PoolState) -> ClusterState:
+    """Its stages are on a and b."""
+    serving = Serving(plan_of("a", "b"), (("a", 1), ("b", 2)))
+    waits = Waits(recovery_s=120.0, start_s=600.0)
+    return ClusterState(waits, 3, Tick(0.0), loss=None, pool=pool, serving=serving)
 
 
 def action_for(plan: Plan, pool: PoolState | None = None) -> Action | None:
-    """Of a cluster whose stages are on a and b."""
     pool = pool or PoolState(PRESENT)
-    serving = Serving(plan_of("a", "b"), (("a", 1), ("b", 2)))
-    planning = Planning(pool.inputs(0.0), plan)
-    waits = Waits(recovery_s=120.0, start_s=600.0)
-    return reconcile(ClusterState(waits, 3, Tick(0.0), loss=None, pool=pool, planning=planning, serving=serving))
+    return reconcile(replace(serving_cluster(pool), planning=Planning(pool.inputs(0.0), plan)))
 
 
 @pytest.mark.parametrize(
@@ -63,3 +71,14 @@ def test_layers_move_off_drained_disconnected_and_lost_workers() -> None:
         replace(whole, present={**PRESENT, "b": 4}),
     ):
         assert action_for(plan, pool) == LoadEpoch(plan, is_exclusive=False)
+
+
+@pytest.mark.parametrize(("links", "moves"), [(NEAR, False), (FAR, True)])
+def test_a_link_that_turns_out_to_be_slow_is_a_reason_to_move(links: Links, moves: bool) -> None:
+    """The pipeline that serves was planned before its link was measured."""
+    state, plan = serving_cluster(PoolState(PRESENT)), plan_of("a", "c", links=links)
+    assert state.serving is not None
+    workers = {name: worker(name) for name in PRESENT}
+    served = predict_again(StageCosts.of(SMALL), state.serving.plan, workers, REQUEST.max_sequences, links)
+    action = reconcile(observe(state, Planned(state.inputs, plan, served=served)))
+    assert action == (LoadEpoch(plan, is_exclusive=False) if moves else STAYS)

@@ -17,6 +17,7 @@ from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import DevicePlan, HeldLayers, Plan
 from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.cluster.planner.predict import predict_again
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits
@@ -146,6 +147,15 @@ def test_random_clusters_keep_to_the_memory_of_every_device(seed: int) -> None:
             at = part.end
         assert stage.bytes == sum(part.bytes for part in parts)
     assert at == 12
+    by_name = {facts.name: facts for facts in workers}
+    again = predict_again(StageCosts.of(SMALL), plan, by_name, request.max_sequences, request.links)
+    assert again == plan.prediction is not None
+
+
+def test_nothing_is_predicted_of_a_device_that_is_absent_or_was_not_measured() -> None:
+    plan = make_plan(SMALL, [with_gpus(60, 80)], GPU_REQUEST)
+    for facts in ({}, {"a": with_gpus(60)}, {"a": with_gpus(60, 80, read=None)}):
+        assert predict_again(StageCosts.of(SMALL), plan, facts, 1, GPU_REQUEST.links) is None
 
 
 def test_a_worker_with_a_gpu_takes_what_slower_ones_would() -> None:

@@ -174,8 +174,12 @@ class StartingReplies:
         self.close()
 
     def close(self) -> None:
+        """Connections that are accepted already get their replies: a closed server would leave them without."""
         if self._server is not None:
-            self._server.close()
+            loop = asyncio.get_running_loop()
+            for listener in self._server.sockets:
+                loop.remove_reader(listener.fileno())
+            loop.call_soon(self._server.close)
 
     def report(self, event: Event) -> None:
         """Passes an event of the start on."""

@@ -156,6 +156,23 @@ async def test_certificates_are_renewed_over_the_membership(trust: Authority) ->
         assert isinstance(welcome, Admitted)
 
 
+async def test_a_renewed_certificate_is_looked_at_again_at_once(trust: Authority) -> None:
+    """The clock may be set twice within a minute."""
+    identity = trust.identity(A)
+    async with registry(trust) as there:
+        member, _ = await join(there, identity, REGISTER)
+        renewal = Renewal(identity, member.say)
+        asking = asyncio.create_task(renewal.run())
+        for _ in range(2):
+            fresh = identity.pair
+            identity.pair = replace(fresh, made_at_s=fresh.made_at_s - 10 * fresh.life_s)
+            async with deadline("a renewal", 15):
+                answer = await member.hear()
+            assert isinstance(answer, CertificateRenewed)
+            renewal.receive(answer)
+        asking.cancel()
+
+
 async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> None:
     identity = trust.identity(COORDINATOR, timedelta(seconds=3))
     short = identity.pair

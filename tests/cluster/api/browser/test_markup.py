@@ -58,9 +58,11 @@ TREES: dict[str, Any] = {
     "***both***": ["strong"],
     "\\*plain\\*": [],
     "see https://a.example/x_(y).": ["link"],
-    "[t](https://a.example 'title') <https://b.example>": ["link", "link"],
+    "[t](https://a.example   'title') <https://b.example>": ["link", "link"],
     "unfinished **bold and `code": [],
     "a\nb": ["break"],
+    "**Name**: ____________ *and*": ["strong", "emphasis"],
+    "a ********** b": [],
 }
 BLOCKS: dict[str, list[str]] = {
     "# a\n\nb\nc\n\n---": ["heading", "paragraph", "rule"],
@@ -85,6 +87,9 @@ BOMBS: tuple[str, ...] = (
     "h" * 200_000,
     "~~" * 50_000,
     "  - a\n" * 10_000,
+    "a" + "*" * 200_000,
+    "a" + "~" * 200_000 + "b",
+    ("[x](a" + " " * 1_990 + "b)") * 500,
 )
 
 

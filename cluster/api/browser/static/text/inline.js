@@ -11,6 +11,7 @@ const MARKS = [
 const ESCAPABLE = /[\\`*_{}[\]()#+\-.!~|<>"'$&%,/:;=?@^]/;
 const ADDRESS = /^https?:\/\/[^\s<>"'`]{1,2000}/i;
 const DEPTH = 8;
+const LONGEST_RUN = 8; // of marks; a longer one is text, taken at once
 const SAFE = new Set(["http:", "https:", "mailto:"]);
 
 /** The address of a link, null where following it could do more than open a page. */
@@ -111,7 +112,7 @@ class InlineParser {
     if (middle < 0 || middle - open > 2000 || this.#text.slice(open + 1, middle).includes("\n\n")) return false;
     const end = this.#closing(")", middle + 2) < 0 ? -1 : addressEnd(this.#text, middle + 2);
     if (end < 0) return false;
-    const given = this.#text.slice(middle + 2, end).trim().replace(/\s+["'(][^"']{0,500}["')]$/, "");
+    const given = this.#text.slice(middle + 2, end).trim().replace(/\s["'(][^"']{0,500}["')]$/, "").trimEnd();
     const href = safeAddress(given.replace(/^<|>$/g, ""));
     const label = this.#text.slice(open + 1, middle);
     if (href === null) this.#add({ kind: "text", text: `${label} (${given})` }, end + 1);
@@ -141,6 +142,11 @@ class InlineParser {
   }
 
   #marked() {
+    const end = runEnd(this.#text, this.#at);
+    if (end - this.#at > LONGEST_RUN) {
+      this.#append(this.#text.slice(this.#at, end), end);
+      return true;
+    }
     for (const [mark, kind] of MARKS) {
       if (this.#text.startsWith(mark, this.#at) && this.#span(mark, kind)) return true;
     }

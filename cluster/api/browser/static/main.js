@@ -21,7 +21,7 @@ class Page {
   #links = { chat: element("a", { href: "#chat" }, "Chat"), cluster: element("a", { href: "#cluster" }, "Cluster") };
 
   constructor(history) {
-    this.views = { chat: new ChatView(history, () => this.#model), cluster: new ClusterView() };
+    this.views = { chat: new ChatView(history), cluster: new ClusterView() };
     const tools = [
       this.#state,
       this.#settings,
@@ -61,7 +61,7 @@ class Page {
   }
 
   async #check() {
-    if (!this.#model) await this.#loadModel();
+    await this.#loadModel();
     const state = await health();
     const text = this.#model ? `${this.#model}: ${state}` : state;
     if (this.#state.textContent === text) return; // what does not change is not read aloud again
@@ -69,7 +69,8 @@ class Page {
     this.#state.dataset.state = state;
   }
 
-  /** Its name stays unknown while the server does not answer, or refuses the key, which is then requested once. */
+  /** Each time, as a restart may serve another model. The name stays as it was while the server does not answer, or refuses
+   *  the key, which is then requested once. */
   async #loadModel() {
     try {
       const { data } = await requestJson("v1/models", { signal: AbortSignal.timeout(DEADLINE_MS) });

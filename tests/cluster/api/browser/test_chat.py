@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from llamaclust.cluster.api.settings import ApiSettings
 from support.browser.chromium import Opened, opened
+from support.browser.cluster_states import cluster_app
 from support.clusters.served import ScriptedEngine, make_app, says, serving, until
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
     from playwright.async_api import Browser, Page, Route
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -326,6 +328,24 @@ async def test_a_dialog_does_not_outlast_its_view(browser: Browser) -> None:
         await page.get_by_role("link", name="Chat").click()
         await send(page, "Hi")
         await ended(page)
+
+
+async def test_another_model_after_a_restart_is_named_and_answers(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Yes"))
+    apps = [cluster_app(dict, model_name=name, engine=engine) for name in ("first", "second")]
+    served = apps[:1]
+
+    async def serve(scope: Any, receive: Any, reply: Any) -> None:
+        await served[-1](scope, receive, reply)
+
+    async with serving(cast("FastAPI", serve)) as address, opened(browser, address) as seen:
+        await seen.page.get_by_text("first: ready").wait_for()
+        served.append(apps[1])
+        await send(seen.page, "Hi")
+        await ended(seen.page)
+        assert await answers(seen.page) == ["Yes"]
+        await seen.page.get_by_text("second: ready").wait_for()
+        seen.check()
 
 
 async def test_a_refusal_is_shown_with_its_reason(browser: Browser) -> None:

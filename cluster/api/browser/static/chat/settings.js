@@ -26,7 +26,7 @@ export function saveSettings(settings) {
   localStorage.setItem(KEY, JSON.stringify(settings));
 }
 
-/** The body of a request for an answer. `seed` goes before the one of the settings. */
+/** The body of a request for an answer, by whichever model is served. `seed` goes before the one of the settings. */
 export function requestBody(settings, messages, seed = null) {
   const numbers = { ...settings.numbers, ...(seed === null ? {} : { seed }) };
   const tokens = settings.showsProbabilities ? { logprobs: true, top_logprobs: 5 } : {};

@@ -30,10 +30,9 @@ export class ChatView {
   #composer = new Composer({ send: (text) => this.#send(text), stop: () => this.#stop() });
   #dialog = settingsDialog(this.#settings, () => this.#onSettings());
 
-  /** `history` keeps the conversations; `model()` gives the served model's name. */
-  constructor(history, model) {
+  /** `history` keeps the conversations. */
+  constructor(history) {
     this.#history = history;
-    this.model = model;
     this.#answering = new Answering(history, (conversation, message) => this.#onAnswer(conversation, message));
     const talk = element("section", { class: "talk", "aria-label": "Chat" }, this.#scroll, this.#composer.node, this.#status);
     this.node = element("div", { class: "chat" }, this.#list.node, talk, this.#dialog);
@@ -104,8 +103,7 @@ export class ChatView {
   }
 
   #answer(parent, seed = null) {
-    const model = this.model();
-    const body = { ...(model ? { model } : {}), ...requestBody(this.#settings, apiMessages(this.#conversation, parent), seed) };
+    const body = requestBody(this.#settings, apiMessages(this.#conversation, parent), seed);
     const fields = { role: "assistant", state: State.STREAMING, replyId: randomId(), lastEvent: "" };
     const message = addMessage(this.#conversation, parent, fields);
     const conversation = this.#conversation;

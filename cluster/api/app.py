@@ -15,7 +15,7 @@ from starlette.responses import Response
 from llamaclust.cluster.api.admission import Admission, AdmissionGate
 from llamaclust.cluster.api.anthropic.endpoint import MessagesEndpoint
 from llamaclust.cluster.api.anthropic.schema import MessagesBody
-from llamaclust.cluster.api.browser.endpoint import page_routes
+from llamaclust.cluster.api.browser.endpoint import PageRoute
 from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.embeddings.endpoints import embedding_routes
 from llamaclust.cluster.api.errors import add_error_handlers
@@ -59,7 +59,7 @@ def create_app(
     settings = replies.settings
     app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    app.router.routes += page_routes()
+    app.router.routes.append(PageRoute())
     models = ModelsEndpoint(service, settings)
     counting = ChatEndpoint(service, settings, ModelNames(service.settings.model_name, settings, any_by_default=True))
     for prefix in ("/v1", ""):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
-from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.datastructures import Headers, URLPath
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match, Route
-from starlette.types import Scope
+from starlette.routing import BaseRoute, Match, NoMatchFound
+from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.api.browser.assets import PAGE, assets
 
@@ -40,10 +39,22 @@ _HEADERS: Final = {
 }
 
 
-def page_routes() -> list[BaseRoute]:
-    """One for each file: no path of a client ever becomes a path of a file. `/` is the page for browsers only: other
-    clients get what the routes behind these have."""
-    return [_PageRoute(path, _send, methods=["GET"]) for path in assets()]
+class PageRoute(BaseRoute):
+    """All files of the page: no path of a client ever becomes a path of a file. `/` is the page for browsers only:
+    other clients get what the routes behind this one have."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+            return Match.NONE, {}
+        reply = page_reply(scope["path"], Headers(scope=scope))
+        return (Match.NONE, {}) if reply is None else (Match.FULL, {"page_reply": reply})
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply: Response = scope["page_reply"]
+        await reply(scope, receive, send)
+
+    def url_path_for(self, name: str, /, **path_params: Any) -> URLPath:
+        raise NoMatchFound(name, path_params)
 
 
 def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
@@ -56,17 +67,3 @@ def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
     if asset.etag in headers.get("if-none-match", ""):
         return Response(status_code=304, headers=sent)
     return Response(asset.data, media_type=asset.media_type, headers=sent)
-
-
-class _PageRoute(Route):
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        match, child = super().matches(scope)
-        if match is not Match.NONE and page_reply(scope["path"], Headers(scope=scope)) is None:
-            return Match.NONE, {}
-        return match, child
-
-
-async def _send(request: Request) -> Response:
-    reply = page_reply(request.scope["path"], request.headers)
-    assert reply is not None
-    return reply

@@ -75,6 +75,13 @@ async def test_other_hosts_and_pages_are_refused() -> None:
         assert drain.status_code == 403
 
 
+async def test_files_are_read_alone() -> None:
+    async with http() as api:
+        for path in assets():
+            assert (await api.post(path)).status_code in (404, 405)
+            assert (await api.head(path)).headers["etag"] == assets()[path].etag
+
+
 async def test_the_page_is_behind_the_prefix() -> None:
     async with http(prefix="/llm") as api:
         assert (await api.get("/llm/")).content == (await api.get("/")).content

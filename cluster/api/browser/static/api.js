@@ -1,5 +1,7 @@
 // The API of the server that sent this page. The key goes in a header, and stays in this tab's session.
 
+import { tabTexts } from "./storage.js";
+
 const KEY = "llamaclust.key";
 export const ROOT = new URL("..", import.meta.url); // this file is in browser/
 
@@ -18,12 +20,12 @@ export function reasonOf(error) {
 }
 
 export function apiKey() {
-  return sessionStorage.getItem(KEY) ?? "";
+  return tabTexts.get(KEY) ?? "";
 }
 
 export function setApiKey(key) {
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
+  if (key) tabTexts.set(KEY, key);
+  else tabTexts.remove(KEY);
 }
 
 /** `fetch` of a path, like "v1/models". Raises ApiError for a status that is no success. */

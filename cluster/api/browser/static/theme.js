@@ -1,9 +1,11 @@
 // Dark or light: as the system has it, until it is chosen here.
 
+import { browserTexts } from "./storage.js";
+
 const KEY = "llamaclust.theme";
 
 export function applyTheme() {
-  const chosen = localStorage.getItem(KEY);
+  const chosen = browserTexts.get(KEY);
   if (chosen) document.documentElement.dataset.theme = chosen;
 }
 
@@ -11,6 +13,6 @@ export function toggleTheme() {
   const isDark = document.documentElement.dataset.theme
     ? document.documentElement.dataset.theme === "dark"
     : matchMedia("(prefers-color-scheme: dark)").matches;
-  localStorage.setItem(KEY, isDark ? "light" : "dark");
+  browserTexts.set(KEY, isDark ? "light" : "dark");
   applyTheme();
 }

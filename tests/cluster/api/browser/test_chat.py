@@ -36,6 +36,13 @@ async def send(page: Page, text: str) -> None:
     await page.keyboard.press("Enter")
 
 
+async def use_key(page: Page, key: str) -> None:
+    if not await page.get_by_label("Key", exact=True).is_visible():
+        await page.get_by_role("button", name="API key").click()
+    await page.get_by_label("Key", exact=True).fill(key)
+    await page.get_by_role("button", name="Use").click()
+
+
 async def answers(page: Page) -> list[str]:
     return [text.strip() for text in await page.locator(".message.assistant > .text").all_inner_texts()]
 
@@ -328,6 +335,26 @@ async def test_a_dialog_does_not_outlast_its_view(browser: Browser) -> None:
         await page.get_by_role("link", name="Chat").click()
         await send(page, "Hi")
         await ended(page)
+
+
+NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"])
+  Object.defineProperty(window, name, { get() { throw new DOMException("blocked", "SecurityError"); } });"""
+
+
+async def test_a_browser_that_keeps_nothing_is_enough(browser: Browser) -> None:
+    app = make_app(ScriptedEngine(says("Yes")), api_keys=("first-key",))
+    async with serving(app) as address, opened(browser, address, NO_STORAGE) as seen:
+        await use_key(seen.page, "first-key")
+        await seen.page.get_by_text("ready").wait_for()
+        for theme in ("dark", "light"):
+            await seen.page.get_by_role("button", name="Dark or light").click()
+            await seen.page.locator(f":root[data-theme={theme}]").wait_for()
+        await seen.page.get_by_role("button", name="Settings").click()
+        await seen.page.get_by_label("Seed").fill("11")
+        await seen.page.get_by_role("button", name="Close").click()
+        await send(seen.page, "Hi")
+        await ended(seen.page)
+        assert await answers(seen.page) == ["Yes"] and not [line for line in seen.errors if "401" not in line]
 
 
 async def test_another_model_after_a_restart_is_named_and_answers(browser: Browser) -> None:

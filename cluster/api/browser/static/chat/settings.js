@@ -1,5 +1,7 @@
 // The settings of answers, kept in this browser.
 
+import { browserTexts } from "../storage.js";
+
 const KEY = "llamaclust.settings";
 
 /** Each number: the field of a request, its label, bounds and step. Those left empty are the server's to choose. */
@@ -16,14 +18,14 @@ const INITIAL = { numbers: {}, system: "", showsProbabilities: false, showsReaso
 
 export function loadSettings() {
   try {
-    return { ...structuredClone(INITIAL), ...JSON.parse(localStorage.getItem(KEY) ?? "{}") };
+    return { ...structuredClone(INITIAL), ...JSON.parse(browserTexts.get(KEY) ?? "{}") };
   } catch {
     return structuredClone(INITIAL);
   }
 }
 
 export function saveSettings(settings) {
-  localStorage.setItem(KEY, JSON.stringify(settings));
+  browserTexts.set(KEY, JSON.stringify(settings));
 }
 
 /** The body of a request for an answer, by whichever model is served. `seed` goes before the one of the settings. */

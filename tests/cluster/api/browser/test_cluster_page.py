@@ -31,6 +31,10 @@ class Workers:
     """Two of them; `b` cannot be spared."""
 
     moves: list[str] = field(default_factory=list)
+    log_of_a: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.log_of_a.set()
 
     async def drain(self, name: str) -> None:
         if name == "b":
@@ -41,6 +45,8 @@ class Workers:
         self.moves.append(f"undrain {name}")
 
     async def log(self, name: str) -> LogTail:
+        if name == "a":
+            await self.log_of_a.wait()
         return LogTail((f"log of {name}", "<b>second</b>"), 12)
 
 
@@ -106,6 +112,23 @@ async def test_workers_are_drained_and_used_again(browser: Browser) -> None:
         await page.get_by_role("button", name="Drain b").click()
         await page.get_by_text("12 MiB are missing").wait_for()
     assert workers.moves == ["drain a", "undrain a"]
+
+
+async def test_a_late_log_is_not_shown_as_that_of_another_worker(browser: Browser) -> None:
+    workers = Workers()
+    workers.log_of_a.clear()
+    app = cluster_app(lambda: cluster_of("a", "b"), workers)
+    async with serving(app) as address, opened(browser, f"{address}/#cluster") as seen:
+        page = seen.page
+        await page.get_by_role("button", name="Log of a").click()
+        await page.get_by_role("button", name="Close").click()
+        await page.get_by_role("button", name="Log of b").click()
+        shown = page.locator("pre.log")
+        await shown.filter(has_text="log of b").wait_for()
+        async with page.expect_response("**/workers/a/log") as late:
+            workers.log_of_a.set()
+        await (await late.value).finished()
+        assert "log of b" in await shown.inner_text()
 
 
 async def test_a_killed_worker_of_a_real_cluster_is_seen(browser: Browser, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import { reasonOf, request, requestJson } from "../api.js";
 import { button, element, fill } from "../dom.js";
 import { bytes, layers, milliseconds, number, percent } from "./format.js";
 
+const DRAIN_MS = 600_000; // the reply comes once the layers are moved
 const COLUMNS = ["machine", "state", "layers", "device", "memory", "busy", "per token", "planned", "per prompt token", "planned", "tokens/s", "actions"];
 
 export class WorkersTable {
@@ -73,7 +74,7 @@ class WorkerRow {
     this.#isMoving = true;
     const verb = this.#isDrained ? "undrain" : "drain";
     try {
-      await request(`cluster/workers/${encodeURIComponent(name)}/${verb}`, { method: "POST" });
+      await request(`cluster/workers/${encodeURIComponent(name)}/${verb}`, { method: "POST", headMs: DRAIN_MS });
     } catch (error) {
       onError(reasonOf(error));
     }
@@ -102,13 +103,20 @@ class LogDialog {
   }
 
   async #read() {
-    try {
-      const { before, lines } = await requestJson(`cluster/workers/${encodeURIComponent(this.#name)}/log`);
-      const earlier = before ? [`… ${before} earlier lines`] : [];
-      this.#text.textContent = [...earlier, ...lines].join("\n") || "The log is empty.";
-    } catch (error) {
-      this.#text.textContent = reasonOf(error);
-    }
+    const name = this.#name;
+    const text = await logText(name);
+    if (name !== this.#name) return; // another one was opened meanwhile
+    this.#text.textContent = text;
     this.#text.scrollTop = this.#text.scrollHeight;
+  }
+}
+
+async function logText(name) {
+  try {
+    const { before, lines } = await requestJson(`cluster/workers/${encodeURIComponent(name)}/log`);
+    const earlier = before ? [`… ${before} earlier lines`] : [];
+    return [...earlier, ...lines].join("\n") || "The log is empty.";
+  } catch (error) {
+    return reasonOf(error);
   }
 }

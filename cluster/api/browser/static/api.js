@@ -3,7 +3,11 @@
 import { tabTexts } from "./storage.js";
 
 const KEY = "llamaclust.key";
+const HEAD_MS = 20_000; // the server sends the head of each reply at once, but for those that say how long they take
 export const ROOT = new URL("..", import.meta.url); // this file is in browser/
+
+/** Has the event "change" for each change of the key. */
+export const keyChanges = new EventTarget();
 
 /** A reply that says what is wrong. */
 export class ApiError extends Error {
@@ -26,21 +30,30 @@ export function apiKey() {
 export function setApiKey(key) {
   if (key) tabTexts.set(KEY, key);
   else tabTexts.remove(KEY);
+  keyChanges.dispatchEvent(new Event("change"));
 }
 
-/** `fetch` of a path, like "v1/models". Raises ApiError for a status that is no success. */
-export async function request(path, { headers = {}, ...options } = {}) {
+/** `fetch` of a path, like "v1/models". Raises ApiError for a status that is no success, and TypeError, as where the network
+ *  fails, if no head of a reply comes for `headMs`. */
+export async function request(path, { headers = {}, signal = null, headMs = HEAD_MS, ...options } = {}) {
   const key = apiKey();
   const credentials = key ? { Authorization: `Bearer ${key}` } : {};
-  const reply = await fetch(new URL(path, ROOT), {
-    ...options,
-    headers: { ...headers, ...credentials },
-    credentials: "same-origin",
-    cache: "no-store",
-    redirect: "error",
-  });
-  if (!reply.ok) throw await errorOf(reply);
-  return reply;
+  const head = new AbortController();
+  const timer = setTimeout(() => head.abort(new TypeError("no reply comes")), headMs);
+  try {
+    const reply = await fetch(new URL(path, ROOT), {
+      ...options,
+      signal: signal ? AbortSignal.any([signal, head.signal]) : head.signal,
+      headers: { ...headers, ...credentials },
+      credentials: "same-origin",
+      cache: "no-store",
+      redirect: "error",
+    });
+    if (!reply.ok) throw await errorOf(reply);
+    return reply;
+  } finally {
+    clearTimeout(timer);
+  }
 }
 
 export async function requestJson(path, options) {

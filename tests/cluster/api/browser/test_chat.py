@@ -337,6 +337,87 @@ async def test_a_dialog_does_not_outlast_its_view(browser: Browser) -> None:
         await ended(page)
 
 
+async def test_a_running_answer_waits_for_the_key_of_another_tab(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Whole"))
+    async with serving(make_app(engine, api_keys=("first-key",))) as address, opened(browser, address) as seen:
+        await use_key(seen.page, "first-key")
+        await seen.page.get_by_text("ready").wait_for()
+        engine.gate.clear()
+        await send(seen.page, "Hi")
+        await until(lambda: engine.running == 1)
+        other = await seen.page.context.new_page()
+        await seen.page.close()
+        await other.goto(address)
+        await other.get_by_text("Waiting: this server needs an API key").wait_for()
+        await use_key(other, "wrong-key")
+        await other.get_by_text("Waiting: unknown API key").wait_for()
+        await use_key(other, "first-key")
+        engine.gate.set()
+        await ended(other)
+        assert await answers(other) == ["Whole"]
+    assert len(engine.submitted) == 1
+
+
+async def test_a_whole_answer_is_kept_by_a_tab_that_lost_it(browser: Browser) -> None:
+    """The other tab's version is kept, and shown, whichever is written last; a removed conversation stays so."""
+    kept = """async () => {
+      const { History } = await import("/browser/chat/history.js");
+      const [one, other] = [await History.open(), await History.open()];
+      const messages = (fields) => ({ m: { id: "m", parent: null, role: "assistant", ...fields } });
+      const conversation = { id: "c", title: "t", updated: 1, chosen: { "": "m" } };
+      const begun = messages({ content: "ha", state: "streaming" });
+      await one.save({ ...conversation, messages: begun });
+      const half = await other.load("c");
+      const whole = { ...conversation, messages: messages({ content: "half", state: "done" }) };
+      await one.update(whole);
+      Object.assign(half.messages.m, { content: "hal", state: "failed", error: "gone" });
+      await other.update(half);
+      const found = (await one.load("c")).messages.m;
+      await other.remove("c");
+      await one.update(whole);
+      const removed = await one.load("c");
+      await one.save(whole);
+      const { state, content, error } = half.messages.m;
+      return [found.content, found.state, state, content, error ?? null, removed ?? null, (await other.load("c")).id];
+    }"""
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        assert await seen.page.evaluate(kept) == ["half", "done", "done", "half", None, None, "c"]
+
+
+async def test_a_whole_answer_without_its_end_did_not_fail(browser: Browser) -> None:
+    parts = [chunk({"content": "Whole"}), chunk({}, finish_reason="stop")]
+    gone = {"error": {"message": "no reply is kept", "code": "reply_not_found"}}
+    async with chatting(browser, ScriptedEngine(says("a"))) as seen:
+        page = seen.page
+        begun = {"body": "".join(parts), "content_type": "text/event-stream"}
+        await page.route("**/v1/chat/completions", lambda route: route.fulfill(**begun))
+        await page.route("**/v1/streams/*", lambda route: route.fulfill(status=404, json=gone))
+        async with page.expect_response("**/v1/streams/*"):
+            await send(page, "Hi")
+        await page.get_by_text("The answer is complete.").wait_for(state="attached")
+        await page.get_by_role("button", name="Send").wait_for()
+        assert await answers(page) == ["Whole"] and await page.get_by_role("alert").count() == 0
+
+
+async def test_a_server_that_does_not_answer_is_asked_again(browser: Browser) -> None:
+    engine, held = ScriptedEngine(says("Yes")), list[Any]()
+
+    async def hold(route: Route) -> None:
+        if held:
+            await route.continue_()
+        else:
+            held.append(route)
+
+    async with chatting(browser, engine) as seen:
+        await seen.page.clock.install()
+        await seen.page.route("**/v1/chat/completions", hold)
+        await send(seen.page, "Hi")
+        await until(lambda: bool(held))
+        await seen.page.clock.fast_forward(21_000)
+        await ended(seen.page)
+        assert await answers(seen.page) == ["Yes"]
+
+
 NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"])
   Object.defineProperty(window, name, { get() { throw new DOMException("blocked", "SecurityError"); } });"""
 

@@ -40,12 +40,11 @@ export class Answering {
       }
       if (message.state === State.STREAMING) message.state = State.DONE;
     } catch (error) {
-      message.state = stopping.signal.aborted ? State.STOPPED : State.FAILED;
-      if (!stopping.signal.aborted) message.error = error.message;
+      if (message.state !== State.DONE) fail(message, stopping.signal.aborted, error); // what is whole stays so without its end
     }
     message.waiting = undefined;
     this.#running.delete(message.id);
-    await this.#history.save(conversation);
+    await this.#history.update(conversation);
     this.#onChange(conversation, message);
   }
 
@@ -65,6 +64,11 @@ export class Answering {
   #saveSometimes(conversation) {
     if (Date.now() - this.#saved < SAVE_MS) return;
     this.#saved = Date.now();
-    this.#history.save(conversation);
+    this.#history.update(conversation);
   }
+}
+
+function fail(message, isStopped, error) {
+  message.state = isStopped ? State.STOPPED : State.FAILED;
+  if (!isStopped) message.error = error.message;
 }

@@ -7,6 +7,7 @@
 export const State = Object.freeze({ STREAMING: "streaming", DONE: "done", STOPPED: "stopped", FAILED: "failed" });
 
 const TITLE = 60;
+const ENDED = [State.STOPPED, State.DONE]; // one after the other, as a stopped answer may be read to its end elsewhere
 
 /** 128 random bits as text: `crypto.randomUUID` is only there for https and this machine. */
 export function randomId() {
@@ -45,6 +46,16 @@ export function siblings(conversation, message) {
 
 export function choose(conversation, message) {
   conversation.chosen[message.parent ?? ""] = message.id;
+}
+
+/** Whether one version of a message has more of the answer than another: it ended, or has more text. */
+export function isFurther(message, other) {
+  const by = ENDED.indexOf(message.state) - ENDED.indexOf(other.state);
+  return by > 0 || (by === 0 && length(message) > length(other));
+}
+
+function length({ content, reasoning = "" }) {
+  return content.length + reasoning.length;
 }
 
 /** The messages above one, as the API wants them. Failed answers without text are left away. */

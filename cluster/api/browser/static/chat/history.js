@@ -1,4 +1,6 @@
-// Conversations kept in this browser (IndexedDB); nothing of them is on a server.
+// Conversations kept in this browser (IndexedDB); nothing of them is on a server. Several tabs may write the same one.
+
+import { State, isFurther } from "./conversation.js";
 
 const NAME = "llamaclust";
 const STORE = "conversations";
@@ -7,7 +9,6 @@ const STORE = "conversations";
 export class History {
   #database = null;
   #unsaved = new Map();
-  #removed = new Set(); // an answer that still runs does not bring its conversation back
 
   static async open() {
     const history = new History();
@@ -38,26 +39,42 @@ export class History {
   }
 
   async save(conversation) {
-    if (this.#removed.has(conversation.id)) return;
     try {
-      await this.#put(conversation);
+      await this.#put(conversation, true);
       this.#unsaved.delete(conversation.id);
     } catch {
       this.#unsaved.set(conversation.id, conversation);
     }
   }
 
+  /** Saves what answers added, but no conversation that was removed meanwhile, here or in another tab. */
+  async update(conversation) {
+    if (this.#unsaved.has(conversation.id)) return this.save(conversation);
+    try {
+      await this.#put(conversation, false);
+    } catch {
+      if (this.#database) this.#unsaved.set(conversation.id, conversation);
+    }
+  }
+
   async remove(id) {
-    this.#removed.add(id);
     this.#unsaved.delete(id);
     if (this.#database) await done(this.#store("readwrite").delete(id));
   }
 
-  /** Messages that another tab added meanwhile stay. */
-  async #put(conversation) {
+  /** Messages that another tab added meanwhile stay, and answers of which it has more; `conversation` gets the latter too. */
+  async #put(conversation, isNew) {
     const store = this.#store("readwrite");
     const before = await done(store.get(conversation.id));
-    store.put({ ...conversation, messages: { ...before?.messages, ...conversation.messages } });
+    if (!before && !isNew) return;
+    const messages = { ...before?.messages, ...conversation.messages };
+    for (const [id, kept] of Object.entries(before?.messages ?? {})) {
+      const own = conversation.messages[id];
+      if (!own || !isFurther(kept, own)) continue;
+      messages[id] = kept;
+      if (own.state !== State.STREAMING) Object.assign(own, { error: undefined }, kept);
+    }
+    store.put({ ...conversation, messages });
     await committed(store.transaction);
   }
 

@@ -1,6 +1,6 @@
 // One streamed answer that survives lost connections: the server keeps it, and sends what follows the last event.
 
-import { ApiError, reasonOf, request } from "../api.js";
+import { ApiError, keyChanges, reasonOf, request } from "../api.js";
 import { EventParser } from "../text/events.js";
 
 const PAUSES_MS = [0, 250, 500, 1000, 2000, 5000]; // the last one again and again: the server says when it keeps the answer no more
@@ -11,7 +11,7 @@ const PROXY_STATUSES = new Set([502, 503, 504]);
 const JSON_HEADERS = { "Content-Type": "application/json" };
 
 /** Events as `{id, chunk}`; `{lost}` says why nothing comes, until the next event. `body` null: an answer that was begun before,
- *  of which `lastEvent` is the last event that the caller has.
+ *  of which `lastEvent` is the last event that the caller has. A refused key of an answer that was begun is waited out.
  *
  *  Raises ApiError where the server refuses or fails, DOMException AbortError where `signal` is aborted. */
 export async function* streamReply({ replyId, lastEvent = "", body = null, signal }) {
@@ -19,6 +19,7 @@ export async function* streamReply({ replyId, lastEvent = "", body = null, signa
   let isSent = body === null;
   for (let failures = 0; ; failures++) {
     let lost = "the connection was closed";
+    let isKeyRefused = false;
     try {
       const reply = isSent ? await resume(replyId, position, signal) : await begin(replyId, body, signal);
       isSent = true;
@@ -30,12 +31,14 @@ export async function* streamReply({ replyId, lastEvent = "", body = null, signa
       }
     } catch (error) {
       const isNew = isSent && body !== null && position === "" && error.code === "reply_not_found";
-      if (signal.aborted || !(isLost(error) || isNew)) throw error;
+      isKeyRefused = isSent && error.status === 401;
+      if (signal.aborted || !(isLost(error) || isNew || isKeyRefused)) throw error;
       if (isNew) isSent = false; // the server ended before it had kept anything
       lost = reasonOf(error);
     }
-    if (failures >= SHOWN_FROM) yield { lost };
-    await pause(PAUSES_MS[Math.min(failures, PAUSES_MS.length - 1)], signal);
+    if (failures >= SHOWN_FROM || isKeyRefused) yield { lost };
+    if (isKeyRefused) await happens(keyChanges, "change", signal);
+    else await pause(PAUSES_MS[Math.min(failures, PAUSES_MS.length - 1)], signal);
   }
 }
 
@@ -84,9 +87,20 @@ function isLost(error) {
   return error.code === "" ? PROXY_STATUSES.has(error.status) : RETRIED_CODES.has(error.code);
 }
 
-function pause(milliseconds, signal) {
+/** Ends at once where `signal` is aborted, with its reason. */
+async function pause(milliseconds, signal) {
+  const over = new EventTarget();
+  const timer = setTimeout(() => over.dispatchEvent(new Event("end")), milliseconds);
+  await happens(over, "end", signal).finally(() => clearTimeout(timer));
+}
+
+/** Waits for an event; ends at once where `signal` is aborted, with its reason. */
+function happens(target, name, signal) {
+  const listening = new AbortController();
   return new Promise((resolve, reject) => {
-    const timer = setTimeout(resolve, milliseconds);
-    signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
-  });
+    signal.throwIfAborted();
+    const options = { signal: listening.signal };
+    target.addEventListener(name, resolve, options);
+    signal.addEventListener("abort", () => reject(signal.reason), options);
+  }).finally(() => listening.abort());
 }

@@ -1,55 +1,19 @@
-"""The chat in a real browser, against the real server and a scripted engine."""
+"""The chat in a real browser: turns, versions, settings, history, what answers consist of."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llamaclust.cluster.api.settings import ApiSettings
-from support.browser.chromium import Opened, opened
-from support.browser.cluster_states import cluster_app
+from support.browser.chatting import answers, chatting, chunk, ended, send
+from support.browser.chromium import opened
 from support.clusters.served import ScriptedEngine, make_app, says, serving, until
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from playwright.async_api import Browser, Page, Route
+    from playwright.async_api import Browser
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@asynccontextmanager
-async def chatting(
-    browser: Browser, engine: ScriptedEngine, script: str = "", **settings: Any
-) -> AsyncIterator[Opened]:
-    app = make_app(engine, **settings)
-    async with serving(app, ApiSettings(**settings)) as address, opened(browser, address, script) as seen:
-        await seen.page.get_by_text("ready").wait_for()
-        yield seen
-
-
-async def send(page: Page, text: str) -> None:
-    await page.get_by_label("Message", exact=True).fill(text)
-    await page.keyboard.press("Enter")
-
-
-async def use_key(page: Page, key: str) -> None:
-    if not await page.get_by_label("Key", exact=True).is_visible():
-        await page.get_by_role("button", name="API key").click()
-    await page.get_by_label("Key", exact=True).fill(key)
-    await page.get_by_role("button", name="Use").click()
-
-
-async def answers(page: Page) -> list[str]:
-    return [text.strip() for text in await page.locator(".message.assistant > .text").all_inner_texts()]
-
-
-async def ended(page: Page, count: int = 1) -> None:
-    """Waits until so many answers are shown, and none runs."""
-    await page.locator(".message.assistant:not(.streaming)").nth(count - 1).wait_for()
 
 
 async def test_a_turn_streams_and_the_next_one_carries_it(browser: Browser) -> None:
@@ -155,58 +119,6 @@ async def test_history_is_kept_and_deleted(browser: Browser) -> None:
         seen.check()
 
 
-async def test_a_running_answer_survives_a_reload(browser: Browser) -> None:
-    engine = ScriptedEngine(says("Whole"))
-    async with chatting(browser, engine) as seen:
-        engine.gate.clear()
-        await send(seen.page, "Hi")
-        await until(lambda: engine.running == 1)
-        await seen.page.reload()
-        engine.gate.set()
-        await seen.page.locator(".message.assistant .text", has_text="Whole").wait_for()
-        await ended(seen.page)
-        seen.check()
-    assert len(engine.submitted) == 1
-
-
-CUT_ONCE = """() => {
-  const whole = window.fetch;
-  let isCut = false;
-  window.fetch = async (...parameters) => {
-    const reply = await whole(...parameters);
-    if (isCut || !String(parameters[0]).endsWith("/v1/chat/completions")) return reply;
-    isCut = true;
-    const reader = reply.body.getReader();
-    let left = 700;
-    const body = new ReadableStream({
-      async pull(controller) {
-        const { value } = await reader.read();
-        controller.enqueue(value.slice(0, left));
-        left -= value.length;
-        if (left <= 0) { await reader.cancel(); controller.error(new TypeError("network error")); }
-      },
-    });
-    return new Response(body, { status: reply.status, headers: reply.headers });
-  };
-}"""
-
-
-async def test_a_cut_connection_costs_nothing_of_the_answer(browser: Browser) -> None:
-    engine = ScriptedEngine(says("abcdefghijklmnopqrstuvwxyz"))
-    async with chatting(browser, engine) as seen:
-        await seen.page.evaluate(CUT_ONCE)
-        await send(seen.page, "Hi")
-        await ended(seen.page)
-        assert await answers(seen.page) == ["abcdefghijklmnopqrstuvwxyz"]
-        seen.check()
-    assert len(engine.submitted) == 1
-
-
-def chunk(delta: dict[str, Any], **more: Any) -> str:
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-    return f"id: x:1\ndata: {json.dumps({'seed': 1, 'choices': [choice]})}\n\n"
-
-
 async def test_reasoning_and_calls_are_shown(browser: Browser) -> None:
     call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city":'}}
     rest = {"index": 0, "function": {"arguments": '"Oslo"}'}}
@@ -268,64 +180,6 @@ async def test_the_key_is_asked_for_and_stays_in_the_tab(browser: Browser) -> No
         assert await page.evaluate("sessionStorage.getItem('llamaclust.key')") == "first-key"
 
 
-async def test_a_server_that_is_not_reached_is_waited_for(browser: Browser) -> None:
-    engine, left = ScriptedEngine(says("Yes")), 4
-
-    async def lose(route: Route) -> None:
-        nonlocal left
-        left -= 1
-        await (route.continue_() if left < 0 else route.abort())
-
-    async with chatting(browser, engine) as seen:
-        await seen.page.route("**/v1/chat/completions", lose)
-        await send(seen.page, "Hi")
-        await seen.page.get_by_text("Waiting: the server is not reached").wait_for()
-        await ended(seen.page)
-        assert await answers(seen.page) == ["Yes"]
-        assert await seen.page.get_by_text("Waiting").count() == 0
-    assert len(engine.submitted) == 1
-
-
-PLAIN_HTTP = """delete Crypto.prototype.randomUUID;
-Object.defineProperty(navigator, "clipboard", { value: undefined });
-Object.defineProperty(window, "indexedDB", { value: { open() { throw new Error("none") } } });"""
-
-
-async def test_a_browser_that_gives_little_is_enough(browser: Browser) -> None:
-    """As for pages of other machines without https, and in some private windows."""
-    async with chatting(browser, ScriptedEngine(says("Yes")), PLAIN_HTTP) as seen:
-        page = seen.page
-        await send(page, "Hi")
-        await ended(page)
-        assert await answers(page) == ["Yes"]
-        await page.get_by_text("This browser cannot keep chats").wait_for()
-        await page.get_by_role("button", name="Copy").click()
-        await page.get_by_role("button", name="Copied").wait_for()
-        await page.get_by_role("button", name="New chat").click()
-        await page.locator(".conversations").get_by_role("button", name="Hi", exact=True).click()
-        assert await answers(page) == ["Yes"]
-        seen.check()
-
-
-async def test_two_tabs_lose_no_message_of_each_other(browser: Browser) -> None:
-    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
-        page = seen.page
-        await send(page, "First")
-        await ended(page)
-        other = await page.context.new_page()
-        await other.goto(page.url)
-        await ended(other)
-        for tab, text in ((page, "Second"), (other, "Third")):
-            await send(tab, text)
-            await ended(tab, 2)
-            await tab.get_by_text("The answer is complete.").wait_for(state="attached")
-        await page.reload()
-        await page.get_by_text("2/2").wait_for()
-        await page.get_by_role("button", name="Previous version").click()
-        await page.locator(".message.user .text", has_text="Second").wait_for()
-        seen.check()
-
-
 async def test_a_dialog_does_not_outlast_its_view(browser: Browser) -> None:
     async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
         page = seen.page
@@ -335,125 +189,6 @@ async def test_a_dialog_does_not_outlast_its_view(browser: Browser) -> None:
         await page.get_by_role("link", name="Chat").click()
         await send(page, "Hi")
         await ended(page)
-
-
-async def test_a_running_answer_waits_for_the_key_of_another_tab(browser: Browser) -> None:
-    engine = ScriptedEngine(says("Whole"))
-    async with serving(make_app(engine, api_keys=("first-key",))) as address, opened(browser, address) as seen:
-        await use_key(seen.page, "first-key")
-        await seen.page.get_by_text("ready").wait_for()
-        engine.gate.clear()
-        await send(seen.page, "Hi")
-        await until(lambda: engine.running == 1)
-        other = await seen.page.context.new_page()
-        await seen.page.close()
-        await other.goto(address)
-        await other.get_by_text("Waiting: this server needs an API key").wait_for()
-        await use_key(other, "wrong-key")
-        await other.get_by_text("Waiting: unknown API key").wait_for()
-        await use_key(other, "first-key")
-        engine.gate.set()
-        await ended(other)
-        assert await answers(other) == ["Whole"]
-    assert len(engine.submitted) == 1
-
-
-async def test_a_whole_answer_is_kept_by_a_tab_that_lost_it(browser: Browser) -> None:
-    """The other tab's version is kept, and shown, whichever is written last; a removed conversation stays so."""
-    kept = """async () => {
-      const { History } = await import("/browser/chat/history.js");
-      const [one, other] = [await History.open(), await History.open()];
-      const messages = (fields) => ({ m: { id: "m", parent: null, role: "assistant", ...fields } });
-      const conversation = { id: "c", title: "t", updated: 1, chosen: { "": "m" } };
-      const begun = messages({ content: "ha", state: "streaming" });
-      await one.save({ ...conversation, messages: begun });
-      const half = await other.load("c");
-      const whole = { ...conversation, messages: messages({ content: "half", state: "done" }) };
-      await one.update(whole);
-      Object.assign(half.messages.m, { content: "hal", state: "failed", error: "gone" });
-      await other.update(half);
-      const found = (await one.load("c")).messages.m;
-      await other.remove("c");
-      await one.update(whole);
-      const removed = await one.load("c");
-      await one.save(whole);
-      const { state, content, error } = half.messages.m;
-      return [found.content, found.state, state, content, error ?? null, removed ?? null, (await other.load("c")).id];
-    }"""
-    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
-        assert await seen.page.evaluate(kept) == ["half", "done", "done", "half", None, None, "c"]
-
-
-async def test_a_whole_answer_without_its_end_did_not_fail(browser: Browser) -> None:
-    parts = [chunk({"content": "Whole"}), chunk({}, finish_reason="stop")]
-    gone = {"error": {"message": "no reply is kept", "code": "reply_not_found"}}
-    async with chatting(browser, ScriptedEngine(says("a"))) as seen:
-        page = seen.page
-        begun = {"body": "".join(parts), "content_type": "text/event-stream"}
-        await page.route("**/v1/chat/completions", lambda route: route.fulfill(**begun))
-        await page.route("**/v1/streams/*", lambda route: route.fulfill(status=404, json=gone))
-        async with page.expect_response("**/v1/streams/*"):
-            await send(page, "Hi")
-        await page.get_by_text("The answer is complete.").wait_for(state="attached")
-        await page.get_by_role("button", name="Send").wait_for()
-        assert await answers(page) == ["Whole"] and await page.get_by_role("alert").count() == 0
-
-
-async def test_a_server_that_does_not_answer_is_asked_again(browser: Browser) -> None:
-    engine, held = ScriptedEngine(says("Yes")), list[Any]()
-
-    async def hold(route: Route) -> None:
-        if held:
-            await route.continue_()
-        else:
-            held.append(route)
-
-    async with chatting(browser, engine) as seen:
-        await seen.page.clock.install()
-        await seen.page.route("**/v1/chat/completions", hold)
-        await send(seen.page, "Hi")
-        await until(lambda: bool(held))
-        await seen.page.clock.fast_forward(21_000)
-        await ended(seen.page)
-        assert await answers(seen.page) == ["Yes"]
-
-
-NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"])
-  Object.defineProperty(window, name, { get() { throw new DOMException("blocked", "SecurityError"); } });"""
-
-
-async def test_a_browser_that_keeps_nothing_is_enough(browser: Browser) -> None:
-    app = make_app(ScriptedEngine(says("Yes")), api_keys=("first-key",))
-    async with serving(app) as address, opened(browser, address, NO_STORAGE) as seen:
-        await use_key(seen.page, "first-key")
-        await seen.page.get_by_text("ready").wait_for()
-        for theme in ("dark", "light"):
-            await seen.page.get_by_role("button", name="Dark or light").click()
-            await seen.page.locator(f":root[data-theme={theme}]").wait_for()
-        await seen.page.get_by_role("button", name="Settings").click()
-        await seen.page.get_by_label("Seed").fill("11")
-        await seen.page.get_by_role("button", name="Close").click()
-        await send(seen.page, "Hi")
-        await ended(seen.page)
-        assert await answers(seen.page) == ["Yes"] and not [line for line in seen.errors if "401" not in line]
-
-
-async def test_another_model_after_a_restart_is_named_and_answers(browser: Browser) -> None:
-    engine = ScriptedEngine(says("Yes"))
-    apps = [cluster_app(dict, model_name=name, engine=engine) for name in ("first", "second")]
-    served = apps[:1]
-
-    async def serve(scope: Any, receive: Any, reply: Any) -> None:
-        await served[-1](scope, receive, reply)
-
-    async with serving(cast("FastAPI", serve)) as address, opened(browser, address) as seen:
-        await seen.page.get_by_text("first: ready").wait_for()
-        served.append(apps[1])
-        await send(seen.page, "Hi")
-        await ended(seen.page)
-        assert await answers(seen.page) == ["Yes"]
-        await seen.page.get_by_text("second: ready").wait_for()
-        seen.check()
 
 
 async def test_a_refusal_is_shown_with_its_reason(browser: Browser) -> None:

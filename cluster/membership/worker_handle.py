@@ -134,11 +134,21 @@ class WorkerHandle:
     def newest_order(self) -> Load | None:
         return self.loading or (self.stages[max(self.stages)][0] if self.stages else None)
 
+    def epochs_of(self, model_id: str) -> list[int]:
+        """Of its stages of a model."""
+        return [epoch for epoch, (order, _) in self.stages.items() if order.model_id == model_id]
+
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
         """The layers of its newest stage on each of its devices."""
         order, kind = self.newest_order, "cpu" if self.registration.gpus else self.registration.device
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all its stages together; 0 of a worker that is gone."""
+        stages = (loaded for _, loaded in self.stages.values() if not self.state.is_gone)
+        return sum(stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes for stage in stages)
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
@@ -188,8 +198,8 @@ class WorkerHandle:
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
         self.loading = order
         if order.exclusive:
-            self.stages.clear()
-            self._unreachable.clear()
+            for epoch in self.epochs_of(order.model_id):
+                self._forget(epoch)
         try:
             loaded: Loaded = await self.channel.with_progress(
                 LoadProgress, request, ProgressDeadline(what, progress_timeout_s), on_progress
@@ -202,9 +212,9 @@ class WorkerHandle:
         self.stages[order.epoch] = (order, loaded)
         return loaded
 
-    def cancel_load(self) -> None:
-        """The load under way, if any, fails with LoadCancelledError once it has ended on the worker."""
-        if self.loading is not None:
+    def cancel_load(self, model_id: str) -> None:
+        """The load of a model under way, if any, fails with LoadCancelledError once it has ended on the worker."""
+        if self.loading is not None and self.loading.model_id == model_id:
             error = LoadCancelledError(f"worker {self.name}: its load is not needed any more")
             self.channel.answer(f"load of epoch {epoch_text(self.loading.epoch)}", error)
 
@@ -213,6 +223,9 @@ class WorkerHandle:
         lost, DeadlineError."""
         what = f"unload of epoch {epoch_text(epoch)}"
         await self.channel.order(what, messages.Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
+        self._forget(epoch)
+
+    def _forget(self, epoch: int) -> None:
         self.stages.pop(epoch, None)
         self._unreachable.pop(epoch, None)
 

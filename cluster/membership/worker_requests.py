@@ -62,14 +62,14 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle) -> None:
-    """After a load that memory did not suffice for: it holds nothing, and its next heartbeat says what is free.
-    DeadlineError."""
+    """After a load that memory did not suffice for: it holds nothing but stages of other models, and its next heartbeat
+    says what is free beside them. DeadlineError."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
             pass
     if worker.heartbeat is not None and worker.heartbeat is not last:
-        worker.fresh_memory = FreshMemory(worker.heartbeat.free_memory_bytes, worker.gpus)
+        worker.fresh_memory = FreshMemory(worker.heartbeat.free_memory_bytes + worker.held_bytes, worker.gpus)
 
 
 async def find_weights(

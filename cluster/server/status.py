@@ -88,7 +88,7 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         "insecure": cluster.config.insecure,
         "workers": [
             _worker(workers[name], reports.get(name), predicted.get(name))
-            | {"drained": name in supervisor.pool.drained}
+            | {"drained": name in cluster.pool.operations.drained}
             for name in in_order(cluster.config, workers)
         ],
         "absent": cluster.launcher.missing(workers),
@@ -136,7 +136,7 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
             for part in (() if handle.state.is_gone else handle.device_layers)
         ],
         "state": str(handle.state),
-        "memory_bytes": memory_bytes(handle),
+        "memory_bytes": handle.held_bytes,
         "busy": 0.0 if report is None else report.utilization,
         "tokens_per_s": 0.0 if report is None else report.tokens_per_s,
         "decode_ms": None if report is None else report.decode_ms,
@@ -145,9 +145,3 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
         "predicted_prefill_ms": None if predicted is None else 1e3 * predicted.prefill_s,
         "heartbeat": None if handle.heartbeat is None else asdict(handle.heartbeat),
     }
-
-
-def memory_bytes(handle: WorkerHandle) -> int:
-    """Of all its stages together; 0 of a worker that is gone."""
-    stages = (loaded for _, loaded in handle.stages.values() if not handle.state.is_gone)
-    return sum(stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes for stage in stages)

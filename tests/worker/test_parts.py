@@ -234,7 +234,7 @@ def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monke
     weights: Any = SimpleNamespace(received_bytes=0)
     worker = Worker("a", nothing, StageService("a"), nothing, weights, nothing)
     session = Session(worker, nothing, Deadlines(), Counters(), say)
-    order: Any = SimpleNamespace(epoch=1, start=0, end=2, exclusive=True)
+    order: Any = SimpleNamespace(epoch=1, model_id="m", start=0, end=2, exclusive=True)
     gc.disable()
     try:
         asyncio.run(loads.Loads(session, asyncio.Lock()).load(order))

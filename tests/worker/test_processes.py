@@ -18,7 +18,6 @@ from llamaclust.cluster.control.remote_pipeline import RemotePipeline
 from llamaclust.cluster.membership import members
 from llamaclust.cluster.membership.worker_handle import WorkerState
 from llamaclust.cluster.membership.worker_requests import profile_worker
-from llamaclust.cluster.server.status import memory_bytes
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, UsageError, WorkerError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -89,9 +88,9 @@ async def test_two_epochs_live_side_by_side_and_memory_is_given_back(model: Path
         assert [result.rows for result in rows_old] == [result.rows for result in rows_new]
         worker = cluster.registry.workers["a"]
         assert worker.layers == (0, 4)
-        both = memory_bytes(worker)
+        both = worker.held_bytes
         await worker.unload(1)
-        assert 0 < memory_bytes(worker) < both
+        assert 0 < worker.held_bytes < both
         assert list(worker.stages) == [2]
         order, _ = worker.stages[2]
         await worker.load(replace(order, epoch=3), seen.append)

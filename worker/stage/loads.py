@@ -79,7 +79,7 @@ class Loads:
         if self._worker.kv_disk is not None:
             _check_kv_disk(order)
             await self._worker.kv_disk.idle()  # a kept stage's KV memory serves again
-        held = await service.clear() if order.exclusive else []
+        held = await service.clear(order.model_id) if order.exclusive else []
         try:
             runner = await service.take_kept(order)
             if runner is not None:

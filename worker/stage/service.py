@@ -17,7 +17,7 @@ from llamaclust.worker.stage.streams import StageStreams
 
 
 class StageService:
-    """Stages by epoch; two may be there at a time."""
+    """Stages by epoch; two of each model may be there at a time."""
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
@@ -78,10 +78,11 @@ class StageService:
                 await streams.close()
         return runner
 
-    async def clear(self) -> list[object]:
-        """Frees all stages but kept ones. What this returns keeps the weights of all of them in memory."""
-        weights = [streams.runner.weights for streams in (*self._stages.values(), *self._kept)]
-        for epoch in tuple(self._stages):
+    async def clear(self, model_id: str) -> list[object]:
+        """Frees all stages of a model but kept ones. What this returns keeps the weights of all of them in memory."""
+        freed = {epoch: streams for epoch, streams in self._stages.items() if streams.runner.model_id == model_id}
+        weights = [streams.runner.weights for streams in (*freed.values(), *self._kept)]
+        for epoch in freed:
             await self.remove(epoch)
         return weights
 

@@ -229,7 +229,7 @@ class Chaos:
         def loading() -> list[WorkerHandle]:
             return [worker for worker in self._present if worker.state is WorkerState.LOADING]
 
-        pool, moving = self._cluster.supervisor.pool, None
+        pool, moving = self._cluster.pool.operations, None
         name = self._source.choice([worker.name for worker in self._cluster.config.workers])
         if provoke and not loading():
             moving = asyncio.create_task(pool.drain(name))

@@ -133,17 +133,17 @@ class Moves:
         await self._steady("steady")
 
     async def _drain(self) -> None:
-        await self._cluster.supervisor.pool.drain(self._name)
+        await self._cluster.pool.operations.drain(self._name)
 
     async def _undrain(self) -> None:
-        self._cluster.supervisor.pool.undrain(self._name)
+        self._cluster.pool.operations.undrain(self._name)
 
     async def _join(self) -> None:
         """Its process is replaced while it holds no layers."""
         worker = self._cluster.registry.workers[self._name]
         os.kill(worker.registration.pid, signal.SIGKILL)
         await until(lambda: worker.loss is not None)
-        self._cluster.supervisor.pool.undrain(self._name)
+        self._cluster.pool.operations.undrain(self._name)
 
 
 async def run(model: Path, given: argparse.Namespace) -> bool:

@@ -36,17 +36,17 @@ _ENDING_S = 30.0
 class ActionRunner:
     """Owns the epoch that serves and the one that retires. Each result is an observation."""
 
-    _observed: Observed
+    observed: Observed
     epochs: Epochs
     planner: ClusterPlanner
     _registry: Registry
     _partitions: PartitionTracker
     _report: Report
+    ending: TaskSet  # processes of lost workers, whose memory loads need
     epoch: Epoch | None = field(default=None, init=False)  # that serves, or served until it was lost
     retiring: Epoch | None = field(default=None, init=False)  # served before it, and still has sequences
     engine: Engine | None = field(default=None, init=False)  # None: at a start
     recoveries: int = field(default=0, init=False)
-    ending: TaskSet = field(default_factory=TaskSet, init=False)  # processes of lost workers, whose memory loads need
     watching: TaskSet = field(default_factory=TaskSet, init=False)  # the epoch that retires
     _loaded: Epoch | None = field(default=None, init=False)
 
@@ -69,13 +69,13 @@ class ActionRunner:
                 await asyncio.gather(*(epoch.pipeline.close() for epoch in self.open_epochs))
                 self.retiring = None
                 await self._partitions.settled()
-                self._observed.post(seen.Signal.PIPELINE_CLOSED)
+                self.observed.post(seen.Signal.PIPELINE_CLOSED)
             case act.Expel(expulsions):
                 for expulsion in expulsions:
                     name, join = expulsion.worker
                     if self._registry.joins[name] == join:
                         self._registry.fence(self._registry.workers[name], expulsion.reason)
-                self._observed.post(seen.Signal.WORKERS_EXPELLED)
+                self.observed.post(seen.Signal.WORKERS_EXPELLED)
             case act.FailRequests(reason):
                 self._fail_requests(reason)
             case act.Interrupt(error):
@@ -84,7 +84,7 @@ class ActionRunner:
             case act.Notify(text):
                 is_start = self.engine is None
                 self._report(Waiting(text.removeprefix("waiting for ")) if is_start else Notice(text))
-                self._observed.post(seen.Noticed(text))
+                self.observed.post(seen.Noticed(text))
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
         """Without the quarantined workers where the others suffice."""
@@ -99,11 +99,11 @@ class ActionRunner:
             except (InsufficientMemoryError, WorkerError) as error:
                 failure = error
         served = None if plan is None else await self._predict_served(usable)
-        self._observed.post(seen.Planned(inputs, plan, failure, served))
+        self.observed.post(seen.Planned(inputs, plan, failure, served))
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
         """Not while requests wait for a pipeline."""
-        serving, loss = self._observed.state.serving, self._observed.state.loss
+        serving, loss = self.observed.state.serving, self.observed.state.loss
         return None if serving is None or loss is not None else await self.planner.predict(serving.plan, workers)
 
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
@@ -115,20 +115,15 @@ class ActionRunner:
             if is_exclusive:
                 await self._partitions.settled()
                 await asyncio.gather(*map(self._refresh_memory, suspects))
-            self._observed.post(seen.EpochLoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
+            self.observed.post(seen.EpochLoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
             return
-        self._observed.post(seen.Signal.EPOCH_LOADED)
+        self.observed.post(seen.Signal.EPOCH_LOADED)
 
     async def _refresh_memory(self, suspect: seen.Suspect) -> None:
         """Of a worker whose memory did not suffice, for the next plan."""
         if isinstance(suspect.error, InsufficientMemoryError):
             with contextlib.suppress(DeadlineError):
                 await refresh_memory(self._registry.workers[suspect.name])
-
-    def cancel_loads(self) -> None:
-        """Those under way fail soon, where there are any."""
-        for worker in self._registry.present.values():
-            worker.cancel_load()
 
     async def _open(self, plan: Plan, *, is_exclusive: bool) -> None:
         async with deadline("the end of lost workers' processes", _ENDING_S):
@@ -149,7 +144,7 @@ class ActionRunner:
 
     async def _serve(self) -> None:
         """The engine continues on the loaded epoch. Layers of others are freed, of one that retires later."""
-        old, epoch, loss = self.epoch, self._loaded, self._observed.state.loss
+        old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
         assert epoch is not None
         self.epoch, self._loaded = epoch, None
         if self.engine is not None:
@@ -157,7 +152,7 @@ class ActionRunner:
             if retirement is not None:
                 self.retiring = old
                 self.watching.start(self._observe(retirement, old))
-        self._observed.post(seen.Signal.EPOCH_SERVING)
+        self.observed.post(seen.Signal.EPOCH_SERVING)
         if self.engine is None or old is None or self.retiring is not None:
             return
         await old.pipeline.close()
@@ -175,14 +170,14 @@ class ActionRunner:
         if retirement.error is not None:
             self._report(Notice(f"requests of the epoch before are computed again: {retirement.error}"))
         if self.retiring is retiring:
-            self._observed.post(seen.Signal.RETIRING_EMPTY)
+            self.observed.post(seen.Signal.RETIRING_EMPTY)
 
     async def _free_retired(self) -> None:
         retired, self.retiring = self.retiring, None
         assert retired is not None and self.epoch is not None
         await retired.pipeline.close()
         await self._free_others(self.epoch)
-        self._observed.post(seen.Signal.RETIRING_FREED)
+        self.observed.post(seen.Signal.RETIRING_FREED)
 
     async def _free_others(self, epoch: Epoch) -> None:
         try:
@@ -191,8 +186,8 @@ class ActionRunner:
             self._report(Notice(f"layers that are not needed any more stay in memory: {error}"))
 
     def _fail_requests(self, reason: str) -> None:
-        loss = self._observed.state.loss
+        loss = self.observed.state.loss
         assert self.engine is not None and self.epoch is not None and loss is not None and loss.error is not None
         lost = self.epoch.root_cause  # also where others reported sooner that they cannot reach it
         self.engine.give_up(WorkerError(f"{loss.error if lost is None else lost.error}; {reason}"))
-        self._observed.post(seen.RequestsFailed(reason))
+        self.observed.post(seen.RequestsFailed(reason))

@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llamaclust.cluster.control.observations import DrainRequested, UndrainRequested
-from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import log_tail
+from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Notice, Report
-from llamaclust.core.errors import UsageError, WorkerError
+from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.control.messages import LogTail
+from llamaclust.wire.rpc.task_set import TaskSet
 
 if TYPE_CHECKING:
     from llamaclust.cluster.control.actions import ActionRunner
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class WorkerOperations:
     """The supervisor moves the layers."""
 
     _registry: Registry
-    _runner: ActionRunner
-    _observed: Observed
+    _record: ControlRecord
+    _runners: Sequence[ActionRunner]
     _partitions: PartitionTracker
     _report: Report
     _undrained: Counter[str] = field(default_factory=Counter, init=False)  # requests to undrain, by name
+    _drained: set[str] = field(init=False)
+    _recording: TaskSet = field(default_factory=TaskSet, init=False)
+
+    def __post_init__(self) -> None:
+        self._drained = set(self._record.drained)
 
     @property
     def drained(self) -> frozenset[str]:
         """Names of workers that are to hold no layers."""
-        return self._observed.state.pool.drained
+        return frozenset(self._drained)
+
+    async def recorded(self) -> None:
+        """Returns when every drain so far is on disk, for the next coordinator, or could not be written."""
+        await self._recording.join()
 
     async def drain(self, name: str) -> None:
         """Moves a worker's layers to others, without a pause where memory holds both plans; returns when it holds none.
@@ -48,17 +60,20 @@ class WorkerOperations:
         others = {other: worker for other, worker in self._registry.present.items() if other not in excluded}
         if not others:
             raise WorkerError(f"no other worker is there that is not drained: {name} keeps its layers")
-        await self._runner.planner.plan(others, self._partitions.pairs)
+        for runner in self._runners:
+            await runner.planner.plan(others, self._partitions.pairs)
         if self._undrained[name] != undrained:
             raise WorkerError(f"worker {name} was undrained before its layers moved")
         if name not in self.drained:
             self._report(Notice(f"worker {name} is drained: it gets no layers until `undrain`"))
-        self._observed.post(DrainRequested(name))
-        await self._observed.settled_or(lambda state: state.is_freed(name))
-        if self._runner.epoch is not None and self._runner.epoch.holds(name):
+        self._drained.add(name)
+        self._post(DrainRequested(name))
+        observed = [runner.observed for runner in self._runners]
+        await asyncio.gather(*(each.settled_or(lambda state: state.is_freed(name)) for each in observed))
+        if any(runner.epoch is not None and runner.epoch.holds(name) for runner in self._runners):
             self._report(Notice(f"the layers of worker {name} could not be moved"))
             self.undrain(name)
-            await self._observed.settled.wait()
+            await asyncio.gather(*(each.settled.wait() for each in observed))
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
 
     def undrain(self, name: str) -> None:
@@ -69,11 +84,24 @@ class WorkerOperations:
         else:
             self._report(Notice(f"worker {name} is drained no more: plans use it again"))
         self._undrained[name] += 1
-        self._observed.post(UndrainRequested(name))
+        self._drained.discard(name)
+        self._post(UndrainRequested(name))
 
     async def log(self, name: str) -> LogTail:
         """The last lines of a worker's log. UsageError for an unknown name; raises as `log_tail` does."""
         return await log_tail(self._worker(name))
+
+    def _post(self, request: DrainRequested | UndrainRequested) -> None:
+        for runner in self._runners:
+            runner.observed.post(request)
+        self._recording.start(self._recorded(self.drained))
+
+    async def _recorded(self, drained: frozenset[str]) -> None:
+        """For the next coordinator."""
+        try:
+            await self._record.drain(drained)
+        except LlamaclustError as error:
+            self._report(Notice(f"the next start will not know which workers are drained: {error}"))
 
     def _worker(self, name: str) -> WorkerHandle:
         workers = self._registry.workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
@@ -43,8 +43,8 @@ class StageLoadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """The stages of an epoch. `is_exclusive`: the workers' stages of other epochs are freed first, except weights that
-    serve again. `links` order the sources of weights."""
+    """The stages of an epoch. `is_exclusive`: the workers' stages of the model's other epochs are freed first, except
+    weights that serve again. `links` order the sources of weights."""
 
     epoch: int
     stages: Sequence[StageInfo]
@@ -179,18 +179,27 @@ class Epoch:
         return any(worker.name == name for worker in self.workers)
 
 
-class Epochs:
-    """Opens epochs of one cluster, each with a number of its own."""
+@dataclass(frozen=True, slots=True)
+class EpochWorkers:
+    """The workers of the epochs of all models. `turn` is held for orders to them: one load or unload at a time."""
 
-    def __init__(
-        self, config: ClusterConfig, model: Model, registry: Registry, credentials: Credentials, record: ControlRecord
-    ) -> None:
+    registry: Registry
+    credentials: Credentials
+    record: ControlRecord
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Epochs:
+    """Opens epochs of one model, each with a number of its own in the cluster."""
+
+    def __init__(self, config: ClusterConfig, model: Model, workers: EpochWorkers) -> None:
         self._config = config
         self._model = model
         self._reference = ModelReference(str(model.file.path), model.model_id)
-        self._registry = registry
-        self._credentials = credentials
-        self._record = record
+        self._registry = workers.registry
+        self._credentials = workers.credentials
+        self._record = workers.record
+        self._turn = workers.turn
 
     @property
     def file_is_absent(self) -> bool:
@@ -202,6 +211,10 @@ class Epochs:
 
     async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
         """The plan's stages, loaded and connected; `report` gets the progress. Raises StageLoadError."""
+        async with self._turn:
+            return await self._open(plan, links, is_exclusive=is_exclusive, report=report)
+
+    async def _open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None) -> Epoch:
         number = self._record.next_epoch()
         loads = StageLoads(
             number,
@@ -222,8 +235,14 @@ class Epochs:
             raise StageLoadError(error, suspects) from error
         return Epoch(number, plan, workers, pipeline, scheduler_settings(self._config, self._model, plan))
 
-    async def free_others(self, epoch: Epoch) -> None:
-        """Frees the stages of all epochs but this one. Raises the first error once all have answered."""
-        workers = tuple(self._registry.present.values())
-        numbers = {number for worker in workers for number in worker.stages} - {epoch.number}
-        await _all(unload_stages(number, workers) for number in numbers)
+    def cancel_loads(self) -> None:
+        """Those under way fail soon, where there are any."""
+        for worker in self._registry.present.values():
+            worker.cancel_load(self._model.model_id)
+
+    async def free_others(self, epoch: Epoch | None) -> None:
+        """Frees the stages of all of the model's epochs but this one. Raises the first error once all have answered."""
+        workers, kept = tuple(self._registry.present.values()), set() if epoch is None else {epoch.number}
+        numbers = {number for worker in workers for number in worker.epochs_of(self._model.model_id)} - kept
+        async with self._turn:
+            await _all(unload_stages(number, workers) for number in numbers)

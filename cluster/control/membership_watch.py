@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.newcomers import Newcomers
 from llamaclust.cluster.control.notices import lost_text
-from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported, StepReported
@@ -18,6 +18,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.step_limits import UNPREDICTED_S, hang_text, step_limit_s
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.state.events import Notice, Report
+from llamaclust.wire.rpc.task_set import TaskSet
 
 
 @dataclass(eq=False)
@@ -26,10 +27,10 @@ class MembershipWatch:
 
     _registry: Registry
     _launcher: Launcher
-    _runner: ActionRunner
+    _runners: Sequence[ActionRunner]
     _newcomers: Newcomers
     _partitions: PartitionTracker
-    _observed: Observed
+    _ending: TaskSet
     _report: Report
     _first_joins: frozenset[int] = field(default=frozenset(), init=False)
 
@@ -40,7 +41,7 @@ class MembershipWatch:
         for worker in registry.present.values():
             self._newcomers.take(worker)
         for name in registry.workers.keys() - registry.present.keys():  # lost while machines were measured
-            self._runner.ending.start(self._launcher.end(name))
+            self._ending.start(self._launcher.end(name))
         registry.subscribe(self._changed)
 
     async def close(self) -> None:
@@ -62,24 +63,33 @@ class MembershipWatch:
             self._lost(worker)
 
     def _hang_text(self, worker: WorkerHandle, computing_s: float) -> str | None:
-        """Of a worker whose step takes too long for either of its epochs."""
-        engine = self._runner.engine
-        if engine is None:
-            return None
-        served = zip(engine.schedulers, self._runner.open_epochs, strict=False)
-        stages = [(epoch.stage_of(worker), scheduler, epoch.plan) for scheduler, epoch in served]
-        limits_s = [stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None]
+        """Of a worker whose step takes too long for any of its epochs."""
+        served = [runner for runner in self._runners if runner.engine is not None]
+        limits_s = [limit_s for runner in served for limit_s in _limits_s(runner, worker)]
         limit_s = max(limits_s, default=UNPREDICTED_S)
-        return hang_text(computing_s, limit_s) if computing_s > limit_s else None
+        return hang_text(computing_s, limit_s) if served and computing_s > limit_s else None
 
     def _lost(self, worker: WorkerHandle) -> None:
-        engine, epoch = self._runner.engine, self._runner.epoch
-        serves = engine is not None and epoch is not None and worker in epoch.workers
-        counts = engine.counts if engine is not None and serves else None
-        self._report(Notice(lost_text(worker.error, counts.running + counts.waiting if counts else 0)))
-        self._runner.ending.start(self._launcher.end(worker.name))
+        self._report(Notice(lost_text(worker.error, sum(_requests(runner, worker) for runner in self._runners))))
+        self._ending.start(self._launcher.end(worker.name))
         self._partitions.forget(worker.name)
-        self._observed.post(seen.WorkerLost(worker.name))
+        for runner in self._runners:
+            runner.observed.post(seen.WorkerLost(worker.name))
+
+
+def _requests(runner: ActionRunner, worker: WorkerHandle) -> int:
+    """Of a model, while the worker holds layers of its serving epoch."""
+    if runner.engine is None or runner.epoch is None or worker not in runner.epoch.workers:
+        return 0
+    return runner.engine.counts.running + runner.engine.counts.waiting
+
+
+def _limits_s(runner: ActionRunner, worker: WorkerHandle) -> list[float]:
+    """For a step of each of a model's epochs that the worker has a stage of."""
+    assert runner.engine is not None
+    served = zip(runner.engine.schedulers, runner.open_epochs, strict=False)
+    stages = [(epoch.stage_of(worker), scheduler, epoch.plan) for scheduler, epoch in served]
+    return [stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None]
 
 
 def stage_limit_s(scheduler: Scheduler, plan: Plan, stage: int) -> float:

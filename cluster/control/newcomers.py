@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llamaclust.cluster.control.epochs import Epochs
 from llamaclust.cluster.control.observations import WorkerSeen
-from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.resources.link_profiling import LinkMonitor
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
@@ -17,7 +16,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.control.planning import ClusterPlanner
+    from llamaclust.cluster.control.actions import ActionRunner
 
 _MEASURE_S = 60.0
 
@@ -27,9 +26,7 @@ class Newcomers:
     """Each becomes an observation, from which on plans use it."""
 
     _registry: Registry
-    _planner: ClusterPlanner
-    _epochs: Epochs
-    _observed: Observed
+    _runners: Sequence[ActionRunner]
     _links: LinkMonitor
     _report: Report
     _tasks: TaskSet = field(default_factory=TaskSet, init=False)
@@ -39,12 +36,14 @@ class Newcomers:
 
     def joined(self, worker: WorkerHandle) -> None:
         """Other workers may fetch weights there at once."""
-        self._tasks.start(self._epochs.announce(worker))
+        for runner in self._runners:
+            self._tasks.start(runner.epochs.announce(worker))
         self._links.measure_again()
         self.take(worker)
 
     def take(self, worker: WorkerHandle) -> None:
-        if worker.name in self._planner.profiles.of(self._registry.present):
+        present = self._registry.present
+        if all(worker.name in runner.planner.profiles.of(present) for runner in self._runners):
             self._observe(worker)
         else:
             self._tasks.start(self._measure(worker))
@@ -53,12 +52,13 @@ class Newcomers:
         """Where that fails, its memory alone counts."""
         try:
             async with deadline(f"worker {worker.name}: measurement", _MEASURE_S):
-                await self._planner.profiles.measure([worker.name], self._registry.present)
+                for runner in self._runners:
+                    await runner.planner.profiles.measure([worker.name], self._registry.present)
             self._report(Notice(f"worker {worker.name} is measured"))
         except LlamaclustError as error:
             self._report(Notice(f"worker {worker.name} takes part unmeasured: {error}"))
         self._observe(worker)
 
     def _observe(self, worker: WorkerHandle) -> None:
-        if worker.loss is None:
-            self._observed.post(WorkerSeen(worker.name, self._registry.joins[worker.name]))
+        for runner in self._runners if worker.loss is None else ():
+            runner.observed.post(WorkerSeen(worker.name, self._registry.joins[worker.name]))

@@ -1,4 +1,4 @@
-"""Keeps a pipeline under the engine: whichever worker is lost, joins or is drained.
+"""Keeps a pipeline under the engine of a model: whichever worker is lost, joins or is drained.
 
 One loop: an observation changes the state, `reconcile` decides on an action, the action runs while the next
 observations are taken in, and its result is an observation, too.
@@ -7,71 +7,40 @@ observations are taken in, and its result is an observation, too.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Waits
-from llamaclust.cluster.control.drain import WorkerOperations
 from llamaclust.cluster.control.epochs import Epoch, Epochs
-from llamaclust.cluster.control.membership_watch import MembershipWatch
-from llamaclust.cluster.control.newcomers import Newcomers
 from llamaclust.cluster.control.observed import Observed
-from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.reconcile import Abort, Action, Wait, reconcile
-from llamaclust.cluster.control.resources.link_profiling import LinkMonitor, MeasureLinks
+from llamaclust.cluster.control.worker_pool import WorkerPool
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.launchers.base import Launcher
-from llamaclust.cluster.membership.registry import Registry
-from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError, RequestFailedError
-from llamaclust.wire.rpc.task_set import TaskSet
-
-
-@dataclass(frozen=True, slots=True)
-class SupervisedWorkers:
-    """The workers: registered here, started by the launcher. Without `measure_links`, links stay as they are known.
-    `start_s`: how long a start may wait for them."""
-
-    registry: Registry
-    launcher: Launcher
-    record: ControlRecord
-    start_s: float = 0.0
-    measure_links: MeasureLinks | None = None
 
 
 class Supervisor:
     """`start` opens the first epoch; from then on `run` sees to it that one serves."""
 
     def __init__(
-        self, config: ClusterConfig, epochs: Epochs, planner: ClusterPlanner, workers: SupervisedWorkers, report: Report
+        self, config: ClusterConfig, epochs: Epochs, planner: ClusterPlanner, pool: WorkerPool, report: Report
     ) -> None:
-        registry = workers.registry
-        now_s = asyncio.get_running_loop().time()
-        pool = PoolState(drained=workers.record.drained)
+        """Of one model, on the workers of a pool."""
+        now_s, workers = asyncio.get_running_loop().time(), pool.workers
+        usable = PoolState(drained=workers.record.drained)
         waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, workers.start_s))
-        state = ClusterState(waits, len(config.workers), seen.Tick(now_s), PipelineLoss(now_s), pool=pool)
+        state = ClusterState(waits, len(config.workers), seen.Tick(now_s), PipelineLoss(now_s), pool=usable)
         self.observed = Observed(state)
-        self.partitions = PartitionTracker(
-            lambda: registry.present,
-            config.timeouts.worker,
-            report,
-            lambda pairs: self.observed.post(seen.PartitionsChanged(pairs)),
+        self._runner = ActionRunner(
+            self.observed, epochs, planner, workers.registry, pool.partitions, report, pool.ending
         )
-        self._runner = ActionRunner(self.observed, epochs, planner, registry, self.partitions, report)
-        self.pool = WorkerOperations(registry, self._runner, self.observed, self.partitions, report)
-        self._links = LinkMonitor(workers.measure_links, registry, planner, self.observed, report)
-        newcomers = Newcomers(registry, planner, epochs, self.observed, self._links, report)
-        self._members = MembershipWatch(
-            registry, workers.launcher, self._runner, newcomers, self.partitions, self.observed, report
-        )
-        self._workers = workers
+        pool.runners.append(self._runner)
+        self._launcher = workers.launcher
         self._report = report
         self._action: asyncio.Task[None] | None = None
-        self._recording = TaskSet()
 
     @property
     def epoch(self) -> Epoch:
@@ -99,20 +68,15 @@ class Supervisor:
     async def start(self) -> Epoch:
         """The first epoch, whose workers have joined. Raises an error that no other worker can help, and after
         `timeouts.recovery` why there is none."""
-        self._members.start()
         await self._loop(is_start=True)
         return self.epoch
 
     async def aclose(self) -> None:
         """Cancels what runs in the background; returns when it has ended."""
-        self._links.close()
         if self._action is not None:
             self._action.cancel()
             await asyncio.wait([self._action])
-        runner = self._runner
-        await asyncio.gather(
-            self._members.close(), runner.ending.close(), runner.watching.close(), self._recording.join()
-        )
+        await self._runner.watching.close()
 
     async def run(self, engine: Engine) -> None:
         """Until it is cancelled; an error is a bug."""
@@ -124,12 +88,8 @@ class Supervisor:
         if isinstance(error, RequestFailedError):
             self._report(Notice(str(error)))
         if self._runner.engine is not None and self._runner.engine.suspects_request:
-            self._workers.launcher.reset_restarts()
+            self._launcher.reset_restarts()
         self.observed.post(seen.PipelineLost(error))
-
-    def not_restarted(self, name: str, why: str) -> None:
-        """The launcher's report that it restarts a worker no more."""
-        self._report(Notice(f"worker {name} is not started again: {why}; look at `llamaclust logs {name}`"))
 
     async def _loop(self, *, is_start: bool) -> None:
         while not (is_start and self._runner.epoch is not None and self._action is None):
@@ -139,21 +99,12 @@ class Supervisor:
             if observation is not None:
                 self.observed.apply(self._tick())
                 self.observed.apply(observation)
-                if (drained := self.observed.state.pool.drained) != self._workers.record.drained:
-                    self._recording.start(self._record_drained(drained))
                 if self.observed.state.is_plan_useless:
-                    self._runner.cancel_loads()
+                    self._runner.epochs.cancel_loads()
             if observation is seen.Signal.ACTION_ENDED:
                 assert self._action is not None
                 ended, self._action = self._action, None
                 ended.result()  # its error is a bug
-
-    async def _record_drained(self, drained: frozenset[str]) -> None:
-        """For the next coordinator."""
-        try:
-            await self._workers.record.drain(drained)
-        except LlamaclustError as error:
-            self._report(Notice(f"the next start will not know which workers are drained: {error}"))
 
     def _act(self, action: Action | None) -> float | None:
         """Begins an action. Returns until when an observation is awaited."""

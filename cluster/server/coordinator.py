@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.epochs import Epochs
+from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
 from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, hops_matter, measure_links
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
-from llamaclust.cluster.control.supervisor import SupervisedWorkers, Supervisor
+from llamaclust.cluster.control.supervisor import Supervisor
+from llamaclust.cluster.control.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.local import LocalLauncher
@@ -48,6 +49,7 @@ class Cluster:
     model: Model
     registry: Registry
     launcher: Launcher
+    pool: WorkerPool
     supervisor: Supervisor
     engine: Engine
     record: ControlRecord
@@ -90,13 +92,14 @@ async def open_cluster(
                 meter = _link_meter(config, planner.profiles.of(workers), launcher, folder, report)
                 if meter is not None:
                     planner.update(await meter(registry.present))
-                epochs = Epochs(config, model, registry, launcher.credentials, record)
+                epochs = Epochs(config, model, EpochWorkers(registry, launcher.credentials, record))
                 start_s = 0.0 if config.launcher == "local" else config.join.wait
                 supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
-                supervisor = Supervisor(config, epochs, planner, supervised, report)
-                async with _engine(config, supervisor, launcher) as engine:
+                pool = WorkerPool(config, supervised, report)
+                supervisor = Supervisor(config, epochs, planner, pool, report)
+                async with _supervised(pool), _engine(config, supervisor) as engine:
                     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
-                    yield Cluster(config, model, registry, launcher, supervisor, engine, record)
+                    yield Cluster(config, model, registry, launcher, pool, supervisor, engine, record)
 
 
 async def _shortfall(planner: ClusterPlanner, registry: Registry, drained: frozenset[str]) -> LlamaclustError | None:
@@ -154,23 +157,31 @@ def _link_meter(
 
 
 @asynccontextmanager
-async def _engine(config: ClusterConfig, supervisor: Supervisor, launcher: Launcher) -> AsyncIterator[Engine]:
+async def _supervised(pool: WorkerPool) -> AsyncIterator[None]:
+    """Lost workers are restarted where the launcher does that, and each is observed by the models' supervisors."""
+    with pool.workers.launcher.restarting(pool.not_restarted), pool.partitions:
+        async with aclosing(pool):
+            pool.start()
+            yield
+
+
+@asynccontextmanager
+async def _engine(config: ClusterConfig, supervisor: Supervisor) -> AsyncIterator[Engine]:
     """An engine whose pipeline the supervisor replaces when it is lost."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
-    with launcher.restarting(supervisor.not_restarted), supervisor.partitions:
-        async with aclosing(supervisor):
-            first = await supervisor.start()
-            try:
-                async with Engine(first.pipeline, first.settings, deadlines, supervisor.pipeline_lost) as engine:
-                    supervising = asyncio.create_task(supervisor.run(engine))
-                    supervising.add_done_callback(partial(_broke, engine))
-                    try:
-                        yield engine
-                    finally:
-                        supervising.cancel()
-                        await asyncio.gather(supervising, return_exceptions=True)
-            finally:
-                await supervisor.close_pipelines()
+    async with aclosing(supervisor):
+        first = await supervisor.start()
+        try:
+            async with Engine(first.pipeline, first.settings, deadlines, supervisor.pipeline_lost) as engine:
+                supervising = asyncio.create_task(supervisor.run(engine))
+                supervising.add_done_callback(partial(_broke, engine))
+                try:
+                    yield engine
+                finally:
+                    supervising.cancel()
+                    await asyncio.gather(supervising, return_exceptions=True)
+        finally:
+            await supervisor.close_pipelines()
 
 
 def _broke(engine: Engine, supervising: asyncio.Task[None]) -> None:

@@ -149,7 +149,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     text = TextSettings(record.model, context, config.max_sequences, path, model.file, width, model.pooling)
     service = TextService(cluster.engine, model.tokenizer, model.chat_template, text)
     admission = Admission(front.settings)
-    engine, pool = cluster.engine, cluster.supervisor.pool
+    engine, pool = cluster.engine, cluster.pool.operations
     show = partial(cluster_status, cluster, record)
     allow_many_files()
     journalled = _journalled(cluster, folder)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llamaclust.cluster.control.observations import Signal
-from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_link
@@ -30,7 +29,7 @@ from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import Credentials, Principal
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.control.planning import ClusterPlanner
+    from llamaclust.cluster.control.actions import ActionRunner
 
 _FILE = ".links.json"  # no cluster's name begins with a dot
 _UNIX = ", unix"
@@ -187,8 +186,7 @@ class LinkMonitor:
 
     _measure: MeasureLinks | None
     _registry: Registry
-    _planner: ClusterPlanner
-    _observed: Observed
+    _runners: Sequence[ActionRunner]
     _report: Report
     _measuring: TaskSet = field(default_factory=TaskSet, init=False)
 
@@ -204,12 +202,14 @@ class LinkMonitor:
         """Until the measured workers are the present ones."""
         measured: dict[str, WorkerHandle] = {}
         while measured != self._registry.present:
-            await self._observed.settled.wait()
+            for runner in self._runners:
+                await runner.observed.settled.wait()
             measured = self._registry.present
             try:
                 links = await measure(measured)
             except LlamaclustError as error:
                 self._report(Notice(f"links were not measured again: {error}"))
                 return
-            if self._planner.update(links):
-                self._observed.post(Signal.LINKS_CHANGED)
+            for runner in self._runners:
+                if runner.planner.update(links):
+                    runner.observed.post(Signal.LINKS_CHANGED)

@@ -18,11 +18,12 @@ from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Serving, Waits
 from llamaclust.cluster.control.drain import WorkerOperations
-from llamaclust.cluster.control.epochs import Epochs, StageLoadError
+from llamaclust.cluster.control.epochs import Epochs, EpochWorkers, StageLoadError
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.reconcile import LoadEpoch, MakePlan
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
-from llamaclust.cluster.control.supervisor import SupervisedWorkers, Supervisor
+from llamaclust.cluster.control.supervisor import Supervisor
+from llamaclust.cluster.control.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.membership.members import Members
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import UNKNOWN
@@ -42,6 +43,7 @@ from llamaclust.wire.control.messages import (
     UnloadFailed,
     WeightsFound,
 )
+from llamaclust.wire.rpc.task_set import TaskSet
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.wire.control_messages import LOAD, REGISTER
 
@@ -95,7 +97,8 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
     }
     model: Any = SimpleNamespace(file=SimpleNamespace(path="/m.gguf"), model_id="ab" * 32)
     config: Any = SimpleNamespace(timeouts=SimpleNamespace(load=30.0))
-    opened = Epochs(config, model, SimpleNamespace(workers=workers, present=workers), ANYTHING, ControlRecord(term=2))  # type: ignore[arg-type]
+    registry: Any = SimpleNamespace(workers=workers, present=workers)
+    opened = Epochs(config, model, EpochWorkers(registry, ANYTHING, ControlRecord(term=2)))
     with pytest.raises(StageLoadError, match="its disk is bad" if fails == "load" else "no connection"):
         await opened.open(plan_of("a", "b"), UNKNOWN, is_exclusive=False)
     assert "layers of epoch 2.1 stay in memory: worker a" in caplog.text
@@ -114,7 +117,7 @@ def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionR
     planner: Any = SimpleNamespace(links=UNKNOWN)
     registry: Any = SimpleNamespace(workers={}, present={})
     partitions: Any = SimpleNamespace(settled=settled)
-    runner = ActionRunner(observed, loading, planner, registry, partitions, lambda event: None)
+    runner = ActionRunner(observed, loading, planner, registry, partitions, lambda event: None, TaskSet())
     runner.engine = ANYTHING
     return runner
 
@@ -172,7 +175,7 @@ async def test_a_load_does_not_wait_for_ever_for_the_end_of_lost_workers(monkeyp
     await runner.ending.close()
 
 
-def supervisor_of(registry: Members) -> Supervisor:
+def supervised(registry: Members) -> tuple[WorkerPool, Supervisor]:
     async def nothing(_: object) -> None: ...
 
     config = ClusterConfig.model_validate({"model": "m.gguf", "workers": [{"name": "a"}], "state_dir": Path("/none")})
@@ -180,11 +183,12 @@ def supervisor_of(registry: Members) -> Supervisor:
     launcher: Any = SimpleNamespace(end=nothing)
     workers: Any = SupervisedWorkers(registry, launcher, ControlRecord())  # type: ignore[arg-type]
     planner: Any = SimpleNamespace(profiles=SimpleNamespace(of=lambda workers: workers))
-    return Supervisor(config, opener, planner, workers, lambda event: None)
+    pool = WorkerPool(config, workers, lambda event: None)
+    return pool, Supervisor(config, opener, planner, pool, lambda event: None)
 
 
 async def test_closing_waits_for_the_action_and_for_the_end_of_lost_workers() -> None:
-    supervisor, ended = supervisor_of(Members(lambda name: "")), list[str]()
+    (pool, supervisor), ended = supervised(Members(lambda name: "")), list[str]()
 
     async def hang(what: str) -> None:
         try:
@@ -194,10 +198,11 @@ async def test_closing_waits_for_the_action_and_for_the_end_of_lost_workers() ->
             ended.append(what)
 
     supervisor._action = asyncio.create_task(hang("action"))
-    supervisor._runner.ending.start(hang("ending"))
+    pool.ending.start(hang("ending"))
     await asyncio.sleep(0)
     async with asyncio.timeout(30):
         await supervisor.aclose()
+        await pool.aclose()
     assert ended == ["action", "ending"]
 
 
@@ -208,9 +213,10 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
 
     monkeypatch.setattr(Supervisor, "_loop", no_loop)
     registry = Members(lambda name: "")
-    supervisor, handle = supervisor_of(registry), worker_handle("a")
+    (pool, supervisor), handle = supervised(registry), worker_handle("a")
     supervisor._runner.epoch = ANYTHING
     registry.admit(handle)
+    pool.start()
     await supervisor.start()
     registry.announce(handle)  # once it has got the answer to its registration
     joined = await supervisor.observed.next(None)
@@ -224,6 +230,7 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
     registry.admit(worker_handle("a"))
     assert registry.joins == {"a": 2}
     await supervisor.aclose()
+    await pool.aclose()
 
 
 async def test_a_drain_of_a_worker_without_layers_returns_although_requests_delay_a_better_plan() -> None:
@@ -231,13 +238,14 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
 
     observed, events = observed_cluster(), list[Event]()
     workers = dict.fromkeys("abc", ANYTHING)
-    served: Any = SimpleNamespace(planner=SimpleNamespace(plan=plan), epoch=SimpleNamespace(holds="ab".__contains__))
+    epoch = SimpleNamespace(holds="ab".__contains__)
+    served: Any = SimpleNamespace(planner=SimpleNamespace(plan=plan), epoch=epoch, observed=observed)
     registry: Any = SimpleNamespace(workers=workers, present=workers)
     joins = {"a": 1, "b": 2, "c": 3}
     observed.state = replace(observed.state, pool=PoolState(joins))
     observed.apply(seen.Planned(observed.state.inputs, plan_of("a", "b")))
     observed.apply(seen.Signal.EPOCH_SERVING)
-    pool = WorkerOperations(registry, served, observed, UNPARTITIONED, events.append)
+    pool = WorkerOperations(registry, ControlRecord(), [served], UNPARTITIONED, events.append)
     drains = {name: asyncio.create_task(pool.drain(name)) for name in "cb"}
     for _ in drains:
         observation = await observed.next(None)
@@ -272,9 +280,9 @@ async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place
         await planned.wait()
 
     observed, workers, events = observed_cluster(), dict.fromkeys("ab", ANYTHING), list[Event]()
-    served: Any = SimpleNamespace(planner=SimpleNamespace(plan=plan))
+    served: Any = SimpleNamespace(planner=SimpleNamespace(plan=plan), observed=observed)
     registry: Any = SimpleNamespace(workers=workers, present=workers)
-    pool = WorkerOperations(registry, served, observed, UNPARTITIONED, events.append)
+    pool = WorkerOperations(registry, ControlRecord(), [served], UNPARTITIONED, events.append)
     drain = asyncio.create_task(pool.drain("a"))
     await planning.wait()
     pool.undrain("a")

@@ -34,17 +34,17 @@ async def test_layers_are_moved_away_and_back_without_losing_a_token(
         supervisor = run.cluster.supervisor
         tasks = run.start(requests)
         await run.token(100)
-        await supervisor.pool.drain("b")
+        await run.cluster.pool.operations.drain("b")
         assert not run.worker("b").stages and run.worker("b").loss is None
-        supervisor.pool.undrain("b")
+        run.cluster.pool.operations.undrain("b")
         await run.whole()
         assert supervisor.recoveries == 0
         assert await asyncio.gather(*tasks) == expected
-        await supervisor.pool.drain("b")
+        await run.cluster.pool.operations.drain("b")
         run.hurt("a")
         await run.until("a again", lambda: supervisor.epoch.holds("a") and supervisor.epoch.root_cause is None)
         assert not supervisor.epoch.holds("b")
-        supervisor.pool.undrain("b")
+        run.cluster.pool.operations.undrain("b")
         await run.whole()
         assert await answer_of(run.cluster.engine.submit(requests[0])) == expected[0]
 
@@ -64,7 +64,7 @@ async def test_a_worker_that_returns_gets_layers_under_load(
 
 async def retiring(run: Recovering, name: str) -> asyncio.Task[None]:
     """Drains a worker; returns when requests run on the old epoch beside the new one."""
-    drain = asyncio.create_task(run.cluster.supervisor.pool.drain(name))
+    drain = asyncio.create_task(run.cluster.pool.operations.drain(name))
     await run.until("a retirement", lambda: run.cluster.engine.retirement is not None)
     return drain
 

@@ -165,10 +165,10 @@ async def test_a_worker_that_cannot_be_spared_is_not(
     monkeypatch.setattr(planning, "_memory_shares", small_memory)
     async with recovering(config(model, tmp_path, workers=2)) as run:
         with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
-            await run.cluster.supervisor.pool.drain("b")
+            await run.cluster.pool.operations.drain("b")
         with pytest.raises(UsageError, match="no worker is named 'x'; there are: a, b"):
-            await run.cluster.supervisor.pool.drain("x")
-        assert not run.cluster.supervisor.pool.drained
+            await run.cluster.pool.operations.drain("x")
+        assert not run.cluster.pool.operations.drained
         assert run.cluster.supervisor.epoch.number == epoch_number(term=1, count=1)
 
 
@@ -180,7 +180,7 @@ async def test_a_worker_whose_layers_do_not_load_elsewhere_keeps_them(
         async def fails(self: Epochs, *_: object, **__: object) -> Epoch:
             raise StageLoadError(LlamaclustError("layers do not load"), ())
 
-        pool, serving = run.cluster.supervisor.pool, run.cluster.supervisor.epoch
+        pool, serving = run.cluster.pool.operations, run.cluster.supervisor.epoch
         name = serving.workers[0].name
         with monkeypatch.context() as patched:
             patched.setattr(Epochs, "open", fails)
@@ -214,7 +214,7 @@ async def test_plans_do_without_who_fails_at_every_load_and_comes_back_at_once(
             assert await asyncio.gather(*tasks) == expected
             assert not run.cluster.supervisor.epoch.holds("b")
         await run.until("b is back", lambda: run.worker("b").loss is None)
-        run.cluster.supervisor.pool.undrain("b")
+        run.cluster.pool.operations.undrain("b")
         await run.whole()
 
 

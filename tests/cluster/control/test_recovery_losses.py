@@ -160,7 +160,7 @@ async def test_a_loss_during_a_planned_move_is_not_kept_waiting_by_its_loads(
     (tmp_path / "sitecustomize.py").write_text(_SLOW_MOVE.format(marker=str(marker)))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
     async with recovering(config(model, tmp_path)) as run:
-        drain = asyncio.create_task(run.cluster.supervisor.pool.drain("a"))
+        drain = asyncio.create_task(run.cluster.pool.operations.drain("a"))
         await run.until("the load", marker.exists)
         tasks = run.start(requests)
         run.hurt("b")

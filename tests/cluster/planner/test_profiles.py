@@ -155,10 +155,10 @@ def test_links_are_measured_again_once_a_pipeline_serves() -> None:
             known.append(links)
             return True
 
-        planner: Any = SimpleNamespace(update=update)
         registry: Any = SimpleNamespace(present=present)
         observed = Observed(ClusterState(Waits(120.0, 120.0), 2, Tick(0.0), PipelineLoss(0.0)))
-        monitor = LinkMonitor(measure, registry, planner, observed, lambda event: None)
+        runner: Any = SimpleNamespace(planner=SimpleNamespace(update=update), observed=observed)
+        monitor = LinkMonitor(measure, registry, [runner], lambda event: None)
         monitor.measure_again()
         await asyncio.sleep(0.01)
         assert not measured, "a pipeline comes first"

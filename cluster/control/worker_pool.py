@@ -1,0 +1,68 @@
+"""The workers under the control loops of all models: what happens to them, each loop observes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.actions import ActionRunner
+from llamaclust.cluster.control.drain import WorkerOperations
+from llamaclust.cluster.control.membership_watch import MembershipWatch
+from llamaclust.cluster.control.newcomers import Newcomers
+from llamaclust.cluster.control.partitions import PartitionTracker
+from llamaclust.cluster.control.resources.link_profiling import LinkMonitor, MeasureLinks
+from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.planner.adjacency import Pairs
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.events import Notice, Report
+from llamaclust.wire.rpc.task_set import TaskSet
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedWorkers:
+    """The workers: registered here, started by the launcher. Without `measure_links`, links stay as they are known.
+    `start_s`: how long a start may wait for them."""
+
+    registry: Registry
+    launcher: Launcher
+    record: ControlRecord
+    start_s: float = 0.0
+    measure_links: MeasureLinks | None = None
+
+
+class WorkerPool:
+    """`start` it once all models are in `runners`."""
+
+    def __init__(self, config: ClusterConfig, workers: SupervisedWorkers, report: Report) -> None:
+        registry = workers.registry
+        self.workers = workers
+        self.runners: list[ActionRunner] = []  # of each model
+        self.ending = TaskSet()  # processes of lost workers, whose memory loads need
+        self.partitions = PartitionTracker(lambda: registry.present, config.timeouts.worker, report, self._partitioned)
+        self.operations = WorkerOperations(registry, workers.record, self.runners, self.partitions, report)
+        self._report = report
+        self._links = LinkMonitor(workers.measure_links, registry, self.runners, report)
+        newcomers = Newcomers(registry, self.runners, self._links, report)
+        self._members = MembershipWatch(
+            registry, workers.launcher, self.runners, newcomers, self.partitions, self.ending, report
+        )
+
+    def start(self) -> None:
+        """From now on, every event of a worker is observed."""
+        self._members.start()
+
+    async def aclose(self) -> None:
+        """Cancels what runs in the background; returns when it has ended."""
+        self._links.close()
+        await asyncio.gather(self._members.close(), self.ending.close(), self.operations.recorded())
+
+    def not_restarted(self, name: str, why: str) -> None:
+        """The launcher's report that it restarts a worker no more."""
+        self._report(Notice(f"worker {name} is not started again: {why}; look at `llamaclust logs {name}`"))
+
+    def _partitioned(self, pairs: Pairs) -> None:
+        for runner in self.runners:
+            runner.observed.post(seen.PartitionsChanged(pairs))

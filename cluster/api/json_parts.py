@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ _LARGE_ENTRIES = 1024
 _GROUP = 16
 """Items of an iterator that are encoded in one go; no other thread runs meanwhile."""
 _PART_BYTES = 1 << 16
+_VALUE_BYTES = 8
 
 _threads = ThreadPoolExecutor(2, thread_name_prefix="json")
 """Few: each waits for the interpreter beside the event loop, and more render no faster."""
@@ -44,6 +45,17 @@ def json_parts(value: Any) -> list[bytes]:
             parts.append(bytes(held))
             held.clear()
     return [*parts, bytes(held)]
+
+
+def json_size(value: Any) -> int:
+    """About the bytes of a value's JSON, without rendering it: its texts, and some for each value."""
+    if isinstance(value, str):
+        return len(value) + _VALUE_BYTES
+    if isinstance(value, Mapping):
+        return sum(len(key) + json_size(item) for key, item in value.items()) + _VALUE_BYTES
+    if isinstance(value, list | tuple):
+        return sum(map(json_size, value)) + _VALUE_BYTES
+    return _VALUE_BYTES
 
 
 def _pieces(value: Any) -> Iterator[bytes]:

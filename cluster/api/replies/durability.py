@@ -30,5 +30,6 @@ class Durability:
             served=self.served,
             is_streamed=is_streamed,
             is_constrained=bool(ticket.constraint.is_used),
+            earlier=ticket.earlier.messages,
         )
         return self.journal.admit(admission)

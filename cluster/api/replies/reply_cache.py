@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.json_parts import json_size
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
@@ -48,11 +49,12 @@ class ReplyCache:
 
     def add(self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool) -> KeptReply:
         """HttpError where there is no room."""
-        self._make_room(len(body))
+        body_bytes = len(body) + (json_size(ticket.earlier.messages) if ticket.earlier.messages else 0)
+        self._make_room(body_bytes)
         settings = replace(self._settings, resume_s=self.lifetimes.get(path, self._settings.resume_s))
         kept = KeptReply(ticket, settings, self, is_streamed=is_streamed)
-        self._entries[ticket.id] = _Entry(kept, path, _digest(path, body), len(body))
-        self._held_bytes += len(body)
+        self._entries[ticket.id] = _Entry(kept, path, _digest(path, body), body_bytes)
+        self._held_bytes += body_bytes
         for name in _names(ticket):
             self._ids[name] = ticket.id
         return kept

@@ -21,7 +21,7 @@ from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.recording import Restoration
 from llamaclust.cluster.api.replies.reply import MakeReply
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
-from llamaclust.cluster.api.replies.ticket import Constraint, Ticket
+from llamaclust.cluster.api.replies.ticket import Constraint, EarlierChat, Ticket
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal_records import OpenRequest
@@ -89,6 +89,7 @@ class Restoring:
             journal=journal,
             restoration=restoration,
             constraint=Constraint(admission.is_constrained),
+            earlier=EarlierChat(admission.earlier),
         )
         try:
             kept = self._cache.add(ticket, admission.endpoint, admission.body, is_streamed=admission.is_streamed)

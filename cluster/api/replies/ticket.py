@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from starlette.datastructures import Headers
 
@@ -40,6 +41,14 @@ class Constraint:
         return request if self.is_used else replace(request, grammar=None)
 
 
+@dataclass(slots=True)
+class EarlierChat:
+    """The messages of the stored chat that a request continues. Its first computation reads them from the store; later
+    ones, whose store may lack them, have them from the journal."""
+
+    messages: Sequence[Mapping[str, Any]] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
     """Of one request, drawn at its admission or read from the journal."""
@@ -49,6 +58,7 @@ class Ticket:
     journal: Journal | None = None
     restoration: Restoration | None = None  # of a request that an earlier coordinator admitted
     constraint: Constraint = field(default_factory=Constraint)
+    earlier: EarlierChat = field(default_factory=EarlierChat)
 
     @classmethod
     def draw(cls, headers: Headers, api_keys: Sequence[str], journal: Journal | None) -> Ticket:

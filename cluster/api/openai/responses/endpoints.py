@@ -58,8 +58,10 @@ class ResponsesEndpoint:
         body = await parse_body(data, ResponsesBody, RESPONSES, self._settings)
         self._models.check(body.model)
         body.check()
-        messages = self._messages(body, ticket.identity.owner)
-        chat = replace(body.request([*messages]), created=ticket.created)
+        if not ticket.earlier.messages:
+            ticket.earlier.messages = self._earlier(body, ticket.identity.owner)
+        messages = (*ticket.earlier.messages, *messages_of(body.input))
+        chat = replace(body.request(messages), created=ticket.created)
 
         async def request() -> CompletionRequest:
             return await self._service.chat(chat)
@@ -83,16 +85,16 @@ class ResponsesEndpoint:
         body = await read_body(request, ResponsesBody, RESPONSES, self._settings)
         self._models.check(body.model)
         body.check()
-        messages = self._messages(body, owner(request.headers, self._settings.api_keys))
-        completion = await unless_disconnected(request, self._service.chat_prompt(body.request([*messages])))
+        earlier = self._earlier(body, owner(request.headers, self._settings.api_keys))
+        chat = body.request((*earlier, *messages_of(body.input)))
+        completion = await unless_disconnected(request, self._service.chat_prompt(chat))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": len(completion.prompt)})
 
-    def _messages(self, body: ResponsesBody, owner_digest: str) -> Messages:
-        """Of the chat before the answer."""
-        given = tuple(messages_of(body.input))
+    def _earlier(self, body: ResponsesBody, owner_digest: str) -> Messages:
+        """The messages of the chat that the input continues."""
         if body.previous_response_id is None:
-            return given
-        return (*self._store.followed(owner_digest, body.previous_response_id).messages, *given)
+            return ()
+        return self._store.followed(owner_digest, body.previous_response_id).messages
 
 
 class StoredResponses:

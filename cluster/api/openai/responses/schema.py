@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Annotated, Any, Final, Literal
 
@@ -149,7 +150,7 @@ class ResponsesBody(AnswerFields):
         if not self.input and self.previous_response_id is None:
             raise ParameterError("input", "is missing")
 
-    def request(self, messages: list[dict[str, Any]]) -> ChatRequest:
+    def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
         """The chat that the messages of the input, and those before them, make."""
         grammar = response_format_grammar(self.text.format, "text.format")
         instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
@@ -169,7 +170,7 @@ def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", **fields, "strict": False}
 
 
-def _with_one_system_prompt(messages: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+def _with_one_system_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
     """Instructions and the developer's first messages are one: many templates take no second one."""
     systems = [*takewhile(lambda message: message["role"] == "system", messages)]
     others = messages[len(systems) :]

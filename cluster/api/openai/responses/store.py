@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from llamaclust.cluster.api.openai.responses.items import Item
 MAX_RESPONSES: Final = 1024
 MAX_BYTES: Final = 64 << 20
 
-Messages = tuple[dict[str, Any], ...]
+Messages = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(slots=True, eq=False)

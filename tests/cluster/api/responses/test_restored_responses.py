@@ -6,10 +6,25 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
+
 from support.clusters.resumable import KilledJournal, served, stream
 
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"input": "Hello", "background": True, "seed": 7, "max_output_tokens": 40}
+
+
+async def until_ended(http: httpx.AsyncClient, response_id: str) -> dict[str, Any]:
+    while True:
+        response: dict[str, Any] = (await http.get(f"{PATH}/{response_id}")).json()
+        if response["status"] not in ("queued", "in_progress"):
+            return response
+        await asyncio.sleep(0.01)
+
+
+def text_of(response: dict[str, Any]) -> str:
+    return "".join(part["text"] for item in response["output"] for part in item["content"])
 
 
 async def test_a_background_stream_is_read_on_after_a_kill(tmp_path: Path) -> None:
@@ -32,12 +47,30 @@ async def test_a_background_response_is_computed_after_a_kill(tmp_path: Path) ->
     async with served(tmp_path / "journal", KilledJournal) as server:
         created = (await server.http.post(PATH, json=BODY)).json()
     async with served(tmp_path / "journal") as server:
-        status = "queued"
-        while status in ("queued", "in_progress"):
-            await asyncio.sleep(0.01)
-            response = (await server.http.get(f"{PATH}/{created['id']}")).json()
-            status = response["status"]
-    assert status in ("completed", "incomplete") and response["usage"]["output_tokens"] > 0
+        response = await until_ended(server.http, created["id"])
+    assert response["status"] in ("completed", "incomplete") and response["usage"]["output_tokens"] > 0
+
+
+@pytest.mark.parametrize("fields", [{"background": True}, {"background": True, "stream": True}, {"stream": True}])
+async def test_a_response_that_follows_another_is_computed_after_a_kill(tmp_path: Path, fields: dict[str, Any]) -> None:
+    async with served(tmp_path / "journal", KilledJournal) as server:
+        first = (await server.http.post(PATH, json={"input": "A", "seed": 7, "max_output_tokens": 10})).json()
+        body = {"input": "B", "previous_response_id": first["id"], "seed": 7, "max_output_tokens": 40, "store": True}
+        undisturbed = (await server.http.post(PATH, json=body)).json()
+        begun: list[Any] = []
+        if "stream" in fields:
+            begun = await stream(server.http, "POST", PATH, json=body | fields, most=1)
+        created = begun[0][1]["response"] if begun else (await server.http.post(PATH, json=body | fields)).json()
+    async with served(tmp_path / "journal") as server:
+        if "stream" in fields:
+            request_id = begun[0][0].partition(":")[0]
+            *_, (_, last), _ = await stream(server.http, "GET", f"/v1/streams/{request_id}")
+            assert isinstance(last, dict)
+            response = last["response"]
+        else:
+            response = await until_ended(server.http, created["id"])
+    assert response["id"] == created["id"] and text_of(response) == text_of(undisturbed)
+    assert response["usage"]["input_tokens"] == undisturbed["usage"]["input_tokens"]
 
 
 async def test_a_coordinator_that_ends_leaves_responses_to_the_next_one(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import socket
 from contextlib import suppress
 from typing import Any, ClassVar, Self
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from starlette.responses import Response
@@ -19,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from llamaclust.cluster.api.browser.endpoint import page_reply
 from llamaclust.cluster.api.error_shapes import OPENAI, Failure, to_json
 from llamaclust.cluster.api.port.api_port import ApiPort
+from llamaclust.cluster.api.port.http_connection import HttpConnection, canonical_name
 from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
@@ -110,6 +112,10 @@ class _Connection(H11Protocol):
     """Idle until the whole head of a request is there, and again when its reply is written."""
 
     room: ClassVar[_Room]
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.conn = HttpConnection(h11.SERVER, _HEAD_BYTES)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         is_full = len(self.connections) >= self.room.places and not self.room.make_place()
@@ -227,5 +233,5 @@ class StartingReplies:
 
 def _whole(reply: Response) -> bytes:
     """A reply as it is sent on a connection of its own."""
-    headers = b"".join(b"%s: %s\r\n" % header for header in reply.raw_headers)
+    headers = b"".join(b"%s: %s\r\n" % (canonical_name(name), value) for name, value in reply.raw_headers)
     return b"HTTP/1.1 %d \r\n%sConnection: close\r\n\r\n%s" % (reply.status_code, headers, bytes(reply.body))

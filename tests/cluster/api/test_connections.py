@@ -102,6 +102,22 @@ async def test_silent_connections_are_closed_in_time() -> None:
         assert await server.answers()
 
 
+async def test_header_names_of_replies_have_capitals() -> None:
+    """Clients that compare names case-sensitively find them."""
+    async with served() as server:
+        for request, status in (
+            (HEALTH, 200),
+            (HEALTH.replace(b"127.0.0.1", b"evil.example"), 403),
+            (b"x\r\n\r\n", 400),
+        ):
+            (peer,) = await server.connect()
+            peer.writer.write(request)
+            line, *fields = (await peer.head()).split(b"\r\n")
+            assert b" %d " % status in line
+            names = [field.partition(b":")[0] for field in fields if field]
+            assert b"Content-Type" in names and names == [name.title() for name in names]
+
+
 async def test_a_kept_connection_that_sends_no_further_head_is_closed_in_time() -> None:
     async with served(head_s=0.3) as server:
         (peer,) = await server.connect()

@@ -1,0 +1,20 @@
+"""HTTP/1.1 as it is written to clients."""
+
+from __future__ import annotations
+
+import h11
+
+
+def canonical_name(name: bytes) -> bytes:
+    """A header's name with capitals, as most servers write it: some clients compare names case-sensitively."""
+    return name.title()
+
+
+class HttpConnection(h11.Connection):
+    """Writes canonical header names."""
+
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # as the last of its overloads
+        if isinstance(event, h11.Response):
+            headers = [(canonical_name(name), value) for name, value in event.headers]
+            event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
+        return super().send(event)

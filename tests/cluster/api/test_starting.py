@@ -101,3 +101,18 @@ async def test_the_socket_stays_open_for_the_server() -> None:
             reader, writer = await asyncio.open_connection(*listener.getsockname())
             assert await asyncio.wait_for(reader.read(), 20) == b"mine"
             writer.close()
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_request_that_comes_as_the_replies_end_is_answered_by_them_or_the_next_server(turns: int) -> None:
+    """`turns` of the event loop after the client has connected."""
+    loop = asyncio.get_running_loop()
+    async with port() as (listener, _), replies_on(listener) as replies:
+        with socket.create_connection(listener.getsockname()) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            client.setblocking(False)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            replies.close()
+            async with replies_on(listener), asyncio.timeout(20):
+                assert (await loop.sock_recv(client, 100)).startswith(b"HTTP/1.1 503")

@@ -109,7 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--source", type=Path, help="a checkout of llama.cpp")
     parser.add_argument("-k", default="", help="as pytest's -k")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="llamacpp-tests-") as name:
         folder = Path(name)
         source = options.source or fetch(folder)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _RENEW_AGAIN_S = 60.0
+_AT_MOST_EVERY_S = 1.0
 
 
 class Renewal:
@@ -41,6 +42,7 @@ class Renewal:
         self._identity = identity
         self._send = send
         self._key: NewKey | None = None
+        self._renewed = asyncio.Event()
 
     async def run(self) -> None:
         """Asks when two thirds of the certificate's life are over, and again where no answer came. Until the stream
@@ -51,8 +53,13 @@ class Renewal:
             while True:
                 await until_renewal(self._identity)
                 self._key = NewKey()
+                self._renewed.clear()
                 await self._send(messages.RenewCertificate(self._key.request))
-                await asyncio.sleep(min(_RENEW_AGAIN_S, self._identity.pair.life_s / 10))
+                tenth_s = self._identity.pair.life_s / 10
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(_RENEW_AGAIN_S, tenth_s)):
+                        await self._renewed.wait()
+                await asyncio.sleep(min(_AT_MOST_EVERY_S, tenth_s))
 
     def receive(self, answer: messages.CertificateRenewed | messages.RenewalFailed) -> None:
         """ProtocolError for an answer to nothing, or of another key."""
@@ -63,6 +70,7 @@ class Renewal:
         if key is None:
             raise ProtocolError("the coordinator renews a certificate that was not asked for")
         self._identity.pair = key.with_certificate(answer.certificate)
+        self._renewed.set()
         _log.info("the certificate is renewed")
 
 

@@ -6,8 +6,9 @@ import logging
 import os
 import ssl
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,6 +26,8 @@ from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
 """Between two looks at the files."""
+_RETRY_S: Final = 60.0
+"""After a failure, whose reason may pass: a certificate of a clock that is ahead, a full disk, a file server."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
@@ -66,13 +69,37 @@ class LoadedCertificate:
         _check_key(files, certificate, key)
         _check_time(files.certificate, certificate)
         try:
-            context = server_context(key + b"\n" + chain, ssl.TLSVersion.TLSv1_2)
-        except ssl.SSLError as error:
-            raise UsageError(f"{files.certificate}: cannot be used: {error.reason}") from error
+            both = chain if files.key == files.certificate else key + b"\n" + chain
+            context = server_context(both, ssl.TLSVersion.TLSv1_2)
+        except OSError as error:
+            reason = error.reason if isinstance(error, ssl.SSLError) else error
+            raise UsageError(f"{files.certificate}: cannot be used: {reason}") from error
         context.set_alpn_protocols(["http/1.1"])
         pem = certificate.public_bytes(Encoding.PEM).decode()
         fingerprint = certificate.fingerprint(hashes.SHA256()).hex(":").upper()
         return cls(context, pem, fingerprint, certificate.not_valid_after_utc)
+
+
+@dataclass(slots=True)
+class _OncePerVersion:
+    """What is done once for each version of the files. Where it fails, it is repeated; the failure is logged once."""
+
+    failure: str
+    done: _Stamp
+    failed: _Stamp | None = None
+    retry_at_s: float = 0.0
+
+    def run(self, stamp: _Stamp, action: Callable[[], None]) -> None:
+        if stamp == self.done or (stamp == self.failed and time.monotonic() < self.retry_at_s):
+            return
+        try:
+            action()
+        except Exception as error:  # the thread that calls this goes on
+            if stamp != self.failed:
+                _log.warning("%s: %s", self.failure, error, exc_info=not isinstance(error, LlamaclustError))
+            self.failed, self.retry_at_s = stamp, time.monotonic() + _RETRY_S
+        else:
+            self.done, self.failed = stamp, None
 
 
 class ServerCertificate:
@@ -81,9 +108,11 @@ class ServerCertificate:
     def __init__(self, files: CertificateFiles) -> None:
         """UsageError where they cannot be used."""
         self._files = files
-        self._seen = self._used = files.stamp()
+        self._seen = files.stamp()
         self._loaded = LoadedCertificate.of(files)
+        self._loading = _OncePerVersion("the API's certificate stays as it was", self._seen)
         self._published: Path | None = None
+        self._publishing = _OncePerVersion("this user's programs do not know the API's new certificate", self._seen)
         self._has_warned = False
 
     @property
@@ -99,7 +128,7 @@ class ServerCertificate:
         """Writes the certificate, now and whenever it changes, where this user's programs look which one to trust.
         LlamaclustError where it cannot be written."""
         self._published = path
-        write_private(path, self._loaded.pem)
+        self._publish()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -122,25 +151,22 @@ class ServerCertificate:
         """Reads files that have changed since, and did not between this look and the last: both are written."""
         stamp, last = self._files.stamp(), self._seen
         self._seen = stamp
-        if stamp == last != self._used:
-            self._used = stamp
-            self._load()
+        if stamp == last:
+            self._loading.run(stamp, self._load)
+            self._publishing.run(self._loading.done, self._publish)
         left = self._loaded.ends_at - datetime.now(UTC)
         if left < _WARNING and not self._has_warned:
             self._has_warned = True
             _log.warning("%s: ends at %s: renew it", self._files.certificate, _shown(self._loaded.ends_at))
 
     def _load(self) -> None:
-        try:
-            self._loaded = LoadedCertificate.of(self._files)
-        except UsageError as error:
-            _log.warning("the API's certificate stays as it was: %s", error)
-            return
+        self._loaded = LoadedCertificate.of(self._files)
         self._has_warned = False
         _log.info("the API has a new certificate: SHA-256 %s", self.fingerprint)
+
+    def _publish(self) -> None:
         if self._published is not None:
-            with suppress(LlamaclustError):
-                self.publish(self._published)
+            write_private(self._published, self._loaded.pem)
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

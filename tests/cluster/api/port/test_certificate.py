@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import ssl
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from llamaclust.cluster.api.port import certificate as certificate_module
 from llamaclust.cluster.api.port import self_signed as self_signed_module
 from llamaclust.cluster.api.port.certificate import CertificateFiles, ServerCertificate
 from llamaclust.cluster.api.port.self_signed import certificate_names, keep_self_signed
@@ -136,6 +138,50 @@ def test_a_renewal_that_fails_is_logged_once_and_changes_nothing(
     write_signed(tmp_path)
     looks(certificate)
     assert certificate.fingerprint != before
+
+
+def test_a_renewal_that_fails_for_a_passing_reason_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> ssl.SSLContext:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    certificate = ServerCertificate(write_signed(tmp_path).files)
+    before = certificate.fingerprint
+    write_signed(tmp_path)
+    monkeypatch.setattr(certificate_module, "server_context", full)
+    looks(certificate)
+    (message,) = caplog.messages
+    assert "stays as it was" in message and "No space left" in message
+    certificate._loading.retry_at_s = 0.0  # a minute later
+    monkeypatch.setattr(certificate_module, "server_context", dict[bytes, object]().__getitem__)
+    looks(certificate)
+    certificate._loading.retry_at_s = 0.0
+    monkeypatch.undo()
+    looks(certificate)
+    assert certificate.fingerprint != before
+
+
+def test_a_certificate_that_cannot_be_published_is_used_and_published_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(certificate_module, "_RETRY_S", 0.0)
+    signed, published = write_signed(tmp_path), tmp_path / "shown" / "api.crt"
+    published.parent.mkdir()
+    certificate = ServerCertificate(signed.files)
+    certificate.publish(published)
+    before = certificate.fingerprint
+    write_signed(tmp_path)
+    published.unlink()
+    published.mkdir()
+    for _ in range(2):
+        looks(certificate)
+    assert certificate.fingerprint != before
+    (message,) = caplog.messages
+    assert f"do not know the API's new certificate: {published}: cannot be written" in message
+    published.rmdir()
+    looks(certificate)
+    assert published.read_text() in signed.files.certificate.read_text()
 
 
 def test_the_end_of_a_certificate_is_announced_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -94,7 +94,7 @@ class _OncePerVersion:
             return
         try:
             action()
-        except Exception as error:  # the thread that calls this goes on
+        except Exception as error:  # noqa: BLE001  the border of the thread, which goes on
             if stamp != self.failed:
                 _log.warning("%s: %s", self.failure, error, exc_info=not isinstance(error, LlamaclustError))
             self.failed, self.retry_at_s = stamp, time.monotonic() + _RETRY_S

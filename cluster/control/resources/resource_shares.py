@@ -88,12 +88,12 @@ def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str 
 
 
 def most_similar_key(key: str, known: Iterable[str]) -> str | None:
-    """Of the known measurements of the same hardware and model, the one with the most similar number of workers on the
-    machine. None where there is none."""
+    """This one where it is known, else of the measurements of the same hardware and model the one with the most similar
+    number of workers on the machine. None where there is none."""
     wanted = _KEY.fullmatch(key)
     assert wanted is not None
     found = [match for other in known if (match := _KEY.fullmatch(other)) is not None]
     alike = [match for match in found if match["hardware"] == wanted["hardware"] and match["model"] == wanted["model"]]
     sharers = int(wanted["sharers"])
-    nearest = min(alike, key=lambda match: abs(int(match["sharers"]) - sharers), default=None)
+    nearest = min(alike, key=lambda match: (match[0] != key, abs(int(match["sharers"]) - sharers)), default=None)
     return None if nearest is None else nearest[0]

@@ -251,6 +251,9 @@ def test_the_most_similar_measurement_has_the_same_hardware_and_model() -> None:
     near, far = (measurement_key("a chip, one of a kind", sharers, 2 * sharers, "m") for sharers in (2, 5))
     assert most_similar_key(wanted, [*others, far, near]) == near
     assert most_similar_key(wanted, [near, wanted]) == wanted
+    other_threads = measurement_key("a chip, one of a kind", 3, 12, "m")
+    assert most_similar_key(wanted, [near, other_threads, wanted]) == wanted
+    assert most_similar_key(wanted, [near, other_threads]) == other_threads
 
 
 async def test_figures_of_a_busy_machine_are_not_kept(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from llamaclust.core.bounds import Choice, Integer
 
-NUMERICS_VERSION = 5
+NUMERICS_VERSION = 6
 """Version of the arithmetic rules of docs/numerics.md: workers that compute by others are refused at the handshake."""
 
 MAX_SEQUENCES = 1024

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from llamaclust.core.sampler_chain import SamplerChain
@@ -99,6 +99,15 @@ class ScoreTask:
 
 
 RowTask = SampleTask | ScoreTask
+
+
+_SECOND_DRAW = 1 << 31
+"""Added to a choice's index, which is far below."""
+
+
+def second_draw(task: RowTask) -> RowTask:
+    """The same task where its token was not allowed: another draw, independent of the first one."""
+    return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,29 +48,42 @@ def task(
 
 
 def step(
-    stage: StageGrammars, number: int, *tasks: RowTask, says: str, released: tuple[int, ...] = ()
+    stage: StageGrammars, number: int, *tasks: RowTask, says: str, refused: str = "", released: tuple[int, ...] = ()
 ) -> tuple[list[set[str]], tuple[RowResult, ...]]:
-    """What each row could choose, and the results where it chose the letters of `says`."""
+    """What each row could choose whose letter of `refused` its grammar does not allow, and the results where the rows
+    chose the letters of `says`, such a row at its second draw."""
     inputs = SamplingInputs(1, number, tasks, released)
     stage.receive(inputs)
-    _, allowed = stage.begin(inputs)
-    rows = tuple(RowResult(END if letter == "." else ord(letter), -1.0) for letter in says)
-    letters = [{"." if i == END else chr(i) for i in token_set(bits)} for bits in allowed or () if bits is not None]
-    return letters, stage.end(inputs, rows)
+    stage.begin(inputs)
+    results, allowed = stage.take(tuple(map(sampled, refused or says)))
+    for place in allowed:
+        results[place] = stage.take_again(place, sampled(says[place]))
+    return [{"." if i == END else chr(i) for i in token_set(bits)} for bits in allowed.values()], tuple(results)
+
+
+def sampled(letter: str) -> RowResult:
+    return RowResult(END if letter == "." else ord(letter), -1.0)
 
 
 def test_each_answer_has_a_state_of_its_own(stage: StageGrammars) -> None:
-    assert step(stage, 0, task(1, 0, ABC), task(2, 1, ABC, "b"), says="ac")[0] == [set("ab"), {"c"}]
-    assert step(stage, 1, task(2, 2), task(1, 1), says="ec")[0] == [set("de"), {"c"}]
-    assert step(stage, 2, task(1, 2), task(2, 3), says="d.")[0] == [set("de"), {"."}]
-    assert step(stage, 3, task(2, 4), says=".")[0] == [{"."}], "a row after the end"
+    assert step(stage, 0, task(1, 0, ABC), task(2, 1, ABC, "b"), says="ac", refused="!!")[0] == [set("ab"), {"c"}]
+    assert step(stage, 1, task(2, 2), task(1, 1), says="ec", refused="!!")[0] == [set("de"), {"c"}]
+    assert step(stage, 2, task(1, 2), task(2, 3), says="d.", refused="!!")[0] == [set("de"), {"."}]
+    assert step(stage, 3, task(2, 4), says=".", refused="!")[0] == [{"."}], "a row after the end"
+
+
+def test_a_token_that_is_not_allowed_is_sampled_again_among_those_that_are(stage: StageGrammars) -> None:
+    allowed, rows = step(stage, 0, *(task(key, 0, ABC) for key in range(3)), says="aba", refused="axc")
+    assert allowed == [set("ab"), set("ab")], "of the second and the third row"
+    assert rows == tuple(map(sampled, "aba"))
+    assert step(stage, 1, *(task(key, 1) for key in range(3)), says="ccc") == ([], tuple(map(sampled, "ccc")))
 
 
 def test_forced_tokens_come_with_the_sampled_one_and_rows_sent_before_repeat_them(stage: StageGrammars) -> None:
     _, (row,) = step(stage, 0, task(1, 0, ABC, may_force=True), says="a")
     assert row == RowResult(ord("a"), -1.0, forced=(ord("c"),))
     assert step(stage, 1, task(1, 1, may_force=True), says="x")[1] == (RowResult(ord("c"), 0.0),)
-    assert step(stage, 2, task(1, 2, may_force=True), says="e")[0] == [set("de")]
+    assert step(stage, 2, task(1, 2, may_force=True), says="e", refused="!")[0] == [set("de")]
 
 
 def test_an_answer_begins_with_its_forced_tokens(stage: StageGrammars) -> None:
@@ -78,7 +91,7 @@ def test_an_answer_begins_with_its_forced_tokens(stage: StageGrammars) -> None:
     assert step(stage, 0, task(1, 0, grammar, may_force=True), says="x")[1] == (
         RowResult(ord("c"), 0.0, forced=(ord("a"),)),
     )
-    assert step(stage, 1, task(1, 2, may_force=True), says="d")[0] == [set("de")]
+    assert step(stage, 1, task(1, 2, may_force=True), says="d", refused="!")[0] == [set("de")]
 
 
 def test_an_answer_that_starts_again_behind_its_forced_tokens_samples_as_before(stage: StageGrammars) -> None:
@@ -87,8 +100,8 @@ def test_an_answer_that_starts_again_behind_its_forced_tokens_samples_as_before(
     _, (row,) = step(stage, 0, task(1, 0, grammar, may_force=True), says="a")
     assert len(row.forced) == MAX_FORCED_TOKENS
     said = "a" + "c" * MAX_FORCED_TOKENS
-    undisturbed = step(stage, 1, task(1, len(said), may_force=True), says="c")
-    again = step(stage, 2, task(2, len(said), grammar, said, may_force=True), says="c")
+    undisturbed = step(stage, 1, task(1, len(said), may_force=True), says="c", refused="d")
+    again = step(stage, 2, task(2, len(said), grammar, said, may_force=True), says="c", refused="d")
     assert again == undisturbed == ([{"c"}], (RowResult(ord("c"), -1.0, forced=(ord("d"),)),))
 
 
@@ -137,20 +150,21 @@ def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
     stage.receive(inputs)
     asyncio.run(stage.ready(inputs))
     stage.begin(inputs)
-    (row,) = stage.end(inputs, (RowResult(ord("a"), -1.0),))
+    (row,), _ = stage.take((RowResult(ord("a"), -1.0),))
     go_on.set()
     assert row.failure == "the grammar was not ready in 0.01 s"
 
 
 def test_a_fault_of_the_matcher_fails_its_answer_alone(stage: StageGrammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    take = GrammarMatcher.take
+    take, try_take = GrammarMatcher.take, GrammarMatcher.try_take
 
-    def faulty(matcher: GrammarMatcher, tokens: tuple[int, ...]) -> None:
-        if ord("b") in tokens:
+    def checked(token: int) -> int:
+        if token == ord("b"):
             raise IndexError("a token beyond the vocabulary")
-        take(matcher, tokens)
+        return token
 
-    monkeypatch.setattr(GrammarMatcher, "take", faulty)
+    monkeypatch.setattr(GrammarMatcher, "take", lambda matcher, tokens: take(matcher, map(checked, tokens)))
+    monkeypatch.setattr(GrammarMatcher, "try_take", lambda matcher, token: try_take(matcher, checked(token)))
     step(stage, 0, task(1, 1, ABC, "b"), task(2, 0, ABC), task(3, 0, ABC), says="cba")
     _, (started, sampled, good) = step(stage, 1, task(1, 2), task(2, 1), task(3, 1), says="dcc")
     assert started.failure == sampled.failure == "the grammar failed: IndexError: a token beyond the vocabulary"
@@ -161,14 +175,14 @@ def test_a_row_without_a_token_ends_its_state(stage: StageGrammars) -> None:
     inputs = SamplingInputs(1, 0, (task(1, 0, ABC),))
     stage.receive(inputs)
     stage.begin(inputs)
-    stage.end(inputs, (RowResult(-1, float("nan"), failure="not finite"),))
+    stage.take((RowResult(-1, float("nan"), failure="not finite"),))
     assert step(stage, 1, task(1, 1), says="a")[1][0].failure == "not finite"
 
 
 def test_nothing_but_the_end_may_not_be_suppressed(stage: StageGrammars) -> None:
     inputs = SamplingInputs(1, 0, (task(1, 3, ABC, "acd", min_tokens=True), task(2, 1, ABC, "a", min_tokens=True)))
     stage.receive(inputs)
-    (ends, goes_on), _ = stage.begin(inputs)
+    ends, goes_on = stage.begin(inputs)
     assert isinstance(ends, SampleTask) and isinstance(goes_on, SampleTask)
     assert (ends.suppressed, goes_on.suppressed) == ((), (END,))
 

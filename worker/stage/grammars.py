@@ -1,9 +1,10 @@
 """Grammars of the answers that a last stage samples: one matcher for each, kept between its rows.
 
 A thread of their own compiles grammars when sampling inputs arrive, while the stage computes, and finds what the first
-row may choose. For a later row that takes some 10 microseconds, less than to have a thread compute it before; all rows
-of a step share a bounded time of the processor. A matcher's state follows from grammar and tokens alone, so an answer
-that starts again on another pipeline continues with the same tokens.
+row may choose. A row is sampled as if it had no grammar: mostly its grammar allows the token, which takes a few
+microseconds to see. Else all tokens that it allows are computed, and the row is sampled again among these. All rows of
+a step share a bounded time of the processor. A matcher's state follows from grammar and tokens alone, so an answer that
+starts again on another pipeline continues with the same tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from math import nan
 from time import thread_time_ns
-from typing import TypeVar
 
 from llamaclust.core.errors import LlamaclustError, ProtocolError, RequestError
 from llamaclust.core.sampling import AllowedTokens, GrammarRow, GrammarStart, RowResult, RowTask, SampleTask
@@ -34,7 +33,6 @@ _STEP_NS = 200_000_000
 """Of a processor, for all rows of a step: no sign of life waits for more. See _StepTime."""
 _TOKENS_AT_ONCE = 64
 
-_Value = TypeVar("_Value")
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +55,9 @@ class _Answer:
         self.failure: str | None = None  # why the grammar cannot be followed
         self.forced: list[int] = []  # the newest tokens of the matcher: those that had to follow
         self._matcher: GrammarMatcher | None = None
-        self._first: list[AllowedTokens | None] = []  # what the first row may choose, until it is asked for
+        self._first: AllowedTokens | None = None  # what the first row may choose
+        self._is_refused = False  # the row's token: it is sampled again
+        self._may_force = False  # tokens that must follow the row's are wanted with it
         self._expected_ns = 0  # of the next token, by those before
 
     def start(self, start: GrammarStart, vocabulary: GrammarVocabulary, *, may_force: bool) -> None:
@@ -76,52 +76,45 @@ class _Answer:
         if may_force and not start.tokens:
             self.forced = matcher.forced()
         if not self.forced:
-            self._first = [matcher.allowed()]
+            self._first = matcher.allowed()
 
-    def allowed(self, time: _StepTime) -> AllowedTokens | None:
-        """What the row may choose; None: all."""
-        if self._matcher is None or self.failure is not None or self.forced:
-            return None
-        return self._first.pop() if self._first else self._bounded(time, self._matcher.allowed)
-
-    def begin(self, row: GrammarRow) -> bool:
-        """The row that is sampled now; whether nothing but the answer's end is allowed. ProtocolError for one at
-        another place. A row that was sent before its predecessor's forced tokens were known repeats these."""
+    def begin(self, row: GrammarRow) -> None:
+        """The row that is sampled now. ProtocolError for one at another place. A row that was sent before its
+        predecessor's forced tokens were known repeats these."""
+        self._may_force = row.may_force
         if self._matcher is None or self.failure is not None:
-            return False
+            return
         ahead = self._matcher.position - row.position
         if not 0 <= ahead <= len(self.forced):
             raise ProtocolError(f"answer {row.key} has {self._matcher.position} tokens here, not {row.position}")
-        self.forced = self.forced[len(self.forced) - ahead :]
-        return self._matcher.is_complete
+        if self.forced:
+            self.forced = self.forced[len(self.forced) - ahead :]
 
-    def end(self, result: RowResult, time: _StepTime, *, may_force: bool) -> RowResult:
-        """Takes in a sampled token; the result with the tokens that must follow, where these are wanted."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the answer's end is allowed."""
+        return self._matcher is not None and self.failure is None and self._matcher.is_complete
+
+    def take(self, result: RowResult, time: _StepTime) -> RowResult | AllowedTokens:
+        """Takes in a sampled token: the result with the tokens that must follow, where these are wanted. Or what the
+        row may choose, where its token is not allowed: the next one is chosen among these."""
+        if self.failure is None and self.forced:
+            return RowResult(self.forced[0], 0.0, forced=tuple(self.forced[1:]))
+        self.failure = self.failure or result.failure
+        if self.failure is None and (allowed := self._take_within(time, result.token)) is not None:
+            return allowed
         if self.failure is not None:
             return RowResult(-1, nan, failure=self.failure)
-        if self.forced:
-            return RowResult(self.forced[0], 0.0, forced=tuple(self.forced[1:]))
-        if result.failure is not None or self._matcher is None:
-            self.failure = result.failure
-            return result
-        self._bounded(time, partial(self._take, self._matcher, result.token, may_force=may_force))
-        return replace(result, forced=tuple(self.forced))
+        return replace(result, forced=tuple(self.forced)) if self.forced else result
 
-    def _take(self, matcher: GrammarMatcher, token: int, *, may_force: bool) -> None:
-        self.forced = []
-        matcher.take((token,))
-        if may_force:
-            self.forced = matcher.forced()
-
-    def _bounded(self, time: _StepTime, job: Callable[[], _Value]) -> _Value | None:
-        """What `job` returns. The grammar's errors are the answer's, which also fails where others would have to wait
-        for it."""
+    def _take_within(self, time: _StepTime, token: int) -> AllowedTokens | None:
+        """The grammar's errors are the answer's, which also fails where others would have to wait for it."""
         if time.is_over(self._expected_ns):
             self.failure = f"the grammar is too ambiguous: a step's rows take more than {_STEP_NS // 1_000_000} ms"
             return None
-        began_ns, value = thread_time_ns(), None
+        began_ns, allowed = thread_time_ns(), None
         try:
-            value = job()
+            allowed = self._take(token)
         except Exception as error:  # noqa: BLE001  a border: one answer fails
             self.failure = _failure(error)
         taken_ns = thread_time_ns() - began_ns
@@ -129,7 +122,20 @@ class _Answer:
         self._expected_ns = max(taken_ns, self._expected_ns // 2)
         if taken_ns > _TOKEN_NS and self.failure is None:
             self.failure = f"the grammar is too ambiguous: one token takes more than {_TOKEN_NS // 1_000_000} ms"
-        return value
+            return None
+        return allowed
+
+    def _take(self, token: int) -> AllowedTokens | None:
+        matcher = self._matcher
+        assert matcher is not None, "it is ready"
+        if self._is_refused:
+            matcher.take((token,))
+        elif not matcher.try_take(token):
+            self._is_refused = True
+            return matcher.allowed() if self._first is None else self._first
+        self._is_refused, self._first = False, None
+        self.forced = matcher.forced() if self._may_force else []
+        return None
 
 
 class StageGrammars:
@@ -142,6 +148,7 @@ class StageGrammars:
         self._most = most
         self._answers: dict[int, _Answer] = {}  # by key
         self._starting: dict[tuple[int, int], _Answer] = {}  # by microbatch and key
+        self._rows: dict[int, _Answer] = {}  # of the step: the output rows with a grammar, by place
         self._time = _StepTime(_STEP_NS, _STEP_NS)
         self._thread = ThreadPoolExecutor(1, "grammar")
 
@@ -173,40 +180,56 @@ class StageGrammars:
             if not answer.ready.done() and answer.failure is None:
                 answer.failure = f"the grammar was not ready in {_READY_S:g} s"
 
-    def begin(self, inputs: SamplingInputs) -> tuple[tuple[RowTask, ...], list[AllowedTokens | None] | None]:
-        """The tasks, and the tokens that each may choose; None where no row has a grammar. Waits for what starts.
-        ProtocolError for a row whose grammar is not there."""
+    def begin(self, inputs: SamplingInputs) -> tuple[RowTask, ...]:
+        """The tasks as they are sampled. Waits for what starts. ProtocolError for a row whose grammar is not there."""
         for key in inputs.released:
             self._answers.pop(key, None)
-        for number, key in [place for place in list(self._starting) if place[0] <= inputs.number]:
-            answer = self._starting.pop((number, key))
-            if number == inputs.number:  # earlier ones are of microbatches that failed
-                self._answers[key] = answer
+        self._admit(inputs.number)
+        self._rows = {place: self._begun(row) for place, row in _rows(inputs)}
+        if not self._rows:
+            return inputs.tasks
+        self._time = _StepTime(_STEP_NS // len(self._rows), _STEP_NS)
+        tasks = list(inputs.tasks)
+        for place, answer in self._rows.items():
+            task = tasks[place]
+            if isinstance(task, SampleTask) and task.suppressed and answer.is_complete:
+                tasks[place] = replace(task, suppressed=())  # the answer ends, whatever is suppressed
+        return tuple(tasks)
+
+    def take(self, rows: tuple[RowResult, ...]) -> tuple[list[RowResult], dict[int, AllowedTokens]]:
+        """Takes in the step's sampled tokens: the results, failed where a grammar cannot be followed; and by place,
+        what rows may choose whose token is not allowed: they are sampled again among these."""
+        results, refused = list(rows), dict[int, AllowedTokens]()
+        for place, answer in self._rows.items():
+            taken = answer.take(rows[place], self._time)
+            if isinstance(taken, RowResult):
+                results[place] = taken
+            else:
+                refused[place] = taken
+        return results, refused
+
+    def take_again(self, place: int, result: RowResult) -> RowResult:
+        """Takes in the token of a row that was sampled again."""
+        taken = self._rows[place].take(result, self._time)
+        assert isinstance(taken, RowResult), "its token was chosen among those that are allowed"
+        return taken
+
+    def _admit(self, number: int) -> None:
+        """What starts in this microbatch; earlier ones are of microbatches that failed."""
+        for place in [place for place in self._starting if place[0] <= number]:
+            answer = self._starting.pop(place)
+            if place[0] == number:
+                self._answers[place[1]] = answer
+                if answer.failure is None:
+                    answer.ready.result(_READY_S)
         if len(self._answers) > self._most:
             raise ProtocolError(f"grammars of {len(self._answers)} answers, at most {self._most} are kept")
-        tasks = list(inputs.tasks)
-        allowed: list[AllowedTokens | None] = [None] * len(tasks)
-        rows = list(_rows(inputs))
-        self._time = _StepTime(_STEP_NS // max(1, len(rows)), _STEP_NS)
-        for place, row in rows:
-            answer = self._answer(row)
-            tasks[place] = _task(tasks[place], ends=answer.begin(row))
-            allowed[place] = answer.allowed(self._time)
-        return (tuple(tasks), allowed) if rows else (inputs.tasks, None)
 
-    def end(self, inputs: SamplingInputs, rows: tuple[RowResult, ...]) -> tuple[RowResult, ...]:
-        """Takes in the sampled tokens; the results, failed where a grammar cannot be followed."""
-        results = list(rows)
-        for place, row in _rows(inputs):
-            results[place] = self._answers[row.key].end(rows[place], self._time, may_force=row.may_force)
-        return tuple(results)
-
-    def _answer(self, row: GrammarRow) -> _Answer:
+    def _begun(self, row: GrammarRow) -> _Answer:
         answer = self._answers.get(row.key)
         if answer is None:
             raise ProtocolError(f"a row of answer {row.key}, whose grammar is not here")
-        if answer.failure is None:
-            answer.ready.result(_READY_S)
+        answer.begin(row)
         return answer
 
     def _start(self, answer: _Answer, start: GrammarStart, *, may_force: bool) -> None:
@@ -231,8 +254,3 @@ def _rows(inputs: SamplingInputs) -> Iterator[tuple[int, GrammarRow]]:
     for place, task in enumerate(inputs.tasks):
         if isinstance(task, SampleTask) and task.grammar is not None:
             yield place, task.grammar
-
-
-def _task(task: RowTask, *, ends: bool) -> RowTask:
-    """Where nothing but the end is allowed, the answer ends, whatever is suppressed."""
-    return replace(task, suppressed=()) if ends and isinstance(task, SampleTask) and task.suppressed else task

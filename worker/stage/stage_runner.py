@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, max_embedded_rows
-from llamaclust.core.sampling import RowResult
+from llamaclust.core.sampling import RowResult, second_draw
 from llamaclust.kernels.backend import Backend, Float32, KvInRam, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
@@ -142,8 +142,16 @@ class StageRunner:
         assert self._sampler is not None, "only a last stage has logits"
         if len(inputs.tasks) != len(logits):
             raise ProtocolError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
-        tasks, allowed = self.grammars.begin(inputs)
-        return self.grammars.end(inputs, self._sampler.run(logits, tasks, allowed)) if tasks else ()
+        tasks = self.grammars.begin(inputs)
+        if not tasks:
+            return ()
+        rows, refused = self.grammars.take(self._sampler.run(logits, tasks))
+        if refused:
+            again = tuple(second_draw(tasks[place]) for place in refused)
+            allowed = tuple(refused.values())
+            for place, row in zip(refused, self._sampler.run(logits[[*refused]], again, allowed), strict=True):
+                rows[place] = self.grammars.take_again(place, row)
+        return tuple(rows)
 
     @property
     def kv_layers(self) -> Sequence[NDArray[np.uint8]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from random import Random
 
 import pytest
@@ -66,6 +67,32 @@ def test_forced_tokens_are_the_only_ones_that_are_allowed(seed: int, vocabulary:
             tokens.append(source.choice(sorted(token_set(forcing.allowed()))))
             forcing.take(tokens[-1:])
     assert forced_tokens > 0
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 12))
+def test_exactly_the_allowed_tokens_are_taken_in(seed: int, vocabulary: GrammarVocabulary) -> None:
+    """With forced tokens before and without, at the end of a grammar and behind it; some tokens have no bytes."""
+    source = Random(seed)
+    grammar = definitions.of_schema(random_schema(source), "json_schema")
+    tokens, sets = walk(GrammarMatcher(grammar, vocabulary), source)
+    tokens.append(vocabulary.end_ids[0])
+    sets.append(set(vocabulary.end_ids))
+    for place in source.sample(range(len(sets)), min(6, len(sets))):
+        matcher = GrammarMatcher(grammar, vocabulary)
+        matcher.take(tokens[:place])
+        if matcher.forced():
+            sets[place] = token_set(matcher.allowed())
+        taken = {token for token in range(len(vocabulary.words)) if _copy(matcher).try_take(token)}
+        assert taken == sets[place], f"after {tokens[:place]}"
+        refusing = _copy(matcher)
+        assert not any(refusing.try_take(token) for token in range(len(vocabulary.words)) if token not in taken)
+        assert token_set(refusing.allowed()) == taken and refusing.position == matcher.position, "nothing has changed"
+
+
+def _copy(matcher: GrammarMatcher) -> GrammarMatcher:
+    made = copy(matcher)
+    made._native = matcher._native.deep_copy()
+    return made
 
 
 def test_an_answer_ends_where_its_grammar_does(vocabulary: GrammarVocabulary) -> None:

@@ -36,7 +36,8 @@ class AnswerParser:
         begun: str = "",
     ) -> None:
         """Without tools, nothing is a call. Without `splits_reasoning`, reasoning stays in the content, with its
-        markers. `begun` is what the prompt has written of the answer, which makes no events."""
+        markers. `begun` is what the prompt has written of the answer, which makes no events, unless a call is open
+        at its end."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -49,7 +50,9 @@ class AnswerParser:
         self._triggers = self._frame.triggers if self._frame is not None and tools else ()
         self._reading = self._answer()
         self._is_over = False
-        self.feed(begun)
+        self._source.feed(begun)
+        self._read_on()
+        self._sink.drop_begun()
 
     def feed(self, text: str) -> list[AnswerEvent]:
         """The events that a piece of text completes."""
@@ -64,12 +67,15 @@ class AnswerParser:
         return self._advance()
 
     def _advance(self) -> list[AnswerEvent]:
+        self._read_on()
+        return merged(self._sink.take_events())
+
+    def _read_on(self) -> None:
         if not self._is_over:
             try:
                 next(self._reading)
             except StopIteration:
                 self._is_over = True
-        return merged(self._sink.take_events())
 
     def _answer(self) -> Reading[None]:
         if isinstance(self._form.calls, ChannelCalls):

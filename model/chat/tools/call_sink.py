@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from llamaclust.model.chat.tools.events import AnswerEvent, ArgumentText, CallBegun, CallEnded
@@ -15,7 +16,8 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Numbers calls and collects their events. One call is open at a time."""
+    """Numbers calls, those that the prompt has completed left out, and collects their events. One call is open at a
+    time."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
         """Calls beyond `most_calls` are read and left out."""
@@ -23,6 +25,7 @@ class CallSink:
         self._most_calls = most_calls
         self._events: list[AnswerEvent] = []
         self._calls = 0
+        self._prompt_calls = 0  # of these, those that the prompt has completed
         self.is_open = False
 
     @property
@@ -37,17 +40,29 @@ class CallSink:
     def put(self, event: AnswerEvent) -> None:
         self._events.append(event)
 
+    def drop_begun(self) -> None:
+        """Leaves out the events so far, which are of what the prompt has written, but those of a call that it leaves
+        open: a reader of the answer begins that call with them."""
+        of_call = (event for event in self.take_events() if isinstance(event, CallBegun | ArgumentText))
+        self._prompt_calls = self._calls
+        if self.is_open:
+            self._events = [replace(event, index=0) for event in of_call if event.index == self._calls]
+
     def begin(self, name: str, call_id: str = "") -> None:
-        self._put_of_call(CallBegun(self._calls, name, call_id))
+        self._put_of_call(CallBegun(self._index, name, call_id))
         self.is_open = True
 
     def argument(self, text: str) -> None:
-        self._put_of_call(ArgumentText(self._calls, text))
+        self._put_of_call(ArgumentText(self._index, text))
 
     def end(self, call_id: str = "") -> None:
-        self._put_of_call(CallEnded(self._calls, call_id))
+        self._put_of_call(CallEnded(self._index, call_id))
         self._calls += 1
         self.is_open = False
+
+    @property
+    def _index(self) -> int:
+        return self._calls - self._prompt_calls
 
     def _put_of_call(self, event: AnswerEvent) -> None:
         if self._most_calls is None or self._calls < self._most_calls:

@@ -10,21 +10,13 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from llamaclust.cluster.api.openai.schema import ChatBody
 from llamaclust.model.chat.template import ChatTemplate
-from support.clusters.served import ScriptedEngine, client, events_of, make_app, says, serving, tokenizer
+from support.clusters.served import MODEL, ScriptedEngine, client, events_of, make_app, says, serving, tokenizer
+from support.clusters.tool_chats import CALL, TEMPLATE, served
 
-# Short, since the tiny model's context is.
-TEMPLATE = (
-    "{% for t in tools or [] %}+{{ t.function.name }}{% endfor %}{% for m in messages %}<{{ m.role }}>"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
-    '{% for c in m.tool_calls or [] %}<tool_call>{"name": "{{ c.function.name }}", '
-    '"arguments": {{ c.function.arguments | tojson }}}</tool_call>{% endfor %}{% endfor %}'
-    "{% if add_generation_prompt %}<assistant>{% if opens and enable_thinking %}<think>{% endif %}{% endif %}"
-)
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL: Any = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
 OTHER = {"type": "function", "function": {"name": "run"}}
-CALL = '<tool_call>{"name": "look", "arguments": {"city": "Rom"}}</tool_call>'
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -91,6 +83,27 @@ async def test_a_tool_that_is_no_definition_is_refused_where_templates_are_appli
         async with client(make_app(ScriptedEngine(says("a")), made)) as http:
             reply = await http.post("/apply-template", json=CHAT | {"tools": [{}]})
     assert reply.status_code == 400 and reply.json()["error"]["param"].startswith("tools")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat"])
+@pytest.mark.parametrize("begun", [CALL[:40], CALL + CALL[:40], CALL])
+async def test_a_continued_message_that_has_begun_a_call(path: str, begun: str) -> None:
+    """The call is the answer's first one, whole or streamed."""
+    tool = {"name": "look", "input_schema": {"type": "object"}} if path == "/v1/messages" else TOOL
+    messages = [*CHAT["messages"], {"role": "assistant", "content": begun}]
+    body = {"model": MODEL, "max_tokens": 90, "messages": messages, "tools": [tool]}
+    async with served(ScriptedEngine(says(CALL[len(begun) % len(CALL) :]))) as http:
+        replies = [await http.post(path, json=body | {"stream": stream}) for stream in (False, True)]
+    for reply in replies:
+        assert reply.status_code == 200 and "error" not in reply.text
+        assert reply.text.count('"look"') == 1 and '"index":-1' not in reply.text
+    whole = replies[0].json()
+    if path == "/v1/messages":
+        assert whole["content"][-1]["input"] == {"city": "Rom"} and whole["stop_reason"] == "tool_use"
+    else:
+        message = whole["message"] if path == "/api/chat" else whole["choices"][0]["message"]
+        (call,) = message["tool_calls"]
+        assert call["function"]["arguments"] in ({"city": "Rom"}, '{"city": "Rom"}')
 
 
 async def test_without_tools_the_text_stays() -> None:

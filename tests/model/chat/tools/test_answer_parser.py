@@ -87,6 +87,20 @@ def test_reasoning_that_the_prompt_opened() -> None:
     assert (answer.reasoning, answer.content) == ("Hm.", "Yes.")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_is_read_on_from_any_place(form: str) -> None:
+    """Calls are numbered from 0; one that the prompt leaves open begins with the arguments that it has."""
+    for sample in SAMPLES:
+        if sample.form != form:
+            continue
+        whole = parsed(AnswerParser(form_of(form), TOOLS), sample.text)
+        for at in range(len(sample.text) + 1):
+            answer = parsed(AnswerParser(form_of(form), TOOLS, begun=sample.text[:at]), sample.text[at:])
+            calls = len(answer.calls)
+            assert answer.calls == whole.calls[len(whole.calls) - calls :], (form, at)
+            assert answer.content in whole.content + sample.text and whole.reasoning.endswith(answer.reasoning)
+
+
 def test_truncated_call_is_what_there_is() -> None:
     answer = parsed(AnswerParser(form_of("hermes"), TOOLS), '<tool_call>\n{"name": "run", "arguments": {"code": "pr')
     assert meaning(answer) == ("", "", (("run", '{"code": "pr', ""),))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -88,20 +90,23 @@ def _array(items: Iterator[Any]) -> Iterator[bytes]:
 
 
 class JsonParts(Response):
-    """A body of JSON whose next part is passed on when the client has taken those before."""
+    """A body of JSON whose next part is passed on when the client has taken those before, which are dropped."""
 
     media_type = "application/json"
 
-    def __init__(self, parts: Sequence[bytes]) -> None:
+    def __init__(self, parts: Sequence[bytes], held: AsyncExitStack | None = None) -> None:
+        """`held`: what the reply takes of a budget; it is closed once the client has the body."""
         super().__init__(headers={"Content-Length": str(sum(map(len, parts)))})
-        self._parts = parts
+        self._parts = deque(parts)
+        self._held = held or AsyncExitStack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.send_parts(send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async with self._held:
+            await self.send_parts(send)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def send_parts(self, send: Send) -> None:
         """All but the end."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for part in self._parts:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+        while self._parts:
+            await send({"type": "http.response.body", "body": self._parts.popleft(), "more_body": True})

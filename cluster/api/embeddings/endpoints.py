@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,14 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import read_body
-from llamaclust.cluster.api.embeddings.schema import EmbeddingFields, Input, LlamaCppEmbeddingBody, OpenAiEmbeddingBody
+from llamaclust.cluster.api.embeddings.answering import check_single, embedded
+from llamaclust.cluster.api.embeddings.schema import EmbeddingFields, LlamaCppEmbeddingBody, OpenAiEmbeddingBody
 from llamaclust.cluster.api.foreign_fields import EMBEDDING
-from llamaclust.cluster.api.json_parts import JsonParts, json_parts, off_loop_if_large
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import unless_disconnected
-from llamaclust.cluster.text.embedder import Embedding, EmbeddingOptions
+from llamaclust.cluster.text.embedder import Embedding
 from llamaclust.cluster.text.pooler import Vector
 from llamaclust.cluster.text.service import TextService
 
@@ -46,25 +45,19 @@ class EmbeddingEndpoints:
         """One vector for each prompt."""
         body = await self._read(request, OpenAiEmbeddingBody, self._names)
         options = body.options(self._service.settings.pooling)
-        return await unless_disconnected(request, self._answer(body.input, options, partial(self._openai_reply, body)))
+        check_single(options.pooling)
+        return await embedded(request, self._service, body.input, options, partial(self._openai_reply, body))
 
     async def llamacpp(self, request: Request) -> Response:
         """A list of vectors for each prompt: one, or without pooling one for each token."""
         body = await self._read(request, LlamaCppEmbeddingBody, self._llamacpp_names)
         options = body.options(self._service.settings.pooling, body.embd_normalize)
-        return await unless_disconnected(request, self._answer(body.inputs, options, partial(_llamacpp_reply, body)))
+        return await embedded(request, self._service, body.inputs, options, partial(_llamacpp_reply, body))
 
     async def _read(self, request: Request, kind: type[_Fields], names: ModelNames) -> _Fields:
         body = await read_body(request, kind, EMBEDDING, self._settings)
         names.check(body.model)
         return body
-
-    async def _answer(
-        self, inputs: tuple[Input, ...], options: EmbeddingOptions, shape: Callable[[list[Embedding]], Any]
-    ) -> Response:
-        async with self._service.embed(inputs, options) as embeddings:
-            numbers = sum(len(vector) for embedding in embeddings for vector in embedding.vectors)
-            return JsonParts(await off_loop_if_large(lambda: json_parts(shape(embeddings)), numbers))
 
     def _openai_reply(self, body: OpenAiEmbeddingBody, embeddings: list[Embedding]) -> dict[str, Any]:
         tokens = sum(embedding.prompt_tokens for embedding in embeddings)

@@ -87,13 +87,6 @@ class OpenAiEmbeddingBody(EmbeddingFields):
     input: InputsField
     """Text, token ids, both mixed, or a list of several."""
 
-    def options(self, default: Pooling, norm: int = EUCLIDEAN) -> EmbeddingOptions:
-        """ParameterError without pooling: the reply has one vector for each prompt."""
-        options = super().options(default, norm)
-        if options.pooling is Pooling.NONE:
-            raise ParameterError("pooling", "'none' gives a vector for each token: use POST /embedding, or set another")
-        return options
-
 
 class LlamaCppEmbeddingBody(EmbeddingFields):
     """`POST /embedding`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
@@ -11,18 +10,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import read_body
+from llamaclust.cluster.api.embeddings.answering import check_single, embedded
 from llamaclust.cluster.api.embeddings.schema import MAX_INPUTS
+from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.foreign_fields import anything
-from llamaclust.cluster.api.json_parts import JsonParts, json_parts, off_loop_if_large
 from llamaclust.cluster.api.ollama.bodies import ModelBody
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.schema import ForeignFields
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import unless_disconnected
 from llamaclust.cluster.text.embedder import Embedding, EmbeddingOptions
 from llamaclust.cluster.text.pooler import EUCLIDEAN
 from llamaclust.cluster.text.service import TextService
-from llamaclust.core.errors import ParameterError
 from llamaclust.model.pooling import Pooling
 
 _FOREIGN: Final = ForeignFields(hints=dict.fromkeys(("keep_alive", "truncate", "options"), anything))
@@ -43,8 +41,9 @@ _TEXTS: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type
 
 
 class _Fields(ModelBody):
-    pooling: Literal["mean", "cls", "last"] | None = None
-    """Which tokens' hidden states make the embedding; by default as the model file says, else the last one's."""
+    pooling: Literal["none", "mean", "cls", "last"] | None = None
+    """Which tokens' hidden states make the embedding; by default as the model file says, else the last one's. `none`,
+    which defaults for all endpoints may name, is refused: the replies have one vector for each text."""
 
 
 class EmbedBody(_Fields):
@@ -77,7 +76,7 @@ class OllamaEmbeddings:
         self._names.check(body.model)
         begun_ns = time.perf_counter_ns()
 
-        def shape(embeddings: Sequence[Embedding]) -> dict[str, Any]:
+        def shape(embeddings: list[Embedding]) -> dict[str, Any]:
             return {
                 "model": self._service.settings.model_name,
                 "embeddings": (embedding.vectors[0].tolist() for embedding in embeddings),
@@ -87,31 +86,24 @@ class OllamaEmbeddings:
             }
 
         options = EmbeddingOptions(self._pooling(body), EUCLIDEAN, body.dimensions)
-        return await unless_disconnected(request, self._answer(body.input, options, shape))
+        if not body.input:
+            return JsonResponse(shape([]))
+        return await embedded(request, self._service, [(text,) for text in body.input], options, shape)
 
     async def embeddings(self, request: Request) -> Response:
         """A vector of the length that the model gave it; an empty one for an empty text, as the model is loaded."""
         body = await read_body(request, EmbeddingsBody, _FOREIGN, self._settings)
         self._names.check(body.model)
 
-        def shape(embeddings: Sequence[Embedding]) -> dict[str, Any]:
-            return {"embedding": embeddings[0].vectors[0].tolist() if embeddings else []}
+        def shape(embeddings: list[Embedding]) -> dict[str, Any]:
+            return {"embedding": embeddings[0].vectors[0].tolist()}
 
         options = EmbeddingOptions(self._pooling(body), _UNCHANGED)
-        return await unless_disconnected(request, self._answer([body.prompt] if body.prompt else [], options, shape))
+        if not body.prompt:
+            return JsonResponse({"embedding": []})
+        return await embedded(request, self._service, [(body.prompt,)], options, shape)
 
     def _pooling(self, body: _Fields) -> Pooling:
-        """ParameterError without pooling, which a model file may name: the replies have one vector for each text."""
         pooling = self._service.settings.pooling if body.pooling is None else Pooling(body.pooling)
-        if pooling is Pooling.NONE:
-            raise ParameterError("pooling", "the model file wants none: set one, or use POST /embedding")
+        check_single(pooling)
         return pooling
-
-    async def _answer(
-        self, texts: Sequence[str], options: EmbeddingOptions, shape: Callable[[Sequence[Embedding]], dict[str, Any]]
-    ) -> Response:
-        if not texts:
-            return JsonParts(json_parts(shape([])))
-        async with self._service.embed([(text,) for text in texts], options) as embeddings:
-            numbers = sum(len(vector) for embedding in embeddings for vector in embedding.vectors)
-            return JsonParts(await off_loop_if_large(lambda: json_parts(shape(embeddings)), numbers))

@@ -74,7 +74,7 @@ class Replies:
             cleanup.push_async_callback(reply.aclose)
             await unless_disconnected(request, reply.start())
             if not reply.is_streamed:
-                return JsonParts(await unless_disconnected(request, reply.whole()))
+                return JsonParts(await unless_disconnected(request, reply.whole()), cleanup.pop_all())
             form = self._forms[path]
             if self._journal is None or not form.has_ids:  # no client could ask for the rest
                 first = reply.wait_first()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from llamaclust.cluster.api.error_shapes import to_json
 from llamaclust.cluster.api.json_parts import json_parts
@@ -18,7 +19,7 @@ from llamaclust.cluster.api.openai.shapes import completion_logprobs
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.server.serve import serve
 from llamaclust.cluster.text import budget
-from support.clusters.served import ScriptedEngine, client, events_of, make_app, says, until
+from support.clusters.served import ScriptedEngine, client, events_of, make_app, real_engine, says, until
 
 SCORED: dict[str, Any] = {"prompt": [[5] * 150] * 64, "max_tokens": 49, "echo": True, "logprobs": 128}
 """64 x (149 + 49) x 129 entries."""
@@ -57,6 +58,38 @@ async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypat
         engine.gate.set()
         assert (await first).status_code == 200
         assert (await http.post(path, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 2, "logprobs": 9}),
+        ("/embedding", {"input": [[1] * 25], "pooling": "none"}),
+    ],
+)
+async def test_the_budget_is_taken_until_the_client_has_the_reply(
+    path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "MAX_HELD_ENTRIES", 20)
+    begun, gate = asyncio.Event(), asyncio.Event()
+    async with real_engine() as (engine, _):
+        app = make_app(engine)
+
+        async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_slowly(message: Message) -> None:
+                begun.set()
+                await gate.wait()
+                await send(message)
+
+            await app(scope, receive, send_slowly)
+
+        async with client(slow) as slow_http, client(app) as http:
+            first = asyncio.create_task(slow_http.post(path, json=body))
+            await begun.wait()
+            assert (await http.post(path, json=body)).status_code == 429
+            gate.set()
+            assert (await first).status_code == 200
+            assert (await http.post(path, json=body)).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

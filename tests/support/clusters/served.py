@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
@@ -186,7 +187,7 @@ def make_app(
     return create_app(service, replies, idle, show, admission, pool)
 
 
-def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:
+def client(app: ASGIApp, **options: Any) -> httpx.AsyncClient:
     """Calls an app in this process; a reply arrives as a whole."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080", **options)

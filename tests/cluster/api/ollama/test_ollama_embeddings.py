@@ -40,7 +40,7 @@ async def test_embeddings_have_the_length_that_the_model_gave_them() -> None:
         ({"input": [1]}, "input"),
         ({"input": "a", "dimensions": 0}, "dimensions"),
         ({"input": "a" * 5000}, "input"),
-        ({"input": "a", "pooling": "none"}, "pooling"),
+        ({"input": "a", "pooling": "none"}, "a vector for each token"),
     ],
 )
 async def test_refusals_are_those_of_ollama(fields: dict[str, Any], named: str) -> None:

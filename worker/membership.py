@@ -133,6 +133,8 @@ class Member:
         self, message: messages.CoordinatorMessage, session: Session, loads: Loads, requests: Requests
     ) -> None:
         match message:
+            case messages.Admitted():  # again: its term has grown
+                self._worker.largest_term.see(message.term, message.term_proof)
             case messages.Load():
                 self._tasks.start(loads.load(message))
             case messages.Unload():

@@ -95,8 +95,13 @@ class Registry(Members):
         """The cluster's end, where a worker that held its layers was another coordinator's meanwhile, which has signed
         its term: no member's word alone ends a cluster, nor does a worker that never held layers."""
         record, name, seen = self._settings.record, register.name, register.largest_term
-        if await record.admits(seen):
-            return None
+        former = record.term
+        try:
+            if await record.admits(seen):
+                return None
+        finally:
+            if record.term > former:
+                await self._prove_term()
         is_proven = is_term_proven(self._credentials, seen, register.term_proof)
         terms = f"term {seen}{'' if is_proven else ', which none has signed'}, this one: {record.term}"
         newer = f"worker {name} has seen a newer coordinator of this cluster ({terms})"
@@ -139,6 +144,13 @@ class Registry(Members):
         finally:
             if not self._is_closed:
                 self.report_loss(handle, reason)
+
+    async def _prove_term(self) -> None:
+        """To the members that were admitted with a smaller one: they may have to prove it to another coordinator."""
+        with contextlib.suppress(DeadlineError):
+            async with deadline("proving a term", HANDSHAKE_S):
+                sends = (handle.channel.send(self._admitted()) for handle in self.present.values())
+                await asyncio.gather(*sends, return_exceptions=True)
 
     def _admitted(self) -> messages.Admitted:
         settings, term = self._settings, self._settings.record.term

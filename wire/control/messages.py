@@ -84,7 +84,7 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The worker is a member."""
+    """The worker is a member. Again where the coordinator's term grows."""
 
     deadlines: Deadlines
     protocol_version: int = PROTOCOL_VERSION

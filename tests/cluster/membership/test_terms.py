@@ -105,6 +105,24 @@ async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_t
                 await superseded
 
 
+async def test_a_term_that_grows_is_proven_to_the_members_of_before(trust: Authority) -> None:
+    """Whose state directory was lost: the next member may be another's, which has to end then."""
+    nothing: Any = SimpleNamespace()
+    early = Worker("a", nothing, nothing, nothing, nothing)
+    async with registry_of(trust.identity(), JoinSettings(record=ControlRecord(term=1))) as there:
+        member, peer = Member(early, trust.identity(A)), Peer(there.address, trust.identity(A), COORDINATOR)
+        await member.join(peer, REGISTER, 10.0)
+        assert early.largest_term.value == 1
+        late = replace(REGISTER, name="b", largest_term=7, term_proof=prove_term(trust.identity(), 7))
+        await join(there, trust.identity(B), late)
+        async with asyncio.timeout(10):
+            message = await member._receive()
+        member._dispatch(message, nothing, nothing, nothing)
+        await peer.close()
+        assert early.largest_term.value == 8
+        assert is_term_proven(trust.identity(), 8, early.largest_term.proof)
+
+
 async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_nothing(
     trust: Authority, tmp_path: Path
 ) -> None:

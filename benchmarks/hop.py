@@ -45,7 +45,7 @@ def decode_step(model_id: str, epoch: int, number: int, rows: int) -> tuple[Micr
 
 async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int) -> list[tuple[int, Result]]:
     """Nanoseconds from submission to result, and the result."""
-    from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+    from llamaclust.cluster.control.remote.pipeline import RemotePipeline
     from llamaclust.cluster.membership.join_rules import JoinSettings
     from llamaclust.cluster.membership.registry import Registry
     from llamaclust.model.loader import Model

@@ -12,7 +12,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.failure_attribution import root_cause
 from llamaclust.cluster.control.limits import scheduler_settings, stage_limits
 from llamaclust.cluster.control.observations import Suspect
-from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference, announce_source, is_file_absent, weight_sources
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.registry import Registry

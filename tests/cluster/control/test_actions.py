@@ -21,7 +21,7 @@ from llamaclust.cluster.control.drain import WorkerOperations
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers, StageLoadError
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.reconcile import LoadEpoch, MakePlan
-from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.control.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.membership.members import Members

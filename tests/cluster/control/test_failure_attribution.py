@@ -13,7 +13,7 @@ import pytest
 
 from llamaclust.cluster.control import failure_attribution
 from llamaclust.cluster.control.failure_attribution import attribute_failure, root_cause
-from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import WorkerError
 from llamaclust.wire.control.codec import encode_coordinator_message

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.limits import StageLimits
@@ -66,7 +66,7 @@ async def test_nothing_writes_on_after_a_write_that_failed() -> None:
 
 
 async def test_a_network_that_takes_nothing_ends_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamaclust.cluster.control.remote_pipeline._WRITE_S", 0.02)
+    monkeypatch.setattr("llamaclust.cluster.control.remote.pipeline._WRITE_S", 0.02)
     pipeline = _pipeline(Stream(), Stream())
     pipeline.submit(*microbatches("m", 1, 1)[0])
     async with asyncio.timeout(30):

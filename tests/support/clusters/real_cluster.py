@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from llamaclust.cluster.control.epochs import StageLoadError, StageLoads, load_stages
-from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.local import LocalLauncher

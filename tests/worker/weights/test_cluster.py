@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.control.epochs import StageLoadError, StageLoads, load_stages, unload_stages
-from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference, _of_one_manifest
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from llamaclust.cluster.control.failure_attribution import attribute_failure, stage_of
-from llamaclust.cluster.control.remote_kv_disks import remote_kv_disks
+from llamaclust.cluster.control.remote.kv_disks import remote_kv_disks
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.epochs import epoch_text, place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError

@@ -191,7 +191,7 @@ def _read_rms_epsilon(keys: ModelKeys) -> float | None:
     key = "attention.layer_norm_rms_epsilon"
     if not keys.has(key) and keys.has("attention.layer_norm_epsilon"):
         return None
-    return keys.real(key, minimum=1e-12, maximum=0.1)
+    return keys.real(key, minimum=1e-13, maximum=0.1)
 
 
 def _read_used_experts(keys: ModelKeys, expert_count: int) -> int:

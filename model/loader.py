@@ -20,8 +20,19 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
-from llamaclust.model.pooling import read_pooling
-from llamaclust.model.program import AddPosition, Embed, KvType, MatMul, Moe, Program, Step, weights_of
+from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
+from llamaclust.model.program import (
+    AddPosition,
+    AddRow,
+    Embed,
+    KvType,
+    MatMul,
+    Moe,
+    Program,
+    SelectRows,
+    Step,
+    weights_of,
+)
 from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -72,8 +83,8 @@ class Model:
         self.file = file
         self._chosen_template = None if chat_template is None else chosen_template(chat_template)
         self.hyperparameters: Hyperparameters = read_hyperparameters(file)
-        self.pooling = read_pooling(file)
         self._whole = self.program(0, self.layer_count)
+        self.pooling = read_pooling(file, DEFAULT if self.is_causal else Pooling.MEAN)
         self._refuse_unknown_tensors()
 
     @classmethod
@@ -107,13 +118,18 @@ class Model:
         """The largest one of its layers, if any has one."""
         return self._whole.window
 
+    @property
+    def is_causal(self) -> bool:
+        """False for an encoder, which makes embeddings alone and computes each prompt as a whole."""
+        return self._whole.is_causal
+
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
         """The tensors that the program names."""
         return {name: self.file.tensor(name) for name in program.weights}
 
     def costs(self, kv_type: KvType) -> ModelCosts:
         tensors = self.file.tensors
-        embedding = [step for step in self._whole.steps if isinstance(step, Embed | AddPosition)]
+        embedding = [step for step in self._whole.steps if isinstance(step, Embed | AddPosition | AddRow)]
         head = list(dropwhile(partial(_is_before_head, self._whole), self._whole.steps))
         layers = [self.program(layer, layer + 1, kv_type) for layer in range(self.layer_count)]
         return ModelCosts(
@@ -168,7 +184,7 @@ _file_bytes = attrgetter("n_bytes")
 def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
     """Of a program of one layer, without the embedding and the head of a first or last stage."""
     before_head = takewhile(partial(_is_before_head, program), program.steps)
-    steps = [step for step in before_head if not isinstance(step, Embed | AddPosition)]
+    steps = [step for step in before_head if not isinstance(step, Embed | AddPosition | AddRow)]
     return LayerCost(
         weight_bytes=_weight_bytes(tensors, steps),
         macs_per_token=_all_macs(steps),
@@ -202,8 +218,9 @@ def _float_macs(tensors: Mapping[str, Tensor], steps: Iterable[Step]) -> int:
 
 
 def _is_before_head(program: Program, step: Step) -> bool:
-    """The head begins with the norm of all rows."""
-    return program.normed is None or getattr(step, "out", None) != program.normed
+    """The head begins with the norm of all rows, where there is one."""
+    has_norm = program.normed is not None and program.normed != program.hidden
+    return not isinstance(step, SelectRows) and not (has_norm and getattr(step, "out", None) == program.normed)
 
 
 def _macs(step: Step) -> list[tuple[str, int]]:

@@ -38,8 +38,8 @@ DEFAULT = Pooling.LAST
 """Of models that name none: in a model of causal attention, the last token alone has seen the whole prompt."""
 
 
-def read_pooling(model: ModelFile) -> Pooling:
+def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
     """What the file names; the default where it names none. ModelFileError for another number."""
     keys = ModelKeys(model, read_architecture(model))
-    number = keys.count("pooling_type", _BY_NUMBER.index(DEFAULT), minimum=0, maximum=len(_BY_NUMBER) - 1)
+    number = keys.count("pooling_type", _BY_NUMBER.index(default), minimum=0, maximum=len(_BY_NUMBER) - 1)
     return _BY_NUMBER[number]

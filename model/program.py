@@ -119,6 +119,16 @@ class AddPosition:
 
 
 @dataclass(frozen=True, slots=True)
+class AddRow:
+    """out = x + dequantized row `row` of `weight`, the same for all rows of x; out is not x."""
+
+    x: Buffer
+    out: Buffer
+    weight: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
 class MatMul:
     """out = x @ weight^T (+ bias), weight [out.width, x.width] in GGUF's row order."""
 
@@ -146,7 +156,10 @@ class Attention:
     q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head
     h // (heads / kv_heads). A row sees its own position and all of its sequence before it, or the `window` - 1 before
     it. scores = (q . k) * scale, of which `soft_cap` makes soft_cap * tanh(scores / soft_cap). `slopes`, a
-    float32 for each query head, add a linear bias to that: slope * (the key's position - the row's own).
+    float32 for each query head, add a linear bias to that: -slope * the distance between the positions.
+
+    Without `causal`, a row sees all of its sequence, which is in one microbatch as a whole; or with a `window` the
+    positions at most window // 2 before and behind its own.
     """
 
     q: Buffer
@@ -162,6 +175,7 @@ class Attention:
     window: int | None = None
     soft_cap: float | None = None
     slopes: tuple[float, ...] | None = None
+    causal: bool = True
 
     @property
     def kv_token_bytes(self) -> int:
@@ -271,7 +285,19 @@ class SelectRows:
 
 
 RowStep = (
-    RmsNorm | LayerNorm | AddPosition | Rope | SiluMul | Activate | Add | Mul | Scale | SoftCap | Slice | SigmoidGate
+    RmsNorm
+    | LayerNorm
+    | AddPosition
+    | AddRow
+    | Rope
+    | SiluMul
+    | Activate
+    | Add
+    | Mul
+    | Scale
+    | SoftCap
+    | Slice
+    | SigmoidGate
 )
 """Steps that compute a row of the out buffer from the same row of others, its position and weights of one row."""
 
@@ -312,6 +338,11 @@ class Program:
     def kv_layers(self) -> tuple[Attention, ...]:
         """The attention steps, one a layer: what KV memory is laid out for."""
         return tuple(step for step in self.steps if isinstance(step, Attention))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether rows see nothing behind them: then a sequence may be computed in chunks."""
+        return all(step.causal for step in self.kv_layers)
 
     @property
     def window(self) -> int | None:

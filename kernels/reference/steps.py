@@ -51,6 +51,8 @@ def run_step(step: ir.Step, state: State) -> None:
             state[step.out] = layer_norm(state[step.x], weight, bias, step.epsilon)
         case ir.AddPosition():
             state[step.out] = state[step.x] + state.weights[step.weight][state.batch.positions]
+        case ir.AddRow():
+            state[step.out] = state[step.x] + state.weights[step.weight][step.row]
         case ir.Rope():
             state[step.x] = rope(step, state[step.x], state.batch)
         case ir.SiluMul():
@@ -140,7 +142,7 @@ def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:
 
 def attention(step: ir.Attention, state: State) -> Float32:
     """Stores the rows' keys and values first: a row sees its own position and every one before, or those of its
-    window."""
+    window; and those behind it where attention is not causal."""
     batch, kv = state.batch, state.kv[step.layer]
     tables = batch.window_tables if kv.windowed else batch.block_tables
     assert tables is not None
@@ -151,22 +153,32 @@ def attention(step: ir.Attention, state: State) -> Float32:
         kv.store(table, batch.positions[rows], state[step.k][rows], state[step.v][rows])
         keys, values = kv.load(table, int(batch.positions[rows][-1]) + 1)
         for row in range(rows.start, rows.stop):
-            seen = int(batch.positions[row]) + 1
-            first = 0 if step.window is None else max(0, seen - step.window)
-            out[row] = attend(step, state[step.q][row], keys[first:seen], values[first:seen])
+            own = int(batch.positions[row])
+            first, end = seen_by(step, own, len(keys))
+            out[row] = attend(step, state[step.q][row], keys[first:end], values[first:end], own - first)
     return out
 
 
-def attend(step: ir.Attention, query: Float32, keys: Float64, values: Float64) -> Float64:
-    """One row: query [heads * head_dim], keys and values [positions, kv_heads, head_dim], those of the row itself last
-    -> [heads * head_dim]."""
+def seen_by(step: ir.Attention, own: int, length: int) -> tuple[int, int]:
+    """The positions [first, end) of a sequence that the row of one position sees."""
+    if step.causal:
+        return 0 if step.window is None else max(0, own + 1 - step.window), own + 1
+    if step.window is None:
+        return 0, length
+    return max(0, own - step.window // 2), min(length, own + step.window // 2 + 1)
+
+
+def attend(step: ir.Attention, query: Float32, keys: Float64, values: Float64, own: int | None = None) -> Float64:
+    """One row: query [heads * head_dim], keys and values [positions, kv_heads, head_dim], those of the row itself at
+    `own`, by default last -> [heads * head_dim]."""
     grouped = query.astype(np.float64).reshape(step.kv_heads, -1, step.head_dim)
     scores = np.einsum("kgd,pkd->kgp", grouped, keys) * step.scale
     if step.soft_cap is not None:
         scores = soft_cap(scores, step.soft_cap)
     if step.slopes is not None:
         slopes = np.array(step.slopes).reshape(step.kv_heads, -1, 1)
-        scores = scores + slopes * np.arange(1 - len(keys), 1)
+        place = len(keys) - 1 if own is None else own
+        scores = scores - slopes * np.abs(np.arange(len(keys)) - place)
     out: Float64 = np.einsum("kgp,pkd->kgd", softmax(scores), values)
     return out.reshape(-1)
 

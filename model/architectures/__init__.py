@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from llamaclust.model.architectures import gemma, glm, gpt, llama, phi3, qwen
+from llamaclust.model.architectures import bert, gemma, glm, gpt, llama, phi3, qwen
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
@@ -15,6 +15,7 @@ from llamaclust.model.program import KvType, Program
 ARCHITECTURES: Mapping[str, Callable[[ProgramBuilder], None]] = MappingProxyType(
     {
         "baichuan": llama.baichuan,
+        "bert": bert.bert,
         "chatglm": glm.chatglm,
         "falcon": gpt.falcon,
         "gemma": gemma.gemma,
@@ -23,7 +24,9 @@ ARCHITECTURES: Mapping[str, Callable[[ProgramBuilder], None]] = MappingProxyType
         "glm4": glm.glm4,
         "gpt2": gpt.gpt2,
         "internlm2": llama.internlm2,
+        "jina-bert-v2": bert.jina_bert_v2,
         "llama": llama.llama,
+        "nomic-bert": bert.nomic_bert,
         "phi3": phi3.phi3,
         "qwen2": qwen.qwen2,
         "qwen2moe": qwen.qwen2moe,

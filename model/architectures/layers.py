@@ -16,7 +16,7 @@ from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopePar
 from llamaclust.model.program import ActivationFunction, Buffer, KvType, Program, RopeStyle, RopeTable
 from llamaclust.model.quant_types import QuantType
 
-_EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
+_EMBEDDING, _POSITIONS, _TYPES = "token_embd.weight", "position_embd.weight", "token_types.weight"
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
 """Tensors that become part of the program and are none of its weights."""
@@ -34,6 +34,7 @@ class AttentionVariant:
     soft_cap: float | None = None
     slopes: tuple[float, ...] | None = None
     head_norms: bool = False
+    causal: bool = True
 
 
 class ProgramBuilder:
@@ -72,7 +73,7 @@ class ProgramBuilder:
 
     def use_layer_norms(self) -> None:
         """From here on norms subtract the mean and add a bias."""
-        self._layer_norm_epsilon = self.keys.real("attention.layer_norm_epsilon", minimum=1e-12, maximum=0.1)
+        self._layer_norm_epsilon = self.keys.real("attention.layer_norm_epsilon", minimum=1e-13, maximum=0.1)
 
     def layers(
         self, embedding_factor: float = 1.0, *, positions: bool = False, soft_cap: float | None = None
@@ -84,6 +85,47 @@ class ProgramBuilder:
         yield from self._layers
         self._head(soft_cap)
 
+    def encoder_layers(self, *, positions: bool = False) -> Iterator[int]:
+        """The layers of an encoder without a head: what the last one gives are the embedded rows. The embedding has the
+        type of the first sentence added, learned `positions`, and is normed."""
+        if self._layers.start == 0:
+            self._embed_sentence(positions)
+        yield from self._layers
+        if self._layers.stop == self.hyperparameters.block_count:
+            self._last_normed, self._out = self._hidden, Buffer("selected", self._hidden.width)
+            self._steps.append(steps.SelectRows(self._hidden, self._out))
+
+    def _embed_sentence(self, positions: bool) -> None:
+        hp, width = self.hyperparameters, self._hidden.width
+        embedded, typed, placed = (Buffer(name, width) for name in ("embedded", "typed", "placed"))
+        self._steps.append(steps.Embed(embedded, self.weight(_EMBEDDING, (hp.vocabulary_size, width))))
+        if _TYPES in self.model.tensors:
+            rows = self.model.tensor(_TYPES).shape[0]
+            self._steps.append(steps.AddRow(embedded, typed, self.weight(_TYPES, (rows, width)), 0))
+            embedded = typed
+        if positions:
+            self._add_positions(embedded, placed)
+            embedded = placed
+        self._norm("token_embd_norm", embedded, self._hidden)
+
+    def encode(self, layer: int, variant: AttentionVariant, *, gated: bool, activation: ActivationFunction) -> None:
+        """hidden = norm(hidden + attention), then hidden = norm(hidden + inner layer): norms stand behind the sums.
+        The inner layer is gated, or down(activation(up))."""
+        prefix = f"blk.{layer}"
+        self._normed = self._hidden  # what products read
+        self._attend(layer, variant)
+        self._add_and_norm(f"{prefix}.attn_output_norm")
+        if gated:
+            self._gated_inner(prefix, activation)
+        else:
+            self._plain_inner(prefix, activation)
+        self._add_and_norm(f"{prefix}.layer_output_norm")
+
+    def _add_and_norm(self, name: str) -> None:
+        summed = Buffer("summed", self._hidden.width)
+        self._steps.append(steps.Add(self._hidden, self._projected, summed))
+        self._norm(name, summed, self._hidden)
+
     def _embed(self, factor: float, positions: bool) -> None:
         if self._layers.start > 0:
             return
@@ -94,11 +136,15 @@ class ProgramBuilder:
         if factor != 1.0:
             self._steps.append(steps.Scale(embedded, embedded, factor))
         if positions:
-            weight = self.weight(_POSITIONS, (hp.context_length, hp.embedding_length))
-            if self._context_tokens > hp.context_length:
-                what = f"{hp.context_length} positions, fewer than a context of {self._context_tokens} tokens"
-                raise self.error(_POSITIONS, what, f"set context_length to {hp.context_length} or less")
-            self._steps.append(steps.AddPosition(embedded, self._hidden, weight))
+            self._add_positions(embedded, self._hidden)
+
+    def _add_positions(self, embedded: Buffer, out: Buffer) -> None:
+        hp = self.hyperparameters
+        weight = self.weight(_POSITIONS, (hp.context_length, hp.embedding_length))
+        if self._context_tokens > hp.context_length:
+            what = f"{hp.context_length} positions, fewer than a context of {self._context_tokens} tokens"
+            raise self.error(_POSITIONS, what, f"set context_length to {hp.context_length} or less")
+        self._steps.append(steps.AddPosition(embedded, out, weight))
 
     def _head(self, soft_cap: float | None) -> None:
         """The norm of all rows, for embeddings; then wanted rows and their logits. Without `output.weight` the token
@@ -161,6 +207,7 @@ class ProgramBuilder:
                 window=variant.window,
                 soft_cap=variant.soft_cap,
                 slopes=variant.slopes,
+                causal=variant.causal,
             )
         )
         self._matmul(f"{prefix}.attn_output", out, self._projected)
@@ -177,9 +224,15 @@ class ProgramBuilder:
 
         `fused`: the rows of gate and up are one tensor, `ffn_up`, the gate's first.
         """
-        prefix, width = f"blk.{layer}", self.hyperparameters.feed_forward_length
-        gate, up = Buffer("gate", width), Buffer("up", width)
+        prefix = f"blk.{layer}"
         self._norm(f"{prefix}.ffn_norm", self._hidden)
+        self._gated_inner(prefix, activation, fused=fused)
+        self._add_projected(f"{prefix}.post_ffw_norm" if post_norm else None)
+
+    def _gated_inner(self, prefix: str, activation: ActivationFunction, *, fused: bool = False) -> None:
+        """projected = down(activation(gate) * up) of the normed hidden state."""
+        width = self.hyperparameters.feed_forward_length
+        gate, up = Buffer("gate", width), Buffer("up", width)
         if fused:
             self._matmul_parts(f"{prefix}.ffn_up", gate, up)
         else:
@@ -190,7 +243,6 @@ class ProgramBuilder:
         else:
             self._steps += [steps.Activate(gate, gate, activation), steps.Mul(gate, up, gate)]
         self._matmul(f"{prefix}.ffn_down", gate, self._projected)
-        self._add_projected(f"{prefix}.post_ffw_norm" if post_norm else None)
 
     def plain_feed_forward(self, layer: int, activation: ActivationFunction) -> None:
         """hidden += down(activation(up)) of the normed hidden state: an inner layer without a gate."""
@@ -300,7 +352,7 @@ class ProgramBuilder:
         weight = self._vector(f"{name}.weight", x.width // heads)
         epsilon = self.hyperparameters.rms_epsilon
         if epsilon is None:
-            epsilon = self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-12, maximum=0.1)
+            epsilon = self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-13, maximum=0.1)
         self._steps.append(steps.RmsNorm(x, out, weight, epsilon, heads))
 
     def _add_projected(self, norm: str | None = None) -> None:

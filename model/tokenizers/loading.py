@@ -15,11 +15,13 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF file. ModelFileError where the file has none, a damaged one or one of another kind."""
     from llamaclust.model.tokenizers.byte_pairs import BytePairTokenizer
     from llamaclust.model.tokenizers.sentence_pieces import SentencePieceTokenizer
+    from llamaclust.model.tokenizers.word_pieces import WordPieceTokenizer
 
     kinds: dict[str, Callable[..., Tokenizer]] = {
         "llama": SentencePieceTokenizer,
         "gpt2": BytePairTokenizer,
         "t5": partial(SentencePieceTokenizer, is_unigram=True),
+        "bert": WordPieceTokenizer,
     }
     name = metadata.get("tokenizer.ggml.model")
     kind = kinds.get(name) if isinstance(name, str) else None

@@ -53,6 +53,27 @@ def sentencepiece(vocabulary: int) -> dict[str, WritableValue]:
     }
 
 
+def word_pieces(vocabulary: int) -> dict[str, WritableValue]:
+    """`[PAD]`, `[UNK]`, `[CLS]`, `[SEP]`, letters that begin words and others, then words; plain English letters."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    letters = "etaoinshrdlucmfwgypbvkjqxz"
+    pieces = [*(f"▁{letter}" for letter in letters + ".,!?"), *letters]
+    pieces += [f"▁{word}" for word in dict.fromkeys(_TEXT.split()) if len(word) > 1]
+    words = _filled(pieces, vocabulary - len(special))
+    return {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.token_type_count": 2,
+        "tokenizer.ggml.tokens": [*special, *words],
+        "tokenizer.ggml.token_type": np.array(
+            [_CONTROL, _UNKNOWN, _CONTROL, _CONTROL] + [_NORMAL] * len(words), np.int32
+        ),
+        "tokenizer.ggml.unknown_token_id": 1,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.cls_token_id": 2,
+        "tokenizer.ggml.seperator_token_id": 3,
+    }
+
+
 def byte_level(vocabulary: int, pre: str = "qwen2") -> dict[str, WritableValue]:
     """256 byte letters, merged pieces, then `<|endoftext|>`, `<|im_start|>`, `<|im_end|>` at the end."""
     letters = byte_letters()

@@ -126,6 +126,8 @@ class _Compiler:
                 plan.layer_norm(x, out, weight, bias, step.epsilon)
             case ir.AddPosition():
                 plan.add_position(x, out, self._weights[step.weight].matrix)
+            case ir.AddRow():
+                plan.add_row(x, out, self._weights[step.weight].matrix, step.row)
             case ir.Rope():
                 plan.rope(x, out, step.heads, step.head_dim, self._rotation(step))
             case ir.SiluMul() | ir.Activate() | ir.Add() | ir.Mul() | ir.Scale() | ir.SoftCap():
@@ -201,6 +203,7 @@ class _Compiler:
             step.window,
             None if rotate_q is None else self._rotation(rotate_q),
             None if rotate_k is None else self._rotation(rotate_k),
+            step.causal,
         )
 
     def _kv_layer(self, step: ir.Attention) -> int:

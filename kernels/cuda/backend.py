@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import groupby
 
+from llamaclust.core.errors import ModelFileError
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.profile import DeviceProfile
@@ -162,6 +163,8 @@ def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int
 def _plan(
     program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, gpu: attention.LaunchLimits = ANY_GPU
 ) -> Plan:
+    if not program.is_causal:
+        raise ModelFileError("an encoder is not computed on GPUs; set device: cpu for its workers")
     check_weights(program, tensors)
     check_attention(program)
     weights = {name: Weights(tensors[name].quant_type, tensors[name].shape) for name in program.weights}

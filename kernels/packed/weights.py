@@ -13,7 +13,18 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels._native import PackedMatrix, quant_types
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import AddPosition, Embed, LayerNorm, MatMul, Moe, Program, RmsNorm, SigmoidGate, Step
+from llamaclust.model.program import (
+    AddPosition,
+    AddRow,
+    Embed,
+    LayerNorm,
+    MatMul,
+    Moe,
+    Program,
+    RmsNorm,
+    SigmoidGate,
+    Step,
+)
 from llamaclust.model.quant_types import QuantType
 
 SUPPORTED_TYPES = tuple(map(QuantType, quant_types()))
@@ -30,7 +41,7 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
         case LayerNorm():
             yield step.weight, (step.x.width,)
             yield step.bias, (step.x.width,)
-        case AddPosition():
+        case AddPosition() | AddRow():
             yield step.weight, (-1, step.out.width)
         case SigmoidGate():
             yield step.weight, (step.x.width,)

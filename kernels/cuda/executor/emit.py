@@ -116,6 +116,8 @@ class Emitter:
                 added = self.ops.scratch("positions", width)
                 yield self._embed(step.weight, self.ops.inputs.positions, added)
                 yield elementwise.elementwise("add", (x, added), out, width, rows)
+            case ir.AddRow():
+                raise AssertionError("encoders are refused before")
             case ir.Rope():
                 yield self._rotated(step, x)
             case ir.Slice():

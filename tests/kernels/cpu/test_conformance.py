@@ -12,6 +12,7 @@ from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.program import (
     Add,
     AddPosition,
+    AddRow,
     Buffer,
     Embed,
     LayerNorm,
@@ -169,6 +170,18 @@ def test_add_position(tmp_path: Path, quant_type: QuantType) -> None:
         program_of(x, out, AddPosition(x, out, "w")),
         {"w": Weight(normal(generator, 4096, 96), quant_type)},
         [(rows_at(places), normal(generator, len(places), 96)) for places in (range(0, 1), range(4063, 4096))],
+    )
+    check_conformance(tmp_path, case, 1e-14)
+
+
+@pytest.mark.parametrize("quant_type", [QuantType.F32, QuantType.F16, QuantType.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("row", [0, 2])
+def test_add_row(tmp_path: Path, quant_type: QuantType, row: int) -> None:
+    generator, x, out = generator_of(quant_type), Buffer("x", 96), Buffer("out", 96)
+    case = Case(
+        program_of(x, out, AddRow(x, out, "w", row)),
+        {"w": Weight(normal(generator, 3, 96), quant_type)},
+        [(rows_at(range(rows)), normal(generator, rows, 96)) for rows in (1, 33)],
     )
     check_conformance(tmp_path, case, 1e-14)
 

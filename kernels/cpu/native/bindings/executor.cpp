@@ -122,11 +122,11 @@ void add_experts(PlanBuilder& builder, const std::vector<std::pair<std::vector<n
 
 void add_attention(PlanBuilder& builder, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim,
                    float scale, std::optional<float> soft_cap, std::vector<float> slopes, std::optional<int> window,
-                   PythonRotation rotate_q, PythonRotation rotate_k) {
+                   PythonRotation rotate_q, PythonRotation rotate_k, bool causal) {
   require(!soft_cap || *soft_cap > 0, "a soft cap that is no positive number");
   builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dim, scale, soft_cap.value_or(0.0f),
                                  std::move(slopes), window.value_or(std::numeric_limits<int>::max()),
-                                 rotation_of(rotate_q), rotation_of(rotate_k)});
+                                 rotation_of(rotate_q), rotation_of(rotate_k), causal});
 }
 
 // Members of steps, from what Python gives.
@@ -148,6 +148,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("rms_norm", &add<NormStep, int, int, Floats, float>)
       .def("layer_norm", &add<LayerNormStep, int, int, Floats, Floats, float>)
       .def("add_position", &add<PositionStep, int, int, nb::handle>)
+      .def("add_row", &add<AddRowStep, int, int, nb::handle, int>)
       .def("rope", &add<RopeStep, int, int, int, int, std::pair<int, bool>>)
       .def("elementwise", &add<ElementwiseStep, std::string, int, int, int, float>)
       .def("slice", &add<SliceStep, int, int, int>)
@@ -196,7 +197,8 @@ void bind_executor(nb::module_& module) {
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
       .def("attend", &add_attention, "q"_a, "k"_a, "v"_a, "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-           "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none());
+           "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none(),
+           "causal"_a);
   bind_row_steps(plan);
 
   nb::class_<NativeStage>(module, "Stage")

@@ -35,11 +35,17 @@ struct AttentionUnits {
   int64_t heads_per_tile() const { return static_cast<int64_t>(step.kv_heads) * head_groups; }
   int64_t count() const { return static_cast<int64_t>(tiles.size()) * heads_per_tile(); }
   int position(int row) const { return batch.positions[row]; }
-  // The first position that a row sees.
-  int first_seen(int row) const { return std::max(0, position(row) - step.window + 1); }
+  // The first and the last position that a row sees.
+  int first_seen(int row) const {
+    return std::max(0, step.causal ? position(row) - step.window + 1 : position(row) - step.window / 2);
+  }
+  int last_seen(const RowTile& tile, int row) const {
+    if (step.causal) return position(row);
+    return std::min(position(batch.sequence_starts[tile.sequence + 1] - 1), position(row) + step.window / 2);
+  }
   // Spans that a tile's rows see.
   int span_begin(const RowTile& tile) const { return first_seen(tile.row_begin) / kSpanTokens; }
-  int span_end(const RowTile& tile) const { return position(tile.row_end - 1) / kSpanTokens + 1; }
+  int span_end(const RowTile& tile) const { return last_seen(tile, tile.row_end - 1) / kSpanTokens + 1; }
   int spans(const RowTile& tile) const { return span_end(tile) - span_begin(tile); }
 
   // The last rows, which see the most, come first, so that the last units are short.
@@ -56,7 +62,7 @@ struct AttentionUnits {
       while (row < unit.tile.row_end && holds(row)) row++;
       return (row - unit.tile.row_begin) * unit.heads;
     };
-    return {rows_while([&](int row) { return position(row) / kSpanTokens < span; }),
+    return {rows_while([&](int row) { return last_seen(unit.tile, row) / kSpanTokens < span; }),
             rows_while([&](int row) { return first_seen(row) / kSpanTokens < span; }),
             rows_while([&](int row) { return first_seen(row) / kSpanTokens <= span; })};
   }
@@ -168,13 +174,13 @@ class AttentionWork {
     for (int query = queries.before; query < queries.end; query++) {
       const int row = unit.tile.row_begin + query / unit.heads;
       scratch_.firsts[query - queries.before] = std::max(units_.first_seen(row) - start, 0);
-      scratch_.ends[query - queries.before] = std::min(units_.position(row) + 1 - start, kSpanTokens);
+      scratch_.ends[query - queries.before] = std::min(units_.last_seen(unit.tile, row) + 1 - start, kSpanTokens);
     }
     const bool biased = !step_.slopes.empty();
     if (biased) load_bias(unit, start, queries);
     store_span(unit, span);
     const size_t stride = static_cast<size_t>(step_.kv_heads) * kv_piece_bytes(type_, step_.head_dim);
-    const int blocks = units_.position(unit.tile.row_end - 1) / kKvBlockTokens + 1;
+    const int blocks = units_.last_seen(unit.tile, unit.tile.row_end - 1) / kKvBlockTokens + 1;
     const SpanTask task{piece(unit.kv_head, 0),
                         stride,
                         table(unit.tile.sequence) + span * kSpanBlocks,

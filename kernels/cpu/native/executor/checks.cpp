@@ -92,6 +92,14 @@ struct Plan::Checks {
     return {{step.x}, {step.out}, true};
   }
 
+  Access operator()(const AddRowStep& step) const {
+    check_alike(step.x, step.out);
+    require(step.x != step.out, "a row added in place");
+    check_embedding(step.weight, step.out);
+    require(step.row >= 0 && step.row < step.weight.rows, "a row that the weight does not have");
+    return {{step.x}, {step.out}, true};
+  }
+
   Access operator()(const RopeStep& step) const {
     check_alike(step.x, step.out);
     require(step.heads > 0 && step.head_dim > 0 && step.head_dim <= kMaxHeadChannels && is_line(step.x), "heads");

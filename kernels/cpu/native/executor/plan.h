@@ -72,6 +72,11 @@ struct PositionStep {  // out = x + the weight's row of the position
   BufferId x, out;
   Matrix weight;
 };
+struct AddRowStep {  // out = x + one row of the weight
+  BufferId x, out;
+  Matrix weight;
+  int row;
+};
 struct Rotation {
   int table;  // index into the plan's tables
   RopeStyle style;
@@ -150,11 +155,12 @@ struct AttentionStep {
   std::vector<float> slopes;  // of a linear bias, one a query head; empty: none
   int window;                 // a row sees its own position and window - 1 before it
   std::optional<Rotation> rotate_q, rotate_k;
+  bool causal;  // else a row sees those behind it, too, with a window at most window / 2 on either side
 };
 
-using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, RopeStep, ElementwiseStep,
-                          SliceStep, SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep, SelectStep, OutputStep,
-                          MatmulStep, ExpertsStep, AttentionStep>;
+using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
+                          ElementwiseStep, SliceStep, SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep,
+                          SelectStep, OutputStep, MatmulStep, ExpertsStep, AttentionStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
 enum class Sync { None, IfShared, Always };

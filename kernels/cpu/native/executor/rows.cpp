@@ -46,6 +46,12 @@ struct RowStep {
     vector().elementwise(RowOp::add, line(step.x), out, 0, worker.line_width(step.out), out);
   }
 
+  void operator()(const AddRowStep& step) const {
+    float* out = line(step.out);
+    matmul().dequantize_row(step.weight, step.row, out);
+    vector().elementwise(RowOp::add, line(step.x), out, 0, worker.line_width(step.out), out);
+  }
+
   void operator()(const RopeStep& step) const {
     const RotationTable& table = worker.stage_.rotations[step.rotation.table];
     const float* angles = table.row(batch().positions[row]);

@@ -56,9 +56,9 @@ struct SpanTask {
   const int* ends;    // [queries] first + 1 to 512
   float* scores;      // [kScoredQueries][kSpanTokens] scratch
   float soft_cap = 0;  // 0: none
-  // Of a linear bias, slope * (position - query's position), if there is one:
+  // Of a linear bias, -slope * the distance of a position to the query's, if there is one:
   const float* slopes = nullptr;   // [queries]
-  const int* positions = nullptr;  // [queries] of the queries, counted from the span's start; past its end, too
+  const int* positions = nullptr;  // [queries] of the queries, counted from the span's start; outside it, too
 };
 
 // What the positions so far give: the greatest score, sum of exp(score - maximum), values weighted by these. Sixteen

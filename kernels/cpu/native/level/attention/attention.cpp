@@ -55,7 +55,7 @@ void cap_scores(const SpanTask& task, const KeyValuePrefetch<Kv>& units) {
     }
 }
 
-// Adds slope * (position - query's position) to the scores of R queries. Both factors are exact.
+// Adds -slope * the distance of a position to the query's to the scores of R queries. Both factors are exact.
 template <typename Kv, int R>
 void bias_scores(const SpanTask& task, int query, const KeyValuePrefetch<Kv>& units) {
   alignas(64) static const float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -65,7 +65,9 @@ void bias_scores(const SpanTask& task, int query, const KeyValuePrefetch<Kv>& un
     for (int block = units.begin; block < units.begin + units.blocks; block++) {
       const int ahead = block * kKvBlockTokens - task.positions[query + r];
       float* scores = task.scores + r * kSpanTokens + block * kKvBlockTokens;
-      store(scores, fma(slope, add(lanes, broadcast(static_cast<float>(ahead))), load(scores)));
+      const F32x16 signed_distance = add(lanes, broadcast(static_cast<float>(ahead)));
+      const F32x16 distance = max(signed_distance, sub(zero(), signed_distance));
+      store(scores, fma(slope, sub(zero(), distance), load(scores)));
     }
   }
 }

@@ -278,7 +278,8 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         max_outputs=_OUTPUTS,
         max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
         prefill_chunk=chunk,
-        prefix_cache=settings.prefix_cache,
+        prefix_cache=settings.prefix_cache and model.is_causal,
+        whole_prompts=not model.is_causal,
         window=None if group is None else group.window,
         window_blocks=0 if group is None else group.blocks_beside(kv_blocks, context, settings.max_sequences),
     )

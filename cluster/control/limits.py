@@ -100,7 +100,8 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         max_outputs=max_outputs(config),
         max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
         prefill_chunk=config.prefill_chunk,
-        prefix_cache=config.prefix_cache,
+        prefix_cache=config.prefix_cache and model.is_causal,
+        whole_prompts=not model.is_causal,
         window=model.window if plan.window_blocks else None,
         window_blocks=plan.window_blocks,
     )

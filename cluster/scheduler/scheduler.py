@@ -141,10 +141,11 @@ class Scheduler:
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
         """Queues a request, unless there is nothing to compute. Raises ParameterError or QueueFullError."""
-        validate(request, self.settings.vocabulary, self.settings.max_sequence_tokens)
+        settings = self.settings
+        validate(request, settings.vocabulary, settings.max_sequence_tokens, embeds_only=settings.whole_prompts)
         self._next_key += 1
         max_new_tokens = min(request.max_new_tokens, self.settings.max_sequence_tokens - len(request.prompt))
-        sequence = Sequence(self._next_key, request, max_new_tokens, now_ns)
+        sequence = Sequence(self._next_key, request, max_new_tokens, now_ns, self.settings.whole_prompts)
         if sequence.known_end is None:
             waiting = len(self.queues.waiting) + len(self.queues.restoring)
             starting = self.settings.max_sequences - len(self.queues.running)
@@ -312,7 +313,7 @@ class Scheduler:
         if sequence.phase is Phase.DECODE:
             return self._launch((sequence.take_token(),), 1, now_ns)
         rows = chunk_rows(self.settings, self.times, sequence.remaining, sequence.remaining, 0, alone=True)
-        rows = min(rows, self.strikes.rows(sequence))
+        rows = sequence.remaining if sequence.is_whole else min(rows, self.strikes.rows(sequence))
         most = self.settings
         batch = _PrefillBatch(queues.memory, now_ns, rows, most.max_outputs, most.max_outputs, most.max_embedded_rows)
         batch.add(sequence)
@@ -352,6 +353,8 @@ class Scheduler:
         return slices
 
     def _prefill_rows(self, prefilling: list[Sequence], decoding: int) -> int:
+        if self.settings.whole_prompts:
+            return self.settings.max_batch_tokens
         waiting = islice(self.queues.waiting, _VISIBLE_WAITING)
         pending = sum(map(_by_remaining, prefilling)) + sum(map(_by_remaining, waiting))
         self._burst_tokens = max(pending, self._burst_tokens if prefilling else 0)

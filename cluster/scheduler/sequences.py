@@ -85,6 +85,7 @@ class Sequence:
     request: GenerationRequest
     max_new_tokens: int  # chosen tokens at most, the context considered
     arrived_ns: int
+    is_whole: bool = False  # all rows are in one microbatch
     tokens: list[int] = field(init=False)  # prompt, then answer
     breakers: SeenBreakers = field(init=False)  # for DRY
     mu: float = 0.0  # of Mirostat, for the next token
@@ -150,10 +151,9 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """Rows to compute: all tokens, but the last one where nothing is chosen after it; or all that are embedded and
-        those before."""
+        """Rows to compute: all tokens but a last one after which nothing is chosen; or those to the last embedded."""
         if self.request.embedded is not None:
-            return self.request.embedded[1]
+            return self.prompt_length if self.is_whole else self.request.embedded[1]
         return len(self.tokens) if self.max_new_tokens else len(self.tokens) - 1
 
     @property
@@ -215,6 +215,9 @@ class Sequence:
 
     def rows_within(self, rows: int, outputs: int) -> int:
         """How many of the next rows fit where at most that many rows and output rows do."""
+        if self.is_whole:
+            embedded = 0 if self.request.embedded is None else self.request.embedded[1] - self.next_embedded
+            return self.remaining if self.remaining <= rows and embedded <= outputs else 0
         before_outputs = max(0, self.first_output - self.scheduled)
         return min(rows, self.remaining, before_outputs + outputs)
 
@@ -222,16 +225,16 @@ class Sequence:
         """The next rows of a prompt, or of tokens that are computed again, as a part of a microbatch."""
         start, end = self.scheduled, self.scheduled + rows
         if self.request.embedded is not None:
-            return self._take_embedded(start, end)
+            return self._take_embedded(start, end, self.request.embedded[1])
         tasks = self._tasks(max(start, self.first_output), end)
         if tasks:
             self.next_score = max(self.next_score, min(end, self.prompt_length - 1))
         return self._slice(tuple(self.tokens[start:end]), tasks)
 
-    def _take_embedded(self, start: int, end: int) -> SequenceSlice:
-        first = max(start, self.next_embedded)
-        self.next_embedded = max(self.next_embedded, end)
-        embedded = (first - start, end - start) if first < end else (0, 0)
+    def _take_embedded(self, start: int, end: int, embedded_end: int) -> SequenceSlice:
+        first, stop = max(start, self.next_embedded), min(end, embedded_end)
+        self.next_embedded = max(self.next_embedded, stop)
+        embedded = (first - start, stop - start) if first < stop else (0, 0)
         return self._slice(tuple(self.tokens[start:end]), (), embedded=embedded)
 
     def take_token(self) -> SequenceSlice:
@@ -344,7 +347,7 @@ class Sequence:
         self.failures = 0
         self.embedded = start + count
         updates: list[Update] = [PromptEmbedded(start, count, data)]
-        if self.embedded == self.target:
+        if self.request.embedded is not None and self.embedded == self.request.embedded[1]:
             updates.append(Finished(FinishReason.LENGTH, self.timings()))
         return updates
 

@@ -26,6 +26,7 @@ class SchedulerSettings:
     prefill_ms: float = 100.0  # predicted time of a microbatch with prefill on the slowest stage, at most
     prefill_alone_ms: float = 400.0  # the same without decode: larger chunks read the weights less often
     prefix_cache: bool = True
+    whole_prompts: bool = False  # a prompt is computed in one microbatch, as encoders need it
     window: int | None = None  # of layers that have blocks of their own
     window_blocks: int = 0  # these
 
@@ -33,6 +34,7 @@ class SchedulerSettings:
         assert self.max_sequences < self.max_batch_tokens, "all that decode together must leave room for a prefill row"
         assert self.max_sequences <= self.max_outputs, "all that decode together must have an output row"
         assert self.kv_blocks >= 1
+        assert not (self.whole_prompts and self.prefix_cache), "what an encoder stores depends on later tokens"
         group = self.window_group
         assert group is None or self.window_blocks >= group.sequence_blocks + group.row_blocks, self.window_blocks
 
@@ -42,8 +44,10 @@ class SchedulerSettings:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Tokens of one sequence, prompt and answer: the context, or all of KV memory where that is less."""
-        return min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
+        """Tokens of one sequence, prompt and answer: the context, or all of KV memory where that is less; or what a
+        microbatch holds, where it must hold the prompt."""
+        tokens = min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
+        return min(tokens, self.max_batch_tokens, self.max_embedded_rows) if self.whole_prompts else tokens
 
 
 @dataclass(frozen=True, slots=True)

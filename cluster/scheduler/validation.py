@@ -17,8 +17,12 @@ MAX_CHOICES = 128
 _UINT64_MAX = (1 << 64) - 1
 
 
-def validate(request: GenerationRequest, vocabulary: int, max_sequence_tokens: int) -> None:
+def validate(
+    request: GenerationRequest, vocabulary: int, max_sequence_tokens: int, *, embeds_only: bool = False
+) -> None:
     """Raises ParameterError, which names the field as the HTTP API does, its value and the bound."""
+    if embeds_only and request.embedded is None:
+        raise ParameterError("model", "is an encoder, which generates nothing: use /v1/embeddings")
     _check_prompt(request, vocabulary, max_sequence_tokens)
     check_integer("max_tokens", request.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
     check_integer("min_tokens", request.min_tokens, 0, MAX_CONTEXT_TOKENS)

@@ -22,6 +22,7 @@ from llamaclust.model.program import KvType
 from support.arithmetic.backends import BACKENDS, all_threads
 from support.arithmetic.batches import LIMITS, Chain
 from support.models.tiny_architectures import MODELS, TOKENS, VOCABULARY, build_architecture
+from support.models.tiny_encoders import ENCODERS
 from support.paths import DATA
 
 DATA_FOLDER = DATA / "architectures"
@@ -79,7 +80,7 @@ def error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
 
 
 def test_every_architecture_is_here() -> None:
-    elsewhere = {"baichuan", "qwen2", "glm4"}  # test_golden.py, test_convert_originals.py
+    elsewhere = {"baichuan", "qwen2", "glm4", *ENCODERS}  # test_golden.py, test_convert_originals.py, test_encoders.py
     assert {tiny.architecture for tiny in MODELS.values()} | elsewhere == set(ARCHITECTURES)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from llamaclust.model.pooling import Pooling
 from support.models.tiny_architectures import build_architecture
+from support.models.tiny_encoders import ENCODERS, build_encoder
 from support.models.tiny_model import build_tiny_model
 from support.paths import DATA
 
@@ -25,7 +26,7 @@ TEXTS = (
     "a",
     "no one could see how many of these would come down and find the long oil",
 )
-MODELS = ("llama", "qwen3", "gemma2", "gpt2")
+MODELS = (*ENCODERS, "llama", "qwen3", "gemma2", "gpt2")
 POOLINGS = {Pooling.NONE: 0, Pooling.MEAN: 1, Pooling.CLS: 2, Pooling.LAST: 3}
 """With the numbers that files and llama.cpp have."""
 
@@ -34,7 +35,7 @@ def build(folder: Path, name: str) -> Path:
     path = folder / f"{name}.gguf"
     if name == "llama":
         return build_tiny_model(path, layers=3, hidden=64, heads=4, ffn=96)
-    return build_architecture(path, name)
+    return build_encoder(path, name) if name in ENCODERS else build_architecture(path, name)
 
 
 def recorded_at(name: str, pooling: Pooling) -> Path:

@@ -1,0 +1,38 @@
+"""Embeddings of encoders on clusters of real processes: the bits of one undisturbed worker."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from llamaclust.cluster.client.http import Client
+from support.clusters.command_line import Cluster, CommandLine, command_line
+from support.clusters.static_cluster import named
+from support.models.record_embeddings import TEXTS
+from support.models.tiny_encoders import build_encoder
+
+_LONG = " ".join(TEXTS * 4)
+
+
+def embedded(cluster: Cluster) -> list[bytes]:
+    """Two poolings of all texts, which are computed together."""
+    with Client(cluster.api) as client:
+        return [
+            vector.tobytes() for pooling in ("mean", "cls") for vector in client.embed([*TEXTS, _LONG], pooling=pooling)
+        ]
+
+
+def layers(line: CommandLine, model: Path, *bounds: tuple[int, int]) -> AbstractContextManager[Cluster]:
+    names = "ab"[: len(bounds)]
+    plan = [{"worker": name, "layers": list(stage)} for name, stage in zip(names, bounds, strict=True)]
+    return line.cluster(model, workers=named(*names), plan=plan, context_length=512)
+
+
+def test_two_workers_give_the_bits_of_one(tmp_path: Path) -> None:
+    model = build_encoder(tmp_path / "jina.gguf", "jina-bert-v2")
+    with command_line() as line:
+        with layers(line, model, (0, 3)) as cluster:
+            wanted = embedded(cluster)
+            assert len(set(wanted)) == len(wanted)
+        with layers(line, model, (0, 1), (1, 3)) as cluster:
+            assert embedded(cluster) == wanted

@@ -1,13 +1,13 @@
-"""Responses that can be read again and followed, in memory and within bounds: the oldest give way."""
+"""Responses that can be read again and followed, in memory and within bounds: those of the owner with most give way."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from llamaclust.cluster.api.error_shapes import to_json
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.json_parts import json_size
 from llamaclust.cluster.api.openai.responses.items import Item
 
 MAX_RESPONSES: Final = 1024
@@ -26,33 +26,48 @@ class StoredResponse:
     held_bytes: int = 0
 
 
+@dataclass(slots=True)
+class _Share:
+    """What one owner has stored."""
+
+    responses: dict[str, StoredResponse] = field(default_factory=dict)  # by id, the oldest first
+    held_bytes: int = 0
+
+
 class ResponseStore:
     """Use from one event loop."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
-        self._responses: dict[tuple[str, str], StoredResponse] = {}  # by owner and id, the oldest first
-        self._held_bytes = 0
+        self._shares: dict[str, _Share] = {}  # by owner
 
     def put(self, owner: str, stored: StoredResponse) -> None:
         """In the place of one of the same id; makes room. One that is too large alone is not stored."""
-        key = (owner, stored.response["id"])
-        self._remove(key)
-        stored.held_bytes = len(to_json([stored.response, stored.input_items, stored.messages]))
+        response_id = stored.response["id"]
+        self.delete(owner, response_id)
+        stored.held_bytes = json_size([stored.response, stored.input_items, stored.messages])
         if stored.held_bytes > self._max_bytes:
             return
-        self._responses[key] = stored
-        self._held_bytes += stored.held_bytes
-        while self._held_bytes > self._max_bytes or len(self._responses) > self._max_responses:
-            self._remove(next(iter(self._responses)))
+        self._make_room(stored.held_bytes)
+        share = self._shares.setdefault(owner, _Share())
+        share.responses[response_id] = stored
+        share.held_bytes += stored.held_bytes
 
     def get(self, owner: str, response_id: str) -> StoredResponse | None:
-        return self._responses.get((owner, response_id))
+        share = self._shares.get(owner)
+        return None if share is None else share.responses.get(response_id)
 
     def delete(self, owner: str, response_id: str) -> bool:
         """Whether it was there."""
-        return self._remove((owner, response_id))
+        share = self._shares.get(owner)
+        stored = None if share is None else share.responses.pop(response_id, None)
+        if share is None or stored is None:
+            return False
+        share.held_bytes -= stored.held_bytes
+        if not share.responses:
+            del self._shares[owner]
+        return True
 
     def followed(self, owner: str, response_id: str) -> StoredResponse:
         """The complete one that a request follows. HttpError where there is none."""
@@ -63,8 +78,12 @@ class ResponseStore:
             raise HttpError(400, "previous_response_not_found", message, param="previous_response_id")
         return stored
 
-    def _remove(self, key: tuple[str, str]) -> bool:
-        stored = self._responses.pop(key, None)
-        if stored is not None:
-            self._held_bytes -= stored.held_bytes
-        return stored is not None
+    def _make_room(self, more_bytes: int) -> None:
+        """The oldest of the owner that has most give way."""
+        while sum(share.held_bytes for share in self._shares.values()) + more_bytes > self._max_bytes:
+            self._drop_oldest(max(self._shares, key=lambda owner: self._shares[owner].held_bytes))
+        while sum(len(share.responses) for share in self._shares.values()) >= self._max_responses:
+            self._drop_oldest(max(self._shares, key=lambda owner: len(self._shares[owner].responses)))
+
+    def _drop_oldest(self, owner: str) -> None:
+        self.delete(owner, next(iter(self._shares[owner].responses)))

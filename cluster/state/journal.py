@@ -93,6 +93,11 @@ class Journal:
             self._writer.add(self._contents.sent(request_id, asyncio.get_running_loop().time()))
             self._await_oldest()
 
+    def completed(self, request_id: str) -> None:
+        """Its whole reply is there for its client, which does not wait: a successor computes it if it is asked for."""
+        if not self._writer.is_sealed:
+            self._writer.add(self._contents.completed(request_id))
+
     def end(self, request_id: str) -> None:
         """The request needs no record any more."""
         if not self._writer.is_sealed:

@@ -25,7 +25,7 @@ _MAX_LINE_BYTES = 64 << 20
 _CHECKSUM_DIGITS = 8
 _BODY = b"\t"
 """Before a body; JSON of ours has none."""
-_ADMISSION = [str, int, int, str, str, str, str, float, float, str, float, str, bool, bool, list]
+_ADMISSION = [str, int, int, str, str, str, str, float, float, str, float, str, bool, bool, bool, list]
 """Types of its fields, in the order of `admission_line`."""
 _ROW = Struct("<id")
 """A token and its logprob, in hexadecimal digits on a line: a journal of many tokens is read several times as fast as
@@ -60,6 +60,7 @@ class Admission:
     limit_s: float  # from then on; it ends unanswered
     served: str = ""  # digest of what else answers depend on: the model and its settings
     is_streamed: bool = True
+    is_background: bool = False  # its client does not wait for it
     is_constrained: bool = False  # its answers obey a grammar
     earlier: Sequence[Mapping[str, Any]] = ()  # messages of the stored chat that its body continues
 
@@ -98,6 +99,7 @@ def admission_line(admission: Admission) -> bytes:
         admission.limit_s,
         admission.served,
         admission.is_streamed,
+        admission.is_background,
         admission.is_constrained,
         admission.earlier,
     )
@@ -189,7 +191,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
     if [type(value) for value in fields] != _ADMISSION:
         raise TypeError("other fields than those of an admission")
     request_id, seed, created, owner, conversation, idempotency_key, *more = fields
-    endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_constrained, earlier = more
+    endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_background, is_constrained, earlier = more
     identity = RequestIdentity(
         id=request_id,
         seed=seed,
@@ -207,6 +209,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
         limit_s=limit_s,
         served=served,
         is_streamed=is_streamed,
+        is_background=is_background,
         is_constrained=is_constrained,
         earlier=tuple(earlier),
     )

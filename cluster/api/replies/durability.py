@@ -19,7 +19,9 @@ class Durability:
     served: str  # digest of the model and its settings
     request_s: float
 
-    def admit(self, ticket: Ticket, endpoint: str, body: bytes, *, is_streamed: bool) -> Awaitable[None]:
+    def admit(
+        self, ticket: Ticket, endpoint: str, body: bytes, *, is_streamed: bool, is_background: bool
+    ) -> Awaitable[None]:
         """See `Journal.admit`."""
         admission = Admission(
             identity=ticket.identity,
@@ -29,6 +31,7 @@ class Durability:
             limit_s=self.request_s,
             served=self.served,
             is_streamed=is_streamed,
+            is_background=is_background,
             is_constrained=bool(ticket.constraint.is_used),
             earlier=ticket.earlier.messages,
         )

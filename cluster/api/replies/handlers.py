@@ -86,15 +86,13 @@ class Replies:
 
     async def _admitted_first(self, reply: Reply, ticket: Ticket, path: str, body: bytes) -> None:
         """Nothing is sent before the admission is on disk; it is written while the prompt is computed."""
-        admitted = self._admit(ticket, path, body, is_streamed=True)
+        admitted = self._admit(ticket, path, body, is_streamed=True, is_background=False)
         await reply.wait_first()
         if admitted is not None:
             await admitted
 
-    def _admit(self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool) -> Awaitable[None] | None:
-        if self._durability is None:
-            return None
-        return self._durability.admit(ticket, path, body, is_streamed=is_streamed)
+    def _admit(self, ticket: Ticket, path: str, body: bytes, **kind: bool) -> Awaitable[None] | None:
+        return None if self._durability is None else self._durability.admit(ticket, path, body, **kind)
 
     # -- replies that are kept -----------------------------------------------------------------------------------------
 
@@ -103,9 +101,10 @@ class Replies:
             await self.cache.forget(before)
         if (kept := self.cache.same(ticket, path, body)) is not None:  # that came meanwhile
             return await self._begun(request, kept, Position())
-        kept = self.cache.add(ticket, path, body, is_streamed=reply.is_streamed)
+        kind = {"is_streamed": reply.is_streamed, "is_background": reply.acknowledgement is not None}
+        kept = self.cache.add(ticket, path, body, **kind)
         try:
-            admit = partial(self._admit, ticket, path, body, is_streamed=reply.is_streamed)
+            admit = partial(self._admit, ticket, path, body, **kind)
             admitted = await unless_disconnected(request, kept.begin(reply, admit=admit))
         except BaseException:
             await self.cache.forget(kept)

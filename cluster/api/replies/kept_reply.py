@@ -48,6 +48,10 @@ class ReplyOwner(Protocol):
         """No client has read it for a while."""
         ...
 
+    def completed(self, kept: KeptReply) -> None:
+        """It is computed in the background, and has all that its client will ask for."""
+        ...
+
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
         """It holds so many bytes more, or less; it may be failed now."""
         ...
@@ -57,9 +61,19 @@ class KeptReply:
     """Is computed from `begin` until it ends or is `aclose`d; expires when no client has read it for a while, one that
     its client does not wait for not before it has ended."""
 
-    def __init__(self, ticket: Ticket, settings: ApiSettings, owner: ReplyOwner, *, is_streamed: bool) -> None:
+    def __init__(
+        self,
+        ticket: Ticket,
+        settings: ApiSettings,
+        owner: ReplyOwner,
+        *,
+        is_streamed: bool,
+        is_background: bool = False,
+    ) -> None:
+        """`is_background`: its client does not wait for it."""
         self.ticket = ticket
         self.is_streamed = is_streamed
+        self.is_background = is_background
         self.held_bytes = 0
         self.is_sent = False  # a connection took all of it
         self.acknowledgement: bytes | None = None  # see `Reply`; None also before it has begun
@@ -99,6 +113,11 @@ class KeptReply:
     def gives_way(self) -> bool:
         """Whether nothing is computed for it, and no client reads it."""
         return not self.is_read and not self.is_running
+
+    @property
+    def parts(self) -> list[bytes]:
+        """Of a complete one: its JSON, or its events."""
+        return self._content.whole or [event.data for event, _ in self._content.events]
 
     def postpone(self, begin: Callable[[], None]) -> None:
         """`begin` is called when a client reads it, or with `resume`."""
@@ -205,7 +224,7 @@ class KeptReply:
             self._expire_later()
 
     def _expire_later(self) -> None:
-        if self.is_running and self.acknowledgement is not None:
+        if self.is_running and self.is_background:
             return
         if self._readers == 0 and self._timer is None:
             loop = asyncio.get_running_loop()
@@ -232,6 +251,8 @@ class KeptReply:
             async with asyncio.timeout_at(until_s):
                 await self._take(reply)
             self._end(None)
+            if self.is_background:
+                self._owner.completed(self)
         except LlamaclustError as error:
             self._end(error)
         except TimeoutError:

@@ -47,12 +47,14 @@ class ReplyCache:
         self._held_bytes = 0
         self._ending = TaskSet()
 
-    def add(self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool) -> KeptReply:
+    def add(
+        self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool, is_background: bool = False
+    ) -> KeptReply:
         """HttpError where there is no room."""
         body_bytes = len(body) + (json_size(ticket.earlier.messages) if ticket.earlier.messages else 0)
         self._make_room(body_bytes)
         settings = replace(self._settings, resume_s=self.lifetimes.get(path, self._settings.resume_s))
-        kept = KeptReply(ticket, settings, self, is_streamed=is_streamed)
+        kept = KeptReply(ticket, settings, self, is_streamed=is_streamed, is_background=is_background)
         self._entries[ticket.id] = _Entry(kept, path, _digest(path, body), body_bytes)
         self._held_bytes += body_bytes
         for name in _names(ticket):
@@ -97,6 +99,11 @@ class ReplyCache:
     def expired(self, kept: KeptReply) -> None:
         """See `ReplyOwner`."""
         self._ending.start(self.forget(kept))
+
+    def completed(self, kept: KeptReply) -> None:
+        """See `ReplyOwner`. A later coordinator computes it again where its client asks for it."""
+        if self._journal is not None:
+            self._journal.completed(kept.ticket.id)
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
         """See `ReplyOwner`. Where all together are too much, complete ones that are not read give way, then the largest

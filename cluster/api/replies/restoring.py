@@ -92,7 +92,8 @@ class Restoring:
             earlier=EarlierChat(admission.earlier),
         )
         try:
-            kept = self._cache.add(ticket, admission.endpoint, admission.body, is_streamed=admission.is_streamed)
+            kind = {"is_streamed": admission.is_streamed, "is_background": admission.is_background}
+            kept = self._cache.add(ticket, admission.endpoint, admission.body, **kind)
         except HttpError as full:
             _log.warning("request %s is not restored: %s", ticket.id, full)
             journal.end(ticket.id)

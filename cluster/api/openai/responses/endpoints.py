@@ -25,7 +25,7 @@ from llamaclust.cluster.api.replies.reply import Position
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.ticket import Ticket, owner
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import unless_disconnected
+from llamaclust.cluster.api.sse import DONE, unless_disconnected
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ClusterStoppingError
@@ -142,6 +142,8 @@ class StoredResponses:
         items = stored.input_items if request.query_params.get("order") == "asc" else stored.input_items[::-1]
         after = request.query_params.get("after")
         place = next((place for place, item in enumerate(items) if item["id"] == after), -1)
+        if after is not None and place < 0:
+            raise HttpError(400, "bad_item_id", f"after: {after[:60]!r} is no item of this response", param="after")
         most = _number(request, "limit", _LISTED)
         if not 1 <= most <= _MOST_LISTED:
             raise HttpError(400, "bad_limit", f"limit: {most} is not within 1..{_MOST_LISTED}", param="limit")
@@ -153,9 +155,9 @@ class StoredResponses:
         return JsonResponse({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
 
     async def _events(self, request: Request) -> Response:
-        self._shown(request)
         kept = self._kept(request)
         if kept is None or not kept.is_streamed:
+            self._shown(request)
             raise HttpError(
                 400, "not_streamed", "only responses of background: true and stream: true can be streamed again"
             )
@@ -170,21 +172,32 @@ class StoredResponses:
         if stored is not None:
             return stored.response
         kept = self._kept(request)
-        if kept is None or kept.is_complete:  # too large for the store, or for as long as it is kept
+        if kept is None:
             raise self._not_found(request)
         kept.resume()
-        return _unended(kept, request.path_params["id"])
+        return _completed(kept) if kept.is_complete else _unended(kept, request.path_params["id"])
 
     def _kept(self, request: Request) -> KeptReply | None:
+        """The reply of a response in the background; others are kept too."""
         name = request.path_params["id"]
-        is_response = name.startswith(ID_PREFIX)  # other replies are kept too
-        return self._replies.cache.named(self._owner(request), name) if is_response else None
+        kept = self._replies.cache.named(self._owner(request), name) if name.startswith(ID_PREFIX) else None
+        return kept if kept is not None and kept.is_background else None
 
     def _owner(self, request: Request) -> str:
         return owner(request.headers, self._replies.settings.api_keys)
 
     def _not_found(self, request: Request) -> HttpError:
         return HttpError(404, "response_not_found", f"no response {request.path_params['id'][:60]!r} is stored here")
+
+
+def _completed(kept: KeptReply) -> dict[str, Any]:
+    """A response that the store has no room for any more."""
+    if not kept.is_streamed:
+        whole: dict[str, Any] = json.loads(b"".join(kept.parts))
+        return whole
+    ends = (part.partition(b"data: ")[2] for part in reversed(kept.parts) if part != DONE)
+    response: dict[str, Any] = json.loads(next(ends))["response"]
+    return response
 
 
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:

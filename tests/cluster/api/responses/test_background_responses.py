@@ -6,9 +6,11 @@ import asyncio
 from typing import Any
 
 import httpx
+import pytest
 
+from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.core.errors import WorkerError
-from support.clusters.served import ScriptedEngine, events_of, says
+from support.clusters.served import ScriptedEngine, events_of, says, until
 from support.clusters.tool_chats import served
 
 PATH = "/v1/responses"
@@ -93,3 +95,33 @@ async def test_a_background_stream_is_read_from_any_event_on() -> None:
         bad = await http.get(path, params={"stream": "true", "starting_after": "x"})
     assert again == events and rest == events[5:] and whole == events[-1]["response"]
     assert bad.status_code == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_that_the_store_lacks_is_kept_for_its_poller(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(ScriptedEngine(says("Yes."))) as http:
+        body = {"input": "A", "background": True, "stream": stream}
+        reply = await http.post(PATH, json=body)
+        created = events_of(reply.text)[0]["response"] if stream else reply.json()
+        path = f"{PATH}/{created['id']}"
+        stored = await until_ended(http, created["id"])
+        monkeypatch.setattr(ResponseStore, "get", lambda store, owner, response_id: None)
+        assert (await http.get(path)).json() == stored and stored["status"] == "completed"
+        again = await http.get(path, params={"stream": "true"})
+        assert again.status_code == (200 if stream else 400) and (not stream or again.text.count("Yes.") > 2)
+
+
+async def test_other_replies_are_no_responses_in_the_background() -> None:
+    engine = ScriptedEngine(says("Yes."))
+    engine.gate.clear()
+    async with served(engine) as http:
+        headers = {"Idempotency-Key": "one"}
+        posted = asyncio.create_task(http.post(PATH, json={"input": "A", "stream": True}, headers=headers))
+        await until(lambda: engine.running > 0)
+        path = f"{PATH}/resp_{engine.submitted[0].request_id}"
+        statuses = [(await http.get(path)).status_code, (await http.post(f"{path}/cancel")).status_code]
+        engine.gate.set()
+        assert (await posted).status_code == 200 and (await http.get(path)).json()["status"] == "completed"
+    assert statuses == [404, 404]

@@ -185,6 +185,8 @@ async def test_stored_responses_are_read_and_deleted() -> None:
         newest = (await http.get(f"{path}/input_items", params={"limit": 1})).json()
         rest = (await http.get(f"{path}/input_items", params={"after": newest["last_id"]})).json()
         assert newest["data"][0]["content"] == [{"type": "input_text", "text": "B"}] and newest["has_more"]
+        unknown = await http.get(f"{path}/input_items", params={"after": "none"})
+        assert unknown.status_code == 400 and unknown.json()["error"]["param"] == "after"
         assert rest["data"][0]["content"] == [{"type": "input_text", "text": "A"}] and not rest["has_more"]
         assert (await http.post(f"{path}/cancel")).status_code == 400
         assert (await http.delete(path)).json() == {"id": response["id"], "object": "response", "deleted": True}
@@ -218,12 +220,23 @@ def test_the_store_is_bounded() -> None:
     for name in "abc":
         store.put("", stored(name))
     assert store.get("", "a") is None and store.get("", "b") and store.get("", "c")
-    store.put("", stored("d", "x" * 240))
+    store.put("", stored("d", "x" * 150))
     assert store.get("", "b") is None and store.get("", "d")
     store.put("", stored("e", "x" * 400))
     assert store.get("", "e") is None and store.get("", "d")
     with pytest.raises(HttpError, match="not stored"):
         store.followed("other", "d")
+
+
+def test_an_owner_of_many_responses_does_not_displace_those_of_others() -> None:
+    store = ResponseStore(max_responses=3, max_bytes=2000)
+    store.put("mine", stored("a"))
+    for name in "bcde":
+        store.put("other", stored(name))
+    assert store.get("mine", "a") and store.get("other", "e") and store.get("other", "c") is None
+    for name in "fgh":
+        store.put("other", stored(name, "x" * 900))
+    assert store.get("mine", "a") and store.get("other", "h") and store.get("other", "f") is None
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -73,6 +73,17 @@ async def test_a_response_that_follows_another_is_computed_after_a_kill(tmp_path
     assert response["usage"]["input_tokens"] == undisturbed["usage"]["input_tokens"]
 
 
+async def test_a_complete_response_is_computed_after_a_kill_only_for_a_poller(tmp_path: Path) -> None:
+    async with served(tmp_path / "journal", KilledJournal) as server:
+        created = (await server.http.post(PATH, json=BODY)).json()
+        response = await until_ended(server.http, created["id"])
+    async with served(tmp_path / "journal") as server:
+        kept = server.replies.cache.named("", created["id"])
+        assert kept is not None and kept.gives_way and kept.is_background
+        again = await until_ended(server.http, created["id"])
+    assert again["status"] == response["status"] and text_of(again) == text_of(response)
+
+
 async def test_a_coordinator_that_ends_leaves_responses_to_the_next_one(tmp_path: Path) -> None:
     async with served(tmp_path / "journal") as server:
         server.pipeline.gate.clear()

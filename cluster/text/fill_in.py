@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -64,23 +65,31 @@ def _encoded(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: int) ->
     left = room - len(around)
     if gap.files is None or left <= 0:
         return around
-    return [*_files(tokenizer, tokens, gap.files, left)[-left:], *around]
+    return [*_files(tokenizer, tokens, gap.files, left), *around]
 
 
 def _files(tokenizer: Tokenizer, tokens: FillInTokens, files: tuple[OtherFile, ...], room: int) -> list[int]:
-    """`room`: tokens of which the last ones are used, so that longer texts need not be tokenized whole."""
-    ids: list[int] = []
-    if tokens.repository is not None:
-        ids += [tokens.repository, *_plain(tokenizer, _PROJECT)]
-    for file in files:
-        if tokens.file is None:
-            ids += _plain(tokenizer, _SNIPPET)
-        else:
-            ids += [tokens.file, *_plain(tokenizer, f"{file.name}\n")]
-        ids += _plain(tokenizer, file.text[-room * tokenizer.longest_word :])
+    """The last `room` tokens of all files, read from the end on: what has no room is not tokenized."""
+    parts: list[list[int]] = []
+    left = room
+    for mark, text in _file_parts(tokens, files):
+        part = [*mark, *_plain(tokenizer, text[-left * tokenizer.longest_word :])][-left:]
+        parts.append(part)
+        left -= len(part)
+        if left == 0:
+            break
+    return [token for part in reversed(parts) for token in part]
+
+
+def _file_parts(tokens: FillInTokens, files: tuple[OtherFile, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Tokens and the text behind them, the last ones first."""
     if tokens.file is not None:
-        ids += [tokens.file, *_plain(tokenizer, _THIS_FILE)]
-    return ids
+        yield (tokens.file,), _THIS_FILE
+    for file in reversed(files):
+        yield (), file.text
+        yield ((), _SNIPPET) if tokens.file is None else ((tokens.file,), f"{file.name}\n")
+    if tokens.repository is not None:
+        yield (tokens.repository,), _PROJECT
 
 
 def _plain(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -78,6 +78,20 @@ async def test_files_without_room_are_left_out_from_the_beginning(tokenizer: Tok
     assert len(tokenizer.encode(prompt, parse_special=True)) <= CONTEXT - 8
 
 
+async def test_what_has_no_room_is_not_tokenized(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    characters, encode = 0, Tokenizer.encode
+
+    def counted(made: Tokenizer, text: str, **more: bool) -> list[int]:
+        nonlocal characters
+        characters += len(text)
+        return encode(made, text, **more)
+
+    monkeypatch.setattr(type(tokenizer), "encode", counted)
+    files = [{"filename": "a" * 50_000, "text": "A" * 50_000} for _ in range(16)]
+    prompt = await prompt_of(tokenizer, input_extra=files)
+    assert prompt.startswith("AAA") and characters < 2 * CONTEXT * tokenizer.longest_word
+
+
 async def test_a_prefix_that_is_too_long_is_refused(tokenizer: Tokenizer) -> None:
     for length in (CONTEXT, 100 * CONTEXT):
         body = {"input_prefix": "#" * length, "input_suffix": ""}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llamaclust.cli import bench, cache, chaos, cluster, generate, worker
+from llamaclust.cli import bench, cache, chaos, cluster, generate, why, worker
 from llamaclust.cli.models import convert, model, quantize
 from llamaclust.cli.options import FileCommand, PlainCommand, PlainGroup
 from llamaclust.core.version import VERSION
@@ -71,7 +71,7 @@ _model = _group(
 _model.add_typer(_cache)
 _commands = (
     *(cluster.up, cluster.down, cluster.status, cluster.plan, cluster.drain, cluster.undrain, cluster.logs),
-    *(worker.worker, generate.generate, generate.chat, bench.bench, chaos.chaos),
+    *(why.why, worker.worker, generate.generate, generate.chat, bench.bench, chaos.chaos),
 )
 app = _group(
     "llamaclust",

@@ -81,6 +81,8 @@ def create_app(
     operations = Operations(service, engine, cluster_status, settings.defaults)
     for name in ("health", "live", "metrics", "cluster", "props", "slots"):
         _route(app, "GET", f"/{name}", disabled if name in settings.disabled else getattr(operations, name))
+    for path, handler in (("requests", operations.requests), ("requests/{request}", operations.waterfall)):
+        _route(app, "GET", f"/cluster/{path}", disabled if "cluster" in settings.disabled else handler)
     if pool is not None:
         workers = Workers(pool)
         for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):

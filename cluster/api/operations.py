@@ -1,4 +1,5 @@
-"""Endpoints for operators and tools: /health, /live, /metrics, /cluster, /props, /slots, /cluster/workers/NAME/..."""
+"""Endpoints for operators and tools: /health, /live, /metrics, /cluster, /cluster/requests, /props, /slots,
+/cluster/workers/NAME/..."""
 
 from __future__ import annotations
 
@@ -16,12 +17,16 @@ from llamaclust.cluster.api.llamacpp.schema import LlamaCppBody
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
 from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.cluster.engine.metrics import CONTENT_TYPE
+from llamaclust.cluster.engine.waterfall_json import matching, summary_json, waterfall_json
 from llamaclust.cluster.text.service import TextService
 from llamaclust.wire.control.messages import LogTail
 from llamaclust.wire.rpc.deadlines import deadline
 
 _DRAIN_S = 600.0
 """Layers are loaded elsewhere meanwhile; a repeated request waits on."""
+
+_MOST_SEQUENCES = 32
+"""Of one request, that are shown."""
 
 
 class DrainControl(Protocol):
@@ -109,6 +114,20 @@ class Operations:
 
     async def cluster(self, request: Request) -> Response:
         return JsonResponse(self._cluster_status())
+
+    async def requests(self, request: Request) -> Response:
+        """The requests that are open, and the last ones that ended, the oldest first."""
+        records = self._engine.waterfalls.records(time.monotonic_ns())
+        return JsonResponse({"requests": [summary_json(record) for record in records]})
+
+    async def waterfall(self, request: Request) -> Response:
+        """Where the time of a request went: each of its sequences, without any of its text."""
+        name = request.path_params["request"]
+        records = self._engine.waterfalls.records(time.monotonic_ns())
+        if not (found := matching(records, name)):
+            message = f"no request {name[:80]!r} is open or among the last {len(records)}"
+            raise HttpError(404, "request_not_found", message)
+        return JsonResponse({"requests": [waterfall_json(record) for record in found[-_MOST_SEQUENCES:]]})
 
     async def props(self, request: Request) -> Response:
         settings, tokenizer = self._service.settings, self._service.tokenizer

@@ -1,9 +1,10 @@
-"""Client of a running cluster's operations: status, drain, undrain, logs."""
+"""Client of a running cluster's operations: status, drain, undrain, logs, where the time of requests went."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -63,6 +64,16 @@ class ClusterApi:
         """(how many lines its process wrote before, the last ones)."""
         tail = self._request("GET", f"/cluster/workers/{worker}/log")
         return tail["before"], tail["lines"]
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Those that are open and the last ones that ended, the oldest first."""
+        found: list[dict[str, Any]] = self._request("GET", "/cluster/requests")["requests"]
+        return found
+
+    def waterfall(self, request: str) -> list[dict[str, Any]]:
+        """Of each sequence of a request, by its id or the first characters of that."""
+        found: list[dict[str, Any]] = self._request("GET", f"/cluster/requests/{quote(request, safe='')}")["requests"]
+        return found
 
     def _request(self, method: str, path: str, read_s: float = _ANSWER_S) -> dict[str, Any]:
         try:

@@ -15,6 +15,8 @@ from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import Pipeline
 from llamaclust.cluster.engine.request_stream import Mailbox, OpenRequests, RequestStream
 from llamaclust.cluster.engine.retirement import Retirement
+from llamaclust.cluster.engine.waterfall import ComputedMicrobatch
+from llamaclust.cluster.engine.waterfalls import Waterfalls
 from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
 from llamaclust.cluster.scheduler.scheduler import Counts, Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
@@ -68,7 +70,8 @@ class Engine:
     ) -> None:
         self.retirement: Retirement | None = None  # of the lane before the present one
         self.metrics = Metrics(pipeline.stages, lambda: self.counts, monotonic_ns)
-        self.requests = OpenRequests(self.metrics)
+        self.waterfalls = Waterfalls()
+        self.requests = OpenRequests(self.metrics, self.waterfalls)
         self.error: LlamaclustError | None = None  # why it is down or recovering
         self._phase = _Phase.RUNNING
         self._is_draining = False
@@ -161,7 +164,10 @@ class Engine:
             self._lose(lane, WorkerError(result.failure), result.number)
             return
         now_ns = monotonic_ns()
+        in_flight = lane.scheduler.in_flight
+        slices, sent_ns = in_flight.slices(result.number), in_flight.oldest_ns or now_ns
         updated = lane.scheduler.complete(result, now_ns)
+        self.waterfalls.computed(slices, ComputedMicrobatch.of(lane.workers, result.timings, sent_ns, now_ns))
         if self.retirement is not None:
             updated = self.retirement.receive(updated)
             self._advance_retirement()
@@ -199,6 +205,7 @@ class Engine:
         else:
             scheduler = old.scheduler
             scheduler.restart(settings, pipeline.epoch, stages)
+            self.waterfalls.resumed(monotonic_ns())
         self._lane = Lane(pipeline, scheduler, self, self._deadlines)
         self.metrics.restart(pipeline.stages)
         self._lane.start()
@@ -265,6 +272,7 @@ class Engine:
             self._lane.stop()
             self._end_retirement()
             self._phase = _Phase.LOST
+            self.waterfalls.lost(monotonic_ns())
             self.error = error
             self._on_lost(error)
 

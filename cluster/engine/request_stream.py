@@ -11,6 +11,7 @@ from time import monotonic_ns
 from typing import Self
 
 from llamaclust.cluster.engine.metrics import Metrics
+from llamaclust.cluster.engine.waterfalls import Waterfalls
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, Timings, TokenSampled
 from llamaclust.cluster.scheduler.sequences import Failed, Sequence, Update
 from llamaclust.core.errors import LlamaclustError, WorkerError
@@ -47,8 +48,9 @@ class Mailbox:
 class OpenRequests:
     """The mailboxes of an engine's requests that have not ended, by their sequences' keys."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, waterfalls: Waterfalls) -> None:
         self._metrics = metrics
+        self._waterfalls = waterfalls
         self._mailboxes: dict[int, Mailbox] = {}
         self._empty = asyncio.Event()
         self._empty.set()
@@ -63,6 +65,7 @@ class OpenRequests:
     def open(self, mailbox: Mailbox, timeout_s: float, expire: Callable[[], None]) -> None:
         mailbox.deadline = asyncio.get_running_loop().call_later(timeout_s, expire)
         self._mailboxes[mailbox.sequence.key] = mailbox
+        self._waterfalls.opened(mailbox.sequence)
         self._empty.clear()
 
     def sequence(self, key: int) -> Sequence:
@@ -91,6 +94,8 @@ class OpenRequests:
     def _close(self, key: int, reason: str, error: LlamaclustError | None = None) -> None:
         mailbox = self._mailboxes.pop(key)
         mailbox.close(error)
+        now_ns = monotonic_ns()
+        self._waterfalls.ended(key, str(reason), now_ns)
         timings = mailbox.sequence.timings()
         self._metrics.finished(reason, timings, is_restored=bool(mailbox.sequence.request.answered))
         if _log.isEnabledFor(logging.INFO):
@@ -101,7 +106,7 @@ class OpenRequests:
                 "prompt_tokens": timings.prompt_tokens,
                 "tokens": timings.generated_tokens,
                 "ttft_ms": round(timings.ttft_ms, 3),
-                "seconds": round((monotonic_ns() - sequence.arrived_ns) / 1e9, 3),
+                "seconds": round((now_ns - sequence.arrived_ns) / 1e9, 3),
             }
             _log.info("request ended%s", f": {error}" if error else "", extra=fields)
         if not self._mailboxes:

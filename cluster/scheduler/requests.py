@@ -38,6 +38,7 @@ class GenerationRequest:
     grammar: Grammar | None = None  # which the answer obeys
     with_logprobs: bool = False  # else tokens that the grammar forces are not computed one by one, and have logprob 0
     answered: tuple[RowResult, ...] = ()  # the answer's first tokens, known from an earlier run; without Mirostat
+    received_ns: int = field(default=0, compare=False)  # when its client's request came; 0: as it is submitted
 
     @property
     def looks_for_repetitions(self) -> bool:

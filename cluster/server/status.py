@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llamaclust.cluster.control.planning import in_order
 from llamaclust.cluster.engine.metrics import StageReport
 from llamaclust.cluster.engine.throughput import MeasuredSpeed
+from llamaclust.cluster.engine.waterfall_json import SHOWN_CHARACTERS
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.format import plan_json
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from llamaclust.cluster.server.coordinator import Cluster
 
 _MOST_LISTED = 64
-_ID_CHARACTERS = 8
 
 
 def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:
@@ -41,11 +41,10 @@ def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:
 
 
 def sequences_json(sequences: Sequence[ScheduledSequence], now_ns: int) -> list[dict[str, Any]]:
-    """Of requests that run or wait, the first ones. Ids are cut off: a whole one names a reply, which others could read
-    or end."""
+    """Of requests that run or wait, the first ones. Ids are cut off."""
     return [
         {
-            "id": sequence.request.request_id[:_ID_CHARACTERS],
+            "id": sequence.request.request_id[:SHOWN_CHARACTERS],
             "phase": sequence.phase.name.lower(),
             "prompt_tokens": sequence.prompt_length,
             "cached_tokens": sequence.cached_tokens or 0,

@@ -54,10 +54,13 @@ class CompletionRequest:
     with_logprobs: bool = False  # of each token; else those that the grammar forces have logprob 0
     reading: AnswerReading | None = None  # of a chat's answer
     answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
+    received_ns: int = field(default=0, compare=False)  # when the client's request came; 0: as it is submitted
 
-    def identified(self, request_id: str, group: str, seed: int, answered: Answered) -> CompletionRequest:
+    def identified(
+        self, request_id: str, group: str, seed: int, answered: Answered, *, received_ns: int = 0
+    ) -> CompletionRequest:
         """The same one under a name of its own, with a seed."""
-        return replace(self, request_id=request_id, group=group, seed=seed, answered=answered)
+        return replace(self, request_id=request_id, group=group, seed=seed, answered=answered, received_ns=received_ns)
 
     def check_text(self) -> None:
         """Raises ParameterError for a field that tokens no longer show; `validate` checks the others."""

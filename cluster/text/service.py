@@ -269,4 +269,5 @@ class TextService:
             group=request.group or request_id,
             grammar=request.grammar,
             with_logprobs=request.with_logprobs,
+            received_ns=request.received_ns,
         )

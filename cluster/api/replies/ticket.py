@@ -59,6 +59,7 @@ class Ticket:
     restoration: Restoration | None = None  # of a request that an earlier coordinator admitted
     constraint: Constraint = field(default_factory=Constraint)
     earlier: EarlierChat = field(default_factory=EarlierChat)
+    received_ns: int = field(default_factory=time.monotonic_ns)
 
     @classmethod
     def draw(cls, headers: Headers, api_keys: Sequence[str], journal: Journal | None) -> Ticket:
@@ -91,7 +92,7 @@ class Ticket:
         answered = {choice: rows for (of, choice), rows in self.answered.items() if of == prompt}
         seed = self.identity.seed if request.seed is None else request.seed
         name = self.id if prompt == 0 else f"{self.id}-p{prompt}"
-        return self.constraint.kept(request.identified(name, self.id, seed, answered))
+        return self.constraint.kept(request.identified(name, self.id, seed, answered, received_ns=self.received_ns))
 
     def recording(self, prompt: int, request: CompletionRequest) -> Record | None:
         """Takes the tokens of the completion into the journal, where tokens are all that it needs to go on."""

@@ -1,0 +1,100 @@
+"""`why`: where the time of a request went, in lines of 80 columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from typer import Argument
+
+from llamaclust.cli import terminal
+from llamaclust.cli.options import CaFile, Cluster, Endpoint, Json, KeyFile
+
+Request = Annotated[
+    str | None,
+    Argument(metavar="REQUEST", help="A request's id, or its first characters. Without it: a list of requests."),
+]
+_SINGULAR = {"tokens": "token", "microbatches": "microbatch"}
+Record = dict[str, Any]
+
+_LABEL, _BAR = 44, 19
+_SHOWN = 20
+"""Requests in the list."""
+_LEAST = 0.005
+"""Of a phase: smaller parts of it have no line."""
+
+
+def why(
+    request: Request = None,
+    cluster: Cluster = None,
+    as_json: Json = False,
+    endpoint: Endpoint = None,
+    api_key_file: KeyFile = None,
+    ca_file: CaFile = None,
+) -> None:
+    """Show where the time of a request went: waiting, prefill, decode, stages, links, recoveries."""
+    from llamaclust.cli.status import Watched
+
+    with Watched.find(cluster, endpoint, api_key_file, ca_file).api as api:
+        records = api.requests() if request is None else api.waterfall(request)
+    if as_json:
+        print(json.dumps({"requests": records}))
+        return
+    lines = _list(records) if request is None else (line for record in records for line in _waterfall(record))
+    for line in lines:
+        print(terminal.printable(line))
+
+
+def _list(records: list[Record]) -> Iterator[str]:
+    if not records:
+        yield "no request yet"
+    for record in records[-_SHOWN:]:
+        yield _head(record)
+
+
+def _head(record: Record) -> str:
+    cached = f" ({record['cached_tokens']} cached)" if record["cached_tokens"] else ""
+    tokens = f"{record['prompt_tokens']} prompt tokens{cached}, {record['generated_tokens']} generated"
+    return f"{record['id']}: {tokens}, {record['end'] or 'running'}, {_duration(record['seconds'])}"
+
+
+def _waterfall(record: Record) -> Iterator[str]:
+    """The phases one below the other, each with its parts."""
+    yield _head(record)
+    whole = max(record["seconds"], 1e-9)
+    for phase in record["phases"]:
+        count = f", {_count(phase, 'tokens')} in {_count(phase, 'microbatches')}" if "tokens" in phase else ""
+        line = _row(f"{phase['phase']}{count}", phase["seconds"], whole)
+        yield f"{line} |{_bar(phase['start'] / whole, phase['seconds'] / whole)}|"
+        for label, seconds in _parts(phase):
+            if seconds >= _LEAST * phase["seconds"]:
+                yield _row(f"  {label}", seconds, whole)
+
+
+def _count(phase: Record, what: str) -> str:
+    return f"{phase[what]} {what if phase[what] != 1 else _SINGULAR[what]}"
+
+
+def _parts(phase: Record) -> Iterator[tuple[str, float]]:
+    for stage in phase.get("stages", ()):
+        for part, label in (("compute", "compute"), ("queue", "other microbatches"), ("send", "send")):
+            yield f"{stage['worker']}: {label}", stage[part]
+    yield "links and coordinator", phase.get("links", 0.0)
+    yield "idle between microbatches", phase.get("idle", 0.0)
+
+
+def _row(label: str, seconds: float, whole: float) -> str:
+    name = label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}…"
+    return f"{name:<{_LABEL}}{_duration(seconds):>9}{seconds / whole:>5.0%}"
+
+
+def _bar(start: float, share: float) -> str:
+    """At least one mark, so that each phase is seen."""
+    begin = min(round(start * _BAR), _BAR - 1)
+    length = max(1, min(round(share * _BAR), _BAR - begin))
+    return f"{' ' * begin}{'#' * length}".ljust(_BAR)
+
+
+def _duration(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

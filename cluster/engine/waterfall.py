@@ -1,0 +1,139 @@
+"""Where a sequence's time went: phases one after another, those of computation divided among stages, links and idle
+time. Pure: times are arguments, of one monotonic clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from llamaclust.wire.microbatch.messages import Chunk, StageTiming
+
+PARTS = 3
+"""Times of a stage: compute, queue, wire."""
+
+_MERGED_FROM, _MOST = 32, 64
+"""A sequence that is interrupted again and again: from so many phases on, equal ones are merged; at most so many are
+kept."""
+
+
+class PhaseKind(StrEnum):
+    """What a sequence's time is spent on."""
+
+    PREPARATION = "preparation"  # chat template, tokens, grammar
+    WAITING = "waiting"  # for its turn, for KV memory, or for KV memory from disk
+    PREFILL = "prefill"
+    DECODE = "decode"
+    RECOMPUTATION = "recomputation"  # of tokens that were computed before a loss, a move or a preemption
+    RECOVERY = "recovery"  # from the loss of a worker to the next plan that serves
+
+
+_RECOMPUTATION, _PREFILL, _DECODE = PhaseKind.RECOMPUTATION, PhaseKind.PREFILL, PhaseKind.DECODE
+
+
+@dataclass(slots=True)
+class WaterfallPhase:
+    """Times are nanoseconds. `ns` is all of it; without computation there are no parts."""
+
+    kind: PhaseKind
+    start_ns: int
+    workers: tuple[str, ...] = ()
+    ns: int = 0
+    microbatches: int = 0
+    tokens: int = 0
+    idle_ns: int = 0  # nothing of the sequence was in flight
+    links_ns: int = 0  # between the stages, and in the coordinator
+    stages_ns: list[float] = field(default_factory=list)  # of each stage: compute, queue, wire
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedMicrobatch:
+    """A microbatch whose result is there."""
+
+    workers: tuple[str, ...]  # of its stages
+    sent_ns: int
+    done_ns: int
+    stages_ns: Sequence[float]  # of each stage: compute, queue, wire
+    measured_ns: int  # of all stages together
+
+    @classmethod
+    def of(
+        cls, workers: tuple[str, ...], timings: tuple[StageTiming, ...], sent_ns: int, done_ns: int
+    ) -> ComputedMicrobatch:
+        """Without timings of all stages, all of its time counts as the links'."""
+        if len(timings) != len(workers):
+            return cls((), sent_ns, done_ns, (), 0)
+        parts = tuple(ns for timing in timings for ns in (timing.compute_ns, timing.queue_ns, timing.wire_ns))
+        return cls(workers, sent_ns, done_ns, parts, sum(parts))
+
+
+class Waterfall:
+    """The phases of one sequence so far."""
+
+    __slots__ = ("_at_ns", "_prompt_length", "_reached", "phases", "start_ns")
+
+    def __init__(self, received_ns: int, arrived_ns: int, prompt_length: int) -> None:
+        """`received_ns`: when its client's request came; `arrived_ns`: when the sequence was submitted."""
+        self.start_ns = self._at_ns = min(received_ns, arrived_ns)
+        self.phases: deque[WaterfallPhase] = deque(maxlen=_MOST)
+        self._prompt_length = prompt_length
+        self._reached = 0  # tokens that were computed before
+        self.pass_until(arrived_ns, PhaseKind.PREPARATION)
+
+    def pass_until(self, now_ns: int, kind: PhaseKind | None = None) -> None:
+        """Time without computation; without a kind, a computation is idle for it, or the sequence waits."""
+        passed = now_ns - self._at_ns
+        if passed <= 0:
+            return
+        last = self.phases[-1] if self.phases else None
+        if kind is None and last is not None and last.microbatches:
+            last.idle_ns += passed
+        else:
+            last = self._phase(kind or PhaseKind.WAITING, ())
+        last.ns += passed
+        self._at_ns = now_ns
+
+    def add(self, microbatch: ComputedMicrobatch, chunk: Chunk) -> None:
+        """The time since the last one, in which a microbatch computed rows of the sequence. Where several were in
+        flight, they divide it: each counts from the end of the one before it."""
+        end = chunk.position + len(chunk.tokens)
+        kind = self._kind(chunk.position)
+        self._reached = max(self._reached, end)
+        if kind is not _DECODE and not self._continues(kind, microbatch.workers):
+            self.pass_until(microbatch.sent_ns, PhaseKind.WAITING)
+        phase, at_ns = self._phase(kind, microbatch.workers), self._at_ns
+        begun_ns = max(microbatch.sent_ns, at_ns)
+        spent, measured, parts = microbatch.done_ns - begun_ns, microbatch.measured_ns, microbatch.stages_ns
+        if measured > spent:
+            parts = [ns * spent / measured for ns in parts]
+        phase.stages_ns = [ns + more for ns, more in zip(phase.stages_ns, parts, strict=True)]
+        phase.links_ns += max(0, spent - measured)
+        phase.idle_ns += begun_ns - at_ns
+        phase.ns += microbatch.done_ns - at_ns
+        phase.microbatches += 1
+        phase.tokens += end - chunk.position
+        self._at_ns = microbatch.done_ns
+
+    def _kind(self, position: int) -> PhaseKind:
+        if position < self._reached:
+            return _RECOMPUTATION
+        return _PREFILL if position < self._prompt_length else _DECODE
+
+    def _continues(self, kind: PhaseKind, workers: tuple[str, ...]) -> bool:
+        if not self.phases:
+            return False
+        last = self.phases[-1]
+        return last.kind is kind and last.workers == workers
+
+    def _phase(self, kind: PhaseKind, workers: tuple[str, ...]) -> WaterfallPhase:
+        """The last phase, or a new one."""
+        if self._continues(kind, workers):
+            return self.phases[-1]
+        if len(self.phases) >= _MERGED_FROM:
+            for phase in reversed(self.phases):
+                if (phase.kind, phase.workers) == (kind, workers):
+                    return phase
+        phase = WaterfallPhase(kind, self._at_ns, workers, stages_ns=[0.0] * (PARTS * len(workers)))
+        self.phases.append(phase)
+        return phase

@@ -1,0 +1,59 @@
+"""Waterfalls as JSON, for `GET /cluster/requests`. Seconds; those of a phase's parts add up to the phase's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from llamaclust.cluster.engine.waterfall import PARTS, WaterfallPhase
+from llamaclust.cluster.engine.waterfalls import RequestRecord
+
+SHOWN_CHARACTERS = 8
+"""Of a request's id: a whole one names a reply, which others could read or end."""
+
+_ID = re.compile(r"[0-9a-f]{4,}")
+
+
+def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
+    """Those of a request, by its id, or the id of its reply, or the first characters: one for each of its sequences."""
+    found = _ID.findall(name)
+    beginning = max(found, key=len, default=name)
+    return [record for record in records if record.request_id.startswith(beginning)]
+
+
+def summary_json(record: RequestRecord) -> dict[str, Any]:
+    """A sequence without its phases."""
+    timings = record.timings
+    return {
+        "id": record.request_id[:SHOWN_CHARACTERS],
+        "end": record.end,
+        "seconds": record.seconds,
+        "prompt_tokens": timings.prompt_tokens,
+        "cached_tokens": timings.cached_tokens,
+        "generated_tokens": timings.generated_tokens,
+    }
+
+
+def waterfall_json(record: RequestRecord) -> dict[str, Any]:
+    """A sequence with its phases, which begin after `start` seconds."""
+    waterfall = record.waterfall
+    phases = [_phase(phase, waterfall.start_ns) for phase in waterfall.phases]
+    return {**summary_json(record), "phases": phases}
+
+
+def _phase(phase: WaterfallPhase, start_ns: int) -> dict[str, Any]:
+    times = {"phase": str(phase.kind), "start": (phase.start_ns - start_ns) / 1e9, "seconds": phase.ns / 1e9}
+    if not phase.microbatches:
+        return times
+    return times | {
+        "tokens": phase.tokens,
+        "microbatches": phase.microbatches,
+        "stages": [_stage(phase, index, worker) for index, worker in enumerate(phase.workers)],
+        "links": phase.links_ns / 1e9,
+        "idle": phase.idle_ns / 1e9,
+    }
+
+
+def _stage(phase: WaterfallPhase, index: int, worker: str) -> dict[str, Any]:
+    compute, queue, wire = (ns / 1e9 for ns in phase.stages_ns[PARTS * index : PARTS * (index + 1)])
+    return {"worker": worker, "compute": compute, "queue": queue, "send": wire}

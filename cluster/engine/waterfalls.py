@@ -1,0 +1,79 @@
+"""The waterfalls of an engine's requests: those that are open, and the last ones that ended. No text, no tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+
+from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, Waterfall
+from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.cluster.scheduler.sequences import Sequence, SequenceSlice
+
+_ENDED = 256
+"""Sequences that are kept after their end."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """What is known of a sequence's time."""
+
+    request_id: str
+    end: str | None  # a finish reason or `error`; None: it has not ended
+    seconds: float  # since its client's request came
+    timings: Timings
+    waterfall: Waterfall
+
+
+class Waterfalls:
+    """Of all lanes together. Time between a loss and the next pipeline is recovery."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[Sequence, Waterfall]] = {}  # by the sequence's key
+        self._ended: deque[RequestRecord] = deque(maxlen=_ENDED)
+        self._is_lost = False
+
+    def opened(self, sequence: Sequence) -> None:
+        received_ns = sequence.request.received_ns or sequence.arrived_ns
+        self._open[sequence.key] = sequence, Waterfall(received_ns, sequence.arrived_ns, sequence.prompt_length)
+
+    def ended(self, key: int, reason: str, now_ns: int) -> None:
+        sequence, waterfall = self._open.pop(key)
+        self._ended.append(self._record(sequence, waterfall, reason, now_ns))
+
+    def computed(self, slices: Iterable[SequenceSlice], microbatch: ComputedMicrobatch) -> None:
+        """The result of a microbatch of these slices is there."""
+        for taken in slices:
+            found = self._open.get(taken.sequence.key)
+            if found is not None:  # neither aborted nor a copy of another sequence
+                found[1].add(microbatch, taken.chunk)
+
+    def lost(self, now_ns: int) -> None:
+        """No pipeline computes from now on."""
+        self._pass_until(now_ns)
+        self._is_lost = True
+
+    def resumed(self, now_ns: int) -> None:
+        self._pass_until(now_ns)
+        self._is_lost = False
+
+    def records(self, now_ns: int) -> list[RequestRecord]:
+        """The oldest first, as of now."""
+        running = [
+            self._record(sequence, deepcopy(waterfall), None, now_ns) for sequence, waterfall in self._open.values()
+        ]
+        return [*self._ended, *running]
+
+    def _pass_until(self, now_ns: int) -> None:
+        for _, waterfall in self._open.values():
+            waterfall.pass_until(now_ns, self._idle_kind)
+
+    def _record(self, sequence: Sequence, waterfall: Waterfall, end: str | None, now_ns: int) -> RequestRecord:
+        waterfall.pass_until(now_ns, self._idle_kind)
+        seconds = (now_ns - waterfall.start_ns) / 1e9
+        return RequestRecord(sequence.request.request_id, end, seconds, sequence.timings(), waterfall)
+
+    @property
+    def _idle_kind(self) -> PhaseKind | None:
+        return PhaseKind.RECOVERY if self._is_lost else None

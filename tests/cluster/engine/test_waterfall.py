@@ -1,0 +1,126 @@
+"""Where the time of requests went: phases one after another, whose parts add up."""
+
+from __future__ import annotations
+
+import asyncio
+from math import fsum
+from time import monotonic_ns
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.request_stream import RequestStream
+from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, Waterfall
+from llamaclust.cluster.engine.waterfall_json import matching, waterfall_json
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.sequences import Sequence
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.wire.microbatch.messages import Chunk, StageTiming
+from support.clusters.fakes import VOCABULARY, FakePipeline
+from support.clusters.served import until
+
+SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=8, max_waiting=4)
+WORKERS = ("a", "b")
+
+
+def request(request_id: str = "abcd0123", length: int = 20, **fields: Any) -> GenerationRequest:
+    return GenerationRequest(request_id, tuple(range(1, length + 1)), max_new_tokens=12, **fields)
+
+
+def computed(sent_ns: int, done_ns: int, *stages: tuple[int, int, int]) -> ComputedMicrobatch:
+    """`stages`: compute, queue and wire of each."""
+    timings = tuple(StageTiming(queue, compute, wire, 1) for compute, queue, wire in stages)
+    return ComputedMicrobatch.of(WORKERS, timings, sent_ns, done_ns)
+
+
+def kinds(waterfall: Waterfall) -> list[tuple[str, int]]:
+    return [(str(phase.kind), phase.ns) for phase in waterfall.phases]
+
+
+async def read(stream: RequestStream) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_phases_follow_each_other_and_their_parts_add_up() -> None:
+    sequence = Sequence(1, request(), 12, 1000)
+    waterfall = Waterfall(400, 1000, 20)
+    first, second = sequence.take(16), sequence.take(4)
+    waterfall.add(computed(1500, 2500, (300, 100, 50), (200, 50, 100)), first.chunk)
+    waterfall.add(computed(1600, 2900, (600, 0, 0), (600, 0, 0)), second.chunk)  # sent before the first one was back
+    waterfall.add(computed(3000, 3600, (200, 0, 0), (100, 0, 0)), Chunk((5,), 20, (), 0))
+    assert kinds(waterfall) == [("preparation", 600), ("waiting", 500), ("prefill", 1400), ("decode", 700)]
+    prefill, decode = list(waterfall.phases)[2:]
+    assert (prefill.start_ns, prefill.tokens, prefill.microbatches, prefill.idle_ns) == (1500, 20, 2, 0)
+    assert prefill.stages_ns == [300 + 200, 100, 50, 200 + 200, 50, 100]  # 400 ns are divided as the second's 1200 were
+    assert prefill.links_ns == 200
+    assert (decode.idle_ns, decode.links_ns, decode.stages_ns) == (100, 300, [200, 0, 0, 100, 0, 0])
+
+
+def test_what_was_computed_before_is_computed_again() -> None:
+    sequence = Sequence(1, request(), 12, 0)
+    waterfall = Waterfall(0, 0, 20)
+    waterfall.add(computed(0, 10), sequence.take(20).chunk)
+    waterfall.pass_until(15)
+    waterfall.pass_until(100, PhaseKind.RECOVERY)
+    sequence.restart()
+    waterfall.add(computed(110, 130), sequence.take(20).chunk)
+    waterfall.pass_until(140)
+    assert kinds(waterfall) == [("prefill", 15), ("recovery", 85), ("waiting", 10), ("recomputation", 30)]
+
+
+def test_interruptions_without_end_are_few_phases() -> None:
+    waterfall = Waterfall(0, 0, 20)
+    for at in range(0, 10_000, 20):
+        waterfall.pass_until(at + 10, PhaseKind.RECOVERY)
+        waterfall.pass_until(at + 20, PhaseKind.WAITING)
+    assert len(waterfall.phases) <= 64 and sum(phase.ns for phase in waterfall.phases) == 10_000
+
+
+async def test_requests_of_an_engine_are_known_while_they_run_and_afterwards() -> None:
+    pipeline = FakePipeline(SETTINGS.kv_blocks)
+    async with asyncio.timeout(30), Engine(pipeline, SETTINGS) as engine:
+        pipeline.gate.clear()
+        stream = engine.submit(request(received_ns=monotonic_ns() - 1_000_000))
+        await pipeline.taken.wait()
+        (running,) = engine.waterfalls.records(monotonic_ns())
+        assert running.end is None and running.seconds > 0.001
+        pipeline.gate.set()
+        await read(stream)
+        await read(engine.submit(request("ffff4567")))
+        records = engine.waterfalls.records(monotonic_ns())
+    assert [(record.request_id, record.end) for record in records] == [("abcd0123", "length"), ("ffff4567", "length")]
+    for record in records:
+        shown = waterfall_json(record)
+        *_, prefill, decode = shown["phases"]
+        assert (prefill["phase"], decode["phase"], decode["tokens"]) == ("prefill", "decode", 11)
+        assert [stage["worker"] for stage in decode["stages"]] == ["w0", "w1"]
+        assert fsum(phase["seconds"] for phase in shown["phases"]) == pytest.approx(record.seconds)
+        for phase in (prefill, decode):
+            stages = (stage[part] for stage in phase["stages"] for part in ("compute", "queue", "send"))
+            assert fsum((phase["links"], phase["idle"], *stages)) == pytest.approx(phase["seconds"])
+    assert shown["cached_tokens"] == 16 and prefill["tokens"] == 4
+    for name in ("ffff4567", "chatcmpl-ffff4567", "resp_ffff45", "ffff4567-1"):
+        assert matching(records, name) == records[1:]
+    assert matching(records, "none") == []
+
+
+async def test_a_loss_is_a_phase_of_the_requests_that_it_interrupts() -> None:
+    lost: list[LlamaclustError] = []
+    pipeline = FakePipeline(SETTINGS.kv_blocks)
+    async with asyncio.timeout(30), Engine(pipeline, SETTINGS, on_lost=lost.append) as engine:
+        stream = engine.submit(request())
+        for _ in range(3):
+            await anext(stream)
+        pipeline.lose(WorkerError("w1 is gone"))
+        await until(lambda: bool(lost))
+        engine.submit(request("ffff4567")).abort()
+        engine.resume(FakePipeline(SETTINGS.kv_blocks, stages=3), SETTINGS)
+        await read(stream)
+        during, whole = engine.waterfalls.records(monotonic_ns())
+    assert {phase.kind for phase in during.waterfall.phases} <= {PhaseKind.RECOVERY}
+    names = [str(phase.kind) for phase in whole.waterfall.phases if phase.kind is not PhaseKind.WAITING]
+    assert names == ["prefill", "decode", "recovery", "recomputation", "decode"]
+    assert [len(phase.workers) for phase in whole.waterfall.phases if phase.workers] == [2, 2, 3, 3]

@@ -104,13 +104,13 @@ def cluster_app(
     status: Callable[[], dict[str, Any]],
     pool: DrainControl | None = None,
     model_name: str = MODEL,
-    engine: ScriptedEngine | None = None,
+    engine: ScriptedEngine | Engine | None = None,
 ) -> FastAPI:
     """An app that says this of its cluster."""
     settings = TextSettings(model_name, CONTEXT, SETTINGS.max_sequences)
     spoken: Any = engine or ScriptedEngine(says("a"))
     service = TextService(spoken, tokenizer(), chat_template(), settings)
-    idle = Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
+    idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
     return create_app(service, Replies(ApiSettings()), idle, status, None, pool)
 
 

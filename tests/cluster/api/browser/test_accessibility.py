@@ -33,6 +33,17 @@ async def serious(page: Page) -> list[tuple[str, list[Any]]]:
     ]
 
 
+STAGE = {"worker": "a", "compute": 0.4, "queue": 0.1, "send": 0.1}
+PREFILL = {"tokens": 20, "microbatches": 2, "stages": [STAGE], "links": 0.1, "idle": 0.1}
+WATERFALL = {
+    **{"id": "aaaa", "end": None, "seconds": 1.0, "prompt_tokens": 20, "cached_tokens": 0, "generated_tokens": 1},
+    "phases": [
+        {"phase": "waiting", "start": 0.0, "seconds": 0.2},
+        {"phase": "prefill", "start": 0.2, "seconds": 0.8, **PREFILL},
+    ],
+}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_nothing_serious_is_found(browser: Browser, scheme: str) -> None:
     pytest.importorskip("axe_playwright_python", reason="axe-core comes with axe-playwright-python")
@@ -51,6 +62,11 @@ async def test_nothing_serious_is_found(browser: Browser, scheme: str) -> None:
         await page.get_by_role("link", name="Cluster").click()
         await page.locator(".picture .stage.ready").nth(1).wait_for()
         assert await serious(page) == []
+        await page.route("**/cluster/requests/aaaa", lambda route: route.fulfill(json={"requests": [WATERFALL]}))
+        await page.get_by_role("button", name="Time of request aaaa").click()
+        await page.get_by_text("a: compute").wait_for()
+        assert await serious(page) == []
+        await page.get_by_role("button", name="Close").click()
         lose(cluster, "b")
         await page.locator(".picture .stage.lost").wait_for()
         assert await serious(page) == []

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.wire.control.messages import LogTail
 from support.browser.chromium import opened
 from support.browser.cluster_states import bring_back, cluster_app, cluster_of, lose
 from support.clusters.command_line import command_line
-from support.clusters.served import serving
+from support.clusters.served import real_engine, serving
 from support.clusters.static_cluster import named
 from support.models.tiny_model import build_tiny_model
 
@@ -129,6 +130,32 @@ async def test_a_late_log_is_not_shown_as_that_of_another_worker(browser: Browse
             workers.log_of_a.set()
         await (await late.value).finished()
         assert "log of b" in await shown.inner_text()
+
+
+async def test_where_the_time_of_a_request_went_is_drawn(browser: Browser) -> None:
+    async with real_engine() as (engine, _):
+        cluster = cluster_of("a", "b")
+        request = GenerationRequest("aaaa5678", tuple(range(20)), 12)
+        assert [event async for event in engine.submit(request)]
+        app = cluster_app(lambda: cluster, engine=engine)
+        async with serving(app) as address, opened(browser, f"{address}/#cluster") as seen:
+            page = seen.page
+            ended = page.get_by_role("region", name="Ended requests")
+            await ended.get_by_text("aaaa5678").wait_for()
+            assert "length" in await ended.inner_text()
+            await ended.get_by_role("button", name="Time of request aaaa5678").click()
+            drawn = page.get_by_role("region", name="Waterfall")
+            await drawn.get_by_text("decode, 11 tokens, 11 microbatches").wait_for()
+            text = await drawn.inner_text()
+            assert "20 prompt tokens, 12 generated, length" in text and "w1: compute" in text
+            await page.get_by_role("button", name="Close").click()
+            running = page.get_by_role("region", name="Requests", exact=True)
+            await running.get_by_role("button", name="Time of request aaaa").click()
+            await drawn.get_by_text("decode, 11 tokens").wait_for()
+            await page.get_by_role("button", name="Close").click()
+            seen.check()
+            await running.get_by_role("button", name="Time of request bbbb").click()
+            await drawn.get_by_text("no request 'bbbb' is open").wait_for()
 
 
 async def test_a_killed_worker_of_a_real_cluster_is_seen(browser: Browser, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import { reasonOf, requestJson } from "../api.js";
 import { element, fill } from "../dom.js";
 import { changes } from "./changes.js";
+import { EndedCard } from "./ended_card.js";
 import { EventsCard } from "./events_card.js";
 import { FiguresCard } from "./figures.js";
 import { Picture } from "./picture.js";
 import { RequestsCard } from "./requests_card.js";
 import { viewState } from "./state.js";
+import { WaterfallDialog } from "./waterfall.js";
 import { WorkersTable } from "./workers.js";
 
 const PERIOD_MS = 500;
@@ -26,15 +28,17 @@ export class ClusterView {
   #picture = new Picture(this.#drawing);
   #figures = new FiguresCard();
   #events = new EventsCard();
-  #requests = new RequestsCard();
+  #waterfall = new WaterfallDialog();
+  #requests = new RequestsCard((id) => this.#waterfall.open(id));
+  #ended = new EndedCard((id) => this.#waterfall.open(id));
   #workers = new WorkersTable((message) => this.#fail(message));
 
   constructor() {
     const legend = ["weights", "kv", "workspace", "busy"].map((name) => element("span", { class: name }, name === "kv" ? "KV" : name));
     const pictured = element("section", { class: "card", "aria-label": "Picture" }, this.#drawing, element("div", { class: "legend" }, legend));
     const machines = element("section", { class: "card" }, element("h2", {}, "Machines"), this.#workers.node);
-    const cards = [this.#figures.node, pictured, machines, this.#requests.node, this.#events.node];
-    this.node = element("div", { class: "cluster" }, this.#notices, cards, this.#workers.log.node);
+    const cards = [this.#figures.node, pictured, machines, this.#requests.node, this.#ended.node, this.#events.node];
+    this.node = element("div", { class: "cluster" }, this.#notices, cards, this.#workers.log.node, this.#waterfall.node);
     setInterval(() => this.#read(), PERIOD_MS);
   }
 
@@ -49,6 +53,7 @@ export class ClusterView {
     const cluster = await this.#cluster();
     this.#isReading = false;
     if (cluster) this.#show({ at: performance.now(), cluster });
+    if (cluster) this.#ended.refresh();
   }
 
   /** Its state, null where there is none to be had. */

@@ -61,6 +61,25 @@ def test_status_of_a_cluster_at_an_address(line: CommandLine, cluster: Cluster) 
     assert none.code == 1 and "the cluster at http://127.0.0.1:9 does not answer" in none.error
 
 
+def test_why_shows_where_the_time_of_a_request_went(line: CommandLine, cluster: Cluster) -> None:
+    body = {"prompt": "the first word", "max_tokens": 20, "ignore_eos": True, "n": 2, "seed": 1}
+    reply = cluster.http.post("/v1/completions", json=body).json()
+    shown = line.run("why", reply["id"]).out.splitlines()
+    name = reply["id"].removeprefix("cmpl-")[:8]
+    heads = [text for text in shown if text.startswith(name)]
+    assert len(heads) == 2 and all("20 generated, length" in text for text in heads)
+    assert max(map(len, shown)) <= 80
+    decode = shown.index(next(text for text in shown if text.startswith("decode, 19 tokens in 19 microbatches")))
+    assert shown[decode].endswith("|") and "a: compute" in "".join(shown[decode:])
+    listed = line.run("why").out
+    assert listed.count(f"{name}: ") == 2
+    records = line.run("why", name, "--json", "--endpoint", cluster.api).json["requests"]
+    for record in records:
+        assert sum(phase["seconds"] for phase in record["phases"]) == pytest.approx(record["seconds"])
+    unknown = line.run("why", "0000000000")
+    assert unknown.code == 2 and "no request '0000000000' is open" in unknown.error
+
+
 def test_watched_in_a_pipe_it_is_a_line_a_second(line: CommandLine, cluster: Cluster) -> None:
     watching = line.start("status", "--watch")
     lines = printed(watching, 2)

@@ -46,7 +46,7 @@ export class EndedCard {
 
   #row({ id, end, seconds, prompt_tokens: prompt, cached_tokens: cached, generated_tokens: generated }) {
     const why = button("Time", () => this.#onWhy(id), { "aria-label": `Time of request ${id}` });
-    const cells = [end, cached ? `${prompt} (${cached} cached)` : prompt, generated, milliseconds(1000 * seconds), why];
+    const cells = [end, cached ? `${prompt} (${cached} cached)` : prompt, generated, milliseconds(1000 * seconds), element("div", { class: "actions" }, why)];
     return element("tr", {}, element("th", { scope: "row", class: "mono" }, id), cells.map((cell) => element("td", {}, cell)));
   }
 }

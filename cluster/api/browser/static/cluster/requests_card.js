@@ -52,7 +52,7 @@ class RequestRow {
   constructor(id, onWhy) {
     const why = button("Time", () => onWhy(id), { "aria-label": `Time of request ${id}` });
     fill(this.#cells[1], this.#progress, " ", this.#prompt);
-    this.node = element("tr", {}, element("th", { scope: "row", class: "mono" }, id), this.#cells, element("td", {}, why));
+    this.node = element("tr", {}, element("th", { scope: "row", class: "mono" }, id), this.#cells, element("td", {}, element("div", { class: "actions" }, why)));
   }
 
   update({ phase, prompt_tokens: prompt, computed_tokens: computed, generated_tokens: generated, max_new_tokens: most, age_s: age }) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from time import thread_time_ns
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits
@@ -11,6 +12,9 @@ from llamaclust.core.errors import RequestError
 from llamaclust.core.sampling import AllowedTokens, Grammar
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+
+BUILD_NS = 1_000_000_000
+"""Of a processor, to compile a grammar and take in the tokens of before; both are a fraction of that as a rule."""
 
 
 def limits() -> LLParserLimits:
@@ -35,16 +39,28 @@ def one_line(message: str, most: int = 400) -> str:
 
 class GrammarMatcher:
     """The state of one answer. Methods raise RequestError where the grammar cannot be followed; they release the GIL
-    while they work. One thread at a time."""
+    while they work. One thread at a time.
+
+    llguidance limits what its lexer may use up between two sets of allowed tokens. These are seldom computed, so where
+    that is used up, the matcher is built again and computes them at each token.
+    """
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary) -> None:
-        self.position = 0  # tokens taken in
+        self.is_costly = False  # computes the allowed tokens at each token
+        self._grammar = grammar
         self._vocabulary = vocabulary
+        self._tokens: list[int] = []  # taken in
         self._native = LLMatcher(vocabulary.native, grammar.definition, log_level=0, limits=limits())
         self._check("the grammar cannot be used")
         self._ended = False
         self._has_choice = False  # `forced` found none that must come next
+        self._allowed: AllowedTokens | None = None  # as far as they are computed
         self._waiting = _Triggers(grammar.triggers, vocabulary) if grammar.triggers else None
+
+    @property
+    def position(self) -> int:
+        """Tokens taken in."""
+        return len(self._tokens)
 
     @property
     def is_free(self) -> bool:
@@ -57,29 +73,32 @@ class GrammarMatcher:
         return self._waiting is None and (self._ended or self._native.is_stopped())
 
     def take(self, tokens: Iterable[int]) -> None:
-        """The next tokens of the answer."""
-        self._has_choice = False
+        """The next tokens of the answer: sampled and forced ones."""
         for token in tokens:
-            self.position += 1
             if self._waiting is not None:
                 self._await_trigger(token)
             elif token in self._vocabulary.end_ids:
                 self._ended = True
-            elif not self._native.consume_token(token):
-                self._check(f"token {token} breaks the grammar")
+            elif not self._consumes(token):
+                self.allowed()  # where it fails, this says why
+                if not self._consumes(token):
+                    raise RequestError(f"token {token} breaks the grammar")
+            self._add(token)
 
-    def try_take(self, token: int) -> bool:
-        """Takes in a sampled token where `allowed` has it; whether it has. To know this of one token takes a fraction
-        of the time for all of them."""
+    def try_take(self, token: int) -> AllowedTokens | None:
+        """Takes in a sampled token, if it is allowed; else the tokens that are. To know this of one token takes a
+        fraction of the time for all."""
         if self._waiting is not None:
+            self._await_trigger(token)
+        elif not self._allows(token):
+            allowed = self.allowed()
+            assert allowed is not None, "the grammar rules"
+            if not allowed[token // 32] >> token % 32 & 1:
+                return allowed
             self.take((token,))
-            return True
-        if not self._allows(token):
-            self._check("the grammar became too complex")
-            return False
-        self.position += 1
-        self._has_choice = False
-        return True
+            return None
+        self._add(token)
+        return None
 
     def allowed(self) -> AllowedTokens | None:
         """The tokens that may come next; None: all."""
@@ -87,9 +106,14 @@ class GrammarMatcher:
             return None
         if self._ended:
             return self._end_only()
-        bits = self._native.compute_bitmask()
-        self._check("the grammar became too complex")
-        return np.frombuffer(bits, np.uint32)[: self._vocabulary.mask_words]
+        if self._allowed is None:
+            bits = self._native.compute_bitmask()
+            if self._native.is_error() and not self.is_costly:
+                self._build_again()
+                bits = self._native.compute_bitmask()
+            self._check("the grammar became too complex")
+            self._allowed = np.frombuffer(bits, np.uint32)[: self._vocabulary.mask_words]
+        return self._allowed
 
     def forced(self) -> list[int]:
         """Tokens that must come next, and takes them in: at each of them, nothing else is allowed."""
@@ -104,6 +128,10 @@ class GrammarMatcher:
             tokens.append(following[0])
         return tokens
 
+    def _add(self, token: int) -> None:
+        self._tokens.append(token)
+        self._has_choice, self._allowed = False, None
+
     def _allows(self, token: int) -> bool:
         """Whether a token may come next, which is then taken in."""
         if self._ended:
@@ -114,7 +142,25 @@ class GrammarMatcher:
             return self._ended
         if (following and token != following[0]) or not self._vocabulary.words[token]:
             return False
+        return self._consumes(token)
+
+    def _consumes(self, token: int) -> bool:
+        if self.is_costly:
+            self.allowed()
         return self._native.try_consume_tokens([token]) == 1
+
+    def _build_again(self) -> None:
+        """The same state, computed with all allowed tokens."""
+        began_ns = thread_time_ns()
+        again = GrammarMatcher(self._grammar, self._vocabulary)
+        again.is_costly = self.is_costly = True
+        for token in self._tokens:
+            again.take((token,))
+            if thread_time_ns() - began_ns > BUILD_NS:
+                raise RequestError(
+                    f"the grammar became too complex: {self.position} tokens take more than {BUILD_NS / 1e9:g} s"
+                )
+        self._native, self._waiting, self._ended = again._native, again._waiting, again._ended
 
     def _end_only(self) -> AllowedTokens:
         bits = np.zeros(self._vocabulary.mask_words, np.uint32)

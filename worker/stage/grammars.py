@@ -19,14 +19,12 @@ from time import thread_time_ns
 
 from llamaclust.core.errors import LlamaclustError, ProtocolError, RequestError
 from llamaclust.core.sampling import AllowedTokens, GrammarRow, GrammarStart, RowResult, RowTask, SampleTask
-from llamaclust.model.grammars.matcher import GrammarMatcher
+from llamaclust.model.grammars.matcher import BUILD_NS, GrammarMatcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.wire.microbatch.messages import SamplingInputs
 
 _READY_S = 60.0
 """Grammars are small enough for a fraction of a second: this is for a machine that is very busy."""
-_START_NS = 1_000_000_000
-"""Of a processor, to compile a grammar and take in the tokens of before; both are a fraction of that as a rule."""
 _TOKEN_NS = 100_000_000
 """Of a processor, for one token; large schemas take a tenth of that."""
 _STEP_NS = 200_000_000
@@ -55,7 +53,6 @@ class _Answer:
         self.failure: str | None = None  # why the grammar cannot be followed
         self.forced: list[int] = []  # the newest tokens of the matcher: those that had to follow
         self._matcher: GrammarMatcher | None = None
-        self._first: AllowedTokens | None = None  # what the first row may choose
         self._is_refused = False  # the row's token: it is sampled again
         self._may_force = False  # tokens that must follow the row's are wanted with it
         self._expected_ns = 0  # of the next token, by those before
@@ -69,14 +66,14 @@ class _Answer:
         matcher = self._matcher = GrammarMatcher(start.grammar, vocabulary)
         for place in range(0, len(start.tokens), _TOKENS_AT_ONCE):
             matcher.take(start.tokens[place : place + _TOKENS_AT_ONCE])
-            if thread_time_ns() - began_ns > _START_NS:
-                raise RequestError(f"the grammar is too complex: its start takes more than {_START_NS / 1e9:g} s")
+            if thread_time_ns() - began_ns > BUILD_NS:
+                raise RequestError(f"the grammar is too complex: its start takes more than {BUILD_NS / 1e9:g} s")
             if self.failure is not None:  # it was late
                 return
         if may_force and not start.tokens:
             self.forced = matcher.forced()
         if not self.forced:
-            self._first = matcher.allowed()
+            matcher.allowed()  # mostly wanted for the first row
 
     def begin(self, row: GrammarRow) -> None:
         """The row that is sampled now. ProtocolError for one at another place. A row that was sent before its
@@ -112,28 +109,28 @@ class _Answer:
         if time.is_over(self._expected_ns):
             self.failure = f"the grammar is too ambiguous: a step's rows take more than {_STEP_NS // 1_000_000} ms"
             return None
-        began_ns, allowed = thread_time_ns(), None
+        assert self._matcher is not None, "it is ready"
+        began_ns, allowed, was_costly = thread_time_ns(), None, self._matcher.is_costly
         try:
-            allowed = self._take(token)
+            allowed = self._take(self._matcher, token)
         except Exception as error:  # noqa: BLE001  a border: one answer fails
             self.failure = _failure(error)
         taken_ns = thread_time_ns() - began_ns
         time.left_ns -= taken_ns
         self._expected_ns = max(taken_ns, self._expected_ns // 2)
-        if taken_ns > _TOKEN_NS and self.failure is None:
+        is_built_again = self._matcher.is_costly and not was_costly
+        if taken_ns > _TOKEN_NS and self.failure is None and not is_built_again:
             self.failure = f"the grammar is too ambiguous: one token takes more than {_TOKEN_NS // 1_000_000} ms"
             return None
         return allowed
 
-    def _take(self, token: int) -> AllowedTokens | None:
-        matcher = self._matcher
-        assert matcher is not None, "it is ready"
+    def _take(self, matcher: GrammarMatcher, token: int) -> AllowedTokens | None:
         if self._is_refused:
             matcher.take((token,))
-        elif not matcher.try_take(token):
+        elif (allowed := matcher.try_take(token)) is not None:
             self._is_refused = True
-            return matcher.allowed() if self._first is None else self._first
-        self._is_refused, self._first = False, None
+            return allowed
+        self._is_refused = False
         self.forced = matcher.forced() if self._may_force else []
         return None
 

@@ -82,11 +82,30 @@ def test_exactly_the_allowed_tokens_are_taken_in(seed: int, vocabulary: GrammarV
         matcher.take(tokens[:place])
         if matcher.forced():
             sets[place] = token_set(matcher.allowed())
-        taken = {token for token in range(len(vocabulary.words)) if _copy(matcher).try_take(token)}
+        taken = {token for token in range(len(vocabulary.words)) if _copy(matcher).try_take(token) is None}
         assert taken == sets[place], f"after {tokens[:place]}"
         refusing = _copy(matcher)
-        assert not any(refusing.try_take(token) for token in range(len(vocabulary.words)) if token not in taken)
+        for token in set(range(len(vocabulary.words))) - taken:
+            refused = refusing.try_take(token)
+            assert refused is not None and token_set(refused) == taken
         assert token_set(refusing.allowed()) == taken and refusing.position == matcher.position, "nothing has changed"
+
+
+def test_a_grammar_too_costly_without_its_allowed_tokens_is_followed_with_them() -> None:
+    """llguidance's limit is for what its lexer uses up since it last computed them."""
+    words = [*(bytes([byte]) for byte in range(256)), b"\xff<end>"]
+    vocabulary = GrammarVocabulary(words, [256], lambda text: [*text.encode()])
+    schema = {"type": "string", "pattern": r"^(?:\S+\s+){0,29}\S+$", "maxLength": 400}
+    grammar = definitions.of_schema(schema, "json_schema")
+    text = b'"the quick brown fox jumps over the lazy dog again and again, and once more"'
+    seldom, always, again = (GrammarMatcher(grammar, vocabulary) for _ in range(3))
+    seldom.allowed()
+    for token in text:
+        assert always.try_take(token) is None and seldom.try_take(token) is None
+        allowed = token_set(always.allowed())
+    again.take(text)
+    assert seldom.is_costly and not always.is_costly
+    assert token_set(seldom.allowed()) == token_set(again.allowed()) == allowed == {256}
 
 
 def _copy(matcher: GrammarMatcher) -> GrammarMatcher:

@@ -132,14 +132,16 @@ class Restoring:
 
     async def _begin(self, restored: _Restored) -> None:
         kept, admission = restored.kept, restored.request.admission
+        endpoint = self._endpoints.get(admission.endpoint)
+        if endpoint is None:
+            kept.fail(WorkerError(f"the endpoint {admission.endpoint} is not there any more"))
+            return
         end_s = asyncio.get_running_loop().time() + admission.left_s(Instant.now())
         try:
-            reply = await self._endpoints[admission.endpoint](admission.body, kept.ticket)
+            reply = await endpoint(admission.body, kept.ticket)
             await kept.begin(reply, until_s=end_s)
         except LlamaclustError as error:
             kept.fail(error)
-        except KeyError:
-            kept.fail(WorkerError(f"the endpoint {admission.endpoint} is not there any more"))
         except Exception:  # noqa: BLE001  the others are restored all the same
             _log.exception("request %s is not restored", kept.ticket.id)
             kept.fail(WorkerError("the request could not be restored; the coordinator's log says more"))

@@ -64,6 +64,20 @@ def admission(number: int, body: str, *, endpoint: str = PATHS[0], is_streamed: 
     )
 
 
+async def test_a_mistake_of_an_endpoint_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*given: Any) -> None:
+        raise KeyError("a mistake of ours")
+
+    path = tmp_path / "journal"
+    await write_journal(path, admission(0, json.dumps(body_of(PATHS[0]))))
+    monkeypatch.setattr("llamaclust.cluster.api.openai.completions.parse_body", broken)
+    async with served(path) as server:
+        reply = await server.http.get(f"/v1/streams/{0:024x}")
+    assert "could not be restored" in reply.text and "a mistake of ours" in caplog.text
+
+
 async def test_restored_requests_that_are_refused_fail_alone(tmp_path: Path) -> None:
     path, good = tmp_path / "journal", json.dumps(body_of(PATHS[0]))
     bad = (admission(0, "no JSON"), admission(1, good, endpoint="/gone"), admission(2, '{"prompt": "x", "n": -1}'))

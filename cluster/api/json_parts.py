@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ _GROUP = 16
 """Items of an iterator that are encoded in one go; no other thread runs meanwhile."""
 _PART_BYTES = 1 << 16
 _VALUE_BYTES = 8
+_ENTRY_BYTES = 64
+"""Of JSON, which take about as long as a token."""
 
 _threads = ThreadPoolExecutor(2, thread_name_prefix="json")
 """Few: each waits for the interpreter beside the event loop, and more render no faster."""
@@ -110,3 +113,8 @@ class JsonParts(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         while self._parts:
             await send({"type": "http.response.body", "body": self._parts.popleft(), "more_body": True})
+
+
+async def rendered(value: Any) -> JsonParts:
+    """A value as a body."""
+    return JsonParts(await off_loop_if_large(partial(json_parts, value), json_size(value) // _ENTRY_BYTES))

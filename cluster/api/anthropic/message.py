@@ -39,7 +39,7 @@ class MessageShape:
         self._blocks = _StreamedBlocks(reply_id)
         self._tokens = 0
 
-    def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
+    async def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
         blocks = _whole_blocks(answer.events or (ContentText(answer.text),), self._reply_id)
         return self._message(
             blocks or [dict(_STARTS["text"])],

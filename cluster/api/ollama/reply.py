@@ -61,7 +61,7 @@ class OllamaShape:
         self._reader = PieceReader()
         self._tokens: list[int] = []
 
-    def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
+    async def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
         last = self._last(answer, self._reader.read(answer), answer.token_ids, stream)
         return {**last, **self._logprobs(answer)}
 

@@ -23,7 +23,7 @@ MakeRequest = Callable[[], Awaitable[CompletionRequest]]
 class AnswerShape(Protocol):
     """How an API shows an answer."""
 
-    def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
+    async def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
         """The JSON of a reply that is not streamed."""
         ...
 
@@ -70,7 +70,7 @@ class AnswerReply:
 
     async def whole(self) -> list[bytes]:
         (answer,) = await collect(self._stream)
-        value = self._shape.whole(answer, self._stream)
+        value = await self._shape.whole(answer, self._stream)
         return await off_loop_if_large(partial(json_parts, value), answer.entries)
 
     async def events(self) -> AsyncGenerator[Event | None, None]:

@@ -13,6 +13,7 @@ from llamaclust.cluster.api.body import parse_body, read_body
 from llamaclust.cluster.api.error_shapes import to_json
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.foreign_fields import RESPONSES
+from llamaclust.cluster.api.json_parts import rendered
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.responses.items import messages_of
 from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, ResponseHead, Status, cancelled, failed
@@ -109,7 +110,7 @@ class StoredResponses:
         number `starting_after`."""
         if request.query_params.get("stream", "false").lower() in ("true", "1"):
             return await self._events(request)
-        return JsonResponse(self._shown(request))
+        return await rendered(self._shown(request))
 
     async def cancel(self, request: Request) -> Response:
         """Ends a response that is computed in the background."""
@@ -122,7 +123,7 @@ class StoredResponses:
             response = cancelled(response)
             self._store.put(self._owner(request), StoredResponse(response, [], ()))
             await self._replies.cache.forget(kept)
-        return JsonResponse(response)
+        return await rendered(response)
 
     async def delete(self, request: Request) -> Response:
         """Ends a response that runs, and forgets it."""
@@ -152,7 +153,7 @@ class StoredResponses:
         ends = (
             {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
         )
-        return JsonResponse({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
+        return await rendered({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
 
     async def _events(self, request: Request) -> Response:
         kept = self._kept(request)

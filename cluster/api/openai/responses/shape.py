@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
+from llamaclust.cluster.api.json_parts import off_loop_if_large
 from llamaclust.cluster.api.openai.responses.items import Item, messages_of, with_ids
 from llamaclust.cluster.api.openai.responses.output import OutputItems, Shown
 from llamaclust.cluster.api.openai.responses.response import ResponseHead, end_status, shown_usage
@@ -16,6 +18,8 @@ from llamaclust.cluster.text.answer import Answer, TextChunk
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_COUNTED_CHARACTERS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +44,14 @@ class ResponseShape:
     def __init__(self, head: ResponseHead, reply_id: str, tokenizer: Tokenizer, storing: Storing | None) -> None:
         """`storing`: None for a response that is not stored."""
         self._head = head
-        self._tokenizer = tokenizer
         self._storing = storing
         self._items = OutputItems(reply_id)
         self._events = 0  # sent so far
         self._tokens = 0
-        self._thoughts: list[str] = []
+        self._reasoning = ReasoningCount(tokenizer)
 
-    def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
-        for _ in self._take(answer):
-            pass
+    async def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
+        await off_loop_if_large(partial(list, self._take(answer)), len(answer.rows))
         return self._ended(answer, answer.timings, stream)
 
     def events(self, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
@@ -67,15 +69,16 @@ class ResponseShape:
     def _take(self, part: TextChunk) -> Iterator[Shown]:
         events: Sequence[AnswerEvent] = part.events or (ContentText(part.text),)
         self._tokens += len(part.rows)
-        self._thoughts += [event.text for event in events if isinstance(event, ReasoningText)]
+        for event in events:
+            if isinstance(event, ReasoningText):
+                self._reasoning.add(event.text)
         yield from self._items.take(events)
         if part.finish_reason is not None:
             yield from self._items.end(end_status(part))
 
     def _ended(self, part: TextChunk, timings: Timings, stream: CompletionStream) -> dict[str, Any]:
         """The response, which is stored."""
-        thoughts = self._tokenizer.encode("".join(self._thoughts), add_special=False) if self._thoughts else []
-        reasoning_tokens = min(len(thoughts), self._tokens)
+        reasoning_tokens = min(self._reasoning.total(), self._tokens)
         usage = shown_usage(timings, len(stream.generation.prompt), self._tokens, reasoning_tokens)
         response = self._head.shown(end_status(part), self._items.items, usage)
         if self._storing is not None:
@@ -86,3 +89,27 @@ class ResponseShape:
         number = self._events
         self._events += 1
         return named_event(shown["type"], {**shown, "sequence_number": number})
+
+
+class ReasoningCount:
+    """About the tokens of an answer's reasoning: some characters at a time, so that the last event of a stream does not
+    wait for all. The same for any pieces of a text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._text = ""  # not counted yet
+        self._tokens = 0
+
+    def add(self, text: str) -> None:
+        self._text += text
+        whole = len(self._text) - len(self._text) % _COUNTED_CHARACTERS
+        for start in range(0, whole, _COUNTED_CHARACTERS):
+            self._tokens += self._count(self._text[start : start + _COUNTED_CHARACTERS])
+        self._text = self._text[whole:]
+
+    def total(self) -> int:
+        """No more text comes."""
+        return self._tokens + self._count(self._text)
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special=False)) if text else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,7 +14,10 @@ from openai import AsyncOpenAI, BadRequestError, DefaultAsyncHttpxClient, NotFou
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from llamaclust.cluster.api import json_parts as json_parts_module
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.openai.responses.output import OutputItems
+from llamaclust.cluster.api.openai.responses.shape import ReasoningCount
 from llamaclust.cluster.api.openai.responses.store import ResponseStore, StoredResponse
 from llamaclust.cluster.text import service as service_module
 from llamaclust.core.errors import WorkerError
@@ -209,6 +213,33 @@ async def test_responses_belong_to_a_key() -> None:
         path = f"{PATH}/{response['id']}"
         statuses = [(await http.get(path, headers=headers)).status_code for headers in (mine, other)]
     assert statuses == [200, 404]
+
+
+def test_tokens_of_reasoning_are_counted_alike_for_any_pieces() -> None:
+    text = "Hm, the cat sat. " * 300
+    counts = set()
+    for length in (1, 7, 1024, len(text)):
+        count = ReasoningCount(tokenizer())
+        for start in range(0, len(text), length):
+            count.add(text[start : start + length])
+        counts.add(count.total())
+    (tokens,) = counts
+    assert 0 <= tokens - len(tokenizer().encode(text, add_special=False)) <= len(text) // 1024
+
+
+async def test_a_large_response_is_made_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[int] = set()
+    take = OutputItems.take
+
+    def spied(items: OutputItems, events: Any) -> Any:
+        threads.add(threading.get_ident())
+        return take(items, events)
+
+    monkeypatch.setattr(OutputItems, "take", spied)
+    monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 3)
+    response = await response_of("<think>Hm.</think>Yes.")
+    assert threads and threading.get_ident() not in threads
+    assert response["usage"]["output_tokens_details"]["reasoning_tokens"] == 3
 
 
 def stored(name: str, text: str = "") -> StoredResponse:

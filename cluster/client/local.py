@@ -277,6 +277,7 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         max_batch_tokens=max_batch_tokens,
         max_outputs=_OUTPUTS,
         max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
+        embedding_length=model.hyperparameters.embedding_length,
         prefill_chunk=chunk,
         prefix_cache=settings.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,

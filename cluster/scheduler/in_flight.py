@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.sequences import SequenceSlice
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError
@@ -34,8 +35,9 @@ class _Sent:
 class InFlight:
     """The microbatches of one epoch, in order."""
 
-    def __init__(self, model_id: str, epoch: int, times: StageTimes) -> None:
-        self._model_id = model_id
+    def __init__(self, settings: SchedulerSettings, epoch: int, times: StageTimes) -> None:
+        self._model_id = settings.model_id
+        self._row_bytes = 4 * settings.embedding_length  # of a hidden state that comes back
         self._epoch = epoch
         self._times = times
         self._next_number = 0
@@ -106,8 +108,9 @@ class InFlight:
         if (found := len(result.rows)) != outputs:
             raise ProtocolError(f"microbatch {due.number} came back with {found} results instead of {outputs}")
         embedded, found = sum(taken.chunk.embedded_rows for taken in due.slices), len(result.embeddings)
-        if bool(found) != bool(embedded) or (embedded and found % (4 * embedded)):
-            raise ProtocolError(f"microbatch {due.number} came back with {found} bytes for {embedded} embedded rows")
+        if found != embedded * self._row_bytes:
+            rows = f"{embedded} embedded rows of {self._row_bytes} bytes"
+            raise ProtocolError(f"microbatch {due.number} came back with {found} bytes for {rows}")
         self._sent.popleft()
         if self._sent and self._sent[0].is_lookahead:
             self._sent[0].begun_ns = now_ns

@@ -56,6 +56,9 @@ _VISIBLE_WAITING = 8
 _MAX_FAILURES = 1
 """Rows of a sequence without a result before it fails."""
 
+_EMBEDDED_BYTES = 1 << 20
+"""Of a result's hidden states beside decode."""
+
 _SHARED, _SHARED_ROWS = 4, 32
 """While another pipeline runs on the same workers, prefill chunks are so many times shorter, have so many rows at most,
 since little is measured yet, and one is in flight: the other pipeline's decode may wait for it at each stage."""
@@ -111,7 +114,7 @@ class Scheduler:
         self.queues = SequenceQueues(KvMemory(settings), settings.max_sequences)
         self._split = DecodeSplit(self.times)
         self._sequences: dict[int, Sequence] = {}
-        self.in_flight = InFlight(settings.model_id, epoch, self.times)
+        self.in_flight = InFlight(settings, epoch, self.times)
         self.strikes = Strikes()
         self.is_shared = False  # whether another pipeline runs on the same workers
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
@@ -169,7 +172,7 @@ class Scheduler:
         self.settings = settings
         self.times = StageTimes(stages)
         self._split = DecodeSplit(self.times)
-        self.in_flight = InFlight(settings.model_id, epoch, self.times)
+        self.in_flight = InFlight(settings, epoch, self.times)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
     # -- sequences of other pipelines ------------------------------------------------------------------------------
@@ -337,8 +340,7 @@ class Scheduler:
         rows = self._prefill_rows(prefilling, decoding)
         outputs = self.settings.max_outputs - decoding
         scored = scored_rows(self.settings, self.times, decoding) if self.queues.decoding else outputs
-        embedded = self.settings.max_embedded_rows
-        batch = _PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored, embedded)
+        batch = _PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored, self._embedded_rows())
         half = batch.rows_left // 2
         while batch.rows_left > half and (shortest := self.queues.shortest(self.queues.prefilling)) is not None:
             if shortest.key in batch.slices or not batch.add(shortest, share=2):
@@ -351,6 +353,13 @@ class Scheduler:
         slices = list(batch.slices.values())
         self._computed_tokens += sum(len(taken.chunk.tokens) for taken in slices)
         return slices
+
+    def _embedded_rows(self) -> int:
+        """Tokens of others that decode wait on the link for the hidden states of the same result."""
+        settings = self.settings
+        if not self.queues.decoding or not settings.embedding_length:
+            return settings.max_embedded_rows
+        return min(settings.max_embedded_rows, max(1, _EMBEDDED_BYTES // (4 * settings.embedding_length)))
 
     def _prefill_rows(self, prefilling: list[Sequence], decoding: int) -> int:
         if self.settings.whole_prompts:

@@ -22,6 +22,7 @@ class SchedulerSettings:
     max_batch_tokens: int = 512  # of one microbatch; bounds the bytes of its hidden state on a link
     max_outputs: int = 64  # sampled and scored rows of one microbatch
     max_embedded_rows: int = 512  # rows of one microbatch whose hidden state comes back
+    embedding_length: int = 0  # channels of these; 0: none come back
     prefill_chunk: int | None = None  # prompt tokens of one microbatch, at most; None: by predicted time
     prefill_ms: float = 100.0  # predicted time of a microbatch with prefill on the slowest stage, at most
     prefill_alone_ms: float = 400.0  # the same without decode: larger chunks read the weights less often

@@ -16,6 +16,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.microbatch.messages import Microbatch, Result
 from support.clusters.fakes import (
     VOCABULARY,
+    WIDTH,
     FakeModel,
     FakeStages,
     Simulation,
@@ -27,7 +28,14 @@ from support.clusters.fakes import (
 from support.seed import SEED
 
 SETTINGS = SchedulerSettings(
-    "m", VOCABULARY, context_length=200, kv_blocks=60, max_sequences=6, max_waiting=64, max_embedded_rows=20
+    "m",
+    VOCABULARY,
+    context_length=200,
+    kv_blocks=60,
+    max_sequences=6,
+    max_waiting=64,
+    max_embedded_rows=20,
+    embedding_length=WIDTH,
 )
 
 
@@ -87,6 +95,19 @@ def test_a_result_has_so_many_rows_at_most() -> None:
     assert all(len(run.embedded(key)) == 70 for key in keys)
 
 
+def test_a_result_beside_decode_has_fewer_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamaclust.cluster.scheduler.scheduler._EMBEDDED_BYTES", 4 * WIDTH * 5)
+    run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))
+    decoding = run.add(GenerationRequest("r", (1, 2, 3), 30, seed=1))
+    while not run.rows(decoding):
+        run.step()
+    before = len(run.microbatches)
+    key = run.add(embedding(0, tuple(range(18))))
+    run.finish()
+    rows = [sum(chunk.embedded_rows for chunk in sent.microbatch.chunks) for sent in run.microbatches[before:]]
+    assert sum(rows) == 18 and max(rows) == 5 and len(run.embedded(key)) == 18
+
+
 def test_the_last_row_alone_finds_its_prefix_in_the_cache_and_all_rows_do_not() -> None:
     run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))
     prompt = tuple(range(64))
@@ -143,10 +164,10 @@ def test_hidden_states_that_are_not_finite_are_computed_again_once(damaged: int)
         assert run.updates[key] == [Failed("hidden states of tokens [0, 20) are not finite numbers")]
 
 
-@pytest.mark.parametrize("n_bytes", [0, 13, 4 * 9])
+@pytest.mark.parametrize("n_bytes", [0, 13, 4 * WIDTH * 9, 2 * 4 * WIDTH * 10])
 def test_a_result_with_other_bytes_than_rows_is_refused(n_bytes: int) -> None:
     run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))
     run.add(embedding(0, tuple(range(10))))
     run.send_all()
-    with pytest.raises(ProtocolError, match=f"{n_bytes} bytes for 10 embedded rows"):
+    with pytest.raises(ProtocolError, match=f"{n_bytes} bytes for 10 embedded rows of 16 bytes"):
         run.scheduler.complete(Result(1, 0, embeddings=bytes(n_bytes)), 1)

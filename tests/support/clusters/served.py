@@ -50,7 +50,9 @@ from support.models.tiny_tokenizers import byte_level
 VOCABULARY = 320
 CONTEXT = 200
 MODEL = "tiny"
-SETTINGS = SchedulerSettings(MODEL, VOCABULARY, CONTEXT, kv_blocks=200, max_sequences=8, max_waiting=64)
+SETTINGS = SchedulerSettings(
+    MODEL, VOCABULARY, CONTEXT, kv_blocks=200, max_sequences=8, max_waiting=64, embedding_length=WIDTH
+)
 
 END = VOCABULARY - 1  # <|im_end|>
 Script = Callable[[GenerationRequest], Sequence[int]]

@@ -76,9 +76,9 @@ class Engine:
         self._phase = _Phase.RUNNING
         self._is_draining = False
         self._on_lost = on_lost
-        self._deadlines = deadlines or EngineSettings()
+        self.deadlines = deadlines or EngineSettings()
         scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
-        self._lane = Lane(pipeline, scheduler, self, self._deadlines)
+        self._lane = Lane(pipeline, scheduler, self, self.deadlines)
         self._ended = scheduler.counts.totals  # of lanes before
 
     @property
@@ -139,7 +139,7 @@ class Engine:
             mailbox.put(TokenSampled(row))
         end = sequence.known_end
         if end is None:
-            self.requests.open(mailbox, self._deadlines.request_s, partial(self._expire, sequence.key))
+            self.requests.open(mailbox, self.deadlines.request_s, partial(self._expire, sequence.key))
             self._lane.arrived(sequence)
         else:
             mailbox.put(Finished(end, sequence.timings()))
@@ -188,7 +188,7 @@ class Engine:
                 return
 
     def _expire(self, key: int) -> None:
-        limit = f"the request took longer than {self._deadlines.request_s:g} s (timeouts.request)"
+        limit = f"the request took longer than {self.deadlines.request_s:g} s (timeouts.request)"
         self._abort(key, DeadlineError(limit))
 
     # -- lanes -----------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Engine:
             scheduler = old.scheduler
             scheduler.restart(settings, pipeline.epoch, stages)
             self.waterfalls.resumed(monotonic_ns())
-        self._lane = Lane(pipeline, scheduler, self, self._deadlines)
+        self._lane = Lane(pipeline, scheduler, self, self.deadlines)
         self.metrics.restart(pipeline.stages)
         self._lane.start()
         if self._phase is not _Phase.RUNNING:
@@ -214,7 +214,7 @@ class Engine:
             self.error = None
             return None
         self.retirement = retirement = Retirement(old, self._lane)
-        asyncio.get_running_loop().call_later(self._deadlines.retirement_s, self._hurry, retirement)
+        asyncio.get_running_loop().call_later(self.deadlines.retirement_s, self._hurry, retirement)
         self._advance_retirement()
         return retirement
 

@@ -13,9 +13,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbed
 from llamaclust.cluster.text.pooler import EUCLIDEAN, Float64, Pooler, Vector, normalized
 from llamaclust.core.errors import QueueFullError, WorkerError
 from llamaclust.model.pooling import Pooling
-
-_QUEUE_S = 120.0
-"""How long a later prompt waits for a place in a full queue."""
+from llamaclust.wire.rpc.deadlines import deadline
 
 _MOST_SUBMITTED = 16
 """Prompts of one request that wait or run together."""
@@ -50,14 +48,14 @@ class Embedder:
         """Embeddings in the order of the prompts. Cancellation and the first error end all of them.
 
         Raises ParameterError for a prompt that is empty, too long or has unknown ids; QueueFullError where the first
-        prompt has no place; WorkerError.
+        prompt has no place; WorkerError; DeadlineError where all together take longer than a request may.
         """
         group = secrets.token_hex(12)
         requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
         first = self._engine.submit(requests[0])
-        places = asyncio.Semaphore(_MOST_SUBMITTED)
+        places, limit_s = asyncio.Semaphore(_MOST_SUBMITTED), self._engine.deadlines.request_s
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with deadline("the request (timeouts.request)", limit_s), asyncio.TaskGroup() as tasks:
                 later = [tasks.create_task(self._run(places, request, options)) for request in requests[1:]]
                 head = tasks.create_task(_pooled(first, requests[0], options))
         except BaseExceptionGroup as errors:
@@ -69,15 +67,11 @@ class Embedder:
             return await _pooled(await self._submit(request), request, options)
 
     async def _submit(self, request: GenerationRequest) -> RequestStream:
-        """The request counts as accepted: where the queue is full it waits, though not for ever."""
-        clock = asyncio.get_running_loop().time
-        end = clock() + _QUEUE_S
+        """The request counts as accepted: where the queue is full it waits."""
         while True:
             try:
                 return self._engine.submit(request)
             except QueueFullError as full:
-                if clock() > end:
-                    raise
                 await asyncio.sleep(full.retry_after_s)
 
 

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+from llamaclust.cluster.engine.request_stream import RequestStream
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.pooler import Vector, normalized
+from llamaclust.core.errors import QueueFullError
 from support.clusters.fakes import hidden_state
 from support.clusters.served import CONTEXT, MODEL, client, ids, make_app, real_engine, serving, until
 
@@ -131,6 +134,21 @@ async def test_many_prompts_take_turns_in_a_full_queue() -> None:
     prompts = [[each % 90, 7] for each in range(150)]
     reply = await embed(input=prompts)
     assert [entry["embedding"] for entry in reply["data"]] == [unit(states(prompt)[-1]) for prompt in prompts]
+
+
+async def test_all_prompts_of_a_request_share_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the queue is full."""
+    async with real_engine(request_s=0.2) as (engine, _), client(make_app(engine)) as http:
+        submit = engine.submit
+
+        def full_after_one(request: GenerationRequest) -> RequestStream:
+            if request.request_id.endswith("-0"):
+                return submit(request)
+            raise QueueFullError("the queue is full", 0.01)
+
+        monkeypatch.setattr(engine, "submit", full_after_one)
+        reply = await http.post("/v1/embeddings", json={"input": [[1], [2]]})
+        assert reply.status_code == 504 and "timeouts.request" in reply.json()["error"]["message"]
 
 
 async def test_numbers_of_one_reply_and_of_all_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,7 @@ def chat(
     ] = [],  # noqa: B006  typer reads the default
     stats: Annotated[bool, Option("--stats", help="Tokens and speed after each answer.")] = False,
     color: Annotated[terminal.Color, Option("--color", metavar="WHEN", help="auto, on or off.")] = terminal.Color.AUTO,
+    commands: Annotated[bool, Option("--commands", help="Commands and @FILE in piped input, too.")] = False,
     max_tokens: Annotated[
         int | None, Option("-n", "--max-tokens", metavar="N", help="Maximum number of tokens of an answer.")
     ] = None,
@@ -142,7 +143,7 @@ def chat(
             conversation.load(file)
         if instruction is not None:
             conversation.set_system(instruction)
-        Chat(conversation, ChatSettings(uses_color(color), stats, file)).run()
+        Chat(conversation, ChatSettings(uses_color(color), stats, commands, file)).run()
 
 
 def _system_message(text: str | None, file: Path | None) -> str | None:

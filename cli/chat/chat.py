@@ -13,9 +13,11 @@ from llamaclust.cli import terminal
 from llamaclust.cli.chat.answer_screen import AnswerScreen
 from llamaclust.cli.chat.entries import Entries, Entry
 from llamaclust.cli.chat.inserted_files import with_files
+from llamaclust.cluster.client.conversation import is_conversation
 from llamaclust.cluster.client.session import ChatSession
 from llamaclust.cluster.client.types import ChunkStream
 from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.config.values import expand_home
 from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.core.errors import LlamaclustError, UsageError
 
@@ -45,6 +47,7 @@ class ChatSettings:
 
     is_colored: bool = False
     shows_stats: bool = False  # after each answer
+    takes_commands: bool = False  # of piped input, too
     file: Path | None = None  # has the conversation after each answer and command
 
 
@@ -71,7 +74,9 @@ class Chat:
     def run(self) -> None:
         """Until the end of the input or /exit. On a terminal an error ends a turn, else the chat."""
         is_terminal = sys.stdin.isatty()
-        entries = Entries(environment().state_dir / _HISTORY, is_colored=self._settings.is_colored)
+        settings = self._settings
+        history = environment().state_dir / _HISTORY
+        entries = Entries(history, is_colored=settings.is_colored, takes_commands=settings.takes_commands)
         if is_terminal:
             _print_notice("/help shows commands, Ctrl-D leaves")
         while True:
@@ -94,19 +99,24 @@ class Chat:
                 terminal.print_error(error)
 
     def take(self, entry: Entry) -> None:
-        """Answers a message, obeys a command. UsageError for a command that is not known."""
+        """Answers a message, runs a command. UsageError for a command that is not known."""
         name, _, rest = entry.text.partition(" ")
         if not entry.text:
             return
+        try:
+            self._act(entry, name, rest.strip())
+        finally:  # what came of an answer that failed
+            if self._settings.file is not None:
+                self._session.save(self._settings.file)
+
+    def _act(self, entry: Entry, name: str, rest: str) -> None:
         if entry.is_literal or not name.startswith("/"):
             text = terminal.argument(entry.text)
             self._show(self._session.send(text if entry.is_literal else with_files(text), stream=True))
         elif name in self._commands:
-            self._commands[name](rest.strip())
+            self._commands[name](rest)
         else:
             raise UsageError(f"unknown command {name}; try /help, or put a space before the line to send it as it is")
-        if self._settings.file is not None:
-            self._session.save(self._settings.file)
 
     def _show(self, chunks: ChunkStream) -> None:
         dropped = self._session.dropped_messages
@@ -149,7 +159,10 @@ class Chat:
         _print_notice(f"prompt: {prompt}; first token after {timings.ttft_ms:.0f} ms; answer: {answer}")
 
     def _save(self, name: str) -> None:
-        self._session.save(_given(name, "/save"))
+        path = Path(expand_home(_given(name, "/save")))
+        if path.is_file() and not is_conversation(path):
+            raise UsageError(f"/save: {name} exists and is no conversation; remove it, or give another name")
+        self._session.save(path)
         _print_notice(f"saved {len(self._session.messages)} messages to {name}")
 
     def _load(self, name: str) -> None:

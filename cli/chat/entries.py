@@ -29,9 +29,11 @@ class Entry:
 class Entries:
     """Entries from standard input. On a terminal, keys edit a line and bring back those of earlier chats."""
 
-    def __init__(self, history: Path, *, is_colored: bool) -> None:
-        """`history`: the file of earlier lines."""
+    def __init__(self, history: Path, *, is_colored: bool, takes_commands: bool) -> None:
+        """`history`: the file of earlier lines. Without `takes_commands`, those of a pipe are literal: others' text is
+        often piped."""
         self._is_terminal = sys.stdin.isatty()
+        self._is_literal = not (self._is_terminal or takes_commands)
         self._edits = self._is_terminal and sys.stdout.isatty()
         self._history: LineHistory | None = None
         if self._edits:
@@ -50,7 +52,7 @@ class Entries:
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
             lines.append(self._next("a message whose last line ends with a backslash"))
-        return Entry("\n".join(lines).strip())
+        return Entry("\n".join(lines).strip(), self._is_literal)
 
     def _quoted(self, first: str) -> str:
         lines = [first]

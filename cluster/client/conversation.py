@@ -166,6 +166,15 @@ class Turn:
         return {"role": "assistant", "content": "".join(self._text), **reasoning}
 
 
+def is_conversation(path: Path) -> bool:
+    """Whether `save` wrote this file."""
+    try:
+        _checked(read_json(path))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
 def _place(path: str | PathLike[str]) -> Path:
     """A link is followed: what it leads to is replaced. UsageError for what no file can have as its path."""
     try:

@@ -35,7 +35,7 @@ async def test_a_chat_through_a_pipe_remembers_saves_and_loads(tmp_path: Path) -
     saved = tmp_path / "chat.json"
     turns = f"Hello\n\n /not a command\n/save {saved}\n/clear\nNew\n/load {saved}\nMore\n/help\n/exit\nnever sent\n"
     async with scripted("Hi") as (url, engine):
-        ended = await command("chat", "--system", "Be brief.", "--endpoint", url, piped=turns.encode())
+        ended = await command("chat", "--commands", "--system", "Be brief.", "--endpoint", url, piped=turns.encode())
     sent = prompts(engine)
     assert (ended.code, ended.out) == (0, "Hi\n" * 4)
     assert "saved 5 messages" in ended.err and "loaded 5 messages" in ended.err and "/clear" in ended.err
@@ -45,6 +45,31 @@ async def test_a_chat_through_a_pipe_remembers_saves_and_loads(tmp_path: Path) -
     assert all("Be brief." in prompt for prompt in sent)
     assert ["Hello" in prompt for prompt in sent] == [True, True, False, True]
     assert "/not a command" in sent[3] and "New" not in sent[3]
+
+
+async def test_piped_text_is_sent_as_it_is(tmp_path: Path) -> None:
+    """It may be another's: it reads and writes no files."""
+    (tmp_path / "key").write_text("secret")
+    new = tmp_path / "new"
+    lines = [f"see @{tmp_path}/key", f"/save {new}", "/exit"]
+    async with scripted("Hi") as (url, engine):
+        ended = await command("chat", "--endpoint", url, piped="\n".join(lines).encode())
+    assert (ended.code, ended.out) == (0, "Hi\n" * 3), ended.err
+    assert all(line in prompt for line, prompt in zip(lines, prompts(engine), strict=True))
+    assert not new.is_file()
+
+
+def test_what_came_of_an_answer_that_fails_is_saved(tmp_path: Path) -> None:
+    def breaks(*_: object, **__: object) -> object:
+        session.messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "H"}]
+        raise LlamaclustError("the connection broke")
+
+    with Client("http://127.0.0.1:9") as client:
+        session, file = ChatSession(client), tmp_path / "chat.json"
+        session.send = breaks  # type: ignore[method-assign,assignment]
+        with pytest.raises(LlamaclustError, match="broke"):
+            Chat(session, ChatSettings(file=file)).take(Entry("Hello"))
+    assert len(json.loads(file.read_text())["messages"]) == 2
 
 
 async def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns() -> None:
@@ -67,7 +92,7 @@ async def test_a_message_longer_than_the_context_is_refused() -> None:
 async def test_commands_change_and_show_the_conversation() -> None:
     lines = "/system Be loud.\nHello\n/again\n/system\nMore\n/stats\n/undo\n/history\n/?\n/bye\n"
     async with scripted("Hi") as (url, engine):
-        ended = await command("chat", "--endpoint", url, piped=lines.encode())
+        ended = await command("chat", "--commands", "--endpoint", url, piped=lines.encode())
     sent = prompts(engine)
     assert (ended.code, ended.out) == (0, "Hi\n" * 3 + "user: Hello\nassistant: Hi\n")
     assert sent[0] == sent[1] and "Be loud." in sent[0] and "Be loud." not in sent[2]
@@ -90,7 +115,7 @@ async def test_messages_of_several_lines(tmp_path: Path) -> None:
     file.write_text("1\n2\n")
     lines = f'a \\\nb\n"""c\n@no file\n/exit"""\n"""\n d\n"""\n/history\nsee @"{file}", too\n'
     async with scripted("Hi") as (url, engine):
-        ended = await command("chat", "--endpoint", url, piped=lines.encode())
+        ended = await command("chat", "--commands", "--endpoint", url, piped=lines.encode())
     assert ended.code == 0, ended.err
     assert ended.out.splitlines()[3:-1] == [
         *("user: a ", "b", "assistant: Hi"),
@@ -171,6 +196,7 @@ async def test_reverse_prompts_and_stats() -> None:
         ("/save", "needs the name of a file"),
         ("/save /nonexistent/a/b", "cannot save"),
         ("/save /dev/null", "not a file"),
+        ("/save FILE", "exists and is no conversation"),
         ("/load /nonexistent", "cannot load"),
         ("/load FILE", "not a conversation"),
         ("see @/nonexistent", "@/nonexistent: No such file"),
@@ -180,7 +206,8 @@ async def test_mistakes_in_a_piped_chat_end_it(line: str, words: str, tmp_path: 
     other = tmp_path / "other.json"
     other.write_text('{"messages": [{"role": "judge", "content": "x"}]}')
     async with scripted("Hi") as (url, engine):
-        ended = await command("chat", "--endpoint", url, piped=f"{line.replace('FILE', str(other))}\nHello\n".encode())
+        piped = f"{line.replace('FILE', str(other))}\nHello\n".encode()
+        ended = await command("chat", "--commands", "--endpoint", url, piped=piped)
     assert (ended.code, ended.out, engine.submitted) == (2, "", [])
     assert words in ended.err and ended.err.count("\n") == 1
 

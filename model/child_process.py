@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from threading import Event, Timer
 from typing import Any, Final, TypeVar
 
+from llamaclust.core.errors import DeadlineError
 from llamaclust.model.child_frames import encoded
 
 _Result = TypeVar("_Result")
@@ -32,7 +33,7 @@ class ChildEndedError(Exception):
 
 
 class ChildKilledError(ChildEndedError):
-    """The child was killed from outside, not by what it computed."""
+    """The child was killed from outside, not by what it computed, or could not be started."""
 
 
 class ChildLateError(ChildEndedError):
@@ -73,8 +74,11 @@ class BoundedChild:
         return len(self._work)
 
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
-        """Calls `work` on the child's thread, where it may use `request`."""
-        future = self._thread.submit(work)
+        """Calls `work` on the child's thread, where it may use `request`. DeadlineError after `close`."""
+        try:
+            future = self._thread.submit(work)
+        except RuntimeError:
+            raise DeadlineError("the server is ending; try again") from None
         self._work.add(future)
         future.add_done_callback(self._work.discard)
         return future
@@ -112,13 +116,7 @@ class BoundedChild:
 
     def _start(self) -> subprocess.Popen[bytes]:
         first = encoded(self._program.first())
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-P", "-m", self._program.module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
-        )
+        self._process = process = self._popen()
         if self._is_stopped:  # `stop` may have seen no process
             process.kill()
         try:
@@ -131,6 +129,18 @@ class BoundedChild:
             raise ChildUnusableError(str(reply["error"]))
         self.first_reply, self.pid = reply, process.pid
         return process
+
+    def _popen(self) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", self._program.module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+            )
+        except OSError as error:  # as where no more processes may run
+            raise ChildKilledError(f"its process cannot be started: {error.strerror}") from error
 
     def _exchange(self, process: subprocess.Popen[bytes], frame: bytes, timeout_s: float) -> dict[str, Any]:
         """Sends a frame and waits for the reply."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llamaclust.core.errors import DeadlineError
 from llamaclust.model.child_process import (
     BoundedChild,
     ChildEndedError,
@@ -84,6 +87,21 @@ def test_a_request_is_repeated_after_a_kill_from_outside() -> None:
 def test_a_request_past_its_deadline_is_late_and_not_repeated() -> None:
     with child_of(wall_s=0.2) as child, pytest.raises(ChildLateError, match=r"within 0\.2 s"):
         asked(child, sleep=1)
+
+
+def test_a_child_that_cannot_be_started_and_a_closed_one_are_errors_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with child_of() as child:
+        with monkeypatch.context() as patched, pytest.raises(ChildKilledError, match="cannot be started: Resource"):
+            patched.setattr(subprocess, "Popen", refused)
+            asked(child, a=1)
+        assert asked(child, a=1) == {"a": 1}
+    with pytest.raises(DeadlineError, match="try again"):
+        asked(child, a=1)
 
 
 @pytest.mark.parametrize("first", [{"error": "no"}, {"exit": 1}])

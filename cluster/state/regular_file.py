@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,14 +47,15 @@ def read_text(path: Path, most_bytes: int) -> str:
 
 def write_regular(path: Path, text: str, *, is_synced: bool = True) -> None:
     """Writes a file of mode 0600 so that a reader sees the old text or the new, never a part; `is_synced`: also after a
-    power failure, and the new text once this returns.
+    power failure, and the new text once this returns. Processes of several machines may write it at once: in containers
+    all of them have the same id.
 
     OSError where it cannot be written, as on a full disk; nothing new stays then.
     """
-    temporary, data = path.with_name(f".{path.name}.{os.getpid()}"), text.encode()
+    data = text.encode()
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
     try:
-        temporary.unlink(missing_ok=True)  # of a process that was killed, or a link
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             if is_synced:

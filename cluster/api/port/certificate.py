@@ -61,7 +61,9 @@ class LoadedCertificate:
     @classmethod
     def of(cls, files: CertificateFiles) -> LoadedCertificate:
         """UsageError that names the file where one cannot be used, or they do not belong together."""
-        chain, key = _read(files.certificate), _read(files.key, is_private=True)
+        is_one_file = files.key == files.certificate
+        chain = _read(files.certificate, is_private=is_one_file)
+        key = chain if is_one_file else _read(files.key, is_private=True)
         try:
             certificate = x509.load_pem_x509_certificate(chain)
         except (ValueError, x509.InvalidVersion) as error:
@@ -69,7 +71,7 @@ class LoadedCertificate:
         _check_key(files, certificate, key)
         _check_time(files.certificate, certificate)
         try:
-            both = chain if files.key == files.certificate else key + b"\n" + chain
+            both = chain if is_one_file else key + b"\n" + chain
             context = server_context(both, ssl.TLSVersion.TLSv1_2)
         except OSError as error:
             reason = error.reason if isinstance(error, ssl.SSLError) else error

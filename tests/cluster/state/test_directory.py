@@ -12,6 +12,7 @@ import stat
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from llamaclust.cluster.state.directory import (
     write_profiles,
 )
 from llamaclust.cluster.state.processes import start_ticks
+from llamaclust.cluster.state.regular_file import write_regular
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.profile import DeviceProfile, Profile
 from support.clusters.command_line import eventually
@@ -173,6 +175,20 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_none(tmp_path: Path) -> No
             pass
     assert sorted(tmp_path.rglob("*")) == before
     assert read_profiles(tmp_path) == known
+
+
+def test_a_file_that_several_write_at_once_is_one_of_theirs(tmp_path: Path) -> None:
+    """As pods that share a volume, where each process has the same id."""
+    path, texts = tmp_path / "file", [letter * 50_000 for letter in "abcd"]
+
+    def write(text: str) -> None:
+        for _ in range(10):
+            write_regular(path, text, is_synced=False)
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        assert list(pool.map(write, texts)) == [None] * len(texts)
+    assert path.read_text() in texts and path.stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_standby_that_waits_is_seen(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def create_app(
     for name in ("health", "live", "metrics", "cluster", "props", "slots"):
         _route(app, "GET", f"/{name}", disabled if name in settings.disabled else getattr(operations, name))
     for path, handler in (("requests", operations.requests), ("requests/{request}", operations.waterfall)):
-        _route(app, "GET", f"/cluster/{path}", disabled if "cluster" in settings.disabled else handler)
+        _route(app, "GET", f"/cluster/{path}", handler)
     if pool is not None:
         workers = Workers(pool)
         for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):

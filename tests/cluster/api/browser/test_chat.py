@@ -119,6 +119,31 @@ async def test_history_is_kept_and_deleted(browser: Browser) -> None:
         seen.check()
 
 
+async def test_the_list_of_chats_reads_no_chat(browser: Browser) -> None:
+    """Of chats that the page's former version kept, too."""
+    listed = """async () => {
+      const former = indexedDB.deleteDatabase("llamaclust");
+      await new Promise((resolve) => former.addEventListener("success", resolve));
+      const opening = indexedDB.open("llamaclust", 1);
+      opening.onupgradeneeded = () => opening.result.createObjectStore("conversations", { keyPath: "id" });
+      await new Promise((resolve) => opening.addEventListener("success", resolve));
+      const store = opening.result.transaction("conversations", "readwrite").objectStore("conversations");
+      const chat = (id, updated) => ({ id, updated, title: `of ${id}`, messages: {} });
+      for (const kept of [chat("a", 1), chat("c", 3), chat("b", 2)]) store.put(kept);
+      await new Promise((resolve) => store.transaction.addEventListener("complete", resolve));
+      opening.result.close();
+      const { History } = await import("/browser/chat/history.js");
+      const history = await History.open();
+      await history.save(chat("d", 4));
+      const refuse = () => { throw new Error("a chat was read"); };
+      for (const read of ["get", "getAll", "openCursor"]) IDBObjectStore.prototype[read] = refuse;
+      return (await history.list()).map(({ id, title, updated }) => `${id} ${title} ${updated}`);
+    }"""
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        assert await seen.page.evaluate(listed) == ["d of d 4", "c of c 3", "b of b 2", "a of a 1"]
+        seen.check()
+
+
 async def test_reasoning_and_calls_are_shown(browser: Browser) -> None:
     call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city":'}}
     rest = {"index": 0, "function": {"arguments": '"Oslo"}'}}

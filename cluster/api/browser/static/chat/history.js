@@ -4,6 +4,8 @@ import { State, isFurther } from "./conversation.js";
 
 const NAME = "llamaclust";
 const STORE = "conversations";
+const VERSION = 2;
+const ENTRIES = "entries"; // an index of [updated, title]: conversations may be large, and are not read for a list
 
 /** What the browser cannot keep, without a database or without room, lasts as long as the page. */
 export class History {
@@ -27,9 +29,9 @@ export class History {
 
   /** `{id, title, updated}` of each, the newest first. */
   async list() {
-    const kept = this.#database ? await done(this.#store("readonly").getAll()) : [];
-    const all = new Map([...kept, ...this.#unsaved.values()].map((conversation) => [conversation.id, conversation]));
-    const entries = [...all.values()].map(({ id, title, updated }) => ({ id, title, updated }));
+    const kept = this.#database ? await entriesOf(this.#store("readonly")) : [];
+    const unsaved = [...this.#unsaved.values()].map(({ id, title, updated }) => ({ id, title, updated }));
+    const entries = [...new Map([...kept, ...unsaved].map((entry) => [entry.id, entry])).values()];
     return entries.sort((entry, other) => other.updated - entry.updated);
   }
 
@@ -83,10 +85,33 @@ export class History {
   }
 }
 
-function opened() {
-  const opening = indexedDB.open(NAME, 1);
-  opening.addEventListener("upgradeneeded", () => opening.result.createObjectStore(STORE, { keyPath: "id" }));
-  return done(opening);
+/** Rejected where another tab has an older version of the page. */
+async function opened() {
+  const opening = indexedDB.open(NAME, VERSION);
+  const blocked = new Promise((_, reject) => opening.addEventListener("blocked", () => reject(new Error("blocked"))));
+  opening.addEventListener("upgradeneeded", ({ oldVersion }) => {
+    const { result: database, transaction } = opening;
+    const store = oldVersion ? transaction.objectStore(STORE) : database.createObjectStore(STORE, { keyPath: "id" });
+    store.createIndex(ENTRIES, ["updated", "title"]);
+  });
+  const database = await Promise.race([done(opening), blocked]);
+  database.addEventListener("versionchange", () => database.close()); // lest this tab blocks a newer one
+  return database;
+}
+
+function entriesOf(store) {
+  const entries = [];
+  const reading = store.index(ENTRIES).openKeyCursor();
+  return new Promise((resolve, reject) => {
+    reading.addEventListener("error", () => reject(reading.error));
+    reading.addEventListener("success", () => {
+      const cursor = reading.result;
+      if (cursor === null) return resolve(entries);
+      const [updated, title] = cursor.key;
+      entries.push({ id: cursor.primaryKey, title, updated });
+      cursor.continue();
+    });
+  });
 }
 
 function done(work) {

@@ -1,7 +1,7 @@
 """Stands in for llama.cpp's `llama-server`: its command line becomes a cluster file, and `llamaclust up` runs that.
 
 LLAMACLUST_SUITE_MODEL is the model of all tests, in place of the one that they name. Flags without a counterpart are
-left out.
+left out. LLAMACLUST_SUITE_SERVER is a `llama-server` to run in place of a cluster, with that model.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ VALUES = {
 }  # fmt: skip
 """Flags that have a value."""
 
+MODEL_FLAGS = {"--hf-repo", "--hf-file", "--model", "--model-url"}
+
 DEFAULTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--temp": ("temperature", float),
     "--seed": ("seed", int),
@@ -41,6 +43,18 @@ def read_flags(arguments: list[str]) -> dict[str, str]:
     for flag in rest:
         flags[flag] = next(rest) if flag in VALUES else ""
     return flags
+
+
+def own_model(arguments: list[str]) -> list[str]:
+    """The arguments with the model of all tests in place of the one that they name."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for flag in rest:
+        if flag in MODEL_FLAGS:
+            next(rest)
+        else:
+            kept.append(flag)
+    return [*kept, "--model", os.environ["LLAMACLUST_SUITE_MODEL"]]
 
 
 def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
@@ -90,6 +104,8 @@ def main() -> None:
     if "--help" in sys.argv:
         print(f"usage: {Path(__file__).name} [flags of llama-server]\n\n{__doc__}")
         return
+    if server := os.environ.get("LLAMACLUST_SUITE_SERVER"):
+        os.execv(server, [server, *own_model(sys.argv[1:])])
     folder = Path(tempfile.mkdtemp(prefix="state-", dir=os.environ.get("LLAMACLUST_SUITE_FOLDER")))
     config = folder / "cluster.yaml"
     config.write_text(json.dumps(cluster_file(read_flags(sys.argv[1:]), folder)))

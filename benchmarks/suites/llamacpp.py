@@ -65,7 +65,7 @@ def prepare(source: Path, folder: Path) -> Path:
     return folder / TESTS
 
 
-def run(tests: Path, folder: Path, model: Path, arguments: list[str]) -> Path:
+def run(tests: Path, folder: Path, model: Path, server: Path | None, arguments: list[str]) -> Path:
     """Runs them; the JUnit file of their results."""
     report = folder / "results.xml"
     environment = os.environ | {
@@ -75,6 +75,8 @@ def run(tests: Path, folder: Path, model: Path, arguments: list[str]) -> Path:
         "PORT": str(_free_port()),
         "PYTHONPATH": os.pathsep.join([str(HERE.resolve()), os.environ.get("PYTHONPATH", "")]),
     }
+    if server is not None:
+        environment["LLAMACLUST_SUITE_SERVER"] = str(server.resolve())
     command = [
         sys.executable,
         "-m",
@@ -108,6 +110,7 @@ def main() -> None:
         "files", nargs="*", default=NO_MODEL_OF_THEIR_OWN.split(), help="names of test files, such as basic"
     )
     parser.add_argument("--source", type=Path, help="a checkout of llama.cpp")
+    parser.add_argument("--server", type=Path, help="a llama-server to test in place of a cluster, with the same model")
     parser.add_argument("-k", default="", help="as pytest's -k")
     options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="llamacpp-tests-") as name:
@@ -115,7 +118,8 @@ def main() -> None:
         source = options.source or fetch(folder)
         tests = prepare(source, folder)
         files = [f"unit/test_{name}.py" for name in options.files]
-        print_table(count(run(tests, folder, options.model, [*files, *(["-k", options.k] if options.k else [])])))
+        arguments = [*files, *(["-k", options.k] if options.k else [])]
+        print_table(count(run(tests, folder, options.model, options.server, arguments)))
 
 
 if __name__ == "__main__":

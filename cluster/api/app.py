@@ -21,6 +21,8 @@ from llamaclust.cluster.api.embeddings.endpoints import embedding_routes
 from llamaclust.cluster.api.errors import add_error_handlers
 from llamaclust.cluster.api.ignored import HEADER as IGNORED_HEADER
 from llamaclust.cluster.api.ignored import IgnoredFields
+from llamaclust.cluster.api.llamacpp.completions import Completions
+from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.routes import llamacpp_routes
 from llamaclust.cluster.api.ollama.routes import ollama_routes
 from llamaclust.cluster.api.openai.chat import ChatEndpoint
@@ -114,7 +116,10 @@ def _generating(service: TextService, settings: ApiSettings) -> Iterator[tuple[s
         ("", ModelNames(served, settings, any_by_default=True)),
     ):
         yield f"{prefix}/chat/completions", ChatEndpoint(service, settings, models).create, ChatBody
-        yield f"{prefix}/completions", CompletionEndpoint(service, settings, models).create, CompletionBody
+        completions: MakeReply = CompletionEndpoint(service, settings, models).create
+        if not prefix:
+            completions = Completions(completions, LlamaCppEndpoints(service, settings).complete).create
+        yield f"{prefix}/completions", completions, CompletionBody
     yield "/v1/messages", MessagesEndpoint(service, settings).create, MessagesBody
 
 

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from prometheus_client import generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
-from llamaclust.cluster.api.llamacpp.metrics import LlamaCppMetrics
+from llamaclust.cluster.api.llamacpp.metrics import llamacpp_metrics
 from llamaclust.cluster.api.llamacpp.schema import LlamaCppBody
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
 from llamaclust.cluster.engine.engine import Engine, EngineState
@@ -109,7 +108,7 @@ class Operations:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus: this program's metrics, and those that have names in llama.cpp."""
-        text = self._engine.metrics.render() + generate_latest(LlamaCppMetrics(self._engine))
+        text = self._engine.metrics.render() + llamacpp_metrics(self._engine)
         return Response(text, media_type=CONTENT_TYPE, headers={"Process-Start-Time-Unix": self._started_s})
 
     async def cluster(self, request: Request) -> Response:

@@ -52,6 +52,20 @@ class StageReport:
     tokens_per_s: float
 
 
+@dataclass(slots=True)
+class RequestSums:
+    """Over all requests that ended."""
+
+    prompt_s: float = 0.0  # from start to first token
+    answer_s: float = 0.0  # from first token to last
+    most_tokens: int = 0  # of one, prompt and answer
+
+    def add(self, timings: Timings) -> None:
+        self.prompt_s += max(0.0, timings.ttft_ms - timings.queue_ms) / 1e3
+        self.answer_s += (timings.generated_tokens - 1) / timings.decode_tok_s if timings.decode_tok_s else 0.0
+        self.most_tokens = max(self.most_tokens, timings.prompt_tokens + timings.generated_tokens)
+
+
 class _Mean:
     def __init__(self) -> None:
         self._ns = self._count = 0
@@ -115,6 +129,7 @@ class Metrics(Collector):
         self.recovery_s: deque[float] = deque(maxlen=_RECOVERIES)  # how long the last ones took
         self._meters = [_StageMeter(stage, clock_ns()) for stage in stages]
         self._speed = SpeedMeter(clock_ns())
+        self.sums = RequestSums()
         self._finished = Counter(
             "llamaclust_requests", "Requests that ended, by reason", ["finish_reason"], registry=self.registry
         )
@@ -164,6 +179,7 @@ class Metrics(Collector):
         if is_restored:
             return
         self._speed.finished(timings)
+        self.sums.add(timings)
         if timings.generated_tokens:
             self._histograms[_TTFT].observe(timings.ttft_ms / 1e3)
         if timings.decode_tok_s > 0:
@@ -173,6 +189,12 @@ class Metrics(Collector):
     def generated_tokens(self) -> int:
         """Sampled so far."""
         return int(next(iter(self._generated.collect())).samples[0].value)
+
+    @property
+    def mean_rows(self) -> float:
+        """Of a microbatch, since the plan."""
+        meters = self._meters[:1]
+        return sum(meter.rows for meter in meters) / max(1, sum(meter.microbatches for meter in meters))
 
     def stage_report(self) -> tuple[StageReport, ...]:
         """First stage first."""

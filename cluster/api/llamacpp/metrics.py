@@ -1,41 +1,56 @@
-"""The engine's metrics by llama.cpp's names, for its dashboards; those without a counterpart are left out."""
+"""The engine's metrics by llama.cpp's names, for its dashboards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from typing import NamedTuple
 
 from llamaclust.cluster.engine.engine import Engine
 
 
-class LlamaCppMetrics(Collector):
-    """Read at each scrape."""
+class _Metric(NamedTuple):
+    name: str
+    kind: str
+    text: str
+    value: float
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
 
-    def collect(self) -> Iterator[Metric]:
-        counts, metrics = self._engine.counts, self._engine.metrics
-        speed, stages = metrics.speed(), metrics.stage_report()
-        ttft_s, token_s = (speed.ttft_ms or 0) / 1e3, (speed.token_ms or 0) / 1e3
-        counters: dict[str, tuple[str, float]] = {
-            "prompt_tokens": ("Prompt tokens computed", counts.computed_tokens),
-            "prompt_tokens_cached": ("Prompt tokens found in the prefix cache", counts.cached_tokens),
-            "tokens_predicted": ("Tokens generated", metrics.generated_tokens),
-            "n_decode": ("Microbatches of the first stage since the plan", stages[0].microbatches if stages else 0),
-        }
-        gauges: dict[str, tuple[str, float]] = {
-            "prompt_tokens_seconds": (
-                "Prompt tokens a second before the first token of a request, median",
-                (speed.prompt_tokens or 0) / ttft_s if ttft_s else 0,
-            ),
-            "predicted_tokens_seconds": ("Tokens a second of a request, median", 1 / token_s if token_s else 0),
-            "requests_processing": ("Sequences being computed", counts.running),
-            "requests_deferred": ("Sequences that wait", counts.waiting),
-        }
-        for name, (text, value) in counters.items():
-            yield CounterMetricFamily(f"llamacpp:{name}", text, value)
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(f"llamacpp:{name}", text, value)
+def llamacpp_metrics(engine: Engine) -> bytes:
+    """In Prometheus' text format, by hand: two of the counters have names that its library refuses."""
+    lines = (
+        f"# HELP llamacpp:{name} {text}\n# TYPE llamacpp:{name} {kind}\nllamacpp:{name} {value}\n"
+        for name, kind, text, value in (*_counters(engine), *_gauges(engine))
+    )
+    return "".join(lines).encode()
+
+
+def _counters(engine: Engine) -> Iterator[_Metric]:
+    counts, metrics = engine.counts, engine.metrics
+    stages, sums = metrics.stage_report(), metrics.sums
+    for name, text, value in (
+        ("prompt_tokens_total", "Prompt tokens computed", counts.computed_tokens),
+        ("prompt_tokens_cached_total", "Prompt tokens found in the prefix cache", counts.cached_tokens),
+        ("prompt_seconds_total", "From start to first token, of ended requests", sums.prompt_s),
+        ("tokens_predicted_total", "Tokens generated", metrics.generated_tokens),
+        ("tokens_predicted_seconds_total", "From first token to last, of ended requests", sums.answer_s),
+        ("n_decode_total", "Microbatches of the first stage since the plan", stages[0].microbatches if stages else 0),
+        ("n_tokens_max", "Most tokens of a request, prompt and answer", sums.most_tokens),
+        ("spec_decode_num_draft_tokens_total", "Tokens drafted: this server has no draft models", 0),
+        ("spec_decode_num_accepted_tokens_total", "Drafted tokens that were accepted", 0),
+        ("spec_decode_num_drafts_total", "Drafts", 0),
+    ):
+        yield _Metric(name, "counter", text, value)
+
+
+def _gauges(engine: Engine) -> Iterator[_Metric]:
+    counts, speed = engine.counts, engine.metrics.speed()
+    ttft_s, token_s = (speed.ttft_ms or 0) / 1e3, (speed.token_ms or 0) / 1e3
+    prompt_rate = (speed.prompt_tokens or 0) / ttft_s if ttft_s else 0
+    for name, text, value in (
+        ("prompt_tokens_seconds", "Prompt tokens a second before the first token of a request, median", prompt_rate),
+        ("predicted_tokens_seconds", "Tokens a second of a request, median", 1 / token_s if token_s else 0),
+        ("requests_processing", "Sequences being computed", counts.running),
+        ("requests_deferred", "Sequences that wait", counts.waiting),
+        ("n_busy_slots_per_decode", "Rows of a microbatch of the first stage, mean", engine.metrics.mean_rows),
+    ):
+        yield _Metric(name, "gauge", text, value)

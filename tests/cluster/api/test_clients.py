@@ -48,7 +48,7 @@ async def complete(**fields: Any) -> ScriptedEngine:
 @pytest.mark.parametrize("prefix", ["", "/llm", "/a/b"])
 async def test_paths_with_a_prefix_and_without_v1(prefix: str) -> None:
     async with client(make_app(ScriptedEngine(says(ANSWER)), prefix=prefix)) as http:
-        for path, body in (("/chat/completions", CHAT), ("/completions", {"prompt": "a"})):
+        for path, body in (("/chat/completions", CHAT), ("/completions", {"prompt": "a", "model": MODEL})):
             short = await http.post(prefix + path, json=body)
             full = await http.post(f"{prefix}/v1{path}", json=body)
             assert short.status_code == full.status_code == 200
@@ -57,6 +57,18 @@ async def test_paths_with_a_prefix_and_without_v1(prefix: str) -> None:
             assert (await http.get(prefix + path)).status_code == 200, path
         assert (await http.get("/health")).status_code == 200, "for probes"
         assert (await http.get(prefix + "/nothing")).status_code == 404
+
+
+async def test_completions_without_v1_are_llamacpps_unless_the_body_names_a_model() -> None:
+    for fields in ({}, {"stream": True}, {"unknown": "x" * 70_000}):
+        own, openai = [
+            (await post("/completions", {"prompt": "a", **fields, **model})).text for model in ({}, {"model": "any"})
+        ]
+        assert ('"content"' in own, '"choices"' in own) == (True, False)
+        assert ('"content"' in openai, '"choices"' in openai) == (False, True)
+    assert (await post("/completions", {})).status_code == 400
+    async with client(make_app(ScriptedEngine(says("a")))) as http:
+        assert (await http.post("/completions", content=b"[1]")).status_code == 400
 
 
 async def test_head_wherever_get() -> None:

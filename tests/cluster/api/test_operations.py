@@ -313,6 +313,10 @@ async def test_metrics_and_properties_by_llamacpps_names() -> None:
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("llamacpp:"))
         assert float(values["llamacpp:tokens_predicted_total"]) == 8
         assert float(values["llamacpp:prompt_tokens_total"]) > 0 and float(values["llamacpp:n_decode_total"]) > 0
+        assert float(values["llamacpp:prompt_seconds_total"]) > 0
+        assert float(values["llamacpp:tokens_predicted_seconds_total"]) > 0
+        assert float(values["llamacpp:n_tokens_max"]) >= 4 + 4 and "# TYPE llamacpp:n_tokens_max counter" in text
+        assert float(values["llamacpp:n_busy_slots_per_decode"]) > 0
         assert float(values["llamacpp:requests_processing"]) == float(values["llamacpp:requests_deferred"]) == 0
         params = (await http.get("/props")).json()["default_generation_settings"]["params"]
         assert (params["temperature"], params["seed"], params["top_k"]) == (0.5, 7, 40)

@@ -76,7 +76,7 @@ def run(tests: Path, folder: Path, model: Path, server: Path | None, arguments: 
         "PYTHONPATH": os.pathsep.join([str(HERE.resolve()), os.environ.get("PYTHONPATH", "")]),
     }
     if server is not None:
-        environment["LLAMACLUST_SUITE_SERVER"] = str(server.resolve())
+        environment |= {"LLAMACLUST_SUITE_SERVER": str(server.resolve()), "OMP_WAIT_POLICY": "passive"}
     command = [
         sys.executable,
         "-m",

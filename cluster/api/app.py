@@ -90,7 +90,7 @@ def create_app(
         for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
             _route(app, method, f"/cluster/workers/{{worker}}/{name}", getattr(workers, name))
     _route(app, "GET", "/docs", disabled if "docs" in settings.disabled else docs_page)
-    app.openapi = partial(describe, app.routes)  # type: ignore[method-assign]  # FastAPI's own way
+    app.openapi = partial(describe, app.routes, is_strict=settings.is_strict)  # type: ignore[method-assign]  # FastAPI's own way
     app.add_middleware(IgnoredFields)
     app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
     app.add_middleware(KeyGate, settings=settings)

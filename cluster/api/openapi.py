@@ -62,6 +62,7 @@ _QUERIES: Final = {
     ],
 }
 """By path, without `/v1` where there are both."""
+_OTHERS: Final = "additionalProperties"
 _ERROR: Final = {
     "type": "object",
     "required": ["error"],
@@ -90,19 +91,21 @@ _HEADERS: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'un
 
 
 def body_schema(body: type[BaseModel]) -> dict[str, Any]:
-    """What a route that reads its body itself says about it."""
+    """What a route that reads its body itself says about it. Null is the same as a field that is absent."""
     schema = _inlined(body.model_json_schema())
+    required, fields = schema.get("required", ()), schema.get("properties", {})
+    schema["properties"] = {name: part if name in required else _nullable(part) for name, part in fields.items()}
     return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
 
 
-def describe(routes: list[BaseRoute]) -> dict[str, Any]:
-    """The document, of OpenAPI 3.1."""
+def describe(routes: list[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
+    """The document, of OpenAPI 3.1. Unknown fields are accepted unless `is_strict`."""
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         if isinstance(route, APIRoute):
             path = _PARAMETER.sub(r"{\1}", route.path)
             for method in sorted(route.methods or ()):
-                paths.setdefault(path, {})[method.lower()] = _operation(route, method, path)
+                paths.setdefault(path, {})[method.lower()] = _operation(route, method, path, is_strict)
     keys = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -129,9 +132,9 @@ async def docs_page(request: Request) -> Response:
     return HTMLResponse(f"{head}<main>{intro}{parts}</main></html>", headers=_HEADERS)
 
 
-def _operation(route: APIRoute, method: str, path: str) -> dict[str, Any]:
-    has_body = "requestBody" in (route.openapi_extra or {})
-    streams = has_body and "stream" in _fields(route.openapi_extra or {})
+def _operation(route: APIRoute, method: str, path: str, is_strict: bool) -> dict[str, Any]:
+    body = route.openapi_extra or {}
+    streams = "stream" in _fields(body)
     streams = streams or (method == "GET" and path.endswith((_RESPONSE, "/v1/streams/{id}")))
     is_ollama = path.startswith(_OLLAMA)
     streamed = (_JSON, _LINES) if is_ollama else _STREAMED
@@ -143,7 +146,7 @@ def _operation(route: APIRoute, method: str, path: str) -> dict[str, Any]:
         "summary": text.partition(". ")[0],
         "parameters": [*_parameters(path, method)],
         **({"security": []} if path in OPEN_PATHS else {}),
-        **(route.openapi_extra or {}),
+        **(body if is_strict else _open(body)),
         "responses": _done(method, path, types)
         | {status: _refusal(why, error) for status, why in (_REFUSALS | _UNSUPPORTED).items()},
     }
@@ -187,6 +190,23 @@ def _shown(path: str, method: str, operation: Mapping[str, Any]) -> str:
     table = f"<table><tr><th>field<th>default<th>meaning{rows}</table>" if rows else ""
     title = f"<summary><code>{method.upper()} {escape(path)}</code> {escape(operation['summary'])}</summary>"
     return f"<details>{title}{table}</details>"
+
+
+def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
+    kinds = schema.get("anyOf", [])
+    if {"type": "null"} in kinds:
+        return schema
+    shown = {key: schema[key] for key in ("description", "default") if key in schema}
+    return {"anyOf": [schema, {"type": "null"}], **shown}
+
+
+def _open(schema: Any) -> Any:
+    """A schema whose objects may have other fields."""
+    if isinstance(schema, list):
+        return [_open(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: value is False or _open(value) if key == _OTHERS else _open(value) for key, value in schema.items()}
 
 
 def _inlined(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from support.clusters.served import ScriptedEngine, client, make_app, says
@@ -40,6 +41,23 @@ async def test_operations_declare_parameters_fields_and_errors(document: dict[st
     assert {"400", "401", "404", "413", "429", "503"} <= chat["responses"].keys()
     assert paths["/metrics"]["get"]["responses"]["200"]["content"].keys() == {"text/plain"}
     assert paths["/health"]["get"]["security"] == [] and {"bearer": []} in document["security"]
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+async def test_the_document_allows_what_the_server_accepts(is_strict: bool) -> None:
+    async with client(make_app(ScriptedEngine(says("a")), is_strict=is_strict)) as http:
+        document = (await http.get("/openapi.json")).json()
+        validate(document)
+        for fields in (
+            {"temperature": None},
+            {"spelt_wrong": 1},
+            {"stream_options": {"spelt_wrong": 1}, "stream": True},
+        ):
+            body = {"messages": [{"role": "user", "content": "a"}], **fields}
+            reply = await http.post("/v1/chat/completions", json=body)
+            operation = document["paths"]["/v1/chat/completions"]["post"]
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            assert Draft202012Validator(schema).is_valid(body) == (reply.status_code == 200), fields
 
 
 async def test_the_page_lists_every_operation_and_loads_nothing(document: dict[str, Any]) -> None:

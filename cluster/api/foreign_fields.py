@@ -38,7 +38,7 @@ this one ends."""
 
 _HINTS: Final = {
     **_NO_OPS,
-    **_names("store early_stopping backend_sampling return_progress speculative cache_reuse", only(False)),
+    **_names("store early_stopping backend_sampling speculative cache_reuse", only(False)),
     "priority": number(0),
 }
 """Of all endpoints: unknown fields are hints too, but these have values that need not be mentioned."""

@@ -196,7 +196,7 @@ def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
     kinds = schema.get("anyOf", [])
     if {"type": "null"} in kinds:
         return schema
-    shown = {key: schema[key] for key in ("description", "default") if key in schema}
+    shown: dict[str, Any] = {key: schema[key] for key in ("description", "default") if key in schema}
     return {"anyOf": [schema, {"type": "null"}], **shown}
 
 

@@ -12,7 +12,7 @@ from typing import Self
 
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.waterfalls import Waterfalls
-from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, Timings, TokenSampled
+from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, PromptProgress, Timings, TokenSampled
 from llamaclust.cluster.scheduler.sequences import Failed, Sequence, Update
 from llamaclust.core.errors import LlamaclustError, WorkerError
 
@@ -130,6 +130,11 @@ class RequestStream:
     def timings(self) -> Timings:
         """As far as the request came."""
         return self._mailbox.sequence.timings()
+
+    @property
+    def progress(self) -> PromptProgress | None:
+        """Of the prompt; None before the request is started."""
+        return self._mailbox.sequence.progress(monotonic_ns())
 
     def abort(self) -> None:
         """Ends the request where it has not ended; its last event is `Finished` with reason ABORT."""

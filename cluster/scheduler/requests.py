@@ -91,6 +91,16 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """How far a prompt is computed, in tokens."""
+
+    total: int
+    cached: int  # found in the prefix cache
+    processed: int  # those included
+    since_ms: float  # from the request's start
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The last event of a request that ended well. One that failed ends with an exception from the stream instead."""
 

@@ -254,6 +254,7 @@ class Scheduler:
             rows = result.rows[row : row + count]
             row += count
             sequence.in_flight -= 1
+            sequence.computed = taken.chunk.position + len(taken.chunk.tokens)
             sequence.sampling -= taken.is_sampled
             hidden = result.embeddings[at : at + row_bytes * taken.chunk.embedded_rows]
             at += len(hidden)

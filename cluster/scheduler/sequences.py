@@ -16,6 +16,7 @@ from llamaclust.cluster.scheduler.requests import (
     FinishReason,
     GenerationRequest,
     PromptEmbedded,
+    PromptProgress,
     PromptScored,
     Timings,
     TokenSampled,
@@ -94,6 +95,7 @@ class Sequence:
     block_keys: BlockKeys = field(init=False)  # prefix cache keys of the tokens' full blocks
     registered: int = 0  # blocks of the table that the prefix cache knows
     scheduled: int = 0  # tokens whose keys and values are computed or under way
+    computed: int = 0  # tokens whose keys and values are computed
     next_score: int = 0  # first prompt row that is still to be scored
     scored: int = 0  # first prompt row whose score is still to come
     next_embedded: int = 0  # first prompt row whose hidden state is still to be requested
@@ -377,6 +379,15 @@ class Sequence:
         if self.tokens[-1] in self.request.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.generated >= self.max_new_tokens else None
+
+    def progress(self, now_ns: int) -> PromptProgress | None:
+        """None before it is started."""
+        if self.cached_tokens is None:
+            return None
+        total = self.prompt_length
+        processed = total if self.first_ns else min(total, max(self.cached_tokens, self.computed))
+        since_ms = ((self.first_ns or now_ns) - self.started_ns) / 1e6
+        return PromptProgress(total, self.cached_tokens, processed, since_ms)
 
     def timings(self) -> Timings:
         """In milliseconds from arrival, as far as it came."""

@@ -10,7 +10,7 @@ from typing import Self
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream
-from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, Timings, TokenSampled
+from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, PromptProgress, Timings, TokenSampled
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import Answered
@@ -20,6 +20,8 @@ from llamaclust.core.sampling import RowResult
 MAX_UNREAD_ROWS = 4096
 """Rows that may wait for a reader beside those that were there when it began."""
 
+_PROGRESS_S = 0.1
+"""Between looks at a prompt's progress."""
 _QUEUE_S = 120.0
 """How long a later choice waits for a place in a full queue."""
 
@@ -97,6 +99,20 @@ class CompletionStream:
     def timings(self, choice: int = 0) -> Timings:
         """Of a choice, as far as it came."""
         return self._streams[choice].timings
+
+    async def progress(self) -> AsyncIterator[PromptProgress]:
+        """The prompt's progress until the first chunk is there: first what the prefix cache had, then what is computed
+        as that grows. Raises where the request has failed by then."""
+        shown: PromptProgress | None = None
+        while shown is None or self._head is None:
+            await self.wait_first(_PROGRESS_S)
+            now = self._streams[0].progress
+            if now is not None and shown is None:
+                shown = replace(now, processed=now.cached, since_ms=0.0)
+                yield shown
+            if now is not None and shown is not None and now.processed > shown.processed:
+                shown = now
+                yield now
 
     async def aclose(self) -> None:
         """Aborts choices that have not ended. Nothing of the request is left in the engine afterwards."""

@@ -10,14 +10,14 @@ from typing import Any, Final
 
 from llamaclust.cluster.api.json_parts import json_parts, off_loop_if_large
 from llamaclust.cluster.api.llamacpp.schema import NEVER, RANDOM_SEEDS, InfillBody, LlamaCppBody, LlamaCppPrompt
-from llamaclust.cluster.api.llamacpp.timings import shown_timings
+from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.openai.shapes import row_entry
 from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import event
-from llamaclust.cluster.scheduler.requests import FinishReason
+from llamaclust.cluster.scheduler.requests import FinishReason, PromptProgress
 from llamaclust.cluster.text.answer import Answer, TextChunk, collect
 from llamaclust.cluster.text.fill_in import fill_in_prompt
 from llamaclust.cluster.text.request import CompletionRequest
@@ -65,8 +65,14 @@ class LlamaCppReply:
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         shapes = self._shapes()
-        async for prompt, chunk in self._prompts.chunks(self._settings.keepalive_s):
-            yield None if chunk is None else Event(prompt, event(shapes[prompt].chunk(chunk)))
+        read = self._prompts.chunks_and_progress if self._body.return_progress else self._prompts.chunks
+        async for prompt, chunk in read(self._settings.keepalive_s):
+            if chunk is None:
+                yield None
+            elif isinstance(chunk, PromptProgress):
+                yield Event(self._prompts.choices + 1, event(shapes[prompt].progress(chunk)))
+            else:
+                yield Event(prompt, event(shapes[prompt].chunk(chunk)))
 
     def _shapes(self) -> list[_Shape]:
         streams = self._prompts.streams
@@ -151,6 +157,11 @@ class _Shape:
             return {**shown, **self._end(chunk)}
         timings = {"timings": shown_timings(self._stream.timings())} if self._body.timings_per_token else {}
         return {**shown, **self._counts(self._predicted), "stop": False, **timings, **self._probabilities(chunk)}
+
+    def progress(self, progress: PromptProgress) -> dict[str, Any]:
+        """An event without text."""
+        more = shown_progress(progress, with_timings=self._body.timings_per_token)
+        return {"index": self._index, "content": "", "tokens": [], **self._counts(0), "stop": False, **more}
 
     def _end(self, part: TextChunk) -> dict[str, Any]:
         assert part.timings is not None

@@ -116,6 +116,8 @@ class LlamaCppBody(SamplerFields, GrammarFields):
     """Token ids in the reply; a stream always has them."""
     timings_per_token: bool = False
     """Timings in each event of a stream."""
+    return_progress: bool = False
+    """A stream begins with events that say how far the prompt is computed."""
     stream: bool = False
     """Server-sent events."""
 

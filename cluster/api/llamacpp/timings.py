@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from llamaclust.cluster.scheduler.requests import Timings
+from typing import Any
+
+from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 
 
 def shown_timings(timings: Timings) -> dict[str, float]:
@@ -12,6 +14,20 @@ def shown_timings(timings: Timings) -> dict[str, float]:
         **_phase("prompt", computed, computed, timings.prefill_tok_s),
         **_phase("predicted", timings.generated_tokens, max(0, timings.generated_tokens - 1), timings.decode_tok_s),
     }
+
+
+def shown_progress(progress: PromptProgress, *, with_timings: bool) -> dict[str, Any]:
+    """Fields of an event."""
+    shown = {
+        "total": progress.total,
+        "cache": progress.cached,
+        "processed": progress.processed,
+        "time_ms": progress.since_ms,
+    }
+    computed, seconds = progress.processed - progress.cached, progress.since_ms / 1e3
+    prompt = _phase("prompt", computed, computed, computed / seconds if seconds else 0.0)
+    timings = {"timings": {"cache_n": progress.cached, **prompt, **_phase("predicted", 0, 0, 0.0)}}
+    return {"prompt_progress": shown, **(timings if with_timings else {})}
 
 
 def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str, float]:

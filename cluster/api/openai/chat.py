@@ -66,6 +66,7 @@ class _ChatShape:
         self._with_logprobs = body.logprobs
         self._with_ids = body.return_token_ids
         self.shows_timings = body.timings_per_token
+        self.shows_progress = body.return_progress
         self.shows_prompt = body.verbose
         self._reply_id = reply_id
         self._calling: set[tuple[int, int]] = set()  # choices with calls

@@ -48,6 +48,7 @@ class _CompletionShape:
         self._tokenizer = service.tokenizer
         self._body = body
         self.shows_timings = body.timings_per_token
+        self.shows_progress = body.return_progress
         self.shows_prompt = body.verbose
         self._echoes: dict[int, Echo] = {}
 

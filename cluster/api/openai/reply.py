@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from llamaclust.cluster.api.json_parts import is_large, json_parts, off_loop_if_large
-from llamaclust.cluster.api.llamacpp.timings import shown_timings
+from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.openai.schema import StreamOptions
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
 from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
@@ -15,7 +15,7 @@ from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import DONE, event
-from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 from llamaclust.cluster.text.answer import Answer, TextChunk, collect, release_rows
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
@@ -31,6 +31,7 @@ class Shape(Protocol):
     whole_object: str
     chunk_object: str
     shows_timings: bool
+    shows_progress: bool
     shows_prompt: bool
 
     def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice | None:
@@ -114,9 +115,13 @@ class OpenAiReply:
         options = self._options
         tokens, timings = 0, []
         more: dict[str, Any] = {"usage": None} if options.include_usage else {}
-        async for prompt, chunk in self._prompts.chunks(self._settings.keepalive_s):
+        read = self._prompts.chunks_and_progress if self._shape.shows_progress else self._prompts.chunks
+        async for prompt, chunk in read(self._settings.keepalive_s):
             if chunk is None:
                 yield None
+                continue
+            if isinstance(chunk, PromptProgress):
+                yield self._progress(chunk)
                 continue
             tokens += len(chunk.rows)
             if chunk.timings is not None and chunk.index == 0:
@@ -131,6 +136,11 @@ class OpenAiReply:
             counts = self._usage(tokens, timings)
             yield Event(self._prompts.choices, event({**self._reply(self._shape.chunk_object, []), "usage": counts}))
         yield Event(self._prompts.choices, DONE)
+
+    def _progress(self, progress: PromptProgress) -> Event:
+        """In a slot of its own: a reply that is computed again has other ones."""
+        more = shown_progress(progress, with_timings=self._shape.shows_timings)
+        return Event(self._prompts.choices + 1, event({**self._reply(self._shape.chunk_object, []), **more}))
 
     def _reply(self, kind: str, choices: list[Choice]) -> dict[str, Any]:
         return {

@@ -158,6 +158,8 @@ class _Sampling(SamplerFields, GrammarFields):
     """Answers to each prompt."""
     timings_per_token: bool = False
     """llama.cpp's `timings` in each event of a stream and in the reply."""
+    return_progress: bool = False
+    """A stream begins with events that say how far the prompt is computed, as llama.cpp's."""
     verbose: bool = False
     """The reply, or a stream's last event of a choice, has the prompt's text as `__verbose.prompt`, as llama.cpp's."""
     stream: bool = False

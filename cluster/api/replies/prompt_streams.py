@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from llamaclust.cluster.api.replies.ticket import Ticket
-from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgress
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.budget import ReplySize
 from llamaclust.cluster.text.request import CompletionRequest
@@ -57,5 +57,15 @@ class PromptStreams:
     async def chunks(self, keepalive_s: float) -> AsyncIterator[tuple[int, TextChunk | None]]:
         """All prompts' chunks, prompt by prompt; None where nothing came for a while."""
         for prompt, stream in enumerate(self.streams):
+            async for chunk in chunks_or_silence(stream, keepalive_s):
+                yield prompt, chunk
+
+    async def chunks_and_progress(
+        self, keepalive_s: float
+    ) -> AsyncIterator[tuple[int, TextChunk | PromptProgress | None]]:
+        """Likewise, and before each prompt's chunks how far it is computed."""
+        for prompt, stream in enumerate(self.streams):
+            async for progress in stream.progress():
+                yield prompt, progress
             async for chunk in chunks_or_silence(stream, keepalive_s):
                 yield prompt, chunk

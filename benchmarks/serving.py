@@ -5,7 +5,7 @@
 
 Each stream sends its next chat when the last one has ended; prompts differ from their first word on. Both servers are
 there all the time, one of them idle. Prints tokens a second of answers, the first token's median and 99th percentile,
-errors, and the median of the pairs' ratios; above 1 means that llamaclust is faster.
+errors, and the pairs' ratios, median and quartiles; above 1 means that llamaclust is faster.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ async def compare(apis: dict[str, str], load: Load, pairs: int) -> None:
         if len(rates) == 2:
             ratios.append(rates["llamaclust"] / rates["llama.cpp"])
     if ratios:
-        print(f"ratio: median {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+        low, middle, high = quantiles(ratios * 2 if len(ratios) == 1 else ratios, n=4, method="inclusive")
+        print(f"ratio: median {middle:.2f}, quartiles {low:.2f} and {high:.2f}", flush=True)
 
 
 async def run(given: argparse.Namespace) -> None:

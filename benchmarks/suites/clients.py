@@ -1,9 +1,10 @@
 """Client libraries and load generators, unchanged, against a cluster: how many cases of each pass.
 
-    python benchmarks/suites/clients.py MODEL.gguf [SUITE ...] [--workers 2]
+    python benchmarks/suites/clients.py MODEL.gguf [SUITE ...] [--workers 2] [--api URL]
 
 Each suite has an environment of its own in the cache folder, made by pip or npm at its pinned versions. A suite of
 packages that cannot be had is skipped with the reason. The cases are in `cases/`; langchain-tests brings its own.
+With `--api`, they run against another server, such as llama.cpp's, which serves the model already.
 """
 
 from __future__ import annotations
@@ -129,17 +130,22 @@ def run(name: str, suite: Suite, api: str, model: str) -> Counter[str]:
         return sum(count(report).values(), Counter())
 
 
-async def run_all(model: Path, names: list[str], workers: int) -> None:
+async def run_on_cluster(model: Path, names: list[str], workers: int) -> None:
     keys = {"context_length": 2048, "max_sequences": 32, "api": {"strict_model": False}}
     async with running(model, Layout(workers=workers, keys=keys)) as (bench, _):
-        served = (await asyncio.to_thread(httpx.get, f"{bench.api}/v1/models", trust_env=False)).json()["data"][0]["id"]
-        counts = {}
-        for name in names:
-            try:
-                counts[name] = await asyncio.to_thread(run, name, SUITES[name], bench.api, served)
-            except Skipped as reason:
-                print(f"skipped {name}: {reason}")
-        print_table(counts)
+        await asyncio.to_thread(run_all, bench.api, names)
+
+
+def run_all(api: str, names: list[str]) -> None:
+    """Prints the counts."""
+    served = httpx.get(f"{api}/v1/models", trust_env=False).json()["data"][0]["id"]
+    counts = {}
+    for name in names:
+        try:
+            counts[name] = run(name, SUITES[name], api, served)
+        except Skipped as reason:
+            print(f"skipped {name}: {reason}")
+    print_table(counts)
 
 
 def main() -> None:
@@ -147,11 +153,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("suites", nargs="*", default=[*SUITES], help=f"of {', '.join(SUITES)}")
     parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args()
+    parser.add_argument("--api", default="", help="base URL of a server that runs, in place of a cluster")
+    given = parser.parse_intermixed_args()
     unknown = sorted({*given.suites} - {*SUITES})
     if unknown:
         parser.error(f"no suite {unknown[0]}; there are {', '.join(SUITES)}")
-    asyncio.run(run_all(given.model, given.suites, given.workers))
+    if given.api:
+        run_all(given.api.rstrip("/"), given.suites)
+    else:
+        asyncio.run(run_on_cluster(given.model, given.suites, given.workers))
 
 
 if __name__ == "__main__":

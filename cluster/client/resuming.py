@@ -42,6 +42,7 @@ class ResumableStream:
         self._key = uuid.uuid4().hex
         self._events = EventReader()
         self._was_taken = False  # by a server that streams
+        self._has_failed = False  # the server does not run it
         self._lost_s: float | None = None  # when the connection was
         self._silent_s: float | None = None  # when the first one was lost since the last event
         self._attempts = 0
@@ -67,7 +68,8 @@ class ResumableStream:
 
     @property
     def must_cancel(self) -> bool:
-        return self._was_taken and not self.is_done
+        """Also before a reply begins: the server may have the request already."""
+        return not (self._has_failed or self.is_done)
 
     def opened(self, reply: httpx.Response, body: bytes) -> None:
         """A reply has begun; `body` is all of one that is an error. Raises that error."""
@@ -90,7 +92,7 @@ class ResumableStream:
     def pause_s(self, error: httpx.HTTPError | LlamaclustError) -> float:
         """How long to wait before the request is sent again; raises the error where that would not help."""
         if not self._is_retried(error):
-            self._was_taken = self._was_taken and not isinstance(error, LlamaclustError)
+            self._has_failed = not self._was_taken or isinstance(error, LlamaclustError)
             raise self._final(error) from error
         now_s = monotonic()
         self._lost_s = now_s if self._lost_s is None else self._lost_s

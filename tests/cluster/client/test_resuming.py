@@ -69,8 +69,37 @@ def test_what_may_pass_is_retried_for_a_while(error: type[httpx.HTTPError], monk
 
 
 def test_a_request_that_no_server_took_is_not_sent_again() -> None:
+    stream = ResumableStream(URL)
     with pytest.raises(LlamaclustError, match="does not answer"):
-        ResumableStream(URL).pause_s(httpx.ConnectTimeout("lost"))
+        stream.pause_s(httpx.ConnectTimeout("lost"))
+    assert not stream.must_cancel
+
+
+async def test_a_request_that_is_given_up_before_its_reply_begins_is_cancelled() -> None:
+    """Its connection's end is no sign: the server takes it for one that breaks, and goes on for a while."""
+    lines = asyncio.Queue[str]()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        await lines.put(head.partition("\r\n")[0])
+        if head.startswith("DELETE"):
+            writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+            writer.close()
+        else:
+            await reader.read()
+
+    async def read() -> None:
+        async for _ in client.generate("abc", stream=True):
+            raise AssertionError
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, AsyncClient(url) as client, asyncio.timeout(20):
+        reading = asyncio.create_task(read())
+        assert (await lines.get()).startswith("POST /v1/completions")
+        reading.cancel()
+        assert (await lines.get()).startswith("DELETE /v1/streams/")
+        await asyncio.wait([reading])
 
 
 class Clock:

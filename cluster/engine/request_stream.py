@@ -134,7 +134,13 @@ class RequestStream:
     @property
     def progress(self) -> PromptProgress | None:
         """Of the prompt; None before the request is started."""
-        return self._mailbox.sequence.progress(monotonic_ns())
+        sequence = self._mailbox.sequence
+        if sequence.cached_tokens is None:
+            return None
+        total = sequence.prompt_length
+        processed = total if sequence.first_ns else min(total, max(sequence.cached_tokens, sequence.computed))
+        since_ms = ((sequence.first_ns or monotonic_ns()) - sequence.started_ns) / 1e6
+        return PromptProgress(total, sequence.cached_tokens, processed, since_ms)
 
     def abort(self) -> None:
         """Ends the request where it has not ended; its last event is `Finished` with reason ABORT."""

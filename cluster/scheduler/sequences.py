@@ -16,7 +16,6 @@ from llamaclust.cluster.scheduler.requests import (
     FinishReason,
     GenerationRequest,
     PromptEmbedded,
-    PromptProgress,
     PromptScored,
     Timings,
     TokenSampled,
@@ -379,15 +378,6 @@ class Sequence:
         if self.tokens[-1] in self.request.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.generated >= self.max_new_tokens else None
-
-    def progress(self, now_ns: int) -> PromptProgress | None:
-        """None before it is started."""
-        if self.cached_tokens is None:
-            return None
-        total = self.prompt_length
-        processed = total if self.first_ns else min(total, max(self.cached_tokens, self.computed))
-        since_ms = ((self.first_ns or now_ns) - self.started_ns) / 1e6
-        return PromptProgress(total, self.cached_tokens, processed, since_ms)
 
     def timings(self) -> Timings:
         """In milliseconds from arrival, as far as it came."""

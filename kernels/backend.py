@@ -37,6 +37,7 @@ class Batch:
     block_tables: Int32  # [sum of table lengths] KV block ids
     output_rows: Int32  # [outputs] ascending row numbers whose logits are wanted; read by a last stage only
     window_tables: Int32 | None = None  # [sum of table lengths] block ids, where limits.window_blocks > 0
+    adapter_scales: Float32 | None = None  # [rows, adapters]; None: no row has one
 
     @property
     def rows(self) -> int:

@@ -25,7 +25,15 @@ class Attend:
     rotate_k: ir.Rope | None = None
 
 
-FusedStep = ir.Embed | Products | Attend | ir.Moe | ir.SelectRows | ir.RowStep
+@dataclass(frozen=True, slots=True)
+class Adapts:
+    """What adapters add to products of the same x."""
+
+    x: ir.Buffer
+    steps: tuple[ir.Adapt, ...]
+
+
+FusedStep = ir.Embed | Products | Adapts | Attend | ir.Moe | ir.SelectRows | ir.RowStep
 
 
 def fuse(program: ir.Program) -> Iterator[FusedStep]:
@@ -37,6 +45,10 @@ def fuse(program: ir.Program) -> Iterator[FusedStep]:
             products = _products(steps[at:])
             yield Products(step.x, products)
             at += len(products)
+        elif isinstance(step, ir.Adapt):
+            adapts = _adapts(steps[at:])
+            yield Adapts(step.x, adapts)
+            at += len(adapts)
         elif (attend := _attend(program, at)) is not None:
             yield attend
             at += 1 + (attend.rotate_q is not None) + (attend.rotate_k is not None)
@@ -57,6 +69,16 @@ def _products(steps: Sequence[ir.Step]) -> tuple[ir.MatMul, ...]:
             break
         found.append(step)
         written.add(step.out.name)
+    return tuple(found)
+
+
+def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
+    """The adapters' steps at the front of `steps` that read one buffer."""
+    found: list[ir.Adapt] = []
+    for step in steps:
+        if not isinstance(step, ir.Adapt) or (found and step.x != found[0].x):
+            break
+        found.append(step)
     return tuple(found)
 
 
@@ -100,6 +122,8 @@ def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
             return step.q, step.k, step.v
         case ir.SiluMul():
             return step.gate, step.up
+        case ir.Adapt():
+            return step.x, step.out
         case ir.Add() | ir.Mul() | ir.SigmoidGate():
             return step.x, step.y
         case _:

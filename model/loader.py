@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.adapters import adapted, adapter_count, unread_adapter_tensor, with_adapters
 from llamaclust.model.architectures import build_program, check_architecture
 from llamaclust.model.architectures.layers import FACTOR_TENSORS
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
@@ -22,6 +23,7 @@ from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
 from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
 from llamaclust.model.program import (
+    Adapt,
     AddPosition,
     AddRow,
     Embed,
@@ -77,10 +79,12 @@ class ModelCosts:
 class Model:
     """An opened model file whose every tensor is known to the program of its architecture."""
 
-    def __init__(self, file: ModelFile, chat_template: str | None = None) -> None:
-        """ModelFileError where the file is no model of an architecture that is supported."""
+    def __init__(self, file: ModelFile, chat_template: str | None = None, adapter_paths: Sequence[Path] = ()) -> None:
+        """ModelFileError where the file is no model of an architecture that is supported. `adapter_paths`: of the
+        adapters in it."""
         check_architecture(file)
         self.file = file
+        self.adapter_paths = tuple(map(str, adapter_paths))
         self._chosen_template = None if chat_template is None else chosen_template(chat_template)
         self.hyperparameters: Hyperparameters = read_hyperparameters(file)
         self._whole = self.program(0, self.layer_count)
@@ -88,10 +92,11 @@ class Model:
         self._refuse_unknown_tensors()
 
     @classmethod
-    def open(cls, path: Path | str, chat_template: str | None = None) -> Model:
-        """Reads headers only. ModelFileError as for `open_model`, and for parts that do not fit together.
-        `chat_template` is the name of one or a file, to take instead of the model's; UsageError where there is none."""
-        return cls(open_model(path), chat_template)
+    def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
+        """Reads headers only, but `adapters` whole. ModelFileError as for `open_model` and `with_adapters`, and for
+        parts that do not fit together. `chat_template` is the name of one or a file, to take instead of the model's;
+        UsageError where there is none."""
+        return cls(with_adapters(open_model(path), adapters), chat_template, adapters)
 
     def __enter__(self) -> Self:
         return self
@@ -111,7 +116,12 @@ class Model:
     def program(self, start: int, end: int, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
         """The program of layers [start, end), for sequences of so many tokens at most (None: of any length that the
         model was made for)."""
-        return build_program(self.file, start, end, kv_type, context_tokens)
+        return adapted(build_program(self.file, start, end, kv_type, context_tokens), self.file)
+
+    @property
+    def adapter_count(self) -> int:
+        """Adapters of LoRA that requests may use, numbered from 0."""
+        return adapter_count(self.file)
 
     @property
     def window(self) -> int | None:
@@ -163,6 +173,8 @@ class Model:
     def _refuse_unknown_tensors(self) -> None:
         """An unread tensor may be a scale or a norm, without which every answer is wrong."""
         unknown = set(self.file.tensors) - set(self._whole.weights) - set(FACTOR_TENSORS)
+        if (error := unread_adapter_tensor(self.file, unknown)) is not None:
+            raise error
         if unknown:
             what = f"not part of architecture {self.hyperparameters.architecture} as it is known here"
             raise ModelFileError(f"{self.file.path}: tensor {shown(min(unknown))}: {what}; take another model")
@@ -228,6 +240,8 @@ def _macs(step: Step) -> list[tuple[str, int]]:
     match step:
         case MatMul():
             return [(step.weight, step.x.width * step.out.width)]
+        case Adapt():
+            return [(step.down, step.x.width * step.rank), (step.up, step.rank * step.out.width)]
         case Moe():
             of_each = step.x.width * step.used * step.ffn_width
             experts = [(name, of_each) for name in (step.gate, step.up, step.down)]

@@ -139,6 +139,23 @@ class MatMul:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapt:
+    """out += scale * (x @ down^T) @ up^T, which an adapter of LoRA adds to a product: `scale` is `factor` times what the
+    batch has for the row and this adapter. Where that is 0, the row stays as it is; it does not depend on other rows.
+
+    down [rank, x.width], up [out.width, rank].
+    """
+
+    x: Buffer
+    out: Buffer
+    adapter: int
+    down: str
+    up: str
+    rank: int
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
     """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position."""
 
@@ -301,7 +318,7 @@ RowStep = (
 )
 """Steps that compute a row of the out buffer from the same row of others, its position and weights of one row."""
 
-Step = Embed | MatMul | Attention | Moe | SelectRows | RowStep
+Step = Embed | MatMul | Adapt | Attention | Moe | SelectRows | RowStep
 
 
 @dataclass(frozen=True, slots=True)

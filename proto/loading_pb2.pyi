@@ -65,6 +65,7 @@ class Load(_message.Message):
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    ADAPTER_PATHS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts plans; greater than any before."""
     model_path: _builtins.str
@@ -103,6 +104,10 @@ class Load(_message.Message):
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceLayers]:
         """Which of the worker's devices hold which of its layers, in order; none: the processor holds all."""
 
+    @_builtins.property
+    def adapter_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Paths of the adapters' files, which are part of the model; a worker without one of them fetches all of its layers."""
+
     def __init__(
         self,
         *,
@@ -121,10 +126,11 @@ class Load(_message.Message):
         exclusive: _builtins.bool = ...,
         weights: Global___WeightSources | None = ...,
         devices: _abc.Iterable[Global___DeviceLayers] | None = ...,
+        adapter_paths: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "first_address", b"first_address", "first_worker", b"first_worker", "last_worker", b"last_worker", "limits", b"limits", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "devices", b"devices", "end", b"end", "epoch", b"epoch", "exclusive", b"exclusive", "first_address", b"first_address", "first_worker", b"first_worker", "last_worker", b"last_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "adapter_paths", b"adapter_paths", "devices", b"devices", "end", b"end", "epoch", b"epoch", "exclusive", b"exclusive", "first_address", b"first_address", "first_worker", b"first_worker", "last_worker", b"last_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_address: _TypeAlias = _typing.Literal["first_address"]  # noqa: Y015
     _WhichOneofArgType__first_address: _TypeAlias = _typing.Literal["_first_address", b"_first_address"]  # noqa: Y015
@@ -499,6 +505,7 @@ class FindWeights(_message.Message):
     MODEL_ID_FIELD_NUMBER: _builtins.int
     DESCRIBE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADAPTER_PATHS_FIELD_NUMBER: _builtins.int
     model_path: _builtins.str
     """Path of the model file, as in Load."""
     model_id: _builtins.str
@@ -507,6 +514,10 @@ class FindWeights(_message.Message):
     """Whether to make the file's manifest if there is none yet, which reads the whole file."""
     request_id: _builtins.int
     """The answer has the same."""
+    @_builtins.property
+    def adapter_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Paths of the adapters' files, as in Load."""
+
     def __init__(
         self,
         *,
@@ -514,10 +525,11 @@ class FindWeights(_message.Message):
         model_id: _builtins.str = ...,
         describe: _builtins.bool = ...,
         request_id: _builtins.int = ...,
+        adapter_paths: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["describe", b"describe", "model_id", b"model_id", "model_path", b"model_path", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_paths", b"adapter_paths", "describe", b"describe", "model_id", b"model_id", "model_path", b"model_path", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,6 +36,7 @@ class Chunk(_message.Message):
     WINDOW_START_FIELD_NUMBER: _builtins.int
     EMBEDDED_FIRST_FIELD_NUMBER: _builtins.int
     EMBEDDED_END_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Absolute position of the first of them."""
     outputs: _builtins.int
@@ -66,6 +67,10 @@ class Chunk(_message.Message):
         are stored in, written as the table is.
         """
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterScale]:
+        """Adapters of LoRA that its rows are computed with, each once, in ascending order."""
+
     def __init__(
         self,
         *,
@@ -78,14 +83,41 @@ class Chunk(_message.Message):
         window_start: _builtins.int = ...,
         embedded_first: _builtins.int = ...,
         embedded_end: _builtins.int = ...,
+        adapters: _abc.Iterable[Global___AdapterScale] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["depends_on", b"depends_on"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["depends_on", b"depends_on", "embedded_end", b"embedded_end", "embedded_first", b"embedded_first", "outputs", b"outputs", "position", b"position", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "depends_on", b"depends_on", "embedded_end", b"embedded_end", "embedded_first", b"embedded_first", "outputs", b"outputs", "position", b"position", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
+
+@_typing.final
+class AdapterScale(_message.Message):
+    """An adapter with its scale."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.int
+    """Its number among the model's."""
+    scale: _builtins.float
+    """Factor of what it adds."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.int = ...,
+        scale: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterScale: _TypeAlias = AdapterScale  # noqa: Y015
 
 @_typing.final
 class RowReference(_message.Message):

@@ -27,22 +27,28 @@ class ProfileWorker(_message.Message):
     MODEL_PATH_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADAPTER_PATHS_FIELD_NUMBER: _builtins.int
     model_path: _builtins.str
     """Path of the model on the coordinator's machine, whose steps are to be measured; not set: the machine alone."""
     model_id: _builtins.str
     """Identity of that model."""
     request_id: _builtins.int
     """The answer has the same."""
+    @_builtins.property
+    def adapter_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Paths of the files of its adapters."""
+
     def __init__(
         self,
         *,
         model_path: _builtins.str | None = ...,
         model_id: _builtins.str = ...,
         request_id: _builtins.int = ...,
+        adapter_paths: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_model_path", b"_model_path", "model_path", b"model_path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_path", b"_model_path", "model_id", b"model_id", "model_path", b"model_path", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_path", b"_model_path", "adapter_paths", b"adapter_paths", "model_id", b"model_id", "model_path", b"model_path", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__model_path: _TypeAlias = _typing.Literal["model_path"]  # noqa: Y015
     _WhichOneofArgType__model_path: _TypeAlias = _typing.Literal["_model_path", b"_model_path"]  # noqa: Y015

@@ -56,7 +56,8 @@ class Requests:
         """Where the model's file is missing, of the machine alone."""
         worker = self._session.worker
         try:
-            model = worker.weights.open_file(request.model_path, request.model_id) if request.model_path else None
+            path, adapters = request.model_path, request.adapter_paths
+            model = worker.weights.open_file(path, request.model_id, adapters) if path else None
         except ModelFileError:  # reported when its layers are to be loaded
             model = None
         with model or nullcontext():

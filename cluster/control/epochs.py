@@ -124,6 +124,7 @@ def _order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int, weigh
         exclusive=loads.is_exclusive,
         weights=weights,
         devices=stage.devices,
+        adapter_paths=loads.model.adapter_paths,
     )
 
 
@@ -195,7 +196,7 @@ class Epochs:
     def __init__(self, config: ClusterConfig, model: Model, workers: EpochWorkers) -> None:
         self._config = config
         self._model = model
-        self._reference = ModelReference(str(model.file.path), model.model_id)
+        self._reference = ModelReference(str(model.file.path), model.model_id, model.adapter_paths)
         self._registry = workers.registry
         self._credentials = workers.credentials
         self._record = workers.record

@@ -33,9 +33,10 @@ class ModelReference:
 
     path: str
     model_id: str
+    adapter_paths: tuple[str, ...] = ()
 
     def request(self, *, describe: bool) -> FindWeights:
-        return FindWeights(self.path, self.model_id, describe)
+        return FindWeights(self.path, self.model_id, describe, adapter_paths=self.adapter_paths)
 
 
 async def weight_sources(

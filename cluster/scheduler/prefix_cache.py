@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from hashlib import sha256
 
 from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
+from llamaclust.core.adapters import AdapterScales
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 
 class BlockKeys(list[bytes]):
-    """One key for each full block of a sequence: of its tokens and salt alone. Sequences with other salts share no
-    block."""
+    """One key for each full block of a sequence: of its tokens, salt and adapters alone. Sequences with another salt,
+    adapter or scale share no block."""
 
-    def __init__(self, salt: str = "") -> None:
+    def __init__(self, salt: str = "", adapters: AdapterScales = ()) -> None:
         super().__init__()
-        self.salt = salt
+        self.salt = f"{adapters}\0{salt}" if adapters else f"\0{salt}"
 
 
 class PrefixCache:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from llamaclust.core.adapters import AdapterScales
 from llamaclust.core.sampling import Grammar, RowResult, SamplingParams
 
 
@@ -33,7 +34,8 @@ class GenerationRequest:
     breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # for DRY, by first token
     score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
     embedded: tuple[int, int] | None = None  # hidden states of prompt tokens [first, end) are wanted, none is sampled
-    cache_salt: str = ""  # KV blocks are shared with requests that have the same
+    cache_salt: str = ""  # KV blocks are shared with requests that have the same, and the same adapters
+    adapters: AdapterScales = ()
     group: str = ""  # of requests that came as one; empty: a group of its own
     grammar: Grammar | None = None  # which the answer obeys
     with_logprobs: bool = False  # else tokens that the grammar forces are not computed one by one, and have logprob 0

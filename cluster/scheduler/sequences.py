@@ -114,7 +114,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         request, last = self.request, self.prompt_length - 1
-        self.block_keys = BlockKeys(request.cache_salt)
+        self.block_keys = BlockKeys(request.cache_salt, request.adapters)
         self.tokens, self.breakers = list(request.prompt), SeenBreakers(request.breakers, request.prompt)
         self.mu = 0.0 if request.params.chain is None else request.params.chain.first_mu
         self.scored = last if request.score_from is None else min(max(request.score_from, 1) - 1, last)
@@ -253,7 +253,17 @@ class Sequence:
     ) -> SequenceSlice:
         table, window = self.table.runs, self.window
         start = window.start if window.blocks else 0
-        chunk = Chunk(tokens, self.scheduled, table, len(tasks), follows, window.runs, start, embedded)
+        chunk = Chunk(
+            tokens,
+            self.scheduled,
+            table,
+            len(tasks),
+            follows,
+            window.runs,
+            start,
+            embedded,
+            self.request.adapters,
+        )
         self.scheduled += len(tokens)
         self.in_flight += 1
         taken = SequenceSlice(self, chunk, tasks)

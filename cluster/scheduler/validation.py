@@ -8,6 +8,7 @@ from collections.abc import Collection
 from llamaclust.cluster.scheduler.breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core import sampling_bounds as bounds
+from llamaclust.core.adapters import MAX_ADAPTER_SCALE
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampler_chain import SamplerChain
@@ -33,6 +34,8 @@ def validate(
     check_integer("dry_penalty_last_n", request.dry_window, 0, MAX_CONTEXT_TOKENS)
     if request.score_from is not None:
         check_integer("score_from", request.score_from, 0, MAX_CONTEXT_TOKENS)
+    for _, scale in request.adapters:
+        check_number("lora", scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
     if request.embedded is not None:
         first, end = request.embedded
         assert 0 <= first < end <= len(request.prompt) and request.max_new_tokens == 0, request.embedded

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
 from llamaclust.cluster.text.chat_format import AnswerReading
+from llamaclust.core.adapters import AdapterScales
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import Grammar, RowResult, SamplingParams
@@ -48,7 +49,8 @@ class CompletionRequest:
     add_special: bool = True  # BOS (and EOS) where the model wants them
     parse_special: bool = True  # control words in a prompt's text become their tokens
     request_id: str | None = None  # None: drawn at random
-    cache_salt: str = ""  # KV blocks are shared with requests that have the same
+    cache_salt: str = ""  # KV blocks are shared with requests that have the same, and the same adapters
+    adapters: AdapterScales = ()
     group: str = ""  # of prompts that came as one request
     grammar: Grammar | None = None  # which each answer obeys
     with_logprobs: bool = False  # of each token; else those that the grammar forces have logprob 0

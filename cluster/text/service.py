@@ -266,6 +266,7 @@ class TextService:
             breakers=breakers,
             score_from=request.score_from,
             cache_salt=request.cache_salt,
+            adapters=request.adapters,
             group=request.group or request_id,
             grammar=request.grammar,
             with_logprobs=request.with_logprobs,

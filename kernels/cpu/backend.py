@@ -14,7 +14,7 @@ from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.sizes import needed
 from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Batch, Float32, Int32, Progress, kv_bytes
-from llamaclust.kernels.cpu.compile import Observed, compile_program
+from llamaclust.kernels.cpu.compile import Compiled, Observed, compile_program
 from llamaclust.kernels.cpu.weight_store import WeightStore
 from llamaclust.kernels.packed.cache import PackedCache
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
@@ -41,11 +41,13 @@ class CpuStage:
         native: _native.Stage,
         weights: dict[str, Weight],
         kv_layer_count: int,
-        normed: int | None = None,
+        compiled: Compiled,
         observed: Sequence[Observed] = (),
     ) -> None:
         self._observed = observed
-        self._normed = normed
+        self._normed = compiled.normed
+        self._scales = compiled.scales
+        self._has_scales = bool(compiled.scales)  # other than 0, or none yet
         self._kv_layer_count = kv_layer_count
         self._native: _native.Stage | None = native
         self._result: Float32 = native.result
@@ -56,6 +58,7 @@ class CpuStage:
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         assert self._native is not None, "the stage was closed"
+        self._write_scales(batch.adapter_scales)
         lines = self._native.run(
             batch.tokens,
             batch.positions,
@@ -67,6 +70,19 @@ class CpuStage:
             batch.window_tables,
         )
         return self._result[:lines]
+
+    def _write_scales(self, scales: Float32 | None) -> None:
+        """Fills the buffers of the rows' scales."""
+        assert self._native is not None
+        if scales is None and not self._has_scales:
+            return
+        for target in self._scales:
+            buffer = self._native.contents(target.buffer)
+            if scales is None:
+                buffer[:] = 0.0
+            else:
+                buffer[: len(scales)] = scales[:, target.adapter, None] * np.float32(target.factor)
+        self._has_scales = scales is not None
 
     def normed(self, rows: Int32) -> Float32:
         assert self._native is not None, "the stage was closed"
@@ -158,7 +174,7 @@ class CpuBackend:
                 compiled = compile_program(program, weights, limits, found if observed else None)
                 native = _native.Stage(compiled.plan, self.feature_level, self._pool)
                 native.touch()
-                return CpuStage(native, weights, len(program.kv_layers), compiled.normed, found)
+                return CpuStage(native, weights, len(program.kv_layers), compiled, found)
         except MemoryError as error:
             raise InsufficientMemoryError(self._memory_error_text(program, tensors, limits)) from error
 

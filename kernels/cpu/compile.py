@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
-from llamaclust.kernels.fuse import Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
+from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
@@ -17,6 +17,10 @@ _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_25
 
 _KV_TYPES = tuple(ir.KvType)
 """Likewise: the native enum has the order of `KvType`."""
+
+
+_SLOTS = 4
+"""Inputs of products that the native module keeps at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,21 @@ class Observed:
 
 
 @dataclass(frozen=True, slots=True)
+class RowScales:
+    """A buffer that no step writes, before each run filled with each row's scale of an adapter, times `factor`."""
+
+    buffer: int
+    adapter: int
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class Compiled:
     """A plan; of a last stage also the buffer with the normed hidden state of every row."""
 
     plan: Plan
     normed: int | None
+    scales: tuple[RowScales, ...] = ()
 
 
 @dataclass(slots=True)
@@ -81,6 +95,7 @@ class _Compiler:
         self._weights = weights
         self._buffers = _Buffers(self.plan)
         self._rotations: dict[ir.RopeTable, int] = {}
+        self._scales: dict[tuple[int, float, int], RowScales] = {}  # by adapter, factor and rank
 
     def run(self) -> Compiled:
         if not self._program.is_first:
@@ -88,7 +103,7 @@ class _Compiler:
         for step in fuse(self._program):
             self._emit(step)
         self._finish(self._program.out)
-        return Compiled(self.plan, self.normed)
+        return Compiled(self.plan, self.normed, tuple(self._scales.values()))
 
     def _emit(self, step: FusedStep) -> None:
         buffers = self._buffers
@@ -97,6 +112,8 @@ class _Compiler:
                 self.plan.embed(self._weights[step.weight].matrix, buffers.write(step.out, private=True))
             case Products():
                 self._products(step.x, step.steps)
+            case Adapts():
+                self._adapt(step.x, step.steps)
             case Attend():
                 self._attend(step.attention, step.rotate_q, step.rotate_k)
             case ir.Moe():
@@ -185,6 +202,39 @@ class _Compiler:
                 for step, weight, slot in zip(steps, weights, slots, strict=True)
             ]
         )
+
+    def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
+        """All products with x at once, then those with their results, as many at once as there are slots."""
+        down = [self._weights[step.down] for step in steps]
+        inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
+        slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])
+        outs = [self._buffers.write(buffer) for buffer in inner]
+        self.plan.multiply(
+            [(weight.matrix, None, out, slot) for weight, out, slot in zip(down, outs, slots, strict=True)]
+        )
+        for start in range(0, len(steps), _SLOTS):
+            self._add_adapted(steps[start : start + _SLOTS], inner[start : start + _SLOTS])
+
+    def _add_adapted(self, steps: Sequence[ir.Adapt], inner: Sequence[ir.Buffer]) -> None:
+        products, sums = [], []
+        for slot, (step, buffer) in enumerate(zip(steps, inner, strict=True)):
+            plain = self._buffers.read(buffer)
+            scaled = self._buffers.write(buffer, private=True)
+            self.plan.elementwise("mul", plain, self._row_scales(step), scaled, 0)
+            self.plan.quantize(scaled, slot, _FORMATS.index(ActivationFormat.F32))
+            added = self._buffers.write(ir.Buffer(f"adapted {slot} of {step.out.width}", step.out.width))
+            products.append((self._weights[step.up].matrix, None, added, slot))
+            sums.append((step.out, added))
+        self.plan.multiply(products)
+        for out, added in sums:
+            self.plan.elementwise("add", self._buffers.read(out), added, self._buffers.write(out, private=True), 0)
+
+    def _row_scales(self, step: ir.Adapt) -> int:
+        key = step.adapter, step.factor, step.rank
+        if key not in self._scales:
+            buffer = self.plan.add_buffer(step.rank, 1, False, False)
+            self._scales[key] = RowScales(buffer, step.adapter, step.factor)
+        return self._scales[key].buffer
 
     def _attend(self, step: ir.Attention, rotate_q: ir.Rope | None, rotate_k: ir.Rope | None) -> None:
         q, k, v = (self._buffers.read(buffer) for buffer in (step.q, step.k, step.v))

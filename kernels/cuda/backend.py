@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import groupby
 
-from llamaclust.core.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.profile import DeviceProfile
@@ -26,7 +26,7 @@ from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Program
+from llamaclust.model.program import Adapt, Program
 
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
@@ -165,6 +165,8 @@ def _plan(
 ) -> Plan:
     if not program.is_causal:
         raise ModelFileError("an encoder is not computed on GPUs; set device: cpu for its workers")
+    if any(isinstance(step, Adapt) for step in program.steps):
+        raise UsageError("adapters are computed on processors only; set device: cpu for all workers, or leave them out")
     check_weights(program, tensors)
     check_attention(program)
     weights = {name: Weights(tensors[name].quant_type, tensors[name].shape) for name in program.weights}

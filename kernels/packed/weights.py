@@ -14,6 +14,7 @@ from llamaclust.kernels._native import PackedMatrix, quant_types
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import (
+    Adapt,
     AddPosition,
     AddRow,
     Embed,
@@ -49,6 +50,9 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield step.weight, (step.out.width, step.x.width)
             if step.bias is not None:
                 yield step.bias, (step.out.width,)
+        case Adapt():
+            yield step.down, (step.rank, step.x.width)
+            yield step.up, (step.out.width, step.rank)
         case Moe():
             yield step.router, (step.experts, step.x.width)
             yield step.gate, (step.experts, step.ffn_width, step.x.width)

@@ -38,6 +38,8 @@ def run_step(step: ir.Step, state: State) -> None:
         case ir.MatMul():
             bias = state.weights[step.bias] if step.bias else None
             state[step.out] = matmul(state[step.x], state.weights[step.weight], bias)
+        case ir.Adapt():
+            state[step.out] = adapt(step, state)
         case ir.Attention():
             state[step.out] = attention(step, state)
         case ir.Moe():
@@ -93,6 +95,17 @@ def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:
     """
     out: Float64 = np.einsum("rk,nk->rn", x.astype(np.float64), weight.astype(np.float64))
     return out if bias is None else out + bias
+
+
+def adapt(step: ir.Adapt, state: State) -> Float64:
+    out: Float64 = state[step.out].astype(np.float64)
+    if state.batch.adapter_scales is None:
+        return out
+    scales = state.batch.adapter_scales[:, step.adapter] * np.float32(step.factor)
+    rows = np.flatnonzero(scales)
+    inner = matmul(state[step.x][rows], state.weights[step.down]).astype(np.float32) * scales[rows, None]
+    out[rows] += matmul(inner, state.weights[step.up])
+    return out
 
 
 def silu(x: Float64) -> Float64:

@@ -93,9 +93,9 @@ class Tensor:
 
     @property
     def layer(self) -> str | None:
-        """`blk.7` of a tensor of layer 7; None outside the layers."""
+        """`blk.7` of a tensor of layer 7, `adapter.0` of one of that adapter; None outside the layers."""
         parts = self.name.split(".", 2)
-        return ".".join(parts[:2]) if len(parts) == 3 and parts[0] == "blk" else None
+        return ".".join(parts[:2]) if len(parts) == 3 and parts[0] in ("blk", "adapter") else None
 
     @property
     def rows(self) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from llamaclust.model.adapters import ADAPTER_KEY
 from llamaclust.model.gguf.header import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS, read_header
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor
@@ -94,11 +95,12 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """The architecture's own keys, the size of the vocabulary among them, and the tokenizer's, which grammars need."""
+    """The architecture's own keys, the size of the vocabulary among them, adapters', and the tokenizer's, which grammars
+    need."""
     architecture = read_architecture(file)
     own: dict[str, WritableValue] = {"general.architecture": architecture}
     for key, value in file.metadata.items():
-        if key.startswith((f"{architecture}.", _TOKENIZER)):
+        if key.startswith((f"{architecture}.", _TOKENIZER, ADAPTER_KEY)):
             own[key] = np.float64(value) if isinstance(value, float) else value
     own[f"{architecture}.vocab_size"] = read_hyperparameters(file).vocabulary_size
     return own

@@ -34,7 +34,7 @@ from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
-from llamaclust.wire.control.profiles import LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
+from llamaclust.wire.control.profiles import AdapterPaths, LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
 from llamaclust.wire.security.terms import TermProof
 
 Term = Annotated[int, Integer(0, MAX_TERM)]
@@ -149,6 +149,7 @@ class FindWeights:
     model_id: ModelId
     describe: bool = False  # make the manifest if there is none yet
     request_id: int = 0
+    adapter_paths: AdapterPaths = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,7 @@ class Load:
     exclusive: bool = False  # stages of other epochs are freed first; weights that this one needs as well stay
     weights: WeightSources | None = None  # None: the file must be there
     devices: Annotated[tuple[DeviceLayers, ...], Size(0, MAX_GPUS + 1)] = ()  # in order; (): the processor alone
+    adapter_paths: AdapterPaths = ()
 
     def check(self) -> None:
         bounded("start", self.start, 0, self.end - 1)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from llamaclust.core.adapters import MAX_ADAPTERS
 from llamaclust.core.bounds import Address, ModelId, ModelPath, Real, Size, WorkerName
 from llamaclust.core.profile import Profile
+
+AdapterPaths = Annotated[tuple[ModelPath, ...], Size(0, MAX_ADAPTERS)]
+"""Files of the adapters that are part of a model, on the coordinator's machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +20,7 @@ class ProfileWorker:
     model_path: ModelPath | None = None
     model_id: ModelId = ""
     request_id: int = 0
+    adapter_paths: AdapterPaths = ()
 
 
 @dataclass(frozen=True, slots=True)

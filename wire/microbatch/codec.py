@@ -12,6 +12,7 @@ from operator import add
 from typing import Literal
 
 from llamaclust.core import limits, sampling_bounds
+from llamaclust.core.adapters import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.bounds import bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
@@ -47,6 +48,7 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
             window_start=chunk.window_start,
             embedded_first=chunk.embedded[0],
             embedded_end=chunk.embedded[1],
+            adapters=[microbatch_proto.AdapterScale(adapter=number, scale=scale) for number, scale in chunk.adapters],
         )
         if chunk.depends_on is not None:
             added.depends_on.number, added.depends_on.row = chunk.depends_on
@@ -78,7 +80,15 @@ def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     start = bounded("window_start", message.window_start, 0, limits.MAX_CONTEXT_TOKENS)
     end = bounded("end of embedded rows", message.embedded_end, 0, len(tokens))
     embedded = (bounded("first embedded row", message.embedded_first, 0, end), end)
-    return Chunk(tokens, message.position, _table(message.table), message.outputs, depends_on, window, start, embedded)
+    table, adapters = _table(message.table), _adapters(message.adapters)
+    return Chunk(tokens, message.position, table, message.outputs, depends_on, window, start, embedded, adapters)
+
+
+def _adapters(messages: Sequence[microbatch_proto.AdapterScale]) -> AdapterScales:
+    before, most = -1, MAX_ADAPTER_SCALE
+    for message in messages:
+        before = bounded("adapter", message.adapter, before + 1, MAX_ADAPTERS - 1)
+    return tuple((message.adapter, finite("scale", message.scale, -most, most)) for message in messages)
 
 
 def _depends_on(message: microbatch_proto.RowReference, tokens: tuple[int, ...], number: int) -> tuple[int, int]:

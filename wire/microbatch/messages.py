@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llamaclust.core.adapters import AdapterScales
 from llamaclust.core.sampling import RowResult, RowTask
 
 
@@ -16,7 +17,8 @@ class Chunk:
     The last `outputs` rows are sampled or scored. If it `depends_on` a row, its only token is the one sampled there,
     unknown when it was sent; then tokens is (0,). Where layers with a window have KV blocks of their own,
     `window_table` has those from the table's block number `window_start` to the last token's, in the same manner.
-    The result has the normed hidden state of the `embedded` rows [first, end) of the chunk.
+    The result has the normed hidden state of the `embedded` rows [first, end) of the chunk. Its rows are computed with
+    these adapters of LoRA.
     """
 
     tokens: tuple[int, ...]
@@ -27,6 +29,7 @@ class Chunk:
     window_table: tuple[int, ...] = ()
     window_start: int = 0
     embedded: tuple[int, int] = (0, 0)
+    adapters: AdapterScales = ()
 
     @property
     def embedded_rows(self) -> int:

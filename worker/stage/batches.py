@@ -17,9 +17,11 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 _FEW = 256  # so many numbers are made faster by plain Python than by NumPy's calls
 
 
-def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int, window: int | None = None) -> Batch:
-    """The batch of a microbatch, for layers of which one has that window. ProtocolError where it exceeds the limits,
-    the vocabulary or its own block tables."""
+def build_batch(
+    microbatch: Microbatch, limits: StageLimits, vocabulary: int, window: int | None = None, adapters: int = 0
+) -> Batch:
+    """The batch of a microbatch, for layers of which one has that window, and so many adapters. ProtocolError where it
+    exceeds the limits, the vocabulary, the adapters or its own block tables."""
     chunks = microbatch.chunks
     lengths = [len(chunk.tokens) for chunk in chunks]
     outputs = [chunk.outputs for chunk in chunks]
@@ -43,6 +45,7 @@ def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int, wi
         ),
         output_rows=_ranges([end - count for end, count in zip(row_ends, outputs, strict=True)], outputs),
         window_tables=_window_tables(chunks, table_lengths, limits, window) if limits.gives_up(window) else None,
+        adapter_scales=_adapter_scales(chunks, lengths, adapters) if any(chunk.adapters for chunk in chunks) else None,
     )
 
 
@@ -51,6 +54,17 @@ def embedded_rows(microbatch: Microbatch) -> NDArray[np.int32]:
     starts = accumulate((len(chunk.tokens) for chunk in microbatch.chunks), initial=0)
     firsts = [start + chunk.embedded[0] for start, chunk in zip(starts, microbatch.chunks, strict=False)]
     return _ranges(firsts, [chunk.embedded_rows for chunk in microbatch.chunks])
+
+
+def _adapter_scales(chunks: tuple[Chunk, ...], lengths: list[int], adapters: int) -> NDArray[np.float32]:
+    """[rows, adapters]."""
+    scales = np.zeros((len(chunks), adapters), np.float32)
+    for index, chunk in enumerate(chunks):
+        for number, scale in chunk.adapters:
+            if number >= adapters:
+                raise ProtocolError(f"a sequence with adapter {number}, the model has {adapters}")
+            scales[index, number] = scale
+    return np.repeat(scales, lengths, axis=0)
 
 
 def _window_tables(

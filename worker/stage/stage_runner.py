@@ -106,6 +106,7 @@ class StageRunner:
         self.limits = limits
         self.devices = options.devices
         self.kv_content = kv_content(model, limits)
+        self._adapters = model.adapter_count
         self._vocabulary = model.hyperparameters.vocabulary_size
         self._sampler = Sampler(self._vocabulary, options.feature_level, options.threads) if program.is_last else None
         vocabulary = partial(_grammar_vocabulary, model.file.metadata, self._vocabulary)
@@ -122,7 +123,9 @@ class StageRunner:
         """
         if microbatch.model_id != self.model_id:
             raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
-        return self._stage.run(build_batch(microbatch, self.limits, self._vocabulary, self.program.window), hidden)
+        window = self.program.window
+        batch = build_batch(microbatch, self.limits, self._vocabulary, window, self._adapters)
+        return self._stage.run(batch, hidden)
 
     def embeddings(self, microbatch: Microbatch) -> bytes:
         """Normed hidden state of the embedded rows of a last stage's last run, as `Result` has it. ProtocolError for

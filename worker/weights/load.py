@@ -69,14 +69,15 @@ async def _in_thread(order: Load, device: Device, model: Model, progress: Progre
 def _open(order: Load, weights: Weights) -> Model | None:
     """The file; None where there is none and the weights may be fetched."""
     try:
-        model = weights.open_file(order.model_path, order.model_id)
+        model = weights.open_file(order.model_path, order.model_id, order.adapter_paths)
     except ModelFileError as error:
         if order.weights is None:
             raise
         _log.warning("%s; its layers are fetched from other workers", error)
         return None
     if model is None and order.weights is None:
-        where = " and ".join(str(place) for place in weights.places(order.model_path))
+        paths = (order.model_path, *order.adapter_paths)
+        where = " and ".join(str(place) for path in paths for place in weights.places(path))
         what = "no such file on this machine, and no other worker has it or may give it"
         raise ModelFileError(f"{where}: {what}; copy it there, or name its folder by --model-dir")
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
@@ -97,17 +97,21 @@ class Weights:
             if model.known.manifest == update.manifest:
                 model.renew(update.source.worker, reach(update.source.address, update.source.worker))
 
-    def open_file(self, model_path: str, model_id: str) -> Model | None:
-        """The file of that identity, at its path or under its name in `model_dir`; None where there is no file.
-        ModelFileError where there are only others."""
+    def open_file(self, model_path: str, model_id: str, adapter_paths: Sequence[str] = ()) -> Model | None:
+        """The file of that identity with its adapters, at their paths or under their names in `model_dir`; None where
+        one of them is not there. ModelFileError where there are only others."""
         there = [place for place in self.places(model_path) if place.is_file()]
+        adapters = [next((place for place in self.places(path) if place.is_file()), None) for path in adapter_paths]
+        present = [adapter for adapter in adapters if adapter is not None]
+        if len(present) < len(adapters):
+            return None
         for place in there:
-            model = Model.open(place)
+            model = Model.open(place, adapters=present)
             if model.model_id == model_id:
                 return model
             model.close()
         if there:
-            what = "not the file that the coordinator opened: it was changed or replaced"
+            what = "not the file that the coordinator opened, or an adapter is not: it was changed or replaced"
             raise ModelFileError(f"{there[0]}: {what}; restore it, or start the cluster again")
         return None
 
@@ -120,7 +124,7 @@ class Weights:
         """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file:
         `progress` counts that."""
         try:
-            model = self.open_file(wanted.model_path, wanted.model_id)
+            model = self.open_file(wanted.model_path, wanted.model_id, wanted.adapter_paths)
         except ModelFileError as error:
             _log.warning("%s", error)
             model = None

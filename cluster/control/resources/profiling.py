@@ -26,7 +26,7 @@ class WorkerProfiles:
         """With what earlier starts measured."""
         self._stated = stated_speeds(config)
         self._model_id = model.model_id
-        self._order = ProfileWorker(str(model.file.path), model.model_id)
+        self._order = ProfileWorker(str(model.file.path), model.model_id, adapter_paths=model.adapter_paths)
         self._state_dir = state_dir
         self._report = report
         self._known = read_profiles(state_dir)  # by `measurement_key`

@@ -1,0 +1,160 @@
+"""LoRA adapters as parts of a model: files in GGUF, read and checked, and their steps in programs.
+
+A model with adapters is a `ModelFile` of its own: its identity depends on all files, its tensors contain those of
+adapter number i under names that begin with `adapter.i.`. Workers load, fetch and verify these as they do any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from llamaclust.core.adapters import MAX_ADAPTER_RANK, MAX_ADAPTERS
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.header import Header, read_header
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.values import MetadataValue, fail_at, shown
+from llamaclust.model.program import Adapt, MatMul, Program, Step
+from llamaclust.model.quant_types import QuantType
+
+ADAPTER_KEY = "llamaclust.adapter."
+"""How the keys begin that a model with adapters has beside its own: their numbers and `alpha`."""
+_TYPES = {QuantType.F32: np.dtype("<f4"), QuantType.F16: np.dtype("<f2"), QuantType.BF16: np.dtype("<u2")}
+_NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
+_MOST = 65504.0
+"""Larger weights are refused: products of rows without the adapter, which count as 0, must be finite."""
+_READ_BYTES = 1 << 22
+_OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
+
+
+def with_adapters(model: ModelFile, paths: Sequence[Path]) -> ModelFile:
+    """The model with the adapters of these files, numbered in this order. Reads them whole. ModelFileError for a file
+    that is no adapter of LoRA or of another architecture, or has weights that are no numbers; shapes are checked where
+    programs are made."""
+    if not paths:
+        return model
+    if len(paths) > MAX_ADAPTERS:
+        raise ModelFileError(f"{len(paths)} adapters, at most {MAX_ADAPTERS} are loaded; leave some out")
+    headers = [read_header(path) for path in paths]
+    metadata, tensors = dict(model.metadata), dict(model.tensors)
+    for number, header in enumerate(headers):
+        metadata[f"{ADAPTER_KEY}{number}.alpha"] = _alpha(header, model)
+        for tensor in header.tensors.values():
+            name = f"adapter.{number}.{_checked(tensor)}"
+            tensors[name] = replace(tensor, name=name)
+    digests = [bytes.fromhex(model.identity), *(header.digest for header in headers)]
+    return replace(
+        model,
+        parts=(*model.parts, *paths),
+        size_bytes=model.size_bytes + sum(header.file_identity.size_bytes for header in headers),
+        identity=sha256(b"".join(digests)).hexdigest(),
+        metadata=MappingProxyType(metadata),
+        tensors=MappingProxyType(tensors),
+    )
+
+
+def _alpha(header: Header, model: ModelFile) -> MetadataValue:
+    """Checks what the adapter is of."""
+    found = ModelFile(header.path, (), 0, "", header.metadata, header.tensors)
+    for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
+        if (value := found.metadata_str(key, "none")) != wanted:
+            raise found.error(key, f"{shown(value)}, {wanted!r} expected", "give a LoRA adapter in GGUF")
+    architecture, own = found.metadata_str("general.architecture"), model.metadata_str("general.architecture")
+    if architecture != own:
+        raise found.error("general.architecture", f"{shown(architecture)}, the model has {own!r}", _OTHER)
+    if "adapter.alora.invocation_tokens" in header.metadata:
+        what = "an adapter that begins at certain tokens, which is not supported"
+        raise found.error("adapter.alora.invocation_tokens", what, "leave it out")
+    if not header.tensors:
+        raise fail_at(header.path, "tensors", "none", _OTHER)
+    return found.metadata_float("adapter.lora.alpha", minimum=0.0, maximum=1e6)
+
+
+def _checked(tensor: Tensor) -> str:
+    """The tensor's name. ModelFileError for one that cannot be part of an adapter."""
+    name = _NAME.fullmatch(tensor.name)
+    place = f"tensor {shown(tensor.name)}"
+    if name is None:
+        what = "only adapters of the layers' matrices are supported, lora_a and lora_b of each"
+        raise fail_at(tensor.path, place, what, "leave the adapter out, or merge it by llamaclust model merge-lora")
+    if tensor.quant_type not in _TYPES:
+        known = ", ".join(kind.name for kind in _TYPES)
+        raise fail_at(tensor.path, place, f"type {tensor.quant_type.name}, one of {known} expected", _OTHER)
+    if len(tensor.shape) != 2:
+        raise fail_at(tensor.path, place, f"shape {list(tensor.shape)}, a matrix expected", _OTHER)
+    rank = tensor.shape[0 if name["half"] == "a" else 1]
+    if not 1 <= rank <= MAX_ADAPTER_RANK:
+        raise fail_at(tensor.path, place, f"rank {rank}, 1 to {MAX_ADAPTER_RANK} expected", _OTHER)
+    for start in range(0, tensor.n_bytes, _READ_BYTES):
+        largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
+        if not isfinite(largest) or largest > _MOST:
+            raise fail_at(tensor.path, place, f"a weight of {largest:g}, at most {_MOST:g} expected", _OTHER)
+    return tensor.name
+
+
+def _largest(tensor: Tensor, start: int, end: int) -> float:
+    """The largest absolute weight of a part, or NaN."""
+    weights = np.frombuffer(tensor.read_range(start, end), _TYPES[tensor.quant_type])
+    if tensor.quant_type is QuantType.BF16:
+        weights = (weights.astype(np.uint32) << 16).view(np.float32)
+    return float(np.max(np.abs(weights)))
+
+
+def adapter_count(model: ModelFile) -> int:
+    """How many adapters a model of `with_adapters`, or of its manifest, has."""
+    return next(number for number in range(MAX_ADAPTERS + 1) if f"{ADAPTER_KEY}{number}.alpha" not in model.metadata)
+
+
+def adapted(program: Program, model: ModelFile) -> Program:
+    """The program with the steps of the model's adapters: behind each group of products of one x, those of the group,
+    adapter by adapter. ModelFileError for shapes that do not fit the products."""
+    count = adapter_count(model)
+    return replace(program, steps=tuple(_adapted(program.steps, model, count))) if count else program
+
+
+def _adapted(steps: Sequence[Step], model: ModelFile, adapters: int) -> Iterator[Step]:
+    group: list[MatMul] = []
+    for step in (*steps, None):
+        if group and not (isinstance(step, MatMul) and step.x == group[0].x):
+            for number in range(adapters):
+                yield from (found for product in group if (found := _adapt(product, model, number)) is not None)
+            group = []
+        if isinstance(step, MatMul):
+            group.append(step)
+        if step is not None:
+            yield step
+
+
+def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
+    """What adapter `number` adds to a product; None: nothing."""
+    down, up = (model.tensors.get(f"adapter.{number}.{product.weight}.lora_{half}") for half in "ab")
+    if down is None and up is None:
+        return None
+    if down is None or up is None:
+        present, missing = (up, "lora_a") if down is None else (down, "lora_b")
+        assert present is not None
+        raise fail_at(present.path, f"tensor {shown(present.name)}", f"there is no {missing} beside it", _OTHER)
+    rank = down.shape[0]
+    for tensor, wanted in ((down, (rank, product.x.width)), (up, (product.out.width, rank))):
+        if tensor.shape != wanted:
+            what = f"shape {list(tensor.shape)}, {list(wanted)} expected"
+            raise fail_at(tensor.path, f"tensor {shown(tensor.name)}", what, _OTHER)
+    alpha = model.metadata_float(f"{ADAPTER_KEY}{number}.alpha", minimum=0.0, maximum=1e6)
+    return Adapt(product.x, product.out, number, down.name, up.name, rank, alpha / rank if alpha else 1.0)
+
+
+def unread_adapter_tensor(model: ModelFile, names: set[str]) -> ModelFileError | None:
+    """The error for a tensor of an adapter among those that no step reads."""
+    name = min((name for name in names if name.startswith("adapter.")), default=None)
+    if name is None:
+        return None
+    what = "the model has no product with this weight that an adapter can change"
+    return fail_at(model.tensor(name).path, f"tensor {shown(name)}", what, _OTHER)

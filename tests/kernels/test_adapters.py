@@ -1,0 +1,108 @@
+"""Adapters on every backend: a row's bits depend on its adapters and their scales alone, and are those of the merged
+model but for rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.kernels.backend import Batch
+from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
+from support.arithmetic.backends import BACKENDS
+from support.arithmetic.batches import Chain, batch_of
+from support.models.tiny_adapter import build_adapter, build_merged
+from support.models.tiny_model import build_tiny_model
+
+TOKENS = 24
+SMALL = {"hidden": 64, "heads": 2, "kv_heads": 1, "ffn": 96, "layers": 3}
+SCALES = ((), ((0, 1.0),), ((1, -0.5),), ((0, 0.25), (1, 2.0)))
+"""Of sequences: none, one adapter, the other, both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    base: Path
+    adapters: tuple[Path, Path]
+
+
+@pytest.fixture(scope="module", params=["f32", "q4_1"])
+def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("adapters")
+    kind = QuantType[request.param.upper()]
+    base = build_tiny_model(folder / "base.gguf", quant_type=kind, **SMALL)  # type: ignore[arg-type]
+    first = build_adapter(folder / "first.gguf", base)
+    second = build_adapter(
+        folder / "second.gguf", base, rank=3, parts=("attn_q", "ffn_down"), quant_type=QuantType.F16, seed=2
+    )
+    return Files(base, (first, second))
+
+
+def _tokens(seed: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, 320, TOKENS)]
+
+
+def _batch(sequences: list[int], start: int = 0, end: int = TOKENS) -> Batch:
+    """Tokens [start, end) of sequences with adapters as in SCALES, each with KV blocks of its own."""
+    batch = batch_of(
+        [(_tokens(index)[start:end], range(start, end), (2 * index, 2 * index + 1)) for index in sequences]
+    )
+    scales = np.zeros((batch.rows, 2), np.float32)
+    for place, index in enumerate(sequences):
+        for adapter, scale in SCALES[index]:
+            scales[place * (end - start) : (place + 1) * (end - start), adapter] = scale
+    return replace(batch, adapter_scales=scales if scales.any() else None)
+
+
+def _logits(backend: str, files: Files, sequence: int) -> NDArray[np.float32]:
+    """Of a sequence computed alone."""
+    return _run(backend, Model.open(files.base, adapters=files.adapters), _batch([sequence]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_company_chunks_and_cuts_change_no_bit(backend: str, files: Files) -> None:
+    alone = [_logits(backend, files, index) for index in range(len(SCALES))]
+    chain = Chain(BACKENDS[backend](), Model.open(files.base, adapters=files.adapters), cuts=[1, 2])
+    together = chain.run(_batch([2, 0, 3, 1]))
+    for place, index in enumerate([2, 0, 3, 1]):
+        assert np.array_equal(together[place * TOKENS : (place + 1) * TOKENS], alone[index]), index
+    for start, end in ((0, 5), (5, 6), (6, TOKENS)):
+        part = chain.run(_batch([3, 2, 1, 0], start, end))
+        for place, index in enumerate([3, 2, 1, 0]):
+            assert np.array_equal(part[place * (end - start) : (place + 1) * (end - start)], alone[index][start:end])
+    assert np.array_equal(chain.run(_batch([0])), alone[0]), "no scale of an earlier batch is left"
+    chain.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_an_adapter_are_those_of_the_model_alone(backend: str, files: Files) -> None:
+    plain = _run(backend, Model.open(files.base), _batch([0]))
+    assert np.array_equal(_logits(backend, files, 0), plain)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu-3-threads"])
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_logits_are_those_of_the_merged_model(
+    backend: str, sequence: int, files: Files, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    ((adapter, scale),) = SCALES[sequence]
+    merged = build_merged(tmp_path / "merged.gguf", files.base, files.adapters[adapter], scale)
+    batch = replace(_batch([sequence]), adapter_scales=None)
+    expected, plain = _run(backend, Model.open(merged), batch), _run(backend, Model.open(files.base), batch)
+    spread = float(np.std(expected))
+    error = float(np.max(np.abs(_logits(backend, files, sequence) - expected))) / spread
+    # Activations of the base model's Q4_1 products are rounded to 8 bits, those of the merged model's are not.
+    is_rounded = backend != "reference" and "q4_1" in request.node.name
+    assert error < (0.3 if is_rounded else 2e-3), error
+    assert float(np.max(np.abs(plain - expected))) / spread > 1.0
+
+
+def _run(backend: str, model: Model, batch: Batch) -> NDArray[np.float32]:
+    chain = Chain(BACKENDS[backend](), model)
+    logits = chain.run(batch)
+    chain.close()
+    return logits

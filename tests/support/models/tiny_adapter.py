@@ -1,0 +1,99 @@
+"""Adapters of LoRA with random weights for any model, and the model that they are merged into."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.kernels.reference.dequantize import dequantize
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.values import LazyStrings
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
+from llamaclust.model.quant_types import QuantType
+
+PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_GAIN = 0.5
+"""Of what an adapter adds to a product of normal numbers: a quarter of what the product itself has."""
+
+
+def build_adapter(
+    path: Path,
+    model: Path,
+    *,
+    rank: int = 4,
+    alpha: float = 8.0,
+    parts: tuple[str, ...] = PARTS,
+    quant_type: QuantType = QuantType.F32,
+    seed: int = 1,
+    extra: Mapping[str, WritableValue] | None = None,
+    scaled: float = 1.0,
+) -> Path:
+    """Writes an adapter of the model's matrices whose names have one of `parts`. The same arguments give the same bytes.
+    `extra` adds or overrides metadata, `scaled` multiplies its weights."""
+    file = open_model(model)
+    sources = []
+    for tensor in file.tensors.values():
+        if tensor.layer and len(tensor.shape) == 2 and any(f".{part}." in tensor.name for part in parts):
+            rows, width = tensor.shape
+            gains = {"a": scaled / width**0.5, "b": _GAIN * scaled / alpha * rank**0.5}
+            for half, shape in (("a", (rank, width)), ("b", (rows, rank))):
+                weights = _random(f"{tensor.name} {half}", shape, seed) * np.float32(gains[half])
+                sources.append(_source(f"{tensor.name}.lora_{half}", quant_type, weights))
+    metadata: dict[str, WritableValue] = {
+        "general.architecture": file.metadata_str("general.architecture"),
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": np.float32(alpha),
+    }
+    write_gguf(path, metadata | dict(extra or {}), sources)
+    return path
+
+
+def build_merged(path: Path, model: Path, adapter: Path, scale: float) -> Path:
+    """Writes the model with weight + scale * alpha / rank * b @ a in float32 in place of each adapted matrix."""
+    file, added = open_model(model), open_adapter(adapter)
+    alpha = added.metadata_float("adapter.lora.alpha")
+    sources = []
+    for tensor in file.tensors.values():
+        weights, kind = _floats(tensor), QuantType.F32
+        if f"{tensor.name}.lora_a" in added.tensors:
+            down, up = (_floats(added.tensors[f"{tensor.name}.lora_{half}"]).astype(np.float64) for half in "ab")
+            weights = (weights + scale * alpha / len(down) * (up @ down)).astype(np.float32)
+        sources.append(_source(tensor.name, kind, weights))
+    write_gguf(path, {key: _writable(value) for key, value in file.metadata.items()}, sources)
+    return path
+
+
+def open_adapter(path: Path) -> ModelFile:
+    return open_model(path)
+
+
+def _random(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    return np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
+
+
+def _source(name: str, kind: QuantType, weights: NDArray[np.float32]) -> TensorSource:
+    match kind:
+        case QuantType.F16:
+            data = weights.astype(np.float16).tobytes()
+        case QuantType.BF16:
+            data = (weights.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+        case _:
+            data = weights.tobytes()
+    return TensorSource(name, kind, weights.shape, lambda: data)
+
+
+def _floats(tensor: Tensor) -> NDArray[np.float32]:
+    values = dequantize(tensor.quant_type, tensor.read(), tensor.rows * tensor.shape[-1])
+    return values.reshape(tensor.shape)
+
+
+def _writable(value: object) -> WritableValue:
+    if isinstance(value, LazyStrings):
+        return list(value)
+    return value  # type: ignore[return-value]

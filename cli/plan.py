@@ -51,7 +51,8 @@ def planned(config: ClusterConfig) -> tuple[Plan, int]:
         raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
     read_api_keys(config.api_keys_file)
     own_bytes, specs = resident_bytes(), worker_settings(config)
-    with closing(Model.open(resolve_model(config.model), config.chat_template)) as model:
+    adapters = [adapter.path for adapter in config.adapters]
+    with closing(Model.open(resolve_model(config.model), config.chat_template, adapters)) as model:
         gpus = {spec.name: gpus_of(spec.device, spec.gpu_memory_bytes) for spec in specs}
         fingerprints = {
             spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level, gpus[spec.name])

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.core.adapters import MAX_ADAPTER_RANK, MAX_ADAPTERS
 from llamaclust.core.errors import ModelFileError
@@ -27,7 +28,7 @@ from llamaclust.model.quant_types import QuantType
 
 ADAPTER_KEY = "llamaclust.adapter."
 """How the keys begin that a model with adapters has beside its own: their numbers and `alpha`."""
-_TYPES = {QuantType.F32: np.dtype("<f4"), QuantType.F16: np.dtype("<f2"), QuantType.BF16: np.dtype("<u2")}
+_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
 _MOST = 65504.0
 """Larger weights are refused: products of rows without the adapter, which count as 0, must be finite."""
@@ -102,9 +103,15 @@ def _checked(tensor: Tensor) -> str:
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
     """The largest absolute weight of a part, or NaN."""
-    weights = np.frombuffer(tensor.read_range(start, end), _TYPES[tensor.quant_type])
-    if tensor.quant_type is QuantType.BF16:
-        weights = (weights.astype(np.uint32) << 16).view(np.float32)
+    data = tensor.read_range(start, end)
+    weights: NDArray[np.floating]
+    match tensor.quant_type:
+        case QuantType.F32:
+            weights = np.frombuffer(data, "<f4")
+        case QuantType.F16:
+            weights = np.frombuffer(data, "<f2")
+        case _:
+            weights = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     return float(np.max(np.abs(weights)))
 
 

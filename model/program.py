@@ -140,8 +140,8 @@ class MatMul:
 
 @dataclass(frozen=True, slots=True)
 class Adapt:
-    """out += scale * (x @ down^T) @ up^T, which an adapter of LoRA adds to a product: `scale` is `factor` times what the
-    batch has for the row and this adapter. Where that is 0, the row stays as it is; it does not depend on other rows.
+    """out += scale * (x @ down^T) @ up^T, which an adapter of LoRA adds to a product: `scale` is `factor` times what
+    the batch has for the row and this adapter. Where that is 0, the row stays as it is.
 
     down [rank, x.width], up [out.width, rank].
     """

@@ -52,7 +52,7 @@ _REFUSED: Final = {
     **_names("top_a smoothing_factor", number(0)),
     **_names("use_beam_search include_stop_str_in_output return_tokens_as_token_ids", only(False)),
     **_names("skip_special_tokens spaces_between_special_tokens", only(True)),
-    **_names("truncate_prompt_tokens lora prompt_logprobs", only()),
+    **_names("truncate_prompt_tokens prompt_logprobs", only()),
     **_names("t_max_predict_ms t_max_prompt_ms", only(-1, 0)),
     "length_penalty": number(1),
     "n_indent": number(0),
@@ -102,7 +102,7 @@ LLAMACPP: Final = ForeignFields(
         **_names("post_sampling_probs", only(False)),
         "n_cmpl": number(1),
     },
-    hints={**_HINTS, "model": anything},
+    hints=_HINTS,
     other_names={**_OTHER_NAMES, "max_tokens": "n_predict", "repetition_penalty": "repeat_penalty"},
 )
 
@@ -161,7 +161,7 @@ ANTHROPIC_TOOL: Final = ForeignFields(
 )
 
 OLLAMA_OPTIONS: Final = ForeignFields(
-    refused={**_CHAT_ONLY, **_names("rope_frequency_base rope_frequency_scale", number(0))},
+    refused={**_CHAT_ONLY, "lora": only(), **_names("rope_frequency_base rope_frequency_scale", number(0))},
     hints={
         **_names("num_keep num_batch num_gpu main_gpu num_thread low_vram vocab_only numa num_gqa", anything),
         **_names("use_mmap use_mlock f16_kv logits_all", anything),
@@ -173,7 +173,7 @@ OLLAMA_OPTIONS: Final = ForeignFields(
 """The cluster file decides where and how the model is computed. A smaller context would truncate prompts."""
 
 OLLAMA: Final = ForeignFields(
-    refused={**_CHAT_ONLY, **_names("template images adapters", only())},
+    refused={**_CHAT_ONLY, **_names("template images adapters lora", only())},
     hints=_names("keep_alive truncate shift", anything),
     parts={"options": OLLAMA_OPTIONS},
 )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
 from llamaclust.cluster.api.schema import Body, SeedField
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.scheduler.validation import check_chain
@@ -124,7 +125,7 @@ class SamplerFields(Body):
         return None if self.dry_penalty_last_n == -1 else self.dry_penalty_last_n
 
 
-class AnswerFields(SamplerFields):
+class AnswerFields(SamplerFields, AdapterFields):
     """Of one answer to one chat, where an API has no more to say of how tokens are sampled."""
 
     stream: bool = False

@@ -16,6 +16,15 @@ _MOST_KEY_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """An adapter of LoRA, as clients name it. Its number is its place among others."""
+
+    name: str
+    path: str
+    scale: float = 1.0  # of requests that name it as their model
+
+
+@dataclass(frozen=True, slots=True)
 class ApiSettings:
     """Fixed for the life of an app. Durations are in seconds."""
 
@@ -25,6 +34,7 @@ class ApiSettings:
     strict_model: bool | None = None  # whether a request must name the served model; None: on OpenAI's paths
     aliases: tuple[str, ...] = ()  # further names of the served model
     tags: tuple[str, ...] = ()  # shown with it
+    adapters: tuple[ServedAdapter, ...] = ()
     disabled: tuple[str, ...] = ()  # GET endpoints that are off, such as "slots"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of request fields
     api_keys: tuple[str, ...] = ()  # none: no key is asked for

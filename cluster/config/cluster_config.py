@@ -15,6 +15,7 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.errors import PlaceError, explain, hint
 from llamaclust.cluster.config.model_sources import REMOTE_PREFIXES
 from llamaclust.cluster.config.sections import (
+    AdapterConfig,
     AnyWorker,
     Api,
     Join,
@@ -38,6 +39,7 @@ from llamaclust.cluster.config.values import (
     check_wire_type,
     expand_home,
 )
+from llamaclust.core.adapters import MAX_ADAPTERS
 from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_SEQUENCES
@@ -58,6 +60,8 @@ class ClusterConfig(Section):
     """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """How chats are written: the name of a template that is built in, or a Jinja file; else the model's own."""
+    adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
+    """Adapters of LoRA that requests may use, numbered in this order; for workers without GPUs."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Tokens per sequence, prompt and answer together."""
     launcher: Literal["local", "static", "ray", "mpi"] = "local"
@@ -194,6 +198,19 @@ class ClusterConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        names = [self.api.model_name, *self.api.aliases, *(adapter.name for adapter in self.adapters)]
+        for index, adapter in enumerate(self.adapters):
+            if names.count(adapter.name) > 1:
+                why = f"{adapter.name!r} is also the name of another adapter or of the model; give it its own name"
+                raise PlaceError(("adapters", index, "name"), why)
+        with_gpu = next((worker for worker in self.workers if worker.device != "cpu"), None)
+        if self.adapters and with_gpu is not None:
+            why = f"are computed on processors only, and {with_gpu.name} has {with_gpu.device}: set device: cpu"
+            raise PlaceError(("adapters",), why)
+        return self
+
+    @model_validator(mode="after")
     def _check_keys(self) -> Self:
         if self.api_keys_file is None and not is_loopback(self.host):
             why = "can be reached from other machines: set api_keys_file as well"
@@ -250,6 +267,10 @@ def _anchored(document: Document, folder: Path) -> Document:
         keys.append("chat_template")
     for key in keys:
         _anchor(values, key, folder)
+    if isinstance(adapters := values.get("adapters"), list):
+        values["adapters"] = [dict(adapter) if isinstance(adapter, dict) else adapter for adapter in adapters]
+        for adapter in filter(lambda adapter: isinstance(adapter, dict), values["adapters"]):
+            _anchor(adapter, "path", folder)
     for section, key in _PATHS:
         if isinstance(values.get(section), dict):
             values[section] = dict(values[section])

@@ -19,6 +19,7 @@ from llamaclust.cluster.config.values import (
     Size,
     parse_ray_address,
 )
+from llamaclust.core.adapters import MAX_ADAPTER_SCALE
 
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
@@ -153,6 +154,17 @@ class Api(Section):
     """Endpoints that are answered with 501."""
     defaults: dict[str, Any] = Field(default_factory=dict)
     """Values of request fields for requests without them, such as temperature; each endpoint takes those it has."""
+
+
+class AdapterConfig(Section):
+    """An adapter of LoRA for the model."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
+    """How requests name it, as their model."""
+    path: FilePath
+    """The adapter's GGUF file; a worker without it at this path, or in its folder of models, fetches its layers."""
+    scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE, allow_inf_nan=False)] = 1.0
+    """Factor of what it adds in requests that name it."""
 
 
 class PlanEntry(Section):

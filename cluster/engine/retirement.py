@@ -127,7 +127,8 @@ class Retirement:
     def _start_pre_copy(self, sequence: Sequence, tail: float = inf) -> None:
         request = sequence.request
         name, tokens = f"{request.request_id} (pre-copy)", tuple(sequence.tokens)
-        copy = GenerationRequest(name, tokens, 1, cache_salt=request.cache_salt, group=turn_of(sequence))
+        salt, adapters, turn = request.cache_salt, request.adapters, turn_of(sequence)
+        copy = GenerationRequest(name, tokens, 1, cache_salt=salt, adapters=adapters, group=turn)
         added = self.new.scheduler.add(copy, monotonic_ns())
         self._pre_copy = _PreCopy(added.key, sequence, len(tokens), tail)
         self.new.launch_soon()

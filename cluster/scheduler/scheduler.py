@@ -145,10 +145,16 @@ class Scheduler:
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
         """Queues a request, unless there is nothing to compute. Raises ParameterError or QueueFullError."""
         settings = self.settings
-        validate(request, settings.vocabulary, settings.max_sequence_tokens, embeds_only=settings.whole_prompts)
+        validate(
+            request,
+            settings.vocabulary,
+            settings.max_sequence_tokens,
+            adapters=settings.adapters,
+            embeds_only=settings.whole_prompts,
+        )
         self._next_key += 1
-        max_new_tokens = min(request.max_new_tokens, self.settings.max_sequence_tokens - len(request.prompt))
-        sequence = Sequence(self._next_key, request, max_new_tokens, now_ns, self.settings.whole_prompts)
+        max_new_tokens = min(request.max_new_tokens, settings.max_sequence_tokens - len(request.prompt))
+        sequence = Sequence(self._next_key, request, max_new_tokens, now_ns, settings.whole_prompts)
         if sequence.known_end is None:
             waiting = len(self.queues.waiting) + len(self.queues.restoring)
             starting = self.settings.max_sequences - len(self.queues.running)

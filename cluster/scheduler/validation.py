@@ -8,7 +8,7 @@ from collections.abc import Collection
 from llamaclust.cluster.scheduler.breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core import sampling_bounds as bounds
-from llamaclust.core.adapters import MAX_ADAPTER_SCALE
+from llamaclust.core.adapters import MAX_ADAPTER_SCALE, AdapterScales
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampler_chain import SamplerChain
@@ -19,7 +19,12 @@ _UINT64_MAX = (1 << 64) - 1
 
 
 def validate(
-    request: GenerationRequest, vocabulary: int, max_sequence_tokens: int, *, embeds_only: bool = False
+    request: GenerationRequest,
+    vocabulary: int,
+    max_sequence_tokens: int,
+    *,
+    adapters: int = 0,
+    embeds_only: bool = False,
 ) -> None:
     """Raises ParameterError, which names the field as the HTTP API does, its value and the bound."""
     if embeds_only and request.embedded is None:
@@ -34,8 +39,7 @@ def validate(
     check_integer("dry_penalty_last_n", request.dry_window, 0, MAX_CONTEXT_TOKENS)
     if request.score_from is not None:
         check_integer("score_from", request.score_from, 0, MAX_CONTEXT_TOKENS)
-    for _, scale in request.adapters:
-        check_number("lora", scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+    _check_adapters(request.adapters, adapters)
     if request.embedded is not None:
         first, end = request.embedded
         assert 0 <= first < end <= len(request.prompt) and request.max_new_tokens == 0, request.embedded
@@ -82,6 +86,13 @@ def shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number of more than 60 digits"
     return repr(value)[:60]
+
+
+def _check_adapters(chosen: AdapterScales, adapters: int) -> None:
+    for number, scale in chosen:
+        if number >= adapters:
+            raise ParameterError("lora", f"id {number}, but there are {adapters} adapters, numbered from 0")
+        check_number("lora", scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
 
 
 def _check_prompt(request: GenerationRequest, vocabulary: int, most: int) -> None:

@@ -75,7 +75,8 @@ async def open_cluster(
     with short_slices(), _launching(config, folder, report) as launcher:
         record = ControlRecord.begin(folder.control)
         registry = _registry(config, launcher, record)
-        model = await asyncio.to_thread(Model.open, model_path, config.chat_template)
+        adapters = [adapter.path for adapter in config.adapters]
+        model = await asyncio.to_thread(Model.open, model_path, config.chat_template, adapters)
         with closing(model):
             check_plan(config, model)
             launcher.check(worker_settings(config), model)

@@ -22,7 +22,7 @@ from llamaclust.cluster.api.port.api_port import ApiPort, listening
 from llamaclust.cluster.api.replies.durability import Durability
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.server import StartingReplies, allow_many_files, server_config
-from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
+from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter, read_api_keys
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
@@ -39,7 +39,7 @@ from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
 from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswered
 from llamaclust.cluster.text.service import TextService, TextSettings
-from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError
+from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
 from llamaclust.core.interpreter import share_interpreter
 
 if TYPE_CHECKING:
@@ -279,6 +279,10 @@ class _Server(uvicorn.Server):
 
 
 def _api_settings(config: ClusterConfig) -> ApiSettings:
+    """UsageError for API keys that cannot be used, and for an adapter with the model's name."""
+    served = config.api.model_name or _model_name(config.model)
+    if served in [adapter.name for adapter in config.adapters]:
+        raise UsageError(f"adapters: {served!r} is also the name of the model; set api.model_name")
     return ApiSettings(
         listen_host=config.host,
         api_keys=read_api_keys(config.api_keys_file),
@@ -287,6 +291,7 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         strict_model=config.api.strict_model,
         aliases=config.api.aliases,
         tags=config.api.tags,
+        adapters=tuple(ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters),
         disabled=config.api.disabled,
         defaults=config.api.defaults,
         allowed_hosts=config.allowed_hosts,

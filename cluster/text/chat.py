@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum, auto
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from llamaclust.cluster.text.chat_format import AnswerReading
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.threads import TOKENIZING, run_on
+from llamaclust.core.adapters import AdapterScales
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.prompt import guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate
@@ -79,6 +80,10 @@ class ChatRequest:
     splits_reasoning: bool = True  # reasoning is apart from the content
     may_reason: bool = True  # False: the prompt ends any reasoning that it begins
     created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
+
+    def admitted(self, created: float, adapters: AdapterScales) -> ChatRequest:
+        """The same one of that time, answered with these adapters."""
+        return replace(self, created=created, answer=replace(self.answer, adapters=adapters))
 
     @property
     def offered_tools(self) -> tuple[Variables, ...]:

@@ -95,8 +95,8 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """The architecture's own keys, the size of the vocabulary among them, adapters', and the tokenizer's, which grammars
-    need."""
+    """The architecture's own keys, the size of the vocabulary among them, those of adapters, and the tokenizer's, which
+    grammars need."""
     architecture = read_architecture(file)
     own: dict[str, WritableValue] = {"general.architecture": architecture}
     for key, value in file.metadata.items():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from llamaclust.core.adapters import AdapterScales
 from llamaclust.kernels.backend import Batch
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -20,7 +21,7 @@ from support.models.tiny_model import build_tiny_model
 
 TOKENS = 24
 SMALL = {"hidden": 64, "heads": 2, "kv_heads": 1, "ffn": 96, "layers": 3}
-SCALES = ((), ((0, 1.0),), ((1, -0.5),), ((0, 0.25), (1, 2.0)))
+SCALES: tuple[AdapterScales, ...] = ((), ((0, 1.0),), ((1, -0.5),), ((0, 0.25), (1, 2.0)))
 """Of sequences: none, one adapter, the other, both."""
 
 
@@ -89,7 +90,7 @@ def test_rows_without_an_adapter_are_those_of_the_model_alone(backend: str, file
 def test_logits_are_those_of_the_merged_model(
     backend: str, sequence: int, files: Files, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    ((adapter, scale),) = SCALES[sequence]
+    adapter, scale = SCALES[sequence][0]
     merged = build_merged(tmp_path / "merged.gguf", files.base, files.adapters[adapter], scale)
     batch = replace(_batch([sequence]), adapter_scales=None)
     expected, plain = _run(backend, Model.open(merged), batch), _run(backend, Model.open(files.base), batch)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -32,18 +30,18 @@ class MessagesEndpoint:
 
     async def create(self, data: bytes, ticket: Ticket) -> AnswerReply:
         body = await parse_body(data, MessagesBody, MESSAGES, self._settings)
-        self._models.check(body.model)
-        chat = replace(body.request(), created=ticket.created)
+        adapters, model = self._models.adapters(body.model, body.lora), self._models.shown(body.model)
+        chat = body.request().admitted(ticket.created, adapters)
 
         async def request() -> CompletionRequest:
             return await self._service.chat(chat)
 
-        shape = MessageShape(self._service.settings.model_name, ticket.id)
+        shape = MessageShape(model, ticket.id)
         return AnswerReply(self._service, self._settings, ticket, shape, request, is_streamed=body.stream)
 
     async def count(self, request: Request) -> Response:
         """The tokens of a chat's prompt."""
         body = await read_body(request, MessagesBody, MESSAGES, self._settings)
-        self._models.check(body.model)
+        self._models.adapters(body.model, body.lora)
         completion = await unless_disconnected(request, self._service.chat_prompt(body.request()))
         return JsonResponse({"input_tokens": len(completion.prompt)})

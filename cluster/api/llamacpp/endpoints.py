@@ -18,6 +18,7 @@ from llamaclust.cluster.api.llamacpp.schema import (
     TemplateBody,
     TokenizeBody,
 )
+from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.schema import NOTHING_FOREIGN
 from llamaclust.cluster.api.settings import ApiSettings
@@ -36,6 +37,7 @@ class LlamaCppEndpoints:
     def __init__(self, service: TextService, settings: ApiSettings) -> None:
         self._service = service
         self._settings = settings
+        self._models = ModelNames(service.settings.model_name, settings, any_by_default=True)
 
     async def infill(self, data: bytes, ticket: Ticket) -> InfillReply:
         tokens = self._service.tokenizer.vocabulary.fill_in
@@ -43,11 +45,13 @@ class LlamaCppEndpoints:
             message = "/infill: the model has no tokens for a prefix, a suffix and a middle"
             raise HttpError(501, "not_supported", message)
         body = await parse_body(data, InfillBody, LLAMACPP, self._settings)
-        return InfillReply(self._service, self._settings, ticket, body, tokens)
+        adapters = self._models.adapters(body.model, body.lora)
+        return InfillReply(self._service, self._settings, ticket, body, adapters, tokens=tokens)
 
     async def complete(self, data: bytes, ticket: Ticket) -> LlamaCppReply:
         body = await parse_body(data, LlamaCppBody, LLAMACPP, self._settings)
-        return LlamaCppReply(self._service, self._settings, ticket, body)
+        adapters = self._models.adapters(body.model, body.lora)
+        return LlamaCppReply(self._service, self._settings, ticket, body, adapters)
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(request, TokenizeBody, NOTHING_FOREIGN, self._settings)

@@ -23,10 +23,11 @@ from llamaclust.cluster.text.fill_in import fill_in_prompt
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.core.adapters import AdapterScales
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 from llamaclust.model.tokenizers.fill_in import FillInTokens
 
-_INPUTS: Final = {"prompt", "return_tokens", "input_prefix", "input_suffix", "input_extra"}
+_INPUTS: Final = {"model", "prompt", "return_tokens", "input_prefix", "input_suffix", "input_extra"}
 """Fields that are no settings of the generation."""
 
 
@@ -35,8 +36,11 @@ class LlamaCppReply:
 
     acknowledgement: bytes | None = None
 
-    def __init__(self, service: TextService, settings: ApiSettings, ticket: Ticket, body: LlamaCppBody) -> None:
+    def __init__(
+        self, service: TextService, settings: ApiSettings, ticket: Ticket, body: LlamaCppBody, adapters: AdapterScales
+    ) -> None:
         self.is_streamed = body.stream
+        self._adapters = adapters
         self._service = service
         self._settings = settings
         self._body = body
@@ -94,6 +98,7 @@ class LlamaCppReply:
             dry_breakers=body.dry_sequence_breakers,
             grammar=body.answer_grammar(),
             with_logprobs=body.n_probs > 0,
+            adapters=self._adapters,
         )
 
     async def _prompt(self, prompt: LlamaCppPrompt) -> str | tuple[int, ...]:
@@ -115,9 +120,16 @@ class InfillReply(LlamaCppReply):
     """One answer that fills a gap."""
 
     def __init__(
-        self, service: TextService, settings: ApiSettings, ticket: Ticket, body: InfillBody, tokens: FillInTokens
+        self,
+        service: TextService,
+        settings: ApiSettings,
+        ticket: Ticket,
+        body: InfillBody,
+        adapters: AdapterScales,
+        *,
+        tokens: FillInTokens,
     ) -> None:
-        super().__init__(service, settings, ticket, body)
+        super().__init__(service, settings, ticket, body, adapters)
         self._gap = body.gap
         self._max_new_tokens = body.max_new_tokens
         self._tokens = tokens
@@ -192,6 +204,7 @@ class _Shape:
         fields = self._body.model_dump(exclude=_INPUTS)
         return {
             **fields,
+            "lora": [{"id": number, "scale": scale} for number, scale in self._stream.generation.adapters],
             "logit_bias": self._shown_biases(),
             "seed": self._stream.generation.seed,
             "n_ctx": self._service.settings.context_length,

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from starlette.requests import Request
-from starlette.responses import Response
-
-from llamaclust.cluster.api.errors import JsonResponse, unsupported
+from llamaclust.cluster.api.errors import unsupported
+from llamaclust.cluster.api.llamacpp.adapters import AdapterList
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, InfillBody, LlamaCppBody, TemplateBody, TokenizeBody
 from llamaclust.cluster.api.paths import Route
@@ -19,7 +17,7 @@ _NO_SLOTS: Final = "slots have no state of their own; the prefix cache, and kv_d
 _UNSUPPORTED: Final = {
     "/rerank": "this server does not rank documents yet",
     "/reranking": "this server does not rank documents yet",
-    "/lora-adapters": "this server has no adapters",
+    "/lora-adapters": "scales are those of each request: give its field lora, or the adapter's name as model",
     "/slots/{slot}": _NO_SLOTS,
 }
 """By path: what clients may send there."""
@@ -32,11 +30,6 @@ def llamacpp_routes(service: TextService, replies: Replies) -> Iterator[Route]:
     yield Route("POST", "/tokenize", endpoints.tokenize, TokenizeBody)
     yield Route("POST", "/detokenize", endpoints.detokenize, DetokenizeBody)
     yield Route("POST", "/apply-template", endpoints.apply_template, TemplateBody)
-    yield Route("GET", "/lora-adapters", _no_adapters)
+    yield Route("GET", "/lora-adapters", AdapterList(replies.settings.adapters).list)
     for path, what in _UNSUPPORTED.items():
         yield Route("POST", path, unsupported(what))
-
-
-async def _no_adapters(request: Request) -> Response:
-    """The adapters: there are none."""
-    return JsonResponse([])

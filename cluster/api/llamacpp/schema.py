@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
+from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
 from llamaclust.cluster.api.openai.schema import ChatFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import MAX_PROMPTS, Body, StopField, is_int, is_token_id, prompt_string
@@ -79,9 +80,11 @@ _PROMPTS = {"anyOf": [*_MIXED["anyOf"], {"type": "array", "items": _MIXED}]}
 _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
 
 
-class LlamaCppBody(SamplerFields, GrammarFields):
+class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields):
     """`POST /completion`."""
 
+    model: str | None = None
+    """The name of an adapter; any other name is the served model's, unless `api.strict_model` is true."""
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
     """Text, token ids, both mixed, or a list of several."""
     n_predict: Annotated[int, Field(ge=-2, le=MAX_CONTEXT_TOKENS)] = -1

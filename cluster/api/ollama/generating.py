@@ -31,17 +31,21 @@ class OllamaGenerating:
     async def generate(self, data: bytes, ticket: Ticket) -> Reply:
         body = await parse_body(data, GenerateBody, OLLAMA, self._settings)
 
+        adapters = self._names.adapters(body.model)
+
         async def request() -> CompletionRequest:
-            return await self._generation(body, ticket)
+            return replace(await self._generation(body, ticket), adapters=adapters)
 
         return self._reply(body, ticket, request, as_text, with_context=not body.raw)
 
     async def chat(self, data: bytes, ticket: Ticket) -> Reply:
         body = await parse_body(data, OllamaChatBody, OLLAMA, self._settings)
 
+        adapters = self._names.adapters(body.model)
+
         async def request() -> CompletionRequest:
             await self._check_reasoning(body)
-            return await self._service.chat(replace(body.chat(), created=ticket.created))
+            return await self._service.chat(body.chat().admitted(ticket.created, adapters))
 
         return self._reply(body, ticket, request, as_message, with_context=False)
 
@@ -54,10 +58,8 @@ class OllamaGenerating:
         *,
         with_context: bool,
     ) -> Reply:
-        """HttpError for another model's name."""
-        self._names.check(body.model)
         service = self._service
-        lines = Lines(service.settings.model_name, ticket.created, show)
+        lines = Lines(self._names.shown(body.model), ticket.created, show)
         if body.is_load:
             return LoadReply(lines, is_streamed=body.stream)
         shape = OllamaShape(service.tokenizer, lines, with_logprobs=body.logprobs, with_context=with_context)
@@ -74,7 +76,7 @@ class OllamaGenerating:
                 return body.completion(body.prompt)
             (prompt,) = await self._service.tokenize_all([body.prompt], "prompt")
             return body.completion((*earlier, *prompt))
-        request = await self._service.chat(replace(body.chat(), created=ticket.created))
+        request = await self._service.chat(body.chat().admitted(ticket.created, ()))
         assert not isinstance(request.prompt, str)
         bos = self._service.tokenizer.bos_id
         own = request.prompt[1:] if earlier and request.prompt[:1] == (bos,) else request.prompt

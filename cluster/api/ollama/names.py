@@ -8,6 +8,7 @@ from typing import Final
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.core.adapters import AdapterScales
 
 MAX_COPIES: Final = 64
 _TAG: Final = ":latest"
@@ -19,9 +20,9 @@ class OllamaNames:
 
     def __init__(self, served: str, settings: ApiSettings) -> None:
         self._models = ModelNames(served, settings, any_by_default=True)
-        self._fixed = (served, *settings.aliases)
+        self._fixed = (served, *settings.aliases, *(adapter.name for adapter in settings.adapters))
         self._is_strict = settings.strict_model is True
-        self._copies: dict[str, None] = {}
+        self._copies: dict[str, str] = {}  # what they are copies of
 
     @property
     def all(self) -> list[str]:
@@ -29,8 +30,21 @@ class OllamaNames:
         return [*dict.fromkeys(tagged(name) for name in (*self._fixed, *self._copies))]
 
     def check(self, name: str) -> None:
-        """HttpError 404 where requests must name the served model and this one does not."""
-        self._models.check(name if name in self._fixed else name.removesuffix(_TAG))
+        """HttpError 404 where requests must name the served model and this one does not; 400 for an adapter."""
+        self._models.check(self._original(name))
+
+    def adapters(self, name: str) -> AdapterScales:
+        """What answers of this model are computed with. HttpError 404 as of `check`."""
+        return self._models.adapters(self._original(name))
+
+    def shown(self, name: str) -> str:
+        """The name of the model in replies."""
+        return self._models.shown(self._original(name))
+
+    def _original(self, name: str) -> str:
+        """Of a copy; without the tag."""
+        plain = name if name in self._fixed else name.removesuffix(_TAG)
+        return self._copies.get(plain, plain)
 
     def check_known(self, name: str) -> None:
         """HttpError 404 for a name that the list of models does not have."""
@@ -51,7 +65,7 @@ class OllamaNames:
             raise HttpError(403, "names_are_fixed", message)
         if len(self._copies) >= MAX_COPIES:
             raise HttpError(507, "too_many_names", f"there are {MAX_COPIES} copies already; delete one")
-        self._copies[name] = None
+        self._copies[name] = self._original(source)
 
     def delete(self, name: str) -> None:
         """A copy. HttpError for the served model and the cluster file's aliases, and for a name that is none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -38,13 +37,13 @@ class ChatEndpoint:
 
     async def create(self, data: bytes, ticket: Ticket) -> OpenAiReply:
         body = await parse_body(data, ChatBody, CHAT, self._settings)
-        self._models.check(body.model)
+        adapters = self._models.adapters(body.model, body.lora)
         body.check()
 
         async def requests() -> list[CompletionRequest]:
-            return [await self._service.chat(replace(body.request(), created=ticket.created))]
+            return [await self._service.chat(body.request().admitted(ticket.created, adapters))]
 
-        shape = _ChatShape(self._service.tokenizer, body, ticket.id)
+        shape = _ChatShape(self._service.tokenizer, body, ticket.id, self._models.shown(body.model))
         return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)
 
     async def count(self, request: Request) -> Response:
@@ -61,7 +60,8 @@ class _ChatShape:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, body: ChatBody, reply_id: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, body: ChatBody, reply_id: str, model: str) -> None:
+        self.model = model
         self._tokenizer = tokenizer
         self._with_logprobs = body.logprobs
         self._with_ids = body.return_token_ids

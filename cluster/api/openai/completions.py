@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from llamaclust.cluster.api.body import parse_body
@@ -29,13 +30,13 @@ class CompletionEndpoint:
 
     async def create(self, data: bytes, ticket: Ticket) -> OpenAiReply:
         body = await parse_body(data, CompletionBody, COMPLETION, self._settings)
-        self._models.check(body.model)
+        adapters = self._models.adapters(body.model, body.lora)
         body.check()
 
         async def requests() -> list[CompletionRequest]:
-            return body.requests()
+            return [replace(request, adapters=adapters) for request in body.requests()]
 
-        shape = _CompletionShape(self._service, body)
+        shape = _CompletionShape(self._service, body, self._models.shown(body.model))
         return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)
 
 
@@ -44,7 +45,8 @@ class _CompletionShape:
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, service: TextService, body: CompletionBody) -> None:
+    def __init__(self, service: TextService, body: CompletionBody, model: str) -> None:
+        self.model = model
         self._tokenizer = service.tokenizer
         self._body = body
         self.shows_timings = body.timings_per_token

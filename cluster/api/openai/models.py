@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the one model that is served."""
+"""`GET /v1/models`: the one model that is served, and its adapters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
-from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter
 from llamaclust.cluster.text.service import TextService
+from llamaclust.core.adapters import AdapterScales
+from llamaclust.core.errors import ParameterError
 
 
 class ModelNames:
@@ -20,10 +22,30 @@ class ModelNames:
         """`any_by_default`: unless the settings say otherwise, a request may name any model."""
         self._served = served
         self._names = {served, *settings.aliases}
+        self._adapters = {adapter.name: (number, adapter.scale) for number, adapter in enumerate(settings.adapters)}
         self._takes_any = any_by_default if settings.strict_model is None else not settings.strict_model
 
+    def adapters(self, name: str | None, lora: AdapterScales | None = None) -> AdapterScales:
+        """What a request for a model is computed with: an adapter that it names as the model, or those of its field
+        `lora`. HttpError 404 for another model's name; ParameterError for both."""
+        if name in self._adapters:
+            if lora is not None:
+                raise ParameterError("lora", f"model names the adapter {name!r} already: leave one of them out")
+            adapter, scale = self._adapters[name]
+            return ((adapter, scale),) if scale else ()
+        self.check(name)
+        return tuple((adapter, scale) for adapter, scale in lora or () if scale)
+
+    def shown(self, name: str | None) -> str:
+        """The name of the model in replies."""
+        return name if name is not None and name in self._adapters else self._served
+
     def check(self, name: str | None) -> None:
-        """Another model's name is refused, lest its answers seem to be this model's. HttpError 404."""
+        """Another model's name is refused, lest its answers seem to be this model's, and an adapter's where none is
+        taken. HttpError."""
+        if name in self._adapters:
+            message = f"model: {name!r} is an adapter; here only {self._served!r} itself is computed with"
+            raise HttpError(400, "unsupported_parameter", message, param="model")
         if name is not None and name not in self._names and not self._takes_any:
             message = f"model: {name[:200]!r} is not served here, {self._served!r} is"
             raise HttpError(404, "model_not_found", message, param="model")
@@ -36,14 +58,24 @@ class ModelsEndpoint:
         self._service = service
         self._names = ModelNames(service.settings.model_name, settings)
         self._shown = {"aliases": settings.aliases, "tags": settings.tags}
+        self._adapters = {adapter.name: adapter for adapter in settings.adapters}
         self._created = int(time.time())
 
     async def list(self, request: Request) -> Response:
-        return JsonResponse({"object": "list", "data": [self._entry()]})
+        adapters = [self._adapter_entry(adapter) for adapter in self._adapters.values()]
+        return JsonResponse({"object": "list", "data": [self._entry(), *adapters]})
 
     async def retrieve(self, request: Request) -> Response:
-        self._names.check(request.path_params["model"])
+        name = request.path_params["model"]
+        if name in self._adapters:
+            return JsonResponse(self._adapter_entry(self._adapters[name]))
+        self._names.check(name)
         return JsonResponse(self._entry())
+
+    def _adapter_entry(self, adapter: ServedAdapter) -> dict[str, Any]:
+        """As vLLM shows it."""
+        parent = self._service.settings.model_name
+        return {**self._entry(), "id": adapter.name, "aliases": (), "parent": parent, "root": adapter.path}
 
     def _entry(self) -> dict[str, Any]:
         settings = self._service.settings

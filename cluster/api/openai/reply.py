@@ -28,6 +28,7 @@ class Shape(Protocol):
     """How an endpoint shows choices."""
 
     id_prefix: str
+    model: str
     whole_object: str
     chunk_object: str
     shows_timings: bool
@@ -147,7 +148,7 @@ class OpenAiReply:
             "id": self._shape.id_prefix + self._ticket.id,
             "object": kind,
             "created": self._ticket.created,
-            "model": self._service.settings.model_name,
+            "model": self._shape.model,
             "system_fingerprint": FINGERPRINT,
             "seed": self._streams[0].generation.seed,
             "choices": choices,

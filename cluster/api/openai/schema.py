@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
 from llamaclust.cluster.api.foreign_fields import MESSAGE
+from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
 from llamaclust.cluster.api.openai.tools import CallField, ToolFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import (
@@ -123,9 +124,9 @@ class ChatFields(ToolFields):
         return prompt_end(roles, self.continue_final_message, self.add_generation_prompt)
 
 
-class _Sampling(SamplerFields, GrammarFields):
+class _Sampling(SamplerFields, GrammarFields, AdapterFields):
     model: str | None = None
-    """The served model's name; another name is refused."""
+    """The served model's name, or that of an adapter; another name is refused."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time it occurred."""
     presence_penalty: float = 0.0

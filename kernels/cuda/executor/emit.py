@@ -11,7 +11,7 @@ from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm
 from llamaclust.kernels.cuda.executor.operands import Operands
 from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
-from llamaclust.kernels.fuse import Attend, Products, reads_of, written_by
+from llamaclust.kernels.fuse import Adapts, Attend, Products, reads_of, written_by
 from llamaclust.kernels.fuse import elementwise as operation_of
 from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
@@ -44,6 +44,8 @@ class Emitter:
                 yield self._embed(step.weight, self.ops.inputs.tokens, self.ops.out(step.out))
             case Products():
                 yield from self._products(step.x, step.steps)
+            case Adapts():
+                raise AssertionError("programs with adapters are refused")
             case Attend():
                 yield from self._attend(step)
             case Attended():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
 from llamaclust.kernels.cuda.launches.matmul import MOST_PRODUCTS
-from llamaclust.kernels.fuse import Attend, FusedStep, Products, fuse, is_read
+from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, fuse, is_read
 from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
@@ -132,7 +132,7 @@ def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
 def _plain(step: FusedStep) -> tuple[ir.Step, ...]:
     """The steps of the program that it fuses."""
     match step:
-        case Products():
+        case Products() | Adapts():
             return step.steps
         case Attend():
             return *(rope for rope in (step.rotate_q, step.rotate_k) if rope is not None), step.attention

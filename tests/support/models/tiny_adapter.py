@@ -33,8 +33,8 @@ def build_adapter(
     extra: Mapping[str, WritableValue] | None = None,
     scaled: float = 1.0,
 ) -> Path:
-    """Writes an adapter of the model's matrices whose names have one of `parts`. The same arguments give the same bytes.
-    `extra` adds or overrides metadata, `scaled` multiplies its weights."""
+    """Writes an adapter of the model's matrices whose names have one of `parts`. The same arguments give the same
+    bytes. `extra` adds or overrides metadata, `scaled` multiplies its weights."""
     file = open_model(model)
     sources = []
     for tensor in file.tensors.values():

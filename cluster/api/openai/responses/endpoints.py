@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -57,17 +56,17 @@ class ResponsesEndpoint:
 
     async def create(self, data: bytes, ticket: Ticket) -> AnswerReply:
         body = await parse_body(data, ResponsesBody, RESPONSES, self._settings)
-        self._models.check(body.model)
+        adapters, model = self._models.adapters(body.model, body.lora), self._models.shown(body.model)
         body.check()
         if not ticket.earlier.messages:
             ticket.earlier.messages = self._earlier(body, ticket.identity.owner)
         messages = (*ticket.earlier.messages, *messages_of(body.input))
-        chat = replace(body.request(messages), created=ticket.created)
+        chat = body.request(messages).admitted(ticket.created, adapters)
 
         async def request() -> CompletionRequest:
             return await self._service.chat(chat)
 
-        head = ResponseHead(ID_PREFIX + ticket.id, ticket.created, self._service.settings.model_name, body.shown())
+        head = ResponseHead(ID_PREFIX + ticket.id, ticket.created, model, body.shown())
         storing = Storing(self._store, ticket.identity.owner, body.input, messages) if body.store else None
         shape = ResponseShape(head, ticket.id, self._service.tokenizer, storing)
         acknowledgement = to_json(head.shown(head.first_status)) if body.background else None
@@ -84,7 +83,7 @@ class ResponsesEndpoint:
     async def count(self, request: Request) -> Response:
         """The tokens of a response's prompt."""
         body = await read_body(request, ResponsesBody, RESPONSES, self._settings)
-        self._models.check(body.model)
+        self._models.adapters(body.model, body.lora)
         body.check()
         earlier = self._earlier(body, owner(request.headers, self._settings.api_keys))
         chat = body.request((*earlier, *messages_of(body.input)))

@@ -1,0 +1,72 @@
+"""Adapters of LoRA as llama.cpp's clients choose them: the field `lora` of requests, and `GET /lora-adapters`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, WithJsonSchema
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.schema import Body
+from llamaclust.cluster.api.settings import ServedAdapter
+from llamaclust.core.adapters import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
+
+
+def _lora(value: Any) -> AdapterScales:
+    """[{"id": number, "scale": scale}, ...], in ascending order."""
+    if not isinstance(value, list) or len(value) > MAX_ADAPTERS:
+        raise ValueError(f"must be a list of {MAX_ADAPTERS} objects with 'id' and 'scale' at most")
+    scales = dict(map(_lora_entry, value))
+    if len(scales) < len(value):
+        raise ValueError("an adapter is listed twice")
+    return tuple(sorted(scales.items()))
+
+
+def _lora_entry(value: Any) -> tuple[int, float]:
+    if not isinstance(value, dict) or value.keys() != {"id", "scale"}:
+        raise ValueError("an adapter must be an object with 'id' and 'scale'")
+    number, scale = value["id"], value["scale"]
+    if type(number) is not int or number < 0:
+        raise ValueError("an id must be a whole number, 0 or more")
+    if type(scale) not in (int, float) or not -MAX_ADAPTER_SCALE <= scale <= MAX_ADAPTER_SCALE:
+        raise ValueError(f"a scale must be a number within {-MAX_ADAPTER_SCALE:g}..{MAX_ADAPTER_SCALE:g}")
+    return number, float(scale)
+
+
+_LORA: dict[str, Any] = {
+    "type": "array",
+    "maxItems": MAX_ADAPTERS,
+    "items": {
+        "type": "object",
+        "required": ["id", "scale"],
+        "properties": {
+            "id": {"type": "integer", "minimum": 0},
+            "scale": {"type": "number", "minimum": -MAX_ADAPTER_SCALE, "maximum": MAX_ADAPTER_SCALE},
+        },
+        "additionalProperties": False,
+    },
+}
+
+
+class AdapterFields(Body):
+    """With which adapters an answer is computed."""
+
+    lora: Annotated[AdapterScales | None, BeforeValidator(_lora), WithJsonSchema(_LORA)] = None
+    """[{"id": number, "scale": scale}, ...]: adapters by their numbers in `/lora-adapters`, others are not used."""
+
+
+class AdapterList:
+    """The adapters that are there."""
+
+    def __init__(self, adapters: Sequence[ServedAdapter]) -> None:
+        self._shown = [
+            {"id": number, "name": adapter.name, "path": adapter.path, "scale": 0.0}
+            for number, adapter in enumerate(adapters)
+        ]
+
+    async def list(self, request: Request) -> Response:
+        """Each with the scale that it has in requests that choose none."""
+        return JsonResponse(self._shown)

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamaclust.core.adapters import MAX_ADAPTER_SCALE, MAX_ADAPTERS
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import (
     MAX_BATCH_TOKENS,
@@ -61,6 +62,7 @@ chunks = st.lists(tokens, min_size=1, max_size=9).flatmap(
         st.lists(runs, max_size=4).map(lambda runs: tuple(chain.from_iterable(runs))),
         st.integers(0, MAX_CONTEXT_TOKENS),
         st.sampled_from([(0, 0), (0, 1), (1, 1)]),
+        st.sampled_from([(), ((0, 1.0),), ((3, -0.1), (15, MAX_ADAPTER_SCALE))]),
     )
 )
 many_chunks = st.lists(chunks, min_size=1, max_size=5).map(tuple)
@@ -206,6 +208,11 @@ BAD_CHUNKS = {
     "last block": Chunk((1,), 0, (MAX_KV_BLOCKS - 1, 2), 0),
     "empty run of a window": Chunk((1,), 0, (0, 1), 0, None, (0, 0)),
     "window_start": Chunk((1,), 0, (0, 1), 0, None, (0, 1), MAX_CONTEXT_TOKENS + 1),
+    "adapter": Chunk((1,), 0, (0, 1), 0, adapters=((MAX_ADAPTERS, 1.0),)),
+    "adapter twice": Chunk((1,), 0, (0, 1), 0, adapters=((1, 1.0), (1, 1.0))),
+    "adapters in another order": Chunk((1,), 0, (0, 1), 0, adapters=((2, 1.0), (1, 1.0))),
+    "scale": Chunk((1,), 0, (0, 1), 0, adapters=((0, math.nan),)),
+    "large scale": Chunk((1,), 0, (0, 1), 0, adapters=((0, 2 * MAX_ADAPTER_SCALE),)),
     "follows itself": Chunk((0,), 0, (0, 1), 1, (7, 0)),
     "follows a row that cannot be": Chunk((0,), 0, (0, 1), 1, (6, MAX_BATCH_TOKENS)),
     "follows, and brings a token": Chunk((3,), 0, (0, 1), 1, (6, 0)),

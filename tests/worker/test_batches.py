@@ -72,3 +72,12 @@ def test_microbatches_that_do_not_fit_are_refused_by_name(what: str) -> None:
     assert build_batch(Microbatch("m", 1, 0, (GOOD,)), LIMITS, VOCABULARY).rows == 2
     with pytest.raises(ProtocolError, match=what):
         build_batch(Microbatch("m", 1, 0, BAD[what]), LIMITS, VOCABULARY)
+
+
+def test_adapters_are_scales_of_rows() -> None:
+    chunks = (Chunk((1, 2), 0, (0, 1), 0, adapters=((1, 0.5),)), Chunk((3,), 0, (1, 1), 1))
+    batch = build_batch(Microbatch("m", 1, 0, chunks), LIMITS, VOCABULARY, adapters=2)
+    assert batch.adapter_scales is not None and batch.adapter_scales.tolist() == [[0, 0.5], [0, 0.5], [0, 0]]
+    assert build_batch(Microbatch("m", 1, 0, chunks[1:]), LIMITS, VOCABULARY, adapters=2).adapter_scales is None
+    with pytest.raises(ProtocolError, match="a sequence with adapter 1, the model has 1"):
+        build_batch(Microbatch("m", 1, 0, chunks), LIMITS, VOCABULARY, adapters=1)

@@ -153,7 +153,7 @@ async def test_neutral_settings_are_taken() -> None:
         ({"samplers": ["top_k", "top-k"]}, "samplers"),
         ({"samplers": "kz"}, "samplers"),
         ({"samplers": [1]}, "samplers"),
-        ({"lora": [{"id": 0, "scale": 1}]}, "lora"),
+        ({"lora": [{"id": 9, "scale": 1}]}, "lora"),
         ({"image_data": [{"data": ""}]}, "image_data"),
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),

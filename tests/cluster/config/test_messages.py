@@ -62,6 +62,11 @@ TOP_KEYS = {
     "listen_tls: {cert: a.pem}": "unknown key 'cert' in listen_tls; did you mean 'certificate'?",
     "allowed_origins: [chat.example]": f"allowed_origins[0]: 'chat.example' {ORIGIN}",
     "allowed_origins: [https://chat.example/page]": f"allowed_origins[0]: 'https://chat.example/page' {ORIGIN}",
+    "adapters: poet": "adapters: 'poet' is not possible; give a list of 0 to 16 items",
+    "adapters: [{name: poet}]": "key 'path' is missing in adapters[0]",
+    "adapters: [{name: m, path: a}, {name: m, path: b}]": (
+        "adapters[0].name: 'm' is also the name of another adapter or of the model; give it its own name"
+    ),
     "listen: localhost": f"listen: 'localhost' {ADDRESS}",
     "listen: 8080": f"listen: 8080 {ADDRESS}",
     "listen: 0.0.0.0:80": "listen: 0.0.0.0:80 can be reached from other machines: set api_keys_file as well",

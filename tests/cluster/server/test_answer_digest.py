@@ -37,6 +37,7 @@ def test_a_change_of_answers_changes_the_digest(tmp_path: Path) -> None:
         "context_length": answer_digest(config, "id", "template", 256),
         "wire": answer_digest(config.model_copy(update={"wire": "f16"}), "id", "template", 512),  # a wire type to come
         "api": answer_digest(_config(tmp_path, api={"defaults": {"temperature": 1}}), "id", "template", 512),
+        "adapters": answer_digest(_config(tmp_path, adapters=[{"name": "a", "path": "/a"}]), "id", "template", 512),
         "kv_type": answer_digest(_config(tmp_path, kv_type="q8_0"), "id", "template", 512),
     }
     assert digests.keys() - {""} == KEYS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from llamaclust.model.quant_types import QuantType
 
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _GAIN = 0.5
-"""Of what an adapter adds to a product of normal numbers: a quarter of what the product itself has."""
+"""Deviation of what an adapter adds to a product of normal numbers."""
 
 
 def build_adapter(
@@ -30,17 +29,15 @@ def build_adapter(
     parts: tuple[str, ...] = PARTS,
     quant_type: QuantType = QuantType.F32,
     seed: int = 1,
-    extra: Mapping[str, WritableValue] | None = None,
-    scaled: float = 1.0,
 ) -> Path:
     """Writes an adapter of the model's matrices whose names have one of `parts`. The same arguments give the same
-    bytes. `extra` adds or overrides metadata, `scaled` multiplies its weights."""
+    bytes."""
     file = open_model(model)
     sources = []
     for tensor in file.tensors.values():
         if tensor.layer and len(tensor.shape) == 2 and any(f".{part}." in tensor.name for part in parts):
             rows, width = tensor.shape
-            gains = {"a": scaled / width**0.5, "b": _GAIN * scaled / alpha * rank**0.5}
+            gains = {"a": 1 / width**0.5, "b": _GAIN / (alpha or rank) * rank**0.5}
             for half, shape in (("a", (rank, width)), ("b", (rows, rank))):
                 weights = _random(f"{tensor.name} {half}", shape, seed) * np.float32(gains[half])
                 sources.append(_source(f"{tensor.name}.lora_{half}", quant_type, weights))
@@ -50,7 +47,7 @@ def build_adapter(
         "adapter.type": "lora",
         "adapter.lora.alpha": np.float32(alpha),
     }
-    write_gguf(path, metadata | dict(extra or {}), sources)
+    write_gguf(path, metadata, sources)
     return path
 
 

@@ -23,15 +23,18 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.core.errors import LlamaclustError, ModelFileError
+from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines, FindWeights, WeightsFound
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.worker.main import _run_started_worker
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.clusters.command_line import eventually
 from support.clusters.real_cluster import LIMITS, microbatches, running
 from support.clusters.served import until
+from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
 
 NOWHERE = "/nowhere/m.gguf"
@@ -71,11 +74,12 @@ class Members:
         return asyncio.create_task(_run_started_worker(settings))
 
     async def load(
-        self, model: Path, names: Sequence[str], cuts: Sequence[int], path: str = NOWHERE
+        self, model: Path, names: Sequence[str], cuts: Sequence[int], path: str = NOWHERE, adapters: Sequence[Path] = ()
     ) -> tuple[WorkerHandle, ...]:
         stages = [StageInfo(name, *layers) for name, layers in zip(names, pairwise(cuts), strict=True)]
-        model_id = Model.open(model).model_id
-        loads = StageLoads(1, stages, ModelReference(path, model_id), LIMITS)
+        model_id = Model.open(model, adapters=adapters).model_id
+        paths = tuple(f"/nowhere/{adapter.name}" for adapter in adapters)
+        loads = StageLoads(1, stages, ModelReference(path, model_id, paths), LIMITS)
         try:
             return await load_stages(loads, self.registry.workers)
         except StageLoadError as failed:
@@ -145,6 +149,30 @@ async def test_four_workers_get_their_own_layers_from_one_and_a_second_start_get
     async with asyncio.timeout(100):
         await start(first=True)
         await start(first=False)
+
+
+async def test_adapters_are_fetched_as_layers_are(model: Path, tmp_path: Path) -> None:
+    adapter = build_adapter(tmp_path / "a.gguf", model)
+    (tmp_path / model.name).symlink_to(model)
+    opened = Model.open(model, adapters=[adapter])
+    chunks = (Chunk((5, 6, 7), 0, (0, 1), 2, adapters=((0, 0.5),)), Chunk((5, 6, 7), 0, (1, 1), 1))
+    tasks = tuple(SampleTask(SamplingParams(), 1, 0, position) for position in (2, 3, 3))
+    work = Microbatch(opened.model_id, 1, 0, chunks), SamplingInputs(1, 0, tasks)
+    runner = StageRunner(CpuBackend(1), opened, 0, opened.layer_count, LIMITS)
+    whole = runner.finish(runner.run(work[0], None), work[1])
+    assert whole[1].logprob != whole[2].logprob
+    async with asyncio.timeout(60), members(tmp_path / "run") as cluster:
+        lives = [cluster.start("a", model_dir=tmp_path), cluster.start("b")]
+        await cluster.registry.wait_for(("a", "b"), 20)
+        handles = await cluster.load(model, "ab", (0, 3, 6), adapters=[adapter])
+        answer = handles[1].stages[1][1]
+        names = opened.program(3, 6).weights
+        assert answer.fetched_bytes > sum(opened.file.tensor(name).n_bytes for name in names)
+        pipeline = await RemotePipeline.open(1, handles, cluster.run.token)
+        async with running(pipeline) as at_work:
+            pipeline.submit(*work)
+            assert (await at_work.next_result()).rows == whole
+    await asyncio.gather(*lives, return_exceptions=True)
 
 
 def moved(cluster: Members) -> tuple[int, dict[str, int]]:

@@ -1,0 +1,117 @@
+"""Adapters over HTTP: as the model's name in every API, as llama.cpp's field `lora`, and in the lists of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from llamaclust.cluster.api.settings import ServedAdapter
+from llamaclust.core.adapters import AdapterScales
+from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says
+
+ADAPTERS = (ServedAdapter("poet", "/models/poet.gguf"), ServedAdapter("clerk", "/models/clerk.gguf", -0.5))
+MESSAGES = [{"role": "user", "content": "Hi"}]
+REQUESTS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/completions": {"prompt": "Hi"},
+    "/v1/responses": {"input": "Hi"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
+    "/completion": {"prompt": "Hi"},
+    "/api/chat": {"messages": MESSAGES, "stream": False},
+    "/api/generate": {"prompt": "Hi", "stream": False},
+    "/api/generate raw": {"prompt": "Hi", "stream": False, "raw": True},
+}
+
+
+async def post(path: str, body: Any, **settings: Any) -> tuple[httpx.Response, AdapterScales | None]:
+    """The reply, and the adapters of the request that the engine got."""
+    engine = ScriptedEngine(says("So."))
+    async with client(make_app(engine, adapters=ADAPTERS, **settings)) as http:
+        reply = await http.post(path.partition(" ")[0], json=body)
+    return reply, engine.submitted[0].adapters if engine.submitted else None
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.parametrize(("name", "scales"), [("poet", ((0, 1.0),)), ("clerk", ((1, -0.5),)), (MODEL, ())])
+async def test_an_adapter_is_named_as_the_model(path: str, name: str, scales: AdapterScales) -> None:
+    reply, chosen = await post(path, REQUESTS[path] | {"model": name})
+    assert reply.status_code == 200, reply.text
+    assert chosen == scales
+    assert path == "/completion" or reply.json()["model"] == name
+
+
+@pytest.mark.parametrize("path", [path for path in REQUESTS if not path.startswith("/api")])
+async def test_lora_chooses_several_with_scales(path: str) -> None:
+    lora = [{"id": 1, "scale": 2}, {"id": 0, "scale": 0.25}]
+    reply, chosen = await post(path, REQUESTS[path] | {"model": MODEL, "lora": lora})
+    assert reply.status_code == 200, reply.text
+    assert chosen == ((0, 0.25), (1, 2.0))
+    _, chosen = await post(path, REQUESTS[path] | {"model": MODEL, "lora": [{"id": 0, "scale": 0}]})
+    assert chosen == ()
+    if path == "/completion":
+        assert reply.json()["generation_settings"]["lora"] == [{"id": 0, "scale": 0.25}, {"id": 1, "scale": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        [{"id": 2, "scale": 1}],
+        [{"id": -1, "scale": 1}],
+        [{"id": True, "scale": 1}],
+        [{"id": 0}],
+        [{"id": 0, "scale": "1"}],
+        [{"id": 0, "scale": 1e9}],
+        [{"id": 0, "scale": 1}, {"id": 0, "scale": 1}],
+        [{"id": 0, "scale": 1, "name": "poet"}],
+        [[0, 1]],
+        {"id": 0, "scale": 1},
+        [{"id": 0, "scale": 1}] * 17,
+    ],
+)
+async def test_bad_choices_are_refused(lora: Any) -> None:
+    reply, chosen = await post("/completion", {"prompt": "Hi", "lora": lora})
+    assert (reply.status_code, chosen) == (400, None), reply.text
+    assert reply.json()["error"]["param"] == "lora"
+
+
+async def test_a_name_and_a_choice_contradict_each_other() -> None:
+    reply, _ = await post("/v1/completions", {"prompt": "Hi", "model": "poet", "lora": []})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "lora")
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/embedding", "/api/embed"])
+async def test_embeddings_are_the_models_alone(path: str) -> None:
+    reply, _ = await post(path, {"input": "Hi", "model": "poet"})
+    assert reply.status_code == 400 and "poet" in reply.text, reply.text
+
+
+async def test_lists_have_the_adapters() -> None:
+    async with client(make_app(ScriptedEngine(says("So.")), adapters=ADAPTERS)) as http:
+        listed = (await http.get("/lora-adapters")).json()
+        assert listed[1] == {"id": 1, "name": "clerk", "path": "/models/clerk.gguf", "scale": 0.0}
+        models = (await http.get("/v1/models")).json()["data"]
+        assert [(model["id"], model.get("parent")) for model in models] == [
+            (MODEL, None),
+            ("poet", MODEL),
+            ("clerk", MODEL),
+        ]
+        assert (await http.get("/v1/models/poet")).json() == models[1]
+        tags = (await http.get("/api/tags")).json()["models"]
+        assert [tag["name"] for tag in tags] == [f"{name}:latest" for name in (MODEL, "poet", "clerk")]
+
+
+async def test_a_copy_of_an_adapter_is_the_adapter() -> None:
+    engine = ScriptedEngine(says("So."))
+    async with client(make_app(engine, adapters=ADAPTERS)) as http:
+        await http.post("/api/copy", json={"source": "poet:latest", "destination": "bard"})
+        await http.post("/api/copy", json={"source": "bard", "destination": "skald"})
+        reply = await http.post("/api/chat", json={"model": "skald:latest", "messages": MESSAGES, "stream": False})
+    assert reply.status_code == 200, reply.text
+    assert engine.submitted[0].adapters == ((0, 1.0),)
+
+
+async def test_global_scales_are_refused_by_name() -> None:
+    reply, _ = await post("/lora-adapters", [{"id": 0, "scale": 1}])
+    assert reply.status_code == 501 and "lora" in reply.json()["error"]["message"]

@@ -1,0 +1,128 @@
+"""Adapter files: what is read, and what is refused, in one line that names the file and the place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamaclust.core.adapters import MAX_ADAPTER_RANK, MAX_ADAPTERS
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Adapt, KvType
+from llamaclust.model.quant_types import QuantType
+from support.models.tiny_adapter import build_adapter
+from support.models.tiny_model import build_tiny_model
+
+SMALL = {"hidden": 64, "heads": 2, "kv_heads": 1, "ffn": 96, "layers": 2}
+Q = "blk.0.attn_q.weight"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "m.gguf", **SMALL)  # type: ignore[arg-type]
+
+
+def tensor(name: str, *shape: int, value: float = 0.5, kind: QuantType = QuantType.F32) -> TensorSource:
+    data = np.full(shape, value, np.float16 if kind is QuantType.F16 else np.float32).tobytes()
+    return TensorSource(name, kind, shape, lambda: data)
+
+
+def pair(name: str = Q, rank: int = 4, value: float = 0.5) -> list[TensorSource]:
+    return [tensor(f"{name}.lora_a", rank, 64, value=value), tensor(f"{name}.lora_b", 64, rank)]
+
+
+METADATA: dict[str, WritableValue] = {
+    "general.architecture": "llama",
+    "general.type": "adapter",
+    "adapter.type": "lora",
+    "adapter.lora.alpha": np.float32(8),
+}
+
+
+def test_steps_stand_behind_the_products_of_one_input(model: Path, tmp_path: Path) -> None:
+    first = build_adapter(tmp_path / "1.gguf", model, rank=4, alpha=8)
+    second = build_adapter(tmp_path / "2.gguf", model, rank=2, alpha=0, parts=("attn_k",))
+    opened = Model.open(model, adapters=[first, second])
+    assert opened.adapter_count == 2 and opened.adapter_paths == (str(first), str(second))
+    steps = opened.program(0, 1).steps
+    adapts = [step for step in steps if isinstance(step, Adapt)]
+    assert [(step.adapter, step.down.split(".")[4], step.factor) for step in adapts[:4]] == [
+        (0, "attn_q", 2.0),
+        (0, "attn_k", 2.0),
+        (0, "attn_v", 2.0),
+        (1, "attn_k", 1.0),
+    ]
+    at = steps.index(adapts[0])
+    assert len(adapts) == 8 and steps[at : at + 4] == tuple(adapts[:4])
+    plain = Model.open(model)
+    assert tuple(step for step in steps if not isinstance(step, Adapt)) == plain.program(0, 1).steps
+    with_cost, without = opened.costs(KvType.F16).layers[0], plain.costs(KvType.F16).layers[0]
+    assert with_cost.weight_bytes > without.weight_bytes and with_cost.macs_per_token > without.macs_per_token
+
+
+def test_the_model_id_is_of_all_files_in_their_order(model: Path, tmp_path: Path) -> None:
+    first, second = (build_adapter(tmp_path / f"{seed}.gguf", model, seed=seed) for seed in (1, 2))
+    choices: list[list[Path]] = [[], [first], [second], [first, second], [second, first]]
+    assert len({Model.open(model, adapters=adapters).model_id for adapters in choices}) == len(choices)
+
+
+BAD: dict[str, tuple[Callable[[], list[TensorSource]], dict[str, WritableValue], str]] = {
+    "a model": (pair, {"general.type": "model"}, "metadata 'general.type': 'model', 'adapter' expected"),
+    "another kind": (pair, {"adapter.type": "ia3"}, "metadata 'adapter.type': 'ia3', 'lora' expected"),
+    "architecture": (pair, {"general.architecture": "qwen2"}, "'qwen2', the model has 'llama'"),
+    "no alpha": (pair, {"adapter.lora.alpha": "8"}, "metadata 'adapter.lora.alpha': text, a decimal number expected"),
+    "infinite alpha": (pair, {"adapter.lora.alpha": np.float32(np.inf)}, "'adapter.lora.alpha': inf"),
+    "activated": (pair, {"adapter.alora.invocation_tokens": np.array([1], np.uint32)}, "which is not supported"),
+    "nothing": (list, {}, "tensors: none"),
+    "head": (lambda: pair("output.weight"), {}, "only adapters of the layers' matrices"),
+    "norm": (lambda: [tensor("blk.0.attn_norm.weight", 64)], {}, "only adapters of the layers' matrices"),
+    "name": (lambda: pair("blk.0.a/../b.weight"), {}, "only adapters of the layers' matrices"),
+    "no product": (lambda: pair("blk.0.attn_norm.weight"), {}, "the model has no product with this weight"),
+    "no layer": (lambda: pair("blk.7.attn_q.weight"), {}, "the model has no product with this weight"),
+    "half": (lambda: pair()[:1], {}, "there is no lora_b beside it"),
+    "other half": (lambda: pair()[1:], {}, "there is no lora_a beside it"),
+    "rank": (lambda: pair(rank=MAX_ADAPTER_RANK + 1), {}, f"rank 1025, 1 to {MAX_ADAPTER_RANK} expected"),
+    "ranks": (
+        lambda: [tensor(f"{Q}.lora_a", 4, 64), tensor(f"{Q}.lora_b", 64, 3)],
+        {},
+        "shape [64, 3], [64, 4] expected",
+    ),
+    "width": (
+        lambda: [tensor(f"{Q}.lora_a", 4, 32), tensor(f"{Q}.lora_b", 64, 4)],
+        {},
+        "shape [4, 32], [4, 64] expected",
+    ),
+    "dimensions": (lambda: [tensor(f"{Q}.lora_a", 1, 4, 64)], {}, "shape [1, 4, 64], a matrix expected"),
+    "not a number": (lambda: pair(value=np.nan), {}, "a weight of nan"),
+    "infinite": (lambda: pair(value=-np.inf), {}, "a weight of inf"),
+    "large": (lambda: pair(value=1e30), {}, "a weight of 1e+30"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_adapters_are_refused(model: Path, tmp_path: Path, name: str) -> None:
+    make, metadata, message = BAD[name]
+    path = tmp_path / "bad.gguf"
+    write_gguf(path, METADATA | metadata, make())
+    with pytest.raises(ModelFileError) as caught:
+        Model.open(model, adapters=[path])
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ") and message in text and "\n" not in text, text
+
+
+def test_quantized_adapters_are_refused(model: Path, tmp_path: Path) -> None:
+    path, data = tmp_path / "bad.gguf", bytes(4 * 2 * 34)
+    write_gguf(path, METADATA, [TensorSource(f"{Q}.lora_a", QuantType.Q8_0, (4, 64), lambda: data)])
+    with pytest.raises(ModelFileError, match="type Q8_0, one of F32, F16, BF16 expected"):
+        Model.open(model, adapters=[path])
+
+
+def test_too_many_adapters_are_refused(model: Path, tmp_path: Path) -> None:
+    path = build_adapter(tmp_path / "a.gguf", model, parts=("attn_q",))
+    Model.open(model, adapters=[path] * MAX_ADAPTERS)
+    with pytest.raises(ModelFileError, match="17 adapters, at most 16 are loaded"):
+        Model.open(model, adapters=[path] * (MAX_ADAPTERS + 1))

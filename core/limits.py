@@ -17,6 +17,12 @@ MAX_TOP_LOGPROBS = 128
 MAX_EMBEDDING_BYTES = 1 << 24  # of hidden states in the result of one microbatch
 MAX_VOCABULARY = 1 << 20
 MAX_KV_BLOCKS = 1 << 26
+MAX_ADAPTERS = 16  # of LoRA, of a model
+MAX_ADAPTER_RANK = 1024
+MAX_ADAPTER_SCALE = 1000.0  # positive or negative
+
+AdapterScales = tuple[tuple[int, float], ...]
+"""(number, scale) of each adapter of LoRA that a sequence is computed with, ascending; no scale is 0."""
 
 KV_TYPES = ("f16", "q8_0")
 """How keys and values may lie in KV memory: `model.program.KvType`, which is not imported here."""

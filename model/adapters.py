@@ -17,8 +17,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.core.adapters import MAX_ADAPTER_RANK, MAX_ADAPTERS
 from llamaclust.core.errors import ModelFileError
+from llamaclust.core.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
 from llamaclust.model.gguf.header import Header, read_header
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor

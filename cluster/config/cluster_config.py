@@ -39,10 +39,9 @@ from llamaclust.cluster.config.values import (
     check_wire_type,
     expand_home,
 )
-from llamaclust.core.adapters import MAX_ADAPTERS
 from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import UsageError
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_SEQUENCES
+from llamaclust.core.limits import MAX_ADAPTERS, MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_SEQUENCES
 from llamaclust.model.chat.template_choice import built_in_names
 from llamaclust.model.program import KvType
 

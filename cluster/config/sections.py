@@ -19,7 +19,7 @@ from llamaclust.cluster.config.values import (
     Size,
     parse_ray_address,
 )
-from llamaclust.core.adapters import MAX_ADAPTER_SCALE
+from llamaclust.core.limits import MAX_ADAPTER_SCALE
 
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 
 from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
-from llamaclust.core.adapters import AdapterScales
+from llamaclust.core.limits import AdapterScales
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from llamaclust.core.adapters import AdapterScales
+from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import Grammar, RowResult, SamplingParams
 
 

@@ -251,19 +251,9 @@ class Sequence:
         follows: tuple[int, int] | None = None,
         embedded: tuple[int, int] = (0, 0),
     ) -> SequenceSlice:
-        table, window = self.table.runs, self.window
+        table, window, adapters = self.table.runs, self.window, self.request.adapters
         start = window.start if window.blocks else 0
-        chunk = Chunk(
-            tokens,
-            self.scheduled,
-            table,
-            len(tasks),
-            follows,
-            window.runs,
-            start,
-            embedded,
-            self.request.adapters,
-        )
+        chunk = Chunk(tokens, self.scheduled, table, len(tasks), follows, window.runs, start, embedded, adapters)
         self.scheduled += len(tokens)
         self.in_flight += 1
         taken = SequenceSlice(self, chunk, tasks)

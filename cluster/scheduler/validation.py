@@ -8,9 +8,8 @@ from collections.abc import Collection
 from llamaclust.cluster.scheduler.breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core import sampling_bounds as bounds
-from llamaclust.core.adapters import MAX_ADAPTER_SCALE, AdapterScales
 from llamaclust.core.errors import ContextLengthError, ParameterError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
+from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, AdapterScales
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
 

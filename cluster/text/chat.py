@@ -13,8 +13,8 @@ from typing import Any
 from llamaclust.cluster.text.chat_format import AnswerReading
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.threads import TOKENIZING, run_on
-from llamaclust.core.adapters import AdapterScales
 from llamaclust.core.errors import ParameterError
+from llamaclust.core.limits import AdapterScales
 from llamaclust.model.chat.prompt import guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoning, opened_reasoning

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
 from llamaclust.cluster.text.chat_format import AnswerReading
-from llamaclust.core.adapters import AdapterScales
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS, AdapterScales
 from llamaclust.core.sampling import Grammar, RowResult, SamplingParams
 
 MAX_STOP_STRINGS = 16

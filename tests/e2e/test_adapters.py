@@ -13,7 +13,7 @@ import pytest
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptScored
-from llamaclust.core.adapters import AdapterScales
+from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.model.quant_types import QuantType
 from support.clusters.recovering import CONTEXT, Answer, config, recovering, undisturbed

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.core.adapters import AdapterScales
+from llamaclust.core.limits import AdapterScales
 from llamaclust.kernels.backend import Batch
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType

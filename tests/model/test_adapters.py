@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamaclust.core.adapters import MAX_ADAPTER_RANK, MAX_ADAPTERS
 from llamaclust.core.errors import ModelFileError
+from llamaclust.core.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Adapt, KvType

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaclust.core.adapters import MAX_ADAPTER_SCALE, MAX_ADAPTERS
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import (
+    MAX_ADAPTER_SCALE,
+    MAX_ADAPTERS,
     MAX_BATCH_TOKENS,
     MAX_CONTEXT_TOKENS,
     MAX_KV_BLOCKS,

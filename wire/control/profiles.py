@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from llamaclust.core.adapters import MAX_ADAPTERS
 from llamaclust.core.bounds import Address, ModelId, ModelPath, Real, Size, WorkerName
+from llamaclust.core.limits import MAX_ADAPTERS
 from llamaclust.core.profile import Profile
 
 AdapterPaths = Annotated[tuple[ModelPath, ...], Size(0, MAX_ADAPTERS)]

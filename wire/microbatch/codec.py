@@ -12,9 +12,9 @@ from operator import add
 from typing import Literal
 
 from llamaclust.core import limits, sampling_bounds
-from llamaclust.core.adapters import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.bounds import bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
+from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
 from llamaclust.core.sampling import Grammar, RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llamaclust.core.adapters import AdapterScales
+from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import RowResult, RowTask
 
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.schema import Body
 from llamaclust.cluster.api.settings import ServedAdapter
-from llamaclust.core.adapters import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
+from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 
 
 def _lora(value: Any) -> AdapterScales:

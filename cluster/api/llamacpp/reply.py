@@ -23,7 +23,7 @@ from llamaclust.cluster.text.fill_in import fill_in_prompt
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
-from llamaclust.core.adapters import AdapterScales
+from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 from llamaclust.model.tokenizers.fill_in import FillInTokens
 

@@ -8,7 +8,7 @@ from typing import Final
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.core.adapters import AdapterScales
+from llamaclust.core.limits import AdapterScales
 
 MAX_COPIES: Final = 64
 _TAG: Final = ":latest"

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter
 from llamaclust.cluster.text.service import TextService
-from llamaclust.core.adapters import AdapterScales
 from llamaclust.core.errors import ParameterError
+from llamaclust.core.limits import AdapterScales
 
 
 class ModelNames:

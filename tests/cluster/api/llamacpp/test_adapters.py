@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from llamaclust.cluster.api.settings import ServedAdapter
-from llamaclust.core.adapters import AdapterScales
+from llamaclust.core.limits import AdapterScales
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says
 
 ADAPTERS = (ServedAdapter("poet", "/models/poet.gguf"), ServedAdapter("clerk", "/models/clerk.gguf", -0.5))

@@ -239,7 +239,6 @@ def minimal(tmp_path: Path) -> Path:
         ("Keys", None, ""),
         ("workers", "WorkerConfig", "workers.0."),
         ("plan", "PlanEntry", "plan.0."),
-        ("adapters", "AdapterConfig", "adapters.0."),
         ("timeouts", "Timeouts", "timeouts."),
         ("join", "Join", "join."),
         ("ray", "Ray", "ray."),

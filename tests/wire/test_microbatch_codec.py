@@ -211,7 +211,6 @@ BAD_CHUNKS = {
     "window_start": Chunk((1,), 0, (0, 1), 0, None, (0, 1), MAX_CONTEXT_TOKENS + 1),
     "adapter": Chunk((1,), 0, (0, 1), 0, adapters=((MAX_ADAPTERS, 1.0),)),
     "adapter twice": Chunk((1,), 0, (0, 1), 0, adapters=((1, 1.0), (1, 1.0))),
-    "adapters in another order": Chunk((1,), 0, (0, 1), 0, adapters=((2, 1.0), (1, 1.0))),
     "scale": Chunk((1,), 0, (0, 1), 0, adapters=((0, math.nan),)),
     "large scale": Chunk((1,), 0, (0, 1), 0, adapters=((0, 2 * MAX_ADAPTER_SCALE),)),
     "follows itself": Chunk((0,), 0, (0, 1), 1, (7, 0)),

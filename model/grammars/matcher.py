@@ -118,7 +118,7 @@ class GrammarMatcher:
     def forced(self) -> list[int]:
         """Tokens that must come next, and takes them in: at each of them, nothing else is allowed."""
         tokens: list[int] = []
-        while self._waiting is None and not self.is_complete and len(tokens) < MAX_FORCED_TOKENS:
+        while self._waiting is None and not self._ended and len(tokens) < MAX_FORCED_TOKENS:
             following = self._native.compute_ff_tokens()
             self._check("the grammar became too complex")
             if not following:

@@ -134,7 +134,7 @@ def test_all_rows_of_a_step_share_a_time(stage: StageGrammars, monkeypatch: pyte
 
 
 def test_a_start_that_takes_too_long_fails_its_answer(stage: StageGrammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_START_NS", -1)
+    monkeypatch.setattr(module, "BUILD_NS", -1)
     _, (bad, good) = step(stage, 0, task(1, 2, ABC, "ac"), task(2, 0, ABC), says="da")
     assert bad.failure is not None and "its start takes more than" in bad.failure
     assert good.failure is None

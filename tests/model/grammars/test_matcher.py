@@ -16,11 +16,12 @@ from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
-from support.models.random_schemas import random_schema, token_set, walk
+from support.models.random_schemas import random_instance, random_schema, token_set, walk
 from support.models.tiny_tokenizers import byte_level, sentencepiece
 from support.seed import SEED
 
 SIZE = 330
+BYTES = GrammarVocabulary([*(bytes([byte]) for byte in range(256)), b"\xff<end>"], [256], lambda text: [*text.encode()])
 
 
 @pytest.fixture(scope="module", params=[sentencepiece, byte_level])
@@ -48,6 +49,20 @@ def test_random_answers_are_valid_and_their_states_can_be_built_again(
         again = GrammarMatcher(grammar, vocabulary)
         again.take(tokens[:place])
         assert token_set(again.allowed()) == sets[place], f"after {place} of {tokens}"
+
+
+def test_valid_instances_of_1000_schemas_are_allowed() -> None:
+    """With characters as they are, where JSON allows that; llguidance wants U+007F escaped."""
+    for seed in range(SEED, SEED + 1000):
+        source = Random(seed)
+        schema = random_schema(source)
+        matcher = GrammarMatcher(definitions.of_schema(schema, "json_schema"), BYTES)
+        instance = random_instance(schema, source)
+        Draft202012Validator(schema).validate(instance)
+        separators = source.choice([(",", ":"), (", ", ": ")])
+        text = json.dumps(instance, ensure_ascii=False, separators=separators)
+        matcher.take(text.encode())
+        assert 256 in token_set(matcher.allowed()), f"seed {seed}: {text} of {schema}"
 
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + 12))
@@ -93,12 +108,10 @@ def test_exactly_the_allowed_tokens_are_taken_in(seed: int, vocabulary: GrammarV
 
 def test_a_grammar_too_costly_without_its_allowed_tokens_is_followed_with_them() -> None:
     """llguidance's limit is for what its lexer uses up since it last computed them."""
-    words = [*(bytes([byte]) for byte in range(256)), b"\xff<end>"]
-    vocabulary = GrammarVocabulary(words, [256], lambda text: [*text.encode()])
     schema = {"type": "string", "pattern": r"^(?:\S+\s+){0,29}\S+$", "maxLength": 400}
     grammar = definitions.of_schema(schema, "json_schema")
     text = b'"the quick brown fox jumps over the lazy dog again and again, and once more"'
-    seldom, always, again = (GrammarMatcher(grammar, vocabulary) for _ in range(3))
+    seldom, always, again = (GrammarMatcher(grammar, BYTES) for _ in range(3))
     seldom.allowed()
     for token in text:
         assert always.try_take(token) is None and seldom.try_take(token) is None

@@ -37,6 +37,30 @@ def random_schema(source: Random, depth: int = 2) -> dict[str, Any]:
             return {"type": "boolean"}
 
 
+def random_instance(schema: dict[str, Any], source: Random) -> Any:
+    """A value that one of these schemas allows, with properties in its order."""
+    if "enum" in schema:
+        return source.choice(schema["enum"])
+    if "pattern" in schema:
+        numbered = f"{source.choice(('in', 'out'))}-{source.randrange(10)}"
+        letters = "".join(source.choices("abc", k=source.randrange(2, 5)))
+        return letters if "a-c" in schema["pattern"] else numbered
+    match schema["type"]:
+        case "object":
+            required = schema["required"]
+            named = schema["properties"]
+            taken = [name for name in named if name in required or source.random() < 0.5]
+            return {name: random_instance(named[name], source) for name in taken}
+        case "array":
+            return [random_instance(schema["items"], source) for _ in range(source.randrange(schema["maxItems"] + 1))]
+        case "string":
+            return "".join(source.choices('ab "\\/\n\té漢😀', k=source.randrange(schema["maxLength"] + 1)))
+        case "integer":
+            return source.randrange(schema["maximum"] + 1)
+        case _:
+            return source.random() < 0.5
+
+
 def token_set(allowed: AllowedTokens | None) -> set[int]:
     """Ids of the bits that are set."""
     assert allowed is not None

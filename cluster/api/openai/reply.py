@@ -97,6 +97,12 @@ class OpenAiReply:
     def _echoed(self) -> int:
         return sum(len(stream.generation.prompt) for stream in self._streams)
 
+    def _prompt_entries(self, prompt: int, chunk: TextChunk) -> int:
+        """Of prompts, in the events of a chunk."""
+        is_shown = (prompt, chunk.index) not in self._opened
+        is_shown |= self._shape.shows_prompt and chunk.finish_reason is not None
+        return self._echoed if is_shown else 0
+
     def _rendered(self, answers: list[list[Answer]]) -> list[bytes]:
         """Takes the answers away."""
         choices = [
@@ -129,7 +135,7 @@ class OpenAiReply:
                 timings.append(chunk.timings)
             if options.include_usage and options.continuous_usage_stats:
                 more = {"usage": self._usage(tokens, timings)}
-            size = chunk.entries + (0 if (prompt, chunk.index) in self._opened else self._echoed)
+            size = chunk.entries + self._prompt_entries(prompt, chunk)
             rendering = partial(self._events_of, prompt, chunk, more, is_large=is_large(size))
             for shown in await off_loop_if_large(rendering, size):
                 yield shown

@@ -71,7 +71,8 @@ class AnswerReply:
     async def whole(self) -> list[bytes]:
         (answer,) = await collect(self._stream)
         value = await self._shape.whole(answer, self._stream)
-        return await off_loop_if_large(partial(json_parts, value), answer.entries)
+        prompt = self._stream.generation.prompt  # which some APIs show
+        return await off_loop_if_large(partial(json_parts, value), answer.entries + len(prompt))
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         async for _, chunk in self._prompts.chunks(self._settings.keepalive_s):

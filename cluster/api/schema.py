@@ -106,6 +106,14 @@ def _whole(field_info: FieldInfo, value: Any) -> Any:
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
+def read_part(kind: type[AnyBody], value: Any, foreign: ForeignFields, leniency: Leniency | None) -> AnyBody:
+    """A part of a body, for the validator of its field, whose errors are ValueErrors. See `read_fields`."""
+    try:
+        return read_fields(kind, value, foreign, leniency)
+    except ParameterError as error:
+        raise ValueError(str(error)) from error
+
+
 def read_fields(
     kind: type[AnyBody],
     fields: Mapping[str, Any],
@@ -164,11 +172,12 @@ def _seed(value: Any) -> Any:
     return None if value == -1 and not isinstance(value, bool) else value
 
 
-def _stop(value: Any) -> tuple[str, ...]:
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
+def strings(value: Any) -> tuple[str, ...]:
+    """A string or a list of strings. ValueError for anything else."""
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list) or not all(isinstance(string, str) for string in given):
         raise ValueError("must be a string or a list of strings")
-    return tuple(strings)
+    return tuple(given)
 
 
 def _prompts(value: Any) -> tuple[Prompt, ...]:
@@ -252,7 +261,7 @@ LimitField = Annotated[int | None, BeforeValidator(_limit), WithJsonSchema({"typ
 """Tokens of an answer; None: what the context leaves, which llama.cpp writes -1 or -2."""
 SeedField = Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type": "integer"})]
 """None: drawn, which llama.cpp writes -1."""
-StopField = Annotated[tuple[str, ...], BeforeValidator(_stop), WithJsonSchema(_STRINGS)]
+StopField = Annotated[tuple[str, ...], BeforeValidator(strings), WithJsonSchema(_STRINGS)]
 PromptsField = Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
 ContentField = Annotated[str, BeforeValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})]
 BiasField = Annotated[

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.api.foreign_fields import ANTHROPIC_TOOL, THINKING
 from llamaclust.cluster.api.openai.function_tools import function_tool
-from llamaclust.cluster.api.schema import Body, read_fields
+from llamaclust.cluster.api.schema import Body, read_part
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
@@ -76,20 +76,14 @@ def _tool(value: Any, info: ValidationInfo) -> Any:
     kind = value.get("type", "custom")
     if kind not in (None, "custom"):
         raise ValueError(f"tools of type {str(kind)[:60]!r} are run by Anthropic's servers and not supported here")
-    try:
-        read_fields(Tool, value, ANTHROPIC_TOOL, info.context)
-    except ParameterError as error:
-        raise ValueError(str(error)) from error
+    read_part(Tool, value, ANTHROPIC_TOOL, info.context)
     return function_tool(value, parameters="input_schema")
 
 
 def _thinking(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("must be an object with a 'type'")
-    try:
-        return read_fields(Thinking, value, THINKING, info.context)
-    except ParameterError as error:
-        raise ValueError(str(error)) from error
+    return read_part(Thinking, value, THINKING, info.context)
 
 
 _TOOL_SCHEMA: Final = WithJsonSchema({"type": "object", "required": ["name", "input_schema"]})

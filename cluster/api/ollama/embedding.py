@@ -16,7 +16,7 @@ from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.foreign_fields import anything
 from llamaclust.cluster.api.ollama.bodies import ModelBody
 from llamaclust.cluster.api.ollama.names import OllamaNames
-from llamaclust.cluster.api.schema import ForeignFields
+from llamaclust.cluster.api.schema import ForeignFields, strings
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.embedder import Embedding, EmbeddingOptions
 from llamaclust.cluster.text.pooler import EUCLIDEAN
@@ -29,12 +29,10 @@ _UNCHANGED: Final = -1
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("must be a string or a list of strings")
+    texts = strings(value)
     if len(texts) > MAX_INPUTS:
         raise ValueError(f"{len(texts)} texts in one request, at most {MAX_INPUTS} are taken")
-    return tuple(texts)
+    return texts
 
 
 _TEXTS: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}

@@ -10,7 +10,7 @@ from llamaclust.cluster.api.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
 from llamaclust.cluster.api.openai.tools import CallField, ToolField
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
-from llamaclust.cluster.api.schema import Body, SeedField, StopField, read_fields
+from llamaclust.cluster.api.schema import Body, SeedField, StopField, read_part
 from llamaclust.cluster.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.core.errors import ParameterError
@@ -65,10 +65,7 @@ class Options(SamplerFields):
 def _options(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("must be an object")
-    try:
-        return read_fields(Options, value, OLLAMA_OPTIONS, info.context)
-    except ParameterError as error:
-        raise ValueError(str(error)) from error
+    return read_part(Options, value, OLLAMA_OPTIONS, info.context)
 
 
 def _format(value: Any) -> Any:
@@ -206,10 +203,7 @@ class OllamaMessage(Body):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    try:
-        message = read_fields(OllamaMessage, value, OLLAMA_MESSAGE, info.context)
-    except ParameterError as error:
-        raise ValueError(str(error)) from error
+    message = read_part(OllamaMessage, value, OLLAMA_MESSAGE, info.context)
     if message.role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"role: {message.role[:60]!r} is none of system, user, assistant, tool")
     if message.tool_calls and message.role != "assistant":

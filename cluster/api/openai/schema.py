@@ -20,7 +20,7 @@ from llamaclust.cluster.api.schema import (
     PromptsField,
     SeedField,
     StopField,
-    read_fields,
+    read_part,
 )
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
@@ -79,10 +79,7 @@ class Message(Body):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    try:
-        message = read_fields(Message, value, MESSAGE, info.context)
-    except ParameterError as error:
-        raise ValueError(str(error)) from error
+    message = read_part(Message, value, MESSAGE, info.context)
     if "content" not in message.model_fields_set and message.role != "assistant":
         raise ValueError("content: is missing")
     if message.tool_calls and message.role != "assistant":

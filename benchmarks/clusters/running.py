@@ -10,8 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -163,12 +163,35 @@ class Bench:
                     process.wait()
 
 
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM cancels the task that is here, so that it leaves nothing, and ends the process."""
+    loop, task, received = asyncio.get_running_loop(), asyncio.current_task(), False
+    assert task is not None
+
+    def cancel() -> None:
+        nonlocal received
+        if not received:
+            received = True
+            task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, cancel)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if received:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
 @asynccontextmanager
 async def running(
     model: Path, layout: Layout, command: Sequence[str] = _COMMAND
 ) -> AsyncIterator[tuple[Bench, subprocess.Popen[bytes]]]:
     """A cluster that is ready, and its coordinator; at the end all of it ends, and its folder is removed."""
-    with TemporaryDirectory(prefix="llamaclust-bench-") as folder:
+    with _ended_by_sigterm(), TemporaryDirectory(prefix="llamaclust-bench-") as folder:
         bench = Bench(model, layout, Path(folder), command)
         async with bench.static_workers():
             try:

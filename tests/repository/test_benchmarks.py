@@ -276,6 +276,38 @@ def test_a_script_that_is_interrupted_leaves_nothing(folder: Path, tmp_path: Pat
     assert (process.returncode, err) == (128 + number, "")
 
 
+CLUSTER = """
+import asyncio, sys
+sys.path.append(sys.argv[1])
+from pathlib import Path
+from running import Layout, running
+
+async def main():
+    program = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
+    async with running(Path("m.gguf"), Layout(), [sys.executable, "-c", program]):
+        pass
+
+asyncio.run(main())
+"""
+
+
+def test_a_cluster_ends_with_its_benchmark(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CLUSTER, FOLDER / "clusters"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as process:
+        assert process.stdout is not None
+        coordinator = int(process.stdout.readline())
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err, list(tmp_path.iterdir())) == (128 + signal.SIGTERM, "", [])
+    with pytest.raises(ProcessLookupError):
+        os.kill(coordinator, 0)
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
 def test_streaming(folder: Path) -> None:
     out = output(folder, "streaming.py", "Q8_0.gguf", "--threads", "1", "--tokens", "8", "--repeats", "1")

@@ -2,8 +2,9 @@
 
     python benchmarks/suites/clients.py MODEL.gguf [SUITE ...] [--workers 2] [--api URL]
 
-Each suite has an environment of its own in the cache folder, made by pip or npm at its pinned versions. A suite of
-packages that cannot be had is skipped with the reason. The cases are in `cases/`; langchain-tests brings its own.
+Each suite has an environment of its own in the cache folder, made by pip or npm; its packages have fixed
+versions, what these depend on is as new as they allow. A suite whose packages cannot be had, or whose tests do not end,
+is skipped with the reason. The cases are in `cases/`; langchain-tests brings its own.
 With `--api`, they run against another server, such as llama.cpp's, which serves the model already.
 """
 
@@ -13,10 +14,13 @@ import argparse
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import venv
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llamaclust" / "suites"
 _INSTALL_S = 900
 _RUN_S = 1800
+_KEPT_VARIABLES = frozenset({"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "SSL_CERT_FILE"})
 _PYTEST = ("pytest==9.2.0", "pytest-asyncio==1.5.0")
 
 
@@ -48,23 +53,25 @@ class Suite:
 
 
 SUITES = {
-    "openai": Suite(("openai==3.54.0", "pydantic"), "test_openai.py"),
+    "openai": Suite(("openai==3.54.0", "pydantic==2.14.3"), "test_openai.py"),
     "anthropic": Suite(("anthropic==2.12.0",), "test_anthropic.py"),
     "ollama": Suite(("ollama==0.6.3",), "test_ollama.py"),
     "langchain": Suite(("langchain-tests==1.1.9", "langchain-openai==1.7.3"), "test_langchain.py"),
-    "litellm": Suite(("litellm==1.106.2", "mcp"), "test_litellm.py"),
+    "litellm": Suite(("litellm==1.106.2", "mcp==2.3.0"), "test_litellm.py"),
     "llama-index": Suite(("llama-index-llms-openai-like==0.8.1",), "test_llama_index.py"),
     "schemathesis": Suite(("schemathesis==4.32.5",), "test_schemathesis.py"),
     "guidellm": Suite(("guidellm==0.8.1",), "test_guidellm.py"),
-    "openai-node": Suite(("openai@7.57.0", "zod@4"), "openai.test.mjs"),
-    "ai-sdk": Suite(("ai@7.0.173", "@ai-sdk/openai-compatible", "@ai-sdk/openai", "zod@4"), "ai-sdk.test.mjs"),
+    "openai-node": Suite(("openai@7.57.0", "zod@4.6.7"), "openai.test.mjs"),
+    "ai-sdk": Suite(
+        ("ai@7.0.173", "@ai-sdk/openai-compatible@2.0.87", "@ai-sdk/openai@3.0.141", "zod@4.6.7"), "ai-sdk.test.mjs"
+    ),
     "ollama-node": Suite(("ollama@0.6.4",), "ollama.test.mjs"),
-    "anthropic-node": Suite(("@anthropic-ai/sdk",), "anthropic.test.mjs"),
+    "anthropic-node": Suite(("@anthropic-ai/sdk@1.12.0",), "anthropic.test.mjs"),
 }
 
 
 class Skipped(Exception):
-    """The suite's packages cannot be had."""
+    """The suite's packages cannot be had, or its tests do not end."""
 
 
 def install(name: str, suite: Suite) -> Path:
@@ -77,7 +84,7 @@ def install(name: str, suite: Suite) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{name}: installing {', '.join(packages)}", file=sys.stderr, flush=True)
     if suite.is_node:
-        command = ["npm", "install", "--no-fund", "--no-audit", "--prefix", str(folder), *packages]
+        command = ["npm", "install", "--ignore-scripts", "--no-fund", "--no-audit", "--prefix", str(folder), *packages]
     else:
         venv.create(folder, with_pip=True)
         command = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", *packages]
@@ -103,46 +110,56 @@ def _command(suite: Suite, folder: Path, report: Path) -> list[str]:
     return [str(folder / "bin" / "python"), "-m", "pytest", *words, f"--rootdir={cases.parent}", str(cases)]
 
 
-def run(name: str, suite: Suite, api: str, model: str) -> Counter[str]:
+async def run(name: str, suite: Suite, api: str, model: str) -> Counter[str]:
     """Counts of its cases."""
-    folder = install(name, suite)
+    folder = await asyncio.to_thread(install, name, suite)
     with TemporaryDirectory(prefix="llamaclust-suite-") as results:
-        report = Path(results) / "results.xml"
-        own = {"SUITE_API": api, "SUITE_MODEL": model}
-        command = _command(suite, folder, report)
-        with (Path(results) / "output").open("w+") as output:
-            try:
-                subprocess.run(
-                    command,
-                    env=os.environ | own,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    timeout=_RUN_S,
-                    check=False,
-                    cwd=results,
-                )
-            except subprocess.TimeoutExpired:
-                raise Skipped(f"its tests did not end within {_RUN_S} s") from None
-            if not report.exists() or not report.stat().st_size:
-                output.seek(0)
-                raise Skipped(f"its tests did not run: {output.read()[-500:]}")
-        return sum(count(report).values(), Counter())
+        report, output = Path(results) / "results.xml", Path(results) / "output"
+        await _run(_command(suite, folder, report), output, {"SUITE_API": api, "SUITE_MODEL": model})
+        try:
+            return sum(count(report).values(), Counter())
+        except (FileNotFoundError, ElementTree.ParseError) as error:
+            raise Skipped(f"its tests did not run to their end: {error}: {output.read_text()[-500:]}") from None
+
+
+async def _run(command: list[str], output: Path, own: dict[str, str]) -> None:
+    """In the output's folder, without this process's secrets; what it started ends with it."""
+    kept = {name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES}
+    with output.open("wb") as file:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=kept | own,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            cwd=output.parent,
+            start_new_session=True,
+        )
+    try:
+        async with asyncio.timeout(_RUN_S):
+            await process.wait()
+    except TimeoutError:
+        raise Skipped(f"its tests did not end within {_RUN_S} s") from None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 async def run_on_cluster(model: Path, names: list[str], workers: int) -> None:
     keys = {"context_length": 2048, "max_sequences": 32, "api": {"strict_model": False}}
     async with running(model, Layout(workers=workers, keys=keys)) as (bench, _):
-        await asyncio.to_thread(run_all, bench.api, names)
+        await run_all(bench.api, names)
 
 
-def run_all(api: str, names: list[str]) -> None:
+async def run_all(api: str, names: list[str]) -> None:
     """Prints the counts."""
-    served = httpx.get(f"{api}/v1/models", trust_env=False).json()["data"][0]["id"]
+    async with httpx.AsyncClient(trust_env=False) as client:
+        served = (await client.get(f"{api}/v1/models")).json()["data"][0]["id"]
     counts = {}
     for name in names:
         try:
-            counts[name] = run(name, SUITES[name], api, served)
+            counts[name] = await run(name, SUITES[name], api, served)
         except Skipped as reason:
             print(f"skipped {name}: {reason}")
     print_table(counts)
@@ -159,7 +176,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no suite {unknown[0]}; there are {', '.join(SUITES)}")
     if given.api:
-        run_all(given.api.rstrip("/"), given.suites)
+        asyncio.run(run_all(given.api.rstrip("/"), given.suites))
     else:
         asyncio.run(run_on_cluster(given.model, given.suites, given.workers))
 

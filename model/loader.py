@@ -20,7 +20,7 @@ from llamaclust.model.chat.template_choice import chosen_template
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
+from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, read_hyperparameters
 from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
 from llamaclust.model.program import (
     Adapt,
@@ -37,6 +37,7 @@ from llamaclust.model.program import (
 )
 from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.pairs import PairForm, read_pair_form
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
@@ -90,6 +91,9 @@ class Model:
         self._whole = self.program(0, self.layer_count)
         self.pooling = read_pooling(file, DEFAULT if self.is_causal else Pooling.MEAN)
         self._refuse_unknown_tensors()
+        if self.is_causal and self.pooling is Pooling.RANK:
+            keys = ModelKeys(self.file, self.hyperparameters.architecture)
+            raise keys.error("pooling_type", "4 (rank), which is supported for encoders alone")
 
     @classmethod
     def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
@@ -132,6 +136,19 @@ class Model:
     def is_causal(self) -> bool:
         """False for an encoder, which makes embeddings alone and computes each prompt as a whole."""
         return self._whole.is_causal
+
+    @property
+    def embedding_width(self) -> int:
+        """Numbers of an embedding, or of a reranker's scores."""
+        return (self._whole.normed or self._whole.hidden).width
+
+    @cached_property
+    def pair_form(self) -> PairForm | None:
+        """How a query and a document are one prompt, in a model that ranks documents."""
+        if self.pooling is not Pooling.RANK:
+            return None
+        with _named(self.file.path):
+            return read_pair_form(self.file.metadata, self.tokenizer)
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
         """The tensors that the program names."""

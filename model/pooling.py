@@ -9,17 +9,18 @@ from llamaclust.model.hyperparameters import ModelKeys, read_architecture
 
 
 class Pooling(StrEnum):
-    """Which rows: all, one by one; their mean; the first; the last."""
+    """Which rows: all, one by one; their mean; the first; the last; the first one's scores, of encoders alone."""
 
     NONE = "none"
     MEAN = "mean"
     CLS = "cls"
     LAST = "last"
+    RANK = "rank"
 
     def rows(self, tokens: int) -> tuple[int, int]:
         """The tokens [first, end) of a prompt whose hidden states it reads."""
         match self:
-            case Pooling.CLS:
+            case Pooling.CLS | Pooling.RANK:
                 return 0, 1
             case Pooling.LAST:
                 return tokens - 1, tokens
@@ -31,7 +32,7 @@ class Pooling(StrEnum):
         return tokens if self is Pooling.NONE else 1
 
 
-_BY_NUMBER = (Pooling.NONE, Pooling.MEAN, Pooling.CLS, Pooling.LAST)
+_BY_NUMBER = (Pooling.NONE, Pooling.MEAN, Pooling.CLS, Pooling.LAST, Pooling.RANK)
 """By the number that GGUF files have."""
 
 DEFAULT = Pooling.LAST

@@ -18,6 +18,7 @@ from llamaclust.cluster.api.anthropic.schema import MessagesBody
 from llamaclust.cluster.api.browser.endpoint import PageRoute
 from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.embeddings.endpoints import embedding_routes
+from llamaclust.cluster.api.embeddings.rerank import RerankEndpoint
 from llamaclust.cluster.api.errors import add_error_handlers
 from llamaclust.cluster.api.ignored import HEADER as IGNORED_HEADER
 from llamaclust.cluster.api.ignored import IgnoredFields
@@ -76,7 +77,7 @@ def create_app(
         _route(app, "DELETE", path, replies.stop)
     _route(app, "GET", "/v1/models", models.list)
     _route(app, "GET", "/v1/models/{model:path}", models.retrieve)
-    own = embedding_routes(service, settings)
+    own = (*embedding_routes(service, settings), *RerankEndpoint(service, settings).routes())
     for route in (*own, *llamacpp_routes(service, replies), *ollama_routes(service, replies)):
         schema = None if route.body is None else body_schema(route.body)
         _route(app, route.method, route.path, route.endpoint, schema)

@@ -111,6 +111,13 @@ EMBEDDING: Final = ForeignFields(
     hints=_HINTS,
 )
 
+RERANK: Final = ForeignFields(
+    refused=_names("truncate_prompt_tokens max_tokens_per_doc rank_fields lora", only())
+    | _names("truncate", only(False)),
+    hints={**_HINTS, **_names("raw_scores truncation_direction", anything)},
+)
+"""Scores are the model's own, as llama.cpp has them."""
+
 TEMPLATE: Final = ForeignFields(hints={"model": anything})
 
 _CHAT_ONLY: Final = {

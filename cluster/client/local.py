@@ -140,8 +140,9 @@ class LocalStage:
                     self.model.file.path.stem,
                     scheduling.context_length,
                     scheduling.max_sequences,
-                    embedding_length=self.model.hyperparameters.embedding_length,
+                    embedding_length=self.model.embedding_width,
                     pooling=self.model.pooling,
+                    pair_form=self.model.pair_form,
                 )
                 service = TextService(engine, self.model.tokenizer, self.model.chat_template, text)
                 async with aclosing(service):
@@ -277,7 +278,7 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         max_batch_tokens=max_batch_tokens,
         max_outputs=_OUTPUTS,
         max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
-        embedding_length=model.hyperparameters.embedding_length,
+        embedding_length=model.embedding_width,
         prefill_chunk=chunk,
         prefix_cache=settings.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,

@@ -99,7 +99,7 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         max_batch_tokens=max_batch_tokens(config),
         max_outputs=max_outputs(config),
         max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
-        embedding_length=model.hyperparameters.embedding_length,
+        embedding_length=model.embedding_width,
         prefill_chunk=config.prefill_chunk,
         prefix_cache=config.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,

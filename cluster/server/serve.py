@@ -145,8 +145,16 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     """Serves the API of a cluster until it is asked to stop."""
     config, record = cluster.config, front.record
     model, context = cluster.model, cluster.plan.context_length
-    width, path = model.hyperparameters.embedding_length, str(model.file.path)
-    text = TextSettings(record.model, context, config.max_sequences, path, model.file, width, model.pooling)
+    text = TextSettings(
+        record.model,
+        context,
+        config.max_sequences,
+        str(model.file.path),
+        model.file,
+        model.embedding_width,
+        model.pooling,
+        model.pair_form,
+    )
     service = TextService(cluster.engine, model.tokenizer, model.chat_template, text)
     admission = Admission(front.settings)
     engine, pool = cluster.engine, cluster.pool.operations

@@ -38,6 +38,14 @@ class Embedding:
     prompt_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """The score of a document for a query: the greater, the more it says about it."""
+
+    score: float
+    prompt_tokens: int
+
+
 class Embedder:
     """Of one engine. Use from one event loop."""
 
@@ -61,6 +69,11 @@ class Embedder:
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
         return [head.result(), *(task.result() for task in later)]
+
+    async def rank(self, pairs: Sequence[tuple[int, ...]]) -> list[Rank]:
+        """Scores of prompts that are a query and a document, in their order: the model's first class."""
+        found = await self.embed(pairs, EmbeddingOptions(Pooling.RANK, norm=-1))
+        return [Rank(float(embedding.vectors[0][0]), embedding.prompt_tokens) for embedding in found]
 
     async def _run(self, places: asyncio.Semaphore, request: GenerationRequest, options: EmbeddingOptions) -> Embedding:
         async with places:

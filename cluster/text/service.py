@@ -16,7 +16,7 @@ from llamaclust.cluster.text.call_constraint import answer_grammar
 from llamaclust.cluster.text.chat import ChatRequest, render
 from llamaclust.cluster.text.chat_format import ChatFormat
 from llamaclust.cluster.text.choice import ChoiceText
-from llamaclust.cluster.text.embedder import Embedder, Embedding, EmbeddingOptions
+from llamaclust.cluster.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import CompletionStream, Record
 from llamaclust.cluster.text.threads import BREAKERS, TOKENIZING, run_on
@@ -28,6 +28,7 @@ from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.pooling import DEFAULT, Pooling
+from llamaclust.model.tokenizers.pairs import PairForm, encode_pairs
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _BLOCKING_CHARACTERS = 2048
@@ -47,6 +48,7 @@ class TextSettings:
     file: ModelFile | None = None  # likewise
     embedding_length: int = 0  # numbers of an embedding
     pooling: Pooling = DEFAULT  # of embeddings, where a request names none
+    pair_form: PairForm | None = None  # of a query and a document, where the model ranks documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,8 @@ class TextService:
         """Embeddings of prompts of texts and token ids, in their order; they count for the budget inside. RequestError
         for a prompt that is empty or too long, or too many numbers; errors of `Embedder.embed`."""
         length = self.settings.embedding_length
+        if self.settings.pair_form is not None:
+            raise ParameterError("model", "ranks documents and makes no embeddings: use /v1/rerank")
         if options.dimensions is not None and options.dimensions > length:
             raise ParameterError("dimensions", f"{options.dimensions}, but this model's embeddings have {length}")
         with self._preparing():
@@ -131,6 +135,21 @@ class TextService:
                 yield await self._embedder.embed(ids, options)
             finally:
                 self.budget.release(reserved)
+
+    async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
+        """The documents' scores for a query, in their order. ParameterError where the model ranks none, or for a pair
+        that is too long; errors of `Embedder.embed`."""
+        form, context = self.settings.pair_form, self.settings.context_length
+        if form is None:
+            raise ParameterError("model", "does not rank documents")
+        with self._preparing():
+            self._check_characters(len(query) + max(map(len, documents)), "documents")
+            pairs = await run_on(TOKENIZING, encode_pairs, self.tokenizer, form, query, documents)
+            longest = max(map(len, pairs))
+            if longest > context:
+                what = f"have one of {longest} tokens with the query"
+                raise ContextLengthError(what, longest, context, "documents")
+            return await self._embedder.rank(pairs)
 
     async def _input_ids(self, prompt: Sequence[str | int]) -> list[int]:
         ids = [token for part in await self.tokenize_all(prompt, "input", add_special=True) for token in part]

@@ -13,6 +13,7 @@ from llamaclust.model import program as steps
 from llamaclust.model.architectures.positions import rope_table
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters
+from llamaclust.model.pooling import Pooling, read_pooling
 from llamaclust.model.program import ActivationFunction, Buffer, KvType, Program, RopeStyle, RopeTable
 from llamaclust.model.quant_types import QuantType
 
@@ -93,7 +94,19 @@ class ProgramBuilder:
         yield from self._layers
         if self._layers.stop == self.hyperparameters.block_count:
             self._last_normed, self._out = self._hidden, Buffer("selected", self._hidden.width)
+            if read_pooling(self.model) is Pooling.RANK:
+                self._last_normed = self._scores()
             self._steps.append(steps.SelectRows(self._hidden, self._out))
+
+    def _scores(self) -> Buffer:
+        """Of every row, by a reranker's classifier: [rows, classes]."""
+        scores = self._hidden
+        for name in [name for name in ("cls", "cls.output") if f"{name}.weight" in self.model.tensors] or ["cls"]:
+            x, scores = scores, Buffer(name, self.model.tensor(f"{name}.weight").shape[0])
+            self._matmul(name, x, scores)
+            if name == "cls":
+                self._steps.append(steps.SoftCap(scores, scores, 1.0))  # tanh
+        return scores
 
     def _embed_sentence(self, positions: bool) -> None:
         hp, width = self.hyperparameters, self._hidden.width

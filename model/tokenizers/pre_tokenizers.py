@@ -73,7 +73,11 @@ _FAMILIES: Final[tuple[tuple[str, PreTokenizer], ...]] = (
     ("default", PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))),
     ("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano", _LLAMA_BPE),
     ("dbrx smaug-bpe glm4 chatglm-bpe", PreTokenizer((_LLAMA3,))),
-    ("gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat a.x-4.0 mellum modern-bert", _PLAIN),
+    (
+        "gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat a.x-4.0 mellum modern-bert "
+        "jina-v1-en jina-v2-code jina-v2-es jina-v2-de jina-es jina-de roberta-bpe",
+        _PLAIN,
+    ),
     ("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", _DIGITS_APART),
     ("qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan grok-2 solar-open kormo f2llmv2", PreTokenizer((_QWEN2,))),
     ("qwen35", PreTokenizer((_QWEN35,))),

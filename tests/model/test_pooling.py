@@ -27,7 +27,7 @@ def test_the_pooling_of_a_file(number: int | None, pooling: Pooling, tmp_path: P
 
 def test_an_unknown_pooling_is_refused_at_open(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"llama\.pooling_type"):
-        opened(tmp_path, 4)
+        opened(tmp_path, 5)
 
 
 def test_tokens_whose_hidden_states_are_read() -> None:
@@ -36,5 +36,6 @@ def test_tokens_whose_hidden_states_are_read() -> None:
         Pooling.MEAN: (0, 7),
         Pooling.CLS: (0, 1),
         Pooling.LAST: (6, 7),
+        Pooling.RANK: (0, 1),
     }
-    assert [pooling.vectors(7) for pooling in Pooling] == [7, 1, 1, 1]
+    assert [pooling.vectors(7) for pooling in Pooling] == [7, 1, 1, 1, 1]

@@ -15,8 +15,6 @@ from llamaclust.cluster.text.service import TextService
 
 _NO_SLOTS: Final = "slots have no state of their own; the prefix cache, and kv_disk in the cluster file, keep prompts"
 _UNSUPPORTED: Final = {
-    "/rerank": "this server does not rank documents yet",
-    "/reranking": "this server does not rank documents yet",
     "/lora-adapters": "scales are those of each request: give its field lora, or the adapter's name as model",
     "/slots/{slot}": _NO_SLOTS,
 }

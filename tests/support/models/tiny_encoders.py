@@ -15,11 +15,15 @@ HIDDEN, HEADS, FFN, LAYERS, CONTEXT = 64, 4, 96, 3, 1024
 VOCABULARY = 320
 ENCODERS = MappingProxyType({"bert": 1, "nomic-bert": 1000, "jina-bert-v2": 1})
 """Architectures, and the base of rotations where there are any."""
+RANK = 4
+"""The pooling type of rerankers."""
+RERANKERS = ("bert", "jina-bert-v2")
 
 
 def build_encoder(path: Path, name: str, pooling: int = 1, quant_type: QuantType = QuantType.F32) -> Path:
     """Writes an encoder to `path` and returns it. The same bytes on every machine."""
-    tensors = [*_ends(name), *(tensor for layer in range(LAYERS) for tensor in _layer(name, f"blk.{layer}"))]
+    ends = [*_ends(name), *(_classifier(name) if pooling == RANK and name in RERANKERS else ())]
+    tensors = [*ends, *(tensor for layer in range(LAYERS) for tensor in _layer(name, f"blk.{layer}"))]
     kinds = {tensor.name: QuantType.F32 if tensor.exact else quant_type for tensor in tensors}
     write_gguf(path, _metadata(name, pooling), [source_of(tensor, kinds[tensor.name], seed=2) for tensor in tensors])
     return path
@@ -31,6 +35,16 @@ def _ends(name: str) -> Iterator[RandomTensor]:
     if name == "bert":
         yield RandomTensor("position_embd.weight", (CONTEXT, HIDDEN), 0.5, exact=True)
     yield from _norm("token_embd_norm")
+
+
+def _classifier(name: str) -> Iterator[RandomTensor]:
+    """As a reranker's: jina's has one layer."""
+    width = 1 if name == "jina-bert-v2" else HIDDEN
+    yield RandomTensor("cls.weight", (width, HIDDEN), 0.2, exact=True)
+    yield RandomTensor("cls.bias", (width,), 0.2, exact=True)
+    if width > 1:
+        yield RandomTensor("cls.output.weight", (1, HIDDEN), 0.5, exact=True)
+        yield RandomTensor("cls.output.bias", (1,), 0.2, exact=True)
 
 
 def _norm(name: str) -> Iterator[RandomTensor]:

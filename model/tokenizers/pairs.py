@@ -1,0 +1,53 @@
+"""A query and a document as one prompt, as rerankers were trained on it; after llama.cpp's `format_prompt_rerank`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.tokenizers.vocabulary import key, read_flag, read_token_id
+
+_SEPARATED: Final = ("jina-v1-en", "jina-v2-code", "roberta-bpe")
+"""Pre-tokenizers of vocabularies that separate sentences, where the file does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairForm:
+    """Tokens before the query, between query and document, and behind the document."""
+
+    first: tuple[int, ...]
+    between: tuple[int, ...]
+    last: tuple[int, ...]
+
+    def prompt(self, query: list[int], document: list[int]) -> tuple[int, ...]:
+        return (*self.first, *query, *self.between, *document, *self.last)
+
+
+def encode_pairs(tokenizer: Tokenizer, form: PairForm, query: str, documents: Sequence[str]) -> list[tuple[int, ...]]:
+    """A prompt for each document. Control words in the texts stay text."""
+    begin = tokenizer.encode(query, add_special=False)
+    return [form.prompt(begin, tokenizer.encode(document, add_special=False)) for document in documents]
+
+
+def read_pair_form(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> PairForm:
+    """ModelFileError where the file wants a token that it does not name."""
+    kind, size = metadata.get("tokenizer.ggml.model"), tokenizer.vocabulary_size
+    is_word_pieces = kind == "bert"
+    separator = read_token_id(metadata, "seperator_token_id", size)  # spelt so in the format
+    if separator is None and is_word_pieces:
+        separator = tokenizer.eos_id
+    end = read_token_id(metadata, "eos_token_id", size)
+    ends = _tokens(read_flag(metadata, "add_eos_token", kind == "t5"), separator if end is None else end, "eos")
+    separates = is_word_pieces or metadata.get("tokenizer.ggml.pre") in _SEPARATED
+    separators = _tokens(read_flag(metadata, "add_sep_token", separates), separator, "seperator")
+    begins = _tokens(tokenizer.add_bos, tokenizer.bos_id, "bos")
+    return PairForm(begins, (*ends, *separators), ends)
+
+
+def _tokens(is_wanted: bool, token: int | None, name: str) -> tuple[int, ...]:
+    if is_wanted and token is None:
+        raise ModelFileError(f"{key(f'{name}_token_id')} is missing, and the model needs it to rank documents")
+    return (token,) if is_wanted and token is not None else ()

@@ -1,0 +1,111 @@
+"""Rerankers: llama.cpp's scores and order by `/v1/rerank`, in both of its forms."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.replies.handlers import Replies
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.client.local import LocalSettings, LocalStage
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.loader import Model
+from support.clusters.command_line import command_line
+from support.clusters.fakes import FakePipeline
+from support.clusters.served import SETTINGS, client
+from support.clusters.static_cluster import named
+from support.models.record_rerank import DOCUMENTS, QUERY, recorded
+from support.models.tiny_encoders import RANK, RERANKERS, build_encoder
+from support.models.tiny_model import build_tiny_model
+
+
+@asynccontextmanager
+async def served(path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    stage, idle = LocalStage(path, 1, None, LocalSettings(context_length=256)), Engine(FakePipeline(1), SETTINGS)
+    async with stage.serve() as service:
+        app = create_app(service, Replies(ApiSettings()), idle, dict)
+        async with client(app) as http:
+            yield http
+
+
+async def post(folder: Path, body: dict[str, Any], name: str = "bert", path: str = "/v1/rerank") -> httpx.Response:
+    async with served(build_encoder(folder / f"{name}.gguf", name, pooling=RANK)) as http:
+        return await http.post(path, json=body)
+
+
+@pytest.mark.parametrize("name", RERANKERS)
+async def test_scores_and_order_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    wanted = recorded()[name]
+    reply = (await post(tmp_path, {"query": QUERY, "documents": DOCUMENTS}, name)).json()
+    assert reply["usage"] == {"prompt_tokens": wanted["tokens"], "total_tokens": wanted["tokens"]}
+    scores = {result["index"]: result["relevance_score"] for result in reply["results"]}
+    assert [scores[index] for index in range(len(DOCUMENTS))] == pytest.approx(wanted["scores"], abs=1e-2)
+    assert list(scores) == sorted(scores, key=lambda index: -wanted["scores"][index])
+
+
+async def test_two_forms(tmp_path: Path) -> None:
+    async with served(build_encoder(tmp_path / "bert.gguf", "bert", pooling=RANK)) as http:
+        documents = [{"text": text} for text in DOCUMENTS]
+        ours = {"query": QUERY, "documents": documents, "top_n": 2, "return_documents": True}
+        jina = (await http.post("/reranking", json=ours)).json()
+        texts = {"query": QUERY, "texts": DOCUMENTS, "top_n": 2, "return_text": True, "raw_scores": True}
+        tei = (await http.post("/rerank", json=texts)).json()
+    assert (jina["object"], jina["model"]) == ("list", "bert")
+    assert [result["document"]["text"] for result in jina["results"]] == [result["text"] for result in tei]
+    found = [{"index": result["index"], "score": result["relevance_score"]} for result in jina["results"]]
+    assert found == [{"index": result["index"], "score": result["score"]} for result in tei]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"query": "a", "documents": []}, "1 to 2048 texts"),
+        ({"query": "a", "documents": None}, "give one of documents and texts"),
+        ({"query": "a", "documents": 123}, "1 to 2048 texts"),
+        ({"query": "a", "documents": [1, 2]}, "each must be a string"),
+        ({"query": "a", "documents": ["b"], "texts": ["c"]}, "give one of documents and texts"),
+        ({"documents": ["b"]}, "query"),
+        ({"query": "a", "documents": ["b"], "top_n": 0}, "top_n"),
+        ({"query": "a", "documents": ["b", "the " * 300]}, "maximum context length is 256"),
+        ({"query": "a", "documents": ["b"], "truncate": True}, "truncate"),
+    ],
+)
+async def test_refused_requests(body: dict[str, Any], message: str, tmp_path: Path) -> None:
+    reply = await post(tmp_path, body)
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
+
+
+async def test_a_reranker_embeds_nothing_and_others_rank_nothing(tmp_path: Path) -> None:
+    reply = await post(tmp_path, {"input": "a"}, path="/v1/embeddings")
+    assert reply.status_code == 400
+    assert "ranks documents" in reply.json()["error"]["message"]
+    async with served(build_encoder(tmp_path / "mean.gguf", "bert")) as http:
+        reply = await http.post("/rerank", json={"query": "a", "documents": ["b"]})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (501, "not_supported")
+
+
+def test_files_that_cannot_rank_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="cls"):
+        Model.open(build_encoder(tmp_path / "nomic.gguf", "nomic-bert", pooling=RANK))
+    with pytest.raises(ModelFileError, match="encoders alone"):
+        Model.open(build_tiny_model(tmp_path / "llama.gguf", extra={"llama.pooling_type": RANK}))
+
+
+def test_two_workers_give_the_scores_of_one(tmp_path: Path) -> None:
+    model = build_encoder(tmp_path / "bert.gguf", "bert", pooling=RANK)
+    replies = []
+    with command_line() as line:
+        for names, bounds in (("a", [[0, 3]]), ("ab", [[0, 2], [2, 3]])):
+            plan = [{"worker": name, "layers": layers} for name, layers in zip(names, bounds, strict=True)]
+            with line.cluster(model, workers=named(*names), plan=plan, context_length=256) as cluster:
+                replies.append(cluster.http.post("/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS}).json())
+    assert replies[0]["results"] == replies[1]["results"]
+    assert len(replies[0]["results"]) == len(DOCUMENTS)

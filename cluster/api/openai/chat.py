@@ -49,7 +49,7 @@ class ChatEndpoint:
     async def count(self, request: Request) -> Response:
         """The tokens of a chat's prompt (llama.cpp's `.../input_tokens`)."""
         body = await read_body(request, ChatBody, CHAT, self._settings)
-        self._models.check(body.model)
+        self._models.adapters(body.model, body.lora)
         body.check()
         answer = await unless_disconnected(request, self._service.chat_prompt(body.request()))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": len(answer.prompt)})

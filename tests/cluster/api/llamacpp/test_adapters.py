@@ -76,6 +76,12 @@ async def test_bad_choices_are_refused(lora: Any) -> None:
     assert reply.json()["error"]["param"] == "lora"
 
 
+async def test_counts_take_the_names_of_adapters() -> None:
+    for path in ("/v1/chat/completions/input_tokens", "/v1/messages/count_tokens"):
+        reply, _ = await post(path, {"messages": MESSAGES, "model": "poet"})
+        assert reply.status_code == 200, reply.text
+
+
 async def test_a_name_and_a_choice_contradict_each_other() -> None:
     reply, _ = await post("/v1/completions", {"prompt": "Hi", "model": "poet", "lora": []})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "lora")

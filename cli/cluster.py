@@ -50,6 +50,9 @@ def up(
     chat_template: Annotated[
         str | None, Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's template.")
     ] = None,
+    discover: Annotated[
+        bool, Option("--discover", help="Wait for workers of this network, which find the cluster by multicast DNS.")
+    ] = False,
     detach: Annotated[bool, Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
     standby: Annotated[
         bool, Option("--standby", help="Wait, and take over when the running coordinator ends unexpectedly.")
@@ -62,7 +65,7 @@ def up(
     with ends_at_once():
         from llamaclust.cli.up import run_cluster, template_of
 
-    file, overrides = cluster_source(source, workers, overrides)
+    file, overrides = cluster_source(source, workers, overrides, discover=discover)
     if chat_template is not None:
         overrides = [*overrides, f"chat_template={template_of(chat_template)}"]
     run_cluster(file, overrides, port, detach=detach, standby=standby, notify=notify, ranked=ranked)

@@ -15,16 +15,21 @@ _FILES = frozenset({".yaml", ".yml", ".json"})
 _MAX_NAME = 63
 
 
-def cluster_source(source: str | None, workers: int | None, overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The cluster file, if there is one, and the KEY=VALUE overrides; for a model, a cluster named after it.
+def cluster_source(
+    source: str | None, workers: int | None, overrides: Sequence[str], *, discover: bool = False
+) -> tuple[Path | None, list[str]]:
+    """The cluster file, if there is one, and the KEY=VALUE overrides; for a model, a cluster named after it, whose
+    workers are processes of this machine, or those that discover it.
 
     UsageError for a model that is neither a file nor known by name, and for `--workers` beside a cluster file.
     """
     if source is not None and not _is_model(source):
         if workers is not None:
             raise UsageError(f"--workers: {source} lists its workers; give a model in place of the file")
-        return Path(source), [*overrides]
+        return Path(source), [*(["join.discover=true"] if discover else []), *overrides]
     count = [] if source is None and workers is None else _local_workers(workers or 1)
+    if discover:
+        count = ["launcher=static", "join.discover=true", f"workers={workers or 1}"]
     return None, [*([] if source is None else _served(source)), *count, *overrides]
 
 

@@ -28,6 +28,9 @@ def worker(
         list[str],
         Option("--join", metavar="HOST:PORT", help="`join.listen` of the coordinator; repeatable, for its standbys."),
     ] = [],  # noqa: B006  typer reads the default
+    discover: Annotated[
+        bool, Option("--discover", help="Find the coordinator of the token's cluster by multicast DNS.")
+    ] = False,
     token_file: Annotated[
         Path | None,
         Option("--token-file", metavar="FILE", help="The join token, mode 0600. Default: join-token in the state dir."),
@@ -79,13 +82,16 @@ def worker(
 
     if insecure and token_file is not None:
         raise UsageError("--insecure and --token-file: choose one; an insecure cluster has no token")
+    if insecure and discover:
+        raise UsageError("--insecure and --discover: choose one; the token says which cluster is looked for")
     variables = environment()
-    addresses = _addresses(join, variables)
+    addresses = _addresses(join, variables, discover=discover)
     device_name, layers, gpu_bytes = Gpus(device, gpu_layers, gpu_memory).parsed
     settings = WorkerSettings(
         name=option_value("--name", parse_name, name or socket.gethostname().split(".")[0]),
-        join=addresses[0],
+        join=next(iter(addresses), ""),
         standbys=addresses[1:],
+        discover=discover,
         listen=option_value("--listen", _address, listen) if listen else "",
         advertise=option_value("--advertise", _advertised, advertise) if advertise else "",
         device=device_name,
@@ -116,11 +122,12 @@ def _run(settings: WorkerSettings) -> NoReturn:
         end_process(error.exit_code)
 
 
-def _addresses(given: list[str], variables: Environment) -> tuple[str, ...]:
-    """Of the coordinator and its standbys, each once."""
+def _addresses(given: list[str], variables: Environment, *, discover: bool) -> tuple[str, ...]:
+    """Of the coordinator and its standbys, each once; none are needed by a worker that discovers."""
     name, values = ("--join", given) if given else ("LLAMACLUST_JOIN", list(variables.join))
-    if not values:
-        raise UsageError("--join: needed, the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well")
+    if not values and not discover:
+        what = "the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well"
+        raise UsageError(f"--join: needed, {what}. With `up --discover`, --discover does without")
     return tuple(dict.fromkeys(option_value(name, _address, value) for value in values))
 
 

@@ -1,4 +1,4 @@
-"""Finds a worker's coordinator: all its addresses are tried at once, each with its own backoff."""
+"""Finds a worker's coordinator: all its addresses are tried at once, each with its own backoff; more may be added."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _STAGGER_S = 0.25
 """Between the first attempts at two addresses (RFC 8305, section 5)."""
 _LOG_EVERY_S = 60.0
 _MOST_LOGGED = 16
+_MOST_FOUND = 64
 
 _Result = TypeVar("_Result")
 
@@ -29,6 +30,7 @@ class Place:
     address: str
     failures: int = 0
     is_refused: bool = False  # the last one failed for a reason that another attempt does not change
+    is_found: bool = False  # announced, and not given by the user
 
     @property
     def pause_s(self) -> float:
@@ -37,12 +39,17 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Of one worker, from its start on. An address that does not answer delays no other one."""
+    """Of one worker, from its start on. An address that does not answer delays no other one.
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    `discovers`: further addresses may be added at any time, so that a refusal at all known ones ends nothing.
+    """
+
+    def __init__(self, addresses: Sequence[str], *, discovers: bool = False) -> None:
         self.limit_s: float | None = None
         """How long a lost coordinator is waited for; None: the worker was never a member, and waits for ever."""
         self._places = [Place(address) for address in addresses]
+        self._discovers = discovers
+        self._has_more = asyncio.Event()
         self._trying: list[asyncio.Task[Any]] = []  # referenced until they have ended
         self._begun_s: float | None = None  # the first failure since an admission
         self._error: LlamaclustError | None = None  # the last one
@@ -52,25 +59,52 @@ class CoordinatorSearch:
         """A coordinator has admitted the worker; it is waited for so long when it is lost."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
+        self._places = [place for place in self._places if not (place.is_found and place.failures)]
         for place in self._places:
             place.failures, place.is_refused = 0, False
+
+    def add(self, address: str) -> None:
+        """One that was announced. Announcements may be false: of more than a few, the first are tried, until the worker
+        is admitted."""
+        is_known = any(place.address == address for place in self._places)
+        if not is_known and sum(place.is_found for place in self._places) < _MOST_FOUND:
+            self._places.append(Place(address, is_found=True))
+            self._has_more.set()
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
         """The first address at which `attempt` succeeds, and its result. Raises as `failed` does; WorkerError where
         none is reached in time."""
-        places = sorted(self._places, key=lambda place: place.failures)
-        trying = [asyncio.create_task(self._repeat(place, i * _STAGGER_S, attempt)) for i, place in enumerate(places)]
-        self._trying = [*trying]
+        self._trying = []
         try:
             async with asyncio.timeout_at(self._end_s):
-                done, _ = await asyncio.wait(trying, return_when=asyncio.FIRST_COMPLETED)
+                done = await self._first(attempt)
         except TimeoutError:
             gone = f"the coordinator is gone, and has not come back within {self.limit_s or 0.0:g} s"
             raise WorkerError(f"{gone}: {self._error}") from self._error
         finally:
-            for task in trying:
+            for task in self._trying:
                 task.cancel()
         return min(done, key=lambda task: task.exception() is not None).result()
+
+    async def _first(self, attempt: Callable[[str], Awaitable[_Result]]) -> set[asyncio.Task[tuple[Place, _Result]]]:
+        """The tasks that ended first, of the places known at the beginning and of those added meanwhile."""
+        tried: set[str] = set()
+        while True:
+            self._has_more.clear()
+            new = sorted((each for each in self._places if each.address not in tried), key=lambda each: each.failures)
+            tried.update(place.address for place in new)
+            delays = (i * _STAGGER_S for i in range(len(new)))
+            self._trying += [
+                asyncio.create_task(self._repeat(place, delay_s, attempt))
+                for place, delay_s in zip(new, delays, strict=True)
+            ]
+            more = asyncio.create_task(self._has_more.wait())
+            try:
+                done, _ = await asyncio.wait([*self._trying, more], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                more.cancel()
+            if ended := done - {more}:
+                return ended
 
     def failed(self, place: Place, error: LlamaclustError) -> None:
         """Raises the error of a worker that was never a member where no attempt at any address would change it."""
@@ -80,7 +114,8 @@ class CoordinatorSearch:
         if self._begun_s is None:
             self._begun_s = now_s
         # one of several addresses may be another program's by now, whatever that answers
-        is_final = isinstance(error, RefusedError) or all(each.is_refused for each in self._places)
+        is_refused = not self._discovers and all(each.is_refused for each in self._places)
+        is_final = isinstance(error, RefusedError) or is_refused
         if self.limit_s is None and is_final:
             raise error
         self._report(error, now_s)
@@ -101,7 +136,7 @@ class CoordinatorSearch:
         if now_s - self._logged.get(str(error), -_LOG_EVERY_S) < _LOG_EVERY_S:
             return
         limit = "" if self.limit_s is None else f" for {self.limit_s:g} s at most, weights kept"
-        addresses = " or ".join(place.address for place in self._places)
+        addresses = " or ".join(place.address for place in self._places[:_MOST_LOGGED])
         _log.warning("waiting for the coordinator at %s%s: %s", addresses, limit, error)
         self._logged = {str(error): now_s, **dict(list(self._logged.items())[: _MOST_LOGGED - 1])}
 

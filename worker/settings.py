@@ -16,11 +16,13 @@ class WorkerSettings:
 
     A `static` worker enrols: `join` is the enrolment address then, and the token a join token. Without any token it is
     insecure. `standbys` are the enrolment addresses of further coordinators of the same cluster.
+    One that discovers may have no `join`.
     """
 
     name: str
     join: str = ""  # gRPC target of the coordinator; set when a launcher knows it
     standbys: tuple[str, ...] = ()  # HOST:PORT; only of a static worker
+    discover: bool = False  # by multicast DNS, besides `join` and `standbys`; only of a static worker with a token
     token_file: Path | None = None
     token: str = field(default="", repr=False)  # in place of a file
     listen: str = ""  # gRPC target of this worker's Stage service; port 0: any free one

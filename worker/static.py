@@ -23,6 +23,7 @@ from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.sched_slice import short_slices
 from llamaclust.wire.rpc.server import Server
+from llamaclust.wire.security.certificates import cluster_id
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Insecure
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.coordinator_search import CoordinatorSearch
@@ -64,7 +65,8 @@ class _StaticWorker:
         file = settings.token_file
         self._token = JoinToken.parse(settings.token) if file is None else JoinToken.read(file)  # None: insecure
         self._worker = Worker.open(settings)
-        self._search = CoordinatorSearch((settings.join, *settings.standbys))
+        given = tuple(filter(None, (settings.join, *settings.standbys)))
+        self._search = CoordinatorSearch(given, discovers=settings.discover)
         self._credentials: Credentials | None = None
         self._server: Server | None = None
         self._address = ""
@@ -72,6 +74,18 @@ class _StaticWorker:
     async def run(self) -> str:
         if self._token is None:
             _log.warning("insecure: links are neither encrypted nor authenticated")
+        if self._token is None or not self._settings.discover:
+            return await self._run()
+        from llamaclust.wire.discovery import browsing
+
+        cluster = cluster_id(self._token.ca_hash)
+        advice = "start `llamaclust up --discover` in the same network, or this worker with --join HOST:PORT"
+        _log.info("looking for the coordinator of the token's cluster by multicast DNS; %s", advice)
+        async with browsing(cluster, self._search.add):
+            return await self._run()
+
+    async def _run(self) -> str:
+        """Memberships, one after the other."""
         while True:
             await self._worker.compute.idle(_STEP_S)  # DeviceLostError where a step of the last membership hangs
             place, reached = await self._search.reached(self._reach)

@@ -145,6 +145,10 @@ class ClusterConfig(Section):
             raise PlaceError(("ray",), f"is for launcher: ray, and this one is {self.launcher}")
         if self.lease is not None and self.launcher == "mpi":
             raise PlaceError(("lease",), "is not for launcher: mpi, whose workers and coordinator are one program")
+        if self.join.discover and (self.launcher != "static" or self.insecure):
+            raise PlaceError(
+                ("join", "discover"), "is for launcher: static without insecure: the token finds the cluster"
+            )
         if self.launcher == "static":
             return self
         if self.awaits_any:

@@ -79,6 +79,8 @@ class Join(Section):
     """HOST:PORT of the coordinator for workers that have certificates; these are told of it."""
     addresses: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
     """HOST:PORT by which workers reach the coordinator and its standbys, for the command that `up` prints."""
+    discover: bool = False
+    """Whether `listen` is announced by multicast DNS, so that `llamaclust worker --discover` needs no address."""
     wait: Duration = 600.0
     """How long `up` waits for its workers."""
     trust_dir: FilePath | None = None

@@ -64,7 +64,12 @@ class StaticLauncher(Launcher):
         self._ends.callback(renewing.cancel)
         port = int(join.rpartition(":")[2])
         server = EnrolmentServer(self._config.join.listen, self.authority, self.credentials, self.refusal, port)
-        return (await self._ends.enter_async_context(server)).address
+        address = (await self._ends.enter_async_context(server)).address
+        if self._config.join.discover:
+            from llamaclust.wire.discovery import announced
+
+            await self._ends.enter_async_context(announced(self._config.name, self.authority.cluster, address))
+        return address
 
     async def stop(self) -> None:
         """Workers have heard the registry's goodbye; they are not ours to kill."""
@@ -114,12 +119,16 @@ class StaticLauncher(Launcher):
         """What to type on the other machines; the secret itself is in a file."""
         host, port = split_address(listen)
         addresses = self._config.join.addresses or (joined_address(reachable_host(host), port),)
-        command = f"llamaclust worker {' '.join(f'--join {address}' for address in addresses)} --name NAME"
+        joins = " ".join(f"--join {address}" for address in addresses)
+        command = f"llamaclust worker {'--discover' if self._config.join.discover else joins} --name NAME"
         which = f"{len(self._config.workers)} workers" if self._names is None else f"workers {', '.join(self._names)}"
         if self.authority is None:
             return [INSECURE, f"waiting for {which}; on each machine:", f"  {command} --insecure", _GPU]
         copy = f"copy {self.authority.token_file} to each machine (mode 0600: it is a secret), then there"
-        return [f"waiting for {which}; {copy}:", f"  {command} --token-file FILE", _GPU]
+        reach = (
+            [f"  where multicast does not reach, {joins} instead of --discover"] if self._config.join.discover else []
+        )
+        return [f"waiting for {which}; {copy}:", f"  {command} --token-file FILE", *reach, _GPU]
 
 
 class RestartingLauncher(StaticLauncher):

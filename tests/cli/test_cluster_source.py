@@ -21,8 +21,8 @@ def line() -> Iterator[CommandLine]:
         yield line
 
 
-def described(source: str | None, workers: int | None = None, *overrides: str) -> ClusterConfig:
-    return load_config(*cluster_source(source, workers, overrides))
+def described(source: str | None, workers: int | None = None, *overrides: str, discover: bool = False) -> ClusterConfig:
+    return load_config(*cluster_source(source, workers, overrides, discover=discover))
 
 
 def test_a_model_is_served_by_one_worker_or_shared_by_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +84,20 @@ def test_a_model_is_planned_and_served_without_a_file(line: CommandLine) -> None
         assert (status["name"], [worker["name"] for worker in status["workers"]]) == ("good-one-2", ["a", "b"])
     finally:
         assert line.run("down").code == 0
+
+
+def test_a_cluster_that_is_discovered_awaits_workers_of_any_name(tmp_path: Path) -> None:
+    model = described("smollm2-135m-instruct", 3, discover=True)
+    assert (model.launcher, model.awaits_any, len(model.workers), model.join.discover) == ("static", True, 3, True)
+    assert len(described(None, discover=True).workers) == 1
+    file = tmp_path / "home.yaml"
+    file.write_text("name: home\nmodel: smollm2-135m-instruct\nlauncher: static\nworkers: 2\n")
+    assert described(str(file), discover=True).join.discover
+
+
+@pytest.mark.parametrize("keys", ["workers: [{name: a}]", "workers: 2\nlauncher: static\ninsecure: true"])
+def test_only_workers_with_a_token_discover_a_cluster(tmp_path: Path, keys: str) -> None:
+    file = tmp_path / "home.yaml"
+    file.write_text(f"name: home\nmodel: smollm2-135m-instruct\n{keys}\n")
+    with pytest.raises(UsageError, match=r"join\.discover: is for launcher: static without insecure"):
+        described(str(file), discover=True)

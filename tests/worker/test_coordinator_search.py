@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from llamaclust.core.errors import LlamaclustError, RefusedError, UsageError, WorkerError
-from llamaclust.worker.coordinator_search import CoordinatorSearch
+from llamaclust.worker.coordinator_search import CoordinatorSearch, Place
+from support.clusters.served import until
 
 Outcome = LlamaclustError | str | None
 """Of an attempt: an error, a result, or None for one that does not end."""
@@ -111,3 +112,44 @@ async def test_failures_before_an_admission_do_not_count_after_it() -> None:
     assert place.failures == 0
     search.failed(place, WorkerError("its stream ended"))
     assert (await search.reached(attempts))[1] == "here"
+
+
+async def test_an_address_that_is_found_later_is_tried_beside_those_that_do_not_answer() -> None:
+    search, attempts = CoordinatorSearch(("dead",), discovers=True), Attempts(dead=[None], b=["here"])
+    searching = asyncio.create_task(search.reached(attempts))
+    await until(lambda: bool(attempts.made))
+    search.add("b")
+    async with asyncio.timeout(5):
+        place, _ = await searching
+    assert (place.address, attempts.cancelled) == ("b", ["dead"])
+
+
+async def test_without_any_address_the_first_found_is_taken() -> None:
+    search, attempts = CoordinatorSearch((), discovers=True), Attempts(b=["here"])
+    searching = asyncio.create_task(search.reached(attempts))
+    await asyncio.sleep(0)
+    search.add("b")
+    async with asyncio.timeout(5):
+        assert (await searching)[1] == "here"
+
+
+async def test_false_announcements_do_not_end_a_worker() -> None:
+    """At all addresses the worker is refused, which would be final were they given."""
+    wrong = UsageError("not the one that the token names")
+    fakes = {f"fake{index}": [wrong] for index in range(200)}
+    search = CoordinatorSearch((), discovers=True)
+    attempts = Attempts(real=["here"], **fakes)  # type: ignore[arg-type]
+    searching = asyncio.create_task(search.reached(attempts))
+    for fake in [*fakes][:20]:
+        search.add(fake)
+        search.add(fake)
+    async with asyncio.timeout(20):
+        await until(lambda: len(attempts.made) >= 4)
+        search.add("real")
+        assert (await searching)[1] == "here"
+    for fake in fakes:
+        search.add(fake)
+    search.failed(Place("fake0"), wrong)
+    assert len(search._places) < 100
+    with pytest.raises(RefusedError):
+        search.failed(Place("real"), RefusedError("no such worker"))

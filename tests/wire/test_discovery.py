@@ -1,0 +1,107 @@
+"""Announcements of a coordinator by multicast DNS, over loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import IPv4Address
+
+import pytest
+from zeroconf import IPVersion
+from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
+
+from llamaclust.core.errors import UsageError
+from llamaclust.wire import discovery
+from llamaclust.wire.discovery import SERVICE, announced, browsing
+from llamaclust.wire.rpc.deadlines import deadline
+
+CLUSTER = "0123456789abcdef"
+WITHIN_S = 20.0
+
+
+class Found:
+    """Addresses in their order."""
+
+    def __init__(self) -> None:
+        self.addresses: list[str] = []
+        self._more = asyncio.Event()
+
+    def __call__(self, address: str) -> None:
+        self.addresses.append(address)
+        self._more.set()
+
+    async def until(self, address: str) -> None:
+        async with deadline(f"an announcement of {address}", WITHIN_S):
+            while address not in self.addresses:
+                self._more.clear()
+                await self._more.wait()
+
+
+@pytest.fixture(autouse=True)
+def _on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "own_addresses", lambda: ["127.0.0.1"])
+
+
+@asynccontextmanager
+async def announced_by_another(name: str, port: int, properties: dict[str, str]) -> AsyncIterator[None]:
+    """What a program of another maker, or a hostile one, may announce."""
+    service = AsyncZeroconf(interfaces=["127.0.0.1"], ip_version=IPVersion.V4Only)
+    packed = IPv4Address("127.0.0.1").packed
+    info = AsyncServiceInfo(SERVICE, f"{name}.{SERVICE}", port=port, addresses=[packed], properties=properties)
+    try:
+        await (await service.async_register_service(info))
+        yield
+    finally:
+        await service.async_close()
+
+
+async def test_a_cluster_is_found_before_and_after_it_is_announced() -> None:
+    early, late = Found(), Found()
+    async with browsing(CLUSTER, early), announced("tiny", CLUSTER, "0.0.0.0:7100"):
+        await early.until("127.0.0.1:7100")
+        async with browsing(CLUSTER, late):
+            await late.until("127.0.0.1:7100")
+
+
+async def test_clusters_with_the_same_id_are_all_found() -> None:
+    """A coordinator and its former standby, which took over, or two that were started by mistake."""
+    found = Found()
+    async with (
+        announced("tiny", CLUSTER, "127.0.0.1:7100"),
+        announced("tiny", CLUSTER, "127.0.0.1:7200"),
+        browsing(CLUSTER, found),
+    ):
+        await found.until("127.0.0.1:7100")
+        await found.until("127.0.0.1:7200")
+
+
+async def test_other_clusters_and_strange_announcements_are_left_out() -> None:
+    found = Found()
+    async with (
+        announced("other", CLUSTER[::-1], "127.0.0.1:7101"),
+        announced_by_another("no id", 7102, {}),
+        announced_by_another("no port", 0, {"cluster": CLUSTER}),
+        announced_by_another("another id", 7103, {"cluster": CLUSTER.upper()}),
+        browsing(CLUSTER, found),
+        announced("tiny", CLUSTER, "127.0.0.1:7100"),
+    ):
+        await found.until("127.0.0.1:7100")
+    assert found.addresses == ["127.0.0.1:7100"]
+
+
+@pytest.mark.parametrize("address", ["coordinator.example:7100", "[::1]:7100"])
+async def test_an_address_that_cannot_be_announced_is_refused(address: str) -> None:
+    with pytest.raises(UsageError, match=r"join\.discover: an IPv4 address is needed"):
+        async with announced("tiny", CLUSTER, address):
+            pass
+
+
+async def test_where_multicast_is_not_possible_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> AsyncZeroconf:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(discovery, "AsyncZeroconf", refuse)
+    with pytest.raises(UsageError, match="Network is unreachable; start workers with --join HOST:PORT"):
+        async with browsing(CLUSTER, Found()):
+            pass

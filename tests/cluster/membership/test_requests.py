@@ -189,7 +189,7 @@ class Machines:
 
     def empty(self, folder: Path) -> WorkerProfiles:
         values = {"model": "m.gguf", "workers": [{"name": name} for name in self.workers], "state_dir": folder}
-        model: Any = SimpleNamespace(model_id="ab" * 32, file=SimpleNamespace(path=Path("/m.gguf")))
+        model: Any = SimpleNamespace(model_id="ab" * 32, file=SimpleNamespace(path=Path("/m.gguf")), adapter_paths=())
         config = ClusterConfig.model_validate(values)
         return WorkerProfiles(config, model, folder, self.report)
 

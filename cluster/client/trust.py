@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -65,30 +65,37 @@ def _is_at(url: httpx.URL, api: str) -> bool:
 
 
 class _PinnedContext(ssl.SSLContext):
-    """Trusts the certificates in files and no others, whatever their names; each connection reads them again, since
-    they may have been renewed."""
+    """Trusts the certificates in files and no others, whatever their names. Each connection has a context of its own
+    and reads them again: they may have been renewed, and former ones count no more."""
 
     files: Sequence[Path]
+    protocols: Sequence[str] = ()
+
+    def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
+        self.protocols = tuple(alpn_protocols)
 
     def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
-        self._read()
-        return super().wrap_socket(*args, **kwargs)
+        return self._now().wrap_socket(*args, **kwargs)
 
     def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
-        self._read()
-        return super().wrap_bio(*args, **kwargs)
+        return self._now().wrap_bio(*args, **kwargs)
 
-    def _read(self) -> None:
+    def _now(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an authority may have signed it
+        if self.protocols:
+            context.set_alpn_protocols(self.protocols)
         for file in self.files:
-            with suppress(OSError):  # then the server is not trusted, or still is
-                self.load_verify_locations(file)
+            with suppress(OSError):  # then the server is not trusted
+                context.load_verify_locations(file)
+        return context
 
 
 def _pinned(files: Sequence[Path]) -> ssl.SSLContext:
     context = _PinnedContext(ssl.PROTOCOL_TLS_CLIENT)
     context.files = files
     context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an authority may have signed it
     return context
 
 

@@ -80,6 +80,19 @@ async def test_a_client_follows_a_renewal(folder: ClusterDir, tmp_path: Path) ->
                 certificate.look()
 
 
+async def test_a_former_certificate_is_trusted_no_more(folder: ClusterDir, tmp_path: Path) -> None:
+    certificate = ServerCertificate(write_signed(tmp_path).files)
+    certificate.publish(folder.api_certificate)
+    async with recorded(folder, certificate) as url:
+        context = trust(httpx.URL(url), None)
+        async with httpx.AsyncClient(verify=context, trust_env=False) as http:
+            assert (await http.get(f"{url}/health")).status_code == 200
+        ServerCertificate(write_signed(tmp_path).files).publish(folder.api_certificate)
+        async with httpx.AsyncClient(verify=context, trust_env=False) as http:
+            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                await http.get(f"{url}/health")
+
+
 @pytest.mark.parametrize(
     ("api", "url", "is_its"),
     [

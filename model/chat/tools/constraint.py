@@ -20,6 +20,7 @@ from llamaclust.model.chat.tools.tool_format import (
     TaggedCalls,
     ToolFormat,
 )
+from llamaclust.model.grammars.closed_schema import closed
 
 FramedCalls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls
 Split = Callable[[str], Sequence[str | int]]
@@ -74,12 +75,14 @@ def call_grammar(
 ) -> CallGrammar | None:
     """None where the answer may do without calls and nothing marks their beginning.
 
+    Arguments that a schema does not name are refused unless it allows them.
     `is_required`: the answer is calls, behind reasoning at most. `is_thinking`: the prompt has begun reasoning.
     """
     rules = _Rules(split)
     calls = form.calls
     if calls is None or not tools:
         return None
+    tools = {name: closed(schema) for name, schema in tools.items()}
     if isinstance(calls, ChannelCalls):
         return CallGrammar(rules.lark(_channel_call(rules, calls, tools))) if is_required else None
     section = _section(rules, calls, tools, is_parallel=is_parallel)

@@ -91,6 +91,26 @@ def test_arguments_obey_the_schema() -> None:
     assert not takes(made, "Hi " + CALL) and not takes(made, "<think>So.</think>\nHi")
 
 
+def test_arguments_that_a_schema_does_not_name_are_refused_unless_it_allows_them() -> None:
+    assert not takes(matcher("hermes", is_required=True), CALL.replace('"days"', '"hours"'))
+    nothing: dict[str, Any] = {"type": "object", "properties": {}}
+    for schema, arguments, is_allowed in (
+        (nothing, "{}", True),
+        (nothing, '{"a": 1}', False),
+        ({**nothing, "additionalProperties": True}, '{"a": 1}', True),
+        ({"type": "object"}, '{"a": 1}', True),
+        ({**nothing, "required": ["a"]}, '{"a": 1}', True),
+        ({"properties": {"a": {"anyOf": [{"properties": {"b": {}}}, {"type": "null"}]}}}, '{"a": {"c": 1}}', False),
+        ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, '{"a": 1, "b": 1}', True),
+    ):
+        grammar = call_grammar(form_of("hermes"), {"f": schema}, split, is_required=True, is_parallel=False)
+        assert grammar is not None
+        definition = json.dumps({"grammars": [{"lark_grammar": grammar.lark}]})
+        made = LLMatcher(vocabulary().native, definition, log_level=0)
+        call = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+        assert takes(made, call) is is_allowed, f"{schema} {arguments}"
+
+
 def test_one_call_where_calls_are_not_parallel() -> None:
     made = matcher("hermes", is_required=True, is_parallel=False)
     assert takes(made, CALL) and not takes(made, CALL + "\n" + CALL)

@@ -1,0 +1,57 @@
+"""JSON schemas of a call's arguments, closed: an object has the properties that its schema names, and no others unless
+the schema says so. OpenAI's strict mode and llama.cpp read them likewise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+_OPEN: Final = frozenset(("additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties"))
+_ALTERNATIVES: Final = ("anyOf", "oneOf", "prefixItems")
+_NAMED: Final = ("properties", "$defs", "definitions")
+_APPLICATORS: Final = frozenset(("properties", "$ref", "anyOf", "oneOf"))
+_COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies", "not", "$dynamicRef"))
+
+
+def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Closes all objects; none where the schema combines several for one object, since each would refuse the
+    properties of the others."""
+    try:
+        return schema if _combines(schema) else _closed(schema)
+    except RecursionError:  # too deep for llguidance, too
+        return schema
+
+
+def _combines(value: Any) -> bool:
+    """Whether a part that may be a schema combines others."""
+    if isinstance(value, list):
+        return any(map(_combines, value))
+    if not isinstance(value, Mapping):
+        return False
+    is_combined = not _COMBINING.isdisjoint(value) or len(_APPLICATORS & value.keys()) > 1
+    return is_combined or any(map(_combines, value.values()))
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    made = dict(schema)
+    for key in _NAMED:
+        if isinstance(named := made.get(key), Mapping):
+            made[key] = {name: _closed(part) for name, part in named.items()}
+    for key in _ALTERNATIVES:
+        if isinstance(parts := made.get(key), list):
+            made[key] = [_closed(part) for part in parts]
+    for key in ("items", "additionalProperties"):
+        if key in made:
+            made[key] = _closed(made[key])
+    if _OPEN.isdisjoint(made) and _names_all(made):
+        made["additionalProperties"] = False
+    return made
+
+
+def _names_all(schema: Mapping[str, Any]) -> bool:
+    """Whether it has properties, all required ones among them."""
+    named, required = schema.get("properties"), schema.get("required")
+    names = required if isinstance(required, list) else []
+    return isinstance(named, Mapping) and all(isinstance(name, str) and name in named for name in names)

@@ -28,8 +28,15 @@ from llamaclust.worker.devices.system_info import available_memory_bytes, reside
 
 
 def show_plan(file: Path | None, overrides: list[str], as_json: bool) -> None:
-    """Prints the plan of a cluster file; raises what `planned` does."""
+    """Prints the plan of a cluster file, of several models each alone; raises what `planned` does."""
     config = load_config(file, overrides)
+    for own in config.of_each_model():
+        if config.models and not as_json:
+            print(f"{own.model_name}, alone:")
+        _show(own, as_json=as_json)
+
+
+def _show(config: ClusterConfig, *, as_json: bool) -> None:
     plan, own_bytes = planned(config)
     on_disk = {worker.name: worker.kv_disk for worker in config.workers if worker.kv_disk is not None}
     if as_json:

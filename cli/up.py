@@ -49,7 +49,7 @@ def run_cluster(
     from llamaclust.tools.hub.pull import pull_model
 
     with shown_progress() as progress:
-        model = pull_model(config.model, progress)
+        models = [pull_model(own.model, progress) for own in config.of_each_model()]
     if detach:
         run_detached(config, _arguments(file, overrides))
         return
@@ -57,7 +57,7 @@ def run_cluster(
         _tune_grpc()
         from llamaclust.cluster.server.serve import serve
 
-        serve(config, model, show, is_standby=standby)
+        serve(config, models, show, is_standby=standby)
         show(Notice(f"{config.name} is stopped"))
 
 
@@ -96,7 +96,7 @@ def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
             (starter.report if starter.waits else show)(event)
 
         try:
-            serve(config, pull_model(config.model, silent), report)
+            serve(config, [pull_model(own.model, silent) for own in config.of_each_model()], report)
         except LlamaclustError as error:
             report(StartFailed(str(error), error.exit_code))
             raise

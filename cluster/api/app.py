@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,8 @@ from llamaclust.cluster.api.ignored import IgnoredFields
 from llamaclust.cluster.api.llamacpp.completions import Completions
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.routes import llamacpp_routes
+from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
+from llamaclust.cluster.api.models.lists import ModelLists
 from llamaclust.cluster.api.ollama.routes import ollama_routes
 from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
@@ -59,6 +61,37 @@ def create_app(
 ) -> FastAPI:
     """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app; without a
     `pool` there are no workers to drain. The owner of `replies` closes them."""
+    app = model_app(service, replies, engine, cluster_status, pool, ResponseStore())
+    add_gates(app, replies.settings, admission)
+    return app
+
+
+def create_models_app(models: Sequence[DoorModel], settings: ApiSettings, admission: Admission) -> FastAPI:
+    """The app of several models, each behind its own app."""
+    app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None)
+    add_error_handlers(app)
+    door = ModelDoor(models, settings)
+    lists = ModelLists(models, door, settings)
+    _route(app, "GET", "/v1/models", lists.list)
+    _route(app, "POST", "/v1/models/load", lists.load)
+    _route(app, "POST", "/v1/models/unload", lists.unload)
+    _route(app, "GET", "/v1/models/{model:path}", lists.retrieve)
+    _route(app, "GET", "/api/tags", lists.tags)
+    _route(app, "GET", "/api/ps", lists.ps)
+    app.router.default = door
+    add_gates(app, settings, admission)
+    return app
+
+
+def model_app(
+    service: TextService,
+    replies: Replies,
+    engine: Engine,
+    cluster_status: Callable[[], Mapping[str, Any]],
+    pool: DrainControl | None,
+    store: ResponseStore,
+) -> FastAPI:
+    """The endpoints of one model, which all clients reach."""
     settings = replies.settings
     app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
@@ -70,7 +103,7 @@ def create_app(
     _post(app, "/v1/messages/count_tokens", MessagesEndpoint(service, settings).count, MessagesBody)
     for path, make, body in _generating(service, settings):
         _post(app, path, replies.endpoint(path, make), body)
-    _add_responses(app, service, replies)
+    _add_responses(app, service, replies, store)
     _route(app, "GET", "/v1/streams/{id:path}", replies.resume)
     _route(app, "GET", "/v1/stream/{id:path}", replies.replay)
     for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}"):
@@ -93,6 +126,11 @@ def create_app(
     _route(app, "GET", "/docs", disabled if "docs" in settings.disabled else docs_page)
     app.openapi = partial(describe, app.routes, is_strict=settings.is_strict)  # type: ignore[method-assign]  # FastAPI's own way
     app.add_middleware(IgnoredFields)
+    return app
+
+
+def add_gates(app: FastAPI, settings: ApiSettings, admission: Admission | None) -> None:
+    """What all requests pass before an endpoint."""
     app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
     app.add_middleware(KeyGate, settings=settings)
     if settings.allowed_origins:  # outside all that refuses requests of these pages: they may read why
@@ -106,7 +144,6 @@ def create_app(
     app.add_middleware(Security, settings=settings)
     app.add_middleware(EarlyReplies)
     app.add_middleware(Paths, prefix=settings.prefix)
-    return app
 
 
 def _generating(service: TextService, settings: ApiSettings) -> Iterator[tuple[str, MakeReply, type[BaseModel]]]:
@@ -124,9 +161,9 @@ def _generating(service: TextService, settings: ApiSettings) -> Iterator[tuple[s
     yield "/v1/messages", MessagesEndpoint(service, settings).create, MessagesBody
 
 
-def _add_responses(app: FastAPI, service: TextService, replies: Replies) -> None:
+def _add_responses(app: FastAPI, service: TextService, replies: Replies, store: ResponseStore) -> None:
     """OpenAI's Responses API; clients of llama.cpp leave `/v1` away here too."""
-    store, settings = ResponseStore(), replies.settings
+    settings = replies.settings
     stored = StoredResponses(replies, store)
     for prefix in ("/v1", ""):
         path = f"{prefix}/responses"

@@ -73,6 +73,11 @@ def _filled(
     return fields | {name: value for name, value in own if name in known and name not in given}
 
 
+async def parse_object_in_time(data: bytes) -> dict[str, Any]:
+    """As `parse_object`; a large one in a thread."""
+    return parse_object(data) if len(data) <= _BLOCKING_BYTES else await run_on(_parsing, parse_object, data)
+
+
 def parse_object(data: bytes) -> dict[str, Any]:
     """A JSON object, nested 200 levels deep at most. ParameterError for numbers that no reply could show."""
     try:

@@ -88,7 +88,7 @@ class Operations:
     async def health(self, request: Request) -> Response:
         """200 while requests are taken, even if they have to wait; else 503, and why not for those with a key."""
         state = self._engine.state
-        if state is EngineState.READY:
+        if state in (EngineState.READY, EngineState.ASLEEP):
             return JsonResponse({"status": "ok"})
         reason = self._reason(request)
         if state is EngineState.RECOVERING:

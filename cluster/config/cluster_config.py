@@ -21,6 +21,7 @@ from llamaclust.cluster.config.sections import (
     Join,
     Lease,
     ListenTls,
+    ModelEntry,
     PlanEntry,
     Ray,
     Section,
@@ -46,17 +47,20 @@ from llamaclust.model.chat.template_choice import built_in_names
 from llamaclust.model.program import KvType
 
 MAX_WORKERS = 256
+MAX_MODELS = 32
 DEMO_MODEL = "smollm2-135m-instruct"
 SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
 
 
 class ClusterConfig(Section):
-    """A cluster of llamaclust: one model on one or more workers, and its HTTP API."""
+    """A cluster of llamaclust: one model or several on one or more workers, and their HTTP API."""
 
     name: Name = "default"
     """Tells clusters of one machine apart."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
     """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
+    models: Annotated[tuple[ModelEntry, ...], Field(max_length=MAX_MODELS, strict=False)] = ()
+    """In place of `model`: several, which requests name; the first is loaded at the start, others on demand."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """How chats are written: the name of a template that is built in, or a Jinja file; else the model's own."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
@@ -120,12 +124,54 @@ class ClusterConfig(Section):
         return isinstance(self.workers[0], AnyWorker)
 
     @property
+    def model_name(self) -> str:
+        """What clients call the model: by default its catalog name, or its file's name without the ending."""
+        return self.api.model_name or (Path(self.model).stem if self.model.endswith(".gguf") else self.model)
+
+    @property
     def host(self) -> str:
         return split_address(self.listen)[0]
 
     @property
     def port(self) -> int:
         return split_address(self.listen)[1]
+
+    def of_each_model(self) -> tuple[ClusterConfig, ...]:
+        """The cluster as each of its models has it."""
+        return tuple(map(self._of_model, self.models)) or (self,)
+
+    def _of_model(self, entry: ModelEntry) -> ClusterConfig:
+        api = self.api.model_copy(update={"model_name": entry.name, "aliases": entry.aliases})
+        own = {key: value for key in ("chat_template", "context_length", "kv_memory") if (value := getattr(entry, key))}
+        return self.model_copy(update={"model": entry.model, "api": api, **own})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_model(cls, values: Any) -> Any:
+        """The first of several stands for `model`."""
+        if not isinstance(values, dict) or not isinstance(models := values.get("models"), list | tuple) or not models:
+            return values
+        if "model" in values:
+            raise PlaceError(("model",), "is for one model: put it among `models`, or leave those out")
+        first = models[0]
+        return {**values, "model": first.get("model", "") if isinstance(first, dict) else ""}
+
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        for key in ("model_name", "aliases") if self.models else ():
+            if getattr(self.api, key):
+                raise PlaceError(("api", key), "is for one model: give `name` and `aliases` among `models`")
+        if self.models and self.adapters:
+            raise PlaceError(("adapters",), "is for one model: several have none yet")
+        if self.models and self.plan is not None:
+            raise PlaceError(("plan",), "is for one model: several are planned beside each other, with auto")
+        named: set[str] = set()
+        for index, config in enumerate(self.of_each_model() if self.models else ()):
+            for name in (config.model_name, *config.api.aliases):
+                if name in named:
+                    raise PlaceError(("models", index), f"two models are named {name!r}; give each a `name` of its own")
+                named.add(name)
+        return self
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -250,6 +296,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConf
 def json_schema() -> str:
     """What deploy/cluster.schema.json holds."""
     schema = {"$schema": SCHEMA_ADDRESS, **ClusterConfig.model_json_schema()}
+    schema["required"].remove("model")
+    schema["anyOf"] = [{"required": ["model"]}, {"required": ["models"]}]
     return json.dumps(schema, indent=2) + "\n"
 
 
@@ -262,13 +310,13 @@ def _demo() -> Document:
 def _anchored(document: Document, folder: Path) -> Document:
     """The document with its relative paths made absolute."""
     values = dict(document.values)
-    model = values.get("model")
-    keys = ["api_keys_file", "state_dir"]
-    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(REMOTE_PREFIXES):
-        keys.append("model")
-    if values.get("chat_template") not in built_in_names():
-        keys.append("chat_template")
-    for key in keys:
+    _anchor_model(values, folder)
+    if isinstance(models := values.get("models"), list):
+        values["models"] = [dict(entry) if isinstance(entry, dict) else entry for entry in models]
+        for entry in values["models"]:
+            if isinstance(entry, dict):
+                _anchor_model(entry, folder)
+    for key in ("api_keys_file", "state_dir"):
         _anchor(values, key, folder)
     if isinstance(adapters := values.get("adapters"), list):
         values["adapters"] = [dict(adapter) if isinstance(adapter, dict) else adapter for adapter in adapters]
@@ -279,6 +327,15 @@ def _anchored(document: Document, folder: Path) -> Document:
             values[section] = dict(values[section])
             _anchor(values[section], key, folder)
     return replace(document, values=values)
+
+
+def _anchor_model(values: dict[str, Any], folder: Path) -> None:
+    """Its file and its template, where they are files."""
+    model = values.get("model")
+    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(REMOTE_PREFIXES):
+        _anchor(values, "model", folder)
+    if values.get("chat_template") not in built_in_names():
+        _anchor(values, "chat_template", folder)
 
 
 def _anchor(values: dict[str, Any], key: str, folder: Path) -> None:

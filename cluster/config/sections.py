@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from llamaclust.cluster.config.errors import PlaceError
 from llamaclust.cluster.config.values import (
@@ -17,9 +17,10 @@ from llamaclust.cluster.config.values import (
     Name,
     OrAuto,
     Size,
+    expand_home,
     parse_ray_address,
 )
-from llamaclust.core.limits import MAX_ADAPTER_SCALE
+from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_CONTEXT_TOKENS
 
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
@@ -167,6 +168,25 @@ class AdapterConfig(Section):
     """The adapter's GGUF file; a worker without it at this path, or in its folder of models, fetches its layers."""
     scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE, allow_inf_nan=False)] = 1.0
     """Factor of what it adds in requests that name it."""
+
+
+class ModelEntry(Section):
+    """One of several models."""
+
+    model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
+    """As the key `model` of the cluster."""
+    name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    """What clients call it; by default its catalog name or its file's name."""
+    aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
+    """Further names of it."""
+    chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """As the key `chat_template` of the cluster."""
+    context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None = None
+    """Tokens per sequence; by default the cluster's."""
+    kv_memory: Annotated[Size | None, OrAuto()] = None
+    """KV memory per worker, at most; auto: as the cluster's."""
+    keep_alive: Annotated[Duration | None, OrAuto()] = None
+    """How long it stays loaded without requests; auto: until another model needs its memory."""
 
 
 class PlanEntry(Section):

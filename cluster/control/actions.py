@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control import reconcile as act
+from llamaclust.cluster.control.cluster_state import PipelineLoss
 from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
-from llamaclust.cluster.control.notices import moving_text, recovered_text
+from llamaclust.cluster.control.notices import awake_text, moving_text, recovered_text
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.engine.engine import Engine
@@ -46,6 +47,7 @@ class ActionRunner:
     epoch: Epoch | None = field(default=None, init=False)  # that serves, or served until it was lost
     retiring: Epoch | None = field(default=None, init=False)  # served before it, and still has sequences
     engine: Engine | None = field(default=None, init=False)  # None: at a start
+    plan: Plan | None = field(default=None, init=False)  # that serves, or served last
     recoveries: int = field(default=0, init=False)
     watching: TaskSet = field(default_factory=TaskSet, init=False)  # the epoch that retires
     _loaded: Epoch | None = field(default=None, init=False)
@@ -70,6 +72,8 @@ class ActionRunner:
                 self.retiring = None
                 await self._partitions.settled()
                 self.observed.post(seen.Signal.PIPELINE_CLOSED)
+            case act.Sleep():
+                await self._sleep()
             case act.Expel(expulsions):
                 for expulsion in expulsions:
                     name, join = expulsion.worker
@@ -92,12 +96,15 @@ class ActionRunner:
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
         others = {name: worker for name, worker in usable.items() if name not in inputs.quarantined}
         plan, failure = None, None
-        for workers in (others, usable) if len(others) < len(usable) else (usable,):
-            try:
-                plan, failure = await self.planner.plan(workers, inputs.partitions), None
-                break
-            except (InsufficientMemoryError, WorkerError) as error:
-                failure = error
+        async with self.planner.ledger.lock:
+            for workers in (others, usable) if len(others) < len(usable) else (usable,):
+                try:
+                    plan, failure = await self.planner.plan(workers, inputs.partitions), None
+                    break
+                except (InsufficientMemoryError, WorkerError) as error:
+                    failure = error
+            if plan is not None and self.observed.state.loss is not None:
+                self._enter(plan)
         served = None if plan is None else await self._predict_served(usable)
         self.observed.post(seen.Planned(inputs, plan, failure, served))
 
@@ -106,12 +113,20 @@ class ActionRunner:
         serving, loss = self.observed.state.serving, self.observed.state.loss
         return None if serving is None or loss is not None else await self.planner.predict(serving.plan, workers)
 
+    def _enter(self, *plans: Plan) -> None:
+        """The model's memory from now on."""
+        self.planner.ledger.enter(self.epochs.model_id, plans)
+
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
         """Any error of a worker is a failed load."""
+        serving = () if is_exclusive or self.epoch is None else (self.epoch.plan,)
+        self._enter(*serving, plan)
         try:
             await self._open(plan, is_exclusive=is_exclusive)
         except (StageLoadError, LlamaclustError) as failed:
             error, suspects = (failed.error, failed.suspects) if isinstance(failed, StageLoadError) else (failed, ())
+            if not is_exclusive:
+                self._enter(*serving)
             if is_exclusive:
                 await self._partitions.settled()
                 await asyncio.gather(*map(self._refresh_memory, suspects))
@@ -132,8 +147,7 @@ class ActionRunner:
         if is_start:
             self._report(PlanMade(tuple(plan_lines(plan))))
         else:
-            held = {name: worker.layers for name, worker in self._registry.workers.items() if worker.layers}
-            self._report(Notice(moving_text(plan, held)))
+            self._report(Notice(moving_text(plan, self.epochs.held_layers)))
         report, links = self._report if is_start else None, self.planner.links
         self._loaded = await self.epochs.open(plan, links, is_exclusive=is_exclusive, report=report)
         if report is not None:
@@ -147,22 +161,31 @@ class ActionRunner:
         old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
         assert epoch is not None
         self.epoch, self._loaded = epoch, None
+        self.plan = epoch.plan
         if self.engine is not None:
             retirement = self.engine.resume(epoch.pipeline, epoch.settings)
             if retirement is not None:
                 self.retiring = old
                 self.watching.start(self._observe(retirement, old))
         self.observed.post(seen.Signal.EPOCH_SERVING)
-        if self.engine is None or old is None or self.retiring is not None:
+        if self.engine is None or self.retiring is not None:
             return
-        await old.pipeline.close()
         if loss is not None:
-            seconds = asyncio.get_running_loop().time() - loss.since_s
-            self.recoveries += 1
-            self.engine.metrics.recovered(seconds)
-            counts = self.engine.counts
-            self._report(Notice(recovered_text(seconds, counts.running + counts.waiting)))
-        await self._free_others(epoch)
+            self._recovered(self.engine, loss)
+        if old is not None:
+            await old.pipeline.close()
+            await self._free_others(epoch)
+
+    def _recovered(self, engine: Engine, loss: PipelineLoss) -> None:
+        """From a loss, or from sleep."""
+        seconds = asyncio.get_running_loop().time() - loss.since_s
+        requests = engine.counts.running + engine.counts.waiting
+        if loss.error is None:
+            self._report(Notice(awake_text(self.planner.config.model_name, seconds, requests)))
+            return
+        self.recoveries += 1
+        engine.metrics.recovered(seconds)
+        self._report(Notice(recovered_text(seconds, requests)))
 
     async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
         """Its end, unless the loss of the serving epoch ended it."""
@@ -177,9 +200,23 @@ class ActionRunner:
         assert retired is not None and self.epoch is not None
         await retired.pipeline.close()
         await self._free_others(self.epoch)
+        self._enter(self.epoch.plan)
         self.observed.post(seen.Signal.RETIRING_FREED)
 
-    async def _free_others(self, epoch: Epoch) -> None:
+    async def _sleep(self) -> None:
+        """Unless a request came meanwhile."""
+        assert self.engine is not None
+        if not self.engine.sleep():
+            self.observed.post(seen.Signal.WAKE_REQUESTED)
+            return
+        epochs, self.epoch, self.retiring = self.open_epochs, None, None
+        await asyncio.gather(*(epoch.pipeline.close() for epoch in epochs))
+        await self._free_others(None)
+        self._enter()
+        self._report(Notice(f"model {self.planner.config.model_name} sleeps: a request wakes it"))
+        self.observed.post(seen.Signal.ASLEEP)
+
+    async def _free_others(self, epoch: Epoch | None) -> None:
         try:
             await self.epochs.free_others(epoch)
         except LlamaclustError as error:
@@ -187,7 +224,10 @@ class ActionRunner:
 
     def _fail_requests(self, reason: str) -> None:
         loss = self.observed.state.loss
-        assert self.engine is not None and self.epoch is not None and loss is not None and loss.error is not None
-        lost = self.epoch.root_cause  # also where others reported sooner that they cannot reach it
-        self.engine.give_up(WorkerError(f"{loss.error if lost is None else lost.error}; {reason}"))
+        assert self.engine is not None and loss is not None
+        lost = (
+            None if self.epoch is None else self.epoch.root_cause
+        )  # also where others reported sooner that they cannot reach it
+        error = loss.error if lost is None else lost.error
+        self.engine.give_up(WorkerError(reason if error is None else f"{error}; {reason}"))
         self.observed.post(seen.RequestsFailed(reason))

@@ -53,6 +53,7 @@ class PoolState:
     drained: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
     links: int = 0
+    memory: int = 0
     quarantine: Quarantine = field(default_factory=Quarantine)
 
     @property
@@ -60,7 +61,7 @@ class PoolState:
         return tuple((name, join) for name, join in self.present.items() if name not in self.drained)
 
     def inputs(self, now_s: float) -> PlanInputs:
-        return PlanInputs(self.usable, self.quarantine.names(now_s), self.partitions, self.links)
+        return PlanInputs(self.usable, self.quarantine.names(now_s), self.partitions, self.links, self.memory)
 
     def is_partitioned(self, plan: Plan) -> bool:
         """Whether neighbouring stages cannot reach each other."""
@@ -170,14 +171,29 @@ class ClusterState:
     expulsions: tuple[Expulsion, ...] = ()
     is_acting: bool = False
     waits_for: str = ""  # the last notice
+    is_start: bool = True  # until an epoch has served; not of a model that is loaded on demand
+    is_wanted: bool = True  # the model is to be loaded
+    is_alone: bool = True  # no other model is served by the workers
 
     @property
     def inputs(self) -> PlanInputs:
         return self.pool.inputs(self.tick.now_s)
 
     @property
-    def is_start(self) -> bool:
-        return self.serving is None
+    def is_asleep(self) -> bool:
+        """Whether the model is not loaded, nor to be."""
+        return not self.is_wanted and self.loss is not None and self.serving is None
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether the model is to be loaded, and its newest plan failed for memory, which other models may have."""
+        planning, is_waiting = self.planning, self.is_wanted and self.loss is not None
+        return (
+            is_waiting
+            and planning is not None
+            and planning.inputs == self.inputs
+            and isinstance(planning.error, InsufficientMemoryError)
+        )
 
     @property
     def is_whole(self) -> bool:
@@ -251,6 +267,15 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
             return replace(state, loss=loss and replace(loss, failed_because=reason))
         case seen.Signal.WORKERS_EXPELLED:
             return replace(state, expulsions=())
+        case seen.Signal.WAKE_REQUESTED:
+            return _awake(state)
+        case seen.Signal.SLEEP_REQUESTED:
+            return replace(state, is_wanted=False)
+        case seen.Signal.ASLEEP:
+            state = replace(state, serving=None, retiring=None, planning=None, loading=Loading(), waits_for="")
+            return replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
+        case seen.Signal.MEMORY_FREED:
+            return replace(state, pool=replace(pool, memory=pool.memory + 1))
         case seen.Signal.LINKS_CHANGED:
             return replace(state, pool=replace(pool, links=pool.links + 1))
         case _:
@@ -269,6 +294,13 @@ def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolSta
             return replace(pool, drained=pool.drained | {name})
         case seen.UndrainRequested(name):
             return replace(pool, drained=pool.drained - {name}, quarantine=pool.quarantine.release([name]))
+
+
+def _awake(state: ClusterState) -> ClusterState:
+    """A model that sleeps is loaded as after a loss, and its requests wait from now on."""
+    if state.is_asleep:
+        state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
+    return replace(state, is_wanted=True)
 
 
 def _attribute(state: ClusterState) -> ClusterState:
@@ -301,7 +333,7 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
     state = replace(state, loading=Loading(failures, failed.error if is_final else None, retry_at_s))
     if is_short:
         return replace(state, planning=None)
-    return state if state.is_start else _expel(state, planning.inputs, _unfit(failed, failures))
+    return state if state.is_start else _expel(state, planning.inputs, _unfit(state, failed))
 
 
 def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
@@ -316,13 +348,13 @@ def _is_useless(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
     return lost or pool.is_partitioned(plan)
 
 
-def _unfit(failed: seen.EpochLoadFailed, failures: int) -> dict[str, str]:
-    """Workers that did not answer, or that fail again and again, and the notice of each."""
+def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
+    """Workers that did not answer, or that fail again and again, and the notice of each. A model that does not load is
+    no reason to take others from a worker."""
+    is_failing = state.loading.failures >= _MAX_LOADS and state.is_alone
     reason = f"it takes no part in a new epoch: {failed.error}"
     return {
-        suspect.name: reason
-        for suspect in failed.suspects
-        if failures >= _MAX_LOADS or isinstance(suspect.error, DeadlineError)
+        suspect.name: reason for suspect in failed.suspects if is_failing or isinstance(suspect.error, DeadlineError)
     }
 
 
@@ -349,4 +381,5 @@ def _serving(state: ClusterState) -> ClusterState:
         retiring=Retiring(state.serving.workers) if state.serving is not None and state.loss is None else None,
         loss=None,
         waits_for="",
+        is_start=False,
     )

@@ -203,6 +203,17 @@ class Epochs:
         self._turn = workers.turn
 
     @property
+    def model_id(self) -> str:
+        return self._model.model_id
+
+    @property
+    def held_layers(self) -> dict[str, tuple[int, int]]:
+        """Of the model's newest stage on each worker that has one, by name."""
+        workers = self._registry.present
+        newest = {name: max(held) for name, worker in workers.items() if (held := worker.epochs_of(self.model_id))}
+        return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}
+
+    @property
     def file_is_absent(self) -> bool:
         return is_file_absent(self._registry.present, self._model.model_id)
 

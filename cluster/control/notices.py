@@ -25,8 +25,15 @@ def moving_text(plan: Plan, held: Mapping[str, tuple[int, int]]) -> str:
 
 
 def recovered_text(seconds: float, requests: int) -> str:
-    resumed = f": {_requests(requests, 'goes on', 'go on')}" if requests else ""
-    return f"recovered in {seconds:.2f} s{resumed}"
+    return f"recovered in {seconds:.2f} s{_resumed(requests)}"
+
+
+def awake_text(model: str, seconds: float, requests: int) -> str:
+    return f"model {model} is awake after {seconds:.2f} s{_resumed(requests)}"
+
+
+def _resumed(requests: int) -> str:
+    return f": {_requests(requests, 'goes on', 'go on')}" if requests else ""
 
 
 def _requests(count: int, singular: str, plural: str) -> str:

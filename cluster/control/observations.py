@@ -21,6 +21,7 @@ class PlanInputs:
     quarantined: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
     links: int = 0  # how often they changed
+    memory: int = 0  # how often other models freed some
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,10 @@ class Signal(Enum):
     RETIRING_EMPTY = auto()  # no sequence runs on the epoch before the serving one any more
     RETIRING_FREED = auto()  # its stages are freed
     WORKERS_EXPELLED = auto()  # those of the last `Expel` count as lost
+    WAKE_REQUESTED = auto()  # the model is to be loaded
+    SLEEP_REQUESTED = auto()  # the model is to be unloaded, unless it has requests
+    ASLEEP = auto()  # its stages are freed
+    MEMORY_FREED = auto()  # by another model
     ACTION_ENDED = auto()  # the next one may begin
 
 

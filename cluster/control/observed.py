@@ -41,6 +41,10 @@ class Observed:
 
     async def settled_or(self, is_enough: Callable[[ClusterState], bool]) -> None:
         """Returns when it is settled, or sooner when a state is enough."""
+        await self.until(lambda state: self.settled.is_set() or is_enough(state))
+
+    async def until(self, is_enough: Callable[[ClusterState], bool]) -> None:
+        """Returns when a state is enough."""
         reached = asyncio.get_running_loop().create_future()
         self._waiting[reached] = is_enough
         self._notify()
@@ -51,7 +55,7 @@ class Observed:
 
     def _notify(self) -> None:
         for reached, is_enough in self._waiting.items():
-            if not reached.done() and (self.settled.is_set() or is_enough(self.state)):
+            if not reached.done() and is_enough(self.state):
                 reached.set_result(None)
 
     def begin(self) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import context_length, manual_plan, max_batch_tokens, stage_limits
+from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.resources.resource_shares import (
     WorkerResources,
@@ -43,6 +44,8 @@ class ClusterResources:
     free_bytes: int | None = None
     """Free memory for all workers together, before any held a layer, where all are on one machine. None: each machine
     has what its workers reported."""
+    held: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Bytes that other models hold of workers' devices."""
 
 
 def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
@@ -95,7 +98,9 @@ def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest)
 
 
 def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[WorkerFacts]:
-    memory, gpus = _memory_shares(config, resources), share_gpus(resources.workers)
+    held, gpus = resources.held, share_gpus(resources.workers)
+    shares = _memory_shares(config, resources)
+    memory = {name: max(0, share - held.get((name, "cpu"), 0)) for name, share in shares.items()}
     names = in_order(config, memory)
     reaches = resources.links.reaches(names)
     facts = []
@@ -103,8 +108,14 @@ def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[Wo
         profile = resources.profiles.get(name)
         cpu = None if profile is None else profile.cpu
         worker = WorkerFacts(name, memory[name], cpu, resources.workers[name].threads, reaches[name])
-        facts.append(with_gpus(worker, gpus[name], profile))
+        facts.append(with_gpus(worker, _beside(gpus[name], name, held), profile))
     return facts
+
+
+def _beside(resources: WorkerResources, worker: str, held: Mapping[tuple[str, str], int]) -> WorkerResources:
+    """What other models leave of a worker's GPUs."""
+    free = ((gpu, max(0, gpu.free_bytes - held.get((worker, gpu.device), 0))) for gpu in resources.gpus)
+    return replace(resources, gpus=tuple(replace(gpu, free_bytes=free_bytes) for gpu, free_bytes in free))
 
 
 def in_order(config: ClusterConfig, names: Iterable[str]) -> list[str]:
@@ -144,6 +155,7 @@ class ClusterPlanner:
     profiles: WorkerProfiles
     free_bytes: int | None = None  # see `ClusterResources`
     links: Links = UNKNOWN
+    ledger: MemoryLedger = field(default_factory=MemoryLedger)
     _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "planner"), init=False)
     """Its own: a recovery waits for no other work in threads."""
 
@@ -171,4 +183,5 @@ class ClusterPlanner:
 
     def _resources(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> ClusterResources:
         known = {name: WorkerResources.of(worker) for name, worker in workers.items()}
-        return ClusterResources(known, self.profiles.of(workers), self.links, partitions, self.free_bytes)
+        held = self.ledger.beside(self.model.model_id)
+        return ClusterResources(known, self.profiles.of(workers), self.links, partitions, self.free_bytes, held)

@@ -44,6 +44,11 @@ class ClosePipeline:
 
 
 @dataclass(frozen=True, slots=True)
+class Sleep:
+    """The model's stages are freed, unless it has requests."""
+
+
+@dataclass(frozen=True, slots=True)
 class Expel:
     """These workers count as lost from now on."""
 
@@ -92,6 +97,7 @@ Action = (
     | Serve
     | FreeRetired
     | ClosePipeline
+    | Sleep
     | Expel
     | FailRequests
     | Interrupt
@@ -109,6 +115,8 @@ def reconcile(state: ClusterState) -> Action | None:
         return Serve()
     if (action := _end_pipeline(state)) is not None:
         return action
+    if not state.is_wanted:
+        return Wait(None, is_settled=True) if state.is_asleep else Sleep()
     if state.planning is None or state.planning.inputs != state.inputs:
         return MakePlan(state.inputs)
     return _recover(state) or _improve(state)

@@ -15,9 +15,10 @@ from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss,
 from llamaclust.cluster.control.epochs import Epoch, Epochs
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.planning import ClusterPlanner
+from llamaclust.cluster.control.pool.worker_pool import WorkerPool
 from llamaclust.cluster.control.reconcile import Abort, Action, Wait, reconcile
-from llamaclust.cluster.control.worker_pool import WorkerPool
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError, RequestFailedError
 
@@ -26,13 +27,30 @@ class Supervisor:
     """`start` opens the first epoch; from then on `run` sees to it that one serves."""
 
     def __init__(
-        self, config: ClusterConfig, epochs: Epochs, planner: ClusterPlanner, pool: WorkerPool, report: Report
+        self,
+        config: ClusterConfig,
+        epochs: Epochs,
+        planner: ClusterPlanner,
+        pool: WorkerPool,
+        *,
+        report: Report,
+        is_asleep: bool = False,
     ) -> None:
-        """Of one model, on the workers of a pool."""
+        """Of one model, on the workers of a pool. `is_asleep`: it is loaded when it is wanted, and not at the start."""
         now_s, workers = asyncio.get_running_loop().time(), pool.workers
         usable = PoolState(drained=workers.record.drained)
         waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, workers.start_s))
-        state = ClusterState(waits, len(config.workers), seen.Tick(now_s), PipelineLoss(now_s), pool=usable)
+        loss = PipelineLoss(now_s, is_closed=is_asleep)
+        state = ClusterState(
+            waits,
+            len(config.workers),
+            seen.Tick(now_s),
+            loss,
+            pool=usable,
+            is_start=not is_asleep,
+            is_wanted=not is_asleep,
+            is_alone=len(config.models) < 2,
+        )
         self.observed = Observed(state)
         self._runner = ActionRunner(
             self.observed, epochs, planner, workers.registry, pool.partitions, report, pool.ending
@@ -44,9 +62,19 @@ class Supervisor:
 
     @property
     def epoch(self) -> Epoch:
-        """That serves, or served until it was lost."""
+        """That serves, or served until it was lost. Not of a model that sleeps."""
         assert self._runner.epoch is not None
         return self._runner.epoch
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of the epoch that serves, or served last."""
+        return self._runner.plan
+
+    @property
+    def number(self) -> int | None:
+        """Of its epoch; None while the model sleeps."""
+        return None if self._runner.epoch is None else self._runner.epoch.number
 
     @property
     def retiring_epoch(self) -> Epoch | None:

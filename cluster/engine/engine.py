@@ -39,6 +39,7 @@ class EngineState(StrEnum):
     """What an engine does with requests, for operators."""
 
     READY = "ready"
+    ASLEEP = "asleep"  # the model is not loaded: requests are accepted, and wake it
     RECOVERING = "recovering"  # the pipeline is lost: requests are accepted, and wait
     DRAINING = "draining"  # accepted requests are served to their end; the API refuses others
     REFUSING = "refusing"  # the pipeline is lost and requests are refused, until workers are back
@@ -49,6 +50,7 @@ class _Phase(Enum):
     """What an engine's pipeline does."""
 
     RUNNING = auto()
+    ASLEEP = auto()  # until `resume`
     LOST = auto()  # until `resume` or `give_up`
     GIVEN_UP = auto()  # until `resume`
     CLOSED = auto()
@@ -58,7 +60,7 @@ class Engine:
     """A context manager: runs while it is open. Pipelines are their owner's to close, after the engine.
 
     A lost pipeline closes the engine. With `on_lost`, requests wait instead, until `resume` with another pipeline or
-    `give_up`.
+    `give_up`. Without stages, a pipeline is still to be loaded: the engine sleeps until `resume`.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Engine:
         self.waterfalls = Waterfalls()
         self.requests = OpenRequests(self.metrics, self.waterfalls)
         self.error: LlamaclustError | None = None  # why it is down or recovering
-        self._phase = _Phase.RUNNING
+        self._phase = _Phase.RUNNING if pipeline.stages else _Phase.ASLEEP
         self._is_draining = False
         self._on_lost = on_lost
         self.deadlines = deadlines or EngineSettings()
@@ -89,6 +91,8 @@ class Engine:
             return EngineState.REFUSING
         if self._is_draining:
             return EngineState.DRAINING
+        if self._phase is _Phase.ASLEEP:
+            return EngineState.ASLEEP
         return EngineState.RECOVERING if self._phase is _Phase.LOST else EngineState.READY
 
     @property
@@ -116,7 +120,8 @@ class Engine:
         return (self._lane,) if self.retirement is None else (self._lane, self.retirement.old)
 
     async def __aenter__(self) -> Self:
-        self._lane.start()
+        if self._phase is _Phase.RUNNING:
+            self._lane.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -275,6 +280,17 @@ class Engine:
             self.waterfalls.lost(monotonic_ns())
             self.error = error
             self._on_lost(error)
+
+    def sleep(self) -> bool:
+        """Gives up the pipeline, until `resume`, if no request is open; whether it does."""
+        if self._phase is _Phase.CLOSED or not self.requests.are_empty:
+            return False
+        self._lane.stop()
+        self._end_retirement()
+        self.metrics.restart(())
+        self._phase = _Phase.ASLEEP
+        self.error = None
+        return True
 
     def give_up(self, error: LlamaclustError) -> None:
         """Ends every request with `error`; no more are accepted until `resume`."""

@@ -58,3 +58,19 @@ class Pipeline(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class NoPipeline:
+    """In place of a pipeline that is still to be loaded: it is never run."""
+
+    epoch = 0
+    stages: tuple[StageInfo, ...] = ()
+    kv_disks: KvDisks | None = None
+
+    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+        raise AssertionError("no pipeline is loaded")
+
+    async def run(self, on_result: Callable[[Result], None]) -> None:
+        raise AssertionError("no pipeline is loaded")
+
+    async def close(self) -> None: ...

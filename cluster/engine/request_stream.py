@@ -54,19 +54,29 @@ class OpenRequests:
         self._mailboxes: dict[int, Mailbox] = {}
         self._empty = asyncio.Event()
         self._empty.set()
+        self._present = asyncio.Event()
 
     @property
     def keys(self) -> list[int]:
         return list(self._mailboxes)
 
+    @property
+    def are_empty(self) -> bool:
+        return not self._mailboxes
+
     async def wait_empty(self) -> None:
         await self._empty.wait()
+
+    async def wait_any(self) -> None:
+        """Returns while there is one."""
+        await self._present.wait()
 
     def open(self, mailbox: Mailbox, timeout_s: float, expire: Callable[[], None]) -> None:
         mailbox.deadline = asyncio.get_running_loop().call_later(timeout_s, expire)
         self._mailboxes[mailbox.sequence.key] = mailbox
         self._waterfalls.opened(mailbox.sequence)
         self._empty.clear()
+        self._present.set()
 
     def sequence(self, key: int) -> Sequence:
         return self._mailboxes[key].sequence
@@ -111,6 +121,7 @@ class OpenRequests:
             _log.info("request ended%s", f": {error}" if error else "", extra=fields)
         if not self._mailboxes:
             self._empty.set()
+            self._present.clear()
 
 
 class RequestStream:

@@ -138,6 +138,10 @@ class WorkerHandle:
         """Of its stages of a model."""
         return [epoch for epoch, (order, _) in self.stages.items() if order.model_id == model_id]
 
+    def layers_of(self, epoch: int) -> tuple[int, int]:
+        order, _ = self.stages[epoch]
+        return order.start, order.end
+
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
         """The layers of its newest stage on each of its devices."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
-from llamaclust.cluster.control.limits import check_plan
+from llamaclust.cluster.control.limits import check_plan, scheduler_settings
+from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.planning import ClusterPlanner
+from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
+from llamaclust.cluster.control.residency import Residency, Resident
 from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, hops_matter, measure_links
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.supervisor import Supervisor
-from llamaclust.cluster.control.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.pipeline import NoPipeline
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
@@ -25,12 +30,12 @@ from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.scheduler.settings import EngineSettings
+from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
 from llamaclust.core.profile import Profile
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
@@ -42,22 +47,49 @@ _HEARTBEATS = 5
 
 
 @dataclass(frozen=True, slots=True)
+class ServedModel:
+    """`config`: the cluster as this model has it."""
+
+    config: ClusterConfig
+    model: Model
+    supervisor: Supervisor
+    engine: Engine
+
+    @property
+    def name(self) -> str:
+        return self.config.model_name
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     """What runs while `open_cluster` is entered."""
 
     config: ClusterConfig
-    model: Model
     registry: Registry
     launcher: Launcher
     pool: WorkerPool
-    supervisor: Supervisor
-    engine: Engine
     record: ControlRecord
+    models: tuple[ServedModel, ...]
+    residency: Residency
+
+    @property
+    def model(self) -> Model:
+        """The first one; likewise `supervisor`, `engine` and `plan`."""
+        return self.models[0].model
+
+    @property
+    def supervisor(self) -> Supervisor:
+        return self.models[0].supervisor
+
+    @property
+    def engine(self) -> Engine:
+        return self.models[0].engine
 
     @property
     def plan(self) -> Plan:
         """Of the epoch that serves, or served last."""
-        return self.supervisor.epoch.plan
+        assert self.supervisor.plan is not None
+        return self.supervisor.plan
 
 
 @asynccontextmanager
@@ -67,46 +99,125 @@ async def open_cluster(
     folder: ClusterDir,
     report: Report = lambda event: None,
     make_planner: type[ClusterPlanner] = ClusterPlanner,
+    further: Sequence[Path] = (),
 ) -> AsyncIterator[Cluster]:
     """A cluster that is ready for requests. The caller holds `folder`'s lock. On the way out every worker ends.
+    `further`: the files of the models after the first one.
 
     Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left
     running."""
-    with short_slices(), _launching(config, folder, report) as launcher:
+    async with AsyncExitStack() as stack:
+        stack.enter_context(short_slices())
+        launcher = stack.enter_context(_launching(config, folder, report))
         record = ControlRecord.begin(folder.control)
         registry = _registry(config, launcher, record)
-        adapters = [adapter.path for adapter in config.adapters]
-        model = await asyncio.to_thread(Model.open, model_path, config.chat_template, adapters)
-        with closing(model):
-            check_plan(config, model)
-            launcher.check(worker_settings(config), model)
-            async with launcher, registry:  # workers that got the registry's goodbye have gone when the launcher stops
-                await launcher.start(worker_settings(config), registry.address, registry.process_exited)
-                named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
-                planner = make_planner(config, model, WorkerProfiles(config, model, folder.path.parent, report))
-                shortfall = partial(_shortfall, planner, registry, record.drained)
-                await asyncio.gather(launcher.joined(registry, shortfall), named)
-                workers = registry.present
-                if not (folder.has_requests and planner.profiles.estimate(workers)):
-                    await planner.profiles.measure(workers, workers)  # else requests wait for the cluster
-                planner.free_bytes = launcher.free_memory_bytes()
-                meter = _link_meter(config, planner.profiles.of(workers), launcher, folder, report)
-                if meter is not None:
-                    planner.update(await meter(registry.present))
-                epochs = Epochs(config, model, EpochWorkers(registry, launcher.credentials, record))
-                start_s = 0.0 if config.launcher == "local" else config.join.wait
-                supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
-                pool = WorkerPool(config, supervised, report)
-                supervisor = Supervisor(config, epochs, planner, pool, report)
-                async with _supervised(pool), _engine(config, supervisor) as engine:
-                    engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
-                    yield Cluster(config, model, registry, launcher, pool, supervisor, engine, record)
+        models = [await _opened(stack, *of) for of in zip(config.of_each_model(), (model_path, *further), strict=True)]
+        _check_models(config, models, launcher)
+        # workers that got the registry's goodbye have gone when the launcher stops
+        await stack.enter_async_context(launcher)
+        await stack.enter_async_context(registry)
+        await launcher.start(worker_settings(config), registry.address, registry.process_exited)
+        state_dir = folder.path.parent
+        planners = [make_planner(own, model, WorkerProfiles(own, model, state_dir, report)) for own, model in models]
+        await _joined(planners, registry, launcher, record)
+        meter = await _measured(planners, registry, launcher, folder, report)
+        start_s = 0.0 if config.launcher == "local" else config.join.wait
+        supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
+        pool = await stack.enter_async_context(_supervised(config, supervised, report))
+        served = await _served(stack, planners, pool, report)
+        served[0].engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
+        residents = {one.name: _resident(one, entry) for one, entry in zip_longest(served, config.models)}
+        residency = Residency(residents)
+        if config.models:
+            await stack.enter_async_context(residency)
+        yield Cluster(config, registry, launcher, pool, record, served, residency)
 
 
-async def _shortfall(planner: ClusterPlanner, registry: Registry, drained: frozenset[str]) -> LlamaclustError | None:
-    """Why the present workers that are not drained cannot hold the model, by what they report; None where they can."""
+async def _opened(stack: AsyncExitStack, config: ClusterConfig, path: Path) -> tuple[ClusterConfig, Model]:
+    adapters = [adapter.path for adapter in config.adapters]
+    model = await asyncio.to_thread(Model.open, path, config.chat_template, adapters)
+    stack.callback(model.close)
+    return config, model
+
+
+def _check_models(config: ClusterConfig, models: Sequence[tuple[ClusterConfig, Model]], launcher: Launcher) -> None:
+    """UsageError for what no worker can mend."""
+    names: dict[str, str] = {}
+    for own, model in models:
+        check_plan(own, model)
+        launcher.check(worker_settings(config), model)
+        if (other := names.setdefault(model.model_id, own.model_name)) != own.model_name:
+            what = f"models: {other!r} and {own.model_name!r} are the same file"
+            raise UsageError(f"{what}; give it once, and its other names as aliases")
+
+
+async def _joined(
+    planners: Sequence[ClusterPlanner], registry: Registry, launcher: Launcher, record: ControlRecord
+) -> None:
+    """Returns when there are enough workers for each model; a bad tokenizer is named now."""
+    shortfall = partial(_shortfall, planners, registry, record.drained)
+    named = (asyncio.to_thread(getattr, planner.model, "tokenizer") for planner in planners)
+    await asyncio.gather(launcher.joined(registry, shortfall), *named)
+
+
+async def _measured(
+    planners: Sequence[ClusterPlanner],
+    registry: Registry,
+    launcher: Launcher,
+    folder: ClusterDir,
+    report: Report,
+) -> MeasureLinks | None:
+    """Planners know the workers and their links from now on. Returns how to measure links again."""
+    workers = registry.present
+    for planner in planners:
+        if not (folder.has_requests and planner.profiles.estimate(workers)):
+            await planner.profiles.measure(workers, workers)  # else requests wait for the cluster
+    first, free_bytes = planners[0], launcher.free_memory_bytes()
+    meter = _link_meter(first.config, first.profiles.of(workers), launcher, folder, report)
+    links = None if meter is None else await meter(registry.present)
+    for planner in planners:
+        planner.free_bytes = free_bytes
+        if links is not None:
+            planner.update(links)
+    return meter
+
+
+async def _served(
+    stack: AsyncExitStack, planners: Sequence[ClusterPlanner], pool: WorkerPool, report: Report
+) -> tuple[ServedModel, ...]:
+    """The first model is loaded, the others sleep; memory must suffice for each alone."""
+    workers, ledger = pool.workers, MemoryLedger()
+    epoch_workers = EpochWorkers(workers.registry, workers.launcher.credentials, workers.record)
+    present = {name: worker for name, worker in workers.registry.present.items() if name not in workers.record.drained}
+    plans = [None, *[await planner.plan(present) for planner in planners[1:]]]
+    supervisors = []
+    for planner, plan in zip(planners, plans, strict=True):
+        planner.ledger = ledger
+        epochs = Epochs(planner.config, planner.model, epoch_workers)
+        is_asleep = plan is not None
+        supervisors.append(Supervisor(planner.config, epochs, planner, pool, report=report, is_asleep=is_asleep))
+    pool.start()
+    served = []
+    for planner, plan, supervisor in zip(planners, plans, supervisors, strict=True):
+        settings = None if plan is None else scheduler_settings(planner.config, planner.model, plan)
+        engine = await stack.enter_async_context(_engine(planner.config, supervisor, settings))
+        served.append(ServedModel(planner.config, planner.model, supervisor, engine))
+    return tuple(served)
+
+
+def _resident(served: ServedModel, entry: ModelEntry | None) -> Resident:
+    keep_alive_s = None if entry is None else entry.keep_alive
+    return Resident(served.name, served.supervisor.observed, served.engine, keep_alive_s)
+
+
+async def _shortfall(
+    planners: Sequence[ClusterPlanner], registry: Registry, drained: frozenset[str]
+) -> LlamaclustError | None:
+    """Why the present workers that are not drained cannot hold a model, by what they report; None where they can hold
+    each."""
     try:
-        await planner.plan({name: worker for name, worker in registry.present.items() if name not in drained})
+        for planner in planners:
+            await planner.plan({name: worker for name, worker in registry.present.items() if name not in drained})
     except (InsufficientMemoryError, WorkerError) as error:
         return error
     return None
@@ -158,22 +269,27 @@ def _link_meter(
 
 
 @asynccontextmanager
-async def _supervised(pool: WorkerPool) -> AsyncIterator[None]:
-    """Lost workers are restarted where the launcher does that, and each is observed by the models' supervisors."""
-    with pool.workers.launcher.restarting(pool.not_restarted), pool.partitions:
+async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report: Report) -> AsyncIterator[WorkerPool]:
+    """Lost workers are restarted where the launcher does that."""
+    pool = WorkerPool(config, workers, report)
+    with workers.launcher.restarting(pool.not_restarted), pool.partitions:
         async with aclosing(pool):
-            pool.start()
-            yield
+            yield pool
 
 
 @asynccontextmanager
-async def _engine(config: ClusterConfig, supervisor: Supervisor) -> AsyncIterator[Engine]:
-    """An engine whose pipeline the supervisor replaces when it is lost."""
+async def _engine(
+    config: ClusterConfig, supervisor: Supervisor, sleeping: SchedulerSettings | None
+) -> AsyncIterator[Engine]:
+    """An engine whose pipeline the supervisor replaces when it is lost. `sleeping`: its settings, where the model is
+    not loaded yet."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
-        first = await supervisor.start()
+        first = await supervisor.start() if sleeping is None else None
         try:
-            async with Engine(first.pipeline, first.settings, deadlines, supervisor.pipeline_lost) as engine:
+            pipeline, settings = (NoPipeline(), sleeping) if first is None else (first.pipeline, first.settings)
+            assert settings is not None
+            async with Engine(pipeline, settings, deadlines, supervisor.pipeline_lost) as engine:
                 supervising = asyncio.create_task(supervisor.run(engine))
                 supervising.add_done_callback(partial(_broke, engine))
                 try:

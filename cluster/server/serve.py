@@ -7,8 +7,8 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,16 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from llamaclust.cluster.api.admission import Admission
-from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.port.api_port import ApiPort, listening
-from llamaclust.cluster.api.replies.durability import Durability
-from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.server import StartingReplies, allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter, read_api_keys
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.membership.registry import Registry
-from llamaclust.cluster.server.answer_digest import answer_digest
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.leadership import leading
+from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore
 from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
@@ -38,7 +35,7 @@ from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
 from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswered
-from llamaclust.cluster.text.service import TextService, TextSettings
+from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
 from llamaclust.core.interpreter import share_interpreter
 
@@ -57,10 +54,10 @@ _MORE_REQUESTS = 64
 _log = logging.getLogger(__name__)
 
 
-def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby: bool = False) -> None:
+def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> None:
     """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them.
     A standby first waits for the end of the coordinator that has the name, and ends with one that is stopped in order.
-    With a Lease, all coordinators wait for that, and what one leaves is the next one's.
+    With a Lease, all coordinators wait for that, and what one leaves is the next one's. `model_paths`: of each model.
 
     Raises UsageError for a name or port that is taken and for API keys that cannot be used, and what `open_cluster`
     raises.
@@ -71,7 +68,7 @@ def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby
         with _open_port(config, folder) as port, leading(config.lease, port, settings, report) as is_leader:
             if is_leader:
                 with folder.kept():
-                    _run(config, model_path, folder, _Front(port, _record(config, folder, port), settings, report))
+                    _run(config, model_paths, folder, _Front(port, _record(config, folder, port), settings, report))
         return
     if is_standby:
         report(Notice(f"{config.name}: this standby takes over once no coordinator runs"))
@@ -82,7 +79,7 @@ def serve(config: ClusterConfig, model_path: Path, report: Report, *, is_standby
         if is_standby:
             report(Notice(f"{config.name}: no coordinator runs, so this standby serves"))
         with _open_port(config, folder) as port:
-            _run(config, model_path, folder, _Front(port, _record(config, folder, port), settings, report))
+            _run(config, model_paths, folder, _Front(port, _record(config, folder, port), settings, report))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +92,9 @@ class _Front:
     report: Report
 
 
-def _run(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
+def _run(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: _Front) -> None:
     share_interpreter()
-    asyncio.run(_until_signal(config, model_path, folder, front))
+    asyncio.run(_until_signal(config, model_paths, folder, front))
     _report_line(front, left_unanswered(folder.journal))
 
 
@@ -106,7 +103,7 @@ def _report_line(front: _Front, line: str) -> None:
         front.report(Notice(f"{front.record.name}: {line}"))
 
 
-async def _until_signal(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
+async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: _Front) -> None:
     signals = Signals()
     try:
         if front.port.certificate is not None:
@@ -114,7 +111,7 @@ async def _until_signal(config: ClusterConfig, model_path: Path, folder: Cluster
         folder.write_record(front.record)
         async with (
             _starting_replies(config, front) as replies,
-            open_cluster(config, model_path, folder, replies.report) as cluster,
+            open_cluster(config, model_paths[0], folder, replies.report, further=model_paths[1:]) as cluster,
         ):
             replies.close()
             _settle_memory()
@@ -143,28 +140,15 @@ def _settle_memory() -> None:
 
 async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: Signals) -> None:
     """Serves the API of a cluster until it is asked to stop."""
-    config, record = cluster.config, front.record
-    model, context = cluster.model, cluster.plan.context_length
-    text = TextSettings(
-        record.model,
-        context,
-        config.max_sequences,
-        str(model.file.path),
-        model.file,
-        model.embedding_width,
-        model.pooling,
-        model.pair_form,
-    )
-    service = TextService(cluster.engine, model.tokenizer, model.chat_template, text)
-    admission = Admission(front.settings)
-    engine, pool = cluster.engine, cluster.pool.operations
-    show = partial(cluster_status, cluster, record)
+    config, admission = cluster.config, Admission(front.settings)
     allow_many_files()
-    journalled = _journalled(cluster, folder)
-    async with aclosing(service), journalled as durability, aclosing(Replies(front.settings, durability)) as replies:
-        app = create_app(service, replies, engine, show, admission, pool)
-        with _left_to_the_next(durability.journal):
-            await replies.restore(await _restorable(folder, durability.served, front))
+    async with (
+        aclosing(Journal(folder.journal, cluster.record, config.timeouts.resume)) as journal,
+        model_apis(cluster, front.settings, journal) as apis,
+    ):
+        app = cluster_app(apis, cluster, admission, partial(cluster_status, cluster, front.record))
+        with _left_to_the_next(journal):
+            await restore(apis, journal, await _restorable(folder, [api.digest for api in apis], front))
             server = _Server(server_config(app, front.settings, front.port))
             serving = asyncio.create_task(server.serve(sockets=[front.port.listener]))
             try:
@@ -172,8 +156,9 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
                 signals.ready = True
                 front.report(_ready(config, front))
                 await first_of(_asked(signals), cluster.registry.superseded())
-                left = _Inheritance(durability.journal, None if config.lease is None else cluster.registry)
-                await first_of(_drain(engine, admission, left), _report_requests(service, front.report))
+                left = _Inheritance(journal, None if config.lease is None else cluster.registry)
+                engines, services = [api.served.engine for api in apis], [api.service for api in apis]
+                await first_of(_drain(engines, admission, left), _report_requests(services, front.report))
                 server.should_exit = True  # replies that are being written have a moment
                 await _ended(serving)
             finally:
@@ -191,20 +176,11 @@ def _left_to_the_next(journal: Journal) -> Iterator[None]:
         raise
 
 
-@asynccontextmanager
-async def _journalled(cluster: Cluster, folder: ClusterDir) -> AsyncIterator[Durability]:
-    """Where admitted requests are written for the next coordinator."""
-    model, context_length, timeouts = cluster.model, cluster.plan.context_length, cluster.config.timeouts
-    served = answer_digest(cluster.config, model.model_id, model.chat_template.source, context_length)
-    async with aclosing(Journal(folder.journal, cluster.record, timeouts.resume)) as journal:
-        yield Durability(journal, served, timeouts.request)
-
-
-async def _restorable(folder: ClusterDir, served: str, front: _Front) -> list[OpenRequest]:
-    """What an earlier coordinator left for one of the same digest."""
+async def _restorable(folder: ClusterDir, served: Collection[str], front: _Front) -> list[OpenRequest]:
+    """What an earlier coordinator left for models of the same digests."""
     left = await asyncio.to_thread(_left_requests, folder.journal)
     _report_line(front, found_unanswered(left, served))
-    return [request for request in left if request.admission.served == served]
+    return [request for request in left if request.admission.served in served]
 
 
 def _left_requests(path: Path) -> list[OpenRequest]:
@@ -216,11 +192,11 @@ def _left_requests(path: Path) -> list[OpenRequest]:
         return []
 
 
-async def _report_requests(service: TextService, report: Report) -> None:
+async def _report_requests(services: Sequence[TextService], report: Report) -> None:
     """How many requests are left, whenever that changes."""
     reported = 0
     while True:
-        left = service.active_requests
+        left = sum(service.active_requests for service in services)
         if left not in (0, reported):
             report(Draining(left, _DRAIN_S))
             reported = left
@@ -256,17 +232,19 @@ class _Inheritance:
         return SupersededError("this coordinator is stopping; the next one goes on")
 
 
-async def _drain(engine: Engine, admission: Admission, left: _Inheritance) -> None:
+async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inheritance) -> None:
     """No new requests; those that were accepted are answered, with all their choices. Requests that remain after that
     are left to the next coordinator."""
     admission.stop()
     try:
         with suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_S):
-                await engine.drain(_DRAIN_S)
+                await asyncio.gather(*(engine.drain(_DRAIN_S) for engine in engines))
                 await admission.wait_idle()
     finally:
-        engine.break_down(left.leave())
+        error = left.leave()
+        for engine in engines:
+            engine.break_down(error)
         admission.end()
 
 
@@ -288,7 +266,7 @@ class _Server(uvicorn.Server):
 
 def _api_settings(config: ClusterConfig) -> ApiSettings:
     """UsageError for API keys that cannot be used, and for an adapter with the model's name."""
-    served = config.api.model_name or _model_name(config.model)
+    served = config.model_name
     if served in [adapter.name for adapter in config.adapters]:
         raise UsageError(f"adapters: {served!r} is also the name of the model; set api.model_name")
     return ApiSettings(
@@ -341,7 +319,7 @@ def _record(config: ClusterConfig, folder: ClusterDir, port: ApiPort) -> Cluster
         name=config.name,
         pid=os.getpid(),
         api=port.url,
-        model=config.api.model_name or _model_name(config.model),
+        model=config.of_each_model()[0].model_name,
         api_keys_file=None if keys is None else str(keys),
         launcher=config.launcher,
         api_certificate=None if port.certificate is None else str(folder.api_certificate),
@@ -359,8 +337,3 @@ def _ready(config: ClusterConfig, front: _Front) -> Ready:
         fingerprint=None if certificate is None else certificate.fingerprint,
         ca_file=record.api_certificate if is_own else None,
     )
-
-
-def _model_name(spec: str) -> str:
-    """What clients call the model: its catalog name, or its file's name without the ending."""
-    return Path(spec).stem if spec.endswith(".gguf") else spec

@@ -21,7 +21,7 @@ from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.epochs import epoch_text
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.server.coordinator import Cluster
+    from llamaclust.cluster.server.coordinator import Cluster, ServedModel
 
 _MOST_LISTED = 64
 
@@ -92,11 +92,23 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         ],
         "absent": cluster.launcher.missing(workers),
         "requests": {"running": counts.running, "waiting": counts.waiting},
-        "epoch": epoch_text(supervisor.epoch.number),
+        "epoch": None if supervisor.number is None else epoch_text(supervisor.number),
         "retiring_epoch": None if retiring is None else epoch_text(retiring.number),
         "recoveries": supervisor.recoveries,
         "recovery_seconds": list(metrics.recovery_s),
         "speed": _speed(cluster.plan, metrics.speed()),
+        "models": [_model(served) for served in cluster.models],
+    }
+
+
+def _model(served: ServedModel) -> dict[str, Any]:
+    """One of the models."""
+    counts = served.engine.counts
+    return {
+        "name": served.name,
+        "state": str(served.engine.state),
+        "requests": {"running": counts.running, "waiting": counts.waiting},
+        "recoveries": served.supervisor.recoveries,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from llamaclust.cluster.state.instants import Instant
@@ -18,9 +18,9 @@ def left_unanswered(journal: Path) -> str:
     return f"{_requests(number)} computed again at the next start" if number else ""
 
 
-def found_unanswered(requests: Sequence[OpenRequest], served: str) -> str:
-    """Of the requests that a start has found; it answers those of the digest `served`."""
-    restored = [request for request in requests if request.admission.served == served]
+def found_unanswered(requests: Sequence[OpenRequest], served: Collection[str]) -> str:
+    """Of the requests that a start has found; it answers those of the digests `served`."""
+    restored = [request for request in requests if request.admission.served in served]
     number, dropped = _unanswered(restored), _unanswered(requests) - _unanswered(restored)
     lines = [f"{_requests(number)} computed again"] if number else []
     if dropped:

@@ -18,6 +18,7 @@ CHART = Path(__file__).parent / "llamaclust"
 OWNED = (
     "name",
     "model",
+    "models",
     "launcher",
     "listen",
     "listen_tls",

@@ -39,14 +39,22 @@ class OllamaModels:
 
     async def tags(self, request: Request) -> Response:
         """The served model, once for each name."""
+        return JsonResponse({"models": self.tag_entries()})
+
+    def tag_entries(self) -> list[dict[str, Any]]:
+        """One for each name."""
         modified = {"modified_at": self._details.modified_at}
-        return JsonResponse({"models": [self._entry(name) | modified for name in self._names.all]})
+        return [self._entry(name) | modified for name in self._names.all]
 
     async def ps(self, request: Request) -> Response:
         """The served model, which stays in memory."""
+        return JsonResponse({"models": [self.loaded_entry()]})
+
+    def loaded_entry(self, expires_at: str | None = None) -> dict[str, Any]:
+        """Of a loaded model; without a time when it is unloaded, it stays."""
         context = self._service.settings.context_length
-        loaded = {"expires_at": _NEVER, "size_vram": 0, "context_length": context}
-        return JsonResponse({"models": [self._entry(self._names.all[0]) | loaded]})
+        loaded = {"expires_at": expires_at or _NEVER, "size_vram": 0, "context_length": context}
+        return self._entry(self._names.all[0]) | loaded
 
     async def show(self, request: Request) -> Response:
         """The served model's file and chat template."""

@@ -63,21 +63,22 @@ class ModelsEndpoint:
 
     async def list(self, request: Request) -> Response:
         adapters = [self._adapter_entry(adapter) for adapter in self._adapters.values()]
-        return JsonResponse({"object": "list", "data": [self._entry(), *adapters]})
+        return JsonResponse({"object": "list", "data": [self.entry(), *adapters]})
 
     async def retrieve(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name in self._adapters:
             return JsonResponse(self._adapter_entry(self._adapters[name]))
         self._names.check(name)
-        return JsonResponse(self._entry())
+        return JsonResponse(self.entry())
 
     def _adapter_entry(self, adapter: ServedAdapter) -> dict[str, Any]:
         """As vLLM shows it."""
         parent = self._service.settings.model_name
-        return {**self._entry(), "id": adapter.name, "aliases": (), "parent": parent, "root": adapter.path}
+        return {**self.entry(), "id": adapter.name, "aliases": (), "parent": parent, "root": adapter.path}
 
-    def _entry(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, Any]:
+        """The model under its own name."""
         settings = self._service.settings
         return {
             "id": settings.model_name,

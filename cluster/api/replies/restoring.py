@@ -59,8 +59,7 @@ class Restoring:
 
     async def restore(self, requests: Sequence[OpenRequest]) -> None:
         """They can be found at once; their computation begins in the order of their admission. Those that were sent are
-        computed where a client has not read them to the end."""
-        await self._journal.restore(requests)
+        computed where a client has not read them to the end. The journal has them already."""
         added = [self._added(request) for request in sorted(requests, key=lambda request: request.is_sent)]
         begun = []
         for restored in added:

@@ -189,7 +189,7 @@ async def test_a_chat_that_is_rendered_while_a_drain_begins_is_answered(tmp_path
     async with real_engine() as (engine, _), stoppable(engine) as server:
         chat = server.post("/v1/chat/completions", {**CHAT, "max_tokens": 2})
         await until(lambda: server.template.waiting == 1)
-        draining = asyncio.create_task(serve._drain(engine, server.admission, inheritance(tmp_path)))
+        draining = asyncio.create_task(serve._drain([engine], server.admission, inheritance(tmp_path)))
         await until(lambda: engine.state is EngineState.DRAINING)
         server.template.may.set()
         assert (await chat).status_code == 200
@@ -206,7 +206,7 @@ async def test_requests_beyond_the_drain_get_the_reason(tmp_path: Path, monkeypa
             pipeline.gate.clear()
             left = [server.post("/v1/completions", asked), server.post("/v1/chat/completions", CHAT)]
             await until(lambda: len(engine.scheduler.sequences) == 2 and server.template.waiting == 1)
-            await serve._drain(engine, server.admission, inheritance(tmp_path))
+            await serve._drain([engine], server.admission, inheritance(tmp_path))
             events = events_of(first + "".join([text async for text in lines]))
         error = events[-1]["error"]
         assert (error["message"], error["code"]) == ("the cluster is stopping", "cluster_stopping")

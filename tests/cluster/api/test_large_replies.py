@@ -144,7 +144,7 @@ def test_a_coordinator_shares_its_interpreter_finely(tmp_path: Path, monkeypatch
     monkeypatch.setattr(asyncio, "run", run)
     config = load_config(None, ["model=tiny.gguf", f"state_dir={tmp_path}", "listen=127.0.0.1:0"])
     try:
-        serve(config, tmp_path / "tiny.gguf", lambda _: None)
+        serve(config, [tmp_path / "tiny.gguf"], lambda _: None)
         assert seen and seen[0] < 0.001 < before
     finally:
         sys.setswitchinterval(before)

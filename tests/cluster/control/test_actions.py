@@ -17,13 +17,14 @@ from llamaclust.cluster.control import actions, epochs
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Serving, Waits
-from llamaclust.cluster.control.drain import WorkerOperations
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers, StageLoadError
+from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.pool.drain import WorkerOperations
+from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.reconcile import LoadEpoch, MakePlan
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.supervisor import Supervisor
-from llamaclust.cluster.control.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.membership.members import Members
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import UNKNOWN
@@ -113,8 +114,8 @@ def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionR
 
     async def settled() -> None: ...
 
-    loading: Any = SimpleNamespace(open=open_epoch, file_is_absent=False)
-    planner: Any = SimpleNamespace(links=UNKNOWN)
+    loading: Any = SimpleNamespace(open=open_epoch, file_is_absent=False, model_id="m", held_layers={})
+    planner: Any = SimpleNamespace(links=UNKNOWN, ledger=MemoryLedger())
     registry: Any = SimpleNamespace(workers={}, present={})
     partitions: Any = SimpleNamespace(settled=settled)
     runner = ActionRunner(observed, loading, planner, registry, partitions, lambda event: None, TaskSet())
@@ -138,7 +139,7 @@ async def test_the_pipeline_that_serves_is_predicted_again_with_each_plan(is_los
     loss = PipelineLoss(0.0) if is_lost else None
     observed.state = replace(observed.state, serving=Serving(former, (("a", 1), ("b", 2))), loss=loss)
     runner = action_runner(observed, ANYTHING)
-    runner.planner = SimpleNamespace(plan=plan, predict=predict)  # type: ignore[assignment]
+    runner.planner = SimpleNamespace(plan=plan, predict=predict, ledger=MemoryLedger())  # type: ignore[assignment]
     await runner.run(MakePlan(observed.state.inputs))
     planned = await observed.next(None)
     assert planned == seen.Planned(observed.state.inputs, new, served=None if is_lost else new.prediction)
@@ -184,7 +185,7 @@ def supervised(registry: Members) -> tuple[WorkerPool, Supervisor]:
     workers: Any = SupervisedWorkers(registry, launcher, ControlRecord())  # type: ignore[arg-type]
     planner: Any = SimpleNamespace(profiles=SimpleNamespace(of=lambda workers: workers))
     pool = WorkerPool(config, workers, lambda event: None)
-    return pool, Supervisor(config, opener, planner, pool, lambda event: None)
+    return pool, Supervisor(config, opener, planner, pool, report=lambda event: None)
 
 
 async def test_closing_waits_for_the_action_and_for_the_end_of_lost_workers() -> None:

@@ -16,7 +16,7 @@ from llamaclust.wire.rpc import cache_flush
 from llamaclust.wire.rpc.cache_flush import CacheFlush
 from support.wire.control_messages import REGISTER
 
-NOTHING: Any = None
+MODEL: Any = SimpleNamespace(model_id="m")
 
 
 async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.Mo
     config: Any = SimpleNamespace(plan=None)
     worker: Any = SimpleNamespace(registration=REGISTER, fresh_memory=None)
     unmeasured: Any = SimpleNamespace(of=lambda workers: {})
-    making = asyncio.create_task(ClusterPlanner(config, NOTHING, unmeasured).plan({"a": worker}))
+    making = asyncio.create_task(ClusterPlanner(config, MODEL, unmeasured).plan({"a": worker}))
     await asyncio.sleep(0.01)
     served.set()
     assert await making
@@ -45,7 +45,7 @@ async def test_a_plan_waits_for_no_other_work_in_threads(monkeypatch: pytest.Mon
         config: Any = SimpleNamespace(plan=None)
         worker: Any = SimpleNamespace(registration=REGISTER, fresh_memory=None)
         unmeasured: Any = SimpleNamespace(of=lambda workers: {})
-        planner = ClusterPlanner(config, NOTHING, unmeasured)
+        planner = ClusterPlanner(config, MODEL, unmeasured)
         try:
             async with asyncio.timeout(10.0):
                 made: object = await planner.plan({"a": worker})

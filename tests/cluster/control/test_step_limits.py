@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llamaclust.cluster.control.membership_watch import stage_limit_s
+from llamaclust.cluster.control.pool.membership_watch import stage_limit_s
 from llamaclust.cluster.planner.plan import Plan, Prediction, StagePrediction
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler

@@ -234,6 +234,8 @@ class CommandLine:
         speed = {"threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
         workers = [{"name": "a", **speed}, {"name": "b", **speed}]
         values = {"name": name, "model": str(model), "listen": "127.0.0.1:0", "workers": workers, **keys}
+        if "models" in keys:
+            del values["model"]
         path = self.folder / f"{name}.yaml"
         path.write_text(json.dumps(values))  # which is YAML too
         return path

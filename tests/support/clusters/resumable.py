@@ -65,7 +65,9 @@ async def served(
         aclosing(Replies(ApiSettings(**settings), Durability(opened, SERVED, 60.0))) as replies,
     ):
         app = make_app(engine, replies=replies, **settings)
-        await replies.restore(read_journal(journal, Instant.now()))
+        left = read_journal(journal, Instant.now())
+        await opened.restore(left)
+        await replies.restore(left)
         async with (
             serving(app) as address,
             httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,

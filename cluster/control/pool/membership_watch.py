@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.newcomers import Newcomers
 from llamaclust.cluster.control.notices import lost_text
 from llamaclust.cluster.control.partitions import PartitionTracker
+from llamaclust.cluster.control.pool.newcomers import Newcomers
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported, StepReported
 from llamaclust.cluster.membership.registry import Registry

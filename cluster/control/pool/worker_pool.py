@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.drain import WorkerOperations
-from llamaclust.cluster.control.membership_watch import MembershipWatch
-from llamaclust.cluster.control.newcomers import Newcomers
 from llamaclust.cluster.control.partitions import PartitionTracker
+from llamaclust.cluster.control.pool.drain import WorkerOperations
+from llamaclust.cluster.control.pool.membership_watch import MembershipWatch
+from llamaclust.cluster.control.pool.newcomers import Newcomers
 from llamaclust.cluster.control.resources.link_profiling import LinkMonitor, MeasureLinks
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.membership.registry import Registry

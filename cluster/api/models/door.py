@@ -1,0 +1,142 @@
+"""The door of several models: each request goes to the app of the model that it names, else of the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llamaclust.cluster.api.body import parse_object_in_time, read_bytes
+from llamaclust.cluster.api.errors import HttpError, error_response
+from llamaclust.cluster.api.models.keep_alive import read_keep_alive
+from llamaclust.cluster.api.replies.handlers import Replies
+from llamaclust.cluster.api.replies.ticket import owner
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.text.service import TextService
+
+_TAG = ":latest"  # that Ollama's clients add to names
+_KEPT = ("/v1/streams/", "/v1/stream/", "/v1/responses/")
+"""Paths of replies that are kept, by their ids."""
+_LOADS = ("/api/generate", "/api/chat", "/api/embed", "/api/embeddings")
+"""Paths whose `keep_alive` counts; a request there without input loads the model."""
+_INPUTS = ("prompt", "messages", "input")
+"""Fields of these: a request without any loads or unloads the model."""
+
+
+class Residence(Protocol):
+    """Whether a model is loaded, and for how long without requests; None: until another one needs its memory."""
+
+    keep_alive_s: float | None
+
+    @property
+    def is_asleep(self) -> bool: ...
+    @property
+    def is_loading(self) -> bool: ...
+    @property
+    def is_idle(self) -> bool: ...
+    @property
+    def expires_in_s(self) -> float | None: ...
+    def keep(self, seconds: float | None) -> None: ...
+    def enter(self) -> None: ...
+    def leave(self) -> None: ...
+    def wake(self) -> None: ...
+    async def sleep(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DoorModel:
+    """One of the models, with the app that serves it alone."""
+
+    app: ASGIApp
+    service: TextService
+    replies: Replies
+    resident: Residence
+
+    @property
+    def name(self) -> str:
+        return self.service.settings.model_name
+
+    def is_named(self, name: str) -> bool:
+        own = (self.name, *self.replies.settings.aliases)
+        return name in own or name.removesuffix(_TAG) in own
+
+
+class ModelDoor:
+    """An ASGI app."""
+
+    def __init__(self, models: Sequence[DoorModel], settings: ApiSettings) -> None:
+        self._models = models
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            request = Request(scope, receive)
+            if scope["method"] == "GET" or scope["path"].startswith(_KEPT):
+                await self._of_url(request).app(scope, receive, send)
+            else:
+                data = await read_bytes(request, self._settings)
+                await self._pass(await _fields(data), data, scope, receive, send)
+        except HttpError as error:
+            await error_response(error, scope)(scope, receive, send)
+        except ClientDisconnect:
+            return
+
+    def named(self, name: object) -> DoorModel:
+        """The first one without a name. HttpError 404 for a name of none."""
+        if not isinstance(name, str) or not name:
+            return self._models[0]
+        for model in self._models:
+            if model.is_named(name):
+                return model
+        served = ", ".join(repr(model.name) for model in self._models)
+        message = f"model: {name[:200]!r} is not served here, only {served}"
+        raise HttpError(404, "model_not_found", message, param="model")
+
+    def _of_url(self, request: Request) -> DoorModel:
+        """Of `?model=`, or with the kept reply that the path names."""
+        path, own = request.url.path, owner(request.headers, self._settings.api_keys)
+        for prefix in _KEPT:
+            if path.startswith(prefix):
+                reply = path.removeprefix(prefix).partition("/")[0]
+                kept = (model for model in self._models if model.replies.cache.named(own, reply) is not None)
+                return next(kept, self._models[0])
+        return self.named(request.query_params.get("model"))
+
+    async def _pass(self, fields: dict[str, Any], data: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        """To a model, which stays awake for as long as Ollama's field `keep_alive` says, from the end of the reply."""
+        model = self.named(fields.get("model") or fields.get("name"))
+        if scope["path"] not in _LOADS:
+            await model.app(scope, _replayed(data, receive), send)
+            return
+        keep = read_keep_alive(fields)
+        unloads = keep is not None and keep.seconds == 0 and not any(fields.get(name) for name in _INPUTS)
+        if not unloads:
+            model.resident.enter()
+        try:
+            await model.app(scope, _replayed(data, receive), send)
+        finally:
+            if not unloads:
+                model.resident.leave()
+            if keep is not None:
+                model.resident.keep(keep.seconds)
+
+
+async def _fields(data: bytes) -> dict[str, Any]:
+    """None where the body is no JSON object: the model's app says so."""
+    try:
+        return await parse_object_in_time(data)
+    except HttpError:
+        return {}
+
+
+def _replayed(data: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
+    """A body that was read, then what the client sends."""
+    messages: list[Message] = [{"type": "http.request", "body": data, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay

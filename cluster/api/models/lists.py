@@ -1,0 +1,86 @@
+"""What several models are, and whether they are loaded: in the forms of OpenAI, llama.cpp and Ollama."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import chain
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.body import parse_object, read_bytes
+from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
+from llamaclust.cluster.api.ollama.models import OllamaModels
+from llamaclust.cluster.api.ollama.names import OllamaNames
+from llamaclust.cluster.api.openai.models import ModelsEndpoint
+from llamaclust.cluster.api.settings import ApiSettings
+
+
+class ModelLists:
+    """Endpoints over all models."""
+
+    def __init__(self, models: Sequence[DoorModel], door: ModelDoor, settings: ApiSettings) -> None:
+        self._models = models
+        self._door = door
+        self._settings = settings
+        self._openai = {model.name: ModelsEndpoint(model.service, model.replies.settings) for model in models}
+        self._ollama = {model.name: _ollama(model) for model in models}
+
+    async def list(self, request: Request) -> Response:
+        """All models; `status` as llama.cpp's router has it."""
+        return JsonResponse({"object": "list", "data": [self._entry(model) for model in self._models]})
+
+    async def retrieve(self, request: Request) -> Response:
+        """One of them."""
+        return JsonResponse(self._entry(self._door.named(request.path_params["model"])))
+
+    async def load(self, request: Request) -> Response:
+        """Loads the named model, where memory is left or other models have no requests; answers at once."""
+        (await self._named(request)).resident.wake()
+        return JsonResponse({"success": True})
+
+    async def unload(self, request: Request) -> Response:
+        """Unloads the named model unless it has requests; answers once it sleeps."""
+        await (await self._named(request)).resident.sleep()
+        return JsonResponse({"success": True})
+
+    async def tags(self, request: Request) -> Response:
+        """All models, once for each name."""
+        entries = (self._ollama[model.name].tag_entries() for model in self._models)
+        return JsonResponse({"models": [*chain.from_iterable(entries)]})
+
+    async def ps(self, request: Request) -> Response:
+        """The models that are loaded."""
+        awake = (model for model in self._models if not model.resident.is_asleep)
+        return JsonResponse({"models": [self._ollama[model.name].loaded_entry(_expiry(model)) for model in awake]})
+
+    async def _named(self, request: Request) -> DoorModel:
+        return self._door.named(parse_object(await read_bytes(request, self._settings)).get("model"))
+
+    def _entry(self, model: DoorModel) -> dict[str, Any]:
+        return {**self._openai[model.name].entry(), "status": {"value": _status(model)}}
+
+
+def _ollama(model: DoorModel) -> OllamaModels:
+    settings = model.replies.settings
+    return OllamaModels(model.service, settings, OllamaNames(model.name, settings))
+
+
+def _status(model: DoorModel) -> str:
+    if model.resident.is_asleep:
+        return "unloaded"
+    return "loading" if model.resident.is_loading else "loaded"
+
+
+def _expiry(model: DoorModel) -> str | None:
+    """None: at no time."""
+    seconds = model.resident.expires_in_s
+    if seconds is None:
+        return None
+    if not model.resident.is_idle:
+        assert model.resident.keep_alive_s is not None
+        seconds = model.resident.keep_alive_s
+    return f"{datetime.now(UTC) + timedelta(seconds=seconds):%Y-%m-%dT%H:%M:%SZ}"

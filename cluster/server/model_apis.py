@@ -1,0 +1,103 @@
+"""The API of a cluster's models: the text service and the replies of each, on one journal, behind one app."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import FastAPI
+
+from llamaclust.cluster.api.admission import Admission
+from llamaclust.cluster.api.app import create_app, create_models_app, model_app
+from llamaclust.cluster.api.models.door import DoorModel
+from llamaclust.cluster.api.openai.responses.store import ResponseStore
+from llamaclust.cluster.api.replies.durability import Durability
+from llamaclust.cluster.api.replies.handlers import Replies
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.server.answer_digest import answer_digest
+from llamaclust.cluster.server.coordinator import Cluster, ServedModel
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import OpenRequest
+from llamaclust.cluster.text.service import TextService, TextSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ModelApi:
+    """Of one model. `digest`: of all that its answers depend on."""
+
+    served: ServedModel
+    service: TextService
+    replies: Replies
+    digest: str
+
+
+@asynccontextmanager
+async def model_apis(cluster: Cluster, settings: ApiSettings, journal: Journal) -> AsyncIterator[list[ModelApi]]:
+    """Of all models, the first one first. The owner of the journal closes it."""
+    async with AsyncExitStack() as stack:
+        apis = []
+        for served in cluster.models:
+            service = await stack.enter_async_context(aclosing(_text_service(served)))
+            digest = _digest(served, service.settings.context_length)
+            durability = Durability(journal, digest, cluster.config.timeouts.request)
+            own = _settings_of(served, settings, len(cluster.models))
+            replies = await stack.enter_async_context(aclosing(Replies(own, durability)))
+            apis.append(ModelApi(served, service, replies, digest))
+        yield apis
+
+
+async def restore(apis: Sequence[ModelApi], journal: Journal, requests: Sequence[OpenRequest]) -> None:
+    """The requests that an earlier coordinator left, each by the model whose digest it has."""
+    await journal.restore(requests)
+    for api in apis:
+        await api.replies.restore([request for request in requests if request.admission.served == api.digest])
+
+
+def cluster_app(
+    apis: Sequence[ModelApi], cluster: Cluster, admission: Admission, show: Callable[[], Mapping[str, Any]]
+) -> FastAPI:
+    """The app of one model, or of several."""
+    pool, (first, *others) = cluster.pool.operations, apis
+    if not others:
+        return create_app(first.service, first.replies, first.served.engine, show, admission, pool)
+    store, residents = ResponseStore(), cluster.residency.residents
+    models = [
+        DoorModel(
+            model_app(api.service, api.replies, api.served.engine, show, pool, store),
+            api.service,
+            api.replies,
+            residents[api.served.name],
+        )
+        for api in apis
+    ]
+    return create_models_app(models, first.replies.settings, admission)
+
+
+def _text_service(served: ServedModel) -> TextService:
+    model, config, engine = served.model, served.config, served.engine
+    text = TextSettings(
+        served.name,
+        engine.scheduler.settings.context_length,
+        config.max_sequences,
+        str(model.file.path),
+        model.file,
+        model.embedding_width,
+        model.pooling,
+        model.pair_form,
+    )
+    return TextService(engine, model.tokenizer, model.chat_template, text)
+
+
+def _digest(served: ServedModel, context_length: int) -> str:
+    model = served.model
+    return answer_digest(served.config, model.model_id, model.chat_template.source, context_length)
+
+
+def _settings_of(served: ServedModel, settings: ApiSettings, models: int) -> ApiSettings:
+    """Of several, requests name one, and kept replies share their memory."""
+    if models == 1:
+        return settings
+    aliases, kept_bytes = served.config.api.aliases, settings.max_kept_bytes // models
+    return replace(settings, aliases=aliases, strict_model=True, max_kept_bytes=kept_bytes)

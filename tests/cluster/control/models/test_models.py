@@ -1,0 +1,86 @@
+"""Several models on the same workers: they sleep and wake, and answer as one undisturbed worker does."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from support.clusters.recovering import Answer, generations, undisturbed
+from support.several_models.cluster import ASLEEP, AWAKE, BUDGET, model_files, models
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return model_files(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def requests() -> tuple[GenerationRequest, ...]:
+    return generations(11, tokens=30)[:4]
+
+
+@pytest.fixture(scope="module")
+def expected(files: list[Path], requests: tuple[GenerationRequest, ...]) -> list[list[Answer]]:
+    return [undisturbed(file, requests) for file in files]
+
+
+async def test_models_that_do_not_fit_together_take_turns(
+    files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
+) -> None:
+    async with models(files, tmp_path, tight=True) as found:
+        assert found.states == [AWAKE, ASLEEP]
+        for number, model in enumerate((0, 1, 0, 1)):
+            assert await found.answer(model, requests[number]) == expected[model][number]
+            assert found.states[model] is AWAKE and found.states[1 - model] is ASLEEP
+        together = [found.answer(model, request) for request in requests for model in (0, 1)]
+        answers = await asyncio.gather(*together)
+        assert [answers[0::2], answers[1::2]] == expected
+        assert 0 < found.largest_bytes <= BUDGET // 2, "the plans' memory is not exceeded"
+        assert found.cluster.supervisor.recoveries == 0
+
+
+async def test_models_that_fit_together_stay_awake_and_recover_from_a_loss(
+    files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
+) -> None:
+    async with models(files, tmp_path, tight=False) as found:
+        assert await found.answer(1, requests[0]) == expected[1][0]
+        await found.until(AWAKE, AWAKE)
+        answers = asyncio.gather(*(found.answer(model, request) for request in requests for model in (0, 1)))
+        await found.run.at_work()
+        found.run.hurt("b")
+        assert [(await answers)[0::2], (await answers)[1::2]] == expected
+        assert [served.supervisor.recoveries for served in found.cluster.models] == [1, 1]
+
+
+async def test_a_worker_lost_while_a_model_wakes_delays_it(
+    files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
+) -> None:
+    async with models(files, tmp_path, tight=True) as found:
+        answer = asyncio.create_task(found.answer(1, requests[0]))
+        worker = found.run.worker("b")
+        model_id = found.cluster.models[1].model.model_id
+        await found.run.until("a load", lambda: worker.loading is not None and worker.loading.model_id == model_id)
+        found.run.hurt("b")
+        assert await answer == expected[1][0]
+        assert await found.answer(0, requests[1]) == expected[0][1]
+
+
+async def test_a_model_sleeps_after_its_time_without_requests(
+    files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
+) -> None:
+    async with models(files, tmp_path, tight=False, keep_alive="50ms") as found:
+        await found.until(ASLEEP, ASLEEP)
+        assert not any(worker.stages for worker in found.cluster.registry.workers.values())
+        assert await found.answer(0, requests[0]) == expected[0][0]
+        await found.until(ASLEEP, ASLEEP)
+        resident = found.cluster.residency.residents["a"]
+        resident.wake()
+        resident.keep(None)
+        await found.until(AWAKE, ASLEEP)
+        await asyncio.sleep(0.2)
+        assert found.states == [AWAKE, ASLEEP]
+        assert await found.answer(0, requests[1]) == expected[0][1]
+        await found.until(ASLEEP, ASLEEP)

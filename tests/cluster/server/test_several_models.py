@@ -1,0 +1,132 @@
+"""The API of several models: requests to each, lists, and Ollama's `keep_alive`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from llamaclust.cluster.api.admission import Admission
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore
+from llamaclust.cluster.server.status import cluster_status
+from llamaclust.cluster.state.directory import ClusterRecord
+from llamaclust.cluster.state.journal import Journal
+from support.clusters.served import serving
+from support.several_models.cluster import ASLEEP, AWAKE, Models, model_files, models
+
+PROMPT = {"prompt": "abc", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+RECORD = ClusterRecord(name="tiny", pid=1, api="http://x", model="a", api_keys_file=None, launcher="local")
+
+
+@dataclass
+class Api:
+    found: Models
+    http: httpx.AsyncClient
+
+    async def post(self, path: str, **body: Any) -> Any:
+        reply = await self.http.post(path, json=body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    async def get(self, path: str) -> Any:
+        reply = await self.http.get(path)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+
+@asynccontextmanager
+async def api_of(files: list[Path], folder: Path, *, tight: bool) -> AsyncIterator[Api]:
+    settings = ApiSettings()
+    async with (
+        models(files, folder, tight=tight) as found,
+        aclosing(Journal(folder / "journal", found.cluster.record, 30.0)) as journal,
+        model_apis(found.cluster, settings, journal) as apis,
+    ):
+        await restore(apis, journal, [])
+        app = cluster_app(apis, found.cluster, Admission(settings), partial(cluster_status, found.cluster, RECORD))
+        async with serving(app) as address, httpx.AsyncClient(base_url=address, trust_env=False, timeout=60) as http:
+            yield Api(found, http)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return model_files(tmp_path_factory.mktemp("models"))
+
+
+async def test_requests_reach_the_model_that_they_name(files: list[Path], tmp_path: Path) -> None:
+    async with api_of(files, tmp_path, tight=True) as api:
+        own = {name: (await api.post("/v1/completions", model=name, **PROMPT))["choices"][0]["text"] for name in "ab"}
+        assert own["a"] != own["b"] and api.found.states == [ASLEEP, AWAKE]
+        unnamed = await api.post("/v1/completions", **PROMPT)
+        assert (unnamed["model"], unnamed["choices"][0]["text"]) == ("a", own["a"])
+        llamacpp = await api.post("/completion", model="b", prompt="abc", n_predict=8, temperature=0, ignore_eos=True)
+        assert llamacpp["content"] == own["b"]
+        both = await asyncio.gather(*(api.post("/v1/completions", model=name, **PROMPT) for name in "abab"))
+        assert [reply["choices"][0]["text"] for reply in both] == [own[name] for name in "abab"]
+        for path in ("/v1/completions", "/completion", "/api/generate", "/v1/messages"):
+            refused = await api.http.post(path, json={"model": "c", **PROMPT})
+            assert refused.status_code == 404 and "'c' is not served here, only 'a', 'b'" in refused.text
+        wrong = await api.http.post("/v1/completions", content=b"no json")
+        assert wrong.status_code == 400 and "not valid JSON" in wrong.text
+
+
+async def test_a_stream_waits_for_its_model(files: list[Path], tmp_path: Path) -> None:
+    async with api_of(files, tmp_path, tight=True) as api:
+        assert api.found.states == [AWAKE, ASLEEP]
+        body = {"model": "b", **PROMPT, "stream": True}
+        async with api.http.stream("POST", "/v1/completions", json=body) as reply:
+            lines = [line async for line in reply.aiter_lines()]
+        assert lines[-2] == "data: [DONE]" or "data: [DONE]" in lines
+        assert api.found.states == [ASLEEP, AWAKE]
+
+
+async def test_lists_say_which_models_are_loaded(files: list[Path], tmp_path: Path) -> None:
+    async with api_of(files, tmp_path, tight=False) as api:
+        listed = await api.get("/v1/models")
+        assert [(model["id"], model["status"]["value"]) for model in listed["data"]] == [
+            ("a", "loaded"),
+            ("b", "unloaded"),
+        ]
+        assert await api.get("/models") == listed
+        assert (await api.get("/v1/models/b"))["id"] == "b"
+        assert [model["name"] for model in (await api.get("/api/tags"))["models"]] == ["a:latest", "b:latest"]
+        assert [model["name"] for model in (await api.get("/api/ps"))["models"]] == ["a:latest"]
+        assert await api.post("/models/load", model="b") == {"success": True}
+        await api.found.until(AWAKE, AWAKE)
+        assert len((await api.get("/api/ps"))["models"]) == 2
+        assert await api.post("/models/unload", model="a") == {"success": True}
+        assert api.found.states == [ASLEEP, AWAKE]
+        status = await api.get("/cluster")
+        assert [(model["name"], model["state"]) for model in status["status"]["models"]] == [
+            ("a", "asleep"),
+            ("b", "ready"),
+        ]
+        assert (await api.get("/health"))["status"] == "ok"
+        assert (await api.get("/props?model=b"))["model_alias"] == "b"
+        assert (await api.http.get("/props?model=c")).status_code == 404
+
+
+async def test_a_model_is_unloaded_when_its_request_says_so(files: list[Path], tmp_path: Path) -> None:
+    async with api_of(files, tmp_path, tight=False) as api:
+        asked = {"model": "b:latest", "prompt": "abc", "stream": False, "options": {"num_predict": 4}}
+        reply = await api.post("/api/generate", **asked, keep_alive="5m")
+        assert reply["done"]
+        (_, loaded) = (await api.get("/api/ps"))["models"]
+        assert not loaded["expires_at"].startswith("2318")
+        await api.post("/api/generate", **asked, keep_alive=0)
+        await api.found.until(AWAKE, ASLEEP)
+        await api.post("/api/generate", model="b", stream=False, keep_alive=-1)
+        await api.found.until(AWAKE, AWAKE)
+        await api.post("/api/generate", model="b", stream=False, keep_alive=0)
+        await api.found.until(AWAKE, ASLEEP)
+        refused = await api.http.post("/api/generate", json={**asked, "keep_alive": "soon"})
+        assert refused.status_code == 400 and json.loads(refused.text)["error"].startswith("keep_alive: 'soon' is no")

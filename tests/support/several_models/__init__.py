@@ -1,0 +1,1 @@
+"""Clusters of processes, fakes of stages, served models."""

@@ -237,6 +237,7 @@ def minimal(tmp_path: Path) -> Path:
     ("heading", "definition", "prefix"),
     [
         ("Keys", None, ""),
+        ("models", "ModelEntry", "models.0."),
         ("workers", "WorkerConfig", "workers.0."),
         ("plan", "PlanEntry", "plan.0."),
         ("timeouts", "Timeouts", "timeouts."),
@@ -254,6 +255,8 @@ def test_keys_and_defaults_are_those_of_the_schema(
     listed = {names(row[0])[0]: row[1] for row in rows(section(ROOT / "docs/cluster-file.md", heading))}
     assert listed.keys() == part["properties"].keys()
     assert {key for key, default in listed.items() if default == "needed"} == set(part.get("required", ()))
+    if definition == "ModelEntry":
+        minimal.write_text(MINIMAL.replace("model: smollm2-135m-instruct", "models: [{model: smollm2-135m-instruct}]"))
     plain = load_config(minimal).model_dump()
     for key, default in listed.items():
         if names(default):

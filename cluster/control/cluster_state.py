@@ -173,6 +173,7 @@ class ClusterState:
     waits_for: str = ""  # the last notice
     is_start: bool = True  # until an epoch has served; not of a model that is loaded on demand
     is_wanted: bool = True  # the model is to be loaded
+    is_unloaded: bool = False  # and was not wanted since
     is_alone: bool = True  # no other model is served by the workers
 
     @property
@@ -182,7 +183,7 @@ class ClusterState:
     @property
     def is_asleep(self) -> bool:
         """Whether the model is not loaded, nor to be."""
-        return not self.is_wanted and self.loss is not None and self.serving is None
+        return not self.is_wanted and self.is_unloaded
 
     @property
     def lacks_memory(self) -> bool:
@@ -273,7 +274,8 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
             return replace(state, is_wanted=False)
         case seen.Signal.ASLEEP:
             state = replace(state, serving=None, retiring=None, planning=None, loading=Loading(), waits_for="")
-            return replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
+            loss = PipelineLoss(state.tick.now_s, is_closed=True)
+            return replace(state, loss=loss, is_unloaded=not state.is_wanted)
         case seen.Signal.MEMORY_FREED:
             return replace(state, pool=replace(pool, memory=pool.memory + 1))
         case seen.Signal.LINKS_CHANGED:
@@ -300,7 +302,7 @@ def _awake(state: ClusterState) -> ClusterState:
     """A model that sleeps is loaded as after a loss, and its requests wait from now on."""
     if state.is_asleep:
         state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
-    return replace(state, is_wanted=True)
+    return replace(state, is_wanted=True, is_unloaded=False)
 
 
 def _attribute(state: ClusterState) -> ClusterState:

@@ -11,7 +11,7 @@ from typing import Any
 
 from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.control.observed import Observed
-from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
@@ -133,6 +133,8 @@ class Residency:
             await resident.requested()
             resident.wake()
             await resident.idle()
+            if resident.engine.state is EngineState.REFUSING:  # the next request tries again
+                await resident.sleep()
             self._idle.set()
             self._idle = asyncio.Event()
 

@@ -49,6 +49,7 @@ class Supervisor:
             pool=usable,
             is_start=not is_asleep,
             is_wanted=not is_asleep,
+            is_unloaded=is_asleep,
             is_alone=len(config.models) < 2,
         )
         self.observed = Observed(state)

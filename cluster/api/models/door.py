@@ -18,8 +18,9 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.service import TextService
 
 _TAG = ":latest"  # that Ollama's clients add to names
-_KEPT = ("/v1/streams/", "/v1/stream/", "/v1/responses/")
+_KEPT = ("/v1/streams/", "/v1/stream/", "/v1/responses/", "/responses/")
 """Paths of replies that are kept, by their ids."""
+_COUNT = "/input_tokens"  # the end of a path below these that names no reply
 _LOADS = ("/api/generate", "/api/chat", "/api/embed", "/api/embeddings")
 """Paths whose `keep_alive` counts; a request there without input loads the model."""
 _INPUTS = ("prompt", "messages", "input")
@@ -74,7 +75,8 @@ class ModelDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             request = Request(scope, receive)
-            if scope["method"] == "GET" or scope["path"].startswith(_KEPT):
+            path = scope["path"]
+            if scope["method"] == "GET" or (path.startswith(_KEPT) and not path.endswith(_COUNT)):
                 await self._of_url(request).app(scope, receive, send)
             else:
                 data = await read_bytes(request, self._settings)

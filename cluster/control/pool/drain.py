@@ -61,7 +61,8 @@ class WorkerOperations:
         if not others:
             raise WorkerError(f"no other worker is there that is not drained: {name} keeps its layers")
         for runner in self._runners:
-            await runner.planner.plan(others, self._partitions.pairs)
+            if not runner.observed.state.is_asleep:
+                await runner.planner.plan(others, self._partitions.pairs)
         if self._undrained[name] != undrained:
             raise WorkerError(f"worker {name} was undrained before its layers moved")
         if name not in self.drained:

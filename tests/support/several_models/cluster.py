@@ -68,10 +68,13 @@ class Models:
 
 
 @asynccontextmanager
-async def models(files: list[Path], folder: Path, *, tight: bool, **entry: object) -> AsyncIterator[Models]:
+async def models(
+    files: list[Path], folder: Path, *, tight: bool, timeouts: dict[str, str] | None = None, **entry: object
+) -> AsyncIterator[Models]:
     values = config(files[0], folder, workers=2, max_sequences=4).model_dump(exclude={"model"}, exclude_unset=True)
     entries = [{"model": str(file), **entry} for file in files]
-    settings = ClusterConfig.model_validate({**values, "models": entries})
+    waits = {} if timeouts is None else {"timeouts": timeouts}
+    settings = ClusterConfig.model_validate({**values, "models": entries, **waits})
     told: list[str] = []
 
     def report(event: Event) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.core.errors import WorkerError
 from support.clusters.recovering import Answer, generations, undisturbed
 from support.several_models.cluster import ASLEEP, AWAKE, BUDGET, model_files, models
 
@@ -84,3 +85,21 @@ async def test_a_model_sleeps_after_its_time_without_requests(
         assert found.states == [AWAKE, ASLEEP]
         assert await found.answer(0, requests[1]) == expected[0][1]
         await found.until(ASLEEP, ASLEEP)
+
+
+async def test_requests_to_a_model_that_does_not_load_fail_and_others_are_answered(
+    files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
+) -> None:
+    hidden = files[1].with_suffix(".away")
+    timeouts = {"worker": "600ms", "recovery": "500ms"}
+    async with models(files, tmp_path, tight=False, timeouts=timeouts) as found:
+        files[1].rename(hidden)
+        try:
+            with pytest.raises(WorkerError, match=r"within 0\.5 s"):
+                await found.answer(1, requests[0])
+            await found.until(AWAKE, ASLEEP)
+            assert await found.answer(0, requests[0]) == expected[0][0]
+            assert not any(worker.loss for worker in found.cluster.registry.workers.values())
+        finally:
+            hidden.rename(files[1])
+        assert await found.answer(1, requests[1]) == expected[1][1]

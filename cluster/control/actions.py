@@ -72,8 +72,8 @@ class ActionRunner:
                 self.retiring = None
                 await self._partitions.settled()
                 self.observed.post(seen.Signal.PIPELINE_CLOSED)
-            case act.Sleep():
-                await self._sleep()
+            case act.Sleep(gives_way):
+                await self._sleep(gives_way=gives_way)
             case act.Expel(expulsions):
                 for expulsion in expulsions:
                     name, join = expulsion.worker
@@ -203,17 +203,18 @@ class ActionRunner:
         self._enter(self.epoch.plan)
         self.observed.post(seen.Signal.RETIRING_FREED)
 
-    async def _sleep(self) -> None:
+    async def _sleep(self, *, gives_way: bool) -> None:
         """Unless a request came meanwhile."""
         assert self.engine is not None
-        if not self.engine.sleep():
+        if not self.engine.sleep(gives_way=gives_way):
             self.observed.post(seen.Signal.WAKE_REQUESTED)
             return
         epochs, self.epoch, self.retiring = self.open_epochs, None, None
         await asyncio.gather(*(epoch.pipeline.close() for epoch in epochs))
         await self._free_others(None)
         self._enter()
-        self._report(Notice(f"model {self.planner.config.model_name} sleeps: a request wakes it"))
+        why = "for another one's turn, its requests wait" if gives_way else "a request wakes it"
+        self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
         self.observed.post(seen.Signal.ASLEEP)
 
     async def _free_others(self, epoch: Epoch | None) -> None:

@@ -173,6 +173,7 @@ class ClusterState:
     waits_for: str = ""  # the last notice
     is_start: bool = True  # until an epoch has served; not of a model that is loaded on demand
     is_wanted: bool = True  # the model is to be loaded
+    has_given_way: bool = False  # where it is not, although it may have requests
     is_unloaded: bool = False  # and was not wanted since
     is_alone: bool = True  # no other model is served by the workers
 
@@ -188,13 +189,13 @@ class ClusterState:
     @property
     def lacks_memory(self) -> bool:
         """Whether the model is to be loaded, and its newest plan failed for memory, which other models may have."""
-        planning, is_waiting = self.planning, self.is_wanted and self.loss is not None
-        return (
-            is_waiting
-            and planning is not None
-            and planning.inputs == self.inputs
-            and isinstance(planning.error, InsufficientMemoryError)
-        )
+        is_waiting = self.is_wanted and self.loss is not None and self.is_planned
+        return is_waiting and self.planning is not None and isinstance(self.planning.error, InsufficientMemoryError)
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the newest plan, or the reason why there is none, is of what is known now."""
+        return self.planning is not None and self.planning.inputs == self.inputs
 
     @property
     def is_whole(self) -> bool:
@@ -272,6 +273,8 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
             return _awake(state)
         case seen.Signal.SLEEP_REQUESTED:
             return replace(state, is_wanted=False)
+        case seen.Signal.TURN_ENDED:
+            return replace(state, is_wanted=False, has_given_way=True)
         case seen.Signal.ASLEEP:
             state = replace(state, serving=None, retiring=None, planning=None, loading=Loading(), waits_for="")
             loss = PipelineLoss(state.tick.now_s, is_closed=True)
@@ -302,7 +305,7 @@ def _awake(state: ClusterState) -> ClusterState:
     """A model that sleeps is loaded as after a loss, and its requests wait from now on."""
     if state.is_asleep:
         state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
-    return replace(state, is_wanted=True, is_unloaded=False)
+    return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
 
 
 def _attribute(state: ClusterState) -> ClusterState:

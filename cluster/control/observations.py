@@ -122,6 +122,7 @@ class Signal(Enum):
     WORKERS_EXPELLED = auto()  # those of the last `Expel` count as lost
     WAKE_REQUESTED = auto()  # the model is to be loaded
     SLEEP_REQUESTED = auto()  # the model is to be unloaded, unless it has requests
+    TURN_ENDED = auto()  # the model is to be unloaded for another one; its requests wait
     ASLEEP = auto()  # its stages are freed
     MEMORY_FREED = auto()  # by another model
     ACTION_ENDED = auto()  # the next one may begin

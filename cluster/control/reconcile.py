@@ -45,7 +45,9 @@ class ClosePipeline:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """The model's stages are freed, unless it has requests."""
+    """The model's stages are freed, unless it has requests; with `gives_way` these wait."""
+
+    gives_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ def reconcile(state: ClusterState) -> Action | None:
     if (action := _end_pipeline(state)) is not None:
         return action
     if not state.is_wanted:
-        return Wait(None, is_settled=True) if state.is_asleep else Sleep()
+        return Wait(None, is_settled=True) if state.is_asleep else Sleep(state.has_given_way)
     if state.planning is None or state.planning.inputs != state.inputs:
         return MakePlan(state.inputs)
     return _recover(state) or _improve(state)

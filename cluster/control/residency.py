@@ -1,5 +1,5 @@
 """Which models are awake: a request wakes one; one without requests sleeps after a time, or when another one needs its
-memory."""
+memory. Models with requests that do not fit together take turns."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from llamaclust.cluster.control.observations import Signal
+from llamaclust.cluster.control.observations import Incarnation, Signal
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
 """Between two looks for a model without requests, if none reports that it has none any more."""
+_TURN_S = 30.0
+"""So long a model serves at least before it gives way to the requests of another one: its own are computed again."""
 
 
 def _now_s() -> float:
@@ -32,6 +34,9 @@ class Resident:
     usual_s: float | None
     keep_alive_s: float | None = field(init=False)  # likewise after its last request
     idle_since_s: float = field(default_factory=_now_s)
+    serving_since_s: float | None = None
+    gives_way: bool = False  # requests do not wake it
+    too_large_for: tuple[Incarnation, ...] | None = None  # workers whose memory does not suffice for it alone
     _users: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -78,7 +83,7 @@ class Resident:
         self.idle_since_s = _now_s()
         self.keep_alive_s = self.usual_s
         self._changed.set()
-        if not self.observed.state.is_wanted:
+        if not self.gives_way and not self.observed.state.is_wanted:
             self.observed.post(Signal.WAKE_REQUESTED)
 
     async def sleep(self) -> None:
@@ -86,6 +91,18 @@ class Resident:
         self.observed.post(Signal.SLEEP_REQUESTED)
         await self.observed.until(lambda state: not state.is_wanted)
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
+
+    async def give_way(self) -> None:
+        """Returns when it sleeps. Its requests wait for `resume`."""
+        self.gives_way = True
+        self.observed.post(Signal.TURN_ENDED)
+        await self.observed.until(lambda state: state.is_asleep)
+
+    def resume(self) -> None:
+        """After it has given way: it is loaded if it has requests."""
+        self.gives_way = False
+        if not self.is_idle:
+            self.wake()
 
     async def requested(self) -> None:
         """Returns when there is a request. Until then it sleeps once its time has passed."""
@@ -123,6 +140,7 @@ class Residency:
         for resident in self.residents.values():
             self._tasks.start(self._follow(resident))
             self._tasks.start(self._make_room(resident))
+            self._tasks.start(self._time(resident))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -139,19 +157,54 @@ class Residency:
             self._idle = asyncio.Event()
 
     async def _make_room(self, resident: Resident) -> None:
-        """Models without requests sleep for it, the longest idle one first, while its plan lacks memory."""
-        observed = resident.observed
+        """While its plan lacks memory, others sleep for it: those without requests, the longest idle one first, then
+        those that have served for a turn. These are loaded again as soon as there is memory for them."""
         while True:
-            await observed.until(lambda state: state.lacks_memory)
-            idle, sleeper = self._idle, self._longest_idle(resident)
-            if sleeper is None:
+            await resident.observed.until(lambda state: state.lacks_memory)
+            giving_way: list[Resident] = []
+            try:
+                await self._free(resident, giving_way)
+            finally:
+                for other in giving_way:
+                    other.resume()
+
+    async def _free(self, resident: Resident, giving_way: list[Resident]) -> None:
+        """Until its plan has memory, or would not have it alone."""
+        while resident.observed.state.lacks_memory:
+            idle = self._idle
+            if (sleeper := self._longest_idle(resident)) is not None:
+                await sleeper.sleep()
+            elif (sleeper := self._longest_serving(resident)) is not None:
+                giving_way.append(sleeper)
+                await sleeper.give_way()
+            elif giving_way:  # all that could was in vain
+                resident.too_large_for = resident.observed.state.pool.usable
+                return
+            else:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
                         await idle.wait()
-            else:
-                await sleeper.sleep()
-                observed.post(Signal.MEMORY_FREED)
-                await observed.until(lambda state: not state.lacks_memory)
+                continue
+            await _plan_again(resident.observed)
+
+    async def _time(self, resident: Resident) -> None:
+        """Since when it serves."""
+        while True:
+            await resident.observed.until(lambda state: state.loss is None)
+            resident.serving_since_s = _now_s()
+            await resident.observed.until(lambda state: state.loss is not None)
+            resident.serving_since_s = None
+
+    def _longest_serving(self, resident: Resident) -> Resident | None:
+        """Of those whose turn is over, where requests wait for this one."""
+        if resident.is_idle or resident.too_large_for == resident.observed.state.pool.usable:
+            return None
+        end_s, found = _now_s() - _TURN_S, None
+        for other in self.residents.values():
+            since_s = other.serving_since_s
+            if other is not resident and not other.gives_way and since_s is not None and since_s <= end_s:
+                found, end_s = other, since_s
+        return found
 
     def _longest_idle(self, resident: Resident) -> Resident | None:
         """Of those that are awake: itself, where it was lost and no request waits for it."""
@@ -161,3 +214,12 @@ class Residency:
         others = (other for other in self.residents.values() if other is not resident)
         idle = (other for other in others if other.is_idle and not other.is_asleep)
         return min(idle, key=lambda other: other.idle_since_s, default=None)
+
+
+async def _plan_again(observed: Observed) -> None:
+    """Returns when the model has a plan for the memory that there is now, or needs none any more."""
+    before = observed.state.pool.memory
+    observed.post(Signal.MEMORY_FREED)
+    await observed.until(
+        lambda state: state.pool.memory > before and (state.is_planned or state.loss is None or not state.is_wanted)
+    )

@@ -281,12 +281,14 @@ class Engine:
             self.error = error
             self._on_lost(error)
 
-    def sleep(self) -> bool:
-        """Gives up the pipeline, until `resume`, if no request is open; whether it does."""
-        if self._phase is _Phase.CLOSED or not self.requests.are_empty:
+    def sleep(self, *, gives_way: bool = False) -> bool:
+        """Gives up the pipeline, until `resume`, if no request is open; whether it does. An engine that gives way does
+        with open requests, too: they are computed again from their own tokens."""
+        if self._phase is _Phase.CLOSED or not (gives_way or self.requests.are_empty):
             return False
         self._lane.stop()
         self._end_retirement()
+        self.waterfalls.lost(monotonic_ns())
         self.metrics.restart(())
         self._phase = _Phase.ASLEEP
         self.error = None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.control import residency
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import WorkerError
 from support.clusters.recovering import Answer, generations, undisturbed
@@ -41,6 +42,34 @@ async def test_models_that_do_not_fit_together_take_turns(
         assert [answers[0::2], answers[1::2]] == expected
         assert 0 < found.largest_bytes <= BUDGET // 2, "the plans' memory is not exceeded"
         assert found.cluster.supervisor.recoveries == 0
+
+
+async def test_a_model_with_requests_all_the_time_gives_way_after_its_turn(
+    files: list[Path],
+    requests: tuple[GenerationRequest, ...],
+    expected: list[list[Answer]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(residency, "_TURN_S", 0.2)
+    async with models(files, tmp_path, tight=True) as found:
+        is_answered = asyncio.Event()
+
+        async def busy(number: int) -> int:
+            """Requests to the first model, one after the other."""
+            count = 0
+            while not is_answered.is_set() or not count:
+                assert await found.answer(0, requests[number]) == expected[0][number]
+                count += 1
+            return count
+
+        working = [asyncio.create_task(busy(number)) for number in range(4)]
+        await found.run.until("requests to the first model", lambda: not found.cluster.residency.residents["a"].is_idle)
+        assert await found.answer(1, requests[0]) == expected[1][0]
+        is_answered.set()
+        assert min(await asyncio.gather(*working)) > 0
+        assert any("sleeps: for another one's turn" in text for text in found.run.told)
+        assert found.largest_bytes <= BUDGET // 2
 
 
 async def test_models_that_fit_together_stay_awake_and_recover_from_a_loss(
@@ -91,7 +120,7 @@ async def test_requests_to_a_model_that_does_not_load_fail_and_others_are_answer
     files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
 ) -> None:
     hidden = files[1].with_suffix(".away")
-    timeouts = {"worker": "600ms", "recovery": "500ms"}
+    timeouts = {"recovery": "500ms"}
     async with models(files, tmp_path, tight=False, timeouts=timeouts) as found:
         files[1].rename(hidden)
         try:

@@ -103,10 +103,11 @@ class ActionRunner:
                     break
                 except (InsufficientMemoryError, WorkerError) as error:
                     failure = error
+            is_beside = bool(self.planner.ledger.beside(self.epochs.model_id))
             if plan is not None and self.observed.state.loss is not None:
                 self._enter(plan)
         served = None if plan is None else await self._predict_served(usable)
-        self.observed.post(seen.Planned(inputs, plan, failure, served))
+        self.observed.post(seen.Planned(inputs, plan, failure, served, is_beside))
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
         """Not while requests wait for a pipeline."""
@@ -232,3 +233,5 @@ class ActionRunner:
         error = loss.error if lost is None else lost.error
         self.engine.give_up(WorkerError(reason if error is None else f"{error}; {reason}"))
         self.observed.post(seen.RequestsFailed(reason))
+        if not self.observed.state.is_alone:  # the next request tries again
+            self.observed.post(seen.Signal.SLEEP_REQUESTED)

@@ -77,6 +77,12 @@ class Planning:
     error: LlamaclustError | None = None
     rejected: LlamaclustError | None = None
     is_noticed: bool = False  # operators were told
+    is_beside: bool = False  # other models hold memory of these workers
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Which other models hold."""
+        return self.is_beside and isinstance(self.error, InsufficientMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +194,9 @@ class ClusterState:
 
     @property
     def lacks_memory(self) -> bool:
-        """Whether the model is to be loaded, and its newest plan failed for memory, which other models may have."""
+        """Whether the model is to be loaded, and its newest plan failed for memory that other models hold."""
         is_waiting = self.is_wanted and self.loss is not None and self.is_planned
-        return is_waiting and self.planning is not None and isinstance(self.planning.error, InsufficientMemoryError)
+        return is_waiting and self.planning is not None and self.planning.lacks_memory
 
     @property
     def is_planned(self) -> bool:
@@ -246,9 +252,12 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
             return replace(state, is_acting=False)
         case seen.Noticed(text):
             return replace(state, planning=planning and replace(planning, is_noticed=True), waits_for=text)
-        case seen.Planned(inputs, plan, error, served):
+        case seen.Planned(inputs, plan, error, served, is_beside):
             serving = state.serving and state.serving.predicted(served)
-            return replace(state, planning=Planning(inputs, plan, error), serving=serving)
+            if loss is not None and plan is not None and planning is not None and planning.lacks_memory:
+                loss = replace(loss, since_s=state.tick.now_s)  # the wait for other models is no recovery
+            planning = Planning(inputs, plan, error, is_beside=is_beside)
+            return replace(state, planning=planning, serving=serving, loss=loss)
         case seen.EpochLoadFailed():
             return _load_failed(state, observation)
         case seen.Signal.EPOCH_LOADED:

@@ -76,6 +76,7 @@ class Planned:
     plan: Plan | None = None
     error: LlamaclustError | None = None
     served: Prediction | None = None  # of the plan that serves, by the same profiles and links; None: unknown
+    is_beside: bool = False  # other models hold memory of these workers
 
 
 @dataclass(frozen=True, slots=True)

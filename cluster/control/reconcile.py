@@ -143,7 +143,7 @@ def _recover(state: ClusterState) -> Action | None:
     assert planning is not None
     now_s = state.tick.now_s
     if (missing := planning.error or planning.rejected) is not None:
-        return _wait_for_workers(state, missing)
+        return _wait_for_memory(state, missing) if state.lacks_memory else _wait_for_workers(state, missing)
     if loading.error is not None and state.is_start:
         return Abort(loading.error)
     if loading.error is not None and now_s >= state.deadline_s:
@@ -174,6 +174,12 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
     if late != loss.failed_because:
         return FailRequests(late)
     return Wait(_quarantine_end_s(state))
+
+
+def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
+    """Of other models, which give it in their turn: `timeouts.request` bounds the wait."""
+    text = f"waiting for memory that other models hold: {why}"
+    return Notify(text) if text != state.waits_for else Wait(_quarantine_end_s(state))
 
 
 def _absent_workers(state: ClusterState) -> str:

@@ -9,15 +9,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from llamaclust.cluster.control.observations import Incarnation, Signal
+from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
-"""Between two looks for a model without requests, if none reports that it has none any more."""
+"""Between two looks for memory, if no model reports that it has no requests any more."""
 _TURN_S = 30.0
 """So long a model serves at least before it gives way to the requests of another one: its own are computed again."""
+_MOST_TURNS = 16
+"""A turn is doubled up to so many while it did not suffice for a request."""
 
 
 def _now_s() -> float:
@@ -36,7 +38,9 @@ class Resident:
     idle_since_s: float = field(default_factory=_now_s)
     serving_since_s: float | None = None
     gives_way: bool = False  # requests do not wake it
-    too_large_for: tuple[Incarnation, ...] | None = None  # workers whose memory does not suffice for it alone
+    turns: int = 1  # that its next turn lasts
+    is_explicit: bool = False  # it is loaded for no request
+    _interrupted: frozenset[int] = frozenset()  # requests that the end of its last turn found
     _users: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -58,7 +62,7 @@ class Resident:
     @property
     def expires_in_s(self) -> float | None:
         """Until it is to sleep, if no request comes; None: not at any time."""
-        if self.keep_alive_s is None or self.is_asleep:
+        if self.keep_alive_s is None or self.is_asleep or self.engine.state is EngineState.DOWN:
             return None
         return max(0.0, self.idle_since_s + self.keep_alive_s - _now_s())
 
@@ -83,8 +87,13 @@ class Resident:
         self.idle_since_s = _now_s()
         self.keep_alive_s = self.usual_s
         self._changed.set()
-        if not self.gives_way and not self.observed.state.is_wanted:
+        if not self.gives_way:  # even if it is awake: another one may just have put it to sleep
             self.observed.post(Signal.WAKE_REQUESTED)
+
+    def load(self) -> None:
+        """It is loaded though it has no request."""
+        self.is_explicit = True
+        self.wake()
 
     async def sleep(self) -> None:
         """Returns when it sleeps, or is awake for a request that came meanwhile."""
@@ -93,16 +102,20 @@ class Resident:
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     async def give_way(self) -> None:
-        """Returns when it sleeps. Its requests wait for `resume`."""
-        self.gives_way = True
+        """Returns when it sleeps. Its requests wait for `resume`. A request that two turns did not suffice for doubles
+        the next one: it is begun anew in each."""
+        found = frozenset(self.engine.requests.keys)
+        self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
+        self._interrupted, self.gives_way = found, True
         self.observed.post(Signal.TURN_ENDED)
-        await self.observed.until(lambda state: state.is_asleep)
+        await self.observed.until(lambda state: not state.is_wanted)
+        await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     def resume(self) -> None:
         """After it has given way: it is loaded if it has requests."""
         self.gives_way = False
         if not self.is_idle:
-            self.wake()
+            self.observed.post(Signal.WAKE_REQUESTED)
 
     async def requested(self) -> None:
         """Returns when there is a request. Until then it sleeps once its time has passed."""
@@ -169,7 +182,7 @@ class Residency:
                     other.resume()
 
     async def _free(self, resident: Resident, giving_way: list[Resident]) -> None:
-        """Until its plan has memory, or would not have it alone."""
+        """Until its plan does not lack the memory of others any more."""
         while resident.observed.state.lacks_memory:
             idle = self._idle
             if (sleeper := self._longest_idle(resident)) is not None:
@@ -177,39 +190,34 @@ class Residency:
             elif (sleeper := self._longest_serving(resident)) is not None:
                 giving_way.append(sleeper)
                 await sleeper.give_way()
-            elif giving_way:  # all that could was in vain
-                resident.too_large_for = resident.observed.state.pool.usable
-                return
-            else:
+            else:  # a move may free memory, too
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
                         await idle.wait()
-                continue
             await _plan_again(resident.observed)
 
     async def _time(self, resident: Resident) -> None:
         """Since when it serves."""
         while True:
             await resident.observed.until(lambda state: state.loss is None)
-            resident.serving_since_s = _now_s()
+            resident.serving_since_s, resident.is_explicit = _now_s(), False
             await resident.observed.until(lambda state: state.loss is not None)
             resident.serving_since_s = None
 
     def _longest_serving(self, resident: Resident) -> Resident | None:
         """Of those whose turn is over, where requests wait for this one."""
-        if resident.is_idle or resident.too_large_for == resident.observed.state.pool.usable:
+        waiting = resident.observed.state.loss
+        if resident.is_idle or waiting is None:
             return None
-        end_s, found = _now_s() - _TURN_S, None
-        for other in self.residents.values():
-            since_s = other.serving_since_s
-            if other is not resident and not other.gives_way and since_s is not None and since_s <= end_s:
-                found, end_s = other, since_s
-        return found
+        others = (other for other in self.residents.values() if other is not resident and not other.gives_way)
+        serving = ((other.serving_since_s, other) for other in others if other.serving_since_s is not None)
+        since_s, found = min(serving, key=lambda each: each[0], default=(0.0, None))
+        is_over = found is not None and max(since_s, waiting.since_s) + found.turns * _TURN_S <= _now_s()
+        return found if is_over else None
 
     def _longest_idle(self, resident: Resident) -> Resident | None:
-        """Of those that are awake: itself, where it was lost and no request waits for it."""
-        loss = resident.observed.state.loss
-        if resident.is_idle and loss is not None and loss.error is not None:
+        """Of those that are awake: itself, where no request waits for it any more."""
+        if resident.is_idle and not resident.is_explicit:
             return resident
         others = (other for other in self.residents.values() if other is not resident)
         idle = (other for other in others if other.is_idle and not other.is_asleep)

@@ -39,7 +39,7 @@ class ModelLists:
 
     async def load(self, request: Request) -> Response:
         """Loads the named model, where memory is left or other models have no requests; answers at once."""
-        (await self._named(request)).resident.wake()
+        (await self._named(request)).resident.load()
         return JsonResponse({"success": True})
 
     async def unload(self, request: Request) -> Response:

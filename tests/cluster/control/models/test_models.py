@@ -107,7 +107,7 @@ async def test_a_model_sleeps_after_its_time_without_requests(
         assert await found.answer(0, requests[0]) == expected[0][0]
         await found.until(ASLEEP, ASLEEP)
         resident = found.cluster.residency.residents["a"]
-        resident.wake()
+        resident.load()
         resident.keep(None)
         await found.until(AWAKE, ASLEEP)
         await asyncio.sleep(0.2)
@@ -132,3 +132,34 @@ async def test_requests_to_a_model_that_does_not_load_fail_and_others_are_answer
         finally:
             hidden.rename(files[1])
         assert await found.answer(1, requests[1]) == expected[1][1]
+
+
+async def test_a_model_that_did_not_load_for_no_request_is_tried_again_for_the_next(
+    files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
+) -> None:
+    hidden = files[1].with_suffix(".away")
+    async with models(files, tmp_path, tight=False, timeouts={"recovery": "500ms"}) as found:
+        files[1].rename(hidden)
+        try:
+            found.cluster.residency.residents["b"].load()
+            await found.run.until("a load", lambda: not found.cluster.residency.residents["b"].is_asleep)
+            await found.until(AWAKE, ASLEEP)
+        finally:
+            hidden.rename(files[1])
+        assert await found.answer(1, requests[1]) == expected[1][1]
+
+
+async def test_a_model_that_no_request_waits_for_any_more_puts_none_to_sleep(
+    files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
+) -> None:
+    async with models(files, tmp_path, tight=True) as found:
+        first, second = found.cluster.residency.residents.values()
+        first.enter()
+        second.enter()
+        await found.run.until("a wait for memory", lambda: second.observed.state.lacks_memory)
+        assert any("waiting for memory that other models hold" in text for text in found.run.told)
+        second.leave()
+        await found.until(AWAKE, ASLEEP)
+        first.leave()
+        assert await found.answer(0, requests[0]) == expected[0][0]
+        assert found.states == [AWAKE, ASLEEP]

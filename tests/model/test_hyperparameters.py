@@ -110,7 +110,7 @@ def test_numbers_given_for_each_layer_are_taken_where_they_are_equal(tmp_path: P
         ({"attention__head_count_kv": 3}, "3, which does not divide 8 heads"),
         ({"attention__head_count_kv": 16}, "16, 1 to 8 expected"),
         ({"attention__value_length": 16}, "16, keys have 8: not supported"),
-        ({"attention__layer_norm_rms_epsilon": 0.0}, "layer_norm_rms_epsilon': 0, 1e-12 to 0.1"),
+        ({"attention__layer_norm_rms_epsilon": 0.0}, "layer_norm_rms_epsilon': 0, 1e-13 to 0.1"),
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "nan"),
         ({"rope__dimension_count": 10}, "10, 1 to 8"),
         ({"rope__dimension_count": 7}, "7, an even number"),

@@ -147,7 +147,7 @@ def test_unknown_token_ids_are_refused() -> None:
     ("metadata", "message"),
     [
         ({}, "the file has no tokenizer"),
-        ({"tokenizer.ggml.model": "bert"}, "a tokenizer of kind 'bert'; supported: llama, gpt2, t5"),
+        ({"tokenizer.ggml.model": "rwkv"}, "a tokenizer of kind 'rwkv'; supported: llama, gpt2, t5, bert"),
         (bpe(pre="martian"), "unknown pre-tokenizer 'martian'"),
         (bpe(tokens=["a", "b", "a"], token_type=None), "'a' is there twice"),
         (bpe(tokens=[]), "tokens is empty"),

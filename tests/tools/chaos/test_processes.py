@@ -27,6 +27,9 @@ SLEEP = "import time; time.sleep(60)"
 def started(*words: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen([sys.executable, "-c", SLEEP, *words])
     try:
+        end_s = time.monotonic() + 30
+        while not psutil.Process(process.pid).cmdline():  # the kernel shows it a moment after exec
+            assert time.monotonic() < end_s
         yield process
     finally:
         process.kill()

@@ -193,8 +193,7 @@ def _wait_for_layers(folder: Path, workers: int, layers: int = 4) -> None:
     eventually(within, 60, "packed layers")
 
 
-@pytest.mark.alone
-async def test_a_second_start_of_the_demo_model_takes_less_than_a_second(demo_model: Path, tmp_path: Path) -> None:
+async def test_a_second_start_of_the_demo_model_fetches_nothing(demo_model: Path, tmp_path: Path) -> None:
     async def start() -> tuple[float, int]:
         async with members(tmp_path / "run") as cluster:
             lives = [cluster.start("a", model_dir=demo_model.parent), *map(cluster.start, "bcd")]
@@ -210,7 +209,6 @@ async def test_a_second_start_of_the_demo_model_takes_less_than_a_second(demo_mo
         first, second = await start(), await start()
         print(f"first load {first[0]:.2f} s, {first[1]} bytes; second {second[0]:.3f} s, {second[1]} bytes")
         assert first[1] > 50_000_000 and second[1] == 0
-        assert second[0] < 1.0
 
 
 async def test_two_workers_of_one_host_share_a_cache(model: Path, tmp_path: Path) -> None:

@@ -16,13 +16,15 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 
 class OllamaNames:
-    """Copies are names that clients made; they last as long as this process."""
+    """Copies are names of the served model that clients made; they last as long as this process."""
 
     def __init__(self, served: str, settings: ApiSettings) -> None:
         self._models = ModelNames(served, settings, any_by_default=True)
+        self._served = served
+        self._adapters = frozenset(adapter.name for adapter in settings.adapters)
         self._fixed = (served, *settings.aliases, *(adapter.name for adapter in settings.adapters))
         self._is_strict = settings.strict_model is True
-        self._copies: dict[str, str] = {}  # what they are copies of
+        self._copies: list[str] = []
 
     @property
     def all(self) -> list[str]:
@@ -43,8 +45,11 @@ class OllamaNames:
 
     def _original(self, name: str) -> str:
         """Of a copy; without the tag."""
-        plain = name if name in self._fixed else name.removesuffix(_TAG)
-        return self._copies.get(plain, plain)
+        plain = self._plain(name)
+        return self._served if plain in self._copies else plain
+
+    def _plain(self, name: str) -> str:
+        return name if name in self._fixed else name.removesuffix(_TAG)
 
     def check_known(self, name: str) -> None:
         """HttpError 404 for a name that the list of models does not have."""
@@ -52,11 +57,16 @@ class OllamaNames:
             raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
 
     def copy(self, source: str, destination: str) -> None:
-        """Another name of a model. HttpError where it is none, or where the cluster file decides about names."""
+        """Another name of the served model. HttpError where it is none, where the cluster file decides about names, and
+        for adapters: a copy lasts no longer than this process, and an unknown name means the model without adapters."""
         self.check_known(source)
         if not _NAME.fullmatch(destination):
             message = f"{destination[:200]!r} is not a model's name: letters, digits and ._:/@- are"
             raise HttpError(400, "bad_name", message, param="destination")
+        for name in map(self._plain, (source, destination)):
+            if name in self._adapters:
+                message = f"{name!r} is an adapter: names of adapters are under adapters in the cluster file"
+                raise HttpError(403, "names_are_fixed", message)
         name = destination.removesuffix(_TAG)
         if tagged(destination) in self.all:
             return
@@ -65,7 +75,7 @@ class OllamaNames:
             raise HttpError(403, "names_are_fixed", message)
         if len(self._copies) >= MAX_COPIES:
             raise HttpError(507, "too_many_names", f"there are {MAX_COPIES} copies already; delete one")
-        self._copies[name] = self._original(source)
+        self._copies.append(name)
 
     def delete(self, name: str) -> None:
         """A copy. HttpError for the served model and the cluster file's aliases, and for a name that is none."""
@@ -73,7 +83,7 @@ class OllamaNames:
         if name.removesuffix(_TAG) not in self._copies:
             message = f"{name[:200]!r} is served: remove it with `llamaclust model rm` once the cluster is stopped"
             raise HttpError(403, "model_in_use", message, param="model")
-        del self._copies[name.removesuffix(_TAG)]
+        self._copies.remove(name.removesuffix(_TAG))
 
 
 def tagged(name: str) -> str:

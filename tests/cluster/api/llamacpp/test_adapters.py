@@ -108,14 +108,19 @@ async def test_lists_have_the_adapters() -> None:
         assert [tag["name"] for tag in tags] == [f"{name}:latest" for name in (MODEL, "poet", "clerk")]
 
 
-async def test_a_copy_of_an_adapter_is_the_adapter() -> None:
-    engine = ScriptedEngine(says("So."))
-    async with client(make_app(engine, adapters=ADAPTERS)) as http:
-        await http.post("/api/copy", json={"source": "poet:latest", "destination": "bard"})
-        await http.post("/api/copy", json={"source": "bard", "destination": "skald"})
-        reply = await http.post("/api/chat", json={"model": "skald:latest", "messages": MESSAGES, "stream": False})
-    assert reply.status_code == 200, reply.text
-    assert engine.submitted[0].adapters == ((0, 1.0),)
+async def test_adapters_have_no_copies() -> None:
+    """After a restart such a name would mean the model without the adapter."""
+    async with client(make_app(ScriptedEngine(says("So.")), adapters=ADAPTERS)) as http:
+        for source, destination in (("poet:latest", "bard"), ("poet", MODEL), (MODEL, "poet"), ("poet", "clerk")):
+            for path, body in (
+                ("/api/copy", {"source": source, "destination": destination}),
+                ("/api/create", {"from": source, "model": destination}),
+            ):
+                reply = await http.post(path, json=body)
+                assert reply.status_code == 403 and "adapters in the cluster file" in reply.text, reply.text
+        assert (await http.post("/api/copy", json={"source": MODEL, "destination": "other"})).status_code == 200
+        names = [tag["name"] for tag in (await http.get("/api/tags")).json()["models"]]
+    assert names == [f"{name}:latest" for name in (MODEL, "poet", "clerk", "other")]
 
 
 async def test_global_scales_are_refused_by_name() -> None:

@@ -38,7 +38,7 @@ def validate(
     check_integer("dry_penalty_last_n", request.dry_window, 0, MAX_CONTEXT_TOKENS)
     if request.score_from is not None:
         check_integer("score_from", request.score_from, 0, MAX_CONTEXT_TOKENS)
-    _check_adapters(request.adapters, adapters)
+    check_adapters(request.adapters, adapters)
     if request.embedded is not None:
         first, end = request.embedded
         assert 0 <= first < end <= len(request.prompt) and request.max_new_tokens == 0, request.embedded
@@ -87,7 +87,8 @@ def shown(value: object) -> str:
     return repr(value)[:60]
 
 
-def _check_adapters(chosen: AdapterScales, adapters: int) -> None:
+def check_adapters(chosen: AdapterScales, adapters: int) -> None:
+    """ParameterError for one that the model, which has so many, lacks, and for a scale out of bounds."""
     for number, scale in chosen:
         if number >= adapters:
             raise ParameterError("lora", f"id {number}, but there are {adapters} adapters, numbered from 0")

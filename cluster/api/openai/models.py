@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter
+from llamaclust.cluster.scheduler.validation import check_adapters
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
@@ -27,13 +28,14 @@ class ModelNames:
 
     def adapters(self, name: str | None, lora: AdapterScales | None = None) -> AdapterScales:
         """What a request for a model is computed with: an adapter that it names as the model, or those of its field
-        `lora`. HttpError 404 for another model's name; ParameterError for both."""
+        `lora`. HttpError 404 for another model's name; ParameterError for both, and for an adapter that is none."""
         if name in self._adapters:
             if lora is not None:
                 raise ParameterError("lora", f"model names the adapter {name!r} already: leave one of them out")
             adapter, scale = self._adapters[name]
             return ((adapter, scale),) if scale else ()
         self.check(name)
+        check_adapters(lora or (), len(self._adapters))
         return tuple((adapter, scale) for adapter, scale in lora or () if scale)
 
     def shown(self, name: str | None) -> str:

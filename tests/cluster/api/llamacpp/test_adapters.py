@@ -58,6 +58,7 @@ async def test_lora_chooses_several_with_scales(path: str) -> None:
     "lora",
     [
         [{"id": 2, "scale": 1}],
+        [{"id": 2, "scale": 0}],
         [{"id": -1, "scale": 1}],
         [{"id": True, "scale": 1}],
         [{"id": 0}],

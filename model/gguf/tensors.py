@@ -4,6 +4,7 @@ cut short while it is read is then an error with a name and not a crash."""
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from llamaclust.core.cgroups import drop_cached_pages
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
 
+_LAYER = re.compile(r"(adapter\.\d+\.)?blk\.[^.]+(?=\.)")
 _READ_BYTES = 1 << 26
 """One read call; large enough for any disk, small enough that a load can be interrupted."""
 
@@ -93,9 +95,9 @@ class Tensor:
 
     @property
     def layer(self) -> str | None:
-        """`blk.7` of a tensor of layer 7, `adapter.0` of one of that adapter; None outside the layers."""
-        parts = self.name.split(".", 2)
-        return ".".join(parts[:2]) if len(parts) == 3 and parts[0] in ("blk", "adapter") else None
+        """`blk.7` of a tensor of layer 7, `adapter.0.blk.7` of an adapter's there; None outside the layers."""
+        found = _LAYER.match(self.name)
+        return None if found is None else found[0]
 
     @property
     def rows(self) -> int:

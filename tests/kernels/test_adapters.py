@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import AdapterScales
 from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.packed.packed_layer import packed_layers_of
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.backends import BACKENDS
@@ -100,6 +101,14 @@ def test_logits_are_those_of_the_merged_model(
     is_rounded = backend != "reference" and "q4_1" in request.node.name
     assert error < (0.3 if is_rounded else 2e-3), error
     assert float(np.max(np.abs(plain - expected))) / spread > 1.0
+
+
+def test_the_pieces_of_memory_of_a_cut_are_pieces_of_every_larger_cut(files: Files) -> None:
+    """So that a worker that gives up layers gives up all their memory, and packs none again."""
+    model = Model.open(files.base, adapters=files.adapters)
+    whole, first = (set(packed_layers_of(model.tensors_for(model.program(0, end)).values())) for end in (3, 1))
+    assert first < whole
+    assert {layer.name for layer in first} >= {"blk.0", "adapter.0.blk.0", "adapter.1.blk.0"}
 
 
 def _run(backend: str, model: Model, batch: Batch) -> NDArray[np.float32]:

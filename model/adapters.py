@@ -15,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
@@ -28,38 +27,80 @@ from llamaclust.model.quant_types import QuantType
 
 ADAPTER_KEY = "llamaclust.adapter."
 """How the keys begin that a model with adapters has beside its own: their numbers and `alpha`."""
+_PREFIX = "adapter."
+"""Of names of adapters' tensors."""
 _TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
 _MOST = 65504.0
 """Larger weights are refused: products of rows without the adapter, which count as 0, must be finite."""
 _READ_BYTES = 1 << 22
+_SAMPLE_BYTES = 4096
 _OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
 
 
-def with_adapters(model: ModelFile, paths: Sequence[Path]) -> ModelFile:
-    """The model with the adapters of these files, numbered in this order. Reads them whole. ModelFileError for a file
-    that is no adapter of LoRA or of another architecture, or has weights that are no numbers; shapes are checked where
-    programs are made."""
-    if not paths:
+def read_adapter(path: Path) -> Header:
+    """The header of an adapter's file. Its digest has samples of each tensor: two states of a training may differ in
+    those of some layers alone. ModelFileError as of `read_header`."""
+    header = read_header(path)
+    hashed = sha256(header.digest)
+    for tensor in header.tensors.values():
+        for start in sorted({0, max(0, tensor.n_bytes - _SAMPLE_BYTES)}):
+            hashed.update(tensor.read_range(start, min(start + _SAMPLE_BYTES, tensor.n_bytes)))
+    return replace(header, digest=hashed.digest())
+
+
+def adapted_identity(model: ModelFile, adapters: Sequence[Header]) -> str:
+    """The identity of the model with these adapters, numbered in this order."""
+    if not adapters:
+        return model.identity
+    return sha256(b"".join([bytes.fromhex(model.identity), *(adapter.digest for adapter in adapters)])).hexdigest()
+
+
+def with_adapters(model: ModelFile, adapters: Sequence[Header]) -> ModelFile:
+    """The model with adapters of `read_adapter`, numbered in this order. ModelFileError for one that is none of LoRA or
+    of another architecture; shapes are checked where programs are made, weights by `check_adapter_weights`."""
+    if not adapters:
         return model
-    if len(paths) > MAX_ADAPTERS:
-        raise ModelFileError(f"{len(paths)} adapters, at most {MAX_ADAPTERS} are loaded; leave some out")
-    headers = [read_header(path) for path in paths]
+    if len(adapters) > MAX_ADAPTERS:
+        raise ModelFileError(f"{len(adapters)} adapters, at most {MAX_ADAPTERS} are loaded; leave some out")
     metadata, tensors = dict(model.metadata), dict(model.tensors)
-    for number, header in enumerate(headers):
+    for number, header in enumerate(adapters):
         metadata[f"{ADAPTER_KEY}{number}.alpha"] = _alpha(header, model)
         for tensor in header.tensors.values():
-            name = f"adapter.{number}.{_checked(tensor)}"
+            name = f"{_PREFIX}{number}.{_checked(tensor)}"
             tensors[name] = replace(tensor, name=name)
-    digests = [bytes.fromhex(model.identity), *(header.digest for header in headers)]
     return replace(
         model,
-        parts=(*model.parts, *paths),
-        size_bytes=model.size_bytes + sum(header.file_identity.size_bytes for header in headers),
-        identity=sha256(b"".join(digests)).hexdigest(),
+        parts=(*model.parts, *(header.path for header in adapters)),
+        size_bytes=model.size_bytes + sum(header.file_identity.size_bytes for header in adapters),
+        identity=adapted_identity(model, adapters),
         metadata=MappingProxyType(metadata),
         tensors=MappingProxyType(tensors),
     )
+
+
+def check_adapter_weights(adapters: Sequence[Header]) -> None:
+    """Reads the files whole, which only the coordinator does. ModelFileError for weights that are no numbers."""
+    for tensor in (tensor for header in adapters for tensor in header.tensors.values()):
+        for start in range(0, tensor.n_bytes, _READ_BYTES):
+            largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
+            if not isfinite(largest) or largest > _MOST:
+                what = f"a weight of {largest:g}, at most {_MOST:g} expected"
+                raise fail_at(tensor.path, f"tensor {shown(tensor.name)}", what, _OTHER)
+
+
+def _largest(tensor: Tensor, start: int, end: int) -> float:
+    """The largest absolute weight of a part, or NaN. Without its sign, a float is as large as its bits as an integer,
+    which compare at the speed of memory, and a NaN is larger than all others."""
+    data = tensor.read_range(start, end)
+    match tensor.quant_type:
+        case QuantType.F32:
+            return float((np.frombuffer(data, "<u4") & np.uint32(0x7FFF_FFFF)).max().view(np.float32))
+        case QuantType.F16:
+            return float((np.frombuffer(data, "<u2") & np.uint16(0x7FFF)).max().view(np.float16))
+        case _:
+            largest = (np.frombuffer(data, "<u2") & np.uint16(0x7FFF)).max()
+            return float((np.uint32(largest) << np.uint32(16)).view(np.float32))
 
 
 def _alpha(header: Header, model: ModelFile) -> MetadataValue:
@@ -94,30 +135,17 @@ def _checked(tensor: Tensor) -> str:
     rank = tensor.shape[0 if name["half"] == "a" else 1]
     if not 1 <= rank <= MAX_ADAPTER_RANK:
         raise fail_at(tensor.path, place, f"rank {rank}, 1 to {MAX_ADAPTER_RANK} expected", _OTHER)
-    for start in range(0, tensor.n_bytes, _READ_BYTES):
-        largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
-        if not isfinite(largest) or largest > _MOST:
-            raise fail_at(tensor.path, place, f"a weight of {largest:g}, at most {_MOST:g} expected", _OTHER)
     return tensor.name
-
-
-def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """The largest absolute weight of a part, or NaN."""
-    data = tensor.read_range(start, end)
-    weights: NDArray[np.floating]
-    match tensor.quant_type:
-        case QuantType.F32:
-            weights = np.frombuffer(data, "<f4")
-        case QuantType.F16:
-            weights = np.frombuffer(data, "<f2")
-        case _:
-            weights = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return float(np.max(np.abs(weights)))
 
 
 def adapter_count(model: ModelFile) -> int:
     """How many adapters a model of `with_adapters`, or of its manifest, has."""
     return next(number for number in range(MAX_ADAPTERS + 1) if f"{ADAPTER_KEY}{number}.alpha" not in model.metadata)
+
+
+def own_tensors(model: ModelFile) -> list[Tensor]:
+    """Those of the model without its adapters."""
+    return [tensor for name, tensor in model.tensors.items() if not name.startswith(_PREFIX)]
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
@@ -142,7 +170,7 @@ def _adapted(steps: Sequence[Step], model: ModelFile, adapters: int) -> Iterator
 
 def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
     """What adapter `number` adds to a product; None: nothing."""
-    down, up = (model.tensors.get(f"adapter.{number}.{product.weight}.lora_{half}") for half in "ab")
+    down, up = (model.tensors.get(f"{_PREFIX}{number}.{product.weight}.lora_{half}") for half in "ab")
     if down is None and up is None:
         return None
     if down is None or up is None:
@@ -160,7 +188,7 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 def unread_adapter_tensor(model: ModelFile, names: set[str]) -> ModelFileError | None:
     """The error for a tensor of an adapter among those that no step reads."""
-    name = min((name for name in names if name.startswith("adapter.")), default=None)
+    name = min((name for name in names if name.startswith(_PREFIX)), default=None)
     if name is None:
         return None
     what = "the model has no product with this weight that an adapter can change"

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Self
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.adapters import adapted, adapter_count, unread_adapter_tensor, with_adapters
+from llamaclust.model.adapters import (
+    adapted,
+    adapter_count,
+    check_adapter_weights,
+    read_adapter,
+    unread_adapter_tensor,
+    with_adapters,
+)
 from llamaclust.model.architectures import build_program, check_architecture
 from llamaclust.model.architectures.layers import FACTOR_TENSORS
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
@@ -97,10 +104,13 @@ class Model:
 
     @classmethod
     def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
-        """Reads headers only, but `adapters` whole. ModelFileError as for `open_model` and `with_adapters`, and for
-        parts that do not fit together. `chat_template` is the name of one or a file, to take instead of the model's;
-        UsageError where there is none."""
-        return cls(with_adapters(open_model(path), adapters), chat_template, adapters)
+        """Reads headers only, but `adapters` whole. ModelFileError as for `open_model`, `with_adapters` and
+        `check_adapter_weights`, and for parts that do not fit together. `chat_template` is the name of one or a file,
+        to take instead of the model's; UsageError where there is none."""
+        headers = [read_adapter(adapter) for adapter in adapters]
+        file = with_adapters(open_model(path), headers)
+        check_adapter_weights(headers)
+        return cls(file, chat_template, adapters)
 
     def __enter__(self) -> Self:
         return self

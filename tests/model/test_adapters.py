@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
+from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Adapt, KvType
@@ -70,6 +72,19 @@ def test_the_model_id_is_of_all_files_in_their_order(model: Path, tmp_path: Path
     assert len({Model.open(model, adapters=adapters).model_id for adapters in choices}) == len(choices)
 
 
+def test_a_change_of_any_tensor_changes_the_model_id(model: Path, tmp_path: Path) -> None:
+    """Equal names, shapes and sizes: two states of a training that changed one layer alone."""
+    path = build_adapter(tmp_path / "a.gguf", model, rank=64, quant_type=QuantType.F16)
+    trained = path.read_bytes()
+    ids = {Model.open(model, adapters=[path]).model_id}
+    tensors = open_model(path).tensors.values()
+    for changed in tensors:
+        start = changed.offset
+        path.write_bytes(trained[:start] + bytes(changed.n_bytes) + trained[start + changed.n_bytes :])
+        ids.add(Model.open(model, adapters=[path]).model_id)
+    assert len(ids) == 1 + len(tensors)
+
+
 BAD: dict[str, tuple[Callable[[], list[TensorSource]], dict[str, WritableValue], str]] = {
     "a model": (pair, {"general.type": "model"}, "metadata 'general.type': 'model', 'adapter' expected"),
     "another kind": (pair, {"adapter.type": "ia3"}, "metadata 'adapter.type': 'ia3', 'lora' expected"),
@@ -119,6 +134,26 @@ def test_quantized_adapters_are_refused(model: Path, tmp_path: Path) -> None:
     write_gguf(path, METADATA, [TensorSource(f"{Q}.lora_a", QuantType.Q8_0, (4, 64), lambda: data)])
     with pytest.raises(ModelFileError, match="type Q8_0, one of F32, F16, BF16 expected"):
         Model.open(model, adapters=[path])
+
+
+WEIGHTS = {
+    QuantType.F32: {0x477FE000: "", 0xC77FE000: "", 0x47800000: "65536", 0xFF800000: "inf", 0xFFC00000: "nan"},
+    QuantType.F16: {0x7BFF: "", 0xFBFF: "", 0xFC00: "inf", 0x7E00: "nan"},
+    QuantType.BF16: {0x477F: "", 0xC77F: "", 0xC780: "65536", 0x7F80: "inf", 0xFFC0: "nan"},
+}
+"""Bits of a weight, and how the error shows it, if it is refused."""
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_too_large_are_refused(model: Path, tmp_path: Path, kind: QuantType) -> None:
+    path = build_adapter(tmp_path / "a.gguf", model, quant_type=kind, parts=("attn_q",))
+    last = max(open_model(path).tensors.values(), key=lambda tensor: tensor.offset)
+    data, end = path.read_bytes(), last.offset + last.n_bytes
+    for bits, shown in WEIGHTS[kind].items():
+        weight = bits.to_bytes(4 if kind is QuantType.F32 else 2, "little")
+        path.write_bytes(data[: end - len(weight)] + weight + data[end:])
+        with nullcontext() if not shown else pytest.raises(ModelFileError, match=f"a weight of {shown}, at most 65504"):
+            Model.open(model, adapters=[path])
 
 
 def test_too_many_adapters_are_refused(model: Path, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ModelFileError, ProtocolError
-from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.adapters import adapted_identity, read_adapter, with_adapters
+from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
@@ -98,27 +100,28 @@ class Weights:
                 model.renew(update.source.worker, reach(update.source.address, update.source.worker))
 
     def open_file(self, model_path: str, model_id: str, adapter_paths: Sequence[str] = ()) -> Model | None:
-        """The file of that identity with its adapters, at their paths or under their names in `model_dir`; None where
-        one of them is not there. ModelFileError where there are only others."""
-        there = [place for place in self.places(model_path) if place.is_file()]
-        adapters = [next((place for place in self.places(path) if place.is_file()), None) for path in adapter_paths]
-        present = [adapter for adapter in adapters if adapter is not None]
-        if len(present) < len(adapters):
+        """The file of that identity with its adapters, each at its path or under its name in `model_dir`; None where
+        one of them is not there. Reads headers and samples, not the adapters' weights, which the coordinator checked.
+        ModelFileError where there are only others."""
+        there = [[place for place in self.places(path) if place.is_file()] for path in (model_path, *adapter_paths)]
+        if not all(there):
             return None
-        for place in there:
-            model = Model.open(place, adapters=present)
-            if model.model_id == model_id:
-                return model
-            model.close()
-        if there:
-            what = "not the file that the coordinator opened, or an adapter is not: it was changed or replaced"
-            raise ModelFileError(f"{there[0]}: {what}; restore it, or start the cluster again")
-        return None
+        models = _readable(open_model, there[0])
+        adapters = [_readable(read_adapter, places) for places in there[1:]]
+        for model in models:
+            for chosen in product(*adapters):
+                if adapted_identity(model, chosen) == model_id:
+                    return Model(with_adapters(model, chosen), adapter_paths=[adapter.path for adapter in chosen])
+        files = ", ".join(str(place) for places in there for place in places)
+        which = "file that the coordinator opened: it" if len(there) == 1 else "files that the coordinator opened: one"
+        raise ModelFileError(
+            f"{files}: not the {which} was changed or replaced; restore it, or start the cluster again"
+        )
 
     def places(self, model_path: str) -> list[Path]:
         """Where the file is looked for."""
         path = Path(model_path)
-        return [path] if self._model_dir is None else [path, self._model_dir / path.name]
+        return [path] if self._model_dir is None else [*dict.fromkeys((path, self._model_dir / path.name))]
 
     def locate(self, wanted: FindWeights, progress: Progress | None = None) -> WeightsFound:
         """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file:
@@ -198,6 +201,20 @@ class Weights:
         with open_regular(path) as descriptor:
             read_exactly(descriptor, path, start, memoryview(data))
         return data
+
+
+def _readable(read: Callable[[Path], _Value], places: Sequence[Path]) -> list[_Value]:
+    """What is read of these files, without damaged ones. ModelFileError where all are."""
+    found: list[_Value] = []
+    errors: list[ModelFileError] = []
+    for place in places:
+        try:
+            found.append(read(place))
+        except ModelFileError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
 
 
 def weight_cache(settings: WorkerSettings) -> WeightCache | None:

@@ -1,0 +1,84 @@
+"""A worker's own files of adapters: which are opened, and that their weights are not read for it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.loader import Model
+from llamaclust.worker.weights.weights import Weights
+from support.models.tiny_adapter import build_adapter
+from support.models.tiny_model import build_tiny_model
+
+NAMES = ("first.gguf", "second.gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The coordinator's paths, at which a worker may have other files, and its `--model-dir`, with the right ones."""
+
+    theirs: Path
+    own: Path
+    model_id: str
+
+    def open(self) -> Model | None:
+        adapters = [str(self.theirs / name) for name in NAMES]
+        return Weights(model_dir=self.own).open_file(str(self.theirs / "m.gguf"), self.model_id, adapters)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    theirs, own = tmp_path / "theirs", tmp_path / "own"
+    theirs.mkdir()
+    own.mkdir()
+    model = build_tiny_model(own / "m.gguf", hidden=64, heads=2, kv_heads=1, ffn=96, layers=2)
+    adapters = [build_adapter(own / name, model, rank=64, seed=seed) for seed, name in enumerate(NAMES)]
+    return Places(theirs, own, Model.open(model, adapters=adapters).model_id)
+
+
+def test_a_stale_file_at_the_first_place_hides_no_right_one(places: Places) -> None:
+    shutil.copy(places.own / "second.gguf", places.theirs / "first.gguf")
+    (places.theirs / "second.gguf").write_bytes(b"GGUF, cut short")
+    (places.theirs / "m.gguf").write_bytes(b"")
+    opened = places.open()
+    assert opened is not None and opened.model_id == places.model_id
+    assert opened.adapter_paths == tuple(str(places.own / name) for name in NAMES)
+
+
+def test_each_adapter_may_be_at_another_place(places: Places) -> None:
+    (places.own / "first.gguf").rename(places.theirs / "first.gguf")
+    opened = places.open()
+    assert opened is not None
+    assert opened.adapter_paths == (str(places.theirs / "first.gguf"), str(places.own / "second.gguf"))
+    (places.own / "second.gguf").unlink()
+    assert places.open() is None
+
+
+def test_the_error_names_the_files_of_which_one_is_another(places: Places) -> None:
+    shutil.copy(places.own / "second.gguf", places.own / "first.gguf")
+    with pytest.raises(ModelFileError) as caught:
+        places.open()
+    files = ", ".join(str(places.own / name) for name in ("m.gguf", *NAMES))
+    assert str(caught.value).startswith(f"{files}: not the files that the coordinator opened: one was changed")
+
+
+def test_opening_reads_samples_of_adapters_alone(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each load opens the files again, before it can report progress."""
+    read_bytes = 0
+
+    def counted(tensor: Tensor, buffer: bytearray | memoryview, start: int = 0) -> None:
+        nonlocal read_bytes
+        read_bytes += len(buffer)
+        read_into(tensor, buffer, start)
+
+    read_into = Tensor.read_into
+    monkeypatch.setattr(Tensor, "read_into", counted)
+    opened = places.open()
+    assert opened is not None
+    weights = [tensor for tensor in opened.file.tensors.values() if tensor.name.startswith("adapter.")]
+    assert 0 < read_bytes <= len(weights) * 2 * 4096 < sum(tensor.n_bytes for tensor in weights)

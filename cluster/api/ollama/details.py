@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from llamaclust.cluster.text.service import TextSettings
+from llamaclust.model.adapters import own_tensors
 from llamaclust.model.gguf.model_file import ModelFile
 
 _UNITS: Final = ((1_000_000_000_000, "T"), (1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K"))
@@ -39,14 +40,15 @@ class ModelDetails:
         if file is None:
             digest = hashlib.sha256(settings.model_name.encode()).hexdigest()
             return cls(digest, 0, _time(0), "", 0, "", {})
-        parameters = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+        weights = _weights(file)
+        parameters = weights.total()
         return cls(
             digest=file.identity,
             size_bytes=file.size_bytes,
             modified_at=_modified(file.path),
             family=file.metadata_str("general.architecture", ""),
             parameters=parameters,
-            quantization=_quantization(file),
+            quantization=weights.most_common(1)[0][0] if parameters else "",
             info={key: _shown(value) for key, value in file.metadata.items()} | {"general.parameter_count": parameters},
         )
 
@@ -63,11 +65,12 @@ class ModelDetails:
         }
 
 
-def _quantization(file: ModelFile) -> str:
+def _weights(file: ModelFile) -> Counter[str]:
+    """How many weights of each type the model has without its adapters."""
     weights: Counter[str] = Counter()
-    for tensor in file.tensors.values():
+    for tensor in own_tensors(file):
         weights[tensor.quant_type.name] += math.prod(tensor.shape)
-    return weights.most_common(1)[0][0] if weights else ""
+    return weights
 
 
 def _count(parameters: int) -> str:

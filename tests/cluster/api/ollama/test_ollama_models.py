@@ -14,7 +14,10 @@ from llamaclust.cluster.api.ollama.details import ModelDetails
 from llamaclust.cluster.api.ollama.names import MAX_COPIES
 from llamaclust.cluster.text.service import TextSettings
 from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
 from support.clusters.served import CONTEXT, MODEL, ScriptedEngine, client, make_app, says, serving
+from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -61,6 +64,17 @@ def test_details_are_those_of_the_file(tmp_path: Path) -> None:
     assert details.info["general.parameter_count"] == details.parameters > 0
     assert details.shown["quantization_level"] and details.modified_at > "2020"
     json.dumps(details.info, allow_nan=False)
+
+
+def test_details_are_those_of_the_model_without_adapters(tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "tiny.gguf", quant_type=QuantType.Q8_0)
+    adapter = build_adapter(tmp_path / "large.gguf", model, rank=128)
+    alone, adapted = (
+        ModelDetails.of(TextSettings("tiny", 8, file=Model.open(model, adapters=adapters).file))
+        for adapters in ([], [adapter] * 4)
+    )
+    assert adapted.parameters == alone.parameters and adapted.quantization == alone.quantization == "Q8_0"
+    assert adapted.size_bytes == alone.size_bytes + 4 * adapter.stat().st_size
 
 
 async def test_copies_are_names_of_the_served_model() -> None:

@@ -1,4 +1,5 @@
-"""Tokens, logprobs and numbers of embeddings that replies hold in memory: counted before a request is admitted."""
+"""Tokens, logprobs and numbers of embeddings that replies hold in memory, and prompts that are ranked: counted before a
+request is admitted."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from llamaclust.core.limits import MAX_TOP_LOGPROBS
 MAX_REPLY_ENTRIES = 1 << 21
 """Of one reply. An entry is a token or a top logprob; each takes up to 200 bytes while the reply is built."""
 MAX_HELD_ENTRIES = 1 << 22
-"""Of all replies with logprobs or embeddings together."""
+"""Of all replies with logprobs or embeddings, and prompts that are ranked, together."""
 _ENTRY_NUMBERS = 5
-"""Numbers of an embedding that take as much as an entry."""
+"""Numbers of an embedding, or tokens of prompts, that take as much as an entry."""
 _RETRY_S = 5.0
 
 
@@ -64,12 +65,21 @@ class EntryBudget:
 
     def reserve_numbers(self, count: int) -> int:
         """Likewise for the numbers of embeddings."""
-        entries = -(-count // _ENTRY_NUMBERS)
-        if entries > MAX_REPLY_ENTRIES:
-            most = MAX_REPLY_ENTRIES * _ENTRY_NUMBERS
+        most = MAX_REPLY_ENTRIES * _ENTRY_NUMBERS
+        if count > most:
             reason = f"embeddings of {count} numbers, at most {most} are given in one reply: send less at once"
             raise ParameterError("input", reason, "reply_too_large")
-        return self._take(entries)
+        return self._take(-(-count // _ENTRY_NUMBERS))
+
+    def reserve_pairs(self, tokens: int) -> int:
+        """Likewise for the tokens of all prompts of one query."""
+        most = MAX_REPLY_ENTRIES * _ENTRY_NUMBERS
+        if tokens > most:
+            reason = (
+                f"with the query before each these are {tokens} tokens, at most {most} are ranked: send fewer at once"
+            )
+            raise ParameterError("documents", reason, "reply_too_large")
+        return self._take(-(-tokens // _ENTRY_NUMBERS))
 
     def release(self, reserved: int) -> None:
         self.held -= reserved

@@ -28,7 +28,7 @@ from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.pooling import DEFAULT, Pooling
-from llamaclust.model.tokenizers.pairs import PairForm, encode_pairs
+from llamaclust.model.tokenizers.pairs import PairForm
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _BLOCKING_CHARACTERS = 2048
@@ -137,19 +137,31 @@ class TextService:
                 self.budget.release(reserved)
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
-        """The documents' scores for a query, in their order. ParameterError where the model ranks none, or for a pair
-        that is too long; errors of `Embedder.embed`."""
-        form, context = self.settings.pair_form, self.settings.context_length
+        """The documents' scores for a query, in their order. ParameterError where the model ranks none, or for a text
+        that is too long, before any after it is read; errors of `EntryBudget.reserve_pairs` and `Embedder.embed`."""
+        form = self.settings.pair_form
         if form is None:
             raise ParameterError("model", "does not rank documents")
         with self._preparing():
-            self._check_characters(len(query) + max(map(len, documents)), "documents")
-            pairs = await run_on(TOKENIZING, encode_pairs, self.tokenizer, form, query, documents)
-            longest = max(map(len, pairs))
-            if longest > context:
-                what = f"have one of {longest} tokens with the query"
-                raise ContextLengthError(what, longest, context, "documents")
-            return await self._embedder.rank(pairs)
+            begin = await self._pair_ids(query, form.length, "query")
+            others = form.length + len(begin)
+            ends = [await self._pair_ids(document, others, "documents") for document in documents]
+            reserved = self.budget.reserve_pairs(others * len(ends) + sum(map(len, ends)))
+            try:
+                return await self._embedder.rank([form.prompt(begin, end) for end in ends])
+            finally:
+                self.budget.release(reserved)
+
+    async def _pair_ids(self, text: str, others: int, param: str) -> list[int]:
+        """Ids of a text that is in a prompt with so many others; control words stay text. Each text has a turn of its
+        own on the threads."""
+        self._check_characters(len(text), param)
+        ids = await run_on(TOKENIZING, self.tokenizer.encode, text, add_special=False)
+        tokens, context = others + len(ids), self.settings.context_length
+        if tokens > context:
+            what = "has" if param == "query" else "have one that has, with the query,"
+            raise ContextLengthError(f"{what} {tokens} tokens", tokens, context, param)
+        return ids
 
     async def _input_ids(self, prompt: Sequence[str | int]) -> list[int]:
         ids = [token for part in await self.tokenize_all(prompt, "input", add_special=True) for token in part]

@@ -22,14 +22,13 @@ class PairForm:
     between: tuple[int, ...]
     last: tuple[int, ...]
 
-    def prompt(self, query: list[int], document: list[int]) -> tuple[int, ...]:
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt beside those of the texts."""
+        return len(self.first) + len(self.between) + len(self.last)
+
+    def prompt(self, query: Sequence[int], document: Sequence[int]) -> tuple[int, ...]:
         return (*self.first, *query, *self.between, *document, *self.last)
-
-
-def encode_pairs(tokenizer: Tokenizer, form: PairForm, query: str, documents: Sequence[str]) -> list[tuple[int, ...]]:
-    """A prompt for each document. Control words in the texts stay text."""
-    begin = tokenizer.encode(query, add_special=False)
-    return [form.prompt(begin, tokenizer.encode(document, add_special=False)) for document in documents]
 
 
 def read_pair_form(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> PairForm:

@@ -8,7 +8,7 @@ import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.tokenizers.loading import load_tokenizer
-from llamaclust.model.tokenizers.pairs import PairForm, encode_pairs, read_pair_form
+from llamaclust.model.tokenizers.pairs import PairForm, read_pair_form
 from support.models.tiny_tokenizers import byte_level, word_pieces
 
 BOS, EOS, SEP = 5, 6, 7
@@ -41,8 +41,7 @@ def test_a_separator_that_the_file_does_not_name_is_refused() -> None:
         form(byte_level(320), add_sep_token=True)
 
 
-def test_control_words_of_texts_stay_text() -> None:
-    tokenizer = load_tokenizer(byte_level(320))
-    (prompt,) = encode_pairs(tokenizer, PairForm((BOS,), (SEP,), ()), "a", ["<|im_end|>"])
-    assert prompt[:3] == (BOS, *tokenizer.encode("a"), SEP)
-    assert tokenizer.token_id("<|im_end|>") not in prompt
+def test_a_prompt_is_both_texts_between_the_special_tokens() -> None:
+    pair = PairForm((BOS,), (EOS, SEP), (EOS,))
+    assert pair.prompt([1, 2], [3]) == (BOS, 1, 2, EOS, SEP, 3, EOS)
+    assert len(pair.prompt([], [])) == pair.length

@@ -337,7 +337,7 @@ class Scheduler:
         """Prompt slices for one microbatch: half for the sequences with least left to do, the rest in order of arrival.
 
         So a short prompt does not wait for a long one, nor after a loss for all sequences that are computed again, and
-        the oldest never stands still.
+        the oldest never stands still. A whole prompt would, as it takes its rows or none: these go by arrival alone.
         """
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:
@@ -348,8 +348,8 @@ class Scheduler:
         outputs = self.settings.max_outputs - decoding
         scored = scored_rows(self.settings, self.times, decoding) if self.queues.decoding else outputs
         batch = _PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored, self._embedded_rows())
-        half = batch.rows_left // 2
-        while batch.rows_left > half and (shortest := self.queues.shortest(self.queues.prefilling)) is not None:
+        kept = batch.rows_left if self.settings.whole_prompts else batch.rows_left // 2
+        while batch.rows_left > kept and (shortest := self.queues.shortest(self.queues.prefilling)) is not None:
             if shortest.key in batch.slices or not batch.add(shortest, share=2):
                 break
         for sequence in prefilling:

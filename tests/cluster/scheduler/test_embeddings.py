@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import count
 from random import Random
 
 import numpy as np
@@ -134,6 +135,26 @@ def test_a_prompt_may_fill_the_context() -> None:
     run.finish()
     for key, request in zip(keys, requests, strict=True):
         check(run, key, request)
+
+
+@pytest.mark.parametrize("length", [17, 40])
+def test_a_long_whole_prompt_does_not_wait_for_short_ones_that_keep_coming(length: int) -> None:
+    """What shorter ones leave of a microbatch would never be enough for it."""
+    settings = replace(
+        SETTINGS, kv_blocks=100, max_batch_tokens=100, max_embedded_rows=100, prefix_cache=False, whole_prompts=True
+    )
+    run = Simulation(Scheduler(settings, 1, 2), stages(settings.kv_blocks))
+    short = (embedding(number, (number % VOCABULARY,) * length) for number in count())
+    for _ in range(7):
+        run.add(next(short))
+    long = run.add(embedding(-1, tuple(range(95))))
+    for _ in range(20):
+        while len(run.scheduler.queues.waiting) < settings.max_sequences:
+            run.add(next(short))
+        run.step()
+    assert len(run.embedded(long)) == 95
+    run.finish()
+    assert all(chunk.position == 0 for sent in run.microbatches for chunk in sent.microbatch.chunks)
 
 
 @dataclass

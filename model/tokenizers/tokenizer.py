@@ -15,8 +15,9 @@ _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
 class Tokenizer(ABC):
     """A model's tokenizer; safe to use from several threads. Ids outside the vocabulary raise RequestError.
 
-    `longest_word`: characters of the vocabulary's longest word; no token stands for more. `end_of_generation`: tokens
-    that end an answer, the file's eos, eot and eom and words known to mean the same.
+    `longest_word`: characters of the vocabulary's longest word, or what a token of text has at most: a prompt with more
+    for each token of the context is refused. `end_of_generation`: tokens that end an answer, the file's eos, eot and
+    eom and words known to mean the same.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from llamaclust.core.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError, RequestError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import Vocabulary, key, read_flag, read_token_id
 
@@ -15,7 +15,11 @@ _BEGIN: Final = "▁"
 """Before pieces that begin a word."""
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
 """BERT's own ids, for files that name none."""
-_ANY_LENGTH: Final = 1 << 30
+_LONGEST_WORD: Final = 256
+"""Characters that a token of a prompt has at most, on average. The unknown token stands for any word, but words longer
+than this, or so many blanks, are data and not text."""
+_MOST_CHARACTERS: Final = 1 << 18
+"""Of a text: Python takes about 25 microseconds for each of a long word."""
 _HAN: Final = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -44,9 +48,15 @@ class WordPieceTokenizer(Tokenizer):
         )
         self._unknown = _named(metadata, ("unknown_token_id",), size, _UNKNOWN)
         self._longest_piece = max(map(len, vocabulary.words))
-        self.longest_word = _ANY_LENGTH  # the unknown token stands for any word
+        self.longest_word = _LONGEST_WORD
         self._lowers = read_flag(metadata, "normalizer.lowercase", True)
         self._strips = read_flag(metadata, "normalizer.strip_accents", True)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """RequestError for a text that is too long."""
+        if len(text) > _MOST_CHARACTERS:
+            raise RequestError(f"a text of {len(text)} characters, at most {_MOST_CHARACTERS} are taken: shorten it")
+        return super().encode(text, add_special, parse_special)
 
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
         return [token for word in self._words(text) for token in self._pieces(_BEGIN + word)]

@@ -23,6 +23,8 @@ from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, ParameterError, QueueFullError, RequestError, WorkerError
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.model.chat.template import ChatTemplate
+from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from support.clusters.served import (
     CONTEXT,
     END,
@@ -34,6 +36,7 @@ from support.clusters.served import (
     tokenizer,
     until,
 )
+from support.models.tiny_tokenizers import word_pieces
 
 GENERATION = CompletionRequest("Hello", seed=7)
 
@@ -365,9 +368,12 @@ async def test_tokenizing_a_long_text_does_not_block_the_loop() -> None:
     assert turns > 5, "the loop stood still"
 
 
-async def test_what_is_surely_too_long_is_refused_before_it_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of_model", [tokenizer(), load_tokenizer(word_pieces(320))], ids=["bytes", "words"])
+async def test_what_is_surely_too_long_is_refused_before_it_is_tokenized(
+    of_model: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = make_service(ScriptedEngine(says("a")))
-    longest = service.tokenizer.longest_word
+    service.tokenizer, longest = of_model, min(of_model.longest_word, 256)
     monkeypatch.setattr(type(service.tokenizer), "encode_plain", None)
     monkeypatch.setattr(type(service.chat_template), "render_async", None)
     for call in (

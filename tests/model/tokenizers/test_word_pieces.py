@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from support.models.tiny_tokenizers import word_pieces
@@ -58,3 +59,9 @@ def test_case_and_accents_stay_where_the_file_says_so() -> None:
 
 def test_a_long_word_takes_time_by_its_length(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode("e" * 100_000, add_special=False)) == 100_000
+
+
+@pytest.mark.parametrize("text", ["e" * 262_145, "the [SEP]" * 30_000])
+def test_a_text_that_would_take_python_too_long_is_refused(text: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match=f"a text of {len(text)} characters, at most 262144"):
+        tokenizer.encode(text, parse_special=True)

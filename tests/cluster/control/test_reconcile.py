@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from llamaclust.cluster.control import observations as seen
-from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, Waits, observe
 from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.reconcile import (
     Abort,
@@ -23,10 +22,8 @@ from llamaclust.cluster.control.reconcile import (
     Notify,
     Serve,
     Wait,
-    reconcile,
 )
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import (
     DeadlineError,
     InsufficientMemoryError,
@@ -36,74 +33,24 @@ from llamaclust.core.errors import (
     StalledError,
     WorkerError,
 )
-from support.plans.plan_inputs import REQUEST, SMALL, worker
+from support.plans.observed_cluster import (
+    ALL,
+    BOTH,
+    BROKEN,
+    IDLE,
+    ONLY_A,
+    ONLY_B,
+    RECOVERY_S,
+    START_S,
+    Cluster,
+    plan_of,
+)
 
-RECOVERY_S = 120.0
-START_S = 600.0
 AB = frozenset("ab")
 MEMORY = InsufficientMemoryError("12 MiB are missing")
 LOST = WorkerError("worker b is lost")
-BROKEN = WorkerError("the pipeline broke")
 FAILED = WorkerError("layers do not load")
 FILE = ModelFileError("no such file")
-IDLE = Wait(None, is_settled=True)
-
-
-def plan_of(*names: str) -> Plan:
-    return make_plan(SMALL, [worker(name) for name in names], replace(REQUEST, objective="throughput"))
-
-
-BOTH, ONLY_A, ONLY_B, ALL = plan_of("a", "b"), plan_of("a"), plan_of("b"), plan_of("a", "b", "c")
-
-
-@dataclass
-class Cluster:
-    """Applies observations to the state of a cluster of two workers. Plans are for the present inputs."""
-
-    state: ClusterState
-    now_s: float = 0.0
-
-    @classmethod
-    def starting(cls) -> Cluster:
-        return cls(ClusterState(Waits(RECOVERY_S, START_S), 2, seen.Tick(0.0), PipelineLoss(0.0)))
-
-    @classmethod
-    def serving(cls) -> Cluster:
-        cluster = cls.starting()
-        cluster.see(seen.WorkerSeen("a", 1), seen.WorkerSeen("b", 2))
-        cluster.plan(BOTH)
-        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
-        return cluster
-
-    def see(self, *observations: Observation) -> Action | None:
-        for observation in observations:
-            self.state = observe(self.state, observation)
-        return reconcile(self.state)
-
-    def plan(self, outcome: Plan | WorkerError | InsufficientMemoryError) -> Action | None:
-        if isinstance(outcome, Plan):
-            return self.see(seen.Planned(self.state.inputs, plan=outcome))
-        return self.see(seen.Planned(self.state.inputs, error=outcome))
-
-    def at(self, now_s: float) -> Action | None:
-        return self.see(seen.Tick(now_s))
-
-    def lose_pipeline(self, error: WorkerError | ProtocolError = BROKEN) -> Action | None:
-        assert self.see(seen.PipelineLost(error)) == ClosePipeline()
-        return self.see(seen.Signal.PIPELINE_CLOSED)
-
-    def load_failed(
-        self,
-        error: WorkerError | ModelFileError | InsufficientMemoryError,
-        *suspects: Suspect,
-        is_exclusive: bool = True,
-    ) -> Action | None:
-        return self.see(seen.EpochLoadFailed(error, is_exclusive, suspects))
-
-    def notified(self, action: Action | None) -> Action | None:
-        """The action after a notice."""
-        assert isinstance(action, Notify)
-        return self.see(seen.Noticed(action.text))
 
 
 STEPS: list[tuple[str, Sequence[Observation], Action | type[Action] | None]] = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamaclust.cluster.control.cluster_state import Quarantine
+from llamaclust.cluster.control.quarantine import Quarantine
 
 
 def test_the_time_doubles_after_each_failure() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control import cluster_state
+from llamaclust.cluster.control import quarantine
 from llamaclust.cluster.membership.worker_channel import ProgressDeadline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
@@ -60,7 +60,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     print(f"seed {SEED}")
-    monkeypatch.setattr(cluster_state, "_QUARANTINE_BACKOFF", Backoff(first_s=1.0, max_s=600.0))
+    monkeypatch.setattr(quarantine, "_BACKOFF", Backoff(first_s=1.0, max_s=600.0))
     requests = generations(SEED, 60)
     expected = await asyncio.to_thread(undisturbed, model, requests)
     victims = {"c"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control import reconcile as act
-from llamaclust.cluster.control.cluster_state import PipelineLoss
+from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss
 from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
 from llamaclust.cluster.control.notices import awake_text, moving_text, recovered_text
 from llamaclust.cluster.control.observed import Observed
@@ -76,9 +76,7 @@ class ActionRunner:
                 await self._sleep(gives_way=gives_way)
             case act.Expel(expulsions):
                 for expulsion in expulsions:
-                    name, join = expulsion.worker
-                    if self._registry.joins[name] == join:
-                        self._registry.fence(self._registry.workers[name], expulsion.reason)
+                    self._expel(expulsion)
                 self.observed.post(seen.Signal.WORKERS_EXPELLED)
             case act.FailRequests(reason):
                 self._fail_requests(reason)
@@ -89,6 +87,14 @@ class ActionRunner:
                 is_start = self.engine is None
                 self._report(Waiting(text.removeprefix("waiting for ")) if is_start else Notice(text))
                 self.observed.post(seen.Noticed(text))
+
+    def _expel(self, expulsion: Expulsion) -> None:
+        name, join = expulsion.worker
+        if expulsion.stays:
+            what = f"layers of model {self.planner.config.model_name}"
+            self._report(Notice(f"worker {name} gets no {what} for a time: {expulsion.reason}"))
+        elif self._registry.joins[name] == join:
+            self._registry.fence(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
         """Without the quarantined workers where the others suffice."""

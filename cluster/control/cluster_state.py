@@ -63,10 +63,12 @@ class Planning:
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that is to count as lost, and the notice why."""
+    """A worker that is to count as lost, and the notice why. `stays`: it serves other models, and is only to hold
+    nothing of this one."""
 
     worker: Incarnation
     reason: str
+    stays: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +315,7 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
     if hanging or _is_outdated(planning.plan, planning.inputs, state.pool):
         return _expel(state, planning.inputs, hanging)
     if not failed.is_exclusive:
-        return state if state.loss else replace(state, planning=replace(planning, rejected=failed.error))
+        return state if state.loss else _move_failed(state, planning, failed)
     if failed.file_is_absent and not (state.is_start and state.is_whole):  # even if the holder was lost meanwhile
         return replace(state, planning=replace(planning, inputs=state.inputs, rejected=failed.error))
     failures = state.loading.failures + 1
@@ -323,7 +325,13 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
     state = replace(state, loading=Loading(failures, failed.error if is_final else None, retry_at_s))
     if is_short:
         return replace(state, planning=None)
-    return state if state.is_start else _expel(state, planning.inputs, _unfit(state, failed))
+    return state if state.is_start else _exclude(state, planning.inputs, _unfit(state, failed))
+
+
+def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoadFailed) -> ClusterState:
+    """The old epoch serves on. A worker that serves other models and did not answer is excluded, for another move."""
+    state = replace(state, planning=replace(planning, rejected=failed.error))
+    return state if state.is_alone else _exclude(state, planning.inputs, _unfit(state, failed))
 
 
 def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
@@ -339,21 +347,29 @@ def _is_useless(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
 
 
 def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
-    """Workers that did not answer, or that fail again and again, and the notice of each. A model that does not load is
-    no reason to take others from a worker."""
-    is_failing = state.loading.failures >= _MAX_LOADS and state.is_alone
+    """Workers that did not answer, or that fail again and again, and the notice of each."""
+    is_failing = state.loading.failures >= _MAX_LOADS
     reason = f"it takes no part in a new epoch: {failed.error}"
     return {
         suspect.name: reason for suspect in failed.suspects if is_failing or isinstance(suspect.error, DeadlineError)
     }
 
 
-def _expel(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
+def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
+    """Of a model alone, they are expelled. A model that does not load is no reason to take others from a worker."""
+    if state.is_alone:
+        return _expel(state, inputs, reasons)
+    excluded = state.inputs.quarantined
+    new = {name: reason for name, reason in reasons.items() if name not in excluded}
+    return _expel(state, inputs, new, stays=True)
+
+
+def _expel(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str], *, stays: bool = False) -> ClusterState:
     quarantine = state.pool.quarantine
     for name in reasons:
         quarantine = quarantine.add(name, state.tick.now_s)
     workers = dict(inputs.workers)
-    expelled = (Expulsion((name, workers[name]), reason) for name, reason in reasons.items())
+    expelled = (Expulsion((name, workers[name]), reason, stays) for name, reason in reasons.items())
     pool = replace(state.pool, quarantine=quarantine)
     return replace(state, pool=pool, expulsions=(*state.expulsions, *expelled))
 

@@ -23,7 +23,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Report, WorkerLoading
 from llamaclust.core.epochs import epoch_text
-from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, StalledError, WorkerError
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, Loaded, LoadProgress, WeightSources
@@ -60,8 +60,9 @@ async def load_stages(
 ) -> tuple[WorkerHandle, ...]:
     """The workers in the order of their stages, ready to serve the epoch. `report` gets their progress.
 
-    StageLoadError once all have answered, where a worker failed. Then loaded stages are freed, except `is_exclusive`:
-    the next epoch may need their weights.
+    StageLoadError once all have answered, where a worker failed: with StalledError, where it hangs, with
+    DeadlineError, where it gave up the load and has stages of other models. Then loaded stages are freed, except
+    `is_exclusive`: the next epoch may need their weights.
     """
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     names, timeout_s = [handle.name for handle in handles], loads.progress_timeout_s
@@ -81,7 +82,12 @@ async def load_stages(
                 done_bytes, total_bytes = progress.done_bytes, progress.total_bytes
                 report(WorkerLoading(handle.name, order.start, order.end, done_bytes, total_bytes))
 
-        return await handle.load(order, loading, timeout_s)
+        try:
+            return await handle.load(order, loading, timeout_s)
+        except StalledError as stalled:
+            if not (handle.holds_others(order.model_id) and await _gives_up(handle, order.epoch)):
+                raise
+            raise DeadlineError(str(stalled)) from stalled
 
     answers = await asyncio.gather(*map(load, count(), handles), return_exceptions=True)
     suspects = _suspects(handles, answers)
@@ -90,6 +96,15 @@ async def load_stages(
             await _discard(loads.epoch, handles)
         raise StageLoadError(suspects[0].error, suspects)
     return handles
+
+
+async def _gives_up(worker: WorkerHandle, epoch: int) -> bool:
+    """Whether a worker ends a load that got no further."""
+    try:
+        await worker.unload(epoch)
+    except LlamaclustError:
+        return False
+    return True
 
 
 def _suspects(handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseException]) -> tuple[Suspect, ...]:

@@ -52,7 +52,7 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """These workers count as lost from now on."""
+    """These workers count as lost from now on, unless they stay for other models."""
 
     expulsions: tuple[Expulsion, ...]
 

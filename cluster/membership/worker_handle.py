@@ -138,6 +138,10 @@ class WorkerHandle:
         """Of its stages of a model."""
         return [epoch for epoch, (order, _) in self.stages.items() if order.model_id == model_id]
 
+    def holds_others(self, model_id: str) -> bool:
+        """Whether it has stages of other models than this one."""
+        return any(order.model_id != model_id for order, _ in self.stages.values())
+
     def layers_of(self, epoch: int) -> tuple[int, int]:
         order, _ = self.stages[epoch]
         return order.start, order.end

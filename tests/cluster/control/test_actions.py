@@ -16,13 +16,13 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import actions, epochs
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Serving, Waits
+from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss, PoolState, Serving, Waits
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers, StageLoadError
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.pool.drain import WorkerOperations
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
-from llamaclust.cluster.control.reconcile import LoadEpoch, MakePlan
+from llamaclust.cluster.control.reconcile import Expel, LoadEpoch, MakePlan
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.membership.members import Members
@@ -174,6 +174,22 @@ async def test_a_load_does_not_wait_for_ever_for_the_end_of_lost_workers(monkeyp
     assert str(error) == "the end of lost workers' processes: not within 0.05 s"
     assert not ending.done(), "a later load waits for it again"
     await runner.ending.close()
+
+
+@pytest.mark.parametrize("stays", [True, False])
+async def test_a_worker_that_stays_for_other_models_is_not_fenced(stays: bool) -> None:
+    fenced, events = list[object](), list[Event]()
+    runner = action_runner(observed_cluster(), ANYTHING)
+    runner.planner.config = SimpleNamespace(model_name="m")  # type: ignore[assignment]
+    runner._report = events.append
+    registry = SimpleNamespace(
+        workers={"b": "b"}, joins={"b": 2}, fence=lambda name, why: fenced.append(f"{name}: {why}")
+    )
+    runner._registry = registry  # type: ignore[assignment]
+    await runner.run(Expel((Expulsion(("b", 2), "its disk is bad", stays),)))
+    notice = Notice("worker b gets no layers of model m for a time: its disk is bad")
+    assert (fenced, events) == (([], [notice]) if stays else ([("b", "its disk is bad")], []))
+    assert await runner.observed.next(None) is seen.Signal.WORKERS_EXPELLED
 
 
 def supervised(registry: Members) -> tuple[WorkerPool, Supervisor]:

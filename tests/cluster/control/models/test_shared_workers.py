@@ -1,0 +1,131 @@
+"""A model among several on the same workers: what it does about them leaves the other models alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partialmethod
+
+import pytest
+
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss, Waits, observe
+from llamaclust.cluster.control.epochs import StageLoadError, StageLoads, load_stages
+from llamaclust.cluster.control.observations import Observation, Suspect
+from llamaclust.cluster.control.reconcile import Action, Expel, LoadEpoch, MakePlan, Wait, reconcile
+from llamaclust.cluster.control.weight_sources import ModelReference
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.core.errors import DeadlineError, LlamaclustError, StalledError, WorkerError
+from llamaclust.wire.control.messages import CoordinatorMessage, FindWeights, Loaded, Unload, Unloaded, WeightsFound
+from support.plans.plan_inputs import REQUEST, SMALL, worker
+from support.wire.control_messages import LOAD, REGISTER
+
+FAILED = WorkerError("layers do not load")
+
+
+def plan_of(*names: str) -> Plan:
+    return make_plan(SMALL, [worker(name) for name in names], replace(REQUEST, objective="throughput"))
+
+
+BOTH, ONLY_A = plan_of("a", "b"), plan_of("a")
+
+
+def after(state: ClusterState, *observations: Observation) -> ClusterState:
+    for observation in observations:
+        state = observe(state, observation)
+    return state
+
+
+def planned(state: ClusterState, plan: Plan) -> ClusterState:
+    return after(state, seen.Planned(state.inputs, plan))
+
+
+def serving() -> ClusterState:
+    """One of several models, on the workers a and b."""
+    state = ClusterState(Waits(120.0, 600.0), 2, seen.Tick(0.0), PipelineLoss(0.0), is_alone=False)
+    state = planned(after(state, seen.WorkerSeen("a", 1), seen.WorkerSeen("b", 2)), BOTH)
+    return after(state, seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
+
+
+def lost() -> ClusterState:
+    return after(serving(), seen.PipelineLost(WorkerError("the pipeline broke")), seen.Signal.PIPELINE_CLOSED)
+
+
+def failed(state: ClusterState, error: LlamaclustError, *, is_exclusive: bool = True) -> ClusterState:
+    """After a load that worker b failed."""
+    return after(state, seen.EpochLoadFailed(error, is_exclusive, (Suspect("b", error),)))
+
+
+def stays(action: Action | None) -> bool:
+    """Whether worker b is to hold nothing of this model, and remains for others."""
+    assert isinstance(action, Expel)
+    (expulsion,) = action.expulsions
+    return expulsion.worker == ("b", 2) and expulsion.stays
+
+
+def test_plans_do_without_a_worker_that_fails_again_and_again_and_it_stays_for_other_models() -> None:
+    state = lost()
+    for _ in range(2):
+        state = failed(state, FAILED)
+        assert isinstance(reconcile(state), Wait) and not state.inputs.quarantined
+    state = failed(state, FAILED)
+    assert stays(reconcile(state))
+    state = after(state, seen.Signal.WORKERS_EXPELLED)
+    assert state.inputs.quarantined == {"b"} and state.inputs.workers == (("a", 1), ("b", 2))
+    assert reconcile(state) == MakePlan(state.inputs)
+    state = after(planned(state, ONLY_A), seen.Tick(1.0))
+    assert reconcile(state) == LoadEpoch(ONLY_A, is_exclusive=True)
+
+
+def test_where_the_others_do_not_suffice_such_a_worker_is_noticed_once_in_its_quarantine() -> None:
+    state = lost()
+    for _ in range(3):
+        state = failed(state, FAILED)
+    state = failed(planned(after(state, seen.Signal.WORKERS_EXPELLED), BOTH), FAILED)
+    assert isinstance(reconcile(state), Wait)
+    state = failed(after(state, seen.Tick(10.0)), FAILED)
+    assert stays(reconcile(state)), "its quarantine was over"
+
+
+@pytest.mark.parametrize("is_exclusive", [True, False], ids=["recovery", "move"])
+def test_a_worker_that_gave_up_a_load_stays_for_other_models(is_exclusive: bool) -> None:
+    late = DeadlineError("worker b gets no further")
+    state = failed(lost() if is_exclusive else serving(), late, is_exclusive=is_exclusive)
+    assert stays(reconcile(state))
+    state = after(state, seen.Signal.WORKERS_EXPELLED)
+    assert reconcile(state) == MakePlan(state.inputs) and state.inputs.quarantined == {"b"}
+
+
+def test_a_worker_that_does_not_even_give_up_is_expelled() -> None:
+    hangs = StalledError("worker b gets no further")
+    assert reconcile(failed(lost(), hangs)) == Expel((Expulsion(("b", 2), f"it hangs: {hangs}"),))
+
+
+@pytest.mark.parametrize(("holds_others", "unloads"), [(True, True), (True, False), (False, True)])
+async def test_a_load_that_stalls_is_ended_where_the_worker_holds_another_model(
+    holds_others: bool, unloads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unloaded = []
+
+    async def send(message: CoordinatorMessage) -> None:
+        match message:
+            case FindWeights(request_id=request_id):
+                handle.receive(WeightsFound(True, request_id=request_id))
+            case Unload(epoch):
+                unloaded.append(epoch)
+                if unloads:
+                    handle.receive(Unloaded(epoch))
+
+    monkeypatch.setattr(WorkerHandle, "unload", partialmethod(WorkerHandle.unload, deadline_s=0.05))
+    handle = WorkerHandle(REGISTER, send, lambda: "")
+    if holds_others:
+        handle.stages[1] = (replace(LOAD, epoch=1, model_id="cd" * 32), Loaded(1, 1, 2, 3))
+    reference = ModelReference(LOAD.model_path, LOAD.model_id, ())
+    loads = StageLoads(3, [StageInfo("a", 0, 4)], reference, LOAD.limits, is_exclusive=True, progress_timeout_s=0.05)
+    with pytest.raises(StageLoadError, match="gets no further") as raised:
+        await load_stages(loads, {"a": handle})
+    (suspect,) = raised.value.suspects
+    assert isinstance(suspect.error, StalledError) is not (holds_others and unloads)
+    assert isinstance(suspect.error, DeadlineError) and unloaded == ([3] if holds_others else [])

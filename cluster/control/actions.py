@@ -181,7 +181,7 @@ class ActionRunner:
             self._recovered(self.engine, loss)
         if old is not None:
             await old.pipeline.close()
-            await self._free_others(epoch)
+        await self._free_others(epoch)
 
     def _recovered(self, engine: Engine, loss: PipelineLoss) -> None:
         """From a loss, or from sleep."""
@@ -207,7 +207,6 @@ class ActionRunner:
         assert retired is not None and self.epoch is not None
         await retired.pipeline.close()
         await self._free_others(self.epoch)
-        self._enter(self.epoch.plan)
         self.observed.post(seen.Signal.RETIRING_FREED)
 
     async def _sleep(self, *, gives_way: bool) -> None:
@@ -219,16 +218,17 @@ class ActionRunner:
         epochs, self.epoch, self.retiring = self.open_epochs, None, None
         await asyncio.gather(*(epoch.pipeline.close() for epoch in epochs))
         await self._free_others(None)
-        self._enter()
         why = "for another one's turn, its requests wait" if gives_way else "a request wakes it"
         self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
         self.observed.post(seen.Signal.ASLEEP)
 
     async def _free_others(self, epoch: Epoch | None) -> None:
+        """The model's memory is that of this epoch from now on, and other models are planned beside it."""
         try:
             await self.epochs.free_others(epoch)
         except LlamaclustError as error:
             self._report(Notice(f"layers that are not needed any more stay in memory: {error}"))
+        self._enter(*(() if epoch is None else (epoch.plan,)))
 
     def _fail_requests(self, reason: str) -> None:
         loss = self.observed.state.loss

@@ -271,5 +271,7 @@ class Epochs:
         """Frees the stages of all of the model's epochs but this one. Raises the first error once all have answered."""
         workers, kept = tuple(self._registry.present.values()), set() if epoch is None else {epoch.number}
         numbers = {number for worker in workers for number in worker.epochs_of(self._model.model_id)} - kept
+        if not numbers:  # another model's load is not waited for
+            return
         async with self._turn:
             await _all(unload_stages(number, workers) for number in numbers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
@@ -16,7 +15,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import actions, epochs
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss, PoolState, Serving, Waits
+from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss, PoolState, Serving
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers, StageLoadError
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observed import Observed
@@ -44,11 +43,10 @@ from llamaclust.wire.control.messages import (
     UnloadFailed,
     WeightsFound,
 )
-from llamaclust.wire.rpc.task_set import TaskSet
 from support.plans.plan_inputs import REQUEST, SMALL, worker
+from support.several_models.runner import ANYTHING, action_runner, observed_cluster
 from support.wire.control_messages import LOAD, REGISTER
 
-ANYTHING: Any = SimpleNamespace()
 UNPARTITIONED: Any = SimpleNamespace(pairs=frozenset())
 
 
@@ -103,24 +101,6 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
     with pytest.raises(StageLoadError, match="its disk is bad" if fails == "load" else "no connection"):
         await opened.open(plan_of("a", "b"), UNKNOWN, is_exclusive=False)
     assert "layers of epoch 2.1 stay in memory: worker a" in caplog.text
-
-
-def observed_cluster() -> Observed:
-    return Observed(ClusterState(Waits(120.0, 120.0), 2, seen.Tick(0.0), PipelineLoss(0.0)))
-
-
-def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionRunner:
-    """Of a cluster that serves."""
-
-    async def settled() -> None: ...
-
-    loading: Any = SimpleNamespace(open=open_epoch, file_is_absent=False, model_id="m", held_layers={})
-    planner: Any = SimpleNamespace(links=UNKNOWN, ledger=MemoryLedger())
-    registry: Any = SimpleNamespace(workers={}, present={})
-    partitions: Any = SimpleNamespace(settled=settled)
-    runner = ActionRunner(observed, loading, planner, registry, partitions, lambda event: None, TaskSet())
-    runner.engine = ANYTHING
-    return runner
 
 
 @pytest.mark.parametrize("is_lost", [True, False])
@@ -178,7 +158,7 @@ async def test_a_load_does_not_wait_for_ever_for_the_end_of_lost_workers(monkeyp
 
 @pytest.mark.parametrize("stays", [True, False])
 async def test_a_worker_that_stays_for_other_models_is_not_fenced(stays: bool) -> None:
-    fenced, events = list[object](), list[Event]()
+    fenced, events = list[str](), list[Event]()
     runner = action_runner(observed_cluster(), ANYTHING)
     runner.planner.config = SimpleNamespace(model_name="m")  # type: ignore[assignment]
     runner._report = events.append
@@ -188,7 +168,7 @@ async def test_a_worker_that_stays_for_other_models_is_not_fenced(stays: bool) -
     runner._registry = registry  # type: ignore[assignment]
     await runner.run(Expel((Expulsion(("b", 2), "its disk is bad", stays),)))
     notice = Notice("worker b gets no layers of model m for a time: its disk is bad")
-    assert (fenced, events) == (([], [notice]) if stays else ([("b", "its disk is bad")], []))
+    assert (fenced, events) == (([], [notice]) if stays else (["b: its disk is bad"], []))
     assert await runner.observed.next(None) is seen.Signal.WORKERS_EXPELLED
 
 

@@ -1,0 +1,58 @@
+"""The memory that each of several models holds, as the others are planned beside it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.cluster_state import PipelineLoss
+from llamaclust.cluster.control.memory_ledger import MemoryLedger, MemoryUse
+from llamaclust.cluster.control.reconcile import LoadEpoch, Serve
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import make_plan
+from support.plans.plan_inputs import REQUEST, SMALL, worker
+from support.several_models.runner import action_runner, observed_cluster
+
+
+def plan_of(*names: str) -> Plan:
+    return make_plan(SMALL, [worker(name) for name in names], replace(REQUEST, objective="throughput"))
+
+
+BOTH, ONLY_A, ONLY_B = plan_of("a", "b"), plan_of("a"), plan_of("b")
+
+
+def use_of(*plans: Plan) -> MemoryUse:
+    """As other models see it."""
+    ledger = MemoryLedger()
+    ledger.enter("a model", plans)
+    return ledger.beside("another")
+
+
+def epoch_of(plan: Plan) -> Any:
+    async def close() -> None: ...
+
+    return SimpleNamespace(plan=plan, pipeline=SimpleNamespace(close=close), settings=None)
+
+
+async def test_a_move_that_a_loss_overtook_holds_the_memory_of_one_plan() -> None:
+    async def open_epoch(*_: object, **__: object) -> Any:
+        return epoch_of(BOTH)
+
+    async def free_others(epoch: object) -> None: ...
+
+    observed = observed_cluster()
+    runner = action_runner(observed, open_epoch)
+    runner.epochs.free_others = free_others  # type: ignore[method-assign]
+    runner.planner.config = SimpleNamespace(model_name="m")  # type: ignore[assignment]
+    counts = SimpleNamespace(running=0, waiting=0)
+    engine: Any = SimpleNamespace(counts=counts, resume=lambda *_: None)  # no retirement: the old pipeline is lost
+    runner.epoch, runner.engine, ledger = epoch_of(ONLY_A), engine, runner.planner.ledger
+    await runner.run(LoadEpoch(BOTH, is_exclusive=False))
+    assert ledger.beside("another") == use_of(ONLY_A, BOTH)
+    observed.state = replace(observed.state, loss=PipelineLoss(asyncio.get_running_loop().time()))
+    await runner.run(Serve())
+    assert ledger.beside("another") == use_of(BOTH)
+    assert [await observed.next(None) for _ in range(2)] == [seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING]

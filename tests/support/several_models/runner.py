@@ -1,0 +1,35 @@
+"""What runs a model's actions, on stubs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.actions import ActionRunner
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, Waits
+from llamaclust.cluster.control.memory_ledger import MemoryLedger
+from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.planner.links import UNKNOWN
+from llamaclust.wire.rpc.task_set import TaskSet
+
+ANYTHING: Any = SimpleNamespace()
+
+
+def observed_cluster() -> Observed:
+    return Observed(ClusterState(Waits(120.0, 120.0), 2, seen.Tick(0.0), PipelineLoss(0.0)))
+
+
+def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionRunner:
+    """Of a cluster that serves."""
+
+    async def settled() -> None: ...
+
+    loading: Any = SimpleNamespace(open=open_epoch, file_is_absent=False, model_id="m", held_layers={})
+    planner: Any = SimpleNamespace(links=UNKNOWN, ledger=MemoryLedger())
+    registry: Any = SimpleNamespace(workers={}, present={})
+    partitions: Any = SimpleNamespace(settled=settled)
+    runner = ActionRunner(observed, loading, planner, registry, partitions, lambda event: None, TaskSet())
+    runner.engine = ANYTHING
+    return runner

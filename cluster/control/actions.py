@@ -103,6 +103,7 @@ class ActionRunner:
         others = {name: worker for name, worker in usable.items() if name not in inputs.quarantined}
         plan, failure = None, None
         async with self.planner.ledger.lock:
+            self.planner.ledger.planned(self.epochs.model_id)
             for workers in (others, usable) if len(others) < len(usable) else (usable,):
                 try:
                     plan, failure = await self.planner.plan(workers, inputs.partitions), None
@@ -125,9 +126,13 @@ class ActionRunner:
         self.planner.ledger.enter(self.epochs.model_id, plans)
 
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
-        """Any error of a worker is a failed load."""
+        """Any error of a worker is a failed load. Where other models have taken memory since, another plan is due."""
         serving = () if is_exclusive or self.epoch is None else (self.epoch.plan,)
-        self._enter(*serving, plan)
+        async with self.planner.ledger.lock:
+            is_reserved = self.planner.ledger.reserve(self.epochs.model_id, (*serving, plan))
+        if not is_reserved:
+            self.observed.post(seen.Signal.MEMORY_TAKEN)
+            return
         try:
             await self._open(plan, is_exclusive=is_exclusive)
         except (StageLoadError, LlamaclustError) as failed:

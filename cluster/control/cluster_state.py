@@ -266,7 +266,7 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
             state = replace(state, serving=None, retiring=None, planning=None, loading=Loading(), waits_for="")
             loss = PipelineLoss(state.tick.now_s, is_closed=True)
             return replace(state, loss=loss, is_unloaded=not state.is_wanted)
-        case seen.Signal.MEMORY_FREED:
+        case seen.Signal.MEMORY_FREED | seen.Signal.MEMORY_TAKEN:
             return replace(state, pool=replace(pool, memory=pool.memory + 1))
         case seen.Signal.LINKS_CHANGED:
             return replace(state, pool=replace(pool, links=pool.links + 1))

@@ -13,19 +13,37 @@ MemoryUse = Counter[tuple[str, str]]
 
 
 class MemoryLedger:
-    """Of one cluster. `lock` is held from the look at it to the entry of a plan."""
+    """Of one cluster. `lock` is held while a plan is made, up to its entry if it is to be loaded next."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self._held: dict[str, MemoryUse] = {}  # by model id
+        self._beside: dict[str, MemoryUse] = {}  # likewise, what others held when it was planned last
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
         """All that a model holds from now on, loaded or to be loaded; nothing without plans."""
-        self._held[model_id] = sum(map(_memory_use, plans), MemoryUse())
+        self._held[model_id] = _total(plans)
+
+    def planned(self, model_id: str) -> None:
+        """A plan was made beside what the others hold now."""
+        self._beside[model_id] = self.beside(model_id)
+
+    def reserve(self, model_id: str, plans: Iterable[Plan]) -> bool:
+        """Enters plans before they are loaded. False where other models have taken memory since the newest one was
+        made: it may not fit beside them."""
+        use, held = _total(plans), self._held.get(model_id, MemoryUse())
+        fits = use <= held or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
+        if fits:
+            self._held[model_id] = use
+        return fits
 
     def beside(self, model_id: str) -> MemoryUse:
         """What the other models hold."""
         return sum((held for name, held in self._held.items() if name != model_id), MemoryUse())
+
+
+def _total(plans: Iterable[Plan]) -> MemoryUse:
+    return sum(map(_memory_use, plans), MemoryUse())
 
 
 def _memory_use(plan: Plan) -> MemoryUse:

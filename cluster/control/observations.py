@@ -21,7 +21,7 @@ class PlanInputs:
     quarantined: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
     links: int = 0  # how often they changed
-    memory: int = 0  # how often other models freed some
+    memory: int = 0  # how often other models freed or took some
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +126,7 @@ class Signal(Enum):
     TURN_ENDED = auto()  # the model is to be unloaded for another one; its requests wait
     ASLEEP = auto()  # its stages are freed
     MEMORY_FREED = auto()  # by another model
+    MEMORY_TAKEN = auto()  # by another model, since the newest plan was made
     ACTION_ENDED = auto()  # the next one may begin
 
 

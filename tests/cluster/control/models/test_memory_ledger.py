@@ -7,10 +7,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.cluster_state import PipelineLoss
 from llamaclust.cluster.control.memory_ledger import MemoryLedger, MemoryUse
-from llamaclust.cluster.control.reconcile import LoadEpoch, Serve
+from llamaclust.cluster.control.reconcile import LoadEpoch, MakePlan, Serve
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from support.plans.plan_inputs import REQUEST, SMALL, worker
@@ -56,3 +58,39 @@ async def test_a_move_that_a_loss_overtook_holds_the_memory_of_one_plan() -> Non
     await runner.run(Serve())
     assert ledger.beside("another") == use_of(BOTH)
     assert [await observed.next(None) for _ in range(2)] == [seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING]
+
+
+@pytest.mark.parametrize("is_lost", [True, False], ids=["after a loss", "a move"])
+async def test_a_plan_of_before_another_model_took_memory_is_not_loaded(is_lost: bool) -> None:
+    """Unless it was entered, so that the other one was planned beside it."""
+    opened = []
+
+    async def plan(*_: object) -> Plan:
+        return BOTH
+
+    async def open_epoch(new: Plan, *_: object, **__: object) -> Any:
+        opened.append(new)
+        return epoch_of(new)
+
+    observed = observed_cluster()
+    runner, ledger = action_runner(observed, open_epoch), MemoryLedger()
+    planner: Any = SimpleNamespace(plan=plan, ledger=ledger, links=None)
+    runner.planner = planner
+    loss, observed.state = observed.state.loss, replace(observed.state, loss=None)
+    await runner.run(MakePlan(observed.state.inputs))
+    ledger.enter("another", (ONLY_A,))
+    assert isinstance(await observed.next(None), seen.Planned)
+    await runner.run(LoadEpoch(BOTH, is_exclusive=is_lost))
+    taken = await observed.next(None)
+    assert taken is seen.Signal.MEMORY_TAKEN and not opened
+    before = observed.state.inputs
+    observed.apply(taken)
+    assert observed.state.inputs != before, "another plan is due"
+    assert ledger.beside("another") == MemoryUse()
+    observed.state = replace(observed.state, loss=loss if is_lost else None)
+    await runner.run(MakePlan(observed.state.inputs))
+    assert ledger.beside("another") == (use_of(BOTH) if is_lost else MemoryUse())
+    if is_lost:
+        ledger.enter("a third", (ONLY_B,))
+    await runner.run(LoadEpoch(BOTH, is_exclusive=is_lost))
+    assert opened == [BOTH]

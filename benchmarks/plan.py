@@ -41,6 +41,7 @@ from split import prompts, run  # noqa: E402
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
 from llamaclust.cluster.config.sections import PlanEntry  # noqa: E402
+from llamaclust.cluster.control.memory_ledger import MemoryLedger  # noqa: E402
 from llamaclust.cluster.control.observations import Signal  # noqa: E402
 from llamaclust.cluster.control.planning import ClusterPlanner  # noqa: E402
 from llamaclust.cluster.membership.worker_handle import WorkerHandle  # noqa: E402
@@ -235,8 +236,10 @@ class GivenPlans(ClusterPlanner):
     def update(self, links: Links) -> bool:
         return self.given is None and super().update(links)
 
-    async def plan(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> Plan:
-        return self.given or await super().plan(workers, partitions)
+    async def plan(
+        self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset(), beside: MemoryLedger | None = None
+    ) -> Plan:
+        return self.given or await super().plan(workers, partitions, beside)
 
 
 def planner_of(cluster: Cluster) -> GivenPlans:

@@ -24,6 +24,12 @@ class MemoryLedger:
         """All that a model holds from now on, loaded or to be loaded; nothing without plans."""
         self._held[model_id] = _total(plans)
 
+    def copy(self) -> MemoryLedger:
+        """For plans that are not to be loaded."""
+        scratch = MemoryLedger()
+        scratch._held = dict(self._held)
+        return scratch
+
     def planned(self, model_id: str) -> None:
         """A plan was made beside what the others hold now."""
         self._beside[model_id] = self.beside(model_id)

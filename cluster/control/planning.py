@@ -164,15 +164,19 @@ class ClusterPlanner:
         changed, self.links = links != self.links, links
         return changed
 
-    async def plan(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> Plan:
-        """In its thread: over many workers and layers it takes seconds. Raises as `plan_cluster` does, and WorkerError
-        where there are no workers or a manual plan needs others."""
+    async def plan(
+        self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset(), beside: MemoryLedger | None = None
+    ) -> Plan:
+        """In its thread: over many workers and layers it takes seconds. `beside`: another ledger than the cluster's.
+        Raises as `plan_cluster` does, and WorkerError where there are no workers or a manual plan needs others."""
         missing = [entry.worker for entry in self.config.plan or () if entry.worker not in workers]
         if missing:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
         resources = self._resources(workers, partitions)
+        if beside is not None:
+            resources = replace(resources, held=beside.beside(self.model.model_id))
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, plan_cluster, self.config, self.model, resources)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -51,8 +51,8 @@ class WorkerOperations:
     async def drain(self, name: str) -> None:
         """Moves a worker's layers to others, without a pause where memory holds both plans; returns when it holds none.
 
-        UsageError for an unknown name, InsufficientMemoryError or WorkerError where the others do not suffice, or where
-        it is undrained meanwhile.
+        UsageError for an unknown name, InsufficientMemoryError or WorkerError where the others do not suffice for all
+        models that are awake, or where it is undrained meanwhile.
         """
         self._worker(name)
         undrained = self._undrained[name]
@@ -60,9 +60,7 @@ class WorkerOperations:
         others = {other: worker for other, worker in self._registry.present.items() if other not in excluded}
         if not others:
             raise WorkerError(f"no other worker is there that is not drained: {name} keeps its layers")
-        for runner in self._runners:
-            if not runner.observed.state.is_asleep:
-                await runner.planner.plan(others, self._partitions.pairs)
+        await self._plan_all(others)
         if self._undrained[name] != undrained:
             raise WorkerError(f"worker {name} was undrained before its layers moved")
         if name not in self.drained:
@@ -76,6 +74,15 @@ class WorkerOperations:
             self.undrain(name)
             await asyncio.gather(*(each.settled.wait() for each in observed))
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
+
+    async def _plan_all(self, workers: Mapping[str, WorkerHandle]) -> None:
+        """Models that are awake, each beside the new plans of those before it. Raises where these do not fit."""
+        async with (ledger := self._runners[0].planner.ledger).lock:
+            scratch = ledger.copy()
+            for runner in self._runners:
+                if not runner.observed.state.is_asleep:
+                    plan = await runner.planner.plan(workers, self._partitions.pairs, scratch)
+                    scratch.enter(runner.epochs.model_id, (plan,))
 
     def undrain(self, name: str) -> None:
         """Makes the worker available again, also where it is in quarantine; layers move to it when that is worth it.

@@ -231,12 +231,14 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
 
 
 async def test_a_drain_of_a_worker_without_layers_returns_although_requests_delay_a_better_plan() -> None:
-    async def plan(*_: object) -> None: ...
+    async def plan(*_: object) -> Plan:
+        return plan_of("a", "b")
 
     observed, events = observed_cluster(), list[Event]()
     workers = dict.fromkeys("abc", ANYTHING)
     epoch = SimpleNamespace(holds="ab".__contains__)
-    served: Any = SimpleNamespace(planner=SimpleNamespace(plan=plan), epoch=epoch, observed=observed)
+    planner, epochs = SimpleNamespace(plan=plan, ledger=MemoryLedger()), SimpleNamespace(model_id="m")
+    served: Any = SimpleNamespace(planner=planner, epochs=epochs, epoch=epoch, observed=observed)
     registry: Any = SimpleNamespace(workers=workers, present=workers)
     joins = {"a": 1, "b": 2, "c": 3}
     observed.state = replace(observed.state, pool=PoolState(joins))
@@ -272,12 +274,14 @@ async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place
     """As where its client was cut off: the request to undrain comes later, and is the one that counts."""
     planning, planned = asyncio.Event(), asyncio.Event()
 
-    async def plan(*_: object) -> None:
+    async def plan(*_: object) -> Plan:
         planning.set()
         await planned.wait()
+        return plan_of("b")
 
     observed, workers, events = observed_cluster(), dict.fromkeys("ab", ANYTHING), list[Event]()
-    served: Any = SimpleNamespace(planner=SimpleNamespace(plan=plan), observed=observed)
+    planner, epochs = SimpleNamespace(plan=plan, ledger=MemoryLedger()), SimpleNamespace(model_id="m")
+    served: Any = SimpleNamespace(planner=planner, epochs=epochs, observed=observed)
     registry: Any = SimpleNamespace(workers=workers, present=workers)
     pool = WorkerOperations(registry, ControlRecord(), [served], UNPARTITIONED, events.append)
     drain = asyncio.create_task(pool.drain("a"))

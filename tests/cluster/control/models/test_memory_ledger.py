@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,13 @@ import pytest
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.cluster_state import PipelineLoss
 from llamaclust.cluster.control.memory_ledger import MemoryLedger, MemoryUse
+from llamaclust.cluster.control.pool.drain import WorkerOperations
 from llamaclust.cluster.control.reconcile import LoadEpoch, MakePlan, Serve
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.sizes import MIB
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.several_models.runner import action_runner, observed_cluster
 
@@ -94,3 +99,31 @@ async def test_a_plan_of_before_another_model_took_memory_is_not_loaded(is_lost:
         ledger.enter("a third", (ONLY_B,))
     await runner.run(LoadEpoch(BOTH, is_exclusive=is_lost))
     assert opened == [BOTH]
+
+
+async def test_a_drain_is_refused_where_the_others_suffice_for_each_model_but_not_for_all() -> None:
+    ledger = MemoryLedger()
+    old = make_plan(SMALL, [worker("b", 150), worker("c", 150)], REQUEST)
+    assert len(old.stages) == 2
+
+    def runner_of(model_id: str) -> Any:
+        async def plan(workers: Mapping[str, object], _: object, beside: MemoryLedger = ledger) -> Plan:
+            held = beside.beside(model_id)
+            return make_plan(SMALL, [worker(name, 420 - held[name, "cpu"] // MIB - 1) for name in workers], REQUEST)
+
+        observed = observed_cluster()
+        ledger.enter(model_id, (old,))
+        planner, epochs = SimpleNamespace(plan=plan, ledger=ledger), SimpleNamespace(model_id=model_id)
+        return SimpleNamespace(planner=planner, epochs=epochs, observed=observed)
+
+    models, workers = [runner_of("m"), runner_of("n")], dict.fromkeys("bc")
+    for model in models:
+        assert await model.planner.plan({"c": None}, None), "each fits beside the other's old plan"
+    before = ledger.beside("m"), ledger.beside("n")
+    registry: Any = SimpleNamespace(workers=workers, present=workers)
+    pairs: Any = SimpleNamespace(pairs=frozenset())
+    operations = WorkerOperations(registry, ControlRecord(), models, pairs, lambda event: None)
+    with pytest.raises(InsufficientMemoryError):
+        await operations.drain("b")
+    assert not operations.drained and all(model.observed.is_current for model in models)
+    assert (ledger.beside("m"), ledger.beside("n")) == before

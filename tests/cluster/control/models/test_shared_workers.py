@@ -107,7 +107,7 @@ def test_a_worker_that_does_not_even_give_up_is_expelled() -> None:
 async def test_a_load_that_stalls_is_ended_where_the_worker_holds_another_model(
     holds_others: bool, unloads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unloaded = []
+    unloaded: list[int] = []
 
     async def send(message: CoordinatorMessage) -> None:
         match message:

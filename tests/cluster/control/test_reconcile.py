@@ -344,17 +344,3 @@ def test_a_loss_during_a_move_is_recovered_by_the_move() -> None:
     cluster.see(seen.PipelineLost(LOST))
     assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
     assert cluster.see(seen.Signal.EPOCH_SERVING) == IDLE and cluster.state.loss is None
-
-
-def test_the_wait_for_the_memory_of_other_models_is_no_part_of_a_recovery() -> None:
-    cluster = Cluster.serving()
-    cluster.at(10.0)
-    cluster.see(seen.WorkerLost("b"))
-    cluster.lose_pipeline(LOST)
-    action = cluster.see(seen.Planned(cluster.state.inputs, error=MEMORY, is_beside=True))
-    assert cluster.notified(action) == Wait(None)
-    assert cluster.at(10.0 + 2 * RECOVERY_S) == Wait(None)
-    cluster.see(seen.Signal.MEMORY_FREED)
-    assert cluster.plan(ONLY_A) == LoadEpoch(ONLY_A, is_exclusive=True)
-    retried = cluster.load_failed(FAILED)
-    assert isinstance(retried, Wait) and retried.until_s == pytest.approx(10.0 + 2 * RECOVERY_S, abs=1.0)

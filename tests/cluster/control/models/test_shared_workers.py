@@ -11,13 +11,13 @@ from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss, Waits, observe
 from llamaclust.cluster.control.epochs import StageLoadError, StageLoads, load_stages
 from llamaclust.cluster.control.observations import Observation, Suspect
-from llamaclust.cluster.control.reconcile import Action, Expel, LoadEpoch, MakePlan, Wait, reconcile
+from llamaclust.cluster.control.reconcile import Action, Expel, LoadEpoch, MakePlan, Notify, Wait, reconcile
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
-from llamaclust.core.errors import DeadlineError, LlamaclustError, StalledError, WorkerError
+from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, StalledError, WorkerError
 from llamaclust.wire.control.messages import CoordinatorMessage, FindWeights, Loaded, Unload, Unloaded, WeightsFound
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.wire.control_messages import LOAD, REGISTER
@@ -101,6 +101,24 @@ def test_a_worker_that_gave_up_a_load_stays_for_other_models(is_exclusive: bool)
 def test_a_worker_that_does_not_even_give_up_is_expelled() -> None:
     hangs = StalledError("worker b gets no further")
     assert reconcile(failed(lost(), hangs)) == Expel((Expulsion(("b", 2), f"it hangs: {hangs}"),))
+
+
+def test_the_wait_for_the_memory_of_other_models_is_no_part_of_a_recovery() -> None:
+    state = after(serving(), seen.Tick(10.0), seen.WorkerLost("b"), seen.PipelineLost(WorkerError("b is lost")))
+    state = after(state, seen.Signal.PIPELINE_CLOSED)
+    short = InsufficientMemoryError("12 MiB are missing")
+    state = after(state, seen.Planned(state.inputs, error=short, is_beside=True))
+    action = reconcile(state)
+    assert isinstance(action, Notify)
+    state = after(state, seen.Noticed(action.text))
+    assert reconcile(state) == Wait(None)
+    state = after(state, seen.Tick(250.0))
+    assert reconcile(state) == Wait(None)
+    state = planned(after(state, seen.Signal.MEMORY_FREED), ONLY_A)
+    assert reconcile(state) == LoadEpoch(ONLY_A, is_exclusive=True)
+    retried = reconcile(after(state, seen.EpochLoadFailed(FAILED, True)))
+    assert isinstance(retried, Wait) and retried.until_s is not None
+    assert retried.until_s == pytest.approx(250.0, abs=1.0)
 
 
 @pytest.mark.parametrize(("holds_others", "unloads"), [(True, True), (True, False), (False, True)])

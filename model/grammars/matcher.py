@@ -14,7 +14,8 @@ from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 BUILD_NS = 1_000_000_000
-"""Of a processor, to compile a grammar and take in the tokens of before; both are a fraction of that as a rule."""
+"""Of a processor, to compile a grammar and take in the tokens of before; both are a fraction of that as a rule. For
+the grammars that are built again in one step together."""
 
 
 def limits() -> LLParserLimits:
@@ -47,6 +48,7 @@ class GrammarMatcher:
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary) -> None:
         self.is_costly = False  # computes the allowed tokens at each token
+        self.build_ns = BUILD_NS  # of a processor, that building again may take
         self._grammar = grammar
         self._vocabulary = vocabulary
         self._tokens: list[int] = []  # taken in
@@ -150,17 +152,21 @@ class GrammarMatcher:
         return self._native.try_consume_tokens([token]) == 1
 
     def _build_again(self) -> None:
-        """The same state, computed with all allowed tokens."""
-        began_ns = thread_time_ns()
+        """The same state, computed with all allowed tokens. RequestError where that takes more than `build_ns`."""
+        self.is_costly = True
+        end_ns = thread_time_ns() + self.build_ns
+        self._check_before(end_ns)
         again = GrammarMatcher(self._grammar, self._vocabulary)
-        again.is_costly = self.is_costly = True
+        again.is_costly = True
         for token in self._tokens:
+            self._check_before(end_ns)
             again.take((token,))
-            if thread_time_ns() - began_ns > BUILD_NS:
-                raise RequestError(
-                    f"the grammar became too complex: {self.position} tokens take more than {BUILD_NS / 1e9:g} s"
-                )
         self._native, self._waiting, self._ended = again._native, again._waiting, again._ended
+
+    def _check_before(self, end_ns: int) -> None:
+        if thread_time_ns() >= end_ns:
+            what, left_ms = f"{self.position} tokens that are computed again", max(0, self.build_ns) // 1_000_000
+            raise RequestError(f"the grammar became too complex: {what} take more than the {left_ms} ms left for that")
 
     def _end_only(self) -> AllowedTokens:
         bits = np.zeros(self._vocabulary.mask_words, np.uint32)

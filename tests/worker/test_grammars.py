@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import Grammar, GrammarRow, GrammarStart, RowResult, RowTask, SampleTask, SamplingParams
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
-from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars import definitions, matcher
 from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.wire.microbatch.messages import SamplingInputs
@@ -131,6 +132,26 @@ def test_all_rows_of_a_step_share_a_time(stage: StageGrammars, monkeypatch: pyte
     assert quick == RowResult(ord("c"), -1.0)
     for row in (slow, slow_too):
         assert row.failure is not None and "a step's rows take more than" in row.failure
+
+
+def test_matchers_that_are_built_again_in_a_step_share_a_time(
+    stage: StageGrammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second fails for which less is left than it takes; a row that needs none goes on."""
+    clock = count(0, 10_000_000)  # each reading is one token
+    for timed in (module, matcher):
+        monkeypatch.setattr(timed, "thread_time_ns", lambda: next(clock))
+    schema = {"type": "string", "pattern": r"^(?:\S+\s+){0,29}\S+$", "maxLength": 400}
+    words = definitions.of_schema(schema, "json_schema")
+    letters = definitions.of_regex('"[a-z ,]*', "guided_regex")
+    for place, letter in enumerate('"the quick brown fox jumps over the lazy dog again and again, and once more'):
+        grammars: tuple[Grammar | None, ...] = (None,) * 3 if place else (words, words, letters)
+        tasks = [task(key, place, grammar) for key, grammar in enumerate(grammars)]
+        _, (first, second, simple) = step(stage, place, *tasks, says=3 * letter)
+        assert first.failure is None and simple.failure is None, f"at {place}"
+        if second.failure is not None:
+            break
+    assert second.failure is not None and "are computed again take more than the" in second.failure
 
 
 def test_a_start_that_takes_too_long_fails_its_answer(stage: StageGrammars, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 A thread of their own compiles grammars when sampling inputs arrive, while the stage computes, and finds what the first
 row may choose. A row is sampled as if it had no grammar: mostly its grammar allows the token, which takes a few
 microseconds to see. Else all tokens that it allows are computed, and the row is sampled again among these. All rows of
-a step share a bounded time of the processor. A matcher's state follows from grammar and tokens alone, so an answer that
-starts again on another pipeline continues with the same tokens.
+a step share a bounded time of the processor, and another one to build matchers again. A matcher's state follows from
+grammar and tokens alone, so an answer that starts again on another pipeline continues with the same tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _READY_S = 60.0
 _TOKEN_NS = 100_000_000
 """Of a processor, for one token; large schemas take a tenth of that."""
 _STEP_NS = 200_000_000
-"""Of a processor, for all rows of a step: no sign of life waits for more. See _StepTime."""
+"""Of a processor, for all rows of a step. A sign of life waits for no more than this and BUILD_NS. See _StepTime."""
 _TOKENS_AT_ONCE = 64
 
 _log = logging.getLogger(__name__)
@@ -36,10 +36,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _StepTime:
-    """What the rows of one step may still use. Then only rows whose tokens took at most their share go on."""
+    """What the rows of one step may still use. Then only rows whose tokens took at most their share go on, and none
+    whose matcher must be built again."""
 
     share_ns: int
     left_ns: int
+    build_ns: int  # to build matchers again: once an answer, so others do not pay for it
 
     def is_over(self, expected_ns: int) -> bool:
         return self.left_ns <= 0 and expected_ns > self.share_ns
@@ -111,15 +113,18 @@ class _Answer:
             return None
         assert self._matcher is not None, "it is ready"
         began_ns, allowed, was_costly = thread_time_ns(), None, self._matcher.is_costly
+        self._matcher.build_ns = time.build_ns
         try:
             allowed = self._take(self._matcher, token)
         except Exception as error:  # noqa: BLE001  a border: one answer fails
             self.failure = _failure(error)
         taken_ns = thread_time_ns() - began_ns
+        if self._matcher.is_costly and not was_costly:
+            time.build_ns -= taken_ns
+            return allowed
         time.left_ns -= taken_ns
         self._expected_ns = max(taken_ns, self._expected_ns // 2)
-        is_built_again = self._matcher.is_costly and not was_costly
-        if taken_ns > _TOKEN_NS and self.failure is None and not is_built_again:
+        if taken_ns > _TOKEN_NS and self.failure is None:
             self.failure = f"the grammar is too ambiguous: one token takes more than {_TOKEN_NS // 1_000_000} ms"
             return None
         return allowed
@@ -146,7 +151,7 @@ class StageGrammars:
         self._answers: dict[int, _Answer] = {}  # by key
         self._starting: dict[tuple[int, int], _Answer] = {}  # by microbatch and key
         self._rows: dict[int, _Answer] = {}  # of the step: the output rows with a grammar, by place
-        self._time = _StepTime(_STEP_NS, _STEP_NS)
+        self._time = _StepTime(_STEP_NS, _STEP_NS, BUILD_NS)
         self._thread = ThreadPoolExecutor(1, "grammar")
 
     def clear(self) -> None:
@@ -185,7 +190,7 @@ class StageGrammars:
         self._rows = {place: self._begun(row) for place, row in _rows(inputs)}
         if not self._rows:
             return inputs.tasks
-        self._time = _StepTime(_STEP_NS // len(self._rows), _STEP_NS)
+        self._time = _StepTime(_STEP_NS // len(self._rows), _STEP_NS, BUILD_NS)
         tasks = list(inputs.tasks)
         for place, answer in self._rows.items():
             task = tasks[place]

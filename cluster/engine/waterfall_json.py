@@ -9,15 +9,18 @@ from llamaclust.cluster.engine.waterfall import PARTS, WaterfallPhase
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 
 SHOWN_CHARACTERS = 8
-"""Of a request's id: a whole one names a reply, which others could read or end."""
+"""Of a request's id: a whole one names a reply, which others could read or end. What follows is not compared either,
+or its characters could be found one after another."""
 
 _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Those of a request, by its id, or the id of its reply, or the first characters: one for each of its sequences."""
-    found = _ID.findall(name)
-    beginning = max(found, key=len, default=name)
+    """Those of a request, by its id, or the id of its reply, or the first 4 characters or more: one for each of its
+    sequences."""
+    if not (found := _ID.findall(name)):
+        return []
+    beginning = max(found, key=len)[:SHOWN_CHARACTERS]
     return [record for record in records if record.request_id.startswith(beginning)]
 
 

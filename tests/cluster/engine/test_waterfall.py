@@ -13,7 +13,8 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, Waterfall
 from llamaclust.cluster.engine.waterfall_json import matching, waterfall_json
-from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.engine.waterfalls import RequestRecord
+from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import LlamaclustError, WorkerError
@@ -105,6 +106,16 @@ async def test_requests_of_an_engine_are_known_while_they_run_and_afterwards() -
     for name in ("ffff4567", "chatcmpl-ffff4567", "resp_ffff45", "ffff4567-1"):
         assert matching(records, name) == records[1:]
     assert matching(records, "none") == []
+
+
+def test_what_an_id_is_beyond_its_shown_characters_cannot_be_found_out() -> None:
+    """Nor what ids there are by one character after another."""
+    ids, timings = ("0123456789abcdef01234567", "ffff4567"), Timings(0.0, 0.0, 0.0, 0.0, 20, 0, 0)
+    records = [RequestRecord(request_id, None, 0.0, timings, Waterfall(0, 0, 20)) for request_id in ids]
+    for guess in "0123456789abcdef":
+        assert matching(records, f"chatcmpl-01234567{guess}") == records[:1]
+    assert matching(records, "0123") == records[:1]
+    assert matching(records, "012") == matching(records, "f") == []
 
 
 async def test_a_loss_is_a_phase_of_the_requests_that_it_interrupts() -> None:

@@ -3,13 +3,15 @@ the schema says so. OpenAI's strict mode and llama.cpp read them likewise."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 _OPEN: Final = frozenset(("additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties"))
 _ALTERNATIVES: Final = ("anyOf", "oneOf", "prefixItems")
 _NAMED: Final = ("properties", "$defs", "definitions")
 _APPLICATORS: Final = frozenset(("properties", "$ref", "anyOf", "oneOf"))
+_BY_NAME: Final = frozenset((*_NAMED, "patternProperties", "dependentRequired"))  # their keys are names
+_DATA: Final = frozenset(("default", "enum", "const", "examples"))
 _COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies", "not", "$dynamicRef"))
 
 
@@ -29,7 +31,16 @@ def _combines(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     is_combined = not _COMBINING.isdisjoint(value) or len(_APPLICATORS & value.keys()) > 1
-    return is_combined or any(map(_combines, value.values()))
+    return is_combined or any(map(_combines, _parts(value)))
+
+
+def _parts(schema: Mapping[str, Any]) -> Iterator[Any]:
+    """All that may be a schema: keywords that are not known, too."""
+    for key, part in schema.items():
+        if key in _BY_NAME and isinstance(part, Mapping):
+            yield from part.values()
+        elif key not in _DATA:
+            yield part
 
 
 def _closed(schema: Any) -> Any:

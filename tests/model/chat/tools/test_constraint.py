@@ -102,6 +102,10 @@ def test_arguments_that_a_schema_does_not_name_are_refused_unless_it_allows_them
         ({**nothing, "required": ["a"]}, '{"a": 1}', True),
         ({"properties": {"a": {"anyOf": [{"properties": {"b": {}}}, {"type": "null"}]}}}, '{"a": {"c": 1}}', False),
         ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, '{"a": 1, "b": 1}', True),
+        ({"properties": {"not": {}, "dependencies": {}}}, '{"a": 1}', False),
+        ({"properties": {"properties": {}, "$ref": {}}}, '{"a": 1}', False),
+        ({"properties": {"b": {"default": {"if": 1}, "examples": [{"allOf": 1}]}}}, '{"a": 1}', False),
+        ({"properties": {"b": {"patternProperties": {"if": {"allOf": [{}]}}}}}, '{"a": 1}', True),
     ):
         grammar = call_grammar(form_of("hermes"), {"f": schema}, split, is_required=True, is_parallel=False)
         assert grammar is not None

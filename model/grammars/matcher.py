@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import thread_time_ns
+from typing import TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits
@@ -16,6 +17,8 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 BUILD_NS = 1_000_000_000
 """Of a processor, to compile a grammar and take in the tokens of before; both are a fraction of that as a rule. For
 the grammars that are built again in one step together."""
+
+_Computed = TypeVar("_Computed")
 
 
 def limits() -> LLParserLimits:
@@ -107,13 +110,9 @@ class GrammarMatcher:
         if self._waiting is not None:
             return None
         if self._ended:
-            return self._end_only()
+            return _end_only(self._vocabulary)
         if self._allowed is None:
-            bits = self._native.compute_bitmask()
-            if self._native.is_error() and not self.is_costly:
-                self._build_again()
-                bits = self._native.compute_bitmask()
-            self._check("the grammar became too complex")
+            bits = self._computed(lambda: self._native.compute_bitmask())
             self._allowed = np.frombuffer(bits, np.uint32)[: self._vocabulary.mask_words]
         return self._allowed
 
@@ -121,8 +120,7 @@ class GrammarMatcher:
         """Tokens that must come next, and takes them in: at each of them, nothing else is allowed."""
         tokens: list[int] = []
         while self._waiting is None and not self._ended and len(tokens) < MAX_FORCED_TOKENS:
-            following = self._native.compute_ff_tokens()
-            self._check("the grammar became too complex")
+            following = self._computed(lambda: self._native.compute_ff_tokens())
             if not following:
                 self._has_choice = True
                 break
@@ -151,28 +149,27 @@ class GrammarMatcher:
             self.allowed()
         return self._native.try_consume_tokens([token]) == 1
 
+    def _computed(self, compute: Callable[[], _Computed]) -> _Computed:
+        """Where its lexer's limit is used up, by the matcher that is built again."""
+        computed = compute()
+        if self._native.is_error() and not self.is_costly:
+            self._build_again()
+            computed = compute()
+        self._check("the grammar became too complex")
+        return computed
+
     def _build_again(self) -> None:
         """The same state, computed with all allowed tokens. RequestError where that takes more than `build_ns`."""
         self.is_costly = True
-        end_ns = thread_time_ns() + self.build_ns
-        self._check_before(end_ns)
+        end_ns, left_ms = thread_time_ns() + self.build_ns, max(0, self.build_ns) // 1_000_000
+        what = f"{self.position} tokens that are computed again take more than the {left_ms} ms left for that"
+        _check_time(end_ns, what)
         again = GrammarMatcher(self._grammar, self._vocabulary)
         again.is_costly = True
         for token in self._tokens:
-            self._check_before(end_ns)
+            _check_time(end_ns, what)
             again.take((token,))
         self._native, self._waiting, self._ended = again._native, again._waiting, again._ended
-
-    def _check_before(self, end_ns: int) -> None:
-        if thread_time_ns() >= end_ns:
-            what, left_ms = f"{self.position} tokens that are computed again", max(0, self.build_ns) // 1_000_000
-            raise RequestError(f"the grammar became too complex: {what} take more than the {left_ms} ms left for that")
-
-    def _end_only(self) -> AllowedTokens:
-        bits = np.zeros(self._vocabulary.mask_words, np.uint32)
-        for token in self._vocabulary.end_ids:
-            bits[token // 32] |= np.uint32(1 << token % 32)
-        return bits
 
     def _await_trigger(self, token: int) -> None:
         assert self._waiting is not None
@@ -185,6 +182,18 @@ class GrammarMatcher:
     def _check(self, what: str) -> None:
         if self._native.is_error():
             raise RequestError(f"{what}: {one_line(self._native.get_error())}")
+
+
+def _check_time(end_ns: int, what: str) -> None:
+    if thread_time_ns() >= end_ns:
+        raise RequestError(f"the grammar became too complex: {what}")
+
+
+def _end_only(vocabulary: GrammarVocabulary) -> AllowedTokens:
+    bits = np.zeros(vocabulary.mask_words, np.uint32)
+    for token in vocabulary.end_ids:
+        bits[token // 32] |= np.uint32(1 << token % 32)
+    return bits
 
 
 class _Triggers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import copy
 from random import Random
+from unittest.mock import Mock
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -119,6 +120,17 @@ def test_a_grammar_too_costly_without_its_allowed_tokens_is_followed_with_them()
     again.take(text)
     assert seldom.is_costly and not always.is_costly
     assert token_set(seldom.allowed()) == token_set(again.allowed()) == allowed == {256}
+
+
+def test_forced_tokens_are_computed_again_where_the_lexer_is_used_up() -> None:
+    matcher = GrammarMatcher(definitions.of_regex("[ab]c[de]", "guided_regex"), BYTES)
+    matcher.take(b"a")
+    used_up = matcher._native = Mock()
+    used_up.compute_ff_tokens.return_value = []
+    used_up.is_error.return_value = True
+    assert matcher.forced() == [*b"c"] and matcher.is_costly
+    used_up.compute_ff_tokens.assert_called_once_with()
+    assert token_set(matcher.allowed()) == {*b"de"}
 
 
 def _copy(matcher: GrammarMatcher) -> GrammarMatcher:

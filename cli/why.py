@@ -13,7 +13,9 @@ from llamaclust.cli.options import CaFile, Cluster, Endpoint, Json, KeyFile
 
 Request = Annotated[
     str | None,
-    Argument(metavar="REQUEST", help="A request's id, or its first characters. Without it: a list of requests."),
+    Argument(
+        metavar="REQUEST", help="A request's id, or its first 4 characters or more. Without it: a list of requests."
+    ),
 ]
 _SINGULAR = {"tokens": "token", "microbatches": "microbatch"}
 Record = dict[str, Any]

@@ -71,7 +71,7 @@ class ClusterApi:
         return found
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
-        """Of each sequence of a request, by its id or the first characters of that."""
+        """Of each sequence of a request, by its id or the first 4 characters or more of that."""
         found: list[dict[str, Any]] = self._request("GET", f"/cluster/requests/{quote(request, safe='')}")["requests"]
         return found
 

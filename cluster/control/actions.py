@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,11 +18,10 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.membership.worker_requests import refresh_memory
 from llamaclust.cluster.planner.format import plan_lines
 from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.state.events import Notice, PlanMade, Report, Waiting, WorkerLoading
-from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -141,16 +139,11 @@ class ActionRunner:
                 self._enter(*serving)
             if is_exclusive:
                 await self._partitions.settled()
-                await asyncio.gather(*map(self._refresh_memory, suspects))
+                if short := [each.name for each in suspects if isinstance(each.error, InsufficientMemoryError)]:
+                    await self.epochs.refresh_memory(short, self.planner.ledger)
             self.observed.post(seen.EpochLoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
             return
         self.observed.post(seen.Signal.EPOCH_LOADED)
-
-    async def _refresh_memory(self, suspect: seen.Suspect) -> None:
-        """Of a worker whose memory did not suffice, for the next plan."""
-        if isinstance(suspect.error, InsufficientMemoryError):
-            with contextlib.suppress(DeadlineError):
-                await refresh_memory(self._registry.workers[suspect.name])
 
     async def _open(self, plan: Plan, *, is_exclusive: bool) -> None:
         async with deadline("the end of lost workers' processes", _ENDING_S):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.failure_attribution import root_cause
 from llamaclust.cluster.control.limits import scheduler_settings, stage_limits
+from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observations import Suspect
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference, announce_source, is_file_absent, weight_sources
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
+from llamaclust.cluster.membership.worker_requests import refresh_memory
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
@@ -205,6 +208,11 @@ class EpochWorkers:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+async def _refresh(worker: WorkerHandle, ledger: MemoryLedger) -> None:
+    with suppress(DeadlineError):
+        await refresh_memory(worker, ledger.loaded(worker))
+
+
 class Epochs:
     """Opens epochs of one model, each with a number of its own in the cluster."""
 
@@ -266,6 +274,11 @@ class Epochs:
         """Those under way fail soon, where there are any."""
         for worker in self._registry.present.values():
             worker.cancel_load(self._model.model_id)
+
+    async def refresh_memory(self, names: Iterable[str], ledger: MemoryLedger) -> None:
+        """Of workers whose memory did not suffice for a load, for the next plan. No other load is under way."""
+        async with self._turn:
+            await asyncio.gather(*(_refresh(self._registry.workers[name], ledger) for name in names))
 
     async def free_others(self, epoch: Epoch | None) -> None:
         """Frees the stages of all of the model's epochs but this one. Raises the first error once all have answered."""

@@ -6,7 +6,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterable
 
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.plan import Plan, StagePlan
 
 MemoryUse = Counter[tuple[str, str]]
 """Bytes by worker and device."""
@@ -17,35 +18,45 @@ class MemoryLedger:
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
-        self._held: dict[str, MemoryUse] = {}  # by model id
+        self._plans: dict[str, tuple[Plan, ...]] = {}  # by model id
         self._beside: dict[str, MemoryUse] = {}  # likewise, what others held when it was planned last
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
         """All that a model holds from now on, loaded or to be loaded; nothing without plans."""
-        self._held[model_id] = _total(plans)
+        self._plans[model_id] = tuple(plans)
 
     def copy(self) -> MemoryLedger:
         """For plans that are not to be loaded."""
         scratch = MemoryLedger()
-        scratch._held = dict(self._held)
+        scratch._plans = dict(self._plans)
         return scratch
 
     def planned(self, model_id: str) -> None:
         """A plan was made beside what the others hold now."""
         self._beside[model_id] = self.beside(model_id)
 
-    def reserve(self, model_id: str, plans: Iterable[Plan]) -> bool:
+    def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:
         """Enters plans before they are loaded. False where other models have taken memory since the newest one was
         made: it may not fit beside them."""
-        use, held = _total(plans), self._held.get(model_id, MemoryUse())
-        fits = use <= held or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
+        is_entered = _total(plans) <= _total(self._plans.get(model_id, ()))
+        fits = is_entered or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
         if fits:
-            self._held[model_id] = use
+            self.enter(model_id, plans)
         return fits
 
     def beside(self, model_id: str) -> MemoryUse:
         """What the other models hold."""
-        return sum((held for name, held in self._held.items() if name != model_id), MemoryUse())
+        return _total(plan for name, plans in self._plans.items() if name != model_id for plan in plans)
+
+    def loaded(self, worker: WorkerHandle) -> dict[str, int]:
+        """What a worker's stages take of its devices, as they were planned."""
+        orders = {(order.model_id, order.start, order.end, order.devices) for order, _ in worker.stages.values()}
+        use = MemoryUse()
+        for model_id, plans in self._plans.items():
+            for stage in (stage for plan in plans for stage in plan.stages if stage.worker == worker.name):
+                if (model_id, stage.start, stage.end, stage.device_layers) in orders:
+                    use += _stage_use(stage)
+        return {device: n_bytes for (_, device), n_bytes in use.items()}
 
 
 def _total(plans: Iterable[Plan]) -> MemoryUse:
@@ -53,10 +64,13 @@ def _total(plans: Iterable[Plan]) -> MemoryUse:
 
 
 def _memory_use(plan: Plan) -> MemoryUse:
+    return sum(map(_stage_use, plan.stages), MemoryUse())
+
+
+def _stage_use(stage: StagePlan) -> MemoryUse:
     use = MemoryUse()
-    for stage in plan.stages:
-        for part in stage.devices:
-            use[stage.worker, part.device] += part.bytes
-        if not stage.devices:
-            use[stage.worker, "cpu"] += stage.bytes
+    for part in stage.devices:
+        use[stage.worker, part.device] += part.bytes
+    if not stage.devices:
+        use[stage.worker, "cpu"] += stage.bytes
     return use

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from llamaclust.cluster.membership.worker_channel import ProgressDeadline
@@ -61,15 +62,16 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
     return tail
 
 
-async def refresh_memory(worker: WorkerHandle) -> None:
-    """After a load that memory did not suffice for: it holds nothing but stages of other models, and its next heartbeat
-    says what is free beside them. DeadlineError."""
+async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
+    """After a load that memory did not suffice for: it holds nothing but stages of other models, which take `held` of
+    its devices, and its next heartbeat says what is free beside them. DeadlineError."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
             pass
     if worker.heartbeat is not None and worker.heartbeat is not last:
-        worker.fresh_memory = FreshMemory(worker.heartbeat.free_memory_bytes + worker.held_bytes, worker.gpus)
+        gpus = (replace(gpu, free_bytes=gpu.free_bytes + held.get(gpu.device, 0)) for gpu in worker.gpus)
+        worker.fresh_memory = FreshMemory(worker.heartbeat.free_memory_bytes + held.get("cpu", 0), tuple(gpus))
 
 
 async def find_weights(

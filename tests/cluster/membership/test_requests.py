@@ -269,7 +269,7 @@ async def test_figures_of_a_busy_machine_are_not_kept(tmp_path: Path) -> None:
 async def test_the_next_heartbeat_tells_what_a_worker_without_layers_may_take() -> None:
     worker = handle_of()
     worker.receive(Heartbeat(0.0, 0, 0, 1, 1 << 30))
-    asking = asyncio.create_task(refresh_memory(worker))
+    asking = asyncio.create_task(refresh_memory(worker, {}))
     await asyncio.sleep(0)
     assert WorkerResources.of(worker).free_memory_bytes == REGISTER.free_memory_bytes
     worker.receive(Heartbeat(0.0, 0, 0, 1, 1 << 20))

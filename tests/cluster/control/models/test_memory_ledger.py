@@ -15,13 +15,18 @@ from llamaclust.cluster.control.cluster_state import PipelineLoss
 from llamaclust.cluster.control.memory_ledger import MemoryLedger, MemoryUse
 from llamaclust.cluster.control.pool.drain import WorkerOperations
 from llamaclust.cluster.control.reconcile import LoadEpoch, MakePlan, Serve
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import refresh_memory
+from llamaclust.cluster.planner.plan import DevicePlan, Plan, StagePlan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.gpus import Gpu
 from llamaclust.core.sizes import MIB
+from llamaclust.wire.control.messages import Heartbeat, Loaded
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.several_models.runner import action_runner, observed_cluster
+from support.wire.control_messages import LOAD, REGISTER
 
 
 def plan_of(*names: str) -> Plan:
@@ -127,3 +132,31 @@ async def test_a_drain_is_refused_where_the_others_suffice_for_each_model_but_no
         await operations.drain("b")
     assert not operations.drained and all(model.observed.is_current for model in models)
     assert (ledger.beside("m"), ledger.beside("n")) == before
+
+
+async def test_what_is_free_beside_stages_of_other_models_is_of_their_devices() -> None:
+    """A plan subtracts what other models hold, so it is added to what a worker reports, on the same device."""
+    gpu = Gpu("cuda:0", "NVIDIA X", 1 << 34, 1 << 33)
+    handle = WorkerHandle(replace(REGISTER, device="cuda:0", gpus=(gpu,)), nothing, lambda: "")
+    figures = {"kv_bytes": 0, "workspace_bytes": 0, "memory_bytes": None}
+    parts = [
+        DevicePlan(device="cpu", start=0, end=2, weight_bytes=5, **figures),  # type: ignore[arg-type]
+        DevicePlan(device="cuda:0", start=2, end=4, weight_bytes=70, **figures),  # type: ignore[arg-type]
+    ]
+    stage = StagePlan(worker="a", start=0, end=4, weight_bytes=75, devices=tuple(parts), **figures)  # type: ignore[arg-type]
+    ledger = MemoryLedger()
+    ledger.enter("another", (replace(BOTH, stages=(stage,)),))
+    order = replace(LOAD, model_id="another", start=0, end=4, devices=stage.device_layers)
+    for is_loaded in (False, True):
+        if is_loaded:
+            handle.stages[1] = (order, Loaded(1, 75, 0, 0))
+        refreshing = asyncio.create_task(refresh_memory(handle, ledger.loaded(handle)))
+        await asyncio.sleep(0)
+        handle.receive(Heartbeat(0.0, 0, 0, 1, 1000, gpu_free_bytes=(3000,)))
+        await refreshing
+        assert handle.fresh_memory is not None
+        free = handle.fresh_memory.free_bytes, handle.fresh_memory.gpus[0].free_bytes
+        assert free == ((1005, 3070) if is_loaded else (1000, 3000)), "a plan that is not loaded takes nothing yet"
+
+
+async def nothing(_: object) -> None: ...

@@ -13,6 +13,8 @@ from llamaclust.cluster.api.errors import HttpError
 _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = r"\d{1,12}(?:\.\d{0,9})?(?:ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(rf"(-?)((?:{_PART})+)")
+_MOST_S = 1_000_000_000
+"""More is for ever, as Ollama's largest duration is: no calendar has the end of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class KeepAlive:
 
 
 def read_keep_alive(fields: Mapping[str, Any]) -> KeepAlive | None:
-    """Seconds, or a text like "5m"; negative: for ever. None where there is none. HttpError 400 for anything else."""
+    """Seconds, or a text like "5m"; negative or more than a lifetime: for ever. None where there is none. HttpError 400
+    for anything else."""
     value = fields.get("keep_alive")
     if value is None:
         return None
@@ -31,12 +34,14 @@ def read_keep_alive(fields: Mapping[str, Any]) -> KeepAlive | None:
     if seconds is None or not math.isfinite(seconds):
         message = f'keep_alive: {str(value)[:60]!r} is no duration; give seconds, or a text like "5m"'
         raise HttpError(400, "bad_keep_alive", message, param="keep_alive")
-    return KeepAlive(None if seconds < 0 else seconds)
+    return KeepAlive(seconds if 0 <= seconds <= _MOST_S else None)
 
 
 def _seconds(value: object) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(max(-1, min(value, _MOST_S + 1)))  # an int may be larger than any float
+    if isinstance(value, float):
+        return value
     if not isinstance(value, str) or len(value) > 64:
         return None
     if re.fullmatch(r"-?\d{1,12}", value):

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.api.body import parse_object, read_bytes
+from llamaclust.cluster.api.body import parse_object_in_time, read_bytes
 from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
 from llamaclust.cluster.api.ollama.models import OllamaModels
@@ -58,7 +58,8 @@ class ModelLists:
         return JsonResponse({"models": [self._ollama[model.name].loaded_entry(_expiry(model)) for model in awake]})
 
     async def _named(self, request: Request) -> DoorModel:
-        return self._door.named(parse_object(await read_bytes(request, self._settings)).get("model"))
+        fields = await parse_object_in_time(await read_bytes(request, self._settings))
+        return self._door.named(fields.get("model"))
 
     def _entry(self, model: DoorModel) -> dict[str, Any]:
         return {**self._openai[model.name].entry(), "status": {"value": _status(model)}}

@@ -83,10 +83,12 @@ class _Browser:
             self._look_ups.start(self._look_up(service_type, name))
 
     async def _look_up(self, service_type: str, name: str) -> None:
-        info = AsyncServiceInfo(service_type, name)
-        with contextlib.suppress(Error):
-            if not await info.async_request(self._zeroconf, _ANSWER_MS):
-                return
+        with contextlib.suppress(Error):  # also for a name of another type
+            info = AsyncServiceInfo(service_type, name)
+            if await info.async_request(self._zeroconf, _ANSWER_MS):
+                self._answered(info)
+
+    def _answered(self, info: AsyncServiceInfo) -> None:
         if info.properties.get(_CLUSTER.encode()) != self._cluster or not info.port:
             return
         for host in info.parsed_addresses(IPVersion.V4Only)[:_MOST_ADDRESSES]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
 
 import pytest
-from zeroconf import IPVersion
+from zeroconf import IPVersion, ServiceStateChange
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from llamaclust.core.errors import UsageError
@@ -88,6 +89,28 @@ async def test_other_clusters_and_strange_announcements_are_left_out() -> None:
     ):
         await found.until("127.0.0.1:7100")
     assert found.addresses == ["127.0.0.1:7100"]
+
+
+@asynccontextmanager
+async def browser(found: Found) -> AsyncIterator[Callable[[str], None]]:
+    """A browser's handler, for names of services."""
+    async with discovery._multicast(["127.0.0.1"]) as service:
+        browser = discovery._Browser(service.zeroconf, CLUSTER, found)
+        try:
+            yield lambda name: browser.changed(service.zeroconf, SERVICE, name, ServiceStateChange.Added)
+        finally:
+            await browser.close()
+
+
+async def test_names_of_other_types_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    found = Found()
+    with caplog.at_level(logging.WARNING):
+        async with announced("tiny", CLUSTER, "127.0.0.1:7100"), browser(found) as changed:
+            for name in ("evil.example.", f"{CLUSTER}._other._tcp.local.", CLUSTER, f"{CLUSTER}.local."):
+                changed(name)
+            changed(f"tiny-{CLUSTER}.{SERVICE}")
+            await found.until("127.0.0.1:7100")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("address", ["coordinator.example:7100", "[::1]:7100"])

@@ -26,7 +26,7 @@ _CLUSTER = "cluster"
 _ANSWER_MS = 3000
 _MOST_NAME = 40
 _MOST_LOOK_UPS = 16
-_MOST_ADDRESSES = 8
+_MOST_ADDRESSES = 32
 _BEGIN_S = 10.0
 
 
@@ -68,18 +68,20 @@ async def browsing(cluster: str, found: Callable[[str], None]) -> AsyncIterator[
 
 
 class _Browser:
-    """Looks up what is announced. Of a flood of names, those beyond a few at once are left out."""
+    """Looks up what is announced by names with the cluster's id: other clusters may be many. Of a flood of names with
+    it, those beyond a few at once are left out."""
 
     def __init__(self, zeroconf: Zeroconf, cluster: str, found: Callable[[str], None]) -> None:
         self._zeroconf = zeroconf
-        self._cluster = cluster.encode()
+        self._cluster = cluster
         self._found = found
         self._look_ups = TaskSet()
 
     def changed(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
         """A handler of zeroconf, which passes its arguments by these names."""
         del zeroconf
-        if state_change is not ServiceStateChange.Removed and len(self._look_ups) < _MOST_LOOK_UPS:
+        is_there = state_change is not ServiceStateChange.Removed and self._cluster in name
+        if is_there and len(self._look_ups) < _MOST_LOOK_UPS:
             self._look_ups.start(self._look_up(service_type, name))
 
     async def _look_up(self, service_type: str, name: str) -> None:
@@ -89,7 +91,7 @@ class _Browser:
                 self._answered(info)
 
     def _answered(self, info: AsyncServiceInfo) -> None:
-        if info.properties.get(_CLUSTER.encode()) != self._cluster or not info.port:
+        if info.properties.get(_CLUSTER.encode()) != self._cluster.encode() or not info.port:
             return
         for host in info.parsed_addresses(IPVersion.V4Only)[:_MOST_ADDRESSES]:
             self._found(joined_address(host, info.port))

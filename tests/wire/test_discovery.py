@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
 
@@ -45,11 +45,13 @@ def _on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def announced_by_another(name: str, port: int, properties: dict[str, str]) -> AsyncIterator[None]:
+async def announced_by_another(
+    name: str, port: int, properties: dict[str, str], hosts: Sequence[str] = ("127.0.0.1",)
+) -> AsyncIterator[None]:
     """What a program of another maker, or a hostile one, may announce."""
     service = AsyncZeroconf(interfaces=["127.0.0.1"], ip_version=IPVersion.V4Only)
-    packed = IPv4Address("127.0.0.1").packed
-    info = AsyncServiceInfo(SERVICE, f"{name}.{SERVICE}", port=port, addresses=[packed], properties=properties)
+    packed = [IPv4Address(host).packed for host in hosts]
+    info = AsyncServiceInfo(SERVICE, f"{name}.{SERVICE}", port=port, addresses=packed, properties=properties)
     try:
         await (await service.async_register_service(info))
         yield
@@ -81,9 +83,9 @@ async def test_other_clusters_and_strange_announcements_are_left_out() -> None:
     found = Found()
     async with (
         announced("other", CLUSTER[::-1], "127.0.0.1:7101"),
-        announced_by_another("no id", 7102, {}),
-        announced_by_another("no port", 0, {"cluster": CLUSTER}),
-        announced_by_another("another id", 7103, {"cluster": CLUSTER.upper()}),
+        announced_by_another(f"no id {CLUSTER}", 7102, {}),
+        announced_by_another(f"no port {CLUSTER}", 0, {"cluster": CLUSTER}),
+        announced_by_another(f"another id {CLUSTER}", 7103, {"cluster": CLUSTER.upper()}),
         browsing(CLUSTER, found),
         announced("tiny", CLUSTER, "127.0.0.1:7100"),
     ):
@@ -111,6 +113,22 @@ async def test_names_of_other_types_are_left_out(caplog: pytest.LogCaptureFixtur
             changed(f"tiny-{CLUSTER}.{SERVICE}")
             await found.until("127.0.0.1:7100")
     assert not caplog.records
+
+
+async def test_a_cluster_is_found_among_many_others() -> None:
+    found = Found()
+    async with announced("tiny", CLUSTER, "127.0.0.1:7100"), browser(found) as changed:
+        for number in range(4 * discovery._MOST_LOOK_UPS):
+            changed(f"other-{number}-{CLUSTER[::-1]}.{SERVICE}")
+        changed(f"tiny-{CLUSTER}.{SERVICE}")
+        await found.until("127.0.0.1:7100")
+
+
+async def test_all_addresses_of_a_machine_with_many_networks_are_found() -> None:
+    found, hosts = Found(), [f"10.0.{number}.1" for number in range(24)]
+    async with announced_by_another(f"tiny-{CLUSTER}", 7100, {"cluster": CLUSTER}, hosts), browsing(CLUSTER, found):
+        for host in hosts:
+            await found.until(f"{host}:7100")
 
 
 @pytest.mark.parametrize("address", ["coordinator.example:7100", "[::1]:7100"])

@@ -11,12 +11,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import parse_object_in_time, read_bytes
-from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
 from llamaclust.cluster.api.ollama.models import OllamaModels
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.openai.models import ModelsEndpoint
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.wire.rpc.deadlines import deadline
+
+_UNLOAD_S = 60.0
+"""A reply waits so long for the end of a load, which is not cancelled."""
 
 
 class ModelLists:
@@ -43,8 +47,14 @@ class ModelLists:
         return JsonResponse({"success": True})
 
     async def unload(self, request: Request) -> Response:
-        """Unloads the named model unless it has requests; answers once it sleeps."""
-        await (await self._named(request)).resident.sleep()
+        """Unloads the named model; answers once it sleeps. HttpError 409 where it has requests; DeadlineError where a
+        load takes long, after which it sleeps none the less."""
+        model = await self._named(request)
+        async with deadline(f"the end of a load of {model.name!r}, which is unloaded then", _UNLOAD_S):
+            await model.resident.sleep()
+        if not model.resident.is_asleep:
+            message = f"model: {model.name!r} has requests and stays loaded; try again after their replies"
+            raise HttpError(409, "model_in_use", message, param="model")
         return JsonResponse({"success": True})
 
     async def tags(self, request: Request) -> Response:

@@ -158,9 +158,9 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _check_models(self) -> Self:
-        for key in ("model_name", "aliases") if self.models else ():
-            if getattr(self.api, key):
-                raise PlaceError(("api", key), "is for one model: give `name` and `aliases` among `models`")
+        for key, instead in _FOR_ONE_MODEL.items() if self.models else ():
+            if getattr(self.api, key) != Api.model_fields[key].default:
+                raise PlaceError(("api", key), f"is for one model: {instead}")
         if self.models and self.adapters:
             raise PlaceError(("adapters",), "is for one model: several have none yet")
         if self.models and self.plan is not None:
@@ -271,6 +271,13 @@ _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory", "kv_dis
 """Keys of workers that are options of `llamaclust worker` of a static cluster."""
 _PATHS = (("join", "trust_dir"), ("lease", "account"), ("listen_tls", "certificate"), ("listen_tls", "key"))
 """Keys of sections that are paths."""
+_FOR_ONE_MODEL = {
+    "model_name": "give `name` and `aliases` among `models`",
+    "aliases": "give `name` and `aliases` among `models`",
+    "strict_model": "of several, a request names one or none",
+    "tags": "several have none",
+}
+"""Keys of `api` that `models` excludes, and why."""
 
 
 def _as_option(worker: WorkerConfig, key: str) -> str:

@@ -68,6 +68,23 @@ def test_kv_memory_on_disk_is_refused_where_it_would_not_be_used(tmp_path: Path,
     assert why in found
 
 
+@pytest.mark.parametrize(
+    ("api", "why"),
+    [
+        ("{model_name: m}", "give `name` and `aliases` among `models`"),
+        ("{aliases: [m]}", "give `name` and `aliases` among `models`"),
+        ("{strict_model: false}", "a request names one or none"),
+        ("{strict_model: true}", "a request names one or none"),
+        ("{tags: [chat]}", "several have none"),
+    ],
+)
+def test_settings_of_one_model_are_refused_beside_several(tmp_path: Path, api: str, why: str) -> None:
+    several = "models: [{model: m}, {model: n}]\nworkers: [{name: a}]\n"
+    found = failure(tmp_path, f"{several}api: {api}\n")
+    assert f"api.{api[1:].partition(':')[0]}" in found and "is for one model" in found and why in found
+    assert load(tmp_path, f"{several}api: {{strict_model: auto, prefix: /llm}}\n").api.strict_model is None
+
+
 def test_workers_with_gpus(tmp_path: Path) -> None:
     text = "model: m\nworkers:\n- {name: a, device: cuda, gpu_layers: 20, gpu_memory: 4GiB}\n"
     config = load(

@@ -19,6 +19,8 @@ _STAGGER_S = 0.25
 _LOG_EVERY_S = 60.0
 _MOST_LOGGED = 16
 _MOST_FOUND = 64
+_FALSE_AFTER = 3
+"""So many failures of a found address, and another one may take its place."""
 
 _Result = TypeVar("_Result")
 
@@ -50,7 +52,7 @@ class CoordinatorSearch:
         self._places = [Place(address) for address in addresses]
         self._discovers = discovers
         self._has_more = asyncio.Event()
-        self._trying: list[asyncio.Task[Any]] = []  # referenced until they have ended
+        self._trying: dict[Place, asyncio.Task[Any]] = {}  # referenced until they have ended
         self._begun_s: float | None = None  # the first failure since an admission
         self._error: LlamaclustError | None = None  # the last one
         self._logged: dict[str, float] = {}
@@ -64,17 +66,29 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """One that was announced. Announcements may be false: of more than a few, the first are tried, until the worker
-        is admitted."""
-        is_known = any(place.address == address for place in self._places)
-        if not is_known and sum(place.is_found for place in self._places) < _MOST_FOUND:
-            self._places.append(Place(address, is_found=True))
-            self._has_more.set()
+        """One that was announced. Announcements may be false: of more than a few, the first are tried, until they have
+        failed a few times."""
+        if any(place.address == address for place in self._places):
+            return
+        found = [place for place in self._places if place.is_found]
+        if len(found) >= _MOST_FOUND and not self._dropped(max(found, key=lambda place: place.failures)):
+            return
+        self._places.append(Place(address, is_found=True))
+        self._has_more.set()
+
+    def _dropped(self, place: Place) -> bool:
+        """Whether it has failed often enough to be tried no more."""
+        if place.failures < _FALSE_AFTER:
+            return False
+        self._places.remove(place)
+        if (task := self._trying.pop(place, None)) is not None:
+            task.cancel()
+        return True
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
         """The first address at which `attempt` succeeds, and its result. Raises as `failed` does; WorkerError where
         none is reached in time."""
-        self._trying = []
+        self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):
                 done = await self._first(attempt)
@@ -82,28 +96,23 @@ class CoordinatorSearch:
             gone = f"the coordinator is gone, and has not come back within {self.limit_s or 0.0:g} s"
             raise WorkerError(f"{gone}: {self._error}") from self._error
         finally:
-            for task in self._trying:
+            for task in self._trying.values():
                 task.cancel()
         return min(done, key=lambda task: task.exception() is not None).result()
 
     async def _first(self, attempt: Callable[[str], Awaitable[_Result]]) -> set[asyncio.Task[tuple[Place, _Result]]]:
         """The tasks that ended first, of the places known at the beginning and of those added meanwhile."""
-        tried: set[str] = set()
         while True:
             self._has_more.clear()
-            new = sorted((each for each in self._places if each.address not in tried), key=lambda each: each.failures)
-            tried.update(place.address for place in new)
-            delays = (i * _STAGGER_S for i in range(len(new)))
-            self._trying += [
-                asyncio.create_task(self._repeat(place, delay_s, attempt))
-                for place, delay_s in zip(new, delays, strict=True)
-            ]
+            new = sorted((each for each in self._places if each not in self._trying), key=lambda each: each.failures)
+            for number, place in enumerate(new):
+                self._trying[place] = asyncio.create_task(self._repeat(place, number * _STAGGER_S, attempt))
             more = asyncio.create_task(self._has_more.wait())
             try:
-                done, _ = await asyncio.wait([*self._trying, more], return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait([*self._trying.values(), more], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 more.cancel()
-            if ended := done - {more}:
+            if ended := done & {*self._trying.values()}:  # not those that were dropped
                 return ended
 
     def failed(self, place: Place, error: LlamaclustError) -> None:

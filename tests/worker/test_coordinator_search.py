@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from llamaclust.core.errors import LlamaclustError, RefusedError, UsageError, WorkerError
+from llamaclust.worker import coordinator_search
 from llamaclust.worker.coordinator_search import CoordinatorSearch, Place
 from support.clusters.served import until
 
@@ -153,3 +154,27 @@ async def test_false_announcements_do_not_end_a_worker() -> None:
     assert len(search._places) < 100
     with pytest.raises(RefusedError):
         search.failed(Place("real"), RefusedError("no such worker"))
+
+
+async def test_a_flood_of_false_announcements_hides_the_true_one_until_they_have_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coordinator_search, "_STAGGER_S", 0.0)
+    fakes = {f"fake{index}": [None] for index in range(coordinator_search._MOST_FOUND)}
+    search = CoordinatorSearch(("given",), discovers=True)
+    attempts = Attempts(given=[None], first=["here"], again=["here"], **fakes)  # type: ignore[arg-type]
+    searching = asyncio.create_task(search.reached(attempts))
+    for fake in fakes:
+        search.add(fake)
+    await until(lambda: len(attempts.made) == 1 + len(fakes))
+    search.add("first")  # whatever has not failed yet keeps its place
+    false = next(place for place in search._places if place.address == "fake7")
+    for _ in range(3):
+        search.failed(false, GONE)
+        assert "first" not in attempts.made
+    search.add("again")
+    search.add("fake7")
+    async with asyncio.timeout(20):
+        assert (await searching)[0].address == "again"
+    assert attempts.cancelled[0] == "fake7" and "first" not in attempts.made
+    assert len(search._places) == 1 + len(fakes)

@@ -29,6 +29,7 @@ from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
@@ -144,8 +145,9 @@ def _check_models(config: ClusterConfig, models: Sequence[tuple[ClusterConfig, M
     """UsageError for what no worker can mend."""
     names: dict[str, str] = {}
     for own, model in models:
-        check_plan(own, model)
-        launcher.check(worker_settings(config), model)
+        with _named(own):
+            check_plan(own, model)
+            launcher.check(worker_settings(config), model)
         if (other := names.setdefault(model.model_id, own.model_name)) != own.model_name:
             what = f"models: {other!r} and {own.model_name!r} are the same file"
             raise UsageError(f"{what}; give it once, and its other names as aliases")
@@ -189,7 +191,7 @@ async def _served(
     workers, ledger = pool.workers, MemoryLedger()
     epoch_workers = EpochWorkers(workers.registry, workers.launcher.credentials, workers.record)
     present = {name: worker for name, worker in workers.registry.present.items() if name not in workers.record.drained}
-    plans = [None, *[await planner.plan(present) for planner in planners[1:]]]
+    plans = [None, *[await _planned(planner, present) for planner in planners[1:]]]
     supervisors = []
     for planner, plan in zip(planners, plans, strict=True):
         planner.ledger = ledger
@@ -217,10 +219,27 @@ async def _shortfall(
     each."""
     try:
         for planner in planners:
-            await planner.plan({name: worker for name, worker in registry.present.items() if name not in drained})
+            present = {name: worker for name, worker in registry.present.items() if name not in drained}
+            await _planned(planner, present)
     except (InsufficientMemoryError, WorkerError) as error:
         return error
     return None
+
+
+async def _planned(planner: ClusterPlanner, workers: Mapping[str, WorkerHandle]) -> Plan:
+    with _named(planner.config):
+        return await planner.plan(workers)
+
+
+@contextmanager
+def _named(config: ClusterConfig) -> Iterator[None]:
+    """Errors say which of several models they are about."""
+    try:
+        yield
+    except (UsageError, InsufficientMemoryError) as error:
+        if config.models:
+            error.args = (f"models: {config.model_name!r}: {error}",)
+        raise
 
 
 @contextmanager
@@ -285,7 +304,8 @@ async def _engine(
     not loaded yet."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
-        first = await supervisor.start() if sleeping is None else None
+        with _named(config):
+            first = await supervisor.start() if sleeping is None else None
         try:
             pipeline, settings = (NoPipeline(), sleeping) if first is None else (first.pipeline, first.settings)
             assert settings is not None

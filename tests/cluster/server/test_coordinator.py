@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,9 +16,12 @@ from llamaclust.cli.plan import planned
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.config.environment import FEATURE_LEVELS
 from llamaclust.cluster.control.limits import check_plan
-from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
+from llamaclust.cluster.control.planning import ClusterPlanner, ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, memory_shares
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.server import coordinator
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import (
@@ -27,7 +30,7 @@ from llamaclust.cluster.state.directory import (
     read_profiles,
     write_profiles,
 )
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.kernels import _native
 from llamaclust.model.loader import Model
@@ -167,3 +170,30 @@ def test_memory_is_promised_once() -> None:
     assert memory_shares({"a": 20, "b": None, "c": None}, 100) == {"a": 20, "b": 40, "c": 40}
     assert memory_shares({"a": 30, "b": 20}, 100) == {"a": 30, "b": 20}
     assert memory_shares({"a": 300, "b": 20}, 100) == {"a": 80, "b": 20}
+
+
+async def test_errors_of_a_start_name_the_model_of_several(tiny: Path, tmp_path: Path) -> None:
+    entries = [
+        {"model": str(tiny), "name": name, "context_length": tokens} for name, tokens in (("a", 256), ("b", 257))
+    ]
+    values = {"models": entries, "workers": [{"name": "w"}], "state_dir": tmp_path}
+    config, directory = ClusterConfig.model_validate(values), ClusterDir(tmp_path / "default")
+    with (
+        directory.locked(),
+        pytest.raises(UsageError, match="models: 'b': context_length: 257: the model was"),
+    ):
+        async with open_cluster(config, tiny, directory, further=[tiny]):
+            pass
+
+
+@pytest.mark.parametrize("several", [False, True])
+async def test_a_plan_that_fails_names_its_model_of_several(several: bool) -> None:
+    async def plan(workers: object) -> Plan:
+        raise InsufficientMemoryError("it needs 3 MiB more")
+
+    model = {"models": [{"model": "m"}, {"model": "n"}]} if several else {"model": "n"}
+    own = ClusterConfig.model_validate({**model, "workers": [{"name": "w"}]}).of_each_model()[-1]
+    planner = cast(ClusterPlanner, SimpleNamespace(config=own, plan=plan))
+    registry = cast(Registry, SimpleNamespace(present={}))
+    error = await coordinator._shortfall([planner], registry, frozenset())
+    assert str(error) == ("models: 'n': it needs 3 MiB more" if several else "it needs 3 MiB more")

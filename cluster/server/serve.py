@@ -49,7 +49,7 @@ _COLLECT_EVERY = 20_000
 _START_S = 10.0
 _END_S = 5.0
 _MORE_REQUESTS = 64
-"""Requests beside those that run and wait: they are read, refused, or their replies are written."""
+"""Requests of a model beside those that run and wait: they are read, refused, or their replies are written."""
 
 _log = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
         resume_s=config.timeouts.resume,
-        max_requests=config.max_sequences + config.max_waiting + _MORE_REQUESTS,
+        max_requests=(config.max_sequences + config.max_waiting + _MORE_REQUESTS) * len(config.of_each_model()),
     )
 
 

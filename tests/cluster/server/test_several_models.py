@@ -16,6 +16,8 @@ import pytest
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.server import serve
 from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterRecord
@@ -77,6 +79,15 @@ async def test_requests_reach_the_model_that_they_name(files: list[Path], tmp_pa
             assert refused.status_code == 404 and "'c' is not served here, only 'a', 'b'" in refused.text
         wrong = await api.http.post("/v1/completions", content=b"no json")
         assert wrong.status_code == 400 and "not valid JSON" in wrong.text
+
+
+def test_requests_that_wait_for_a_model_keep_out_none_of_another() -> None:
+    values = {"model": "m", "workers": [{"name": "w"}], "max_sequences": 4, "max_waiting": 8}
+    of_one = serve._api_settings(ClusterConfig.model_validate(values)).max_requests
+    assert of_one > 4 + 8
+    several = {**values, "models": [{"model": "m"}, {"model": "n"}, {"model": "o"}]}
+    del several["model"]
+    assert serve._api_settings(ClusterConfig.model_validate(several)).max_requests == 3 * of_one
 
 
 async def test_a_stream_waits_for_its_model(files: list[Path], tmp_path: Path) -> None:

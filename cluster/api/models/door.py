@@ -102,8 +102,10 @@ class ModelDoor:
         path, own = request.url.path, owner(request.headers, self._settings.api_keys)
         for prefix in _KEPT:
             if path.startswith(prefix):
-                reply = path.removeprefix(prefix).partition("/")[0]
-                kept = (model for model in self._models if model.replies.cache.named(own, reply) is not None)
+                rest = path.removeprefix(prefix)
+                names = (rest, rest.partition("/")[0])  # of clients, with slashes; or before an operation
+                pairs = ((model, name) for name in names for model in self._models)
+                kept = (model for model, name in pairs if model.replies.cache.named(own, name) is not None)
                 return next(kept, self._models[0])
         return self.named(request.query_params.get("model"))
 

@@ -1,0 +1,41 @@
+"""The door passes each request to the app of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import httpx
+import pytest
+from starlette.responses import PlainTextResponse
+
+from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
+from llamaclust.cluster.api.settings import ApiSettings
+from support.several_models.door_models import door_model
+
+
+def replying(name: str, aliases: tuple[str, ...] = (), kept: Sequence[str] = ()) -> DoorModel:
+    """With its name."""
+    return door_model(name, PlainTextResponse(name), aliases=aliases, kept=kept)
+
+
+def client_of(*models: DoorModel) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(ModelDoor(models, ApiSettings()))
+    return httpx.AsyncClient(transport=transport, base_url="http://door")
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        ("/v1/streams/plain", "b"),
+        ("/v1/streams/chats/7", "b"),
+        ("/v1/stream/chats/7", "b"),
+        ("/v1/responses/resp_1/input_items", "b"),
+        ("/v1/responses/resp_1", "b"),
+        ("/v1/streams/chats", "a"),
+        ("/v1/streams/none", "a"),
+    ],
+)
+async def test_a_kept_reply_is_found_with_its_model(path: str, model: str) -> None:
+    async with client_of(replying("a"), replying("b", kept=("plain", "chats/7", "resp_1"))) as http:
+        assert (await http.get(path)).text == model
+        assert (await http.delete(path)).text == model

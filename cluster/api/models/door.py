@@ -12,12 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamaclust.cluster.api.body import parse_object_in_time, read_bytes
 from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.models.keep_alive import read_keep_alive
+from llamaclust.cluster.api.ollama.names import TAG
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.ticket import owner
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.service import TextService
 
-_TAG = ":latest"  # that Ollama's clients add to names
 _KEPT = ("/v1/streams/", "/v1/stream/", "/v1/responses/", "/responses/")
 """Paths of replies that are kept, by their ids."""
 _COUNT = "/input_tokens"  # the end of a path below these that names no reply
@@ -60,9 +60,9 @@ class DoorModel:
     def name(self) -> str:
         return self.service.settings.model_name
 
-    def is_named(self, name: str) -> bool:
-        own = (self.name, *self.replies.settings.aliases)
-        return name in own or name.removesuffix(_TAG) in own
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.replies.settings.aliases)
 
 
 class ModelDoor:
@@ -90,9 +90,10 @@ class ModelDoor:
         """The first one without a name. HttpError 404 for a name of none."""
         if not isinstance(name, str) or not name:
             return self._models[0]
-        for model in self._models:
-            if model.is_named(name):
-                return model
+        for own in (name, name.removesuffix(TAG)):
+            for model in self._models:
+                if own in model.names:
+                    return model
         served = ", ".join(repr(model.name) for model in self._models)
         message = f"model: {name[:200]!r} is not served here, only {served}"
         raise HttpError(404, "model_not_found", message, param="model")
@@ -129,7 +130,8 @@ class ModelDoor:
 
 
 async def _fields(data: bytes) -> dict[str, Any]:
-    """None where the body is no JSON object: the model's app says so."""
+    """None where the body is no JSON object, which the model's app says. ParameterError for NaN, which the app around
+    the door turns into a reply."""
     try:
         return await parse_object_in_time(data)
     except HttpError:

@@ -11,7 +11,8 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.core.limits import AdapterScales
 
 MAX_COPIES: Final = 64
-_TAG: Final = ":latest"
+TAG: Final = ":latest"
+"""That clients add to names without a tag."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 
@@ -49,7 +50,7 @@ class OllamaNames:
         return self._served if plain in self._copies else plain
 
     def _plain(self, name: str) -> str:
-        return name if name in self._fixed else name.removesuffix(_TAG)
+        return name if name in self._fixed else name.removesuffix(TAG)
 
     def check_known(self, name: str) -> None:
         """HttpError 404 for a name that the list of models does not have."""
@@ -67,7 +68,7 @@ class OllamaNames:
             if name in self._adapters:
                 message = f"{name!r} is an adapter: names of adapters are under adapters in the cluster file"
                 raise HttpError(403, "names_are_fixed", message)
-        name = destination.removesuffix(_TAG)
+        name = destination.removesuffix(TAG)
         if tagged(destination) in self.all:
             return
         if self._is_strict:
@@ -80,12 +81,12 @@ class OllamaNames:
     def delete(self, name: str) -> None:
         """A copy. HttpError for the served model and the cluster file's aliases, and for a name that is none."""
         self.check_known(name)
-        if name.removesuffix(_TAG) not in self._copies:
+        if name.removesuffix(TAG) not in self._copies:
             message = f"{name[:200]!r} is served: remove it with `llamaclust model rm` once the cluster is stopped"
             raise HttpError(403, "model_in_use", message, param="model")
-        self._copies.remove(name.removesuffix(_TAG))
+        self._copies.remove(name.removesuffix(TAG))
 
 
 def tagged(name: str) -> str:
     """Ollama's models have a tag."""
-    return name if ":" in name.rpartition("/")[2] else name + _TAG
+    return name if ":" in name.rpartition("/")[2] else name + TAG

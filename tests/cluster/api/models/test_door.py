@@ -39,3 +39,29 @@ async def test_a_kept_reply_is_found_with_its_model(path: str, model: str) -> No
     async with client_of(replying("a"), replying("b", kept=("plain", "chats/7", "resp_1"))) as http:
         assert (await http.get(path)).text == model
         assert (await http.delete(path)).text == model
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("x", "x"),
+        ("x:latest", "x:latest"),
+        ("alias", "x:latest"),
+        ("alias:latest", "x:latest"),
+        ("y:latest", "y"),
+        ("", "x"),
+    ],
+)
+async def test_a_name_that_a_model_has_as_a_whole_precedes_one_without_its_tag(name: str, model: str) -> None:
+    models = replying("x"), replying("x:latest", aliases=("alias",)), replying("y")
+    async with client_of(*models) as http:
+        assert (await http.post("/api/chat", json={"model": name})).text == model
+        assert (await http.get("/props", params={"model": name})).text == model
+        refused = await http.post("/api/chat", json={"model": f"{name}:other"})
+        assert refused.status_code == 404 and "'x', 'x:latest', 'y'" in refused.text
+
+
+async def test_a_body_that_is_no_object_is_left_to_the_first_app() -> None:
+    async with client_of(replying("a"), replying("b")) as http:
+        for content in (b"no json", b"[1]", b""):
+            assert (await http.post("/api/chat", content=content)).text == "a"

@@ -7,6 +7,7 @@ found is only an address to try: enrolment verifies the coordinator, so that a f
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,10 +17,12 @@ from zeroconf import Error, InterfaceChoice, IPVersion, ServiceStateChange, Zero
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from llamaclust.core.addresses import ANYWHERE, is_loopback, joined_address, split_address
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import DeadlineError, UsageError
 from llamaclust.core.own_addresses import own_addresses
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
+
+_log = logging.getLogger(__name__)
 
 SERVICE = "_llamaclust._tcp.local."
 _CLUSTER = "cluster"
@@ -28,6 +31,7 @@ _MOST_NAME = 40
 _MOST_LOOK_UPS = 16
 _MOST_ADDRESSES = 32
 _BEGIN_S = 10.0
+_END_S = 5.0
 
 
 @asynccontextmanager
@@ -63,8 +67,9 @@ async def browsing(cluster: str, found: Callable[[str], None]) -> AsyncIterator[
         try:
             yield
         finally:
-            await browser.close()
-            await listening.async_cancel()
+            async with _ending():
+                await browser.close()
+                await listening.async_cancel()
 
 
 class _Browser:
@@ -123,4 +128,15 @@ async def _multicast(hosts: list[str]) -> AsyncIterator[AsyncZeroconf]:
     try:
         yield service
     finally:
-        await service.async_close()
+        async with _ending():
+            await service.async_close()
+
+
+@asynccontextmanager
+async def _ending() -> AsyncIterator[None]:
+    """What does not end in time is left to the end of the process."""
+    try:
+        async with deadline("the end of multicast DNS", _END_S):
+            yield
+    except DeadlineError as error:
+        _log.warning("%s", error)

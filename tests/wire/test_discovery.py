@@ -10,7 +10,7 @@ from ipaddress import IPv4Address
 
 import pytest
 from zeroconf import IPVersion, ServiceStateChange
-from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
+from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from llamaclust.core.errors import UsageError
 from llamaclust.wire import discovery
@@ -129,6 +129,26 @@ async def test_all_addresses_of_a_machine_with_many_networks_are_found() -> None
     async with announced_by_another(f"tiny-{CLUSTER}", 7100, {"cluster": CLUSTER}, hosts), browsing(CLUSTER, found):
         for host in hosts:
             await found.until(f"{host}:7100")
+
+
+@pytest.mark.parametrize("hanging", [(AsyncZeroconf, "async_close"), (AsyncServiceBrowser, "async_cancel")])
+async def test_the_end_does_not_wait_for_ever(
+    hanging: tuple[type, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind, name = hanging
+    end = getattr(kind, name)
+
+    async def hang(service: object) -> None:
+        await end(service)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(kind, name, hang)
+    monkeypatch.setattr(discovery, "_END_S", 2.0)
+    async with asyncio.timeout(WITHIN_S):
+        with pytest.raises(UsageError, match="why it ends"):
+            async with browsing(CLUSTER, Found()):
+                raise UsageError("why it ends")
+    assert caplog.messages == ["the end of multicast DNS: not within 2 s"]
 
 
 @pytest.mark.parametrize("address", ["coordinator.example:7100", "[::1]:7100"])

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaclust.cluster.api.body import parse_object_in_time, read_bytes
 from llamaclust.cluster.api.errors import HttpError, error_response
-from llamaclust.cluster.api.models.keep_alive import read_keep_alive
+from llamaclust.cluster.api.models.keep_alive import KeepAlive, read_keep_alive
 from llamaclust.cluster.api.ollama.names import TAG
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.ticket import owner
@@ -65,6 +65,16 @@ class DoorModel:
         return (self.name, *self.replies.settings.aliases)
 
 
+@dataclass(frozen=True, slots=True)
+class _Addressed:
+    """A request whose body was read. `unloads`: it has no input, and its model is not to stay awake."""
+
+    model: DoorModel
+    keep: KeepAlive | None
+    unloads: bool
+    receive: Receive
+
+
 class ModelDoor:
     """An ASGI app."""
 
@@ -79,8 +89,7 @@ class ModelDoor:
             if scope["method"] == "GET" or (path.startswith(_KEPT) and not path.endswith(_COUNT)):
                 await self._of_url(request).app(scope, receive, send)
             else:
-                data = await read_bytes(request, self._settings)
-                await self._pass(await _fields(data), data, scope, receive, send)
+                await self._pass(await self._addressed(request), scope, send)
         except HttpError as error:
             await error_response(error, scope)(scope, receive, send)
         except ClientDisconnect:
@@ -110,20 +119,28 @@ class ModelDoor:
                 return next(kept, self._models[0])
         return self.named(request.query_params.get("model"))
 
-    async def _pass(self, fields: dict[str, Any], data: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _addressed(self, request: Request) -> _Addressed:
+        """Nothing else of the body is held during its reply. HttpError as of `read_bytes`, `named` and the fields."""
+        data = await read_bytes(request, self._settings)
+        fields = await _fields(data)
+        model, keep, unloads = self.named(fields.get("model") or fields.get("name")), None, False
+        if request.scope["path"] in _LOADS:
+            keep = read_keep_alive(fields)
+            unloads = keep is not None and keep.seconds == 0 and not any(fields.get(name) for name in _INPUTS)
+        return _Addressed(model, keep, unloads, _replayed(data, request.receive))
+
+    async def _pass(self, addressed: _Addressed, scope: Scope, send: Send) -> None:
         """To a model, which stays awake for as long as Ollama's field `keep_alive` says, from the end of the reply."""
-        model = self.named(fields.get("model") or fields.get("name"))
+        model, keep = addressed.model, addressed.keep
         if scope["path"] not in _LOADS:
-            await model.app(scope, _replayed(data, receive), send)
+            await model.app(scope, addressed.receive, send)
             return
-        keep = read_keep_alive(fields)
-        unloads = keep is not None and keep.seconds == 0 and not any(fields.get(name) for name in _INPUTS)
-        if not unloads:
+        if not addressed.unloads:
             model.resident.enter()
         try:
-            await model.app(scope, _replayed(data, receive), send)
+            await model.app(scope, addressed.receive, send)
         finally:
-            if not unloads:
+            if not addressed.unloads:
                 model.resident.leave()
             if keep is not None:
                 model.resident.keep(keep.seconds)

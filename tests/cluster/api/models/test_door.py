@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import httpx
 import pytest
 from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
+from llamaclust.cluster.api.models import door
 from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
 from llamaclust.cluster.api.settings import ApiSettings
 from support.several_models.door_models import door_model
@@ -65,3 +71,26 @@ async def test_a_body_that_is_no_object_is_left_to_the_first_app() -> None:
     async with client_of(replying("a"), replying("b")) as http:
         for content in (b"no json", b"[1]", b""):
             assert (await http.post("/api/chat", content=content)).text == "a"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/api/chat"])
+async def test_a_body_is_not_held_while_it_is_answered(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[object]] = []
+
+    class Fields(dict[str, Any]):
+        """Whose end can be seen."""
+
+    async def parse(data: bytes) -> dict[str, Any]:
+        fields = Fields(json.loads(data))
+        held.append(weakref.ref(fields))
+        return fields
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        body = (await receive())["body"]
+        assert json.loads(body)["model"] == "a"
+        await PlainTextResponse(f"{held[0]() is None} {sys.getrefcount(body)}")(scope, receive, send)
+
+    monkeypatch.setattr(door, "parse_object_in_time", parse)
+    async with client_of(door_model("a", answer)) as http:
+        reply = await http.post(path, json={"model": "a", "messages": ["abc"] * 100, "keep_alive": "5m"})
+    assert reply.text == "True 2", "held by the app and by the count's argument alone"

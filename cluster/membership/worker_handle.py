@@ -149,8 +149,21 @@ class WorkerHandle:
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
         """The layers of its newest stage on each of its devices."""
-        order, kind = self.newest_order, "cpu" if self.registration.gpus else self.registration.device
+        return self.devices_of(self.newest_order)
+
+    def devices_of(self, order: Load | None) -> tuple[DeviceLayers, ...]:
+        """The layers of a stage on each of its devices."""
+        kind = "cpu" if self.registration.gpus else self.registration.device
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
+
+    def order_of(self, model_id: str) -> Load | None:
+        """Of its newest stage of a model, loaded or being loaded; None of a worker that is gone."""
+        if self.state.is_gone:
+            return None
+        if self.loading is not None and self.loading.model_id == model_id:
+            return self.loading
+        epochs = self.epochs_of(model_id)
+        return self.stages[max(epochs)][0] if epochs else None
 
     @property
     def held_bytes(self) -> int:

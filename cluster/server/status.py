@@ -86,7 +86,7 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         "model": record.model,
         "insecure": cluster.config.insecure,
         "workers": [
-            _worker(workers[name], reports.get(name), predicted.get(name))
+            _worker(workers[name], cluster.model.model_id, reports.get(name), predicted.get(name))
             | {"drained": name in cluster.pool.operations.drained}
             for name in in_order(cluster.config, workers)
         ],
@@ -131,7 +131,11 @@ def _speed(plan: Plan, measured: MeasuredSpeed) -> dict[str, Any]:
     return {"predicted": predicted, "measured": asdict(measured)}
 
 
-def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePrediction | None) -> dict[str, Any]:
+def _worker(
+    handle: WorkerHandle, model_id: str, report: StageReport | None, predicted: StagePrediction | None
+) -> dict[str, Any]:
+    """Layers are those of this model."""
+    order = handle.order_of(model_id)
     return {
         "name": handle.name,
         "pid": handle.registration.pid,
@@ -141,10 +145,9 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
         "threads": handle.registration.threads,
         "kv_disk_bytes": handle.registration.kv_disk_bytes,
         "feature_level": handle.registration.feature_level,
-        "layers": None if handle.state.is_gone else handle.layers,
+        "layers": None if order is None else (order.start, order.end),
         "device_layers": [
-            {"device": part.device, "layers": (part.start, part.end)}
-            for part in (() if handle.state.is_gone else handle.device_layers)
+            {"device": part.device, "layers": (part.start, part.end)} for part in handle.devices_of(order)
         ],
         "state": str(handle.state),
         "memory_bytes": handle.held_bytes,

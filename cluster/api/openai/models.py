@@ -49,7 +49,8 @@ class ModelNames:
             message = f"model: {name!r} is an adapter; here only {self._served!r} itself is computed with"
             raise HttpError(400, "unsupported_parameter", message, param="model")
         if name is not None and name not in self._names and not self._takes_any:
-            message = f"model: {name[:200]!r} is not served here, {self._served!r} is"
+            served = ", ".join(map(repr, (self._served, *self._adapters)))
+            message = f"model: {name[:200]!r} is not served here, only {served}"
             raise HttpError(404, "model_not_found", message, param="model")
 
 

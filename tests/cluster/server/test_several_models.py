@@ -121,6 +121,7 @@ async def test_lists_say_which_models_are_loaded(files: list[Path], tmp_path: Pa
             ("a", "asleep"),
             ("b", "ready"),
         ]
+        assert [worker["layers"] for worker in status["status"]["workers"]] == [None, None], "of the first model"
         assert (await api.get("/health"))["status"] == "ok"
         assert (await api.get("/props?model=b"))["model_alias"] == "b"
         assert (await api.http.get("/props?model=c")).status_code == 404

@@ -57,11 +57,14 @@ class CoordinatorSearch:
         self._error: LlamaclustError | None = None  # the last one
         self._logged: dict[str, float] = {}
 
-    def admitted(self, limit_s: float) -> None:
-        """A coordinator has admitted the worker; it is waited for so long when it is lost."""
+    def admitted(self, address: str, limit_s: float) -> None:
+        """The coordinator at this address has admitted the worker; it is waited for so long when it is lost. What was
+        announced elsewhere and failed is forgotten; this address may not be announced anew."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
-        self._places = [place for place in self._places if not (place.is_found and place.failures)]
+        self._places = [
+            place for place in self._places if place.address == address or not (place.is_found and place.failures)
+        ]
         for place in self._places:
             place.failures, place.is_refused = 0, False
 

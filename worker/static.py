@@ -122,7 +122,7 @@ class _StaticWorker:
         member = Member(self._worker, credentials)
         try:
             await member.join(peer, self._registration(), self._settings.join_s, wait_for_ready=False)
-            self._search.admitted(member.coordinator_s)
+            self._search.admitted(address, member.coordinator_s)
             _log.info("worker %s is a member, its stages are served at %s", self._settings.name, self._address)
             return await self._worker.compute.while_able(member.serve())
         finally:

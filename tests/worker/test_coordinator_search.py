@@ -97,7 +97,7 @@ async def test_a_program_at_one_of_several_addresses_ends_nothing() -> None:
 async def test_a_lost_coordinator_is_waited_for_so_long_as_it_said(caplog: pytest.LogCaptureFixture) -> None:
     search, attempts = CoordinatorSearch(("a", "b")), Attempts(a=["here", RefusedError("not yet")], b=[GONE])
     place, _ = await search.reached(attempts)
-    search.admitted(0.5)
+    search.admitted("a", 0.5)
     with caplog.at_level(logging.WARNING):
         search.failed(place, WorkerError("its stream ended"))
         async with asyncio.timeout(20):
@@ -109,7 +109,7 @@ async def test_a_lost_coordinator_is_waited_for_so_long_as_it_said(caplog: pytes
 async def test_failures_before_an_admission_do_not_count_after_it() -> None:
     search, attempts = CoordinatorSearch(("a",)), Attempts(a=[GONE, "here"])
     place, _ = await search.reached(attempts)
-    search.admitted(60.0)
+    search.admitted("a", 60.0)
     assert place.failures == 0
     search.failed(place, WorkerError("its stream ended"))
     assert (await search.reached(attempts))[1] == "here"
@@ -178,3 +178,15 @@ async def test_a_flood_of_false_announcements_hides_the_true_one_until_they_have
         assert (await searching)[0].address == "again"
     assert attempts.cancelled[0] == "fake7" and "first" not in attempts.made
     assert len(search._places) == 1 + len(fakes)
+
+
+async def test_a_coordinator_that_was_found_is_waited_for_each_time_that_it_is_lost() -> None:
+    """Multicast DNS reports nothing where it comes back at the same address."""
+    search, attempts = CoordinatorSearch((), discovers=True), Attempts(real=["here", GONE, "here", GONE, "here"])
+    search.add("real")
+    for _ in range(3):
+        async with asyncio.timeout(10):
+            place, _ = await search.reached(attempts)
+        assert place.address == "real"
+        search.admitted("real", 60.0)
+        search.failed(place, GONE)

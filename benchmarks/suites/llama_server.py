@@ -1,7 +1,8 @@
 """Stands in for llama.cpp's `llama-server`: its command line becomes a cluster file, and `llamaclust up` runs that.
 
-LLAMACLUST_SUITE_MODEL is the model of all tests, in place of the one that they name. Flags without a counterpart are
-left out. LLAMACLUST_SUITE_SERVER is a `llama-server` to run in place of a cluster, with that model.
+LLAMACLUST_SUITE_MODEL is the model of all tests, in place of those that they name, but for the stand-ins in the folder
+LLAMACLUST_SUITE_STAND_INS (`llamacpp_models.py`). Flags without a counterpart are left out. LLAMACLUST_SUITE_SERVER is
+a `llama-server` to run in place of a cluster, with the same models.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llamacpp_models import MODEL_FLAGS, adapter, model_of, preset, routed_models
+
 VALUES = {
     "--port", "--host", "--temp", "--seed", "--hf-repo", "--hf-file", "--model", "--model-url", "--model-draft",
     "--batch-size", "--ubatch-size", "--threads", "--n-gpu-layers", "--pooling", "--alias", "--tags", "--ctx-size",
     "--parallel", "-ctk", "-ctv", "-fa", "--n-predict", "--slot-save-path", "--grp-attn-n", "--grp-attn-w", "--lora",
     "--spec-type", "--api-key", "--spec-draft-n-max", "--spec-draft-n-min", "--reasoning-format", "--reasoning",
     "--chat-template", "--chat-template-file", "--mmproj-url", "--media-path", "--sleep-idle-seconds", "--cache-ram",
-    "--tools", "--cors-origins",
+    "--tools", "--cors-origins", "--models-dir", "--models-max", "--models-preset", "--spec-synth-len",
+    "--spec-synth-rates", "--tools-runtime", "--mcp-servers-config", "--mcp-servers-json",
 }  # fmt: skip
 """Flags that have a value."""
 
-MODEL_FLAGS = {"--hf-repo", "--hf-file", "--model", "--model-url"}
+FILE_FLAGS = {*MODEL_FLAGS, "--model-draft"}
+"""Flags whose values are models, or of their names."""
 
 DEFAULTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--temp": ("temperature", float),
@@ -45,16 +50,23 @@ def read_flags(arguments: list[str]) -> dict[str, str]:
     return flags
 
 
-def own_model(arguments: list[str]) -> list[str]:
-    """The arguments with the model of all tests in place of the one that they name."""
+def own_models(arguments: list[str], folder: Path) -> list[str]:
+    """The arguments with this machine's models in place of those that they name."""
     kept: list[str] = []
     rest = iter(arguments)
     for flag in rest:
-        if flag in MODEL_FLAGS:
+        if flag not in FILE_FLAGS:
+            kept.append(flag)
+        elif flag == "--model-draft":
+            kept += [flag, os.environ["LLAMACLUST_SUITE_MODEL"]]
             next(rest)
         else:
-            kept.append(flag)
-    return [*kept, "--model", os.environ["LLAMACLUST_SUITE_MODEL"]]
+            next(rest)
+    flags = read_flags(arguments)
+    model = model_of(flags)
+    if model is not None:
+        return [*kept, "--model", str(model)]
+    return kept if "--models-preset" in flags else [*kept, "--models-preset", str(preset(folder))]
 
 
 def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
@@ -68,14 +80,13 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
         defaults["chat_template_kwargs"] = {"enable_thinking": THINKING[flags["--reasoning"]]}
     config: dict[str, Any] = {
         "name": "suite",
-        "model": os.environ["LLAMACLUST_SUITE_MODEL"],
+        **served(flags),
         "listen": f"{flags.get('--host', '127.0.0.1').partition(',')[0]}:{flags.get('--port', '8080')}",
         "workers": [{"name": "a", "threads": 2}],
         "context_length": context,
         "max_sequences": slots,
         "state_dir": str(folder),
         "api": {
-            "strict_model": False,
             "defaults": defaults,
             **names(flags),
             "disabled": [name for name in ("metrics", "slots") if f"--{name}" not in flags],
@@ -93,20 +104,31 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
     return config
 
 
+def served(flags: dict[str, str]) -> dict[str, Any]:
+    """The model and its adapters, or the models behind a router."""
+    model = model_of(flags)
+    if model is None:
+        return {"models": routed_models()}
+    adapters = {"adapters": [{"path": str(adapter()), "name": "adapter"}]} if "--lora" in flags else {}
+    return {"model": str(model), **adapters}
+
+
 def names(flags: dict[str, str]) -> dict[str, Any]:
-    """The first name in alphabetical order is the model's."""
+    """The first name in alphabetical order is the model's; a router's models have names of their own."""
+    if model_of(flags) is None:
+        return {}
     aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)
     named = {"model_name": aliases[0], "aliases": aliases} if aliases else {}
-    return {**named, "tags": [tag for tag in flags.get("--tags", "").split(",") if tag]}
+    return {"strict_model": False, **named, "tags": [tag for tag in flags.get("--tags", "").split(",") if tag]}
 
 
 def main() -> None:
     if "--help" in sys.argv:
         print(f"usage: {Path(__file__).name} [flags of llama-server]\n\n{__doc__}")
         return
-    if server := os.environ.get("LLAMACLUST_SUITE_SERVER"):
-        os.execv(server, [server, *own_model(sys.argv[1:])])
     folder = Path(tempfile.mkdtemp(prefix="state-", dir=os.environ.get("LLAMACLUST_SUITE_FOLDER")))
+    if server := os.environ.get("LLAMACLUST_SUITE_SERVER"):
+        os.execv(server, [server, *own_models(sys.argv[1:], folder)])
     config = folder / "cluster.yaml"
     config.write_text(json.dumps(cluster_file(read_flags(sys.argv[1:]), folder)))
     os.execv(sys.executable, [sys.executable, "-m", "llamaclust", "up", str(config)])

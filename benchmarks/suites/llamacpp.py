@@ -1,9 +1,11 @@
 """llama.cpp's own server tests, unchanged, against llamaclust: how many of each file pass.
 
-Usage: `python benchmarks/suites/llamacpp.py MODEL.gguf [-k EXPRESSION] [FILE ...]`
+    python benchmarks/suites/llamacpp.py MODEL.gguf [FILE ...] [--results FOLDER] [-k EXPRESSION] [--server PATH]
 
 The tests come out of llama-cpp-python's source package, which pip downloads (77 MB), or from `--source`, a checkout of
-llama.cpp. They run with the server of `llama_server.py`, which uses MODEL in place of the one that the tests name.
+llama.cpp. They run with the server of `llama_server.py`, which uses MODEL, or a stand-in, in place of the models that
+the tests name; `--server` names a llama-server to run them with instead. `--results` keeps each file's results: files
+that have some are not run again, and the tables of both servers are printed side by side.
 """
 
 from __future__ import annotations
@@ -16,18 +18,24 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from results import count, print_table
+from llamacpp_models import build_stand_ins
+from results import count, outcomes, print_comparison, print_table
 
 PACKAGE = "llama-cpp-python==0.3.36"
 TESTS = Path("tools/server/tests")
 TEMPLATES = Path("models/templates")
-NO_MODEL_OF_THEIR_OWN = """
-basic chat_completion compat_anthropic compat_oai_responses completion ctx_shift ignore_eos infill kv_keep_only_active
-metrics security sleep slot_save stream template tokenize tool_call
+FILES = """
+basic chat_completion compat_anthropic compat_gcp compat_oai_responses completion ctx_shift embedding ignore_eos infill
+kv_keep_only_active lora metrics proxy rerank router security sleep slot_save speculative stream template tokenize
+tool_call
 """
+"""But those of tools that the server itself runs, and of images."""
+CLUSTER, LLAMA_SERVER = "llamaclust", "llama-server"
 HERE = Path(__file__).parent
+_FILE_S = 3600
 
 
 def fetch(folder: Path) -> Path:
@@ -65,35 +73,38 @@ def prepare(source: Path, folder: Path) -> Path:
     return folder / TESTS
 
 
-def run(tests: Path, folder: Path, model: Path, server: Path | None, arguments: list[str]) -> Path:
-    """Runs them; the JUnit file of their results."""
-    report = folder / "results.xml"
-    environment = os.environ | {
-        "LLAMA_SERVER_BIN_PATH": str(folder / "llama-server"),
-        "LLAMACLUST_SUITE_MODEL": str(model.resolve()),
-        "LLAMACLUST_SUITE_FOLDER": str(folder),
-        "PORT": str(_free_port()),
-        "PYTHONPATH": os.pathsep.join([str(HERE.resolve()), os.environ.get("PYTHONPATH", "")]),
-    }
-    if server is not None:
-        environment |= {"LLAMACLUST_SUITE_SERVER": str(server.resolve()), "OMP_WAIT_POLICY": "passive"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "llamacpp_plugin",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not slow",
-    ]
-    command += ["--tb=line", f"--junitxml={report}", *arguments]
-    subprocess.run(command, cwd=tests, env=environment, check=False)
-    if not report.exists():
-        raise SystemExit("skipped: the tests did not run; they need: pip install openai requests filelock")
-    return report
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the tests run with."""
+
+    tests: Path
+    folder: Path  # for files of the servers
+    model: Path
+    server: Path | None  # a llama-server, in place of a cluster
+
+    def file(self, name: str, report: Path, expression: str) -> None:
+        """Runs a file of tests; writes the JUnit file of their results, at its end."""
+        made = self.folder / report.name
+        words = ["-q", "-p", "llamacpp_plugin", "-p", "no:cacheprovider", "-m", "not slow", "--tb=line"]
+        words += [f"--junitxml={made}", f"unit/test_{name}.py", *(["-k", expression] if expression else [])]
+        command = [sys.executable, "-m", "pytest", *words]
+        subprocess.run(command, cwd=self.tests, env=self._environment(), check=False, timeout=_FILE_S)
+        if not made.exists():
+            raise SystemExit("skipped: the tests did not run; they need: pip install openai requests filelock")
+        shutil.move(made, report)
+
+    def _environment(self) -> dict[str, str]:
+        own = {
+            "LLAMA_SERVER_BIN_PATH": str(self.folder / "llama-server"),
+            "LLAMACLUST_SUITE_MODEL": str(self.model.resolve()),
+            "LLAMACLUST_SUITE_STAND_INS": str(self.folder / "stand-ins"),
+            "LLAMACLUST_SUITE_FOLDER": str(self.folder),
+            "PORT": str(_free_port()),
+            "PYTHONPATH": os.pathsep.join([str(HERE.resolve()), os.environ.get("PYTHONPATH", "")]),
+        }
+        if self.server is not None:
+            own |= {"LLAMACLUST_SUITE_SERVER": str(self.server.resolve()), "OMP_WAIT_POLICY": "passive"}
+        return os.environ | own
 
 
 def _free_port() -> int:
@@ -103,23 +114,36 @@ def _free_port() -> int:
     return port
 
 
+def run_all(options: argparse.Namespace, folder: Path, results: Path) -> list[Path]:
+    """The JUnit files of all files."""
+    reports = [results / f"{name}.xml" for name in options.files]
+    missing = [report for report in reports if not report.exists()]
+    if not missing:
+        return reports
+    build_stand_ins(folder / "stand-ins", options.model)
+    run = Run(prepare(options.source or fetch(folder), folder), folder, options.model, options.server)
+    for report in missing:
+        run.file(report.stem, report, options.k)
+    return reports
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument(
-        "files", nargs="*", default=NO_MODEL_OF_THEIR_OWN.split(), help="names of test files, such as basic"
-    )
+    parser.add_argument("files", nargs="*", default=FILES.split(), help="names of test files, such as basic")
     parser.add_argument("--source", type=Path, help="a checkout of llama.cpp")
     parser.add_argument("--server", type=Path, help="a llama-server to test in place of a cluster, with the same model")
+    parser.add_argument("--results", type=Path, help="where results are kept, in a folder for each server")
     parser.add_argument("-k", default="", help="as pytest's -k")
     options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="llamacpp-tests-") as name:
         folder = Path(name)
-        source = options.source or fetch(folder)
-        tests = prepare(source, folder)
-        files = [f"unit/test_{name}.py" for name in options.files]
-        arguments = [*files, *(["-k", options.k] if options.k else [])]
-        print_table(count(run(tests, folder, options.model, options.server, arguments)))
+        kept = options.results or folder / "results"
+        results = kept / (CLUSTER if options.server is None else LLAMA_SERVER)
+        results.mkdir(parents=True, exist_ok=True)
+        for report in run_all(options, folder, results):
+            print_table(count(report))
+        print_comparison({server: outcomes(kept / server) for server in (CLUSTER, LLAMA_SERVER)})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,27 @@
-"""A pytest plugin for llama.cpp's server tests: no model is downloaded, and a server serves all tests in a row that
-want the same flags."""
+"""A pytest plugin for llama.cpp's server tests: no model is downloaded (`llamacpp_models.py` has stand-ins), and a
+server serves all tests in a row that want the same flags."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
-sys.modules.setdefault("wget", types.ModuleType("wget"))
+from llamacpp_models import adapter, model_of
+
+
+def _download(url: str, out: str) -> None:
+    """In place of wget's: adapters and models of drafts."""
+    model = model_of({"--hf-file": url})
+    source = adapter() if "lora" in url.lower() or "shakespeare" in url or model is None else model
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, out)
+
+
+sys.modules.setdefault("wget", types.SimpleNamespace(download=_download))  # type: ignore[arg-type]
 _KEPT: dict[str, Any] = {}
 """The server that runs: `server`, an instance of the tests' ServerProcess, its `flags` and its own `stop`."""
 

@@ -1,26 +1,71 @@
-"""Results of a suite's tests, read from their JUnit file."""
+"""Results of a suite's tests, read from their JUnit files."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 _FAILED = frozenset({"failure", "error"})
+
+Outcomes = dict[str, dict[str, str]]
+"""`passed`, `failed` or `skipped`, by file and test."""
 
 
 def count(report: Path) -> dict[str, Counter[str]]:
     """Passed, failed and skipped cases by file; the reason of each failure is printed."""
     counts: dict[str, Counter[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        kind = "skipped" if "skipped" in kinds else "failed" if kinds & _FAILED else "passed"
-        name = str(case.get("classname")).rpartition(".")[2]
+        name, kind = _file_of(case), _kind_of(case)
         counts.setdefault(name, Counter())[kind] += 1
         if kind == "failed":
             reason = next(child.get("message", "") for child in case if child.tag in _FAILED)
             print(f"failed {name}::{case.get('name')}: {' '.join(str(reason).split())[:160]}")
     return counts
+
+
+def outcomes(folder: Path) -> Outcomes:
+    """Of all results in a folder; empty where there is none."""
+    found: Outcomes = {}
+    for report in sorted(folder.glob("*.xml")):
+        for case in ElementTree.parse(report).iter("testcase"):
+            found.setdefault(_file_of(case), {})[str(case.get("name"))] = _kind_of(case)
+    return found
+
+
+def _file_of(case: ElementTree.Element) -> str:
+    return str(case.get("classname")).rpartition(".")[2]
+
+
+def _kind_of(case: ElementTree.Element) -> str:
+    kinds = {child.tag for child in case}
+    return "skipped" if "skipped" in kinds else "failed" if kinds & _FAILED else "passed"
+
+
+def print_comparison(servers: Mapping[str, Outcomes]) -> None:
+    """What each server passes of each file, in Markdown, and the tests that one fails and another passes."""
+    names = sorted({name for found in servers.values() for name in found})
+    print(f"\n| file | {' | '.join(servers)} |\n|---|{'---|' * len(servers)}")
+    for name in names:
+        shares = " | ".join(_share(found.get(name, {})) for found in servers.values())
+        print(f"| {name.removeprefix('test_')} | {shares} |")
+    passed = {server: {name: _passed(found.get(name, {})) for name in names} for server, found in servers.items()}
+    print(f"| sum | {' | '.join(str(sum(map(len, tests.values()))) for tests in passed.values())} |\n")
+    for server, found in servers.items():
+        for name in found:
+            for test in sorted(set().union(*(tests[name] for tests in passed.values())) - passed[server][name]):
+                print(f"{server} fails {name}::{test}")
+
+
+def _passed(tests: Mapping[str, str]) -> set[str]:
+    return {test for test, kind in tests.items() if kind == "passed"}
+
+
+def _share(tests: Mapping[str, str]) -> str:
+    """The tests that passed of those that ran."""
+    kinds = Counter(tests.values())
+    return f"{kinds['passed']} of {kinds['passed'] + kinds['failed']}" if tests else ""
 
 
 def print_table(counts: dict[str, Counter[str]]) -> None:

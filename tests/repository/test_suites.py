@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ from types import ModuleType
 import psutil
 import pytest
 
-from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from support.clusters.served import until
 from support.paths import ROOT
 
@@ -24,19 +25,63 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def test_flags_become_a_cluster_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = script("llama_server")
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """For llama-server, with an encoder of its own and the same model for all others."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/suites"))
     monkeypatch.setenv("LLAMACLUST_SUITE_MODEL", "/models/a.gguf")
+    monkeypatch.setenv("LLAMACLUST_SUITE_STAND_INS", str(tmp_path))
+    (tmp_path / "encoder.gguf").touch()
+    return script("llama_server")
+
+
+def read(module: ModuleType, command: list[str], folder: Path) -> ClusterConfig:
+    path = folder / "cluster.yaml"
+    path.write_text(json.dumps(module.cluster_file(module.read_flags(command), folder)))
+    return load_config(path)
+
+
+def test_flags_become_a_cluster_file(tmp_path: Path, stand_in: ModuleType) -> None:
     command = "--port 8080 --temp 0.8 --seed 42 --ctx-size 512 --parallel 2 --no-slots --api-key sk-one-key --alias a,b"
-    flags = module.read_flags([*command.split(), "--reasoning", "off", "--chat-template", "llama3"])
-    path = tmp_path / "cluster.yaml"
-    path.write_text(str(module.cluster_file(flags, tmp_path)).replace("True", "true").replace("False", "false"))
-    config = load_config(path)
+    words = [*command.split(), "--hf-repo", "x/y", "--reasoning", "off", "--chat-template", "llama3"]
+    config = read(stand_in, words, tmp_path)
+    assert config.model == "/models/a.gguf"
     assert (config.context_length, config.max_sequences, config.port) == (256, 2, 8080)
     assert config.api.defaults["seed"] == 42 and config.api.aliases == ("a", "b")
     assert config.api.model_name == "a" and config.api.disabled == ("metrics", "slots")
     assert config.api.defaults["chat_template_kwargs"] == {"enable_thinking": False}
     assert config.api_keys_file is not None and config.api_keys_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_stand_ins_replace_models_for_both_servers(tmp_path: Path, stand_in: ModuleType) -> None:
+    command = ["--hf-repo", "ggml-org/models", "--hf-file", "encoder/f16.gguf", "--pooling", "last"]
+    encoder = str(tmp_path / "encoder.gguf")
+    assert read(stand_in, command, tmp_path).model == encoder
+    assert stand_in.own_models(command, tmp_path) == ["--pooling", "last", "--model", encoder]
+
+
+def test_a_server_without_a_model_has_several_behind_it(tmp_path: Path, stand_in: ModuleType) -> None:
+    routed = [model.name for model in read(stand_in, ["--models-max", "2"], tmp_path).models]
+    assert "ggml-org/tinygemma3-GGUF:Q8_0" in routed and len(routed) == 3
+    preset = Path(stand_in.own_models(["--models-max", "2"], tmp_path)[-1]).read_text()
+    assert all(f"[{name}]\nmodel = /models/a.gguf\n" in preset for name in routed)
+
+
+def test_results_of_two_servers_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/suites"))
+    module = script("results")
+    failed = '<testcase classname="unit.test_a" name="two"><failure message="no"/></testcase>'
+    cases = {"one": failed, "other": failed.replace('<failure message="no"/>', "")}
+    for server, case in cases.items():
+        folder = tmp_path / server
+        folder.mkdir()
+        (folder / "a.xml").write_text(f'<testsuite><testcase classname="unit.test_a" name="one"/>{case}</testsuite>')
+    module.print_comparison({server: module.outcomes(tmp_path / server) for server in (*cases, "none")})
+    shown = capsys.readouterr().out
+    assert "| a | 1 of 2 | 2 of 2 |  |" in shown and "| sum | 1 | 2 | 0 |" in shown
+    assert shown.endswith("\none fails test_a::two\n")
 
 
 @pytest.fixture

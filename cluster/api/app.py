@@ -31,6 +31,7 @@ from llamaclust.cluster.api.ollama.routes import ollama_routes
 from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.models import ModelNames, ModelsEndpoint
+from llamaclust.cluster.api.openai.responses.compaction import CompactionBody
 from llamaclust.cluster.api.openai.responses.endpoints import ResponsesEndpoint, StoredResponses
 from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
@@ -170,6 +171,7 @@ def _add_responses(app: FastAPI, service: TextService, replies: Replies, store: 
         models = ModelNames(service.settings.model_name, settings, any_by_default=not prefix)
         endpoint = ResponsesEndpoint(service, settings, models, store)
         _post(app, path, replies.endpoint(path, endpoint.create, settings.background_s), ResponsesBody)
+        _post(app, f"{path}/compact", replies.endpoint(f"{path}/compact", endpoint.compact), CompactionBody)
         _post(app, f"{path}/input_tokens", endpoint.count, ResponsesBody)
         _route(app, "GET", f"{path}/{{id}}/input_items", stored.input_items)
         _route(app, "POST", f"{path}/{{id}}/cancel", stored.cancel)

@@ -20,7 +20,8 @@ from llamaclust.cluster.text.service import TextService
 
 _KEPT = ("/v1/streams/", "/v1/stream/", "/v1/responses/", "/responses/")
 """Paths of replies that are kept, by their ids."""
-_COUNT = "/input_tokens"  # the end of a path below these that names no reply
+_NO_REPLIES = ("/input_tokens", "/compact")
+"""The ends of paths below these that name no reply."""
 _LOADS = ("/api/generate", "/api/chat", "/api/embed", "/api/embeddings")
 """Paths whose `keep_alive` counts; a request there without input loads the model."""
 _INPUTS = ("prompt", "messages", "input")
@@ -86,7 +87,7 @@ class ModelDoor:
         try:
             request = Request(scope, receive)
             path = scope["path"]
-            if scope["method"] == "GET" or (path.startswith(_KEPT) and not path.endswith(_COUNT)):
+            if scope["method"] == "GET" or (path.startswith(_KEPT) and not path.endswith(_NO_REPLIES)):
                 await self._of_url(request).app(scope, receive, send)
             else:
                 await self._pass(await self._addressed(request), scope, send)

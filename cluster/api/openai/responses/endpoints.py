@@ -14,6 +14,7 @@ from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.foreign_fields import RESPONSES
 from llamaclust.cluster.api.json_parts import rendered
 from llamaclust.cluster.api.openai.models import ModelNames
+from llamaclust.cluster.api.openai.responses.compaction import CompactionBody, CompactionShape
 from llamaclust.cluster.api.openai.responses.items import messages_of
 from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, ResponseHead, Status, cancelled, failed
 from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
@@ -59,7 +60,7 @@ class ResponsesEndpoint:
         adapters, model = self._models.adapters(body.model, body.lora), self._models.shown(body.model)
         body.check()
         if not ticket.earlier.messages:
-            ticket.earlier.messages = self._earlier(body, ticket.identity.owner)
+            ticket.earlier.messages = self._earlier(body.previous_response_id, ticket.identity.owner)
         messages = (*ticket.earlier.messages, *messages_of(body.input))
         chat = body.request(messages).admitted(ticket.created, adapters)
 
@@ -80,21 +81,34 @@ class ResponsesEndpoint:
             acknowledgement=acknowledgement,
         )
 
+    async def compact(self, data: bytes, ticket: Ticket) -> AnswerReply:
+        """A summary of a chat."""
+        body = await parse_body(data, CompactionBody, RESPONSES, self._settings)
+        adapters = self._models.adapters(body.model, body.lora)
+        if not ticket.earlier.messages:
+            ticket.earlier.messages = self._earlier(body.previous_response_id, ticket.identity.owner)
+        messages = (*ticket.earlier.messages, *messages_of(body.input))
+        chat = body.request(messages).admitted(ticket.created, adapters)
+
+        async def request() -> CompletionRequest:
+            return await self._service.chat(chat)
+
+        shape = CompactionShape(ticket)
+        return AnswerReply(self._service, self._settings, ticket, shape, request, is_streamed=False)
+
     async def count(self, request: Request) -> Response:
         """The tokens of a response's prompt."""
         body = await read_body(request, ResponsesBody, RESPONSES, self._settings)
         self._models.adapters(body.model, body.lora)
         body.check()
-        earlier = self._earlier(body, owner(request.headers, self._settings.api_keys))
+        earlier = self._earlier(body.previous_response_id, owner(request.headers, self._settings.api_keys))
         chat = body.request((*earlier, *messages_of(body.input)))
         completion = await unless_disconnected(request, self._service.chat_prompt(chat))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": len(completion.prompt)})
 
-    def _earlier(self, body: ResponsesBody, owner_digest: str) -> Messages:
+    def _earlier(self, response_id: str | None, owner_digest: str) -> Messages:
         """The messages of the chat that the input continues."""
-        if body.previous_response_id is None:
-            return ()
-        return self._store.followed(owner_digest, body.previous_response_id).messages
+        return () if response_id is None else self._store.followed(owner_digest, response_id).messages
 
 
 class StoredResponses:

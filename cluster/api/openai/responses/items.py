@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -9,6 +10,8 @@ Item = dict[str, Any]
 
 MAX_ITEMS: Final = 100_000
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+_SUMMARY: Final = "Summary of the conversation so far:"
+_NOT_ANSWERS: Final = ("function_call_output", "compaction")
 _TEXT_PARTS: Final = ("input_text", "output_text", "text")
 _REASONING_PARTS: Final = ("summary_text", "reasoning_text", "text")
 
@@ -35,12 +38,17 @@ def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
     return [{**item, "id": item.get("id") or f"item_{response_id}{place}"} for place, item in enumerate(items)]
 
 
+def summary_item(item_id: str, summary: str) -> Item:
+    """Stands for all messages before it. Its client may read it: it is base64, in the field's name of the API."""
+    return {"type": "compaction", "id": item_id, "encrypted_content": b64encode(summary.encode()).decode()}
+
+
 def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
     """Successive items of an assistant (reasoning, text, calls) are one message."""
     messages: list[dict[str, Any]] = []
     answer: _Answer | None = None
     for item in items:
-        if item["type"] == "function_call_output" or item.get("role", "assistant") != "assistant":
+        if item["type"] in _NOT_ANSWERS or item.get("role", "assistant") != "assistant":
             messages += [] if answer is None else [answer.message()]
             answer = None
             messages.append(_other_message(item))
@@ -84,6 +92,8 @@ def text_of(item: Item) -> str:
 def _other_message(item: Item) -> dict[str, Any]:
     if item["type"] == "function_call_output":
         return {"role": "tool", "tool_call_id": item["call_id"], "content": text_of(item)}
+    if item["type"] == "compaction":
+        return {"role": "system", "content": f"{_SUMMARY}\n{_summary(item)}"}
     return {"role": _ROLES[item["role"]], "content": text_of(item)}
 
 
@@ -105,7 +115,19 @@ def _item(value: Any) -> Item:
             summary = _parts(value.get("summary") or [], _REASONING_PARTS)
             content = _parts(value.get("content") or [], _REASONING_PARTS)
             return {"type": kind, **_id(value), "summary": summary, "content": content}
+        case "compaction":
+            item = {"type": kind, **_id(value), "encrypted_content": _text(value, "encrypted_content")}
+            _summary(item)
+            return item
     raise ValueError(f"items of type {str(kind)[:60]!r} are not supported")
+
+
+def _summary(item: Item) -> str:
+    """ValueError where another server made it."""
+    try:
+        return b64decode(item["encrypted_content"], validate=True).decode()
+    except ValueError:  # of base64 or UTF-8
+        raise ValueError("encrypted_content: was not made by this server's /v1/responses/compact") from None
 
 
 def _message(value: dict[str, Any]) -> Item:

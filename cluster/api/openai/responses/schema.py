@@ -47,7 +47,7 @@ def _metadata(value: Any) -> Any:
 _INPUT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 _CHOICE: Final = {"anyOf": [{"enum": [*_MODES]}, {"type": "object", "required": ["type", "name"]}]}
 _TOOL: Final = {"type": "object", "required": ["type", "name"]}
-_InputField = Annotated[list[dict[str, Any]], BeforeValidator(read_items), WithJsonSchema(_INPUT)]
+InputField = Annotated[list[dict[str, Any]], BeforeValidator(read_items), WithJsonSchema(_INPUT)]
 _ToolField = Annotated[dict[str, Any], BeforeValidator(_tool), WithJsonSchema(_TOOL)]
 _ChoiceField = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE)]
 _MetadataField = Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonSchema({"type": "object"})]
@@ -85,8 +85,8 @@ class ResponsesBody(AnswerFields):
 
     model: str | None = None
     """The served model's name; another name is refused."""
-    input: _InputField = Field(default_factory=list)
-    """Text, or items: messages, function_call, function_call_output, reasoning."""
+    input: InputField = Field(default_factory=list)
+    """Text, or items: messages, function_call, function_call_output, reasoning, compaction."""
     instructions: str | None = None
     """A system prompt; those of earlier responses are not carried over."""
     previous_response_id: str | None = Field(default=None, max_length=256)
@@ -155,7 +155,7 @@ class ResponsesBody(AnswerFields):
         grammar = response_format_grammar(self.text.format, "text.format")
         instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         return ChatRequest(
-            _with_one_system_prompt([*instructions, *messages]),
+            with_one_system_prompt([*instructions, *messages]),
             self.completion(self.max_output_tokens, self.stop, grammar),
             tuple(self.tools),
             effort_variables(self.reasoning.effort),
@@ -170,7 +170,7 @@ def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", **fields, "strict": False}
 
 
-def _with_one_system_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+def with_one_system_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
     """Instructions and the developer's first messages are one: many templates take no second one."""
     systems = [*takewhile(lambda message: message["role"] == "system", messages)]
     others = messages[len(systems) :]

@@ -1,0 +1,77 @@
+"""`POST /v1/responses/compact`: the model writes a summary of a chat, with which later requests begin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from pydantic import Field
+
+from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
+from llamaclust.cluster.api.openai.responses.items import summary_item
+from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, shown_usage
+from llamaclust.cluster.api.openai.responses.schema import InputField, with_one_system_prompt
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.text.answer import Answer, TextChunk
+from llamaclust.cluster.text.chat import ChatRequest
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.core.errors import ParameterError
+from llamaclust.model.chat.tools.events import ContentText
+
+MAX_TOKENS: Final = 1024
+_TASK: Final = (
+    "Summarize the conversation so far, so that it can be continued from your summary alone: what was asked, what was "
+    "found and decided, names, numbers and open tasks. Reply with the summary only."
+)
+
+
+class CompactionBody(AdapterFields):
+    """`POST /v1/responses/compact`."""
+
+    model: str
+    """The served model's name; another name is refused."""
+    input: InputField = Field(default_factory=list)
+    """Text, or items, as of `POST /v1/responses`."""
+    previous_response_id: str | None = Field(default=None, max_length=256)
+    """A stored response: the chat that it ends comes before the input."""
+    instructions: str | None = None
+    """The chat's system prompt, which is not summarized."""
+
+    def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
+        """The chat, with the task at its end; greedy, without reasoning."""
+        if not messages:
+            raise ParameterError("input", "is missing")
+        instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        chat = with_one_system_prompt([*instructions, *_with_task(messages)])
+        return ChatRequest(chat, CompletionRequest((), MAX_TOKENS), may_reason=False)
+
+
+def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """In a last message of the user that is there already: many templates want turns to alternate."""
+    last = messages[-1]
+    if last["role"] == "user":
+        return [*messages[:-1], {**last, "content": f"{last['content']}\n\n{_TASK}"}]
+    return [*messages, {"role": "user", "content": _TASK}]
+
+
+class CompactionShape:
+    """One summary. See `AnswerShape`."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket = ticket
+
+    async def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
+        events = answer.events or (ContentText(answer.text),)
+        summary = "".join(event.text for event in events if isinstance(event, ContentText))
+        return {
+            "id": ID_PREFIX + self._ticket.id,
+            "object": "response.compaction",
+            "created_at": self._ticket.created,
+            "output": [summary_item(f"cmp_{self._ticket.id}", summary.strip())],
+            "usage": shown_usage(answer.timings, len(stream.generation.prompt), len(answer.rows), 0),
+        }
+
+    def events(self, chunk: TextChunk, stream: CompletionStream) -> tuple[bytes, ...]:
+        """Summaries are not streamed."""
+        return ()

@@ -1,10 +1,11 @@
 """Client libraries and load generators, unchanged, against a cluster: how many cases of each pass.
 
-    python benchmarks/suites/clients.py MODEL.gguf [SUITE ...] [--workers 2] [--api URL]
+    python benchmarks/suites/clients.py MODEL.gguf [SUITE ...] [--workers 2] [--api URL] [--checkout SUITE=FOLDER]
 
 Each suite has an environment of its own in the cache folder, made by pip or npm; its packages have fixed
 versions, what these depend on is as new as they allow. A suite whose packages cannot be had, or whose tests do not end,
-is skipped with the reason. The cases are in `cases/`; langchain-tests brings its own.
+is skipped with the reason. The cases are in `cases/`; langchain-tests brings its own. Suites whose tests are in no
+package, only in a public repository, need a checkout of it.
 With `--api`, they run against another server, such as llama.cpp's, which serves the model already.
 """
 
@@ -20,8 +21,9 @@ import sys
 import venv
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -46,6 +48,7 @@ class Suite:
 
     packages: tuple[str, ...]
     cases: str
+    repository: str = ""  # of which it needs a checkout
 
     @property
     def is_node(self) -> bool:
@@ -60,6 +63,8 @@ SUITES = {
     "litellm": Suite(("litellm==1.106.2", "mcp==2.3.0"), "test_litellm.py"),
     "llama-index": Suite(("llama-index-llms-openai-like==0.8.1",), "test_llama_index.py"),
     "schemathesis": Suite(("schemathesis==4.32.5",), "test_schemathesis.py"),
+    "ollama-document": Suite(("schemathesis==4.32.5",), "test_ollama_document.py", "ollama/ollama"),
+    "open-responses": Suite(("tsx@4.23.15", "zod@3.25.76"), "open-responses.test.mjs", "openresponses/openresponses"),
     "guidellm": Suite(("guidellm==0.8.1",), "test_guidellm.py"),
     "openai-node": Suite(("openai@7.57.0", "zod@4.6.7"), "openai.test.mjs"),
     "ai-sdk": Suite(
@@ -68,6 +73,19 @@ SUITES = {
     "ollama-node": Suite(("ollama@0.6.4",), "ollama.test.mjs"),
     "anthropic-node": Suite(("@anthropic-ai/sdk@1.12.0",), "anthropic.test.mjs"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What suites run against."""
+
+    api: str  # base URL
+    model: str  # its served name
+    checkouts: Mapping[str, Path] = field(default_factory=dict)  # of repositories, by suite
+
+    def variables(self, suite: str) -> dict[str, str]:
+        own = {"SUITE_API": self.api, "SUITE_MODEL": self.model}
+        return own | ({"SUITE_CHECKOUT": str(self.checkouts[suite])} if suite in self.checkouts else {})
 
 
 class Skipped(Exception):
@@ -110,12 +128,14 @@ def _command(suite: Suite, folder: Path, report: Path) -> list[str]:
     return [str(folder / "bin" / "python"), "-m", "pytest", *words, f"--rootdir={cases.parent}", str(cases)]
 
 
-async def run(name: str, suite: Suite, api: str, model: str) -> Counter[str]:
+async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
     """Counts of its cases."""
+    if suite.repository and name not in target.checkouts:
+        raise Skipped(f"needs --checkout {name}=FOLDER, a checkout of {suite.repository}")
     folder = await asyncio.to_thread(install, name, suite)
     with TemporaryDirectory(prefix="llamaclust-suite-") as results:
         report, output = Path(results) / "results.xml", Path(results) / "output"
-        await _run(_command(suite, folder, report), output, {"SUITE_API": api, "SUITE_MODEL": model})
+        await _run(_command(suite, folder, report), output, target.variables(name))
         try:
             return sum(count(report).values(), Counter())
         except (FileNotFoundError, ElementTree.ParseError) as error:
@@ -146,20 +166,20 @@ async def _run(command: list[str], output: Path, own: dict[str, str]) -> None:
         await process.wait()
 
 
-async def run_on_cluster(model: Path, names: list[str], workers: int) -> None:
-    keys = {"context_length": 2048, "max_sequences": 32, "api": {"strict_model": False}}
+async def run_on_cluster(model: Path, names: list[str], workers: int, checkouts: Mapping[str, Path]) -> None:
+    keys = {"context_length": 2048, "max_sequences": 64, "api": {"strict_model": False}}
     async with running(model, Layout(workers=workers, keys=keys)) as (bench, _):
-        await run_all(bench.api, names)
+        await run_all(bench.api, names, checkouts)
 
 
-async def run_all(api: str, names: list[str]) -> None:
+async def run_all(api: str, names: list[str], checkouts: Mapping[str, Path]) -> None:
     """Prints the counts."""
     async with httpx.AsyncClient(trust_env=False) as client:
         served = (await client.get(f"{api}/v1/models")).json()["data"][0]["id"]
-    counts = {}
+    target, counts = Target(api, served, checkouts), {}
     for name in names:
         try:
-            counts[name] = await run(name, SUITES[name], api, served)
+            counts[name] = await run(name, SUITES[name], target)
         except Skipped as reason:
             print(f"skipped {name}: {reason}")
     print_table(counts)
@@ -171,14 +191,24 @@ def main() -> None:
     parser.add_argument("suites", nargs="*", default=[*SUITES], help=f"of {', '.join(SUITES)}")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--api", default="", help="base URL of a server that runs, in place of a cluster")
+    help_text = "a checkout of the repository that a suite's tests come from, in the form SUITE=FOLDER"
+    parser.add_argument("--checkout", type=_checkout, action="append", default=[], help=help_text)
     given = parser.parse_intermixed_args()
     unknown = sorted({*given.suites} - {*SUITES})
     if unknown:
         parser.error(f"no suite {unknown[0]}; there are {', '.join(SUITES)}")
+    checkouts = dict(given.checkout)
     if given.api:
-        asyncio.run(run_all(given.api.rstrip("/"), given.suites))
+        asyncio.run(run_all(given.api.rstrip("/"), given.suites, checkouts))
     else:
-        asyncio.run(run_on_cluster(given.model, given.suites, given.workers))
+        asyncio.run(run_on_cluster(given.model, given.suites, given.workers, checkouts))
+
+
+def _checkout(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if name not in SUITES or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not SUITE=FOLDER")
+    return name, Path(folder).resolve()
 
 
 if __name__ == "__main__":

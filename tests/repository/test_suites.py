@@ -105,7 +105,7 @@ async def test_a_suite_that_hangs_or_crashes_fails_alone(
     monkeypatch.setattr(clients, "_RUN_S", 1)
     (tmp_path / "command").write_text(command.replace("PLACE", str(tmp_path)))
     with pytest.raises(clients.Skipped, match=reason):
-        await clients.run("ollama", clients.SUITES["ollama"], "http://127.0.0.1:1", "m")
+        await clients.run("ollama", clients.SUITES["ollama"], clients.Target("http://127.0.0.1:1", "m"))
     if (tmp_path / "child").exists():
         child = int((tmp_path / "child").read_text())
         await until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
@@ -115,5 +115,16 @@ async def test_a_suite_gets_no_secrets(tmp_path: Path, clients: ModuleType, monk
     monkeypatch.setenv("HF_TOKEN", "secret")
     case = '<testsuite><testcase classname="a" name="b"/></testsuite>'
     (tmp_path / "command").write_text(f"""echo "$HF_TOKEN$SUITE_MODEL" > {tmp_path}/seen; echo '{case}' > "$1" """)
-    counts = await clients.run("ollama", clients.SUITES["ollama"], "http://127.0.0.1:1", "m")
+    counts = await clients.run("ollama", clients.SUITES["ollama"], clients.Target("http://127.0.0.1:1", "m"))
     assert (counts, (tmp_path / "seen").read_text()) == ({"passed": 1}, "m\n")
+
+
+async def test_a_suite_of_a_repository_needs_a_checkout(
+    tmp_path: Path, clients: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, target = "open-responses", clients.Target("http://127.0.0.1:1", "m")
+    with pytest.raises(clients.Skipped, match="a checkout of openresponses/openresponses"):
+        await clients.run(name, clients.SUITES[name], target)
+    assert target.variables(name).keys() == {"SUITE_API", "SUITE_MODEL"}
+    target = clients.Target("http://127.0.0.1:1", "m", {name: tmp_path})
+    assert target.variables(name)["SUITE_CHECKOUT"] == str(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +16,9 @@ def api() -> str:
 @pytest.fixture(scope="session")
 def model() -> str:
     return os.environ["SUITE_MODEL"]
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """Of the repository that the tests come from, where they are in no package."""
+    return Path(os.environ["SUITE_CHECKOUT"])

@@ -1,4 +1,4 @@
-"""guidellm, which sends vLLM's fields: a minute of 16 concurrent streams."""
+"""guidellm, which sends vLLM's fields: a minute of 16 and of 64 concurrent streams."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _GUIDELLM = Path(sys.executable).with_name("guidellm")
 
 
-def test_concurrent_streams(api: str, model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("streams", [16, 64])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_concurrent_streams(api: str, model: str, tmp_path: Path, path: str, streams: int) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": f"Tell a story of {number} foxes.", "output_tokens_count": 64} for number in range(400)]
+    rows = [{"prompt": f"Tell a story of {number} foxes.", "output_tokens_count": 64} for number in range(4000)]
     prompts.write_text("\n".join(json.dumps(row) for row in rows))
     report = tmp_path / "report.json"
-    words = ["benchmark", "run", "--target", api, "--model", model, "--profile", "concurrent", "--rate", "16"]
-    words += ["--max-seconds", "60", "--data", str(prompts), "--output-path", str(report), "--disable-console"]
+    backend = f"kind=openai_http,target={api},model={model},request_format={path}"
+    words = ["run", "--backend", backend, "--profile", f"kind=concurrent,streams={streams}"]
+    words += ["--constraint", "kind=max_duration,seconds=60", "--data", f"kind=json_file,path={prompts}"]
+    words += ["--output", f"kind=json,path={report}", "--disable-console"]
     made = subprocess.run([str(_GUIDELLM), *words], capture_output=True, text=True, timeout=600, check=False)
     assert made.returncode == 0, made.stderr[-2000:] + made.stdout[-2000:]
     totals = json.loads(report.read_text())["benchmarks"][0]["metrics"]["request_totals"]

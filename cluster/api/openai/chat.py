@@ -73,7 +73,7 @@ class _ChatShape:
 
     def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice:
         ids = {"prompt_token_ids": stream.generation.prompt} if self._with_ids else {}
-        delta = {"role": "assistant"}
+        delta = {"role": "assistant", "content": None}  # clients of llama.cpp read it from the first chunk on
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **ids}
 
     def chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:

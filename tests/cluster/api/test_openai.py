@@ -81,9 +81,9 @@ async def test_chat_stream() -> None:
     assert len({chunk["id"] for chunk in chunks}) == 1
     for index in (0, 1):
         choices = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
-        assert choices[0]["delta"] == {"role": "assistant"}
+        assert choices[0]["delta"] == {"role": "assistant", "content": None}
         assert choices[0]["prompt_token_ids"]
-        assert "".join(choice["delta"].get("content", "") for choice in choices) == ANSWER
+        assert "".join(choice["delta"].get("content") or "" for choice in choices) == ANSWER
         assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
         assert [i for choice in choices for i in choice.get("token_ids", [])] == [*ids(ANSWER), END]
     assert all("usage" not in chunk for chunk in chunks)

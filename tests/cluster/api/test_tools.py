@@ -123,7 +123,7 @@ async def test_stream() -> None:
     assert done == "[DONE]"
     choices = [chunk["choices"][0] for chunk in chunks]
     calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
-    assert "".join(choice["delta"].get("content", "") for choice in choices) == "So."
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == "So."
     assert calls[0]["function"]["name"] == "look" and calls[0]["id"] and calls[0]["type"] == "function"
     assert all("id" not in call and "name" not in call["function"] for call in calls[1:])
     assert "".join(call["function"]["arguments"] for call in calls) == '{"city": "Rom"}'
@@ -138,7 +138,7 @@ async def test_reasoning() -> None:
     *chunks, _ = (await chat("<think>Hm.</think>Yes.", stream=True))[0]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
-    assert "".join(delta.get("content", "") for delta in deltas) == "Yes."
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Yes."
 
 
 async def test_reasoning_that_the_prompt_opens() -> None:

@@ -23,7 +23,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabul
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
-_WORDS = "name colour size weight price city street country owner maker year month day hour state kind".split()
+_WORDS = "name colour size weight price city street country owner maker year month day hour state kind"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def main() -> None:
     vocabulary = read_vocabulary(tokenizer, tokenizer.vocabulary_size)
     print("properties  order   tokens  forced  us a step")
     for count in (4, 8, 16):
-        names = _WORDS[:count]
+        names = _WORDS.split()[:count]
         text = json.dumps({name: f"{name} {place}" for place, name in enumerate(names)})
         for label, grammar in (("schema", schema(names)), ("any", any_order(names))):
             made = walk(grammar, text, tokenizer, vocabulary)

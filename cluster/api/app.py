@@ -107,7 +107,8 @@ def model_app(
     _add_responses(app, service, replies, store)
     _route(app, "GET", "/v1/streams/{id:path}", replies.resume)
     _route(app, "GET", "/v1/stream/{id:path}", replies.replay)
-    for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}"):
+    _route(app, "GET", "/v1/stream", replies.replay)
+    for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}", "/v1/stream"):
         _route(app, "DELETE", path, replies.stop)
     _route(app, "GET", "/v1/models", models.list)
     _route(app, "GET", "/v1/models/{model:path}", models.retrieve)

@@ -25,6 +25,7 @@ _TYPES: Final = {
     "/metrics": ("text/plain",),
     "/docs": ("text/html",),
     "/v1/stream/{id}": (_EVENTS,),
+    "/v1/stream": (_EVENTS,),
 }
 """Of replies that are not JSON, by path."""
 _STREAMED: Final = (_JSON, _EVENTS)
@@ -46,11 +47,13 @@ _REFUSALS: Final = {
     "503": "a cluster that starts, stops, or lacks a worker",
     "504": "a deadline that has passed",
 }
+_FROM: Final = ("from", "integer", "the number of bytes that the client has")
 _QUERIES: Final = {
     "/v1/streams/{id}": [
         ("after", "string", "the id of the last event that the client has, or its part after the colon")
     ],
-    "/v1/stream/{id}": [("from", "integer", "the number of bytes that the client has")],
+    "/v1/stream/{id}": [_FROM],
+    "/v1/stream": [("conv_id", "string", "the conversation's name"), _FROM],
     _RESPONSE: [
         ("stream", "boolean", "the events of a response that is streamed in the background"),
         ("starting_after", "integer", "the number of the last event that the client has"),

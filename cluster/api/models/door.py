@@ -20,6 +20,7 @@ from llamaclust.cluster.text.service import TextService
 
 _KEPT = ("/v1/streams/", "/v1/stream/", "/v1/responses/", "/responses/")
 """Paths of replies that are kept, by their ids."""
+_STREAM = "/v1/stream"  # with the reply's name as `?conv_id=`
 _NO_REPLIES = ("/input_tokens", "/compact")
 """The ends of paths below these that name no reply."""
 _LOADS = ("/api/generate", "/api/chat", "/api/embed", "/api/embeddings")
@@ -87,7 +88,8 @@ class ModelDoor:
         try:
             request = Request(scope, receive)
             path = scope["path"]
-            if scope["method"] == "GET" or (path.startswith(_KEPT) and not path.endswith(_NO_REPLIES)):
+            is_kept = path == _STREAM or (path.startswith(_KEPT) and not path.endswith(_NO_REPLIES))
+            if scope["method"] == "GET" or is_kept:
                 await self._of_url(request).app(scope, receive, send)
             else:
                 await self._pass(await self._addressed(request), scope, send)
@@ -111,6 +113,8 @@ class ModelDoor:
     def _of_url(self, request: Request) -> DoorModel:
         """Of `?model=`, or with the kept reply that the path names."""
         path, own = request.url.path, owner(request.headers, self._settings.api_keys)
+        if path == _STREAM:
+            path = f"{_STREAM}/{request.query_params.get('conv_id', '')}"
         for prefix in _KEPT:
             if path.startswith(prefix):
                 rest = path.removeprefix(prefix)

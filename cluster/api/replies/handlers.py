@@ -154,7 +154,8 @@ class Replies:
         return await self.respond(request, kept, _given(request, kept.ticket))
 
     async def replay(self, request: Request) -> Response:
-        """`GET /v1/stream/ID?from=N`, llama.cpp's form: the bytes of a conversation's newest stream from N on."""
+        """`GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`, llama.cpp's forms: the bytes of a
+        conversation's newest stream from N on."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
@@ -170,7 +171,9 @@ class Replies:
         return Response(status_code=204)
 
     def _find(self, request: Request) -> KeptReply:
-        name = request.path_params["id"]
+        name = request.path_params.get("id") or request.query_params.get("conv_id", "")
+        if not name:
+            raise HttpError(400, "missing_id", "conv_id: is missing; it is the conversation's name", param="conv_id")
         if (kept := self.cache.named(owner(request.headers, self.settings.api_keys), name)) is None:
             raise self._not_found(name)
         return kept

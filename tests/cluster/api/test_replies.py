@@ -184,9 +184,12 @@ async def test_llamacpps_form_counts_bytes(tmp_path: Path) -> None:
             rest = await server.http.get("/v1/stream/chat 5", params={"from": start})
             assert rest.content == reply.content[start:]
         newer = await server.http.post("/completion", json=body_of("/completion", seed=9), headers=headers)
-        assert (await server.http.get("/v1/stream/chat 5")).content == newer.content
+        for path in ("/v1/stream/chat 5", "/v1/stream?conv_id=chat%205"):
+            assert (await server.http.get(path)).content == newer.content
         bad = await server.http.get("/v1/stream/chat 5", params={"from": "x"})
-        assert bad.status_code == 400
+        assert bad.status_code == (await server.http.get("/v1/stream")).status_code == 400
+        assert (await server.http.delete("/v1/stream?conv_id=chat%205")).status_code == 204
+        assert (await server.http.get("/v1/stream/chat 5")).status_code == 404
 
 
 async def test_a_key_is_the_same_however_its_header_is_written(tmp_path: Path) -> None:

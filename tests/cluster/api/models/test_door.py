@@ -35,6 +35,7 @@ def client_of(*models: DoorModel) -> httpx.AsyncClient:
         ("/v1/streams/plain", "b"),
         ("/v1/streams/chats/7", "b"),
         ("/v1/stream/chats/7", "b"),
+        ("/v1/stream?conv_id=chats%2F7", "b"),
         ("/v1/responses/resp_1/input_items", "b"),
         ("/v1/responses/resp_1", "b"),
         ("/v1/streams/chats", "a"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import aiohttp
+import aiohttp  # type: ignore[import-not-found]
 import pytest
 
 _SECONDS = 60.0

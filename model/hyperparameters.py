@@ -157,9 +157,9 @@ class ModelKeys:
     def real(self, key: str, default: float | None = None, *, minimum: float, maximum: float) -> float:
         return self.model.metadata_float(self.full(key), default, minimum=minimum, maximum=maximum)
 
-    def windowed_layers(self, layers: int, default_period: int) -> list[bool]:
+    def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
         """Which layers have the sliding window: `attention.sliding_window_pattern` says so for each, or is a period
-        whose last layer has none (0: all have it)."""
+        whose last layer, or with `full_first` its first, has none (0: all have it)."""
         key = "attention.sliding_window_pattern"
         value: Any = self.model.metadata.get(self.full(key))
         if isinstance(value, np.ndarray) and value.dtype.kind in "biu":
@@ -167,7 +167,8 @@ class ModelKeys:
                 raise self.error(key, f"{len(value)} numbers for {layers} layers")
             return [bool(flag) for flag in value[:layers]]
         period = self.model.metadata_int(self.full(key), default_period, minimum=0, maximum=1 << 10)
-        return [period == 0 or layer % period < period - 1 for layer in range(layers)]
+        full = 0 if full_first else period - 1
+        return [period == 0 or layer % period != full for layer in range(layers)]
 
 
 def _refuse_other_arithmetic(keys: ModelKeys) -> None:

@@ -43,8 +43,8 @@ from llamaclust.model.program import (
     weights_of,
 )
 from llamaclust.model.quant_types import ActivationFormat
+from llamaclust.model.ranking import Ranking, read_ranking
 from llamaclust.model.tokenizers.loading import load_tokenizer
-from llamaclust.model.tokenizers.pairs import PairForm, read_pair_form
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
@@ -98,9 +98,9 @@ class Model:
         self._whole = self.program(0, self.layer_count)
         self.pooling = read_pooling(file, DEFAULT if self.is_causal else Pooling.MEAN)
         self._refuse_unknown_tensors()
-        if self.is_causal and self.pooling is Pooling.RANK:
+        if self.generates and self.pooling is Pooling.RANK:
             keys = ModelKeys(self.file, self.hyperparameters.architecture)
-            raise keys.error("pooling_type", "4 (rank), which is supported for encoders alone")
+            raise keys.error("pooling_type", "4 (rank), which is supported for encoders and qwen3 alone")
 
     @classmethod
     def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
@@ -144,8 +144,13 @@ class Model:
 
     @property
     def is_causal(self) -> bool:
-        """False for an encoder, which makes embeddings alone and computes each prompt as a whole."""
+        """False for an encoder, which computes each prompt as a whole."""
         return self._whole.is_causal
+
+    @property
+    def generates(self) -> bool:
+        """False for encoders and rerankers."""
+        return self._whole.has_logits
 
     @property
     def embedding_width(self) -> int:
@@ -153,12 +158,12 @@ class Model:
         return (self._whole.normed or self._whole.hidden).width
 
     @cached_property
-    def pair_form(self) -> PairForm | None:
-        """How a query and a document are one prompt, in a model that ranks documents."""
+    def ranking(self) -> Ranking | None:
+        """How a model ranks documents, if it does."""
         if self.pooling is not Pooling.RANK:
             return None
         with _named(self.file.path):
-            return read_pair_form(self.file.metadata, self.tokenizer)
+            return read_ranking(self.file.metadata, self.tokenizer, of_last=self.is_causal)
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
         """The tensors that the program names."""

@@ -19,6 +19,9 @@ KV_GROUP_CHANNELS = 32
 KV_VALUE_CHANNELS = 16
 """A stored value takes a multiple of these channels: the lanes that sum it."""
 
+LOGITS = "logits"
+"""The buffer of a last stage's results, where it has a head."""
+
 SPAN_TOKENS = 512
 """Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
 
@@ -100,12 +103,12 @@ class RmsNorm:
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, a row at a time; out may be x."""
+    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight (+ bias), a row at a time; out may be x."""
 
     x: Buffer
     out: Buffer
     weight: str
-    bias: str
+    bias: str | None
     epsilon: float
 
 
@@ -327,7 +330,8 @@ class Program:
 
     The first stage begins with `Embed`, others are given `hidden_in`; the last stage ends with the logits in `out`
     [output rows, vocabulary], others with the hidden state [rows, embedding]. On the last stage, `normed` [rows,
-    embedding] is the normed hidden state of every row, written before `SelectRows`.
+    embedding] is the normed hidden state of every row, written before `SelectRows`; in a model that ranks documents
+    [rows, classes], the scores. Encoders and rerankers have no logits.
     """
 
     start: int
@@ -362,9 +366,15 @@ class Program:
         return all(step.causal for step in self.kv_layers)
 
     @property
+    def has_logits(self) -> bool:
+        """Whether a last stage ends with logits."""
+        return self.is_last and self.out.name == LOGITS
+
+    @property
     def window(self) -> int | None:
-        """The largest window of its layers, if any has one."""
-        return max((step.window for step in self.kv_layers if step.window is not None), default=None)
+        """The largest window of its causal layers, if any has one: behind it they give up KV memory. The others need
+        their whole prompt in one microbatch."""
+        return max((step.window for step in self.kv_layers if step.causal and step.window is not None), default=None)
 
 
 def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:

@@ -142,7 +142,7 @@ class LocalStage:
                     scheduling.max_sequences,
                     embedding_length=self.model.embedding_width,
                     pooling=self.model.pooling,
-                    pair_form=self.model.pair_form,
+                    ranking=self.model.ranking,
                 )
                 service = TextService(engine, self.model.tokenizer, self.model.chat_template, text)
                 async with aclosing(service):
@@ -282,6 +282,7 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         prefill_chunk=chunk,
         prefix_cache=settings.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,
+        generates=model.generates,
         window=None if group is None else group.window,
         window_blocks=0 if group is None else group.blocks_beside(kv_blocks, context, settings.max_sequences),
     )

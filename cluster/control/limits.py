@@ -103,6 +103,7 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         prefill_chunk=config.prefill_chunk,
         prefix_cache=config.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,
+        generates=model.generates,
         adapters=model.adapter_count,
         window=model.window if plan.window_blocks else None,
         window_blocks=plan.window_blocks,

@@ -150,7 +150,7 @@ class Scheduler:
             settings.vocabulary,
             settings.max_sequence_tokens,
             adapters=settings.adapters,
-            embeds_only=settings.whole_prompts,
+            generates=settings.generates,
         )
         self._next_key += 1
         max_new_tokens = min(request.max_new_tokens, settings.max_sequence_tokens - len(request.prompt))

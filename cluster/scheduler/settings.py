@@ -28,6 +28,7 @@ class SchedulerSettings:
     prefill_alone_ms: float = 400.0  # the same without decode: larger chunks read the weights less often
     prefix_cache: bool = True
     whole_prompts: bool = False  # a prompt is computed in one microbatch, as encoders need it
+    generates: bool = True  # else requests are for embeddings or scores alone
     adapters: int = 0  # that requests may use, by their numbers
     window: int | None = None  # of layers that have blocks of their own
     window_blocks: int = 0  # these

@@ -23,11 +23,13 @@ def validate(
     max_sequence_tokens: int,
     *,
     adapters: int = 0,
-    embeds_only: bool = False,
+    generates: bool = True,
 ) -> None:
     """Raises ParameterError, which names the field as the HTTP API does, its value and the bound."""
-    if embeds_only and request.embedded is None:
-        raise ParameterError("model", "is an encoder, which generates nothing: use /v1/embeddings")
+    if not generates and request.embedded is None:
+        raise ParameterError(
+            "model", "is an encoder or reranker, which generates nothing: use /v1/embeddings or /v1/rerank"
+        )
     _check_prompt(request, vocabulary, max_sequence_tokens)
     check_integer("max_tokens", request.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
     check_integer("min_tokens", request.min_tokens, 0, MAX_CONTEXT_TOKENS)

@@ -85,7 +85,7 @@ def _text_service(served: ServedModel) -> TextService:
         model.file,
         model.embedding_width,
         model.pooling,
-        model.pair_form,
+        model.ranking,
     )
     return TextService(engine, model.tokenizer, model.chat_template, text)
 

@@ -13,6 +13,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbed
 from llamaclust.cluster.text.pooler import EUCLIDEAN, Float64, Pooler, Vector, normalized
 from llamaclust.core.errors import QueueFullError, WorkerError
 from llamaclust.model.pooling import Pooling
+from llamaclust.model.ranking import Ranking
 from llamaclust.wire.rpc.deadlines import deadline
 
 _MOST_SUBMITTED = 16
@@ -70,10 +71,10 @@ class Embedder:
             raise _first(errors) from None
         return [head.result(), *(task.result() for task in later)]
 
-    async def rank(self, pairs: Sequence[tuple[int, ...]]) -> list[Rank]:
-        """Scores of prompts that are a query and a document, in their order: the model's first class."""
-        found = await self.embed(pairs, EmbeddingOptions(Pooling.RANK, norm=-1))
-        return [Rank(float(embedding.vectors[0][0]), embedding.prompt_tokens) for embedding in found]
+    async def rank(self, pairs: Sequence[tuple[int, ...]], ranking: Ranking) -> list[Rank]:
+        """Scores of prompts that are a query and a document, in their order."""
+        found = await self.embed(pairs, EmbeddingOptions(ranking.pooling, norm=-1))
+        return [Rank(ranking.score(embedding.vectors[0].tolist()), embedding.prompt_tokens) for embedding in found]
 
     async def _run(self, places: asyncio.Semaphore, request: GenerationRequest, options: EmbeddingOptions) -> Embedding:
         async with places:

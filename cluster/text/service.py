@@ -28,7 +28,7 @@ from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.pooling import DEFAULT, Pooling
-from llamaclust.model.tokenizers.pairs import PairForm
+from llamaclust.model.ranking import PairTemplate, Ranking
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _BLOCKING_CHARACTERS = 2048
@@ -48,7 +48,7 @@ class TextSettings:
     file: ModelFile | None = None  # likewise
     embedding_length: int = 0  # numbers of an embedding
     pooling: Pooling = DEFAULT  # of embeddings, where a request names none
-    pair_form: PairForm | None = None  # of a query and a document, where the model ranks documents
+    ranking: Ranking | None = None  # where the model ranks documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class TextService:
         """Embeddings of prompts of texts and token ids, in their order; they count for the budget inside. RequestError
         for a prompt that is empty or too long, or too many numbers; errors of `Embedder.embed`."""
         length = self.settings.embedding_length
-        if self.settings.pair_form is not None:
+        if self.settings.ranking is not None:
             raise ParameterError("model", "ranks documents and makes no embeddings: use /v1/rerank")
         if options.dimensions is not None and options.dimensions > length:
             raise ParameterError("dimensions", f"{options.dimensions}, but this model's embeddings have {length}")
@@ -139,16 +139,19 @@ class TextService:
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
         """The documents' scores for a query, in their order. ParameterError where the model ranks none, or for a text
         that is too long, before any after it is read; errors of `EntryBudget.reserve_pairs` and `Embedder.embed`."""
-        form = self.settings.pair_form
-        if form is None:
+        ranking = self.settings.ranking
+        if ranking is None:
             raise ParameterError("model", "does not rank documents")
+        form = ranking.prompts
         with self._preparing():
+            if isinstance(form, PairTemplate):
+                return await self._rank_rendered(ranking, form, query, documents)
             begin = await self._pair_ids(query, form.length, "query")
             others = form.length + len(begin)
             ends = [await self._pair_ids(document, others, "documents") for document in documents]
             reserved = self.budget.reserve_pairs(others * len(ends) + sum(map(len, ends)))
             try:
-                return await self._embedder.rank([form.prompt(begin, end) for end in ends])
+                return await self._embedder.rank([form.prompt(begin, end) for end in ends], ranking)
             finally:
                 self.budget.release(reserved)
 
@@ -157,11 +160,36 @@ class TextService:
         own on the threads."""
         self._check_characters(len(text), param)
         ids = await run_on(TOKENIZING, self.tokenizer.encode, text, add_special=False)
-        tokens, context = others + len(ids), self.settings.context_length
+        self._check_pair(others + len(ids), param)
+        return ids
+
+    async def _rank_rendered(
+        self, ranking: Ranking, template: PairTemplate, query: str, documents: Sequence[str]
+    ) -> list[Rank]:
+        """As `rank`. A template's words may have tokens in common with the texts, so that each prompt is read whole:
+        what all take at least is reserved before."""
+
+        async def prompt(document: str, param: str) -> tuple[int, ...]:
+            self._check_characters(len(query) + len(document), param)
+            ids = await run_on(TOKENIZING, template.prompt, self.tokenizer, query, document)
+            self._check_pair(len(ids), param)
+            return ids
+
+        reserved = self.budget.reserve_pairs(len(await prompt("", "query")) * len(documents))
+        try:
+            pairs = [await prompt(document, "documents") for document in documents]
+            self.budget.release(reserved)
+            reserved = 0
+            reserved = self.budget.reserve_pairs(sum(map(len, pairs)))
+            return await self._embedder.rank(pairs, ranking)
+        finally:
+            self.budget.release(reserved)
+
+    def _check_pair(self, tokens: int, param: str) -> None:
+        context = self.settings.context_length
         if tokens > context:
             what = "has" if param == "query" else "have one that has, with the query,"
             raise ContextLengthError(f"{what} {tokens} tokens", tokens, context, param)
-        return ids
 
     async def _input_ids(self, prompt: Sequence[str | int]) -> list[int]:
         ids = [token for part in await self.tokenize_all(prompt, "input", add_special=True) for token in part]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
@@ -139,7 +141,8 @@ class _Compiler:
             case ir.RmsNorm():
                 plan.rms_norm(x, out, self._weights[step.weight].vector, step.epsilon)
             case ir.LayerNorm():
-                weight, bias = self._weights[step.weight].vector, self._weights[step.bias].vector
+                weight = self._weights[step.weight].vector
+                bias = np.zeros_like(weight) if step.bias is None else self._weights[step.bias].vector
                 plan.layer_norm(x, out, weight, bias, step.epsilon)
             case ir.AddPosition():
                 plan.add_position(x, out, self._weights[step.weight].matrix)

@@ -165,6 +165,8 @@ def _plan(
 ) -> Plan:
     if not program.is_causal:
         raise ModelFileError("an encoder is not computed on GPUs; set device: cpu for its workers")
+    if program.normed is not None and program.normed.width != program.hidden.width:
+        raise ModelFileError("a reranker is not computed on GPUs; set device: cpu for its workers")
     if any(isinstance(step, Adapt) for step in program.steps):
         raise UsageError("adapters are computed on processors only; set device: cpu for all workers, or leave them out")
     check_weights(program, tensors)

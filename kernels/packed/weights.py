@@ -41,7 +41,8 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield step.weight, (step.width,)
         case LayerNorm():
             yield step.weight, (step.x.width,)
-            yield step.bias, (step.x.width,)
+            if step.bias is not None:
+                yield step.bias, (step.x.width,)
         case AddPosition() | AddRow():
             yield step.weight, (-1, step.out.width)
         case SigmoidGate():

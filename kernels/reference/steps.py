@@ -49,8 +49,8 @@ def run_step(step: ir.Step, state: State) -> None:
         case ir.RmsNorm():
             state[step.out] = rms_norm(state[step.x], state.weights[step.weight], step.epsilon, step.heads)
         case ir.LayerNorm():
-            weight, bias = state.weights[step.weight], state.weights[step.bias]
-            state[step.out] = layer_norm(state[step.x], weight, bias, step.epsilon)
+            bias = state.weights[step.bias] if step.bias else None
+            state[step.out] = layer_norm(state[step.x], state.weights[step.weight], bias, step.epsilon)
         case ir.AddPosition():
             state[step.out] = state[step.x] + state.weights[step.weight][state.batch.positions]
         case ir.AddRow():
@@ -81,11 +81,12 @@ def rms_norm(x: Float32, weight: Float32, epsilon: float, heads: int = 1) -> Flo
     return (wide / np.sqrt(mean + epsilon) * weight.astype(np.float64)).reshape(x.shape)
 
 
-def layer_norm(x: Float32, weight: Float32, bias: Float32, epsilon: float) -> Float64:
+def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, epsilon: float) -> Float64:
     wide = x.astype(np.float64)
     centred: Float64 = wide - np.mean(wide, axis=1, keepdims=True)
     variance: Float64 = np.mean(centred * centred, axis=1, keepdims=True)
-    return centred / np.sqrt(variance + epsilon) * weight.astype(np.float64) + bias
+    out: Float64 = centred / np.sqrt(variance + epsilon) * weight.astype(np.float64)
+    return out if bias is None else out + bias
 
 
 def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from llamaclust.model.architectures import bert, gemma, glm, gpt, llama, phi3, qwen
-from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import read_architecture, read_hyperparameters
 from llamaclust.model.program import KvType, Program
 
-ARCHITECTURES: Mapping[str, Callable[[ProgramBuilder], None]] = MappingProxyType(
+ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType(
     {
         "baichuan": llama.baichuan,
         "bert": bert.bert,
@@ -21,11 +21,14 @@ ARCHITECTURES: Mapping[str, Callable[[ProgramBuilder], None]] = MappingProxyType
         "gemma": gemma.gemma,
         "gemma2": gemma.gemma2,
         "gemma3": gemma.gemma3,
+        "gemma-embedding": gemma.gemma_embedding,
         "glm4": glm.glm4,
         "gpt2": gpt.gpt2,
         "internlm2": llama.internlm2,
         "jina-bert-v2": bert.jina_bert_v2,
+        "jina-bert-v3": bert.jina_bert_v3,
         "llama": llama.llama,
+        "modern-bert": bert.modern_bert,
         "nomic-bert": bert.nomic_bert,
         "phi3": phi3.phi3,
         "qwen2": qwen.qwen2,
@@ -46,7 +49,7 @@ def build_program(
     ModelFileError, naming what is wrong, for an architecture, a key or a tensor that is missing or does not fit.
     """
     check_architecture(model)
-    builder = ProgramBuilder(model, read_hyperparameters(model), start, end, kv_type, context_tokens)
+    builder = EncoderBuilder(model, read_hyperparameters(model), start, end, kv_type, context_tokens)
     ARCHITECTURES[read_architecture(model)](builder)
     return builder.program()
 

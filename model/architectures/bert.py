@@ -1,34 +1,82 @@
-"""Encoders whose norms stand behind the sums: bert, nomic-bert, jina-bert-v2. They make embeddings alone."""
+"""Encoders: bert, nomic-bert, jina-bert-v2, jina-bert-v3, whose norms stand behind the sums, and modern-bert. They make
+embeddings alone."""
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
+from dataclasses import replace
+
+from llamaclust.model.architectures.encoder_layers import EncoderBuilder
+from llamaclust.model.architectures.layers import AttentionVariant
 from llamaclust.model.architectures.positions import alibi_slopes
+from llamaclust.model.gguf.values import shown
 from llamaclust.model.program import ActivationFunction, RopeStyle
 
+_ACTIVATIONS = {
+    "gelu": ActivationFunction.GELU_ERF,
+    "gelu_pytorch_tanh": ActivationFunction.GELU_TANH,
+    "silu": ActivationFunction.SILU,
+    "swish": ActivationFunction.SILU,
+}
+"""By the name that files have."""
 
-def bert(builder: ProgramBuilder) -> None:
+
+def bert(builder: EncoderBuilder) -> None:
     """BERT, and most sentence encoders since (MiniLM, BGE, E5, GTE): learned positions, biases everywhere."""
     builder.use_layer_norms()
-    for layer in builder.encoder_layers(positions=True):
+    for layer in builder.sentence_layers(positions=True):
         builder.require(layer, "attn_q.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")
         variant = AttentionVariant(causal=False)
         builder.encode(layer, variant, gated=False, activation=ActivationFunction.GELU_ERF)
 
 
-def nomic_bert(builder: ProgramBuilder) -> None:
+def nomic_bert(builder: EncoderBuilder) -> None:
     """Nomic Embed 1 and 1.5: rotations, one tensor of queries, keys and values, a gate."""
     table = builder.rope_table()
     builder.use_layer_norms()
-    for layer in builder.encoder_layers():
+    for layer in builder.sentence_layers():
         variant = AttentionVariant(RopeStyle.NEOX, table, causal=False)
         builder.encode(layer, variant, gated=True, activation=ActivationFunction.SILU)
 
 
-def jina_bert_v2(builder: ProgramBuilder) -> None:
+def jina_bert_v2(builder: EncoderBuilder) -> None:
     """Jina Embeddings 2: a bias by distance instead of positions, a gate."""
     slopes = alibi_slopes(builder.hyperparameters.head_count)
     builder.use_layer_norms()
-    for layer in builder.encoder_layers():
+    for layer in builder.sentence_layers():
         variant = AttentionVariant(slopes=slopes, causal=False)
         builder.encode(layer, variant, gated=True, activation=ActivationFunction.GELU_ERF)
+
+
+def jina_bert_v3(builder: EncoderBuilder) -> None:
+    """Jina Embeddings 3: XLM-RoBERTa with rotations instead of positions. Its adapters are files of their own."""
+    table = builder.rope_table()
+    builder.use_layer_norms()
+    for layer in builder.sentence_layers():
+        variant = AttentionVariant(RopeStyle.NEOX, table, causal=False)
+        builder.encode(layer, variant, gated=False, activation=ActivationFunction.GELU_ERF)
+
+
+def modern_bert(builder: EncoderBuilder) -> None:
+    """ModernBERT: norms without biases before attention and inner layer, none before the first attention; gate and up
+    in one tensor; of each three layers the first sees everything, the others a window with a rotation of their own."""
+    hp, activation = builder.hyperparameters, _activation(builder)
+    windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)
+    whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), causal=False)
+    part = replace(whole, table=builder.window_rope_table(), window=hp.sliding_window) if hp.sliding_window else whole
+    builder.use_layer_norms(biases=False)
+    for layer in builder.sentence_layers(last_norm=True):
+        variant = part if windowed[layer] else whole
+        if layer > 0 or "blk.0.attn_norm.weight" in builder.model.tensors:
+            builder.attention(layer, variant)
+        else:
+            builder.attention_without_norm(layer, variant)
+        builder.feed_forward(layer, fused=True, activation=activation)
+
+
+def _activation(builder: EncoderBuilder) -> ActivationFunction:
+    """ModelFileError for an unknown one."""
+    key = "hidden_activation"
+    name = builder.model.metadata_str(builder.keys.full(key), "gelu")
+    if name not in _ACTIVATIONS:
+        raise builder.keys.error(key, f"{shown(name)} is not supported, only {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]

@@ -1,13 +1,14 @@
-"""Gemma: gemma, gemma2, gemma3. The embedding is scaled and used again as the head; the gate is a GELU. Norm weights of
-the model are relative to one, those of GGUF files are not."""
+"""Gemma: gemma, gemma2, gemma3, gemma-embedding. The embedding is scaled and used again as the head; the gate is a
+GELU. Norm weights of the model are relative to one, those of GGUF files are not."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 
+from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.hyperparameters import Hyperparameters, RopeScaling
+from llamaclust.model.hyperparameters import Hyperparameters
 from llamaclust.model.program import ActivationFunction, RopeStyle
 
 _GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
@@ -34,25 +35,41 @@ def gemma2(builder: ProgramBuilder) -> None:
     for layer in builder.layers(math.sqrt(hp.embedding_length), soft_cap=final_cap):
         window = (hp.sliding_window or 4096) if windowed[layer] else None
         variant = AttentionVariant(RopeStyle.NEOX, table, window, scale=scale, soft_cap=cap)
-        builder.attention(layer, variant, post_norm=True)
-        builder.feed_forward(layer, activation=ActivationFunction.GELU_TANH, post_norm=True)
+        _normed_layer(builder, layer, variant)
 
 
 def gemma3(builder: ProgramBuilder) -> None:
     """Gemma 3, its text: as Gemma 2, with norms of q and k in place of the caps, and five windowed layers before one
     that sees everything. Windowed layers turn by a base of their own and without the scaling of the others."""
-    hp, keys = builder.hyperparameters, builder.keys
-    scale = _scale(hp, _GEMMA3_27B_LAYERS)
-    windowed = keys.windowed_layers(hp.block_count, 6) if hp.sliding_window else [False] * hp.block_count
-    local_base = keys.real("rope.freq_base_swa", 10000.0, minimum=1.0, maximum=1e12)
-    local = replace(hp.rope, frequency_base=local_base, scaling=RopeScaling.NONE, factor=1.0)
-    tables = {True: builder.rope_table(local), False: builder.rope_table()}
-    final_cap = keys.real("final_logit_softcapping", 0.0, minimum=0.0, maximum=_MAX_CAP)
+    hp = builder.hyperparameters
+    final_cap = builder.keys.real("final_logit_softcapping", 0.0, minimum=0.0, maximum=_MAX_CAP)
+    variants = _windowed_variants(builder, _scale(hp, _GEMMA3_27B_LAYERS))
     for layer in builder.layers(math.sqrt(hp.embedding_length), soft_cap=final_cap or None):
-        window = hp.sliding_window if windowed[layer] else None
-        variant = AttentionVariant(RopeStyle.NEOX, tables[windowed[layer]], window, scale=scale, head_norms=True)
-        builder.attention(layer, variant, post_norm=True)
-        builder.feed_forward(layer, activation=ActivationFunction.GELU_TANH, post_norm=True)
+        _normed_layer(builder, layer, variants[layer])
+
+
+def gemma_embedding(builder: EncoderBuilder) -> None:
+    """EmbeddingGemma: Gemma 3 as an encoder with dense layers. A window reaches half of its width to either side."""
+    hp = builder.hyperparameters
+    if hp.sliding_window is None:
+        raise builder.keys.error("attention.sliding_window", "missing or 0, and the architecture has windows")
+    variants = _windowed_variants(builder, 1 / math.sqrt(hp.key_length))
+    for layer in builder.scaled_layers(math.sqrt(hp.embedding_length)):
+        _normed_layer(builder, layer, replace(variants[layer], causal=False))
+
+
+def _windowed_variants(builder: ProgramBuilder, scale: float) -> list[AttentionVariant]:
+    """Of each layer of Gemma 3."""
+    hp = builder.hyperparameters
+    windowed = builder.keys.windowed_layers(hp.block_count, 6) if hp.sliding_window else [False] * hp.block_count
+    whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), scale=scale, head_norms=True)
+    part = replace(whole, table=builder.window_rope_table(), window=hp.sliding_window)
+    return [part if has_window else whole for has_window in windowed]
+
+
+def _normed_layer(builder: ProgramBuilder, layer: int, variant: AttentionVariant) -> None:
+    builder.attention(layer, variant, post_norm=True)
+    builder.feed_forward(layer, activation=ActivationFunction.GELU_TANH, post_norm=True)
 
 
 def _scale(hp: Hyperparameters, layers_27b: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,12 +12,12 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model import program as steps
 from llamaclust.model.architectures.positions import rope_table
 from llamaclust.model.gguf.model_file import ModelFile
-from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters
+from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters, RopeScaling
 from llamaclust.model.pooling import Pooling, read_pooling
 from llamaclust.model.program import ActivationFunction, Buffer, KvType, Program, RopeStyle, RopeTable
 from llamaclust.model.quant_types import QuantType
 
-_EMBEDDING, _POSITIONS, _TYPES = "token_embd.weight", "position_embd.weight", "token_types.weight"
+EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
 """Tensors that become part of the program and are none of its weights."""
@@ -65,6 +65,7 @@ class ProgramBuilder:
         self._last_normed = Buffer("last normed", width)
         self._out = self._hidden
         self._layer_norm_epsilon: float | None = None
+        self._norm_biases = True
 
     def program(self) -> Program:
         layers = self.hyperparameters.block_count
@@ -72,72 +73,31 @@ class ProgramBuilder:
         normed = self._last_normed if end == layers else None
         return Program(start, end, layers, self._hidden, self._out, tuple(self._steps), normed)
 
-    def use_layer_norms(self) -> None:
-        """From here on norms subtract the mean and add a bias."""
+    def use_layer_norms(self, *, biases: bool = True) -> None:
+        """From here on norms subtract the mean, and add a bias unless there are no `biases`."""
+        self._norm_biases = biases
         self._layer_norm_epsilon = self.keys.real("attention.layer_norm_epsilon", minimum=1e-13, maximum=0.1)
 
     def layers(
-        self, embedding_factor: float = 1.0, *, positions: bool = False, soft_cap: float | None = None
+        self,
+        embedding_factor: float = 1.0,
+        *,
+        positions: bool = False,
+        soft_cap: float | None = None,
+        may_rank: bool = False,
     ) -> Iterator[int]:
         """The layers to append, after the embedding of a first stage and before the head of a last one.
 
-        The embedding is multiplied by `embedding_factor`; `positions` are learned, too; `soft_cap`: of the logits."""
+        The embedding is multiplied by `embedding_factor`; `positions` are learned, too; `soft_cap`: of the logits;
+        `may_rank`: the file's pooling may be rank, and the head is a classifier then."""
         self._embed(embedding_factor, positions)
         yield from self._layers
-        self._head(soft_cap)
-
-    def encoder_layers(self, *, positions: bool = False) -> Iterator[int]:
-        """The layers of an encoder without a head: what the last one gives are the embedded rows. The embedding has the
-        type of the first sentence added, learned `positions`, and is normed."""
-        if self._layers.start == 0:
-            self._embed_sentence(positions)
-        yield from self._layers
         if self._layers.stop == self.hyperparameters.block_count:
-            self._last_normed, self._out = self._hidden, Buffer("selected", self._hidden.width)
-            if read_pooling(self.model) is Pooling.RANK:
-                self._last_normed = self._scores()
-            self._steps.append(steps.SelectRows(self._hidden, self._out))
-
-    def _scores(self) -> Buffer:
-        """Of every row, by a reranker's classifier: [rows, classes]."""
-        scores = self._hidden
-        for name in [name for name in ("cls", "cls.output") if f"{name}.weight" in self.model.tensors] or ["cls"]:
-            x, scores = scores, Buffer(name, self.model.tensor(f"{name}.weight").shape[0])
-            self._matmul(name, x, scores)
-            if name == "cls":
-                self._steps.append(steps.SoftCap(scores, scores, 1.0))  # tanh
-        return scores
-
-    def _embed_sentence(self, positions: bool) -> None:
-        hp, width = self.hyperparameters, self._hidden.width
-        embedded, typed, placed = (Buffer(name, width) for name in ("embedded", "typed", "placed"))
-        self._steps.append(steps.Embed(embedded, self.weight(_EMBEDDING, (hp.vocabulary_size, width))))
-        if _TYPES in self.model.tensors:
-            rows = self.model.tensor(_TYPES).shape[0]
-            self._steps.append(steps.AddRow(embedded, typed, self.weight(_TYPES, (rows, width)), 0))
-            embedded = typed
-        if positions:
-            self._add_positions(embedded, placed)
-            embedded = placed
-        self._norm("token_embd_norm", embedded, self._hidden)
-
-    def encode(self, layer: int, variant: AttentionVariant, *, gated: bool, activation: ActivationFunction) -> None:
-        """hidden = norm(hidden + attention), then hidden = norm(hidden + inner layer): norms stand behind the sums.
-        The inner layer is gated, or down(activation(up))."""
-        prefix = f"blk.{layer}"
-        self._normed = self._hidden  # what products read
-        self._attend(layer, variant)
-        self._add_and_norm(f"{prefix}.attn_output_norm")
-        if gated:
-            self._gated_inner(prefix, activation)
-        else:
-            self._plain_inner(prefix, activation)
-        self._add_and_norm(f"{prefix}.layer_output_norm")
-
-    def _add_and_norm(self, name: str) -> None:
-        summed = Buffer("summed", self._hidden.width)
-        self._steps.append(steps.Add(self._hidden, self._projected, summed))
-        self._norm(name, summed, self._hidden)
+            self._norm("output_norm", self._hidden, self._last_normed)
+            if may_rank and read_pooling(self.model) is Pooling.RANK:
+                self._ranking_head()
+            else:
+                self._head(soft_cap)
 
     def _embed(self, factor: float, positions: bool) -> None:
         if self._layers.start > 0:
@@ -145,7 +105,7 @@ class ProgramBuilder:
         hp = self.hyperparameters
         embedded = Buffer("embedded", self._hidden.width) if positions else self._hidden
         shape = (hp.vocabulary_size, hp.embedding_length)
-        self._steps.append(steps.Embed(embedded, self.weight(_EMBEDDING, shape)))
+        self._steps.append(steps.Embed(embedded, self.weight(EMBEDDING, shape)))
         if factor != 1.0:
             self._steps.append(steps.Scale(embedded, embedded, factor))
         if positions:
@@ -160,18 +120,26 @@ class ProgramBuilder:
         self._steps.append(steps.AddPosition(embedded, out, weight))
 
     def _head(self, soft_cap: float | None) -> None:
-        """The norm of all rows, for embeddings; then wanted rows and their logits. Without `output.weight` the token
-        embedding is used again."""
-        if self._layers.stop < self.hyperparameters.block_count:
-            return
-        self._out = Buffer("logits", self.hyperparameters.vocabulary_size)
-        self._norm("output_norm", self._hidden, self._last_normed)
+        """Of the normed rows, which embeddings have, those that are wanted, and their logits. Without `output.weight`
+        the token embedding is used again."""
+        self._out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._last_normed, selected))
-        weight = "output" if "output.weight" in self.model.tensors else _EMBEDDING.removesuffix(".weight")
+        weight = "output" if "output.weight" in self.model.tensors else EMBEDDING.removesuffix(".weight")
         self._matmul(weight, selected, self._out)
         if soft_cap is not None:
             self._steps.append(steps.SoftCap(self._out, self._out, soft_cap))
+
+    def _ranking_head(self) -> None:
+        """Of every row the scores of the classes, as rows of a head: [rows, classes]."""
+        name = "cls.output.weight"
+        scores = Buffer("scores", self.model.tensor(name).shape[0])
+        if scores.width < 2:
+            raise self.error(name, "1 class, of which the share is always 1; at least 2 expected")
+        self._matmul("cls.output", self._last_normed, scores)
+        self._out = Buffer("selected", self._hidden.width)
+        self._steps.append(steps.SelectRows(self._hidden, self._out))
+        self._last_normed = scores
 
     def attention(self, layer: int, variant: AttentionVariant = AttentionVariant(), *, post_norm: bool = False) -> None:
         """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state. `post_norm` norms the output
@@ -315,6 +283,12 @@ class ProgramBuilder:
         """The rotation of every layer, or of those that have one of their own."""
         return rope_table(rope or self.hyperparameters.rope, self._rope_factors())
 
+    def window_rope_table(self) -> RopeTable:
+        """The rotation of layers with a window, where these have a base of their own and no scaling."""
+        base = self.keys.real("rope.freq_base_swa", 10000.0, minimum=1.0, maximum=1e12)
+        rope = self.hyperparameters.rope
+        return self.rope_table(replace(rope, frequency_base=base, scaling=RopeScaling.NONE, factor=1.0))
+
     def _rope_factors(self) -> tuple[float, ...] | None:
         """What a tensor of the file divides the frequencies by: `rope_freqs` (since llama 3.1), or one of two by the
         context that the program is for: as llama.cpp has it, the long ones for all sequences or for none."""
@@ -357,7 +331,8 @@ class ProgramBuilder:
         if self._layer_norm_epsilon is None:
             self._rms_norm(name, x, out)
             return
-        weight, bias = self._vector(f"{name}.weight", x.width), self._vector(f"{name}.bias", x.width)
+        weight = self._vector(f"{name}.weight", x.width)
+        bias = self._vector(f"{name}.bias", x.width) if self._norm_biases else None
         self._steps.append(steps.LayerNorm(x, out, weight, bias, self._layer_norm_epsilon))
 
     def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:

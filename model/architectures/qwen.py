@@ -34,9 +34,10 @@ def qwen2moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3(builder: ProgramBuilder) -> None:
-    """Qwen 3: q and k are normed head by head before they are rotated. A head's width is a key of the file."""
+    """Qwen 3: q and k are normed head by head before they are rotated. A head's width is a key of the file. Of a
+    reranker's head there are two rows alone, those of `yes` and `no`."""
     table = builder.rope_table()
-    for layer in builder.layers():
+    for layer in builder.layers(may_rank=True):
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=True))
         builder.feed_forward(layer)
 

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from llamaclust.cluster.client.http import Client
 from llamaclust.cluster.client.local import LocalSettings
-from llamaclust.core.errors import RequestError
+from llamaclust.core.errors import ModelFileError, RequestError
 from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.loader import Model
 from llamaclust.model.pooling import Pooling
+from llamaclust.model.program import KvType
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import Chain, batch_of
-from support.models.tiny_encoders import ENCODERS, HEADS, LAYERS, build_encoder
+from support.arithmetic.encoders import Float64, hidden_states
+from support.models.tiny_encoders import ENCODERS, HIDDEN, WINDOW, build_encoder
+from support.models.tiny_model import matrix
 
-Float64 = NDArray[np.float64]
 TOKENS = [2, *np.random.default_rng(3).integers(4, 320, 40).tolist(), 3]
-_SLOPES = np.array([2.0 ** (-8 * (head + 1) / HEADS) for head in range(HEADS)])
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
@@ -48,7 +49,7 @@ def encoded(backend: Backend, model: Model, tokens: list[int], cuts: tuple[int, 
 @pytest.mark.parametrize("backend", [ReferenceBackend, lambda: all_threads(2)], ids=["reference", "cpu"])
 def test_hidden_states(backend: Callable[[], Backend], name: str, path: Path) -> None:
     model = Model.open(path)
-    wanted = _independent(name, _weights(model), TOKENS)
+    wanted = hidden_states(name, _weights(model), TOKENS)
     np.testing.assert_allclose(encoded(backend(), model, TOKENS), wanted, atol=0.02)
 
 
@@ -75,7 +76,7 @@ def test_prompts_longer_than_a_span(path: Path) -> None:
 
 
 def encoded_reference(model: Model, tokens: list[int]) -> Float64:
-    return _independent(str(model.file.metadata["general.architecture"]), _weights(model), tokens)
+    return hidden_states(str(model.file.metadata["general.architecture"]), _weights(model), tokens)
 
 
 def test_embeddings_in_company_are_those_alone(path: Path) -> None:
@@ -103,70 +104,68 @@ def test_the_file_names_the_pooling(number: int, pooling: Pooling, tmp_path: Pat
     assert Model.open(build_encoder(tmp_path / "bert.gguf", "bert", pooling=number)).pooling is pooling
 
 
+@pytest.mark.parametrize("name", ["modern-bert", "gemma-embedding"])
+def test_windows_of_encoders_give_up_no_keys(name: str, tmp_path: Path) -> None:
+    model = Model.open(build_encoder(tmp_path / "windows.gguf", name))
+    assert {step.window for step in model.program(0, model.layer_count).kv_layers} == {WINDOW, None}
+    assert model.window is None and model.costs(KvType.F16).window is None
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "without", "message"),
+    [
+        ("gemma-embedding", {}, "dense_3.weight", "dense_3.weight"),
+        ("gemma-embedding", {}, "dense_2.weight", "dense_2.weight"),
+        ("gemma-embedding", {"dense_2_feat_out": 77}, "", "dense_2_feat_out: 77, 128 expected"),
+        ("gemma-embedding", {"dense_3_feat_out": 32}, "", "dense_3_feat_out: 32, 64 expected"),
+        ("gemma-embedding", {"attention.sliding_window": 0}, "", "sliding_window: missing or 0"),
+        ("gemma-embedding", {"attention.sliding_window": -4}, "", "sliding_window"),
+        ("modern-bert", {"attention.sliding_window": (1 << 30) + 1}, "", "sliding_window"),
+        ("modern-bert", {"hidden_activation": "relu"}, "", "hidden_activation: relu is not supported"),
+        ("modern-bert", {"rope.freq_base_swa": 0.0}, "", "freq_base_swa"),
+        ("modern-bert", {}, "blk.1.attn_norm.weight", "blk.1.attn_norm.weight"),
+        ("jina-bert-v3", {}, "blk.2.layer_output_norm.bias", "blk.2.layer_output_norm.bias"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(
+    name: str, keys: dict[str, WritableValue], without: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelFileError, match=re.escape(message)) as refused:
+        Model.open(build_encoder(tmp_path / "bad.gguf", name, keys=keys, without=(without,)))
+    assert "\n" not in str(refused.value)
+
+
+def test_dense_layers_of_another_width_are_refused(tmp_path: Path) -> None:
+    narrow = matrix("dense_3", HIDDEN, HIDDEN)
+    path = build_encoder(tmp_path / "narrow.gguf", "gemma-embedding", without=(narrow.name,), added=(narrow,))
+    with pytest.raises(ModelFileError, match=r"tensor dense_3\.weight: shape \[64, 64\], \[128, 64\] expected"):
+        Model.open(path)
+
+
+def test_models_without_dense_layers_embed_the_normed_rows(tmp_path: Path) -> None:
+    dense = ("dense_2.weight", "dense_3.weight")
+    plain = Model.open(build_encoder(tmp_path / "plain.gguf", "gemma-embedding", without=dense))
+    whole = Model.open(build_encoder(tmp_path / "whole.gguf", "gemma-embedding"))
+    weights = _weights(whole)
+    rows = encoded(all_threads(1), plain, TOKENS).astype(np.float64)
+    wanted = rows @ weights[dense[0]].T @ weights[dense[1]].T
+    np.testing.assert_allclose(encoded(all_threads(1), whole, TOKENS), wanted, atol=1e-4)
+
+
+def test_an_embedding_model_of_qwen3_has_the_last_token_and_its_end(tmp_path: Path) -> None:
+    path = build_encoder(tmp_path / "qwen3.gguf", "qwen3", pooling=3, keys={"tokenizer.ggml.add_eos_token": True})
+    model = Model.open(path)
+    assert model.pooling is Pooling.LAST and model.generates
+    tokens = model.tokenizer.encode("the water")
+    assert tokens[-1] == model.tokenizer.eos_id
+    with Client.local(path, threads=1, settings=LocalSettings(context_length=256)) as client:
+        (found,) = client.embed(["the water"])
+    row = encoded(all_threads(1), model, tokens)[-1].astype(np.float64)
+    np.testing.assert_allclose(found, row / np.linalg.norm(row), atol=1e-6)
+
+
 def _weights(model: Model) -> dict[str, Float64]:
     return {
         name: np.frombuffer(tensor.read(), "<f4").reshape(tensor.shape).astype(np.float64)
         for name, tensor in model.file.tensors.items()
     }
-
-
-def _independent(name: str, w: Mapping[str, Float64], tokens: list[int]) -> Float64:
-    """As the papers have it, all rows at once."""
-    count = len(tokens)
-    x = w["token_embd.weight"][tokens] + w["token_types.weight"][0]
-    if name == "bert":
-        x = x + w["position_embd.weight"][:count]
-    x = _norm(w, "token_embd_norm", x)
-    for layer in range(LAYERS):
-        prefix = f"blk.{layer}"
-        x = _norm(w, f"{prefix}.attn_output_norm", x + _attention(name, w, prefix, x))
-        x = _norm(w, f"{prefix}.layer_output_norm", x + _inner(name, w, prefix, x))
-    return x
-
-
-def _attention(name: str, w: Mapping[str, Float64], prefix: str, x: Float64) -> Float64:
-    if name == "nomic-bert":
-        q, k, v = np.split(_product(w, f"{prefix}.attn_qkv", x), 3, axis=1)
-    else:
-        q, k, v = (_product(w, f"{prefix}.attn_{part}", x) for part in "qkv")
-    q, k, v = (part.reshape(len(x), HEADS, -1).transpose(1, 0, 2) for part in (q, k, v))
-    if name == "nomic-bert":
-        q, k = _rotated(q), _rotated(k)
-    scores = q @ k.transpose(0, 2, 1) / q.shape[-1] ** 0.5
-    if name == "jina-bert-v2":
-        places = np.arange(len(x))
-        scores = scores - _SLOPES[:, None, None] * np.abs(places[:, None] - places)
-    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    shares /= shares.sum(axis=-1, keepdims=True)
-    return _product(w, f"{prefix}.attn_output", (shares @ v).transpose(1, 0, 2).reshape(len(x), -1))
-
-
-def _rotated(x: Float64) -> Float64:
-    half = x.shape[-1] // 2
-    angles = np.arange(x.shape[1])[:, None] * 1000.0 ** (-np.arange(half) / half)
-    first, second = x[..., :half], x[..., half:]
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def _inner(name: str, w: Mapping[str, Float64], prefix: str, x: Float64) -> Float64:
-    up = _product(w, f"{prefix}.ffn_up", x)
-    if name == "bert":
-        return _product(w, f"{prefix}.ffn_down", _gelu(up))
-    gate = _product(w, f"{prefix}.ffn_gate", x)
-    activated = gate / (1 + np.exp(-gate)) if name == "nomic-bert" else _gelu(gate)
-    return _product(w, f"{prefix}.ffn_down", activated * up)
-
-
-def _gelu(x: Float64) -> Float64:
-    return np.asarray(x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))))
-
-
-def _product(w: Mapping[str, Float64], name: str, x: Float64) -> Float64:
-    return np.asarray(x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0))
-
-
-def _norm(w: Mapping[str, Float64], name: str, x: Float64) -> Float64:
-    centred: Float64 = x - x.mean(axis=1, keepdims=True)
-    scale: Float64 = np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-12)
-    return centred / scale * w[f"{name}.weight"] + w[f"{name}.bias"]

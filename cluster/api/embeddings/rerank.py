@@ -85,7 +85,7 @@ class RerankEndpoint:
 
     async def rerank(self, request: Request) -> Response:
         """Documents by their score for a query, the best first."""
-        if self._service.settings.pair_form is None:
+        if self._service.settings.ranking is None:
             what = "this model does not rank documents; serve a reranker (a file with pooling_type 4)"
             raise HttpError(501, "not_supported", f"{request.url.path}: {what}")
         body = await read_body(request, RerankBody, RERANK, self._settings)

@@ -112,6 +112,7 @@ class Emitter:
             case ir.RmsNorm():
                 yield elementwise.rms_norm(step, x, self.ops.vector(step.weight), out, rows)
             case ir.LayerNorm():
+                assert step.bias is not None, "only encoders have norms without a bias"
                 weight, bias = self.ops.vector(step.weight), self.ops.vector(step.bias)
                 yield elementwise.layer_norm(step, x, weight, bias, out, rows)
             case ir.AddPosition():

@@ -11,6 +11,7 @@ from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ContextLengthError, ParameterError, QueueFullError
+from llamaclust.model.ranking import PairTemplate, Ranking
 from llamaclust.model.tokenizers.pairs import PairForm
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import CONTEXT, SETTINGS, ids, make_service, real_engine
@@ -21,7 +22,7 @@ FORM = PairForm((BEGIN,), (BETWEEN,), ())
 
 def ranking(engine: Engine) -> TextService:
     service = make_service(engine)
-    service.settings = replace(service.settings, pair_form=FORM)
+    service.settings = replace(service.settings, ranking=Ranking(FORM, of_last=False))
     return service
 
 
@@ -93,5 +94,37 @@ async def test_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> 
             await service.rank("1234", ["1", "2", "3"])
         monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_ENTRIES", 5)
         assert len(await service.rank("1234", ["1", "2", "3"])) == 3
+        assert service.budget.held == 0
+        await service.aclose()
+
+
+TEMPLATE = "{query} {document}"
+
+
+def rendering(engine: Engine) -> TextService:
+    service = make_service(engine)
+    service.settings = replace(service.settings, ranking=Ranking(PairTemplate(TEMPLATE), of_last=True))
+    return service
+
+
+async def test_rendered_prompts_that_are_too_long_are_refused_in_order() -> None:
+    service = rendering(Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS))
+    with pytest.raises(ContextLengthError, match=r"^query: has"):
+        await service.rank("1" * (CONTEXT + 1), ["b"] * 2048)
+    with pytest.raises(ContextLengthError, match=r"^documents: have one that has, with the query,"):
+        await service.rank("123", ["1", "1" * CONTEXT, "2"])
+    assert service.budget.held == 0
+
+
+async def test_rendered_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with real_engine() as (engine, _):
+        service = rendering(engine)
+        documents = ["1", "2", "3"]
+        tokens = sum(len(ids(f"1234 {document}")) for document in documents)
+        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_ENTRIES", -(-tokens // 5) - 1)
+        with pytest.raises(QueueFullError):
+            await service.rank("1234", documents)
+        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_ENTRIES", -(-tokens // 5))
+        assert [rank.prompt_tokens for rank in await service.rank("1234", documents)] == [tokens // 3] * 3
         assert service.budget.held == 0
         await service.aclose()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import pytest
+
 from llamaclust.cluster.client.http import Client
 from support.clusters.command_line import Cluster, CommandLine, command_line
 from support.clusters.static_cluster import named
@@ -23,16 +25,19 @@ def embedded(cluster: Cluster) -> list[bytes]:
 
 
 def layers(line: CommandLine, model: Path, *bounds: tuple[int, int]) -> AbstractContextManager[Cluster]:
-    names = "ab"[: len(bounds)]
+    names = "abc"[: len(bounds)]
     plan = [{"worker": name, "layers": list(stage)} for name, stage in zip(names, bounds, strict=True)]
     return line.cluster(model, workers=named(*names), plan=plan, context_length=512)
 
 
-def test_two_workers_give_the_bits_of_one(tmp_path: Path) -> None:
-    model = build_encoder(tmp_path / "jina.gguf", "jina-bert-v2")
+@pytest.mark.parametrize(
+    ("name", "stages"), [("jina-bert-v2", [(0, 1), (1, 3)]), ("gemma-embedding", [(0, 1), (1, 2), (2, 3)])]
+)
+def test_several_workers_give_the_bits_of_one(name: str, stages: list[tuple[int, int]], tmp_path: Path) -> None:
+    model = build_encoder(tmp_path / f"{name}.gguf", name)
     with command_line() as line:
         with layers(line, model, (0, 3)) as cluster:
             wanted = embedded(cluster)
             assert len(set(wanted)) == len(wanted)
-        with layers(line, model, (0, 1), (1, 3)) as cluster:
+        with layers(line, model, *stages) as cluster:
             assert embedded(cluster) == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalSettings, LocalStage
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.loader import Model
 from support.clusters.command_line import command_line
 from support.clusters.fakes import FakePipeline
@@ -92,15 +94,52 @@ async def test_a_reranker_embeds_nothing_and_others_rank_nothing(tmp_path: Path)
     assert (reply.status_code, reply.json()["error"]["code"]) == (501, "not_supported")
 
 
+@pytest.mark.parametrize("name", ["bert", "qwen3"])
+async def test_a_reranker_generates_nothing(name: str, tmp_path: Path) -> None:
+    reply = await post(tmp_path, {"prompt": "the man", "max_tokens": 2}, name, "/v1/completions")
+    assert reply.status_code == 400
+    assert "is an encoder or reranker, which generates nothing" in reply.json()["error"]["message"]
+
+
+async def test_scores_of_a_template_do_not_depend_on_the_company_of_documents(tmp_path: Path) -> None:
+    async with served(build_encoder(tmp_path / "qwen3.gguf", "qwen3", pooling=RANK)) as http:
+        body = {"query": QUERY, "texts": DOCUMENTS}
+        together = {result["index"]: result["score"] for result in (await http.post("/rerank", json=body)).json()}
+        for index, document in enumerate(DOCUMENTS):
+            alone = (await http.post("/rerank", json={"query": QUERY, "texts": [document]})).json()
+            assert alone[0]["score"] == together[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "without", "message"),
+    [
+        ("qwen3", {}, "cls.output.weight", "cls.output.weight"),
+        ("bert", {}, "cls.weight", "cls"),
+        ("modern-bert", {}, "cls.norm.weight", "cls.norm.weight"),
+        ("modern-bert", {"classifier.pooling_type": 1}, "", "a classifier of the mean is not supported"),
+        ("bert", {"classifier.pooling_type": 1}, "", "a classifier of the mean is not supported"),
+        ("qwen3", {"tokenizer.chat_template.rerank": "{query}"}, "", "no text with {query} and {document}"),
+        ("qwen3", {"tokenizer.chat_template.rerank": 7}, "", "no text with {query} and {document}"),
+    ],
+)
+def test_rerankers_that_lack_a_part_are_refused(
+    name: str, keys: dict[str, WritableValue], without: str, message: str, tmp_path: Path
+) -> None:
+    path = build_encoder(tmp_path / "bad.gguf", name, pooling=RANK, keys=keys, without=(without,))
+    with pytest.raises(ModelFileError, match=re.escape(message)):
+        assert Model.open(path).ranking is not None
+
+
 def test_files_that_cannot_rank_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="cls"):
         Model.open(build_encoder(tmp_path / "nomic.gguf", "nomic-bert", pooling=RANK))
-    with pytest.raises(ModelFileError, match="encoders alone"):
+    with pytest.raises(ModelFileError, match="encoders and qwen3 alone"):
         Model.open(build_tiny_model(tmp_path / "llama.gguf", extra={"llama.pooling_type": RANK}))
 
 
-def test_two_workers_give_the_scores_of_one(tmp_path: Path) -> None:
-    model = build_encoder(tmp_path / "bert.gguf", "bert", pooling=RANK)
+@pytest.mark.parametrize("name", ["bert", "qwen3"])
+def test_two_workers_give_the_scores_of_one(name: str, tmp_path: Path) -> None:
+    model = build_encoder(tmp_path / f"{name}.gguf", name, pooling=RANK)
     replies = []
     with command_line() as line:
         for names, bounds in (("a", [[0, 3]]), ("ab", [[0, 2], [2, 3]])):

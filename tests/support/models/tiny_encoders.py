@@ -1,47 +1,157 @@
-"""Small encoders with random weights, by architecture."""
+"""Small encoders and rerankers with random weights, by architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny_model import RandomTensor, matrix, norm, source_of
-from support.models.tiny_tokenizers import word_pieces
+from support.models.tiny_tokenizers import byte_level, sentencepiece, unigrams, word_pieces
 
 HIDDEN, HEADS, FFN, LAYERS, CONTEXT = 64, 4, 96, 3, 1024
 VOCABULARY = 320
-ENCODERS = MappingProxyType({"bert": 1, "nomic-bert": 1000, "jina-bert-v2": 1})
-"""Architectures, and the base of rotations where there are any."""
-RANK = 4
-"""The pooling type of rerankers."""
-RERANKERS = ("bert", "jina-bert-v2")
+WINDOW = 8
+"""Of encoders with windows: 4 tokens to either side."""
+RANK, CLS = 4, 2
+"""Numbers of poolings."""
+RERANKERS = ("bert", "jina-bert-v2", "modern-bert", "qwen3")
 
 
-def build_encoder(path: Path, name: str, pooling: int = 1, quant_type: QuantType = QuantType.F32) -> Path:
-    """Writes an encoder to `path` and returns it. The same bytes on every machine."""
+@dataclass(frozen=True, slots=True)
+class TinyEncoder:
+    """Which tensors an architecture has, its tokenizer, and keys without its name."""
+
+    qkv: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(("attn_q", "attn_k", "attn_v"), HIDDEN))
+    biases: tuple[str, ...] = ()  # of which products in a layer
+    gated: bool = True
+    vocabulary: Callable[[int], dict[str, WritableValue]] = word_pieces
+    keys: Mapping[str, WritableValue] = field(default_factory=dict)
+
+
+_ALL_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down")
+_FUSED = {"attn_qkv": 3 * HIDDEN}
+
+
+def _modern_words(vocabulary: int) -> dict[str, WritableValue]:
+    flags = {f"tokenizer.ggml.add_{name}_token": True for name in ("bos", "eos", "sep")}
+    separator = {"tokenizer.ggml.seperator_token_id": vocabulary - 1}
+    return {**byte_level(vocabulary, "modern-bert"), **flags, **separator}
+
+
+def _ended_pieces(vocabulary: int) -> dict[str, WritableValue]:
+    return {**sentencepiece(vocabulary), "tokenizer.ggml.add_eos_token": True}
+
+
+ENCODERS: Mapping[str, TinyEncoder] = MappingProxyType(
+    {
+        "bert": TinyEncoder(biases=_ALL_BIASES, gated=False),
+        "nomic-bert": TinyEncoder(qkv=_FUSED, keys={"rope.freq_base": 1000.0}),
+        "jina-bert-v2": TinyEncoder(biases=("attn_output", "ffn_down")),
+        "jina-bert-v3": TinyEncoder(
+            qkv=_FUSED,
+            biases=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+            gated=False,
+            vocabulary=unigrams,
+            keys={"rope.freq_base": 500.0},
+        ),
+        "modern-bert": TinyEncoder(
+            qkv=_FUSED,
+            vocabulary=_modern_words,
+            keys={
+                "rope.freq_base": 1000.0,
+                "rope.freq_base_swa": 50.0,
+                "rope.scaling.type": "none",
+                "attention.sliding_window": WINDOW,
+                "hidden_activation": "gelu",
+            },
+        ),
+        "gemma-embedding": TinyEncoder(
+            qkv={"attn_q": 2 * HIDDEN, "attn_k": HIDDEN, "attn_v": HIDDEN},
+            vocabulary=_ended_pieces,
+            keys={
+                "rope.freq_base": 1000.0,
+                "attention.sliding_window": WINDOW,
+                "attention.sliding_window_pattern": 3,
+                "attention.head_count_kv": HEADS // 2,
+                "attention.key_length": 2 * HIDDEN // HEADS,
+                "attention.value_length": 2 * HIDDEN // HEADS,
+                "dense_2_feat_in": HIDDEN,
+                "dense_2_feat_out": 2 * HIDDEN,
+                "dense_3_feat_in": 2 * HIDDEN,
+                "dense_3_feat_out": HIDDEN,
+            },
+        ),
+    }
+)
+_QWEN3 = TinyEncoder(
+    vocabulary=byte_level,
+    keys={
+        "attention.key_length": HIDDEN // HEADS,
+        "attention.value_length": HIDDEN // HEADS,
+        "rope.dimension_count": HIDDEN // HEADS,
+    },
+)
+RERANK_TEMPLATE = "<|im_start|>user\n<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n"
+_PRE_NORMED = ("modern-bert", "gemma-embedding", "qwen3")
+
+
+def build_encoder(
+    path: Path,
+    name: str,
+    pooling: int = 1,
+    quant_type: QuantType = QuantType.F32,
+    *,
+    without: tuple[str, ...] = (),
+    added: tuple[RandomTensor, ...] = (),
+    keys: Mapping[str, WritableValue] | None = None,
+) -> Path:
+    """Writes an encoder, or with RANK a reranker, to `path` and returns it. The same bytes on every machine. Tensors of
+    `without` are left out, `added` ones come in; `keys` replace metadata, the architecture's without its name."""
     ends = [*_ends(name), *(_classifier(name) if pooling == RANK and name in RERANKERS else ())]
     tensors = [*ends, *(tensor for layer in range(LAYERS) for tensor in _layer(name, f"blk.{layer}"))]
-    kinds = {tensor.name: QuantType.F32 if tensor.exact else quant_type for tensor in tensors}
-    write_gguf(path, _metadata(name, pooling), [source_of(tensor, kinds[tensor.name], seed=2) for tensor in tensors])
+    kept = [*(tensor for tensor in tensors if tensor.name not in without), *added]
+    kinds = {tensor.name: QuantType.F32 if tensor.exact else quant_type for tensor in kept}
+    sources = [source_of(tensor, kinds[tensor.name], seed=2) for tensor in kept]
+    write_gguf(path, _metadata(name, pooling, keys or {}), sources)
     return path
 
 
+def _shape(name: str) -> TinyEncoder:
+    return _QWEN3 if name == "qwen3" else ENCODERS[name]
+
+
 def _ends(name: str) -> Iterator[RandomTensor]:
-    yield RandomTensor("token_embd.weight", (VOCABULARY, HIDDEN), 1.0)
-    yield RandomTensor("token_types.weight", (2, HIDDEN), 0.5, exact=True)
+    yield RandomTensor("token_embd.weight", (VOCABULARY, HIDDEN), 0.2 if name == "gemma-embedding" else 1.0)
+    if name in _PRE_NORMED:
+        yield norm("output_norm", HIDDEN)
+    else:
+        yield RandomTensor("token_types.weight", (2, HIDDEN), 0.5, exact=True)
     if name == "bert":
         yield RandomTensor("position_embd.weight", (CONTEXT, HIDDEN), 0.5, exact=True)
-    yield from _norm("token_embd_norm")
+    if name == "modern-bert":
+        yield norm("token_embd_norm", HIDDEN)
+    elif name not in _PRE_NORMED:
+        yield from _norm("token_embd_norm")
+    if name == "gemma-embedding":
+        yield matrix("dense_2", 2 * HIDDEN, HIDDEN)
+        yield matrix("dense_3", HIDDEN, 2 * HIDDEN)
 
 
 def _classifier(name: str) -> Iterator[RandomTensor]:
-    """As a reranker's: jina's has one layer."""
+    """As a reranker's: jina's has one layer, qwen's is two rows of the head."""
+    if name == "qwen3":
+        yield RandomTensor("cls.output.weight", (2, HIDDEN), 0.2, exact=True)
+        return
     width = 1 if name == "jina-bert-v2" else HIDDEN
     yield RandomTensor("cls.weight", (width, HIDDEN), 0.2, exact=True)
-    yield RandomTensor("cls.bias", (width,), 0.2, exact=True)
+    if name == "modern-bert":
+        yield norm("cls.norm", HIDDEN)
+    else:
+        yield RandomTensor("cls.bias", (width,), 0.2, exact=True)
     if width > 1:
         yield RandomTensor("cls.output.weight", (1, HIDDEN), 0.5, exact=True)
         yield RandomTensor("cls.output.bias", (1,), 0.2, exact=True)
@@ -53,34 +163,58 @@ def _norm(name: str) -> Iterator[RandomTensor]:
 
 
 def _layer(name: str, prefix: str) -> Iterator[RandomTensor]:
-    parts = {"attn_qkv": 3 * HIDDEN} if name == "nomic-bert" else dict.fromkeys(("attn_q", "attn_k", "attn_v"), HIDDEN)
-    for part, width in parts.items():
+    tiny = _shape(name)
+    for part, width in tiny.qkv.items():
         yield matrix(f"{prefix}.{part}", width, HIDDEN, gain=1.5)
-    yield matrix(f"{prefix}.attn_output", HIDDEN, HIDDEN)
-    yield from _norm(f"{prefix}.attn_output_norm")
-    if name != "bert":
+    yield matrix(f"{prefix}.attn_output", HIDDEN, tiny.qkv.get("attn_q", HIDDEN))
+    fused = name == "modern-bert"
+    if tiny.gated and not fused:
         yield matrix(f"{prefix}.ffn_gate", FFN, HIDDEN)
-    yield matrix(f"{prefix}.ffn_up", FFN, HIDDEN)
+    yield matrix(f"{prefix}.ffn_up", 2 * FFN if fused else FFN, HIDDEN)
     yield matrix(f"{prefix}.ffn_down", HIDDEN, FFN)
-    yield from _norm(f"{prefix}.layer_output_norm")
-    biases = {"bert": {**parts, "attn_output": HIDDEN, "ffn_up": FFN, "ffn_down": HIDDEN}}
-    biases["jina-bert-v2"] = {"attn_output": HIDDEN, "ffn_down": HIDDEN}
-    for part, width in biases.get(name, {}).items():
-        yield RandomTensor(f"{prefix}.{part}.bias", (width,), 0.3, exact=True)
+    widths = {**tiny.qkv, "attn_output": HIDDEN, "ffn_up": FFN, "ffn_down": HIDDEN}
+    for part in tiny.biases:
+        yield RandomTensor(f"{prefix}.{part}.bias", (widths[part],), 0.3, exact=True)
+    yield from _norms(name, prefix)
 
 
-def _metadata(name: str, pooling: int) -> dict[str, WritableValue]:
+def _norms(name: str, prefix: str) -> Iterator[RandomTensor]:
+    if name not in _PRE_NORMED:
+        yield from _norm(f"{prefix}.attn_output_norm")
+        yield from _norm(f"{prefix}.layer_output_norm")
+        return
+    if not (name == "modern-bert" and prefix == "blk.0"):
+        yield norm(f"{prefix}.attn_norm", HIDDEN)
+    yield norm(f"{prefix}.ffn_norm", HIDDEN)
+    if name != "modern-bert":
+        width = 2 * HIDDEN // HEADS if name == "gemma-embedding" else HIDDEN // HEADS
+        yield norm(f"{prefix}.attn_q_norm", width)
+        yield norm(f"{prefix}.attn_k_norm", width)
+    if name == "gemma-embedding":
+        yield norm(f"{prefix}.post_attention_norm", HIDDEN)
+        yield norm(f"{prefix}.post_ffw_norm", HIDDEN)
+
+
+def _metadata(name: str, pooling: int, keys: Mapping[str, WritableValue]) -> dict[str, WritableValue]:
     numbers: dict[str, WritableValue] = {
         "context_length": CONTEXT,
         "embedding_length": HIDDEN,
         "block_count": LAYERS,
         "feed_forward_length": FFN,
         "attention.head_count": HEADS,
-        "attention.layer_norm_epsilon": 1e-12,
-        "attention.causal": False,
         "pooling_type": pooling,
     }
-    if name == "nomic-bert":
-        numbers["rope.freq_base"] = float(ENCODERS[name])
-    own = {f"{name}.{key}": value for key, value in numbers.items()}
-    return {"general.architecture": name, **own, **word_pieces(VOCABULARY)}
+    if name in ("gemma-embedding", "qwen3"):
+        numbers["attention.layer_norm_rms_epsilon"] = 1e-6
+    else:
+        numbers["attention.layer_norm_epsilon"] = 1e-12
+    if name != "qwen3":
+        numbers["attention.causal"] = False
+    ranking: dict[str, WritableValue] = {}
+    if pooling == RANK and name == "modern-bert":
+        numbers["classifier.pooling_type"] = CLS
+    if pooling == RANK and name == "qwen3":
+        ranking["tokenizer.chat_template.rerank"] = RERANK_TEMPLATE
+    own = {f"{name}.{key}": value for key, value in {**numbers, **_shape(name).keys}.items()}
+    given = {key if key.startswith("tokenizer.") else f"{name}.{key}": value for key, value in keys.items()}
+    return {"general.architecture": name, **own, **_shape(name).vocabulary(VOCABULARY), **ranking, **given}

@@ -1,4 +1,5 @@
-"""Small vocabularies that can write any text, as GGUF metadata: SentencePiece with byte fallback, byte-level BPE."""
+"""Small vocabularies as GGUF metadata: SentencePiece with byte fallback and byte-level BPE, which can write any text;
+word pieces and unigrams."""
 
 from __future__ import annotations
 
@@ -71,6 +72,33 @@ def word_pieces(vocabulary: int) -> dict[str, WritableValue]:
         "tokenizer.ggml.bos_token_id": 2,
         "tokenizer.ggml.cls_token_id": 2,
         "tokenizer.ggml.seperator_token_id": 3,
+    }
+
+
+def unigrams(vocabulary: int) -> dict[str, WritableValue]:
+    """As XLM-RoBERTa's: `<s>`, `<pad>`, `</s>`, `<unk>`, letters, then pieces of words; short ones are rare."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    letters = ["▁", *"etaoinshrdlucmfwgypbvkjqxzTNAW", ",", ".", "!", "?"]
+    pieces = [piece for piece in _pieces("▁") if len(piece) > 1]
+    count = vocabulary - len(special)
+    words = _filled([*letters, *pieces], count)
+    scores = [0.0] * len(special) + [-9.0 + 1.5 * min(len(word), 5) - rank / 1000 for rank, word in enumerate(words)]
+    return {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.token_type_count": 2,
+        "tokenizer.ggml.tokens": [*special, *words],
+        "tokenizer.ggml.scores": np.array(scores, np.float32),
+        "tokenizer.ggml.token_type": np.array([_CONTROL] * 3 + [_UNKNOWN] + [_NORMAL] * count, np.int32),
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.seperator_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 1,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": True,
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.remove_extra_whitespaces": True,
     }
 
 

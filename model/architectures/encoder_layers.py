@@ -1,0 +1,120 @@
+"""What encoders have beside the pieces of `layers`: the embedding of a sentence, norms behind sums, and in place of a
+head a classifier or dense layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llamaclust.model import program as steps
+from llamaclust.model.architectures.layers import EMBEDDING, AttentionVariant, ProgramBuilder
+from llamaclust.model.pooling import Pooling, read_pooling
+from llamaclust.model.program import ActivationFunction, Buffer
+
+_TYPES = "token_types.weight"
+
+
+class EncoderBuilder(ProgramBuilder):
+    """Collects the steps of any architecture's layers, encoders among them."""
+
+    def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
+        """The layers of an encoder. The embedding has the type of the first sentence and learned `positions` added, if
+        there are any, and is normed; `last_norm`: so is what the last layer gives."""
+        if self._layers.start == 0:
+            self._embed_sentence(positions)
+        yield from self._layers
+        self._end(last_norm)
+
+    def scaled_layers(self, embedding_factor: float) -> Iterator[int]:
+        """The layers of an encoder whose embedding is multiplied by a number, with a norm behind them."""
+        self._embed(embedding_factor, positions=False)
+        yield from self._layers
+        self._end(last_norm=True)
+
+    def encode(self, layer: int, variant: AttentionVariant, *, gated: bool, activation: ActivationFunction) -> None:
+        """hidden = norm(hidden + attention), then hidden = norm(hidden + inner layer): norms stand behind the sums.
+        The inner layer is gated, or down(activation(up))."""
+        prefix = f"blk.{layer}"
+        self._normed = self._hidden  # what products read
+        self._attend(layer, variant)
+        self._add_and_norm(f"{prefix}.attn_output_norm")
+        if gated:
+            self._gated_inner(prefix, activation)
+        else:
+            self._plain_inner(prefix, activation)
+        self._add_and_norm(f"{prefix}.layer_output_norm")
+
+    def attention_without_norm(self, layer: int, variant: AttentionVariant) -> None:
+        """hidden += output(attention(rope(q), rope(k), v)) of the hidden state as it is."""
+        normed, self._normed = self._normed, self._hidden
+        self._attend(layer, variant)
+        self._normed = normed
+        self._add_projected()
+
+    def _embed_sentence(self, positions: bool) -> None:
+        hp, width = self.hyperparameters, self._hidden.width
+        embedded, typed, placed = (Buffer(name, width) for name in ("embedded", "typed", "placed"))
+        self._steps.append(steps.Embed(embedded, self.weight(EMBEDDING, (hp.vocabulary_size, width))))
+        if _TYPES in self.model.tensors:
+            rows = self.model.tensor(_TYPES).shape[0]
+            self._steps.append(steps.AddRow(embedded, typed, self.weight(_TYPES, (rows, width)), 0))
+            embedded = typed
+        if positions:
+            self._add_positions(embedded, placed)
+            embedded = placed
+        self._norm("token_embd_norm", embedded, self._hidden)
+
+    def _add_and_norm(self, name: str) -> None:
+        summed = Buffer("summed", self._hidden.width)
+        self._steps.append(steps.Add(self._hidden, self._projected, summed))
+        self._norm(name, summed, self._hidden)
+
+    def _end(self, last_norm: bool) -> None:
+        """No head: what is embedded or ranked is of every row."""
+        if self._layers.stop < self.hyperparameters.block_count:
+            return
+        rows = self._hidden
+        if last_norm:
+            rows = self._last_normed
+            self._norm("output_norm", self._hidden, rows)
+        self._last_normed = self._scores(rows) if read_pooling(self.model) is Pooling.RANK else self._dense(rows)
+        self._out = Buffer("selected", self._hidden.width)
+        self._steps.append(steps.SelectRows(self._hidden, self._out))
+
+    def _scores(self, rows: Buffer) -> Buffer:
+        """By a reranker's classifier: [rows, classes]."""
+        self._refuse_mean_of_classifier()
+        scores = rows
+        for name in [name for name in ("cls", "cls.output") if f"{name}.weight" in self.model.tensors] or ["cls"]:
+            x, scores = scores, Buffer(name, self.model.tensor(f"{name}.weight").shape[0])
+            self._matmul(name, x, scores)
+            if name == "cls":
+                self._activate_classifier(scores)
+        return scores
+
+    def _activate_classifier(self, scores: Buffer) -> None:
+        """tanh; ModernBERT's has GELU and a norm."""
+        if self.hyperparameters.architecture != "modern-bert":
+            self._steps.append(steps.SoftCap(scores, scores, 1.0))
+            return
+        self._steps.append(steps.Activate(scores, scores, ActivationFunction.GELU_ERF))
+        self._norm("cls.norm", scores, scores)
+
+    def _refuse_mean_of_classifier(self) -> None:
+        """ModelFileError where the classifier is for the mean of all rows: it is no function of a row."""
+        key, pools_mean = "classifier.pooling_type", self.hyperparameters.architecture == "modern-bert"
+        if self.keys.count(key, 1 if pools_mean else 2, minimum=0, maximum=4) != 2:
+            raise self.keys.error(key, "2 (cls) is expected, a classifier of the mean is not supported")
+
+    def _dense(self, rows: Buffer) -> Buffer:
+        """Dense layers without activation, dense_3(dense_2(row)) of every row: the mean of rows commutes with them."""
+        if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
+            return rows
+        inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])
+        out = Buffer("dense embedding", rows.width)
+        sizes = {"dense_2_feat_in": rows, "dense_2_feat_out": inner, "dense_3_feat_in": inner, "dense_3_feat_out": out}
+        for key, buffer in sizes.items():
+            if self.keys.has(key) and self.keys.count(key, maximum=1 << 20) != buffer.width:
+                raise self.keys.error(key, f"{self.keys.count(key, maximum=1 << 20)}, {buffer.width} expected")
+        self._matmul("dense_2", rows, inner)
+        self._matmul("dense_3", inner, out)
+        return out

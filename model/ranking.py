@@ -1,0 +1,67 @@
+"""How a model ranks documents: the prompt of a query and a document, and the score in what the model makes of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.chat.prompt import guard_messages, unguarded
+from llamaclust.model.pooling import Pooling
+from llamaclust.model.tokenizers.pairs import PairForm, read_pair_form
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_KEY: Final = "tokenizer.chat_template.rerank"
+_FIELDS: Final = ("query", "document")
+_PLACES: Final = re.compile("|".join(rf"\{{{field}\}}" for field in _FIELDS))
+
+
+@dataclass(frozen=True, slots=True)
+class PairTemplate:
+    """The text of a prompt, with `{query}` and `{document}` where the texts stand."""
+
+    text: str
+
+    def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
+        """Control words of the template are tokens, those of the texts stay text. RequestError for a text with the code
+        point that keeps them apart."""
+        (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
+        rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
+        parts = tokenizer.split_special(rendered, parse_special=True)
+        return tuple(tokenizer.encode_parts([unguarded(part) if isinstance(part, str) else part for part in parts]))
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """`of_last`, as in models of causal attention: the score is the first class's share of the last token's; otherwise
+    it is the first token's first."""
+
+    prompts: PairForm | PairTemplate
+    of_last: bool
+
+    @property
+    def pooling(self) -> Pooling:
+        return Pooling.LAST if self.of_last else Pooling.CLS
+
+    def score(self, classes: Sequence[float]) -> float:
+        """Of a document, by the scores of the classes."""
+        if not self.of_last:
+            return classes[0]
+        greatest = max(classes)
+        return float(np.float32(math.exp(classes[0] - greatest) / math.fsum(math.exp(x - greatest) for x in classes)))
+
+
+def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
+    """By the file's template of pairs where it has one, else by its special tokens. ModelFileError where the template
+    is no text with both places, or a token is missing."""
+    text = metadata.get(_KEY)
+    if text is None:
+        return Ranking(read_pair_form(metadata, tokenizer), of_last)
+    if not isinstance(text, str) or {place[1:-1] for place in _PLACES.findall(text)} != set(_FIELDS):
+        raise ModelFileError(f"{_KEY} is no text with {{query}} and {{document}}")
+    return Ranking(PairTemplate(text), of_last)

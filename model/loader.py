@@ -251,7 +251,7 @@ def _idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Call
     idle = 0
     for step in steps:
         if isinstance(step, Moe):
-            held = sum(size(tensors[name]) for name in (step.gate, step.up, step.down))
+            held = sum(size(tensors[name]) for name in (*step.inner, step.down))
             idle += held // step.experts * (step.experts - step.used)
     return idle
 
@@ -276,7 +276,7 @@ def _macs(step: Step) -> list[tuple[str, int]]:
             return [(step.down, step.x.width * step.rank), (step.up, step.rank * step.out.width)]
         case Moe():
             of_each = step.x.width * step.used * step.ffn_width
-            experts = [(name, of_each) for name in (step.gate, step.up, step.down)]
+            experts = [(name, of_each) for name in (*step.inner, step.down)]
             return [(step.router, step.x.width * step.experts), *experts]
         case _:
             return []

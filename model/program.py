@@ -279,7 +279,8 @@ class SigmoidGate:
 @dataclass(frozen=True, slots=True)
 class Moe:
     """Mixture of experts: softmax(router @ x) -> the `used` best of `experts` (ties to the lower id), weights divided
-    by their sum where they are `normalized`, out = sum in rank order of weight * down_e(silu(gate_e(x)) * up_e(x)).
+    by their sum where they are `normalized`, out = sum in rank order of weight * down_e(silu(gate_e(x)) * up_e(x)),
+    without a gate of weight * down_e(activation(up_e(x))).
 
     router [experts, x.width]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn].
     """
@@ -287,13 +288,19 @@ class Moe:
     x: Buffer
     out: Buffer
     router: str
-    gate: str
+    gate: str | None
     up: str
     down: str
     experts: int
     used: int
     ffn_width: int
     normalized: bool = True
+    activation: ActivationFunction = ActivationFunction.SILU
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """The experts' weights that multiply x."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,7 +266,7 @@ class _Compiler:
     def _experts(self, step: ir.Moe) -> None:
         buffers, used = self._buffers, step.used
         x = buffers.read(step.x)
-        router, gate, up, down = (self._weights[name] for name in (step.router, step.gate, step.up, step.down))
+        router, down, *inner = (self._weights[name] for name in (step.router, step.down, *step.inner))
         self._observe([step.router], step.x)
         logits = buffers.write(ir.Buffer("router logits", step.experts))
         (slot,) = self._quantize(x, [router.quant_type])
@@ -274,14 +274,14 @@ class _Compiler:
         choice = buffers.write(ir.Buffer("chosen experts", 2 * used), private=True)
         self.plan.choose_experts(logits, choice, step.experts, used, step.normalized)
         chosen = None if self._observed is None else self._copy(choice, 2 * used)
-        self._observe([step.gate, step.up], step.x, chosen)
-        inner = {name: ir.Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up", "activated")}
-        products = [(weight, buffers.write(inner[name], used)) for name, weight in (("gate", gate), ("up", up))]
-        self._multiply_experts(x, products, choice, used, per_rank=False)
-        activated = buffers.write(inner["activated"], used, private=True)
-        gate_and_up = (buffers.read(inner["gate"]), buffers.read(inner["up"]))
-        self.plan.elementwise("silu_mul", *gate_and_up, activated, 0)
-        self._observe([step.down], inner["activated"], chosen, used)
+        self._observe(step.inner, step.x, chosen)
+        outs = [buffers.write(ir.Buffer(f"expert {part}", step.ffn_width), used) for part, _ in enumerate(inner)]
+        self._multiply_experts(x, list(zip(inner, outs, strict=True)), choice, used, per_rank=False)
+        result = ir.Buffer("expert activated", step.ffn_width)
+        activated = buffers.write(result, used, private=True)
+        op = step.activation if step.gate is None else "silu_mul"
+        self.plan.elementwise(op, outs[0], outs[-1], activated, 0)
+        self._observe([step.down], result, chosen, used)
         projected = buffers.write(ir.Buffer("expert down", step.out.width), used)
         self._multiply_experts(activated, [(down, projected)], choice, used, per_rank=True)
         self.plan.combine_experts(choice, projected, buffers.write(step.out, private=True), used)

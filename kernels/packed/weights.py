@@ -56,8 +56,8 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield step.up, (step.out.width, step.rank)
         case Moe():
             yield step.router, (step.experts, step.x.width)
-            yield step.gate, (step.experts, step.ffn_width, step.x.width)
-            yield step.up, (step.experts, step.ffn_width, step.x.width)
+            for name in step.inner:
+                yield name, (step.experts, step.ffn_width, step.x.width)
             yield step.down, (step.experts, step.out.width, step.ffn_width)
 
 

@@ -216,6 +216,7 @@ def moe(step: ir.Moe, state: State) -> Float64:
 
 
 def _expert(step: ir.Moe, weights: Mapping[str, Float32], expert: int, x: Float32) -> Float64:
-    gate = matmul(x, weights[step.gate][expert])
     up = matmul(x, weights[step.up][expert])
-    return matmul((silu(gate) * up).astype(np.float32), weights[step.down][expert])
+    activated = ACTIVATIONS[step.activation](up if step.gate is None else matmul(x, weights[step.gate][expert]))
+    inner = activated if step.gate is None else activated * up
+    return matmul(inner.astype(np.float32), weights[step.down][expert])

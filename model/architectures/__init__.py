@@ -30,6 +30,7 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "llama": llama.llama,
         "modern-bert": bert.modern_bert,
         "nomic-bert": bert.nomic_bert,
+        "nomic-bert-moe": bert.nomic_bert_moe,
         "phi3": phi3.phi3,
         "qwen2": qwen.qwen2,
         "qwen2moe": qwen.qwen2moe,

@@ -1,5 +1,5 @@
-"""Encoders: bert, nomic-bert, jina-bert-v2, jina-bert-v3, whose norms stand behind the sums, and modern-bert. They make
-embeddings alone."""
+"""Encoders: bert, nomic-bert, nomic-bert-moe, jina-bert-v2, jina-bert-v3, whose norms stand behind the sums, and
+modern-bert. They make embeddings alone."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def nomic_bert(builder: EncoderBuilder) -> None:
     for layer in builder.sentence_layers():
         variant = AttentionVariant(RopeStyle.NEOX, table, causal=False)
         builder.encode(layer, variant, gated=True, activation=ActivationFunction.SILU)
+
+
+def nomic_bert_moe(builder: EncoderBuilder) -> None:
+    """Nomic Embed 2: as XLM-RoBERTa with rotations; of each so many layers, the second has experts without a gate."""
+    table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
+    builder.use_layer_norms()
+    for layer in builder.sentence_layers():
+        variant = AttentionVariant(RopeStyle.NEOX, table, causal=False)
+        experts = every > 0 and layer % every == 1
+        builder.encode(layer, variant, gated=False, activation=ActivationFunction.GELU_ERF, experts=experts)
 
 
 def jina_bert_v2(builder: EncoderBuilder) -> None:

@@ -30,14 +30,24 @@ class EncoderBuilder(ProgramBuilder):
         yield from self._layers
         self._end(last_norm=True)
 
-    def encode(self, layer: int, variant: AttentionVariant, *, gated: bool, activation: ActivationFunction) -> None:
+    def encode(
+        self,
+        layer: int,
+        variant: AttentionVariant,
+        *,
+        gated: bool,
+        activation: ActivationFunction,
+        experts: bool = False,
+    ) -> None:
         """hidden = norm(hidden + attention), then hidden = norm(hidden + inner layer): norms stand behind the sums.
-        The inner layer is gated, or down(activation(up))."""
+        The inner layer is gated, or down(activation(up)), of which there may be `experts`."""
         prefix = f"blk.{layer}"
         self._normed = self._hidden  # what products read
         self._attend(layer, variant)
         self._add_and_norm(f"{prefix}.attn_output_norm")
-        if gated:
+        if experts:
+            self._choose_experts(prefix, normalized=False, activation_without_gate=activation)
+        elif gated:
             self._gated_inner(prefix, activation)
         else:
             self._plain_inner(prefix, activation)

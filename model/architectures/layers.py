@@ -241,31 +241,40 @@ class ProgramBuilder:
     def experts(self, layer: int, *, normalized: bool = True, shared_width: int = 0) -> None:
         """hidden += the weighted best experts, of the normed hidden state. Their weights are `normalized` to a sum of
         one; an expert of `shared_width` that every token uses is weighed by a gate of its own."""
-        hp, prefix = self.hyperparameters, f"blk.{layer}"
+        prefix = f"blk.{layer}"
+        self._norm(f"{prefix}.ffn_norm", self._hidden)
+        self._choose_experts(prefix, normalized=normalized)
+        if shared_width:
+            self._shared_expert(prefix, shared_width)
+        self._add_projected()
+
+    def _choose_experts(
+        self, prefix: str, *, normalized: bool, activation_without_gate: ActivationFunction | None = None
+    ) -> None:
+        """projected = the weighted best experts of the normed hidden state."""
         old = f"{prefix}.ffn_gate.0.weight"
         if old in self.model.tensors:
             raise self.error(old, "one tensor for each expert, the form of early 2024", "convert the model again")
         if (factor := self.keys.real("expert_weights_scale", 0.0, minimum=-1e6, maximum=1e6)) not in (0.0, 1.0):
             raise self.keys.error("expert_weights_scale", f"{factor:g}, which is not supported")
+        hp, without = self.hyperparameters, activation_without_gate
         width, ffn, count = hp.embedding_length, hp.expert_feed_forward_length, hp.expert_count
-        self._norm(f"{prefix}.ffn_norm", self._hidden)
+        gate = None if without else self.weight(f"{prefix}.ffn_gate_exps.weight", (count, ffn, width))
         self._steps.append(
             steps.Moe(
                 self._normed,
                 self._projected,
                 router=self.weight(f"{prefix}.ffn_gate_inp.weight", (count, width)),
-                gate=self.weight(f"{prefix}.ffn_gate_exps.weight", (count, ffn, width)),
+                gate=gate,
                 up=self.weight(f"{prefix}.ffn_up_exps.weight", (count, ffn, width)),
                 down=self.weight(f"{prefix}.ffn_down_exps.weight", (count, width, ffn)),
                 experts=count,
                 used=hp.expert_used_count,
                 ffn_width=ffn,
                 normalized=normalized,
+                activation=without or ActivationFunction.SILU,
             )
         )
-        if shared_width:
-            self._shared_expert(prefix, shared_width)
-        self._add_projected()
 
     def _shared_expert(self, prefix: str, width: int) -> None:
         """projected += sigmoid(one number of the normed hidden state) * its feed-forward network."""

@@ -180,6 +180,7 @@ class Emitter:
         return attention.Rotation(self.ops.angles(q.table), len(q.table.frequencies), q.style)
 
     def _experts(self, step: ir.Moe) -> Iterator[Launch]:
+        assert step.gate is not None, "only encoders have experts without a gate"
         x, used, rows = self.ops.current[step.x.name], step.used, self.ops.rows
         router = self.ops.weights[step.router]
         yield from self._quantize(step.x, [step.router])

@@ -116,7 +116,7 @@ def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
     """The weights of a step that multiplies x."""
     if isinstance(step, Products) and step.x == x:
         return tuple(product.weight for product in step.steps)
-    return (step.router, step.gate, step.up) if isinstance(step, ir.Moe) and step.x == x else ()
+    return (step.router, *step.inner) if isinstance(step, ir.Moe) and step.x == x else ()
 
 
 def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:

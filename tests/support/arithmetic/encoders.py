@@ -13,7 +13,13 @@ from support.models.tiny_encoders import HEADS, HIDDEN, LAYERS, WINDOW
 Float64 = NDArray[np.float64]
 Weights = Mapping[str, Float64]
 _SLOPES = np.array([2.0 ** (-8 * (head + 1) / HEADS) for head in range(HEADS)])
-_ROTATIONS = {"nomic-bert": 1000.0, "jina-bert-v3": 500.0, "modern-bert": 1000.0, "gemma-embedding": 1000.0}
+_ROTATIONS = {
+    "nomic-bert": 1000.0,
+    "nomic-bert-moe": 1000.0,
+    "jina-bert-v3": 500.0,
+    "modern-bert": 1000.0,
+    "gemma-embedding": 1000.0,
+}
 _LOCAL_ROTATIONS = {"modern-bert": 50.0, "gemma-embedding": 10000.0}
 _HALF = WINDOW // 2
 
@@ -99,12 +105,26 @@ def _rotated(x: Float64, base: float) -> Float64:
 
 
 def _inner(name: str, w: Weights, prefix: str, x: Float64) -> Float64:
+    if f"{prefix}.ffn_up_exps.weight" in w:
+        return _experts(w, prefix, x)
     up = _product(w, f"{prefix}.ffn_up", x)
     if f"{prefix}.ffn_gate.weight" not in w:
         return _product(w, f"{prefix}.ffn_down", _gelu(up))
     gate = _product(w, f"{prefix}.ffn_gate", x)
     activated = gate / (1 + np.exp(-gate)) if name == "nomic-bert" else _gelu(gate)
     return _product(w, f"{prefix}.ffn_down", activated * up)
+
+
+def _experts(w: Weights, prefix: str, x: Float64) -> Float64:
+    """The two most probable ones, weighed by their probability among all."""
+    shares = np.exp(_product(w, f"{prefix}.ffn_gate_inp", x))
+    shares /= shares.sum(axis=1, keepdims=True)
+    out = np.zeros_like(x)
+    for row, experts in enumerate(np.argsort(-shares, axis=1)[:, :2]):
+        for expert in experts:
+            up, down = (w[f"{prefix}.ffn_{part}_exps.weight"][expert] for part in ("up", "down"))
+            out[row] += shares[row, expert] * (down @ _gelu(up @ x[row]))
+    return out
 
 
 def _gelu(x: Float64) -> Float64:

@@ -16,6 +16,8 @@ HIDDEN, HEADS, FFN, LAYERS, CONTEXT = 64, 4, 96, 3, 1024
 VOCABULARY = 320
 WINDOW = 8
 """Of encoders with windows: 4 tokens to either side."""
+EXPERTS = 5
+"""Of nomic-bert-moe's second layer, of which 2 are used."""
 RANK, CLS = 4, 2
 """Numbers of poolings."""
 RERANKERS = ("bert", "jina-bert-v2", "modern-bert", "qwen3")
@@ -57,6 +59,13 @@ ENCODERS: Mapping[str, TinyEncoder] = MappingProxyType(
             gated=False,
             vocabulary=unigrams,
             keys={"rope.freq_base": 500.0},
+        ),
+        "nomic-bert-moe": TinyEncoder(
+            qkv=_FUSED,
+            biases=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+            gated=False,
+            vocabulary=unigrams,
+            keys={"rope.freq_base": 1000.0, "moe_every_n_layers": 2, "expert_count": EXPERTS, "expert_used_count": 2},
         ),
         "modern-bert": TinyEncoder(
             qkv=_FUSED,
@@ -167,15 +176,25 @@ def _layer(name: str, prefix: str) -> Iterator[RandomTensor]:
     for part, width in tiny.qkv.items():
         yield matrix(f"{prefix}.{part}", width, HIDDEN, gain=1.5)
     yield matrix(f"{prefix}.attn_output", HIDDEN, tiny.qkv.get("attn_q", HIDDEN))
-    fused = name == "modern-bert"
-    if tiny.gated and not fused:
-        yield matrix(f"{prefix}.ffn_gate", FFN, HIDDEN)
-    yield matrix(f"{prefix}.ffn_up", 2 * FFN if fused else FFN, HIDDEN)
-    yield matrix(f"{prefix}.ffn_down", HIDDEN, FFN)
+    inner = dict(_inner(name, prefix))
+    yield from inner.values()
     widths = {**tiny.qkv, "attn_output": HIDDEN, "ffn_up": FFN, "ffn_down": HIDDEN}
     for part in tiny.biases:
-        yield RandomTensor(f"{prefix}.{part}.bias", (widths[part],), 0.3, exact=True)
+        if not part.startswith("ffn_") or part in inner:
+            yield RandomTensor(f"{prefix}.{part}.bias", (widths[part],), 0.3, exact=True)
     yield from _norms(name, prefix)
+
+
+def _inner(name: str, prefix: str) -> Iterator[tuple[str, RandomTensor]]:
+    """Matrices behind attention by their name in the layer."""
+    shapes = {"ffn_up": (2 * FFN if name == "modern-bert" else FFN, HIDDEN), "ffn_down": (HIDDEN, FFN)}
+    if name == "nomic-bert-moe" and prefix == "blk.1":
+        yield "ffn_gate_inp", RandomTensor(f"{prefix}.ffn_gate_inp.weight", (EXPERTS, HIDDEN), 0.25, exact=True)
+        shapes = {f"{part}_exps": (EXPERTS, *shape) for part, shape in shapes.items()}
+    elif _shape(name).gated and name != "modern-bert":
+        shapes["ffn_gate"] = (FFN, HIDDEN)
+    for part, shape in shapes.items():
+        yield part, matrix(f"{prefix}.{part}", *shape)
 
 
 def _norms(name: str, prefix: str) -> Iterator[RandomTensor]:

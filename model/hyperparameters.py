@@ -157,6 +157,12 @@ class ModelKeys:
     def real(self, key: str, default: float | None = None, *, minimum: float, maximum: float) -> float:
         return self.model.metadata_float(self.full(key), default, minimum=minimum, maximum=maximum)
 
+    def flag(self, key: str, default: bool) -> bool:
+        value: Any = self.model.metadata.get(self.full(key), default)
+        if not isinstance(value, bool):
+            raise self.error(key, "not a truth value")
+        return value
+
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
         """Which layers have the sliding window: `attention.sliding_window_pattern` says so for each, or is a period
         whose last layer, or with `full_first` its first, has none (0: all have it)."""

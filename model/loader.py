@@ -98,9 +98,7 @@ class Model:
         self._whole = self.program(0, self.layer_count)
         self.pooling = read_pooling(file, DEFAULT if self.is_causal else Pooling.MEAN)
         self._refuse_unknown_tensors()
-        if self.generates and self.pooling is Pooling.RANK:
-            keys = ModelKeys(self.file, self.hyperparameters.architecture)
-            raise keys.error("pooling_type", "4 (rank), which is supported for encoders and qwen3 alone")
+        self._refuse_other_uses()
 
     @classmethod
     def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
@@ -201,6 +199,14 @@ class Model:
         """Ends what was started on first use; no file is held open."""
         if "chat_template" in vars(self):
             self.chat_template.close()
+
+    def _refuse_other_uses(self) -> None:
+        """Models that rank or see later tokens in another way than their architecture does."""
+        keys = ModelKeys(self.file, self.hyperparameters.architecture)
+        if self.generates and self.pooling is Pooling.RANK:
+            raise keys.error("pooling_type", "4 (rank), which is supported for encoders and qwen3 alone")
+        if keys.flag("attention.causal", self.is_causal) != self.is_causal:
+            raise keys.error("attention.causal", f"{not self.is_causal}, which is not supported")
 
     def _refuse_unknown_tensors(self) -> None:
         """An unread tensor may be a scale or a norm, without which every answer is wrong."""

@@ -233,6 +233,7 @@ def _metadata(name: str, pooling: int, keys: Mapping[str, WritableValue]) -> dic
     if pooling == RANK and name == "modern-bert":
         numbers["classifier.pooling_type"] = CLS
     if pooling == RANK and name == "qwen3":
+        numbers["classifier.output_labels"] = ["yes", "no"]
         ranking["tokenizer.chat_template.rerank"] = RERANK_TEMPLATE
     own = {f"{name}.{key}": value for key, value in {**numbers, **_shape(name).keys}.items()}
     given = {key if key.startswith("tokenizer.") else f"{name}.{key}": value for key, value in keys.items()}

@@ -63,6 +63,7 @@ def _expected(model: Model, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyP
 
 
 def _of_experts(step: Moe, state: State, found: dict[str, dict[int, Floats]]) -> None:
+    assert step.gate is not None
     x, weights = state[step.x], state.weights
     found[step.router] = {0: _squares(x)}
     chosen = np.argsort(-matmul(x, weights[step.router]), axis=1, kind="stable")[:, : step.used]

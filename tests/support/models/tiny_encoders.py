@@ -187,7 +187,10 @@ def _layer(name: str, prefix: str) -> Iterator[RandomTensor]:
 
 def _inner(name: str, prefix: str) -> Iterator[tuple[str, RandomTensor]]:
     """Matrices behind attention by their name in the layer."""
-    shapes = {"ffn_up": (2 * FFN if name == "modern-bert" else FFN, HIDDEN), "ffn_down": (HIDDEN, FFN)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "ffn_up": (2 * FFN if name == "modern-bert" else FFN, HIDDEN),
+        "ffn_down": (HIDDEN, FFN),
+    }
     if name == "nomic-bert-moe" and prefix == "blk.1":
         yield "ffn_gate_inp", RandomTensor(f"{prefix}.ffn_gate_inp.weight", (EXPERTS, HIDDEN), 0.25, exact=True)
         shapes = {f"{part}_exps": (EXPERTS, *shape) for part, shape in shapes.items()}

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llamaclust.tools.convert.lazy import Storage
+from llamaclust.model.checkpoints.storage import Storage
 from llamaclust.tools.convert.stream import OUTPUT_TYPES, encoded
 
 HEADS, WORDS = 32, 32000

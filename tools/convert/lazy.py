@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from math import prod
 from threading import Lock
 from typing import Any, Final
@@ -13,36 +12,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.model.checkpoints.storage import Storage
+
 Array = NDArray[Any]
 Rows = Callable[[int, int], Array]
 
 MAX_DIMENSIONS: Final = 4
 _WASTE = 4
 """Permuted rows are read as one range if the range has at most this many times their number of rows."""
-
-
-class Storage(Enum):
-    """How numbers are stored; BF16 is held as uint16."""
-
-    F64 = np.dtype("<f8")
-    F32 = np.dtype("<f4")
-    F16 = np.dtype("<f2")
-    BF16 = np.dtype("<u2")
-    I64 = np.dtype("<i8")
-    I32 = np.dtype("<i4")
-    I16 = np.dtype("<i2")
-    I8 = np.dtype("<i1")
-    U8 = np.dtype("<u1")
-    BOOL = np.dtype("?")
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        value: np.dtype[Any] = self.value
-        return value
-
-    @property
-    def is_real(self) -> bool:
-        return self in (Storage.F64, Storage.F32, Storage.F16, Storage.BF16)
 
 
 @dataclass(frozen=True, slots=True)

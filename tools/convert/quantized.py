@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.tools.convert.lazy import Array, Lazy, Recent, Storage
-from llamaclust.tools.convert.settings import Settings
+from llamaclust.model.checkpoints.settings import Settings
+from llamaclust.model.checkpoints.storage import Storage
+from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 _SCALES: Final = ("weight_scale_inv", "weight_scale")

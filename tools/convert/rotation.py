@@ -7,9 +7,10 @@ from typing import Final
 
 import numpy as np
 
+from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.tools.convert.lazy import constant
 from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.settings import MAX_CONTEXT, Settings
+from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 _LLAMA3: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 

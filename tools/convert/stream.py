@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cpu.quantize import narrowed
+from llamaclust.model.checkpoints.storage import Storage
 from llamaclust.model.gguf.atomic_file import new_file
 from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT
 from llamaclust.model.gguf.values import padded
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, header_bytes
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.convert.lazy import Array, Lazy, Storage, as_floats
+from llamaclust.tools.convert.lazy import Array, Lazy, as_floats
 
 OUTPUT_TYPES: Final = {"f32": QuantType.F32, "f16": QuantType.F16, "bf16": QuantType.BF16, "q8_0": QuantType.Q8_0}
 _STORED: Final = {Storage.F32: QuantType.F32, Storage.F16: QuantType.F16, Storage.BF16: QuantType.BF16}

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.model.checkpoints.storage import Storage
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.convert.lazy import Storage
 from llamaclust.tools.convert.stream import encoded
 
 Arrays = Mapping[str, NDArray[Any]]

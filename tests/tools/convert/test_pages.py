@@ -15,12 +15,12 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.architectures import ARCHITECTURES, build_program
 from llamaclust.model.architectures.positions import alibi_slopes
+from llamaclust.model.checkpoints.storage import Storage
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.program import Rope
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.convert.conversion import convert
 from llamaclust.tools.convert.formats.opening import Hints
-from llamaclust.tools.convert.lazy import Storage
 from llamaclust.tools.convert.stream import encoded
 from support.models.checkpoint_files import stored_as, write_hugging_face
 from support.models.random_checkpoints import CASES, HEAD, HEADS, HIDDEN, KV_HEADS, LAYERS, checkpoint
@@ -183,9 +183,10 @@ def test_40_layers_of_baichuan_are_the_13b_model(tmp_path: Path) -> None:
 
 
 def test_the_head_of_baichuan_2_has_rows_of_length_one(tmp_path: Path) -> None:
+    from llamaclust.model.checkpoints.settings import Settings
     from llamaclust.tools.convert.lazy import constant
     from llamaclust.tools.convert.pages import build_page
-    from llamaclust.tools.convert.settings import Checkpoint, Settings
+    from llamaclust.tools.convert.settings import Checkpoint
 
     config, tensors = checkpoint("BaichuanForCausalLM")
     words = 125696

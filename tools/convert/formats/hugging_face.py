@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Final
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.checkpoints.json_file import read_json
+from llamaclust.model.checkpoints.safetensors import read_safetensors
+from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.model.gguf.values import shown
-from llamaclust.tools.convert.formats.safetensors import read_safetensors
-from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
+from llamaclust.tools.convert.formats.source_files import SourceFiles, lazy_tensor
 from llamaclust.tools.convert.formats.torch_files import read_torch
 from llamaclust.tools.convert.lazy import Lazy
 from llamaclust.tools.convert.quantized import dequantized
-from llamaclust.tools.convert.settings import Checkpoint, Settings
+from llamaclust.tools.convert.settings import Checkpoint
 
 CONFIG: Final = "config.json"
 _STEMS: Final = (("model", "safetensors"), ("pytorch_model", "bin"))
@@ -55,7 +57,12 @@ def read_weights(files: SourceFiles, folder: Path) -> dict[str, Lazy]:
 
 def read_weight_file(files: SourceFiles, path: Path) -> dict[str, Lazy]:
     file = files.open(path)
-    return read_safetensors(file) if path.suffix == ".safetensors" else read_torch(file, files.recent)
+    if path.suffix != ".safetensors":
+        return read_torch(file, files.recent)
+    return {
+        tensor.name: lazy_tensor(file, tensor.name, tensor.offset, tensor.shape, tensor.storage)
+        for tensor in read_safetensors(file)
+    }
 
 
 def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:

@@ -12,17 +12,12 @@ from typing import Final
 
 import numpy as np
 
-from llamaclust.tools.convert.formats.source_files import SourceFile, SourceFiles
-from llamaclust.tools.convert.lazy import Array, Lazy, Storage, rows
-from llamaclust.tools.convert.settings import (
-    MAX_CONTEXT,
-    MAX_HEADS,
-    MAX_LAYERS,
-    MAX_WIDTH,
-    MAX_WORDS,
-    Checkpoint,
-    Settings,
-)
+from llamaclust.model.checkpoints.settings import MAX_WIDTH, Settings
+from llamaclust.model.checkpoints.source_file import SourceFile
+from llamaclust.model.checkpoints.storage import Storage
+from llamaclust.tools.convert.formats.source_files import SourceFiles, lazy_tensor
+from llamaclust.tools.convert.lazy import Array, Lazy, rows
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WORDS, Checkpoint
 
 _MAGIC: Final = 0x616B3432
 _OLD_HEADER: Final = 28
@@ -83,7 +78,7 @@ def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
             tensors |= found
             continue
         if name:
-            whole = file.tensor(name, at, shape, Storage.F32)
+            whole = lazy_tensor(file, name, at, shape, Storage.F32)
             tensors |= _layers(name, whole, header.layers) if "{}" in name else {name: whole}
         at += 4 * prod(shape)
     if at != file.size_bytes:
@@ -143,8 +138,8 @@ def _quantized(
         raise file.error(f"{name}: {count} weights are no whole groups of {header.group}")
     found = {}
     for layer in range(layers):
-        numbers = file.tensor(name, at, shape, Storage.I8)
-        scales = file.tensor(name, at + count, (count // header.group,), Storage.F32)
+        numbers = lazy_tensor(file, name, at, shape, Storage.I8)
+        scales = lazy_tensor(file, name, at + count, (count // header.group,), Storage.F32)
         found[name.format(layer)] = _scaled(numbers, scales, header.group)
         at += count + scales.n_bytes
     return found, at

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.checkpoints.json_file import read_json
+from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.model.gguf.values import shown
-from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
+from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.formats.torch_files import read_torch
 from llamaclust.tools.convert.lazy import Lazy, below, beside
-from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, Checkpoint, Settings
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, Checkpoint
 
 PARAMS: Final = "params.json"
 _PART: Final = re.compile(r"consolidated\.(\d\d)\.pth")

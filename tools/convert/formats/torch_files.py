@@ -10,9 +10,10 @@ from math import prod
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.checkpoints.source_file import SourceFile
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.formats.safe_pickle import TensorRef, read_pickle
-from llamaclust.tools.convert.formats.source_files import SourceFile
+from llamaclust.tools.convert.formats.source_files import lazy_tensor
 from llamaclust.tools.convert.lazy import MAX_DIMENSIONS, Lazy, Recent, transposed
 
 _ZIP: Final = b"PK\x03\x04"
@@ -74,9 +75,9 @@ def _tensor(file: SourceFile, name: str, ref: TensorRef, members: dict[str, _Mem
     start = member.offset + ref.offset * item
     shape = ref.shape or (1,)
     if ref.stride == _contiguous(ref.shape):
-        return file.tensor(name, start, shape, storage)
+        return lazy_tensor(file, name, start, shape, storage)
     if len(shape) == 2 and ref.stride == (1, shape[0]):
-        return transposed(file.tensor(name, start, shape[::-1], storage), recent)
+        return transposed(lazy_tensor(file, name, start, shape[::-1], storage), recent)
     raise ModelFileError(f"{origin}: strides {list(ref.stride)} for shape {list(shape)} are not supported")
 
 

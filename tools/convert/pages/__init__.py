@@ -9,10 +9,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
+from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import falcon, gemma, glm, gpt, llama, phi3, qwen
-from llamaclust.tools.convert.settings import Checkpoint, Settings
+from llamaclust.tools.convert.settings import Checkpoint
 
 PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
     {

@@ -14,11 +14,12 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.checkpoints.json_file import read_json
+from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.tokenizers.byte_pairs import stand_ins
 from llamaclust.model.tokenizers.vocabulary import TokenType
-from llamaclust.tools.convert.formats.source_files import read_json
-from llamaclust.tools.convert.settings import MAX_WORDS, Settings
+from llamaclust.tools.convert.settings import MAX_WORDS
 from llamaclust.tools.convert.vocabularies.probe import recognised
 from llamaclust.tools.convert.vocabularies.words import Words
 

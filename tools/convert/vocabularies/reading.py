@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.tools.convert.formats.source_files import SourceFile, SourceFiles, read_json
+from llamaclust.model.checkpoints.json_file import read_json
+from llamaclust.model.checkpoints.source_file import SourceFile
+from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.vocabularies.ranks import is_ranks, read_ranks, read_tekken
 from llamaclust.tools.convert.vocabularies.sentence_piece import read_llama2c_words, read_sentence_piece
 from llamaclust.tools.convert.vocabularies.tokenizer_json import read_tokenizer_json

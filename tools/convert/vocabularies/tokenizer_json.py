@@ -11,11 +11,11 @@ from typing import Any, Final
 import tokenizers
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.checkpoints.json_file import read_json
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.sentence_pieces import check_charsmap
 from llamaclust.model.tokenizers.vocabulary import TokenType
-from llamaclust.tools.convert.formats.source_files import read_json
 from llamaclust.tools.convert.settings import MAX_WORDS
 from llamaclust.tools.convert.vocabularies.probe import PROBE, recognised
 from llamaclust.tools.convert.vocabularies.words import Words

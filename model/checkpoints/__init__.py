@@ -1,0 +1,1 @@
+"""Files of Hugging Face's form: JSON settings, safetensors, adapters of PEFT."""

@@ -1,0 +1,50 @@
+"""JSON objects from files that others wrote, with bounds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.tensors import FileIdentity, open_regular, read_exactly
+from llamaclust.model.gguf.values import shown
+
+_MAX_JSON_BYTES: Final = 1 << 27
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ModelFileError where it is something else."""
+    with open_regular(path) as descriptor:
+        size = FileIdentity.of(descriptor).size_bytes
+        if size > _MAX_JSON_BYTES:
+            raise ModelFileError(f"{path}: {size >> 20} MiB of JSON, at most {_MAX_JSON_BYTES >> 20} are read")
+        buffer = bytearray(size)
+        read_exactly(descriptor, path, 0, memoryview(buffer))
+    return parse_json(bytes(buffer), str(path))
+
+
+def parse_json(data: bytes, origin: str) -> dict[str, Any]:
+    """A JSON object; duplicate keys are an error."""
+    try:
+        found = json.loads(data, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ModelFileError(f"{origin}: not usable as JSON: {what[:120]}") from None
+    if not isinstance(found, dict):
+        raise ModelFileError(f"{origin}: a JSON object expected, it is {type(found).__name__}")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for (key, count) in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{shown(twice)} is there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    """NaN and infinities, which some configurations hold in unused settings."""
+    return None

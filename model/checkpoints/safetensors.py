@@ -1,0 +1,80 @@
+"""safetensors files: header length, JSON header, data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.checkpoints.json_file import parse_json
+from llamaclust.model.checkpoints.source_file import SourceFile
+from llamaclust.model.checkpoints.storage import Storage
+from llamaclust.model.gguf.header import MAX_DIMENSIONS
+from llamaclust.model.gguf.values import shown
+
+_MAX_HEADER_BYTES: Final = 100_000_000
+_METADATA: Final = "__metadata__"
+_AS_BYTES: Final = {"F8_E4M3": Storage.U8}
+"""8-bit floats, which need the scales in other tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor is: bytes [offset, offset + n_bytes) of the file, its rows one after the other."""
+
+    name: str
+    storage: Storage
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape) * self.storage.dtype.itemsize
+
+
+def read_safetensors(file: SourceFile) -> list[StoredTensor]:
+    """All tensors of one file. ModelFileError for one that is damaged or has a type that is not known."""
+    length = int.from_bytes(file.read(0, 8), "little")
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, file.size_bytes - 8):
+        raise file.error(
+            f"a header of {length} bytes in a file of {file.size_bytes}: no safetensors file, or cut short"
+        )
+    header = parse_json(file.read(8, length), f"{file.path}: header")
+    tensors = [_stored(file, name, said, 8 + length) for name, said in header.items() if name != _METADATA]
+    _check_places(file, 8 + length, tensors)
+    return tensors
+
+
+def _stored(file: SourceFile, name: str, said: Any, first: int) -> StoredTensor:
+    try:
+        kind, shape, (start, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise _bad(file, name, "its entry in the header is not complete") from None
+    known = {**Storage.__members__, **_AS_BYTES}
+    if not isinstance(kind, str) or kind not in known:
+        raise _bad(file, name, f"type {shown(str(kind))} is not known; known: {', '.join(known)}")
+    if not all(type(number) is int and 0 <= number < 1 << 48 for number in (*shape, start, end)):
+        raise _bad(file, name, "shape or place are not whole numbers")
+    if len(shape) > MAX_DIMENSIONS:
+        raise _bad(file, name, f"{len(shape)} dimensions, {MAX_DIMENSIONS} at most are known")
+    tensor = StoredTensor(name, known[kind], shape or (1,), first + start)
+    if end - start != tensor.n_bytes:
+        raise _bad(file, name, f"{end - start} bytes for shape {list(tensor.shape)} of {kind}")
+    return tensor
+
+
+def _check_places(file: SourceFile, first: int, tensors: Iterable[StoredTensor]) -> None:
+    """Checks that the tensors are contiguous and end with the file."""
+    at = first
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
+        if tensor.offset != at:
+            raise _bad(file, tensor.name, f"begins at byte {tensor.offset - first} of the data, {at - first} expected")
+        at += tensor.n_bytes
+    if at != file.size_bytes:
+        raise file.error(f"{file.size_bytes} bytes, {at} expected: it was cut short, or is damaged")
+
+
+def _bad(file: SourceFile, name: str, what: str) -> ModelFileError:
+    return ModelFileError(f"{file.path}: tensor {shown(name)}: {what}")

@@ -1,0 +1,86 @@
+"""Settings of a JSON object, read with bounds; errors name a missing or invalid key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
+
+MAX_WIDTH: Final = 1 << 20
+_MAX_REAL: Final = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Values by name; of several names the first one present is read. `origin` names the file for errors."""
+
+    values: Mapping[str, Any]
+    origin: str
+
+    def error(self, name: str, what: str) -> ModelFileError:
+        return ModelFileError(f"{self.origin}: {shown(name)}: {what}")
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def count(self, *names: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_WIDTH) -> int:
+        """A whole number in [minimum, maximum]."""
+        value = self._find(names, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise self.error(names[0], f"{_shown(value)}, a whole number of {minimum} to {maximum} expected")
+        return value
+
+    def real(
+        self, *names: str, default: float | None = None, minimum: float = 0.0, maximum: float = _MAX_REAL
+    ) -> float:
+        """A finite number in [minimum, maximum]."""
+        value = self._find(names, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.error(names[0], f"{_shown(value)}, a number expected")
+        if not minimum <= value <= maximum:  # nor is it so for one that is no number
+            raise self.error(names[0], f"{_shown(value)}, {minimum:g} to {maximum:g} expected")
+        return float(value)
+
+    def flag(self, *names: str, default: bool = False) -> bool:
+        value = self._find(names, default)
+        if not isinstance(value, bool):
+            raise self.error(names[0], f"{_shown(value)}, true or false expected")
+        return value
+
+    def text(self, *names: str, default: str | None = None) -> str:
+        value = self._find(names, default)
+        if not isinstance(value, str):
+            raise self.error(names[0], f"{_shown(value)}, text expected")
+        return value
+
+    def reals(self, name: str, count: int) -> list[float]:
+        """A list of `count` positive finite numbers."""
+        value = self.values.get(name)
+        if not isinstance(value, list) or len(value) != count:
+            there = f"{len(value)} entries" if isinstance(value, list) else _shown(value)
+            raise self.error(name, f"{there}, {count} numbers expected")
+        if not all(isinstance(number, int | float) and 0 < number <= _MAX_REAL for number in value):
+            raise self.error(name, "holds what is no positive number")
+        return [float(number) for number in value]
+
+    def inner(self, *names: str) -> Settings:
+        """The object of that name, empty if missing."""
+        value = self._find(names, {})
+        if not isinstance(value, dict):
+            raise self.error(names[0], f"{_shown(value)}, an object expected")
+        return Settings(value, f"{self.origin}: {shown(names[0])}")
+
+    def _find(self, names: tuple[str, ...], default: Any) -> Any:
+        found = next((self.values[name] for name in names if self.has(name)), default)
+        if found is None:
+            raise self.error(names[0], "missing")
+        return found
+
+
+def _shown(value: Any) -> str:
+    return shown(value) if isinstance(value, str) else str(value)[:64]

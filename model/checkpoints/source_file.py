@@ -1,0 +1,29 @@
+"""An open file of a checkpoint, read with pread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.tensors import read_exactly
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """An open file."""
+
+    path: Path
+    descriptor: int
+    size_bytes: int
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Bytes [offset, offset + count); ModelFileError where the file ends before."""
+        if offset < 0 or count < 0 or offset + count > self.size_bytes:
+            raise self.error(f"{count} bytes from byte {offset} on are needed, it has {self.size_bytes}: cut short")
+        buffer = bytearray(count)
+        read_exactly(self.descriptor, self.path, offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def error(self, what: str) -> ModelFileError:
+        return ModelFileError(f"{self.path}: {what}")

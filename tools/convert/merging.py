@@ -15,31 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError, UsageError
+from llamaclust.model.checkpoints.peft import WEIGHTS, PeftSettings, check_rank, factor_name, plain_name
+from llamaclust.model.checkpoints.settings import Settings
+from llamaclust.model.checkpoints.storage import Storage
 from llamaclust.model.gguf.atomic_file import hidden_name, new_file
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.conversion import Converted, Target, thread_count, write_converted
 from llamaclust.tools.convert.formats.hugging_face import CONFIG, read_folder, read_weight_file
 from llamaclust.tools.convert.formats.opening import Hints
-from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
-from llamaclust.tools.convert.lazy import Array, Lazy, Storage, as_floats
-from llamaclust.tools.convert.settings import Checkpoint, Settings
+from llamaclust.tools.convert.formats.source_files import SourceFiles
+from llamaclust.tools.convert.lazy import Array, Lazy, as_floats
+from llamaclust.tools.convert.settings import Checkpoint
 from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, write_pieces
 
-_NAMES: Final = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX: Final = "base_model.model."
-_FACTOR: Final = re.compile(r"(?P<module>.*)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(\.default)?(\.weight)?")
+_NAMES: Final = (WEIGHTS, "adapter_model.bin")
 _SAVED: Final = re.compile(r"(?P<module>.*?)(\.modules_to_save(\.default)?|\.original_module)?\.(?P<kind>weight|bias)")
-_REFUSED: Final = (
-    "use_dora",
-    "use_qalora",
-    "megatron_config",
-    "alora_invocation_tokens",
-    "lora_bias",
-    "layer_replication",
-)
-_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations that change the base's matrices. An adapter of an unchanged base has `true`."""
-_PLAIN: Final = re.compile(r"[\w.-]+")
 _TOKENIZER_FILES: Final = (
     "tokenizer.model",
     "tokenizer.json",
@@ -158,19 +148,17 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
     """ModelFileError for a damaged adapter and for any kind other than W + scale * B @ A."""
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: no folder; give the one that has adapter_config.json")
-    path = folder / "adapter_config.json"
-    settings = Settings(read_json(path), str(path))
-    _check_kind(settings)
+    settings = PeftSettings.read(folder)
     weights = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
     if weights is None:
         raise ModelFileError(f"{folder}: no weights: neither {' nor '.join(_NAMES)}")
     halves: dict[str, dict[str, Lazy]] = {}
     replaced = {}
     for name, tensor in read_weight_file(files, weights).items():
-        plain = name.removeprefix(_PREFIX)
-        found = _FACTOR.fullmatch(plain)
-        if found:
-            halves.setdefault(found["module"], {})[found["kind"]] = tensor
+        plain = plain_name(name)
+        if found := factor_name(plain):
+            module, kind = found
+            halves.setdefault(module, {})[kind] = tensor
         elif (saved := _SAVED.fullmatch(plain)) and "original_module" not in plain:
             replaced[f"{saved['module']}.{saved['kind']}"] = tensor
         elif not saved:
@@ -179,21 +167,7 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
     return _Adapter(weights, factors, replaced)
 
 
-def _check_kind(settings: Settings) -> None:
-    kind = settings.text("peft_type", default="LORA")
-    if kind != "LORA":
-        raise settings.error("peft_type", f"{kind!r}; only LORA can be merged")
-    for name in _REFUSED:
-        if settings.values.get(name):
-            raise settings.error(name, "set, which is not supported")
-    begun = settings.values.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
-        raise settings.error("init_lora_weights", f"{begun!r}: it is of a base that was changed; save it as plain LoRA")
-    if settings.text("bias", default="none") != "none":
-        raise settings.error("bias", f"{settings.values['bias']!r}; only adapters without biases are supported")
-
-
-def _factors(module: str, pair: Mapping[str, Lazy], settings: Settings) -> _Factors:
+def _factors(module: str, pair: Mapping[str, Lazy], settings: PeftSettings) -> _Factors:
     """The factors of an embedding are transposed: W + (B @ A)^T."""
     kinds = set(pair)
     if kinds not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
@@ -203,23 +177,10 @@ def _factors(module: str, pair: Mapping[str, Lazy], settings: Settings) -> _Fact
     left, right = (pair["embedding_B"], pair["embedding_A"]) if of_embedding else (pair["B"], pair["A"])
     if len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
         raise ModelFileError(f"{left.origin}: shapes {list(left.shape)} and {list(right.shape)} of B and A do not fit")
-    rank = _pattern(settings, "rank_pattern", module, settings.count("r", maximum=1 << 16))
-    if left.shape[1] != rank:
-        raise ModelFileError(f"{left.origin}: rank {left.shape[1]}, adapter_config.json says {rank:g}")
-    alpha = _pattern(settings, "alpha_pattern", module, settings.real("lora_alpha", default=rank))
-    scale = alpha / (rank**0.5 if settings.flag("use_rslora") else rank)
-    exchanged = of_embedding or settings.flag("fan_in_fan_out")
-    return _Factors(left.floats(), right.floats(), np.float32(scale), exchanged)
-
-
-def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
-    """A number with exceptions for some modules, which are named by a suffix."""
-    inner = settings.inner(name)
-    strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
-    if strange is not None:
-        raise settings.error(name, f"{shown(strange)} is no end of a name; patterns are not supported")
-    key = next((key for key in inner.values if f".{module}".endswith(f".{key}")), None)
-    return default if key is None else inner.real(key, minimum=1e-9, maximum=1 << 20)
+    scaling = settings.scaling(module)
+    check_rank(scaling, left.shape[1], left.origin)
+    exchanged = of_embedding or settings.settings.flag("fan_in_fan_out")
+    return _Factors(left.floats(), right.floats(), np.float32(scaling.factor), exchanged)
 
 
 def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:

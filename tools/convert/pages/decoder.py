@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from llamaclust.model.checkpoints.modules import PAIRED, QKV
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.lazy import stacked
 from llamaclust.tools.convert.page import Page, neighbours
@@ -57,18 +58,18 @@ def norms(page: Page, layer: int) -> None:
     page.copy(f"blk.{layer}.ffn_norm", f"model.layers.{layer}.post_attention_layernorm", page.width)
 
 
-def attention(page: Page, layer: int, *, bias: bool | None = None, pairs: bool = False) -> None:
-    """`pairs`: Q and K are permuted for rotation of neighbouring channels."""
-    place, source = f"blk.{layer}", f"model.layers.{layer}.self_attn"
-    for part, heads in (("q", page.heads), ("k", page.kv_heads), ("v", page.kv_heads)):
+def attention(page: Page, layer: int, *, bias: bool | None = None) -> None:
+    """Q and K are permuted where the architecture rotates neighbouring channels."""
+    place, source = f"blk.{layer}", f"model.layers.{layer}"
+    for (part, module), heads in zip(QKV.items(), (page.heads, page.kv_heads, page.kv_heads), strict=True):
         rows = heads * page.head_width
-        page.copy(f"{place}.attn_{part}", f"{source}.{part}_proj", rows, page.width, bias=bias)
-        if pairs and part != "v":
+        page.copy(f"{place}.attn_{part}", f"{source}.{module}", rows, page.width, bias=bias)
+        if page.architecture in PAIRED and part != "v":
             for suffix in ("weight", "bias"):
                 name = f"{place}.attn_{part}.{suffix}"
                 if name in page.tensors:
                     page.tensors[name] = neighbours(page.tensors[name], heads)
-    page.copy(f"{place}.attn_output", f"{source}.o_proj", page.width, page.heads * page.head_width, bias=None)
+    page.copy(f"{place}.attn_output", f"{source}.self_attn.o_proj", page.width, page.heads * page.head_width, bias=None)
 
 
 def feed_forward(page: Page, layer: int, width: int, *, source: str = "mlp", suffix: str = "") -> None:

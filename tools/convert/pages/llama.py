@@ -32,7 +32,7 @@ def build(page: Page) -> None:
     decoder.ends(page)
     for layer in range(page.layers):
         decoder.norms(page, layer)
-        decoder.attention(page, layer, pairs=True)
+        decoder.attention(page, layer)
         if count:
             prefix = f"model.layers.{layer}.block_sparse_moe"
             page.copy(f"blk.{layer}.ffn_gate_inp", f"{prefix}.gate", count, page.width)

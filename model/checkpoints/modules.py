@@ -1,0 +1,57 @@
+"""GGUF's names of the layers' matrices, by the names of Hugging Face's modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+QKV: Final = MappingProxyType({"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"})
+"""Modules of `attn_q`, `attn_k` and `attn_v`."""
+_ATTENTION: Final = {**{module: f"attn_{part}" for part, module in QKV.items()}, "self_attn.o_proj": "attn_output"}
+_FUSED: Final = {"mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+_DECODER: Final = {
+    **_ATTENTION,
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GLM: Final = {**_ATTENTION, **_FUSED}
+_GPT2: Final = {
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+_MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
+    {
+        "chatglm": _GLM,
+        "gemma": _DECODER,
+        "gemma2": _DECODER,
+        "gemma3": _DECODER,
+        "glm4": _GLM,
+        "gpt2": _GPT2,
+        "llama": _DECODER,
+        "phi3": {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", **_FUSED},
+        "qwen2": _DECODER,
+        "qwen2moe": _ATTENTION,
+        "qwen3": _DECODER,
+        "qwen3moe": _ATTENTION,
+        "starcoder2": {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+    }
+)
+"""By architecture, those whose rows are the module's; only Q and K of `PAIRED` ones have them in another order."""
+PAIRED: Final = frozenset({"llama"})
+"""Architectures whose files have the rows of each head of Q and K in the order of a rotation of neighbouring pairs:
+the checkpoint's first and second half of a head in turns."""
+_MODULE: Final = re.compile(
+    r"(model\.|transformer\.|language_model\.model\.|model\.language_model\.)?(layers|h)\.(?P<layer>\d{1,4})\.(?P<module>.+)"
+)
+
+
+def matrix_name(architecture: str, module: str) -> str | None:
+    """`blk.7.attn_q` of `model.layers.7.self_attn.q_proj`; None for a module whose matrix GGUF has in another form."""
+    found = _MODULE.fullmatch(module)
+    name = None if found is None else _MATRICES.get(architecture, {}).get(found["module"])
+    return None if found is None or name is None else f"blk.{int(found['layer'])}.{name}"

@@ -1,0 +1,111 @@
+"""Adapters as PEFT saves them: a folder with settings and the factors A and B of modules; what other files mean too."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.checkpoints.json_file import read_json
+from llamaclust.model.checkpoints.settings import Settings
+from llamaclust.model.gguf.values import shown
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+_PREFIX: Final = "base_model.model."
+_FACTOR: Final = re.compile(r"(?P<module>.*)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(\.default)?(\.weight)?")
+_REFUSED: Final = (
+    "use_dora",
+    "use_qalora",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+)
+_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations that change the base's matrices. An adapter of an unchanged base has `true`."""
+_PLAIN: Final = re.compile(r"[\w.-]+")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name as the model has it."""
+    return name.removeprefix(_PREFIX)
+
+
+def factor_name(name: str) -> tuple[str, str] | None:
+    """Module and kind of a factor with this plain name: A, B, embedding_A or embedding_B. None for other tensors."""
+    found = _FACTOR.fullmatch(name)
+    return None if found is None else (found["module"], found["kind"])
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """W + `factor` * B @ A."""
+
+    rank: int
+    alpha: float
+    is_rank_stabilized: bool
+
+    @property
+    def factor(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.is_rank_stabilized else self.rank)
+
+    @property
+    def plain_alpha(self) -> float:
+        """With it, alpha / rank is the factor."""
+        return self.alpha * (self.rank**0.5 if self.is_rank_stabilized else 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PeftSettings:
+    """Of adapter_config.json."""
+
+    settings: Settings
+
+    @classmethod
+    def read(cls, folder: Path) -> PeftSettings:
+        """ModelFileError for a damaged file, and for any kind of adapter other than W + factor * B @ A."""
+        settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
+        _check_kind(settings)
+        return cls(settings)
+
+    def scaling(self, module: str) -> Scaling:
+        settings = self.settings
+        rank = _pattern(settings, "rank_pattern", module, settings.count("r", maximum=1 << 16))
+        alpha = _pattern(settings, "alpha_pattern", module, settings.real("lora_alpha", default=rank))
+        if rank != int(rank):
+            raise settings.error("rank_pattern", f"{rank:g}, a whole number expected")
+        return Scaling(int(rank), alpha, settings.flag("use_rslora"))
+
+
+def _check_kind(settings: Settings) -> None:
+    kind = settings.text("peft_type", default="LORA")
+    if kind != "LORA":
+        raise settings.error("peft_type", f"{kind!r}; only LORA is supported")
+    for name in _REFUSED:
+        if settings.values.get(name):
+            raise settings.error(name, "set, which is not supported")
+    begun = settings.values.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
+        raise settings.error("init_lora_weights", f"{begun!r}: it is of a base that was changed; save it as plain LoRA")
+    if settings.text("bias", default="none") != "none":
+        raise settings.error("bias", f"{settings.values['bias']!r}; only adapters without biases are supported")
+
+
+def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
+    """A number with exceptions for some modules, which are named by a suffix."""
+    inner = settings.inner(name)
+    strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
+    if strange is not None:
+        raise settings.error(name, f"{shown(strange)} is no end of a name; patterns are not supported")
+    key = next((key for key in inner.values if f".{module}".endswith(f".{key}")), None)
+    return default if key is None else inner.real(key, minimum=1e-9, maximum=1 << 20)
+
+
+def check_rank(scaling: Scaling, rank: int, origin: str) -> None:
+    """ModelFileError where a factor has another rank than the settings."""
+    if rank != scaling.rank:
+        raise ModelFileError(f"{origin}: rank {rank}, {CONFIG} says {scaling.rank}")

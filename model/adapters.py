@@ -1,4 +1,4 @@
-"""LoRA adapters as parts of a model: files in GGUF, read and checked, and their steps in programs.
+"""LoRA adapters as parts of a model: GGUF files or folders of PEFT, read and checked, and their steps in programs.
 
 A model with adapters is a `ModelFile` of its own: its identity depends on all files, its tensors contain those of
 adapter number i under names that begin with `adapter.i.`. Workers load, fetch and verify these as they do any other.
@@ -18,6 +18,7 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
+from llamaclust.model.checkpoints.peft_adapter import is_peft, read_peft
 from llamaclust.model.gguf.header import Header, read_header
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor
@@ -38,10 +39,16 @@ _SAMPLE_BYTES = 4096
 _OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
 
 
-def read_adapter(path: Path) -> Header:
-    """The header of an adapter's file. Its digest has samples of each tensor: two states of a training may differ in
-    those of some layers alone. ModelFileError as of `read_header`."""
-    header = read_header(path)
+def is_adapter(path: Path) -> bool:
+    """Whether there is a file or a folder that may be one."""
+    return path.is_file() or is_peft(path)
+
+
+def read_adapter(path: Path, model: ModelFile) -> Header:
+    """The header of an adapter of the model: of a GGUF file, or as that of a folder of PEFT would be. Its digest has
+    samples of each tensor: two states of a training may differ in those of some layers alone. ModelFileError as of
+    `read_header` and `read_peft`."""
+    header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
         for start in sorted({0, max(0, tensor.n_bytes - _SAMPLE_BYTES)}):
@@ -108,7 +115,9 @@ def _alpha(header: Header, model: ModelFile) -> MetadataValue:
     found = ModelFile(header.path, (), 0, "", header.metadata, header.tensors)
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         if (value := found.metadata_str(key, "none")) != wanted:
-            raise found.error(key, f"{shown(value)}, {wanted!r} expected", "give a LoRA adapter in GGUF")
+            raise found.error(
+                key, f"{shown(value)}, {wanted!r} expected", "give a LoRA adapter in GGUF or PEFT's format"
+            )
     architecture, own = found.metadata_str("general.architecture"), model.metadata_str("general.architecture")
     if architecture != own:
         raise found.error("general.architecture", f"{shown(architecture)}, the model has {own!r}", _OTHER)

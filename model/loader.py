@@ -105,8 +105,9 @@ class Model:
         """Reads headers only, but `adapters` whole. ModelFileError as for `open_model`, `with_adapters` and
         `check_adapter_weights`, and for parts that do not fit together. `chat_template` is the name of one or a file,
         to take instead of the model's; UsageError where there is none."""
-        headers = [read_adapter(adapter) for adapter in adapters]
-        file = with_adapters(open_model(path), headers)
+        plain = open_model(path)
+        headers = [read_adapter(adapter, plain) for adapter in adapters]
+        file = with_adapters(plain, headers)
         check_adapter_weights(headers)
         return cls(file, chat_template, adapters)
 

@@ -170,7 +170,7 @@ def _bytes_key(tensor: Tensor) -> tuple[object, ...] | None:
     newest_ns = max(found.st_mtime_ns, found.st_ctime_ns)
     if FileIdentity.from_status(found) != tensor.file_identity or time.time_ns() - newest_ns < _SETTLED_NS:
         return None
-    return (tensor.offset, tensor.n_bytes, tensor.shape), tensor.file_identity, found.st_ctime_ns
+    return tensor.place, tensor.file_identity, found.st_ctime_ns
 
 
 _fingerprint = cache(packing_fingerprint)

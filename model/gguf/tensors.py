@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from llamaclust.core.cgroups import drop_cached_pages
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
@@ -76,7 +78,8 @@ def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -
 class Tensor:
     """One tensor of a model file, not yet read. `shape` is row-major, slowest first: GGUF's ne = [k, n] is (n, k).
 
-    `content` is the SHA-256 of its bytes in hex, where that is known.
+    `content` is the SHA-256 of its bytes in hex, where that is known. `paired_heads`: so many heads have their rows in
+    two halves in the file, which are read in turns; 0: the bytes are those of the file.
     """
 
     name: str
@@ -87,6 +90,13 @@ class Tensor:
     n_bytes: int
     file_identity: FileIdentity
     content: str | None = None
+    paired_heads: int = 0
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Tells its bytes from others of the file."""
+        place = self.offset, self.n_bytes, self.shape
+        return (*place, self.paired_heads) if self.paired_heads else place
 
     @property
     def origin(self) -> Path:
@@ -117,7 +127,7 @@ class Tensor:
         return prod(count) * -(-rows // TILE_ROWS) * self.quant_type.info.tile_bytes(width)
 
     def read(self) -> bytes:
-        """All bytes, as they stand in the file. ModelFileError where the file went away, shrank or changed."""
+        """All bytes. ModelFileError where the file went away, shrank or changed."""
         return self.read_range(0, self.n_bytes)
 
     def read_range(self, start: int, end: int) -> bytes:
@@ -132,9 +142,21 @@ class Tensor:
         assert 0 <= start <= start + len(view) <= self.n_bytes
         with open_regular(self.path) as descriptor:
             self._check(descriptor)
-            read_exactly(descriptor, self.path, self.offset + start, view)
+            if self.paired_heads:
+                self._read_paired(descriptor, view, start)
+            else:
+                read_exactly(descriptor, self.path, self.offset + start, view)
             drop_cached_pages(descriptor, self.offset + start, len(view))
             self._check(descriptor)
+
+    def _read_paired(self, descriptor: int, view: memoryview, start: int) -> None:
+        """Reads whole heads."""
+        head_bytes = self.n_bytes // self.paired_heads
+        first, last = start // head_bytes, -(-(start + len(view)) // head_bytes)
+        halves = np.empty((last - first, 2, head_bytes // 2 // self.row_bytes, self.row_bytes), np.uint8)
+        read_exactly(descriptor, self.path, self.offset + first * head_bytes, halves.data.cast("B"))
+        begin = start - first * head_bytes
+        view[:] = halves.swapaxes(1, 2).tobytes()[begin : begin + len(view)]
 
     def _check(self, descriptor: int) -> None:
         now = FileIdentity.of(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ModelFileError, ProtocolError
-from llamaclust.model.adapters import adapted_identity, read_adapter, with_adapters
+from llamaclust.model.adapters import adapted_identity, is_adapter, read_adapter, with_adapters
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
 from llamaclust.model.loader import Model
@@ -103,12 +104,12 @@ class Weights:
         """The file of that identity with its adapters, each at its path or under its name in `model_dir`; None where
         one of them is not there. Reads headers and samples, not the adapters' weights, which the coordinator checked.
         ModelFileError where there are only others."""
-        there = [[place for place in self.places(path) if place.is_file()] for path in (model_path, *adapter_paths)]
+        there = [[place for place in self.places(model_path) if place.is_file()]]
+        there += [[place for place in self.places(path) if is_adapter(place)] for path in adapter_paths]
         if not all(there):
             return None
-        models = _readable(open_model, there[0])
-        adapters = [_readable(read_adapter, places) for places in there[1:]]
-        for model in models:
+        for model in _readable(open_model, there[0]):
+            adapters = [_readable(partial(read_adapter, model=model), places) for places in there[1:]]
             for chosen in product(*adapters):
                 if adapted_identity(model, chosen) == model_id:
                     return Model(with_adapters(model, chosen), adapter_paths=[adapter.path for adapter in chosen])

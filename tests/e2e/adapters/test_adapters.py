@@ -17,7 +17,7 @@ from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.model.quant_types import QuantType
 from support.clusters.recovering import CONTEXT, Answer, config, recovering, undisturbed
-from support.models.tiny_adapter import build_adapter, build_merged
+from support.models.tiny_adapter import build_adapter, build_merged, build_peft
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
 
@@ -107,6 +107,18 @@ async def test_company_and_cuts_change_no_answer(
         assert await asyncio.gather(*run.start(requests())) == expected, f"seed {SEED}"
         again = await asyncio.gather(*run.start(requests()[3:6]))
         assert again == expected[3:6], "with their prompts in the prefix cache"
+
+
+async def test_adapters_in_the_format_of_peft_give_the_same_answers(
+    folder: Path, expected: list[Answer], tmp_path: Path
+) -> None:
+    """Each process reads the folders itself."""
+    adapters = [
+        {"name": name, "path": str(build_peft(tmp_path / name, folder / "tiny.gguf", folder / f"{name}.gguf"))}
+        for name in ("first", "second")
+    ]
+    async with recovering(config(folder / "tiny.gguf", tmp_path, 2, adapters=adapters)) as run:
+        assert await asyncio.gather(*run.start(requests())) == expected, f"seed {SEED}"
 
 
 async def test_a_loss_in_the_middle_of_an_answer_changes_nothing(

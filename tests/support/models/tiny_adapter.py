@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 
@@ -14,8 +15,19 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import LazyStrings
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
+from support.models.checkpoint_files import safetensors_bytes
 
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+MODULES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_STORED = {QuantType.F32: np.float32, QuantType.F16: np.float16, QuantType.BF16: np.uint16}
 _GAIN = 0.5
 """Deviation of what an adapter adds to a product of normal numbers."""
 
@@ -49,6 +61,27 @@ def build_adapter(
     }
     write_gguf(path, metadata, sources)
     return path
+
+
+def build_peft(folder: Path, model: Path, adapter: Path, **config: object) -> Path:
+    """Writes an adapter of a llama as PEFT would have saved it."""
+    file, added = open_model(model), open_adapter(adapter)
+    heads = {"attn_q": file.metadata_int("llama.attention.head_count")}
+    heads["attn_k"] = file.metadata_int("llama.attention.head_count_kv")
+    tensors = {}
+    for tensor in added.tensors.values():
+        _, layer, part, _, half = tensor.name.split(".")
+        weights = np.frombuffer(tensor.read(), _STORED[tensor.quant_type]).reshape(tensor.shape)
+        if half == "lora_b" and part in heads:
+            weights = weights.reshape(heads[part], -1, 2, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        tensors[f"base_model.model.model.layers.{layer}.{MODULES[part]}.lora_{half[-1].upper()}.weight"] = weights
+        rank = tensor.shape[half == "lora_b"]
+    folder.mkdir()
+    alpha = added.metadata_float("adapter.lora.alpha")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
+    return folder
 
 
 def build_merged(path: Path, model: Path, adapter: Path, scale: float) -> Path:

@@ -1,0 +1,149 @@
+"""Adapters in PEFT's format: the same tensors as in GGUF, in any pieces, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
+from support.models.checkpoint_files import safetensors_bytes
+from support.models.tiny_adapter import build_adapter, build_peft
+from support.models.tiny_model import build_tiny_model
+
+Arrays = dict[str, NDArray[Any]]
+PREFIX = "base_model.model.model.layers.0"
+HIDDEN, HEADS, KV_HEADS = 64, 4, 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "m.gguf"
+    return build_tiny_model(path, hidden=HIDDEN, heads=HEADS, kv_heads=KV_HEADS, ffn=96, layers=2)
+
+
+def adapter_tensors(model: ModelFile) -> dict[str, bytes]:
+    return {name: tensor.read() for name, tensor in model.tensors.items() if name.startswith("adapter.")}
+
+
+@pytest.mark.parametrize("kind", [QuantType.F32, QuantType.F16, QuantType.BF16])
+def test_the_tensors_are_those_of_the_same_adapter_in_gguf(model: Path, tmp_path: Path, kind: QuantType) -> None:
+    gguf = build_adapter(tmp_path / "a.gguf", model, quant_type=kind)
+    peft = build_peft(tmp_path / "a", model, gguf)
+    expected, found = (Model.open(model, adapters=[path]) for path in (gguf, peft))
+    assert adapter_tensors(found.file) == adapter_tensors(expected.file) and adapter_tensors(found.file)
+    assert found.program(0, 2) == expected.program(0, 2), "with the same factors"
+    assert found.adapter_paths == (str(peft),)
+    by_weights = Model.open(model, adapters=[peft / "adapter_model.safetensors"])
+    assert by_weights.model_id == found.model_id
+
+
+def test_parts_of_reordered_rows_are_parts_of_the_whole(model: Path, tmp_path: Path) -> None:
+    gguf = build_adapter(tmp_path / "a.gguf", model, rank=3)
+    opened = Model.open(model, adapters=[build_peft(tmp_path / "a", model, gguf)])
+    for part in ("attn_q", "attn_k"):
+        tensor = opened.file.tensor(f"adapter.0.blk.1.{part}.weight.lora_b")
+        whole = tensor.read()
+        for start, end in ((0, 1), (5, 400), (191, 193), (len(whole) - 7, len(whole)), (40, 40)):
+            assert tensor.read_range(start, end) == whole[start:end]
+
+
+def test_the_model_id_depends_on_weights_and_settings(model: Path, tmp_path: Path) -> None:
+    gguf = build_adapter(tmp_path / "a.gguf", model)
+    folders = [build_peft(tmp_path / "a", model, gguf), build_peft(tmp_path / "b", model, gguf, use_rslora=True)]
+    folders.append(build_peft(tmp_path / "c", model, build_adapter(tmp_path / "c.gguf", model, seed=2)))
+    assert len({Model.open(model, adapters=[folder]).model_id for folder in folders}) == 3
+
+
+def test_a_rank_stabilized_adapter_divides_by_the_root_of_its_rank(model: Path, tmp_path: Path) -> None:
+    gguf = build_adapter(tmp_path / "a.gguf", model, rank=4, alpha=6, parts=("attn_v",))
+    opened = Model.open(model, adapters=[build_peft(tmp_path / "a", model, gguf, use_rslora=True)])
+    assert next(step for step in opened.program(0, 1).steps if hasattr(step, "factor")).factor == 3.0
+
+
+def factors(module: str = "self_attn.v_proj", rows: int = 32, rank: int = 4, half: str = "AB") -> Arrays:
+    shapes = {"A": (rank, HIDDEN), "B": (rows, rank)}
+    return {f"{PREFIX}.{module}.lora_{kind}.weight": np.full(shapes[kind], 0.5, np.float32) for kind in half}
+
+
+LAYER_1 = {name.replace("layers.0", "layers.1"): value for name, value in factors().items()}
+BAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
+    "another kind": (factors(), {"peft_type": "LOHA"}, "'LOHA'; only LORA"),
+    "DoRA": (factors(), {"use_dora": True}, "'use_dora': set, which is not supported"),
+    "bias": (factors(), {"bias": "all"}, "'bias': 'all'; only adapters without biases"),
+    "whole matrices": (factors(), {"modules_to_save": ["lm_head"]}, "'modules_to_save': set"),
+    "a changed base": (factors(), {"init_lora_weights": "pissa"}, "of a base that was changed"),
+    "parameters": (factors(), {"target_parameters": ["mlp.experts"]}, "'target_parameters': set"),
+    "rank": (factors(), {"r": 8}, "rank 4, adapter_config.json says 8"),
+    "no alpha": (factors(), {"lora_alpha": 0}, "'lora_alpha': 0, more than 0 expected"),
+    "several scales": (factors() | LAYER_1, {"alpha_pattern": {"1.self_attn.v_proj": 3}}, "alpha 6 of"),
+    "module": (factors("self_attn.r_proj"), {}, "not a factor of a matrix of the layers that adapters of llama change"),
+    "head": ({"base_model.model.lm_head.lora_A.weight": np.ones((4, HIDDEN), np.float32)}, {}, "not a factor of"),
+    "embedding": (
+        {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 320), np.float32)},
+        {},
+        "not a factor of a matrix",
+    ),
+    "magnitudes": ({f"{PREFIX}.mlp.up_proj.lora_magnitude_vector": np.ones(4, np.float32)}, {}, "not a factor of"),
+    "a half": (factors(halves="A"), {}, "there is no lora_b beside it"),
+    "heads": (factors("self_attn.q_proj", rows=65), {}, "65 rows, 4 heads of the model have a multiple of 8"),
+    "width": (factors(rows=31), {}, "shape [31, 4], [32, 4] expected"),
+    "layer": (
+        {name.replace("layers.0", "layers.9"): value for name, value in factors().items()},
+        {},
+        "the model has no product with this weight",
+    ),
+    "not a number": (
+        factors() | {f"{PREFIX}.mlp.up_proj.lora_A.weight": np.full((4, 64), np.nan, np.float32)},
+        {},
+        "nan",
+    ),
+    "type": ({name: value.astype(np.float64) for name, value in factors().items()}, {}, "type F64, one of F32, F16"),
+    "two names": (
+        factors() | {name.replace("weight", "default.weight"): value for name, value in factors().items()},
+        {},
+        "there under two names",
+    ),
+    "a vector": ({f"{PREFIX}.self_attn.v_proj.lora_A.weight": np.ones(4, np.float32)}, {}, "a matrix expected"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_adapters_are_refused(model: Path, tmp_path: Path, name: str) -> None:
+    tensors, config, message = BAD[name]
+    folder = write(tmp_path / "a", tensors, config)
+    with pytest.raises(ModelFileError) as caught:
+        Model.open(model, adapters=[folder])
+    text = str(caught.value)
+    assert text.startswith(f"{folder}/") and message in text and "\n" not in text, text
+
+
+def write(folder: Path, tensors: Arrays, config: dict[str, Any]) -> Path:
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
+    return folder
+
+
+def test_damaged_files_are_refused(model: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", factors(), {})
+    weights = folder / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    for cut in (0, 7, 40, len(data) - 1):
+        weights.write_bytes(data[:cut])
+        with pytest.raises(ModelFileError, match="cut short"):
+            Model.open(model, adapters=[folder])
+    weights.unlink()
+    with pytest.raises(ModelFileError, match=r"adapter_model\.safetensors: no such file"):
+        Model.open(model, adapters=[folder])
+    (folder / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ModelFileError, match="a JSON object expected"):
+        Model.open(model, adapters=[folder])

@@ -1,0 +1,89 @@
+"""Matrices that an adapter of PEFT changes at run time are those that merging it changes, in each architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.model.adapters import read_adapter
+from llamaclust.model.checkpoints.modules import matrix_name
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.tools.convert.conversion import convert
+from llamaclust.tools.convert.formats.opening import Hints
+from llamaclust.tools.convert.merging import merge_adapter
+from llamaclust.tools.convert.pages import PAGES
+from support.models.checkpoint_files import safetensors_bytes, write_hugging_face
+from support.models.random_checkpoints import CASES, LAYERS, checkpoint, values
+from support.models.tiny_tokenizers import tokenizer_json
+
+RANK, ALPHA = 4, 6
+ATTENTION = {"attn_q", "attn_k", "attn_v", "attn_output"}
+WANTED = {
+    "LlamaForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "MistralForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "MixtralForCausalLM": ATTENTION,
+    "Qwen2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "Qwen2MoeForCausalLM": ATTENTION,
+    "Qwen3ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "Qwen3MoeForCausalLM": ATTENTION,
+    "GlmForCausalLM": ATTENTION | {"ffn_up", "ffn_down"},
+    "Glm4ForCausalLM": ATTENTION | {"ffn_up", "ffn_down"},
+    "Phi3ForCausalLM": {"attn_qkv", "attn_output", "ffn_up", "ffn_down"},
+    "GemmaForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "Gemma2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "Gemma3ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "Starcoder2ForCausalLM": ATTENTION | {"ffn_up", "ffn_down"},
+    "GPT2LMHeadModel": {"attn_qkv", "attn_output", "ffn_up", "ffn_down"},
+}
+"""Matrices of a layer that adapters change as they are, by class."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_matrices_are_those_of_the_model_and_the_adapter(case: str, tmp_path: Path) -> None:
+    config, tensors = checkpoint(case)
+    write_hugging_face(tmp_path / "base", config, tensors)
+    (tmp_path / "base" / "tokenizer.json").write_text(tokenizer_json())
+    architecture = PAGES[case.split()[0]][0]
+    adapter, count = write_adapter(tmp_path / "adapter", architecture, tensors, case == "GPT2LMHeadModel")
+    assert count == LAYERS * len(WANTED.get(case, ())), case
+    if not count:
+        return
+    convert(tmp_path / "base", tmp_path / "base.gguf", "f32", Hints(), lambda done, total: None, None)
+    merge_adapter(tmp_path / "base", adapter, tmp_path / "merged.gguf", "f32", Hints(), lambda done, total: None)
+    base, merged = open_model(tmp_path / "base.gguf"), open_model(tmp_path / "merged.gguf")
+    factors = read_adapter(adapter, base).tensors
+    for name in base.tensors:
+        expected = floats(base.tensor(name))
+        if f"{name}.lora_a" in factors:
+            down, up = (floats(factors[f"{name}.lora_{half}"]) for half in "ab")
+            expected = expected + ALPHA / RANK * (up @ down)
+            count -= 1
+        np.testing.assert_allclose(floats(merged.tensor(name)), expected, atol=1e-5, err_msg=name)
+    assert count == 0
+
+
+def write_adapter(
+    folder: Path, architecture: str, tensors: dict[str, NDArray[np.float32]], is_exchanged: bool
+) -> tuple[Path, int]:
+    """Of all matrices that adapters may change, and their number."""
+    parts = {}
+    for name, weight in tensors.items():
+        module = name.removesuffix(".weight")
+        if weight.ndim == 2 and matrix_name(architecture, module):
+            rows, columns = weight.shape[::-1] if is_exchanged else weight.shape
+            for kind, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
+                parts[f"base_model.model.{module}.lora_{kind}.weight"] = values(f"{module}{kind}", shape)
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "fan_in_fan_out": is_exchanged}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(parts))
+    return folder, len(parts) // 2
+
+
+def floats(tensor: Tensor) -> NDArray[np.float32]:
+    return np.frombuffer(tensor.read(), "<f4").reshape(tensor.shape)

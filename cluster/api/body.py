@@ -78,14 +78,21 @@ async def parse_object_in_time(data: bytes) -> dict[str, Any]:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object, nested 200 levels deep at most. ParameterError for numbers that no reply could show."""
+    """A JSON object, with the errors of `parse_json`."""
+    payload = parse_json(data)
+    if not isinstance(payload, dict):
+        raise HttpError(400, "invalid_json", "the body must be a JSON object")
+    return payload
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON, nested 200 levels deep at most. HttpError for what is none, ParameterError for numbers that no reply could
+    show."""
     try:
         payload = from_json(data.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
         reason = "it is nested too deeply" if "recursion limit" in str(error) else str(error)
         raise HttpError(400, "invalid_json", f"the body is not valid JSON: {reason}") from error
-    if not isinstance(payload, dict):
-        raise HttpError(400, "invalid_json", "the body must be a JSON object")
     if (place := _not_finite(payload)) is not None:
         raise ParameterError(place.removeprefix(".")[:_MOST_OF_A_PLACE], "must be a finite number")
     return payload

@@ -97,7 +97,8 @@ def body_schema(body: type[BaseModel]) -> dict[str, Any]:
     """What a route that reads its body itself says about it. Null is the same as a field that is absent."""
     schema = _inlined(body.model_json_schema())
     required, fields = schema.get("required", ()), schema.get("properties", {})
-    schema["properties"] = {name: part if name in required else _nullable(part) for name, part in fields.items()}
+    if fields:
+        schema["properties"] = {name: part if name in required else _nullable(part) for name, part in fields.items()}
     return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
 
 

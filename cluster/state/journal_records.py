@@ -18,6 +18,7 @@ from pydantic_core import from_json
 
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.regular_file import open_regular
+from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import RowResult
 
 _MAX_LINE_BYTES = 64 << 20
@@ -25,7 +26,7 @@ _MAX_LINE_BYTES = 64 << 20
 _CHECKSUM_DIGITS = 8
 _BODY = b"\t"
 """Before a body; JSON of ours has none."""
-_ADMISSION = [str, int, int, str, str, str, str, float, float, str, float, str, bool, bool, bool, list]
+_ADMISSION = [str, int, int, str, str, str, str, float, float, str, float, str, bool, bool, bool, list, list]
 """Types of its fields, in the order of `admission_line`."""
 _ROW = Struct("<id")
 """A token and its logprob, in hexadecimal digits on a line: a journal of many tokens is read several times as fast as
@@ -47,6 +48,7 @@ class RequestIdentity:
     owner: str = ""  # digest of the API key, others may not read the reply; "": no key was needed
     conversation: str = ""  # llama.cpp's X-Conversation-Id: names its newest reply
     idempotency_key: str = ""
+    scales: AdapterScales = ()  # where the body chooses no adapters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,7 @@ def admission_line(admission: Admission) -> bytes:
         admission.is_background,
         admission.is_constrained,
         admission.earlier,
+        identity.scales,
     )
     return _line(_json({"admit": fields}) + _BODY + admission.body.replace(b"%", b"%25").replace(b"\n", b"%0A"))
 
@@ -191,7 +194,8 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
     if [type(value) for value in fields] != _ADMISSION:
         raise TypeError("other fields than those of an admission")
     request_id, seed, created, owner, conversation, idempotency_key, *more = fields
-    endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_background, is_constrained, earlier = more
+    endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_background, is_constrained, *last = more
+    earlier, scales = last
     identity = RequestIdentity(
         id=request_id,
         seed=seed,
@@ -199,6 +203,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
         owner=owner,
         conversation=conversation,
         idempotency_key=idempotency_key,
+        scales=tuple((int(number), float(scale)) for number, scale in scales),
     )
     body = body.replace(b"%0A", b"\n").replace(b"%25", b"%")
     return Admission(

@@ -30,7 +30,7 @@ class MessagesEndpoint:
 
     async def create(self, data: bytes, ticket: Ticket) -> AnswerReply:
         body = await parse_body(data, MessagesBody, MESSAGES, self._settings)
-        adapters, model = self._models.adapters(body.model, body.lora), self._models.shown(body.model)
+        adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
         chat = body.request().admitted(ticket.created, adapters)
 
         async def request() -> CompletionRequest:

@@ -1,17 +1,19 @@
-"""Adapters of LoRA as llama.cpp's clients choose them: the field `lora` of requests, and `GET /lora-adapters`."""
+"""Adapters of LoRA as llama.cpp's clients choose them: the field `lora` of requests, and `/lora-adapters`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, RootModel, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
+from llamaclust.cluster.api.body import parse_json, read_bytes
 from llamaclust.cluster.api.errors import JsonResponse
-from llamaclust.cluster.api.schema import Body
-from llamaclust.cluster.api.settings import ServedAdapter
+from llamaclust.cluster.api.replies.default_scales import DefaultScales
+from llamaclust.cluster.api.schema import Body, read_fields
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.scheduler.validation import check_adapters
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 
 
@@ -55,18 +57,34 @@ class AdapterFields(Body):
     """With which adapters an answer is computed."""
 
     lora: Annotated[AdapterScales | None, BeforeValidator(_lora), WithJsonSchema(_LORA)] = None
-    """[{"id": number, "scale": scale}, ...]: adapters by their numbers in `/lora-adapters`, others are not used."""
+    """[{"id": number, "scale": scale}, ...]: adapters by their numbers in `/lora-adapters`, others are not used.
+    Without it, their scales are those of `POST /lora-adapters`."""
+
+
+class AllScales(RootModel[Annotated[AdapterScales, BeforeValidator(_lora), WithJsonSchema(_LORA)]]):
+    """The body of `POST /lora-adapters`."""
 
 
 class AdapterList:
-    """The adapters that are there."""
+    """The adapters that are there, with the scales that they have in requests that choose none."""
 
-    def __init__(self, adapters: Sequence[ServedAdapter]) -> None:
-        self._shown = [
-            {"id": number, "name": adapter.name, "path": adapter.path, "scale": 0.0}
-            for number, adapter in enumerate(adapters)
-        ]
+    def __init__(self, settings: ApiSettings, default: DefaultScales) -> None:
+        self._settings = settings
+        self._default = default
 
     async def list(self, request: Request) -> Response:
-        """Each with the scale that it has in requests that choose none."""
-        return JsonResponse(self._shown)
+        scales = dict(self._default.scales)
+        return JsonResponse(
+            [
+                {"id": number, "name": adapter.name, "path": adapter.path, "scale": scales.get(number, 0.0)}
+                for number, adapter in enumerate(self._settings.adapters)
+            ]
+        )
+
+    async def set(self, request: Request) -> Response:
+        """For requests that come from now on; adapters that are not listed get 0."""
+        value = parse_json(await read_bytes(request, self._settings))
+        scales = read_fields(AdapterFields, {"lora": {} if value is None else value}).lora or ()
+        check_adapters(scales, len(self._settings.adapters))
+        self._default.scales = tuple((adapter, scale) for adapter, scale in scales if scale)
+        return JsonResponse({"success": True})

@@ -45,12 +45,12 @@ class LlamaCppEndpoints:
             message = "/infill: the model has no tokens for a prefix, a suffix and a middle"
             raise HttpError(501, "not_supported", message)
         body = await parse_body(data, InfillBody, LLAMACPP, self._settings)
-        adapters = self._models.adapters(body.model, body.lora)
+        adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         return InfillReply(self._service, self._settings, ticket, body, adapters, tokens=tokens)
 
     async def complete(self, data: bytes, ticket: Ticket) -> LlamaCppReply:
         body = await parse_body(data, LlamaCppBody, LLAMACPP, self._settings)
-        adapters = self._models.adapters(body.model, body.lora)
+        adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         return LlamaCppReply(self._service, self._settings, ticket, body, adapters)
 
     async def tokenize(self, request: Request) -> Response:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from llamaclust.cluster.api.errors import unsupported
-from llamaclust.cluster.api.llamacpp.adapters import AdapterList
+from llamaclust.cluster.api.llamacpp.adapters import AdapterList, AllScales
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, InfillBody, LlamaCppBody, TemplateBody, TokenizeBody
 from llamaclust.cluster.api.paths import Route
@@ -15,7 +15,6 @@ from llamaclust.cluster.text.service import TextService
 
 _NO_SLOTS: Final = "slots have no state of their own; the prefix cache, and kv_disk in the cluster file, keep prompts"
 _UNSUPPORTED: Final = {
-    "/lora-adapters": "scales are those of each request: give its field lora, or the adapter's name as model",
     "/slots/{slot}": _NO_SLOTS,
 }
 """By path: what clients may send there."""
@@ -28,6 +27,8 @@ def llamacpp_routes(service: TextService, replies: Replies) -> Iterator[Route]:
     yield Route("POST", "/tokenize", endpoints.tokenize, TokenizeBody)
     yield Route("POST", "/detokenize", endpoints.detokenize, DetokenizeBody)
     yield Route("POST", "/apply-template", endpoints.apply_template, TemplateBody)
-    yield Route("GET", "/lora-adapters", AdapterList(replies.settings.adapters).list)
+    adapters = AdapterList(replies.settings, replies.default_scales)
+    yield Route("GET", "/lora-adapters", adapters.list)
+    yield Route("POST", "/lora-adapters", adapters.set, AllScales)
     for path, what in _UNSUPPORTED.items():
         yield Route("POST", path, unsupported(what))

@@ -31,7 +31,7 @@ class OllamaGenerating:
     async def generate(self, data: bytes, ticket: Ticket) -> Reply:
         body = await parse_body(data, GenerateBody, OLLAMA, self._settings)
 
-        adapters = self._names.adapters(body.model)
+        adapters = self._names.adapters(body.model, ticket.scales)
 
         async def request() -> CompletionRequest:
             return replace(await self._generation(body, ticket), adapters=adapters)
@@ -41,7 +41,7 @@ class OllamaGenerating:
     async def chat(self, data: bytes, ticket: Ticket) -> Reply:
         body = await parse_body(data, OllamaChatBody, OLLAMA, self._settings)
 
-        adapters = self._names.adapters(body.model)
+        adapters = self._names.adapters(body.model, ticket.scales)
 
         async def request() -> CompletionRequest:
             await self._check_reasoning(body)

@@ -36,9 +36,10 @@ class OllamaNames:
         """HttpError 404 where requests must name the served model and this one does not; 400 for an adapter."""
         self._models.check(self._original(name))
 
-    def adapters(self, name: str) -> AdapterScales:
-        """What answers of this model are computed with. HttpError 404 as of `check`."""
-        return self._models.adapters(self._original(name))
+    def adapters(self, name: str, default: AdapterScales) -> AdapterScales:
+        """What answers of this model are computed with, unless it is an adapter `default`. HttpError 404 as of
+        `check`."""
+        return self._models.adapters(self._original(name), default=default)
 
     def shown(self, name: str) -> str:
         """The name of the model in replies."""

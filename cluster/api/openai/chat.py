@@ -37,7 +37,7 @@ class ChatEndpoint:
 
     async def create(self, data: bytes, ticket: Ticket) -> OpenAiReply:
         body = await parse_body(data, ChatBody, CHAT, self._settings)
-        adapters = self._models.adapters(body.model, body.lora)
+        adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         body.check()
 
         async def requests() -> list[CompletionRequest]:

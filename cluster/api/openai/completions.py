@@ -30,7 +30,7 @@ class CompletionEndpoint:
 
     async def create(self, data: bytes, ticket: Ticket) -> OpenAiReply:
         body = await parse_body(data, CompletionBody, COMPLETION, self._settings)
-        adapters = self._models.adapters(body.model, body.lora)
+        adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         body.check()
 
         async def requests() -> list[CompletionRequest]:

@@ -26,17 +26,22 @@ class ModelNames:
         self._adapters = {adapter.name: (number, adapter.scale) for number, adapter in enumerate(settings.adapters)}
         self._takes_any = any_by_default if settings.strict_model is None else not settings.strict_model
 
-    def adapters(self, name: str | None, lora: AdapterScales | None = None) -> AdapterScales:
-        """What a request for a model is computed with: an adapter that it names as the model, or those of its field
-        `lora`. HttpError 404 for another model's name; ParameterError for both, and for an adapter that is none."""
+    def adapters(
+        self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
+    ) -> AdapterScales:
+        """What a request for a model is computed with: an adapter that it names as the model, those of its field
+        `lora`, or `default`. HttpError 404 for another model's name; ParameterError for both of the former, and for an
+        adapter that is none."""
         if name in self._adapters:
             if lora is not None:
                 raise ParameterError("lora", f"model names the adapter {name!r} already: leave one of them out")
             adapter, scale = self._adapters[name]
             return ((adapter, scale),) if scale else ()
         self.check(name)
-        check_adapters(lora or (), len(self._adapters))
-        return tuple((adapter, scale) for adapter, scale in lora or () if scale)
+        if lora is None:
+            return default
+        check_adapters(lora, len(self._adapters))
+        return tuple((adapter, scale) for adapter, scale in lora if scale)
 
     def shown(self, name: str | None) -> str:
         """The name of the model in replies."""

@@ -19,6 +19,7 @@ from llamaclust.cluster.state.journal_records import ChoiceKey, RequestIdentity
 from llamaclust.cluster.text.request import CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import Record
 from llamaclust.core.errors import WorkerError
+from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import RowResult
 
 _MAX_NAME = 255
@@ -62,8 +63,10 @@ class Ticket:
     received_ns: int = field(default_factory=time.monotonic_ns)
 
     @classmethod
-    def draw(cls, headers: Headers, api_keys: Sequence[str], journal: Journal | None) -> Ticket:
-        """Of a new request. HttpError for a header that cannot be a name."""
+    def draw(
+        cls, headers: Headers, api_keys: Sequence[str], *, journal: Journal | None, scales: AdapterScales
+    ) -> Ticket:
+        """Of a new request; `scales` of adapters, if it chooses none. HttpError for a header that cannot be a name."""
         identity = RequestIdentity(
             id=secrets.token_hex(12),
             seed=draw_seed(),
@@ -71,6 +74,7 @@ class Ticket:
             owner=owner(headers, api_keys),
             conversation=_name(headers, "x-conversation-id"),
             idempotency_key=_name(headers, "idempotency-key"),
+            scales=scales,
         )
         return cls(identity=identity, journal=journal)
 
@@ -81,6 +85,11 @@ class Ticket:
     @property
     def created(self) -> int:
         return self.identity.created
+
+    @property
+    def scales(self) -> AdapterScales:
+        """Of adapters, if the request chooses none."""
+        return self.identity.scales
 
     @property
     def is_kept(self) -> bool:

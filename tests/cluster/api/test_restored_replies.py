@@ -27,6 +27,7 @@ from llamaclust.cluster.text.service import TextService, TokenizedRequest
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
+from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import Grammar
 from support.clusters.resumable import (
     KEY,
@@ -105,6 +106,24 @@ async def test_a_restored_chat_is_rendered_with_the_time_of_its_admission(
     async with served(tmp_path / "journal") as server:
         await stream(server.http, "GET", "/v1/streams/key 0")
     assert seen == [journalled.identity.created]
+
+
+async def test_a_restored_request_has_the_scales_of_its_admission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, chat = list[AdapterScales](), TextService.chat
+
+    async def seeing(service: TextService, request: ChatRequest) -> CompletionRequest:
+        seen.append(request.answer.adapters)
+        return await chat(service, request)
+
+    monkeypatch.setattr(TextService, "chat", seeing)
+    journalled = admission(0, json.dumps(body_of(PATHS[1])), endpoint=PATHS[1])
+    scaled = replace(journalled, identity=replace(journalled.identity, scales=((0, 0.5),)))
+    await write_journal(tmp_path / "journal", scaled)
+    async with served(tmp_path / "journal") as server:
+        await stream(server.http, "GET", "/v1/streams/key 0")
+    assert seen == [((0, 0.5),)]
 
 
 async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ LIMIT_S = 60.0
 
 
 def admission(number: int, body: bytes = b"{}") -> Admission:
-    identity = RequestIdentity(id=f"id{number}", seed=number, created=7, idempotency_key="é\n")
+    identity = RequestIdentity(id=f"id{number}", seed=number, created=7, idempotency_key="é\n", scales=((1, 0.5),))
     return Admission(identity=identity, endpoint="/v1/completions", body=body, admitted=NOW, limit_s=LIMIT_S)
 
 

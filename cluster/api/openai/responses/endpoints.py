@@ -57,7 +57,7 @@ class ResponsesEndpoint:
 
     async def create(self, data: bytes, ticket: Ticket) -> AnswerReply:
         body = await parse_body(data, ResponsesBody, RESPONSES, self._settings)
-        adapters, model = self._models.adapters(body.model, body.lora), self._models.shown(body.model)
+        adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
         body.check()
         if not ticket.earlier.messages:
             ticket.earlier.messages = self._earlier(body.previous_response_id, ticket.identity.owner)

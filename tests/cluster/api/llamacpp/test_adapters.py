@@ -6,8 +6,11 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.datastructures import Headers
 
-from llamaclust.cluster.api.settings import ServedAdapter
+from llamaclust.cluster.api.replies.handlers import Replies
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter
 from llamaclust.core.limits import AdapterScales
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says
 
@@ -124,6 +127,45 @@ async def test_adapters_have_no_copies() -> None:
     assert names == [f"{name}:latest" for name in (MODEL, "poet", "clerk", "other")]
 
 
-async def test_global_scales_are_refused_by_name() -> None:
-    reply, _ = await post("/lora-adapters", [{"id": 0, "scale": 1}])
-    assert reply.status_code == 501 and "lora" in reply.json()["error"]["message"]
+@pytest.mark.parametrize("path", REQUESTS)
+async def test_scales_of_all_requests_are_of_those_that_choose_none(path: str) -> None:
+    engine = ScriptedEngine(says("So."))
+    async with client(make_app(engine, adapters=ADAPTERS)) as http:
+        for scales in ([{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0}], [{"id": 0, "scale": 2}], []):
+            reply = await http.post("/lora-adapters", json=scales)
+            assert (reply.status_code, reply.json()) == (200, {"success": True})
+            wanted = {entry["id"]: float(entry["scale"]) for entry in scales if entry["scale"]}
+            shown = {entry["id"]: entry["scale"] for entry in (await http.get("/lora-adapters")).json()}
+            assert shown == {0: 0.0, 1: 0.0} | wanted, "adapters that are not listed have 0"
+            where = path.partition(" ")[0]
+            bodies = [REQUESTS[path] | {"model": MODEL}, REQUESTS[path] | {"model": "poet"}]
+            if not path.startswith("/api"):
+                bodies += [REQUESTS[path] | {"model": MODEL, "lora": lora} for lora in ([], [{"id": 1, "scale": 3}])]
+            for body in bodies:
+                assert (await http.post(where, json=body)).status_code == 200
+            found = [request.adapters for request in engine.submitted[-len(bodies) :]]
+            assert found == [tuple(wanted.items()), ((0, 1.0),), (), ((1, 3.0),)][: len(bodies)]
+
+
+async def test_a_request_keeps_the_scales_of_its_admission() -> None:
+    """Those of its journalled identity, whatever clients set meanwhile."""
+    engine, replies = ScriptedEngine(says("So.")), Replies(ApiSettings(adapters=ADAPTERS))
+    replies.default_scales.scales = ((1, 0.5),)
+    ticket = Ticket.draw(Headers(), (), journal=None, scales=replies.default_scales.scales)
+    make_app(engine, replies=replies)
+    reply = await replies._endpoints["/completion"](b'{"prompt": "Hi"}', ticket)
+    replies.default_scales.scales = ()
+    await reply.start()
+    assert engine.submitted[0].adapters == ((1, 0.5),)
+    await reply.aclose()
+
+
+@pytest.mark.parametrize(
+    "body", [b"[", b"{}", b"null", b'[{"id": 2, "scale": 1}]', b'[{"id": 0, "scale": 1e999}]', b'[{"id": 0}]']
+)
+async def test_bad_scales_of_all_requests_change_nothing(body: bytes) -> None:
+    async with client(make_app(ScriptedEngine(says("So.")), adapters=ADAPTERS)) as http:
+        assert (await http.post("/lora-adapters", json=[{"id": 1, "scale": 0.5}])).status_code == 200
+        reply = await http.post("/lora-adapters", content=body)
+        assert reply.status_code == 400, reply.text
+        assert [entry["scale"] for entry in (await http.get("/lora-adapters")).json()] == [0.0, 0.5]

@@ -27,10 +27,14 @@ class Attend:
 
 @dataclass(frozen=True, slots=True)
 class Adapts:
-    """What adapters add to products of the same x."""
+    """What one adapter adds to products of the same x."""
 
     x: ir.Buffer
     steps: tuple[ir.Adapt, ...]
+
+    @property
+    def adapter(self) -> int:
+        return self.steps[0].adapter
 
 
 FusedStep = ir.Embed | Products | Adapts | Attend | ir.Moe | ir.SelectRows | ir.RowStep
@@ -73,10 +77,10 @@ def _products(steps: Sequence[ir.Step]) -> tuple[ir.MatMul, ...]:
 
 
 def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
-    """The adapters' steps at the front of `steps` that read one buffer."""
+    """The steps of one adapter at the front of `steps` that read one buffer."""
     found: list[ir.Adapt] = []
     for step in steps:
-        if not isinstance(step, ir.Adapt) or (found and step.x != found[0].x):
+        if not isinstance(step, ir.Adapt) or (found and (step.x, step.adapter) != (found[0].x, found[0].adapter)):
             break
         found.append(step)
     return tuple(found)

@@ -47,7 +47,6 @@ class CpuStage:
         self._observed = observed
         self._normed = compiled.normed
         self._scales = compiled.scales
-        self._has_scales = bool(compiled.scales)  # other than 0, or none yet
         self._kv_layer_count = kv_layer_count
         self._native: _native.Stage | None = native
         self._result: Float32 = native.result
@@ -58,7 +57,8 @@ class CpuStage:
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         assert self._native is not None, "the stage was closed"
-        self._write_scales(batch.adapter_scales)
+        if self._scales:
+            self._choose_adapters(batch.adapter_scales)
         lines = self._native.run(
             batch.tokens,
             batch.positions,
@@ -71,18 +71,15 @@ class CpuStage:
         )
         return self._result[:lines]
 
-    def _write_scales(self, scales: Float32 | None) -> None:
-        """Fills the buffers of the rows' scales."""
+    def _choose_adapters(self, scales: Float32 | None) -> None:
+        """Those with a scale in some row are computed; fills the buffers of their rows' scales."""
         assert self._native is not None
-        if scales is None and not self._has_scales:
-            return
+        chosen = () if scales is None else np.flatnonzero(scales.any(axis=0)).tolist()
+        self._native.set_adapters(sum(1 << adapter for adapter in chosen))
         for target in self._scales:
-            buffer = self._native.contents(target.buffer)
-            if scales is None:
-                buffer[:] = 0.0
-            else:
-                buffer[: len(scales)] = scales[:, target.adapter, None] * np.float32(target.factor)
-        self._has_scales = scales is not None
+            if scales is not None and target.adapter in chosen:
+                column = scales[:, target.adapter, None] * np.float32(target.factor)
+                self._native.contents(target.buffer)[: len(scales)] = column
 
     def normed(self, rows: Int32) -> Float32:
         assert self._native is not None, "the stage was closed"

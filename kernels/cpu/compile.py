@@ -38,7 +38,8 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RowScales:
-    """A buffer that no step writes, before each run filled with each row's scale of an adapter, times `factor`."""
+    """A buffer that no step writes, before each run with the adapter filled with each row's scale of it, times
+    `factor`."""
 
     buffer: int
     adapter: int
@@ -115,7 +116,9 @@ class _Compiler:
             case Products():
                 self._products(step.x, step.steps)
             case Adapts():
+                self.plan.enter_adapter(step.adapter)
                 self._adapt(step.x, step.steps)
+                self.plan.leave_adapter()
             case Attend():
                 self._attend(step.attention, step.rotate_q, step.rotate_k)
             case ir.Moe():
@@ -207,7 +210,8 @@ class _Compiler:
         )
 
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
-        """All products with x at once, then those with their results, as many at once as there are slots."""
+        """All products with x at once, then those with their results, as many at once as there are slots. Runs without
+        the adapter skip them, so their sums are where the model's own products are."""
         down = [self._weights[step.down] for step in steps]
         inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])
@@ -227,10 +231,10 @@ class _Compiler:
             self.plan.quantize(scaled, slot, _FORMATS.index(ActivationFormat.F32))
             added = self._buffers.write(ir.Buffer(f"adapted {slot} of {step.out.width}", step.out.width))
             products.append((self._weights[step.up].matrix, None, added, slot))
-            sums.append((step.out, added))
+            sums.append((self._buffers.read(step.out), added, self._row_scales(step)))
         self.plan.multiply(products)
-        for out, added in sums:
-            self.plan.elementwise("add", self._buffers.read(out), added, self._buffers.write(out, private=True), 0)
+        for out, added, scale in sums:
+            self.plan.add_adapted(out, added, scale)
 
     def _row_scales(self, step: ir.Adapt) -> int:
         key = step.adapter, step.factor, step.rank

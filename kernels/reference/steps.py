@@ -104,6 +104,8 @@ def adapt(step: ir.Adapt, state: State) -> Float64:
         return out
     scales = state.batch.adapter_scales[:, step.adapter] * np.float32(step.factor)
     rows = np.flatnonzero(scales)
+    if not len(rows):
+        return out
     inner = matmul(state[step.x][rows], state.weights[step.down]).astype(np.float32) * scales[rows, None]
     out[rows] += matmul(inner, state.weights[step.up])
     return out

@@ -3,6 +3,7 @@ model but for rounding."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import AdapterScales
 from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
 from llamaclust.kernels.packed.packed_layer import packed_layers_of
+from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.backends import BACKENDS
-from support.arithmetic.batches import Chain, batch_of
+from support.arithmetic.batches import Chain, batch_of, load_stage
 from support.models.tiny_adapter import build_adapter, build_merged
 from support.models.tiny_model import build_tiny_model
 
@@ -82,8 +85,53 @@ def test_company_chunks_and_cuts_change_no_bit(backend: str, files: Files) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_an_adapter_are_those_of_the_model_alone(backend: str, files: Files) -> None:
-    plain = _run(backend, Model.open(files.base), _batch([0]))
-    assert np.array_equal(_logits(backend, files, 0), plain)
+    plain = _run(backend, Model.open(files.base), _batch([0])).tobytes()
+    assert _logits(backend, files, 0).tobytes() == plain
+    mixed = _run(backend, Model.open(files.base, adapters=files.adapters), _batch([1, 0]))
+    assert mixed[TOKENS:].tobytes() == plain
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu-1-thread", "cpu-3-threads"])
+@pytest.mark.parametrize("factor", [-1.0, np.inf, np.nan])
+def test_what_an_adapter_would_add_to_other_rows_does_not_matter(
+    backend: str, factor: float, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros would change the sign of -0, and others than finite numbers all."""
+    monkeypatch.setattr("llamaclust.model.loader.check_adapter_weights", lambda adapters: None)
+    path = build_adapter(tmp_path / "bad.gguf", files.base)
+    for tensor in open_model(path).tensors.values():
+        if tensor.name.endswith("lora_b"):
+            weights = np.full(tensor.shape, factor, np.float32).tobytes()
+            data = path.read_bytes()
+            path.write_bytes(data[: tensor.offset] + weights + data[tensor.offset + tensor.n_bytes :])
+    mixed = _run(backend, Model.open(files.base, adapters=[path, files.adapters[1]]), _batch([1, 0]))
+    assert mixed[TOKENS:].tobytes() == _run(backend, Model.open(files.base), _batch([0])).tobytes()
+
+
+def test_products_of_adapters_that_no_row_has_are_not_computed(files: Files) -> None:
+    """What stands in their buffers stays there."""
+    model = Model.open(files.base, adapters=files.adapters)
+    stage = load_stage(CpuBackend(1), model)
+    assert isinstance(stage, CpuStage) and stage._native is not None
+    inner = [buffer for buffer in map(stage._native.contents, _ids(stage)) if buffer.shape[1] == 3]  # the second's rank
+    for sequence in (0, 1, 2, 0, 3):
+        for buffer in inner:
+            buffer[:] = 7.0
+        stage.run(_batch([sequence]), None)
+        used = {adapter for adapter, _ in SCALES[sequence]}
+        assert any((buffer != 7.0).any() for buffer in inner) == (1 in used), sequence
+    stage.close()
+
+
+def _ids(stage: CpuStage) -> range:
+    """Of all buffers."""
+    assert stage._native is not None
+    number = 0
+    with suppress(IndexError):
+        while True:
+            stage._native.contents(number)
+            number += 1
+    return range(number)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu-3-threads"])

@@ -151,6 +151,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("add_row", &add<AddRowStep, int, int, nb::handle, int>)
       .def("rope", &add<RopeStep, int, int, int, int, std::pair<int, bool>>)
       .def("elementwise", &add<ElementwiseStep, std::string, int, int, int, float>)
+      .def("add_adapted", &add<AddAdaptedStep, int, int, int>)
       .def("slice", &add<SliceStep, int, int, int>)
       .def("sigmoid_gate", &add<SigmoidGateStep, int, int, int, Floats>)
       .def("quantize",
@@ -194,6 +195,8 @@ void bind_executor(nb::module_& module) {
           },
           "kv_heads"_a, "head_dim"_a, "kv_type"_a, "windowed"_a = false)
       .def("set_result", [](PlanBuilder& b, int buffer) { b.plan.set_result(buffer); })
+      .def("enter_adapter", [](PlanBuilder& b, int adapter) { b.plan.enter_adapter(adapter); })
+      .def("leave_adapter", [](PlanBuilder& b) { b.plan.leave_adapter(); })
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
       .def("attend", &add_attention, "q"_a, "k"_a, "v"_a, "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
@@ -205,6 +208,9 @@ void bind_executor(nb::module_& module) {
       .def(nb::init<PlanBuilder&, const std::string&, nb::object>(), "plan"_a, "feature_level"_a, "pool"_a)
       .def("run", &NativeStage::run, "tokens"_a, "positions"_a, "sequence_starts"_a, "table_starts"_a, "block_tables"_a,
            "output_rows"_a, "hidden"_a.none(), "window_tables"_a.none() = nb::none())
+      .def(
+          "set_adapters", [](NativeStage& stage, uint32_t adapters) { stage.executor.set_adapters(adapters); },
+          "adapters"_a, "Adapters that the next runs compute, one bit each; steps of others are skipped.")
       .def("touch", &NativeStage::touch, "Takes memory from the system that the first runs use; to be called before them.")
       .def_prop_ro("result", &result_of)
       .def("contents", &contents_of, "buffer"_a, "Lines of a buffer that no thread has a copy of, as a run left them.")

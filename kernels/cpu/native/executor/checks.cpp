@@ -118,6 +118,14 @@ struct Plan::Checks {
     return {{step.x, step.y}, {step.out}, true};
   }
 
+  Access operator()(const AddAdaptedStep& step) const {
+    check_alike(step.x, step.y);
+    require(step.x != step.y && is_line(step.x) && is_line(step.scale), "a sum of an adapter in one buffer");
+    require(!buffer(step.x).private_copy && !buffer(step.y).private_copy && !buffer(step.scale).private_copy,
+            "a sum of an adapter in private copies");
+    return {{step.x, step.y}, {step.x}, true};
+  }
+
   Access operator()(const SliceStep& step) const {
     const int width = buffer(step.x).width;
     require(is_line(step.x) && is_line(step.out) && step.x != step.out, "a slice in place");

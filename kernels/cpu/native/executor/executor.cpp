@@ -26,12 +26,13 @@ std::vector<Tiling> tilings_of(const Plan& plan) {
   return tilings;
 }
 
-// For each step the products that come next, itself included; null after the last ones.
+// For each step the products that come next in every run, itself included; null after the last ones.
 std::vector<const MatmulStep*> next_matmul_of(const Plan& plan) {
   std::vector<const MatmulStep*> found(plan.steps.size());
   const MatmulStep* next = nullptr;
   for (size_t i = plan.steps.size(); i-- > 0; found[i] = next)
-    if (const auto* step = std::get_if<MatmulStep>(&plan.steps[i].step)) next = step;
+    if (const auto* step = std::get_if<MatmulStep>(&plan.steps[i].step); step != nullptr && !plan.steps[i].adapter)
+      next = step;
   return found;
 }
 
@@ -49,12 +50,16 @@ void cut_into_tiles(const Batch& batch, Tiling& tiling) {
 void Worker::work() {
   const std::vector<PlannedStep>& steps = stage_.plan.steps;
   for (size_t at = 0, end; at < steps.size(); at = end) {
+    if (const std::optional<int> adapter = steps[at].adapter; adapter && !(stage_.adapters >> *adapter & 1u)) {
+      end = at + 1;
+      continue;
+    }
     const Sync before = steps[at].before;
     if (const MatmulStep* next = stage_.next_matmul[at]; next != nullptr && rows_ <= kFewRows)
       lookahead_.set_target(*next, thread_, threads_);
     if (before == Sync::Always || (before == Sync::IfShared && !alone_)) synchronize();
     for (end = at + 1; end < steps.size() && steps[at].row_by_row; end++)
-      if (!steps[end].row_by_row || steps[end].before != Sync::None) break;
+      if (!steps[end].row_by_row || steps[end].before != Sync::None || steps[end].adapter != steps[at].adapter) break;
     compute(at, end);
   }
 }

@@ -99,6 +99,7 @@ struct Stage {
   std::vector<Tiling> tilings;
   const std::vector<const MatmulStep*> next_matmul;  // for each step
   Shares shares;
+  uint32_t adapters = 0;  // that runs compute, one bit each
 };
 
 class Executor {
@@ -116,6 +117,9 @@ class Executor {
 
   // Computes the batch and returns the number of lines in result(); std::invalid_argument for a batch out of bounds.
   int run(const Batch& batch);
+
+  // Adapters of the runs that follow, one bit each; steps of others are skipped.
+  void set_adapters(uint32_t adapters) { stage_.adapters = adapters; }
 
   // What a run leaves in a buffer without private copies; the number of lines there is room for, and their width.
   float* contents(BufferId id) const { return stage_.workspace.shared(id); }

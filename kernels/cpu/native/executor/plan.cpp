@@ -16,6 +16,12 @@ namespace {
 constexpr int kMaxWidth = 1 << 24;
 constexpr double kMaxAngle = 4e6;  // of sincos_double
 
+// Of skipped steps, others read sums alone.
+bool is_of_adapters(const Step& step) {
+  return std::holds_alternative<QuantizeStep>(step) || std::holds_alternative<MatmulStep>(step) ||
+         std::holds_alternative<ElementwiseStep>(step) || std::holds_alternative<AddAdaptedStep>(step);
+}
+
 }  // namespace
 
 Plan::Plan(const Limits& limits) : limits(limits) {
@@ -90,7 +96,9 @@ Sync Plan::sync_before(const Access& access, bool waits) {
 void Plan::add(Step step) {
   const Access access = check(step);
   const bool output = std::holds_alternative<OutputStep>(step);
-  const bool in_place = std::holds_alternative<ElementwiseStep>(step) && !buffer(access.writes[0]).private_copy;
+  const bool in_place = std::holds_alternative<AddAdaptedStep>(step) ||
+                        (std::holds_alternative<ElementwiseStep>(step) && !buffer(access.writes[0]).private_copy);
+  require(!adapter_ || is_of_adapters(step), "a step of an adapter that others depend on");
   for (BufferId id : access.writes) {
     require(buffer(id).private_copy == (access.row_by_row && !output && !in_place),
             "a buffer written by both kinds of steps");
@@ -99,7 +107,19 @@ void Plan::add(Step step) {
   const bool is_select = std::holds_alternative<SelectStep>(step);
   const Sync before = sync_before(access, is_select || in_place);
   after_shared_ = after_shared_ || in_place;  // no thread reads what another is still writing
-  steps.push_back({std::move(step), before, access.row_by_row && !is_select});
+  steps.push_back({std::move(step), before, access.row_by_row && !is_select, adapter_});
+}
+
+void Plan::enter_adapter(int adapter) {
+  require(adapter >= 0 && adapter < kMaxAdapters, "adapter out of range");
+  require(!adapter_, "an adapter in an adapter");
+  adapter_ = adapter;
+}
+
+// The threads meet before the next step, as they do where the adapter's steps are skipped.
+void Plan::leave_adapter() {
+  adapter_.reset();
+  after_shared_ = true;
 }
 
 }  // namespace llamaclust

@@ -92,6 +92,9 @@ struct ElementwiseStep {  // y is x where the operation has one; in place of a b
   BufferId x, y, out;
   float number;
 };
+struct AddAdaptedStep {  // x += y in rows whose scale is not 0; others keep their bits. Buffers without private copies
+  BufferId x, y, scale;
+};
 struct SliceStep {  // channels [start, start + width of out) of x
   BufferId x, out;
   int start;
@@ -159,7 +162,7 @@ struct AttentionStep {
 };
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
-                          ElementwiseStep, SliceStep, SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep,
+                          ElementwiseStep, AddAdaptedStep, SliceStep, SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep,
                           SelectStep, OutputStep, MatmulStep, ExpertsStep, AttentionStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
@@ -169,7 +172,10 @@ struct PlannedStep {
   Step step;
   Sync before;
   bool row_by_row;
+  std::optional<int> adapter = std::nullopt;  // runs without this adapter skip the step
 };
+
+inline constexpr int kMaxAdapters = 32;
 
 // angle(position, i) = position * frequencies[i]; cos and sin are multiplied by `scale`.
 struct RotationAngles {
@@ -202,6 +208,9 @@ class Plan {
   int add_rotation(RotationAngles angles);
   int add_kv_layer(const KvShape& shape);
   void add(Step step);
+  // Products and their sums that are added in between are skipped by runs without the adapter.
+  void enter_adapter(int adapter);
+  void leave_adapter();
   void set_result(BufferId buffer);  // what run() leaves for the caller; without private copies
 
   const Limits limits;
@@ -222,6 +231,7 @@ class Plan {
   Access check(const Step& step);
   Sync sync_before(const Access& access, bool waits);
 
+  std::optional<int> adapter_;        // of the steps that are added
   size_t choosable_ = 0;              // experts that a choice may name
   bool after_shared_ = false;         // the last step was shared by all threads
   bool after_rows_ = false;           // row by row steps since the threads met

@@ -64,6 +64,11 @@ struct RowStep {
     vector().elementwise(step.op, line(step.x), line(step.y), step.number, worker.line_width(step.out), line(step.out));
   }
 
+  void operator()(const AddAdaptedStep& step) const {
+    if (is_done_elsewhere() || *line(step.scale) == 0.0f) return;
+    vector().elementwise(RowOp::add, line(step.x), line(step.y), 0, worker.line_width(step.x), line(step.x));
+  }
+
   void operator()(const SliceStep& step) const { copy(line(step.x) + step.start, step.out); }
 
   void operator()(const SigmoidGateStep& step) const {

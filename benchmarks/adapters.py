@@ -17,7 +17,7 @@ import numpy as np
 
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.gguf.writer import TensorSource, write_gguf
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.loader import Model
 from llamaclust.model.program import MatMul
 from llamaclust.model.quant_types import QuantType
@@ -42,7 +42,7 @@ def write_adapter(path: Path, model: Path, rank: int) -> Path:
             data = (random.standard_normal(shape, np.float32) / 64).astype(np.float16).tobytes()
             name = f"{product.weight}.lora_{half}"
             sources.append(TensorSource(name, QuantType.F16, shape, partial(bytes, data)))
-    metadata = {
+    metadata: dict[str, WritableValue] = {
         "general.architecture": open_model(model).metadata_str("general.architecture"),
         "general.type": "adapter",
         "adapter.type": "lora",

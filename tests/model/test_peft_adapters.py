@@ -51,7 +51,7 @@ def test_parts_of_reordered_rows_are_parts_of_the_whole(model: Path, tmp_path: P
     for part in ("attn_q", "attn_k"):
         tensor = opened.file.tensor(f"adapter.0.blk.1.{part}.weight.lora_b")
         whole = tensor.read()
-        for start, end in ((0, 1), (5, 400), (191, 193), (len(whole) - 7, len(whole)), (40, 40)):
+        for start, end in ((0, 1), (5, 350), (191, 193), (len(whole) - 7, len(whole)), (40, 40)):
             assert tensor.read_range(start, end) == whole[start:end]
 
 
@@ -68,9 +68,9 @@ def test_a_rank_stabilized_adapter_divides_by_the_root_of_its_rank(model: Path, 
     assert next(step for step in opened.program(0, 1).steps if hasattr(step, "factor")).factor == 3.0
 
 
-def factors(module: str = "self_attn.v_proj", rows: int = 32, rank: int = 4, half: str = "AB") -> Arrays:
-    shapes = {"A": (rank, HIDDEN), "B": (rows, rank)}
-    return {f"{PREFIX}.{module}.lora_{kind}.weight": np.full(shapes[kind], 0.5, np.float32) for kind in half}
+def factors(module: str = "self_attn.v_proj", rows: int = 32, halves: str = "AB") -> Arrays:
+    shapes = {"A": (4, HIDDEN), "B": (rows, 4)}
+    return {f"{PREFIX}.{module}.lora_{half}.weight": np.full(shapes[half], 0.5, np.float32) for half in halves}
 
 
 LAYER_1 = {name.replace("layers.0", "layers.1"): value for name, value in factors().items()}

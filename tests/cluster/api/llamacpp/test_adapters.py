@@ -131,7 +131,11 @@ async def test_adapters_have_no_copies() -> None:
 async def test_scales_of_all_requests_are_of_those_that_choose_none(path: str) -> None:
     engine = ScriptedEngine(says("So."))
     async with client(make_app(engine, adapters=ADAPTERS)) as http:
-        for scales in ([{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0}], [{"id": 0, "scale": 2}], []):
+        choices: list[list[dict[str, float]]] = [
+            [{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0}],
+            [{"id": 0, "scale": 2}],
+        ]
+        for scales in (*choices, []):
             reply = await http.post("/lora-adapters", json=scales)
             assert (reply.status_code, reply.json()) == (200, {"success": True})
             wanted = {entry["id"]: float(entry["scale"]) for entry in scales if entry["scale"]}

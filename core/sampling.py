@@ -54,11 +54,26 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True)
-class GrammarStart:
-    """What the last stage needs to continue an answer under a grammar: the state is a function of both."""
+class Reasoning:
+    """Where an answer reasons, and for how long: between one of `begins` and the first of `ends`. After `budget` tokens
+    in there, `forced` are the next ones, whose text ends the reasoning."""
 
-    grammar: Grammar
+    begins: tuple[str, ...]
+    ends: tuple[str, ...]
+    forced: tuple[int, ...] = ()
+    budget: int | None = None  # None: no limit
+    is_open: bool = False  # the prompt has begun it
+    repeats: bool = False  # it may also stand behind content
+    delays_grammar: bool = False  # the answer's grammar does not apply to it
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarStart:
+    """What the last stage needs to continue an answer under a grammar: the state is a function of all of it."""
+
+    grammar: Grammar | None
     tokens: tuple[int, ...]  # of the answer, so far
+    reasoning: Reasoning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,4 +134,4 @@ class RowResult:
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
     failure: str | None = None  # why this row has no answer (logits not finite); then token is -1, logprob NaN
     mu: float | None = None  # of Mirostat, for the next token
-    forced: tuple[int, ...] = ()  # tokens that the grammar has follow it
+    forced: tuple[int, ...] = ()  # tokens that must follow it

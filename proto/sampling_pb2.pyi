@@ -241,30 +241,97 @@ class Grammar(_message.Message):
 Global___Grammar: _TypeAlias = Grammar  # noqa: Y015
 
 @_typing.final
+class Reasoning(_message.Message):
+    """Where an answer reasons, and for how long."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGINS_FIELD_NUMBER: _builtins.int
+    ENDS_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    IS_OPEN_FIELD_NUMBER: _builtins.int
+    REPEATS_FIELD_NUMBER: _builtins.int
+    DELAYS_GRAMMAR_FIELD_NUMBER: _builtins.int
+    budget: _builtins.int
+    """Tokens that it takes at most; without it, no limit."""
+    is_open: _builtins.bool
+    """Whether the prompt has begun it."""
+    repeats: _builtins.bool
+    """Whether it may also stand behind content."""
+    delays_grammar: _builtins.bool
+    """Whether the answer's grammar does not apply to it."""
+    @_builtins.property
+    def begins(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts that begin it."""
+
+    @_builtins.property
+    def ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts, the first of which ends it."""
+
+    @_builtins.property
+    def forced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that follow when the budget is used up; their text ends the reasoning."""
+
+    def __init__(
+        self,
+        *,
+        begins: _abc.Iterable[_builtins.str] | None = ...,
+        ends: _abc.Iterable[_builtins.str] | None = ...,
+        forced: _abc.Iterable[_builtins.int] | None = ...,
+        budget: _builtins.int | None = ...,
+        is_open: _builtins.bool = ...,
+        repeats: _builtins.bool = ...,
+        delays_grammar: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "begins", b"begins", "budget", b"budget", "delays_grammar", b"delays_grammar", "ends", b"ends", "forced", b"forced", "is_open", b"is_open", "repeats", b"repeats"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__budget: _TypeAlias = _typing.Literal["budget"]  # noqa: Y015
+    _WhichOneofArgType__budget: _TypeAlias = _typing.Literal["_budget", b"_budget"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget) -> _WhichOneofReturnType__budget | None: ...
+
+Global___Reasoning: _TypeAlias = Reasoning  # noqa: Y015
+
+@_typing.final
 class GrammarStart(_message.Message):
-    """What the state of a grammar follows from."""
+    """What the state of a grammar, or of a budget of reasoning, follows from."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GRAMMAR_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     grammar: _builtins.int
-    """Index among the message's grammars."""
+    """Index among the message's grammars; without it, the answer obeys none."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens of the answer so far."""
 
+    @_builtins.property
+    def reasoning(self) -> Global___Reasoning:
+        """Set where the answer's reasoning has a budget, or delays its grammar."""
+
     def __init__(
         self,
         *,
-        grammar: _builtins.int = ...,
+        grammar: _builtins.int | None = ...,
         tokens: _abc.Iterable[_builtins.int] | None = ...,
+        reasoning: Global___Reasoning | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "grammar", b"grammar", "reasoning", b"reasoning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "grammar", b"grammar", "reasoning", b"reasoning", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__grammar: _TypeAlias = _typing.Literal["grammar"]  # noqa: Y015
+    _WhichOneofArgType__grammar: _TypeAlias = _typing.Literal["_grammar", b"_grammar"]  # noqa: Y015
+    _WhichOneofReturnType__reasoning: _TypeAlias = _typing.Literal["reasoning"]  # noqa: Y015
+    _WhichOneofArgType__reasoning: _TypeAlias = _typing.Literal["_reasoning", b"_reasoning"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grammar) -> _WhichOneofReturnType__grammar | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reasoning) -> _WhichOneofReturnType__reasoning | None: ...
 
 Global___GrammarStart: _TypeAlias = GrammarStart  # noqa: Y015
 
@@ -555,7 +622,7 @@ class RowResult(_message.Message):
 
     @_builtins.property
     def forced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that the grammar has follow it."""
+        """Tokens that must follow it."""
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling import Grammar, RowResult, SamplingParams
+from llamaclust.core.sampling import Grammar, Reasoning, RowResult, SamplingParams
 
 
 class FinishReason(StrEnum):
@@ -38,9 +38,15 @@ class GenerationRequest:
     adapters: AdapterScales = ()
     group: str = ""  # of requests that came as one; empty: a group of its own
     grammar: Grammar | None = None  # which the answer obeys
-    with_logprobs: bool = False  # else tokens that the grammar forces are not computed one by one, and have logprob 0
+    reasoning: Reasoning | None = None  # of an answer whose reasoning has a budget, or delays the grammar
+    with_logprobs: bool = False  # else tokens that must follow are not computed one by one, and have logprob 0
     answered: tuple[RowResult, ...] = ()  # the answer's first tokens, known from an earlier run; without Mirostat
     received_ns: int = field(default=0, compare=False)  # when its client's request came; 0: as it is submitted
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the last stage keeps a matcher for its answer."""
+        return self.grammar is not None or self.reasoning is not None
 
     @property
     def looks_for_repetitions(self) -> bool:

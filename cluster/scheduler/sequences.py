@@ -103,8 +103,8 @@ class Sequence:
     sampling: int = 0  # tokens that microbatches in flight will choose: 2 at most
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
     phase: Phase = Phase.WAITING
-    has_matcher: bool = False  # the last stage follows its grammar
-    last_forced: int = -_LATELY  # tokens of the answer with the last one that its grammar forced
+    has_matcher: bool = False  # the last stage follows its grammar or its reasoning
+    last_forced: int = -_LATELY  # tokens of the answer with the last forced one
     failures: int = 0  # rows without a result since the last result
     overtaken: int = 0  # sequences that started while it was its turn and it did not fit
     cached_tokens: int | None = None  # found in the prefix cache at first admission
@@ -179,8 +179,8 @@ class Sequence:
 
     @property
     def expects_forced(self) -> bool:
-        """Whether its grammar has forced tokens lately, and may again: a row sent ahead would only repeat them."""
-        forces = self.request.grammar is not None and not self.request.with_logprobs
+        """Whether it had forced tokens lately, and may again: a row sent ahead would only repeat them."""
+        forces = self.request.is_constrained and not self.request.with_logprobs
         return forces and self.generated - self.last_forced < _LATELY
 
     @property
@@ -309,10 +309,10 @@ class Sequence:
 
     def _grammar_row(self) -> GrammarRow | None:
         request = self.request
-        if request.grammar is None:
+        if not request.is_constrained:
             return None
         answer = None if self.has_matcher else tuple(self.tokens[self.prompt_length :])
-        start = None if answer is None else GrammarStart(request.grammar, answer)
+        start = None if answer is None else GrammarStart(request.grammar, answer, request.reasoning)
         self.has_matcher = True
         return GrammarRow(self.key, self.generated + self._unknown, start, may_force=not request.with_logprobs)
 
@@ -353,7 +353,7 @@ class Sequence:
         return updates
 
     def _append_sampled(self, chunk: Chunk, row: RowResult) -> list[RowResult]:
-        """The sampled token and those that its grammar forces, as far as they are new: a row that was sent before the
+        """The sampled token and those that must follow it, as far as they are new: a row that was sent before the
         tokens forced by its predecessor were known repeats these."""
         known = len(self.tokens) - chunk.position - len(chunk.tokens)
         added: list[RowResult] = []

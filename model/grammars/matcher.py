@@ -96,10 +96,8 @@ class GrammarMatcher:
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):
-            allowed = self.allowed()
-            assert allowed is not None, "the grammar rules"
-            if not allowed[token // 32] >> token % 32 & 1:
-                return allowed
+            if not self.may_follow(token):
+                return self.allowed()
             self.take((token,))
             return None
         self._add(token)
@@ -119,14 +117,23 @@ class GrammarMatcher:
     def forced(self) -> list[int]:
         """Tokens that must come next, and takes them in: at each of them, nothing else is allowed."""
         tokens: list[int] = []
-        while self._waiting is None and not self._ended and len(tokens) < MAX_FORCED_TOKENS:
-            following = self._computed(lambda: self._native.compute_ff_tokens())
-            if not following:
-                self._has_choice = True
-                break
-            self.take(following[:1])
-            tokens.append(following[0])
+        while len(tokens) < MAX_FORCED_TOKENS and (following := self.next_forced()) is not None:
+            self.take((following,))
+            tokens.append(following)
         return tokens
+
+    def next_forced(self) -> int | None:
+        """The token that must come next; None where there is a choice."""
+        if self._waiting is not None or self._ended:
+            return None
+        following = self._computed(lambda: self._native.compute_ff_tokens())
+        self._has_choice = not following
+        return following[0] if following else None
+
+    def may_follow(self, token: int) -> bool:
+        """Whether a token is among those that may come next."""
+        allowed = self.allowed()
+        return allowed is None or bool(allowed[token // 32] >> token % 32 & 1)
 
     def _add(self, token: int) -> None:
         self._tokens.append(token)

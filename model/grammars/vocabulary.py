@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Final
 
 from llguidance import LLTokenizer
@@ -16,16 +16,18 @@ _KEPT_TEXTS: Final = 1024
 
 
 class GrammarVocabulary:
-    """`words`: the bytes of each token, `end_ids`: tokens that end an answer, `encode`: token ids of plain text.
-
-    Building takes about a second for 256 Ki tokens.
-    """
+    """`words`: the bytes of each token, `end_ids`: tokens that end an answer, `encode`: token ids of plain text."""
 
     def __init__(self, words: Sequence[bytes], end_ids: Sequence[int], encode: Callable[[str], list[int]]) -> None:
         self.words = words
         self.end_ids = tuple(end_ids)
         self.mask_words = (len(words) + 31) // 32  # of 32 bits
-        self.native = LLTokenizer(_Words(words, self.end_ids, encode), eos_token=list(self.end_ids))  # type: ignore[arg-type]
+        self._encode = encode
+
+    @cached_property
+    def native(self) -> LLTokenizer:
+        """For llguidance. Building takes about a second for 256 Ki tokens."""
+        return LLTokenizer(_Words(self.words, self.end_ids, self._encode), eos_token=list(self.end_ids))  # type: ignore[arg-type]
 
 
 class _Words:

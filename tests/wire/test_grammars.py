@@ -6,8 +6,16 @@ import pytest
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
-from llamaclust.core.sampling import Grammar, GrammarRow, GrammarStart, RowResult, SampleTask, SamplingParams
-from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
+from llamaclust.core.sampling import (
+    Grammar,
+    GrammarRow,
+    GrammarStart,
+    Reasoning,
+    RowResult,
+    SampleTask,
+    SamplingParams,
+)
+from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_REASONING_END_TOKENS
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.codec import decode_inputs, decode_result, encode_inputs, encode_result
 from llamaclust.wire.microbatch.messages import Result, SamplingInputs
@@ -17,6 +25,25 @@ def constrained(key: int, place: int, grammar: Grammar | None = None, tokens: tu
     start = None if grammar is None else GrammarStart(grammar, tokens)
     row = GrammarRow(key, place, start, may_force=key % 2 == 0)
     return SampleTask(SamplingParams(), 1, 0, 9, grammar=row)
+
+
+def reasons(reasoning: Reasoning | None, grammar: Grammar | None = None) -> SampleTask:
+    row = GrammarRow(1, 2, GrammarStart(grammar, (5, 6), reasoning))
+    return SampleTask(SamplingParams(), 1, 0, 9, grammar=row)
+
+
+@pytest.mark.parametrize("grammar", [None, Grammar("x")])
+@pytest.mark.parametrize(
+    "reasoning",
+    [
+        Reasoning(("<think>",), ("</think>", "é"), (7, 8, 9), 100, is_open=True),
+        Reasoning(("<a>", "<b>"), ("</a>",), (7,), 0, repeats=True),
+        Reasoning(("<a>",), ("</a>",), delays_grammar=True),
+    ],
+)
+def test_reasoning_arrives_as_it_was_sent(reasoning: Reasoning, grammar: Grammar | None) -> None:
+    inputs = SamplingInputs(1, 0, (reasons(reasoning, grammar),))
+    assert decode_inputs(encode_inputs(inputs)) == inputs
 
 
 def test_grammars_arrive_as_they_were_sent_and_equal_ones_are_sent_once() -> None:
@@ -38,6 +65,15 @@ def test_grammars_arrive_as_they_were_sent_and_equal_ones_are_sent_once() -> Non
         constrained(1, 0, Grammar("x", ("t",) * 65)),
         constrained(1, 0, Grammar("x", ("t" * 1025,))),
         constrained(1, 0, Grammar("x"), (MAX_VOCABULARY,)),
+        reasons(None),
+        reasons(Reasoning((), ("b",))),
+        reasons(Reasoning(("a",), ())),
+        reasons(Reasoning(("a",), ("",))),
+        reasons(Reasoning(("a",), ("b" * 1025,))),
+        reasons(Reasoning(("a",), ("b",) * 65)),
+        reasons(Reasoning(("a",), ("b",), (MAX_VOCABULARY,))),
+        reasons(Reasoning(("a",), ("b",), (1,) * (MAX_REASONING_END_TOKENS + 1))),
+        reasons(Reasoning(("a",), ("b",), (1,), MAX_CONTEXT_TOKENS + 1)),
     ],
 )
 def test_grammars_out_of_bounds_are_refused(task: SampleTask) -> None:

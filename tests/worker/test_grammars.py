@@ -10,7 +10,16 @@ from itertools import count
 import pytest
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling import Grammar, GrammarRow, GrammarStart, RowResult, RowTask, SampleTask, SamplingParams
+from llamaclust.core.sampling import (
+    Grammar,
+    GrammarRow,
+    GrammarStart,
+    Reasoning,
+    RowResult,
+    RowTask,
+    SampleTask,
+    SamplingParams,
+)
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars import definitions, matcher
 from llamaclust.model.grammars.matcher import GrammarMatcher
@@ -42,8 +51,11 @@ def task(
     *,
     may_force: bool = False,
     min_tokens: bool = False,
+    reasoning: Reasoning | None = None,
 ) -> SampleTask:
-    start = None if grammar is None else GrammarStart(grammar, tuple(said.encode()))
+    start = None
+    if grammar is not None or reasoning is not None:
+        start = GrammarStart(grammar, tuple(said.encode()), reasoning)
     row = GrammarRow(key, place, start, may_force)
     return SampleTask(SamplingParams(), 0, 0, 9, suppressed=(END,) if min_tokens else (), grammar=row)
 
@@ -104,6 +116,31 @@ def test_an_answer_that_starts_again_behind_its_forced_tokens_samples_as_before(
     undisturbed = step(stage, 1, task(1, len(said), may_force=True), says="c", refused="d")
     again = step(stage, 2, task(2, len(said), grammar, said, may_force=True), says="c", refused="d")
     assert again == undisturbed == ([{"c"}], (RowResult(ord("c"), -1.0, forced=(ord("d"),)),))
+
+
+def test_the_end_of_reasoning_is_forced_after_its_budget(stage: StageGrammars) -> None:
+    """Together where that is wanted, else one token at a time, which are sampled for their logprobs."""
+    budget = Reasoning(("<t>",), ("!?",), tuple(b"!?"), 2, is_open=True, delays_grammar=True)
+    tasks = (
+        task(1, 0, may_force=True, reasoning=budget),
+        task(2, 0, reasoning=budget),
+        task(3, 0, ABC, reasoning=budget),
+    )
+    assert step(stage, 0, *tasks, says="xxx") == ([], tuple(map(sampled, "xxx")))
+    _, rows = step(stage, 1, task(1, 1, may_force=True), task(2, 1), task(3, 1), says="yyy")
+    assert rows == (RowResult(ord("y"), -1.0, forced=tuple(b"!?")), *map(sampled, "yy"))
+    allowed, rows = step(stage, 2, task(1, 4), task(2, 2), task(3, 2), says="z!!", refused="zzz")
+    assert (allowed, rows) == ([{"!"}, {"!"}], tuple(map(sampled, "z!!")))
+    step(stage, 3, task(2, 3), task(3, 3), says="??")
+    assert step(stage, 4, task(2, 4), task(3, 4), says="za", refused="zz")[0] == [set("ab")]
+
+
+def test_a_forced_end_may_not_be_suppressed(stage: StageGrammars) -> None:
+    budget = Reasoning(("<t>",), (".",), (END,), 1, is_open=True)
+    inputs = SamplingInputs(1, 0, (task(1, 1, said="a", min_tokens=True, reasoning=budget),))
+    stage.receive(inputs)
+    (ends,) = stage.begin(inputs)
+    assert isinstance(ends, SampleTask) and ends.suppressed == ()
 
 
 def test_a_grammar_that_cannot_be_followed_fails_its_answer_alone(stage: StageGrammars) -> None:

@@ -1,4 +1,5 @@
-"""Grammars of the answers that a last stage samples: one matcher for each, kept between its rows.
+"""Grammars and budgets of reasoning of the answers that a last stage samples: one matcher for each, kept between its
+rows.
 
 A thread of their own compiles grammars when sampling inputs arrive, while the stage computes, and finds what the first
 row may choose. A row is sampled as if it had no grammar: mostly its grammar allows the token, which takes a few
@@ -20,6 +21,7 @@ from time import thread_time_ns
 from llamaclust.core.errors import LlamaclustError, ProtocolError, RequestError
 from llamaclust.core.sampling import AllowedTokens, GrammarRow, GrammarStart, RowResult, RowTask, SampleTask
 from llamaclust.model.grammars.matcher import BUILD_NS, GrammarMatcher
+from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer_matcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.wire.microbatch.messages import SamplingInputs
 
@@ -54,7 +56,7 @@ class _Answer:
         self.ready: Future[None] = Future()
         self.failure: str | None = None  # why the grammar cannot be followed
         self.forced: list[int] = []  # the newest tokens of the matcher: those that had to follow
-        self._matcher: GrammarMatcher | None = None
+        self._matcher: GrammarMatcher | ReasoningMatcher | None = None
         self._is_refused = False  # the row's token: it is sampled again
         self._may_force = False  # tokens that must follow the row's are wanted with it
         self._expected_ns = 0  # of the next token, by those before
@@ -65,7 +67,7 @@ class _Answer:
         Tokens are forced at an answer's beginning alone: later ones came with the token before them, or are sampled.
         """
         began_ns = thread_time_ns()
-        matcher = self._matcher = GrammarMatcher(start.grammar, vocabulary)
+        matcher = self._matcher = answer_matcher(start, vocabulary)
         for place in range(0, len(start.tokens), _TOKENS_AT_ONCE):
             matcher.take(start.tokens[place : place + _TOKENS_AT_ONCE])
             if thread_time_ns() - began_ns > BUILD_NS:
@@ -91,7 +93,7 @@ class _Answer:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing but the answer's end is allowed."""
+        """Whether nothing but the answer's end, or one forced token, is allowed."""
         return self._matcher is not None and self.failure is None and self._matcher.is_complete
 
     def take(self, result: RowResult, time: _StepTime) -> RowResult | AllowedTokens:
@@ -129,7 +131,7 @@ class _Answer:
             return None
         return allowed
 
-    def _take(self, matcher: GrammarMatcher, token: int) -> AllowedTokens | None:
+    def _take(self, matcher: GrammarMatcher | ReasoningMatcher, token: int) -> AllowedTokens | None:
         if self._is_refused:
             matcher.take((token,))
         elif (allowed := matcher.try_take(token)) is not None:
@@ -195,7 +197,7 @@ class StageGrammars:
         for place, answer in self._rows.items():
             task = tasks[place]
             if isinstance(task, SampleTask) and task.suppressed and answer.is_complete:
-                tasks[place] = replace(task, suppressed=())  # the answer ends, whatever is suppressed
+                tasks[place] = replace(task, suppressed=())  # nothing else may follow, whatever is suppressed
         return tuple(tasks)
 
     def take(self, rows: tuple[RowResult, ...]) -> tuple[list[RowResult], dict[int, AllowedTokens]]:

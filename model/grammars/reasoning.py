@@ -1,0 +1,152 @@
+"""Follows the reasoning in an answer: where it begins and ends, and the tokens that must end it after its budget.
+
+A function of settings and tokens alone. Tags are found in the answer's bytes, however tokens divide them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import Final
+
+from llamaclust.core.sampling import Reasoning
+
+_SPACE: Final = b" \t\r\n\v\f"
+_CHARACTER_BYTES: Final = 4
+
+
+class Place(Enum):
+    """Where in an answer its next token is."""
+
+    BEFORE = auto()  # reasoning may begin
+    INSIDE = auto()
+    BEHIND = auto()  # none follows
+
+
+class ReasoningScanner:
+    """Finds the tags of reasoning in bytes that come in pieces."""
+
+    def __init__(self, reasoning: Reasoning) -> None:
+        self.place = Place.INSIDE if reasoning.is_open else Place.BEFORE
+        self.begun = int(reasoning.is_open)  # how often it began
+        self.ends = tuple(text.encode() for text in reasoning.ends)
+        self._begins = tuple(text.encode() for text in reasoning.begins)
+        self._repeats = reasoning.repeats
+        self.longest_part = max(_CHARACTER_BYTES, *map(len, self.ends)) - 1  # bytes of what `is_in_part` tells of
+        self._kept = max(self.longest_part, *map(len, self._begins))
+        self._tail = b""  # the newest bytes behind the last tag
+
+    @property
+    def is_in_part(self) -> bool:
+        """Whether the bytes end within a character of UTF-8, or perhaps within the tag that ends the reasoning."""
+        tag_parts = (end[:length] for end in self.ends for length in range(1, len(end)))
+        return self._is_in_character() or any(map(self._tail.endswith, tag_parts))
+
+    def _is_in_character(self) -> bool:
+        for back, byte in enumerate(reversed(self._tail[-3:]), start=1):
+            if byte >= 0xC0:
+                return back < 2 + (byte >= 0xE0) + (byte >= 0xF0)
+            if byte < 0x80:
+                return False
+        return False
+
+    def feed(self, data: bytes) -> None:
+        self._tail += data
+        while (tag_end := self._found()) is not None:
+            self._tail = self._tail[tag_end:]
+            self.place = Place.INSIDE if self.place is Place.BEFORE else Place.BEFORE
+            self.begun += self.place is Place.INSIDE
+        self._tail = self._tail[-self._kept :]
+
+    def end(self) -> None:
+        """The reasoning has ended with tokens that were forced."""
+        self.place, self._tail = Place.BEFORE, b""
+
+    def rest_behind_end(self, data: bytes) -> bytes | None:
+        """What of `data` would stand behind the reasoning; None where it would not end."""
+        tail = self._tail + data
+        end = _first_end(tail, self.ends) if self.place is Place.INSIDE else None
+        return None if end is None else tail[end:]
+
+    def _found(self) -> int | None:
+        """Where the next tag ends."""
+        if self.place is Place.INSIDE:
+            return _first_end(self._tail, self.ends)
+        if self.place is Place.BEHIND or self._repeats:
+            return None if self.place is Place.BEHIND else _first_end(self._tail, self._begins)
+        text = self._tail.lstrip(_SPACE)
+        for tag in self._begins:
+            if text.startswith(tag):
+                return len(self._tail) - len(text) + len(tag)
+        if not any(tag.startswith(text) for tag in self._begins):
+            self.place = Place.BEHIND
+        self._tail = text
+        return None
+
+
+class ReasoningState:
+    """Of one answer. `words`: the bytes of each token. A few tokens beyond the budget may complete a character or the
+    tag that ends the reasoning."""
+
+    def __init__(self, reasoning: Reasoning, words: Sequence[bytes]) -> None:
+        self._tags = ReasoningScanner(reasoning)
+        self._words = words
+        self._forced = reasoning.forced
+        self._budget = reasoning.budget
+        self._left = reasoning.budget or 0
+        self._at: int | None = None  # the next of the forced tokens
+        self._check_budget()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the next token is one of the reasoning, or of its forced end."""
+        return self._tags.place is Place.INSIDE
+
+    @property
+    def forced(self) -> int | None:
+        """The token that must come next."""
+        return None if self._at is None else self._forced[self._at]
+
+    def take(self, token: int) -> None:
+        """The next token of the answer; where one is forced, that one."""
+        if self._at is not None:
+            self._at = self._at + 1 if self._at + 1 < len(self._forced) else None
+            if self._at is None:
+                self._tags.end()
+            return
+        was_inside, begun = self.is_inside, self._tags.begun
+        self._tags.feed(self._bytes(token))
+        if self._tags.begun > begun:
+            self._left = self._budget or 0
+        elif was_inside:
+            self._left -= 1
+        self._check_budget()
+
+    def release(self) -> None:
+        """The forced tokens cannot follow: the answer goes on without a budget."""
+        self._at, self._budget = None, None
+
+    def runs_over(self, token: int) -> bool:
+        """Whether a token would end the reasoning and begin what follows."""
+        return bool((self._tags.rest_behind_end(self._bytes(token)) or b"").strip(_SPACE))
+
+    def running_over(self) -> list[int]:
+        """All such tokens."""
+        ends = {tag[-1:] for tag in self._tags.ends}
+        candidates = {token for end in ends for token, word in enumerate(self._words) if end in word}
+        return [token for token in sorted(candidates) if self.runs_over(token)]
+
+    def _bytes(self, token: int) -> bytes:
+        return self._words[token].removeprefix(b"\xff")
+
+    def _check_budget(self) -> None:
+        if self._budget is None or not self._forced or not self.is_inside or self._left > 0:
+            return
+        if not self._tags.is_in_part or self._left <= -self._tags.longest_part:
+            self._at = 0
+
+
+def _first_end(data: bytes, tags: Sequence[bytes]) -> int | None:
+    """Where the first of some tags ends; of those at the same place, the longest."""
+    found = [(place, -len(tag)) for tag in tags if (place := data.find(tag)) >= 0]
+    return None if not found else min(found)[0] - min(found)[1]

@@ -1,0 +1,136 @@
+"""Follows one answer whose reasoning has a budget or delays its grammar: which tokens may come next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from llamaclust.core.sampling import AllowedTokens, GrammarStart, Reasoning
+from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
+from llamaclust.model.grammars.matcher import BUILD_NS, GrammarMatcher
+from llamaclust.model.grammars.reasoning import ReasoningState
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+
+
+class ReasoningMatcher:
+    """The state of one answer: its reasoning, and its grammar if it has one. Used as `GrammarMatcher`.
+
+    A grammar that the reasoning does not delay allows the forced end, or the budget has no effect.
+    """
+
+    def __init__(self, reasoning: Reasoning, grammar: GrammarMatcher | None, vocabulary: GrammarVocabulary) -> None:
+        self.position = 0  # tokens taken in
+        self._state = ReasoningState(reasoning, vocabulary.words)
+        self._grammar = grammar
+        self._delays = reasoning.delays_grammar
+        self._vocabulary = vocabulary
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but one token, or the answer's end, is allowed."""
+        grammar = self._ruling
+        return self._state.forced is not None or (grammar is not None and grammar.is_complete)
+
+    @property
+    def is_costly(self) -> bool:
+        return self._grammar is not None and self._grammar.is_costly
+
+    @property
+    def build_ns(self) -> int:
+        return BUILD_NS if self._grammar is None else self._grammar.build_ns
+
+    @build_ns.setter
+    def build_ns(self, value: int) -> None:
+        if self._grammar is not None:
+            self._grammar.build_ns = value
+
+    def take(self, tokens: Iterable[int]) -> None:
+        """The next tokens of the answer: sampled and forced ones. RequestError for one that breaks the grammar."""
+        for token in tokens:
+            self._forced()
+            if (grammar := self._ruling) is not None:
+                grammar.take((token,))
+            self._add(token)
+
+    def try_take(self, token: int) -> AllowedTokens | None:
+        """Takes in a sampled token, if it is allowed; else the tokens that are."""
+        forced, grammar = self._forced(), self._ruling
+        if forced is not None and token != forced:
+            return _only(forced, self._vocabulary)
+        if grammar is not None and (allowed := grammar.try_take(token)) is not None:
+            return allowed
+        if grammar is None and self._runs_over(token):
+            return self._ends_within()
+        self._add(token)
+        return None
+
+    def allowed(self) -> AllowedTokens | None:
+        """The tokens that may come next; None: all, as far as single tokens are not refused."""
+        if (forced := self._forced()) is not None:
+            return _only(forced, self._vocabulary)
+        return None if self._ruling is None else self._ruling.allowed()
+
+    def forced(self) -> list[int]:
+        """Tokens that must come next, and takes them in: at each of them, nothing else is allowed."""
+        tokens: list[int] = []
+        while len(tokens) < MAX_FORCED_TOKENS:
+            following, grammar = self._forced(), self._ruling
+            if following is None and grammar is not None:
+                following = grammar.next_forced()
+            if following is None:
+                break
+            self.take((following,))
+            tokens.append(following)
+        return tokens
+
+    @property
+    def _ruling(self) -> GrammarMatcher | None:
+        """The grammar, unless the reasoning delays it. Once it has begun to rule, nothing does."""
+        grammar = self._grammar
+        if grammar is None or not self._delays or not self._state.is_inside:
+            return grammar
+        return grammar if grammar.position and not grammar.is_free else None
+
+    def _forced(self) -> int | None:
+        """The next token of the reasoning's forced end."""
+        forced, grammar = self._state.forced, self._ruling
+        if forced is None or grammar is None or grammar.may_follow(forced):
+            return forced
+        self._state.release()
+        return None
+
+    def _add(self, token: int) -> None:
+        """Triggers of a grammar may stand in the token that ends the reasoning."""
+        is_delayed = self._grammar is not None and self._ruling is None
+        self._state.take(token)
+        self.position += 1
+        if is_delayed and self._grammar is not None and self._grammar.is_free and not self._state.is_inside:
+            self._grammar.take((token,))
+
+    def _runs_over(self, token: int) -> bool:
+        """Whether a grammar that rules behind the reasoning would miss the beginning of its text."""
+        grammar = self._grammar
+        return grammar is not None and not grammar.is_free and self._state.runs_over(token)
+
+    def _ends_within(self) -> AllowedTokens:
+        """All tokens but those that run over the end of the reasoning."""
+        bits = np.full(self._vocabulary.mask_words, (1 << 32) - 1, np.uint32)
+        for token in self._state.running_over():
+            bits[token // 32] &= ~np.uint32(1 << token % 32)
+        return bits
+
+
+def answer_matcher(start: GrammarStart, vocabulary: GrammarVocabulary) -> GrammarMatcher | ReasoningMatcher:
+    """Of an answer at its beginning. RequestError for a grammar that cannot be used."""
+    grammar = None if start.grammar is None else GrammarMatcher(start.grammar, vocabulary)
+    if start.reasoning is not None:
+        return ReasoningMatcher(start.reasoning, grammar, vocabulary)
+    assert grammar is not None, "an answer without a grammar has reasoning to follow"
+    return grammar
+
+
+def _only(token: int, vocabulary: GrammarVocabulary) -> AllowedTokens:
+    bits = np.zeros(vocabulary.mask_words, np.uint32)
+    bits[token // 32] |= np.uint32(1 << token % 32)
+    return bits

@@ -65,6 +65,9 @@ _OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z"}
 
 _OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
 
+_BUDGETS: Final = ("reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget", "thinking_token_budget")
+"""Names of `reasoning_budget` in llama.cpp, DashScope and vLLM."""
+
 CHAT: Final = ForeignFields(
     refused={
         **_REFUSED,
@@ -80,7 +83,7 @@ CHAT: Final = ForeignFields(
         **_names("verbosity", only("medium")),
         **_names("prediction", only()),
     },
-    other_names={**_OPENAI_NAMES, "thinking_budget_tokens": "reasoning_budget"},
+    other_names={**_OPENAI_NAMES, **dict.fromkeys(_BUDGETS, "reasoning_budget")},
 )
 
 MESSAGE: Final = ForeignFields(
@@ -160,8 +163,7 @@ MESSAGES: Final = ForeignFields(
 )
 """Of Anthropic's API: what it says about costs, caches and places; `context_management` would only shorten chats."""
 
-THINKING: Final = ForeignFields(hints={"budget_tokens": only(), "display": only("summarized")})
-"""A budget of thinking is a wish: `max_tokens` bounds thinking and answer together."""
+THINKING: Final = ForeignFields(hints={"display": only("summarized")})
 
 ANTHROPIC_TOOL: Final = ForeignFields(
     hints=_names("cache_control strict defer_loading allowed_callers input_examples eager_input_streaming", anything)

@@ -11,6 +11,7 @@ from enum import Enum, auto
 from typing import Any
 
 from llamaclust.cluster.text.chat_format import AnswerReading
+from llamaclust.cluster.text.reasoning import ReasoningBudget
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.threads import TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
@@ -79,6 +80,7 @@ class ChatRequest:
     tool_use: ToolUse = field(default_factory=ToolUse)
     splits_reasoning: bool = True  # reasoning is apart from the content
     may_reason: bool = True  # False: the prompt ends any reasoning that it begins
+    reasoning_budget: ReasoningBudget | None = None
     created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
 
     def admitted(self, created: float, adapters: AdapterScales) -> ChatRequest:

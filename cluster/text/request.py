@@ -11,7 +11,7 @@ from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, ch
 from llamaclust.cluster.text.chat_format import AnswerReading
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, AdapterScales
-from llamaclust.core.sampling import Grammar, RowResult, SamplingParams
+from llamaclust.core.sampling import Grammar, Reasoning, RowResult, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096
@@ -52,7 +52,8 @@ class CompletionRequest:
     adapters: AdapterScales = ()
     group: str = ""  # of prompts that came as one request
     grammar: Grammar | None = None  # which each answer obeys
-    with_logprobs: bool = False  # of each token; else those that the grammar forces have logprob 0
+    reasoning: Reasoning | None = None  # of each answer, where it has a budget or delays the grammar
+    with_logprobs: bool = False  # of each token; else those that must follow have logprob 0
     reading: AnswerReading | None = None  # of a chat's answer
     answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
     received_ns: int = field(default=0, compare=False)  # when the client's request came; 0: as it is submitted

@@ -13,10 +13,11 @@ from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.budget import EntryBudget
 from llamaclust.cluster.text.call_constraint import answer_grammar
-from llamaclust.cluster.text.chat import ChatRequest, render
+from llamaclust.cluster.text.chat import ChatRequest, ToolMode, render
 from llamaclust.cluster.text.chat_format import ChatFormat
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
+from llamaclust.cluster.text.reasoning import answer_reasoning
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import CompletionStream, Record
 from llamaclust.cluster.text.threads import BREAKERS, TOKENIZING, run_on
@@ -222,7 +223,9 @@ class TextService:
         unconstrained = await self.chat_prompt(chat)
         with self._preparing():
             grammar = await answer_grammar(chat, unconstrained.reading, self.tokenizer, self._grammars)
-        return replace(unconstrained, grammar=grammar)
+        own = None if chat.tool_use.mode is ToolMode.REQUIRED else grammar
+        reasoning = answer_reasoning(unconstrained.reading, chat.reasoning_budget, own, self.tokenizer)
+        return replace(unconstrained, grammar=grammar, reasoning=reasoning)
 
     async def chat_prompt(self, chat: ChatRequest) -> CompletionRequest:
         """The same without the grammar of its calls."""
@@ -328,6 +331,7 @@ class TextService:
             adapters=request.adapters,
             group=request.group or request_id,
             grammar=request.grammar,
+            reasoning=request.reasoning,
             with_logprobs=request.with_logprobs,
             received_ns=request.received_ns,
         )

@@ -71,6 +71,7 @@ class MessagesBody(AnswerFields):
             prompt_end([turn.role for turn in turns], None, None),
             self.tool_use,
             may_reason=self.thinking is None or self.thinking.type != "disabled",
+            reasoning_budget=None if self.thinking is None else self.thinking.budget,
         )
 
     def _grammar(self) -> Grammar | None:

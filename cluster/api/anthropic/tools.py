@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.api.foreign_fields import ANTHROPIC_TOOL, THINKING
 from llamaclust.cluster.api.openai.function_tools import function_tool
 from llamaclust.cluster.api.schema import Body, read_part
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
+from llamaclust.cluster.text.reasoning import ReasoningBudget
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
@@ -47,6 +48,12 @@ class Thinking(Body):
     """Whether the model may think before it answers."""
 
     type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens of thinking at most, after which its end follows; by default no limit."""
+
+    @property
+    def budget(self) -> ReasoningBudget | None:
+        return None if self.budget_tokens is None else ReasoningBudget(self.budget_tokens)
 
 
 class OutputConfig(Body):

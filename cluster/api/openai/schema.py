@@ -241,6 +241,7 @@ class ChatBody(_Sampling, ChatFields):
             self.tool_use,
             self.reasoning_format != "none",
             self.reasoning_budget != 0,
+            self.answer_budget,
         )
 
 

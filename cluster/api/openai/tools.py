@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, call_id_of, function_tool
 from llamaclust.cluster.api.schema import Body
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
-from llamaclust.core.errors import ParameterError
+from llamaclust.cluster.text.reasoning import MAX_MESSAGE_CHARACTERS, ReasoningBudget
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,
     ArgumentText,
@@ -74,14 +74,20 @@ class ToolFields(Body):
     reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "none"] = "auto"
     """`none`: reasoning stays in the content, as the model writes it; otherwise it is in `reasoning_content`."""
 
-    reasoning_budget: int = -1
-    """0: the answer begins without reasoning; -1: as the model decides. There is no other budget."""
+    reasoning_budget: Annotated[int, Field(ge=-1)] = -1
+    """Tokens of reasoning at most, after which its end follows; 0: the answer begins without it; -1: no limit."""
+    reasoning_budget_message: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)] = ""
+    """What stands before an end that the budget forces."""
 
     def check_tools(self) -> None:
         """ParameterError for fields that contradict each other."""
-        if self.reasoning_budget not in (-1, 0):
-            raise ParameterError("reasoning_budget", f"is {self.reasoning_budget}, must be -1 (no limit) or 0 (none)")
         self.tool_use.check(self.tools)
+
+    @property
+    def answer_budget(self) -> ReasoningBudget | None:
+        """None: no limit."""
+        tokens = self.reasoning_budget
+        return None if tokens < 0 else ReasoningBudget(tokens, self.reasoning_budget_message)
 
     @property
     def tool_use(self) -> ToolUse:

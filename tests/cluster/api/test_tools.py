@@ -155,6 +155,27 @@ async def test_no_budget_ends_the_reasoning_that_the_prompt_opens() -> None:
     assert prompt.endswith("<assistant>")
 
 
+@pytest.mark.parametrize("name", ["reasoning_budget", "thinking_budget_tokens", "thinking_budget"])
+async def test_a_budget_is_obeyed_by_the_last_stage(name: str) -> None:
+    engine = ScriptedEngine(says("Hm.</think>Yes."))
+    fields = {name: 5, "reasoning_budget_message": " Well.", "chat_template_kwargs": {"opens": True}}
+    async with served(engine) as http:
+        reply = await http.post("/v1/chat/completions", json=CHAT | fields)
+        assert reply.status_code == 200 and "x-llamaclust-ignored" not in reply.headers
+        await http.post("/v1/chat/completions", json=CHAT)
+    reasoning = engine.submitted[0].reasoning
+    assert reasoning is not None and reasoning.is_open and reasoning.budget == 5
+    assert tokenizer().decode_bytes(reasoning.forced).strip() == b"Well.</think>"
+    assert engine.submitted[1].reasoning is None
+
+
+async def test_a_message_that_would_end_the_reasoning_is_refused() -> None:
+    async with served(ScriptedEngine(says(""))) as http:
+        fields = {"reasoning_budget": 5, "reasoning_budget_message": "So</think>"}
+        reply = await http.post("/v1/chat/completions", json=CHAT | fields)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "reasoning_budget_message"
+
+
 async def test_calls_and_results_come_back_to_the_template() -> None:
     call = {"id": "a1", "type": "function", "function": {"name": "look", "arguments": '{"city": "Rom"}'}}
     messages = [

@@ -31,7 +31,7 @@ from llamaclust.core.errors import UsageError
 if TYPE_CHECKING:
     from llamaclust.cluster.client.base import TextClient
     from llamaclust.cluster.client.http import Client
-    from llamaclust.cluster.client.types import Options
+    from llamaclust.cluster.client.types import CompletionOptions, Options
     from llamaclust.cluster.text.answer import Answer
 
 ModelFile = Annotated[
@@ -77,7 +77,7 @@ def generate(
     text = given_or_piped(prompt)
     gpus = Gpus(tuple(device), gpu_layers)
     target = Target(cluster, endpoint, api_key_file, model, threads, gpus=gpus, ca_file=ca_file)
-    options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
+    options: CompletionOptions = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
     with target.open() as client:
         if as_json:
@@ -104,6 +104,9 @@ def chat(
     commands: Annotated[bool, Option("--commands", help="Commands and @FILE in piped input, too.")] = False,
     max_tokens: Annotated[
         int | None, Option("-n", "--max-tokens", metavar="N", help="Maximum number of tokens of an answer.")
+    ] = None,
+    reasoning_budget: Annotated[
+        int | None, Option("--reasoning-budget", metavar="N", help="Maximum number of tokens of reasoning; 0: none.")
     ] = None,
     temperature: Temperature = 0.8,
     seed: Seed = None,
@@ -135,6 +138,8 @@ def chat(
     target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file)
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
+    if reasoning_budget is not None:
+        options["reasoning_budget"] = reasoning_budget
     instruction = _system_message(system, system_file)
     file = None if session is None else Path(option_value("--session", expand_home, str(session)))
     with target.open() as client:
@@ -163,7 +168,7 @@ def given_or_piped(prompt: str | None) -> str:
     return terminal.piped().removesuffix("\n").removesuffix("\r")
 
 
-def _print_stream(client: TextClient, prompt: str, options: Options) -> None:
+def _print_stream(client: TextClient, prompt: str, options: CompletionOptions) -> None:
     """Prints the text as it comes, and a line break where it does not end with one."""
     last = "\n"
     with client.generate(prompt, stream=True, **options) as chunks:

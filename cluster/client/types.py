@@ -11,7 +11,7 @@ Message = Mapping[str, Any]
 """One message of a chat: {"role": "user", "content": "Hello"}."""
 
 
-class Options(TypedDict, total=False):
+class AnswerOptions(TypedDict, total=False):
     """How to answer. What is left out or None has the defaults of `/v1/completions` and `/v1/chat/completions`, except
     that the likeliest token is taken each time, until the model ends its answer."""
 
@@ -53,7 +53,14 @@ class Options(TypedDict, total=False):
     structured_outputs: Mapping[str, Any]  # vLLM's: {"regex": ...}, {"choice": [...]}, ...
 
 
-class CompletionOptions(Options, total=False):
+class Options(AnswerOptions, total=False):
+    """Options of a chat."""
+
+    reasoning_budget: int  # tokens of reasoning at most; -1, the default: no limit
+    reasoning_budget_message: str  # what stands before an end that the budget forces
+
+
+class CompletionOptions(AnswerOptions, total=False):
     """Options of a prompt that is completed as it is."""
 
     score_from: int | None  # the prompt's tokens [max(score_from, 1), end) get logprobs; None, the default: none

@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.cluster.client.http import Client
 from llamaclust.cluster.client.local import LocalSettings
-from llamaclust.cluster.client.types import Options
+from llamaclust.cluster.client.types import AnswerOptions
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.sampler_chain import PLAIN_ORDER, SamplerChain, SamplerName
 from support.clusters.served import CONTEXT, ScriptedEngine, client, make_app, says
@@ -99,7 +99,7 @@ async def test_windows_breakers_and_line_breaks() -> None:
 
 # -- answers of the real engine ----------------------------------------------------------------------------------------
 
-EVERYTHING: dict[str, Options] = {
+EVERYTHING: dict[str, AnswerOptions] = {
     "top_n_sigma": {"top_n_sigma": 1.0},
     "tfs_z": {"tfs_z": 0.7},
     "typical_p": {"typical_p": 0.4},
@@ -111,11 +111,11 @@ EVERYTHING: dict[str, Options] = {
     "penalties": {"repetition_penalty": 1.3, "penalize_nl": False},
     "order": {"samplers": ["temperature", "xtc", "top_p", "penalties", "typ_p"], "typical_p": 0.9, "top_p": 0.9},
 }
-BASE: Options = {"max_tokens": 60, "temperature": 1.2, "seed": 5, "ignore_eos": True}
+BASE: AnswerOptions = {"max_tokens": 60, "temperature": 1.2, "seed": 5, "ignore_eos": True}
 
 
-def _with(options: Mapping[str, Any]) -> Options:
-    return cast(Options, {**BASE, **options})
+def _with(options: Mapping[str, Any]) -> AnswerOptions:
+    return cast(AnswerOptions, {**BASE, **options})
 
 
 def answers(path: Path, settings: LocalSettings, *, together: bool) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:

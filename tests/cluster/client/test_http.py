@@ -17,7 +17,7 @@ from llamaclust import AsyncClient, Client
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.in_process import ServiceClient
 from llamaclust.cluster.client.resuming import unreachable
-from llamaclust.cluster.client.types import Options
+from llamaclust.cluster.client.types import AnswerOptions, CompletionOptions, Options
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.answer import TextChunk, join
 from llamaclust.cluster.text.service import TextService
@@ -25,13 +25,14 @@ from llamaclust.core.errors import LlamaclustError, QueueFullError, RequestError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
+from llamaclust.model.chat.template import ChatTemplate
 from support.arithmetic.sampled import SAMPLERS
 from support.clusters import served
 from support.clusters.served import END, ScriptedEngine, ids, logprob, says, serving
 
 _Value = TypeVar("_Value")
 CHAT = [{"role": "user", "content": "Hello"}]
-_EVERYTHING: Options = {
+_EVERYTHING: AnswerOptions = {
     "max_tokens": 7,
     "temperature": 0.5,
     "seed": 2**63 + 5,
@@ -152,7 +153,7 @@ async def test_line_separators_that_json_leaves_alone_stay_text() -> None:
         assert (await with_client(url, lambda client: client.generate("x"))).text == text
 
 
-def _request_both_ways(client: TextClient, options: Options) -> None:
+def _request_both_ways(client: TextClient, options: AnswerOptions) -> None:
     client.generate("hi", score_from=0, **options)
     client.chat([{"role": "developer", "content": "be"}, {"role": "user", "content": "hi"}], **options)
 
@@ -171,9 +172,9 @@ def _submitted(engine: ScriptedEngine) -> list[GenerationRequest]:
         {"mirostat": 2},
     ],
 )
-async def test_both_kinds_of_client_ask_for_the_same(more: Options) -> None:
+async def test_both_kinds_of_client_ask_for_the_same(more: AnswerOptions) -> None:
     """Every option reaches the engine, and equally: over HTTP and in this process."""
-    options: Options = {**_EVERYTHING, **more}
+    options: AnswerOptions = {**_EVERYTHING, **more}
     async with scripted("a") as (url, engine):
         await with_client(url, lambda client: _request_both_ways(client, options))
     local = ScriptedEngine(says("a"))
@@ -194,17 +195,31 @@ async def test_both_kinds_of_client_ask_for_the_same(more: Options) -> None:
 
 def test_every_option_is_tested() -> None:
     exclusive = {"ignore_eos", "mirostat", "response_format", "json_schema", "grammar", "structured_outputs"}
-    assert set(_EVERYTHING) | exclusive == set(get_type_hints(Options))
+    assert set(_EVERYTHING) | exclusive == set(get_type_hints(AnswerOptions))
 
 
 async def test_options_that_are_none_have_their_defaults() -> None:
     async with scripted("a") as (url, engine):
-        none: Any = dict.fromkeys(get_type_hints(Options))
+        none: Any = dict.fromkeys(get_type_hints(CompletionOptions))
+        none_of_chat: Any = dict.fromkeys(get_type_hints(Options))
         await with_client(url, lambda client: (client.generate("x", seed=1), client.chat(CHAT, seed=1)))
         await with_client(url, lambda client: (client.generate("x", **none | {"seed": 1}),))
-        await with_client(url, lambda client: (client.chat(CHAT, **none | {"seed": 1}),))
+        await with_client(url, lambda client: (client.chat(CHAT, **none_of_chat | {"seed": 1}),))
     assert _submitted(engine)[:2] == _submitted(engine)[2:]
     assert engine.submitted[0].params == SamplingParams()
+
+
+async def test_a_chat_has_a_budget_of_reasoning() -> None:
+    always = "{% for m in messages %}{{ m.content }}{% endfor %}<think>"
+    engine = ScriptedEngine(says("Hm.</think>Yes."))
+    with ChatTemplate(always, "", "") as template:
+        async with serving(served.make_app(engine, template)) as url:
+            options: Options = {"reasoning_budget": 9, "reasoning_budget_message": "So."}
+            reply = await with_client(url, lambda client: client.chat(CHAT, **options))
+    (generation,) = engine.submitted
+    assert (reply.reasoning, reply.text) == ("Hm.", "Yes.")
+    assert generation.reasoning is not None and generation.reasoning.budget == 9
+    assert served.tokenizer().decode_bytes(generation.reasoning.forced).strip() == b"So.</think>"
 
 
 def test_an_unknown_option_is_refused() -> None:

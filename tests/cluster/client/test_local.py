@@ -19,7 +19,7 @@ from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalSettings, LocalStage
-from llamaclust.cluster.client.types import Options
+from llamaclust.cluster.client.types import AnswerOptions
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.answer import Answer, TextChunk, join
 from llamaclust.cluster.text.service import TextService, TextSettings
@@ -28,8 +28,8 @@ from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model
 
 CONTEXT = 640
-SEEDED: Options = {"max_tokens": 24, "temperature": 0.9, "top_p": 0.95, "seed": 11, "ignore_eos": True}
-CONSTRAINED: Options = {**SEEDED, "structured_outputs": {"choice": ["yes", "no"]}}
+SEEDED: AnswerOptions = {"max_tokens": 24, "temperature": 0.9, "top_p": 0.95, "seed": 11, "ignore_eos": True}
+CONSTRAINED: AnswerOptions = {**SEEDED, "structured_outputs": {"choice": ["yes", "no"]}}
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
 
@@ -83,7 +83,7 @@ def test_logits_do_not_disturb_answers_that_run(client: LocalClient) -> None:
 
 def test_many_threads_get_what_each_gets_alone(client: LocalClient) -> None:
     def generation(seed: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        options: Options = {**SEEDED, "seed": seed}
+        options: AnswerOptions = {**SEEDED, "seed": seed}
         reply = client.generate(prompt(seed, 10 + 7 * seed), **options)
         return reply.token_ids, reply.logprobs
 
@@ -144,7 +144,7 @@ async def test_http_gives_the_same_bits(client: LocalClient, tiny: Path) -> None
 
 
 def _refusals(client: Client | LocalClient) -> list[str]:
-    options: list[Options] = [
+    options: list[AnswerOptions] = [
         {"temperature": -1.0},
         {"top_k": -2},
         {"top_p": 2.0},

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.client.types import Options
+from llamaclust.cluster.client.types import AnswerOptions
 from llamaclust.core.sampling import RowResult, RowTask
 from llamaclust.kernels.sampling import Sampler
 
-SAMPLERS: Options = {
+SAMPLERS: AnswerOptions = {
     "top_n_sigma": 2.0,
     "tfs_z": 0.9,
     "typical_p": 0.8,

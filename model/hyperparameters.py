@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -18,16 +18,33 @@ _MAX_CONTEXT = 1 << 30
 
 _NEUTRAL_VALUES = {
     "attention.clamp_kqv": (0,),
+    "attention.output_scale": (0, 1),
     "attention.scale": (0,),
+    "attention.shared_kv_layers": (0,),
     "attention.temperature_length": (0,),
     "attention.temperature_scale": (0,),
+    "attention.value_scale": (0, 1),
+    "attn_logit_softcapping": (0,),
     "embedding_scale": (0, 1),
     "expert_gating_func": (0, 1),  # 1: softmax
+    "expert_group_count": (0, 1),
+    "expert_group_scale": (0, 1),
+    "expert_weights_scale": (0, 1),
+    "final_logit_softcapping": (0,),
     "logit_scale": (0, 1),
+    "num_loops": (0, 1),
     "residual_scale": (0, 1),
     "rope.scaling.yarn_log_multiplier": (0,),
+    "router_logit_softcapping": (0,),
+    "swiglu_clamp_exp": (0,),
+    "swiglu_clamp_shexp": (0,),
 }
-"""Keys of other architectures that would change the arithmetic of ours, and the values that change nothing."""
+"""Keys that change the arithmetic of the architectures that read them, and the values that change nothing."""
+
+
+MAX_LAYERS = 1 << 10
+NEXTN_KEY = "nextn_predict_layers"
+"""How many of the layers, the last ones, are heads that predict further tokens."""
 
 
 class RopeScaling(StrEnum):
@@ -43,7 +60,8 @@ class RopeScaling(StrEnum):
 class RopeParameters:
     """Rotary embedding: the first `dimension_count` channels of a head turn. Frequency factors are a tensor.
 
-    `extrapolation_factor`, `beta_fast`, `beta_slow` matter to YaRN only; `factor` is 1 without scaling.
+    `extrapolation_factor`, `beta_fast`, `beta_slow`, `log_multiplier` matter to YaRN only; `factor` is 1 without
+    scaling. With a `log_multiplier`, cos and sin are divided by 1 + 0.1 * log_multiplier * ln(factor).
     """
 
     dimension_count: int
@@ -55,6 +73,7 @@ class RopeParameters:
     extrapolation_factor: float
     beta_fast: float
     beta_slow: float
+    log_multiplier: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +116,6 @@ def read_hyperparameters(model: ModelFile) -> Hyperparameters:
     """Reads `{architecture}.*`; ModelFileError naming the key that is missing, out of bounds or contradicts another."""
     architecture = read_architecture(model)
     keys = ModelKeys(model, architecture)
-    _refuse_other_arithmetic(keys)
     embedding_length = keys.count("embedding_length", maximum=_MAX_WIDTH)
     head_count = keys.count("attention.head_count", maximum=1 << 14)
     head_count_kv = keys.count("attention.head_count_kv", head_count, maximum=head_count)
@@ -109,7 +127,7 @@ def read_hyperparameters(model: ModelFile) -> Hyperparameters:
     key_length = _read_key_length(keys, embedding_length, head_count)
     return Hyperparameters(
         architecture=architecture,
-        block_count=keys.count("block_count", maximum=1 << 10),
+        block_count=_read_block_count(keys),
         context_length=context_length,
         embedding_length=embedding_length,
         feed_forward_length=feed_forward_length,
@@ -132,6 +150,7 @@ class ModelKeys:
 
     model: ModelFile
     architecture: str
+    _read: set[str] = field(default_factory=set, compare=False)
 
     def full(self, key: str) -> str:
         return f"{self.architecture}.{key}"
@@ -144,6 +163,7 @@ class ModelKeys:
 
     def count(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int) -> int:
         """A whole number; an array with one number a layer is taken where all of them are equal."""
+        self._read.add(key)
         value: Any = self.model.metadata.get(self.full(key))
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
             if (value != value[0]).any():
@@ -155,13 +175,24 @@ class ModelKeys:
         return self.model.metadata_int(self.full(key), default, minimum=minimum, maximum=maximum)
 
     def real(self, key: str, default: float | None = None, *, minimum: float, maximum: float) -> float:
+        self._read.add(key)
         return self.model.metadata_float(self.full(key), default, minimum=minimum, maximum=maximum)
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
         value: Any = self.model.metadata.get(self.full(key), default)
-        if not isinstance(value, bool):
-            raise self.error(key, "not a truth value")
-        return value
+        if not isinstance(value, bool | np.bool_):
+            raise self.error(key, f"{shown(str(value))}, true or false expected")
+        return bool(value)
+
+    def refuse_unread(self) -> None:
+        """ModelFileError for a key that would change the arithmetic, if nothing has read it."""
+        for key in _NEUTRAL_VALUES.keys() - self._read:
+            neutral = _NEUTRAL_VALUES[key]
+            value: Any = self.model.metadata.get(self.full(key), neutral[0])
+            numbers = np.asarray(value)
+            if numbers.dtype.kind not in "iuf" or not np.isin(numbers, neutral).all():
+                raise self.error(key, f"{shown(str(value))}, which is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
         """Which layers have the sliding window: `attention.sliding_window_pattern` says so for each, or is a period
@@ -177,11 +208,10 @@ class ModelKeys:
         return [period == 0 or layer % period != full for layer in range(layers)]
 
 
-def _refuse_other_arithmetic(keys: ModelKeys) -> None:
-    for key, neutral in _NEUTRAL_VALUES.items():
-        value: Any = keys.model.metadata.get(keys.full(key), neutral[0])
-        if not isinstance(value, int | float) or value not in neutral:
-            raise keys.error(key, f"{shown(str(value))}, which is not supported")
+def _read_block_count(keys: ModelKeys) -> int:
+    """Without the layers behind the others that predict more than one token."""
+    count = keys.count("block_count", maximum=MAX_LAYERS)
+    return count - keys.count(NEXTN_KEY, 0, minimum=0, maximum=count - 1)
 
 
 def _read_key_length(keys: ModelKeys, embedding_length: int, head_count: int) -> int:

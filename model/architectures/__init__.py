@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from llamaclust.model.architectures import bert, gemma, glm, gpt, llama, phi3, qwen
+from llamaclust.model.architectures import (
+    bert,
+    cohere,
+    gemma,
+    glm,
+    gpt,
+    granite,
+    llama,
+    olmo,
+    phi3,
+    qwen,
+)
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
@@ -17,6 +28,9 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "baichuan": llama.baichuan,
         "bert": bert.bert,
         "chatglm": glm.chatglm,
+        "cohere2": cohere.cohere2,
+        "ernie4_5": llama.ernie4_5,
+        "exaone4": olmo.exaone4,
         "falcon": gpt.falcon,
         "gemma": gemma.gemma,
         "gemma2": gemma.gemma2,
@@ -24,6 +38,9 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "gemma-embedding": gemma.gemma_embedding,
         "glm4": glm.glm4,
         "gpt2": gpt.gpt2,
+        "granite": granite.granite,
+        "granitemoe": granite.granite,
+        "hunyuan-dense": llama.hunyuan_dense,
         "internlm2": llama.internlm2,
         "jina-bert-v2": bert.jina_bert_v2,
         "jina-bert-v3": bert.jina_bert_v3,
@@ -31,11 +48,14 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "modern-bert": bert.modern_bert,
         "nomic-bert": bert.nomic_bert,
         "nomic-bert-moe": bert.nomic_bert_moe,
+        "olmo2": olmo.olmo2,
         "phi3": phi3.phi3,
         "qwen2": qwen.qwen2,
         "qwen2moe": qwen.qwen2moe,
         "qwen3": qwen.qwen3,
         "qwen3moe": qwen.qwen3moe,
+        "seed_oss": llama.seed_oss,
+        "smollm3": llama.smollm3,
         "starcoder2": gpt.starcoder2,
     }
 )
@@ -52,6 +72,7 @@ def build_program(
     check_architecture(model)
     builder = EncoderBuilder(model, read_hyperparameters(model), start, end, kv_type, context_tokens)
     ARCHITECTURES[read_architecture(model)](builder)
+    builder.keys.refuse_unread()
     return builder.program()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llamaclust.model import program as steps
+from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import EMBEDDING, AttentionVariant, ProgramBuilder
 from llamaclust.model.pooling import Pooling, read_pooling
 from llamaclust.model.program import ActivationFunction, Buffer
@@ -46,7 +47,7 @@ class EncoderBuilder(ProgramBuilder):
         self._attend(layer, variant)
         self._add_and_norm(f"{prefix}.attn_output_norm")
         if experts:
-            self._choose_experts(prefix, normalized=False, activation_without_gate=activation)
+            self._mix_experts(prefix, ExpertsVariant(normalized=False, without_gate=activation))
         elif gated:
             self._gated_inner(prefix, activation)
         else:

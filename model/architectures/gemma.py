@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
-from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
+from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, Norms, ProgramBuilder
 from llamaclust.model.hyperparameters import Hyperparameters
 from llamaclust.model.program import ActivationFunction, RopeStyle
 
@@ -62,14 +62,14 @@ def _windowed_variants(builder: ProgramBuilder, scale: float) -> list[AttentionV
     """Of each layer of Gemma 3."""
     hp = builder.hyperparameters
     windowed = builder.keys.windowed_layers(hp.block_count, 6) if hp.sliding_window else [False] * hp.block_count
-    whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), scale=scale, head_norms=True)
+    whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), scale=scale, head_norms=HeadNorms.PER_HEAD)
     part = replace(whole, table=builder.window_rope_table(), window=hp.sliding_window)
     return [part if has_window else whole for has_window in windowed]
 
 
 def _normed_layer(builder: ProgramBuilder, layer: int, variant: AttentionVariant) -> None:
-    builder.attention(layer, variant, post_norm=True)
-    builder.feed_forward(layer, activation=ActivationFunction.GELU_TANH, post_norm=True)
+    builder.attention(layer, variant, norms=Norms.BOTH)
+    builder.feed_forward(layer, activation=ActivationFunction.GELU_TANH, norms=Norms.BOTH)
 
 
 def _scale(hp: Hyperparameters, layers_27b: int) -> float:

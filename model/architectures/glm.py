@@ -3,18 +3,18 @@ channels of a head turn, half of them, neighbouring ones together."""
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
+from llamaclust.model.architectures.layers import AttentionVariant, Norms, ProgramBuilder
 from llamaclust.model.program import RopeStyle
 
 
-def chatglm(builder: ProgramBuilder, *, post_norms: bool = False) -> None:
-    """ChatGLM 2 and 3, GLM 4. `post_norms`: norms after attention and feed-forward too."""
+def chatglm(builder: ProgramBuilder, *, norms: Norms = Norms.BEFORE) -> None:
+    """ChatGLM 2 and 3, GLM 4."""
     table = builder.rope_table()
     for layer in builder.layers():
-        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table), post_norm=post_norms)
-        builder.feed_forward(layer, fused=True, post_norm=post_norms)
+        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table), norms=norms)
+        builder.feed_forward(layer, fused=True, norms=norms)
 
 
 def glm4(builder: ProgramBuilder) -> None:
-    """GLM-4-0414."""
-    chatglm(builder, post_norms=True)
+    """GLM-4-0414: norms after attention and feed-forward too."""
+    chatglm(builder, norms=Norms.BOTH)

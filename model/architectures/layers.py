@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
-import numpy as np
-
-from llamaclust.core.errors import ModelFileError
 from llamaclust.model import program as steps
+from llamaclust.model.architectures.experts import ExpertsVariant, expert_step
 from llamaclust.model.architectures.positions import rope_table
+from llamaclust.model.architectures.tensors import CheckedTensors
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters, RopeScaling
 from llamaclust.model.pooling import Pooling, read_pooling
 from llamaclust.model.program import ActivationFunction, Buffer, KvType, Program, RopeStyle, RopeTable
-from llamaclust.model.quant_types import QuantType
 
 EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
-_FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
-"""Tensors that become part of the program and are none of its weights."""
+
+
+class HeadNorms(StrEnum):
+    """How q and k are normed: not at all, per head before or after rotation, or in their whole width before it."""
+
+    NONE = "none"
+    PER_HEAD = "per head"
+    PER_HEAD_AFTER_ROPE = "per head after rope"
+    WHOLE = "whole"
+
+
+class Norms(StrEnum):
+    """Where a block's norms stand: before its products, behind them (before the sum), or both."""
+
+    BEFORE = "before"
+    AFTER = "after"
+    BOTH = "both"
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
-    """Options of an attention block. Without `table` nothing is rotated; `scale`: 1 / sqrt(head_dim) by default;
-    `head_norms`: q and k are normed per head before rotation. `window`, `soft_cap`, `slopes`: as of `Attention`."""
+    """Options of an attention block. Without `table` nothing is rotated; `scale`: 1 / sqrt(head_dim) by default.
+    `window`, `soft_cap`, `slopes`: as of `Attention`."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None
@@ -34,11 +47,11 @@ class AttentionVariant:
     scale: float | None = None
     soft_cap: float | None = None
     slopes: tuple[float, ...] | None = None
-    head_norms: bool = False
+    head_norms: HeadNorms = HeadNorms.NONE
     causal: bool = True
 
 
-class ProgramBuilder:
+class ProgramBuilder(CheckedTensors):
     """Collects the steps of layers [start, end). Methods append in the order of computation."""
 
     def __init__(
@@ -51,7 +64,7 @@ class ProgramBuilder:
         context_tokens: int | None,
     ) -> None:
         assert 0 <= start < end <= hyperparameters.block_count, (start, end, hyperparameters.block_count)
-        self.model = model
+        super().__init__(model)
         self.hyperparameters = hyperparameters
         self._layers = range(start, end)
         self.keys = ModelKeys(model, hyperparameters.architecture)
@@ -66,6 +79,7 @@ class ProgramBuilder:
         self._out = self._hidden
         self._layer_norm_epsilon: float | None = None
         self._norm_biases = True
+        self._residual_scale = 1.0
 
     def program(self) -> Program:
         layers = self.hyperparameters.block_count
@@ -78,6 +92,10 @@ class ProgramBuilder:
         self._norm_biases = biases
         self._layer_norm_epsilon = self.keys.real("attention.layer_norm_epsilon", minimum=1e-13, maximum=0.1)
 
+    def scale_residuals(self, factor: float) -> None:
+        """From here on results of blocks are multiplied by `factor` before they are added."""
+        self._residual_scale = factor
+
     def layers(
         self,
         embedding_factor: float = 1.0,
@@ -85,11 +103,12 @@ class ProgramBuilder:
         positions: bool = False,
         soft_cap: float | None = None,
         may_rank: bool = False,
+        logit_factor: float = 1.0,
     ) -> Iterator[int]:
         """The layers to append, after the embedding of a first stage and before the head of a last one.
 
-        The embedding is multiplied by `embedding_factor`; `positions` are learned, too; `soft_cap`: of the logits;
-        `may_rank`: the file's pooling may be rank, and the head is a classifier then."""
+        The embedding is multiplied by `embedding_factor`, the logits by `logit_factor`; `positions` are learned, too;
+        `soft_cap`: of the logits; `may_rank`: the file's pooling may be rank, and the head is a classifier then."""
         self._embed(embedding_factor, positions)
         yield from self._layers
         if self._layers.stop == self.hyperparameters.block_count:
@@ -97,7 +116,7 @@ class ProgramBuilder:
             if may_rank and read_pooling(self.model) is Pooling.RANK:
                 self._ranking_head()
             else:
-                self._head(soft_cap)
+                self._head(soft_cap, logit_factor)
 
     def _embed(self, factor: float, positions: bool) -> None:
         if self._layers.start > 0:
@@ -119,7 +138,7 @@ class ProgramBuilder:
             raise self.error(_POSITIONS, what, f"set context_length to {hp.context_length} or less")
         self._steps.append(steps.AddPosition(embedded, out, weight))
 
-    def _head(self, soft_cap: float | None) -> None:
+    def _head(self, soft_cap: float | None, factor: float) -> None:
         """Of the normed rows, which embeddings have, those that are wanted, and their logits. Without `output.weight`
         the token embedding is used again."""
         self._out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
@@ -127,6 +146,8 @@ class ProgramBuilder:
         self._steps.append(steps.SelectRows(self._last_normed, selected))
         weight = "output" if "output.weight" in self.model.tensors else EMBEDDING.removesuffix(".weight")
         self._matmul(weight, selected, self._out)
+        if factor != 1.0:
+            self._steps.append(steps.Scale(self._out, self._out, factor))
         if soft_cap is not None:
             self._steps.append(steps.SoftCap(self._out, self._out, soft_cap))
 
@@ -141,24 +162,38 @@ class ProgramBuilder:
         self._steps.append(steps.SelectRows(self._hidden, self._out))
         self._last_normed = scores
 
-    def attention(self, layer: int, variant: AttentionVariant = AttentionVariant(), *, post_norm: bool = False) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state. `post_norm` norms the output
-        before it is added."""
+    def attention(
+        self, layer: int, variant: AttentionVariant = AttentionVariant(), *, norms: Norms = Norms.BEFORE
+    ) -> None:
+        """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state."""
         prefix = f"blk.{layer}"
-        self._norm(f"{prefix}.attn_norm", self._hidden)
+        self._norm_before(f"{prefix}.attn_norm", norms)
         self._attend(layer, variant)
-        self._add_projected(f"{prefix}.post_attention_norm" if post_norm else None)
+        self._add_projected(None if norms is Norms.BEFORE else f"{prefix}.post_attention_norm")
 
-    def parallel(self, layer: int, variant: AttentionVariant, activation: ActivationFunction) -> None:
-        """hidden += attention + down(activation(up)), both of the hidden state before; one or two norms."""
+    def _norm_before(self, name: str, norms: Norms) -> None:
+        """What the next products read: the normed hidden state, or where norms stand behind the products, itself."""
+        if norms is Norms.AFTER:
+            self._normed = self._hidden
+        else:
+            self._norm(name, self._hidden)
+
+    def parallel(
+        self, layer: int, variant: AttentionVariant, activation: ActivationFunction, *, gated: bool = False
+    ) -> None:
+        """hidden += attention + inner layer, both of the hidden state before; one or two norms. The inner layer is
+        gated, or down(activation(up))."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
-        two = any(f"{second}.{part}" in self.model.tensors for part in ("weight", "bias"))
+        two = any(self.has(f"{second}.{part}") for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
         self._attend(layer, variant)
         if two:
             self._norm(f"{prefix}.attn_norm", self._hidden)
         self._add_projected()
-        self._plain_inner(prefix, activation)
+        if gated:
+            self._gated_inner(prefix, activation)
+        else:
+            self._plain_inner(prefix, activation)
         self._add_projected()
 
     def _attend(self, layer: int, variant: AttentionVariant) -> None:
@@ -167,12 +202,7 @@ class ProgramBuilder:
         query, out = Buffer("query", hp.query_width), Buffer("attended", hp.query_width)
         key, value = Buffer("key", hp.kv_width), Buffer("value", hp.kv_width)
         self._project(prefix, query, key, value)
-        if variant.head_norms:
-            self._rms_norm(f"{prefix}.attn_q_norm", query, query, hp.head_count)
-            self._rms_norm(f"{prefix}.attn_k_norm", key, key, hp.head_count_kv)
-        if variant.table is not None:
-            self._steps.append(steps.Rope(query, hp.head_count, hp.key_length, variant.style, variant.table))
-            self._steps.append(steps.Rope(key, hp.head_count_kv, hp.key_length, variant.style, variant.table))
+        self._place(prefix, variant, query, key)
         self._steps.append(
             steps.Attention(
                 query,
@@ -193,22 +223,39 @@ class ProgramBuilder:
         )
         self._matmul(f"{prefix}.attn_output", out, self._projected)
 
+    def _place(self, prefix: str, variant: AttentionVariant, query: Buffer, key: Buffer) -> None:
+        """Norms and rotations of queries and keys."""
+        hp, norms = self.hyperparameters, variant.head_norms
+        parts = (("q", query, hp.head_count), ("k", key, hp.head_count_kv))
+        if norms in (HeadNorms.PER_HEAD, HeadNorms.WHOLE):
+            self._norm_heads(prefix, parts, whole=norms is HeadNorms.WHOLE)
+        if variant.table is not None:
+            for _, x, heads in parts:
+                self._steps.append(steps.Rope(x, heads, hp.key_length, variant.style, variant.table))
+        if norms is HeadNorms.PER_HEAD_AFTER_ROPE:
+            self._norm_heads(prefix, parts)
+
+    def _norm_heads(self, prefix: str, parts: Iterable[tuple[str, Buffer, int]], *, whole: bool = False) -> None:
+        for name, x, heads in parts:
+            self._rms_norm(f"{prefix}.attn_{name}_norm", x, x, 1 if whole else heads)
+
     def feed_forward(
         self,
         layer: int,
         *,
         fused: bool = False,
         activation: ActivationFunction = ActivationFunction.SILU,
-        post_norm: bool = False,
+        norms: Norms = Norms.BEFORE,
+        norm: str = "ffn_norm",
     ) -> None:
-        """hidden += down(activation(gate) * up) of the normed hidden state; `post_norm` as of `attention`.
+        """hidden += down(activation(gate) * up) of the normed hidden state; `norm` names the norm before it.
 
         `fused`: the rows of gate and up are one tensor, `ffn_up`, the gate's first.
         """
         prefix = f"blk.{layer}"
-        self._norm(f"{prefix}.ffn_norm", self._hidden)
+        self._norm_before(f"{prefix}.{norm}", norms)
         self._gated_inner(prefix, activation, fused=fused)
-        self._add_projected(f"{prefix}.post_ffw_norm" if post_norm else None)
+        self._add_projected(None if norms is Norms.BEFORE else f"{prefix}.post_ffw_norm")
 
     def _gated_inner(self, prefix: str, activation: ActivationFunction, *, fused: bool = False) -> None:
         """projected = down(activation(gate) * up) of the normed hidden state."""
@@ -238,59 +285,36 @@ class ProgramBuilder:
         self._steps.append(steps.Activate(up, activated, activation))
         self._matmul(f"{prefix}.ffn_down", activated, self._projected)
 
-    def experts(self, layer: int, *, normalized: bool = True, shared_width: int = 0) -> None:
-        """hidden += the weighted best experts, of the normed hidden state. Their weights are `normalized` to a sum of
-        one; an expert of `shared_width` that every token uses is weighed by a gate of its own."""
-        prefix = f"blk.{layer}"
-        self._norm(f"{prefix}.ffn_norm", self._hidden)
-        self._choose_experts(prefix, normalized=normalized)
-        if shared_width:
-            self._shared_expert(prefix, shared_width)
+    def experts(self, layer: int, variant: ExpertsVariant, *, norm: str = "ffn_norm") -> None:
+        """hidden += the weighted best experts, of the normed hidden state, and the shared one if there is one."""
+        self._norm(f"blk.{layer}.{norm}", self._hidden)
+        self._mix_experts(f"blk.{layer}", variant)
         self._add_projected()
 
-    def _choose_experts(
-        self, prefix: str, *, normalized: bool, activation_without_gate: ActivationFunction | None = None
-    ) -> None:
-        """projected = the weighted best experts of the normed hidden state."""
-        old = f"{prefix}.ffn_gate.0.weight"
-        if old in self.model.tensors:
-            raise self.error(old, "one tensor for each expert, the form of early 2024", "convert the model again")
-        if (factor := self.keys.real("expert_weights_scale", 0.0, minimum=-1e6, maximum=1e6)) not in (0.0, 1.0):
-            raise self.keys.error("expert_weights_scale", f"{factor:g}, which is not supported")
-        hp, without = self.hyperparameters, activation_without_gate
-        width, ffn, count = hp.embedding_length, hp.expert_feed_forward_length, hp.expert_count
-        gate = None if without else self.weight(f"{prefix}.ffn_gate_exps.weight", (count, ffn, width))
-        self._steps.append(
-            steps.Moe(
-                self._normed,
-                self._projected,
-                router=self.weight(f"{prefix}.ffn_gate_inp.weight", (count, width)),
-                gate=gate,
-                up=self.weight(f"{prefix}.ffn_up_exps.weight", (count, ffn, width)),
-                down=self.weight(f"{prefix}.ffn_down_exps.weight", (count, width, ffn)),
-                experts=count,
-                used=hp.expert_used_count,
-                ffn_width=ffn,
-                normalized=normalized,
-                activation=without or ActivationFunction.SILU,
-            )
-        )
+    def _mix_experts(self, prefix: str, variant: ExpertsVariant) -> None:
+        """projected = the weighted best experts, and the shared one, of the normed hidden state."""
+        buffers = self._normed, self._projected
+        self._steps.append(expert_step(self, prefix, self.hyperparameters, variant, buffers))
+        if variant.shared_width:
+            self._shared_expert(prefix, variant)
 
-    def _shared_expert(self, prefix: str, width: int) -> None:
-        """projected += sigmoid(one number of the normed hidden state) * its feed-forward network."""
-        gate, up = Buffer("gate", width), Buffer("up", width)
+    def _shared_expert(self, prefix: str, variant: ExpertsVariant) -> None:
+        """projected += its feed-forward network, weighed by one number of the normed hidden state if it has a gate."""
+        gate, up = (Buffer(name, variant.shared_width) for name in ("shared gate", "shared up"))
         out = Buffer("shared", self._projected.width)
         self._matmul(f"{prefix}.ffn_gate_shexp", self._normed, gate)
         self._matmul(f"{prefix}.ffn_up_shexp", self._normed, up)
         self._steps.append(steps.SiluMul(gate, up, gate))
         self._matmul(f"{prefix}.ffn_down_shexp", gate, out)
-        weight = self._vector(f"{prefix}.ffn_gate_inp_shexp.weight", self._normed.width)
-        self._steps.append(steps.SigmoidGate(self._normed, out, out, weight))
+        if variant.shared_gate:
+            weight = self.vector(f"{prefix}.ffn_gate_inp_shexp.weight", self._normed.width)
+            self._steps.append(steps.SigmoidGate(self._normed, out, out, weight))
         self._steps.append(steps.Add(self._projected, out, self._projected))
 
     def rope_table(self, rope: RopeParameters | None = None) -> RopeTable:
         """The rotation of every layer, or of those that have one of their own."""
-        return rope_table(rope or self.hyperparameters.rope, self._rope_factors())
+        trained = self.hyperparameters.rope
+        return rope_table(rope or trained, self.rope_factors(trained, self._context_tokens))
 
     def window_rope_table(self) -> RopeTable:
         """The rotation of layers with a window, where these have a base of their own and no scaling."""
@@ -298,55 +322,19 @@ class ProgramBuilder:
         rope = self.hyperparameters.rope
         return self.rope_table(replace(rope, frequency_base=base, scaling=RopeScaling.NONE, factor=1.0))
 
-    def _rope_factors(self) -> tuple[float, ...] | None:
-        """What a tensor of the file divides the frequencies by: `rope_freqs` (since llama 3.1), or one of two by the
-        context that the program is for: as llama.cpp has it, the long ones for all sequences or for none."""
-        original = self.hyperparameters.rope.original_context_length
-        by_context = _LONG_FACTORS if self._context_tokens > original else _SHORT_FACTORS
-        name = _FACTORS if _FACTORS in self.model.tensors else by_context
-        if name not in self.model.tensors:
-            return None
-        self._vector(name, self.hyperparameters.rope.dimension_count // 2)
-        values = np.frombuffer(self.model.tensor(name).read(), "<f4")
-        if not (np.isfinite(values) & (values > 0)).all():
-            raise self.error(name, "holds factors that are not positive numbers")
-        return tuple(values.tolist())
-
-    def require(self, layer: int, *names: str) -> None:
-        """ModelFileError where one of the layer's tensors is missing."""
-        for name in names:
-            self.model.tensor(f"blk.{layer}.{name}")
-
-    def weight(self, name: str, shape: tuple[int, ...]) -> str:
-        """`name`, once the file is known to have such a tensor."""
-        found = self.model.tensor(name).shape
-        if found != shape:
-            raise self.error(name, f"shape {list(reversed(found))}, {list(reversed(shape))} expected")
-        return name
-
-    def error(self, tensor: str, what: str, advice: str = "the file is not usable, take another one") -> ModelFileError:
-        return ModelFileError(f"{self.model.path}: tensor {tensor}: {what}; {advice}")
-
-    def _vector(self, name: str, width: int) -> str:
-        self.weight(name, (width,))
-        found = self.model.tensor(name).quant_type
-        if found is not QuantType.F32:
-            raise self.error(name, f"type {found.name}, F32 expected")
-        return name
-
     def _norm(self, name: str, x: Buffer, out: Buffer | None = None) -> None:
         """To `normed` unless another buffer is named."""
         out = out or self._normed
         if self._layer_norm_epsilon is None:
             self._rms_norm(name, x, out)
             return
-        weight = self._vector(f"{name}.weight", x.width)
-        bias = self._vector(f"{name}.bias", x.width) if self._norm_biases else None
+        weight = self.vector(f"{name}.weight", x.width)
+        bias = self.vector(f"{name}.bias", x.width) if self._norm_biases else None
         self._steps.append(steps.LayerNorm(x, out, weight, bias, self._layer_norm_epsilon))
 
     def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:
         """ModelFileError where the file has the epsilon of the norms with a mean alone."""
-        weight = self._vector(f"{name}.weight", x.width // heads)
+        weight = self.vector(f"{name}.weight", x.width // heads)
         epsilon = self.hyperparameters.rms_epsilon
         if epsilon is None:
             epsilon = self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-13, maximum=0.1)
@@ -356,6 +344,8 @@ class ProgramBuilder:
         """hidden += projected, normed before where a norm is named."""
         if norm is not None:
             self._rms_norm(norm, self._projected, self._projected)
+        if self._residual_scale != 1.0:
+            self._steps.append(steps.Scale(self._projected, self._projected, self._residual_scale))
         self._steps.append(steps.Add(self._hidden, self._projected, self._hidden))
 
     def _project(self, prefix: str, query: Buffer, key: Buffer, value: Buffer) -> None:
@@ -380,4 +370,4 @@ class ProgramBuilder:
         weight = self.weight(f"{name}.weight", (out.width, x.width))
         bias = f"{name}.bias"
         has_bias = bias in self.model.tensors
-        self._steps.append(steps.MatMul(x, out, weight, self._vector(bias, out.width) if has_bias else None))
+        self._steps.append(steps.MatMul(x, out, weight, self.vector(bias, out.width) if has_bias else None))

@@ -1,12 +1,14 @@
-"""LLaMA and models of its layers: llama, internlm2, baichuan."""
+"""LLaMA and models of its layers: llama, internlm2, baichuan, smollm3, seed_oss, ernie4_5, hunyuan-dense."""
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
+from llamaclust.model.architectures.experts import ExpertsVariant
+from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
 from llamaclust.model.architectures.positions import alibi_slopes
 from llamaclust.model.program import RopeStyle
 
 _BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS = 32, 40
+_SMOLLM3_PERIOD = 4
 
 
 def llama(builder: ProgramBuilder) -> None:
@@ -18,7 +20,7 @@ def llama(builder: ProgramBuilder) -> None:
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, builder.hyperparameters.sliding_window))
         if builder.hyperparameters.expert_count:
-            builder.experts(layer)
+            builder.experts(layer, ExpertsVariant())
         else:
             builder.feed_forward(layer)
 
@@ -45,4 +47,37 @@ def baichuan(builder: ProgramBuilder) -> None:
     slopes = alibi_slopes(heads) if layers == _BAICHUAN_13B_LAYERS else None
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, slopes=slopes))
+        builder.feed_forward(layer)
+
+
+def smollm3(builder: ProgramBuilder) -> None:
+    """SmolLM 3: every fourth layer has no rotation."""
+    table = builder.rope_table()
+    for layer in builder.layers():
+        rotated = (layer + 1) % _SMOLLM3_PERIOD != 0
+        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table if rotated else None))
+        builder.feed_forward(layer)
+
+
+def seed_oss(builder: ProgramBuilder) -> None:
+    """Seed-OSS: biases on q, k and v; the norm before the feed-forward network is named after attention."""
+    table = builder.rope_table()
+    for layer in builder.layers():
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
+        builder.feed_forward(layer, norm="post_attention_norm")
+
+
+def ernie4_5(builder: ProgramBuilder) -> None:
+    """ERNIE 4.5 without experts."""
+    table = builder.rope_table()
+    for layer in builder.layers():
+        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table))
+        builder.feed_forward(layer)
+
+
+def hunyuan_dense(builder: ProgramBuilder) -> None:
+    """Hunyuan 0.5B to 7B: q and k are normed head by head after they are rotated."""
+    table = builder.rope_table()
+    for layer in builder.layers():
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD_AFTER_ROPE))
         builder.feed_forward(layer)

@@ -25,7 +25,9 @@ def rope_table(rope: RopeParameters, factors: tuple[float, ...] | None = None) -
         if rope.scaling is RopeScaling.YARN and rope.extrapolation_factor != 0:
             shares = _yarn_shares(rope)
             mixed = [s * (1 - share) + p * share for s, p, share in zip(stretched, plain, shares, strict=True)]
-            magnitude = Decimal(rope.attention_factor) * (1 + Decimal(rope.factor).ln() / 10)
+            tenth = Decimal(rope.factor).ln() / 10
+            divisor = 1 + Decimal(rope.log_multiplier) * tenth
+            magnitude = Decimal(rope.attention_factor) * (1 + tenth) / divisor
             return RopeTable(tuple(map(float, mixed)), float(magnitude))
         return RopeTable(tuple(map(float, stretched)), rope.attention_factor)
 

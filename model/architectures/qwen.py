@@ -5,7 +5,8 @@ A sliding window that the file names is not used: the models' configurations nam
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
+from llamaclust.model.architectures.experts import ExpertsVariant
+from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
 from llamaclust.model.program import RopeStyle
 
 _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
@@ -26,11 +27,12 @@ def qwen2moe(builder: ProgramBuilder) -> None:
     shared = builder.keys.count(
         "expert_shared_feed_forward_length", builder.hyperparameters.feed_forward_length, maximum=1 << 20
     )
+    variant = ExpertsVariant(normalized=False, shared_width=shared, shared_gate=True)
     table = builder.rope_table()
     for layer in builder.layers():
         builder.require(layer, *_BIASES)
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
-        builder.experts(layer, normalized=False, shared_width=shared)
+        builder.experts(layer, variant)
 
 
 def qwen3(builder: ProgramBuilder) -> None:
@@ -38,7 +40,7 @@ def qwen3(builder: ProgramBuilder) -> None:
     reranker's head there are two rows alone, those of `yes` and `no`."""
     table = builder.rope_table()
     for layer in builder.layers(may_rank=True):
-        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=True))
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD))
         builder.feed_forward(layer)
 
 
@@ -46,5 +48,5 @@ def qwen3moe(builder: ProgramBuilder) -> None:
     """Qwen 3 with experts in every layer, with normalized weights (`norm_topk_prob` of all models of this kind)."""
     table = builder.rope_table()
     for layer in builder.layers():
-        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=True))
-        builder.experts(layer)
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD))
+        builder.experts(layer, ExpertsVariant())

@@ -124,7 +124,7 @@ def test_windows_of_encoders_give_up_no_keys(name: str, tmp_path: Path) -> None:
         ("modern-bert", {"hidden_activation": "relu"}, "", "hidden_activation': 'relu' is not supported"),
         ("jina-bert-v3", {"attention.causal": True}, "", "attention.causal': True, which is not supported"),
         ("qwen3", {"attention.causal": False}, "", "attention.causal': False, which is not supported"),
-        ("bert", {"attention.causal": 0}, "", "attention.causal': not a truth value"),
+        ("bert", {"attention.causal": 0}, "", "attention.causal': '0', true or false expected"),
         ("nomic-bert-moe", {}, "blk.1.ffn_up_exps.weight", "blk.1.ffn_up_exps.weight"),
         ("nomic-bert-moe", {"moe_every_n_layers": -1}, "", "moe_every_n_layers"),
         ("nomic-bert-moe", {"expert_count": 0, "expert_used_count": 0}, "", "blk.1.ffn_gate_inp.weight"),

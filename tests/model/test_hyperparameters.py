@@ -10,7 +10,7 @@ import pytest
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import WritableValue, write_gguf
-from llamaclust.model.hyperparameters import Hyperparameters, RopeScaling, read_hyperparameters
+from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeScaling, read_hyperparameters
 from support.paths import DATA
 
 BASE: dict[str, WritableValue] = {
@@ -27,10 +27,14 @@ BASE: dict[str, WritableValue] = {
 
 def read(folder: Path, **changes: WritableValue | None) -> Hyperparameters:
     """`changes` replaces keys of `llama.` (dots written __); None leaves one out."""
+    return read_hyperparameters(keys_of(folder, **changes).model)
+
+
+def keys_of(folder: Path, **changes: WritableValue | None) -> ModelKeys:
     values = BASE | {f"llama.{key.replace('__', '.')}": value for key, value in changes.items()}
     path = folder / "m.gguf"
     write_gguf(path, {key: value for key, value in values.items() if value is not None}, [])
-    return read_hyperparameters(open_model(path))
+    return ModelKeys(open_model(path), "llama")
 
 
 def test_golden_model() -> None:
@@ -58,14 +62,40 @@ def test_defaults(tmp_path: Path) -> None:
         ("expert_gating_func", 1, 2),
         ("logit_scale", 1.0, 0.0625),
         ("residual_scale", 1.0, np.array([1.0, 0.5], np.float32)),
+        ("expert_group_count", 1, 8),
+        ("expert_weights_scale", 1.0, 2.5),
+        ("swiglu_clamp_exp", np.array([0.0, 0.0], np.float32), np.array([0.0, 7.0], np.float32)),
+        ("attention__shared_kv_layers", 0, 15),
+        ("attn_logit_softcapping", 0.0, "30"),
     ],
 )
 def test_keys_that_would_change_the_arithmetic_are_refused(
     tmp_path: Path, key: str, neutral: WritableValue, other: WritableValue
 ) -> None:
-    assert read(tmp_path, **{key: neutral}) == read(tmp_path)
-    with pytest.raises(ModelFileError, match=rf"llama\.{key.replace('__', '.')}': .*, which is not supported"):
-        read(tmp_path, **{key: other})
+    """Unless the architecture reads them."""
+    name = key.replace("__", ".")
+    keys_of(tmp_path, **{key: neutral}).refuse_unread()
+    with pytest.raises(ModelFileError, match=rf"llama\.{name}': .*, which is not supported"):
+        keys_of(tmp_path, **{key: other}).refuse_unread()
+
+
+def test_a_key_that_is_read_is_not_refused(tmp_path: Path) -> None:
+    keys = keys_of(tmp_path, logit_scale=4.0)
+    assert keys.real("logit_scale", minimum=0, maximum=10) == 4.0
+    keys.refuse_unread()
+
+
+def test_flags(tmp_path: Path) -> None:
+    keys = keys_of(tmp_path, expert_weights_norm=True, bad=1)
+    assert keys.flag("expert_weights_norm", False) and not keys.flag("other", False) and keys.flag("other", True)
+    with pytest.raises(ModelFileError, match="bad': '1', true or false expected"):
+        keys.flag("bad", False)
+
+
+def test_layers_that_predict_further_tokens_are_kept_apart(tmp_path: Path) -> None:
+    assert read(tmp_path, nextn_predict_layers=1).block_count == 3
+    with pytest.raises(ModelFileError, match="nextn_predict_layers': 4, 0 to 3"):
+        read(tmp_path, nextn_predict_layers=4)
 
 
 def test_sliding_window(tmp_path: Path) -> None:

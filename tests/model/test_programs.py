@@ -14,7 +14,7 @@ import pytest
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.architectures import build_program
-from llamaclust.model.architectures.layers import FACTOR_TENSORS
+from llamaclust.model.architectures.tensors import FACTOR_TENSORS
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import FileIdentity
 from llamaclust.model.loader import Model
@@ -185,7 +185,7 @@ def test_parts_of_a_product_lie_side_by_side(make: Callable[..., ModelFile]) -> 
 def test_experts(make: Callable[..., ModelFile]) -> None:
     for name, normalized in (("qwen2moe", False), ("qwen3moe", True), ("llama-experts", True)):
         assert {step.normalized for step in whole(make(name)).steps if isinstance(step, Moe)} == {normalized}
-        with pytest.raises(ModelFileError, match=r"expert_weights_scale.*2\.5, which is not supported"):
+        with pytest.raises(ModelFileError, match=r"expert_weights_scale.*'2\.5', which is not supported"):
             whole(make(name, expert_weights_scale=2.5))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from llamaclust.core.errors import LlamaclustError, ModelFileError
-from llamaclust.model.architectures.layers import FACTOR_TENSORS
+from llamaclust.model.architectures.tensors import FACTOR_TENSORS
 from llamaclust.model.gguf.tensors import FileIdentity
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache

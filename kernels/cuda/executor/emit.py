@@ -112,8 +112,7 @@ class Emitter:
             case ir.RmsNorm():
                 yield elementwise.rms_norm(step, x, self.ops.vector(step.weight), out, rows)
             case ir.LayerNorm():
-                assert step.bias is not None, "only encoders have norms without a bias"
-                weight, bias = self.ops.vector(step.weight), self.ops.vector(step.bias)
+                weight, bias = self.ops.vector(step.weight), self._bias(step)
                 yield elementwise.layer_norm(step, x, weight, bias, out, rows)
             case ir.AddPosition():
                 added = self.ops.scratch("positions", width)
@@ -131,6 +130,12 @@ class Emitter:
                 operation, number = operation_of(step)
                 numbers = () if number is None else (np.float32(number),)
                 yield elementwise.elementwise(operation, (x, *others, *numbers), out, width, rows)
+
+    def _bias(self, step: ir.LayerNorm) -> np.uint64:
+        """Zeros where it has none."""
+        if step.bias is not None:
+            return self.ops.vector(step.bias)
+        return self.ops.layout.constant(np.zeros(step.out.width, np.float32))
 
     def _rotations(self) -> Iterator[Launch]:
         """Of every table, once for all layers."""

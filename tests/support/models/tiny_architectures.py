@@ -37,11 +37,21 @@ class Tiny:
     experts: int = 0
     shared_ffn: int = 0
     biases: tuple[str, ...] = ()  # of which products in a layer
+    used: int = 3  # of the experts
+    expert_type: QuantType = QuantType.F32
+    expert_biases: bool = False  # of router and experts
+    selection_bias: bool = False
+    shared_gate: bool = True
+    dense: int = 0  # leading layers without experts
     fused: bool = False  # q, k and v in one tensor; gate and up in one
+    sinks: bool = False
     head_norms: bool = False
+    whole_norms: bool = False  # of q and k
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of a layer
     post_norms: bool = False
     tied: bool = False
-    layer_norms: tuple[str, ...] = ()  # norms with a mean and a bias: those of a layer
+    layer_norms: tuple[str, ...] = ()  # in place of `norms`, with a mean and a bias
+    norm_biases: bool = True
     positions: bool = False
     plain: bool = False  # no gate in the feed-forward network
     factors: tuple[str, ...] = ()
@@ -49,6 +59,7 @@ class Tiny:
     keys: dict[str, WritableValue] = field(default_factory=dict)
 
 
+_BYTE_LEVEL = ("qwen", "gpt", "falcon", "starcoder2", "smollm3", "olmo2", "exaone4", "seed_oss", "glm4moe", "cohere2")
 _QKV = ("attn_q", "attn_k", "attn_v")
 _GEMMA: dict[str, Any] = {"hidden": 64, "head_dim": 32, "tied": True}
 _PHI3: dict[str, Any] = {
@@ -59,6 +70,13 @@ _PHI3: dict[str, Any] = {
         "rope.scaling.attn_factor": 1.19,
         "rope.dimension_count": 12,
     },
+}
+
+_GRANITE: dict[str, WritableValue] = {
+    "embedding_scale": 3.0,
+    "attention.scale": 0.125,
+    "residual_scale": 0.5,
+    "logit_scale": 4.0,
 }
 
 MODELS = MappingProxyType(
@@ -129,6 +147,47 @@ MODELS = MappingProxyType(
                 "rope.scaling.factor": 8.0,
             },
         ),
+        "smollm3": Tiny("smollm3", layers=5, tied=True),
+        "seed_oss": Tiny("seed_oss", head_dim=32, biases=_QKV, norms=("attn_norm", "post_attention_norm")),
+        "ernie4_5": Tiny("ernie4_5", tied=True),
+        "hunyuan-dense": Tiny("hunyuan-dense", head_norms=True, tied=True),
+        "olmo2": Tiny("olmo2", whole_norms=True, norms=(), post_norms=True),
+        "olmo2-windows": Tiny(
+            "olmo2",
+            layers=5,
+            whole_norms=True,
+            norms=(),
+            post_norms=True,
+            keys={
+                "attention.sliding_window": 6,
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 8.0,
+                "rope.scaling.original_context_length": 16,
+            },
+        ),
+        "exaone4": Tiny("exaone4", head_norms=True, norms=(), post_norms=True, tied=True),
+        "exaone4-windows": Tiny(
+            "exaone4",
+            layers=64,
+            hidden=32,
+            ffn=32,
+            heads=2,
+            kv_heads=1,
+            head_norms=True,
+            norms=(),
+            post_norms=True,
+            keys={"attention.sliding_window": 6},
+        ),
+        "granite": Tiny("granite", keys=_GRANITE),
+        "cohere2": Tiny(
+            "cohere2",
+            layers=5,
+            layer_norms=("attn_norm",),
+            norm_biases=False,
+            tied=True,
+            keys={"attention.sliding_window": 6, "logit_scale": 0.25},
+        ),
+        "granitemoe": Tiny("granitemoe", experts=6, shared_ffn=80, shared_gate=False, keys=_GRANITE),
     }
 )
 
@@ -138,10 +197,14 @@ def build_architecture(path: Path, name: str) -> Path:
     tiny = MODELS[name]
     tensors = [*_ends(tiny)]
     for layer in range(tiny.layers):
-        tensors += _layer(tiny, f"blk.{layer}")
-    sources = [source_of(tensor, QuantType.F32, seed=1) for tensor in tensors]
+        tensors += _layer(tiny, f"blk.{layer}", dense=layer < tiny.dense)
+    sources = [source_of(tensor, _type(tiny, tensor.name), seed=1) for tensor in tensors]
     write_gguf(path, _metadata(tiny), sources)
     return path
+
+
+def _type(tiny: Tiny, name: str) -> QuantType:
+    return tiny.expert_type if name.endswith("_exps.weight") else QuantType.F32
 
 
 def _ends(tiny: Tiny) -> Iterator[RandomTensor]:
@@ -149,7 +212,7 @@ def _ends(tiny: Tiny) -> Iterator[RandomTensor]:
     if tiny.positions:
         yield RandomTensor("position_embd.weight", (_CONTEXT, tiny.hidden), 0.2)
     yield norm("output_norm", tiny.hidden)
-    if tiny.layer_norms:
+    if tiny.layer_norms and tiny.norm_biases:
         yield RandomTensor("output_norm.bias", (tiny.hidden,), 0.2)
     if not tiny.tied:
         yield matrix("output", VOCABULARY, tiny.hidden, gain=3.0)
@@ -159,15 +222,13 @@ def _ends(tiny: Tiny) -> Iterator[RandomTensor]:
         yield RandomTensor(f"{factor}.weight", (rotating // 2,), 0.2, mean=2.0 + index)
 
 
-def _layer(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
-    for part in tiny.layer_norms:
+def _layer(tiny: Tiny, name: str, *, dense: bool) -> Iterator[RandomTensor]:
+    for part in tiny.layer_norms or tiny.norms:
         yield norm(f"{name}.{part}", tiny.hidden)
-        yield RandomTensor(f"{name}.{part}.bias", (tiny.hidden,), 0.2)
-    if not tiny.layer_norms:
-        yield norm(f"{name}.attn_norm", tiny.hidden)
-        yield norm(f"{name}.ffn_norm", tiny.hidden)
+        if tiny.layer_norms and tiny.norm_biases:
+            yield RandomTensor(f"{name}.{part}.bias", (tiny.hidden,), 0.2)
     yield from _attention(tiny, name)
-    yield from _experts(tiny, name) if tiny.experts else _feed_forward(tiny, name)
+    yield from _experts(tiny, name) if tiny.experts and not dense else _feed_forward(tiny, name)
     if tiny.post_norms:
         yield norm(f"{name}.post_attention_norm", tiny.hidden)
         yield norm(f"{name}.post_ffw_norm", tiny.hidden)
@@ -181,16 +242,19 @@ def _attention(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
     yield matrix(f"{name}.attn_output", tiny.hidden, query)
     for part in tiny.biases:
         yield RandomTensor(f"{name}.{part}.bias", ((widths | {"ffn_up": tiny.ffn}).get(part, tiny.hidden),), 0.3)
-    if tiny.head_norms:
-        yield norm(f"{name}.attn_q_norm", tiny.head_dim)
-        yield norm(f"{name}.attn_k_norm", tiny.head_dim)
+    if tiny.head_norms or tiny.whole_norms:
+        yield norm(f"{name}.attn_q_norm", query if tiny.whole_norms else tiny.head_dim)
+        yield norm(f"{name}.attn_k_norm", kv if tiny.whole_norms else tiny.head_dim)
+    if tiny.sinks:
+        yield RandomTensor(f"{name}.attn_sinks.weight", (tiny.heads,), 1.0, mean=1.0)
 
 
 def _feed_forward(tiny: Tiny, name: str, suffix: str = "", ffn: int | None = None) -> Iterator[RandomTensor]:
     width = ffn or tiny.ffn
-    if not tiny.fused and not tiny.plain:
+    fused = tiny.fused and not tiny.experts
+    if not fused and not tiny.plain:
         yield matrix(f"{name}.ffn_gate{suffix}", width, tiny.hidden)
-    yield matrix(f"{name}.ffn_up{suffix}", width * (2 if tiny.fused and not tiny.plain else 1), tiny.hidden)
+    yield matrix(f"{name}.ffn_up{suffix}", width * (2 if fused and not tiny.plain else 1), tiny.hidden)
     yield matrix(f"{name}.ffn_down{suffix}", tiny.hidden, width)
 
 
@@ -199,8 +263,15 @@ def _experts(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
     yield matrix(f"{name}.ffn_gate_exps", tiny.experts, tiny.ffn, tiny.hidden)
     yield matrix(f"{name}.ffn_up_exps", tiny.experts, tiny.ffn, tiny.hidden)
     yield matrix(f"{name}.ffn_down_exps", tiny.experts, tiny.hidden, tiny.ffn)
+    if tiny.expert_biases:
+        yield RandomTensor(f"{name}.ffn_gate_inp.bias", (tiny.experts,), 0.5)
+        for part, width in (("gate", tiny.ffn), ("up", tiny.ffn), ("down", tiny.hidden)):
+            yield RandomTensor(f"{name}.ffn_{part}_exps.bias", (tiny.experts, width), 0.5)
+    if tiny.selection_bias:
+        yield RandomTensor(f"{name}.exp_probs_b.bias", (tiny.experts,), 0.3)
     if tiny.shared_ffn:
-        yield RandomTensor(f"{name}.ffn_gate_inp_shexp.weight", (tiny.hidden,), 2 / tiny.hidden**0.5)
+        if tiny.shared_gate:
+            yield RandomTensor(f"{name}.ffn_gate_inp_shexp.weight", (tiny.hidden,), 2 / tiny.hidden**0.5)
         yield from _feed_forward(tiny, name, "_shexp", tiny.shared_ffn)
 
 
@@ -219,13 +290,17 @@ def _metadata(tiny: Tiny) -> dict[str, WritableValue]:
         "vocab_size": VOCABULARY,
     }
     if tiny.experts:
-        numbers |= {"expert_count": tiny.experts, "expert_used_count": 3, "expert_feed_forward_length": tiny.ffn}
+        numbers |= {
+            "expert_count": tiny.experts,
+            "expert_used_count": tiny.used,
+            "expert_feed_forward_length": tiny.ffn,
+        }
     if tiny.shared_ffn:
         numbers |= {"expert_shared_feed_forward_length": tiny.shared_ffn}
     general: dict[str, WritableValue] = {
         "general.architecture": tiny.architecture,
         "general.name": "tiny random model",
     }
-    tokenizer = byte_level if tiny.architecture.startswith(("qwen", "gpt2", "falcon", "starcoder2")) else sentencepiece
+    tokenizer = byte_level if tiny.architecture.startswith(_BYTE_LEVEL) else sentencepiece
     own = {f"{tiny.architecture}.{key}": value for key, value in (numbers | tiny.keys).items()}
     return general | own | tokenizer(VOCABULARY)

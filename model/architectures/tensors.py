@@ -1,0 +1,74 @@
+"""The tensors of a model file as programs name them: each is checked against the file as it is named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.hyperparameters import MAX_LAYERS, NEXTN_KEY, ModelKeys, RopeParameters, read_architecture
+from llamaclust.model.quant_types import QuantType
+
+_FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
+"""Tensors that become part of the program and are none of its weights."""
+
+
+class CheckedTensors:
+    """Names of a file's tensors. ModelFileError for one that is missing, or of another shape or type."""
+
+    def __init__(self, model: ModelFile) -> None:
+        self.model = model
+
+    def has(self, name: str) -> bool:
+        return name in self.model.tensors
+
+    def require(self, layer: int, *names: str) -> None:
+        """Checks that the layer has these tensors."""
+        for name in names:
+            self.model.tensor(f"blk.{layer}.{name}")
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> str:
+        """`name`, once the file is known to have such a tensor."""
+        found = self.model.tensor(name).shape
+        if found != shape:
+            raise self.error(name, f"shape {list(reversed(found))}, {list(reversed(shape))} expected")
+        return name
+
+    def vector(self, name: str, width: int) -> str:
+        """The same for a vector of float32."""
+        self.weight(name, (width,))
+        found = self.model.tensor(name).quant_type
+        if found is not QuantType.F32:
+            raise self.error(name, f"type {found.name}, F32 expected")
+        return name
+
+    def optional_vector(self, name: str, width: int) -> str | None:
+        return self.vector(name, width) if self.has(name) else None
+
+    def rope_factors(self, rope: RopeParameters, context_tokens: int) -> tuple[float, ...] | None:
+        """What a tensor of the file divides the frequencies by: `rope_freqs` (since llama 3.1), or one of two by the
+        context that the program is for: as llama.cpp has it, the long ones for all sequences or for none."""
+        by_context = _LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
+        name = _FACTORS if self.has(_FACTORS) else by_context
+        if not self.has(name):
+            return None
+        self.vector(name, rope.dimension_count // 2)
+        values = np.frombuffer(self.model.tensor(name).read(), "<f4")
+        if not (np.isfinite(values) & (values > 0)).all():
+            raise self.error(name, "holds factors that are not positive numbers")
+        return tuple(values.tolist())
+
+    def error(self, tensor: str, what: str, advice: str = "the file is not usable, take another one") -> ModelFileError:
+        return ModelFileError(f"{self.model.path}: tensor {tensor}: {what}; {advice}")
+
+
+def nextn_tensors(model: ModelFile) -> Iterator[str]:
+    """Tensors of heads that predict further tokens, in layers behind the others: kept apart, and in no program."""
+    keys = ModelKeys(model, read_architecture(model))
+    count = keys.count(NEXTN_KEY, 0, minimum=0, maximum=MAX_LAYERS)
+    layers = keys.count("block_count", maximum=MAX_LAYERS)
+    prefixes = tuple(f"blk.{layer}." for layer in range(layers - count, layers))
+    return (name for name in model.tensors if name.startswith(prefixes)) if prefixes else iter(())

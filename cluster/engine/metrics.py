@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.engine.throughput import MeasuredSpeed, RecentSums, SpeedMeter
-from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.cluster.scheduler.requests import Operation, Timings
 from llamaclust.cluster.scheduler.scheduler import Counts
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 
@@ -24,15 +24,25 @@ _PREFILL_ROWS = 32
 """Microbatches of at least so many rows are bound by arithmetic, as prompts are."""
 _TTFT = "time_to_first_token_seconds", "From arrival to answer"
 _TPOT = "time_per_output_token_seconds", "Mean of a request"
+_DURATION = "request_duration_seconds", "From arrival to the last token"
+_TOKENS = "request_tokens", "Tokens of a request"
 _ROWS = "microbatch_rows", "Rows of a microbatch"
 _RECOVERY = "recovery_seconds", "Pauses after a loss"
 _BUCKETS: dict[tuple[str, str], Sequence[float]] = {
-    _TTFT: (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
-    _TPOT: (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+    _TTFT: (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 300),
+    _TPOT: (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5),
+    _DURATION: (*(0.01 * (1 << power) for power in range(14)), 300, 600),
+    _TOKENS: tuple(4**power for power in range(11)),
     _ROWS: tuple(1 << power for power in range(13)),
     _RECOVERY: (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
 }
-"""Of histograms, by name and description."""
+"""Of histograms, by name and description: those of OpenTelemetry's conventions, and shorter and longer ones."""
+_LABELS: dict[tuple[str, str], Sequence[str]] = {
+    _TTFT: ("operation",),
+    _TPOT: ("operation",),
+    _DURATION: ("operation", "finish_reason"),
+    _TOKENS: ("operation", "type"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,17 @@ class StageReport:
     prefill_ms: float | None  # a row, in microbatches of many rows
     utilization: float  # share of the time that it computed
     tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRequest:
+    """A sequence that has ended."""
+
+    reason: str  # a finish reason or `error`
+    timings: Timings
+    seconds: float  # since it was submitted
+    operation: Operation = Operation.TEXT_COMPLETION
+    is_restored: bool = False  # with tokens of an earlier run
 
 
 @dataclass(slots=True)
@@ -139,7 +160,9 @@ class Metrics(Collector):
             "llamaclust_kv_disk_tokens", "Prompt tokens whose KV memory was read from disk", registry=self.registry
         )
         self._histograms = {
-            (name, what): Histogram(f"llamaclust_{name}", what, buckets=buckets, registry=self.registry)
+            (name, what): Histogram(
+                f"llamaclust_{name}", what, _LABELS.get((name, what), ()), buckets=buckets, registry=self.registry
+            )
             for (name, what), buckets in _BUCKETS.items()
         }
         self._counts = counts
@@ -171,19 +194,22 @@ class Metrics(Collector):
         if result.timings:
             self._histograms[_ROWS].observe(result.timings[0].rows)
 
-    def finished(self, reason: str, timings: Timings, *, is_restored: bool = False) -> None:
-        """A request has ended; `reason` is a finish reason or `error`. The times of one that is restored with a part of
-        its answer say nothing of the cluster's speed."""
-        self._finished.labels(reason).inc()
+    def finished(self, request: EndedRequest) -> None:
+        """The times of one that is restored with a part of its answer say nothing of the cluster's speed."""
+        timings, operation = request.timings, request.operation
+        self._finished.labels(request.reason).inc()
         self._prompt.inc(timings.prompt_tokens)
-        if is_restored:
+        if request.is_restored:
             return
+        self._histograms[_DURATION].labels(operation, request.reason).observe(request.seconds)
+        self._histograms[_TOKENS].labels(operation, "input").observe(timings.prompt_tokens)
+        self._histograms[_TOKENS].labels(operation, "output").observe(timings.generated_tokens)
         self._speed.finished(timings)
         self.sums.add(timings)
         if timings.generated_tokens:
-            self._histograms[_TTFT].observe(timings.ttft_ms / 1e3)
+            self._histograms[_TTFT].labels(operation).observe(timings.ttft_ms / 1e3)
         if timings.decode_tok_s > 0:
-            self._histograms[_TPOT].observe(1 / timings.decode_tok_s)
+            self._histograms[_TPOT].labels(operation).observe(1 / timings.decode_tok_s)
 
     @property
     def generated_tokens(self) -> int:

@@ -10,7 +10,7 @@ from copy import copy
 from time import monotonic_ns
 from typing import Self
 
-from llamaclust.cluster.engine.metrics import Metrics
+from llamaclust.cluster.engine.metrics import EndedRequest, Metrics
 from llamaclust.cluster.engine.waterfalls import Waterfalls
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, PromptProgress, Timings, TokenSampled
 from llamaclust.cluster.scheduler.sequences import Failed, Sequence, Update
@@ -106,17 +106,18 @@ class OpenRequests:
         mailbox.close(error)
         now_ns = monotonic_ns()
         self._waterfalls.ended(key, str(reason), now_ns)
-        timings = mailbox.sequence.timings()
-        self._metrics.finished(reason, timings, is_restored=bool(mailbox.sequence.request.answered))
+        sequence = mailbox.sequence
+        request, timings, seconds = sequence.request, sequence.timings(), (now_ns - sequence.arrived_ns) / 1e9
+        ended = EndedRequest(str(reason), timings, seconds, request.operation, is_restored=bool(request.answered))
+        self._metrics.finished(ended)
         if _log.isEnabledFor(logging.INFO):
-            sequence = mailbox.sequence
             fields = {  # none of its text
-                "request": sequence.request.request_id,
+                "request": request.request_id,
                 "reason": str(reason),
                 "prompt_tokens": timings.prompt_tokens,
                 "tokens": timings.generated_tokens,
                 "ttft_ms": round(timings.ttft_ms, 3),
-                "seconds": round((now_ns - sequence.arrived_ns) / 1e9, 3),
+                "seconds": round(seconds, 3),
             }
             _log.info("request ended%s", f": {error}" if error else "", extra=fields)
         if not self._mailboxes:

@@ -16,6 +16,14 @@ class FinishReason(StrEnum):
     ABORT = "abort"  # the caller cancelled it
 
 
+class Operation(StrEnum):
+    """What a request is for, by OpenTelemetry's names."""
+
+    CHAT = "chat"
+    TEXT_COMPLETION = "text_completion"
+    EMBEDDINGS = "embeddings"
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to run: a prompt and how to go on from it."""
@@ -41,6 +49,7 @@ class GenerationRequest:
     reasoning: Reasoning | None = None  # of an answer whose reasoning has a budget, or delays the grammar
     with_logprobs: bool = False  # else tokens that must follow are not computed one by one, and have logprob 0
     answered: tuple[RowResult, ...] = ()  # the answer's first tokens, known from an earlier run; without Mirostat
+    operation: Operation = field(default=Operation.TEXT_COMPLETION, compare=False)
     received_ns: int = field(default=0, compare=False)  # when its client's request came; 0: as it is submitted
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream
-from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbedded
+from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation, PromptEmbedded
 from llamaclust.cluster.text.pooler import EUCLIDEAN, Float64, Pooler, Vector, normalized
 from llamaclust.core.errors import QueueFullError, WorkerError
 from llamaclust.model.pooling import Pooling
@@ -90,9 +90,15 @@ class Embedder:
 
 
 def _request(name: str, group: str, prompt: tuple[int, ...], options: EmbeddingOptions) -> GenerationRequest:
-    embedded = options.pooling.rows(len(prompt)) if prompt else None  # the engine refuses an empty one
-    salt = options.cache_salt
-    return GenerationRequest(name, prompt, max_new_tokens=0, embedded=embedded, cache_salt=salt, group=group)
+    return GenerationRequest(
+        name,
+        prompt,
+        max_new_tokens=0,
+        embedded=options.pooling.rows(len(prompt)) if prompt else None,  # the engine refuses an empty one
+        cache_salt=options.cache_salt,
+        group=group,
+        operation=Operation.EMBEDDINGS,
+    )
 
 
 async def _pooled(stream: RequestStream, request: GenerationRequest, options: EmbeddingOptions) -> Embedding:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
+from llamaclust.cluster.scheduler.requests import Operation
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
 from llamaclust.cluster.text.chat_format import AnswerReading
 from llamaclust.core.errors import ParameterError
@@ -55,6 +56,7 @@ class CompletionRequest:
     reasoning: Reasoning | None = None  # of each answer, where it has a budget or delays the grammar
     with_logprobs: bool = False  # of each token; else those that must follow have logprob 0
     reading: AnswerReading | None = None  # of a chat's answer
+    operation: Operation = field(default=Operation.TEXT_COMPLETION, compare=False)
     answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
     received_ns: int = field(default=0, compare=False)  # when the client's request came; 0: as it is submitted
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
-from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
 from llamaclust.cluster.text.budget import EntryBudget
 from llamaclust.cluster.text.call_constraint import answer_grammar
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode, render
@@ -235,7 +235,7 @@ class TextService:
             self._check_characters(len(unguarded(rendered.prompt)))
             prompt = await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered.prompt)
         reading = rendered.reading and replace(rendered.reading, shown_control_ids=self.chat_format.control_ids)
-        return replace(chat.answer, prompt=tuple(prompt), reading=reading)
+        return replace(chat.answer, prompt=tuple(prompt), reading=reading, operation=Operation.CHAT)
 
     async def chat_text(self, chat: ChatRequest) -> str:
         """A chat as the model will see it."""
@@ -333,5 +333,6 @@ class TextService:
             grammar=request.grammar,
             reasoning=request.reasoning,
             with_logprobs=request.with_logprobs,
+            operation=request.operation,
             received_ns=request.received_ns,
         )

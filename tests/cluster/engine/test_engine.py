@@ -18,6 +18,7 @@ from llamaclust.wire.microbatch.messages import Result
 from support.clusters.fakes import VOCABULARY, FakePipeline, expected, tokens_of
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=8, max_waiting=4)
+COMPLETIONS = '{operation="text_completion"}'
 
 
 @asynccontextmanager
@@ -219,7 +220,7 @@ async def test_metrics_and_stage_report() -> None:
         assert values['llamaclust_requests_total{finish_reason="length"}'] == "3.0"
         assert values['llamaclust_requests_total{finish_reason="abort"}'] == "1.0"
         assert float(values["llamaclust_generated_tokens_total"]) == 90
-        assert float(values["llamaclust_time_to_first_token_seconds_count"]) == 3
+        assert float(values[f"llamaclust_time_to_first_token_seconds_count{COMPLETIONS}"]) == 3
         assert float(values['llamaclust_kv_blocks{state="free"}']) == SETTINGS.kv_blocks
         assert float(values['llamaclust_stage_compute_seconds_total{stage="1",worker="w1"}']) > 0
         assert float(values["llamaclust_prefix_cache_hit_tokens_total"]) == 32

@@ -172,7 +172,7 @@ class Engine:
         in_flight = lane.scheduler.in_flight
         slices, sent_ns = in_flight.slices(result.number), in_flight.oldest_ns or now_ns
         updated = lane.scheduler.complete(result, now_ns)
-        self.waterfalls.computed(slices, ComputedMicrobatch.of(lane.workers, result.timings, sent_ns, now_ns))
+        self.waterfalls.computed(slices, ComputedMicrobatch.of(lane.pipeline.stages, result.timings, sent_ns, now_ns))
         if self.retirement is not None:
             updated = self.retirement.receive(updated)
             self._advance_retirement()

@@ -33,7 +33,6 @@ class Lane:
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler, owner: LaneOwner, deadlines: EngineSettings) -> None:
         self.pipeline = pipeline
         self.scheduler = scheduler
-        self.workers = tuple(stage.worker for stage in pipeline.stages)
         self._owner = owner
         self._deadlines = deadlines
         self.kv_disk = KvDisk(pipeline.kv_disks, scheduler, self)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.wire.microbatch.messages import Chunk, StageTiming
 
 PARTS = 3
@@ -38,7 +39,7 @@ class WaterfallPhase:
 
     kind: PhaseKind
     start_ns: int
-    workers: tuple[str, ...] = ()
+    stages: tuple[StageInfo, ...] = ()
     ns: int = 0
     microbatches: int = 0
     tokens: int = 0
@@ -46,12 +47,16 @@ class WaterfallPhase:
     links_ns: int = 0  # between the stages, and in the coordinator
     stages_ns: list[float] = field(default_factory=list)  # of each stage: compute, queue, wire
 
+    def stage_ns(self, stage: int) -> list[float]:
+        """Compute, queue and wire of one stage."""
+        return self.stages_ns[PARTS * stage : PARTS * (stage + 1)]
+
 
 @dataclass(frozen=True, slots=True)
 class ComputedMicrobatch:
     """A microbatch whose result is there."""
 
-    workers: tuple[str, ...]  # of its stages
+    stages: tuple[StageInfo, ...]
     sent_ns: int
     done_ns: int
     stages_ns: Sequence[float]  # of each stage: compute, queue, wire
@@ -59,13 +64,13 @@ class ComputedMicrobatch:
 
     @classmethod
     def of(
-        cls, workers: tuple[str, ...], timings: tuple[StageTiming, ...], sent_ns: int, done_ns: int
+        cls, stages: tuple[StageInfo, ...], timings: tuple[StageTiming, ...], sent_ns: int, done_ns: int
     ) -> ComputedMicrobatch:
         """Without timings of all stages, all of its time counts as the links'."""
-        if len(timings) != len(workers):
+        if len(timings) != len(stages):
             return cls((), sent_ns, done_ns, (), 0)
         parts = tuple(ns for timing in timings for ns in (timing.compute_ns, timing.queue_ns, timing.wire_ns))
-        return cls(workers, sent_ns, done_ns, parts, sum(parts))
+        return cls(stages, sent_ns, done_ns, parts, sum(parts))
 
 
 class Waterfall:
@@ -100,9 +105,9 @@ class Waterfall:
         end = chunk.position + len(chunk.tokens)
         kind = self._kind(chunk.position)
         self._reached = max(self._reached, end)
-        if kind is not _DECODE and not self._continues(kind, microbatch.workers):
+        if kind is not _DECODE and not self._continues(kind, microbatch.stages):
             self.pass_until(microbatch.sent_ns, PhaseKind.WAITING)
-        phase, at_ns = self._phase(kind, microbatch.workers), self._at_ns
+        phase, at_ns = self._phase(kind, microbatch.stages), self._at_ns
         begun_ns = max(microbatch.sent_ns, at_ns)
         spent, measured, parts = microbatch.done_ns - begun_ns, microbatch.measured_ns, microbatch.stages_ns
         if measured > spent:
@@ -120,20 +125,20 @@ class Waterfall:
             return _RECOMPUTATION
         return _PREFILL if position < self._prompt_length else _DECODE
 
-    def _continues(self, kind: PhaseKind, workers: tuple[str, ...]) -> bool:
+    def _continues(self, kind: PhaseKind, stages: tuple[StageInfo, ...]) -> bool:
         if not self.phases:
             return False
         last = self.phases[-1]
-        return last.kind is kind and last.workers == workers
+        return last.kind is kind and last.stages == stages
 
-    def _phase(self, kind: PhaseKind, workers: tuple[str, ...]) -> WaterfallPhase:
+    def _phase(self, kind: PhaseKind, stages: tuple[StageInfo, ...]) -> WaterfallPhase:
         """The last phase, or a new one."""
-        if self._continues(kind, workers):
+        if self._continues(kind, stages):
             return self.phases[-1]
         if len(self.phases) >= _MERGED_FROM:
             for phase in reversed(self.phases):
-                if (phase.kind, phase.workers) == (kind, workers):
+                if (phase.kind, phase.stages) == (kind, stages):
                     return phase
-        phase = WaterfallPhase(kind, self._at_ns, workers, stages_ns=[0.0] * (PARTS * len(workers)))
+        phase = WaterfallPhase(kind, self._at_ns, stages, stages_ns=[0.0] * (PARTS * len(stages)))
         self.phases.append(phase)
         return phase

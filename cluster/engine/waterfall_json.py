@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from llamaclust.cluster.engine.waterfall import PARTS, WaterfallPhase
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.engine.waterfall import WaterfallPhase
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 
 SHOWN_CHARACTERS = 8
@@ -51,12 +52,13 @@ def _phase(phase: WaterfallPhase, start_ns: int) -> dict[str, Any]:
     return times | {
         "tokens": phase.tokens,
         "microbatches": phase.microbatches,
-        "stages": [_stage(phase, index, worker) for index, worker in enumerate(phase.workers)],
+        "stages": [_stage(phase, index, stage) for index, stage in enumerate(phase.stages)],
         "links": phase.links_ns / 1e9,
         "idle": phase.idle_ns / 1e9,
     }
 
 
-def _stage(phase: WaterfallPhase, index: int, worker: str) -> dict[str, Any]:
-    compute, queue, wire = (ns / 1e9 for ns in phase.stages_ns[PARTS * index : PARTS * (index + 1)])
-    return {"worker": worker, "compute": compute, "queue": queue, "send": wire}
+def _stage(phase: WaterfallPhase, index: int, stage: StageInfo) -> dict[str, Any]:
+    compute, queue, wire = (ns / 1e9 for ns in phase.stage_ns(index))
+    layers = [stage.start, stage.end]
+    return {"worker": stage.worker, "layers": layers, "compute": compute, "queue": queue, "send": wire}

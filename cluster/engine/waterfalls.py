@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Protocol
 
+from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, Waterfall
-from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
 from llamaclust.cluster.scheduler.sequences import Sequence, SequenceSlice
 
 _ENDED = 256
@@ -26,28 +28,48 @@ class RequestRecord:
     waterfall: Waterfall
 
 
+class SpanSink(Protocol):
+    """Makes spans of traced requests. Is called on the event loop, and must return at once."""
+
+    def ended(self, record: RequestRecord, request: GenerationRequest, trace: TraceContext) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A sequence that has not ended."""
+
+    sequence: Sequence
+    waterfall: Waterfall
+    trace: TraceContext | None  # None: it is not traced
+
+
 class Waterfalls:
     """Of all lanes together. Time between a loss and the next pipeline is recovery."""
 
     def __init__(self) -> None:
-        self._open: dict[int, tuple[Sequence, Waterfall]] = {}  # by the sequence's key
+        self.spans: SpanSink | None = None  # None: without telemetry
+        self._open: dict[int, _Open] = {}  # by the sequence's key
         self._ended: deque[RequestRecord] = deque(maxlen=_ENDED)
         self._is_lost = False
 
     def opened(self, sequence: Sequence) -> None:
         received_ns = sequence.request.received_ns or sequence.arrived_ns
-        self._open[sequence.key] = sequence, Waterfall(received_ns, sequence.arrived_ns, sequence.prompt_length)
+        waterfall = Waterfall(received_ns, sequence.arrived_ns, sequence.prompt_length)
+        self._open[sequence.key] = _Open(sequence, waterfall, None if self.spans is None else current_trace.get())
 
     def ended(self, key: int, reason: str, now_ns: int) -> None:
-        sequence, waterfall = self._open.pop(key)
-        self._ended.append(self._record(sequence, waterfall, reason, now_ns))
+        ended = self._open.pop(key)
+        record = self._record(ended.sequence, ended.waterfall, reason, now_ns)
+        self._ended.append(record)
+        if self.spans is not None and ended.trace is not None:
+            self.spans.ended(record, ended.sequence.request, ended.trace)
 
     def computed(self, slices: Iterable[SequenceSlice], microbatch: ComputedMicrobatch) -> None:
         """The result of a microbatch of these slices is there."""
         for taken in slices:
             found = self._open.get(taken.sequence.key)
             if found is not None:  # neither aborted nor a copy of another sequence
-                found[1].add(microbatch, taken.chunk)
+                found.waterfall.add(microbatch, taken.chunk)
 
     def lost(self, now_ns: int) -> None:
         """No pipeline computes from now on."""
@@ -61,13 +83,13 @@ class Waterfalls:
     def records(self, now_ns: int) -> list[RequestRecord]:
         """The oldest first, as of now."""
         running = [
-            self._record(sequence, deepcopy(waterfall), None, now_ns) for sequence, waterfall in self._open.values()
+            self._record(running.sequence, deepcopy(running.waterfall), None, now_ns) for running in self._open.values()
         ]
         return [*self._ended, *running]
 
     def _pass_until(self, now_ns: int) -> None:
-        for _, waterfall in self._open.values():
-            waterfall.pass_until(now_ns, self._idle_kind)
+        for running in self._open.values():
+            running.waterfall.pass_until(now_ns, self._idle_kind)
 
     def _record(self, sequence: Sequence, waterfall: Waterfall, end: str | None, now_ns: int) -> RequestRecord:
         waterfall.pass_until(now_ns, self._idle_kind)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, Waterfall
 from llamaclust.cluster.engine.waterfall_json import matching, waterfall_json
@@ -23,7 +24,7 @@ from support.clusters.fakes import VOCABULARY, FakePipeline
 from support.clusters.served import until
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=8, max_waiting=4)
-WORKERS = ("a", "b")
+STAGES = (StageInfo("a", 0, 3), StageInfo("b", 3, 6))
 
 
 def request(request_id: str = "abcd0123", length: int = 20, **fields: Any) -> GenerationRequest:
@@ -33,7 +34,7 @@ def request(request_id: str = "abcd0123", length: int = 20, **fields: Any) -> Ge
 def computed(sent_ns: int, done_ns: int, *stages: tuple[int, int, int]) -> ComputedMicrobatch:
     """`stages`: compute, queue and wire of each."""
     timings = tuple(StageTiming(queue, compute, wire, 1) for compute, queue, wire in stages)
-    return ComputedMicrobatch.of(WORKERS, timings, sent_ns, done_ns)
+    return ComputedMicrobatch.of(STAGES, timings, sent_ns, done_ns)
 
 
 def kinds(waterfall: Waterfall) -> list[tuple[str, int]]:
@@ -134,4 +135,4 @@ async def test_a_loss_is_a_phase_of_the_requests_that_it_interrupts() -> None:
     assert {phase.kind for phase in during.waterfall.phases} <= {PhaseKind.RECOVERY}
     names = [str(phase.kind) for phase in whole.waterfall.phases if phase.kind is not PhaseKind.WAITING]
     assert names == ["prefill", "decode", "recovery", "recomputation", "decode"]
-    assert [len(phase.workers) for phase in whole.waterfall.phases if phase.workers] == [2, 2, 3, 3]
+    assert [len(phase.stages) for phase in whole.waterfall.phases if phase.stages] == [2, 2, 3, 3]

@@ -26,7 +26,7 @@ _MAX_LINE_BYTES = 64 << 20
 _CHECKSUM_DIGITS = 8
 _BODY = b"\t"
 """Before a body; JSON of ours has none."""
-_ADMISSION = [str, int, int, str, str, str, str, float, float, str, float, str, bool, bool, bool, list, list]
+_ADMISSION = [str, int, int, str, str, str, str, str, float, float, str, float, str, bool, bool, bool, list, list]
 """Types of its fields, in the order of `admission_line`."""
 _ROW = Struct("<id")
 """A token and its logprob, in hexadecimal digits on a line: a journal of many tokens is read several times as fast as
@@ -49,6 +49,7 @@ class RequestIdentity:
     conversation: str = ""  # llama.cpp's X-Conversation-Id: names its newest reply
     idempotency_key: str = ""
     scales: AdapterScales = ()  # where the body chooses no adapters
+    traceparent: str = ""  # trace context of its spans; "": it is not traced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,7 @@ def admission_line(admission: Admission) -> bytes:
         identity.owner,
         identity.conversation,
         identity.idempotency_key,
+        identity.traceparent,
         admission.endpoint,
         admission.admitted.unix_s,
         admission.admitted.boot_s,
@@ -193,7 +195,7 @@ class _Request:
 def _admission(fields: Sequence[Any], body: bytes) -> Admission:
     if [type(value) for value in fields] != _ADMISSION:
         raise TypeError("other fields than those of an admission")
-    request_id, seed, created, owner, conversation, idempotency_key, *more = fields
+    request_id, seed, created, owner, conversation, idempotency_key, traceparent, *more = fields
     endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_background, is_constrained, *last = more
     earlier, scales = last
     identity = RequestIdentity(
@@ -204,6 +206,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
         conversation=conversation,
         idempotency_key=idempotency_key,
         scales=tuple((int(number), float(scale)) for number, scale in scales),
+        traceparent=traceparent,
     )
     body = body.replace(b"%0A", b"\n").replace(b"%25", b"%")
     return Admission(

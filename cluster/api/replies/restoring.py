@@ -23,6 +23,7 @@ from llamaclust.cluster.api.replies.reply import MakeReply
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.ticket import Constraint, EarlierChat, Ticket
 from llamaclust.cluster.api.sse import first_of
+from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerError
@@ -130,7 +131,9 @@ class Restoring:
         await self._begin(restored)
 
     async def _begin(self, restored: _Restored) -> None:
+        """In a task of its own: its sequences belong to the trace of the request that was admitted."""
         kept, admission = restored.kept, restored.request.admission
+        current_trace.set(TraceContext.parse([admission.identity.traceparent]))
         endpoint = self._endpoints.get(admission.endpoint)
         if endpoint is None:
             kept.fail(WorkerError(f"the endpoint {admission.endpoint} is not there any more"))

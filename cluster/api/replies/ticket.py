@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.replies.recording import Recording, Restoration
 from llamaclust.cluster.api.security import sent_key
+from llamaclust.cluster.engine.trace_context import current_trace
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import ChoiceKey, RequestIdentity
 from llamaclust.cluster.text.request import CompletionRequest, draw_seed
@@ -67,6 +68,7 @@ class Ticket:
         cls, headers: Headers, api_keys: Sequence[str], *, journal: Journal | None, scales: AdapterScales
     ) -> Ticket:
         """Of a new request; `scales` of adapters, if it chooses none. HttpError for a header that cannot be a name."""
+        trace = current_trace.get()
         identity = RequestIdentity(
             id=secrets.token_hex(12),
             seed=draw_seed(),
@@ -75,6 +77,7 @@ class Ticket:
             conversation=_name(headers, "x-conversation-id"),
             idempotency_key=_name(headers, "idempotency-key"),
             scales=scales,
+            traceparent="" if trace is None else trace.traceparent,
         )
         return cls(identity=identity, journal=journal)
 

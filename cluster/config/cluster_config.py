@@ -25,6 +25,7 @@ from llamaclust.cluster.config.sections import (
     PlanEntry,
     Ray,
     Section,
+    Telemetry,
     Timeouts,
     WorkerConfig,
 )
@@ -115,6 +116,8 @@ class ClusterConfig(Section):
     """Records, measurements, credentials, logs. By default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
     lease: Lease | None = None
     """Kubernetes's lock of coordinators that share `state_dir`; by default a file in that directory is the lock."""
+    telemetry: Annotated[Telemetry | None, OrWord("otlp")] = None
+    """OpenTelemetry: otlp, to where the variables OTEL_* say, or keys; by default nothing is exported."""
     timeouts: Timeouts = Timeouts()
     """After how long to give up."""
 
@@ -269,7 +272,13 @@ class ClusterConfig(Section):
 
 _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory", "kv_disk")
 """Keys of workers that are options of `llamaclust worker` of a static cluster."""
-_PATHS = (("join", "trust_dir"), ("lease", "account"), ("listen_tls", "certificate"), ("listen_tls", "key"))
+_PATHS = (
+    ("join", "trust_dir"),
+    ("lease", "account"),
+    ("listen_tls", "certificate"),
+    ("listen_tls", "key"),
+    ("telemetry", "headers_file"),
+)
 """Keys of sections that are paths."""
 _FOR_ONE_MODEL = {
     "model_name": "give `name` and `aliases` among `models`",

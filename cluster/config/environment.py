@@ -101,6 +101,12 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
     return HubSettings(endpoint, variables.get("HF_TOKEN") or None, path, bool(named))
 
 
+def otel_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """OpenTelemetry's OTEL_*, as they are, without empty ones."""
+    variables = os.environ if variables is None else variables
+    return {name: value.strip() for name, value in variables.items() if name.startswith("OTEL_") and value.strip()}
+
+
 def _size(variables: Mapping[str, str], name: str, default: str) -> int:
     given = variables.get(name) or default
     try:

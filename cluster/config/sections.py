@@ -170,6 +170,17 @@ class AdapterConfig(Section):
     """Factor of what it adds in requests that name it."""
 
 
+class Telemetry(Section):
+    """OpenTelemetry: where traces and metrics go. The variables OTEL_* say what the keys leave open."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$", max_length=2048)] | None = None
+    """URL of a collector that speaks OTLP over HTTP; `/v1/traces` and `/v1/metrics` are added to it."""
+    headers_file: FilePath | None = None
+    """File of headers for the collector, NAME=VALUE, one a line, mode 0600."""
+    sample_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    """Share of requests that are traced; where a client's trace context says whether to, it is obeyed."""
+
+
 class ModelEntry(Section):
     """One of several models."""
 

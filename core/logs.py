@@ -87,6 +87,7 @@ def start_logging(form: LogFormat, **where: str) -> None:
     handler.setFormatter(plain if form is LogFormat.TEXT else _Fields(form, where))
     _memory.setFormatter(handler.formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler, _memory])
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
 
 
 def name_cluster(name: str) -> None:

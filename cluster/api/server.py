@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Self
 
 import h11
 import uvicorn
-from fastapi import FastAPI
 from starlette.responses import Response
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llamaclust.cluster.api.browser.endpoint import page_reply
@@ -40,7 +40,7 @@ _LIVE = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
-def server_config(app: FastAPI, settings: ApiSettings, port: ApiPort) -> uvicorn.Config:
+def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort) -> uvicorn.Config:
     """How an app is served at a port. Warnings are not logged: any client can cause them without end. Idle connections
     are the room's to close, later than clients do: OpenAI's gives one up after 5 s, and a request that meets the end
     of its connection on the way is lost."""

@@ -7,8 +7,8 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import aclosing, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from llamaclust.cluster.server.leadership import leading
 from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore
 from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
+from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
+from llamaclust.cluster.server.telemetry.telemetry import Telemetry, open_telemetry, resolve_telemetry
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import Draining, Notice, Ready, Report
 from llamaclust.cluster.state.instants import Instant
@@ -63,12 +65,13 @@ def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *,
     raises.
     """
     folder = ClusterDir(config.state_dir / config.name)
-    settings = _api_settings(config)
+    settings, telemetry = _api_settings(config), resolve_telemetry(config)
     if config.lease is not None:
         with _open_port(config, folder) as port, leading(config.lease, port, settings, report) as is_leader:
             if is_leader:
+                front = _Front(port, _record(config, folder, port), settings, telemetry, report)
                 with folder.kept():
-                    _run(config, model_paths, folder, _Front(port, _record(config, folder, port), settings, report))
+                    _run(config, model_paths, folder, front)
         return
     if is_standby:
         report(Notice(f"{config.name}: this standby takes over once no coordinator runs"))
@@ -79,16 +82,18 @@ def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *,
         if is_standby:
             report(Notice(f"{config.name}: no coordinator runs, so this standby serves"))
         with _open_port(config, folder) as port:
-            _run(config, model_paths, folder, _Front(port, _record(config, folder, port), settings, report))
+            front = _Front(port, _record(config, folder, port), settings, telemetry, report)
+            _run(config, model_paths, folder, front)
 
 
 @dataclass(frozen=True, slots=True)
 class _Front:
-    """The public side of a cluster: its port, its record, its API settings, the receiver of its events."""
+    """The public side of a cluster: its port, its record, its API settings, telemetry, the receiver of its events."""
 
     port: ApiPort
     record: ClusterRecord
     settings: ApiSettings
+    telemetry: TelemetrySettings | None
     report: Report
 
 
@@ -145,11 +150,13 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     async with (
         aclosing(Journal(folder.journal, cluster.record, config.timeouts.resume)) as journal,
         model_apis(cluster, front.settings, journal) as apis,
+        _telemetry(cluster, front) as telemetry,
     ):
         app = cluster_app(apis, cluster, admission, partial(cluster_status, cluster, front.record))
         with _left_to_the_next(journal):
             await restore(apis, journal, await _restorable(folder, [api.digest for api in apis], front))
-            server = _Server(server_config(app, front.settings, front.port))
+            traced = app if telemetry is None else telemetry.traced(app)
+            server = _Server(server_config(traced, front.settings, front.port))
             serving = asyncio.create_task(server.serve(sockets=[front.port.listener]))
             try:
                 await asyncio.wait_for(server.answers.wait(), _START_S)
@@ -164,6 +171,16 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
             finally:
                 server.should_exit = server.force_exit = True
                 await _ended(serving)
+
+
+@asynccontextmanager
+async def _telemetry(cluster: Cluster, front: _Front) -> AsyncIterator[Telemetry | None]:
+    if front.telemetry is None:
+        yield None
+        return
+    engines = {served.name: served.engine for served in cluster.models}
+    async with open_telemetry(front.telemetry, cluster.config.name, engines) as telemetry:
+        yield telemetry
 
 
 @contextmanager

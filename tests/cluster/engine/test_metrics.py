@@ -12,11 +12,12 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.engine.metrics import Metrics
+from llamaclust.cluster.engine.metrics import EndedRequest, Metrics
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
+from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation, Timings
 from llamaclust.cluster.scheduler.scheduler import Counts
+from llamaclust.cluster.server.telemetry.exporter import ExportCounts
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.wire.control.messages import Heartbeat, Register
 from llamaclust.wire.microbatch.messages import Result, StageTiming
@@ -28,6 +29,7 @@ CHART = ROOT / "deploy/helm/llamaclust"
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
 BEAT = Heartbeat(0.25, 10, 20, 30, 40, 5000, 6000)
 UNITS = ("bytes", "seconds", "ratio", "tokens", "requests", "blocks", "rows", "microbatches")
+OPERATIONS = ("chat", "text_completion")
 MS = 1_000_000
 
 
@@ -46,9 +48,10 @@ def whole() -> tuple[Metrics, dict[str, WorkerHandle]]:
     workers = {"a": handle("a"), "b": handle("b", None)}
     metrics = Metrics([StageInfo("a", 0, 2), StageInfo("b", 2, 4)], lambda: counts, lambda: 1)
     metrics.registry.register(WorkerMetrics(lambda: workers))
+    ExportCounts(metrics.registry)
     metrics.recovered(0.5)
     timings = Timings(1.0, 20.0, 100.0, 50.0, prompt_tokens=8, cached_tokens=0, generated_tokens=4)
-    metrics.finished("stop", timings)
+    metrics.finished(EndedRequest("stop", timings, 0.1, Operation.CHAT))
     metrics.completed(Result(1, 0, timings=(StageTiming(1, 2, 3, 4),) * 2), 2)
     return metrics, workers
 
@@ -181,12 +184,17 @@ def test_stages_tell_decode_from_prefill() -> None:
 def test_measured_first_token_is_that_of_one_request_and_not_of_a_restored_one() -> None:
     metrics, _ = whole()
     for ttft_ms, prompt_tokens in ((10.0, 900), (500.0, 7), (30.0, 20)):
-        metrics.finished("stop", Timings(0.0, ttft_ms, 1.0, 1.0, prompt_tokens, 0, 4))
-    metrics.finished("stop", Timings(0.0, 1.0, 1.0, 1e6, 5, 0, 400), is_restored=True)
+        metrics.finished(EndedRequest("stop", Timings(0.0, ttft_ms, 1.0, 1.0, prompt_tokens, 0, 4), 1.0))
+    metrics.finished(EndedRequest("stop", Timings(0.0, 1.0, 1.0, 1e6, 5, 0, 400), 1.0, is_restored=True))
     speed = metrics.speed()
     assert (speed.ttft_ms, speed.prompt_tokens, speed.requests) == (20.0, 8, 4), "the first one is `whole`'s"
-    metrics.finished("stop", Timings(0.0, 40.0, 1.0, 1.0, 64, 0, 4))
+    metrics.finished(EndedRequest("stop", Timings(0.0, 40.0, 1.0, 1.0, 64, 0, 4), 1.0))
     assert (metrics.speed().ttft_ms, metrics.speed().prompt_tokens) == (30.0, 20)
     text = metrics.render().decode()
     assert value(text, "llamaclust_requests_total", finish_reason="stop") == 6
-    assert value(text, "llamaclust_time_to_first_token_seconds_count") == 5
+    first, others = (value(text, "llamaclust_time_to_first_token_seconds_count", operation=name) for name in OPERATIONS)
+    assert (first, others) == (1, 4)
+    completions = {"operation": "text_completion"}
+    assert value(text, "llamaclust_request_duration_seconds_sum", finish_reason="stop", **completions) == 4.0
+    assert value(text, "llamaclust_request_tokens_sum", type="input", **completions) == 900 + 7 + 20 + 64
+    assert value(text, "llamaclust_request_tokens_sum", type="output", **completions) == 4 * 4

@@ -67,7 +67,7 @@ async def test_a_start_restores_what_it_can_answer_and_counts_it(
     await leave(folder, *served, sent=1)
     record = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m")
     with socket.socket() as listener:
-        front = serve._Front(ApiPort(listener), record, ApiSettings(), events.append)
+        front = serve._Front(ApiPort(listener), record, ApiSettings(), None, events.append)
         requests = await serve._restorable(folder, "ours", front)
     assert [request.admission.served for request in requests] == ["ours"] * (restored + 1)  # the sent one, too
     assert events == ([] if line is None else [Notice(f"home: {line}")])

@@ -208,7 +208,7 @@ async def real_engine(
 
 @asynccontextmanager
 async def serving(
-    app: FastAPI, settings: ApiSettings | None = None, certificate: ServerCertificate | None = None
+    app: ASGIApp, settings: ApiSettings | None = None, certificate: ServerCertificate | None = None
 ) -> AsyncIterator[str]:
     """A real server on a free port of this machine; its address. `settings` are for its connections."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

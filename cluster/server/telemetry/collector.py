@@ -1,0 +1,94 @@
+"""Messages to a collector: OTLP over HTTP, repeated where it may help. Blocks: a thread's work."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import ssl
+from enum import Enum, auto
+from http import HTTPStatus
+from threading import Event
+from typing import Final
+
+import httpx
+
+from llamaclust.cluster.server.telemetry.settings import Target
+from llamaclust.core.errors import UsageError
+from llamaclust.core.version import VERSION
+
+_PAUSES_S: Final = (1.0, 2.0, 4.0)
+"""Between attempts for one message. While a collector is known to be absent, there is one attempt only."""
+_AGAIN: Final = frozenset({429, 502, 503, 504})
+"""What OTLP says to repeat."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Outcome(Enum):
+    TAKEN = auto()
+    REFUSED = auto()  # this message, whenever it is sent
+    FAILED = auto()  # for now
+
+
+class Collector:
+    """Takes the messages of one signal. Use from one thread; `close` it."""
+
+    def __init__(self, target: Target, stopping: Event) -> None:
+        """`stopping`: nothing is repeated once it is set."""
+        self._target = target
+        self._stopping = stopping
+        self._is_known_absent = False
+        self._error = ""  # of the last attempt that failed
+        trusted = True if target.certificate is None else _trusting(target.certificate)
+        fixed = {"content-type": "application/x-protobuf", "user-agent": f"llamaclust/{VERSION}"}
+        encoding = {"content-encoding": "gzip"} if target.is_compressed else {}
+        self._client = httpx.Client(
+            headers={**target.headers, **fixed, **encoding}, timeout=target.timeout_s, verify=trusted
+        )
+
+    def close(self) -> None:
+        self._client.close()
+
+    def send(self, message: bytes, timeout_s: float | None = None) -> bool:
+        """Whether it was taken. `timeout_s`: of an attempt, at most."""
+        body = gzip.compress(message, 1) if self._target.is_compressed else message
+        limit_s = self._target.timeout_s if timeout_s is None else min(timeout_s, self._target.timeout_s)
+        outcome = self._post(body, limit_s)
+        for pause_s in _PAUSES_S:
+            if outcome is not _Outcome.FAILED or self._is_known_absent or self._stopping.wait(pause_s):
+                break
+            outcome = self._post(body, limit_s)
+        self._note(outcome)
+        return outcome is _Outcome.TAKEN
+
+    def _post(self, body: bytes, timeout_s: float) -> _Outcome:
+        """The reply's body is not read: one without end would hold up this thread."""
+        try:
+            with self._client.stream("POST", self._target.url, content=body, timeout=timeout_s) as reply:
+                status = reply.status_code
+                if reply.headers.get("content-length", "") == "0":
+                    reply.read()  # the connection is used again
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            self._error = f"{type(error).__name__}: {error}"
+            return _Outcome.FAILED
+        if HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
+            return _Outcome.TAKEN
+        self._error = f"HTTP {status}"
+        return _Outcome.FAILED if status in _AGAIN else _Outcome.REFUSED
+
+    def _note(self, outcome: _Outcome) -> None:
+        """A line for the first message that is not taken, and one when they are taken again."""
+        if (outcome is not _Outcome.TAKEN) == self._is_known_absent:
+            return
+        self._is_known_absent = not self._is_known_absent
+        if self._is_known_absent:
+            _log.warning("telemetry: %s does not take messages: %s; they are dropped", self._target.url, self._error)
+        else:
+            _log.info("telemetry: %s takes messages again", self._target.url)
+
+
+def _trusting(certificate: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=certificate)
+    except OSError as error:
+        raise UsageError(f"telemetry: {certificate}: not a PEM file of certificates: {error}") from error

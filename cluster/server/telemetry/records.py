@@ -1,0 +1,88 @@
+"""What is exported, as it is taken on the event loop: requests and sequences that have ended, and metrics. No text, no
+tokens, no keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Metric
+
+from llamaclust.cluster.engine.trace_context import TraceContext
+from llamaclust.cluster.engine.waterfalls import RequestRecord
+from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
+from llamaclust.cluster.server.telemetry.sampling import Begun
+
+_MAX_PATH: Final = 128
+_NAME: Final = re.compile(r"/(?!v1(?:/|$))[^/]*[^a-z/_-][^/]*")
+"""A part of a path that is no plain word: the id of a reply, which others could read or end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedRequest:
+    """An HTTP request, with monotonic times."""
+
+    begun: Begun
+    method: str
+    path: str
+    start_ns: int
+    end_ns: int
+    status: int | None  # None: its connection ended before a reply
+
+    @property
+    def span_count(self) -> int:
+        return 1
+
+    @property
+    def route(self) -> str:
+        """The path without names."""
+        return _NAME.sub("/{id}", self.path[:_MAX_PATH])
+
+
+@dataclass(frozen=True, slots=True)
+class EndedSequence:
+    """A sequence of a traced request. `parameters`: of sampling, by their attributes' names."""
+
+    trace: TraceContext
+    record: RequestRecord
+    model: str
+    operation: Operation
+    parameters: Mapping[str, int | float]
+
+    @classmethod
+    def of(cls, record: RequestRecord, request: GenerationRequest, trace: TraceContext, model: str) -> EndedSequence:
+        return cls(trace, record, model, request.operation, _parameters(request))
+
+    @property
+    def span_count(self) -> int:
+        """With those of phases and stages."""
+        return 1 + sum(1 + len(phase.stages) for phase in self.record.waterfall.phases)
+
+
+Record = ServedRequest | EndedSequence
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """The metrics of a model's engine, as they were at a time."""
+
+    model: str
+    families: Sequence[Metric]
+
+    @classmethod
+    def of(cls, model: str, registry: CollectorRegistry) -> ModelMetrics:
+        return cls(model, list(registry.collect()))
+
+
+def _parameters(request: GenerationRequest) -> dict[str, int | float]:
+    """Those that conventions name, without the ones that have no effect."""
+    if request.operation is Operation.EMBEDDINGS:
+        return {}
+    params = request.params
+    given: dict[str, int | float] = {"max_tokens": request.max_new_tokens, "temperature": params.temperature}
+    if params.temperature:
+        given |= {"top_p": params.top_p, "top_k": params.top_k}
+    given |= {"frequency_penalty": params.frequency_penalty, "presence_penalty": params.presence_penalty}
+    return {name: value for name, value in given.items() if value or name in ("max_tokens", "temperature")}

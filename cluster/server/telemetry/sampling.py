@@ -1,0 +1,48 @@
+"""Which requests are traced."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamaclust.cluster.engine.trace_context import TraceContext
+
+_TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
+_COUNTED_BITS = 64
+"""Of a trace id, as other programs count them: these then agree on which traces they keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A traced request: the context of its own span, and that of the client's span above it."""
+
+    own: TraceContext
+    parent: TraceContext | None
+
+    @property
+    def parent_span_id(self) -> bytes:
+        """Empty without a parent."""
+        return b"" if self.parent is None else self.parent.span_id
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """`ratio`: the share of traces that are kept. `obeys_parent`: it is for requests without a trace context."""
+
+    ratio: float = 1.0
+    obeys_parent: bool = True
+
+    def begin(self, traceparent: Sequence[str], tracestate: Sequence[str]) -> Begun | None:
+        """The trace of a request with these headers; None where it is not traced."""
+        parent = TraceContext.parse(traceparent, tracestate)
+        trace_id = secrets.token_bytes(_TRACE_ID_BYTES) if parent is None else parent.trace_id
+        is_sampled = parent.is_sampled if parent is not None and self.obeys_parent else self._keeps(trace_id)
+        if not is_sampled:
+            return None
+        state = "" if parent is None else parent.state
+        return Begun(TraceContext(trace_id, secrets.token_bytes(SPAN_ID_BYTES), is_sampled=True, state=state), parent)
+
+    def _keeps(self, trace_id: bytes) -> bool:
+        counted = int.from_bytes(trace_id, "big") & ((1 << _COUNTED_BITS) - 1)
+        return counted < round(self.ratio * (1 << _COUNTED_BITS))

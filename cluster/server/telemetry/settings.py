@@ -1,0 +1,187 @@
+"""Where telemetry goes: the cluster file's section, and OpenTelemetry's variables for what it leaves open."""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote
+
+from llamaclust.cluster.config.sections import Telemetry
+from llamaclust.cluster.server.telemetry.sampling import Sampler
+from llamaclust.core.errors import UsageError
+
+_ENDPOINT: Final = "http://localhost:4318"
+_URL: Final = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
+_HEADER: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256})=([\x20-\x7e]{0,8192})")
+_MAX_HEADERS_FILE: Final = 1 << 16
+_MAX_RESOURCE_CHARACTERS: Final = 255
+_SAMPLERS: Final = {
+    "always_on": (1.0, False),
+    "always_off": (0.0, False),
+    "traceidratio": (None, False),
+    "parentbased_always_on": (1.0, True),
+    "parentbased_always_off": (0.0, True),
+    "parentbased_traceidratio": (None, True),
+}
+"""Ratio (None: as OTEL_TRACES_SAMPLER_ARG says), and whether a parent is obeyed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where one signal is sent."""
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold a secret
+    timeout_s: float = 10.0
+    is_compressed: bool = True
+    certificate: str | None = None  # PEM file of the collector's authority; None: the system's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetrySettings:
+    """Fixed for the life of a coordinator."""
+
+    traces: Target | None  # None: no spans are made
+    metrics: Target | None
+    resource: Mapping[str, str] = field(default_factory=dict)
+    sampler: Sampler = field(default_factory=Sampler)
+    span_delay_s: float = 5.0  # spans wait so long for others
+    metrics_interval_s: float = 60.0
+    max_records: int = 2048  # ended requests and sequences that wait to become spans; more are dropped
+    max_spans: int = 512  # in one message
+
+    @classmethod
+    def resolve(cls, section: Telemetry | None, variables: Mapping[str, str]) -> TelemetrySettings | None:
+        """None where nothing is exported. UsageError names the key or variable with a bad value."""
+        if section is None or _is_true(variables, "OTEL_SDK_DISABLED"):
+            return None
+        protocol = variables.get("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+        if protocol != "http/protobuf":
+            raise UsageError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: only http/protobuf is supported")
+        traces, metrics = (_target(section, variables, signal) for signal in ("traces", "metrics"))
+        if traces is None and metrics is None:
+            return None
+        return cls(
+            traces=traces,
+            metrics=metrics,
+            resource=_resource(variables),
+            sampler=_sampler(section, variables),
+            span_delay_s=_number(variables, "OTEL_BSP_SCHEDULE_DELAY", 5000) / 1e3,
+            metrics_interval_s=_number(variables, "OTEL_METRIC_EXPORT_INTERVAL", 60_000) / 1e3,
+            max_records=int(_number(variables, "OTEL_BSP_MAX_QUEUE_SIZE", 2048)),
+            max_spans=int(_number(variables, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512)),
+        )
+
+
+def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Target | None:
+    """A variable of the signal itself precedes the one of all signals."""
+    exporter = variables.get(f"OTEL_{signal.upper()}_EXPORTER", "otlp")
+    if exporter not in ("otlp", "none"):
+        raise UsageError(f"OTEL_{signal.upper()}_EXPORTER={exporter}: not otlp or none")
+    if exporter == "none":
+        return None
+    given = {name: _of_signal(variables, name, signal) for name in ("HEADERS", "TIMEOUT", "COMPRESSION", "CERTIFICATE")}
+    compression = given["COMPRESSION"][1] or "gzip"
+    if compression not in ("gzip", "none"):
+        raise UsageError(f"{given['COMPRESSION'][0]}={compression}: not gzip or none")
+    name, headers = given["HEADERS"]
+    timeout, _ = given["TIMEOUT"]
+    certificate = given["CERTIFICATE"][1] or None
+    if certificate is not None and not Path(certificate).is_file():
+        raise UsageError(f"{given['CERTIFICATE'][0]}={certificate}: no such file")
+    return Target(
+        url=_url(section, variables, signal),
+        headers=_headers(name, headers) | _headers_of(section.headers_file),
+        timeout_s=_number(variables, timeout, 10_000) / 1e3,
+        is_compressed=compression == "gzip",
+        certificate=certificate,
+    )
+
+
+def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[str, str]:
+    """(name, value) of the variable that counts; "" where neither is set."""
+    own, common = f"OTEL_EXPORTER_OTLP_{signal.upper()}_{what}", f"OTEL_EXPORTER_OTLP_{what}"
+    return (own, variables[own]) if own in variables else (common, variables.get(common, ""))
+
+
+def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
+    """Only a variable of the signal is the whole address."""
+    base = section.endpoint
+    if base is None:
+        name, value = _of_signal(variables, "ENDPOINT", signal)
+        if value and not _URL.fullmatch(value):
+            raise UsageError(f"{name}: not a URL like {_ENDPOINT}, without a user and a password")
+        if f"_{signal.upper()}_" in name:
+            return value
+        base = value or _ENDPOINT
+    return f"{base.rstrip('/')}/v1/{signal}"
+
+
+def _headers(name: str, value: str) -> dict[str, str]:
+    """NAME=VALUE with commas between, values encoded as in URLs. Errors do not show them."""
+    pairs = [pair.strip() for pair in value.split(",") if pair.strip()]
+    return dict(_header(unquote(pair), f"{name}: entry {number}") for number, pair in enumerate(pairs, 1))
+
+
+def _headers_of(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        with path.open(encoding="ascii") as file:
+            lines = file.read(_MAX_HEADERS_FILE).splitlines()
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise UsageError(f"telemetry.headers_file: {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"telemetry.headers_file: {path}: not ASCII text") from error
+    if mode & 0o077:
+        raise UsageError(f"{path}: others may read these headers (mode {mode:04o}): chmod 600 {path}")
+    numbered = ((number, line.strip()) for number, line in enumerate(lines, 1))
+    return dict(_header(line, f"{path}: line {number}") for number, line in numbered if line and line[0] != "#")
+
+
+def _header(pair: str, place: str) -> tuple[str, str]:
+    found = _HEADER.fullmatch(pair)
+    if found is None:
+        raise UsageError(f"{place} is not a header NAME=VALUE of ASCII characters")
+    return found[1].lower(), found[2].strip()
+
+
+def _sampler(section: Telemetry, variables: Mapping[str, str]) -> Sampler:
+    if section.sample_ratio is not None:
+        return Sampler(section.sample_ratio)
+    name = variables.get("OTEL_TRACES_SAMPLER", "parentbased_always_on")
+    if name not in _SAMPLERS:
+        raise UsageError(f"OTEL_TRACES_SAMPLER={name}: not one of {', '.join(_SAMPLERS)}")
+    ratio, obeys_parent = _SAMPLERS[name]
+    if ratio is None:
+        ratio = _number(variables, "OTEL_TRACES_SAMPLER_ARG", 1.0, least=0.0, most=1.0)
+    return Sampler(ratio, obeys_parent)
+
+
+def _resource(variables: Mapping[str, str]) -> dict[str, str]:
+    """Attributes of the process; a malformed list is an error, as its reader would lack them."""
+    pairs = [pair.partition("=") for pair in variables.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",") if pair.strip()]
+    if not all(name.strip() and equals for name, equals, _ in pairs):
+        raise UsageError("OTEL_RESOURCE_ATTRIBUTES: not NAME=VALUE with commas between")
+    given = {name.strip(): unquote(value.strip())[:_MAX_RESOURCE_CHARACTERS] for name, _, value in pairs}
+    service = variables.get("OTEL_SERVICE_NAME") or given.get("service.name", "llamaclust")
+    return {**given, "service.name": service}
+
+
+def _is_true(variables: Mapping[str, str], name: str) -> bool:
+    return variables.get(name, "").lower() == "true"
+
+
+def _number(variables: Mapping[str, str], name: str, default: float, *, least: float = 1.0, most: float = 1e9) -> float:
+    try:
+        number = float(variables.get(name, default))
+    except ValueError as error:
+        raise UsageError(f"{name}={variables[name]}: not a number") from error
+    if not least <= number <= most:
+        raise UsageError(f"{name}={number:g}: not in [{least:g}, {most:g}]")
+    return number

@@ -1,0 +1,57 @@
+"""An ASGI app around the API's: begins the trace of each request that may compute, and records its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llamaclust.cluster.engine.trace_context import current_trace
+from llamaclust.cluster.server.telemetry.records import ServedRequest
+from llamaclust.cluster.server.telemetry.sampling import Begun, Sampler
+
+_NO_ACCESS: Final = frozenset({401, 403, 421})
+"""Statuses of requests that have no span: those without a key could make any number."""
+
+
+class TracedRequests:
+    """`ended` gets a record of each traced request."""
+
+    def __init__(self, app: ASGIApp, sampler: Sampler, ended: Callable[[ServedRequest], None]) -> None:
+        self._app = app
+        self._sampler = sampler
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = self._begin(scope)
+        if begun is None:
+            await self._app(scope, receive, send)
+            return
+        start_ns, status = monotonic_ns(), None
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        token = current_trace.set(begun.own)
+        try:
+            await self._app(scope, receive, note_status)
+        finally:
+            current_trace.reset(token)
+            if status not in _NO_ACCESS:
+                path, method = scope["path"], scope["method"]
+                self._ended(ServedRequest(begun, method, path, start_ns, monotonic_ns(), status))
+
+    def _begin(self, scope: Scope) -> Begun | None:
+        """None of probes, pages and status, which compute nothing."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return None
+        return self._sampler.begin(_values(scope, b"traceparent"), _values(scope, b"tracestate"))
+
+
+def _values(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for header, value in scope["headers"] if header == name]

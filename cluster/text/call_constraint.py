@@ -12,7 +12,7 @@ from llamaclust.cluster.text.threads import TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
-from llamaclust.model.chat.tools.constraint import CallGrammar, call_grammar
+from llamaclust.model.chat.tools.constraint.call_grammar import CallGrammar, call_grammar
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.definitions import lazy, of_lark
 from llamaclust.model.tokenizers.tokenizer import Tokenizer

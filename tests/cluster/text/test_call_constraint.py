@@ -8,7 +8,7 @@ from llamaclust.cluster.text import call_constraint as module
 from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.cluster.text.chat_format import AnswerReading
 from llamaclust.core.errors import DeadlineError
-from llamaclust.model.chat.tools.constraint import CallGrammar
+from llamaclust.model.chat.tools.constraint.call_grammar import CallGrammar
 from llamaclust.model.chat.tools.tool_format import ToolFormat
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.checker_process import CheckLimits

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher
 
-from llamaclust.model.chat.tools.constraint import call_grammar
+from llamaclust.model.chat.tools.constraint.call_grammar import call_grammar
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -73,11 +73,12 @@ def test_calls_that_a_trigger_begins(form: str) -> None:
             assert takes(made, sample.text[place:]), sample.text[place:]
 
 
+@pytest.mark.parametrize("form", ["coder", "gemma", "lfm2", "minimax-m3"])
 @pytest.mark.parametrize("required", [[f"p{i}" for i in range(15_000)], "p1", [["p1"], {}]])
-def test_many_properties_take_linear_time(required: Any) -> None:
+def test_many_properties_take_linear_time(form: str, required: Any) -> None:
     tools = {"f": {"properties": {f"p{i}": {"type": "string"} for i in range(15_000)}, "required": required}}
     start = time.process_time()
-    grammar = call_grammar(form_of("coder"), tools, lambda text: [text], is_required=True, is_parallel=True)
+    grammar = call_grammar(form_of(form), tools, lambda text: [text], is_required=True, is_parallel=True)
     assert grammar is not None and time.process_time() - start < 20
 
 

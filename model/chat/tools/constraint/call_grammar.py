@@ -4,17 +4,18 @@ tools offered, arguments that their schemas allow."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from llamaclust.model.chat.tools.argument_values import STRING, types_of
 from llamaclust.model.chat.tools.call_sink import Schema, Tools
+from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, Split, joined, quoted
+from llamaclust.model.chat.tools.constraint.notated_calls import notated_section
 from llamaclust.model.chat.tools.tool_format import (
     ChannelCalls,
     NamedCalls,
     NotatedCalls,
-    Notation,
     ObjectCalls,
     ReasoningTags,
     TaggedCalls,
@@ -23,43 +24,7 @@ from llamaclust.model.chat.tools.tool_format import (
 from llamaclust.model.grammars.closed_schema import closed
 
 FramedCalls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls
-Split = Callable[[str], Sequence[str | int]]
-"""A text as pieces of text and ids of control tokens."""
-
-_TEXT: Final = "/(?s:.*)/"
-_SPACE: Final = r"/[ \n]{0,2}/"
 _ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'
-_OPENINGS: Final = {Notation.PYTHON: "(", Notation.GEMMA: "{", Notation.ELEMENTS: '">'}
-
-
-@dataclass
-class _Rules:
-    """Collects rules by name."""
-
-    split: Split
-    rules: list[str] = field(default_factory=list)
-
-    def literal(self, text: str) -> str:
-        """A text with its control tokens."""
-        pieces = (_quoted(piece) if isinstance(piece, str) else f"<[{piece}]>" for piece in self.split(text) if piece)
-        return " ".join(pieces)
-
-    def text_until(self, end: str) -> str:
-        """Any text, and its end."""
-        first, *rest = [piece for piece in self.split(end) if piece != ""]
-        if isinstance(first, int):
-            return f"{self.rule(_TEXT)} {self.literal(end)}"
-        parts = "".join(f" {_quoted(piece) if isinstance(piece, str) else f'<[{piece}]>'}" for piece in rest)
-        return self.rule(_TEXT, f"suffix={_quoted(first)}") + parts
-
-    def rule(self, body: str, attributes: str = "") -> str:
-        """The name of a new rule."""
-        name = f"r{len(self.rules)}"
-        self.rules.append(f"{name}{f'[{attributes}]' if attributes else ''}: {body}")
-        return name
-
-    def lark(self, start: str) -> str:
-        return "\n".join([f"start: {start}", *self.rules])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +43,7 @@ def call_grammar(
     Arguments that a schema does not name are refused unless it allows them.
     `is_required`: the answer is calls, behind reasoning at most. `is_thinking`: the prompt has begun reasoning.
     """
-    rules = _Rules(split)
+    rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:
         return None
@@ -91,71 +56,62 @@ def call_grammar(
     return CallGrammar(rules.lark(section), calls.frame.lines[:1]) if calls.frame.lines else None
 
 
-def _reasoning(rules: _Rules, tags: ReasoningTags | None, *, is_thinking: bool) -> str:
+def _reasoning(rules: LarkRules, tags: ReasoningTags | None, *, is_thinking: bool) -> str:
     if tags is None:
         return ""
-    thoughts = f"{rules.text_until(tags.end)} {_SPACE}"
+    thoughts = f"{rules.text_until(tags.end)} {SPACE}"
     return thoughts if is_thinking else f"({rules.literal(tags.begin)} {thoughts})?"
 
 
-def _section(rules: _Rules, calls: FramedCalls, tools: Tools, *, is_parallel: bool) -> str:
+def _section(rules: LarkRules, calls: FramedCalls, tools: Tools, *, is_parallel: bool) -> str:
     frame = calls.frame
     if isinstance(calls, NotatedCalls):
-        return _notated(rules, calls, tools)
+        return notated_section(rules, calls, tools, is_parallel=is_parallel)
     is_list = isinstance(calls, ObjectCalls) and calls.is_list
     bodies = [rules.rule(_call(rules, calls, name, schema)) for name, schema in tools.items()]
     head, tail = _marker(rules, frame.call_begin), _marker(rules, frame.call_end)
     inner = rules.rule(" | ".join(bodies))
-    call = rules.rule(inner if is_list else _joined(head, inner, _SPACE, tail))
-    separator = '"," ' + _SPACE if is_list else _SPACE
+    call = rules.rule(inner if is_list else joined(head, inner, SPACE, tail))
+    separator = '"," ' + SPACE if is_list else SPACE
     several = f"{call} ({separator} {call})*" if is_parallel else call
     if is_list:
-        several = _joined('"["', _SPACE, several, _SPACE, '"]"')
-    return _joined(_marker(rules, frame.section_begin), several, _marker(rules, frame.section_end))
+        several = joined('"["', SPACE, several, SPACE, '"]"')
+    return joined(_marker(rules, frame.section_begin), several, _marker(rules, frame.section_end))
 
 
-def _marker(rules: _Rules, text: str) -> str:
+def _marker(rules: LarkRules, text: str) -> str:
     """A marker, whose lines stand below each other; white space may follow."""
     lines = [rules.literal(line.strip()) for line in text.split("\n") if line.strip()]
     opens_name = text.rstrip().endswith(("=", '"', ":", "."))
-    return f" {_SPACE} ".join(lines) + ("" if opens_name or not lines else f" {_SPACE}")
+    return f" {SPACE} ".join(lines) + ("" if opens_name or not lines else f" {SPACE}")
 
 
-def _call(rules: _Rules, calls: ObjectCalls | NamedCalls | TaggedCalls, name: str, schema: Schema) -> str:
+def _call(rules: LarkRules, calls: ObjectCalls | NamedCalls | TaggedCalls, name: str, schema: Schema) -> str:
     match calls:
         case ObjectCalls():
             return _object(rules, calls, name, schema)
         case NamedCalls():
-            shown = _quoted(f"functions.{name}:") + " /[0-9]{1,3}/" if calls.has_name_in_id else _quoted(name)
+            shown = quoted(f"functions.{name}:") + " /[0-9]{1,3}/" if calls.has_name_in_id else quoted(name)
             call_id = f"({rules.literal(calls.id_begin)} /[a-zA-Z0-9_-]{{1,40}}/)?" if calls.id_begin else ""
-            return _joined(shown, call_id, _marker(rules, calls.name_end) or _SPACE, _json(rules, schema), _SPACE)
+            return joined(shown, call_id, _marker(rules, calls.name_end) or SPACE, _json(rules, schema), SPACE)
         case TaggedCalls():
             return _tagged(rules, calls, name, schema)
 
 
-def _notated(rules: _Rules, calls: NotatedCalls, tools: Tools) -> str:
-    """The arguments of these notations are free."""
-    frame = calls.frame
-    bracket = _quoted("[") if calls.notation is Notation.PYTHON else ""
-    names = " | ".join(_quoted(name + _OPENINGS[calls.notation]) for name in tools)
-    end = rules.text_until(frame.section_end or frame.call_end)
-    return _joined(_marker(rules, frame.section_begin), _marker(rules, frame.call_begin), bracket, f"({names})", end)
-
-
-def _object(rules: _Rules, calls: ObjectCalls, name: str, schema: Schema) -> str:
+def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> str:
     arguments = _json(rules, schema)
     if calls.name_is_key:
-        return _joined(_quoted("{" + json.dumps(name) + ": "), arguments, '"}"')
+        return joined(quoted("{" + json.dumps(name) + ": "), arguments, '"}"')
     key, given = json.dumps(calls.name_key), json.dumps(calls.arguments_key)
-    head = _quoted(f"{{{key}: {json.dumps(name, ensure_ascii=False)}, {given}: ")
-    call_id = f"({_quoted(f', {json.dumps(calls.id_key)}: ')} {_ID} )?" if calls.id_key else ""
-    members = _joined(head, arguments, call_id, _SPACE, '"}"')
+    head = quoted(f"{{{key}: {json.dumps(name, ensure_ascii=False)}, {given}: ")
+    call_id = f"({quoted(f', {json.dumps(calls.id_key)}: ')} {_ID} )?" if calls.id_key else ""
+    members = joined(head, arguments, call_id, SPACE, '"}"')
     if calls.wrapper_key:
-        return _joined(_quoted(f"{{{json.dumps(calls.wrapper_key)}: "), members, '"}"')
+        return joined(quoted(f"{{{json.dumps(calls.wrapper_key)}: "), members, '"}"')
     return members
 
 
-def _tagged(rules: _Rules, calls: TaggedCalls, name: str, schema: Schema) -> str:
+def _tagged(rules: LarkRules, calls: TaggedCalls, name: str, schema: Schema) -> str:
     properties = schema.get("properties")
     required = schema.get("required")
     needed = {key for key in required if isinstance(key, str)} if isinstance(required, list) else set()
@@ -166,29 +122,29 @@ def _tagged(rules: _Rules, calls: TaggedCalls, name: str, schema: Schema) -> str
         argument = rules.rule(_argument(rules, calls, key, known[key] if isinstance(known[key], Mapping) else {}))
         parts.append(argument if key in needed else f"({argument})?")
     attributes = f'/[^<>"]{{0,20}}"[^<>"]{{0,20}}/ {rules.literal(calls.value_begin)}' if calls.name_end == '"' else ""
-    return _joined(_quoted(name), _marker(rules, calls.name_end) or _SPACE, attributes, *parts)
+    return joined(quoted(name), _marker(rules, calls.name_end) or SPACE, attributes, *parts)
 
 
-def _argument(rules: _Rules, calls: TaggedCalls, key: str, schema: Schema) -> str:
+def _argument(rules: LarkRules, calls: TaggedCalls, key: str, schema: Schema) -> str:
     types = types_of(schema)
     is_text = not types or "string" in types
-    head = [_marker(rules, calls.argument_begin), _quoted(key), _marker(rules, calls.key_end.rstrip())]
+    head = [_marker(rules, calls.argument_begin), quoted(key), _marker(rules, calls.key_end.rstrip())]
     if calls.value_begin:
-        attribute = _quoted(calls.string_attribute) if is_text else "/[a-z]{1,12}/"
+        attribute = quoted(calls.string_attribute) if is_text else "/[a-z]{1,12}/"
         head += [attribute, rules.literal(calls.value_begin)]
     values = schema.get("enum")
     if types == STRING and isinstance(values, list) and values:
-        choices = " | ".join(_quoted(str(value)) for value in values)
-        value = f"({choices}) {_SPACE} {rules.literal(calls.value_end)}"
+        choices = " | ".join(quoted(str(value)) for value in values)
+        value = f"({choices}) {SPACE} {rules.literal(calls.value_end)}"
     elif is_text:
         value = rules.text_until(calls.value_end)
     else:
-        value = f"{_json(rules, schema)} {_SPACE} {rules.literal(calls.value_end)}"
-    indent = f"{_quoted(calls.value_indent)}" if calls.value_indent else ""
-    return _joined(*head, indent, value, _SPACE)
+        value = f"{_json(rules, schema)} {SPACE} {rules.literal(calls.value_end)}"
+    indent = f"{quoted(calls.value_indent)}" if calls.value_indent else ""
+    return joined(*head, indent, value, SPACE)
 
 
-def _channel_call(rules: _Rules, calls: ChannelCalls, tools: Tools) -> str:
+def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools) -> str:
     """One call, behind a message of reasoning at most."""
     bodies = []
     for name, schema in tools.items():
@@ -198,7 +154,7 @@ def _channel_call(rules: _Rules, calls: ChannelCalls, tools: Tools) -> str:
             if calls.calls is None
             else _section(rules, calls.calls, {name: schema}, is_parallel=False)
         )
-        bodies.append(rules.rule(_joined(header, body)))
+        bodies.append(rules.rule(joined(header, body)))
     call = f"({' | '.join(bodies)})"
     if not calls.message_ends or calls.reasoning_header == calls.content_header:
         return call
@@ -207,14 +163,6 @@ def _channel_call(rules: _Rules, calls: ChannelCalls, tools: Tools) -> str:
     return f"({begin} {thoughts} {rules.literal(calls.message_begin)})? {call}"
 
 
-def _json(rules: _Rules, schema: Schema) -> str:
+def _json(rules: LarkRules, schema: Schema) -> str:
     shown: dict[str, Any] = {"type": "object", **schema} if not schema else dict(schema)
     return rules.rule(f"%json {json.dumps(shown)}")
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _joined(*parts: str) -> str:
-    return " ".join(part for part in parts if part)

@@ -1,0 +1,75 @@
+"""Values of arguments as elements, nested for objects and lists: bodies of rules for what a schema allows."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+from llamaclust.model.chat.tools.call_sink import Schema
+from llamaclust.model.chat.tools.constraint.lark_rules import LarkRules, joined, quoted
+from llamaclust.model.chat.tools.constraint.schema_parts import alternatives, constants, kinds, number, properties
+
+_TAG: Final = re.compile(r"[^/<>\s][^<>]*")
+
+
+class _FreeValue(Exception):
+    """A value may be anything: also elements with the tag of the one around them, so no tag marks its end."""
+
+
+class ElementValues:
+    """`mark` stands before each tag. A call with a value that may be anything is free as a whole."""
+
+    def __init__(self, rules: LarkRules, mark: str) -> None:
+        self._rules = rules
+        self._mark = mark
+
+    def arguments(self, schema: Schema, closing: str) -> str:
+        """The elements of a call, and the tag that closes it."""
+        try:
+            return joined(self._members(schema, 0), self._literal(closing))
+        except _FreeValue:
+            return self._text(closing)
+
+    def _members(self, schema: Schema, depth: int) -> str:
+        found = properties(schema)
+        if found is None or not all(_TAG.fullmatch(key) for key, _, _ in found):
+            raise _FreeValue
+        elements = [(self._element(key, part, depth), is_needed) for key, part, is_needed in found]
+        return joined(*(element if is_needed else f"({element})?" for element, is_needed in elements))
+
+    def _element(self, tag: str, schema: Any, depth: int) -> str:
+        return self._rules.rule(joined(self._literal(f"<{tag}>"), self._value(schema, f"</{tag}>", depth + 1)))
+
+    def _value(self, schema: Any, closing: str, depth: int) -> str:
+        """A value and its closing tag. One that may be a text is a text."""
+        types, end = kinds(schema, depth), self._literal(closing)
+        if not types:
+            raise _FreeValue
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in constants(schema)]
+        if texts and all(texts):
+            return f"({' | '.join(map(quoted, texts))}) {end}"
+        if "string" in types:
+            return self._text(closing)
+        if parts := alternatives(schema):
+            return f"({' | '.join(self._value(part, closing, depth + 1) for part in parts)})"
+        return f"({' | '.join(self._of_kind(kind, schema, depth) for kind in types)}) {end}"
+
+    def _of_kind(self, kind: str, schema: Schema, depth: int) -> str:
+        match kind:
+            case "array":
+                return f"({self._element('item', schema.get('items'), depth)})*"
+            case "object":
+                return f"({self._members(schema, depth)})"
+            case "integer" | "number":
+                return self._rules.rule(number(kind, schema))
+            case "boolean":
+                return '"true" | "false"'
+            case _:
+                return '"null"'
+
+    def _text(self, closing: str) -> str:
+        return self._rules.text_until(self._mark + closing)
+
+    def _literal(self, tag: str) -> str:
+        return self._rules.literal(self._mark + tag)

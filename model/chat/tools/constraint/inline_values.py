@@ -1,0 +1,187 @@
+"""Values of arguments within a line, in Python's and Gemma's notation: bodies of rules for what a schema allows."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Final
+
+from llamaclust.model.chat.tools.call_sink import Schema
+from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, joined, quoted
+from llamaclust.model.chat.tools.constraint.schema_parts import alternatives, constants, kinds, number, properties
+
+_WORD: Final = re.compile(r"\w+")
+_GEMMA_KEY: Final = re.compile(r'[^\s{}\[\],:"<>]+')
+_COMMA: Final = f'"," {SPACE}'
+
+
+class InlineValues(ABC):
+    """Values of one notation."""
+
+    def __init__(self, rules: LarkRules) -> None:
+        self.rules = rules
+        self._any = ""
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """Any text."""
+
+    @property
+    @abstractmethod
+    def any_key(self) -> str:
+        """Any key of an object, with what stands before its value."""
+
+    @abstractmethod
+    def key(self, key: str) -> str:
+        """One key, likewise; empty where the notation has no such key."""
+
+    @abstractmethod
+    def constant(self, value: Any) -> str:
+        """A text, a number, a truth value or null."""
+
+    def any_value(self) -> str:
+        """The rule of any value."""
+        if not self._any:
+            self._any = self.rules.recursive(self._any_of)
+        return self._any
+
+    def value(self, schema: Any, depth: int = 0) -> str:
+        """A value that a schema allows."""
+        types = kinds(schema, depth)
+        if not types:
+            return self.any_value()
+        if values := constants(schema):
+            return f"({' | '.join(map(self.constant, values))})"
+        if parts := alternatives(schema):
+            return f"({' | '.join(self.value(part, depth + 1) for part in parts)})"
+        return f"({' | '.join(self._of_kind(kind, schema, depth) for kind in types)})"
+
+    def members(self, schema: Schema, depth: int = 0) -> str:
+        """The properties of an object, between its brackets."""
+        found = properties(schema)
+        if found is None or not all(self.key(key) for key, _, _ in found):
+            pair = self.rules.rule(joined(self.any_key, self.any_value()))
+            return f"({pair} ({_COMMA} {pair})*)?"
+        ordered = self.ordered(found)
+        bodies = (joined(self.key(key), self.value(part, depth + 1)) for key, part, _ in ordered)
+        return self._sequence([(self.rules.rule(body), entry[2]) for body, entry in zip(bodies, ordered, strict=True)])
+
+    def ordered(self, found: list[tuple[str, Any, bool]]) -> list[tuple[str, Any, bool]]:
+        """Properties in the order in which they are written."""
+        return found
+
+    def _of_kind(self, kind: str, schema: Schema, depth: int) -> str:
+        match kind:
+            case "string":
+                return self.text
+            case "integer" | "number":
+                return self.rules.rule(number(kind, schema))
+            case "boolean":
+                return f"{self.constant(True)} | {self.constant(False)}"
+            case "null":
+                return self.constant(None)
+            case "array":
+                return _list_of(self.rules.rule(self.value(schema.get("items"), depth + 1)))
+            case "object":
+                return _object_of(self.members(schema, depth))
+            case _:
+                return self.any_value()
+
+    def _any_of(self, name: str) -> str:
+        """The body of that rule, by its name."""
+        pair = self.rules.rule(joined(self.any_key, name))
+        words = " | ".join(map(self.constant, (True, False, None)))
+        whole_number = self.rules.rule(number("number", {}))
+        members = _object_of(f"({pair} ({_COMMA} {pair})*)?")
+        return f"{self.text} | {whole_number} | {words} | {_list_of(name)} | {members}"
+
+    def _sequence(self, members: Sequence[tuple[str, bool]]) -> str:
+        """Members with commas between them; those that are not needed may be left out."""
+        first, behind = "", ""  # the rules of the members from one on: of those that begin, and that follow others
+        for member, is_needed in reversed(members):
+            alone, following = joined(member, behind), f"{_COMMA} {member}"
+            if is_needed:
+                first, behind = alone, joined(following, behind)
+            else:
+                first = f"{alone} | {first}" if first else alone
+                first, behind = f"({first})?", joined(f"({following})?", behind)
+            first, behind = self.rules.rule(first), self.rules.rule(behind)
+        return first
+
+
+class PythonValues(InlineValues):
+    """Texts in either quotes, 1, True, None, ["text"], {"key": 1}; JSON's words, too."""
+
+    @property
+    def text(self) -> str:
+        return r"""(/"([^"\\\n]|\\.)*"/ | /'([^'\\\n]|\\.)*'/)"""
+
+    @property
+    def any_key(self) -> str:
+        return f'{self.text} {SPACE} ":" {SPACE}'
+
+    def key(self, key: str) -> str:
+        return f'{self.constant(key)} ":" {SPACE}'
+
+    def constant(self, value: Any) -> str:
+        forms = dict.fromkeys((json.dumps(value, ensure_ascii=False), repr(value)))
+        return f"({' | '.join(map(quoted, forms))})"
+
+
+class PythonArguments(PythonValues):
+    """key="text", other=1: the arguments of a call."""
+
+    def __init__(self, rules: LarkRules) -> None:
+        super().__init__(rules)
+        self._values = PythonValues(rules)
+
+    @property
+    def any_key(self) -> str:
+        return f'/\\w+/ "=" {SPACE}'
+
+    def key(self, key: str) -> str:
+        return quoted(f"{key}=") if _WORD.fullmatch(key) else ""
+
+    def any_value(self) -> str:
+        return self._values.any_value()
+
+    def value(self, schema: Any, depth: int = 0) -> str:
+        return self._values.value(schema, depth)
+
+
+class GemmaValues(InlineValues):
+    """<|"|>text<|"|>, 1, true, null, [1,2], {key:1}. Objects have their keys by name, as Gemma's template has them."""
+
+    def __init__(self, rules: LarkRules, mark: str) -> None:
+        super().__init__(rules)
+        self._mark = mark
+
+    @property
+    def text(self) -> str:
+        return joined(self.rules.literal(self._mark), self.rules.text_until(self._mark))
+
+    @property
+    def any_key(self) -> str:
+        return f'/[^\\s{{}}\\[\\],:"<>]+/ ":" {SPACE}'
+
+    def key(self, key: str) -> str:
+        return f"{quoted(f'{key}:')} {SPACE}" if _GEMMA_KEY.fullmatch(key) else ""
+
+    def constant(self, value: Any) -> str:
+        if isinstance(value, str):
+            return self.rules.literal(f"{self._mark}{value}{self._mark}")
+        return quoted(json.dumps(value))
+
+    def ordered(self, found: list[tuple[str, Any, bool]]) -> list[tuple[str, Any, bool]]:
+        return sorted(found, key=lambda entry: entry[0].lower())
+
+
+def _list_of(item: str) -> str:
+    return f'"[" {SPACE} ({item} ({_COMMA} {item})*)? {SPACE} "]"'
+
+
+def _object_of(members: str) -> str:
+    return joined('"{"', members, '"}"')

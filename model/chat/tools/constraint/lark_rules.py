@@ -1,0 +1,60 @@
+"""Rules of a grammar in llguidance's dialect of Lark, as they are made one after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+Split = Callable[[str], Sequence[str | int]]
+"""A text as pieces of text and ids of control tokens."""
+
+SPACE: Final = r"/[ \n]{0,2}/"
+_TEXT: Final = "/(?s:.*)/"
+
+
+@dataclass
+class LarkRules:
+    """Collects rules by name."""
+
+    split: Split
+    rules: list[str] = field(default_factory=list)
+
+    def literal(self, text: str) -> str:
+        """A text with its control tokens."""
+        pieces = (quoted(piece) if isinstance(piece, str) else f"<[{piece}]>" for piece in self.split(text) if piece)
+        return " ".join(pieces)
+
+    def text_until(self, end: str) -> str:
+        """Any text, and its end."""
+        first, *rest = [piece for piece in self.split(end) if piece != ""]
+        if isinstance(first, int):
+            return f"{self.rule(_TEXT)} {self.literal(end)}"
+        parts = "".join(f" {quoted(piece) if isinstance(piece, str) else f'<[{piece}]>'}" for piece in rest)
+        return self.rule(_TEXT, f"suffix={quoted(first)}") + parts
+
+    def rule(self, body: str, attributes: str = "") -> str:
+        """The name of a new rule."""
+        name = f"r{len(self.rules)}"
+        self.rules.append(f"{name}{f'[{attributes}]' if attributes else ''}: {body}")
+        return name
+
+    def recursive(self, body: Callable[[str], str]) -> str:
+        """The name of a new rule, whose body has that name."""
+        name = f"n{len(self.rules)}"
+        self.rules.append("")
+        place = len(self.rules) - 1
+        self.rules[place] = f"{name}: {body(name)}"
+        return name
+
+    def lark(self, start: str) -> str:
+        return "\n".join([f"start: {start}", *self.rules])
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def joined(*parts: str) -> str:
+    return " ".join(part for part in parts if part)

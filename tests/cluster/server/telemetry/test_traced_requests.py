@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from llamaclust.cluster.api.models.door import ModelDoor
 from llamaclust.cluster.api.replies.durability import Durability
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
@@ -29,6 +30,7 @@ from support.clusters.fakes import FakePipeline
 from support.clusters.resumable import KilledJournal
 from support.clusters.served import MODEL, make_app, real_engine, serving, until
 from support.hub.otlp_collector import OtlpCollector, otlp_collector, values
+from support.several_models.door_models import door_model
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1"}
@@ -249,6 +251,29 @@ async def journalled(path: Path, kind: type[Journal]) -> AsyncIterator[Traced]:
                 httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,
             ):
                 yield Traced(http, collector, engine, pipeline)
+
+
+async def test_each_of_several_models_has_its_own_spans_and_metrics() -> None:
+    with otlp_collector() as collector:
+        traces, metrics = (Target(f"{collector.url}/v1/{signal}") for signal in ("traces", "metrics"))
+        own = TelemetrySettings(traces=traces, metrics=metrics, span_delay_s=0.01, metrics_interval_s=0.02)
+        async with asyncio.timeout(60), real_engine() as (first, _), real_engine() as (second, _):
+            models = [door_model("x", make_app(first)), door_model("y", make_app(second))]
+            door = ModelDoor(models, ApiSettings())
+            async with (
+                open_telemetry(own, "house", {"x": first, "y": second}) as telemetry,
+                serving(telemetry.traced(door)) as address,
+                httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,
+            ):
+                reply = await http.post("/completion", json={"model": "y", "prompt": "Hello", "n_predict": 4})
+                assert reply.status_code == 200, reply.text
+                await until(lambda: bool(collector.named("POST /completion") and collector.metrics))
+    assert one(collector.spans, "text_completion").name == "text_completion y"
+    running = [metric for metric in collector.metrics if metric.name == "llamaclust_requests_running"]
+    served = {values(metric.gauge.data_points[0].attributes)["gen_ai.request.model"] for metric in running}
+    assert served == {"x", "y"}
+    duration = collector.metric("gen_ai.server.request.duration")
+    assert values(duration.histogram.data_points[0].attributes)["gen_ai.request.model"] == "y"
 
 
 def test_without_telemetry_the_library_is_not_imported() -> None:

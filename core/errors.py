@@ -37,6 +37,8 @@ class InsufficientMemoryError(LlamaclustError):
     exit_code = 3
     http_status = 507
     code = "insufficient_memory"
+    missing_bytes: float | None = None
+    """Of a plan for all workers, where that is known."""
 
 
 class RequestError(LlamaclustError):

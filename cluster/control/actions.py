@@ -82,9 +82,16 @@ class ActionRunner:
                 assert self.engine is not None
                 self.engine.interrupt(error)
             case act.Notify(text):
-                is_start = self.engine is None
-                self._report(Waiting(text.removeprefix("waiting for ")) if is_start else Notice(text))
+                if self.engine is None:
+                    self._report(Waiting(text.removeprefix("waiting for ")))
+                else:
+                    self._notice(text)
                 self.observed.post(seen.Noticed(text))
+
+    def _notice(self, text: str) -> None:
+        """Names the model, where it may be another one's."""
+        config = self.planner.config
+        self._report(Notice(f"model {config.model_name}: {text}" if config.models else text))
 
     def _expel(self, expulsion: Expulsion) -> None:
         name, join = expulsion.worker
@@ -152,7 +159,7 @@ class ActionRunner:
         if is_start:
             self._report(PlanMade(tuple(plan_lines(plan))))
         else:
-            self._report(Notice(moving_text(plan, self.epochs.held_layers)))
+            self._notice(moving_text(plan, self.epochs.held_layers))
         report, links = self._report if is_start else None, self.planner.links
         self._loaded = await self.epochs.open(plan, links, is_exclusive=is_exclusive, report=report)
         if report is not None:
@@ -190,13 +197,13 @@ class ActionRunner:
             return
         self.recoveries += 1
         engine.metrics.recovered(seconds)
-        self._report(Notice(recovered_text(seconds, requests)))
+        self._notice(recovered_text(seconds, requests))
 
     async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
         """Its end, unless the loss of the serving epoch ended it."""
         await retirement.ended.wait()
         if retirement.error is not None:
-            self._report(Notice(f"requests of the epoch before are computed again: {retirement.error}"))
+            self._notice(f"requests of the epoch before are computed again: {retirement.error}")
         if self.retiring is retiring:
             self.observed.post(seen.Signal.RETIRING_EMPTY)
 
@@ -225,7 +232,7 @@ class ActionRunner:
         try:
             await self.epochs.free_others(epoch)
         except LlamaclustError as error:
-            self._report(Notice(f"layers that are not needed any more stay in memory: {error}"))
+            self._notice(f"layers that are not needed any more stay in memory: {error}")
         self._enter(*(() if epoch is None else (epoch.plan,)))
 
     def _fail_requests(self, reason: str) -> None:

@@ -8,10 +8,14 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import LlamaclustError
 
 
-def lost_text(error: LlamaclustError, requests: int) -> str:
-    """`requests`: how many wait because of it."""
-    waiting = f"; {_requests(requests, 'waits', 'wait')}" if requests else ""
-    return f"{error}{waiting}"
+def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
+    """`requests`: how many wait because of it, by model."""
+    counts = [(model, count) for model, count in requests.items() if count]
+    if len(requests) > 1:
+        waits = ", ".join(_requests(count, f"of {model} waits", f"of {model} wait") for model, count in counts)
+    else:
+        waits = "".join(_requests(count, "waits", "wait") for _, count in counts)
+    return f"{error}; {waits}" if waits else str(error)
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[int, int]]) -> str:

@@ -11,6 +11,7 @@ from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion
 from llamaclust.cluster.control.observations import PlanInputs
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, NetworkPartitionError
+from llamaclust.core.sizes import mib
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,9 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
 
 def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
     """Of other models, which give it in their turn: `timeouts.request` bounds the wait."""
-    text = f"waiting for memory that other models hold: {why}"
+    missing_bytes = why.missing_bytes if isinstance(why, InsufficientMemoryError) else None
+    missing = "" if missing_bytes is None else f" ({mib(missing_bytes)} MiB)"
+    text = f"waiting for memory that other models hold{missing}: they give way after their turns"
     return Notify(text) if text != state.waits_for else Wait(_quarantine_end_s(state))
 
 

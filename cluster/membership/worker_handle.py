@@ -127,12 +127,8 @@ class WorkerHandle:
     @property
     def layers(self) -> tuple[int, int] | None:
         """The layers of its newest stage, loaded or being loaded."""
-        order = self.newest_order
+        order = self.loading or (self.stages[max(self.stages)][0] if self.stages else None)
         return None if order is None else (order.start, order.end)
-
-    @property
-    def newest_order(self) -> Load | None:
-        return self.loading or (self.stages[max(self.stages)][0] if self.stages else None)
 
     def epochs_of(self, model_id: str) -> list[int]:
         """Of its stages of a model."""
@@ -148,8 +144,10 @@ class WorkerHandle:
 
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
-        """The layers of its newest stage on each of its devices."""
-        return self.devices_of(self.newest_order)
+        """The layers of its newest stage of each model on each of its devices."""
+        orders = [order for order, _ in self.stages.values()]
+        models = {order.model_id for order in (*orders, self.loading) if order is not None}
+        return tuple(part for model_id in sorted(models) for part in self.devices_of(self.order_of(model_id)))
 
     def devices_of(self, order: Load | None) -> tuple[DeviceLayers, ...]:
         """The layers of a stage on each of its devices."""
@@ -183,7 +181,7 @@ class WorkerHandle:
     @property
     def error(self) -> WorkerError:
         """The error of requests that were lost with this worker."""
-        layers = f" (layers [{self.layers[0]}, {self.layers[1]}))" if self.layers else ""
+        layers = f" ({self._layers_text})" if self.layers else ""
         last_error = "" if self.loss is None else self.loss.last_error
         text = f"; its last error: {last_error}" if last_error else ""
         if self.registration.log:
@@ -192,6 +190,12 @@ class WorkerHandle:
         error = WorkerError(f"worker {self.name}{layers} is lost: {why}{text or '; its log has no error'}")
         error.worker = self.name
         return error
+
+    @property
+    def _layers_text(self) -> str:
+        """Of what it holds."""
+        models = {order.model_id for order, _ in self.stages.values()}
+        return f"layers of {len(models)} models" if len(models) > 1 else "layers [{}, {})".format(*self.layers or ())
 
     def unreachable_peer(self, epoch: int) -> UnreachablePeer:
         return self._unreachable.setdefault(epoch, UnreachablePeer())

@@ -45,13 +45,15 @@ def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> In
     workspace = max(sizes.workspace_bytes(device, 0, layers) for device in devices)
     given, have = sizes.request.kv_memory_bytes, [device for device in devices if device.memory_bytes is not None]
     rooms = [f"{worker.name} {(worker.memory_bytes or 0) // MIB}" for worker in have]
-    return InsufficientMemoryError(
+    missing_bytes = _least_shortfall(sizes, workers)
+    error = InsufficientMemoryError(
         f"the model does not fit: it needs {needed(parts)} for {sizes.request.context_length} tokens of context, and "
         f"up to {mib(workspace)} MiB of workspace a worker; the workers have, in MiB: {', '.join(rooms) or '?'}"
         f"{'' if given is None else f', and kv_memory is {given // MIB} MiB each'}; "
-        f"{mib(_least_shortfall(sizes, workers))} MiB are missing. Add a worker, give them more memory"
-        f"{_shorter_context(sizes, workers)}"
+        f"{mib(missing_bytes)} MiB are missing. Add a worker, give them more memory{_shorter_context(sizes, workers)}"
     )
+    error.missing_bytes = missing_bytes
+    return error
 
 
 def _least_shortfall(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> float:

@@ -70,7 +70,8 @@ class MembershipWatch:
         return hang_text(computing_s, limit_s) if served and computing_s > limit_s else None
 
     def _lost(self, worker: WorkerHandle) -> None:
-        self._report(Notice(lost_text(worker.error, sum(_requests(runner, worker) for runner in self._runners))))
+        requests = {runner.planner.config.model_name: _requests(runner, worker) for runner in self._runners}
+        self._report(Notice(lost_text(worker.error, requests)))
         self._ending.start(self._launcher.end(worker.name))
         self._partitions.forget(worker.name)
         for runner in self._runners:

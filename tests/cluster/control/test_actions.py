@@ -179,7 +179,7 @@ def supervised(registry: Members) -> tuple[WorkerPool, Supervisor]:
     opener: Any = SimpleNamespace(announce=nothing)
     launcher: Any = SimpleNamespace(end=nothing)
     workers: Any = SupervisedWorkers(registry, launcher, ControlRecord())  # type: ignore[arg-type]
-    planner: Any = SimpleNamespace(profiles=SimpleNamespace(of=lambda workers: workers))
+    planner: Any = SimpleNamespace(profiles=SimpleNamespace(of=lambda workers: workers), config=config)
     pool = WorkerPool(config, workers, lambda event: None)
     return pool, Supervisor(config, opener, planner, pool, report=lambda event: None)
 

@@ -27,7 +27,8 @@ def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionR
     async def settled() -> None: ...
 
     loading: Any = SimpleNamespace(open=open_epoch, file_is_absent=False, model_id="m", held_layers={})
-    planner: Any = SimpleNamespace(links=UNKNOWN, ledger=MemoryLedger())
+    own = SimpleNamespace(models=(), model_name="m")
+    planner: Any = SimpleNamespace(links=UNKNOWN, ledger=MemoryLedger(), config=own)
     registry: Any = SimpleNamespace(workers={}, present={})
     partitions: Any = SimpleNamespace(settled=settled)
     runner = ActionRunner(observed, loading, planner, registry, partitions, lambda event: None, TaskSet())

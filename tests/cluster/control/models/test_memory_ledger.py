@@ -58,7 +58,7 @@ async def test_a_move_that_a_loss_overtook_holds_the_memory_of_one_plan() -> Non
     observed = observed_cluster()
     runner = action_runner(observed, open_epoch)
     runner.epochs.free_others = free_others  # type: ignore[method-assign]
-    runner.planner.config = SimpleNamespace(model_name="m")  # type: ignore[assignment]
+    runner.planner.config = SimpleNamespace(models=(), model_name="m")  # type: ignore[assignment]
     counts = SimpleNamespace(running=0, waiting=0)
     engine: Any = SimpleNamespace(counts=counts, resume=lambda *_: None)  # no retirement: the old pipeline is lost
     runner.epoch, runner.engine, ledger = epoch_of(ONLY_A), engine, runner.planner.ledger
@@ -84,7 +84,9 @@ async def test_a_plan_of_before_another_model_took_memory_is_not_loaded(is_lost:
 
     observed = observed_cluster()
     runner, ledger = action_runner(observed, open_epoch), MemoryLedger()
-    planner: Any = SimpleNamespace(plan=plan, ledger=ledger, links=None)
+    planner: Any = SimpleNamespace(
+        plan=plan, ledger=ledger, links=None, config=SimpleNamespace(models=(), model_name="m")
+    )
     runner.planner = planner
     loss, observed.state = observed.state.loss, replace(observed.state, loss=None)
     await runner.run(MakePlan(observed.state.inputs))

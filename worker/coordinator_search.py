@@ -112,9 +112,13 @@ class CoordinatorSearch:
                 self._trying[place] = asyncio.create_task(self._repeat(place, number * _STAGGER_S, attempt))
             more = asyncio.create_task(self._has_more.wait())
             try:
-                done, _ = await asyncio.wait([*self._trying.values(), more], return_when=asyncio.FIRST_COMPLETED)
+                waits = [*self._trying.values(), more]
+                limit_s = None if self._trying else _LOG_EVERY_S
+                done, _ = await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 more.cancel()
+            if not done:
+                _log.info("no coordinator of the token's cluster is announced yet; looking on")
             if ended := done & {*self._trying.values()}:  # not those that were dropped
                 return ended
 

@@ -53,6 +53,18 @@ async def test_an_address_that_does_not_answer_delays_no_other_one() -> None:
     assert attempts.cancelled == ["dead"]
 
 
+async def test_a_search_without_any_address_says_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(coordinator_search, "_LOG_EVERY_S", 0.01)
+    caplog.set_level(logging.INFO)
+    search = CoordinatorSearch((), discovers=True)
+    searching = asyncio.create_task(search.reached(Attempts(a=["here"])))
+    await until(lambda: caplog.text.count("is announced yet") > 1)
+    search.add("a")
+    assert (await searching)[1] == "here"
+
+
 async def test_an_address_that_answers_at_once_is_the_only_one_that_is_tried() -> None:
     search, attempts = CoordinatorSearch(("a", "b")), Attempts(a=["here"], b=["there"])
     assert (await search.reached(attempts))[1] == "here"

@@ -51,19 +51,22 @@ def why(
 def _list(records: list[Record]) -> Iterator[str]:
     if not records:
         yield "no request yet"
+    with_model = len({record["model"] for record in records}) > 1
     for record in records[-_SHOWN:]:
-        yield _head(record)
+        yield _head(record, with_model=with_model)
 
 
-def _head(record: Record) -> str:
+def _head(record: Record, *, with_model: bool) -> str:
     cached = f" ({record['cached_tokens']} cached)" if record["cached_tokens"] else ""
-    tokens = f"{record['prompt_tokens']} prompt tokens{cached}, {record['generated_tokens']} generated"
+    generated = "" if record["end"] == "embedded" else f", {record['generated_tokens']} generated"
+    model = f"{record['model']}: " if with_model else ""
+    tokens = f"{model}{record['prompt_tokens']} prompt tokens{cached}{generated}"
     return f"{record['id']}: {tokens}, {record['end'] or 'running'}, {_duration(record['seconds'])}"
 
 
 def _waterfall(record: Record) -> Iterator[str]:
     """The phases one below the other, each with its parts."""
-    yield _head(record)
+    yield _head(record, with_model=False)
     whole = max(record["seconds"], 1e-9)
     for phase in record["phases"]:
         count = f", {_count(phase, 'tokens')} in {_count(phase, 'microbatches')}" if "tokens" in phase else ""

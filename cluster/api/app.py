@@ -79,6 +79,8 @@ def create_models_app(models: Sequence[DoorModel], settings: ApiSettings, admiss
     _route(app, "GET", "/v1/models/{model:path}", lists.retrieve)
     _route(app, "GET", "/api/tags", lists.tags)
     _route(app, "GET", "/api/ps", lists.ps)
+    _route(app, "GET", "/metrics", disabled if "metrics" in settings.disabled else lists.metrics)
+    _add_requests(app, lists)
     app.router.default = door
     add_gates(app, settings, admission)
     return app
@@ -119,8 +121,7 @@ def model_app(
     operations = Operations(service, engine, cluster_status, settings.defaults)
     for name in ("health", "live", "metrics", "cluster", "props", "slots"):
         _route(app, "GET", f"/{name}", disabled if name in settings.disabled else getattr(operations, name))
-    for path, handler in (("requests", operations.requests), ("requests/{request}", operations.waterfall)):
-        _route(app, "GET", f"/cluster/{path}", handler)
+    _add_requests(app, operations)
     if pool is not None:
         workers = Workers(pool)
         for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
@@ -178,6 +179,11 @@ def _add_responses(app: FastAPI, service: TextService, replies: Replies, store: 
         _route(app, "POST", f"{path}/{{id}}/cancel", stored.cancel)
         _route(app, "GET", f"{path}/{{id}}", stored.retrieve)
         _route(app, "DELETE", f"{path}/{{id}}", stored.delete)
+
+
+def _add_requests(app: FastAPI, of: Operations | ModelLists) -> None:
+    _route(app, "GET", "/cluster/requests", of.requests)
+    _route(app, "GET", "/cluster/requests/{request}", of.waterfall)
 
 
 def _route(app: FastAPI, method: str, path: str, endpoint: Endpoint, schema: dict[str, Any] | None = None) -> None:

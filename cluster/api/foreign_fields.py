@@ -121,7 +121,8 @@ RERANK: Final = ForeignFields(
 )
 """Scores are the model's own, as llama.cpp has them."""
 
-TEMPLATE: Final = ForeignFields(hints={"model": anything})
+TEXT_ONLY: Final = ForeignFields(hints={"model": anything})
+"""Nothing is computed."""
 
 _CHAT_ONLY: Final = {
     **_REFUSED,
@@ -183,10 +184,10 @@ OLLAMA_OPTIONS: Final = ForeignFields(
 
 OLLAMA: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template images adapters lora", only())},
-    hints=_names("keep_alive truncate shift", anything),
+    hints=_names("truncate shift", anything),
     parts={"options": OLLAMA_OPTIONS},
 )
-"""The model stays loaded; a prompt is never truncated, and a context never shifted."""
+"""A prompt is never truncated, and a context never shifted."""
 
 OLLAMA_MESSAGE: Final = ForeignFields(
     refused=_names("images", only()), other_names={"name": "tool_name", "reasoning_content": "thinking"}

@@ -11,21 +11,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
-from llamaclust.cluster.api.llamacpp.metrics import llamacpp_metrics
 from llamaclust.cluster.api.llamacpp.schema import LlamaCppBody
+from llamaclust.cluster.api.models.readings import metrics_reply, requests_reply, waterfall_reply
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
 from llamaclust.cluster.engine.engine import Engine, EngineState
-from llamaclust.cluster.engine.metrics import CONTENT_TYPE
-from llamaclust.cluster.engine.waterfall_json import matching, summary_json, waterfall_json
 from llamaclust.cluster.text.service import TextService
 from llamaclust.wire.control.messages import LogTail
 from llamaclust.wire.rpc.deadlines import deadline
 
 _DRAIN_S = 600.0
 """Layers are loaded elsewhere meanwhile; a repeated request waits on."""
-
-_MOST_SEQUENCES = 32
-"""Of one request, that are shown."""
 
 
 class DrainControl(Protocol):
@@ -82,8 +77,9 @@ class Operations:
         self._service = service
         self._defaults = defaults
         self._engine = engine
+        self._engines = {service.settings.model_name: engine}
         self._cluster_status = cluster_status
-        self._started_s = str(int(time.time()))
+        self._started_s = int(time.time())
 
     async def health(self, request: Request) -> Response:
         """200 while requests are taken, even if they have to wait; else 503, and why not for those with a key."""
@@ -108,25 +104,18 @@ class Operations:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus: this program's metrics, and those that have names in llama.cpp."""
-        text = self._engine.metrics.render() + llamacpp_metrics(self._engine)
-        return Response(text, media_type=CONTENT_TYPE, headers={"Process-Start-Time-Unix": self._started_s})
+        return metrics_reply(self._engines, self._started_s)
 
     async def cluster(self, request: Request) -> Response:
         return JsonResponse(self._cluster_status())
 
     async def requests(self, request: Request) -> Response:
         """The requests that are open, and the last ones that ended, the oldest first."""
-        records = self._engine.waterfalls.records(time.monotonic_ns())
-        return JsonResponse({"requests": [summary_json(record) for record in records]})
+        return requests_reply(self._engines)
 
     async def waterfall(self, request: Request) -> Response:
         """Where the time of a request went: each of its sequences, without any of its text."""
-        name = request.path_params["request"]
-        records = self._engine.waterfalls.records(time.monotonic_ns())
-        if not (found := matching(records, name)):
-            message = f"no request {name[:80]!r} is open or among the last {len(records)}"
-            raise HttpError(404, "request_not_found", message)
-        return JsonResponse({"requests": [waterfall_json(record) for record in found[-_MOST_SEQUENCES:]]})
+        return waterfall_reply(self._engines, request.path_params["request"])
 
     async def props(self, request: Request) -> Response:
         settings, tokenizer = self._service.settings, self._service.tokenizer

@@ -32,6 +32,7 @@ class ApiSettings:
     prefix: str = ""  # of all paths, like "/llm"
     is_strict: bool = False  # refuses fields that are unknown or have no effect
     strict_model: bool | None = None  # whether a request must name the served model; None: on OpenAI's paths
+    can_unload: bool = False  # the served model is one of several
     aliases: tuple[str, ...] = ()  # further names of the served model
     tags: tuple[str, ...] = ()  # shown with it
     adapters: tuple[ServedAdapter, ...] = ()

@@ -143,6 +143,7 @@ class LocalStage:
                     embedding_length=self.model.embedding_width,
                     pooling=self.model.pooling,
                     ranking=self.model.ranking,
+                    generates=self.model.generates,
                 )
                 service = TextService(engine, self.model.tokenizer, self.model.chat_template, text)
                 async with aclosing(service):

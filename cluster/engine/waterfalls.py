@@ -10,11 +10,13 @@ from typing import Protocol
 
 from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, Waterfall
-from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
+from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, Timings
 from llamaclust.cluster.scheduler.sequences import Sequence, SequenceSlice
 
 _ENDED = 256
 """Sequences that are kept after their end."""
+_EMBEDDED = "embedded"
+"""The end of a sequence that has its embeddings: nothing is generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class RequestRecord:
     """What is known of a sequence's time."""
 
     request_id: str
-    end: str | None  # a finish reason or `error`; None: it has not ended
+    end: str | None  # a finish reason, `embedded` or `error`; None: it has not ended
     seconds: float  # since its client's request came
     timings: Timings
     waterfall: Waterfall
@@ -59,7 +61,8 @@ class Waterfalls:
 
     def ended(self, key: int, reason: str, now_ns: int) -> None:
         ended = self._open.pop(key)
-        record = self._record(ended.sequence, ended.waterfall, reason, now_ns)
+        is_embedded = ended.sequence.request.embedded is not None and reason == FinishReason.LENGTH
+        record = self._record(ended.sequence, ended.waterfall, _EMBEDDED if is_embedded else reason, now_ns)
         self._ended.append(record)
         if self.spans is not None and ended.trace is not None:
             self.spans.ended(record, ended.sequence.request, ended.trace)

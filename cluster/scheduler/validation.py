@@ -13,6 +13,7 @@ from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_CONTEXT_TOKENS, MAX_TO
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
 
+NO_TEXT = "is an encoder or reranker, which generates nothing: use /v1/embeddings or /v1/rerank"
 MAX_CHOICES = 128
 _UINT64_MAX = (1 << 64) - 1
 
@@ -27,9 +28,7 @@ def validate(
 ) -> None:
     """Raises ParameterError, which names the field as the HTTP API does, its value and the bound."""
     if not generates and request.embedded is None:
-        raise ParameterError(
-            "model", "is an encoder or reranker, which generates nothing: use /v1/embeddings or /v1/rerank"
-        )
+        raise ParameterError("model", NO_TEXT)
     _check_prompt(request, vocabulary, max_sequence_tokens)
     check_integer("max_tokens", request.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
     check_integer("min_tokens", request.min_tokens, 0, MAX_CONTEXT_TOKENS)

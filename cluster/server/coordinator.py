@@ -60,6 +60,11 @@ class ServedModel:
     def name(self) -> str:
         return self.config.model_name
 
+    @property
+    def plan(self) -> Plan | None:
+        """Of the epoch that serves, or served last; None: it was never loaded."""
+        return self.supervisor.plan
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
@@ -126,7 +131,7 @@ async def open_cluster(
         supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
         pool = await stack.enter_async_context(_supervised(config, supervised, report))
         served = await _served(stack, planners, pool, report)
-        served[0].engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
+        served[0].engine.metrics.shared.register(WorkerMetrics(lambda: registry.workers))
         residents = {one.name: _resident(one, entry) for one, entry in zip_longest(served, config.models)}
         residency = Residency(residents)
         if config.models:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,7 +16,8 @@ from llamaclust.cluster.api.models.door import DoorModel
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.cluster.api.replies.durability import Durability
 from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter
+from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.server.answer_digest import answer_digest
 from llamaclust.cluster.server.coordinator import Cluster, ServedModel
 from llamaclust.cluster.state.journal import Journal
@@ -56,19 +58,22 @@ async def restore(apis: Sequence[ModelApi], journal: Journal, requests: Sequence
 
 
 def cluster_app(
-    apis: Sequence[ModelApi], cluster: Cluster, admission: Admission, show: Callable[[], Mapping[str, Any]]
+    apis: Sequence[ModelApi], cluster: Cluster, admission: Admission, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> FastAPI:
-    """The app of one model, or of several."""
+    """The app of one model, or of several. `show`: what `GET /cluster` says of one."""
     pool, (first, *others) = cluster.pool.operations, apis
     if not others:
-        return create_app(first.service, first.replies, first.served.engine, show, admission, pool)
+        return create_app(
+            first.service, first.replies, first.served.engine, partial(show, first.served), admission, pool
+        )
     store, residents = ResponseStore(), cluster.residency.residents
     models = [
         DoorModel(
-            model_app(api.service, api.replies, api.served.engine, show, pool, store),
+            model_app(api.service, api.replies, api.served.engine, partial(show, api.served), pool, store),
             api.service,
             api.replies,
             residents[api.served.name],
+            api.served.engine,
         )
         for api in apis
     ]
@@ -86,6 +91,7 @@ def _text_service(served: ServedModel) -> TextService:
         model.embedding_width,
         model.pooling,
         model.ranking,
+        generates=model.generates,
     )
     return TextService(engine, model.tokenizer, model.chat_template, text)
 
@@ -99,5 +105,16 @@ def _settings_of(served: ServedModel, settings: ApiSettings, models: int) -> Api
     """Of several, requests name one, and kept replies share their memory."""
     if models == 1:
         return settings
-    aliases, kept_bytes = served.config.api.aliases, settings.max_kept_bytes // models
-    return replace(settings, aliases=aliases, strict_model=True, max_kept_bytes=kept_bytes)
+    return replace(
+        settings,
+        aliases=served.config.api.aliases,
+        adapters=served_adapters(served.config),
+        strict_model=True,
+        can_unload=True,
+        max_kept_bytes=settings.max_kept_bytes // models,
+    )
+
+
+def served_adapters(config: ClusterConfig) -> tuple[ServedAdapter, ...]:
+    """Of a model."""
+    return tuple(ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters)

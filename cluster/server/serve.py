@@ -19,20 +19,20 @@ import uvicorn
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.port.api_port import ApiPort, listening
 from llamaclust.cluster.api.server import StartingReplies, allow_many_files, server_config
-from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter, read_api_keys
+from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.leadership import leading
-from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore
+from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore, served_adapters
 from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
 from llamaclust.cluster.server.telemetry.telemetry import Telemetry, open_telemetry, resolve_telemetry
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
-from llamaclust.cluster.state.events import Draining, Notice, Ready, Report
+from llamaclust.cluster.state.events import Draining, ModelUse, Notice, Ready, Report
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
@@ -40,6 +40,8 @@ from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswere
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
 from llamaclust.core.interpreter import share_interpreter
+from llamaclust.model.loader import Model
+from llamaclust.model.pooling import Pooling
 
 if TYPE_CHECKING:
     from llamaclust.cluster.api.port.certificate import ServerCertificate
@@ -161,7 +163,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
             try:
                 await asyncio.wait_for(server.answers.wait(), _START_S)
                 signals.ready = True
-                front.report(_ready(config, front))
+                front.report(_ready(cluster, front))
                 await first_of(_asked(signals), cluster.registry.superseded())
                 left = _Inheritance(journal, None if config.lease is None else cluster.registry)
                 engines, services = [api.served.engine for api in apis], [api.service for api in apis]
@@ -294,7 +296,7 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         strict_model=config.api.strict_model,
         aliases=config.api.aliases,
         tags=config.api.tags,
-        adapters=tuple(ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters),
+        adapters=served_adapters(config),
         disabled=config.api.disabled,
         defaults=config.api.defaults,
         allowed_hosts=config.allowed_hosts,
@@ -343,8 +345,9 @@ def _record(config: ClusterConfig, folder: ClusterDir, port: ApiPort) -> Cluster
     )
 
 
-def _ready(config: ClusterConfig, front: _Front) -> Ready:
-    record, certificate = front.record, front.port.certificate
+def _ready(cluster: Cluster, front: _Front) -> Ready:
+    config, record, certificate = cluster.config, front.record, front.port.certificate
+    others = [served.name for served in cluster.models[1:]]
     is_own = config.listen_tls is not None and config.listen_tls.certificate is None
     return Ready(
         record.name,
@@ -353,4 +356,12 @@ def _ready(config: ClusterConfig, front: _Front) -> Ready:
         record.api_keys_file,
         fingerprint=None if certificate is None else certificate.fingerprint,
         ca_file=record.api_certificate if is_own else None,
+        use=_use(cluster.model),
+        others=(*others, *(adapter.name for served in cluster.models for adapter in served.config.adapters)),
     )
+
+
+def _use(model: Model) -> ModelUse:
+    if model.pooling is Pooling.RANK:
+        return ModelUse.RANKS
+    return ModelUse.TEXT if model.generates else ModelUse.EMBEDDINGS

@@ -9,6 +9,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llamaclust.cluster.control.planning import in_order
+from llamaclust.cluster.control.residency import Resident
+from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.engine.metrics import StageReport
 from llamaclust.cluster.engine.throughput import MeasuredSpeed
 from llamaclust.cluster.engine.waterfall_json import SHOWN_CHARACTERS
@@ -26,16 +28,18 @@ if TYPE_CHECKING:
 _MOST_LISTED = 64
 
 
-def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:
-    """`status`: the workers and their layers now; `plan`: what was predicted; `stages`: the same figures measured;
-    `links`: the way of a token; `sequences`: requests that run or wait."""
-    reports = cluster.engine.metrics.stage_report()
-    sequences = [sequence for scheduler in cluster.engine.schedulers for sequence in scheduler.sequences]
+def cluster_status(cluster: Cluster, record: ClusterRecord, served: ServedModel | None = None) -> dict[str, Any]:
+    """As one of the models has it, by default the first one. `status`: the workers and their layers now; `plan`: what
+    was predicted; null of a model that was never loaded; `stages`: the same figures measured; `links`: the way of a
+    token; `sequences`: requests that run or wait."""
+    served = served or cluster.models[0]
+    engine, plan = served.engine, served.plan
+    sequences = [sequence for scheduler in engine.schedulers for sequence in scheduler.sequences]
     return {
-        "status": _status(cluster, record, {report.worker: report for report in reports}),
-        "plan": plan_json(cluster.plan),
-        "stages": [asdict(report) for report in reports],
-        "links": links_json(cluster.plan, cluster.supervisor.planner.links),
+        "status": _status(cluster, record, served),
+        "plan": None if plan is None else plan_json(plan),
+        "stages": [asdict(report) for report in engine.metrics.stage_report()],
+        "links": [] if plan is None else links_json(plan, served.supervisor.planner.links),
         "sequences": sequences_json(sequences, time.monotonic_ns()),
     }
 
@@ -73,20 +77,21 @@ def _link(sender: str, receiver: str, link: Link | None) -> dict[str, Any]:
     }
 
 
-def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageReport]) -> dict[str, Any]:
-    counts, error = cluster.engine.counts, cluster.engine.error
-    workers, supervisor, metrics = cluster.registry.workers, cluster.supervisor, cluster.engine.metrics
-    predicted, retiring = _predicted_stages(cluster.plan), supervisor.retiring_epoch
+def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dict[str, Any]:
+    engine, supervisor, workers = served.engine, served.supervisor, cluster.registry.workers
+    counts, error, retiring = engine.counts, engine.error, supervisor.retiring_epoch
+    reports = {report.worker: report for report in engine.metrics.stage_report()}
+    predicted = _predicted_stages(served.plan)
     return {
         "name": record.name,
         "api": record.api,
         "pid": record.pid,
-        "state": str(cluster.engine.state),
+        "state": str(engine.state),
         "reason": None if error is None else str(error),
-        "model": record.model,
+        "model": served.name,
         "insecure": cluster.config.insecure,
         "workers": [
-            _worker(workers[name], cluster.model.model_id, reports.get(name), predicted.get(name))
+            _worker(workers[name], served.model.model_id, reports.get(name), predicted.get(name))
             | {"drained": name in cluster.pool.operations.drained}
             for name in in_order(cluster.config, workers)
         ],
@@ -95,36 +100,37 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         "epoch": None if supervisor.number is None else epoch_text(supervisor.number),
         "retiring_epoch": None if retiring is None else epoch_text(retiring.number),
         "recoveries": supervisor.recoveries,
-        "recovery_seconds": list(metrics.recovery_s),
-        "speed": _speed(cluster.plan, metrics.speed()),
-        "models": [_model(served) for served in cluster.models],
+        "recovery_seconds": list(engine.metrics.recovery_s),
+        "speed": _speed(served.plan, engine.metrics.speed()),
+        "models": [_model(each, cluster.residency.residents[each.name]) for each in cluster.models],
     }
 
 
-def _model(served: ServedModel) -> dict[str, Any]:
-    """One of the models."""
+def _model(served: ServedModel, resident: Resident) -> dict[str, Any]:
+    """One of the models. One that requests woke is loading until it serves."""
+    state = served.engine.state
     counts = served.engine.counts
     return {
         "name": served.name,
-        "state": str(served.engine.state),
+        "state": "loading" if resident.is_loading and state is EngineState.ASLEEP else str(state),
         "requests": {"running": counts.running, "waiting": counts.waiting},
         "recoveries": served.supervisor.recoveries,
     }
 
 
-def _predicted_stages(plan: Plan) -> dict[str, StagePrediction]:
-    if plan.prediction is None:
+def _predicted_stages(plan: Plan | None) -> dict[str, StagePrediction]:
+    if plan is None or plan.prediction is None:
         return {}
     return {stage.worker: prediction for stage, prediction in zip(plan.stages, plan.prediction.stages, strict=True)}
 
 
-def _speed(plan: Plan, measured: MeasuredSpeed) -> dict[str, Any]:
+def _speed(plan: Plan | None, measured: MeasuredSpeed) -> dict[str, Any]:
     """Two times the same figures; null where nothing was measured."""
-    known = plan.prediction
+    known = None if plan is None else plan.prediction
     predicted = {
         "token_ms": None if known is None else 1e3 * known.token_s,
         "ttft_ms": None if known is None else 1e3 * known.ttft_s,
-        "prompt_tokens": plan.prompt_tokens,
+        "prompt_tokens": None if plan is None else plan.prompt_tokens,
         "tokens_per_s": None if known is None else known.tokens_per_s,
         "bottleneck": None if known is None else known.bottleneck,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -57,12 +58,15 @@ def _of_heartbeats(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
 
 
 def _of_devices(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
-    layers = _gauge("worker_layers", "Layers on a worker's CPU and GPUs", "worker", "device")
+    layers = _gauge("worker_layers", "Layers on a worker's CPU and GPUs, of all models", "worker", "device")
     total = _gauge("worker_gpu_memory_bytes", "Memory of a worker's GPU", "worker", "gpu")
     free = _gauge("worker_gpu_free_memory_bytes", "Memory that a worker may still take of its GPU", "worker", "gpu")
     for name, worker in workers.items():
+        counts: Counter[str] = Counter()
         for part in worker.device_layers:
-            layers.add_metric([name, part.device], part.end - part.start)
+            counts[part.device] += part.end - part.start
+        for device, count in counts.items():
+            layers.add_metric([name, device], count)
         for gpu in worker.gpus if worker.heartbeat is not None else ():
             total.add_metric([name, gpu.device], gpu.total_bytes)
             free.add_metric([name, gpu.device], gpu.free_bytes)

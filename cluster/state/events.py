@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any, get_args
 
 
@@ -69,6 +70,14 @@ class PlanMade:
     lines: tuple[str, ...]
 
 
+class ModelUse(StrEnum):
+    """What requests of a model get."""
+
+    TEXT = "text"
+    EMBEDDINGS = "embeddings"
+    RANKS = "ranks"
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """The API answers."""
@@ -79,6 +88,8 @@ class Ready:
     api_keys_file: str | None = None
     fingerprint: str | None = None  # SHA-256 of the certificate; None: plain HTTP
     ca_file: str | None = None  # the certificate, where it is the cluster's own
+    use: ModelUse = ModelUse.TEXT  # of the model
+    others: tuple[str, ...] = ()  # further models, and adapters
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
+from llamaclust.cluster.scheduler.validation import NO_TEXT
 from llamaclust.cluster.text.budget import EntryBudget
 from llamaclust.cluster.text.call_constraint import answer_grammar
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode, render
@@ -50,6 +51,7 @@ class TextSettings:
     embedding_length: int = 0  # numbers of an embedding
     pooling: Pooling = DEFAULT  # of embeddings, where a request names none
     ranking: Ranking | None = None  # where the model ranks documents
+    generates: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,9 @@ class TextService:
 
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
         """The completion that answers a chat. Control words in the messages stay text. RequestError where the template
-        refuses the messages."""
+        refuses the messages, and of a model that generates nothing."""
+        if not self.settings.generates:
+            raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)
         with self._preparing():
             grammar = await answer_grammar(chat, unconstrained.reading, self.tokenizer, self._grammars)

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.body import parse_body, read_body
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
-from llamaclust.cluster.api.foreign_fields import LLAMACPP, TEMPLATE
+from llamaclust.cluster.api.foreign_fields import LLAMACPP, TEXT_ONLY
 from llamaclust.cluster.api.llamacpp.reply import InfillReply, LlamaCppReply
 from llamaclust.cluster.api.llamacpp.schema import (
     DetokenizeBody,
@@ -20,7 +20,6 @@ from llamaclust.cluster.api.llamacpp.schema import (
 )
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.replies.ticket import Ticket
-from llamaclust.cluster.api.schema import NOTHING_FOREIGN
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import unless_disconnected
 from llamaclust.cluster.text.service import TextService
@@ -54,7 +53,7 @@ class LlamaCppEndpoints:
         return LlamaCppReply(self._service, self._settings, ticket, body, adapters)
 
     async def tokenize(self, request: Request) -> Response:
-        body = await read_body(request, TokenizeBody, NOTHING_FOREIGN, self._settings)
+        body = await read_body(request, TokenizeBody, TEXT_ONLY, self._settings)
         tokenizing = self._service.tokenize(body.content, body.add_special, body.parse_special)
         ids = await unless_disconnected(request, tokenizing)
         if body.with_pieces:
@@ -65,12 +64,12 @@ class LlamaCppEndpoints:
         return JsonResponse({"tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
-        body = await read_body(request, DetokenizeBody, NOTHING_FOREIGN, self._settings)
+        body = await read_body(request, DetokenizeBody, TEXT_ONLY, self._settings)
         detokenizing = run_on(TOKENIZING, self._service.tokenizer.decode, body.tokens)
         return JsonResponse({"content": await unless_disconnected(request, detokenizing)})
 
     async def apply_template(self, request: Request) -> Response:
-        body = await read_body(request, TemplateBody, TEMPLATE, self._settings)
+        body = await read_body(request, TemplateBody, TEXT_ONLY, self._settings)
         rendering = self._service.chat_text(body.request())
         return JsonResponse({"prompt": await unless_disconnected(request, rendering)})
 

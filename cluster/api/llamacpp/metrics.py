@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from llamaclust.cluster.engine.engine import Engine
@@ -15,13 +15,25 @@ class _Metric(NamedTuple):
     value: float
 
 
-def llamacpp_metrics(engine: Engine) -> bytes:
-    """In Prometheus' text format, by hand: two of the counters have names that its library refuses."""
-    lines = (
-        f"# HELP llamacpp:{name} {text}\n# TYPE llamacpp:{name} {kind}\nllamacpp:{name} {value}\n"
-        for name, kind, text, value in (*_counters(engine), *_gauges(engine))
+def llamacpp_metrics(engines: Mapping[str, Engine]) -> bytes:
+    """In Prometheus' text format, by hand: two of the counters have names that its library refuses. `engines`: by
+    model, which is a label where there are several."""
+    labels = [f'{{model="{_escaped(model)}"}}' if len(engines) > 1 else "" for model in engines]
+    written = [(*_counters(engine), *_gauges(engine)) for engine in engines.values()]
+    return "".join(_family(metrics, labels) for metrics in zip(*written, strict=True)).encode()
+
+
+def _family(metrics: Sequence[_Metric], labels: Sequence[str]) -> str:
+    """One metric of all models."""
+    name, kind, text, _ = metrics[0]
+    head = f"# HELP llamacpp:{name} {text}\n# TYPE llamacpp:{name} {kind}\n"
+    return head + "".join(
+        f"llamacpp:{name}{label} {metric.value}\n" for metric, label in zip(metrics, labels, strict=True)
     )
-    return "".join(lines).encode()
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def _counters(engine: Engine) -> Iterator[_Metric]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
@@ -16,6 +17,7 @@ from llamaclust.cluster.api.ollama.names import TAG
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.ticket import owner
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
 
 _KEPT = ("/v1/streams/", "/v1/stream/", "/v1/responses/", "/responses/")
@@ -25,7 +27,7 @@ _NO_REPLIES = ("/input_tokens", "/compact")
 """The ends of paths below these that name no reply."""
 _LOADS = ("/api/generate", "/api/chat", "/api/embed", "/api/embeddings")
 """Paths whose `keep_alive` counts; a request there without input loads the model."""
-_INPUTS = ("prompt", "messages", "input")
+_INPUTS = ("prompt", "suffix", "messages", "input")
 """Fields of these: a request without any loads or unloads the model."""
 
 
@@ -57,14 +59,20 @@ class DoorModel:
     service: TextService
     replies: Replies
     resident: Residence
+    engine: Engine
 
     @property
     def name(self) -> str:
         return self.service.settings.model_name
 
     @property
+    def shown_names(self) -> tuple[str, ...]:
+        """Its own, and those of its adapters."""
+        return (self.name, *(adapter.name for adapter in self.replies.settings.adapters))
+
+    @property
     def names(self) -> tuple[str, ...]:
-        return (self.name, *self.replies.settings.aliases)
+        return (*self.shown_names, *self.replies.settings.aliases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +114,7 @@ class ModelDoor:
             for model in self._models:
                 if own in model.names:
                     return model
-        served = ", ".join(repr(model.name) for model in self._models)
+        served = ", ".join(repr(shown) for model in self._models for shown in model.shown_names)
         message = f"model: {name[:200]!r} is not served here, only {served}"
         raise HttpError(404, "model_not_found", message, param="model")
 
@@ -135,19 +143,27 @@ class ModelDoor:
         return _Addressed(model, keep, unloads, _replayed(data, request.receive))
 
     async def _pass(self, addressed: _Addressed, scope: Scope, send: Send) -> None:
-        """To a model, which stays awake for as long as Ollama's field `keep_alive` says, from the end of the reply."""
+        """To a model, which stays awake for as long as Ollama's field `keep_alive` says, from the end of the reply; not
+        of a refusal."""
         model, keep = addressed.model, addressed.keep
         if scope["path"] not in _LOADS:
             await model.app(scope, addressed.receive, send)
             return
+        is_refused = False
+
+        async def send_observed(message: Message) -> None:
+            nonlocal is_refused
+            is_refused = is_refused or message.get("status", 200) >= HTTPStatus.BAD_REQUEST
+            await send(message)
+
         if not addressed.unloads:
             model.resident.enter()
         try:
-            await model.app(scope, addressed.receive, send)
+            await model.app(scope, addressed.receive, send_observed)
         finally:
             if not addressed.unloads:
                 model.resident.leave()
-            if keep is not None:
+            if keep is not None and not is_refused:
                 model.resident.keep(keep.seconds)
 
 

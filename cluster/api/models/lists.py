@@ -1,7 +1,8 @@
-"""What several models are, and whether they are loaded: in the forms of OpenAI, llama.cpp and Ollama."""
+"""Endpoints over several models: what they are, whether they are loaded, their requests and metrics."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import chain
@@ -13,10 +14,12 @@ from starlette.responses import Response
 from llamaclust.cluster.api.body import parse_object_in_time, read_bytes
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
+from llamaclust.cluster.api.models.readings import metrics_reply, requests_reply, waterfall_reply
 from llamaclust.cluster.api.ollama.models import OllamaModels
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.openai.models import ModelsEndpoint
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.engine.engine import Engine
 from llamaclust.wire.rpc.deadlines import deadline
 
 _UNLOAD_S = 60.0
@@ -31,15 +34,19 @@ class ModelLists:
         self._door = door
         self._settings = settings
         self._openai = {model.name: ModelsEndpoint(model.service, model.replies.settings) for model in models}
+        self._started_s = int(time.time())
         self._ollama = {model.name: _ollama(model) for model in models}
 
     async def list(self, request: Request) -> Response:
-        """All models; `status` as llama.cpp's router has it."""
-        return JsonResponse({"object": "list", "data": [self._entry(model) for model in self._models]})
+        """All models with their adapters; `status` as llama.cpp's router has it."""
+        shown = [_with_status(model, entry) for model in self._models for entry in self._openai[model.name].entries()]
+        return JsonResponse({"object": "list", "data": shown})
 
     async def retrieve(self, request: Request) -> Response:
         """One of them."""
-        return JsonResponse(self._entry(self._door.named(request.path_params["model"])))
+        name = request.path_params["model"]
+        model = self._door.named(name)
+        return JsonResponse(_with_status(model, self._openai[model.name].entry(name)))
 
     async def load(self, request: Request) -> Response:
         """Loads the named model, where memory is left or other models have no requests; answers at once."""
@@ -67,17 +74,34 @@ class ModelLists:
         awake = (model for model in self._models if not model.resident.is_asleep)
         return JsonResponse({"models": [self._ollama[model.name].loaded_entry(_expiry(model)) for model in awake]})
 
+    async def requests(self, request: Request) -> Response:
+        """The open and the last requests of all models, or of `?model=`."""
+        return requests_reply(self._engines(request))
+
+    async def waterfall(self, request: Request) -> Response:
+        """Where the time of a request of any model went."""
+        return waterfall_reply(self._engines(request), request.path_params["request"])
+
+    async def metrics(self, request: Request) -> Response:
+        """Of all models, each as a label, or of `?model=`."""
+        return metrics_reply(self._engines(request), self._started_s)
+
+    def _engines(self, request: Request) -> dict[str, Engine]:
+        name = request.query_params.get("model")
+        return {model.name: model.engine for model in (self._models if not name else [self._door.named(name)])}
+
     async def _named(self, request: Request) -> DoorModel:
         fields = await parse_object_in_time(await read_bytes(request, self._settings))
         return self._door.named(fields.get("model"))
-
-    def _entry(self, model: DoorModel) -> dict[str, Any]:
-        return {**self._openai[model.name].entry(), "status": {"value": _status(model)}}
 
 
 def _ollama(model: DoorModel) -> OllamaModels:
     settings = model.replies.settings
     return OllamaModels(model.service, settings, OllamaNames(model.name, settings))
+
+
+def _with_status(model: DoorModel, entry: dict[str, Any]) -> dict[str, Any]:
+    return {**entry, "status": {"value": _status(model)}}
 
 
 def _status(model: DoorModel) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from llamaclust.cluster.api.body import parse_body
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.foreign_fields import OLLAMA
+from llamaclust.cluster.api.models.keep_alive import KeepAlive, read_keep_alive
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.ollama.reply import Lines, LoadReply, OllamaShape, Show, as_message, as_text
 from llamaclust.cluster.api.ollama.schema import AnswerFields, GenerateBody, OllamaChatBody
@@ -61,7 +62,8 @@ class OllamaGenerating:
         service = self._service
         lines = Lines(self._names.shown(body.model), ticket.created, show)
         if body.is_load:
-            return LoadReply(lines, is_streamed=body.stream)
+            unloads = self._settings.can_unload and read_keep_alive({"keep_alive": body.keep_alive}) == KeepAlive(0)
+            return LoadReply(lines, is_streamed=body.stream, unloads=unloads)
         shape = OllamaShape(service.tokenizer, lines, with_logprobs=body.logprobs, with_context=with_context)
         return AnswerReply(service, self._settings, ticket, shape, request, is_streamed=body.stream)
 

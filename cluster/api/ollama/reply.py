@@ -87,13 +87,13 @@ class OllamaShape:
 
 
 class LoadReply:
-    """The reply to a request without a prompt, which loads a model: the served one is loaded. See `Reply`."""
+    """The reply to a request without a prompt, which loads a model, or unloads one of several. See `Reply`."""
 
     acknowledgement: bytes | None = None
 
-    def __init__(self, lines: Lines, *, is_streamed: bool) -> None:
+    def __init__(self, lines: Lines, *, is_streamed: bool, unloads: bool) -> None:
         self.is_streamed = is_streamed
-        self._line = line(lines.make(Piece(), done=True, done_reason="load"))
+        self._line = line(lines.make(Piece(), done=True, done_reason="unload" if unloads else "load"))
 
     async def start(self) -> None:
         """There is nothing to compute."""

@@ -93,6 +93,8 @@ class AnswerFields(Body):
 
     model: str
     """The served model, with or without `:latest`; any name unless `api.strict_model` is true."""
+    keep_alive: Any = None
+    """How long one of several models stays loaded after the reply: seconds, or a text like "5m"."""
     stream: bool = True
     """Lines of JSON; false: one object."""
     format: _FormatField = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -70,22 +71,28 @@ class ModelsEndpoint:
         self._created = int(time.time())
 
     async def list(self, request: Request) -> Response:
-        adapters = [self._adapter_entry(adapter) for adapter in self._adapters.values()]
-        return JsonResponse({"object": "list", "data": [self.entry(), *adapters]})
+        return JsonResponse({"object": "list", "data": self.entries()})
 
     async def retrieve(self, request: Request) -> Response:
         name = request.path_params["model"]
-        if name in self._adapters:
-            return JsonResponse(self._adapter_entry(self._adapters[name]))
-        self._names.check(name)
-        return JsonResponse(self.entry())
+        if name not in self._adapters:
+            self._names.check(name)
+        return JsonResponse(self.entry(name))
+
+    def entries(self) -> Sequence[dict[str, Any]]:
+        """The model and its adapters."""
+        return [self._entry(), *map(self._adapter_entry, self._adapters.values())]
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """An adapter of this name, else the model."""
+        return self._adapter_entry(self._adapters[name]) if name in self._adapters else self._entry()
 
     def _adapter_entry(self, adapter: ServedAdapter) -> dict[str, Any]:
         """As vLLM shows it."""
         parent = self._service.settings.model_name
-        return {**self.entry(), "id": adapter.name, "aliases": (), "parent": parent, "root": adapter.path}
+        return {**self._entry(), "id": adapter.name, "aliases": (), "parent": parent, "root": adapter.path}
 
-    def entry(self) -> dict[str, Any]:
+    def _entry(self) -> dict[str, Any]:
         """The model under its own name."""
         settings = self._service.settings
         return {

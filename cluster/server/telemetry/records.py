@@ -72,8 +72,8 @@ class ModelMetrics:
     families: Sequence[Metric]
 
     @classmethod
-    def of(cls, model: str, registry: CollectorRegistry) -> ModelMetrics:
-        return cls(model, list(registry.collect()))
+    def of(cls, model: str, *registries: CollectorRegistry) -> ModelMetrics:
+        return cls(model, [family for registry in registries for family in registry.collect()])
 
 
 def _parameters(request: GenerationRequest) -> dict[str, int | float]:

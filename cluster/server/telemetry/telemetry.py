@@ -79,7 +79,7 @@ async def open_telemetry(
     from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 
     resource = {"service.version": VERSION, "service.instance.id": cluster, **settings.resource}
-    counts = ExportCounts(next(iter(engines.values())).metrics.registry)
+    counts = ExportCounts(next(iter(engines.values())).metrics.shared)
     async with Exporter(settings, resource, counts) as exporter:
         for model, engine in engines.items():
             if settings.traces is not None:
@@ -96,7 +96,8 @@ async def open_telemetry(
 
 
 def _metrics_of(engines: Mapping[str, Engine]) -> list[ModelMetrics]:
-    return [ModelMetrics.of(model, engine.metrics.registry) for model, engine in engines.items()]
+    metrics = [(model, engine.metrics) for model, engine in engines.items()]
+    return [ModelMetrics.of(model, each.registry, each.shared) for model, each in metrics]
 
 
 async def _export_metrics(settings: TelemetrySettings, exporter: Exporter, engines: Mapping[str, Engine]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from llamaclust.cluster.api.anthropic.schema import MessagesBody
-from llamaclust.cluster.api.foreign_fields import CHAT, COMPLETION, LLAMACPP, MESSAGES, OLLAMA, RESPONSES, TEMPLATE
+from llamaclust.cluster.api.foreign_fields import CHAT, COMPLETION, LLAMACPP, MESSAGES, OLLAMA, RESPONSES, TEXT_ONLY
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
 from llamaclust.cluster.api.ollama.bodies import SHOW, ShowBody
 from llamaclust.cluster.api.ollama.schema import GenerateBody, OllamaChatBody, Options
@@ -31,7 +31,7 @@ BODIES: dict[str, tuple[type[BaseModel], ForeignFields]] = {
     "/completion": (LlamaCppBody, LLAMACPP),
     "/tokenize": (TokenizeBody, NOTHING_FOREIGN),
     "/detokenize": (DetokenizeBody, NOTHING_FOREIGN),
-    "/apply-template": (TemplateBody, TEMPLATE),
+    "/apply-template": (TemplateBody, TEXT_ONLY),
     "/api/generate": (GenerateBody, OLLAMA),
     "/api/chat": (OllamaChatBody, OLLAMA),
     "/api/show": (ShowBody, SHOW),

@@ -16,6 +16,7 @@ import pytest
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.server import serve
 from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore
@@ -102,6 +103,7 @@ async def test_a_stream_waits_for_its_model(files: list[Path], tmp_path: Path) -
 
 async def test_lists_say_which_models_are_loaded(files: list[Path], tmp_path: Path) -> None:
     async with api_of(files, tmp_path, tight=False) as api:
+        assert (await api.get("/cluster?model=b"))["plan"] is None, "never loaded"
         listed = await api.get("/v1/models")
         assert [(model["id"], model["status"]["value"]) for model in listed["data"]] == [
             ("a", "loaded"),
@@ -122,9 +124,42 @@ async def test_lists_say_which_models_are_loaded(files: list[Path], tmp_path: Pa
             ("b", "ready"),
         ]
         assert [worker["layers"] for worker in status["status"]["workers"]] == [None, None], "of the first model"
+        of_b = await api.get("/cluster?model=b")
+        assert of_b["status"]["model"] == "b" and of_b["status"]["state"] == "ready"
+        assert [worker["layers"] for worker in of_b["status"]["workers"]] == [[0, 3], [3, 6]] and of_b["plan"]
         assert (await api.get("/health"))["status"] == "ok"
         assert (await api.get("/props?model=b"))["model_alias"] == "b"
         assert (await api.http.get("/props?model=c")).status_code == 404
+
+
+async def test_requests_of_all_models_are_found(files: list[Path], tmp_path: Path) -> None:
+    async with api_of(files, tmp_path, tight=False) as api:
+        ids = [(await api.post("/v1/completions", model=name, **PROMPT))["id"].removeprefix("cmpl-") for name in "abba"]
+        listed = (await api.get("/cluster/requests"))["requests"]
+        assert [(record["id"], record["model"]) for record in listed] == [
+            (id[:8], name) for id, name in zip(ids, "abba", strict=True)
+        ]
+        of_b = (await api.get("/cluster/requests?model=b"))["requests"]
+        assert [record["id"] for record in of_b] == [ids[1][:8], ids[2][:8]]
+        (found,) = (await api.get(f"/cluster/requests/cmpl-{ids[2]}"))["requests"]
+        assert (found["model"], found["generated_tokens"]) == ("b", 8) and found["phases"]
+        metrics = (await api.http.get("/metrics")).text
+        assert 'llamaclust_generated_tokens_total{model="b"} 16.0' in metrics
+        assert 'llamacpp:tokens_predicted_total{model="a"} 16' in metrics
+        assert 'model="a"' not in (await api.http.get("/metrics?model=b")).text
+        unknown = await api.http.get("/cluster/requests/0000000000")
+        assert unknown.status_code == 404 and "among the last 4" in unknown.text
+
+
+async def test_clients_choose_a_model(files: list[Path], tmp_path: Path) -> None:
+    async with api_of(files, tmp_path, tight=False) as api:
+        address = str(api.http.base_url)
+        async with AsyncClient(address, model="b") as of_b, AsyncClient(address) as unnamed:
+            own = [await client.generate("abc", max_tokens=8, ignore_eos=True) for client in (of_b, unnamed)]
+            assert await of_b.tokenize("abc") and await of_b.embed(["abc"])
+        listed = (await api.get("/cluster/requests"))["requests"]
+        assert [record["model"] for record in listed] == ["b", "a", "b"] and own[0].text != own[1].text
+        assert [record["end"] for record in listed] == ["length", "length", "embedded"]
 
 
 async def test_a_model_is_unloaded_when_its_request_says_so(files: list[Path], tmp_path: Path) -> None:
@@ -136,7 +171,9 @@ async def test_a_model_is_unloaded_when_its_request_says_so(files: list[Path], t
         assert not loaded["expires_at"].startswith("2318")
         await api.post("/api/generate", **asked, keep_alive=0)
         await api.found.until(AWAKE, ASLEEP)
-        await api.post("/api/generate", model="b", stream=False, keep_alive=-1)
+        for keep_alive, reason in ((0, "unload"), ("0s", "unload"), (-1, "load")):
+            reply = await api.post("/api/generate", model="b", stream=False, keep_alive=keep_alive)
+            assert reply["done_reason"] == reason
         await api.found.until(AWAKE, AWAKE)
         await api.post("/api/generate", model="b", stream=False, keep_alive=0)
         await api.found.until(AWAKE, ASLEEP)

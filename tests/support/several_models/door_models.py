@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from llamaclust.cluster.api.models.door import DoorModel
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
 
 
@@ -53,4 +54,5 @@ def door_model(
         cast(TextService, SimpleNamespace(settings=SimpleNamespace(model_name=name))),
         cast(Replies, SimpleNamespace(settings=ApiSettings(aliases=aliases), cache=cache)),
         resident or ScriptedResident(),
+        cast(Engine, SimpleNamespace()),
     )

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from llamaclust.cluster.api.models import door
 from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
 from llamaclust.cluster.api.settings import ApiSettings
-from support.several_models.door_models import door_model
+from support.several_models.door_models import ScriptedResident, door_model
 
 
 def replying(name: str, aliases: tuple[str, ...] = (), kept: Sequence[str] = ()) -> DoorModel:
@@ -72,6 +72,14 @@ async def test_a_body_that_is_no_object_is_left_to_the_first_app() -> None:
     async with client_of(replying("a"), replying("b")) as http:
         for content in (b"no json", b"[1]", b""):
             assert (await http.post("/api/chat", content=content)).text == "a"
+
+
+@pytest.mark.parametrize(("status", "seconds"), [(200, 300.0), (400, None)])
+async def test_the_keep_alive_of_a_refused_request_does_not_count(status: int, seconds: float | None) -> None:
+    resident = ScriptedResident()
+    async with client_of(door_model("a", PlainTextResponse("", status), resident)) as http:
+        assert (await http.post("/api/chat", json={"keep_alive": "5m"})).status_code == status
+    assert resident.keep_alive_s == seconds
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/api/chat"])

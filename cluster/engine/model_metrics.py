@@ -1,0 +1,34 @@
+"""The metrics of several models as one text: each sample has its model as a label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from llamaclust.cluster.engine.metrics import Metrics
+
+
+class _Labelled(Collector):
+    def __init__(self, metrics: Mapping[str, Metrics]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """Each family once."""
+        merged: dict[str, Metric] = {}
+        for model, metrics in self._metrics.items():
+            for family in metrics.registry.collect():
+                whole = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    whole.samples.append(sample._replace(labels={"model": model, **sample.labels}))
+        yield from merged.values()
+
+
+def render_all(metrics: Mapping[str, Metrics]) -> bytes:
+    """The text of `GET /metrics`, by model."""
+    registry = CollectorRegistry()
+    registry.register(_Labelled(metrics))
+    return generate_latest(registry) + b"".join(generate_latest(each.shared) for each in metrics.values())

@@ -17,7 +17,7 @@ from llamaclust.wire.control.messages import LogTail
 from support.browser.chromium import opened
 from support.browser.cluster_states import bring_back, cluster_app, cluster_of, lose
 from support.clusters.command_line import command_line
-from support.clusters.served import real_engine, serving
+from support.clusters.served import MODEL, real_engine, serving
 from support.clusters.static_cluster import named
 from support.models.tiny_model import build_tiny_model
 
@@ -84,6 +84,34 @@ async def test_a_loss_and_its_recovery_are_seen(browser: Browser) -> None:
         assert [event for event in events if "b was lost" in event] and [
             event for event in events if "b is back" in event
         ]
+        seen.check()
+
+
+async def test_each_of_several_models_is_shown(browser: Browser) -> None:
+    cluster, other = cluster_of("a", "b"), cluster_of("a", "b")
+    models = [(MODEL, "ready", 2), ("other", "asleep", 0)]
+    for state in (cluster, other):
+        state["status"]["models"] = [
+            {"name": name, "state": state, "requests": {"running": running, "waiting": 0}}
+            for name, state, running in models
+        ]
+    nothing = dict.fromkeys(other["status"]["speed"]["predicted"])
+    other["status"] |= {"model": "other", "state": "asleep", "epoch": None}
+    other["status"]["speed"]["predicted"] = nothing
+    other |= {"plan": None, "links": [], "sequences": []}
+    async with serving(cluster_app(lambda: cluster)) as address, opened(browser, f"{address}/#cluster") as seen:
+        page = seen.page
+        await page.route("**/cluster?model=other", lambda route: route.fulfill(json=other))
+        await page.locator(".picture .stage.ready").nth(1).wait_for()
+        assert await page.get_by_role("button", name=f"{MODEL}: ready (2 running)", pressed=True).count() == 1
+        await page.get_by_role("button", name="other: asleep").click()
+        await page.get_by_role("button", name="other: asleep", pressed=True).wait_for()
+        figures = await page.get_by_role("region", name="Figures").inner_text()
+        assert "null" not in figures and "asleep" in figures
+        assert await page.get_by_role("region", name="Requests").is_hidden()
+        assert not await page.locator(".events li").all_inner_texts()
+        await page.get_by_role("button", name=MODEL).click()
+        await page.get_by_role("button", name=MODEL, pressed=True).wait_for()
         seen.check()
 
 

@@ -14,6 +14,7 @@ export class EndedCard {
   #body = element("tbody");
   #onWhy;
   #readAt = -PERIOD_MS;
+  #areOfSeveral = false; // models
 
   /** `onWhy(id)` comes where its waterfall is wanted. */
   constructor(onWhy) {
@@ -30,6 +31,7 @@ export class EndedCard {
     this.#readAt = performance.now();
     try {
       const { requests } = await requestJson("cluster/requests", { signal: AbortSignal.timeout(DEADLINE_MS) });
+      this.#areOfSeveral = new Set(requests.map(({ model }) => model)).size > 1;
       this.#show(requests.filter(({ end }) => end).slice(-MOST).reverse());
     } catch {
       // the view says that the server is not reached
@@ -37,16 +39,17 @@ export class EndedCard {
   }
 
   #show(requests) {
-    const keys = requests.map((request) => JSON.stringify(request));
+    const keys = requests.map((request) => JSON.stringify([request, this.#areOfSeveral]));
     if (keys.join() === [...this.#rows.keys()].join()) return;
     this.#rows = new Map(requests.map((request, index) => [keys[index], this.#rows.get(keys[index]) ?? this.#row(request)]));
     fill(this.#body, [...this.#rows.values()]);
     this.node.hidden = requests.length === 0;
   }
 
-  #row({ id, end, seconds, prompt_tokens: prompt, cached_tokens: cached, generated_tokens: generated }) {
+  #row({ id, model, end, seconds, prompt_tokens: prompt, cached_tokens: cached, generated_tokens: generated }) {
     const why = button("Time", () => this.#onWhy(id), { "aria-label": `Time of request ${id}` });
     const cells = [end, cached ? `${prompt} (${cached} cached)` : prompt, generated, milliseconds(1000 * seconds), element("div", { class: "actions" }, why)];
-    return element("tr", {}, element("th", { scope: "row", class: "mono" }, id), cells.map((cell) => element("td", {}, cell)));
+    const of = this.#areOfSeveral ? element("small", {}, ` ${model}`) : null;
+    return element("tr", {}, element("th", { scope: "row", class: "mono" }, id, of), cells.map((cell) => element("td", {}, cell)));
   }
 }

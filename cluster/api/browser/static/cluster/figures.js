@@ -19,11 +19,11 @@ export class FiguresCard {
       ["requests running", [requests.running, `${requests.waiting} waiting`]],
       ["tokens/s", beside(number(measured.tokens_per_s), number(predicted.tokens_per_s))],
       ["token to token", beside(milliseconds(measured.token_ms), milliseconds(predicted.token_ms))],
-      ["first token", beside(milliseconds(measured.ttft_ms), `${milliseconds(predicted.ttft_ms)} for ${predicted.prompt_tokens} tokens`)],
+      ["first token", beside(milliseconds(measured.ttft_ms), `${milliseconds(predicted.ttft_ms)} for ${predicted.prompt_tokens ?? UNKNOWN} tokens`)],
       ["bottleneck", [predicted.bottleneck ?? UNKNOWN, "of the plan"]],
       ["KV memory", [bytes(plan.stages.reduce((sum, stage) => sum + stage.kv_bytes, 0)), `${plan.kv_blocks} blocks`]],
       ["recoveries", [status.recoveries, last === undefined ? "none yet" : `the last in ${number(last, 2)} s`]],
-      ["epoch", [status.epoch, status.retiring_epoch ? `${status.retiring_epoch} ends` : status.state]],
+      ["epoch", [status.epoch ?? UNKNOWN, status.retiring_epoch ? `${status.retiring_epoch} ends` : status.state]],
     ];
     fill(this.#list, entries.map(([title, [value, small]]) =>
       element("div", {}, element("dt", {}, title), element("dd", {}, String(value), element("small", {}, small))),

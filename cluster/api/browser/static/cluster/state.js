@@ -1,10 +1,13 @@
 // What `GET /cluster` says, as the view needs it. Pure.
 
 const GONE = new Set(["lost", "left"]);
+const CALM = new Set(["recovering", "asleep"]);
+const NO_PLAN = { stages: [], kv_blocks: 0 }; // of a model that was never loaded
 
 /** `sample`: {at, cluster} now; `before`: the same at an earlier time, for rates; null at first. */
 export function viewState({ at, cluster }, before = null) {
-  const { status, plan, links = [], sequences = [] } = cluster;
+  const { status, links = [], sequences = [] } = cluster;
+  const plan = cluster.plan ?? NO_PLAN;
   const elapsed = before ? (at - before.at) / 1000 : 0;
   const planned = new Map(plan.stages.map((stage) => [stage.worker, stage]));
   const earlier = new Map((before?.cluster.status.workers ?? []).map((worker) => [worker.name, worker]));
@@ -45,7 +48,7 @@ function absentWorker(stage) {
 function notices(status) {
   const gone = status.workers.filter(({ state }) => state === "lost").map(({ name }) => name);
   const found = [];
-  if (status.state !== "ready") found.push({ isBad: status.state !== "recovering", text: stateText(status) });
+  if (status.state !== "ready") found.push({ isBad: !CALM.has(status.state), text: stateText(status) });
   if (gone.length) found.push({ isBad: true, text: `lost: ${gone.join(", ")}` });
   if (status.absent.length) found.push({ isBad: true, text: `missing: ${status.absent.join(", ")}` });
   if (status.insecure) found.push({ isBad: false, text: "workers may join without a token (insecure: true)" });

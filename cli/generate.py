@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 ModelFile = Annotated[
     str | None, Option("--model", metavar="FILE", help="Run this model in this process, without a cluster.")
 ]
+ServedModel = Annotated[
+    str | None,
+    Option("--served-model", metavar="NAME", help="A model or adapter that the cluster serves; default: the first."),
+]
 Temperature = Annotated[float, Option("--temperature", metavar="X", help="Sampling temperature; 0: greedy.")]
 Seed = Annotated[
     int | None, Option("--seed", metavar="N", help="The same seed gives the same answer; default: random.")
@@ -65,6 +69,7 @@ def generate(
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     ca_file: CaFile = None,
+    served_model: ServedModel = None,
     model: ModelFile = None,
     threads: Threads = None,
     device: Devices = [],  # noqa: B006  typer reads the default
@@ -76,7 +81,7 @@ def generate(
     """Complete PROMPT and stream the text."""
     text = given_or_piped(prompt)
     gpus = Gpus(tuple(device), gpu_layers)
-    target = Target(cluster, endpoint, api_key_file, model, threads, gpus=gpus, ca_file=ca_file)
+    target = Target(cluster, endpoint, api_key_file, model, threads, gpus=gpus, ca_file=ca_file, served=served_model)
     options: CompletionOptions = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
     with target.open() as client:
@@ -116,6 +121,7 @@ def chat(
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     ca_file: CaFile = None,
+    served_model: ServedModel = None,
     model: ModelFile = None,
     chat_template: Annotated[
         str | None,
@@ -135,7 +141,7 @@ def chat(
     from llamaclust.cluster.config.values import expand_home
 
     gpus = Gpus(tuple(device), gpu_layers)
-    target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file)
+    target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model)
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
     if reasoning_budget is not None:
@@ -208,6 +214,7 @@ class Target:
     chat_template: str | None = None
     gpus: Gpus = NO_GPUS
     ca_file: Path | None = None
+    served: str | None = None  # model or adapter of the cluster; None: its first model
 
     def open(self) -> TextClient:
         """A client of it. UsageError where the options contradict each other or no cluster runs."""
@@ -227,16 +234,19 @@ class Target:
                 print(client.placement, file=sys.stderr)
             return client
         if self.endpoint is not None:
-            return connect(self.endpoint, self.api_key_file, self.ca_file)
+            return connect(self.endpoint, self.api_key_file, self.ca_file, self.served)
         _, record = find_running(environment().state_dir, self.cluster)
         keys = self.api_key_file or (Path(record.api_keys_file) if record.api_keys_file else None)
-        return connect(record.api, keys)
+        return connect(record.api, keys, model=self.served)
 
     def _check(self) -> None:
         places = {"--cluster": self.cluster, "--endpoint": self.endpoint, "--model": self.model}
         given = [option for option, value in places.items() if value is not None]
         if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} name different places: give one of them")
+            served = "; --served-model chooses a model of a cluster" if self.model is not None else ""
+            raise UsageError(f"{' and '.join(given)} name different places: give one of them{served}")
+        if self.served is not None and self.model is not None:
+            raise UsageError("--served-model is for a cluster: --model runs one model in this process")
         if self.threads is not None and self.model is None:
             raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")
         if self.gpus != NO_GPUS and self.model is None:
@@ -249,9 +259,10 @@ class Target:
             raise UsageError("--api-key-file is for a cluster: a model in this process asks for no key")
 
 
-def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None) -> Client:
+def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
     """A client of an address, with the first key of a file. UsageError where there is none in it."""
     from llamaclust.cluster.api.settings import first_key
     from llamaclust.cluster.client.http import Client
 
-    return Client(endpoint, None if api_key_file is None else first_key(api_key_file), verify=ca_file)
+    key = None if api_key_file is None else first_key(api_key_file)
+    return Client(endpoint, key, verify=ca_file, model=model)

@@ -115,6 +115,7 @@ class ClusterView:
         self._measuring = self._console.status("measuring what this machine can do, once")
         self._bars: dict[str, TaskID] = {}
         self._is_draining = False
+        self._is_measuring = False  # for one model after the other
 
     def __enter__(self) -> Self:
         return self
@@ -129,13 +130,15 @@ class ClusterView:
             self._show(event)
 
     def _show(self, event: events.Event) -> None:
+        was_measuring, self._is_measuring = self._is_measuring, isinstance(event, events.Measuring)
         match event:
             case events.WorkerLoading():
                 self._bar(f"worker {event.worker}, layers {event.start}-{event.end - 1}", "loading", event)
             case events.WorkerReading():
                 self._bar(f"worker {event.worker} reads the model for others", "reading", event)
             case events.Measuring():
-                self._measure()
+                if not was_measuring:
+                    self._measure()
             case events.StartFailed():
                 self._clear()
             case events.PlanMade() | events.AwaitingWorkers():
@@ -252,11 +255,29 @@ def ready_text(ready: events.Ready) -> str:
     key = "" if ready.api_keys_file is None else f", api_key=a line of {printable(ready.api_keys_file)}"
     return f"""
 {ready.name} is ready: {printable(ready.model)} at {api}
-  llamaclust chat{name}
-  llamaclust generate "Once upon a time"{name}
+{_others_text(ready)}{_first_request_text(ready, api, name)}
   llamaclust status{name}
   OpenAI clients: base_url={api}/v1{key}
 {_certificate_text(ready)}"""
+
+
+def _others_text(ready: events.Ready) -> str:
+    others = ", ".join(map(printable, ready.others))
+    return f"  beside it: {others}; --served-model NAME chooses one\n" if others else ""
+
+
+def _first_request_text(ready: events.Ready, api: str, name: str) -> str:
+    """A first request to the model."""
+    match ready.use:
+        case events.ModelUse.TEXT:
+            return f'  llamaclust chat{name}\n  llamaclust generate "Once upon a time"{name}'
+        case events.ModelUse.EMBEDDINGS:
+            path, body = "embeddings", '{"input": "Once upon a time"}'
+        case _:
+            path, body = "rerank", '{"query": "what do pandas eat", "documents": ["a red apple", "bamboo"]}'
+    more = "" if ready.ca_file is None else f" --cacert {printable(ready.ca_file)}"
+    more += "" if ready.api_keys_file is None else " -H 'Authorization: Bearer KEY'"
+    return f"  curl {api}/v1/{path} -H 'Content-Type: application/json'{more} -d '{body}'"
 
 
 def _certificate_text(ready: events.Ready) -> str:

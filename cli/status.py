@@ -122,6 +122,8 @@ def _head(state: State) -> Iterator[str]:
     if state["reason"] is not None:
         yield terminal.printable(state["reason"])
     yield f"requests: {requests['running']} running, {requests['waiting']} waiting"
+    if len(state.get("models", ())) > 1:
+        yield f"models: {', '.join(map(_model, state['models']))}"
     predicted, measured = state["speed"]["predicted"], state["speed"]["measured"]
     if measured["requests"]:
         yield f"measured:  {_speed(measured)} in the last 10 s"
@@ -130,6 +132,12 @@ def _head(state: State) -> Iterator[str]:
     if state["recoveries"]:
         last = ", ".join(f"{seconds:.2f}" for seconds in state["recovery_seconds"][-_RECOVERIES:])
         yield f"recoveries: {state['recoveries']}; the last took {last} s"
+
+
+def _model(model: State) -> str:
+    """Its state, and the requests that it has."""
+    counts = ", ".join(f"{count} {what}" for what, count in model["requests"].items() if count)
+    return f"{terminal.printable(model['name'])} {model['state']}{f' ({counts})' if counts else ''}"
 
 
 def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:

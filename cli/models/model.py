@@ -41,14 +41,15 @@ _TEXT_WIDTH = 100
 ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
 
 
-def pull(model: ModelArgument) -> None:
-    """Download a model. An interrupted download is resumed, and the bytes are checked before use."""
+def pull(models: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL_HELP)]) -> None:
+    """Download models. An interrupted download is resumed, and the bytes are checked before use."""
     from llamaclust.cli.progress import shown_progress
     from llamaclust.tools.hub.pull import pull_model
 
-    with shown_progress() as progress:
-        path = pull_model(model, progress)
-    print(path)
+    for model in models:
+        with shown_progress() as progress:
+            path = pull_model(model, progress)
+        print(path)
 
 
 def list_models(as_json: Json = False) -> None:

@@ -65,13 +65,16 @@ class Client(TextClient):
         *,
         timeout: float = _IDLE_S,
         verify: Verify = None,
+        model: str | None = None,
     ) -> None:
-        """`verify`: a PEM file of certificates to trust, or a context, for addresses of other machines.
+        """`verify`: a PEM file of certificates to trust, or a context, for addresses of other machines. `model`: one of
+        the served models or adapters; None: the first model.
 
         UsageError for what is not the address of an HTTP server, and for a file that cannot be used. Connects with the
         first call."""
         self._http = httpx.Client(**http_options(base_url, api_key, timeout, verify))
         self._stream_timeout = _limits(timeout, READ_TIMEOUT_S)
+        self._model = model
 
     @staticmethod
     def local(
@@ -109,7 +112,8 @@ class Client(TextClient):
         return self._stream("v1/chat/completions", body)
 
     def _stream(self, path: str, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
-        stream, reader, content = ResumableStream(self._http.base_url), ChunkReader(), encode(body | _STREAMED)
+        stream, reader = ResumableStream(self._http.base_url), ChunkReader()
+        content = _encoded(body | _STREAMED, self._model)
         try:
             while not stream.is_done:
                 try:
@@ -132,7 +136,7 @@ class Client(TextClient):
             return _checked(
                 self._http.post(
                     path,
-                    content=encode(body),
+                    content=_encoded(body, self._model),
                     timeout=self._http.timeout if read_s is None else _limits(read_s, read_s),
                 )
             )
@@ -148,10 +152,12 @@ class AsyncClient:
         *,
         timeout: float = _IDLE_S,
         verify: Verify = None,
+        model: str | None = None,
     ) -> None:
         """As for `Client`."""
         self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout, verify))
         self._stream_timeout = _limits(timeout, READ_TIMEOUT_S)
+        self._model = model
 
     @overload
     def generate(
@@ -211,7 +217,7 @@ class AsyncClient:
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """The events of a streamed request with their ids, as the server sends them; a connection that breaks is
         resumed."""
-        stream, content = ResumableStream(self._http.base_url), encode({**body, **_STREAMED})
+        stream, content = ResumableStream(self._http.base_url), _encoded({**body, **_STREAMED}, self._model)
         try:
             while not stream.is_done:
                 try:
@@ -241,7 +247,7 @@ class AsyncClient:
             return _checked(
                 await self._http.post(
                     path,
-                    content=encode(body),
+                    content=_encoded(body, self._model),
                     timeout=self._http.timeout if read_s is None else _limits(read_s, read_s),
                 )
             )
@@ -271,6 +277,10 @@ def http_options(base_url: str, api_key: str | None, timeout: float, verify: Ver
 
 def _limits(timeout: float, read_s: float) -> httpx.Timeout:
     return httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S), read=min(timeout, read_s))
+
+
+def _encoded(body: Mapping[str, Any], model: str | None) -> bytes:
+    return encode(body if model is None else {"model": model, **body})
 
 
 def _tokenize_body(text: str, add_special: bool) -> dict[str, Any]:

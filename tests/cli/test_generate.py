@@ -13,6 +13,7 @@ import pytest
 
 from llamaclust import Client
 from llamaclust.cli.main import main
+from llamaclust.cluster.api.settings import ServedAdapter
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from support.clusters import served
 from support.clusters.scripted_command import Ended, command, scripted
@@ -53,6 +54,25 @@ async def test_generate_streams_the_text() -> None:
             5,
             0.5,
         )
+
+
+async def test_a_served_model_or_adapter_is_chosen() -> None:
+    poet = ServedAdapter("poet", "poet.gguf", 0.5)
+    async with scripted("Hello", adapters=(poet,)) as (url, engine):
+        for name, adapters in (("tiny", ()), ("poet", ((0, 0.5),))):
+            assert (await command("generate", "abc", "--served-model", name, "--endpoint", url)).out == "Hello\n"
+            assert engine.submitted.pop().adapters == adapters
+            chatted = await command("chat", "--served-model", name, "--endpoint", url, piped=b"Hi\n")
+            assert chatted.out == "Hello\n" and engine.submitted.pop().adapters == adapters
+        unknown = await command("generate", "abc", "--served-model", "x", "--endpoint", url)
+        assert unknown.code == 2 and "'x' is not served here, only 'tiny', 'poet'" in unknown.err
+
+
+def test_a_model_in_the_process_is_not_one_of_a_cluster(here: Here) -> None:
+    both = here("generate", "abc", "--model", "x", "--cluster", "many")
+    assert both.code == 2 and "--served-model chooses a model of a cluster" in both.err
+    served_here = here("chat", "--model", "x", "--served-model", "x")
+    assert served_here.code == 2 and "--served-model is for a cluster" in served_here.err
 
 
 async def test_generate_as_json() -> None:

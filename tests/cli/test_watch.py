@@ -15,6 +15,7 @@ from llamaclust.cluster.state.events import (
     Draining,
     Event,
     Measuring,
+    ModelUse,
     Notice,
     PlanMade,
     Ready,
@@ -99,6 +100,25 @@ def test_a_ready_cluster_with_tls_names_its_certificate() -> None:
     assert "base_url=https://127.0.0.1:1/v1\n  certificate: SHA-256 AB:CD\n" in signed
     own = ready_text(Ready("mine", "https://127.0.0.1:1", "good", fingerprint="AB:CD", ca_file="/s/api.crt"))
     assert "other machines: --ca-file with a copy of /s/api.crt\n" in own
+
+
+def test_a_ready_cluster_names_its_other_models_and_adapters() -> None:
+    lines = ready_text(Ready("mine", "http://127.0.0.1:1", "good", others=("two", "poet"))).splitlines()
+    assert "  beside it: two, poet; --served-model NAME chooses one" in lines
+
+
+@pytest.mark.parametrize(("use", "path"), [(ModelUse.EMBEDDINGS, "embeddings"), (ModelUse.RANKS, "rerank")])
+def test_an_encoder_is_announced_with_what_it_can_do(use: ModelUse, path: str) -> None:
+    text = ready_text(Ready("mine", "http://127.0.0.1:1", "good", use=use))
+    assert f"  curl http://127.0.0.1:1/v1/{path} -H 'Content-Type: application/json' -d '{{" in text
+    assert "llamaclust chat" not in text and "llamaclust generate" not in text
+    signed = Ready("mine", "https://127.0.0.1:1", "good", "/k", fingerprint="AB", ca_file="/s/api.crt", use=use)
+    assert "--cacert /s/api.crt -H 'Authorization: Bearer KEY'" in ready_text(signed)
+
+
+def test_measurements_of_several_models_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(shown(capsys, Measuring(("a",)), Measuring(("a",)))) == 1
+    assert len(shown(capsys, Measuring(("a",)), Notice("worker b is here"), Measuring(("b",)))) == 3
 
 
 def test_weights_that_were_kept_are_not_loading(capsys: pytest.CaptureFixture[str]) -> None:

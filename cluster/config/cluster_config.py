@@ -145,8 +145,12 @@ class ClusterConfig(Section):
 
     def _of_model(self, entry: ModelEntry) -> ClusterConfig:
         api = self.api.model_copy(update={"model_name": entry.name, "aliases": entry.aliases})
-        own = {key: value for key in ("chat_template", "context_length", "kv_memory") if (value := getattr(entry, key))}
+        own = {key: value for key in _OF_ONE_MODEL if (value := getattr(entry, key))}
         return self.model_copy(update={"model": entry.model, "api": api, **own})
+
+    def _places_of_models(self) -> list[tuple[tuple[str | int, ...], ClusterConfig]]:
+        """Each with the place of its keys in the file."""
+        return [(("models", index) if self.models else (), each) for index, each in enumerate(self.of_each_model())]
 
     @model_validator(mode="before")
     @classmethod
@@ -164,15 +168,15 @@ class ClusterConfig(Section):
         for key, instead in _FOR_ONE_MODEL.items() if self.models else ():
             if getattr(self.api, key) != Api.model_fields[key].default:
                 raise PlaceError(("api", key), f"is for one model: {instead}")
-        if self.models and self.adapters:
-            raise PlaceError(("adapters",), "is for one model: several have none yet")
-        if self.models and self.plan is not None:
-            raise PlaceError(("plan",), "is for one model: several are planned beside each other, with auto")
+        for key in ("adapters", "plan") if self.models else ():
+            if getattr(self, key):
+                raise PlaceError((key,), f"is for one model: give `{key}` among `models`")
         named: set[str] = set()
         for index, config in enumerate(self.of_each_model() if self.models else ()):
-            for name in (config.model_name, *config.api.aliases):
+            for name in (config.model_name, *config.api.aliases, *(adapter.name for adapter in config.adapters)):
                 if name in named:
-                    raise PlaceError(("models", index), f"two models are named {name!r}; give each a `name` of its own")
+                    what = f"two models or adapters are named {name!r}; give each a name of its own"
+                    raise PlaceError(("models", index), what)
                 named.add(name)
         return self
 
@@ -182,10 +186,11 @@ class ClusterConfig(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise PlaceError(("workers", index, "name"), f"two workers are named {name!r}; give each its own name")
-        for index, entry in enumerate(() if self.awaits_any else self.plan or ()):
-            if entry.worker not in names:
-                what = f"unknown worker {entry.worker!r}{hint(entry.worker, names)}"
-                raise PlaceError(("plan", index, "worker"), what)
+        for place, config in self._places_of_models() if not self.awaits_any else ():
+            for index, entry in enumerate(config.plan or ()):
+                if entry.worker not in names:
+                    what = f"unknown worker {entry.worker!r}{hint(entry.worker, names)}"
+                    raise PlaceError((*place, "plan", index, "worker"), what)
         return self
 
     @model_validator(mode="after")
@@ -251,15 +256,16 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _check_adapters(self) -> Self:
-        names = [self.api.model_name, *self.api.aliases, *(adapter.name for adapter in self.adapters)]
-        for index, adapter in enumerate(self.adapters):
-            if names.count(adapter.name) > 1:
-                why = f"{adapter.name!r} is also the name of another adapter or of the model; give it its own name"
-                raise PlaceError(("adapters", index, "name"), why)
         with_gpu = next((worker for worker in self.workers if worker.device != "cpu"), None)
-        if self.adapters and with_gpu is not None:
-            why = f"are computed on processors only, and {with_gpu.name} has {with_gpu.device}: set device: cpu"
-            raise PlaceError(("adapters",), why)
+        for place, config in self._places_of_models():
+            names = [config.api.model_name, *config.api.aliases, *(adapter.name for adapter in config.adapters)]
+            for index, adapter in enumerate(config.adapters):
+                if names.count(adapter.name) > 1:
+                    why = f"{adapter.name!r} is also the name of another adapter or of the model; give it its own name"
+                    raise PlaceError((*place, "adapters", index, "name"), why)
+            if config.adapters and with_gpu is not None:
+                why = f"are computed on processors only, and {with_gpu.name} has {with_gpu.device}: set device: cpu"
+                raise PlaceError((*place, "adapters"), why)
         return self
 
     @model_validator(mode="after")
@@ -280,6 +286,8 @@ _PATHS = (
     ("telemetry", "headers_file"),
 )
 """Keys of sections that are paths."""
+_OF_ONE_MODEL = ("chat_template", "context_length", "kv_memory", "adapters", "plan")
+"""Keys that each of `models` may have of its own."""
 _FOR_ONE_MODEL = {
     "model_name": "give `name` and `aliases` among `models`",
     "aliases": "give `name` and `aliases` among `models`",

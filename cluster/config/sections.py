@@ -20,7 +20,7 @@ from llamaclust.cluster.config.values import (
     expand_home,
     parse_ray_address,
 )
-from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_CONTEXT_TOKENS
+from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_CONTEXT_TOKENS
 
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
@@ -181,6 +181,15 @@ class Telemetry(Section):
     """Share of requests that are traced; where a client's trace context says whether to, it is obeyed."""
 
 
+class PlanEntry(Section):
+    """One stage of a plan made by hand."""
+
+    worker: Name
+    """Name of the worker that holds these layers."""
+    layers: Layers
+    """Half-open range [start, end)."""
+
+
 class ModelEntry(Section):
     """One of several models."""
 
@@ -198,15 +207,10 @@ class ModelEntry(Section):
     """KV memory per worker, at most; auto: as the cluster's."""
     keep_alive: Annotated[Duration | None, OrAuto()] = None
     """How long it stays loaded without requests; auto: until another model needs its memory."""
-
-
-class PlanEntry(Section):
-    """One stage of a plan made by hand."""
-
-    worker: Name
-    """Name of the worker that holds these layers."""
-    layers: Layers
-    """Half-open range [start, end)."""
+    adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
+    """As the key `adapters` of the cluster."""
+    plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
+    """As the key `plan` of the cluster."""
 
 
 class Timeouts(Section):

@@ -85,6 +85,27 @@ def test_settings_of_one_model_are_refused_beside_several(tmp_path: Path, api: s
     assert load(tmp_path, f"{several}api: {{strict_model: auto, prefix: /llm}}\n").api.strict_model is None
 
 
+def test_each_of_several_models_may_have_adapters_and_a_plan(tmp_path: Path) -> None:
+    entries = ("{model: m, plan: [{worker: a, layers: [0, 4]}]}", "{model: n, adapters: [{name: x, path: x.gguf}]}")
+    text = "models:\n" + "".join(f"- {entry}\n" for entry in entries)
+    first, second = load(tmp_path, f"{text}workers: [{{name: a}}]\n").of_each_model()
+    assert first.plan is not None and first.plan[0].layers == (0, 4) and not first.adapters
+    assert second.plan is None and [adapter.name for adapter in second.adapters] == ["x"]
+    for line, workers, why in (
+        (
+            "adapters: [{name: x, path: x.gguf}]",
+            "name: a",
+            "adapters: is for one model: give `adapters` among `models`",
+        ),
+        ("plan: [{worker: a, layers: [0, 4]}]", "name: a", "plan: is for one model: give `plan` among `models`"),
+        ("", "name: b", "models[0].plan[0].worker: unknown worker 'a'"),
+        ("", "name: a, device: cuda", "models[1].adapters: are computed on processors only"),
+        ("- {model: x}", "name: a", "two models or adapters are named 'x'"),
+    ):
+        file = f"{text}{line}\nworkers: [{{{workers}}}]\n"
+        assert why in failure(tmp_path, file)
+
+
 def test_workers_with_gpus(tmp_path: Path) -> None:
     text = "model: m\nworkers:\n- {name: a, device: cuda, gpu_layers: 20, gpu_memory: 4GiB}\n"
     config = load(

@@ -5,23 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 
 from support.clusters.command_line import command_line
+from support.models.tiny_adapter import build_adapter
 from support.several_models.cluster import model_files
 
 
 def test_models_of_a_cluster_file_answer_by_their_names(tmp_path: Path) -> None:
     files = model_files(tmp_path)
+    adapters = [{"name": "poet", "path": str(build_adapter(tmp_path / "poet.gguf", files[1]))}]
+    by_hand = [{"worker": "a", "layers": [0, 5]}, {"worker": "b", "layers": [5, 6]}]
     with command_line() as line:
         expected = {}
-        for name, file in zip("ab", files, strict=True):
-            with line.cluster(file, name) as cluster:
-                expected[name] = cluster.answer()
-        entries = [{"model": str(file), "keep_alive": "10min"} for file in files]
+        with line.cluster(files[0], "a") as cluster:
+            expected["a"] = cluster.answer()
+        with line.cluster(files[1], "b", adapters=adapters) as cluster:
+            expected |= {name: cluster.answer(model=name) for name in ("b", "poet")}
+        entries = [
+            {"model": str(files[0]), "keep_alive": "10min", "plan": by_hand},
+            {"model": str(files[1]), "keep_alive": "10min", "adapters": adapters},
+        ]
         with line.cluster("", "both", models=entries) as both:
+            assert "beside it: b, poet; --served-model NAME chooses one" in both.command.err.read_text()
+            assert "models: a ready, b asleep\n" in line.run("status").out
             assert both.answer() == expected["a"], "the first model, without a name"
-            assert both.answer(model="b") == expected["b"]
+            assert both.answer(model="b") == expected["b"] != expected["poet"]
+            assert both.answer(model="poet") == expected["poet"]
             assert both.answer(model="a", temperature=0.9, seed=3) != expected["a"]
             states = {model["name"]: model["state"] for model in both.status["models"]}
             assert states == {"a": "ready", "b": "ready"}
+            assert [worker["layers"] for worker in both.status["workers"]] == [[0, 5], [5, 6]]
+            listed = [(entry["id"], entry["status"]["value"]) for entry in both.http.get("/v1/models").json()["data"]]
+            assert listed == [("a", "loaded"), ("b", "loaded"), ("poet", "loaded")]
+            assert both.http.get("/v1/models/poet").json()["parent"] == "b"
+            written = line.run("generate", "the first word", "-n", "12", "--served-model", "poet", "--json").json
+            assert written["token_ids"] == expected["poet"][0]
+            unknown = line.run("generate", "a", "--served-model", "c")
+            assert unknown.code == 2 and "'c' is not served here, only 'a', 'b', 'poet'" in unknown.error
+            assert line.run("why").out.count(": b: ") == 3
+            both.command.says("model b: new plan: ")
+            both.command.says("model b is awake after")
             both.command.press_ctrl_c()
             done = both.command.wait()
             assert done.code == 0, done.err
+            assert done.err.count("measuring what this machine can do") <= 1

@@ -95,7 +95,8 @@ def schema() -> str:
     keys = {key: part for key, part in cluster["properties"].items() if key not in OWNED}
     ours["properties"]["config"] = {"type": "object", "additionalProperties": False, "properties": keys}
     own = {name: part for name, part in ours["$defs"].items() if name.startswith("chart")}
-    ours["$defs"] = own | _named_by(keys, cluster.get("$defs", {}))
+    ours["properties"]["models"] = cluster["properties"]["models"]
+    ours["$defs"] = own | _named_by([keys, ours["properties"]["models"]], cluster.get("$defs", {}))
     return json.dumps(ours, indent=2) + "\n"
 
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import yaml
 
-from support.kubernetes.charts import MATRIX, RELEASE, containers, one, pod_templates, render
+from support.kubernetes.charts import MATRIX, RELEASE, cluster_file, containers, one, pod_templates, render
 
 
 @pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
@@ -60,6 +61,24 @@ def test_one_worker_fetches_the_model_where_others_fetch_layers_from_it() -> Non
     assert sizes["LLAMACLUST_WEIGHTS_SIZE"] == "1024MiB", "what packed layers leave of 2Gi"
     coordinator = one(manifests, "Deployment")["spec"]["template"]["spec"]["initContainers"]
     assert any(container["command"][2:] == ["llamaclust", "model", "pull", source] for container in coordinator)
+
+
+def test_several_models_are_fetched_and_served() -> None:
+    entries = [{"model": "hf:a/b/c.gguf", "name": "c", "keep_alive": "5min"}, {"model": "smollm2-135m-instruct"}]
+    manifests = render({"models": entries})
+    assert yaml.safe_load(cluster_file(manifests))["models"] == entries
+    sources = [entry["model"] for entry in entries]
+    for kind in ("Deployment", "StatefulSet"):
+        found = one(manifests, kind)["spec"]["template"]["spec"]["initContainers"]
+        (model,) = (container for container in found if container["name"] == "model")
+        assert model["command"] == ["timeout", "3600", "llamaclust", "model", "pull", *sources]
+    shared = render({"models": entries, "model": {"volume": {"kind": "shared"}}})
+    found = one(shared, "Deployment")["spec"]["template"]["spec"]["initContainers"]
+    (waiting,) = (container for container in found if container["name"] == "model")
+    assert waiting["args"][1:] == ["sh", *sources]
+    kept = {"pull": False, "volume": {"kind": "hostPath", "hostPath": "/srv"}}
+    mounted = yaml.safe_load(cluster_file(render({"models": [{"model": "a.gguf"}], "model": kept})))
+    assert mounted["models"] == [{"model": "/var/lib/llamaclust/home/models/a.gguf"}] and "model" not in mounted
 
 
 def test_the_defaults_are_for_a_small_cluster() -> None:

@@ -90,10 +90,17 @@ securityContext:
 {{- end }}
 {{- end }}
 
+{{/* What all models are pulled from, or where they are in the volume. */}}
+{{- define "llamaclust.sources" -}}
+{{- $sources := list }}
+{{- range .Values.models }}{{ $sources = append $sources .model }}{{ end }}
+{{- $sources | default (list .Values.model.source) | toYaml }}
+{{- end }}
+
 {{/* The program's model argument: the path of the file, or the name of the downloaded model. */}}
 {{- define "llamaclust.modelSource" -}}
-{{- if .Values.model.pull }}{{ .Values.model.source }}
-{{- else }}/var/lib/llamaclust/home/models/{{ .Values.model.source | trimPrefix "/" }}
+{{- if .root.Values.model.pull }}{{ .source }}
+{{- else }}/var/lib/llamaclust/home/models/{{ .source | trimPrefix "/" }}
 {{- end }}
 {{- end }}
 
@@ -128,7 +135,8 @@ securityContext:
 {{- define "llamaclust.pullModel" -}}
 - name: model
   {{- include "llamaclust.container" . | nindent 2 }}
-  command: [timeout, {{ .Values.model.pullSeconds | quote }}, llamaclust, model, pull, {{ .Values.model.source | quote }}]
+  command:
+    {{- concat (list "timeout" (.Values.model.pullSeconds | int | toString) "llamaclust" "model" "pull") (include "llamaclust.sources" . | fromYamlArray) | toYaml | nindent 4 }}
   env:
     {{- include "llamaclust.folders" . | nindent 4 }}
     {{- with .Values.model.env }}{{ toYaml . | nindent 4 }}{{ end }}
@@ -179,8 +187,9 @@ securityContext:
   {{- include "llamaclust.container" . | nindent 2 }}
   command: [timeout, {{ .Values.model.pullSeconds | quote }}, sh, -c]
   args:
-    - until llamaclust model info "$0" >/dev/null 2>&1; do sleep 5; done
-    - {{ .Values.model.source | quote }}
+    - for source; do until llamaclust model info "$source" >/dev/null 2>&1; do sleep 5; done; done
+    - sh
+    {{- include "llamaclust.sources" . | nindent 4 }}
   env: {{- include "llamaclust.folders" . | nindent 4 }}
   resources: {requests: {cpu: 100m, memory: 256Mi, ephemeral-storage: 64Mi}, limits: {memory: 1Gi, ephemeral-storage: 64Mi}}
   volumeMounts: {{- include "llamaclust.dataMounts" . | nindent 4 }}

@@ -282,6 +282,7 @@ def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
         path = tmp_path / "written.yaml"
         path.write_text(text)
         assert load_config(path).workers
+    assert len(load_config(ROOT / "examples/two-models.yaml").models) == 2
     two = yaml.safe_load((ROOT / "examples/two-workers.yaml").read_text())
     assert yaml.safe_load(fences(README, "yaml")[0]) == two
 

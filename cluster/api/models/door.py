@@ -136,7 +136,8 @@ class ModelDoor:
         """Nothing else of the body is held during its reply. HttpError as of `read_bytes`, `named` and the fields."""
         data = await read_bytes(request, self._settings)
         fields = await _fields(data)
-        model, keep, unloads = self.named(fields.get("model") or fields.get("name")), None, False
+        name = fields.get("model") or fields.get("name") or request.query_params.get("model")
+        model, keep, unloads = self.named(name), None, False
         if request.scope["path"] in _LOADS:
             keep = read_keep_alive(fields)
             unloads = keep is not None and keep.seconds == 0 and not any(fields.get(name) for name in _INPUTS)

@@ -64,6 +64,7 @@ async def test_a_name_that_a_model_has_as_a_whole_precedes_one_without_its_tag(n
     async with client_of(*models) as http:
         assert (await http.post("/api/chat", json={"model": name})).text == model
         assert (await http.get("/props", params={"model": name})).text == model
+        assert (await http.post("/lora-adapters", params={"model": name}, json=[])).text == model
         refused = await http.post("/api/chat", json={"model": f"{name}:other"})
         assert refused.status_code == 404 and "'x', 'x:latest', 'y'" in refused.text
 

@@ -12,7 +12,9 @@ import pytest
 from llamaclust.cluster.client.http import Client
 from llamaclust.cluster.client.local import LocalSettings
 from llamaclust.core.errors import ModelFileError, RequestError
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Float32
+from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.loader import Model
@@ -21,7 +23,7 @@ from llamaclust.model.program import KvType
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import Chain, batch_of
 from support.arithmetic.encoders import Float64, hidden_states
-from support.models.tiny_encoders import ENCODERS, HIDDEN, WINDOW, build_encoder
+from support.models.tiny_encoders import ENCODERS, HIDDEN, RANK, WINDOW, build_encoder
 from support.models.tiny_model import matrix
 
 TOKENS = [2, *np.random.default_rng(3).integers(4, 320, 40).tolist(), 3]
@@ -157,6 +159,14 @@ def test_models_without_dense_layers_embed_the_normed_rows(tmp_path: Path) -> No
     rows = encoded(all_threads(1), plain, TOKENS).astype(np.float64)
     wanted = rows @ weights[dense[0]].T @ weights[dense[1]].T
     np.testing.assert_allclose(encoded(all_threads(1), whole, TOKENS), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "pooling", "kind"), [("modern-bert", 1, "an encoder"), ("qwen3", RANK, "a reranker")])
+def test_gpus_compute_neither_encoders_nor_rerankers(name: str, pooling: int, kind: str, tmp_path: Path) -> None:
+    model = Model.open(build_encoder(tmp_path / "model.gguf", name, pooling=pooling))
+    program = model.program(0, model.layer_count)
+    with pytest.raises(ModelFileError, match=f"{kind} is not computed on GPUs; set device: cpu for its workers"):
+        workspace_bytes(program, model.tensors_for(program), StageLimits(32, 32, 2, 256, 16))
 
 
 def test_an_embedding_model_of_qwen3_has_the_last_token_and_its_end(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def served(flags: dict[str, str]) -> dict[str, Any]:
     """The model and its adapters, or the models behind a router."""
     model = model_of(flags)
     if model is None:
-        return {"models": routed_models()}
+        return {"models": [{"model": str(path), "name": name} for name, path in routed_models().items()]}
     adapters = {"adapters": [{"path": str(adapter()), "name": "adapter"}]} if "--lora" in flags else {}
     return {"model": str(model), **adapters}
 

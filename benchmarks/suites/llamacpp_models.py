@@ -1,5 +1,5 @@
-"""Stand-ins for the models that llama.cpp's server tests download, for both servers alike: small encoders and an
-adapter with random weights. Every other model is MODEL."""
+"""Stand-ins for the models that llama.cpp's server tests download, for both servers alike: small encoders, an adapter
+and models behind a router, all with random weights. Every other model is MODEL."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 
 MODEL_FLAGS = ("--model", "--hf-file", "--hf-repo", "--model-url")
-ROUTED = (
-    "ggml-org/tinygemma3-GGUF:Q8_0",
-    "ggml-org/test-model-stories260K:F32",
-    "ggml-org/test-model-stories260K-infill:F32",
-)
-"""The models behind a server that is started without one; each is MODEL."""
+ROUTED = {
+    "ggml-org/tinygemma3-GGUF:Q8_0": "",
+    "ggml-org/test-model-stories260K:F32": "routed-1",
+    "ggml-org/test-model-stories260K-infill:F32": "routed-2",
+}
+"""The models behind a server that is started without one, and their stand-ins; without one: MODEL."""
 _ADAPTER = "adapter"
 
 
@@ -24,11 +24,14 @@ def build_stand_ins(folder: Path, model: Path) -> None:
     """Writes those that are missing."""
     from support.models.tiny_adapter import build_adapter
     from support.models.tiny_encoders import RANK, build_encoder
+    from support.models.tiny_model import build_tiny_model
 
     folder.mkdir(parents=True, exist_ok=True)
     build_encoder(folder / "bert-bge-small.gguf", "bert")
     build_encoder(folder / "jina-reranker-v1-tiny-en.gguf", "jina-bert-v2", pooling=RANK)
     build_adapter(folder / f"{_ADAPTER}.gguf", model)
+    for seed, name in enumerate(filter(None, ROUTED.values())):
+        build_tiny_model(folder / f"{name}.gguf", seed=seed)
 
 
 def model_of(flags: Mapping[str, str]) -> Path | None:
@@ -44,16 +47,16 @@ def adapter() -> Path:
     return _stand_in(_ADAPTER)
 
 
+def routed_models() -> dict[str, Path]:
+    """The files behind a router, by name."""
+    return {name: _stand_in(file) if file else _model() for name, file in ROUTED.items()}
+
+
 def preset(folder: Path) -> Path:
-    """llama-server's list of the routed models, written to a file."""
+    """llama-server's list of them, written to a file."""
     path = folder / "router.ini"
-    path.write_text("".join(f"[{name}]\nmodel = {_model()}\n\n" for name in ROUTED))
+    path.write_text("".join(f"[{name}]\nmodel = {model}\n\n" for name, model in routed_models().items()))
     return path
-
-
-def routed_models() -> list[dict[str, str]]:
-    """The same for a cluster file."""
-    return [{"model": str(_model()), "name": name} for name in ROUTED]
 
 
 def _stand_in(name: str) -> Path:

@@ -43,12 +43,16 @@ def schema(names: list[str]) -> Grammar:
 
 def any_order(names: list[str]) -> Grammar:
     """The same objects, their properties in any order and each once."""
-    pairs = [rf'"\"{name}\": " value rest::set_bit({bit}) %if bit_clear({bit})' for bit, name in enumerate(names)]
+    pairs = [
+        rf'"\"{name}\"" SPACE? ":" SPACE? value SPACE? rest::set_bit({bit}) %if bit_clear({bit})'
+        for bit, name in enumerate(names)
+    ]
     rules = {
-        "start": '"{" first::0x0',
+        "start": '"{" SPACE? first::0x0',
         "first::_": "\n | ".join(pairs),
-        "rest::_": f'"}}" %if is_ones([0:{len(names)}])\n | ' + "\n | ".join(f'", " {pair}' for pair in pairs),
+        "rest::_": f'"}}" %if is_ones([0:{len(names)}])\n | ' + "\n | ".join(f'"," SPACE? {pair}' for pair in pairs),
         "value": '%json {"type": "string", "maxLength": 12}',
+        "SPACE": r"/ |\n{1,2}[ \t]{0,20}/",
     }
     return definitions.of_lark("\n".join(f"{name}: {rule}" for name, rule in rules.items()), "benchmark")
 

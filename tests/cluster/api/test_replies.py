@@ -17,6 +17,7 @@ from llamaclust.cluster.text import choice as choice_text
 from support.clusters.resumable import (
     KEY,
     PATHS,
+    READS_IDS,
     Event,
     KilledJournal,
     assert_same,
@@ -318,6 +319,17 @@ async def test_a_whole_reply_counts_as_sent_once_a_connection_took_it(tmp_path: 
         assert is_idle(server.engine) and server.engine.scheduler.counts.running == 0
         again = await server.http.get("/v1/streams/one")
         assert again.json()["choices"][0]["token_ids"] == first.json()["choices"][0]["token_ids"]
+
+
+@pytest.mark.parametrize(("headers", "has_ids"), [({"Accept": "*/*"}, False), (READS_IDS, True), (KEY, True)])
+async def test_only_clients_that_read_ids_of_events_get_them(
+    headers: dict[str, str], has_ids: bool, tmp_path: Path
+) -> None:
+    """Some take each event for `data:` and JSON."""
+    async with served(tmp_path / "journal") as server:
+        reply = await server.http.post(PATHS[0], json=body_of(PATHS[0]), headers={"Accept": "*/*"} | headers)
+        events = [part for part in reply.text.split("\n\n") if part and not part.startswith(":")]
+        assert all(part.startswith("id: ") is has_ids for part in events) and len(events) > 3
 
 
 async def test_a_conversation_and_a_key_may_have_the_same_name(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from support.clusters.served import SETTINGS, make_app, real_engine, serving
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/completion")
 KEY = {"Idempotency-Key": "one"}
+READS_IDS = {"Accept": "text/event-stream"}
 SERVED = "digest"
 
 
@@ -70,7 +71,7 @@ async def served(
         await replies.restore(left)
         async with (
             serving(app) as address,
-            httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,
+            httpx.AsyncClient(base_url=address, headers=READS_IDS, trust_env=False, timeout=20) as http,
         ):
             yield Served(engine, pipeline, http, replies)
 

@@ -24,7 +24,7 @@ def report_ignored(names: Sequence[str]) -> None:
     """Names fields of the body of the request that this task answers."""
     fields = _ignored.get()
     if fields is not None:
-        fields += [_UNSAFE.sub("?", name)[:_MOST_CHARACTERS] for name in names]
+        fields += [_UNSAFE.sub("?", name)[:_MOST_CHARACTERS] or "?" for name in names]
 
 
 class IgnoredFields:

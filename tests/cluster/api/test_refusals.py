@@ -283,3 +283,10 @@ async def test_a_failure_in_a_stream_is_its_last_event() -> None:
     assert events[-1]["error"]["code"] == "worker_failed" and "layers 3-5" in events[-1]["error"]["message"]
     assert "[DONE]" not in events
     assert engine.running == 0
+
+
+@pytest.mark.parametrize(("field", "named"), [("", "?"), ("\x00\r", "??"), (" ", "?"), ("0" * 99, "0" * 64)])
+async def test_names_of_ignored_fields_make_a_header(field: str, named: str) -> None:
+    """White space at an end of the header would end the connection."""
+    reply = await post("/v1/completions", {"prompt": "a", "max_tokens": 1, field: 1})
+    assert (reply.status_code, reply.headers[HEADER]) == (200, named)

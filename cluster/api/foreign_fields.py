@@ -63,10 +63,13 @@ _REFUSED: Final = {
 _OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z"}
 """Of fields of all endpoints."""
 
-_OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
+_BUDGETS: Final = dict.fromkeys(
+    ("reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget", "thinking_token_budget"),
+    "reasoning_budget",
+)
+"""Its names in llama.cpp, DashScope and vLLM."""
 
-_BUDGETS: Final = ("reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget", "thinking_token_budget")
-"""Names of `reasoning_budget` in llama.cpp, DashScope and vLLM."""
+_OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
 
 CHAT: Final = ForeignFields(
     refused={
@@ -83,7 +86,7 @@ CHAT: Final = ForeignFields(
         **_names("verbosity", only("medium")),
         **_names("prediction", only()),
     },
-    other_names={**_OPENAI_NAMES, **dict.fromkeys(_BUDGETS, "reasoning_budget")},
+    other_names={**_OPENAI_NAMES, **_BUDGETS},
 )
 
 MESSAGE: Final = ForeignFields(
@@ -148,6 +151,7 @@ RESPONSES: Final = ForeignFields(
     },
     other_names={
         **_OTHER_NAMES,
+        **_BUDGETS,
         "repeat_penalty": "repetition_penalty",
         "n_predict": "max_output_tokens",
         "max_tokens": "max_output_tokens",
@@ -160,7 +164,7 @@ MESSAGES: Final = ForeignFields(
     hints=_names(
         "metadata service_tier cache_control context_management inference_geo speed betas user_profile_id", anything
     ),
-    other_names={**_OPENAI_NAMES, "stop": "stop_sequences"},
+    other_names={**_OPENAI_NAMES, **_BUDGETS, "stop": "stop_sequences"},
 )
 """Of Anthropic's API: what it says about costs, caches and places; `context_management` would only shorten chats."""
 
@@ -178,7 +182,8 @@ OLLAMA_OPTIONS: Final = ForeignFields(
         "num_ctx": only(),
     },
     other_names={"penalize_newline": "penalize_nl", "max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"}
-    | _OTHER_NAMES,
+    | _OTHER_NAMES
+    | _BUDGETS,
 )
 """The cluster file decides where and how the model is computed. A smaller context would truncate prompts."""
 

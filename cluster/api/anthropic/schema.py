@@ -9,9 +9,11 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 from llamaclust.cluster.api.anthropic.tools import OutputConfig, ThinkingField, ToolChoice, ToolField, output_grammar
 from llamaclust.cluster.api.anthropic.turns import merged_turns, read_system, read_turn
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
+from llamaclust.cluster.api.openai.reasoning_fields import ReasoningFields
 from llamaclust.cluster.api.sampler_schema import AnswerFields
 from llamaclust.cluster.api.schema import LimitField, StopField
 from llamaclust.cluster.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
+from llamaclust.cluster.text.reasoning import ReasoningBudget
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 
@@ -26,7 +28,7 @@ _TurnField = Annotated[Any, BeforeValidator(read_turn), WithJsonSchema(_MESSAGE)
 _SystemField = Annotated[str, BeforeValidator(read_system), WithJsonSchema(_CONTENT)]
 
 
-class MessagesBody(AnswerFields):
+class MessagesBody(AnswerFields, ReasoningFields):
     """`POST /v1/messages`; `max_tokens` may be left out, for counting too."""
 
     model: str | None = None
@@ -70,9 +72,15 @@ class MessagesBody(AnswerFields):
             effort_variables(effort),
             prompt_end([turn.role for turn in turns], None, None),
             self.tool_use,
-            may_reason=self.thinking is None or self.thinking.type != "disabled",
-            reasoning_budget=None if self.thinking is None else self.thinking.budget,
+            may_reason=self.reasoning_budget != 0 and (self.thinking is None or self.thinking.type != "disabled"),
+            reasoning_budget=self._budget,
         )
+
+    @property
+    def _budget(self) -> ReasoningBudget | None:
+        """That of `thinking`, if it has one."""
+        tokens = None if self.thinking is None else self.thinking.budget_tokens
+        return self.answer_budget if tokens is None else self.budget_of(tokens)
 
     def _grammar(self) -> Grammar | None:
         grammar = None if self.output_config is None else self.output_config.grammar()

@@ -10,7 +10,6 @@ from llamaclust.cluster.api.foreign_fields import ANTHROPIC_TOOL, THINKING
 from llamaclust.cluster.api.openai.function_tools import function_tool
 from llamaclust.cluster.api.schema import Body, read_part
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
-from llamaclust.cluster.text.reasoning import ReasoningBudget
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
@@ -50,10 +49,6 @@ class Thinking(Body):
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
     """Tokens of thinking at most, after which its end follows; by default no limit."""
-
-    @property
-    def budget(self) -> ReasoningBudget | None:
-        return None if self.budget_tokens is None else ReasoningBudget(self.budget_tokens)
 
 
 class OutputConfig(Body):

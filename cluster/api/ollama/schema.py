@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, WithJsonS
 
 from llamaclust.cluster.api.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
+from llamaclust.cluster.api.openai.reasoning_fields import ReasoningFields
 from llamaclust.cluster.api.openai.tools import CallField, ToolField
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import Body, SeedField, StopField, read_part
@@ -23,7 +24,7 @@ _EFFORTS: Final = ("low", "medium", "high", "max")
 _MESSAGES: Final = 100_000
 
 
-class Options(SamplerFields):
+class Options(SamplerFields, ReasoningFields):
     """How an answer is sampled."""
 
     num_predict: Annotated[int, Field(ge=-2, le=MAX_CONTEXT_TOKENS)] = -1
@@ -145,7 +146,8 @@ class AnswerFields(Body):
             tools,
             effort_variables(self.think if isinstance(self.think, str) else None),
             prompt_end([message["role"] for message in messages], None, None),
-            may_reason=self.think is not False,
+            may_reason=self.think is not False and self.options.reasoning_budget != 0,
+            reasoning_budget=self.options.answer_budget,
         )
 
 

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, call_id_of, function_tool
-from llamaclust.cluster.api.schema import Body
+from llamaclust.cluster.api.openai.reasoning_fields import ReasoningFields
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
-from llamaclust.cluster.text.reasoning import MAX_MESSAGE_CHARACTERS, ReasoningBudget
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,
     ArgumentText,
@@ -62,7 +61,7 @@ _ChoiceField = Annotated[
 ]
 
 
-class ToolFields(Body):
+class ToolFields(ReasoningFields):
     """Which tools a chat offers, and how the answer shows reasoning."""
 
     tools: list[ToolField] = Field(default_factory=list, max_length=MAX_TOOLS)
@@ -74,20 +73,9 @@ class ToolFields(Body):
     reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "none"] = "auto"
     """`none`: reasoning stays in the content, as the model writes it; otherwise it is in `reasoning_content`."""
 
-    reasoning_budget: Annotated[int, Field(ge=-1)] = -1
-    """Tokens of reasoning at most, after which its end follows; 0: the answer begins without it; -1: no limit."""
-    reasoning_budget_message: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)] = ""
-    """What stands before an end that the budget forces."""
-
     def check_tools(self) -> None:
         """ParameterError for fields that contradict each other."""
         self.tool_use.check(self.tools)
-
-    @property
-    def answer_budget(self) -> ReasoningBudget | None:
-        """None: no limit."""
-        tokens = self.reasoning_budget
-        return None if tokens < 0 else ReasoningBudget(tokens, self.reasoning_budget_message)
 
     @property
     def tool_use(self) -> ToolUse:

@@ -169,6 +169,36 @@ async def test_a_budget_is_obeyed_by_the_last_stage(name: str) -> None:
     assert engine.submitted[1].reasoning is None
 
 
+_HELLO = {"messages": CHAT["messages"], "stream": False, "model": MODEL}
+_BUDGET_BODIES = [
+    ("/v1/chat/completions", _HELLO | {"thinking_token_budget": 5}),
+    ("/v1/messages", _HELLO | {"max_tokens": 9, "thinking": {"type": "enabled", "budget_tokens": 5}}),
+    ("/v1/messages", _HELLO | {"max_tokens": 9, "reasoning_budget": 5}),
+    ("/v1/responses", {"input": "Hi", "model": MODEL, "thinking_budget_tokens": 5}),
+    ("/api/chat", _HELLO | {"options": {"reasoning_budget": 5}}),
+    ("/api/generate", {"prompt": "Hi", "model": MODEL, "stream": False, "options": {"reasoning_budget": 5}}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), _BUDGET_BODIES)
+async def test_each_chat_api_takes_a_budget_of_reasoning(path: str, body: dict[str, Any]) -> None:
+    engine = ScriptedEngine(says("Yes."))
+    async with served(engine) as http:
+        reply = await http.post(path, json=body)
+    assert reply.status_code == 200 and "x-llamaclust-ignored" not in reply.headers, reply.text
+    (generation,) = engine.submitted
+    assert generation.reasoning is not None and generation.reasoning.budget == 5
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat"])
+async def test_the_cluster_file_may_have_a_default_budget(path: str) -> None:
+    engine = ScriptedEngine(says("Yes."))
+    async with served(engine, defaults={"reasoning_budget": 7}) as http:
+        assert (await http.post(path, json=_HELLO)).status_code == 200
+    (generation,) = engine.submitted
+    assert generation.reasoning is not None and generation.reasoning.budget == 7
+
+
 async def test_a_message_that_would_end_the_reasoning_is_refused() -> None:
     async with served(ScriptedEngine(says(""))) as http:
         fields = {"reasoning_budget": 5, "reasoning_budget_message": "So</think>"}

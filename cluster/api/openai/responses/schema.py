@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, function_tool
+from llamaclust.cluster.api.openai.reasoning_fields import ReasoningFields
 from llamaclust.cluster.api.openai.responses.items import read_items
 from llamaclust.cluster.api.sampler_schema import AnswerFields
 from llamaclust.cluster.api.schema import Body, LimitField, StopField
@@ -80,7 +81,7 @@ class StreamOptions(Body):
     """No-op: events are never padded."""
 
 
-class ResponsesBody(AnswerFields):
+class ResponsesBody(AnswerFields, ReasoningFields):
     """`POST /v1/responses`."""
 
     model: str | None = None
@@ -160,6 +161,8 @@ class ResponsesBody(AnswerFields):
             tuple(self.tools),
             effort_variables(self.reasoning.effort),
             tool_use=self.tool_use,
+            may_reason=self.reasoning_budget != 0,
+            reasoning_budget=self.answer_budget,
         )
 
 

@@ -27,22 +27,31 @@ _GPT2: Final = {
 _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
         "chatglm": _GLM,
+        "cohere2": _DECODER,
+        "ernie4_5": _DECODER,
+        "exaone4": _DECODER,
         "gemma": _DECODER,
         "gemma2": _DECODER,
         "gemma3": _DECODER,
         "glm4": _GLM,
         "gpt2": _GPT2,
+        "granite": _DECODER,
+        "granitemoe": _ATTENTION,
+        "hunyuan-dense": _DECODER,
         "llama": _DECODER,
+        "olmo2": _DECODER,
         "phi3": {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", **_FUSED},
         "qwen2": _DECODER,
         "qwen2moe": _ATTENTION,
         "qwen3": _DECODER,
         "qwen3moe": _ATTENTION,
+        "seed_oss": _DECODER,
+        "smollm3": _DECODER,
         "starcoder2": {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
     }
 )
 """By architecture, those whose rows are the module's; only Q and K of `PAIRED` ones have them in another order."""
-PAIRED: Final = frozenset({"llama"})
+PAIRED: Final = frozenset({"granite", "granitemoe", "llama", "smollm3"})
 """Architectures whose files have the rows of each head of Q and K in the order of a rotation of neighbouring pairs:
 the checkpoint's first and second half of a head in turns."""
 _MODULE: Final = re.compile(

@@ -11,11 +11,15 @@ import pytest
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.checkpoints.modules import matrix_name
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.hyperparameters import read_architecture
 from llamaclust.model.loader import Model
+from llamaclust.model.program import Adapt
 from llamaclust.model.quant_types import QuantType
 from support.models.checkpoint_files import safetensors_bytes
 from support.models.tiny_adapter import build_adapter, build_peft
+from support.models.tiny_architectures import MODELS, build_architecture
 from support.models.tiny_model import build_tiny_model
 
 Arrays = dict[str, NDArray[Any]]
@@ -71,6 +75,36 @@ def test_a_rank_stabilized_adapter_divides_by_the_root_of_its_rank(model: Path, 
 def factors(module: str = "self_attn.v_proj", rows: int = 32, halves: str = "AB") -> Arrays:
     shapes = {"A": (4, HIDDEN), "B": (rows, 4)}
     return {f"{PREFIX}.{module}.lora_{half}.weight": np.full(shapes[half], 0.5, np.float32) for half in halves}
+
+
+CANDIDATES = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj", "mlp.down_proj", "mlp.c_fc", "mlp.c_proj"),
+    *("attn.c_attn", "attn.c_proj"),
+)
+"""Modules of layers in any architecture."""
+SUPPORTED = [
+    name
+    for name, tiny in MODELS.items()
+    if any(matrix_name(tiny.architecture, f"model.layers.1.{module}") for module in CANDIDATES)
+]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_modules_of_each_architecture_are_products_of_its_programs(name: str, tmp_path: Path) -> None:
+    path = build_architecture(tmp_path / "m.gguf", name)
+    model, tensors = open_model(path), {}
+    architecture = read_architecture(model)
+    for module in CANDIDATES:
+        matrix = matrix_name(architecture, f"model.layers.1.{module}")
+        if matrix is not None and f"{matrix}.weight" in model.tensors:
+            rows, columns = model.tensor(f"{matrix}.weight").shape
+            for half, shape in (("A", (4, columns)), ("B", (rows, 4))):
+                weights = np.full(shape, 0.5, np.float32)
+                tensors[f"base_model.model.model.layers.1.{module}.lora_{half}.weight"] = weights
+    opened = Model.open(path, adapters=[write(tmp_path / "a", tensors, {})])
+    steps = opened.program(0, opened.layer_count).steps
+    assert sum(isinstance(step, Adapt) for step in steps) == len(tensors) // 2 > 2
 
 
 LAYER_1 = {name.replace("layers.0", "layers.1"): value for name, value in factors().items()}

@@ -120,7 +120,7 @@ def run_all(options: argparse.Namespace, folder: Path, results: Path) -> list[Pa
     missing = [report for report in reports if not report.exists()]
     if not missing:
         return reports
-    build_stand_ins(folder / "stand-ins", options.model)
+    build_stand_ins(folder / "stand-ins")
     run = Run(prepare(options.source or fetch(folder), folder), folder, options.model, options.server)
     for report in missing:
         run.file(report.stem, report, options.k)

@@ -1,5 +1,6 @@
-"""Stand-ins for the models that llama.cpp's server tests download, for both servers alike: small encoders, an adapter
-and models behind a router, all with random weights. Every other model is MODEL."""
+"""Stand-ins for the models that llama.cpp's server tests download, for both servers alike: small encoders and models
+behind a router, with random weights, and a model with an adapter whose scale decides about its words. Every other model
+is MODEL."""
 
 from __future__ import annotations
 
@@ -17,19 +18,19 @@ ROUTED = {
     "ggml-org/test-model-stories260K-infill:F32": "routed-2",
 }
 """The models behind a server that is started without one, and their stand-ins; without one: MODEL."""
-_ADAPTER = "adapter"
+_ADAPTED, _ADAPTER = "adapted", "adapter"
 
 
-def build_stand_ins(folder: Path, model: Path) -> None:
+def build_stand_ins(folder: Path) -> None:
     """Writes those that are missing."""
-    from support.models.tiny_adapter import build_adapter
+    from support.adapters.scale_words import build_scale_words
     from support.models.tiny_encoders import RANK, build_encoder
     from support.models.tiny_model import build_tiny_model
 
     folder.mkdir(parents=True, exist_ok=True)
     build_encoder(folder / "bert-bge-small.gguf", "bert")
     build_encoder(folder / "jina-reranker-v1-tiny-en.gguf", "jina-bert-v2", pooling=RANK)
-    build_adapter(folder / f"{_ADAPTER}.gguf", model)
+    build_scale_words(folder / f"{_ADAPTED}.gguf", folder / f"{_ADAPTER}.gguf")
     for seed, name in enumerate(filter(None, ROUTED.values())):
         build_tiny_model(folder / f"{name}.gguf", seed=seed)
 
@@ -38,6 +39,8 @@ def model_of(flags: Mapping[str, str]) -> Path | None:
     """The file for the model that a command line names; None where it names none, as a router's does."""
     if not any(flag in flags for flag in MODEL_FLAGS):
         return None
+    if "--lora" in flags:
+        return _stand_in(_ADAPTED)
     stand_in = _stand_in(flags.get("--hf-file", "").partition("/")[0])
     return stand_in if stand_in.is_file() else _model()
 

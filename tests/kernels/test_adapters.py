@@ -18,9 +18,10 @@ from llamaclust.kernels.packed.packed_layer import packed_layers_of
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
+from support.adapters.scale_words import build_scale_words
+from support.adapters.tiny_adapter import build_adapter, build_merged
 from support.arithmetic.backends import BACKENDS
 from support.arithmetic.batches import Chain, batch_of, load_stage
-from support.models.tiny_adapter import build_adapter, build_merged
 from support.models.tiny_model import build_tiny_model
 
 TOKENS = 24
@@ -149,6 +150,18 @@ def test_logits_are_those_of_the_merged_model(
     is_rounded = backend != "reference" and "q4_1" in request.node.name
     assert error < (0.3 if is_rounded else 2e-3), error
     assert float(np.max(np.abs(plain - expected))) / spread > 1.0
+
+
+def test_the_scale_of_each_sequence_chooses_its_words(tmp_path: Path) -> None:
+    build_scale_words(tmp_path / "m.gguf", tmp_path / "a.gguf")
+    model = Model.open(tmp_path / "m.gguf", adapters=[tmp_path / "a.gguf"])
+    chain, scales = Chain(CpuBackend(2), model), [0.0, 0.3, 0.7, 1.0]
+    (start,) = model.tokenizer.encode("")
+    batch = batch_of([([start], [0], [place]) for place in range(len(scales))])
+    logits = chain.run(replace(batch, adapter_scales=np.array(scales, np.float32)[:, None]))
+    chain.close()
+    words = [model.tokenizer.decode([int(token)]).strip() for token in logits.argmax(1)]
+    assert words == ["little", "special", "far", "love"]
 
 
 def test_the_pieces_of_memory_of_a_cut_are_pieces_of_every_larger_cut(files: Files) -> None:

@@ -60,6 +60,13 @@ def test_stand_ins_replace_models_for_both_servers(tmp_path: Path, stand_in: Mod
     assert stand_in.own_models(command, tmp_path) == ["--pooling", "last", "--model", encoder]
 
 
+def test_an_adapter_has_a_model_of_its_own(tmp_path: Path, stand_in: ModuleType) -> None:
+    command = ["--hf-repo", "ggml-org/stories15M_MOE", "--lora", "tmp/moe_shakespeare15M.gguf"]
+    config = read(stand_in, command, tmp_path)
+    assert config.model == str(tmp_path / "adapted.gguf")
+    assert [adapter.path for adapter in config.adapters] == [tmp_path / "adapter.gguf"]
+
+
 def test_a_server_without_a_model_has_several_behind_it(tmp_path: Path, stand_in: ModuleType) -> None:
     routed = [model.name for model in read(stand_in, ["--models-max", "2"], tmp_path).models]
     assert "ggml-org/tinygemma3-GGUF:Q8_0" in routed and len(routed) == 3

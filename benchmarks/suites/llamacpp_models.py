@@ -23,7 +23,7 @@ _ADAPTED, _ADAPTER = "adapted", "adapter"
 
 def build_stand_ins(folder: Path) -> None:
     """Writes those that are missing."""
-    from support.adapters.scale_words import build_scale_words
+    from support.arithmetic.scale_words import build_scale_words
     from support.models.tiny_encoders import RANK, build_encoder
     from support.models.tiny_model import build_tiny_model
 

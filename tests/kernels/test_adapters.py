@@ -18,10 +18,10 @@ from llamaclust.kernels.packed.packed_layer import packed_layers_of
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
-from support.adapters.scale_words import build_scale_words
-from support.adapters.tiny_adapter import build_adapter, build_merged
 from support.arithmetic.backends import BACKENDS
 from support.arithmetic.batches import Chain, batch_of, load_stage
+from support.arithmetic.scale_words import build_scale_words
+from support.models.tiny_adapter import build_adapter, build_merged
 from support.models.tiny_model import build_tiny_model
 
 TOKENS = 24
@@ -94,6 +94,7 @@ def test_rows_without_an_adapter_are_those_of_the_model_alone(backend: str, file
 
 @pytest.mark.parametrize("backend", ["reference", "cpu-1-thread", "cpu-3-threads"])
 @pytest.mark.parametrize("factor", [-1.0, np.inf, np.nan])
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_an_adapter_would_add_to_other_rows_does_not_matter(
     backend: str, factor: float, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Adapt, KvType
 from llamaclust.model.quant_types import QuantType
-from support.adapters.tiny_adapter import build_adapter
+from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
 
 SMALL = {"hidden": 64, "heads": 2, "kv_heads": 1, "ffn": 96, "layers": 2}

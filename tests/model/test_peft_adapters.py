@@ -17,8 +17,8 @@ from llamaclust.model.hyperparameters import read_architecture
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Adapt
 from llamaclust.model.quant_types import QuantType
-from support.adapters.tiny_adapter import build_adapter, build_peft
 from support.models.checkpoint_files import safetensors_bytes
+from support.models.tiny_adapter import build_adapter, build_peft
 from support.models.tiny_architectures import MODELS, build_architecture
 from support.models.tiny_model import build_tiny_model
 

@@ -16,8 +16,8 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptScore
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.model.quant_types import QuantType
-from support.adapters.tiny_adapter import build_adapter, build_merged, build_peft
 from support.clusters.recovering import CONTEXT, Answer, config, recovering, undisturbed
+from support.models.tiny_adapter import build_adapter, build_merged, build_peft
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
 

@@ -12,7 +12,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.loader import Model
 from llamaclust.worker.weights.weights import Weights
-from support.adapters.tiny_adapter import build_adapter
+from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
 
 NAMES = ("first.gguf", "second.gguf")

@@ -31,10 +31,10 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInput
 from llamaclust.worker.main import _run_started_worker
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageRunner
-from support.adapters.tiny_adapter import build_adapter
 from support.clusters.command_line import eventually
 from support.clusters.real_cluster import LIMITS, microbatches, running
 from support.clusters.served import until
+from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
 
 NOWHERE = "/nowhere/m.gguf"

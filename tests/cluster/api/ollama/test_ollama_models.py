@@ -16,8 +16,8 @@ from llamaclust.cluster.text.service import TextSettings
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
-from support.adapters.tiny_adapter import build_adapter
 from support.clusters.served import CONTEXT, MODEL, ScriptedEngine, client, make_app, says, serving
+from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
 
 HI = [{"role": "user", "content": "Hi"}]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.adapters.tiny_adapter import build_adapter
 from support.clusters.command_line import command_line
+from support.models.tiny_adapter import build_adapter
 from support.several_models.cluster import model_files
 
 

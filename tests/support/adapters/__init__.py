@@ -1,1 +1,0 @@
-"""Adapters made for tests."""

@@ -92,6 +92,8 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
             "disabled": [name for name in ("metrics", "slots") if f"--{name}" not in flags],
         },
     }
+    if "--slot-save-path" in flags:
+        config["api"]["slot_folder"] = str(Path(flags["--slot-save-path"]).resolve())
     if "--api-key" in flags:
         keys = folder / "keys"
         keys.write_text(flags["--api-key"].replace(",", "\n") + "\n")

@@ -30,7 +30,7 @@ def _names(names: str, neutral: Neutral) -> dict[str, Neutral]:
 
 _NO_OPS: Final = _names(
     "user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention request_id "
-    "cache_prompt id_slot slot_id n_keep n_discard",
+    "cache_prompt n_keep n_discard",
     anything,
 )
 """`metadata` is for stored completions, and none are stored; `n_keep` and `n_discard` are for a context that shifts;
@@ -42,6 +42,8 @@ _HINTS: Final = {
     "priority": number(0),
 }
 """Of all endpoints: unknown fields are hints too, but these have values that need not be mentioned."""
+
+_SLOTS: Final = _names("id_slot slot_id", anything)
 
 _CONSTRAINTS: Final = _names("grammar_triggers bad_words allowed_token_ids logits_processors", only()) | {
     "grammar_lazy": only(False)
@@ -62,6 +64,8 @@ _REFUSED: Final = {
 
 _OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z"}
 """Of fields of all endpoints."""
+
+_SLOT_NAME: Final = {"slot_id": "id_slot"}
 
 _BUDGETS: Final = dict.fromkeys(
     ("reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget", "thinking_token_budget"),
@@ -86,7 +90,7 @@ CHAT: Final = ForeignFields(
         **_names("verbosity", only("medium")),
         **_names("prediction", only()),
     },
-    other_names={**_OPENAI_NAMES, **_BUDGETS},
+    other_names={**_OPENAI_NAMES, **_SLOT_NAME, **_BUDGETS},
 )
 
 MESSAGE: Final = ForeignFields(
@@ -98,7 +102,7 @@ MESSAGE: Final = ForeignFields(
 COMPLETION: Final = ForeignFields(
     refused={**_REFUSED, **_names("suffix prompt_embeds", only()), "n_cmpl": number(1)},
     hints=_HINTS,
-    other_names={**_OPENAI_NAMES, "n_probs": "logprobs"},
+    other_names={**_OPENAI_NAMES, **_SLOT_NAME, "n_probs": "logprobs"},
 )
 
 LLAMACPP: Final = ForeignFields(
@@ -109,18 +113,18 @@ LLAMACPP: Final = ForeignFields(
         "n_cmpl": number(1),
     },
     hints=_HINTS,
-    other_names={**_OTHER_NAMES, "max_tokens": "n_predict", "repetition_penalty": "repeat_penalty"},
+    other_names={**_OTHER_NAMES, **_SLOT_NAME, "max_tokens": "n_predict", "repetition_penalty": "repeat_penalty"},
 )
 
 EMBEDDING: Final = ForeignFields(
     refused=_names("truncate_prompt_tokens lora", only()),
-    hints=_HINTS,
+    hints={**_HINTS, **_SLOTS},
 )
 
 RERANK: Final = ForeignFields(
     refused=_names("truncate_prompt_tokens max_tokens_per_doc rank_fields lora", only())
     | _names("truncate", only(False)),
-    hints={**_HINTS, **_names("raw_scores truncation_direction", anything)},
+    hints={**_HINTS, **_SLOTS, **_names("raw_scores truncation_direction", anything)},
 )
 """Scores are the model's own, as llama.cpp has them."""
 

@@ -36,6 +36,7 @@ class ApiSettings:
     aliases: tuple[str, ...] = ()  # further names of the served model
     tags: tuple[str, ...] = ()  # shown with it
     adapters: tuple[ServedAdapter, ...] = ()
+    slot_folder: Path | None = None  # that clients save slots in
     disabled: tuple[str, ...] = ()  # GET endpoints that are off, such as "slots"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of request fields
     api_keys: tuple[str, ...] = ()  # none: no key is asked for

@@ -281,6 +281,7 @@ _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory", "kv_dis
 _PATHS = (
     ("join", "trust_dir"),
     ("lease", "account"),
+    ("api", "slot_folder"),
     ("listen_tls", "certificate"),
     ("listen_tls", "key"),
     ("telemetry", "headers_file"),

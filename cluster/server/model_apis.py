@@ -92,6 +92,7 @@ def _text_service(served: ServedModel) -> TextService:
         model.pooling,
         model.ranking,
         generates=model.generates,
+        slots=config.max_sequences if config.api.slot_folder is not None else 0,
     )
     return TextService(engine, model.tokenizer, model.chat_template, text)
 

@@ -288,6 +288,9 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
     served = config.model_name
     if served in [adapter.name for adapter in config.adapters]:
         raise UsageError(f"adapters: {served!r} is also the name of the model; set api.model_name")
+    folder = config.api.slot_folder
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"{folder}: the folder of api.slot_folder does not exist; make it first")
     return ApiSettings(
         listen_host=config.host,
         api_keys=read_api_keys(config.api_keys_file),
@@ -298,6 +301,7 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         tags=config.api.tags,
         adapters=served_adapters(config),
         disabled=config.api.disabled,
+        slot_folder=folder,
         defaults=config.api.defaults,
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,

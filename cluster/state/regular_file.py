@@ -17,9 +17,10 @@ _MOST_BYTES = 16 << 20
 """Of a file of JSON; measured profiles take a few KiB a machine."""
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """To be read. OSError, also where it is no regular file."""
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+def open_regular(path: Path, *, follows_links: bool = True) -> BinaryIO:
+    """To be read. OSError, also where it is no regular file, or a link that is not followed."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
+    file = os.fdopen(os.open(path, flags), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file")
@@ -29,7 +30,7 @@ def open_regular(path: Path) -> BinaryIO:
 def read_json(path: Path) -> Any:
     """OSError where the file cannot be read, ValueError where it holds no JSON."""
     try:
-        return json.loads(_read(path, _MOST_BYTES))
+        return json.loads(read_bytes(path, _MOST_BYTES))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -37,7 +38,7 @@ def read_json(path: Path) -> Any:
 def read_text(path: Path, most_bytes: int) -> str:
     """OSError where the file cannot be read, ValueError where it is larger than so many bytes or no text in UTF-8."""
     try:
-        text = _read(path, most_bytes).decode()
+        text = read_bytes(path, most_bytes).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"not text in UTF-8 at byte {error.start}") from None
     if "\0" in text:
@@ -46,13 +47,17 @@ def read_text(path: Path, most_bytes: int) -> str:
 
 
 def write_regular(path: Path, text: str, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 so that a reader sees the old text or the new, never a part; `is_synced`: also after a
-    power failure, and the new text once this returns. Processes of several machines may write it at once: in containers
+    """A file of text, as `write_bytes`."""
+    write_bytes(path, text.encode(), is_synced=is_synced)
+
+
+def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
+    """Writes a file of mode 0600 so that a reader sees the old data or the new, never a part; `is_synced`: also after a
+    power failure, and the new data once this returns. Processes of several machines may write it at once: in containers
     all of them have the same id.
 
     OSError where it cannot be written, as on a full disk; nothing new stays then.
     """
-    data = text.encode()
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
@@ -70,8 +75,9 @@ def write_regular(path: Path, text: str, *, is_synced: bool = True) -> None:
         raise
 
 
-def _read(path: Path, most_bytes: int) -> bytes:
-    with open_regular(path) as file:
+def read_bytes(path: Path, most_bytes: int, *, follows_links: bool = True) -> bytes:
+    """OSError where the file cannot be read, ValueError where it is larger than so many bytes."""
+    with open_regular(path, follows_links=follows_links) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         raise ValueError(f"larger than {most_bytes >> 20} MiB")

@@ -58,6 +58,7 @@ class CompletionRequest:
     reading: AnswerReading | None = None  # of a chat's answer
     operation: Operation = field(default=Operation.TEXT_COMPLETION, compare=False)
     answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
+    slot: int | None = None  # that remembers its tokens, where slots are kept
     received_ns: int = field(default=0, compare=False)  # when the client's request came; 0: as it is submitted
 
     def identified(

@@ -20,6 +20,7 @@ from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
 from llamaclust.cluster.text.reasoning import answer_reasoning
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
+from llamaclust.cluster.text.slots import Slots
 from llamaclust.cluster.text.stream import CompletionStream, Record
 from llamaclust.cluster.text.threads import BREAKERS, TOKENIZING, run_on
 from llamaclust.core.errors import ContextLengthError, ParameterError
@@ -52,6 +53,7 @@ class TextSettings:
     pooling: Pooling = DEFAULT  # of embeddings, where a request names none
     ranking: Ranking | None = None  # where the model ranks documents
     generates: bool = True
+    slots: int = 0  # that remember the tokens of requests that name them
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class TextService:
         self.chat_template = chat_template
         self.settings = settings
         self.budget = EntryBudget()
+        self.slots = Slots(engine, settings.slots)
         self._engine = engine
         self._embedder = Embedder(engine)
         self._grammars = GrammarChecker(tokenizer)
@@ -96,6 +99,7 @@ class TextService:
     async def prepare(self, request: CompletionRequest) -> TokenizedRequest:
         """The request in tokens. Raises ParameterError for a field that tokens no longer show."""
         request.check_text()
+        self.slots.check(request.slot)
         with self._preparing():
             if request.grammar is not None:
                 request = replace(request, grammar=await self._grammars.check(request.grammar))
@@ -113,6 +117,8 @@ class TextService:
 
         Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
         """
+        if self.slots.count and request.slot is not None:
+            record = self.slots.recording(request.slot, ready.generation, record)
         stream = CompletionStream(
             self._engine, ready.generation, request.answered, ready.choices, self._active.discard, record
         )

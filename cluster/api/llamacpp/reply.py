@@ -99,6 +99,7 @@ class LlamaCppReply:
             grammar=body.answer_grammar(),
             with_logprobs=body.n_probs > 0,
             adapters=self._adapters,
+            slot=body.slot,
         )
 
     async def _prompt(self, prompt: LlamaCppPrompt) -> str | tuple[int, ...]:
@@ -193,7 +194,8 @@ class _Shape:
         }
 
     def _counts(self, predicted: int) -> dict[str, int]:
-        return {"id_slot": 0, "tokens_predicted": predicted, "tokens_evaluated": len(self._stream.generation.prompt)}
+        slot, evaluated = self._body.slot or 0, len(self._stream.generation.prompt)
+        return {"id_slot": slot, "tokens_predicted": predicted, "tokens_evaluated": evaluated}
 
     def _probabilities(self, part: TextChunk) -> dict[str, Any]:
         if not self._body.n_probs:

@@ -9,15 +9,13 @@ from llamaclust.cluster.api.errors import unsupported
 from llamaclust.cluster.api.llamacpp.adapters import AdapterList, AllScales
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, InfillBody, LlamaCppBody, TemplateBody, TokenizeBody
+from llamaclust.cluster.api.llamacpp.slot_schema import SlotBody
+from llamaclust.cluster.api.llamacpp.slots import SlotActions
 from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.text.service import TextService
 
-_NO_SLOTS: Final = "slots have no state of their own; the prefix cache, and kv_disk in the cluster file, keep prompts"
-_UNSUPPORTED: Final = {
-    "/slots/{slot}": _NO_SLOTS,
-}
-"""By path: what clients may send there."""
+_NO_SLOTS: Final = "no folder for slots is set: name one as `api.slot_folder` in the cluster file"
 
 
 def llamacpp_routes(service: TextService, replies: Replies) -> Iterator[Route]:
@@ -30,5 +28,6 @@ def llamacpp_routes(service: TextService, replies: Replies) -> Iterator[Route]:
     adapters = AdapterList(replies.settings, replies.default_scales)
     yield Route("GET", "/lora-adapters", adapters.list)
     yield Route("POST", "/lora-adapters", adapters.set, AllScales)
-    for path, what in _UNSUPPORTED.items():
-        yield Route("POST", path, unsupported(what))
+    folder = replies.settings.slot_folder
+    act = unsupported(_NO_SLOTS) if folder is None else SlotActions(service, replies.settings, folder).act
+    yield Route("POST", "/slots/{slot}", act, SlotBody)

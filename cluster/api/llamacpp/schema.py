@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
 from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
+from llamaclust.cluster.api.llamacpp.slot_schema import SlotFields
 from llamaclust.cluster.api.openai.schema import ChatFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import MAX_PROMPTS, Body, StopField, is_int, is_token_id, prompt_string
@@ -80,7 +81,7 @@ _PROMPTS = {"anyOf": [*_MIXED["anyOf"], {"type": "array", "items": _MIXED}]}
 _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
 
 
-class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields):
+class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields):
     """`POST /completion`."""
 
     model: str | None = None

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
 from llamaclust.cluster.api.foreign_fields import MESSAGE
 from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
+from llamaclust.cluster.api.llamacpp.slot_schema import SlotFields
 from llamaclust.cluster.api.openai.tools import CallField, ToolFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import (
@@ -121,7 +122,7 @@ class ChatFields(ToolFields):
         return prompt_end(roles, self.continue_final_message, self.add_generation_prompt)
 
 
-class _Sampling(SamplerFields, GrammarFields, AdapterFields):
+class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields):
     model: str | None = None
     """The served model's name, or that of an adapter; another name is refused."""
     frequency_penalty: float = 0.0
@@ -198,6 +199,7 @@ class _Sampling(SamplerFields, GrammarFields, AdapterFields):
             dry_breakers=self.dry_sequence_breakers,
             cache_salt=self.cache_salt,
             grammar=self.answer_grammar(),
+            slot=self.slot,
             **more,
         )
 

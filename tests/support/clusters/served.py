@@ -168,8 +168,8 @@ def says(text: str) -> Script:
     return lambda generation: tokens
 
 
-def make_service(engine: Any, template: ChatTemplate | None = None) -> TextService:
-    settings = TextSettings(MODEL, CONTEXT, SETTINGS.max_sequences, embedding_length=WIDTH)
+def make_service(engine: Any, template: ChatTemplate | None = None, slots: int = 0) -> TextService:
+    settings = TextSettings(MODEL, CONTEXT, SETTINGS.max_sequences, embedding_length=WIDTH, slots=slots)
     return TextService(engine, tokenizer(), template or chat_template(), settings)
 
 
@@ -183,7 +183,7 @@ def make_app(
 ) -> FastAPI:
     """An app on a scripted engine; operators see an engine that does nothing."""
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
-    service = make_service(engine, chat_template)
+    service = make_service(engine, chat_template, SETTINGS.max_sequences if "slot_folder" in settings else 0)
     show = {"status": {"name": "test"}}.copy
     replies = replies or Replies(ApiSettings(**settings))
     return create_app(service, replies, idle, show, admission, pool)

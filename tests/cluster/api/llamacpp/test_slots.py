@@ -20,6 +20,10 @@ REQUEST = {"prompt": PROMPT, "n_predict": 20, "seed": 1, "id_slot": 1, "return_t
 SAVE, RESTORE, ERASE = (f"/slots/1?action={action}" for action in ("save", "restore", "erase"))
 
 
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 @asynccontextmanager
 async def serving(folder: Path, model_id: str = SETTINGS.model_id) -> AsyncIterator[httpx.AsyncClient]:
     """A server whose KV memory is empty."""
@@ -69,7 +73,7 @@ async def test_a_slot_is_saved_and_restored_after_a_restart(tmp_path: Path) -> N
         copied = (await http.post("/slots/0?action=save", json={"filename": "b.bin"})).json()
         assert copied["n_saved"] == tokens
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "b.bin"]
+    assert _names(tmp_path) == ["a.bin", "b.bin"]
 
 
 async def test_an_erased_slot_is_computed_again(tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ async def test_a_name_is_plain(tmp_path: Path, name: str) -> None:
         await complete(http)
         for path in (SAVE, RESTORE):
             assert (await error(http, path, {"filename": name})).startswith("filename: ")
-    assert not list(folder.iterdir()) and (tmp_path / "a").read_bytes() == b"of others"
+    assert not _names(folder) and (tmp_path / "a").read_bytes() == b"of others"
 
 
 async def test_links_are_not_followed(tmp_path: Path) -> None:

@@ -143,14 +143,12 @@ RESPONSES: Final = ForeignFields(
     refused={
         **_CHAT_ONLY,
         **_names("conversation prompt", only()),
-        **_names("top_logprobs", number(0)),
-        "include": lambda value: isinstance(value, list) and "message.output_text.logprobs" not in value,
     },
     hints={
         **_names(
             "user service_tier safety_identifier prompt_cache_key prompt_cache_retention client_metadata", anything
         ),
-        **_names("max_tool_calls context_management timings_per_token return_progress", only(False)),
+        **_names("max_tool_calls context_management", only(False)),
         "truncation": only("disabled"),
     },
     other_names={

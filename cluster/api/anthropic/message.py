@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from llamaclust.cluster.api.openai.function_tools import call_id_of
+from llamaclust.cluster.api.replies.answer_reply import ShowProgress
 from llamaclust.cluster.api.sse import named_event
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
-from llamaclust.cluster.text.answer import Answer, TextChunk
+from llamaclust.cluster.text.answer import TextChunk, join
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (
@@ -32,6 +33,8 @@ _DELTAS: Final = {"text": "text_delta", "thinking": "thinking_delta"}
 class MessageShape:
     """One answer. See `AnswerShape`."""
 
+    progress: ShowProgress | None = None
+
     def __init__(self, model: str, reply_id: str) -> None:
         self._model = model
         self._reply_id = reply_id
@@ -39,7 +42,11 @@ class MessageShape:
         self._blocks = _StreamedBlocks(reply_id)
         self._tokens = 0
 
-    async def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
+    def entries(self, chunk: TextChunk, stream: CompletionStream) -> int:
+        return 0
+
+    async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
+        answer = join(chunks)
         blocks = _whole_blocks(answer.events or (ContentText(answer.text),), self._reply_id)
         return self._message(
             blocks or [dict(_STARTS["text"])],

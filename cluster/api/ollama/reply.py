@@ -9,10 +9,11 @@ from typing import Any, Final
 from llamaclust.cluster.api.llamacpp.timings import shown_timings
 from llamaclust.cluster.api.ollama.pieces import Piece, PieceReader
 from llamaclust.cluster.api.openai.shapes import row_entry
+from llamaclust.cluster.api.replies.answer_reply import ShowProgress
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.stream_format import line
 from llamaclust.cluster.scheduler.requests import Timings
-from llamaclust.cluster.text.answer import Answer, TextChunk
+from llamaclust.cluster.text.answer import TextChunk, join
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -52,6 +53,8 @@ class Lines:
 class OllamaShape:
     """One answer. See `AnswerShape`."""
 
+    progress: ShowProgress | None = None
+
     def __init__(self, tokenizer: Tokenizer, lines: Lines, *, with_logprobs: bool, with_context: bool) -> None:
         """`with_context`: the last line has all token ids."""
         self._tokenizer = tokenizer
@@ -61,7 +64,14 @@ class OllamaShape:
         self._reader = PieceReader()
         self._tokens: list[int] = []
 
-    async def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
+    def entries(self, chunk: TextChunk, stream: CompletionStream) -> int:
+        """The last line may have the whole context."""
+        is_last = chunk.finish_reason is not None and self._with_context
+        context = len(stream.generation.prompt) + len(self._tokens) if is_last else 0
+        return context + (chunk.entries if self._with_logprobs else 0)
+
+    async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
+        answer = join(chunks)
         last = self._last(answer, self._reader.read(answer), answer.token_ids, stream)
         return {**last, **self._logprobs(answer)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,11 +11,13 @@ from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.scheduler.requests import PromptProgress
+from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
 
+ShowProgress = Callable[[PromptProgress], Iterable[Event]]
 MakeRequest = Callable[[], Awaitable[CompletionRequest]]
 """Prepares the completion; raises what refuses it."""
 
@@ -23,8 +25,15 @@ MakeRequest = Callable[[], Awaitable[CompletionRequest]]
 class AnswerShape(Protocol):
     """How an API shows an answer."""
 
-    async def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
+    progress: ShowProgress | None
+    """The events that say how far the prompt is computed, where they are wanted."""
+
+    async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
         """The JSON of a reply that is not streamed."""
+        ...
+
+    def entries(self, chunk: TextChunk, stream: CompletionStream) -> int:
+        """Numbers in the events of a chunk: many are rendered on a thread."""
         ...
 
     def events(self, chunk: TextChunk, stream: CompletionStream) -> Iterable[bytes]:
@@ -69,15 +78,23 @@ class AnswerReply:
         await self._prompts.aclose()
 
     async def whole(self) -> list[bytes]:
-        (answer,) = await collect(self._stream)
-        value = await self._shape.whole(answer, self._stream)
+        chunks = [chunk async for chunk in self._stream]
+        value = await self._shape.whole(chunks, self._stream)
         prompt = self._stream.generation.prompt  # which some APIs show
-        return await off_loop_if_large(partial(json_parts, value), answer.entries + len(prompt))
+        entries = sum(chunk.entries for chunk in chunks)
+        return await off_loop_if_large(partial(json_parts, value), entries + len(prompt))
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
-        async for _, chunk in self._prompts.chunks(self._settings.keepalive_s):
+        show_progress = self._shape.progress
+        read = self._prompts.chunks if show_progress is None else self._prompts.chunks_and_progress
+        async for _, chunk in read(self._settings.keepalive_s):
             if chunk is None:
                 yield None
-                continue
-            for data in self._shape.events(chunk, self._stream):
-                yield Event(0, data)
+            elif isinstance(chunk, PromptProgress):
+                assert show_progress is not None
+                for shown in show_progress(chunk):
+                    yield shown
+            else:
+                rendering = partial(list, self._shape.events(chunk, self._stream))
+                for data in await off_loop_if_large(rendering, self._shape.entries(chunk, self._stream)):
+                    yield Event(0, data)

@@ -11,8 +11,9 @@ from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
 from llamaclust.cluster.api.openai.responses.items import summary_item
 from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, shown_usage
 from llamaclust.cluster.api.openai.responses.schema import InputField, with_one_system_prompt
+from llamaclust.cluster.api.replies.answer_reply import ShowProgress
 from llamaclust.cluster.api.replies.ticket import Ticket
-from llamaclust.cluster.text.answer import Answer, TextChunk
+from llamaclust.cluster.text.answer import TextChunk, join
 from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.stream import CompletionStream
@@ -58,10 +59,17 @@ def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 class CompactionShape:
     """One summary. See `AnswerShape`."""
 
+    has_measurements = False
+    progress: ShowProgress | None = None
+
     def __init__(self, ticket: Ticket) -> None:
         self._ticket = ticket
 
-    async def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
+    def entries(self, chunk: TextChunk, stream: CompletionStream) -> int:
+        return 0
+
+    async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
+        answer = join(chunks)
         events = answer.events or (ContentText(answer.text),)
         summary = "".join(event.text for event in events if isinstance(event, ContentText))
         return {

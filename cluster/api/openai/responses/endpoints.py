@@ -15,7 +15,7 @@ from llamaclust.cluster.api.foreign_fields import RESPONSES
 from llamaclust.cluster.api.json_parts import rendered
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.responses.compaction import CompactionBody, CompactionShape
-from llamaclust.cluster.api.openai.responses.items import messages_of
+from llamaclust.cluster.api.openai.responses.items import REFERENCE, Item, has_references, messages_of
 from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, ResponseHead, Status, cancelled, failed
 from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.shape import ResponseShape, Storing
@@ -33,6 +33,7 @@ from llamaclust.core.errors import ClusterStoppingError
 
 _MOST_LISTED = 100
 _LISTED = 20
+_RUNNING = (Status.QUEUED, Status.IN_PROGRESS)
 
 
 class KeptReplies(Protocol):
@@ -59,17 +60,18 @@ class ResponsesEndpoint:
         body = await parse_body(data, ResponsesBody, RESPONSES, self._settings)
         adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
         body.check()
-        if not ticket.earlier.messages:
-            ticket.earlier.messages = self._earlier(body.previous_response_id, ticket.identity.owner)
-        messages = (*ticket.earlier.messages, *messages_of(body.input))
+        items, messages = self._chat(body, ticket)
         chat = body.request(messages).admitted(ticket.created, adapters)
+        head = ResponseHead(ID_PREFIX + ticket.id, ticket.created, model, body.shown())
+        storing = Storing(self._store, ticket.identity.owner, items, messages) if body.store else None
 
         async def request() -> CompletionRequest:
-            return await self._service.chat(chat)
+            completion = await self._service.chat(chat)
+            if storing is not None and body.background:
+                storing.begin(head)
+            return completion
 
-        head = ResponseHead(ID_PREFIX + ticket.id, ticket.created, model, body.shown())
-        storing = Storing(self._store, ticket.identity.owner, body.input, messages) if body.store else None
-        shape = ResponseShape(head, ticket.id, self._service.tokenizer, storing)
+        shape = ResponseShape(head, ticket.id, self._service.tokenizer, storing, body.details)
         acknowledgement = to_json(head.shown(head.first_status)) if body.background else None
         return AnswerReply(
             self._service,
@@ -85,9 +87,7 @@ class ResponsesEndpoint:
         """A summary of a chat."""
         body = await parse_body(data, CompactionBody, RESPONSES, self._settings)
         adapters = self._models.adapters(body.model, body.lora)
-        if not ticket.earlier.messages:
-            ticket.earlier.messages = self._earlier(body.previous_response_id, ticket.identity.owner)
-        messages = (*ticket.earlier.messages, *messages_of(body.input))
+        _, messages = self._chat(body, ticket)
         chat = body.request(messages).admitted(ticket.created, adapters)
 
         async def request() -> CompletionRequest:
@@ -101,10 +101,24 @@ class ResponsesEndpoint:
         body = await read_body(request, ResponsesBody, RESPONSES, self._settings)
         self._models.adapters(body.model, body.lora)
         body.check()
-        earlier = self._earlier(body.previous_response_id, owner(request.headers, self._settings.api_keys))
-        chat = body.request((*earlier, *messages_of(body.input)))
+        own = owner(request.headers, self._settings.api_keys)
+        items = self._store.resolved(own, body.input)
+        chat = body.request((*self._earlier(body.previous_response_id, own), *messages_of(items)))
         completion = await unless_disconnected(request, self._service.chat_prompt(chat))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": len(completion.prompt)})
+
+    def _chat(self, body: ResponsesBody | CompactionBody, ticket: Ticket) -> tuple[list[Item], Messages]:
+        """The input's items, and all messages of the chat. What is in the store now, a later computation has from the
+        ticket: earlier messages, or all where the input has references."""
+        own, known = ticket.identity.owner, ticket.earlier
+        if not has_references(body.input):
+            known.messages = known.messages or self._earlier(body.previous_response_id, own)
+            return body.input, (*known.messages, *messages_of(body.input))
+        if known.messages:
+            return [item for item in body.input if item["type"] != REFERENCE], tuple(known.messages)
+        items = self._store.resolved(own, body.input)
+        known.messages = messages = (*self._earlier(body.previous_response_id, own), *messages_of(items))
+        return items, messages
 
     def _earlier(self, response_id: str | None, owner_digest: str) -> Messages:
         """The messages of the chat that the input continues."""
@@ -132,9 +146,11 @@ class StoredResponses:
             raise HttpError(
                 400, "not_in_background", f"response {response['id']} was not created with background: true"
             )
-        if kept is not None and response["status"] in (Status.QUEUED, Status.IN_PROGRESS):
+        if kept is not None and response["status"] in _RUNNING:
             response = cancelled(response)
-            self._store.put(self._owner(request), StoredResponse(response, [], ()))
+            begun = self._store.get(self._owner(request), response["id"])
+            items = [] if begun is None else begun.input_items
+            self._store.put(self._owner(request), StoredResponse(response, items, ()))
             await self._replies.cache.forget(kept)
         return await rendered(response)
 
@@ -183,7 +199,7 @@ class StoredResponses:
     def _shown(self, request: Request) -> dict[str, Any]:
         """HttpError where there is none."""
         stored = self._store.get(self._owner(request), request.path_params["id"])
-        if stored is not None:
+        if stored is not None and stored.response["status"] not in _RUNNING:
             return stored.response
         kept = self._kept(request)
         if kept is None:

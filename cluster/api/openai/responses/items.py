@@ -9,6 +9,8 @@ from typing import Any, Final
 Item = dict[str, Any]
 
 MAX_ITEMS: Final = 100_000
+REFERENCE: Final = "item_reference"
+"""The type of an item that stands for one of a stored response, by its id."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _SUMMARY: Final = "Summary of the conversation so far:"
 _NOT_ANSWERS: Final = ("function_call_output", "compaction")
@@ -31,6 +33,11 @@ def read_items(value: Any) -> list[Item]:
         except ValueError as error:
             raise ValueError(f"[{place}]: {error}") from error
     return items
+
+
+def has_references(items: Iterable[Item]) -> bool:
+    """Whether some stand for items of stored responses."""
+    return any(item["type"] == REFERENCE for item in items)
 
 
 def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
@@ -100,7 +107,7 @@ def _other_message(item: Item) -> dict[str, Any]:
 def _item(value: Any) -> Item:
     if not isinstance(value, dict):
         raise ValueError("an item must be an object")
-    kind = value.get("type") or "message"
+    kind = value.get("type") or ("message" if "role" in value or "id" not in value else REFERENCE)
     match kind:
         case "message":
             return _message(value)
@@ -111,6 +118,8 @@ def _item(value: Any) -> Item:
             output = value.get("output")
             shown = output if isinstance(output, str) else _parts(output, _TEXT_PARTS)
             return {"type": kind, **_id(value), "call_id": _text(value, "call_id"), "output": shown}
+        case "item_reference":
+            return {"type": kind, "id": _text(value, "id")}
         case "reasoning":
             summary = _parts(value.get("summary") or [], _REASONING_PARTS)
             content = _parts(value.get("content") or [], _REASONING_PARTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from llamaclust.cluster.api.openai.function_tools import call_id_of
@@ -31,9 +31,15 @@ class OutputItems:
         self._reply_id = reply_id
         self._is_open = False
         self._pieces: list[str] = []  # of the open item's text or arguments
+        self._logprobs: list[Shown] = []  # of the open item's text
+        self._pending: list[Shown] = []  # of tokens whose text is still to come
 
-    def take(self, events: Iterable[AnswerEvent]) -> Iterator[Shown]:
+    def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[Shown] = ()) -> Iterator[Shown]:
+        """`logprobs`: of the tokens that came with the events; those whose text is no message's are left out."""
+        self._pending += logprobs
         for event in events:
+            if not isinstance(event, ContentText):
+                self._pending.clear()
             match event:
                 case ReasoningText(text) if text:
                     yield from self._piece("reasoning", text)
@@ -58,20 +64,22 @@ class OutputItems:
         if not self._is_open or self.items[-1]["type"] != kind:
             yield from self._begin_text(kind)
         self._pieces.append(text)
-        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+        more: dict[str, Any] = {"logprobs": [*self._pending]} if kind == "message" else {}
+        self._logprobs += self._pending
+        self._pending.clear()
         yield self._part_event(f"response.{_PART_TYPES[kind]}.delta", delta=text, **more)
 
     def _begin_text(self, kind: str) -> Iterator[Shown]:
         more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
         yield from self._begin(kind, **more, content=[])
-        yield self._part_event("response.content_part.added", part=_part(kind, ""))
+        yield self._part_event("response.content_part.added", part=_part(kind, "", ()))
 
     def _begin(self, kind: str, **fields: Any) -> Iterator[Shown]:
         yield from self._close(Status.COMPLETED)
         item_id = f"{_PREFIXES[kind]}_{self._reply_id}{len(self.items)}"
         self.items.append({"id": item_id, "type": kind, "status": Status.IN_PROGRESS, **fields})
         self._is_open = True
-        self._pieces = []
+        self._pieces, self._logprobs = [], []
         yield self._item_event("response.output_item.added")
 
     def _close(self, status: Status) -> Iterator[Shown]:
@@ -86,9 +94,9 @@ class OutputItems:
             done = {"name": item["name"], "arguments": item["arguments"]}
             yield self._event("response.function_call_arguments.done", **done)
         else:
-            part = _part(kind, text)
+            part = _part(kind, text, self._logprobs)
             item["content"] = [part]
-            more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+            more: dict[str, Any] = {"logprobs": self._logprobs} if kind == "message" else {}
             yield self._part_event(f"response.{_PART_TYPES[kind]}.done", text=text, **more)
             yield self._part_event("response.content_part.done", part=part)
         yield self._item_event("response.output_item.done")
@@ -103,6 +111,6 @@ class OutputItems:
         return {"type": name, "output_index": len(self.items) - 1, "item": dict(self.items[-1])}
 
 
-def _part(kind: str, text: str) -> dict[str, Any]:
-    more: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "message" else {}
+def _part(kind: str, text: str, logprobs: Sequence[Shown]) -> dict[str, Any]:
+    more: dict[str, Any] = {"annotations": [], "logprobs": logprobs} if kind == "message" else {}
     return {"type": _PART_TYPES[kind], "text": text, **more}

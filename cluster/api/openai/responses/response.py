@@ -27,6 +27,15 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Details:
+    """What a response shows beside the answer."""
+
+    logprobs: bool = False
+    timings: bool = False  # llama.cpp's, in the events of a stream
+    progress: bool = False  # likewise
+
+
+@dataclass(frozen=True, slots=True)
 class ResponseHead:
     """What a response says of its request, at any time."""
 
@@ -70,7 +79,6 @@ _FIXED: Final[Mapping[str, Any]] = {
     "prompt_cache_key": None,
     "safety_identifier": None,
     "service_tier": "default",
-    "top_logprobs": 0,
     "truncation": "disabled",
     "user": None,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Annotated, Any, Final, Literal
 
@@ -11,14 +12,18 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, function_tool
 from llamaclust.cluster.api.openai.reasoning_fields import ReasoningFields
 from llamaclust.cluster.api.openai.responses.items import read_items
+from llamaclust.cluster.api.openai.responses.response import Details
 from llamaclust.cluster.api.sampler_schema import AnswerFields
-from llamaclust.cluster.api.schema import Body, LimitField, StopField
+from llamaclust.cluster.api.schema import Body, LimitField, StopField, strings
 from llamaclust.cluster.api.structured_output import response_format_grammar
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode, ToolUse, effort_variables
 from llamaclust.core.errors import ParameterError
+from llamaclust.core.limits import MAX_TOP_LOGPROBS
 
 _MODES: Final = {"auto": ToolMode.AUTO, "none": ToolMode.NONE, "required": ToolMode.REQUIRED}
 _MAX_METADATA: Final = 16
+_ALLOWED: Final = "allowed_tools"
+_LOGPROBS: Final = "message.output_text.logprobs"
 
 
 def _tool(value: Any) -> Any:
@@ -34,7 +39,30 @@ def _choice(value: Any) -> Any:
         return value
     if isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("name"), str):
         return {"type": "function", "name": value["name"]}
-    raise ValueError("must be 'none', 'auto', 'required' or {\"type\": \"function\", \"name\": ...}")
+    if isinstance(value, dict) and value.get("type") == _ALLOWED:
+        return {"type": _ALLOWED, "mode": _allowed_mode(value.get("mode")), "tools": _allowed_tools(value.get("tools"))}
+    raise ValueError("must be 'none', 'auto', 'required', {\"type\": \"function\", \"name\": ...} or allowed_tools")
+
+
+def _allowed_mode(value: Any) -> str:
+    if value not in ("auto", "required"):
+        raise ValueError("mode: must be 'auto' or 'required'")
+    return str(value)
+
+
+def _allowed_tools(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_TOOLS:
+        raise ValueError(f"tools: must be a list of 1 to {MAX_TOOLS} tools")
+    names = [tool.get("name") if isinstance(tool, dict) and tool.get("type") == "function" else None for tool in value]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError('tools: each must be {"type": "function", "name": ...}')
+    return [{"type": "function", "name": str(name)} for name in names]
+
+
+def _include(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError("must be a list of strings")
+    return strings(value)
 
 
 def _metadata(value: Any) -> Any:
@@ -46,11 +74,14 @@ def _metadata(value: Any) -> Any:
 
 
 _INPUT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
-_CHOICE: Final = {"anyOf": [{"enum": [*_MODES]}, {"type": "object", "required": ["type", "name"]}]}
+_CHOICE: Final = {"anyOf": [{"enum": [*_MODES]}, {"type": "object", "required": ["type"]}]}
 _TOOL: Final = {"type": "object", "required": ["type", "name"]}
 InputField = Annotated[list[dict[str, Any]], BeforeValidator(read_items), WithJsonSchema(_INPUT)]
 _ToolField = Annotated[dict[str, Any], BeforeValidator(_tool), WithJsonSchema(_TOOL)]
 _ChoiceField = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE)]
+_IncludeField = Annotated[
+    tuple[str, ...], BeforeValidator(_include), WithJsonSchema({"type": "array", "items": {"type": "string"}})
+]
 _MetadataField = Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonSchema({"type": "object"})]
 
 
@@ -87,7 +118,8 @@ class ResponsesBody(AnswerFields, ReasoningFields):
     model: str | None = None
     """The served model's name; another name is refused."""
     input: InputField = Field(default_factory=list)
-    """Text, or items: messages, function_call, function_call_output, reasoning, compaction."""
+    """Text, or items: messages, function_call, function_call_output, reasoning, compaction, and item_reference to those
+    of stored responses."""
     instructions: str | None = None
     """A system prompt; those of earlier responses are not carried over."""
     previous_response_id: str | None = Field(default=None, max_length=256)
@@ -105,7 +137,8 @@ class ResponsesBody(AnswerFields, ReasoningFields):
     tools: list[_ToolField] = Field(default_factory=list, max_length=MAX_TOOLS)
     """Functions that the model may call."""
     tool_choice: _ChoiceField = "auto"
-    """`auto`, `none`, `required`, or the one function to be called."""
+    """`auto`, `none`, `required`, the one function to be called, or `{"type": "allowed_tools", "mode": "auto" or
+    "required", "tools": [{"type": "function", "name": ...}]}`: only these of the tools are offered."""
     parallel_tool_calls: bool | None = None
     """Whether an answer may have several calls; by default true, but one call where `tool_choice` asks for one."""
     reasoning: Reasoning = Field(default_factory=Reasoning)
@@ -114,12 +147,35 @@ class ResponsesBody(AnswerFields, ReasoningFields):
     """How the text looks."""
     metadata: _MetadataField = Field(default_factory=dict)
     """Comes back with the response."""
+    include: _IncludeField = ()
+    """`message.output_text.logprobs`: logprobs of the message's tokens. Other names have no effect."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    """With the logprobs: also those of that many of the likeliest tokens."""
+    timings_per_token: bool = False
+    """llama.cpp's `timings` in each event of a stream that adds to the answer, and in the last one."""
+    return_progress: bool = False
+    """A stream begins with events of type response.in_progress that say how far the prompt is computed."""
 
     @property
     def tool_use(self) -> ToolUse:
-        if isinstance(self.tool_choice, dict):
-            return ToolUse.of(ToolMode.REQUIRED, self.tool_choice["name"], self.parallel_tool_calls)
-        return ToolUse.of(_MODES[self.tool_choice], None, self.parallel_tool_calls)
+        choice = self.tool_choice
+        if not isinstance(choice, dict):
+            return ToolUse.of(_MODES[choice], None, self.parallel_tool_calls)
+        if choice["type"] == _ALLOWED:
+            return ToolUse.of(_MODES[choice["mode"]], None, self.parallel_tool_calls)
+        return ToolUse.of(ToolMode.REQUIRED, choice["name"], self.parallel_tool_calls)
+
+    @property
+    def offered_tools(self) -> tuple[dict[str, Any], ...]:
+        """The tools that the answer may call."""
+        if not isinstance(self.tool_choice, dict) or self.tool_choice["type"] != _ALLOWED:
+            return tuple(self.tools)
+        allowed = {tool["name"] for tool in self.tool_choice["tools"]}
+        return tuple(tool for tool in self.tools if tool["function"]["name"] in allowed)
+
+    @property
+    def details(self) -> Details:
+        return Details(_LOGPROBS in self.include, self.timings_per_token, self.return_progress)
 
     def shown(self) -> dict[str, Any]:
         """What a response repeats of its request."""
@@ -135,6 +191,7 @@ class ResponsesBody(AnswerFields, ReasoningFields):
             "text": {"format": self.text.format},
             "tool_choice": self.tool_choice,
             "tools": [_shown_tool(tool) for tool in self.tools],
+            "top_logprobs": self.top_logprobs,
             "top_p": self.top_p,
             "metadata": self.metadata,
             "presence_penalty": self.presence_penalty,
@@ -144,6 +201,12 @@ class ResponsesBody(AnswerFields, ReasoningFields):
     def check(self) -> None:
         """ParameterError for fields that contradict each other."""
         self.tool_use.check(self.tools)
+        if isinstance(self.tool_choice, dict):
+            named = {tool["name"] for tool in self.tool_choice.get("tools", ())}
+            if unknown := named - {tool["function"]["name"] for tool in self.tools}:
+                raise ParameterError("tool_choice", f"allows {min(unknown)[:60]!r}, which is not among the tools")
+        if self.top_logprobs and _LOGPROBS not in self.include:
+            raise ParameterError("top_logprobs", f"only makes sense with include: [{_LOGPROBS!r}]")
         if self.background and not self.store:
             raise ParameterError("background", "needs store: true")
         if self.stream_options is not None and not self.stream:
@@ -155,10 +218,11 @@ class ResponsesBody(AnswerFields, ReasoningFields):
         """The chat that the messages of the input, and those before them, make."""
         grammar = response_format_grammar(self.text.format, "text.format")
         instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        answer = self.completion(self.max_output_tokens, self.stop, grammar)
         return ChatRequest(
             with_one_system_prompt([*instructions, *messages]),
-            self.completion(self.max_output_tokens, self.stop, grammar),
-            tuple(self.tools),
+            replace(answer, top_logprobs=self.top_logprobs, with_logprobs=self.details.logprobs),
+            self.offered_tools,
             effort_variables(self.reasoning.effort),
             tool_use=self.tool_use,
             may_reason=self.reasoning_budget != 0,

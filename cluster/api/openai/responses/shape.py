@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Final
 
 from llamaclust.cluster.api.json_parts import off_loop_if_large
+from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.openai.responses.items import Item, messages_of, with_ids
 from llamaclust.cluster.api.openai.responses.output import OutputItems, Shown
-from llamaclust.cluster.api.openai.responses.response import ResponseHead, end_status, shown_usage
+from llamaclust.cluster.api.openai.responses.response import Details, ResponseHead, Status, end_status, shown_usage
 from llamaclust.cluster.api.openai.responses.store import Messages, ResponseStore, StoredResponse
+from llamaclust.cluster.api.openai.shapes import row_entry
+from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.sse import DONE, named_event
-from llamaclust.cluster.scheduler.requests import Timings
-from llamaclust.cluster.text.answer import Answer, TextChunk
+from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
+from llamaclust.cluster.text.answer import TextChunk, join
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _COUNTED_CHARACTERS: Final = 1024
+_TOKEN_FIELDS: Final = ("token", "logprob", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,11 @@ class Storing:
     input_items: Sequence[Item]
     messages: Messages  # of the chat before the answer
 
+    def begin(self, head: ResponseHead) -> None:
+        """What a response answers that is computed in the background."""
+        items = with_ids(self.input_items, head.response_id)
+        self.store.put(self.owner, StoredResponse(head.shown(head.first_status), items, ()))
+
     def put(self, response: dict[str, Any]) -> None:
         """With the answer that it has."""
         messages = (*self.messages, *messages_of(response["output"]))
@@ -41,30 +51,56 @@ class Storing:
 class ResponseShape:
     """One answer. See `AnswerShape`."""
 
-    def __init__(self, head: ResponseHead, reply_id: str, tokenizer: Tokenizer, storing: Storing | None) -> None:
+    def __init__(
+        self, head: ResponseHead, reply_id: str, tokenizer: Tokenizer, storing: Storing | None, details: Details
+    ) -> None:
         """`storing`: None for a response that is not stored."""
+        self.progress = self._progress if details.progress else None
+        self._details = details
+        self._tokenizer = tokenizer
         self._head = head
         self._storing = storing
         self._items = OutputItems(reply_id)
         self._events = 0  # sent so far
         self._tokens = 0
+        self._ends = tokenizer.end_of_generation
         self._reasoning = ReasoningCount(tokenizer)
 
-    async def whole(self, answer: Answer, stream: CompletionStream) -> dict[str, Any]:
-        await off_loop_if_large(partial(list, self._take(answer)), len(answer.rows))
+    def entries(self, chunk: TextChunk, stream: CompletionStream) -> int:
+        """None: the store that the response goes to is the event loop's."""
+        return 0
+
+    async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
+        answer = join(chunks)
+        parts = chunks if self._details.logprobs else (answer,)  # of joined ones, no token has a place in the text
+        shown = chain.from_iterable(map(self._take, parts))
+        await off_loop_if_large(partial(list, shown), answer.entries)
         return self._ended(answer, answer.timings, stream)
 
     def events(self, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
-        if not self._events:
-            for name, status in self._head.first_events:
-                yield self._numbered({"type": f"response.{name}", "response": self._head.shown(status)})
+        yield from self._begin()
+        timings = {"timings": shown_timings(stream.timings())} if self._details.timings else {}
         for shown in self._take(chunk):
-            yield self._numbered(shown)
+            yield self._numbered({**shown, **timings})
         if chunk.finish_reason is None:
             return
         response = self._ended(chunk, chunk.timings or stream.timings(), stream)
-        yield self._numbered({"type": f"response.{response['status']}", "response": response})
+        yield self._numbered({"type": f"response.{response['status']}", "response": response, **timings})
         yield DONE
+
+    def _begin(self) -> Iterator[bytes]:
+        if not self._events:
+            for name, status in self._head.first_events:
+                yield self._numbered({"type": f"response.{name}", "response": self._head.shown(status)})
+
+    def _progress(self, progress: PromptProgress) -> Iterator[Event]:
+        """In a slot of its own, with the number of the event before: a reply that is computed again has other ones."""
+        for data in self._begin():
+            yield Event(0, data)
+        name = "response.in_progress"
+        shown = {"type": name, "response": self._head.shown(Status.IN_PROGRESS), "sequence_number": self._events - 1}
+        more = shown_progress(progress, with_timings=self._details.timings)
+        yield Event(1, named_event(name, {**shown, **more}))
 
     def _take(self, part: TextChunk) -> Iterator[Shown]:
         events: Sequence[AnswerEvent] = part.events or (ContentText(part.text),)
@@ -72,9 +108,15 @@ class ResponseShape:
         for event in events:
             if isinstance(event, ReasoningText):
                 self._reasoning.add(event.text)
-        yield from self._items.take(events)
+        yield from self._items.take(events, self._logprobs(part))
         if part.finish_reason is not None:
             yield from self._items.end(end_status(part))
+
+    def _logprobs(self, part: TextChunk) -> list[Shown]:
+        """Of tokens that are text: an end token is none."""
+        if not self._details.logprobs:
+            return []
+        return [_shown_logprob(row_entry(self._tokenizer, row)) for row in part.rows if row.token not in self._ends]
 
     def _ended(self, part: TextChunk, timings: Timings, stream: CompletionStream) -> dict[str, Any]:
         """The response, which is stored."""
@@ -89,6 +131,12 @@ class ResponseShape:
         number = self._events
         self._events += 1
         return named_event(shown["type"], {**shown, "sequence_number": number})
+
+
+def _shown_logprob(entry: Shown) -> Shown:
+    """Without the id that other APIs show."""
+    top = [{name: each[name] for name in _TOKEN_FIELDS} for each in entry["top_logprobs"]]
+    return {**{name: entry[name] for name in _TOKEN_FIELDS}, "top_logprobs": top}
 
 
 class ReasoningCount:

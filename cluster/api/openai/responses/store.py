@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.json_parts import json_size
-from llamaclust.cluster.api.openai.responses.items import Item
+from llamaclust.cluster.api.openai.responses.items import REFERENCE, Item, has_references
 
 MAX_RESPONSES: Final = 1024
 MAX_BYTES: Final = 64 << 20
@@ -78,6 +78,15 @@ class ResponseStore:
             raise HttpError(400, "previous_response_not_found", message, param="previous_response_id")
         return stored
 
+    def resolved(self, owner: str, items: list[Item]) -> list[Item]:
+        """The items, in place of references those that they name. HttpError for a reference to none."""
+        if not has_references(items):
+            return items
+        share = self._shares.get(owner, _Share())
+        stored = share.responses.values()
+        known = {item["id"]: item for each in stored for item in (*each.input_items, *each.response["output"])}
+        return [_referenced(known, item) if item["type"] == REFERENCE else item for item in items]
+
     def _make_room(self, more_bytes: int) -> None:
         """The oldest of the owner that has most give way."""
         while sum(share.held_bytes for share in self._shares.values()) + more_bytes > self._max_bytes:
@@ -87,3 +96,10 @@ class ResponseStore:
 
     def _drop_oldest(self, owner: str) -> None:
         self.delete(owner, next(iter(self._shares[owner].responses)))
+
+
+def _referenced(known: Mapping[str, Item], reference: Item) -> Item:
+    item_id = reference["id"]
+    if item_id not in known:
+        raise HttpError(400, "item_not_found", f"input: item {item_id[:60]!r} is not stored here", param="input")
+    return known[item_id]

@@ -28,6 +28,8 @@ from support.clusters.tool_chats import CALL, TEMPLATE, served
 PATH = "/v1/responses"
 TOOL: dict[str, Any] = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}}
 
+ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "look"}]}
+
 
 async def respond(answer: str = "Yes.", **fields: Any) -> tuple[httpx.Response, str]:
     """The reply, and the prompt that the engine got."""
@@ -277,7 +279,9 @@ def test_an_owner_of_many_responses_does_not_displace_those_of_others() -> None:
     ("fields", "named"),
     [
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "image input is not supported"),
-        ({"input": [{"type": "item_reference", "id": "a"}]}, "item_reference"),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, "'a' is not stored"),
+        ({"input": [{"id": "a"}]}, "'a' is not stored"),
+        ({"input": [{"type": "item_reference"}]}, "id"),
         ({"input": [{"role": "tool", "content": "a"}]}, "role"),
         ({"input": []}, "input"),
         ({"tools": [{"type": "web_search"}]}, "web_search"),
@@ -285,7 +289,11 @@ def test_an_owner_of_many_responses_does_not_displace_those_of_others() -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"conversation": "c"}, "conversation"),
         ({"background": True, "store": False}, "store"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"include": "message.output_text.logprobs"}, "include"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function"}]}}, "tool_choice"),
+        ({"tool_choice": ALLOWED | {"mode": "none"}, "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": ALLOWED}, "not among the tools"),
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"metadata": {"a": 1}}, "metadata"),

@@ -33,6 +33,7 @@ _DELTAS: Final = {"text": "text_delta", "thinking": "thinking_delta"}
 class MessageShape:
     """One answer. See `AnswerShape`."""
 
+    has_measurements = True  # the first event has counts of the prefix cache
     progress: ShowProgress | None = None
 
     def __init__(self, model: str, reply_id: str) -> None:

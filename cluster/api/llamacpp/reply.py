@@ -46,6 +46,10 @@ class LlamaCppReply:
         self._body = body
         self._prompts = PromptStreams(service, ticket, is_streamed=body.stream)
 
+    @property
+    def has_measurements(self) -> bool:
+        return self._body.timings_per_token or self._body.return_progress
+
     async def start(self) -> None:
         biases = await self._biases(self._body.logit_bias)
         first, *others = [await self._prompt(prompt) for prompt in self._body.prompt]

@@ -53,6 +53,7 @@ class Lines:
 class OllamaShape:
     """One answer. See `AnswerShape`."""
 
+    has_measurements = False
     progress: ShowProgress | None = None
 
     def __init__(self, tokenizer: Tokenizer, lines: Lines, *, with_logprobs: bool, with_context: bool) -> None:
@@ -100,6 +101,7 @@ class LoadReply:
     """The reply to a request without a prompt, which loads a model, or unloads one of several. See `Reply`."""
 
     acknowledgement: bytes | None = None
+    has_measurements = False
 
     def __init__(self, lines: Lines, *, is_streamed: bool, unloads: bool) -> None:
         self.is_streamed = is_streamed

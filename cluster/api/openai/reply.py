@@ -76,6 +76,11 @@ class OpenAiReply:
         self._opened: set[tuple[int, int]] = set()
 
     @property
+    def has_measurements(self) -> bool:
+        usage = self._options.include_usage and self._options.continuous_usage_stats
+        return self._shape.shows_timings or self._shape.shows_progress or usage
+
+    @property
     def _streams(self) -> list[CompletionStream]:
         return self._prompts.streams
 

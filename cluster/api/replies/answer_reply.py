@@ -25,6 +25,8 @@ MakeRequest = Callable[[], Awaitable[CompletionRequest]]
 class AnswerShape(Protocol):
     """How an API shows an answer."""
 
+    has_measurements: bool
+    """See `Reply`; those of a stream's last event do not count."""
     progress: ShowProgress | None
     """The events that say how far the prompt is computed, where they are wanted."""
 
@@ -62,6 +64,10 @@ class AnswerReply:
         self._shape = shape
         self._request = request
         self._prompts = PromptStreams(service, ticket, is_streamed=is_streamed)
+
+    @property
+    def has_measurements(self) -> bool:
+        return self._shape.has_measurements
 
     @property
     def _stream(self) -> CompletionStream:

@@ -158,11 +158,16 @@ class Replies:
 
     async def replay(self, request: Request) -> Response:
         """`GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`, llama.cpp's forms: the bytes of a
-        conversation's newest stream from N on."""
+        conversation's newest stream from N on. Refused where it was computed again with other measurements, as after a
+        restart."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
             raise HttpError(400, "bad_offset", f"from: {start[:60]!r} is not a number of bytes", param="from")
+        is_restored = kept.ticket.restoration is not None
+        if int(start) and is_restored and await unless_disconnected(request, kept.has_measurements()):
+            why = "the coordinator was restarted, and this stream shows measurements, whose new values move its bytes"
+            raise HttpError(409, "stream_computed_again", f"from: {why}: read it from 0 on", param="from")
         events, form = kept.read(Position(), with_comments=False), self._form(kept)
         parts = _from_byte(_numbered(kept.ticket, events, Position(), form), int(start))
         return EventResponse(parts, self._sent(kept), form)

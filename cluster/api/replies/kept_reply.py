@@ -144,9 +144,21 @@ class KeptReply:
             await reply.aclose()
             raise
         self._reply, self.acknowledgement = reply, reply.acknowledgement
+        self._content.has_measurements = reply.has_measurements
+        self._notify()
         self._task = asyncio.create_task(self._run(reply, until_s, admitted))
         self._expire_later()
         return admitted
+
+    async def has_measurements(self) -> bool:
+        """See `Reply`. Waits until it has begun; raises the error that ended it before."""
+        with self._reading():
+            while self._content.has_measurements is None:
+                if self._state is ReplyState.ENDED:
+                    self._raise_error()
+                    return False
+                await self._changed()
+            return self._content.has_measurements
 
     def fail(self, error: LlamaclustError) -> None:
         """It ends with an error, which readers get; what it holds is freed."""
@@ -318,6 +330,7 @@ class _Content:
     def __init__(self) -> None:
         self.events: list[tuple[Event, int]] = []  # with their numbers within their slots
         self.whole: list[bytes] | None = None  # of one that is not streamed
+        self.has_measurements: bool | None = None  # None: it has not begun
         self._numbers = Position()
         self._size_bytes = 0
 

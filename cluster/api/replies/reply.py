@@ -29,6 +29,11 @@ class Reply(Protocol):
     acknowledgement: bytes | None
     """The JSON of a client that does not wait for its reply; None: it waits. The reply is kept for it."""
 
+    @property
+    def has_measurements(self) -> bool:
+        """Whether its stream shows times, or what the prefix cache had: computed again, it has other bytes."""
+        ...
+
     async def start(self) -> None:
         """Submits the request. Raises what refuses it."""
         ...

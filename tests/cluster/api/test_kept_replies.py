@@ -34,6 +34,7 @@ class EndlessReply:
 
     is_streamed = True
     acknowledgement: bytes | None = None
+    has_measurements = False
 
     def __init__(self) -> None:
         self.closed = 0

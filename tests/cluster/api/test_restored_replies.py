@@ -362,3 +362,32 @@ async def test_a_restored_chat_has_the_grammar_of_its_first_computation(
         assert "could not be made in time again" in str(events) and used == [GRAMMAR]
     else:
         assert events[-1][1] == "[DONE]" and used == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "is_refused"),
+    [
+        ("/completion", {}, False),
+        ("/completion", {"timings_per_token": True}, True),
+        ("/completion", {"return_progress": True}, True),
+        (PATHS[0], {"stream_options": {"include_usage": True}}, False),
+        (PATHS[0], {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, True),
+        ("/v1/messages", {}, True),
+    ],
+)
+async def test_bytes_of_a_stream_with_measurements_are_refused_after_a_kill(
+    tmp_path: Path, path: str, fields: dict[str, Any], is_refused: bool
+) -> None:
+    headers = {"X-Conversation-Id": "chat"}
+    body = body_of(PATHS[1] if path == "/v1/messages" else path)
+    async with served(tmp_path / "journal", KilledJournal) as server:
+        begun = await stream(server.http, "POST", path, json=body | fields, headers=headers, most=2)
+        assert begun and (await server.http.get("/v1/stream/chat", params={"from": 1})).status_code == 200
+    async with served(tmp_path / "journal") as server:
+        rest = await server.http.get("/v1/stream/chat", params={"from": 30})
+        whole = await server.http.get("/v1/stream/chat", params={"from": 0})
+    assert whole.status_code == 200
+    if is_refused:
+        assert rest.status_code == 409 and rest.json()["error"]["code"] == "stream_computed_again"
+    else:
+        assert rest.content == whole.content[30:]

@@ -55,6 +55,7 @@ class ResponseShape:
         self, head: ResponseHead, reply_id: str, tokenizer: Tokenizer, storing: Storing | None, details: Details
     ) -> None:
         """`storing`: None for a response that is not stored."""
+        self.has_measurements = details.timings or details.progress
         self.progress = self._progress if details.progress else None
         self._details = details
         self._tokenizer = tokenizer

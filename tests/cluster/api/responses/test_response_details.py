@@ -3,6 +3,7 @@ of a response that is computed or was cancelled."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -190,4 +191,5 @@ async def test_an_expired_response_is_not_shown_as_running() -> None:
         path = f"{PATH}/{(await http.post(PATH, json={'input': 'A', 'background': True})).json()['id']}"
         while (reply := await http.get(path)).status_code == 200:
             assert reply.json()["status"] != "completed"
+            await asyncio.sleep(0.05)  # each look keeps it
     assert reply.status_code == 404

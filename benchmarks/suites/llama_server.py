@@ -81,7 +81,7 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {
         "name": "suite",
         **served(flags),
-        "listen": f"{flags.get('--host', '127.0.0.1').partition(',')[0]}:{flags.get('--port', '8080')}",
+        **addresses(flags.get("--host", "127.0.0.1"), flags.get("--port", "8080")),
         "workers": [{"name": "a", "threads": 2}],
         "context_length": context,
         "max_sequences": slots,
@@ -113,6 +113,12 @@ def served(flags: dict[str, str]) -> dict[str, Any]:
         return {"models": [{"model": str(path), "name": name} for name, path in routed_models().items()]}
     adapters = {"adapters": [{"path": str(adapter()), "name": "adapter"}]} if "--lora" in flags else {}
     return {"model": str(model), **adapters}
+
+
+def addresses(hosts: str, port: str) -> dict[str, Any]:
+    """Hosts are separated by commas."""
+    first, *others = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts.split(",")]
+    return {"listen": first, "listen_also": others}
 
 
 def names(flags: dict[str, str]) -> dict[str, Any]:

@@ -82,8 +82,9 @@ class Security:
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
-        self._takes_any_ip = not is_loopback(settings.listen_host)
-        self._hosts = {name.lower() for name in (*settings.allowed_hosts, settings.listen_host)}
+        own = (settings.listen_host, *settings.further_hosts)
+        self._takes_any_ip = not all(map(is_loopback, own))
+        self._hosts = {name.lower() for name in (*settings.allowed_hosts, *own)}
         self._origins = page_origins(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -165,11 +165,12 @@ class StartingReplies:
         self._awaited = ""
         self._port = port
         self._open = 0
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._connect, sock=self._port.listener.dup())
+        for listener in self._port.listeners:
+            self._servers.append(await loop.create_server(self._connect, sock=listener.dup()))
         return self
 
     def _connect(self) -> asyncio.Protocol:
@@ -181,11 +182,12 @@ class StartingReplies:
 
     def close(self) -> None:
         """Connections that are accepted already get their replies: a closed server would leave them without."""
-        if self._server is not None:
-            loop = asyncio.get_running_loop()
-            for listener in self._server.sockets:
+        loop = asyncio.get_running_loop()
+        while self._servers:
+            server = self._servers.pop()
+            for listener in server.sockets:
                 loop.remove_reader(listener.fileno())
-            loop.call_soon(self._server.close)
+            loop.call_soon(server.close)
 
     def report(self, event: Event) -> None:
         """Passes an event of the start on."""

@@ -29,6 +29,7 @@ class ApiSettings:
     """Fixed for the life of an app. Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
+    further_hosts: tuple[str, ...] = ()  # of the other addresses
     prefix: str = ""  # of all paths, like "/llm"
     is_strict: bool = False  # refuses fields that are unknown or have no effect
     strict_model: bool | None = None  # whether a request must name the served model; None: on OpenAI's paths

@@ -41,7 +41,7 @@ from llamaclust.cluster.config.values import (
     check_wire_type,
     expand_home,
 )
-from llamaclust.core.addresses import is_loopback, split_address
+from llamaclust.core.addresses import is_loopback, joined_address, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import MAX_ADAPTERS, MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_SEQUENCES
 from llamaclust.model.chat.template_choice import built_in_names
@@ -78,6 +78,8 @@ class ClusterConfig(Section):
     """A static cluster without encryption and authentication: every client that reaches its ports is trusted."""
     listen: Address = "127.0.0.1:8080"
     """HOST:PORT of the HTTP API; port 0 takes a free one."""
+    listen_also: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
+    """HOST:PORT of further addresses of the HTTP API."""
     listen_tls: Annotated[ListenTls | None, OrWord("self-signed")] = None
     """self-signed, or certificate and key: the API speaks HTTPS; by default plain HTTP."""
     workers: Annotated[
@@ -133,11 +135,16 @@ class ClusterConfig(Section):
 
     @property
     def host(self) -> str:
-        return split_address(self.listen)[0]
+        return self.addresses[0][0]
 
     @property
     def port(self) -> int:
-        return split_address(self.listen)[1]
+        return self.addresses[0][1]
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Hosts and ports of the HTTP API."""
+        return tuple(map(split_address, (self.listen, *self.listen_also)))
 
     def of_each_model(self) -> tuple[ClusterConfig, ...]:
         """The cluster as each of its models has it."""
@@ -270,9 +277,11 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
-        if self.api_keys_file is None and not is_loopback(self.host):
-            why = "can be reached from other machines: set api_keys_file as well"
-            raise PlaceError(("listen",), f"{self.listen} {why}")
+        why = "can be reached from other machines: set api_keys_file as well"
+        for place, (host, port) in enumerate(self.addresses if self.api_keys_file is None else ()):
+            if not is_loopback(host):
+                key = ("listen_also", place - 1) if place else ("listen",)
+                raise PlaceError(key, f"{joined_address(host, port)} {why}")
         return self
 
 

@@ -159,7 +159,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
             await restore(apis, journal, await _restorable(folder, [api.digest for api in apis], front))
             traced = app if telemetry is None else telemetry.traced(app)
             server = _Server(server_config(traced, front.settings, front.port))
-            serving = asyncio.create_task(server.serve(sockets=[front.port.listener]))
+            serving = asyncio.create_task(server.serve(sockets=front.port.listeners))
             try:
                 await asyncio.wait_for(server.answers.wait(), _START_S)
                 signals.ready = True
@@ -293,6 +293,7 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         raise UsageError(f"{folder}: the folder of api.slot_folder does not exist; make it first")
     return ApiSettings(
         listen_host=config.host,
+        further_hosts=tuple(host for host, _ in config.addresses[1:]),
         api_keys=read_api_keys(config.api_keys_file),
         prefix=config.api.prefix,
         is_strict=config.api.strict,
@@ -316,7 +317,7 @@ def _open_port(config: ClusterConfig, folder: ClusterDir) -> Iterator[ApiPort]:
     certificate = _certificate(config, folder)
     with (
         nullcontext() if certificate is None else certificate.watched(),
-        listening(config.host, config.port, certificate) as port,
+        listening(config.addresses, certificate) as port,
     ):
         yield port
 
@@ -332,7 +333,7 @@ def _certificate(config: ClusterConfig, folder: ClusterDir) -> ServerCertificate
     if given.certificate is not None and given.key is not None:
         return ServerCertificate(CertificateFiles(given.certificate, given.key))
     folder.create()
-    keep_self_signed(own, certificate_names(config.host, config.allowed_hosts))
+    keep_self_signed(own, certificate_names([host for host, _ in config.addresses], config.allowed_hosts))
     return ServerCertificate(CertificateFiles(own, own))
 
 

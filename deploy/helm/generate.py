@@ -21,6 +21,7 @@ OWNED = (
     "models",
     "launcher",
     "listen",
+    "listen_also",
     "listen_tls",
     "join",
     "lease",

@@ -1,11 +1,11 @@
-"""The socket of the API, and the certificate that it shows."""
+"""The sockets of the API, and the certificate that it shows."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,9 +25,16 @@ class ApiPort:
 
     listener: socket.socket
     certificate: ServerCertificate | None = None  # None: plain HTTP
+    further: tuple[socket.socket, ...] = ()
+
+    @property
+    def listeners(self) -> list[socket.socket]:
+        """Of all addresses."""
+        return [self.listener, *self.further]
 
     @property
     def url(self) -> str:
+        """Of the first address."""
         host, port = self.listener.getsockname()[:2]
         scheme = "http" if self.certificate is None else "https"
         return f"{scheme}://{joined_address(host, port)}"
@@ -38,16 +45,23 @@ class ApiPort:
 
 
 @contextmanager
-def listening(host: str, port: int, certificate: ServerCertificate | None) -> Iterator[ApiPort]:
-    """Takes the port. UsageError where that is not possible."""
+def listening(addresses: Sequence[tuple[str, int]], certificate: ServerCertificate | None) -> Iterator[ApiPort]:
+    """Takes the ports. UsageError where that is not possible."""
+    with ExitStack() as sockets:
+        first, *further = [sockets.enter_context(_listener(*address)) for address in addresses]
+        yield ApiPort(first, certificate, tuple(further))
+
+
+def _listener(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen(_BACKLOG)
-        except OSError as error:
-            what = f"cannot listen on {host} port {port}: {error.strerror}"
-            raise UsageError(f"{what}; choose another with `--port N` or `listen:` (0: any free one)") from error
-        listener.setblocking(False)
-        yield ApiPort(listener, certificate)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        what = f"cannot listen on {host} port {port}: {error.strerror}"
+        raise UsageError(f"{what}; choose another with `--port N` or `listen:` (0: any free one)") from error
+    listener.setblocking(False)
+    return listener

@@ -29,9 +29,9 @@ _MOST_NAMES = 256
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
-def certificate_names(listen_host: str, allowed_hosts: Sequence[str]) -> list[str]:
+def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str]) -> list[str]:
     """Names and addresses by which clients may call an API that listens there."""
-    here = own_addresses() if listen_host in ANYWHERE else [listen_host]
+    here = [name for host in listen_hosts for name in (own_addresses() if host in ANYWHERE else [host])]
     names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *here, *allowed_hosts]
     return _unique(name.lower() for name in names)
 

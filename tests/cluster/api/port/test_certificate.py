@@ -252,8 +252,10 @@ def test_a_damaged_or_ending_certificate_is_made_anew(tmp_path: Path, monkeypatc
 
 
 def test_names_are_those_by_which_clients_may_call() -> None:
-    local = certificate_names("127.0.0.1", ("LLM.example", "*", "bad name"))
+    local = certificate_names(["127.0.0.1"], ("LLM.example", "*", "bad name"))
     assert local[:3] == ["localhost", "127.0.0.1", "::1"] and "llm.example" in local
     assert not {"*", "bad name"} & set(local) and len(set(local)) == len(local)
-    assert set(own_addresses()) <= set(certificate_names("0.0.0.0", ()))
-    assert "10.1.2.3" in certificate_names("10.1.2.3", ())
+    assert set(own_addresses()) <= set(certificate_names(["0.0.0.0"], ()))
+    assert "10.1.2.3" in certificate_names(["10.1.2.3"], ())
+    both = certificate_names(["127.0.0.1", "10.1.2.3", "10.1.2.4"], ())
+    assert {"10.1.2.3", "10.1.2.4"} < set(both)

@@ -46,9 +46,9 @@ async def test_every_address_answers() -> None:
 def test_an_address_that_is_taken_frees_the_others() -> None:
     with socket.create_server((HERE[1], 0)) as taken:
         number = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.2 port {number}"):
-            with listening([(HERE[0], number), (HERE[1], number)], None):
-                pass
+        addresses = [(host, number) for host in HERE]
+        with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.2 port {number}"), listening(addresses, None):
+            pass
         socket.create_server((HERE[0], number)).close()
 
 

@@ -25,10 +25,15 @@ MakeRequest = Callable[[], Awaitable[CompletionRequest]]
 class AnswerShape(Protocol):
     """How an API shows an answer."""
 
-    has_measurements: bool
-    """See `Reply`; those of a stream's last event do not count."""
-    progress: ShowProgress | None
-    """The events that say how far the prompt is computed, where they are wanted."""
+    @property
+    def has_measurements(self) -> bool:
+        """See `Reply`; those of a stream's last event do not count."""
+        ...
+
+    @property
+    def progress(self) -> ShowProgress | None:
+        """The events that say how far the prompt is computed, where they are wanted."""
+        ...
 
     async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
         """The JSON of a reply that is not streamed."""
@@ -101,6 +106,6 @@ class AnswerReply:
                 for shown in show_progress(chunk):
                     yield shown
             else:
-                rendering = partial(list, self._shape.events(chunk, self._stream))
+                rendering: Callable[[], list[bytes]] = partial(list, self._shape.events(chunk, self._stream))
                 for data in await off_loop_if_large(rendering, self._shape.entries(chunk, self._stream)):
                     yield Event(0, data)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Final
 
 from llamaclust.cluster.api.openai.function_tools import call_id_of
@@ -61,12 +63,14 @@ class OutputItems:
         yield from self._close(status)
 
     def _piece(self, kind: str, text: str) -> Iterator[Shown]:
-        if not self._is_open or self.items[-1]["type"] != kind:
+        is_first = not self._is_open or self.items[-1]["type"] != kind
+        if is_first:
             yield from self._begin_text(kind)
         self._pieces.append(text)
-        more: dict[str, Any] = {"logprobs": [*self._pending]} if kind == "message" else {}
-        self._logprobs += self._pending
-        self._pending.clear()
+        more: dict[str, Any] = {}
+        if kind == "message":
+            more["logprobs"], self._pending = _logprobs_of(text, self._pending, is_first=is_first)
+            self._logprobs += more["logprobs"]
         yield self._part_event(f"response.{_PART_TYPES[kind]}.delta", delta=text, **more)
 
     def _begin_text(self, kind: str) -> Iterator[Shown]:
@@ -109,6 +113,18 @@ class OutputItems:
 
     def _item_event(self, name: str) -> Shown:
         return {"type": name, "output_index": len(self.items) - 1, "item": dict(self.items[-1])}
+
+
+def _logprobs_of(text: str, entries: list[Shown], *, is_first: bool) -> tuple[list[Shown], list[Shown]]:
+    """Those of a piece of text, and those of text that is still to come. Before the first piece of a message, markup
+    may stand that is not shown."""
+    ends = [*accumulate(len(entry["bytes"]) for entry in entries)]
+    data, wanted = b"".join(bytes(entry["bytes"]) for entry in entries), text.encode("utf-8", "surrogatepass")
+    start = data.rfind(wanted) if is_first else data.find(wanted)
+    if start < 0:  # what the tokenizer leaves out of a text
+        return entries, []
+    begin, end = bisect_right(ends, start), bisect_left(ends, start + len(wanted)) + 1
+    return entries[begin:end], entries[end:]
 
 
 def _part(kind: str, text: str, logprobs: Sequence[Shown]) -> dict[str, Any]:

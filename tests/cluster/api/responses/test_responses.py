@@ -233,9 +233,9 @@ async def test_a_large_response_is_made_off_the_event_loop(monkeypatch: pytest.M
     threads: set[int] = set()
     take = OutputItems.take
 
-    def spied(items: OutputItems, events: Any) -> Any:
+    def spied(items: OutputItems, events: Any, logprobs: Any) -> Any:
         threads.add(threading.get_ident())
-        return take(items, events)
+        return take(items, events, logprobs)
 
     monkeypatch.setattr(OutputItems, "take", spied)
     monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 3)

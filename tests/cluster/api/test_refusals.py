@@ -255,7 +255,7 @@ def documented_no_ops() -> list[str]:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/completion"])
 async def test_documented_no_ops_are_taken_by_each_endpoint(path: str) -> None:
     fields = documented_no_ops()
-    assert {"id_slot", "user"} <= {*fields}
+    assert {"n_keep", "user"} <= {*fields}
     body = CHAT if "chat" in path else {"prompt": "a"}
     for value in (True, 7, "x", {"a": [1]}):
         reply = await post(path, body | dict.fromkeys(fields, value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -39,6 +40,7 @@ _MOST_WAITING = 1000
 _LAST_S = 2.0
 _STEPS = 10
 _LINE_S = 10.0
+_JSON_LINE_S = 0.1
 
 
 @contextmanager
@@ -83,6 +85,21 @@ class ProgressLines:
         self._shown, self._shown_at = step, now
         line = _line(what, done_bytes, total_bytes) if self._counts_bytes else f"{what}: {done_bytes} of {total_bytes}"
         print(line, file=sys.stderr)
+
+
+class JsonLines:
+    """A line of JSON on standard output for each new step, for the end of its bytes, and every tenth of a second."""
+
+    def __init__(self) -> None:
+        self._step = ""
+        self._shown_at = 0.0
+
+    def __call__(self, what: str, done_bytes: int, total_bytes: int | None) -> None:
+        now = time.monotonic()
+        if what == self._step and done_bytes != total_bytes and now - self._shown_at < _JSON_LINE_S:
+            return
+        self._step, self._shown_at = what, now
+        print(json.dumps({"step": what, "done_bytes": done_bytes, "total_bytes": total_bytes}), flush=True)
 
 
 def _line(what: str, done_bytes: int, total_bytes: int | None) -> str:

@@ -41,12 +41,21 @@ _TEXT_WIDTH = 100
 ModelArgument = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
 
 
-def pull(models: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL_HELP)]) -> None:
+def pull(
+    models: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL_HELP)],
+    as_lines: Annotated[
+        bool,
+        Option("--json-lines", help="Progress as JSON: a line for each step and for every tenth of a second of it."),
+    ] = False,
+) -> None:
     """Download models. An interrupted download is resumed, and the bytes are checked before use."""
-    from llamaclust.cli.progress import shown_progress
+    from llamaclust.cli.progress import JsonLines, shown_progress
     from llamaclust.tools.hub.pull import pull_model
 
     for model in models:
+        if as_lines:
+            pull_model(model, JsonLines())
+            continue
         with shown_progress() as progress:
             path = pull_model(model, progress)
         print(path)

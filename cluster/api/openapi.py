@@ -39,20 +39,24 @@ _REFUSALS: Final = {
     "404": "an unknown path, model or reply",
     "405": "a method that the path has not",
     "408": "a body that came too slowly",
+    "409": "a stream that was computed again; another download",
     "413": "a body that is too large",
     "415": "a compressed body",
     "422": "an idempotency key with another body; a request that fails again and again",
     "429": "a full queue; Retry-After says when to try again",
     "500": "an error of the server",
+    "502": "a download that failed",
     "503": "a cluster that starts, stops, or lacks a worker",
     "504": "a deadline that has passed",
 }
+_SLOT: Final = "/slots/{slot}"
 _FROM: Final = ("from", "integer", "the number of bytes that the client has")
 _QUERIES: Final = {
     "/v1/streams/{id}": [
         ("after", "string", "the id of the last event that the client has, or its part after the colon")
     ],
     "/v1/stream/{id}": [_FROM],
+    _SLOT: [("action", "string", "save, restore or erase")],
     "/v1/stream": [("conv_id", "string", "the conversation's name"), _FROM],
     _RESPONSE: [
         ("stream", "boolean", "the events of a response that is streamed in the background"),
@@ -159,7 +163,8 @@ def _operation(route: APIRoute, method: str, path: str, is_strict: bool) -> dict
 def _parameters(path: str, method: str) -> Iterator[dict[str, Any]]:
     for name in _PARAMETER.findall(path):
         yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-    for name, kind, text in _QUERIES.get(path.removeprefix("/v1"), _QUERIES.get(path, ())) if method == "GET" else ():
+    has_query = method == "GET" or path == _SLOT
+    for name, kind, text in _QUERIES.get(path.removeprefix("/v1"), _QUERIES.get(path, ())) if has_query else ():
         yield {"name": name, "in": "query", "description": text, "schema": {"type": kind}}
 
 

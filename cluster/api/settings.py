@@ -37,6 +37,7 @@ class ApiSettings:
     aliases: tuple[str, ...] = ()  # further names of the served model
     tags: tuple[str, ...] = ()  # shown with it
     adapters: tuple[ServedAdapter, ...] = ()
+    allows_pull: bool = False  # clients with the first key, where there are keys, may download models of the catalog
     slot_folder: Path | None = None  # that clients save slots in
     disabled: tuple[str, ...] = ()  # GET endpoints that are off, such as "slots"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of request fields

@@ -151,6 +151,8 @@ class Api(Section):
     """Further names of the served model."""
     tags: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Words that `/v1/models` shows with the model."""
+    pull: bool = False
+    """Whether clients may download models of the catalog by `/api/pull`; with API keys, those with the first one."""
     slot_folder: FilePath | None = None
     """Folder that clients save slots in; without it, `POST /slots` is refused."""
     disabled: Annotated[

@@ -302,6 +302,7 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         tags=config.api.tags,
         adapters=served_adapters(config),
         disabled=config.api.disabled,
+        allows_pull=config.api.pull,
         slot_folder=folder,
         defaults=config.api.defaults,
         allowed_hosts=config.allowed_hosts,

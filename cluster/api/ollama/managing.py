@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,27 +13,33 @@ from llamaclust.cluster.api.body import read_body
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.ollama.bodies import CREATE, DELETE, PULL, CopyBody, CreateBody, DeleteBody, PullBody
 from llamaclust.cluster.api.ollama.names import OllamaNames
+from llamaclust.cluster.api.ollama.pulling import CatalogPulls
 from llamaclust.cluster.api.replies.stream_format import StreamFormat, line
 from llamaclust.cluster.api.schema import NOTHING_FOREIGN
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import EventResponse, unless_disconnected
 
 
 class OllamaManaging:
-    """Works on names alone: no request makes this process read a file or open a connection."""
+    """Works on names alone, but for downloads."""
 
     def __init__(self, settings: ApiSettings, names: OllamaNames) -> None:
         self._settings = settings
         self._names = names
+        self._pulls = CatalogPulls(settings)
 
     async def pull(self, request: Request) -> Response:
-        """The served model is there; others are downloaded on the command line."""
+        """The served model is there; others are downloaded where the cluster file allows it."""
         body = await read_body(request, PullBody, PULL, self._settings)
-        try:
-            self._names.check_known(body.model)
-        except HttpError as unknown:
-            cure = "the API downloads no models; use `llamaclust model pull`, and name it in the cluster file"
-            raise HttpError(403, "pull_not_allowed", f"{unknown}; {cure}", param="model") from unknown
-        return _statuses(["pulling manifest", "success"], is_streamed=body.stream)
+        if self._names.is_known(body.model):
+            return _statuses(["pulling manifest", "success"], is_streamed=body.stream)
+        steps = self._pulls.progress(self._pulls.wanted(request, body.model))
+        async with AsyncExitStack() as cleanup:
+            cleanup.push_async_callback(steps.aclose)
+            if not body.stream:
+                return JsonResponse(await unless_disconnected(request, _last(steps)))
+            first = await unless_disconnected(request, anext(steps))  # what fails before gets a status of its own
+            return EventResponse(_lines(first, steps), cleanup.pop_all().aclose, StreamFormat.LINES)
 
     async def create(self, request: Request) -> Response:
         """Another name of the served model."""
@@ -54,6 +62,19 @@ class OllamaManaging:
     async def blob(self, request: Request) -> Response:
         """There are no blobs."""
         raise HttpError(404, "not_found", f"blob {request.path_params['digest'][:100]!r} not found")
+
+
+async def _lines(first: dict[str, Any], steps: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    yield line(first)
+    async for step in steps:
+        yield line(step)
+
+
+async def _last(steps: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
+    last: dict[str, Any] = {}
+    async for step in steps:
+        last = step
+    return last
 
 
 def _statuses(statuses: Sequence[str], *, is_streamed: bool) -> Response:

@@ -53,9 +53,13 @@ class OllamaNames:
     def _plain(self, name: str) -> str:
         return name if name in self._fixed else name.removesuffix(TAG)
 
+    def is_known(self, name: str) -> bool:
+        """Whether the list of models has a name."""
+        return tagged(name) in self.all
+
     def check_known(self, name: str) -> None:
         """HttpError 404 for a name that the list of models does not have."""
-        if tagged(name) not in self.all:
+        if not self.is_known(name):
             raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
 
     def copy(self, source: str, destination: str) -> None:

@@ -1,0 +1,54 @@
+"""A restored slot: requests that share its KV memory answer as undisturbed ones do, id by id and bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.replies.handlers import Replies
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.text.slots import Slots
+from support.clusters.served import client
+from support.models.tiny_model import build_tiny_model
+
+PROMPT = [3 + 7 * place % 300 for place in range(90)]
+FIRST: dict[str, Any] = {"prompt": PROMPT, "n_predict": 40, "ignore_eos": True, "seed": 5, "return_tokens": True}
+
+
+@asynccontextmanager
+async def serving(model: Path, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A process of its own, as far as KV memory goes."""
+    local = LocalClient(model, threads=1, settings=LocalSettings(context_length=256))
+    async with local._stage.serve() as service:
+        service.slots = Slots(service._engine, 2)
+        replies = Replies(ApiSettings(slot_folder=folder))
+        async with client(create_app(service, replies, service._engine, dict)) as http:
+            yield http
+
+
+async def complete(http: httpx.AsyncClient, **fields: Any) -> Any:
+    reply = await http.post("/completion", json=FIRST | {"n_probs": 3} | fields)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+async def test_turns_after_a_restored_slot_are_equal(tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "tiny.gguf", hidden=64, heads=4, ffn=96, context=256)
+    async with serving(model, tmp_path) as http:
+        first = await complete(http, id_slot=1)
+        saved = (await http.post("/slots/1?action=save", json={"filename": "slot"})).json()
+        turn = {"prompt": [*PROMPT, *first["tokens"], 9, 8, 7], "seed": 6}
+        second = await complete(http, **turn)
+    async with serving(model, tmp_path) as http:
+        restored = (await http.post("/slots/0?action=restore", json={"filename": "slot"})).json()
+        again, then = await complete(http), await complete(http, **turn)
+    assert saved["n_saved"] == restored["n_restored"] == len(PROMPT) + len(first["tokens"]) - 1
+    assert again["timings"]["cache_n"] == 80 and then["timings"]["cache_n"] == second["timings"]["cache_n"] == 128
+    for name in ("tokens", "completion_probabilities"):
+        assert again[name] == first[name] and then[name] == second[name]

@@ -8,53 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
+
+from llamaclust.model.step_options import (
+    ActivationFunction as ActivationFunction,
+)
+from llamaclust.model.step_options import GatedActivation, Gating
+from llamaclust.model.step_options import (
+    KvType as KvType,
+)
+from llamaclust.model.step_options import (
+    RopeStyle as RopeStyle,
+)
 
 KV_BLOCK_TOKENS = 16
 """Positions in one KV block: the unit that the coordinator hands out and that block tables name."""
-
-KV_GROUP_CHANNELS = 32
-"""Channels of a key or value that share a scale where the KV type has scales."""
-
-KV_VALUE_CHANNELS = 16
-"""A stored value takes a multiple of these channels: the lanes that sum it."""
 
 LOGITS = "logits"
 """The buffer of a last stage's results, where it has a head."""
 
 SPAN_TOKENS = 512
 """Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
-
-
-class KvType(StrEnum):
-    """How keys and values are rounded before any use: float16, or int8 with a float16 scale for 32 channels."""
-
-    F16 = "f16"
-    Q8_0 = "q8_0"
-
-    def pair_bytes(self, channels: int) -> int:
-        """KV memory of one head's key and value at one position, padding and scales among it."""
-        value = -(-channels // KV_VALUE_CHANNELS) * KV_VALUE_CHANNELS
-        if self is KvType.F16:
-            return 2 * (channels + value)
-        key, groups = channels + channels % 2, -(-channels // KV_GROUP_CHANNELS)  # int8 keys lie in pairs of channels
-        return key + value + 2 * 2 * groups
-
-
-class RopeStyle(StrEnum):
-    """Which pairs of a head's channels rotate together: (2i, 2i+1) or (i, i + rotary/2)."""
-
-    NORM = "norm"
-    NEOX = "neox"
-
-
-class ActivationFunction(StrEnum):
-    """silu: x / (1 + exp(-x)); gelu: x * (1 + erf(x / sqrt(2))) / 2, or the same with
-    tanh(sqrt(2 / pi) * (x + 0.044715 x^3)) for erf. Kernels have the names of the values."""
-
-    SILU = "silu"
-    GELU_ERF = "gelu_erf"
-    GELU_TANH = "gelu_tanh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +153,8 @@ class Attention:
 
     Without `causal`, a row sees all of its sequence, which is in one microbatch as a whole; or with a `window` the
     positions at most window // 2 before and behind its own.
+
+    `sinks` [heads]: a score for each query head that takes part in the softmax, without a value.
     """
 
     q: Buffer
@@ -196,6 +171,7 @@ class Attention:
     soft_cap: float | None = None
     slopes: tuple[float, ...] | None = None
     causal: bool = True
+    sinks: str | None = None
 
     @property
     def kv_token_bytes(self) -> int:
@@ -249,6 +225,16 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
+class PositionScale:
+    """out = x * (1 + factor * ln(1 + position // length)), the number rounded to float32; out may be x."""
+
+    x: Buffer
+    out: Buffer
+    factor: float
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class SoftCap:
     """out = cap * tanh(x / cap); out may be x."""
 
@@ -278,11 +264,16 @@ class SigmoidGate:
 
 @dataclass(frozen=True, slots=True)
 class Moe:
-    """Mixture of experts: softmax(router @ x) -> the `used` best of `experts` (ties to the lower id), weights divided
-    by their sum where they are `normalized`, out = sum in rank order of weight * down_e(silu(gate_e(x)) * up_e(x)),
-    without a gate of weight * down_e(activation(up_e(x))).
+    """Mixture of experts: weights = gating(router @ x + router_bias), of which the `used` best are chosen (ties to the
+    lower id); they are divided by their sum where `normalized` (at least LEAST_WEIGHT_SUM), then multiplied by `scale`.
+    out = sum in rank order of weight * (down_e(activation(gate_e(x), up_e(x))) with the experts' biases); without a
+    gate, the activation is a function of up_e(x) alone.
 
-    router [experts, x.width]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn].
+    The choice goes by weights + `selection_bias`, and with more `groups` than one only by experts of the `used_groups`
+    groups whose two best of these have the greatest sums (ties to the lower group).
+
+    router [experts, x.width]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn]; biases [experts] and
+    [experts, ffn or x.width].
     """
 
     x: Buffer
@@ -295,7 +286,16 @@ class Moe:
     used: int
     ffn_width: int
     normalized: bool = True
-    activation: ActivationFunction = ActivationFunction.SILU
+    gating: Gating = Gating.SOFTMAX
+    scale: float = 1.0
+    groups: int = 1
+    used_groups: int = 1
+    activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL
+    router_bias: str | None = None
+    selection_bias: str | None = None
+    gate_bias: str | None = None
+    up_bias: str | None = None
+    down_bias: str | None = None
 
     @property
     def inner(self) -> tuple[str, ...]:
@@ -322,6 +322,7 @@ RowStep = (
     | Add
     | Mul
     | Scale
+    | PositionScale
     | SoftCap
     | Slice
     | SigmoidGate
@@ -384,8 +385,13 @@ class Program:
         return max((step.window for step in self.kv_layers if step.causal and step.window is not None), default=None)
 
 
+_WEIGHT_FIELDS = (
+    *("weight", "bias", "sinks", "router", "router_bias", "selection_bias"),
+    *("gate", "gate_bias", "up", "up_bias", "down", "down_bias"),
+)
+
+
 def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
     """Names of every tensor the steps read, in first-use order, each once."""
-    fields = ("weight", "bias", "router", "gate", "up", "down")
-    names = (getattr(step, field, None) for step in steps for field in fields)
+    names = (getattr(step, field, None) for step in steps for field in _WEIGHT_FIELDS)
     return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))

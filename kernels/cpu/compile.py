@@ -9,16 +9,19 @@ import numpy as np
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
+from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
+from llamaclust.model.step_options import SWIGLU_LIMIT, GatedActivation, Gating
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""
 
 _KV_TYPES = tuple(ir.KvType)
-"""Likewise: the native enum has the order of `KvType`."""
+_GATINGS = tuple(Gating)
+"""Likewise: the native enums have the order of these."""
 
 
 _SLOTS = 4
@@ -144,15 +147,16 @@ class _Compiler:
             case ir.RmsNorm():
                 plan.rms_norm(x, out, self._weights[step.weight].vector, step.epsilon)
             case ir.LayerNorm():
-                weight = self._weights[step.weight].vector
-                bias = np.zeros_like(weight) if step.bias is None else self._weights[step.bias].vector
-                plan.layer_norm(x, out, weight, bias, step.epsilon)
+                weight, bias = self._weights[step.weight].vector, self._vector(step.bias)
+                plan.layer_norm(x, out, weight, np.zeros_like(weight) if bias is None else bias, step.epsilon)
             case ir.AddPosition():
                 plan.add_position(x, out, self._weights[step.weight].matrix)
             case ir.AddRow():
                 plan.add_row(x, out, self._weights[step.weight].matrix, step.row)
             case ir.Rope():
                 plan.rope(x, out, step.heads, step.head_dim, self._rotation(step))
+            case ir.PositionScale():
+                plan.scale_by_position(x, out, step.factor, step.length)
             case ir.SiluMul() | ir.Activate() | ir.Add() | ir.Mul() | ir.Scale() | ir.SoftCap():
                 op, number = elementwise(step)
                 plan.elementwise(op, x, y, out, number or 0)
@@ -201,7 +205,7 @@ class _Compiler:
             [
                 (
                     weight.matrix,
-                    None if step.bias is None else self._weights[step.bias].vector,
+                    self._vector(step.bias),
                     self._buffers.write(step.out),
                     slot,
                 )
@@ -261,6 +265,7 @@ class _Compiler:
             None if rotate_q is None else self._rotation(rotate_q),
             None if rotate_k is None else self._rotation(rotate_k),
             step.causal,
+            self._vector(step.sinks),
         )
 
     def _kv_layer(self, step: ir.Attention) -> int:
@@ -269,26 +274,57 @@ class _Compiler:
 
     def _experts(self, step: ir.Moe) -> None:
         buffers, used = self._buffers, step.used
-        x = buffers.read(step.x)
-        router, down, *inner = (self._weights[name] for name in (step.router, step.down, *step.inner))
-        self._observe([step.router], step.x)
-        logits = buffers.write(ir.Buffer("router logits", step.experts))
-        (slot,) = self._quantize(x, [router.quant_type])
-        self.plan.multiply([(router.matrix, None, logits, slot)])
-        choice = buffers.write(ir.Buffer("chosen experts", 2 * used), private=True)
-        self.plan.choose_experts(logits, choice, step.experts, used, step.normalized)
-        chosen = None if self._observed is None else self._copy(choice, 2 * used)
+        x, choice, chosen = buffers.read(step.x), *self._choose_experts(step)
         self._observe(step.inner, step.x, chosen)
-        outs = [buffers.write(ir.Buffer(f"expert {part}", step.ffn_width), used) for part, _ in enumerate(inner)]
-        self._multiply_experts(x, list(zip(inner, outs, strict=True)), choice, used, per_rank=False)
+        parts = [ir.Buffer(f"expert {part}", step.ffn_width) for part, _ in enumerate(step.inner)]
+        products = [(self._weights[name], part) for name, part in zip(step.inner, parts, strict=True)]
+        outs = [(weight, buffers.write(part, used)) for weight, part in products]
+        self._multiply_experts(x, outs, choice, used, per_rank=False)
+        biases = (step.up_bias,) if step.gate is None else (step.gate_bias, step.up_bias)
+        inner = [self._add_expert_bias(part, bias, step, choice) for part, bias in zip(parts, biases, strict=True)]
         result = ir.Buffer("expert activated", step.ffn_width)
         activated = buffers.write(result, used, private=True)
-        op = step.activation if step.gate is None else "silu_mul"
-        self.plan.elementwise(op, outs[0], outs[-1], activated, 0)
+        limit = SWIGLU_LIMIT if step.activation is GatedActivation.CLAMPED_SWIGLU else 0
+        self.plan.elementwise(step.activation, inner[0], inner[-1], activated, limit)
         self._observe([step.down], result, chosen, used)
-        projected = buffers.write(ir.Buffer("expert down", step.out.width), used)
-        self._multiply_experts(activated, [(down, projected)], choice, used, per_rank=True)
+        down = ir.Buffer("expert down", step.out.width)
+        down_outs = [(self._weights[step.down], buffers.write(down, used))]
+        self._multiply_experts(activated, down_outs, choice, used, per_rank=True)
+        projected = self._add_expert_bias(down, step.down_bias, step, choice)
         self.plan.combine_experts(choice, projected, buffers.write(step.out, private=True), used)
+
+    def _choose_experts(self, step: ir.Moe) -> tuple[int, int | None]:
+        """The buffer with the choice, and a copy of it if inputs are observed."""
+        buffers, used, router = self._buffers, step.used, self._weights[step.router]
+        self._observe([step.router], step.x)
+        logits = buffers.write(ir.Buffer("router logits", step.experts))
+        (slot,) = self._quantize(buffers.read(step.x), [router.quant_type])
+        self.plan.multiply([(router.matrix, self._vector(step.router_bias), logits, slot)])
+        choice = buffers.write(ir.Buffer("chosen experts", 2 * used), private=True)
+        self.plan.choose_experts(
+            logits,
+            choice,
+            step.experts,
+            used,
+            _GATINGS.index(step.gating),
+            step.normalized,
+            step.scale,
+            (step.groups, step.used_groups),
+            self._vector(step.selection_bias),
+        )
+        return choice, None if self._observed is None else self._copy(choice, 2 * used)
+
+    def _add_expert_bias(self, x: ir.Buffer, bias: str | None, step: ir.Moe, choice: int) -> int:
+        """x, or a copy to which each line's expert has added its row of the bias."""
+        if bias is None:
+            return self._buffers.read(x)
+        product = self._buffers.read(x)
+        biased = self._buffers.write(x, step.used, private=True)
+        self.plan.add_expert_rows(choice, product, biased, self._weights[bias].matrix, step.used)
+        return biased
+
+    def _vector(self, name: str | None) -> Float32 | None:
+        return None if name is None else self._weights[name].vector
 
     def _multiply_experts(
         self, x: int, products: Sequence[tuple[Weight, int]], choice: int, used: int, per_rank: bool

@@ -18,6 +18,7 @@ from llamaclust.kernels.cuda.executor.plan import ANY_GPU, Plan
 from llamaclust.kernels.cuda.executor.stage import CudaStage
 from llamaclust.kernels.cuda.launches import attention
 from llamaclust.kernels.cuda.launches.attention import check_attention
+from llamaclust.kernels.cuda.launches.experts import check_experts
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.probe import allocate_flush, flush_cache, limits, measure
 from llamaclust.kernels.cuda.runtime.device import Device
@@ -171,5 +172,6 @@ def _plan(
         raise UsageError("adapters are computed on processors only; set device: cpu for all workers, or leave them out")
     check_weights(program, tensors)
     check_attention(program)
+    check_experts(program)
     weights = {name: Weights(tensors[name].quant_type, tensors[name].shape) for name in program.weights}
     return Plan(program, weights, limits, gpu)

@@ -17,6 +17,7 @@ from llamaclust.model.program import (
     Adapt,
     AddPosition,
     AddRow,
+    Attention,
     Embed,
     LayerNorm,
     MatMul,
@@ -43,6 +44,8 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield step.weight, (step.x.width,)
             if step.bias is not None:
                 yield step.bias, (step.x.width,)
+        case Attention(sinks=str(sinks)):
+            yield sinks, (step.heads,)
         case AddPosition() | AddRow():
             yield step.weight, (-1, step.out.width)
         case SigmoidGate():
@@ -59,6 +62,18 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             for name in step.inner:
                 yield name, (step.experts, step.ffn_width, step.x.width)
             yield step.down, (step.experts, step.out.width, step.ffn_width)
+            yield from _expert_biases(step)
+
+
+def _expert_biases(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
+    shapes = (
+        (step.router_bias, (step.experts,)),
+        (step.selection_bias, (step.experts,)),
+        (step.gate_bias, (step.experts, step.ffn_width)),
+        (step.up_bias, (step.experts, step.ffn_width)),
+        (step.down_bias, (step.experts, step.out.width)),
+    )
+    yield from ((name, shape) for name, shape in shapes if name is not None)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)

@@ -11,6 +11,7 @@ import numpy as np
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.reference.kv import Float64, LayerKv
 from llamaclust.model import program as ir
+from llamaclust.model.step_options import LEAST_WEIGHT_SUM, SWIGLU_LIMIT, GatedActivation, Gating
 
 
 @dataclass(slots=True)
@@ -67,6 +68,9 @@ def run_step(step: ir.Step, state: State) -> None:
             state[step.out] = state[step.x] * state[step.y]
         case ir.Scale():
             state[step.out] = state[step.x] * np.float32(step.factor)
+        case ir.PositionScale():
+            factors = 1 + step.factor * np.log1p(state.batch.positions // step.length)
+            state[step.out] = state[step.x] * factors[:, None].astype(np.float32)
         case ir.SoftCap():
             state[step.out] = soft_cap(state[step.x].astype(np.float64), step.cap)
         case ir.Slice():
@@ -162,6 +166,7 @@ def attention(step: ir.Attention, state: State) -> Float32:
     batch, kv = state.batch, state.kv[step.layer]
     tables = batch.window_tables if kv.windowed else batch.block_tables
     assert tables is not None
+    sinks = state.weights[step.sinks] if step.sinks else None
     out = np.empty((batch.rows, step.heads * step.head_dim), np.float32)
     for sequence in range(len(batch.sequence_starts) - 1):
         rows = slice(batch.sequence_starts[sequence], batch.sequence_starts[sequence + 1])
@@ -171,7 +176,8 @@ def attention(step: ir.Attention, state: State) -> Float32:
         for row in range(rows.start, rows.stop):
             own = int(batch.positions[row])
             first, end = seen_by(step, own, len(keys))
-            out[row] = attend(step, state[step.q][row], keys[first:end], values[first:end], own - first)
+            seen = keys[first:end], values[first:end]
+            out[row] = attend(step, state[step.q][row], *seen, own - first, sinks)
     return out
 
 
@@ -184,9 +190,16 @@ def seen_by(step: ir.Attention, own: int, length: int) -> tuple[int, int]:
     return max(0, own - step.window // 2), min(length, own + step.window // 2 + 1)
 
 
-def attend(step: ir.Attention, query: Float32, keys: Float64, values: Float64, own: int | None = None) -> Float64:
+def attend(
+    step: ir.Attention,
+    query: Float32,
+    keys: Float64,
+    values: Float64,
+    own: int | None = None,
+    sinks: Float32 | None = None,
+) -> Float64:
     """One row: query [heads * head_dim], keys and values [positions, kv_heads, head_dim], those of the row itself at
-    `own`, by default last -> [heads * head_dim]."""
+    `own`, by default last; `sinks` [heads] -> [heads * head_dim]."""
     grouped = query.astype(np.float64).reshape(step.kv_heads, -1, step.head_dim)
     scores = np.einsum("kgd,pkd->kgp", grouped, keys) * step.scale
     if step.soft_cap is not None:
@@ -195,7 +208,9 @@ def attend(step: ir.Attention, query: Float32, keys: Float64, values: Float64, o
         slopes = np.array(step.slopes).reshape(step.kv_heads, -1, 1)
         place = len(keys) - 1 if own is None else own
         scores = scores - slopes * np.abs(np.arange(len(keys)) - place)
-    out: Float64 = np.einsum("kgp,pkd->kgd", softmax(scores), values)
+    if sinks is not None:
+        scores = np.append(scores, sinks.reshape(step.kv_heads, -1, 1), axis=2)
+    out: Float64 = np.einsum("kgp,pkd->kgd", softmax(scores)[:, :, : len(keys)], values)
     return out.reshape(-1)
 
 
@@ -207,18 +222,66 @@ def softmax(x: Float64) -> Float64:
 
 def moe(step: ir.Moe, state: State) -> Float64:
     x, weights = state[step.x], state.weights
-    shares = softmax(matmul(x, weights[step.router]))
-    chosen = np.argsort(-shares, axis=1, kind="stable")[:, : step.used]
+    logits = matmul(x, weights[step.router], weights[step.router_bias] if step.router_bias else None)
+    scores = _SCORES[step.gating](logits)
+    chosen = np.argsort(-_selection(step, scores, weights), axis=1, kind="stable")[:, : step.used]
+    shares = np.take_along_axis(scores, chosen, axis=1)
+    if step.gating is Gating.SOFTMAX_OF_CHOSEN:
+        shares = softmax(shares)
+    if step.normalized:
+        shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), LEAST_WEIGHT_SUM)
     out = np.zeros(x.shape)
     for row, experts in enumerate(chosen):
-        total = shares[row, experts].sum() if step.normalized else 1.0
-        for expert in experts:
-            out[row] += shares[row, expert] / total * _expert(step, weights, int(expert), x[row : row + 1])[0]
+        for share, expert in zip(shares[row] * step.scale, experts, strict=True):
+            out[row] += share * _expert(step, weights, int(expert), x[row : row + 1])[0]
     return out
 
 
+def _selection(step: ir.Moe, scores: Float64, weights: Mapping[str, Float32]) -> Float64:
+    """What experts are chosen by: -inf in groups that are not."""
+    selection = scores + weights[step.selection_bias] if step.selection_bias else scores
+    if step.groups == 1:
+        return selection
+    grouped = selection.reshape(len(scores), step.groups, -1)
+    sums = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
+    groups = np.argsort(-sums, axis=1, kind="stable")[:, : step.used_groups]
+    is_used = (np.arange(step.groups) == groups[:, :, None]).any(axis=1)
+    return np.where(is_used[:, :, None], grouped, -np.inf).reshape(scores.shape)
+
+
+def _same(x: Float64) -> Float64:
+    return x
+
+
+_SCORES: Mapping[Gating, Callable[[Float64], Float64]] = {
+    Gating.SOFTMAX: softmax,
+    Gating.SIGMOID: sigmoid,
+    Gating.SOFTMAX_OF_CHOSEN: _same,
+}
+
+
+def clamped_swiglu(gate: Float64, up: Float64) -> Float64:
+    gate, up = np.minimum(gate, SWIGLU_LIMIT), np.clip(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * sigmoid(1.702 * gate) * (up + 1)
+
+
+def silu_mul(gate: Float64, up: Float64) -> Float64:
+    return silu(gate) * up
+
+
+_GATED: Mapping[GatedActivation, Callable[[Float64, Float64], Float64]] = {
+    GatedActivation.SILU_MUL: silu_mul,
+    GatedActivation.CLAMPED_SWIGLU: clamped_swiglu,
+}
+
+
 def _expert(step: ir.Moe, weights: Mapping[str, Float32], expert: int, x: Float32) -> Float64:
-    up = matmul(x, weights[step.up][expert])
-    activated = ACTIVATIONS[step.activation](up if step.gate is None else matmul(x, weights[step.gate][expert]))
-    inner = activated if step.gate is None else activated * up
-    return matmul(inner.astype(np.float32), weights[step.down][expert])
+    def product(x: Float32, name: str, bias: str | None) -> Float64:
+        return matmul(x, weights[name][expert], weights[bias][expert] if bias else None)
+
+    inner = product(x, step.up, step.up_bias)
+    if step.gate is None:
+        inner = ACTIVATIONS[ir.ActivationFunction(step.activation)](inner)
+    else:
+        inner = _GATED[GatedActivation(step.activation)](product(x, step.gate, step.gate_bias), inner)
+    return product(inner.astype(np.float32), step.down, step.down_bias)

@@ -47,7 +47,7 @@ class EncoderBuilder(ProgramBuilder):
         self._attend(layer, variant)
         self._add_and_norm(f"{prefix}.attn_output_norm")
         if experts:
-            self._mix_experts(prefix, ExpertsVariant(normalized=False, without_gate=activation))
+            self._mix_experts(prefix, ExpertsVariant(normalized=False, activation=activation))
         elif gated:
             self._gated_inner(prefix, activation)
         else:

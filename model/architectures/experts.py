@@ -5,41 +5,89 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.model.architectures.tensors import CheckedTensors
-from llamaclust.model.hyperparameters import Hyperparameters
+from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys
 from llamaclust.model.program import ActivationFunction, Buffer, Moe
+from llamaclust.model.step_options import GatedActivation, Gating
+
+_GATING_KEY = "expert_gating_func"
+_GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
+"""By the numbers of GGUF."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
     """Options of a mixture of experts; as of `Moe`. `shared_width`: of an expert that every token uses; with
-    `shared_gate` it is weighed by a sigmoid of its own. Experts have a gate unless `without_gate` is their activation.
-    """
+    `shared_gate` it is weighed by a sigmoid of its own."""
 
+    gating: Gating = Gating.SOFTMAX
     normalized: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    used_groups: int = 1
+    activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL
     shared_width: int = 0
     shared_gate: bool = False
-    without_gate: ActivationFunction | None = None
+
+
+def read_experts(
+    keys: ModelKeys, hp: Hyperparameters, *, gating: Gating, normalized: bool = True, shared_width: int = 0
+) -> ExpertsVariant:
+    """The variant by the file's keys; `gating` and `normalized` where it has none. ModelFileError for an unknown gating
+    function, or groups that do not divide the experts."""
+    number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
+    if number not in (0, *_GATINGS):
+        known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())
+        raise keys.error(_GATING_KEY, f"{number} is not supported, only {known}")
+    groups = keys.count("expert_group_count", 1, minimum=0, maximum=1 << 10) or 1
+    used_groups = keys.count("expert_group_used_count", 1, minimum=0, maximum=groups) or 1
+    if hp.expert_count % groups or hp.expert_used_count > used_groups * (hp.expert_count // groups):
+        what = f"{groups}, of which {used_groups} are used, for {hp.expert_used_count} of {hp.expert_count} experts"
+        raise keys.error("expert_group_count", what)
+    return ExpertsVariant(
+        gating=_GATINGS.get(number, gating),
+        normalized=keys.flag("expert_weights_norm", normalized),
+        scale=keys.real("expert_weights_scale", 0.0, minimum=-1e6, maximum=1e6) or 1.0,
+        groups=groups,
+        used_groups=used_groups,
+        shared_width=shared_width,
+    )
 
 
 def expert_step(
     tensors: CheckedTensors, prefix: str, hp: Hyperparameters, variant: ExpertsVariant, buffers: tuple[Buffer, Buffer]
 ) -> Moe:
-    """The step of one layer from the first of `buffers` to the second."""
+    """The step of one layer from the first of `buffers` to the second. Biases are added where the file has them."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):
         raise tensors.error(old, "one tensor for each expert, the form of early 2024", "convert the model again")
+
     inner = (count, ffn, x.width)
+    has_gate = isinstance(variant.activation, GatedActivation)
+
+    def bias(name: str, width: int) -> str | None:
+        full = f"{prefix}.{name}.bias"
+        return tensors.weight(full, (count, width)) if tensors.has(full) else None
+
     return Moe(
         x,
         out,
         router=tensors.weight(f"{prefix}.ffn_gate_inp.weight", (count, x.width)),
-        gate=None if variant.without_gate else tensors.weight(f"{prefix}.ffn_gate_exps.weight", inner),
+        gate=tensors.weight(f"{prefix}.ffn_gate_exps.weight", inner) if has_gate else None,
         up=tensors.weight(f"{prefix}.ffn_up_exps.weight", inner),
         down=tensors.weight(f"{prefix}.ffn_down_exps.weight", (count, out.width, ffn)),
         experts=count,
         used=hp.expert_used_count,
         ffn_width=ffn,
         normalized=variant.normalized,
-        activation=variant.without_gate or ActivationFunction.SILU,
+        gating=variant.gating,
+        scale=variant.scale,
+        groups=variant.groups,
+        used_groups=variant.used_groups,
+        activation=variant.activation,
+        router_bias=tensors.optional_vector(f"{prefix}.ffn_gate_inp.bias", count),
+        selection_bias=tensors.optional_vector(f"{prefix}.exp_probs_b.bias", count),
+        gate_bias=bias("ffn_gate_exps", ffn),
+        up_bias=bias("ffn_up_exps", ffn),
+        down_bias=bias("ffn_down_exps", out.width),
     )

@@ -39,7 +39,8 @@ class Norms(StrEnum):
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
     """Options of an attention block. Without `table` nothing is rotated; `scale`: 1 / sqrt(head_dim) by default.
-    `window`, `soft_cap`, `slopes`: as of `Attention`."""
+    `window`, `soft_cap`, `slopes`: as of `Attention`; `sinks`: the layer has a tensor of them; `temperature`: factor
+    and length of a `PositionScale` of queries."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None
@@ -49,6 +50,8 @@ class AttentionVariant:
     slopes: tuple[float, ...] | None = None
     head_norms: HeadNorms = HeadNorms.NONE
     causal: bool = True
+    sinks: bool = False
+    temperature: tuple[float, int] | None = None
 
 
 class ProgramBuilder(CheckedTensors):
@@ -219,6 +222,7 @@ class ProgramBuilder(CheckedTensors):
                 soft_cap=variant.soft_cap,
                 slopes=variant.slopes,
                 causal=variant.causal,
+                sinks=self.vector(f"{prefix}.attn_sinks.weight", hp.head_count) if variant.sinks else None,
             )
         )
         self._matmul(f"{prefix}.attn_output", out, self._projected)
@@ -229,6 +233,8 @@ class ProgramBuilder(CheckedTensors):
         parts = (("q", query, hp.head_count), ("k", key, hp.head_count_kv))
         if norms in (HeadNorms.PER_HEAD, HeadNorms.WHOLE):
             self._norm_heads(prefix, parts, whole=norms is HeadNorms.WHOLE)
+        if variant.temperature is not None:
+            self._steps.append(steps.PositionScale(query, query, *variant.temperature))
         if variant.table is not None:
             for _, x, heads in parts:
                 self._steps.append(steps.Rope(x, heads, hp.key_length, variant.style, variant.table))

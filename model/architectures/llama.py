@@ -1,6 +1,8 @@
-"""LLaMA and models of its layers: llama, internlm2, baichuan, smollm3, seed_oss, ernie4_5, hunyuan-dense."""
+"""LLaMA and models of its layers: llama, internlm2, baichuan, mistral3, smollm3, seed_oss, ernie4_5, hunyuan-dense."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
@@ -9,6 +11,7 @@ from llamaclust.model.program import RopeStyle
 
 _BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS = 32, 40
 _SMOLLM3_PERIOD = 4
+_MAX_SCALE = 1e3
 
 
 def llama(builder: ProgramBuilder) -> None:
@@ -48,6 +51,21 @@ def baichuan(builder: ProgramBuilder) -> None:
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, slopes=slopes))
         builder.feed_forward(layer)
+
+
+def mistral3(builder: ProgramBuilder) -> None:
+    """Mistral Small 3 and Ministral 3: LLaMA, in newer models with queries that are scaled by their position."""
+    keys, rope = builder.keys, builder.hyperparameters.rope
+    factor = keys.real("attention.temperature_scale", 0.0, minimum=0.0, maximum=_MAX_SCALE)
+    temperature = (factor, rope.original_context_length) if factor else None
+    multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0, minimum=0.0, maximum=_MAX_SCALE)
+    table = builder.rope_table(replace(rope, log_multiplier=multiplier))
+    for layer in builder.layers():
+        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, temperature=temperature))
+        if builder.hyperparameters.expert_count:
+            builder.experts(layer, ExpertsVariant())
+        else:
+            builder.feed_forward(layer)
 
 
 def smollm3(builder: ProgramBuilder) -> None:

@@ -51,6 +51,7 @@ CHECKSUMS = {
     "gemma2": "68c7cbc5",
     "gemma3": "b9dda0e6",
     "smollm3": "e209a14d",
+    "mistral3": "eb940c9c",
     "seed_oss": "1fe2d042",
     "ernie4_5": "2b1a69d1",
     "hunyuan-dense": "db462646",
@@ -61,6 +62,13 @@ CHECKSUMS = {
     "granite": "443ffaaf",
     "cohere2": "9006a8ed",
     "granitemoe": "1c51b570",
+    "gpt-oss": "a821b079",
+    "gpt-oss-mxfp4": "3ed28bf3",
+    "glm4moe": "ad82a35c",
+    "ernie4_5-moe": "af5b7066",
+    "hunyuan-moe": "181f6c7a",
+    "bailingmoe2": "7b0ea894",
+    "minimax-m2": "eb420101",
 }
 
 

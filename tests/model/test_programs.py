@@ -19,6 +19,7 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import FileIdentity
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Attention, KvType, Moe, Program, Rope, RopeTable, Slice, SoftCap
+from llamaclust.model.step_options import Gating
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
 from llamaclust.worker.stage.stage_runner import model_program
 from support.models.tiny_architectures import MODELS, build_architecture
@@ -187,6 +188,47 @@ def test_experts(make: Callable[..., ModelFile]) -> None:
         assert {step.normalized for step in whole(make(name)).steps if isinstance(step, Moe)} == {normalized}
         with pytest.raises(ModelFileError, match=r"expert_weights_scale.*'2\.5', which is not supported"):
             whole(make(name, expert_weights_scale=2.5))
+
+
+def test_experts_by_keys(make: Callable[..., ModelFile]) -> None:
+    """Gates, groups, scale; the first layer has no experts."""
+    (step, *others) = [step for step in whole(make("bailingmoe2")).steps if isinstance(step, Moe)]
+    assert len(others) == MODELS["bailingmoe2"].layers - 2
+    assert (step.gating, step.groups, step.used_groups, step.scale) == (Gating.SIGMOID, 4, 2, 2.5)
+    assert step.normalized and step.selection_bias == "blk.1.exp_probs_b.bias"
+    plain = make(
+        "bailingmoe2", expert_weights_norm=None, expert_gating_func=1, expert_group_count=1, expert_group_used_count=0
+    )
+    (step, *_) = [step for step in whole(plain).steps if isinstance(step, Moe)]
+    assert (step.gating, step.groups, step.normalized) == (Gating.SOFTMAX, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"expert_gating_func": 4}, "expert_gating_func': 4 is not supported, only 1 \\(softmax\\), 2 "),
+        ({"expert_group_count": 5}, "expert_group_count': 5, of which 2 are used, for 4 of 16 experts"),
+        ({"expert_group_count": 16}, "expert_group_count': 16, of which 2 are used"),
+        ({"expert_group_used_count": 5}, "expert_group_used_count': 5, 0 to 4"),
+        ({"expert_weights_norm": 1}, "expert_weights_norm': '1', true or false expected"),
+        ({"expert_weights_scale": float("nan")}, "expert_weights_scale': nan"),
+        ({"leading_dense_block_count": 2}, "blk.1.ffn_gate.weight.*missing"),
+        ({"expert_shared_count": 2}, "ffn_gate_shexp.weight: shape .* expected"),
+        ({"swiglu_clamp_exp": np.array([7.0], np.float32)}, "swiglu_clamp_exp': .*not supported"),
+    ],
+)
+def test_experts_that_are_refused(make: Callable[..., ModelFile], keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelFileError, match=message):
+        whole(make("bailingmoe2", **keys))
+
+
+def test_heads_that_predict_further_tokens_are_kept_apart(make: Callable[..., ModelFile]) -> None:
+    model = make("glm4moe", block_count=5, nextn_predict_layers=1)
+    extra = replace(model.tensor("output_norm.weight"), name="blk.4.nextn.hnorm.weight")
+    opened = Model(replace(model, tensors={**model.tensors, extra.name: extra}))
+    assert opened.layer_count == 4 and extra.name not in whole(opened.file).weights
+    with pytest.raises(ModelFileError, match=r"blk\.4\.nextn.*not part of architecture"):
+        Model(replace(make("glm4moe"), tensors=opened.file.tensors))
 
 
 def test_values_as_wide_as_keys(make: Callable[..., ModelFile]) -> None:

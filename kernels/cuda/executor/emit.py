@@ -118,8 +118,8 @@ class Emitter:
                 added = self.ops.scratch("positions", width)
                 yield self._embed(step.weight, self.ops.inputs.positions, added)
                 yield elementwise.elementwise("add", (x, added), out, width, rows)
-            case ir.AddRow():
-                raise AssertionError("encoders are refused before")
+            case ir.AddRow() | ir.PositionScale():
+                raise AssertionError("refused before")
             case ir.Rope():
                 yield self._rotated(step, x)
             case ir.Slice():
@@ -191,10 +191,10 @@ class Emitter:
         yield from self._quantize(step.x, [step.router])
         logits = self.ops.scratch("router logits", step.experts)
         given, sms = self.ops.activation_of(router, x), self.ops.gpu.sms
-        yield matmul.multiply([matmul.Product(router, NULL, logits)], given, rows, sms)
+        yield matmul.multiply([matmul.Product(router, self.ops.vector(step.router_bias), logits)], given, rows, sms)
         chosen = self._chosen(step)
         piece = matmul.expert_piece(rows.bucket * used, step.experts)
-        yield experts.choose(step, logits, chosen, rows)
+        yield experts.choose(step, logits, self.ops.vector(step.selection_bias), chosen, rows)
         yield experts.group(step, chosen, piece, rows)
         gate, up = (self.ops.scratch(f"expert {name}", step.ffn_width, used) for name in ("gate", "up"))
         yield from self._quantize(step.x, [step.gate, step.up])

@@ -14,7 +14,8 @@ import numpy as np
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cuda.launches.inputs import Inputs
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
-from llamaclust.model.program import KV_GROUP_CHANNELS, SPAN_TOKENS, Attention, KvType, Program, RopeStyle
+from llamaclust.model.program import SPAN_TOKENS, Attention, KvType, PositionScale, Program, RopeStyle
+from llamaclust.model.step_options import KV_GROUP_CHANNELS
 
 MAX_PARTIAL_BYTES = 64 << 20
 """Memory for sums of spans that are computed apart: where there are more of them, blocks walk whole tiles."""
@@ -123,6 +124,10 @@ def check_attention(program: Program) -> None:
         if step.head_dim > _MAX_HEAD_DIM:
             at = f"layers {program.start} to {program.end}"
             raise ModelFileError(f"{at} cannot be computed: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
+        if step.sinks is not None:
+            raise ModelFileError("attention with sinks is not computed on GPUs; set device: cpu for its workers")
+    if any(isinstance(step, PositionScale) for step in program.steps):
+        raise ModelFileError("queries scaled by position are not computed on GPUs; set device: cpu for its workers")
 
 
 def tile_rows(step: Attention, gpu: LaunchLimits) -> int:

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.runtime.device import Launch
-from llamaclust.model.program import Moe
+from llamaclust.kernels.cuda.runtime.device import Launch, Scalar
+from llamaclust.model.program import Moe, Program
+from llamaclust.model.step_options import GatedActivation, Gating
 
+_GATINGS = tuple(Gating)
+"""In the order of the kernel's numbers."""
 _PIECE_CHANNELS = 1024  # of a row, for a block
 
 
@@ -22,6 +26,16 @@ class ExpertBuffers:
     lines: np.uint64  # int32 [rows * used]: row * used + rank, ordered by expert
     items: np.uint64  # int32 [max_items, 3]: expert, first place in lines, count
     item_count: np.uint64  # int32
+
+
+def check_experts(program: Program) -> None:
+    """ModelFileError for what the kernels cannot compute."""
+    for step in program.steps:
+        if isinstance(step, Moe):
+            biases = any((step.gate_bias, step.up_bias, step.down_bias))
+            if biases or step.groups > 1 or step.activation is not GatedActivation.SILU_MUL:
+                what = "experts with biases, groups or another activation than SiLU"
+                raise ModelFileError(f"{what} are not computed on GPUs; set device: cpu for their workers")
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
@@ -39,11 +53,20 @@ def items_bytes(step: Moe, rows: int, piece: int) -> int:
     return 3 * 4 * max_items(step, rows, piece)
 
 
-def choose(step: Moe, logits: np.uint64, places: ExpertBuffers, rows: RowCount) -> Launch:
-    """logits float32 [rows, experts]."""
-    experts, used, normalized = map(np.int32, (step.experts, step.used, step.normalized))
-    args = (logits, experts, used, normalized, rows.address, places.ids, places.weights)
-    return Launch("experts.choose", (-(-rows.bucket // 4), 1, 1), (128, 1, 1), args, shared_bytes=4 * 4 * step.experts)
+def choose(step: Moe, logits: np.uint64, bias: np.uint64, places: ExpertBuffers, rows: RowCount) -> Launch:
+    """logits float32 [rows, experts]; bias [experts], 0 for none."""
+    figures = map(np.int32, (step.experts, step.used, _GATINGS.index(step.gating), step.normalized))
+    args: tuple[Scalar, ...] = (
+        logits,
+        bias,
+        *figures,
+        np.float32(step.scale),
+        rows.address,
+        places.ids,
+        places.weights,
+    )
+    shared_bytes = 4 * 4 * (2 * step.experts + step.used)
+    return Launch("experts.choose", (-(-rows.bucket // 4), 1, 1), (128, 1, 1), args, shared_bytes=shared_bytes)
 
 
 def group(step: Moe, places: ExpertBuffers, piece: int, rows: RowCount) -> Launch:

@@ -6,6 +6,9 @@
 namespace llamaclust::cuda {
 namespace {
 
+constexpr float kInfinity = __builtin_huge_valf(), kLeastWeightSum = 0x1p-14f;
+constexpr int kSoftmax = 0, kSigmoid = 1, kSoftmaxOfChosen = 2;
+
 struct Candidate {
   float value;
   int32_t id;
@@ -14,7 +17,7 @@ struct Candidate {
 };
 
 DEVICE Candidate best_of(const float* probabilities, int experts) {
-  Candidate best{-2.0f, experts};
+  Candidate best{-kInfinity, experts};
   for (int id = threadIdx.x % kWarp; id < experts; id += kWarp)
     if (probabilities[id] > best.value) best = {probabilities[id], id};
   for (int with = kWarp / 2; with > 0; with /= 2) {
@@ -43,33 +46,43 @@ DEVICE void softmax(float* x, int n) {
 
 }  // namespace
 
-// The `used` experts of the greatest probabilities, and these as weights, divided by their sum if `normalized`. A row
-// without numbers has the first expert at every rank. A warp for a row, with room for `experts` floats in shared memory.
-// Grid: rows / 4 rounded up, blocks of 128.
-KERNEL(128, choose, const float* __restrict__ logits, int32_t experts, int32_t used, int32_t normalized,
-       const int32_t* rows, int32_t* ids, float* weights) {
+// The `used` experts of the greatest scores + bias, and scores as their weights, divided by their sum if `normalized`,
+// then multiplied by `scale`. Scores are softmax or, if `gating` is 1, sigmoid of the logits, or, if it is 2, these, and
+// weights then the softmax of those chosen. A row without numbers has the first expert at every rank. A warp for a row,
+// with room for 2 * experts + used floats in shared memory. Grid: rows / 4 rounded up, blocks of 128.
+KERNEL(128, choose, const float* __restrict__ logits, const float* __restrict__ bias, int32_t experts, int32_t used,
+       int32_t gating, int32_t normalized, float scale, const int32_t* rows, int32_t* ids, float* weights) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = 4 * blockIdx.x + warp;
   if (row >= *rows) return;
-  float* probabilities = reinterpret_cast<float*>(DYNAMIC_SHARED) + warp * experts;
-  for (int i = lane; i < experts; i += kWarp) probabilities[i] = logits[row * experts + i];
+  float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED) + warp * (2 * experts + used);
+  float *selection = scores + experts, *chosen = selection + experts;
+  for (int i = lane; i < experts; i += kWarp) scores[i] = logits[row * experts + i];
   __syncwarp();
-  softmax(probabilities, experts);
-  ids += row * used, weights += row * used;
-  float sum = 0.0f;
+  if (gating == kSoftmax) softmax(scores, experts);
+  for (int i = lane; i < experts; i += kWarp) {
+    if (gating == kSigmoid) scores[i] = sigmoid(scores[i]);
+    selection[i] = bias == nullptr ? scores[i] : add(scores[i], bias[i]);
+  }
+  __syncwarp();
   for (int rank = 0; rank < used; rank++) {
-    const Candidate best = best_of(probabilities, experts);
+    const Candidate best = best_of(selection, experts);
     const int id = best.id < experts ? best.id : 0;
-    const float weight = probabilities[id];
-    sum = add(sum, weight);
     __syncwarp();
     if (lane == 0) {
-      ids[rank] = id;
-      weights[rank] = weight;
-      probabilities[id] = -1.0f;
+      ids[row * used + rank] = id;
+      chosen[rank] = scores[id];
+      selection[id] = -kInfinity;
     }
     __syncwarp();
   }
-  for (int rank = lane; normalized != 0 && rank < used; rank += kWarp) weights[rank] = div(weights[rank], sum);
+  if (gating == kSoftmaxOfChosen) softmax(chosen, used);
+  float sum = 0.0f;
+  for (int rank = 0; rank < used; rank++) sum = add(sum, chosen[rank]);
+  sum = sum < kLeastWeightSum ? kLeastWeightSum : sum;
+  for (int rank = lane; rank < used; rank += kWarp) {
+    const float weight = normalized != 0 ? div(chosen[rank], sum) : chosen[rank];
+    weights[row * used + rank] = scale == 1.0f ? weight : mul(weight, scale);
+  }
 }
 
 namespace {

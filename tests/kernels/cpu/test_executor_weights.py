@@ -29,6 +29,7 @@ from llamaclust.model.program import (
     KvType,
     MatMul,
     Moe,
+    PositionScale,
     RmsNorm,
     Rope,
     RopeStyle,
@@ -197,6 +198,15 @@ TABLE = RopeTable((1.0,) * 17)
         [SelectRows(X, Y)],
         [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=5, ffn_width=64)],
         [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=0, ffn_width=64)],
+        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, groups=3)],
+        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, groups=0)],
+        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, groups=4)],
+        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, groups=2, used_groups=3)],
+        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, scale=float("nan"))],
+        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, selection_bias="n")],
+        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, gate_bias="w64")],
+        [PositionScale(X, OUT, float("inf"), 4)],
+        [PositionScale(X, OUT, 1.0, 0)],
     ],
 )
 def test_figures_that_do_not_hold_together(tmp_path: Path, steps: list[Step]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +18,19 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import Buffer, Moe
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.step_options import GatedActivation, Gating
 from support.arithmetic.backends import all_threads
-from support.arithmetic.single_steps import Case, Weight, error, normal, program_of, rows_at, run_case
+from support.arithmetic.conformance_cases import moe_case
+from support.arithmetic.single_steps import (
+    Case,
+    Weight,
+    check_conformance,
+    error,
+    normal,
+    program_of,
+    rows_at,
+    run_case,
+)
 
 Float32 = NDArray[np.float32]
 
@@ -67,6 +80,59 @@ def test_rows_together_have_the_bits_of_rows_alone(
 ) -> None:
     router = normal(np.random.default_rng(experts), experts, WIDTH)
     check(*experts_of(tmp_path, quant_type, router / np.float32(16), used))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sigmoid": {"gating": Gating.SIGMOID, "scale": 2.5},
+    "sigmoid not normalized": {"gating": Gating.SIGMOID, "normalized": False},
+    "softmax of the chosen": {"gating": Gating.SOFTMAX_OF_CHOSEN, "normalized": False},
+    "biased choice": {"gating": Gating.SIGMOID, "selection_bias": "selection bias"},
+    "groups": {"gating": Gating.SIGMOID, "selection_bias": "selection bias", "groups": 4, "used_groups": 2},
+    "groups of one expert": {"groups": 12, "used_groups": 7},
+    "biases": {"router_bias": "router bias", "gate_bias": "gate bias", "up_bias": "up bias", "down_bias": "down bias"},
+    "clamped": {"activation": GatedActivation.CLAMPED_SWIGLU, "gate_bias": "gate bias", "up_bias": "up bias"},
+}
+EXPERTS, USED, INNER = 12, 3, 64
+
+
+def variant_of(options: dict[str, Any]) -> Case:
+    case = moe_case(QuantType.F16, EXPERTS, USED, INNER)
+    (step,) = case.program.steps
+    assert isinstance(step, Moe)
+    generator = np.random.default_rng(3)
+    sizes = {"router bias": (EXPERTS,), "selection bias": (EXPERTS,), "gate bias": (EXPERTS, INNER)}
+    sizes |= {"up bias": (EXPERTS, INNER), "down bias": (EXPERTS, 256)}
+    named = {name: Weight(3 * normal(generator, *size)) for name, size in sizes.items() if name in options.values()}
+    named["router"] = Weight(case.weights["router"].values / np.float32(64))  # no sigmoid is rounded to 1
+    return Case(program_of(step.x, step.out, replace(step, **options)), {**case.weights, **named}, case.runs)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_those_of_the_reference(tmp_path: Path, name: str) -> None:
+    check_conformance(tmp_path, variant_of(VARIANTS[name]), 1e-7)
+
+
+COUNTING = [
+    ("sigmoid", ("gating",)),
+    ("sigmoid", ("scale",)),
+    ("sigmoid not normalized", ("normalized",)),
+    ("softmax of the chosen", ("gating",)),
+    ("biased choice", ("selection_bias",)),
+    ("groups", ("groups", "used_groups")),
+    *(("biases", (part,)) for part in VARIANTS["biases"]),
+    ("clamped", ("activation",)),
+]
+
+
+@pytest.mark.parametrize(("name", "omitted"), COUNTING, ids=str)
+def test_each_option_counts(tmp_path: Path, name: str, omitted: tuple[str, ...]) -> None:
+    """Without it the reference gives something else."""
+    whole, path = variant_of(VARIANTS[name]), tmp_path / "experts.gguf"
+    write_gguf(path, {}, [weight.source(weight_name) for weight_name, weight in whole.weights.items()])
+    tensors = open_model(path).tensors
+    other = variant_of({key: value for key, value in VARIANTS[name].items() if key not in omitted})
+    wanted, found = (run_case(ReferenceBackend(), case, tensors)[-1] for case in (whole, other))
+    assert max(map(error, found, wanted)) > 1e-4  # of a row
 
 
 def test_all_rows_may_choose_the_same_experts(tmp_path: Path) -> None:

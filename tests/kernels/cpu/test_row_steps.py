@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.kernels.reference.steps import gelu_erf, gelu_tanh
+from llamaclust.kernels.reference.steps import State, gelu_erf, gelu_tanh, run_step
 from llamaclust.model.program import (
     Activate,
     ActivationFunction,
@@ -21,6 +21,7 @@ from llamaclust.model.program import (
     MatMul,
     Moe,
     Mul,
+    PositionScale,
     Program,
     RmsNorm,
     Scale,
@@ -92,6 +93,20 @@ def test_products_and_factors(tmp_path: Path, width: int) -> None:
     steps: list[Step] = [*copies, Mul(a, b, a), Scale(b, b, math.sqrt(width)), Mul(a, b, b)]
     hidden = [normal(generator_of(width), rows, x.width) for rows in (1, 3, 40)]
     check_conformance(tmp_path, case_of(program_of(x, b, *steps), weights, hidden), EXACT)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_scales_by_position(tmp_path: Path, in_place: bool) -> None:
+    """The factor is 1 before `length` positions, then grows with each further length."""
+    x, other = Buffer("x", 100), Buffer("out", 100)
+    out = x if in_place else other
+    hidden = [normal(generator_of(rows), rows, 100) for rows in (1, 7, 40)]
+    case = case_of(program_of(x, out, PositionScale(x, out, 0.7, 8)), {}, hidden)
+    check_conformance(tmp_path, case, 1e-14)
+    state = State({}, {}, rows_at(range(40)))
+    state[x] = np.ones((40, 100), np.float32)
+    run_step(PositionScale(x, out, 0.7, 8), state)
+    np.testing.assert_allclose(state[out][[0, 7, 8, 39], 0], [1, 1, 1 + 0.7 * math.log(2), 1 + 0.7 * math.log(5)])
 
 
 @pytest.mark.parametrize("start", [0, 16, 37, 80])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.kernels.cuda.launches.experts import (
     ExpertBuffers,
     choice_bytes,
@@ -20,14 +23,18 @@ from llamaclust.kernels.cuda.launches.experts import (
     max_items,
 )
 from llamaclust.kernels.cuda.launches.inputs import RowCount
+from llamaclust.kernels.cuda.runtime.device import NULL
 from llamaclust.kernels.cuda.runtime.device import Buffer as Memory
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
+from llamaclust.model.loader import Model
 from llamaclust.model.program import Buffer, MatMul, Moe, Program, SiluMul
+from llamaclust.model.step_options import Gating
 from support.arithmetic.backends import all_threads
 from support.arithmetic.single_steps import Weight, normal, program_of, rows_at
 from support.cuda.launching import Bench
 from support.cuda.random_numbers import generator
+from support.models.tiny_architectures import build_architecture
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -45,17 +52,18 @@ def moe(experts: int, used: int, *, normalized: bool = True) -> Moe:
 class OnDevice:
     """The step's arrays, for some more rows than there are."""
 
-    def __init__(self, bench: Bench, step: Moe, rows: int, piece: int) -> None:
+    def __init__(self, bench: Bench, step: Moe, rows: int, piece: int, selection_bias: Float32 | None = None) -> None:
         self.bench, self.step, self.rows, self.piece, self.room = bench, step, rows, piece, rows + 3
         self.ids, self.weights, self.lines = (bench.room(choice_bytes(step, self.room)) for _ in range(3))
         self.items, self.item_count = bench.room(items_bytes(step, self.room, piece)), bench.room(4)
         arrays = (self.ids, self.weights, self.lines, self.items, self.item_count)
+        self.bias = NULL if selection_bias is None else bench.put(selection_bias).at()
         self.places = ExpertBuffers(*(array.at() for array in arrays))
         self.count = RowCount(self.room, bench.put(np.array([rows], np.int32)).at())
 
     def choose(self, logits: Float32) -> tuple[Int32, Float32]:
         padded = self.bench.put(np.concatenate([logits, np.zeros((3, self.step.experts), np.float32)]))
-        self.bench.device.launch(choose(self.step, padded.at(), self.places, self.count))
+        self.bench.device.launch(choose(self.step, padded.at(), self.bias, self.places, self.count))
         return self._chosen(self.ids, np.int32), self._chosen(self.weights, np.float32)
 
     def _chosen(self, memory: Memory, dtype: type[_Number]) -> NDArray[_Number]:
@@ -101,30 +109,59 @@ def every_expert(folder: Path, step: Moe, weights: dict[str, Weight], rows: Floa
     return [run(folder, program, of_one, rows) for of_one in each]
 
 
-@pytest.mark.parametrize("normalized", [True, False])
-@pytest.mark.parametrize(("experts", "used", "rows"), [(4, 2, 9), (70, 5, 20), (3, 3, 1)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "gating",
+    [
+        (Gating.SOFTMAX, True, 1.0),
+        (Gating.SOFTMAX, False, 1.0),
+        (Gating.SIGMOID, True, 2.5),
+        (Gating.SIGMOID, False, 0.3),
+        (Gating.SOFTMAX_OF_CHOSEN, False, 1.0),
+    ],
+)
+@pytest.mark.parametrize("shape", [(4, 2, 9), (70, 5, 20), (3, 3, 1)])
 def test_the_bits_of_the_cpu(
-    bench: Bench, tmp_path: Path, experts: int, used: int, rows: int, normalized: bool
+    bench: Bench,
+    tmp_path: Path,
+    shape: tuple[int, int, int],
+    gating: tuple[Gating, bool, float],
+    biased: bool,
 ) -> None:
-    source, step = generator(), moe(experts, used, normalized=normalized)
+    (experts, used, rows), (kind, normalized, scale) = shape, gating
+    source, plain = generator(), moe(experts, used, normalized=normalized)
+    step = replace(plain, gating=kind, scale=scale, selection_bias="bias" if biased else None)
     weights = {
         "router": Weight(normal(source, experts, WIDTH)),
         "gate": Weight(normal(source, experts, FFN, WIDTH)),
         "up": Weight(normal(source, experts, FFN, WIDTH)),
         "down": Weight(normal(source, experts, WIDTH, FFN)),
     }
+    bias = normal(source, experts) if biased else None
+    weights |= {} if bias is None else {"bias": Weight(bias)}
     x = normal(source, rows, WIDTH) / np.float32(4)
     wanted = run(tmp_path, program_of(step.x, step.out, step), weights, x)
     scores = Buffer("scores", experts)
     router = program_of(step.x, scores, MatMul(step.x, scores, "router"))
     logits = run(tmp_path, router, {"router": weights["router"]}, x)
-    device = OnDevice(bench, step, rows, piece=8)
+    device = OnDevice(bench, step, rows, 8, bias)
     ids, _ = device.choose(logits)
-    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :used])
+    if bias is None:
+        np.testing.assert_array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :used])
     outputs = every_expert(tmp_path, step, weights, x)
     lines = [outputs[ids[row, rank]][row] for row in range(rows) for rank in range(used)]
     found = device.combine(np.array(lines))
     np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("gpt-oss", "attention with sinks"), ("mistral3", "queries scaled by position"), ("bailingmoe2", "groups")],
+)
+def test_what_only_processors_compute_is_refused(tmp_path: Path, name: str, what: str) -> None:
+    model = Model.open(build_architecture(tmp_path / "m.gguf", name))
+    with pytest.raises(ModelFileError, match=f"{what}.* set device: cpu for (its|their) workers"):
+        workspace_bytes(model.program(1, 2), model.file.tensors, LIMITS)
 
 
 @pytest.mark.parametrize(("experts", "used", "rows", "piece"), [(128, 8, 41, 8), (5, 2, 61, 64), (40, 1, 1, 8)])

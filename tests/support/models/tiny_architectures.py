@@ -72,6 +72,20 @@ _PHI3: dict[str, Any] = {
     },
 }
 
+_GPT_OSS: dict[str, Any] = {
+    "layers": 4,
+    "experts": 6,
+    "biases": (*_QKV, "attn_output"),
+    "expert_biases": True,
+    "sinks": True,
+    "norms": ("attn_norm", "post_attention_norm"),
+    "keys": {
+        "attention.sliding_window": 6,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 32.0,
+        "rope.scaling.original_context_length": 16,
+    },
+}
 _GRANITE: dict[str, WritableValue] = {
     "embedding_scale": 3.0,
     "attention.scale": 0.125,
@@ -148,6 +162,16 @@ MODELS = MappingProxyType(
             },
         ),
         "smollm3": Tiny("smollm3", layers=5, tied=True),
+        "mistral3": Tiny(
+            "mistral3",
+            keys={
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 16.0,
+                "rope.scaling.original_context_length": 8,
+                "rope.scaling.yarn_log_multiplier": 1.0,
+                "attention.temperature_scale": 0.7,
+            },
+        ),
         "seed_oss": Tiny("seed_oss", head_dim=32, biases=_QKV, norms=("attn_norm", "post_attention_norm")),
         "ernie4_5": Tiny("ernie4_5", tied=True),
         "hunyuan-dense": Tiny("hunyuan-dense", head_norms=True, tied=True),
@@ -188,6 +212,65 @@ MODELS = MappingProxyType(
             keys={"attention.sliding_window": 6, "logit_scale": 0.25},
         ),
         "granitemoe": Tiny("granitemoe", experts=6, shared_ffn=80, shared_gate=False, keys=_GRANITE),
+        "gpt-oss": Tiny("gpt-oss", **_GPT_OSS),
+        "gpt-oss-mxfp4": Tiny("gpt-oss", expert_type=QuantType.MXFP4, **_GPT_OSS),
+        "glm4moe": Tiny(
+            "glm4moe",
+            layers=4,
+            experts=8,
+            shared_ffn=96,
+            shared_gate=False,
+            selection_bias=True,
+            dense=1,
+            biases=_QKV,
+            norms=("attn_norm", "post_attention_norm"),
+            keys={
+                "rope.dimension_count": 8,
+                "expert_shared_count": 1,
+                "leading_dense_block_count": 1,
+                "expert_weights_norm": True,
+                "expert_weights_scale": 2.5,
+                "expert_gating_func": 2,
+            },
+        ),
+        "ernie4_5-moe": Tiny(
+            "ernie4_5-moe",
+            experts=8,
+            shared_ffn=80,
+            shared_gate=False,
+            selection_bias=True,
+            dense=1,
+            keys={"interleave_moe_layer_step": 1, "leading_dense_block_count": 1},
+        ),
+        "hunyuan-moe": Tiny("hunyuan-moe", experts=6, shared_ffn=80, shared_gate=False, head_norms=True),
+        "bailingmoe2": Tiny(
+            "bailingmoe2",
+            experts=16,
+            used=4,
+            shared_ffn=80,
+            shared_gate=False,
+            selection_bias=True,
+            dense=1,
+            fused=True,
+            head_norms=True,
+            keys={
+                "rope.dimension_count": 8,
+                "expert_shared_count": 1,
+                "leading_dense_block_count": 1,
+                "expert_weights_norm": True,
+                "expert_weights_scale": 2.5,
+                "expert_gating_func": 2,
+                "expert_group_count": 4,
+                "expert_group_used_count": 2,
+            },
+        ),
+        "minimax-m2": Tiny(
+            "minimax-m2",
+            experts=8,
+            selection_bias=True,
+            whole_norms=True,
+            keys={"rope.dimension_count": 8, "expert_gating_func": 2},
+        ),
     }
 )
 

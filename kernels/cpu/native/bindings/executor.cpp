@@ -15,6 +15,7 @@ namespace {
 using PythonRotation = std::optional<std::pair<int, bool>>;  // table, neox
 
 std::vector<float> vector_of(const Floats& x) { return {x.data(), x.data() + x.size()}; }
+std::vector<float> vector_of(const std::optional<Floats>& x) { return x ? vector_of(*x) : std::vector<float>{}; }
 std::span<const int32_t> span_of(const Ints& x) { return {x.data(), x.size()}; }
 
 std::optional<Rotation> rotation_of(const PythonRotation& rotation) {
@@ -106,7 +107,7 @@ void add_products(PlanBuilder& builder,
                   const std::vector<std::tuple<nb::object, std::optional<Floats>, int, int>>& products) {
   MatmulStep step;
   for (const auto& [weight, bias, out, slot] : products)
-    step.products.push_back({builder.keep(weight), bias ? vector_of(*bias) : std::vector<float>{}, out, slot});
+    step.products.push_back({builder.keep(weight), vector_of(bias), out, slot});
   builder.plan.add(std::move(step));
 }
 
@@ -122,11 +123,19 @@ void add_experts(PlanBuilder& builder, const std::vector<std::pair<std::vector<n
 
 void add_attention(PlanBuilder& builder, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim,
                    float scale, std::optional<float> soft_cap, std::vector<float> slopes, std::optional<int> window,
-                   PythonRotation rotate_q, PythonRotation rotate_k, bool causal) {
+                   PythonRotation rotate_q, PythonRotation rotate_k, bool causal,
+                   const std::optional<Floats>& sinks) {
   require(!soft_cap || *soft_cap > 0, "a soft cap that is no positive number");
   builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dim, scale, soft_cap.value_or(0.0f),
                                  std::move(slopes), window.value_or(std::numeric_limits<int>::max()),
-                                 rotation_of(rotate_q), rotation_of(rotate_k), causal});
+                                 rotation_of(rotate_q), rotation_of(rotate_k), causal, vector_of(sinks)});
+}
+
+void add_choice(PlanBuilder& builder, int logits, int out, int experts, int used, int gating, bool normalized,
+                float scale, std::pair<int, int> groups, const std::optional<Floats>& selection_bias) {
+  require(gating >= 0 && gating < kGatings, "unknown gating");
+  builder.plan.add(ChooseStep{logits, out, experts, used, static_cast<Gating>(gating), normalized, scale, groups.first,
+                              groups.second, vector_of(selection_bias)});
 }
 
 // Members of steps, from what Python gives.
@@ -152,6 +161,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("rope", &add<RopeStep, int, int, int, int, std::pair<int, bool>>)
       .def("elementwise", &add<ElementwiseStep, std::string, int, int, int, float>)
       .def("add_adapted", &add<AddAdaptedStep, int, int, int>)
+      .def("scale_by_position", &add<PositionScaleStep, int, int, double, int>)
       .def("slice", &add<SliceStep, int, int, int>)
       .def("sigmoid_gate", &add<SigmoidGateStep, int, int, int, Floats>)
       .def("quantize",
@@ -159,7 +169,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
              require(format >= 0 && format <= static_cast<int>(ActivationFormat::Q8_256), "unknown activation format");
              b.plan.add(QuantizeStep{x, slot, static_cast<ActivationFormat>(format)});
            })
-      .def("choose_experts", &add<ChooseStep, int, int, int, int, bool>)
+      .def("add_expert_rows", &add<ExpertRowStep, int, int, int, nb::handle, int>)
       .def("combine_experts", &add<CombineStep, int, int, int, int>)
       .def("select_rows", &add<SelectStep, int, int>)
       .def("write_result", &add<OutputStep, int, int>);
@@ -201,7 +211,9 @@ void bind_executor(nb::module_& module) {
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
       .def("attend", &add_attention, "q"_a, "k"_a, "v"_a, "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none(),
-           "causal"_a);
+           "causal"_a, "sinks"_a.none())
+      .def("choose_experts", &add_choice, "logits"_a, "out"_a, "experts"_a, "used"_a, "gating"_a, "normalized"_a,
+           "scale"_a, "groups"_a, "selection_bias"_a.none());
   bind_row_steps(plan);
 
   nb::class_<NativeStage>(module, "Stage")

@@ -222,7 +222,20 @@ class AttentionWork {
     std::copy_n(source.values, count * padded_head(head_dim), to.values);
   }
 
+  // A sink is one more span: its score is the maximum, with a weight of 1 and no value.
+  void merge_sinks(const Unit& unit, const SpanSums& total) const {
+    const int queries = (unit.tile.row_end - unit.tile.row_begin) * unit.heads;
+    const SpanSums& next = scratch_.next;
+    for (int query = 0; query < queries; query++) {
+      next.maximum[query] = step_.sinks[unit.head + query % unit.heads];
+      next.sum[query] = 1.0f;
+    }
+    std::fill_n(next.values, queries * padded_head(step_.head_dim), 0.0f);
+    level_.attention.merge(total, next, queries, step_.head_dim);
+  }
+
   void finish(const Unit& unit, const SpanSums& total) const {
+    if (!step_.sinks.empty()) merge_sinks(unit, total);
     int query = 0;
     for (int row = unit.tile.row_begin; row < unit.tile.row_end; row++)
       for (int head = unit.head; head < unit.head + unit.heads; head++, query++)

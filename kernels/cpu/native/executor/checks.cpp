@@ -126,6 +126,12 @@ struct Plan::Checks {
     return {{step.x, step.y}, {step.x}, true};
   }
 
+  Access operator()(const PositionScaleStep& step) const {
+    check_alike(step.x, step.out);
+    require(std::isfinite(step.factor) && step.length > 0, "a scale by position that is no number");
+    return {{step.x}, {step.out}, true};
+  }
+
   Access operator()(const SliceStep& step) const {
     const int width = buffer(step.x).width;
     require(is_line(step.x) && is_line(step.out) && step.x != step.out, "a slice in place");
@@ -156,8 +162,25 @@ struct Plan::Checks {
     require(step.experts > 0 && step.used > 0 && step.used <= step.experts && step.used <= 256, "experts");
     require(buffer(step.logits).width == step.experts && is_line(step.logits), "router width");
     require(buffer(step.out).width == 2 * step.used && is_line(step.out), "choice width");
+    require(step.groups > 0 && step.experts % step.groups == 0, "experts in equal groups");
+    require(step.used_groups > 0 && step.used_groups <= step.groups, "groups of experts");
+    require(step.used <= step.used_groups * (step.experts / step.groups), "more experts than the groups have");
+    require(step.selection_bias.empty() || step.selection_bias.size() == static_cast<size_t>(step.experts),
+            "a bias for each expert");
+    require(std::isfinite(step.scale), "a scale that is no number");
     plan.choosable_ = std::max(plan.choosable_, static_cast<size_t>(step.experts));
     return {{step.logits}, {step.out}, true};
+  }
+
+  Access operator()(const ExpertRowStep& step) const {
+    check_alike(step.x, step.out);
+    require(step.x != step.out, "rows of experts added in place");
+    require(buffer(step.choice).width == 2 * step.used && is_line(step.choice), "choice width");
+    require(buffer(step.x).multiple == step.used, "a line for each expert used");
+    require(is_supported(step.weight.type) && buffer(step.out).width == step.weight.cols, "rows of another width");
+    require(plan.choosable_ > 0 && static_cast<size_t>(step.weight.rows) >= plan.choosable_,
+            "as many experts as may be chosen");
+    return {{step.choice, step.x}, {step.out}, true};
   }
 
   Access operator()(const CombineStep& step) const {
@@ -219,6 +242,7 @@ struct Plan::Checks {
     require(std::isfinite(step.scale), "an attention scale that is no number");
     require(std::isfinite(step.soft_cap) && step.soft_cap >= 0, "a soft cap that is no positive number");
     require(step.slopes.empty() || step.slopes.size() == static_cast<size_t>(step.heads), "a slope for each head");
+    require(step.sinks.empty() || step.sinks.size() == static_cast<size_t>(step.heads), "a sink for each head");
     for (float slope : step.slopes) require(std::isfinite(slope), "a slope that is no number");
     require(step.window > 0, "an attention window of nothing");
     if (shape.windowed) plan.window = std::max(plan.window, step.window);

@@ -95,6 +95,11 @@ struct ElementwiseStep {  // y is x where the operation has one; in place of a b
 struct AddAdaptedStep {  // x += y in rows whose scale is not 0; others keep their bits. Buffers without private copies
   BufferId x, y, scale;
 };
+struct PositionScaleStep {  // out = x * (1 + factor * ln(1 + position / length))
+  BufferId x, out;
+  double factor;
+  int length;
+};
 struct SliceStep {  // channels [start, start + width of out) of x
   BufferId x, out;
   int start;
@@ -108,10 +113,22 @@ struct QuantizeStep {  // into an activation slot
   int slot;
   ActivationFormat format;
 };
-struct ChooseStep {  // softmax of the router's logits; out [2 * used] holds ids, then weights
+// How the router's logits become weights: softmax or sigmoid of all, or softmax of those chosen by logits.
+enum class Gating { Softmax, Sigmoid, SoftmaxOfChosen };
+inline constexpr int kGatings = 3;
+struct ChooseStep {  // out [2 * used] holds ids, then weights
   BufferId logits, out;
   int experts, used;
-  bool normalized;  // weights are divided by their sum
+  Gating gating;
+  bool normalized;            // weights are divided by their sum
+  float scale;                // of weights
+  int groups, used_groups;    // experts of the best groups are chosen alone
+  std::vector<float> selection_bias;  // added to weights for the choice; empty: none
+};
+struct ExpertRowStep {  // line `rank` of out = that of x + the weight's row of the rank's expert
+  BufferId choice, x, out;
+  Matrix weight;
+  int used;
 };
 struct CombineStep {  // out = sum over ranks of weight * x[rank]
   BufferId choice, x, out;
@@ -159,11 +176,13 @@ struct AttentionStep {
   int window;                 // a row sees its own position and window - 1 before it
   std::optional<Rotation> rotate_q, rotate_k;
   bool causal;  // else a row sees those behind it, too, with a window at most window / 2 on either side
+  std::vector<float> sinks;  // a score without a value, one a query head; empty: none
 };
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
-                          ElementwiseStep, AddAdaptedStep, SliceStep, SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep,
-                          SelectStep, OutputStep, MatmulStep, ExpertsStep, AttentionStep>;
+                          ElementwiseStep, AddAdaptedStep, PositionScaleStep, SliceStep, SigmoidGateStep, QuantizeStep,
+                          ChooseStep, ExpertRowStep, CombineStep, SelectStep, OutputStep, MatmulStep, ExpertsStep,
+                          AttentionStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
 enum class Sync { None, IfShared, Always };

@@ -1,10 +1,37 @@
 // Row by row steps: each thread does its own rows, or all of them into buffers of its own.
+#include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "executor/worker.h"
 #include "pack/pack.h"
+#include "runtime/math.h"
 
 namespace llamaclust {
+namespace {
+
+constexpr float kLeastWeightSum = 0x1p-14f;
+
+// The place of the greatest, the first of equal ones, which is then taken out; 0 where there is no number.
+int take_best(float* x, int count) {
+  int best = 0;
+  float greatest = -std::numeric_limits<float>::infinity();
+  for (int i = 0; i < count; i++)
+    if (x[i] > greatest) greatest = x[best = i];
+  x[best] = -std::numeric_limits<float>::infinity();
+  return best;
+}
+
+float sum_of_best_two(const float* x, int count) {
+  float first = -std::numeric_limits<float>::infinity(), second = first;
+  for (int i = 0; i < count; i++) {
+    second = std::max(second, std::min(first, x[i]));
+    first = std::max(first, x[i]);
+  }
+  return count == 1 ? first : first + second;
+}
+
+}  // namespace
 
 // A step's part for one row.
 struct RowStep {
@@ -69,6 +96,13 @@ struct RowStep {
     vector().elementwise(RowOp::add, line(step.x), line(step.y), 0, worker.line_width(step.x), line(step.x));
   }
 
+  void operator()(const PositionScaleStep& step) const {
+    const double lengths = 1.0 + batch().positions[row] / step.length;
+    const float factor = static_cast<float>(1.0 + step.factor * log_double(lengths));
+    const float* x = line(step.x);
+    vector().elementwise(RowOp::scale, x, x, factor, worker.line_width(step.out), line(step.out));
+  }
+
   void operator()(const SliceStep& step) const { copy(line(step.x) + step.start, step.out); }
 
   void operator()(const SigmoidGateStep& step) const {
@@ -86,20 +120,51 @@ struct RowStep {
       matmul().quantize(step.format, from, x.width, to);
   }
 
-  // The best experts first, ties to the lower id; the sum of their weights is added in that order.
+  // The best experts first, ties to the lower id; the sum of their weights is added in that order. A row without numbers
+  // has the first expert at every rank.
   void operator()(const ChooseStep& step) const {
-    float* probabilities = reinterpret_cast<float*>(worker.stage_.workspace.scratch(worker.thread_));
-    float *ids = line(step.out), *weights = ids + step.used, sum = 0.0f;
-    memcpy(probabilities, line(step.logits), static_cast<size_t>(step.experts) * sizeof(float));
-    vector().softmax(probabilities, step.experts);
+    float* scores = reinterpret_cast<float*>(worker.stage_.workspace.scratch(worker.thread_));
+    float *selection = scores + step.experts, *ids = line(step.out), *weights = ids + step.used, sum = 0.0f;
+    memcpy(scores, line(step.logits), static_cast<size_t>(step.experts) * sizeof(float));
+    if (step.gating == Gating::Softmax) vector().softmax(scores, step.experts);
+    if (step.gating == Gating::Sigmoid) vector().elementwise(RowOp::sigmoid, scores, scores, 0, step.experts, scores);
+    select_from(step, scores, selection);
     for (int rank = 0; rank < step.used; rank++) {
-      const int best = static_cast<int>(std::max_element(probabilities, probabilities + step.experts) - probabilities);
+      const int best = take_best(selection, step.experts);
       ids[rank] = static_cast<float>(best);
-      weights[rank] = probabilities[best];
-      sum += probabilities[best];
-      probabilities[best] = -1.0f;
+      weights[rank] = scores[best];
     }
+    if (step.gating == Gating::SoftmaxOfChosen) vector().softmax(weights, step.used);
+    for (int rank = 0; rank < step.used; rank++) sum += weights[rank];
+    sum = std::max(sum, kLeastWeightSum);
     for (int rank = 0; step.normalized && rank < step.used; rank++) weights[rank] /= sum;
+    for (int rank = 0; step.scale != 1.0f && rank < step.used; rank++) weights[rank] *= step.scale;
+  }
+
+  // What experts are chosen by; those of groups that are not chosen have -infinity.
+  void select_from(const ChooseStep& step, const float* scores, float* selection) const {
+    if (step.selection_bias.empty())
+      memcpy(selection, scores, static_cast<size_t>(step.experts) * sizeof(float));
+    else
+      vector().elementwise(RowOp::add, scores, step.selection_bias.data(), 0, step.experts, selection);
+    if (step.groups == 1) return;
+    const int each = step.experts / step.groups;
+    float *sums = selection + step.experts, *kept = sums + step.groups;
+    for (int group = 0; group < step.groups; group++) sums[group] = sum_of_best_two(selection + group * each, each);
+    std::fill_n(kept, step.groups, 0.0f);
+    for (int i = 0; i < step.used_groups; i++) kept[take_best(sums, step.groups)] = 1.0f;
+    for (int group = 0; group < step.groups; group++)
+      if (kept[group] == 0.0f) std::fill_n(selection + group * each, each, -std::numeric_limits<float>::infinity());
+  }
+
+  void operator()(const ExpertRowStep& step) const {
+    const int width = worker.buffer(step.out).width;
+    const float *ids = line(step.choice), *x = line(step.x);
+    float* out = line(step.out);
+    for (int rank = 0; rank < step.used; rank++, x += width, out += width) {
+      matmul().dequantize_row(step.weight, static_cast<int>(ids[rank]), out);
+      vector().elementwise(RowOp::add, x, out, 0, width, out);
+    }
   }
 
   void operator()(const CombineStep& step) const {

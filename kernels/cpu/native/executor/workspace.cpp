@@ -28,7 +28,10 @@ struct Needs {
     expert_lines = std::max(expert_lines, static_cast<size_t>(limits.max_tokens) * static_cast<size_t>(step.used));
     experts = std::max(experts, step.products[0].experts.size());
   }
-  void operator()(const ChooseStep& step) { add_scratch(static_cast<size_t>(step.experts) * sizeof(float)); }
+  // Scores and what is chosen by, of experts and groups.
+  void operator()(const ChooseStep& step) {
+    add_scratch(2 * static_cast<size_t>(step.experts + step.groups) * sizeof(float));
+  }
   // Sums of spans: enough for two sequences that decode at the end of the longest context.
   void operator()(const AttentionStep& step) {
     add_scratch(attention_scratch_bytes(step.head_dim));

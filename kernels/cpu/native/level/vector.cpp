@@ -93,6 +93,9 @@ void elementwise(RowOp op, const float* x, const float* y, float number, int n, 
     case RowOp::scale: return map(x, n, out, [by](F32x16 a) { return mul(a, by); });
     case RowOp::soft_cap: return map(x, n, out, [by](F32x16 a) { return soft_cap(a, by); });
     case RowOp::silu_mul: return map(x, y, n, out, [](F32x16 a, F32x16 b) { return mul(silu(a), b); });
+    case RowOp::clamped_swiglu:
+      return map(x, y, n, out, [by](F32x16 a, F32x16 b) { return clamped_swiglu(a, b, by); });
+    case RowOp::sigmoid: return map(x, n, out, [](F32x16 a) { return sigmoid(a); });
 #define ACTIVATION(function) \
   case RowOp::function: return map(x, n, out, [](F32x16 a) { return function(a); });
       LLAMACLUST_ACTIVATIONS(ACTIVATION)
@@ -104,7 +107,7 @@ float sigmoid_dot(const float* x, const float* y, int n) {
   alignas(64) float out[16];
   const auto product = [x, y](F32x16 sum, int i, auto read) { return fma(read(x + i), read(y + i), sum); };
   const float sum = sum_interleaved(n, product);
-  store(out, div(broadcast(1.0f), add(broadcast(1.0f), exp(broadcast(-sum)))));
+  store(out, sigmoid(broadcast(sum)));
   return out[0];
 }
 

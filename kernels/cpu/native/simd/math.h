@@ -83,5 +83,15 @@ ELEMENTARY F32x16 gelu_tanh(F32x16 x) {
 // x / (1 + e^-x)
 ELEMENTARY F32x16 silu(F32x16 x) { return div(x, add(broadcast(1.0f), exp(sub(zero(), x)))); }
 
+// 1 / (1 + e^-x)
+ELEMENTARY F32x16 sigmoid(F32x16 x) { return div(broadcast(1.0f), add(broadcast(1.0f), exp(sub(zero(), x)))); }
+
+// g / (1 + e^(-1.702 g)) * (u + 1), g = min(gate, limit), u = up between -limit and limit
+ELEMENTARY F32x16 clamped_swiglu(F32x16 gate, F32x16 up, F32x16 limit) {
+  const F32x16 g = min(limit, gate), u = max(sub(zero(), limit), min(limit, up));
+  const F32x16 divisor = add(broadcast(1.0f), exp(mul(g, broadcast(-1.702f))));
+  return mul(div(g, divisor), add(u, broadcast(1.0f)));
+}
+
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

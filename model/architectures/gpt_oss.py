@@ -1,0 +1,35 @@
+"""gpt-oss: 20b and 120b."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llamaclust.model.architectures.experts import ExpertsVariant
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
+from llamaclust.model.program import RopeStyle
+from llamaclust.model.step_options import GatedActivation, Gating
+
+_PERIOD = 2
+_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+def gpt_oss(builder: ProgramBuilder) -> None:
+    """Biases everywhere; a sink in the scores of each head; every other layer has a window; experts are chosen by their
+    logits, and their gate is a clamped SwiGLU. The norm before the experts is named after attention."""
+    hp, keys = builder.hyperparameters, builder.keys
+    if hp.sliding_window is None:
+        raise keys.error("attention.sliding_window", "missing")
+    windowed = keys.windowed_layers(hp.block_count, _PERIOD)
+    base = keys.real("rope.freq_base_swa", hp.rope.frequency_base, minimum=1.0, maximum=1e12)
+    tables = {True: builder.rope_table(replace(hp.rope, frequency_base=base)), False: builder.rope_table()}
+    experts = ExpertsVariant(
+        Gating.SOFTMAX_OF_CHOSEN,
+        normalized=False,
+        scale=keys.real("expert_weights_scale", 0.0, minimum=-1e6, maximum=1e6) or 1.0,
+        activation=GatedActivation.CLAMPED_SWIGLU,
+    )
+    for layer in builder.layers():
+        builder.require(layer, *(f"{name}.bias" for name in _BIASES))
+        window = hp.sliding_window if windowed[layer] else None
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, tables[windowed[layer]], window, sinks=True))
+        builder.experts(layer, experts, norm="post_attention_norm")

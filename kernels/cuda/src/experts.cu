@@ -6,8 +6,10 @@
 namespace llamaclust::cuda {
 namespace {
 
-constexpr float kInfinity = __builtin_huge_valf(), kLeastWeightSum = 0x1p-14f;
+constexpr float kLeastWeightSum = 0x1p-14f;
 constexpr int kSoftmax = 0, kSigmoid = 1, kSoftmaxOfChosen = 2;
+
+DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 struct Candidate {
   float value;
@@ -17,7 +19,7 @@ struct Candidate {
 };
 
 DEVICE Candidate best_of(const float* probabilities, int experts) {
-  Candidate best{-kInfinity, experts};
+  Candidate best{-infinity(), experts};
   for (int id = threadIdx.x % kWarp; id < experts; id += kWarp)
     if (probabilities[id] > best.value) best = {probabilities[id], id};
   for (int with = kWarp / 2; with > 0; with /= 2) {
@@ -71,7 +73,7 @@ KERNEL(128, choose, const float* __restrict__ logits, const float* __restrict__ 
     if (lane == 0) {
       ids[row * used + rank] = id;
       chosen[rank] = scores[id];
-      selection[id] = -kInfinity;
+      selection[id] = -infinity();
     }
     __syncwarp();
   }

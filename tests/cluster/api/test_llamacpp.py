@@ -231,7 +231,7 @@ async def test_apply_template() -> None:
     assert reply.json()["prompt"] == "<|im_start|>user\nHi<|im_end|><|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("path", ["/infill", "/rerank", "/reranking", "/lora-adapters", "/slots/0"])
+@pytest.mark.parametrize("path", ["/infill", "/rerank", "/reranking", "/slots/0"])
 async def test_what_is_not_supported_is_refused_by_name(path: str) -> None:
     reply = await post(path, {"input": "a"})
     error = reply.json()["error"]

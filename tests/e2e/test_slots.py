@@ -47,7 +47,7 @@ async def test_turns_after_a_restored_slot_are_equal(tmp_path: Path) -> None:
         second = await complete(http, **turn)
     async with serving(model, tmp_path) as http:
         restored = (await http.post("/slots/0?action=restore", json={"filename": "slot"})).json()
-        again, then = await complete(http), await complete(http, **turn)
+        then, again = await complete(http, **turn), await complete(http)  # the answer's tokens, then the prompt's
     assert saved["n_saved"] == restored["n_restored"] == len(PROMPT) + len(first["tokens"]) - 1
     assert again["timings"]["cache_n"] == 80 and then["timings"]["cache_n"] == second["timings"]["cache_n"] == 128
     for name in ("tokens", "completion_probabilities"):

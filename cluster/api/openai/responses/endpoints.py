@@ -86,7 +86,7 @@ class ResponsesEndpoint:
     async def compact(self, data: bytes, ticket: Ticket) -> AnswerReply:
         """A summary of a chat."""
         body = await parse_body(data, CompactionBody, RESPONSES, self._settings)
-        adapters = self._models.adapters(body.model, body.lora)
+        adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         _, messages = self._chat(body, ticket)
         chat = body.request(messages).admitted(ticket.created, adapters)
 

@@ -97,7 +97,8 @@ class Exchange:
 
     async def read(self, most: int | None, *, with_name: bool) -> None:
         """One connection, which is cut after `most` events."""
-        headers = {"Content-Type": "application/json", **(self.stream.headers if with_name else {})}
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        headers |= self.stream.headers if with_name else {}
         events = 0
         async with self.client.stream("POST", self.path, content=self.content, headers=headers) as reply:
             self.stream.opened(reply, b"" if reply.is_success else await reply.aread())

@@ -136,7 +136,9 @@ def _flip(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "damage", [_flip, lambda data: data[:-1], lambda data: b"", lambda data: b"ggsq" + data], ids=str
+    "damage",
+    [_flip, lambda data: data[:-1], lambda data: b"", lambda data: b"ggsq" + data],
+    ids=["a bit", "an end", "all", "a beginning"],
 )
 async def test_a_damaged_file_is_refused(tmp_path: Path, damage: Any) -> None:
     async with serving(tmp_path) as http:

@@ -89,5 +89,5 @@ def check_architecture(model: ModelFile) -> None:
     """ModelFileError for an unsupported architecture."""
     name = read_architecture(model)
     if name not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise model.error("general.architecture", f"{shown(name)} is not supported, only {known}", "take another model")
+        what = f"{shown(name)} is none of the {len(ARCHITECTURES)} supported ones, which docs/models.md lists"
+        raise model.error("general.architecture", what, "take another model")

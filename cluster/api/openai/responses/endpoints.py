@@ -102,7 +102,7 @@ class ResponsesEndpoint:
         self._models.adapters(body.model, body.lora)
         body.check()
         own = owner(request.headers, self._settings.api_keys)
-        items = self._store.resolved(own, body.input)
+        items = self._store.resolved(own, body.input, self._settings.max_body_bytes)
         chat = body.request((*self._earlier(body.previous_response_id, own), *messages_of(items)))
         completion = await unless_disconnected(request, self._service.chat_prompt(chat))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": len(completion.prompt)})
@@ -116,7 +116,7 @@ class ResponsesEndpoint:
             return body.input, (*known.messages, *messages_of(body.input))
         if known.messages:
             return [item for item in body.input if item["type"] != REFERENCE], tuple(known.messages)
-        items = self._store.resolved(own, body.input)
+        items = self._store.resolved(own, body.input, self._settings.max_body_bytes)
         known.messages = messages = (*self._earlier(body.previous_response_id, own), *messages_of(items))
         return items, messages
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.json_parts import json_size
-from llamaclust.cluster.api.openai.responses.items import REFERENCE, Item, has_references
+from llamaclust.cluster.api.openai.responses.items import REFERENCE, Item
+from llamaclust.core.errors import ParameterError
 
 MAX_RESPONSES: Final = 1024
 MAX_BYTES: Final = 64 << 20
@@ -78,14 +80,31 @@ class ResponseStore:
             raise HttpError(400, "previous_response_not_found", message, param="previous_response_id")
         return stored
 
-    def resolved(self, owner: str, items: list[Item]) -> list[Item]:
-        """The items, in place of references those that they name. HttpError for a reference to none."""
-        if not has_references(items):
+    def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
+        """The items, in place of references those that they name. HttpError for a reference to none, ParameterError
+        where they name more than `most_bytes`."""
+        references = Counter(item["id"] for item in items if item["type"] == REFERENCE)
+        if not references:
             return items
-        share = self._shares.get(owner, _Share())
-        stored = share.responses.values()
-        known = {item["id"]: item for each in stored for item in (*each.input_items, *each.response["output"])}
-        return [_referenced(known, item) if item["type"] == REFERENCE else item for item in items]
+        named = self._named(owner, references)
+        if missing := next((item_id for item_id in references if item_id not in named), None):
+            raise HttpError(400, "item_not_found", f"input: item {missing[:60]!r} is not stored here", param="input")
+        size = sum(json_size(named[item_id]) * count for item_id, count in references.items())
+        if size > most_bytes:
+            reason = f"its item references stand for {size} bytes, at most {most_bytes} are taken"
+            raise ParameterError("input", f"{reason}; follow a response with previous_response_id instead")
+        return [named[item["id"]] if item["type"] == REFERENCE else item for item in items]
+
+    def _named(self, owner: str, wanted: Collection[str]) -> dict[str, Item]:
+        """The items of these ids, each of the newest response that has it."""
+        share, found = self._shares.get(owner, _Share()), dict[str, Item]()
+        for stored in reversed(share.responses.values()):
+            for item in reversed((*stored.input_items, *stored.response["output"])):
+                if item["id"] in wanted:
+                    found.setdefault(item["id"], item)
+            if len(found) == len(wanted):
+                break
+        return found
 
     def _make_room(self, more_bytes: int) -> None:
         """The oldest of the owner that has most give way."""
@@ -96,10 +115,3 @@ class ResponseStore:
 
     def _drop_oldest(self, owner: str) -> None:
         self.delete(owner, next(iter(self._shares[owner].responses)))
-
-
-def _referenced(known: Mapping[str, Item], reference: Item) -> Item:
-    item_id = reference["id"]
-    if item_id not in known:
-        raise HttpError(400, "item_not_found", f"input: item {item_id[:60]!r} is not stored here", param="input")
-    return known[item_id]

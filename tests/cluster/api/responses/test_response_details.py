@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from llamaclust.core.errors import WorkerError
 from support.clusters import resumable
 from support.clusters.served import (
+    MODEL,
     ScriptedEngine,
     client,
     events_of,
@@ -150,6 +151,18 @@ async def test_items_of_other_owners_are_not_found() -> None:
         body = {"input": [{"type": "item_reference", "id": first["output"][0]["id"]}]}
         reply = await http.post(PATH, json=body, headers={"X-Api-Key": keys[1]})
     assert reply.status_code == 400 and reply.json()["error"]["code"] == "item_not_found"
+
+
+@pytest.mark.parametrize("path", [PATH, f"{PATH}/input_tokens", f"{PATH}/compact"])
+async def test_references_stand_for_no_more_than_a_body_has(path: str) -> None:
+    engine = ScriptedEngine(says("Yes."))
+    async with served(engine, max_body_bytes=500) as http:
+        first = (await http.post(PATH, json={"input": "A" * 60})).json()
+        (asked,) = (await http.get(f"{PATH}/{first['id']}/input_items")).json()["data"]
+        references = [{"id": asked["id"]}] * 4
+        reply = await http.post(path, json={"model": MODEL, "input": references})
+    assert reply.status_code == 400 and "at most 500 are taken" in reply.text
+    assert len(engine.submitted) == 1
 
 
 async def test_a_response_with_references_is_computed_after_a_kill(tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ def sent_key(headers: Mapping[str, str]) -> str:
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
+def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
+    """HttpError 403 for a key that is not the first one of the settings, if they have any: `action` is for all clients,
+    and only the first key may do it."""
+    keys = settings.api_keys
+    if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
+        raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
+
+
 def page_origins(settings: ApiSettings) -> re.Pattern[str]:
     """Matches the origins of the web pages that may use the API, in small letters."""
     known = {"*": r".*", LOCALHOST: _LOCAL_PAGE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, RootModel, WithJsonSchema
@@ -12,9 +13,12 @@ from llamaclust.cluster.api.body import parse_json, read_bytes
 from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.replies.default_scales import DefaultScales
 from llamaclust.cluster.api.schema import Body, read_fields
+from llamaclust.cluster.api.security import require_first_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.scheduler.validation import check_adapters
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
+
+_log = logging.getLogger(__name__)
 
 
 def _lora(value: Any) -> AdapterScales:
@@ -82,9 +86,19 @@ class AdapterList:
         )
 
     async def set(self, request: Request) -> Response:
-        """For requests that come from now on; adapters that are not listed get 0."""
+        """For requests that come from now on; adapters that are not listed get 0. Where there are keys, only the first
+        one sets them, since they are of all clients."""
+        require_first_key(request.headers, self._settings, "set the scales of adapters in requests that choose none")
         value = parse_json(await read_bytes(request, self._settings))
         scales = read_fields(AdapterFields, {"lora": {} if value is None else value}).lora or ()
         check_adapters(scales, len(self._settings.adapters))
-        self._default.scales = tuple((adapter, scale) for adapter, scale in scales if scale)
+        self._change(tuple((adapter, scale) for adapter, scale in scales if scale))
         return JsonResponse({"success": True})
+
+    def _change(self, scales: AdapterScales) -> None:
+        if scales == self._default.scales:
+            return
+        self._default.scales = scales
+        adapters = self._settings.adapters
+        shown = ", ".join(f"{number} {adapters[number].name!r}: {scale:g}" for number, scale in scales)
+        _log.info("a client set the scales of adapters in requests that choose none: %s", shown or "all 0")

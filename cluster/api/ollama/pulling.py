@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -15,7 +14,7 @@ from starlette.requests import Request
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.ollama.names import TAG
-from llamaclust.cluster.api.security import sent_key
+from llamaclust.cluster.api.security import require_first_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.config.catalog import CATALOG, CatalogEntry
 
@@ -33,12 +32,10 @@ class CatalogPulls:
 
     def wanted(self, request: Request, name: str) -> CatalogEntry:
         """HttpError 403 where the cluster file, the key or the catalog does not allow it."""
-        keys = self._settings.api_keys
         if not self._settings.allows_pull:
             cure = "the API downloads no models; use `llamaclust model pull`, or set api.pull in the cluster file"
             raise HttpError(403, _NO_PULL, f"model {name[:200]!r} not found; {cure}", param="model")
-        if keys and not hmac.compare_digest(sent_key(request.headers).encode(), keys[0].encode()):
-            raise HttpError(403, _NO_PULL, "only the first key of api_keys_file may download models")
+        require_first_key(request.headers, self._settings, "download models")
         entry = CATALOG.get(name.removesuffix(TAG))
         if entry is None:
             known = ", ".join(CATALOG)

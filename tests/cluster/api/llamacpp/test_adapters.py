@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import httpx
@@ -149,6 +150,29 @@ async def test_scales_of_all_requests_are_of_those_that_choose_none(path: str) -
                 assert (await http.post(where, json=body)).status_code == 200
             found = [request.adapters for request in engine.submitted[-len(bodies) :]]
             assert found == [tuple(wanted.items()), ((0, 1.0),), (), ((1, 3.0),)][: len(bodies)]
+
+
+async def test_only_the_first_key_sets_scales_of_all_requests() -> None:
+    app = make_app(ScriptedEngine(says("So.")), adapters=ADAPTERS, api_keys=("admin-key", "other-key"))
+    async with client(app) as http:
+        found = []
+        for headers in ({}, {"X-Api-Key": "other-key"}, {"Authorization": "Bearer admin-key"}):
+            reply = await http.post("/lora-adapters", json=[{"id": 1, "scale": 0.5}], headers=headers)
+            listed = await http.get("/lora-adapters", headers={"X-Api-Key": "other-key"})
+            found.append((reply.status_code, listed.json()[1]["scale"]))
+    assert found == [(401, 0.0), (403, 0.0), (200, 0.5)]
+
+
+async def test_changes_of_scales_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="llamaclust")
+    async with client(make_app(ScriptedEngine(says("So.")), adapters=ADAPTERS)) as http:
+        for scales in ([{"id": 1, "scale": 0.5}], [{"id": 1, "scale": 0.5}], []):
+            await http.post("/lora-adapters", json=scales)
+    lines = [record.getMessage() for record in caplog.records if "scales" in record.getMessage()]
+    assert lines == [
+        "a client set the scales of adapters in requests that choose none: 1 'clerk': 0.5",
+        "a client set the scales of adapters in requests that choose none: all 0",
+    ]
 
 
 async def test_a_request_keeps_the_scales_of_its_admission() -> None:

@@ -130,12 +130,6 @@ class ReasoningState:
         """Whether a token would end the reasoning and begin what follows."""
         return bool((self._tags.rest_behind_end(self._bytes(token)) or b"").strip(_SPACE))
 
-    def running_over(self) -> list[int]:
-        """All such tokens."""
-        ends = {tag[-1:] for tag in self._tags.ends}
-        candidates = {token for end in ends for token, word in enumerate(self._words) if end in word}
-        return [token for token in sorted(candidates) if self.runs_over(token)]
-
     def _bytes(self, token: int) -> bytes:
         return self._words[token].removeprefix(b"\xff")
 
@@ -144,6 +138,18 @@ class ReasoningState:
             return
         if not self._tags.is_in_part or self._left <= -self._tags.longest_part:
             self._at = 0
+
+
+def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
+    """The words that end a tag and go on with text, behind some beginning of the tag."""
+    tag_ends = tuple(tag[-length:] for length in range(1, len(tag) + 1))
+
+    def runs_over(word: bytes) -> bool:
+        behind = [word[len(part) :] for part in tag_ends if word.startswith(part)]
+        return any(text.strip(_SPACE) for text in (*behind, word.partition(tag)[2]))
+
+    candidates = ((token, word) for token, word in enumerate(words) if tag[-1:] in word)
+    return tuple(token for token, word in candidates if runs_over(word.removeprefix(b"\xff")))
 
 
 def _first_end(data: bytes, tags: Sequence[bytes]) -> int | None:

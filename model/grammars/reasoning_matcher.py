@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 
@@ -25,6 +26,8 @@ class ReasoningMatcher:
         self._grammar = grammar
         self._delays = reasoning.delays_grammar
         self._vocabulary = vocabulary
+        is_delayed = grammar is not None and reasoning.delays_grammar
+        self._may_run_over = [vocabulary.may_run_over(tag.encode()) for tag in reasoning.ends] if is_delayed else []
 
     @property
     def is_complete(self) -> bool:
@@ -116,7 +119,7 @@ class ReasoningMatcher:
     def _ends_within(self) -> AllowedTokens:
         """All tokens but those that run over the end of the reasoning."""
         bits = np.full(self._vocabulary.mask_words, (1 << 32) - 1, np.uint32)
-        for token in self._state.running_over():
+        for token in filter(self._state.runs_over, chain.from_iterable(self._may_run_over)):
             bits[token // 32] &= ~np.uint32(1 << token % 32)
         return bits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -11,7 +12,7 @@ from llamaclust.core.sampling import Grammar, GrammarStart, Reasoning
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher
-from llamaclust.model.grammars.reasoning import ReasoningState
+from llamaclust.model.grammars.reasoning import ReasoningState, may_run_over
 from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer_matcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from support.models.random_schemas import token_set
@@ -224,6 +225,41 @@ def test_no_token_runs_over_the_end_of_reasoning_that_delays_a_grammar() -> None
     free = matcher(reasoning(None), None)
     free.take(ids("ab</t"))
     assert free.try_take(piece(b">{")) is None
+
+
+class CountedWords(list[bytes]):
+    reads = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for word in super().__iter__():
+            self.reads += 1
+            yield word
+
+
+def test_a_vocabulary_is_read_once_for_a_tag_and_not_while_tokens_are_sampled() -> None:
+    words = CountedWords(WORDS)
+    vocabulary = GrammarVocabulary(words, [len(WORDS) - 1], lambda text: [*text.encode()])
+    start = GrammarStart(JSON, (), reasoning(None, delays=True))
+    first = answer_matcher(start, vocabulary)
+    first.take(ids("ab</t"))
+    words.reads = 0
+    assert first.try_take(piece(b">{")) is not None
+    answer_matcher(start, vocabulary)
+    assert words.reads == 0
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 30))
+def test_all_words_that_may_run_over_a_tag_are_found(seed: int) -> None:
+    source = Random(seed)
+    words = [bytes(source.choices(b"<aa> b", k=source.randrange(1, 7))) for _ in range(200)]
+    tags = source.sample(["<a>", "a>", "aa", "<", "b<a>"], k=2)
+    settings = Reasoning(("<t>",), tuple(tags), (), None, is_open=True)
+    state = ReasoningState(settings, words)
+    found = {token for tag in tags for token in may_run_over(words, tag.encode())}
+    for _ in range(20):
+        assert {token for token in range(len(words)) if state.runs_over(token)} <= found, f"seed {seed}: {tags}"
+        state.take(source.randrange(len(words)))
+        state = state if state.is_inside else ReasoningState(settings, words)
 
 
 def test_a_trigger_in_delaying_reasoning_starts_no_grammar() -> None:

@@ -352,10 +352,6 @@ def _anchored(document: Document, folder: Path) -> Document:
                 _anchor_model(entry, folder)
     for key in ("api_keys_file", "state_dir"):
         _anchor(values, key, folder)
-    if isinstance(adapters := values.get("adapters"), list):
-        values["adapters"] = [dict(adapter) if isinstance(adapter, dict) else adapter for adapter in adapters]
-        for adapter in filter(lambda adapter: isinstance(adapter, dict), values["adapters"]):
-            _anchor(adapter, "path", folder)
     for section, key in _PATHS:
         if isinstance(values.get(section), dict):
             values[section] = dict(values[section])
@@ -364,12 +360,16 @@ def _anchored(document: Document, folder: Path) -> Document:
 
 
 def _anchor_model(values: dict[str, Any], folder: Path) -> None:
-    """Its file and its template, where they are files."""
+    """Its file, its template and its adapters, where they are files."""
     model = values.get("model")
     if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(REMOTE_PREFIXES):
         _anchor(values, "model", folder)
     if values.get("chat_template") not in built_in_names():
         _anchor(values, "chat_template", folder)
+    if isinstance(adapters := values.get("adapters"), list):
+        values["adapters"] = [dict(adapter) if isinstance(adapter, dict) else adapter for adapter in adapters]
+        for adapter in filter(lambda adapter: isinstance(adapter, dict), values["adapters"]):
+            _anchor(adapter, "path", folder)
 
 
 def _anchor(values: dict[str, Any], key: str, folder: Path) -> None:

@@ -112,6 +112,8 @@ def _way(schema: Schema) -> str:
         case "integer":
             return f"a whole number from {schema['minimum']} to {schema['maximum']}"
         case "number":
+            if "minimum" in schema:
+                return f"a number from {schema['minimum']:g} to {schema['maximum']:,.0f}"
             return f"a number above {schema['exclusiveMinimum']:g} and up to {schema['maximum']:,.0f}"
         case "boolean":
             return "true or false"
@@ -119,6 +121,8 @@ def _way(schema: Schema) -> str:
             return f"a list of {schema.get('minItems', 0)} to {schema['maxItems']} items"
         case "object":
             return f"keys with values: {', '.join(schema['properties'])}"
+        case _ if "pattern" in schema:
+            return f"text like {schema['examples'][0]}"
         case _:
             most = schema.get("maxLength")
             return "text" if most is None else f"text of {schema.get('minLength', 0)} to {most} characters"

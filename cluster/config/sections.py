@@ -25,6 +25,8 @@ from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_CONTEXT_
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
 _LEAST_LEASE_S = 1.0
+_URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
+_KUBERNETES = "https://kubernetes.default.svc"
 
 
 class Section(BaseModel):
@@ -102,13 +104,13 @@ class Ray(Section):
 class Lease(Section):
     """The Lease of Kubernetes that one of several coordinators holds: that one serves, the others wait."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$", examples=["llamaclust"])]
     """Name of the object, which must be there."""
-    namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")] = "default"
+    namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", examples=["default"])] = "default"
     """Its namespace."""
     duration: Duration = 15.0
     """Without renewal for so long, another coordinator takes it; its holder ends after two thirds; 1 s at least."""
-    api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$")] = "https://kubernetes.default.svc"
+    api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$", examples=[_KUBERNETES])] = _KUBERNETES
     """The API server."""
     account: FilePath = Path("/var/run/secrets/kubernetes.io/serviceaccount")
     """Folder of the service account's `token` and the API server's `ca.crt`."""
@@ -139,7 +141,7 @@ class ListenTls(Section):
 class Api(Section):
     """What the HTTP API accepts."""
 
-    prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]{1,63}){0,8}$")] = ""
+    prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]{1,63}){0,8}$", examples=["/llm"])] = ""
     """Of all paths, such as /llm; paths without it are served too."""
     strict: bool = False
     """Whether fields that are unknown or have no effect are refused; by default a header of the reply names them."""
@@ -166,7 +168,7 @@ class Api(Section):
 class AdapterConfig(Section):
     """An adapter of LoRA for the model."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$", examples=["poet"])]
     """How requests name it, as their model."""
     path: FilePath
     """The adapter's GGUF file; a worker without it at this path, or in its folder of models, fetches its layers."""
@@ -177,7 +179,7 @@ class AdapterConfig(Section):
 class Telemetry(Section):
     """OpenTelemetry: where traces and metrics go. The variables OTEL_* say what the keys leave open."""
 
-    endpoint: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$", max_length=2048)] | None = None
+    endpoint: Annotated[str, Field(pattern=_URL, max_length=2048, examples=["http://localhost:4318"])] | None = None
     """URL of a collector that speaks OTLP over HTTP; `/v1/traces` and `/v1/metrics` are added to it."""
     headers_file: FilePath | None = None
     """File of headers for the collector, NAME=VALUE, one a line, mode 0600."""

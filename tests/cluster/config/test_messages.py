@@ -8,9 +8,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from pydantic_core import InitErrorDetails
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
-from llamaclust.cluster.config.document import MAX_FILE_BYTES
+from llamaclust.cluster.config.document import MAX_FILE_BYTES, Document
+from llamaclust.cluster.config.errors import explain
 from llamaclust.core.errors import UsageError
 
 SMALL = "model: m\nworkers: [{name: a}, {name: b}]\n"
@@ -66,6 +69,14 @@ TOP_KEYS = {
     "adapters: [{name: poet}]": "key 'path' is missing in adapters[0]",
     "adapters: [{name: m, path: a}, {name: m, path: b}]": (
         "adapters[0].name: 'm' is also the name of another adapter or of the model; give it its own name"
+    ),
+    "telemetry: {endpoint: 'localhost:4318'}": (
+        "telemetry.endpoint: 'localhost:4318' is not possible; give text like http://localhost:4318"
+    ),
+    "telemetry: {sample_ratio: 2}": "telemetry.sample_ratio: 2 is not possible; give a number from 0 to 1",
+    "telemetry: {sample_ratio: x}": "telemetry.sample_ratio: 'x' is not possible; give a number from 0 to 1",
+    "adapters: [{name: p, path: a, scale: 2000}]": (
+        "adapters[0].scale: 2000 is not possible; give a number from -1000 to 1,000"
     ),
     "listen: localhost": f"listen: 'localhost' {ADDRESS}",
     "listen: 8080": f"listen: 8080 {ADDRESS}",
@@ -217,6 +228,22 @@ def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str
 )
 def test_overrides_are_named_where_they_are_wrong(tmp_path: Path, override: str, message: str) -> None:
     assert failure(tmp_path, SMALL, override).startswith(message)
+
+
+def test_each_key_with_limits_or_a_form_is_named_with_them() -> None:
+    """Of all sections: each can be explained where a value of it is wrong."""
+    schema = ClusterConfig.model_json_schema()
+    seen = 0
+    for section in schema["$defs"].values():
+        for key, values in section.get("properties", {}).items():
+            kinds = [option.get("type") for option in values.get("anyOf", [values])]
+            if "number" in kinds or ("string" in kinds and "examples" in str(values)):
+                document = Document("FILE", {}, {})
+                details = [InitErrorDetails(type="string_type", loc=(key,), input=[])]
+                error = ValidationError.from_exception_data("", details)
+                assert "give " in explain(error, document, {**section, "$defs": schema["$defs"]}), key
+                seen += 1
+    assert seen >= 9
 
 
 def test_an_override_leaves_the_lines_of_all_else(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from time import monotonic, monotonic_ns, time_ns
@@ -130,26 +131,34 @@ class Exporter:
         if item is None:
             return
         if isinstance(item, Sequence):
-            self._send_metrics(item)
+            with self._failure_counted("metrics", 1):
+                self._send_metrics(item)
             return
-        try:
+        with self._failure_counted("traces", item.span_count):
             self._spans += spans_of(item, time_ns() - monotonic_ns())
-        except Exception:  # noqa: BLE001  a border: the next record may have spans
-            _log.exception("telemetry: a record has no spans")
-            self._counts.count("traces", item.span_count, is_taken=False)
         if len(self._spans) >= self._settings.max_spans:
             self._send_spans()
+
+    @contextmanager
+    def _failure_counted(self, signal: str, count: int) -> Iterator[None]:
+        """A border: the thread goes on behind an error."""
+        try:
+            yield
+        except Exception:  # noqa: BLE001  see above
+            _log.exception("telemetry: an error in an export of %s", signal)
+            self._counts.count(signal, count, is_taken=False)
 
     def _send_spans(self) -> None:
         spans, self._spans = self._spans, []
         for start in range(0, len(spans), self._settings.max_spans):
             part = spans[start : start + self._settings.max_spans]
-            scope = ScopeSpans(scope=_SCOPE, spans=part)
-            message = ExportTraceServiceRequest(
-                resource_spans=[ResourceSpans(resource=self._resource, scope_spans=[scope])]
-            )
-            is_taken = self._send(self._traces, message.SerializeToString())
-            self._counts.count("traces", len(part), is_taken=is_taken)
+            with self._failure_counted("traces", len(part)):
+                scope = ScopeSpans(scope=_SCOPE, spans=part)
+                message = ExportTraceServiceRequest(
+                    resource_spans=[ResourceSpans(resource=self._resource, scope_spans=[scope])]
+                )
+                is_taken = self._send(self._traces, message.SerializeToString())
+                self._counts.count("traces", len(part), is_taken=is_taken)
 
     def _send_metrics(self, models: Sequence[ModelMetrics]) -> None:
         metrics = otlp_metrics(models, MetricTimes(self._start_ns, time_ns()))

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 
 from llamaclust.cluster.server.telemetry import collector as collectors
 from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
@@ -187,3 +187,31 @@ async def test_a_mistake_of_one_record_is_logged_and_the_next_one_is_sent(
             await until(lambda: running.count("dropped") == 1)
         running.exporter.put_record(record())
     assert "ZeroDivisionError" in caplog.text and len(collector.spans) == 1
+
+
+async def test_metrics_that_cannot_be_encoded_are_counted_and_the_next_ones_are_sent(
+    collector: OtlpCollector, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = CollectorRegistry()
+    Gauge("bad", "A label that is no UTF-8", ["worker"], registry=bad).labels("\udcff").set(1)
+    async with exporting(collector.url) as running:
+        running.exporter.put_metrics([ModelMetrics.of("m", bad)])
+        await until(lambda: running.count("dropped", "metrics") == 1)
+        running.exporter.put_metrics([ModelMetrics.of("m", running.registry)])
+        await until(lambda: running.count("exported", "metrics") == 1)
+    assert "an error in an export of metrics" in caplog.text and collector.paths == ["/v1/metrics"]
+
+
+async def test_spans_that_cannot_be_sent_are_counted_and_the_next_ones_are_sent(
+    collector: OtlpCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> Callable[[], None]:
+        raise ZeroDivisionError
+
+    async with exporting(collector.url) as running:
+        with monkeypatch.context() as patched:
+            patched.setattr(collectors.Collector, "send", broken)
+            running.exporter.put_record(record())
+            await until(lambda: running.count("dropped") == 1)
+        running.exporter.put_record(record())
+        await until(lambda: running.count("exported") == 1)

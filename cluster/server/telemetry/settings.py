@@ -15,6 +15,7 @@ from llamaclust.cluster.server.telemetry.sampling import Sampler
 from llamaclust.core.errors import UsageError
 
 _ENDPOINT: Final = "http://localhost:4318"
+_PROTOCOL: Final = "http/protobuf"
 _URL: Final = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 _HEADER: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256})=([\x20-\x7e]{0,8192})")
 _MAX_HEADERS_FILE: Final = 1 << 16
@@ -59,9 +60,6 @@ class TelemetrySettings:
         """None where nothing is exported. UsageError names the key or variable with a bad value."""
         if section is None or _is_true(variables, "OTEL_SDK_DISABLED"):
             return None
-        protocol = variables.get("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
-        if protocol != "http/protobuf":
-            raise UsageError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: only http/protobuf is supported")
         traces, metrics = (_target(section, variables, signal) for signal in ("traces", "metrics"))
         if traces is None and metrics is None:
             return None
@@ -84,6 +82,7 @@ def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Ta
         raise UsageError(f"OTEL_{signal.upper()}_EXPORTER={exporter}: not otlp or none")
     if exporter == "none":
         return None
+    _check_supported(variables, signal)
     given = {name: _of_signal(variables, name, signal) for name in ("HEADERS", "TIMEOUT", "COMPRESSION", "CERTIFICATE")}
     compression = given["COMPRESSION"][1] or "gzip"
     if compression not in ("gzip", "none"):
@@ -100,6 +99,17 @@ def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Ta
         is_compressed=compression == "gzip",
         certificate=certificate,
     )
+
+
+def _check_supported(variables: Mapping[str, str], signal: str) -> None:
+    """UsageError for another protocol, and for certificates of a client."""
+    name, protocol = _of_signal(variables, "PROTOCOL", signal)
+    if protocol not in ("", _PROTOCOL):
+        raise UsageError(f"{name}={protocol}: only {_PROTOCOL} is supported")
+    for what in ("CLIENT_KEY", "CLIENT_CERTIFICATE"):
+        name, value = _of_signal(variables, what, signal)
+        if value:
+            raise UsageError(f"{name}: certificates of a client are not supported; use a header to authenticate")
 
 
 def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[str, str]:

@@ -123,6 +123,11 @@ def test_the_sampler_is_that_of_the_variables(name: str, argument: str, ratio: f
     assert resolved(Telemetry(sample_ratio=0.125), **given).sampler.ratio == 0.125
 
 
+def test_a_protocol_of_each_signal_precedes_the_one_of_both() -> None:
+    own = {f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL": "http/protobuf" for signal in ("TRACES", "METRICS")}
+    assert len(targets(OTEL_EXPORTER_OTLP_PROTOCOL="grpc", **own)) == 2
+
+
 def test_signals_can_be_switched_off() -> None:
     assert resolved(OTEL_TRACES_EXPORTER="none").traces is None
     assert resolved(OTEL_METRICS_EXPORTER="none").metrics is None
@@ -135,6 +140,10 @@ def test_signals_can_be_switched_off() -> None:
     ("name", "value"),
     [
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+        ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "grpc"),
+        ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_CLIENT_KEY", "secret.key"),
+        ("OTEL_EXPORTER_OTLP_METRICS_CLIENT_CERTIFICATE", "secret.pem"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:secret@host"),
         ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "secret:4317"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "secret"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -114,8 +114,11 @@ def read_architecture(model: ModelFile) -> str:
 
 def read_hyperparameters(model: ModelFile) -> Hyperparameters:
     """Reads `{architecture}.*`; ModelFileError naming the key that is missing, out of bounds or contradicts another."""
-    architecture = read_architecture(model)
-    keys = ModelKeys(model, architecture)
+    return hyperparameters_of(ModelKeys(model))
+
+
+def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
+    """The same from keys that more is read from."""
     embedding_length = keys.count("embedding_length", maximum=_MAX_WIDTH)
     head_count = keys.count("attention.head_count", maximum=1 << 14)
     head_count_kv = keys.count("attention.head_count_kv", head_count, maximum=head_count)
@@ -126,7 +129,7 @@ def read_hyperparameters(model: ModelFile) -> Hyperparameters:
     context_length = keys.count("context_length", maximum=_MAX_CONTEXT)
     key_length = _read_key_length(keys, embedding_length, head_count)
     return Hyperparameters(
-        architecture=architecture,
+        architecture=keys.architecture,
         block_count=_read_block_count(keys),
         context_length=context_length,
         embedding_length=embedding_length,
@@ -139,32 +142,28 @@ def read_hyperparameters(model: ModelFile) -> Hyperparameters:
         expert_count=expert_count,
         expert_used_count=_read_used_experts(keys, expert_count),
         expert_feed_forward_length=keys.count("expert_feed_forward_length", feed_forward_length, maximum=_MAX_WIDTH),
-        vocabulary_size=_read_vocabulary_size(model, keys),
+        vocabulary_size=_read_vocabulary_size(keys),
         sliding_window=keys.count("attention.sliding_window", 0, minimum=0, maximum=_MAX_CONTEXT) or None,
     )
 
 
-@dataclass(frozen=True, slots=True)
 class ModelKeys:
-    """Reads a model's own keys, given without the architecture's name."""
+    """Reads a model's own keys, given without the architecture's name, and records which ones were read."""
 
-    model: ModelFile
-    architecture: str
-    _read: set[str] = field(default_factory=set, compare=False)
-
-    def full(self, key: str) -> str:
-        return f"{self.architecture}.{key}"
+    def __init__(self, model: ModelFile) -> None:
+        self.model = model
+        self.architecture = read_architecture(model)
+        self._read: set[str] = set()
 
     def has(self, key: str) -> bool:
-        return self.full(key) in self.model.metadata
+        return self._full(key) in self.model.metadata
 
     def error(self, key: str, what: str) -> ModelFileError:
-        return self.model.error(self.full(key), what)
+        return self.model.error(self._full(key), what)
 
     def count(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int) -> int:
         """A whole number; an array with one number a layer is taken where all of them are equal."""
-        self._read.add(key)
-        value: Any = self.model.metadata.get(self.full(key))
+        value: Any = self.model.metadata.get(self._recorded(key))
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
             if (value != value[0]).any():
                 raise self.error(key, "differs from layer to layer, which is not supported")
@@ -172,15 +171,17 @@ class ModelKeys:
             if not minimum <= default <= maximum:
                 raise self.error(key, f"{default}, {minimum} to {maximum} expected")
             return default
-        return self.model.metadata_int(self.full(key), default, minimum=minimum, maximum=maximum)
+        return self.model.metadata_int(self._recorded(key), default, minimum=minimum, maximum=maximum)
 
     def real(self, key: str, default: float | None = None, *, minimum: float, maximum: float) -> float:
-        self._read.add(key)
-        return self.model.metadata_float(self.full(key), default, minimum=minimum, maximum=maximum)
+        return self.model.metadata_float(self._recorded(key), default, minimum=minimum, maximum=maximum)
+
+    def text(self, key: str, default: str) -> str:
+        return self.model.metadata_str(self._recorded(key), default)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
-        value: Any = self.model.metadata.get(self.full(key), default)
+        value: Any = self.model.metadata.get(self._recorded(key), default)
         if not isinstance(value, bool | np.bool_):
             raise self.error(key, f"{shown(str(value))}, true or false expected")
         return bool(value)
@@ -189,7 +190,7 @@ class ModelKeys:
         """ModelFileError for a key that would change the arithmetic, if nothing has read it."""
         for key in _NEUTRAL_VALUES.keys() - self._read:
             neutral = _NEUTRAL_VALUES[key]
-            value: Any = self.model.metadata.get(self.full(key), neutral[0])
+            value: Any = self.model.metadata.get(self._full(key), neutral[0])
             numbers = np.asarray(value)
             if numbers.dtype.kind not in "iuf" or not np.isin(numbers, neutral).all():
                 raise self.error(key, f"{shown(str(value))}, which is not supported")
@@ -198,14 +199,22 @@ class ModelKeys:
         """Which layers have the sliding window: `attention.sliding_window_pattern` says so for each, or is a period
         whose last layer, or with `full_first` its first, has none (0: all have it)."""
         key = "attention.sliding_window_pattern"
-        value: Any = self.model.metadata.get(self.full(key))
+        value: Any = self.model.metadata.get(self._recorded(key))
         if isinstance(value, np.ndarray) and value.dtype.kind in "biu":
             if len(value) < layers:
                 raise self.error(key, f"{len(value)} numbers for {layers} layers")
             return [bool(flag) for flag in value[:layers]]
-        period = self.model.metadata_int(self.full(key), default_period, minimum=0, maximum=1 << 10)
+        period = self.model.metadata_int(self._recorded(key), default_period, minimum=0, maximum=1 << 10)
         full = 0 if full_first else period - 1
         return [period == 0 or layer % period != full for layer in range(layers)]
+
+    def _recorded(self, key: str) -> str:
+        """The whole name of a key that is read."""
+        self._read.add(key)
+        return self._full(key)
+
+    def _full(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
 
 
 def _read_block_count(keys: ModelKeys) -> int:
@@ -237,7 +246,8 @@ def _read_used_experts(keys: ModelKeys, expert_count: int) -> int:
     return keys.count("expert_used_count", maximum=min(expert_count, _MAX_USED_EXPERTS))
 
 
-def _read_vocabulary_size(model: ModelFile, keys: ModelKeys) -> int:
+def _read_vocabulary_size(keys: ModelKeys) -> int:
+    model = keys.model
     if "tokenizer.ggml.tokens" not in model.metadata:
         return keys.count("vocab_size", maximum=1 << 24)
     words = len(model.metadata_strings("tokenizer.ggml.tokens"))
@@ -275,7 +285,7 @@ def _read_factor(keys: ModelKeys) -> float:
 
 def _read_scaling(keys: ModelKeys, factor: float) -> RopeScaling:
     """The named scaling; a factor without a name is linear, as in llama.cpp."""
-    name = keys.model.metadata_str(keys.full("rope.scaling.type"), "none" if factor == 1.0 else "linear")
+    name = keys.text("rope.scaling.type", "none" if factor == 1.0 else "linear")
     if name not in set(RopeScaling):
         raise keys.error("rope.scaling.type", f"{shown(name)} is not supported")
     return RopeScaling(name)

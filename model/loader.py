@@ -203,7 +203,7 @@ class Model:
 
     def _refuse_other_uses(self) -> None:
         """Models that rank or see later tokens in another way than their architecture does."""
-        keys = ModelKeys(self.file, self.hyperparameters.architecture)
+        keys = ModelKeys(self.file)
         if self.generates and self.pooling is Pooling.RANK:
             raise keys.error("pooling_type", "4 (rank), which is supported for encoders and qwen3 alone")
         if keys.flag("attention.causal", self.is_causal) != self.is_causal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from llamaclust.model.gguf.model_file import ModelFile
-from llamaclust.model.hyperparameters import ModelKeys, read_architecture
+from llamaclust.model.hyperparameters import ModelKeys
 
 
 class Pooling(StrEnum):
@@ -41,6 +41,6 @@ DEFAULT = Pooling.LAST
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
     """What the file names; the default where it names none. ModelFileError for another number."""
-    keys = ModelKeys(model, read_architecture(model))
+    keys = ModelKeys(model)
     number = keys.count("pooling_type", _BY_NUMBER.index(default), minimum=0, maximum=len(_BY_NUMBER) - 1)
     return _BY_NUMBER[number]

@@ -22,7 +22,7 @@ from llamaclust.model.architectures import (
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.hyperparameters import read_architecture, read_hyperparameters
+from llamaclust.model.hyperparameters import ModelKeys, hyperparameters_of, read_architecture
 from llamaclust.model.program import KvType, Program
 
 ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType(
@@ -79,9 +79,10 @@ def build_program(
     ModelFileError, naming what is wrong, for an architecture, a key or a tensor that is missing or does not fit.
     """
     check_architecture(model)
-    builder = EncoderBuilder(model, read_hyperparameters(model), start, end, kv_type, context_tokens)
-    ARCHITECTURES[read_architecture(model)](builder)
-    builder.keys.refuse_unread()
+    keys = ModelKeys(model)
+    builder = EncoderBuilder(keys, hyperparameters_of(keys), start, end, kv_type, context_tokens)
+    ARCHITECTURES[keys.architecture](builder)
+    keys.refuse_unread()
     return builder.program()
 
 

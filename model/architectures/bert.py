@@ -86,7 +86,7 @@ def modern_bert(builder: EncoderBuilder) -> None:
 def _activation(builder: EncoderBuilder) -> ActivationFunction:
     """ModelFileError for an unknown one."""
     key = "hidden_activation"
-    name = builder.model.metadata_str(builder.keys.full(key), "gelu")
+    name = builder.keys.text(key, "gelu")
     if name not in _ACTIVATIONS:
         raise builder.keys.error(key, f"{shown(name)} is not supported, only {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]

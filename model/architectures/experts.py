@@ -30,7 +30,13 @@ class ExpertsVariant:
 
 
 def read_experts(
-    keys: ModelKeys, hp: Hyperparameters, *, gating: Gating, normalized: bool = True, shared_width: int = 0
+    keys: ModelKeys,
+    hp: Hyperparameters,
+    *,
+    gating: Gating,
+    normalized: bool = True,
+    activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL,
+    shared_width: int = 0,
 ) -> ExpertsVariant:
     """The variant by the file's keys; `gating` and `normalized` where it has none. ModelFileError for an unknown gating
     function, or groups that do not divide the experts."""
@@ -49,6 +55,7 @@ def read_experts(
         scale=keys.real("expert_weights_scale", 0.0, minimum=-1e6, maximum=1e6) or 1.0,
         groups=groups,
         used_groups=used_groups,
+        activation=activation,
         shared_width=shared_width,
     )
 

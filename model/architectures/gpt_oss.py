@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llamaclust.model.architectures.experts import ExpertsVariant
+from llamaclust.model.architectures.experts import read_experts
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.program import RopeStyle
 from llamaclust.model.step_options import GatedActivation, Gating
@@ -22,12 +22,8 @@ def gpt_oss(builder: ProgramBuilder) -> None:
     windowed = keys.windowed_layers(hp.block_count, _PERIOD)
     base = keys.real("rope.freq_base_swa", hp.rope.frequency_base, minimum=1.0, maximum=1e12)
     tables = {True: builder.rope_table(replace(hp.rope, frequency_base=base)), False: builder.rope_table()}
-    experts = ExpertsVariant(
-        Gating.SOFTMAX_OF_CHOSEN,
-        normalized=False,
-        scale=keys.real("expert_weights_scale", 0.0, minimum=-1e6, maximum=1e6) or 1.0,
-        activation=GatedActivation.CLAMPED_SWIGLU,
-    )
+    clamped = GatedActivation.CLAMPED_SWIGLU
+    experts = read_experts(keys, hp, gating=Gating.SOFTMAX_OF_CHOSEN, normalized=False, activation=clamped)
     for layer in builder.layers():
         builder.require(layer, *(f"{name}.bias" for name in _BIASES))
         window = hp.sliding_window if windowed[layer] else None

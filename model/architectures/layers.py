@@ -11,7 +11,6 @@ from llamaclust.model import program as steps
 from llamaclust.model.architectures.experts import ExpertsVariant, expert_step
 from llamaclust.model.architectures.positions import rope_table
 from llamaclust.model.architectures.tensors import CheckedTensors
-from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters, RopeScaling
 from llamaclust.model.pooling import Pooling, read_pooling
 from llamaclust.model.program import ActivationFunction, Buffer, KvType, Program, RopeStyle, RopeTable
@@ -59,7 +58,7 @@ class ProgramBuilder(CheckedTensors):
 
     def __init__(
         self,
-        model: ModelFile,
+        keys: ModelKeys,
         hyperparameters: Hyperparameters,
         start: int,
         end: int,
@@ -67,10 +66,10 @@ class ProgramBuilder(CheckedTensors):
         context_tokens: int | None,
     ) -> None:
         assert 0 <= start < end <= hyperparameters.block_count, (start, end, hyperparameters.block_count)
-        super().__init__(model)
+        super().__init__(keys.model)
         self.hyperparameters = hyperparameters
         self._layers = range(start, end)
-        self.keys = ModelKeys(model, hyperparameters.architecture)
+        self.keys = keys
         self._kv_type = kv_type
         self._context_tokens = context_tokens or hyperparameters.context_length
         self._steps: list[steps.Step] = []

@@ -8,7 +8,7 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import ModelFile
-from llamaclust.model.hyperparameters import MAX_LAYERS, NEXTN_KEY, ModelKeys, RopeParameters, read_architecture
+from llamaclust.model.hyperparameters import MAX_LAYERS, NEXTN_KEY, ModelKeys, RopeParameters
 from llamaclust.model.quant_types import QuantType
 
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
@@ -67,7 +67,7 @@ class CheckedTensors:
 
 def nextn_tensors(model: ModelFile) -> Iterator[str]:
     """Tensors of heads that predict further tokens, in layers behind the others: kept apart, and in no program."""
-    keys = ModelKeys(model, read_architecture(model))
+    keys = ModelKeys(model)
     count = keys.count(NEXTN_KEY, 0, minimum=0, maximum=MAX_LAYERS)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     prefixes = tuple(f"blk.{layer}." for layer in range(layers - count, layers))

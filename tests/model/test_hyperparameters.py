@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model import hyperparameters
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import WritableValue, write_gguf
-from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeScaling, read_hyperparameters
+from llamaclust.model.hyperparameters import (
+    Hyperparameters,
+    ModelKeys,
+    RopeScaling,
+    hyperparameters_of,
+    read_hyperparameters,
+)
 from support.paths import DATA
 
 BASE: dict[str, WritableValue] = {
@@ -34,7 +42,7 @@ def keys_of(folder: Path, **changes: WritableValue | None) -> ModelKeys:
     values = BASE | {f"llama.{key.replace('__', '.')}": value for key, value in changes.items()}
     path = folder / "m.gguf"
     write_gguf(path, {key: value for key, value in values.items() if value is not None}, [])
-    return ModelKeys(open_model(path), "llama")
+    return ModelKeys(open_model(path))
 
 
 def test_golden_model() -> None:
@@ -79,9 +87,31 @@ def test_keys_that_would_change_the_arithmetic_are_refused(
         keys_of(tmp_path, **{key: other}).refuse_unread()
 
 
-def test_a_key_that_is_read_is_not_refused(tmp_path: Path) -> None:
-    keys = keys_of(tmp_path, logit_scale=4.0)
-    assert keys.real("logit_scale", minimum=0, maximum=10) == 4.0
+@pytest.mark.parametrize(
+    ("value", "read_key"),
+    [
+        (4, lambda keys: keys.count("logit_scale", maximum=10)),
+        (4.0, lambda keys: keys.real("logit_scale", minimum=0, maximum=10)),
+        (True, lambda keys: keys.flag("logit_scale", False)),
+        ("large", lambda keys: keys.text("logit_scale", "small")),
+    ],
+)
+def test_a_key_that_is_read_is_not_refused(
+    tmp_path: Path, value: WritableValue, read_key: Callable[[ModelKeys], object]
+) -> None:
+    keys = keys_of(tmp_path, logit_scale=value)
+    assert read_key(keys) == value
+    keys.refuse_unread()
+
+
+def test_all_readers_record_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = "attention.sliding_window_pattern"
+    monkeypatch.setattr(hyperparameters, "_NEUTRAL_VALUES", {"context_length": (0,), pattern: (0,)})
+    keys = keys_of(tmp_path, attention__sliding_window_pattern=2)
+    with pytest.raises(ModelFileError, match="which is not supported"):
+        keys.refuse_unread()
+    assert keys.windowed_layers(2, 6) == [True, False]
+    assert hyperparameters_of(keys).context_length == 4096
     keys.refuse_unread()
 
 

@@ -201,6 +201,7 @@ def test_experts_by_keys(make: Callable[..., ModelFile]) -> None:
     )
     (step, *_) = [step for step in whole(plain).steps if isinstance(step, Moe)]
     assert (step.gating, step.groups, step.normalized) == (Gating.SOFTMAX, 1, False)
+    assert whole(make("gpt-oss", expert_gating_func=3)) == whole(make("gpt-oss"))
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ class Metrics(Collector):
 
     def __init__(self, stages: Sequence[StageInfo], counts: Callable[[], Counts], clock_ns: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
-        self.shared = CollectorRegistry()  # of the whole cluster, in the metrics of one of its models
+        self.cluster = CollectorRegistry()  # of the whole cluster: its owner gives all models the same
         self._clock_ns = clock_ns
         self.recovery_s: deque[float] = deque(maxlen=_RECOVERIES)  # how long the last ones took
         self._meters = [_StageMeter(stage, clock_ns()) for stage in stages]
@@ -234,7 +234,7 @@ class Metrics(Collector):
 
     def render(self) -> bytes:
         """The text of `GET /metrics` (CONTENT_TYPE)."""
-        return generate_latest(self.registry) + generate_latest(self.shared)
+        return generate_latest(self.registry) + generate_latest(self.cluster)
 
     def collect(self) -> Iterator[Metric]:
         counts = self._counts()

@@ -28,7 +28,8 @@ class _Labelled(Collector):
 
 
 def render_all(metrics: Mapping[str, Metrics]) -> bytes:
-    """The text of `GET /metrics`, by model."""
+    """The text of `GET /metrics`, by model. Those of the cluster have none."""
     registry = CollectorRegistry()
     registry.register(_Labelled(metrics))
-    return generate_latest(registry) + b"".join(generate_latest(each.shared) for each in metrics.values())
+    clusters = {id(each.cluster): each.cluster for each in metrics.values()}
+    return generate_latest(registry) + b"".join(map(generate_latest, clusters.values()))

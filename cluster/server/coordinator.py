@@ -10,6 +10,8 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
@@ -77,6 +79,7 @@ class Cluster:
     record: ControlRecord
     models: tuple[ServedModel, ...]
     residency: Residency
+    metrics: CollectorRegistry  # of no single model
 
     @property
     def model(self) -> Model:
@@ -131,12 +134,12 @@ async def open_cluster(
         supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
         pool = await stack.enter_async_context(_supervised(config, supervised, report))
         served = await _served(stack, planners, pool, report)
-        served[0].engine.metrics.shared.register(WorkerMetrics(lambda: registry.workers))
+        metrics = _cluster_metrics(served, registry)
         residents = {one.name: _resident(one, entry) for one, entry in zip_longest(served, config.models)}
         residency = Residency(residents)
         if config.models:
             await stack.enter_async_context(residency)
-        yield Cluster(config, registry, launcher, pool, record, served, residency)
+        yield Cluster(config, registry, launcher, pool, record, served, residency, metrics)
 
 
 async def _opened(stack: AsyncExitStack, config: ClusterConfig, path: Path) -> tuple[ClusterConfig, Model]:
@@ -210,6 +213,15 @@ async def _served(
         engine = await stack.enter_async_context(_engine(planner.config, supervisor, settings))
         served.append(ServedModel(planner.config, planner.model, supervisor, engine))
     return tuple(served)
+
+
+def _cluster_metrics(models: Sequence[ServedModel], registry: Registry) -> CollectorRegistry:
+    """In one registry, which `GET /metrics` of each model shows."""
+    metrics = CollectorRegistry()
+    metrics.register(WorkerMetrics(lambda: registry.workers))
+    for served in models:
+        served.engine.metrics.cluster = metrics
+    return metrics
 
 
 def _resident(served: ServedModel, entry: ModelEntry | None) -> Resident:

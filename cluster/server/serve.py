@@ -181,7 +181,7 @@ async def _telemetry(cluster: Cluster, front: _Front) -> AsyncIterator[Telemetry
         yield None
         return
     engines = {served.name: served.engine for served in cluster.models}
-    async with open_telemetry(front.telemetry, cluster.config.name, engines) as telemetry:
+    async with open_telemetry(front.telemetry, cluster.config.name, engines, cluster.metrics) as telemetry:
         yield telemetry
 
 

@@ -22,7 +22,7 @@ from prometheus_client.registry import CollectorRegistry
 
 from llamaclust.cluster.server.telemetry.collector import Collector
 from llamaclust.cluster.server.telemetry.prometheus import MetricTimes, otlp_metrics
-from llamaclust.cluster.server.telemetry.records import ModelMetrics, Record
+from llamaclust.cluster.server.telemetry.records import MetricFamilies, Record
 from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettings
 from llamaclust.cluster.server.telemetry.spans import key_values, spans_of
 from llamaclust.core.version import VERSION
@@ -66,7 +66,7 @@ class Exporter:
         self._settings = settings
         self._resource = Resource(attributes=key_values(resource))
         self._counts = counts
-        self._queue: Queue[Record | Sequence[ModelMetrics] | None] = Queue(settings.max_records)
+        self._queue: Queue[Record | Sequence[MetricFamilies] | None] = Queue(settings.max_records)
         self._stopping = Event()
         self._end_s = 0.0  # when the thread gives up what is left
         self._traces, self._metrics = self._collector(settings.traces), self._collector(settings.metrics)
@@ -92,11 +92,11 @@ class Exporter:
         if not self._put(record):
             self._counts.count("traces", record.span_count, is_taken=False)
 
-    def put_metrics(self, models: Sequence[ModelMetrics]) -> None:
-        if not self._put(models):
+    def put_metrics(self, taken: Sequence[MetricFamilies]) -> None:
+        if not self._put(taken):
             self._counts.count("metrics", 1, is_taken=False)
 
-    def _put(self, item: Record | Sequence[ModelMetrics] | None) -> bool:
+    def _put(self, item: Record | Sequence[MetricFamilies] | None) -> bool:
         try:
             self._queue.put_nowait(item)
         except Full:
@@ -127,7 +127,7 @@ class Exporter:
             except Empty:
                 self._send_spans()
 
-    def _take(self, item: Record | Sequence[ModelMetrics] | None) -> None:
+    def _take(self, item: Record | Sequence[MetricFamilies] | None) -> None:
         if item is None:
             return
         if isinstance(item, Sequence):
@@ -160,8 +160,8 @@ class Exporter:
                 is_taken = self._send(self._traces, message.SerializeToString())
                 self._counts.count("traces", len(part), is_taken=is_taken)
 
-    def _send_metrics(self, models: Sequence[ModelMetrics]) -> None:
-        metrics = otlp_metrics(models, MetricTimes(self._start_ns, time_ns()))
+    def _send_metrics(self, taken: Sequence[MetricFamilies]) -> None:
+        metrics = otlp_metrics(taken, MetricTimes(self._start_ns, time_ns()))
         scope = ScopeMetrics(scope=_SCOPE, metrics=metrics)
         message = ExportMetricsServiceRequest(
             resource_metrics=[ResourceMetrics(resource=self._resource, scope_metrics=[scope])]

@@ -19,7 +19,7 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as OtlpMetric
 from prometheus_client import Metric
 from prometheus_client.samples import Sample
 
-from llamaclust.cluster.server.telemetry.records import ModelMetrics
+from llamaclust.cluster.server.telemetry.records import MetricFamilies
 from llamaclust.cluster.server.telemetry.spans import PROVIDER, key_values
 
 _CUMULATIVE: Final = AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE
@@ -43,14 +43,15 @@ class MetricTimes:
     read_ns: int
 
 
-def otlp_metrics(models: Iterable[ModelMetrics], times: MetricTimes) -> Iterator[OtlpMetric]:
-    for model in models:
-        for family in model.families:
+def otlp_metrics(metrics: Iterable[MetricFamilies], times: MetricTimes) -> Iterator[OtlpMetric]:
+    for each in metrics:
+        model = {} if each.model is None else {"gen_ai.request.model": each.model}
+        for family in each.families:
             if family.samples:
-                yield _metric(model.model, family, times)
+                yield _metric(model, family, times)
 
 
-def _metric(model: str, family: Metric, times: MetricTimes) -> OtlpMetric:
+def _metric(model: Mapping[str, str], family: Metric, times: MetricTimes) -> OtlpMetric:
     unit = next((unit for ending, unit in _UNITS.items() if family.name.endswith(ending)), "")
     name, unit = _CONVENTIONS.get(family.name, (family.name, unit))
     metric = OtlpMetric(name=name, description=family.documentation, unit=unit)
@@ -68,9 +69,9 @@ def _metric(model: str, family: Metric, times: MetricTimes) -> OtlpMetric:
     return metric
 
 
-def _point(sample: Sample, model: str, times: MetricTimes) -> NumberDataPoint:
+def _point(sample: Sample, model: Mapping[str, str], times: MetricTimes) -> NumberDataPoint:
     return NumberDataPoint(
-        attributes=key_values({"gen_ai.request.model": model, **sample.labels}),
+        attributes=key_values({**model, **sample.labels}),
         start_time_unix_nano=times.start_ns,
         time_unix_nano=times.read_ns,
         as_double=sample.value,
@@ -87,7 +88,7 @@ class _Buckets:
 
 
 def _histogram_points(
-    family: Metric, model: str, times: MetricTimes, *, is_known: bool
+    family: Metric, model: Mapping[str, str], times: MetricTimes, *, is_known: bool
 ) -> Iterator[HistogramDataPoint]:
     histograms: dict[tuple[tuple[str, str], ...], _Buckets] = {}
     for sample in family.samples:
@@ -101,7 +102,7 @@ def _histogram_points(
     for labels, buckets in histograms.items():
         below = [0, *buckets.counts[:-1]]
         yield HistogramDataPoint(
-            attributes=key_values({"gen_ai.request.model": model, **_attributes(dict(labels), is_known=is_known)}),
+            attributes=key_values({**model, **_attributes(dict(labels), is_known=is_known)}),
             start_time_unix_nano=times.start_ns,
             time_unix_nano=times.read_ns,
             count=buckets.counts[-1],

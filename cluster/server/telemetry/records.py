@@ -65,15 +65,15 @@ Record = ServedRequest | EndedSequence
 
 
 @dataclass(frozen=True, slots=True)
-class ModelMetrics:
-    """The metrics of a model's engine, as they were at a time."""
+class MetricFamilies:
+    """The metrics of a model's engine, or of the cluster, as they were at a time."""
 
-    model: str
+    model: str | None  # None: of the cluster
     families: Sequence[Metric]
 
     @classmethod
-    def of(cls, model: str, *registries: CollectorRegistry) -> ModelMetrics:
-        return cls(model, [family for registry in registries for family in registry.collect()])
+    def of(cls, model: str | None, registry: CollectorRegistry) -> MetricFamilies:
+        return cls(model, [*registry.collect()])
 
 
 def _parameters(request: GenerationRequest) -> dict[str, int | float]:

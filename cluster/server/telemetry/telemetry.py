@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
@@ -16,7 +17,7 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.trace_context import TraceContext
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.server.telemetry.records import EndedSequence, ModelMetrics
+from llamaclust.cluster.server.telemetry.records import EndedSequence, MetricFamilies
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
 from llamaclust.cluster.server.telemetry.traced_requests import TracedRequests
 from llamaclust.core.errors import UsageError
@@ -73,18 +74,19 @@ class _ModelSpans:
 
 @asynccontextmanager
 async def open_telemetry(
-    settings: TelemetrySettings, cluster: str, engines: Mapping[str, Engine]
+    settings: TelemetrySettings, cluster: str, engines: Mapping[str, Engine], registry: CollectorRegistry
 ) -> AsyncIterator[Telemetry]:
-    """`cluster`: its name; `engines`: by their models. The first one's metrics have what became of spans."""
+    """`cluster`: its name; `engines`: by their models; `registry`: of the cluster's metrics, among them the counts of
+    what became of spans."""
     from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 
     resource = {"service.version": VERSION, "service.instance.id": cluster, **settings.resource}
-    counts = ExportCounts(next(iter(engines.values())).metrics.shared)
+    counts = ExportCounts(registry)
     async with Exporter(settings, resource, counts) as exporter:
         for model, engine in engines.items():
             if settings.traces is not None:
                 engine.waterfalls.spans = _ModelSpans(model, exporter)
-        exporting = asyncio.create_task(_export_metrics(settings, exporter, engines))
+        exporting = asyncio.create_task(_export_metrics(settings, exporter, engines, registry))
         try:
             yield Telemetry(settings, exporter)
         finally:
@@ -92,15 +94,17 @@ async def open_telemetry(
             for engine in engines.values():
                 engine.waterfalls.spans = None
             if settings.metrics is not None:
-                exporter.put_metrics(_metrics_of(engines))
+                exporter.put_metrics(_metrics_of(engines, registry))
 
 
-def _metrics_of(engines: Mapping[str, Engine]) -> list[ModelMetrics]:
-    metrics = [(model, engine.metrics) for model, engine in engines.items()]
-    return [ModelMetrics.of(model, each.registry, each.shared) for model, each in metrics]
+def _metrics_of(engines: Mapping[str, Engine], registry: CollectorRegistry) -> list[MetricFamilies]:
+    models = [MetricFamilies.of(model, engine.metrics.registry) for model, engine in engines.items()]
+    return [MetricFamilies.of(None, registry), *models]
 
 
-async def _export_metrics(settings: TelemetrySettings, exporter: Exporter, engines: Mapping[str, Engine]) -> None:
+async def _export_metrics(
+    settings: TelemetrySettings, exporter: Exporter, engines: Mapping[str, Engine], registry: CollectorRegistry
+) -> None:
     while settings.metrics is not None:
         await asyncio.sleep(settings.metrics_interval_s)
-        exporter.put_metrics(_metrics_of(engines))
+        exporter.put_metrics(_metrics_of(engines, registry))

@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from llamaclust.cluster.engine.engine import Engine
@@ -48,8 +48,8 @@ def whole() -> tuple[Metrics, dict[str, WorkerHandle]]:
     counts = Counts(*[1] * len(Counts.__dataclass_fields__))
     workers = {"a": handle("a"), "b": handle("b", None)}
     metrics = Metrics([StageInfo("a", 0, 2), StageInfo("b", 2, 4)], lambda: counts, lambda: 1)
-    metrics.shared.register(WorkerMetrics(lambda: workers))
-    ExportCounts(metrics.shared)
+    metrics.cluster.register(WorkerMetrics(lambda: workers))
+    ExportCounts(metrics.cluster)
     metrics.recovered(0.5)
     timings = Timings(1.0, 20.0, 100.0, 50.0, prompt_tokens=8, cached_tokens=0, generated_tokens=4)
     metrics.finished(EndedRequest("stop", timings, 0.1, Operation.CHAT))
@@ -134,7 +134,7 @@ def test_a_lost_worker_is_down_and_has_no_other_metrics() -> None:
 
 def test_metrics_of_several_models_have_the_model_as_a_label() -> None:
     metrics = {model: whole()[0] for model in ("a", "b-2")}
-    metrics["a"].shared = CollectorRegistry()  # it is in those of one model
+    metrics["a"].cluster = metrics["b-2"].cluster
     metrics["a"].sampled(3, 1)
     text = render_all(metrics).decode()
     test_every_line_can_be_read(text)
@@ -142,7 +142,8 @@ def test_metrics_of_several_models_have_the_model_as_a_label() -> None:
     assert value(text, "llamaclust_generated_tokens_total", model="b-2") == 0
     assert value(text, "llamaclust_stage_compute_seconds_total", model="a", stage="0", worker="a") > 0
     assert value(text, "llamaclust_worker_up", worker="a") == 1
-    assert text.count("# TYPE llamaclust_requests_total ") == 1
+    assert text.count("# TYPE llamaclust_requests_total ") == text.count("# TYPE llamaclust_worker_up ") == 1
+    assert value(render_all({"a": metrics["a"]}).decode(), "llamaclust_worker_up", worker="a") == 1
 
 
 def test_dashboard_and_monitor_use_existing_metrics() -> None:

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from llamaclust.cluster.server.telemetry import collector as collectors
 from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
-from llamaclust.cluster.server.telemetry.records import ModelMetrics, ServedRequest
+from llamaclust.cluster.server.telemetry.records import MetricFamilies, ServedRequest
 from llamaclust.cluster.server.telemetry.sampling import Sampler
 from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettings
 from support.clusters.served import until
@@ -88,7 +88,7 @@ async def test_what_is_left_at_the_end_is_sent(collector: OtlpCollector) -> None
     async with exporting(collector.url, span_delay_s=1000.0) as running:
         for _ in range(5):
             running.exporter.put_record(record())
-        running.exporter.put_metrics([ModelMetrics.of("m", running.registry)])
+        running.exporter.put_metrics([MetricFamilies.of("m", running.registry)])
     assert (len(collector.spans), running.count("exported"), running.count("exported", "metrics")) == (5, 5, 1)
 
 
@@ -169,7 +169,7 @@ async def test_the_end_does_not_wait_for_a_collector_that_hangs(
 
 async def test_one_signal_alone(collector: OtlpCollector) -> None:
     async with exporting(collector.url, traces=None) as running:
-        running.exporter.put_metrics([ModelMetrics.of("m", running.registry)])
+        running.exporter.put_metrics([MetricFamilies.of("m", running.registry)])
         await until(lambda: running.count("exported", "metrics") == 1)
     assert collector.paths == ["/v1/metrics"]
 
@@ -195,9 +195,9 @@ async def test_metrics_that_cannot_be_encoded_are_counted_and_the_next_ones_are_
     bad = CollectorRegistry()
     Gauge("bad", "A label that is no UTF-8", ["worker"], registry=bad).labels("\udcff").set(1)
     async with exporting(collector.url) as running:
-        running.exporter.put_metrics([ModelMetrics.of("m", bad)])
+        running.exporter.put_metrics([MetricFamilies.of("m", bad)])
         await until(lambda: running.count("dropped", "metrics") == 1)
-        running.exporter.put_metrics([ModelMetrics.of("m", running.registry)])
+        running.exporter.put_metrics([MetricFamilies.of("m", running.registry)])
         await until(lambda: running.count("exported", "metrics") == 1)
     assert "an error in an export of metrics" in caplog.text and collector.paths == ["/v1/metrics"]
 

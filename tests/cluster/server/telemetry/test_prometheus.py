@@ -11,7 +11,7 @@ from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.scheduler.requests import Operation, Timings
 from llamaclust.cluster.scheduler.scheduler import Counts
 from llamaclust.cluster.server.telemetry.prometheus import MetricTimes, otlp_metrics
-from llamaclust.cluster.server.telemetry.records import ModelMetrics
+from llamaclust.cluster.server.telemetry.records import MetricFamilies
 from support.hub.otlp_collector import values
 
 TIMES = MetricTimes(5, 9)
@@ -23,14 +23,14 @@ CONVENTIONS = {
 }
 
 
-def exported() -> tuple[ModelMetrics, dict[str, Metric]]:
+def exported() -> tuple[MetricFamilies, dict[str, Metric]]:
     counts = Counts(*[1] * len(Counts.__dataclass_fields__))
     metrics = Metrics([StageInfo("a", 0, 2), StageInfo("b", 2, 4)], lambda: counts, lambda: 1)
     timings = Timings(1.0, 20.0, 100.0, 50.0, prompt_tokens=8, cached_tokens=0, generated_tokens=4)
     metrics.finished(EndedRequest("stop", timings, 0.3, Operation.CHAT))
     metrics.finished(EndedRequest("stop", timings, 5000.0, Operation.CHAT))
     metrics.finished(EndedRequest("error", timings, 0.3, Operation.TEXT_COMPLETION))
-    model = ModelMetrics.of("tiny", metrics.registry)
+    model = MetricFamilies.of("tiny", metrics.registry)
     return model, {metric.name: metric for metric in otlp_metrics([model], TIMES)}
 
 

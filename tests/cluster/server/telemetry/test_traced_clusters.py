@@ -52,7 +52,7 @@ async def test_a_killed_worker_is_a_span_of_recovery_and_no_token_changes(
     settings = TelemetrySettings(traces=Target(f"{collector.url}/v1/traces"), metrics=None, span_delay_s=0.05)
     async with (
         recovering(config(model, tmp_path)) as run,
-        open_telemetry(settings, "house", {"tiny": run.cluster.engine}),
+        open_telemetry(settings, "house", {"tiny": run.cluster.engine}, run.cluster.metrics),
     ):
         current_trace.set(TraceContext.parse([TRACEPARENT]))
         answering = run.start(requests)
@@ -96,3 +96,6 @@ def test_up_exports_what_its_file_says(model: Path, line: CommandLine, collector
     assert (resource["service.name"], resource["service.instance.id"]) == ("house", "tiny")
     [first] = collector.metric("gen_ai.server.time_to_first_token").histogram.data_points
     assert first.count == 1 and values(first.attributes)["gen_ai.request.model"] == "tiny"
+    up = collector.metric("llamaclust_worker_up").gauge.data_points
+    assert {values(point.attributes)["worker"] for point in up} == {"a", "b"}
+    assert all(len(point.attributes) == 1 for point in up), "of no model"

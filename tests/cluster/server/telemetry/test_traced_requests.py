@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from prometheus_client import CollectorRegistry
 
 from llamaclust.cluster.api.models.door import ModelDoor
 from llamaclust.cluster.api.replies.durability import Durability
@@ -63,7 +64,7 @@ async def traced(sampler: Sampler = Sampler(), **settings: Any) -> AsyncIterator
         async with (
             asyncio.timeout(60),
             real_engine() as (engine, pipeline),
-            open_telemetry(own, "house", {MODEL: engine}) as telemetry,
+            open_telemetry(own, "house", {MODEL: engine}, CollectorRegistry()) as telemetry,
             serving(telemetry.traced(make_app(engine, **settings))) as address,
             httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,
         ):
@@ -237,7 +238,7 @@ async def journalled(path: Path, kind: type[Journal]) -> AsyncIterator[Traced]:
         async with (
             asyncio.timeout(60),
             real_engine() as (engine, pipeline),
-            open_telemetry(own, "house", {MODEL: engine}) as telemetry,
+            open_telemetry(own, "house", {MODEL: engine}, CollectorRegistry()) as telemetry,
             aclosing(kind(path, ControlRecord(), settings.resume_s)) as journal,
             aclosing(Replies(settings, Durability(journal, "digest", 60.0))) as replies,
         ):
@@ -260,7 +261,7 @@ async def test_each_of_several_models_has_its_own_spans_and_metrics() -> None:
             models = [door_model("x", make_app(first)), door_model("y", make_app(second))]
             door = ModelDoor(models, ApiSettings())
             async with (
-                open_telemetry(own, "house", {"x": first, "y": second}) as telemetry,
+                open_telemetry(own, "house", {"x": first, "y": second}, CollectorRegistry()) as telemetry,
                 serving(telemetry.traced(door)) as address,
                 httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,
             ):
@@ -273,6 +274,8 @@ async def test_each_of_several_models_has_its_own_spans_and_metrics() -> None:
     assert served == {"x", "y"}
     duration = collector.metric("gen_ai.server.request.duration")
     assert values(duration.histogram.data_points[0].attributes)["gen_ai.request.model"] == "y"
+    exports = collector.metric("llamaclust_telemetry_exported").sum.data_points
+    assert [values(point.attributes) for point in exports] == [{"signal": "traces"}, {"signal": "metrics"}]
 
 
 def test_without_telemetry_the_library_is_not_imported() -> None:

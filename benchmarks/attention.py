@@ -32,7 +32,8 @@ from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
 from llamaclust.kernels.probes import ReadProbe
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
-from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType, MatMul, Program
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, MatMul, Program
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.bench.limits import Pair, Spread
 

@@ -53,7 +53,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure the speed of prefill and decode, beside the limits of this machine."""
-    from llamaclust.model.program import KvType
+    from llamaclust.model.kv_type import KvType
     from llamaclust.tools.bench.bench import BenchTask
 
     kv, place = kv_type or KvType.F16, known_device(device, workers)

@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from llamaclust.model.program import KvType
+    from llamaclust.model.kv_type import KvType
 
 
 class PlainCommand(TyperCommand):
@@ -97,7 +97,7 @@ Workers = Annotated[
 
 def kv_type(text: str) -> KvType:
     """UsageError for an unknown type."""
-    from llamaclust.model.program import KvType
+    from llamaclust.model.kv_type import KvType
 
     if text not in set(KvType):
         raise UsageError(f"--kv-type {text}: give one of {', '.join(KvType)}")

@@ -25,7 +25,7 @@ AdapterScales = tuple[tuple[int, float], ...]
 """(number, scale) of each adapter of LoRA that a sequence is computed with, ascending; no scale is 0."""
 
 KV_TYPES = ("f16", "q8_0")
-"""How keys and values may lie in KV memory: `model.program.KvType`, which is not imported here."""
+"""How keys and values may lie in KV memory: `model.kv_type.KvType`, which is not imported here."""
 
 
 def max_embedded_rows(width: int) -> int:

@@ -28,13 +28,13 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, read_hyperparameters
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
 from llamaclust.model.program import (
     Adapt,
     AddPosition,
     AddRow,
     Embed,
-    KvType,
     MatMul,
     Moe,
     Program,

@@ -9,16 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llamaclust.model.step_options import (
-    ActivationFunction as ActivationFunction,
-)
-from llamaclust.model.step_options import GatedActivation, Gating
-from llamaclust.model.step_options import (
-    KvType as KvType,
-)
-from llamaclust.model.step_options import (
-    RopeStyle as RopeStyle,
-)
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.step_options import ActivationFunction, GatedActivation, Gating, RopeStyle
 
 KV_BLOCK_TOKENS = 16
 """Positions in one KV block: the unit that the coordinator hands out and that block tables name."""

@@ -11,8 +11,9 @@ from typing import Any, Final
 
 from llamaclust.cluster.scheduler.kv_groups import window_group
 from llamaclust.core.limits import StageLimits
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import LayerCost, Model
-from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from llamaclust.worker.stage.stage_runner import model_program
 

@@ -15,8 +15,8 @@ from llamaclust.cli.options import NO_GPUS, Gpus
 from llamaclust.cli.progress import step_bar
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.core.errors import UsageError
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KvType
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.tools.evaluate.perplexity import Perplexity, check_same_model, cut, measure, read_text
 from llamaclust.wire.rpc.grpc_options import tune_grpc

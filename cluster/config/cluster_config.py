@@ -45,7 +45,7 @@ from llamaclust.core.addresses import is_loopback, joined_address, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import MAX_ADAPTERS, MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_SEQUENCES
 from llamaclust.model.chat.template_choice import built_in_names
-from llamaclust.model.program import KvType
+from llamaclust.model.kv_type import KvType
 
 MAX_WORKERS = 256
 MAX_MODELS = 32

@@ -8,7 +8,8 @@ from hashlib import sha256
 
 from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
 from llamaclust.core.limits import AdapterScales
-from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class BlockKeys(list[bytes]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup
-from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

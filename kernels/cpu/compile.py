@@ -13,13 +13,14 @@ from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.model.step_options import SWIGLU_LIMIT, GatedActivation, Gating
+from llamaclust.model.step_options import SWIGLU_LIMIT, GatedActivation, Gating, RopeStyle
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""
 
-_KV_TYPES = tuple(ir.KvType)
+_KV_TYPES = tuple(KvType)
 _GATINGS = tuple(Gating)
 """Likewise: the native enums have the order of these."""
 
@@ -172,7 +173,7 @@ class _Compiler:
     def _rotation(self, step: ir.Rope) -> tuple[int, bool]:
         if step.table not in self._rotations:
             self._rotations[step.table] = self.plan.add_rotation(list(step.table.frequencies), step.table.scale)
-        return self._rotations[step.table], step.style is ir.RopeStyle.NEOX
+        return self._rotations[step.table], step.style is RopeStyle.NEOX
 
     def _quantize(self, x: int, types: Sequence[QuantType]) -> list[int]:
         """Quantizes x once for each activation format that the weight types ask for; slots in the order of `types`."""

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels.backend import Float32, Int32
-from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, KvType
-from llamaclust.model.step_options import KV_GROUP_CHANNELS
+from llamaclust.model.kv_type import KV_GROUP_CHANNELS, KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS, Attention
 
 Float16 = NDArray[np.float16]
 Float64 = NDArray[np.float64]

@@ -11,7 +11,14 @@ import numpy as np
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.reference.kv import Float64, LayerKv
 from llamaclust.model import program as ir
-from llamaclust.model.step_options import LEAST_WEIGHT_SUM, SWIGLU_LIMIT, GatedActivation, Gating
+from llamaclust.model.step_options import (
+    LEAST_WEIGHT_SUM,
+    SWIGLU_LIMIT,
+    ActivationFunction,
+    GatedActivation,
+    Gating,
+    RopeStyle,
+)
 
 
 @dataclass(slots=True)
@@ -134,10 +141,10 @@ def gelu_tanh(x: Float64) -> Float64:
     return np.asarray(x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
-ACTIVATIONS: Mapping[ir.ActivationFunction, Callable[[Float64], Float64]] = {
-    ir.ActivationFunction.SILU: silu,
-    ir.ActivationFunction.GELU_ERF: gelu_erf,
-    ir.ActivationFunction.GELU_TANH: gelu_tanh,
+ACTIVATIONS: Mapping[ActivationFunction, Callable[[Float64], Float64]] = {
+    ActivationFunction.SILU: silu,
+    ActivationFunction.GELU_ERF: gelu_erf,
+    ActivationFunction.GELU_TANH: gelu_tanh,
 }
 
 
@@ -150,7 +157,7 @@ def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:
     angles = batch.positions[:, None, None] * np.array(step.table.frequencies)
     cos, sin = np.cos(angles) * step.table.scale, np.sin(angles) * step.table.scale
     heads = x.reshape(len(x), step.heads, step.head_dim).astype(np.float64)
-    if step.style is ir.RopeStyle.NORM:
+    if step.style is RopeStyle.NORM:
         first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
     else:
         first, second = slice(0, pairs), slice(pairs, 2 * pairs)
@@ -281,7 +288,7 @@ def _expert(step: ir.Moe, weights: Mapping[str, Float32], expert: int, x: Float3
 
     inner = product(x, step.up, step.up_bias)
     if step.gate is None:
-        inner = ACTIVATIONS[ir.ActivationFunction(step.activation)](inner)
+        inner = ACTIVATIONS[ActivationFunction(step.activation)](inner)
     else:
         inner = _GATED[GatedActivation(step.activation)](product(x, step.gate, step.gate_bias), inner)
     return product(inner.astype(np.float32), step.down, step.down_bias)

@@ -23,7 +23,8 @@ from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import ModelKeys, hyperparameters_of, read_architecture
-from llamaclust.model.program import KvType, Program
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import Program
 
 ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType(
     {

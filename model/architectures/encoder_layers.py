@@ -9,7 +9,8 @@ from llamaclust.model import program as steps
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import EMBEDDING, AttentionVariant, ProgramBuilder
 from llamaclust.model.pooling import Pooling, read_pooling
-from llamaclust.model.program import ActivationFunction, Buffer
+from llamaclust.model.program import Buffer
+from llamaclust.model.step_options import ActivationFunction
 
 _TYPES = "token_types.weight"
 

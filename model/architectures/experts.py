@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from llamaclust.model.architectures.tensors import CheckedTensors
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys
-from llamaclust.model.program import ActivationFunction, Buffer, Moe
-from llamaclust.model.step_options import GatedActivation, Gating
+from llamaclust.model.program import Buffer, Moe
+from llamaclust.model.step_options import ActivationFunction, GatedActivation, Gating
 
 _GATING_KEY = "expert_gating_func"
 _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}

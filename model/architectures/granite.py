@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.program import RopeStyle
+from llamaclust.model.step_options import RopeStyle
 
 _MAX_SCALE = 1e6
 

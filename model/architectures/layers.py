@@ -12,8 +12,10 @@ from llamaclust.model.architectures.experts import ExpertsVariant, expert_step
 from llamaclust.model.architectures.positions import rope_table
 from llamaclust.model.architectures.tensors import CheckedTensors
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters, RopeScaling
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.pooling import Pooling, read_pooling
-from llamaclust.model.program import ActivationFunction, Buffer, KvType, Program, RopeStyle, RopeTable
+from llamaclust.model.program import Buffer, Program, RopeTable
+from llamaclust.model.step_options import ActivationFunction, RopeStyle
 
 EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 

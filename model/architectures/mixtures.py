@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from llamaclust.model.architectures.experts import read_experts
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
-from llamaclust.model.program import RopeStyle
-from llamaclust.model.step_options import Gating
+from llamaclust.model.step_options import Gating, RopeStyle
 
 _MAX_WIDTH = 1 << 20
 _MAX_COUNT = 1 << 10

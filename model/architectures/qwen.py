@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
-from llamaclust.model.program import RopeStyle
+from llamaclust.model.step_options import RopeStyle
 
 _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from llamaclust.kernels.backend import Backend
 from llamaclust.model.architectures import ARCHITECTURES
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KvType
 from support.arithmetic.backends import BACKENDS, all_threads
 from support.arithmetic.batches import LIMITS, Chain
 from support.models.tiny_architectures import MODELS, TOKENS, VOCABULARY, build_architecture

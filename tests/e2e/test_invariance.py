@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llamaclust.kernels import _native
 from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.program import KvType
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.quant_types import QuantType
 from support.clusters.invariance import Answer, Way, check_answers, make_work, run
 from support.models.tiny_model import build_tiny_model, every_type

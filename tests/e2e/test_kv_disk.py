@@ -19,7 +19,8 @@ from llamaclust.cluster.server.coordinator import open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import UsageError
 from llamaclust.core.sampling import SamplingParams
-from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.clusters.recovering import Answer, answer_of
 from support.clusters.served import until
 from support.models.tiny_model import build_tiny_model

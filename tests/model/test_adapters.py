@@ -13,8 +13,9 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Adapt, KvType
+from llamaclust.model.program import Adapt
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model

@@ -18,9 +18,11 @@ from llamaclust.model.architectures import build_program
 from llamaclust.model.architectures.positions import rope_table
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Attention, Embed, KvType, MatMul, Moe, Program, Rope, RopeStyle, SelectRows
+from llamaclust.model.program import Attention, Embed, MatMul, Moe, Program, Rope, SelectRows
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.step_options import RopeStyle
 from support.models.tiny_model import build_tiny_model
 
 PLAIN = RopeParameters(

@@ -17,9 +17,9 @@ from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.gguf.writer import WritableValue
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.pooling import Pooling
-from llamaclust.model.program import KvType
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import Chain, batch_of
 from support.arithmetic.encoders import Float64, hidden_states

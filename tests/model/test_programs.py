@@ -17,8 +17,9 @@ from llamaclust.model.architectures import build_program
 from llamaclust.model.architectures.tensors import FACTOR_TENSORS
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import FileIdentity
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Attention, KvType, Moe, Program, Rope, RopeTable, Slice, SoftCap
+from llamaclust.model.program import Attention, Moe, Program, Rope, RopeTable, Slice, SoftCap
 from llamaclust.model.step_options import Gating
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
 from llamaclust.worker.stage.stage_runner import model_program

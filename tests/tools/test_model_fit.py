@@ -12,8 +12,8 @@ import pytest
 
 from llamaclust.cli.main import main
 from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KvType
 from llamaclust.tools.model_fit import Fit, _limits, fit
 from llamaclust.worker.stage.stage_runner import plan_memory
 from support.models.tiny_model import build_tiny_model

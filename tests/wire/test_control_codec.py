@@ -14,7 +14,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import KV_TYPES, StageLimits
 from llamaclust.core.profile import DeviceProfile, Profile, StepTime
-from llamaclust.model.program import KvType
+from llamaclust.model.kv_type import KvType
 from llamaclust.proto import control_pb2, loading_pb2
 from llamaclust.wire.control.codec import (
     decode_coordinator_message,

@@ -15,8 +15,8 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KvType
 from llamaclust.tools.background import in_background
 from llamaclust.tools.bench.limits import GpuLimits, Limits, MachineLimits, Pair, Spread, paired
 from llamaclust.tools.bench.load import LoadMeter, OtherLoad

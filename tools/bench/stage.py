@@ -14,8 +14,9 @@ from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import RowTask, SampleTask, SamplingParams
 from llamaclust.kernels.backend import Backend
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs, StageTiming
 from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
 

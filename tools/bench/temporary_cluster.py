@@ -19,8 +19,8 @@ from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import UsageError
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KvType
 from llamaclust.tools.bench.even_split import even_split
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.core.profile import StepTime
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.backend import Backend
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KvType
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import decode_inputs, encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden

@@ -19,8 +19,9 @@ from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.gguf.values import MetadataValue
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KvType, Program
+from llamaclust.model.program import Program
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.batches import build_batch, embedded_rows

@@ -15,6 +15,7 @@ from llamaclust.kernels.fuse import Adapts, Attend, Products, reads_of, written_
 from llamaclust.kernels.fuse import elementwise as operation_of
 from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
+from llamaclust.model.step_options import ActivationFunction
 
 _LEAST_PIECE = 8
 """Lines of experts that products take together, at least."""
@@ -210,7 +211,7 @@ class Emitter:
         if kind is ActivationFormat.F32:
             return elementwise.elementwise("silu_mul", (gate, up), gate, used * step.ffn_width, rows)
         out = self.ops.activations(kind, "expert gate", step.ffn_width, used)
-        silu, rows = ir.ActivationFunction.SILU, rows.times(used)
+        silu, rows = ActivationFunction.SILU, rows.times(used)
         return matmul.quantize(kind, (gate, up), step.ffn_width, rows, out, silu)
 
     def _chosen(self, step: ir.Moe) -> experts.ExpertBuffers:

@@ -11,6 +11,7 @@ from llamaclust.kernels.cuda.launches.matmul import MOST_PRODUCTS
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, fuse, is_read
 from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
+from llamaclust.model.step_options import ActivationFunction
 
 TypeOf = Callable[[str], QuantType]
 """The quant type of a weight, by name."""
@@ -33,7 +34,7 @@ class Gated:
     gate: ir.Buffer
     up: ir.Buffer
     out: ir.Buffer
-    function: ir.ActivationFunction
+    function: ActivationFunction
     format: ActivationFormat
 
 
@@ -94,7 +95,7 @@ def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
                 return 1, Attended(attend, only)
         case [ir.SiluMul(gate, up, out), after, *_]:
             if (only := _single(reader.formats(out, 1, after))) is not None:
-                return 1, Gated(gate, up, out, ir.ActivationFunction.SILU, only)
+                return 1, Gated(gate, up, out, ActivationFunction.SILU, only)
         case [ir.Activate() as activate, ir.Mul() as mul, after] if (
             mul.x == activate.out != mul.y and activate.out == mul.out
         ):

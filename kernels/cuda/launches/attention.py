@@ -14,8 +14,9 @@ import numpy as np
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cuda.launches.inputs import Inputs
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
-from llamaclust.model.program import SPAN_TOKENS, Attention, KvType, PositionScale, Program, RopeStyle
-from llamaclust.model.step_options import KV_GROUP_CHANNELS
+from llamaclust.model.kv_type import KV_GROUP_CHANNELS, KvType
+from llamaclust.model.program import SPAN_TOKENS, Attention, PositionScale, Program
+from llamaclust.model.step_options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
 """Memory for sums of spans that are computed apart: where there are more of them, blocks walk whole tiles."""

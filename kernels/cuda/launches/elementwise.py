@@ -6,7 +6,8 @@ import numpy as np
 
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES, Launch, Scalar
-from llamaclust.model.program import LayerNorm, RmsNorm, Rope, RopeStyle, RopeTable, SigmoidGate, Slice
+from llamaclust.model.program import LayerNorm, RmsNorm, Rope, RopeTable, SigmoidGate, Slice
+from llamaclust.model.step_options import RopeStyle
 
 _BLOCK = 256
 _BLOCK_CHANNELS = 1024

@@ -11,8 +11,8 @@ import numpy as np
 
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
-from llamaclust.model.program import ActivationFunction
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
+from llamaclust.model.step_options import ActivationFunction
 
 _Q = QuantType
 _MODULES = {

@@ -7,7 +7,8 @@ import pytest
 
 from llamaclust.cluster.scheduler.kv_blocks import BlockTable, KvBlocks
 from llamaclust.cluster.scheduler.prefix_cache import BlockKeys, PrefixCache
-from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def test_blocks_are_allocated_from_low_ids_and_released() -> None:

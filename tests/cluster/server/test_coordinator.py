@@ -33,8 +33,8 @@ from llamaclust.cluster.state.directory import (
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.kernels import _native
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KvType
 from llamaclust.wire.rpc.deadlines import deadline
 from support.models.tiny_model import build_tiny_model
 

@@ -12,7 +12,8 @@ import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.architectures.positions import alibi_slopes
-from llamaclust.model.program import Attention, KvType
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import Attention
 from support.arithmetic.attention_cases import MAKERS, Model, assert_same_bits, chunks_of, in_float64, run_chunks
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of

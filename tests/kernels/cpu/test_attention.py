@@ -15,8 +15,9 @@ import pytest
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.kernels.reference.kv import round_to_bytes
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model as OpenModel
-from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.arithmetic.attention_cases import (
     LIMITS,
     MAKERS,

@@ -20,24 +20,24 @@ from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor
 from llamaclust.model.gguf.writer import write_gguf
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import (
     KV_BLOCK_TOKENS,
     Add,
     Attention,
     Buffer,
     Embed,
-    KvType,
     MatMul,
     Moe,
     PositionScale,
     RmsNorm,
     Rope,
-    RopeStyle,
     RopeTable,
     SelectRows,
     Step,
 )
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.step_options import RopeStyle
 from support.arithmetic.batches import batch_of
 from support.arithmetic.single_steps import LIMITS, Weight, normal, program_of, rows_at
 

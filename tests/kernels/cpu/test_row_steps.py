@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from llamaclust.kernels.reference.steps import State, gelu_erf, gelu_tanh, run_step
 from llamaclust.model.program import (
     Activate,
-    ActivationFunction,
     Attention,
     Buffer,
     MatMul,
@@ -31,6 +30,7 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.step_options import ActivationFunction
 from support.arithmetic.batches import batch_of
 from support.arithmetic.conformance_cases import EXACT, attention_case, generator_of, moe_case
 from support.arithmetic.single_steps import Case, Weight, check_conformance, normal, program_of, rows_at, splitter

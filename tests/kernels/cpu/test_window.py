@@ -18,8 +18,9 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Float32, kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Attention, KvType, Program
+from llamaclust.model.program import Attention, Program
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 from llamaclust.worker.stage.batches import build_batch
 from support.clusters.invariance import Way, make_work, run

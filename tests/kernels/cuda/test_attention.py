@@ -20,7 +20,8 @@ from llamaclust.kernels.cuda.launches.attention import (
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.runtime.sources import SRC
 from llamaclust.model.architectures.positions import alibi_slopes
-from llamaclust.model.program import Attention, KvType
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import Attention
 from support.arithmetic.batches import batch_of
 from support.cuda.attending import LARGE, SMALL, Attender, Told, attention, by_the_cpu, sequences_of
 from support.cuda.launching import Bench

@@ -20,21 +20,19 @@ from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
 from llamaclust.kernels.fuse import Attend
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import (
     Activate,
-    ActivationFunction,
     Add,
     Attention,
     Buffer,
     Embed,
-    KvType,
     MatMul,
     Mul,
     Program,
     RmsNorm,
     Rope,
-    RopeStyle,
     RopeTable,
     SelectRows,
     SiluMul,
@@ -42,6 +40,7 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import ActivationFormat, QuantType
+from llamaclust.model.step_options import ActivationFunction, RopeStyle
 from support.arithmetic.batches import batch_of
 from support.arithmetic.matmul_cases import check_equal_bits, random_activations, random_weights
 from support.arithmetic.single_steps import program_of, rows_at

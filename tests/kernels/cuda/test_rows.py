@@ -15,7 +15,6 @@ from llamaclust.kernels.cuda.runtime.device import Scalar
 from llamaclust.kernels.cuda.runtime.sources import modules, whole_text
 from llamaclust.model.program import (
     Activate,
-    ActivationFunction,
     Add,
     Buffer,
     Embed,
@@ -23,7 +22,6 @@ from llamaclust.model.program import (
     Mul,
     RmsNorm,
     Rope,
-    RopeStyle,
     RopeTable,
     Scale,
     SelectRows,
@@ -34,6 +32,7 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.step_options import ActivationFunction, RopeStyle
 from support.arithmetic.batches import batch_of
 from support.arithmetic.single_steps import Weight, program_of, rows_at
 from support.cuda.exact import Float32, awkward, on_cpu, random_source, same_bits, tiles_of

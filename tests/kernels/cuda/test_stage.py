@@ -15,7 +15,7 @@ from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.executor import stage as cuda_stage
 from llamaclust.kernels.cuda.runtime.device import Device, Graph
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
-from llamaclust.model.program import KvType
+from llamaclust.model.kv_type import KvType
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 from llamaclust.worker.stage.batches import build_batch
 from support.arithmetic.batches import batch_of, load_stage

@@ -19,8 +19,9 @@ from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
 from llamaclust.kernels.reference.steps import State, attention, moe, rms_norm, rope, run_step, silu, softmax
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Add, Attention, Buffer, Moe, Rope, RopeStyle, RopeTable, SelectRows, SiluMul
+from llamaclust.model.program import Add, Attention, Buffer, Moe, Rope, RopeTable, SelectRows, SiluMul
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.step_options import RopeStyle
 from support.arithmetic.batches import batch_of, load_stage
 from support.arithmetic.quant_blocks import stream_blocks
 from support.models.tiny_model import build_tiny_model

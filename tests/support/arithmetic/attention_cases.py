@@ -19,7 +19,9 @@ from llamaclust.kernels.reference.kv import round_to_bytes
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import write_gguf
-from llamaclust.model.program import Attention, Buffer, KvType, Program, Rope, RopeStyle, RopeTable
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import Attention, Buffer, Program, Rope, RopeTable
+from llamaclust.model.step_options import RopeStyle
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of
 from support.arithmetic.single_steps import normal, program_of, splitter

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Batch, Float32, Stage
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS
 
 LIMITS = StageLimits(max_batch_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
 

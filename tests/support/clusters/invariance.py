@@ -18,7 +18,8 @@ from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling import RowResult, SamplingParams
-from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS
 
 Answer = tuple[tuple[int, bytes], ...]
 """(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one; of a

@@ -24,7 +24,8 @@ from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
-from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType, Rope
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, Rope
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of
 from support.arithmetic.single_steps import program_of, splitter

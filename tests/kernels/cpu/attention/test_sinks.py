@@ -14,7 +14,8 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
-from llamaclust.model.program import Attention, KvType
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import Attention
 from support.arithmetic.backends import all_threads
 from support.arithmetic.conformance_cases import EXACT, attention_case
 from support.arithmetic.single_steps import Case, Weight, check_conformance, error, program_of, rows_at, run_case

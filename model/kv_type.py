@@ -1,0 +1,26 @@
+"""Types of KV memory, and how wide keys and values lie in it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+KV_GROUP_CHANNELS = 32
+"""Channels of a key or value that share a scale where the KV type has scales."""
+
+KV_VALUE_CHANNELS = 16
+"""A stored value takes a multiple of these channels: the lanes that sum it."""
+
+
+class KvType(StrEnum):
+    """How keys and values are rounded before any use: float16, or int8 with a float16 scale for 32 channels."""
+
+    F16 = "f16"
+    Q8_0 = "q8_0"
+
+    def pair_bytes(self, channels: int) -> int:
+        """KV memory of one head's key and value at one position, padding and scales among it."""
+        value = -(-channels // KV_VALUE_CHANNELS) * KV_VALUE_CHANNELS
+        if self is KvType.F16:
+            return 2 * (channels + value)
+        key, groups = channels + channels % 2, -(-channels // KV_GROUP_CHANNELS)  # int8 keys lie in pairs of channels
+        return key + value + 2 * 2 * groups

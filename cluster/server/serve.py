@@ -151,8 +151,8 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     allow_many_files()
     async with (
         aclosing(Journal(folder.journal, cluster.record, config.timeouts.resume)) as journal,
+        _telemetry(cluster, front) as telemetry,  # around what aborts sequences: these have spans as well
         model_apis(cluster, front.settings, journal) as apis,
-        _telemetry(cluster, front) as telemetry,
     ):
         app = cluster_app(apis, cluster, admission, partial(cluster_status, cluster, front.record))
         with _left_to_the_next(journal):

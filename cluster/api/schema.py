@@ -147,7 +147,20 @@ def _unsupported(name: str) -> ParameterError:
 def _first_error(error: ValidationError) -> ParameterError:
     """An unknown field comes before others: it may be one of those that are missing, misspelt."""
     details = error.errors(include_url=False, include_input=False)
-    first: Any = min(details, key=lambda detail: detail["type"] != _UNKNOWN)
+    return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN))
+
+
+def field_error(kind: type[Body], name: str, value: Any) -> ParameterError | None:
+    """What is wrong with a field's value, whatever the other fields are."""
+    try:
+        kind.model_validate({name: value})
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+        return next((_parameter_error(detail) for detail in details if detail["loc"][:1] == (name,)), None)
+    return None
+
+
+def _parameter_error(first: Any) -> ParameterError:
     place: Sequence[str | int] = first["loc"]
     if first["type"] == _UNKNOWN:
         place = (*place, first["ctx"]["name"])

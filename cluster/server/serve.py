@@ -25,6 +25,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
+from llamaclust.cluster.server.default_fields import check_defaults
 from llamaclust.cluster.server.leadership import leading
 from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore, served_adapters
 from llamaclust.cluster.server.signals import Signals
@@ -284,10 +285,11 @@ class _Server(uvicorn.Server):
 
 
 def _api_settings(config: ClusterConfig) -> ApiSettings:
-    """UsageError for API keys that cannot be used, and for an adapter with the model's name."""
+    """UsageError for API keys or defaults that cannot be used, and for an adapter with the model's name."""
     served = config.model_name
     if served in [adapter.name for adapter in config.adapters]:
         raise UsageError(f"adapters: {served!r} is also the name of the model; set api.model_name")
+    check_defaults(config.api.defaults)
     folder = config.api.slot_folder
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: the folder of api.slot_folder does not exist; make it first")

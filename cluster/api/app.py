@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute
 
 from llamaclust.cluster.api.admission import Admission, AdmissionGate
 from llamaclust.cluster.api.anthropic.endpoint import MessagesEndpoint
@@ -38,7 +39,7 @@ from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.openapi import body_schema, describe, docs_page
 from llamaclust.cluster.api.operations import DrainControl, Operations, Workers, disabled
-from llamaclust.cluster.api.paths import Paths
+from llamaclust.cluster.api.paths import Paths, RouteNames
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.reply import MakeReply
 from llamaclust.cluster.api.security import KeyGate, Security, page_origins
@@ -63,7 +64,7 @@ def create_app(
     """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app; without a
     `pool` there are no workers to drain. The owner of `replies` closes them."""
     app = model_app(service, replies, engine, cluster_status, pool, ResponseStore())
-    add_gates(app, replies.settings, admission)
+    add_gates(app, replies.settings, admission, app.routes)
     return app
 
 
@@ -82,7 +83,8 @@ def create_models_app(models: Sequence[DoorModel], settings: ApiSettings, admiss
     _route(app, "GET", "/metrics", disabled if "metrics" in settings.disabled else lists.metrics)
     _add_requests(app, lists)
     app.router.default = door
-    add_gates(app, settings, admission)
+    of_models = (route for model in models if isinstance(model.app, FastAPI) for route in model.app.routes)
+    add_gates(app, settings, admission, [*app.routes, *of_models])
     return app
 
 
@@ -132,9 +134,10 @@ def model_app(
     return app
 
 
-def add_gates(app: FastAPI, settings: ApiSettings, admission: Admission | None) -> None:
-    """What all requests pass before an endpoint."""
+def add_gates(app: FastAPI, settings: ApiSettings, admission: Admission | None, routes: Sequence[BaseRoute]) -> None:
+    """What all requests pass before an endpoint, which is one of the routes."""
     app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
+    app.add_middleware(RouteNames, routes=routes)
     app.add_middleware(KeyGate, settings=settings)
     if settings.allowed_origins:  # outside all that refuses requests of these pages: they may read why
         app.add_middleware(

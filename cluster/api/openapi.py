@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute
 
+from llamaclust.cluster.api.paths import template
 from llamaclust.cluster.api.security import OPEN_PATHS
 from llamaclust.core.version import VERSION
 
-_PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
 _JSON: Final = "application/json"
 _EVENTS: Final = "text/event-stream"
 _LINES: Final = "application/x-ndjson"
@@ -111,7 +111,7 @@ def describe(routes: list[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         if isinstance(route, APIRoute):
-            path = _PARAMETER.sub(r"{\1}", route.path)
+            path = template(route.path)
             for method in sorted(route.methods or ()):
                 paths.setdefault(path, {})[method.lower()] = _operation(route, method, path, is_strict)
     keys = {
@@ -161,7 +161,7 @@ def _operation(route: APIRoute, method: str, path: str, is_strict: bool) -> dict
 
 
 def _parameters(path: str, method: str) -> Iterator[dict[str, Any]]:
-    for name in _PARAMETER.findall(path):
+    for name in re.findall(r"\{(\w+)\}", path):
         yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
     has_query = method == "GET" or path == _SLOT
     for name, kind, text in _QUERIES.get(path.removeprefix("/v1"), _QUERIES.get(path, ())) if has_query else ():

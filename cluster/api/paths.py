@@ -1,14 +1,18 @@
-"""Paths: what the app serves under them, and how clients write them, behind a prefix, without `/v1`, with HEAD."""
+"""Paths: what the app serves under them, how clients write them, behind a prefix, without `/v1`, with HEAD, and by
+which names traces show them."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute
+from starlette.routing import Route as ServedRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llamaclust.cluster.api.error_shapes import choose_shape, error_shape
@@ -16,6 +20,9 @@ from llamaclust.cluster.api.error_shapes import choose_shape, error_shape
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
 """First parts of the paths that clients with a base URL without `/v1` request; generating endpoints have both paths."""
 _OTHER_NAMES: Final = {"/v1/health": "/health"}
+_PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
+_STATE: Final = "traced_route"
+_UNKNOWN: Final = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +60,40 @@ def canonical_path(path: str) -> str:
     if path.startswith(_WITHOUT_V1):
         return "/v1" + path
     return _OTHER_NAMES.get(path, path)
+
+
+def template(path: str) -> str:
+    """A route's path as clients know it, with `{name}` for each of its parameters."""
+    return _PARAMETER.sub(r"{\1}", path)
+
+
+@dataclass(slots=True)
+class TracedRoute:
+    """Of a request, for what is around the app. `name`: None until its key has been checked; no text of the client."""
+
+    name: str | None = None
+
+    @classmethod
+    def of(cls, scope: Scope) -> TracedRoute:
+        """Of a request that the app is about to get."""
+        route = cls()
+        scope["state"] = {**scope.get("state", {}), _STATE: route}
+        return route
+
+
+class RouteNames:
+    """Names the routes of traced requests. Inside of all that checks access: other requests stay without names."""
+
+    def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute]) -> None:
+        self._app = app
+        own = [route for route in routes if isinstance(route, ServedRoute)]
+        self._posts = [(route.path_regex, template(route.path)) for route in own if "POST" in (route.methods or ())]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope.get("state", {})
+        if _STATE in state and state["is_trusted"]:
+            state[_STATE].name = self._name(scope["path"])
+        await self._app(scope, receive, send)
+
+    def _name(self, path: str) -> str:
+        return next((name for pattern, name in self._posts if pattern.match(path)), _UNKNOWN)

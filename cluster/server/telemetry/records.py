@@ -3,10 +3,8 @@ tokens, no keys."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from prometheus_client import CollectorRegistry, Metric
 
@@ -15,18 +13,14 @@ from llamaclust.cluster.engine.waterfalls import RequestRecord
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
 from llamaclust.cluster.server.telemetry.sampling import Begun
 
-_MAX_PATH: Final = 128
-_NAME: Final = re.compile(r"/(?!v1(?:/|$))[^/]*[^a-z/_-][^/]*")
-"""A part of a path that is no plain word: the id of a reply, which others could read or end."""
-
 
 @dataclass(frozen=True, slots=True)
 class ServedRequest:
-    """An HTTP request, with monotonic times."""
+    """An HTTP request, with monotonic times. `route`: its path without names."""
 
     begun: Begun
     method: str
-    path: str
+    route: str
     start_ns: int
     end_ns: int
     status: int | None  # None: its connection ended before a reply
@@ -34,11 +28,6 @@ class ServedRequest:
     @property
     def span_count(self) -> int:
         return 1
-
-    @property
-    def route(self) -> str:
-        """The path without names."""
-        return _NAME.sub("/{id}", self.path[:_MAX_PATH])
 
 
 @dataclass(frozen=True, slots=True)

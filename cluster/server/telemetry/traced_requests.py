@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic_ns
-from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llamaclust.cluster.api.paths import TracedRoute
 from llamaclust.cluster.engine.trace_context import current_trace
 from llamaclust.cluster.server.telemetry.records import ServedRequest
 from llamaclust.cluster.server.telemetry.sampling import Begun, Sampler
 
-_NO_ACCESS: Final = frozenset({401, 403, 421})
-"""Statuses of requests that have no span: those without a key could make any number."""
-
 
 class TracedRequests:
-    """`ended` gets a record of each traced request."""
+    """`ended` gets a record of each traced request that has passed all checks of access: others could make any number,
+    with any text."""
 
     def __init__(self, app: ASGIApp, sampler: Sampler, ended: Callable[[ServedRequest], None]) -> None:
         self._app = app
@@ -29,7 +27,7 @@ class TracedRequests:
         if begun is None:
             await self._app(scope, receive, send)
             return
-        start_ns, status = monotonic_ns(), None
+        start_ns, status, route = monotonic_ns(), None, TracedRoute.of(scope)
 
         async def note_status(message: Message) -> None:
             nonlocal status
@@ -42,9 +40,8 @@ class TracedRequests:
             await self._app(scope, receive, note_status)
         finally:
             current_trace.reset(token)
-            if status not in _NO_ACCESS:
-                path, method = scope["path"], scope["method"]
-                self._ended(ServedRequest(begun, method, path, start_ns, monotonic_ns(), status))
+            if route.name is not None:
+                self._ended(ServedRequest(begun, scope["method"], route.name, start_ns, monotonic_ns(), status))
 
     def _begin(self, scope: Scope) -> Begun | None:
         """None of probes, pages and status, which compute nothing."""

@@ -186,6 +186,34 @@ async def test_refused_requests_have_spans_only_with_a_key() -> None:
     assert span.status.code == Status.STATUS_CODE_UNSET
 
 
+async def test_requests_that_pass_no_key_have_no_spans() -> None:
+    """Whatever refuses them: their senders could choose a span's text."""
+    async with traced(api_keys=(KEY,)) as running:
+        for path, headers, status in (
+            ("/health", {}, 405),
+            ("/live", {"authorization": "Bearer another"}, 405),
+            ("/", {}, 405),
+            ("/no-such-path", {}, 401),
+            ("/v1/completions", {"host": "a b"}, 400),
+            ("/v1/completions", {"host": "other.example", "authorization": f"Bearer {KEY}"}, 403),
+        ):
+            reply = await running.http.post(path, json={}, headers={**TRACEPARENT, **headers})
+            assert reply.status_code == status, (path, reply.text)
+        await running.spans("/v1/completions", {"prompt": "x", "max_tokens": 1}, authorization=f"Bearer {KEY}")
+        requests = [span for span in running.collector.spans if span.kind == Span.SPAN_KIND_SERVER]
+    assert [span.name for span in requests] == ["POST /v1/completions"]
+
+
+async def test_spans_are_named_by_routes_alone() -> None:
+    async with traced(prefix="/behind") as running:
+        for path in ("/text-of-a-client", "/health", "/behind/slots/text?action=text", "/responses/text/cancel"):
+            assert (await running.http.post(path, json={})).status_code in (400, 404, 405, 501), path
+        names = ["POST other", "POST other", "POST /slots/{slot}", "POST /responses/{id}/cancel"]
+        await until(lambda: len(running.collector.spans) == len(names))
+        shown = "".join(str(span) for span in running.collector.spans)
+    assert [span.name for span in running.collector.spans] == names and "text" not in shown
+
+
 async def test_unsampled_requests_have_no_spans_and_the_same_answers() -> None:
     body = {"prompt": "Hello", "max_tokens": 8, "logprobs": 0, "seed": 1, "return_token_ids": True}
     async with traced(Sampler(0.0)) as running:

@@ -26,7 +26,7 @@ _MAX_LINE_BYTES = 64 << 20
 _CHECKSUM_DIGITS = 8
 _BODY = b"\t"
 """Before a body; JSON of ours has none."""
-_ADMISSION = [str, int, int, str, str, str, str, str, float, float, str, float, str, bool, bool, bool, list, list]
+_ADMISSION = [str, int, int, str, str, str, str, str, str, float, float, str, float, str, bool, bool, bool, list, list]
 """Types of its fields, in the order of `admission_line`."""
 _ROW = Struct("<id")
 """A token and its logprob, in hexadecimal digits on a line: a journal of many tokens is read several times as fast as
@@ -50,6 +50,7 @@ class RequestIdentity:
     idempotency_key: str = ""
     scales: AdapterScales = ()  # where the body chooses no adapters
     traceparent: str = ""  # trace context of its spans; "": it is not traced
+    tracestate: str = ""  # which belongs to it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,7 @@ def admission_line(admission: Admission) -> bytes:
         identity.conversation,
         identity.idempotency_key,
         identity.traceparent,
+        identity.tracestate,
         admission.endpoint,
         admission.admitted.unix_s,
         admission.admitted.boot_s,
@@ -195,7 +197,7 @@ class _Request:
 def _admission(fields: Sequence[Any], body: bytes) -> Admission:
     if [type(value) for value in fields] != _ADMISSION:
         raise TypeError("other fields than those of an admission")
-    request_id, seed, created, owner, conversation, idempotency_key, traceparent, *more = fields
+    request_id, seed, created, owner, conversation, idempotency_key, traceparent, tracestate, *more = fields
     endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_background, is_constrained, *last = more
     earlier, scales = last
     identity = RequestIdentity(
@@ -207,6 +209,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
         idempotency_key=idempotency_key,
         scales=tuple((int(number), float(scale)) for number, scale in scales),
         traceparent=traceparent,
+        tracestate=tracestate,
     )
     body = body.replace(b"%0A", b"\n").replace(b"%25", b"%")
     return Admission(

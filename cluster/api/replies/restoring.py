@@ -133,7 +133,8 @@ class Restoring:
     async def _begin(self, restored: _Restored) -> None:
         """In a task of its own: its sequences belong to the trace of the request that was admitted."""
         kept, admission = restored.kept, restored.request.admission
-        current_trace.set(TraceContext.parse([admission.identity.traceparent]))
+        identity = admission.identity
+        current_trace.set(TraceContext.parse([identity.traceparent], [identity.tracestate]))
         endpoint = self._endpoints.get(admission.endpoint)
         if endpoint is None:
             kept.fail(WorkerError(f"the endpoint {admission.endpoint} is not there any more"))

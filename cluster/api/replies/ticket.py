@@ -78,6 +78,7 @@ class Ticket:
             idempotency_key=_name(headers, "idempotency-key"),
             scales=scales,
             traceparent="" if trace is None else trace.traceparent,
+            tracestate="" if trace is None else trace.state,
         )
         return cls(identity=identity, journal=journal)
 

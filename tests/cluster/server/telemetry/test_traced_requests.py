@@ -244,7 +244,7 @@ async def test_a_cancelled_request_is_traced() -> None:
 async def test_a_restored_request_stays_in_its_trace(tmp_path: Path) -> None:
     """A coordinator that is killed leaves the context in the journal; the next one's spans belong to it."""
     path, body = tmp_path / "journal", {"prompt": "Hello", "max_tokens": 30, "ignore_eos": True, "stream": True}
-    headers = {**TRACEPARENT, "idempotency-key": "one"}
+    headers = {**TRACEPARENT, "tracestate": "vendor=1,b=2", "idempotency-key": "one"}
     async with journalled(path, KilledJournal) as running:
         running.pipeline.gate.clear()
         asking = asyncio.create_task(running.http.post("/v1/completions", json=body, headers=headers))
@@ -255,6 +255,7 @@ async def test_a_restored_request_stays_in_its_trace(tmp_path: Path) -> None:
         await until(lambda: bool(running.collector.named("text_completion")))
     [sequence] = running.collector.named("text_completion")
     assert sequence.trace_id.hex() == TRACE and sequence.parent_span_id.hex() != PARENT
+    assert sequence.trace_state == "vendor=1,b=2"
     assert values(sequence.attributes)["gen_ai.usage.output_tokens"] == 30
 
 

@@ -22,8 +22,8 @@ _GROUP = 16
 """Items of an iterator that are encoded in one go; no other thread runs meanwhile."""
 _PART_BYTES = 1 << 16
 _VALUE_BYTES = 8
-_ENTRY_BYTES = 64
-"""Of JSON, which take about as long as a token."""
+_ENTRY_CHARACTERS = 64
+"""Of a text, which take about as long as a number."""
 
 _threads = ThreadPoolExecutor(2, thread_name_prefix="json")
 """Few: each waits for the interpreter beside the event loop, and more render no faster."""
@@ -39,6 +39,23 @@ async def off_loop_if_large(work: Callable[[], _Value], entries: int) -> _Value:
     if not is_large(entries):
         return work()
     return await run_on(_threads, work)
+
+
+def has_many_values(value: Any) -> bool:
+    """Whether to render it takes long; no more of it is counted than needed."""
+    left, count = [value], 0
+    while left:
+        part = left.pop()
+        count += 1
+        if isinstance(part, str):
+            count += len(part) // _ENTRY_CHARACTERS
+        elif isinstance(part, dict):
+            left.extend(part.values())
+        elif isinstance(part, list | tuple):
+            left.extend(part)
+        if is_large(count + len(left)) or isinstance(part, Iterator):
+            return True
+    return False
 
 
 def json_parts(value: Any) -> list[bytes]:
@@ -64,10 +81,12 @@ def json_size(value: Any) -> int:
 
 
 def _pieces(value: Any) -> Iterator[bytes]:
-    if isinstance(value, dict):
+    if not has_many_values(value):
+        yield to_json(value)
+    elif isinstance(value, dict):
         members = ((to_json(str(key)) + b":", item) for key, item in value.items())
         yield from _joined(b"{", members, b"}")
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         yield from _joined(b"[", ((b"", item) for item in value), b"]")
     elif isinstance(value, Iterator):
         yield from _array(value)
@@ -117,4 +136,6 @@ class JsonParts(Response):
 
 async def rendered(value: Any) -> JsonParts:
     """A value as a body."""
-    return JsonParts(await off_loop_if_large(partial(json_parts, value), json_size(value) // _ENTRY_BYTES))
+    if not has_many_values(value):
+        return JsonParts([to_json(value)])
+    return JsonParts(await run_on(_threads, partial(json_parts, value)))

@@ -31,9 +31,9 @@ def event(value: Any, *, is_large: bool = False) -> bytes:
     return b"data: " + (b"".join(json_parts(value)) if is_large else to_json(value)) + b"\n\n"
 
 
-def named_event(name: str, value: Any) -> bytes:
+def named_event(name: str, value: Any, *, is_large: bool = False) -> bytes:
     """Likewise with the name of its kind."""
-    return f"event: {name}\n".encode() + event(value)
+    return f"event: {name}\n".encode() + event(value, is_large=is_large)
 
 
 class EventResponse(Response):

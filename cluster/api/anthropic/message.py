@@ -34,6 +34,7 @@ class MessageShape:
     """One answer. See `AnswerShape`."""
 
     has_measurements = True  # the first event has counts of the prefix cache
+    keeps_logprobs = False
     progress: ShowProgress | None = None
 
     def __init__(self, model: str, reply_id: str) -> None:
@@ -42,9 +43,6 @@ class MessageShape:
         self._is_begun = False
         self._blocks = _StreamedBlocks(reply_id)
         self._tokens = 0
-
-    def entries(self, chunk: TextChunk, stream: CompletionStream) -> int:
-        return 0
 
     async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
         answer = join(chunks)
@@ -55,7 +53,10 @@ class MessageShape:
             _stop(answer, has_calls=any(block["type"] == "tool_use" for block in blocks)),
         )
 
-    def events(self, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
+    async def events(self, chunk: TextChunk, stream: CompletionStream) -> Sequence[bytes]:
+        return [*self._events(chunk, stream)]
+
+    def _events(self, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
         if not self._is_begun:
             self._is_begun = True
             message = self._message([], _usage(stream.timings(), stream, 0), _UNSTOPPED)

@@ -44,7 +44,7 @@ class LlamaCppReply:
         self._service = service
         self._settings = settings
         self._body = body
-        self._prompts = PromptStreams(service, ticket, is_streamed=body.stream)
+        self._prompts = PromptStreams(service, ticket, is_read_at_once=body.stream)
 
     @property
     def has_measurements(self) -> bool:

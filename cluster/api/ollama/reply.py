@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from llamaclust.cluster.api.json_parts import off_loop_if_large
 from llamaclust.cluster.api.llamacpp.timings import shown_timings
 from llamaclust.cluster.api.ollama.pieces import Piece, PieceReader
 from llamaclust.cluster.api.openai.shapes import row_entry
@@ -54,6 +55,7 @@ class OllamaShape:
     """One answer. See `AnswerShape`."""
 
     has_measurements = False
+    keeps_logprobs = False
     progress: ShowProgress | None = None
 
     def __init__(self, tokenizer: Tokenizer, lines: Lines, *, with_logprobs: bool, with_context: bool) -> None:
@@ -65,18 +67,19 @@ class OllamaShape:
         self._reader = PieceReader()
         self._tokens: list[int] = []
 
-    def entries(self, chunk: TextChunk, stream: CompletionStream) -> int:
-        """The last line may have the whole context."""
-        is_last = chunk.finish_reason is not None and self._with_context
-        context = len(stream.generation.prompt) + len(self._tokens) if is_last else 0
-        return context + (chunk.entries if self._with_logprobs else 0)
-
     async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
         answer = join(chunks)
         last = self._last(answer, self._reader.read(answer), answer.token_ids, stream)
         return {**last, **self._logprobs(answer)}
 
-    def events(self, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
+    async def events(self, chunk: TextChunk, stream: CompletionStream) -> Sequence[bytes]:
+        """The last line may have the whole context."""
+        is_last = chunk.finish_reason is not None and self._with_context
+        context = len(stream.generation.prompt) + len(self._tokens) if is_last else 0
+        entries = context + (chunk.entries if self._with_logprobs else 0)
+        return await off_loop_if_large(lambda: [*self._lines_of(chunk, stream)], entries)
+
+    def _lines_of(self, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
         self._tokens += chunk.token_ids
         piece, logprobs = self._reader.read(chunk), self._logprobs(chunk)
         if logprobs or not piece.is_empty:

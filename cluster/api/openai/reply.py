@@ -72,7 +72,7 @@ class OpenAiReply:
         self._shape = shape
         self._requests = requests
         self._options = streaming or StreamOptions()
-        self._prompts = PromptStreams(service, ticket, is_streamed=self.is_streamed)
+        self._prompts = PromptStreams(service, ticket, is_read_at_once=self.is_streamed)
         self._opened: set[tuple[int, int]] = set()
 
     @property

@@ -35,17 +35,18 @@ class AnswerShape(Protocol):
         """The events that say how far the prompt is computed, where they are wanted."""
         ...
 
+    @property
+    def keeps_logprobs(self) -> bool:
+        """Whether a stream holds those of all tokens until it ends."""
+        ...
+
     async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
         """The JSON of a reply that is not streamed."""
         ...
 
-    def entries(self, chunk: TextChunk, stream: CompletionStream) -> int:
-        """Numbers in the events of a chunk: many are rendered on a thread."""
-        ...
-
-    def events(self, chunk: TextChunk, stream: CompletionStream) -> Iterable[bytes]:
+    async def events(self, chunk: TextChunk, stream: CompletionStream) -> Sequence[bytes]:
         """The events that a chunk adds to a stream: on the first chunk also those that begin it, on the last one those
-        that end it."""
+        that end it. Many numbers are rendered on a thread."""
         ...
 
 
@@ -68,7 +69,7 @@ class AnswerReply:
         self._settings = settings
         self._shape = shape
         self._request = request
-        self._prompts = PromptStreams(service, ticket, is_streamed=is_streamed)
+        self._prompts = PromptStreams(service, ticket, is_read_at_once=is_streamed and not shape.keeps_logprobs)
 
     @property
     def has_measurements(self) -> bool:
@@ -106,6 +107,5 @@ class AnswerReply:
                 for shown in show_progress(chunk):
                     yield shown
             else:
-                rendering: Callable[[], list[bytes]] = partial(list, self._shape.events(chunk, self._stream))
-                for data in await off_loop_if_large(rendering, self._shape.entries(chunk, self._stream)):
+                for data in await self._shape.events(chunk, self._stream):
                     yield Event(0, data)

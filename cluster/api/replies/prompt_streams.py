@@ -16,12 +16,13 @@ from llamaclust.cluster.text.stream import MAX_UNREAD_ROWS, CompletionStream, ch
 class PromptStreams:
     """Empty until `submit`; the caller closes it."""
 
-    def __init__(self, service: TextService, ticket: Ticket, *, is_streamed: bool) -> None:
+    def __init__(self, service: TextService, ticket: Ticket, *, is_read_at_once: bool) -> None:
+        """`is_read_at_once`: the first prompt's rows are dropped as they come."""
         self.streams: list[CompletionStream] = []
         self.choices = 0  # of all prompts
         self._service = service
         self._ticket = ticket
-        self._is_streamed = is_streamed
+        self._is_read_at_once = is_read_at_once
         self._reserved = 0
 
     async def submit(self, prompts: Sequence[CompletionRequest]) -> None:
@@ -40,7 +41,7 @@ class PromptStreams:
 
     def _reserve(self, requests: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> None:
         """Of a streamed reply, the first prompt's answer is read while it runs, the others wait for their turn."""
-        bounds = [MAX_UNREAD_ROWS if self._is_streamed and prompt == 0 else None for prompt in range(len(requests))]
+        bounds = [MAX_UNREAD_ROWS if self._is_read_at_once and prompt == 0 else None for prompt in range(len(requests))]
         sizes = [
             ReplySize.of(generation, request.n, bound)
             for request, generation, bound in zip(requests, generations, bounds, strict=True)

@@ -60,13 +60,11 @@ class CompactionShape:
     """One summary. See `AnswerShape`."""
 
     has_measurements = False
+    keeps_logprobs = False
     progress: ShowProgress | None = None
 
     def __init__(self, ticket: Ticket) -> None:
         self._ticket = ticket
-
-    def entries(self, chunk: TextChunk, stream: CompletionStream) -> int:
-        return 0
 
     async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
         answer = join(chunks)
@@ -80,6 +78,6 @@ class CompactionShape:
             "usage": shown_usage(answer.timings, len(stream.generation.prompt), len(answer.rows), 0),
         }
 
-    def events(self, chunk: TextChunk, stream: CompletionStream) -> tuple[bytes, ...]:
+    async def events(self, chunk: TextChunk, stream: CompletionStream) -> Sequence[bytes]:
         """Summaries are not streamed."""
         return ()

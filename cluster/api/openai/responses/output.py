@@ -34,14 +34,15 @@ class OutputItems:
         self._is_open = False
         self._pieces: list[str] = []  # of the open item's text or arguments
         self._logprobs: list[Shown] = []  # of the open item's text
+        self.logprobs = 0  # in all items so far, with those of the likeliest tokens
         self._pending: list[Shown] = []  # of tokens whose text is still to come
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[Shown] = ()) -> Iterator[Shown]:
         """`logprobs`: of the tokens that came with the events; those whose text is no message's are left out."""
         self._pending += logprobs
         for event in events:
-            if not isinstance(event, ContentText):
-                self._pending.clear()
+            if not isinstance(event, ContentText):  # a token may have the end of its markup, and text
+                del self._pending[: -len(logprobs) or None]
             match event:
                 case ReasoningText(text) if text:
                     yield from self._piece("reasoning", text)
@@ -71,6 +72,7 @@ class OutputItems:
         if kind == "message":
             more["logprobs"], self._pending = _logprobs_of(text, self._pending, is_first=is_first)
             self._logprobs += more["logprobs"]
+            self.logprobs += sum(1 + len(entry["top_logprobs"]) for entry in more["logprobs"])
         yield self._part_event(f"response.{_PART_TYPES[kind]}.delta", delta=text, **more)
 
     def _begin_text(self, kind: str) -> Iterator[Shown]:

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Final
 
-from llamaclust.cluster.api.json_parts import off_loop_if_large
+from llamaclust.cluster.api.json_parts import is_large, off_loop_if_large
 from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.openai.responses.items import Item, messages_of, with_ids
 from llamaclust.cluster.api.openai.responses.output import OutputItems, Shown
@@ -41,11 +41,10 @@ class Storing:
         items = with_ids(self.input_items, head.response_id)
         self.store.put(self.owner, StoredResponse(head.shown(head.first_status), items, ()))
 
-    def put(self, response: dict[str, Any]) -> None:
+    def completed(self, response: dict[str, Any]) -> StoredResponse:
         """With the answer that it has."""
         messages = (*self.messages, *messages_of(response["output"]))
-        items = with_ids(self.input_items, response["id"])
-        self.store.put(self.owner, StoredResponse(response, items, messages))
+        return StoredResponse(response, with_ids(self.input_items, response["id"]), messages)
 
 
 class ResponseShape:
@@ -57,36 +56,56 @@ class ResponseShape:
         """`storing`: None for a response that is not stored."""
         self.has_measurements = details.timings or details.progress
         self.progress = self._progress if details.progress else None
+        self.keeps_logprobs = details.logprobs
         self._details = details
         self._tokenizer = tokenizer
         self._head = head
         self._storing = storing
+        self._stored: StoredResponse | None = None  # once it is complete
         self._items = OutputItems(reply_id)
         self._events = 0  # sent so far
         self._tokens = 0
         self._ends = tokenizer.end_of_generation
         self._reasoning = ReasoningCount(tokenizer)
 
-    def entries(self, chunk: TextChunk, stream: CompletionStream) -> int:
-        """None: the store that the response goes to is the event loop's."""
-        return 0
-
     async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
         answer = join(chunks)
-        parts = chunks if self._details.logprobs else (answer,)  # of joined ones, no token has a place in the text
-        shown = chain.from_iterable(map(self._take, parts))
-        await off_loop_if_large(partial(list, shown), answer.entries)
-        return self._ended(answer, answer.timings, stream)
+        response = await off_loop_if_large(partial(self._whole, chunks, answer, stream), answer.entries)
+        self._store()
+        return response
 
-    def events(self, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
+    def _whole(self, chunks: Sequence[TextChunk], answer: TextChunk, stream: CompletionStream) -> dict[str, Any]:
+        parts = chunks if self._details.logprobs else (answer,)  # of joined ones, no token has a place in the text
+        for _ in chain.from_iterable(map(self._take, parts)):
+            pass
+        return self._ended(answer, answer.timings or stream.timings(), stream)
+
+    async def events(self, chunk: TextChunk, stream: CompletionStream) -> Sequence[bytes]:
+        """Those that end an item, and the response, have all its logprobs."""
+        is_end = chunk.finish_reason is not None or not all(isinstance(event, ContentText) for event in chunk.events)
+        entries = chunk.entries if self._details.logprobs else 0
+        entries += self._items.logprobs if is_end else 0
+        made = partial(self._events_of, chunk, stream, is_large=is_large(entries))
+        events = await off_loop_if_large(lambda: [*made()], entries)
+        self._store()
+        return events
+
+    def _store(self) -> None:
+        """On the event loop."""
+        if self._storing is not None and self._stored is not None:
+            self._storing.store.put(self._storing.owner, self._stored)
+
+    def _events_of(self, chunk: TextChunk, stream: CompletionStream, *, is_large: bool) -> Iterator[bytes]:
         yield from self._begin()
         timings = {"timings": shown_timings(stream.timings())} if self._details.timings else {}
         for shown in self._take(chunk):
-            yield self._numbered({**shown, **timings})
+            yield self._numbered({**shown, **timings}, is_large=is_large)
         if chunk.finish_reason is None:
             return
         response = self._ended(chunk, chunk.timings or stream.timings(), stream)
-        yield self._numbered({"type": f"response.{response['status']}", "response": response, **timings})
+        yield self._numbered(
+            {"type": f"response.{response['status']}", "response": response, **timings}, is_large=is_large
+        )
         yield DONE
 
     def _begin(self) -> Iterator[bytes]:
@@ -99,7 +118,11 @@ class ResponseShape:
         for data in self._begin():
             yield Event(0, data)
         name = "response.in_progress"
-        shown = {"type": name, "response": self._head.shown(Status.IN_PROGRESS), "sequence_number": self._events - 1}
+        shown = {
+            "type": name,
+            "response": self._head.shown(Status.IN_PROGRESS),
+            "sequence_number": self._events - 1,
+        }
         more = shown_progress(progress, with_timings=self._details.timings)
         yield Event(1, named_event(name, {**shown, **more}))
 
@@ -120,18 +143,18 @@ class ResponseShape:
         return [_shown_logprob(row_entry(self._tokenizer, row)) for row in part.rows if row.token not in self._ends]
 
     def _ended(self, part: TextChunk, timings: Timings, stream: CompletionStream) -> dict[str, Any]:
-        """The response, which is stored."""
+        """The response, which is to be stored."""
         reasoning_tokens = min(self._reasoning.total(), self._tokens)
         usage = shown_usage(timings, len(stream.generation.prompt), self._tokens, reasoning_tokens)
         response = self._head.shown(end_status(part), self._items.items, usage)
         if self._storing is not None:
-            self._storing.put(response)
+            self._stored = self._storing.completed(response)
         return response
 
-    def _numbered(self, shown: Shown) -> bytes:
+    def _numbered(self, shown: Shown, *, is_large: bool = False) -> bytes:
         number = self._events
         self._events += 1
-        return named_event(shown["type"], {**shown, "sequence_number": number})
+        return named_event(shown["type"], {**shown, "sequence_number": number}, is_large=is_large)
 
 
 def _shown_logprob(entry: Shown) -> Shown:

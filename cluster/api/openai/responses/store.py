@@ -20,12 +20,15 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
-    """One response with what it answers."""
+    """One response with what it answers. Those with many numbers are made on a thread: their bytes are counted."""
 
     response: dict[str, Any]  # as it is shown
     input_items: list[Item]
     messages: Messages  # of the chat, once it is complete with the answer; without instructions
-    held_bytes: int = 0
+    held_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held_bytes = json_size([self.response, self.input_items, self.messages])
 
 
 @dataclass(slots=True)
@@ -48,7 +51,6 @@ class ResponseStore:
         """In the place of one of the same id; makes room. One that is too large alone is not stored."""
         response_id = stored.response["id"]
         self.delete(owner, response_id)
-        stored.held_bytes = json_size([stored.response, stored.input_items, stored.messages])
         if stored.held_bytes > self._max_bytes:
             return
         self._make_room(stored.held_bytes)

@@ -4,6 +4,7 @@ of a response that is computed or was cancelled."""
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from llamaclust.cluster.api import json_parts as json_parts_module
+from llamaclust.cluster.api.openai.responses.output import OutputItems
+from llamaclust.cluster.api.openai.responses.shape import ResponseShape
+from llamaclust.cluster.api.openai.responses.store import StoredResponse
+from llamaclust.cluster.api.replies import prompt_streams
+from llamaclust.cluster.text import budget
 from llamaclust.core.errors import WorkerError
+from llamaclust.model.chat.tools.events import ContentText, ReasoningText
 from support.clusters import resumable
 from support.clusters.served import (
     MODEL,
@@ -75,6 +83,48 @@ async def test_an_end_token_is_no_text() -> None:
     reply, _ = await respond("Yes.", **LOGPROBS)
     entries = reply.json()["output"][0]["content"][0]["logprobs"]
     assert chosen(entries) == "Yes." and len(entries) == len(ids("Yes.")) and entries[0]["top_logprobs"] == []
+
+
+async def test_a_stream_with_logprobs_is_counted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MAX_REPLY_ENTRIES", 40 * 3 - 1)
+    monkeypatch.setattr(prompt_streams, "MAX_UNREAD_ROWS", 4)
+    fields = {"input": "Hi", "max_output_tokens": 40, "top_logprobs": 2, "stream": True}
+    async with served(ScriptedEngine(says("Yes."))) as http:
+        reply = await http.post(PATH, json=LOGPROBS | fields)
+        assert reply.status_code == 400 and reply.json()["error"]["code"] == "reply_too_large"
+        assert (await http.post(PATH, json=LOGPROBS | fields | {"max_output_tokens": 39})).status_code == 200
+
+
+async def test_all_logprobs_of_a_stream_are_rendered_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, int] = {}
+    numbered, sized = ResponseShape._numbered, StoredResponse.__post_init__
+
+    def spied(shape: ResponseShape, shown: Any, **more: Any) -> bytes:
+        threads[shown["type"]] = threading.get_ident()
+        return numbered(shape, shown, **more)
+
+    def spied_size(stored: StoredResponse) -> None:
+        threads["size"] = threading.get_ident()
+        sized(stored)
+
+    monkeypatch.setattr(ResponseShape, "_numbered", spied)
+    monkeypatch.setattr(StoredResponse, "__post_init__", spied_size)
+    monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 12)
+    async with served(ScriptedEngine(says("So, then."))) as http:
+        reply = await http.post(PATH, json=LOGPROBS | {"input": "Hi", "top_logprobs": 2, "stream": True})
+        end = events_of(reply.text)[-2]["response"]
+        assert (await http.get(f"{PATH}/{end['id']}")).json() == end
+    here, ends = threading.get_ident(), ("size", "response.output_text.done", "response.completed")
+    assert threads["response.output_text.delta"] == here and all(threads[name] != here for name in ends)
+
+
+def test_a_token_of_markup_and_text_has_a_logprob() -> None:
+    items = OutputItems("a")
+    earlier, shared = ({"bytes": [*text], "top_logprobs": []} for text in (b"<think>Hm.", b"</think>So"))
+    assert [*items.take([ReasoningText("Hm.")], [earlier])]
+    events = [*items.take([ReasoningText(""), ContentText("So")], [shared])]
+    (delta,) = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert delta["logprobs"] == [shared]
 
 
 async def test_logprobs_are_shown_where_they_are_wanted() -> None:

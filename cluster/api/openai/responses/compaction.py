@@ -7,14 +7,17 @@ from typing import Any, Final
 
 from pydantic import Field
 
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
 from llamaclust.cluster.api.openai.responses.items import summary_item
 from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, shown_usage
 from llamaclust.cluster.api.openai.responses.schema import InputField, with_one_system_prompt
 from llamaclust.cluster.api.replies.answer_reply import ShowProgress
 from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.scheduler.requests import FinishReason
 from llamaclust.cluster.text.answer import TextChunk, join
 from llamaclust.cluster.text.chat import ChatRequest
+from llamaclust.cluster.text.reasoning import ReasoningBudget
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import ParameterError
@@ -45,7 +48,8 @@ class CompactionBody(AdapterFields):
             raise ParameterError("input", "is missing")
         instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         chat = with_one_system_prompt([*instructions, *_with_task(messages)])
-        return ChatRequest(chat, CompletionRequest((), MAX_TOKENS), may_reason=False)
+        answer = CompletionRequest((), MAX_TOKENS)
+        return ChatRequest(chat, answer, may_reason=False, reasoning_budget=ReasoningBudget(0))
 
 
 def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -69,12 +73,17 @@ class CompactionShape:
     async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
         answer = join(chunks)
         events = answer.events or (ContentText(answer.text),)
-        summary = "".join(event.text for event in events if isinstance(event, ContentText))
+        summary = "".join(event.text for event in events if isinstance(event, ContentText)).strip()
+        if answer.finish_reason is FinishReason.LENGTH:
+            message = f"the summary does not end within {len(answer.rows)} tokens; compact fewer messages at once"
+            raise HttpError(422, "summary_failed", message)
+        if not summary:
+            raise HttpError(422, "summary_failed", "the model's summary is empty; keep the messages as they are")
         return {
             "id": ID_PREFIX + self._ticket.id,
             "object": "response.compaction",
             "created_at": self._ticket.created,
-            "output": [summary_item(f"cmp_{self._ticket.id}", summary.strip())],
+            "output": [summary_item(f"cmp_{self._ticket.id}", summary)],
             "usage": shown_usage(answer.timings, len(stream.generation.prompt), len(answer.rows), 0),
         }
 

@@ -12,6 +12,7 @@ MAX_ITEMS: Final = 100_000
 REFERENCE: Final = "item_reference"
 """The type of an item that stands for one of a stored response, by its id."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+_SUMMARY_FORMAT: Final = "llamaclust summary 1:"
 _SUMMARY: Final = "Summary of the conversation so far:"
 _NOT_ANSWERS: Final = ("function_call_output", "compaction")
 _TEXT_PARTS: Final = ("input_text", "output_text", "text")
@@ -47,7 +48,8 @@ def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
 
 def summary_item(item_id: str, summary: str) -> Item:
     """Stands for all messages before it. Its client may read it: it is base64, in the field's name of the API."""
-    return {"type": "compaction", "id": item_id, "encrypted_content": b64encode(summary.encode()).decode()}
+    content = _SUMMARY_FORMAT + b64encode(summary.encode()).decode()
+    return {"type": "compaction", "id": item_id, "encrypted_content": content}
 
 
 def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
@@ -132,11 +134,15 @@ def _item(value: Any) -> Item:
 
 
 def _summary(item: Item) -> str:
-    """ValueError where another server made it."""
+    """ValueError where another server made it, and for an empty one."""
+    kind, summary_format, encoded = item["encrypted_content"].rpartition(_SUMMARY_FORMAT)
     try:
-        return b64decode(item["encrypted_content"], validate=True).decode()
+        summary = b64decode(encoded, validate=True).decode()
     except ValueError:  # of base64 or UTF-8
-        raise ValueError("encrypted_content: was not made by this server's /v1/responses/compact") from None
+        summary = ""
+    if kind or not summary_format or not summary:
+        raise ValueError("encrypted_content: was not made by this server's /v1/responses/compact")
+    return summary
 
 
 def _message(value: dict[str, Any]) -> Item:

@@ -8,10 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
+from llamaclust.cluster.api.openai.responses import compaction
 from support.clusters.served import MODEL, ScriptedEngine, says, tokenizer
 from support.clusters.tool_chats import served
 
 PATH = "/v1/responses/compact"
+FORMAT = "llamaclust summary 1:"
 CHAT: list[dict[str, Any]] = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
 
 
@@ -31,7 +33,7 @@ async def test_the_model_summarizes_a_chat() -> None:
     response = reply.json()
     (item,) = response["output"]
     assert (response["object"], item["type"]) == ("response.compaction", "compaction")
-    assert b64decode(item["encrypted_content"]) == b"Sun."
+    assert b64decode(item["encrypted_content"].removeprefix(FORMAT)) == b"Sun."
     usage = response["usage"]
     assert usage["input_tokens"] == len(engine.submitted[0].prompt) and usage["output_tokens"] > 0
     prompt = prompt_of(engine)
@@ -54,6 +56,24 @@ async def test_a_chat_goes_on_from_its_summary() -> None:
     assert prompt_of(engine) == "<system>Be kind.\n\nSummary of the conversation so far:\nSun.<user>C<assistant>"
 
 
+@pytest.mark.parametrize(
+    ("most", "answer", "reason"),
+    [(2, "The sun shines.", "within 2 tokens"), (64, " ", "is empty"), (64, "<think>Hm.</think>", "is empty")],
+)
+async def test_half_a_summary_and_none_are_errors(
+    most: int, answer: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "MAX_TOKENS", most)
+    reply, _ = await compacted(answer)
+    assert reply.status_code == 422 and reason in reply.text and "encrypted_content" not in reply.text
+
+
+async def test_a_summary_is_written_without_reasoning() -> None:
+    _, engine = await compacted()
+    reasoning = engine.submitted[0].reasoning
+    assert reasoning is not None and reasoning.budget == 0
+
+
 async def test_a_stored_response_is_summarized() -> None:
     engine = ScriptedEngine(says("B"))
     async with served(engine) as http:
@@ -70,6 +90,9 @@ async def test_a_stored_response_is_summarized() -> None:
         ({"model": "other"}, "other"),
         ({"input": []}, "input"),
         ({"input": [{"type": "compaction", "encrypted_content": "gAAAAA%"}]}, "was not made by this server"),
+        ({"input": [{"type": "compaction", "encrypted_content": "U3Vu"}]}, "was not made by this server"),
+        ({"input": [{"type": "compaction", "encrypted_content": FORMAT}]}, "was not made by this server"),
+        ({"input": [{"type": "compaction", "encrypted_content": f"a{FORMAT}U3Vu"}]}, "was not made by this server"),
     ],
 )
 async def test_refusals(fields: dict[str, Any], reason: str) -> None:

@@ -23,8 +23,10 @@ from llamaclust.cluster.text.service import TextService
 _KEPT = ("/v1/streams/", "/v1/stream/", "/v1/responses/", "/responses/")
 """Paths of replies that are kept, by their ids."""
 _STREAM = "/v1/stream"  # with the reply's name as `?conv_id=`
-_NO_REPLIES = ("/input_tokens", "/compact")
-"""The ends of paths below these that name no reply."""
+_NO_REPLIES = frozenset(
+    f"{prefix}/responses/{operation}" for prefix in ("", "/v1") for operation in ("input_tokens", "compact")
+)
+"""Paths below these that name no reply."""
 _LOADS = ("/api/generate", "/api/chat", "/api/embed", "/api/embeddings")
 """Paths whose `keep_alive` counts; a request there without input loads the model."""
 _INPUTS = ("prompt", "suffix", "messages", "input")
@@ -96,7 +98,7 @@ class ModelDoor:
         try:
             request = Request(scope, receive)
             path = scope["path"]
-            is_kept = path == _STREAM or (path.startswith(_KEPT) and not path.endswith(_NO_REPLIES))
+            is_kept = path == _STREAM or (path.startswith(_KEPT) and path not in _NO_REPLIES)
             if scope["method"] == "GET" or is_kept:
                 await self._of_url(request).app(scope, receive, send)
             else:

@@ -38,12 +38,13 @@ def client_of(*models: DoorModel) -> httpx.AsyncClient:
         ("/v1/stream?conv_id=chats%2F7", "b"),
         ("/v1/responses/resp_1/input_items", "b"),
         ("/v1/responses/resp_1", "b"),
+        ("/v1/streams/my-chat/compact", "b"),
         ("/v1/streams/chats", "a"),
         ("/v1/streams/none", "a"),
     ],
 )
 async def test_a_kept_reply_is_found_with_its_model(path: str, model: str) -> None:
-    async with client_of(replying("a"), replying("b", kept=("plain", "chats/7", "resp_1"))) as http:
+    async with client_of(replying("a"), replying("b", kept=("plain", "chats/7", "resp_1", "my-chat/compact"))) as http:
         assert (await http.get(path)).text == model
         assert (await http.delete(path)).text == model
 

@@ -303,6 +303,7 @@ _FOR_ONE_MODEL = {
     "aliases": "give `name` and `aliases` among `models`",
     "strict_model": "of several, a request names one or none",
     "tags": "several have none",
+    "pull": "of several, each is named in the cluster file; use `llamaclust model pull`",
 }
 """Keys of `api` that `models` excludes, and why."""
 

@@ -76,6 +76,7 @@ def test_kv_memory_on_disk_is_refused_where_it_would_not_be_used(tmp_path: Path,
         ("{strict_model: false}", "a request names one or none"),
         ("{strict_model: true}", "a request names one or none"),
         ("{tags: [chat]}", "several have none"),
+        ("{pull: true}", "use `llamaclust model pull`"),
     ],
 )
 def test_settings_of_one_model_are_refused_beside_several(tmp_path: Path, api: str, why: str) -> None:

@@ -73,14 +73,16 @@ async def _steps(process: Process, entry: CatalogEntry) -> AsyncGenerator[dict[s
     errors = asyncio.ensure_future(process.stderr.read())
     try:
         async for line in process.stdout:
+            if not line.endswith(b"\n"):  # the process was killed while it wrote
+                break
             step = json.loads(line)
             sizes = {"total": step["total_bytes"], "completed": step["done_bytes"]} if step["total_bytes"] else {}
             yield {"status": step["step"], "digest": f"sha256:{entry.sha256}", **sizes}
         text = (await errors).decode(errors="replace").strip()
     finally:
         errors.cancel()
-    if await process.wait():
-        message = text.rpartition("\n")[2][-_MOST_OF_A_MESSAGE:]
+    if code := await process.wait():
+        message = text.rpartition("\n")[2][-_MOST_OF_A_MESSAGE:] or f"its process ended with {code}"
         raise HttpError(502, "pull_failed", f"model {entry.name!r} was not downloaded: {message}", param="model")
 
 

@@ -129,6 +129,13 @@ async def test_a_download_that_fails_says_why(stream: bool, monkeypatch: pytest.
         assert (await http.post("/api/pull", json={"model": NAME})).text.endswith('"success"}\n')
 
 
+async def test_a_download_that_is_killed_while_it_writes_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    started(monkeypatch, "import os\nprint('{\"step\": \"down', end='', flush=True)\nos.kill(os.getpid(), 9)")
+    async with opened() as http:
+        reply = await http.post("/api/pull", json={"model": NAME, "stream": False})
+    assert reply.status_code == 502 and reply.json()["error"].endswith("was not downloaded: its process ended with -9")
+
+
 async def test_one_download_at_a_time_ends_with_its_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     wait = f"import os, pathlib\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"

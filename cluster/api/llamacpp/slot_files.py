@@ -21,6 +21,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _FORMAT: Final = "llamaclust slot 1"
 _MOST_BYTES: Final = 4 * MAX_CONTEXT_TOKENS + (1 << 20)
 _DIGEST_BYTES: Final = 32
+_TOKEN_BYTES: Final = 4
+_FIELDS: Final = frozenset({"format", "model", "cache_salt", "adapters", "tokens"})
 _MOST_FILES: Final = 1024
 """In the folder: a client that saves under ever new names does not fill the disk."""
 
@@ -43,6 +45,8 @@ class SlotFolder:
         """Replaces a file of this name. ParameterError for a name that is none, and where there are too many files;
         OSError."""
         path = self._path(name)
+        if path.is_dir() and not path.is_symlink():
+            raise ParameterError("filename", f"{name!r} is a directory")
         if not path.exists() and (files := sum(1 for _ in self._folder.iterdir())) >= _MOST_FILES:
             raise ParameterError("filename", f"there are {files} files, at most {_MOST_FILES} are kept; delete some")
         data = _encode(tokens, model_id)
@@ -52,6 +56,8 @@ class SlotFolder:
     def read(self, name: str, model_id: str) -> SlotFile:
         """ParameterError where there is no file of this name that this model can use; OSError."""
         path = self._path(name)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ParameterError("filename", f"{name!r} cannot be restored: it is no regular file")
         try:
             data = read_bytes(path, _MOST_BYTES, follows_links=False)
             return SlotFile(_decode(data, model_id), len(data))
@@ -90,10 +96,15 @@ def _decode(data: bytes, model_id: str) -> SlotTokens:
         raise ValueError(f"it has another format than {_FORMAT!r}")
     if fields.get("model") != model_id:
         raise ValueError("another model has saved it")
+    if not ids or len(ids) % _TOKEN_BYTES or fields.keys() != _FIELDS or fields["tokens"] != len(ids) // _TOKEN_BYTES:
+        raise ValueError("it lacks fields or tokens, or has further ones")
     tokens = array("I")
     tokens.frombytes(ids)
-    adapters = tuple((number, scale) for number, scale in fields["adapters"])
-    return SlotTokens(_little_endian(tokens), fields["cache_salt"], adapters)
+    try:
+        adapters = tuple((int(number), float(scale)) for number, scale in fields["adapters"])
+    except TypeError:
+        raise ValueError("its adapters are no pairs of numbers") from None
+    return SlotTokens(_little_endian(tokens), str(fields["cache_salt"]), adapters)
 
 
 def _little_endian(tokens: array[int]) -> array[int]:

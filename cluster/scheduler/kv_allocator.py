@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
 
 from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
 from llamaclust.cluster.scheduler.kv_transfers import KvTransfers
 from llamaclust.cluster.scheduler.kv_window import KvWindow
-from llamaclust.cluster.scheduler.prefix_cache import BlockKeys, PrefixCache
+from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -130,17 +129,9 @@ class KvMemory:
 
     def invalidate(self, sequence: Sequence) -> None:
         """Blocks that this sequence's tokens have filled are shared no more."""
-        self._invalidate(sequence.block_keys)
-
-    def forget(self, keys: BlockKeys, tokens: Items[int]) -> None:
-        """Blocks that these tokens have filled are shared no more."""
-        self._cache.find(keys, tokens, len(tokens))  # extends the keys
-        self._invalidate(keys)
-
-    def _invalidate(self, keys: BlockKeys) -> None:
-        self.blocks.invalidate(keys)
+        self.blocks.invalidate(sequence.block_keys)
         if self.window is not None:
-            self.window.blocks.invalidate(keys)
+            self.window.blocks.invalidate(sequence.block_keys)
 
     def release(self, sequence: Sequence) -> None:
         """Takes all blocks from a sequence."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
@@ -71,8 +70,5 @@ class Slots:
         self._tokens[slot] = tokens
 
     def erase(self, slot: int) -> int:
-        """Forgets a slot's tokens, whose KV memory no later request shares; how many these were."""
-        erased = self._tokens.pop(slot, SlotTokens())
-        for scheduler in self._engine.schedulers:
-            scheduler.queues.memory.forget(BlockKeys(erased.cache_salt, erased.adapters), erased.tokens)
-        return len(erased.tokens)
+        """Forgets a slot's tokens; how many these were. Their KV memory stays: other requests may share it."""
+        return len(self._tokens.pop(slot, SlotTokens()).tokens)

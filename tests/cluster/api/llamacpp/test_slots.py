@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +78,14 @@ async def test_a_slot_is_saved_and_restored_after_a_restart(tmp_path: Path) -> N
     assert _names(tmp_path) == ["a.bin", "b.bin"]
 
 
-async def test_an_erased_slot_is_computed_again(tmp_path: Path) -> None:
+async def test_an_erased_slot_has_no_tokens_and_others_share_its_memory(tmp_path: Path) -> None:
     async with serving(tmp_path) as http:
         first, warm = await complete(http), await complete(http)
         assert warm["timings"]["cache_n"] > 0
         erased = (await http.post(ERASE)).json()
         assert erased == {"id_slot": 1, "n_erased": warm["tokens_evaluated"] + warm["tokens_predicted"] - 1}
-        cold = await complete(http, id_slot=2)
-        assert cold["timings"]["cache_n"] == 0 and cold["tokens"] == first["tokens"]
+        other = await complete(http, id_slot=2)
+        assert other["timings"]["cache_n"] == warm["timings"]["cache_n"] and other["tokens"] == first["tokens"]
         assert (await http.post(ERASE)).json()["n_erased"] == 0
         assert "no tokens" in await error(http, SAVE, {"filename": "a"})
 
@@ -123,12 +125,37 @@ async def test_links_are_not_followed(tmp_path: Path) -> None:
         outside = tmp_path / "outside"
         outside.write_bytes((folder / "a.bin").read_bytes())
         (folder / "link").symlink_to(outside)
-        assert "cannot be restored" in await error(http, RESTORE, {"filename": "link"}, 500)
+        assert "cannot be restored" in await error(http, RESTORE, {"filename": "link"})
         os.mkfifo(folder / "pipe")
-        assert "cannot be restored" in await error(http, RESTORE, {"filename": "pipe"}, 500)
+        assert "cannot be restored" in await error(http, RESTORE, {"filename": "pipe"})
+        (folder / "folder").mkdir()
+        assert "cannot be restored" in await error(http, RESTORE, {"filename": "folder"})
+        assert "is a directory" in await error(http, SAVE, {"filename": "folder"})
         outside.write_bytes(b"of others")
         assert (await http.post(SAVE, json={"filename": "link"})).status_code == 200
     assert outside.read_bytes() == b"of others" and not (folder / "link").is_symlink()
+
+
+def _signed(content: bytes) -> bytes:
+    return content + sha256(content).digest()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        {},
+        {"cache_salt": "", "adapters": []},
+        {"cache_salt": "", "adapters": [], "tokens": 2},
+        {"cache_salt": "", "adapters": 7, "tokens": 1},
+        {"cache_salt": "", "adapters": [7], "tokens": 1},
+    ],
+    ids=["no fields", "no count", "another count", "adapters that are none", "an adapter that is none"],
+)
+async def test_fields_of_a_slot_file_are_checked(tmp_path: Path, head: dict[str, Any]) -> None:
+    fields = {"format": "llamaclust slot 1", "model": SETTINGS.model_id} | head
+    (tmp_path / "a").write_bytes(_signed(json.dumps(fields).encode() + b"\n" + bytes(4)))
+    async with serving(tmp_path) as http:
+        assert "cannot be restored" in await error(http, RESTORE, {"filename": "a"})
 
 
 def _flip(data: bytes) -> bytes:

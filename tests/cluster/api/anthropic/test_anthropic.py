@@ -262,13 +262,13 @@ async def test_a_stream_that_fails_ends_with_an_error() -> None:
 
 
 async def test_a_stream_that_meets_a_mistake_of_ours_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = MessageShape.events
+    events = MessageShape._events
 
     def broken(shape: MessageShape, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
         yield from events(shape, chunk, stream)
         raise KeyError(0)
 
-    monkeypatch.setattr(MessageShape, "events", broken)
+    monkeypatch.setattr(MessageShape, "_events", broken)
     *_, last = await stream_of("Yes.")
     assert last["type"] == "error" and "internal error" in last["error"]["message"]
 

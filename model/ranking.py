@@ -19,6 +19,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 _KEY: Final = "tokenizer.chat_template.rerank"
 _FIELDS: Final = ("query", "document")
 _PLACES: Final = re.compile("|".join(rf"\{{{field}\}}" for field in _FIELDS))
+_EACH_ONCE: Final = sorted(f"{{{field}}}" for field in _FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,10 @@ class Ranking:
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
     """By the file's template of pairs where it has one, else by its special tokens. ModelFileError where the template
-    is no text with both places, or a token is missing."""
+    is no text with each place once, or a token is missing."""
     text = metadata.get(_KEY)
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)
-    if not isinstance(text, str) or {place[1:-1] for place in _PLACES.findall(text)} != set(_FIELDS):
-        raise ModelFileError(f"{_KEY} is no text with {{query}} and {{document}}")
+    if not isinstance(text, str) or sorted(_PLACES.findall(text)) != _EACH_ONCE:
+        raise ModelFileError(f"{_KEY} is no text with {{query}} and {{document}}, each once")
     return Ranking(PairTemplate(text), of_last)

@@ -49,8 +49,20 @@ def test_a_file_without_a_template_has_its_special_tokens() -> None:
     assert read_ranking(named, TOKENIZER, of_last=False) == Ranking(TEMPLATE, of_last=False)
 
 
-@pytest.mark.parametrize("text", ["", "{query}", "{document} query", 3, ["{query}{document}"]])
-def test_templates_without_both_places_are_refused(text: object) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{query}",
+        "{document} query",
+        "{query}{document}{query}",
+        "{query}{document}" * 2000,
+        3,
+        ["{query}{document}"],
+    ],
+    ids=["empty", "no document", "no query", "a query too many", "many", "a number", "a list"],
+)
+def test_templates_without_each_place_once_are_refused(text: object) -> None:
     with pytest.raises(ModelFileError, match=r"tokenizer\.chat_template\.rerank is no text with"):
         read_ranking({**METADATA, "tokenizer.chat_template.rerank": text}, TOKENIZER, of_last=True)
 

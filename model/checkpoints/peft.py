@@ -88,6 +88,8 @@ def _check_kind(settings: Settings) -> None:
     for name in _REFUSED:
         if settings.values.get(name):
             raise settings.error(name, "set, which is not supported")
+    if "lora_alpha" in settings.values and not settings.has("lora_alpha"):
+        raise settings.error("lora_alpha", "null or NaN, a number expected")
     begun = settings.values.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
         raise settings.error("init_lora_weights", f"{begun!r}: it is of a base that was changed; save it as plain LoRA")

@@ -97,12 +97,13 @@ class _Reader:
 
     def _check_scaling(self, stored: StoredTensor, module: str, kind: str) -> None:
         origin = f"{self._weights}: tensor {shown(stored.name)}"
-        if len(stored.shape) != 2:
+        if len(stored.shape) != 2 or 0 in stored.shape:
             raise ModelFileError(f"{origin}: shape {list(stored.shape)}, a matrix expected; {_MERGE}")
         scaling = self._settings.scaling(module)
         check_rank(scaling, stored.shape[0 if kind == "A" else 1], origin)
-        if scaling.alpha <= 0:
-            raise self._settings.settings.error("lora_alpha", f"{scaling.alpha:g}, more than 0 expected")
+        if np.float32(scaling.plain_alpha) <= 0:  # with 0, GGUF means that factors are not scaled
+            what = f"{scaling.alpha:g}, more than 0 expected, in float32 too"
+            raise self._settings.settings.error("lora_alpha", what)
         self._alphas.setdefault(scaling.plain_alpha, module)
 
     def _paired_heads(self, name: str, stored: StoredTensor) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.step_options import ActivationFunction, GatedActivation, Gating, RopeStyle
+from llamaclust.model.step_options import USUAL_EXPERTS, ActivationFunction, ExpertOptions, RopeStyle
 
 KV_BLOCK_TOKENS = 16
 """Positions in one KV block: the unit that the coordinator hands out and that block tables name."""
@@ -256,10 +256,10 @@ class SigmoidGate:
 
 @dataclass(frozen=True, slots=True)
 class Moe:
-    """Mixture of experts: weights = gating(router @ x + router_bias), of which the `used` best are chosen (ties to the
-    lower id); they are divided by their sum where `normalized` (at least LEAST_WEIGHT_SUM), then multiplied by `scale`.
-    out = sum in rank order of weight * (down_e(activation(gate_e(x), up_e(x))) with the experts' biases); without a
-    gate, the activation is a function of up_e(x) alone.
+    """Mixture of experts by its `options`. weights = gating(router @ x + router_bias), of which the `used` best are
+    chosen (ties to the lower id); they are divided by their sum where `normalized` (at least LEAST_WEIGHT_SUM), then
+    multiplied by `scale`. out = sum in rank order of weight * (down_e(activation(gate_e(x), up_e(x))) with the experts'
+    biases); without a gate, the activation is a function of up_e(x) alone.
 
     The choice goes by weights + `selection_bias`, and with more `groups` than one only by experts of the `used_groups`
     groups whose two best of these have the greatest sums (ties to the lower group).
@@ -277,12 +277,7 @@ class Moe:
     experts: int
     used: int
     ffn_width: int
-    normalized: bool = True
-    gating: Gating = Gating.SOFTMAX
-    scale: float = 1.0
-    groups: int = 1
-    used_groups: int = 1
-    activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL
+    options: ExpertOptions = USUAL_EXPERTS
     router_bias: str | None = None
     selection_bias: str | None = None
     gate_bias: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -37,6 +38,21 @@ class GatedActivation(StrEnum):
     SILU_MUL = "silu_mul"
     CLAMPED_SWIGLU = "clamped_swiglu"
 
+
+@dataclass(frozen=True, slots=True)
+class ExpertOptions:
+    """How experts are chosen, weighed and computed, as `Moe` says."""
+
+    gating: Gating = Gating.SOFTMAX
+    normalized: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    used_groups: int = 1
+    activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL
+
+
+USUAL_EXPERTS = ExpertOptions()
+"""As of Mixtral."""
 
 SWIGLU_LIMIT = 7.0
 """Of clamped_swiglu; 1.702 is part of the kernels."""

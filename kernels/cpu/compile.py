@@ -285,8 +285,8 @@ class _Compiler:
         inner = [self._add_expert_bias(part, bias, step, choice) for part, bias in zip(parts, biases, strict=True)]
         result = ir.Buffer("expert activated", step.ffn_width)
         activated = buffers.write(result, used, private=True)
-        limit = SWIGLU_LIMIT if step.activation is GatedActivation.CLAMPED_SWIGLU else 0
-        self.plan.elementwise(step.activation, inner[0], inner[-1], activated, limit)
+        limit = SWIGLU_LIMIT if step.options.activation is GatedActivation.CLAMPED_SWIGLU else 0
+        self.plan.elementwise(step.options.activation, inner[0], inner[-1], activated, limit)
         self._observe([step.down], result, chosen, used)
         down = ir.Buffer("expert down", step.out.width)
         down_outs = [(self._weights[step.down], buffers.write(down, used))]
@@ -307,10 +307,10 @@ class _Compiler:
             choice,
             step.experts,
             used,
-            _GATINGS.index(step.gating),
-            step.normalized,
-            step.scale,
-            (step.groups, step.used_groups),
+            _GATINGS.index(step.options.gating),
+            step.options.normalized,
+            step.options.scale,
+            (step.options.groups, step.options.used_groups),
             self._vector(step.selection_bias),
         )
         return choice, None if self._observed is None else self._copy(choice, 2 * used)

@@ -230,16 +230,16 @@ def softmax(x: Float64) -> Float64:
 def moe(step: ir.Moe, state: State) -> Float64:
     x, weights = state[step.x], state.weights
     logits = matmul(x, weights[step.router], weights[step.router_bias] if step.router_bias else None)
-    scores = _SCORES[step.gating](logits)
+    scores = _SCORES[step.options.gating](logits)
     chosen = np.argsort(-_selection(step, scores, weights), axis=1, kind="stable")[:, : step.used]
     shares = np.take_along_axis(scores, chosen, axis=1)
-    if step.gating is Gating.SOFTMAX_OF_CHOSEN:
+    if step.options.gating is Gating.SOFTMAX_OF_CHOSEN:
         shares = softmax(shares)
-    if step.normalized:
+    if step.options.normalized:
         shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), LEAST_WEIGHT_SUM)
     out = np.zeros(x.shape)
     for row, experts in enumerate(chosen):
-        for share, expert in zip(shares[row] * step.scale, experts, strict=True):
+        for share, expert in zip(shares[row] * step.options.scale, experts, strict=True):
             out[row] += share * _expert(step, weights, int(expert), x[row : row + 1])[0]
     return out
 
@@ -247,12 +247,12 @@ def moe(step: ir.Moe, state: State) -> Float64:
 def _selection(step: ir.Moe, scores: Float64, weights: Mapping[str, Float32]) -> Float64:
     """What experts are chosen by: -inf in groups that are not."""
     selection = scores + weights[step.selection_bias] if step.selection_bias else scores
-    if step.groups == 1:
+    if step.options.groups == 1:
         return selection
-    grouped = selection.reshape(len(scores), step.groups, -1)
+    grouped = selection.reshape(len(scores), step.options.groups, -1)
     sums = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
-    groups = np.argsort(-sums, axis=1, kind="stable")[:, : step.used_groups]
-    is_used = (np.arange(step.groups) == groups[:, :, None]).any(axis=1)
+    groups = np.argsort(-sums, axis=1, kind="stable")[:, : step.options.used_groups]
+    is_used = (np.arange(step.options.groups) == groups[:, :, None]).any(axis=1)
     return np.where(is_used[:, :, None], grouped, -np.inf).reshape(scores.shape)
 
 
@@ -288,7 +288,7 @@ def _expert(step: ir.Moe, weights: Mapping[str, Float32], expert: int, x: Float3
 
     inner = product(x, step.up, step.up_bias)
     if step.gate is None:
-        inner = ACTIVATIONS[ActivationFunction(step.activation)](inner)
+        inner = ACTIVATIONS[ActivationFunction(step.options.activation)](inner)
     else:
-        inner = _GATED[GatedActivation(step.activation)](product(x, step.gate, step.gate_bias), inner)
+        inner = _GATED[GatedActivation(step.options.activation)](product(x, step.gate, step.gate_bias), inner)
     return product(inner.astype(np.float32), step.down, step.down_bias)

@@ -10,7 +10,7 @@ from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import EMBEDDING, AttentionVariant, ProgramBuilder
 from llamaclust.model.pooling import Pooling, read_pooling
 from llamaclust.model.program import Buffer
-from llamaclust.model.step_options import ActivationFunction
+from llamaclust.model.step_options import ActivationFunction, ExpertOptions
 
 _TYPES = "token_types.weight"
 
@@ -48,7 +48,7 @@ class EncoderBuilder(ProgramBuilder):
         self._attend(layer, variant)
         self._add_and_norm(f"{prefix}.attn_output_norm")
         if experts:
-            self._mix_experts(prefix, ExpertsVariant(normalized=False, activation=activation))
+            self._mix_experts(prefix, ExpertsVariant(ExpertOptions(normalized=False, activation=activation)))
         elif gated:
             self._gated_inner(prefix, activation)
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llamaclust.model.architectures.tensors import CheckedTensors
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys
 from llamaclust.model.program import Buffer, Moe
-from llamaclust.model.step_options import ActivationFunction, GatedActivation, Gating
+from llamaclust.model.step_options import USUAL_EXPERTS, ActivationFunction, ExpertOptions, GatedActivation, Gating
 
 _GATING_KEY = "expert_gating_func"
 _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
@@ -16,15 +16,10 @@ _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture of experts; as of `Moe`. `shared_width`: of an expert that every token uses; with
-    `shared_gate` it is weighed by a sigmoid of its own."""
+    """Options of a mixture of experts. `shared_width`: of an expert that every token uses; with `shared_gate` it is
+    weighed by a sigmoid of its own."""
 
-    gating: Gating = Gating.SOFTMAX
-    normalized: bool = True
-    scale: float = 1.0
-    groups: int = 1
-    used_groups: int = 1
-    activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL
+    options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0
     shared_gate: bool = False
 
@@ -49,15 +44,15 @@ def read_experts(
     if hp.expert_count % groups or hp.expert_used_count > used_groups * (hp.expert_count // groups):
         what = f"{groups}, of which {used_groups} are used, for {hp.expert_used_count} of {hp.expert_count} experts"
         raise keys.error("expert_group_count", what)
-    return ExpertsVariant(
+    options = ExpertOptions(
         gating=_GATINGS.get(number, gating),
         normalized=keys.flag("expert_weights_norm", normalized),
         scale=keys.real("expert_weights_scale", 0.0, minimum=-1e6, maximum=1e6) or 1.0,
         groups=groups,
         used_groups=used_groups,
         activation=activation,
-        shared_width=shared_width,
     )
+    return ExpertsVariant(options, shared_width)
 
 
 def expert_step(
@@ -70,7 +65,7 @@ def expert_step(
         raise tensors.error(old, "one tensor for each expert, the form of early 2024", "convert the model again")
 
     inner = (count, ffn, x.width)
-    has_gate = isinstance(variant.activation, GatedActivation)
+    has_gate = isinstance(variant.options.activation, GatedActivation)
 
     def bias(name: str, width: int) -> str | None:
         full = f"{prefix}.{name}.bias"
@@ -86,12 +81,7 @@ def expert_step(
         experts=count,
         used=hp.expert_used_count,
         ffn_width=ffn,
-        normalized=variant.normalized,
-        gating=variant.gating,
-        scale=variant.scale,
-        groups=variant.groups,
-        used_groups=variant.used_groups,
-        activation=variant.activation,
+        options=variant.options,
         router_bias=tensors.optional_vector(f"{prefix}.ffn_gate_inp.bias", count),
         selection_bias=tensors.optional_vector(f"{prefix}.exp_probs_b.bias", count),
         gate_bias=bias("ffn_gate_exps", ffn),

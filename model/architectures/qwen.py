@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.step_options import ExpertOptions, RopeStyle
 
 _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 
@@ -27,7 +27,7 @@ def qwen2moe(builder: ProgramBuilder) -> None:
     shared = builder.keys.count(
         "expert_shared_feed_forward_length", builder.hyperparameters.feed_forward_length, maximum=1 << 20
     )
-    variant = ExpertsVariant(normalized=False, shared_width=shared, shared_gate=True)
+    variant = ExpertsVariant(ExpertOptions(normalized=False), shared_width=shared, shared_gate=True)
     table = builder.rope_table()
     for layer in builder.layers():
         builder.require(layer, *_BIASES)

@@ -186,7 +186,7 @@ def test_parts_of_a_product_lie_side_by_side(make: Callable[..., ModelFile]) -> 
 
 def test_experts(make: Callable[..., ModelFile]) -> None:
     for name, normalized in (("qwen2moe", False), ("qwen3moe", True), ("llama-experts", True)):
-        assert {step.normalized for step in whole(make(name)).steps if isinstance(step, Moe)} == {normalized}
+        assert {step.options.normalized for step in whole(make(name)).steps if isinstance(step, Moe)} == {normalized}
         with pytest.raises(ModelFileError, match=r"expert_weights_scale.*'2\.5', which is not supported"):
             whole(make(name, expert_weights_scale=2.5))
 
@@ -195,13 +195,18 @@ def test_experts_by_keys(make: Callable[..., ModelFile]) -> None:
     """Gates, groups, scale; the first layer has no experts."""
     (step, *others) = [step for step in whole(make("bailingmoe2")).steps if isinstance(step, Moe)]
     assert len(others) == MODELS["bailingmoe2"].layers - 2
-    assert (step.gating, step.groups, step.used_groups, step.scale) == (Gating.SIGMOID, 4, 2, 2.5)
-    assert step.normalized and step.selection_bias == "blk.1.exp_probs_b.bias"
+    assert (step.options.gating, step.options.groups, step.options.used_groups, step.options.scale) == (
+        Gating.SIGMOID,
+        4,
+        2,
+        2.5,
+    )
+    assert step.options.normalized and step.selection_bias == "blk.1.exp_probs_b.bias"
     plain = make(
         "bailingmoe2", expert_weights_norm=None, expert_gating_func=1, expert_group_count=1, expert_group_used_count=0
     )
     (step, *_) = [step for step in whole(plain).steps if isinstance(step, Moe)]
-    assert (step.gating, step.groups, step.normalized) == (Gating.SOFTMAX, 1, False)
+    assert (step.options.gating, step.options.groups, step.options.normalized) == (Gating.SOFTMAX, 1, False)
     assert whole(make("gpt-oss", expert_gating_func=3)) == whole(make("gpt-oss"))
 
 

@@ -33,7 +33,7 @@ def check_experts(program: Program) -> None:
     for step in program.steps:
         if isinstance(step, Moe):
             biases = any((step.gate_bias, step.up_bias, step.down_bias))
-            if biases or step.groups > 1 or step.activation is not GatedActivation.SILU_MUL:
+            if biases or step.options.groups > 1 or step.options.activation is not GatedActivation.SILU_MUL:
                 what = "experts with biases, groups or another activation than SiLU"
                 raise ModelFileError(f"{what} are not computed on GPUs; set device: cpu for their workers")
 
@@ -55,12 +55,12 @@ def items_bytes(step: Moe, rows: int, piece: int) -> int:
 
 def choose(step: Moe, logits: np.uint64, bias: np.uint64, places: ExpertBuffers, rows: RowCount) -> Launch:
     """logits float32 [rows, experts]; bias [experts], 0 for none."""
-    figures = map(np.int32, (step.experts, step.used, _GATINGS.index(step.gating), step.normalized))
+    figures = map(np.int32, (step.experts, step.used, _GATINGS.index(step.options.gating), step.options.normalized))
     args: tuple[Scalar, ...] = (
         logits,
         bias,
         *figures,
-        np.float32(step.scale),
+        np.float32(step.options.scale),
         rows.address,
         places.ids,
         places.weights,

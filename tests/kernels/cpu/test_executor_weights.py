@@ -37,7 +37,7 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.step_options import ExpertOptions, RopeStyle
 from support.arithmetic.batches import batch_of
 from support.arithmetic.single_steps import LIMITS, Weight, normal, program_of, rows_at
 
@@ -198,11 +198,37 @@ TABLE = RopeTable((1.0,) * 17)
         [SelectRows(X, Y)],
         [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=5, ffn_width=64)],
         [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=0, ffn_width=64)],
-        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, groups=3)],
-        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, groups=0)],
-        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, groups=4)],
-        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, groups=2, used_groups=3)],
-        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, scale=float("nan"))],
+        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, options=ExpertOptions(groups=3))],
+        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, options=ExpertOptions(groups=0))],
+        [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, options=ExpertOptions(groups=4))],
+        [
+            Moe(
+                X,
+                OUT,
+                "router",
+                "gate",
+                "up",
+                "down",
+                experts=4,
+                used=2,
+                ffn_width=64,
+                options=ExpertOptions(groups=2, used_groups=3),
+            )
+        ],
+        [
+            Moe(
+                X,
+                OUT,
+                "router",
+                "gate",
+                "up",
+                "down",
+                experts=4,
+                used=2,
+                ffn_width=64,
+                options=ExpertOptions(scale=float("nan")),
+            )
+        ],
         [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, selection_bias="n")],
         [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, gate_bias="w64")],
         [PositionScale(X, OUT, float("inf"), 4)],

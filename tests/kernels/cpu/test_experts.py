@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import Buffer, Moe
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import GatedActivation, Gating
+from llamaclust.model.step_options import ExpertOptions, GatedActivation, Gating
 from support.arithmetic.backends import all_threads
 from support.arithmetic.conformance_cases import moe_case
 from support.arithmetic.single_steps import (
@@ -104,7 +104,11 @@ def variant_of(options: dict[str, Any]) -> Case:
     sizes |= {"up bias": (EXPERTS, INNER), "down bias": (EXPERTS, 256)}
     named = {name: Weight(3 * normal(generator, *size)) for name, size in sizes.items() if name in options.values()}
     named["router"] = Weight(case.weights["router"].values / np.float32(64))  # no sigmoid is rounded to 1
-    return Case(program_of(step.x, step.out, replace(step, **options)), {**case.weights, **named}, case.runs)
+    names = {field.name for field in fields(ExpertOptions)}
+    biases = {key: value for key, value in options.items() if key not in names}
+    chosen = ExpertOptions(**{key: value for key, value in options.items() if key in names})
+    step = replace(step, options=chosen, **biases)
+    return Case(program_of(step.x, step.out, step), {**case.weights, **named}, case.runs)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

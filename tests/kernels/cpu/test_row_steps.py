@@ -30,7 +30,7 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import ActivationFunction
+from llamaclust.model.step_options import ActivationFunction, ExpertOptions
 from support.arithmetic.batches import batch_of
 from support.arithmetic.conformance_cases import EXACT, attention_case, generator_of, moe_case
 from support.arithmetic.single_steps import Case, Weight, check_conformance, normal, program_of, rows_at, splitter
@@ -141,7 +141,7 @@ def test_experts_whose_weights_are_not_normalized(tmp_path: Path, experts: int, 
     case = moe_case(QuantType.F16, experts, used, ffn=64)
     (step,) = case.program.steps
     assert isinstance(step, Moe)
-    program = program_of(step.x, step.out, replace(step, normalized=False))
+    program = program_of(step.x, step.out, replace(step, options=ExpertOptions(normalized=False)))
     check_conformance(tmp_path, Case(program, case.weights, case.runs), EXACT)
 
 

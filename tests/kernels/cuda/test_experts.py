@@ -29,7 +29,7 @@ from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Buffer, MatMul, Moe, Program, SiluMul
-from llamaclust.model.step_options import Gating
+from llamaclust.model.step_options import ExpertOptions, Gating
 from support.arithmetic.backends import all_threads
 from support.arithmetic.single_steps import Weight, normal, program_of, rows_at
 from support.cuda.launching import Bench
@@ -46,7 +46,7 @@ LIMITS = StageLimits(max_batch_tokens=64, max_outputs=64, max_sequences=1, max_c
 
 def moe(experts: int, used: int, *, normalized: bool = True) -> Moe:
     x, out = Buffer("x", WIDTH), Buffer("out", WIDTH)
-    return Moe(x, out, "router", "gate", "up", "down", experts, used, FFN, normalized)
+    return Moe(x, out, "router", "gate", "up", "down", experts, used, FFN, ExpertOptions(normalized=normalized))
 
 
 class OnDevice:
@@ -130,7 +130,7 @@ def test_the_bits_of_the_cpu(
 ) -> None:
     (experts, used, rows), (kind, normalized, scale) = shape, gating
     source, plain = generator(), moe(experts, used, normalized=normalized)
-    step = replace(plain, gating=kind, scale=scale, selection_bias="bias" if biased else None)
+    step = replace(plain, options=ExpertOptions(kind, normalized, scale), selection_bias="bias" if biased else None)
     weights = {
         "router": Weight(normal(source, experts, WIDTH)),
         "gate": Weight(normal(source, experts, FFN, WIDTH)),

@@ -40,7 +40,12 @@ class Constraint:
             self.is_used = has_grammar
         if self.is_used and not has_grammar:
             raise WorkerError("the grammar of this request's calls could not be made in time again; send it anew")
-        return request if self.is_used else replace(request, grammar=None)
+        if self.is_used or not has_grammar:
+            return request
+        reasoning = request.reasoning
+        if reasoning is not None:  # only a budget is left to follow
+            reasoning = None if reasoning.budget is None else replace(reasoning, delays_grammar=False)
+        return replace(request, grammar=None, reasoning=reasoning)
 
 
 @dataclass(slots=True)

@@ -53,7 +53,7 @@ class GenerationRequest:
     received_ns: int = field(default=0, compare=False)  # when its client's request came; 0: as it is submitted
 
     @property
-    def is_constrained(self) -> bool:
+    def needs_matcher(self) -> bool:
         """Whether the last stage keeps a matcher for its answer."""
         return self.grammar is not None or self.reasoning is not None
 

@@ -87,7 +87,7 @@ class _PrefillBatch:
         """Rows of a sequence, as far as one part in `share` of the rows and outputs that are left goes. False where
         that is none."""
         is_scored = sequence.has_scores_left
-        starts_grammar = sequence.request.is_constrained and not sequence.has_matcher
+        starts_grammar = sequence.request.needs_matcher and not sequence.has_matcher
         outputs = self.outputs_left if self.grammars_left or not starts_grammar else 0
         outputs = min(outputs, self.scored_left) if is_scored else outputs
         outputs = self.embedded_left if sequence.request.embedded is not None else outputs

@@ -180,7 +180,7 @@ class Sequence:
     @property
     def expects_forced(self) -> bool:
         """Whether it had forced tokens lately, and may again: a row sent ahead would only repeat them."""
-        forces = self.request.is_constrained and not self.request.with_logprobs
+        forces = self.request.needs_matcher and not self.request.with_logprobs
         return forces and self.generated - self.last_forced < _LATELY
 
     @property
@@ -309,7 +309,7 @@ class Sequence:
 
     def _grammar_row(self) -> GrammarRow | None:
         request = self.request
-        if not request.is_constrained:
+        if not request.needs_matcher:
             return None
         answer = None if self.has_matcher else tuple(self.tokens[self.prompt_length :])
         start = None if answer is None else GrammarStart(request.grammar, answer, request.reasoning)

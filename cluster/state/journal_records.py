@@ -65,7 +65,7 @@ class Admission:
     served: str = ""  # digest of what else answers depend on: the model and its settings
     is_streamed: bool = True
     is_background: bool = False  # its client does not wait for it
-    is_constrained: bool = False  # its answers obey a grammar
+    has_grammar: bool = False  # its answers obey a grammar
     earlier: Sequence[Mapping[str, Any]] = ()  # messages of the stored chat that its body continues
 
     @property
@@ -106,7 +106,7 @@ def admission_line(admission: Admission) -> bytes:
         admission.served,
         admission.is_streamed,
         admission.is_background,
-        admission.is_constrained,
+        admission.has_grammar,
         admission.earlier,
         identity.scales,
     )
@@ -198,7 +198,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
     if [type(value) for value in fields] != _ADMISSION:
         raise TypeError("other fields than those of an admission")
     request_id, seed, created, owner, conversation, idempotency_key, traceparent, tracestate, *more = fields
-    endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_background, is_constrained, *last = more
+    endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_background, has_grammar, *last = more
     earlier, scales = last
     identity = RequestIdentity(
         id=request_id,
@@ -221,7 +221,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
         served=served,
         is_streamed=is_streamed,
         is_background=is_background,
-        is_constrained=is_constrained,
+        has_grammar=has_grammar,
         earlier=tuple(earlier),
     )
 

@@ -154,9 +154,11 @@ def test_a_grammar_that_cannot_be_followed_fails_its_answer_alone(stage: StageGr
 
 def test_a_token_that_takes_too_long_fails_its_answer(stage: StageGrammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TOKEN_NS", -1)
-    step(stage, 0, task(1, 0, ABC), says="a")
-    _, (row,) = step(stage, 1, task(1, 1), says="c")
-    assert row.failure is not None and "too ambiguous" in row.failure
+    budget = Reasoning(("<t>",), ("!?",), tuple(b"!?"), 2, is_open=True)
+    step(stage, 0, task(1, 0, ABC), task(2, 0, reasoning=budget), says="aa")
+    _, (row, other) = step(stage, 1, task(1, 1), task(2, 1), says="cc")
+    assert row.failure is not None and row.failure.startswith("the grammar costs too much time")
+    assert other.failure is not None and other.failure.startswith("the budget of reasoning costs too much time")
 
 
 def test_all_rows_of_a_step_share_a_time(stage: StageGrammars, monkeypatch: pytest.MonkeyPatch) -> None:

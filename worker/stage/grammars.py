@@ -52,7 +52,8 @@ class _StepTime:
 class _Answer:
     """One answer under a grammar. Used by the thread until `ready` is done, then by the stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: GrammarStart) -> None:
+        self.rule = "the grammar" if start.grammar is not None else "the budget of reasoning"
         self.ready: Future[None] = Future()
         self.failure: str | None = None  # why the grammar cannot be followed
         self.forced: list[int] = []  # the newest tokens of the matcher: those that had to follow
@@ -71,7 +72,7 @@ class _Answer:
         for place in range(0, len(start.tokens), _TOKENS_AT_ONCE):
             matcher.take(start.tokens[place : place + _TOKENS_AT_ONCE])
             if thread_time_ns() - began_ns > BUILD_NS:
-                raise RequestError(f"the grammar is too complex: its start takes more than {BUILD_NS / 1e9:g} s")
+                raise RequestError(f"{self.rule} is too complex: its start takes more than {BUILD_NS / 1e9:g} s")
             if self.failure is not None:  # it was late
                 return
         if may_force and not start.tokens:
@@ -111,7 +112,7 @@ class _Answer:
     def _take_within(self, time: _StepTime, token: int) -> AllowedTokens | None:
         """The grammar's errors are the answer's, which also fails where others would have to wait for it."""
         if time.is_over(self._expected_ns):
-            self.failure = f"the grammar is too ambiguous: a step's rows take more than {_STEP_NS // 1_000_000} ms"
+            self.failure = f"{self.rule} costs too much time: a step's rows take more than {_STEP_NS // 1_000_000} ms"
             return None
         assert self._matcher is not None, "it is ready"
         began_ns, allowed, was_costly = thread_time_ns(), None, self._matcher.is_costly
@@ -119,7 +120,7 @@ class _Answer:
         try:
             allowed = self._take(self._matcher, token)
         except Exception as error:  # noqa: BLE001  a border: one answer fails
-            self.failure = _failure(error)
+            self.failure = _failure(self.rule, error)
         taken_ns = thread_time_ns() - began_ns
         if self._matcher.is_costly and not was_costly:
             time.build_ns -= taken_ns
@@ -127,7 +128,7 @@ class _Answer:
         time.left_ns -= taken_ns
         self._expected_ns = max(taken_ns, self._expected_ns // 2)
         if taken_ns > _TOKEN_NS and self.failure is None:
-            self.failure = f"the grammar is too ambiguous: one token takes more than {_TOKEN_NS // 1_000_000} ms"
+            self.failure = f"{self.rule} costs too much time: one token takes more than {_TOKEN_NS // 1_000_000} ms"
             return None
         return allowed
 
@@ -171,7 +172,7 @@ class StageGrammars:
             if row.start is not None:
                 if len(self._starting) >= 2 * self._most:
                     raise ProtocolError(f"more than {2 * self._most} grammars that start")
-                answer = self._starting[inputs.number, row.key] = _Answer()
+                answer = self._starting[inputs.number, row.key] = _Answer(row.start)
                 answer.ready = self._thread.submit(self._start, answer, row.start, may_force=row.may_force)
 
     async def ready(self, inputs: SamplingInputs) -> None:
@@ -182,7 +183,7 @@ class StageGrammars:
             await asyncio.wait([asyncio.wrap_future(answer.ready) for answer in waiting], timeout=_READY_S)
         for answer in waiting:
             if not answer.ready.done() and answer.failure is None:
-                answer.failure = f"the grammar was not ready in {_READY_S:g} s"
+                answer.failure = f"{answer.rule} was not ready in {_READY_S:g} s"
 
     def begin(self, inputs: SamplingInputs) -> tuple[RowTask, ...]:
         """The tasks as they are sampled. Waits for what starts. ProtocolError for a row whose grammar is not there."""
@@ -243,14 +244,14 @@ class StageGrammars:
                 self._vocabulary = self._read_vocabulary()
             answer.start(start, self._vocabulary, may_force=may_force)
         except Exception as error:  # noqa: BLE001  a border: one answer fails
-            answer.failure = _failure(error)
+            answer.failure = _failure(answer.rule, error)
 
 
-def _failure(error: Exception) -> str:
+def _failure(rule: str, error: Exception) -> str:
     if isinstance(error, LlamaclustError):
         return str(error)
-    _log.error("a grammar failed", exc_info=error)
-    return f"the grammar failed: {type(error).__name__}: {error}"
+    _log.error("%s failed", rule, exc_info=error)
+    return f"{rule} failed: {type(error).__name__}: {error}"
 
 
 def _rows(inputs: SamplingInputs) -> Iterator[tuple[int, GrammarRow]]:

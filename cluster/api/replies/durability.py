@@ -32,7 +32,7 @@ class Durability:
             served=self.served,
             is_streamed=is_streamed,
             is_background=is_background,
-            is_constrained=bool(ticket.constraint.is_used),
+            has_grammar=bool(ticket.constraint.is_used),
             earlier=ticket.earlier.messages,
         )
         return self.journal.admit(admission)

@@ -88,7 +88,7 @@ class Restoring:
             answered=request.answered,
             journal=journal,
             restoration=restoration,
-            constraint=Constraint(admission.is_constrained),
+            constraint=Constraint(admission.has_grammar),
             earlier=EarlierChat(admission.earlier),
         )
         try:

@@ -28,7 +28,7 @@ from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling import Grammar
+from llamaclust.core.sampling import Grammar, Reasoning
 from support.clusters.resumable import (
     KEY,
     PATHS,
@@ -334,11 +334,21 @@ def test_the_first_decision_about_a_grammar_counts() -> None:
         constraint.kept(free)
 
 
-@pytest.mark.parametrize("is_constrained", [True, False])
+def test_reasoning_without_a_budget_goes_with_the_grammar_that_it_delays() -> None:
+    delaying = Reasoning(("<t>",), ("</t>",), is_open=True, delays_grammar=True)
+    limited = replace(delaying, budget=3, forced=(5,))
+    bound = CompletionRequest("a", grammar=GRAMMAR, reasoning=delaying)
+    assert Constraint(False).kept(bound) == CompletionRequest("a")
+    plain = CompletionRequest("a", reasoning=replace(limited, delays_grammar=False))
+    assert Constraint(False).kept(replace(bound, reasoning=limited)) == plain
+    assert Constraint(False).kept(plain) == plain and Constraint(True).kept(bound) == bound
+
+
+@pytest.mark.parametrize("has_grammar", [True, False])
 async def test_a_restored_chat_has_the_grammar_of_its_first_computation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_constrained: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_grammar: bool
 ) -> None:
-    decisions, used = [is_constrained], list[Grammar | None]()
+    decisions, used = [has_grammar], list[Grammar | None]()
     chat, prepare = TextService.chat, TextService.prepare
 
     async def deciding(service: TextService, request: ChatRequest) -> CompletionRequest:
@@ -354,11 +364,11 @@ async def test_a_restored_chat_has_the_grammar_of_its_first_computation(
     async with served(path, KilledJournal) as server:
         await stream(server.http, "POST", PATHS[1], json=body_of(PATHS[1]), headers=KEY)
     (left,) = read_journal(path, Instant.now())
-    assert left.admission.is_constrained == is_constrained
-    decisions.append(not is_constrained)
+    assert left.admission.has_grammar == has_grammar
+    decisions.append(not has_grammar)
     async with served(path) as server:
         events = await stream(server.http, "GET", "/v1/streams/one")
-    if is_constrained:
+    if has_grammar:
         assert "could not be made in time again" in str(events) and used == [GRAMMAR]
     else:
         assert events[-1][1] == "[DONE]" and used == [None, None]

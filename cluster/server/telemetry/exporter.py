@@ -20,7 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 from prometheus_client import Counter
 from prometheus_client.registry import CollectorRegistry
 
-from llamaclust.cluster.server.telemetry.collector import Collector
+from llamaclust.cluster.server.telemetry.otlp_client import OtlpClient
 from llamaclust.cluster.server.telemetry.prometheus import MetricTimes, otlp_metrics
 from llamaclust.cluster.server.telemetry.records import MetricFamilies, Record
 from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettings
@@ -69,13 +69,13 @@ class Exporter:
         self._queue: Queue[Record | Sequence[MetricFamilies] | None] = Queue(settings.max_records)
         self._stopping = Event()
         self._end_s = 0.0  # when the thread gives up what is left
-        self._traces, self._metrics = self._collector(settings.traces), self._collector(settings.metrics)
+        self._traces, self._metrics = self._client(settings.traces), self._client(settings.metrics)
         self._start_ns = time_ns()
         self._spans: list[Span] = []
         self._thread = Thread(target=self._run, name="telemetry", daemon=True)
 
-    def _collector(self, target: Target | None) -> Collector | None:
-        return None if target is None else Collector(target, self._stopping)
+    def _client(self, target: Target | None) -> OtlpClient | None:
+        return None if target is None else OtlpClient(target, self._stopping)
 
     async def __aenter__(self) -> Exporter:
         self._thread.start()
@@ -113,9 +113,9 @@ class Exporter:
                 self._take(self._queue.get_nowait())
             self._send_spans()
         finally:
-            for collector in (self._traces, self._metrics):
-                if collector is not None:
-                    collector.close()
+            for client in (self._traces, self._metrics):
+                if client is not None:
+                    client.close()
 
     def _step(self) -> None:
         """Waits for a record, then for more, and sends their spans."""
@@ -168,9 +168,9 @@ class Exporter:
         )
         self._counts.count("metrics", 1, is_taken=self._send(self._metrics, message.SerializeToString()))
 
-    def _send(self, collector: Collector | None, message: bytes) -> bool:
+    def _send(self, client: OtlpClient | None, message: bytes) -> bool:
         """At the end of the program, only until its deadline."""
         left_s = self._end_s - monotonic() if self._stopping.is_set() else None
-        if collector is None or (left_s is not None and left_s <= 0):
+        if client is None or (left_s is not None and left_s <= 0):
             return False
-        return collector.send(message, left_s)
+        return client.send(message, left_s)

@@ -11,14 +11,14 @@ from prometheus_client import CollectorRegistry, Metric
 from llamaclust.cluster.engine.trace_context import TraceContext
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
-from llamaclust.cluster.server.telemetry.sampling import Begun
+from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace
 
 
 @dataclass(frozen=True, slots=True)
 class ServedRequest:
     """An HTTP request, with monotonic times. `route`: its path without names."""
 
-    begun: Begun
+    trace: RequestTrace
     method: str
     route: str
     start_ns: int

@@ -11,7 +11,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from llamaclust.cluster.config.sections import Telemetry
-from llamaclust.cluster.server.telemetry.sampling import Sampler
+from llamaclust.cluster.server.telemetry.trace_sampler import TraceSampler
 from llamaclust.core.errors import UsageError
 
 _ENDPOINT: Final = "http://localhost:4318"
@@ -49,7 +49,7 @@ class TelemetrySettings:
     traces: Target | None  # None: no spans are made
     metrics: Target | None
     resource: Mapping[str, str] = field(default_factory=dict)
-    sampler: Sampler = field(default_factory=Sampler)
+    sampler: TraceSampler = field(default_factory=TraceSampler)
     span_delay_s: float = 5.0  # spans wait so long for others
     metrics_interval_s: float = 60.0
     max_records: int = 2048  # ended requests and sequences that wait to become spans; more are dropped
@@ -161,16 +161,16 @@ def _header(pair: str, place: str) -> tuple[str, str]:
     return found[1].lower(), found[2].strip()
 
 
-def _sampler(section: Telemetry, variables: Mapping[str, str]) -> Sampler:
+def _sampler(section: Telemetry, variables: Mapping[str, str]) -> TraceSampler:
     if section.sample_ratio is not None:
-        return Sampler(section.sample_ratio)
+        return TraceSampler(section.sample_ratio)
     name = variables.get("OTEL_TRACES_SAMPLER", "parentbased_always_on")
     if name not in _SAMPLERS:
         raise UsageError(f"OTEL_TRACES_SAMPLER={name}: not one of {', '.join(_SAMPLERS)}")
     ratio, obeys_parent = _SAMPLERS[name]
     if ratio is None:
         ratio = _number(variables, "OTEL_TRACES_SAMPLER_ARG", 1.0, least=0.0, most=1.0)
-    return Sampler(ratio, obeys_parent)
+    return TraceSampler(ratio, obeys_parent)
 
 
 def _resource(variables: Mapping[str, str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from llamaclust.cluster.engine.trace_context import TraceContext
 from llamaclust.cluster.engine.waterfall import WaterfallPhase
 from llamaclust.cluster.engine.waterfall_json import SHOWN_CHARACTERS
 from llamaclust.cluster.server.telemetry.records import EndedSequence, Record, ServedRequest
-from llamaclust.cluster.server.telemetry.sampling import SPAN_ID_BYTES
+from llamaclust.cluster.server.telemetry.trace_sampler import SPAN_ID_BYTES
 
 Value = str | bool | int | float | Sequence[str]
 
@@ -55,15 +55,15 @@ def spans_of(record: Record, unix_ns: int) -> list[Span]:
 
 
 def _request_span(request: ServedRequest, unix_ns: int) -> Span:
-    begun, status = request.begun, request.status
+    trace, status = request.trace, request.status
     attributes: dict[str, Value] = {"http.request.method": request.method, "http.route": request.route}
     if status is not None:
         attributes["http.response.status_code"] = status
     failed = None if status is None or status < _SERVER_ERROR else str(status)
-    span = _span(f"{request.method} {request.route}", begun.own, attributes, failed=failed)
-    span.span_id, span.parent_span_id = begun.own.span_id, begun.parent_span_id
+    span = _span(f"{request.method} {request.route}", trace.own, attributes, failed=failed)
+    span.span_id, span.parent_span_id = trace.own.span_id, trace.parent_span_id
     span.kind = Span.SPAN_KIND_SERVER
-    if begun.parent is not None:
+    if trace.parent is not None:
         span.flags |= _IS_REMOTE
     _set_times(span, unix_ns + request.start_ns, unix_ns + request.end_ns)
     return span

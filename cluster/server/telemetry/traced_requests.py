@@ -10,21 +10,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamaclust.cluster.api.paths import TracedRoute
 from llamaclust.cluster.engine.trace_context import current_trace
 from llamaclust.cluster.server.telemetry.records import ServedRequest
-from llamaclust.cluster.server.telemetry.sampling import Begun, Sampler
+from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace, TraceSampler
 
 
 class TracedRequests:
     """`ended` gets a record of each traced request that has passed all checks of access: others could make any number,
     with any text."""
 
-    def __init__(self, app: ASGIApp, sampler: Sampler, ended: Callable[[ServedRequest], None]) -> None:
+    def __init__(self, app: ASGIApp, sampler: TraceSampler, ended: Callable[[ServedRequest], None]) -> None:
         self._app = app
         self._sampler = sampler
         self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = self._begin(scope)
-        if begun is None:
+        trace = self._begin(scope)
+        if trace is None:
             await self._app(scope, receive, send)
             return
         start_ns, status, route = monotonic_ns(), None, TracedRoute.of(scope)
@@ -35,15 +35,15 @@ class TracedRequests:
                 status = message["status"]
             await send(message)
 
-        token = current_trace.set(begun.own)
+        token = current_trace.set(trace.own)
         try:
             await self._app(scope, receive, note_status)
         finally:
             current_trace.reset(token)
             if route.name is not None:
-                self._ended(ServedRequest(begun, scope["method"], route.name, start_ns, monotonic_ns(), status))
+                self._ended(ServedRequest(trace, scope["method"], route.name, start_ns, monotonic_ns(), status))
 
-    def _begin(self, scope: Scope) -> Begun | None:
+    def _begin(self, scope: Scope) -> RequestTrace | None:
         """None of probes, pages and status, which compute nothing."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return None

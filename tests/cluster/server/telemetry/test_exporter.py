@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from llamaclust.cluster.server.telemetry import collector as collectors
+from llamaclust.cluster.server.telemetry import otlp_client
 from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 from llamaclust.cluster.server.telemetry.records import MetricFamilies, ServedRequest
-from llamaclust.cluster.server.telemetry.sampling import Sampler
 from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettings
+from llamaclust.cluster.server.telemetry.trace_sampler import TraceSampler
 from support.clusters.served import until
 from support.hub.otlp_collector import OtlpCollector, otlp_collector, values
 
@@ -33,7 +33,7 @@ def collector() -> Iterator[OtlpCollector]:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectors, "_PAUSES_S", (0.01, 0.02))
+    monkeypatch.setattr(otlp_client, "_PAUSES_S", (0.01, 0.02))
 
 
 class Running:
@@ -60,7 +60,7 @@ async def exporting(url: str, **settings: Any) -> AsyncIterator[Running]:
 
 
 def record(path: str = "/v1/completions") -> ServedRequest:
-    begun = Sampler().begin([], [])
+    begun = TraceSampler().begin([], [])
     assert begun is not None
     return ServedRequest(begun, "POST", path, 1000, 2000, 200)
 
@@ -131,13 +131,13 @@ async def test_a_collector_that_is_absent_is_named_once_and_costs_one_attempt_ea
 
 def counted_attempts(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     attempts: list[bytes] = []
-    post = collectors.Collector._post
+    post = otlp_client.OtlpClient._post
 
-    def counting(self: collectors.Collector, body: bytes, timeout_s: float) -> Any:
+    def counting(self: otlp_client.OtlpClient, body: bytes, timeout_s: float) -> Any:
         attempts.append(body)
         return post(self, body, timeout_s)
 
-    monkeypatch.setattr(collectors.Collector, "_post", counting)
+    monkeypatch.setattr(otlp_client.OtlpClient, "_post", counting)
     return attempts
 
 
@@ -210,7 +210,7 @@ async def test_spans_that_cannot_be_sent_are_counted_and_the_next_ones_are_sent(
 
     async with exporting(collector.url) as running:
         with monkeypatch.context() as patched:
-            patched.setattr(collectors.Collector, "send", broken)
+            patched.setattr(otlp_client.OtlpClient, "send", broken)
             running.exporter.put_record(record())
             await until(lambda: running.count("dropped") == 1)
         running.exporter.put_record(record())

@@ -20,9 +20,9 @@ from llamaclust.cluster.api.replies.durability import Durability
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.server.telemetry.sampling import Sampler
 from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettings
 from llamaclust.cluster.server.telemetry.telemetry import open_telemetry
+from llamaclust.cluster.server.telemetry.trace_sampler import TraceSampler
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
@@ -56,7 +56,7 @@ class Traced:
 
 
 @asynccontextmanager
-async def traced(sampler: Sampler = Sampler(), **settings: Any) -> AsyncIterator[Traced]:  # noqa: B008
+async def traced(sampler: TraceSampler = TraceSampler(), **settings: Any) -> AsyncIterator[Traced]:  # noqa: B008
     with otlp_collector() as collector:
         own = TelemetrySettings(
             traces=Target(f"{collector.url}/v1/traces"), metrics=None, sampler=sampler, span_delay_s=0.05
@@ -216,7 +216,7 @@ async def test_spans_are_named_by_routes_alone() -> None:
 
 async def test_unsampled_requests_have_no_spans_and_the_same_answers() -> None:
     body = {"prompt": "Hello", "max_tokens": 8, "logprobs": 0, "seed": 1, "return_token_ids": True}
-    async with traced(Sampler(0.0)) as running:
+    async with traced(TraceSampler(0.0)) as running:
         untraced = (await running.http.post("/v1/completions", json=body)).json()["choices"]
         unsampled = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
         assert (await running.http.post("/v1/completions", json=body, headers=unsampled)).status_code == 200

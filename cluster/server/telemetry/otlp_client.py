@@ -30,8 +30,8 @@ class _Outcome(Enum):
     FAILED = auto()  # for now
 
 
-class Collector:
-    """Takes the messages of one signal. Use from one thread; `close` it."""
+class OtlpClient:
+    """Sends the messages of one signal. Use from one thread; `close` it."""
 
     def __init__(self, target: Target, stopping: Event) -> None:
         """`stopping`: nothing is repeated once it is set."""

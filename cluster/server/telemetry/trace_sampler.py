@@ -1,4 +1,4 @@
-"""Which requests are traced."""
+"""Which requests are traced, and the trace of one that is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COUNTED_BITS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class RequestTrace:
     """A traced request: the context of its own span, and that of the client's span above it."""
 
     own: TraceContext
@@ -27,13 +27,13 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampler:
+class TraceSampler:
     """`ratio`: the share of traces that are kept. `obeys_parent`: it is for requests without a trace context."""
 
     ratio: float = 1.0
     obeys_parent: bool = True
 
-    def begin(self, traceparent: Sequence[str], tracestate: Sequence[str]) -> Begun | None:
+    def begin(self, traceparent: Sequence[str], tracestate: Sequence[str]) -> RequestTrace | None:
         """The trace of a request with these headers; None where it is not traced."""
         parent = TraceContext.parse(traceparent, tracestate)
         trace_id = secrets.token_bytes(_TRACE_ID_BYTES) if parent is None else parent.trace_id
@@ -41,7 +41,9 @@ class Sampler:
         if not is_sampled:
             return None
         state = "" if parent is None else parent.state
-        return Begun(TraceContext(trace_id, secrets.token_bytes(SPAN_ID_BYTES), is_sampled=True, state=state), parent)
+        return RequestTrace(
+            TraceContext(trace_id, secrets.token_bytes(SPAN_ID_BYTES), is_sampled=True, state=state), parent
+        )
 
     def _keeps(self, trace_id: bytes) -> bool:
         counted = int.from_bytes(trace_id, "big") & ((1 << _COUNTED_BITS) - 1)

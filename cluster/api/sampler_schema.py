@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
+from llamaclust.cluster.api.fields.adapters import AdapterFields
 from llamaclust.cluster.api.schema import Body, SeedField
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.scheduler.validation import check_chain

@@ -8,8 +8,8 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
 from llamaclust.cluster.api.anthropic.tools import OutputConfig, ThinkingField, ToolChoice, ToolField, output_grammar
 from llamaclust.cluster.api.anthropic.turns import merged_turns, read_system, read_turn
+from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
-from llamaclust.cluster.api.openai.reasoning_fields import ReasoningFields
 from llamaclust.cluster.api.sampler_schema import AnswerFields
 from llamaclust.cluster.api.schema import LimitField, StopField
 from llamaclust.cluster.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end

@@ -1,9 +1,9 @@
-"""Adapters of LoRA as llama.cpp's clients choose them: the field `lora` of requests, and `/lora-adapters`."""
+"""`/lora-adapters`: adapters of LoRA, and their scales in requests that choose none."""
 
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, RootModel, WithJsonSchema
 from starlette.requests import Request
@@ -11,61 +11,18 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.body import parse_json, read_bytes
 from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.fields.adapters import SCALES_SCHEMA, AdapterFields, read_scales
 from llamaclust.cluster.api.replies.default_scales import DefaultScales
-from llamaclust.cluster.api.schema import Body, read_fields
+from llamaclust.cluster.api.schema import read_fields
 from llamaclust.cluster.api.security import require_first_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.scheduler.validation import check_adapters
-from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
+from llamaclust.core.limits import AdapterScales
 
 _log = logging.getLogger(__name__)
 
 
-def _lora(value: Any) -> AdapterScales:
-    """[{"id": number, "scale": scale}, ...], in ascending order."""
-    if not isinstance(value, list) or len(value) > MAX_ADAPTERS:
-        raise ValueError(f"must be a list of {MAX_ADAPTERS} objects with 'id' and 'scale' at most")
-    scales = dict(map(_lora_entry, value))
-    if len(scales) < len(value):
-        raise ValueError("an adapter is listed twice")
-    return tuple(sorted(scales.items()))
-
-
-def _lora_entry(value: Any) -> tuple[int, float]:
-    if not isinstance(value, dict) or value.keys() != {"id", "scale"}:
-        raise ValueError("an adapter must be an object with 'id' and 'scale'")
-    number, scale = value["id"], value["scale"]
-    if type(number) is not int or number < 0:
-        raise ValueError("an id must be a whole number, 0 or more")
-    if type(scale) not in (int, float) or not -MAX_ADAPTER_SCALE <= scale <= MAX_ADAPTER_SCALE:
-        raise ValueError(f"a scale must be a number within {-MAX_ADAPTER_SCALE:g}..{MAX_ADAPTER_SCALE:g}")
-    return number, float(scale)
-
-
-_LORA: dict[str, Any] = {
-    "type": "array",
-    "maxItems": MAX_ADAPTERS,
-    "items": {
-        "type": "object",
-        "required": ["id", "scale"],
-        "properties": {
-            "id": {"type": "integer", "minimum": 0},
-            "scale": {"type": "number", "minimum": -MAX_ADAPTER_SCALE, "maximum": MAX_ADAPTER_SCALE},
-        },
-        "additionalProperties": False,
-    },
-}
-
-
-class AdapterFields(Body):
-    """With which adapters an answer is computed."""
-
-    lora: Annotated[AdapterScales | None, BeforeValidator(_lora), WithJsonSchema(_LORA)] = None
-    """[{"id": number, "scale": scale}, ...]: adapters by their numbers in `/lora-adapters`, others are not used.
-    Without it, their scales are those of `POST /lora-adapters`."""
-
-
-class AllScales(RootModel[Annotated[AdapterScales, BeforeValidator(_lora), WithJsonSchema(_LORA)]]):
+class AllScales(RootModel[Annotated[AdapterScales, BeforeValidator(read_scales), WithJsonSchema(SCALES_SCHEMA)]]):
     """The body of `POST /lora-adapters`."""
 
 

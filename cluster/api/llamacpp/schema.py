@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
-from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
-from llamaclust.cluster.api.llamacpp.slot_schema import SlotFields
+from llamaclust.cluster.api.fields.adapters import AdapterFields
+from llamaclust.cluster.api.fields.slots import SlotFields
 from llamaclust.cluster.api.openai.schema import ChatFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import MAX_PROMPTS, Body, StopField, is_int, is_token_id, prompt_string

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
 
+from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
-from llamaclust.cluster.api.openai.reasoning_fields import ReasoningFields
 from llamaclust.cluster.api.openai.tools import CallField, ToolField
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import Body, SeedField, StopField, read_part

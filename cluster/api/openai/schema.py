@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
+from llamaclust.cluster.api.fields.adapters import AdapterFields
+from llamaclust.cluster.api.fields.slots import SlotFields
 from llamaclust.cluster.api.foreign_fields import MESSAGE
-from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
-from llamaclust.cluster.api.llamacpp.slot_schema import SlotFields
 from llamaclust.cluster.api.openai.tools import CallField, ToolFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import (

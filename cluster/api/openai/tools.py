@@ -8,8 +8,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, call_id_of, function_tool
-from llamaclust.cluster.api.openai.reasoning_fields import ReasoningFields
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,

@@ -8,7 +8,7 @@ from typing import Any, Final
 from pydantic import Field
 
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.llamacpp.adapters import AdapterFields
+from llamaclust.cluster.api.fields.adapters import AdapterFields
 from llamaclust.cluster.api.openai.responses.items import summary_item
 from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, shown_usage
 from llamaclust.cluster.api.openai.responses.schema import InputField, with_one_system_prompt

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, function_tool
-from llamaclust.cluster.api.openai.reasoning_fields import ReasoningFields
 from llamaclust.cluster.api.openai.responses.items import read_items
 from llamaclust.cluster.api.openai.responses.response import Details
 from llamaclust.cluster.api.sampler_schema import AnswerFields

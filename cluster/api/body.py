@@ -7,12 +7,14 @@ import codecs
 import math
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from pydantic_core import from_json
 from starlette.requests import Request
 
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
 from llamaclust.cluster.api.ignored import report_ignored
 from llamaclust.cluster.api.schema import AnyBody, Body, ForeignFields, Leniency, read_fields
 from llamaclust.cluster.api.settings import ApiSettings
@@ -37,12 +39,23 @@ async def parse_body(data: bytes, kind: type[AnyBody], foreign: ForeignFields, s
     leniency = None if settings.is_strict else Leniency()
 
     def parse() -> AnyBody:
-        return read_fields(kind, _with_defaults(parse_object(data), kind, foreign, settings), foreign, leniency)
+        fields = _with_defaults(parse_object(data), kind, foreign, settings)
+        return read_fields(kind, fields, _with_idle(foreign, kind, settings), leniency)
 
     body = parse() if len(data) <= _BLOCKING_BYTES else await run_on(_parsing, parse)
     if leniency is not None and leniency.ignored:
         report_ignored(leniency.ignored)
     return body
+
+
+def _with_idle(foreign: ForeignFields, kind: type[AnyBody], settings: ApiSettings) -> ForeignFields:
+    """Also the endpoint's own fields that have no effect with these settings."""
+    hints = dict(foreign.hints)
+    if settings.slot_folder is None and "id_slot" in kind.model_fields:
+        hints |= SLOTS_NOT_KEPT
+    if not settings.can_unload and "keep_alive" in kind.model_fields:
+        hints |= ALWAYS_LOADED
+    return replace(foreign, hints=hints)
 
 
 async def has_field(data: bytes, name: str) -> bool:

@@ -19,6 +19,11 @@ def anything(value: Any) -> bool:
     return True
 
 
+def negative(value: Any) -> bool:
+    """A field that asks for something from 0 on."""
+    return type(value) is int and value < 0
+
+
 def number(neutral: float) -> Neutral:
     """Neutral at one number, written as 1 or 1.0."""
     return lambda value: type(value) in (int, float) and value == neutral
@@ -74,6 +79,12 @@ _BUDGETS: Final = dict.fromkeys(
 """Its names in llama.cpp, DashScope and vLLM."""
 
 _OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
+
+SLOTS_NOT_KEPT: Final = _names("id_slot slot_id", negative)
+"""Without a folder for slots."""
+
+ALWAYS_LOADED: Final = _names("keep_alive", negative)
+"""A model that is served alone."""
 
 CHAT: Final = ForeignFields(
     refused={

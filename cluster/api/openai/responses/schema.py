@@ -7,14 +7,14 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, function_tool
 from llamaclust.cluster.api.openai.responses.items import read_items
 from llamaclust.cluster.api.openai.responses.response import Details
 from llamaclust.cluster.api.sampler_schema import AnswerFields
-from llamaclust.cluster.api.schema import Body, LimitField, StopField, strings
+from llamaclust.cluster.api.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.api.structured_output import response_format_grammar
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode, ToolUse, effort_variables
 from llamaclust.core.errors import ParameterError
@@ -59,10 +59,17 @@ def _allowed_tools(value: Any) -> list[dict[str, str]]:
     return [{"type": "function", "name": str(name)} for name in names]
 
 
-def _include(value: Any) -> tuple[str, ...]:
+def _include(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ValueError("must be a list of strings")
-    return strings(value)
+    names = strings(value)
+    for name in names:
+        if name == _LOGPROBS:
+            continue
+        if not isinstance(info.context, Leniency):
+            raise ValueError(f"this server does not have {name[:60]!r}; leave it out")
+        info.context.ignore(f"include.{name}")
+    return names
 
 
 def _metadata(value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llamaclust.cluster.api.ignored import HEADER
 from llamaclust.cluster.api.llamacpp import slot_files
 from support.clusters.served import SETTINGS, client, make_app, real_engine, tokenizer
 
@@ -216,6 +217,8 @@ async def test_wrong_slots_and_actions_are_refused(tmp_path: Path) -> None:
 
 async def test_without_a_folder_slots_remember_nothing() -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
-        assert (await complete(http, id_slot=1000))["timings"]["predicted_n"] == 20
+        for slot, ignored in ((1000, "id_slot"), (-1, None)):
+            reply = await http.post("/completion", json=REQUEST | {"id_slot": slot})
+            assert reply.status_code == 200 and reply.headers.get(HEADER) == ignored
         for action in ("save", "restore", "erase"):
             assert "api.slot_folder" in await error(http, f"/slots/0?action={action}", {"filename": "a"}, 501)

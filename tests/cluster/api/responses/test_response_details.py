@@ -14,6 +14,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from llamaclust.cluster.api import json_parts as json_parts_module
+from llamaclust.cluster.api.ignored import HEADER
 from llamaclust.cluster.api.openai.responses.output import OutputItems
 from llamaclust.cluster.api.openai.responses.shape import ResponseShape
 from llamaclust.cluster.api.openai.responses.store import StoredResponse
@@ -129,6 +130,10 @@ def test_a_token_of_markup_and_text_has_a_logprob() -> None:
 
 async def test_logprobs_are_shown_where_they_are_wanted() -> None:
     reply, engine = await respond("Yes.", include=["file_search_call.results"])
+    assert reply.headers[HEADER] == "include.file_search_call.results"
+    async with served(ScriptedEngine(says("Yes.")), is_strict=True) as http:
+        refused = await http.post(PATH, json={"input": "Hi", "include": ["file_search_call.results"]})
+    assert refused.status_code == 400 and "file_search_call" in refused.text
     assert reply.json()["output"][0]["content"][0]["logprobs"] == [] and not engine.submitted[0].with_logprobs
 
 

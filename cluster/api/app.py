@@ -38,7 +38,7 @@ from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.openapi import body_schema, describe, docs_page
-from llamaclust.cluster.api.operations import DrainControl, Operations, Workers, disabled
+from llamaclust.cluster.api.operations.endpoints import DrainControl, Operations, Workers, disabled
 from llamaclust.cluster.api.paths import Paths, RouteNames
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.reply import MakeReply

@@ -14,10 +14,10 @@ from starlette.responses import Response
 from llamaclust.cluster.api.body import parse_object_in_time, read_bytes
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
-from llamaclust.cluster.api.models.readings import metrics_reply, requests_reply, waterfall_reply
 from llamaclust.cluster.api.ollama.models import OllamaModels
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.openai.models import ModelsEndpoint
+from llamaclust.cluster.api.operations.readings import metrics_reply, requests_reply, waterfall_reply
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.wire.rpc.deadlines import deadline

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.operations import DrainControl
+from llamaclust.cluster.api.operations.endpoints import DrainControl
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine

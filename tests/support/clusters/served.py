@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.operations import DrainControl
+from llamaclust.cluster.api.operations.endpoints import DrainControl
 from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.port.certificate import ServerCertificate
 from llamaclust.cluster.api.replies.handlers import Replies

@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.llamacpp.schema import LlamaCppBody
-from llamaclust.cluster.api.models.readings import metrics_reply, requests_reply, waterfall_reply
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
+from llamaclust.cluster.api.operations.readings import metrics_reply, requests_reply, waterfall_reply
 from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.cluster.text.service import TextService
 from llamaclust.wire.control.messages import LogTail

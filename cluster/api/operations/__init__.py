@@ -1,0 +1,1 @@
+"""What a cluster says of itself, and how its operators direct it."""

@@ -4,6 +4,7 @@ in them: it is computed again, or read from the workers' disks."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from array import array
@@ -12,13 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from llamaclust.cluster.state.regular_file import read_bytes, write_bytes
+from llamaclust.cluster.state.regular_file import open_regular, read_bytes, write_bytes
 from llamaclust.cluster.text.slots import SlotTokens
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _FORMAT: Final = "llamaclust slot 1"
+_BEGINNING: Final = b'{"format": "llamaclust slot '
 _MOST_BYTES: Final = 4 * MAX_CONTEXT_TOKENS + (1 << 20)
 _DIGEST_BYTES: Final = 32
 _TOKEN_BYTES: Final = 4
@@ -42,12 +44,13 @@ class SlotFolder:
         self._folder = folder
 
     def write(self, name: str, tokens: SlotTokens, model_id: str) -> SlotFile:
-        """Replaces a file of this name. ParameterError for a name that is none, and where there are too many files;
-        OSError."""
+        """Replaces a slot file of this name. ParameterError for a name that is none or that something else has, and
+        where there are too many files; OSError."""
         path = self._path(name)
-        if path.is_dir() and not path.is_symlink():
-            raise ParameterError("filename", f"{name!r} is a directory")
-        if not path.exists() and (files := sum(1 for _ in self._folder.iterdir())) >= _MOST_FILES:
+        if os.path.lexists(path):
+            if not _is_slot_file(path):
+                raise ParameterError("filename", f"{name!r} is there and cannot be replaced: it is no slot file")
+        elif (files := sum(1 for _ in self._folder.iterdir())) >= _MOST_FILES:
             raise ParameterError("filename", f"there are {files} files, at most {_MOST_FILES} are kept; delete some")
         data = _encode(tokens, model_id)
         write_bytes(path, data)
@@ -73,6 +76,14 @@ class SlotFolder:
         return self._folder / name
 
 
+def _is_slot_file(path: Path) -> bool:
+    """By its beginning: the rest may be damaged. OSError."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open_regular(path, follows_links=False) as file:
+        return file.read(len(_BEGINNING)) == _BEGINNING
+
+
 def _encode(tokens: SlotTokens, model_id: str) -> bytes:
     head = {
         "format": _FORMAT,
@@ -89,7 +100,7 @@ def _decode(data: bytes, model_id: str) -> SlotTokens:
     """ValueError for what `_encode` has not made, or for another model."""
     content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     head, _, ids = content.partition(b"\n")
-    if sha256(content).digest() != digest or not head.startswith(b'{"format": "llamaclust slot '):
+    if sha256(content).digest() != digest or not head.startswith(_BEGINNING):
         raise ValueError("it is damaged, or not a slot file of this program")
     fields: dict[str, Any] = json.loads(head)
     if fields.get("format") != _FORMAT:

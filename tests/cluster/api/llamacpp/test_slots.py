@@ -131,10 +131,26 @@ async def test_links_are_not_followed(tmp_path: Path) -> None:
         assert "cannot be restored" in await error(http, RESTORE, {"filename": "pipe"})
         (folder / "folder").mkdir()
         assert "cannot be restored" in await error(http, RESTORE, {"filename": "folder"})
-        assert "is a directory" in await error(http, SAVE, {"filename": "folder"})
-        outside.write_bytes(b"of others")
-        assert (await http.post(SAVE, json={"filename": "link"})).status_code == 200
-    assert outside.read_bytes() == b"of others" and not (folder / "link").is_symlink()
+        before = outside.read_bytes()
+        for name in ("link", "pipe"):
+            assert f"{name!r} is there and cannot be replaced" in await error(http, SAVE, {"filename": name})
+    assert outside.read_bytes() == before and (folder / "link").is_symlink() and (folder / "pipe").is_fifo()
+
+
+async def test_only_slot_files_are_replaced(tmp_path: Path) -> None:
+    others = {"a": b"", "model.gguf": b"GGUF" + bytes(99), "b.json": b'{"format": "another"}\n'}
+    for name, data in others.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder").mkdir()
+    async with serving(tmp_path) as http:
+        first = await saved(http)
+        path = tmp_path / "a.bin"
+        path.write_bytes(path.read_bytes()[:-1])
+        assert (await saved(http))["n_written"] == first["n_written"] == path.stat().st_size
+        for name in (*others, "folder"):
+            assert f"{name!r} is there and cannot be replaced" in await error(http, SAVE, {"filename": name})
+    assert {name: (tmp_path / name).read_bytes() for name in others} == others
+    assert _names(tmp_path) == sorted((*others, "folder", "a.bin"))
 
 
 def _signed(content: bytes) -> bytes:

@@ -72,8 +72,9 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
         yield
     finally:
         sys.unraisablehook = usual_hook
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
+        if not received:  # else the process ends, and another signal must not change its code
+            for number in handled:
+                signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -29,6 +29,18 @@ def test_a_signal_is_heard_at_the_end_of_a_part_that_holds_it() -> None:
             reached.append("the end of the part")
         reached.append("what comes after")
     assert (ended.value.code, reached) == (128 + signal.SIGTERM, ["the end of the part"])
+
+
+def test_another_signal_does_not_change_how_the_process_ends() -> None:
+    with pytest.raises(SystemExit), exits_on_signals(signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(20)
+    assert {signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)} == {signal.SIG_IGN}
+
+
+def test_signals_that_did_not_come_are_as_before() -> None:
+    with exits_on_signals(signal.SIGTERM):
+        pass
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

@@ -30,18 +30,29 @@ from llamaclust.worker.devices.system_info import available_memory_bytes, reside
 def show_plan(file: Path | None, overrides: list[str], as_json: bool) -> None:
     """Prints the plan of a cluster file, of several models each alone; raises what `planned` does."""
     config = load_config(file, overrides)
-    for own in config.of_each_model():
-        if config.models and not as_json:
-            print(f"{own.model_name}, alone:")
-        _show(own, as_json=as_json)
-
-
-def _show(config: ClusterConfig, *, as_json: bool) -> None:
-    plan, own_bytes = planned(config)
-    on_disk = {worker.name: worker.kv_disk for worker in config.workers if worker.kv_disk is not None}
+    models = config.of_each_model()
     if as_json:
-        print(json.dumps(plan_json(plan) | {"kv_disk_bytes": on_disk}))
+        shown = [{"name": own.model_name} | _json(own) for own in models] if config.models else []
+        print(json.dumps({"models": shown} if config.models else _json(models[0])))
         return
+    for own in models:
+        if config.models:
+            print(f"{own.model_name}, alone:")
+        _show(own)
+
+
+def _json(config: ClusterConfig) -> dict[str, object]:
+    return plan_json(planned(config)[0]) | {"kv_disk_bytes": _on_disk(config)}
+
+
+def _on_disk(config: ClusterConfig) -> dict[str, int]:
+    """Limits of KV memory on disk, by worker."""
+    return {worker.name: worker.kv_disk for worker in config.workers if worker.kv_disk is not None}
+
+
+def _show(config: ClusterConfig) -> None:
+    plan, own_bytes = planned(config)
+    on_disk = _on_disk(config)
     kv_disk = ", ".join(f"{stage.worker} {mib(on_disk[stage.worker])} MiB" for stage in plan.stages if on_disk)
     lines = (f"  KV memory on disk, at most: {kv_disk}",) if kv_disk else ()
     print("\n".join((*plan_lines(plan), *lines, *_room(config, own_bytes))))

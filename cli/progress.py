@@ -129,7 +129,7 @@ class ClusterView:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._measuring = self._console.status("measuring what this machine can do, once")
+        self._measuring = self._console.status("measuring this machine with this model")
         self._bars: dict[str, TaskID] = {}
         self._is_draining = False
         self._is_measuring = False  # for one model after the other
@@ -275,7 +275,7 @@ def ready_text(ready: events.Ready) -> str:
 {_others_text(ready)}{_first_request_text(ready, api, name)}
   llamaclust status{name}
   OpenAI clients: base_url={api}/v1{key}
-{_certificate_text(ready)}"""
+{_collector_text(ready)}{_certificate_text(ready)}"""
 
 
 def _others_text(ready: events.Ready) -> str:
@@ -295,6 +295,10 @@ def _first_request_text(ready: events.Ready, api: str, name: str) -> str:
     more = "" if ready.ca_file is None else f" --cacert {printable(ready.ca_file)}"
     more += "" if ready.api_keys_file is None else " -H 'Authorization: Bearer KEY'"
     return f"  curl {api}/v1/{path} -H 'Content-Type: application/json'{more} -d '{body}'"
+
+
+def _collector_text(ready: events.Ready) -> str:
+    return "" if ready.collector is None else f"  telemetry: {printable(ready.collector)}\n"
 
 
 def _certificate_text(ready: events.Ready) -> str:

@@ -115,15 +115,18 @@ def _view(state: State) -> Group:
 
 def _head(state: State) -> Iterator[str]:
     """All but the workers."""
-    model, requests = terminal.printable(state["model"]), state["requests"]
-    yield f"{state['name']}: {state['state']}, {model} at {state['api']} (pid {state['pid']})"
+    model, models = terminal.printable(state["model"]), state.get("models", ())
+    is_ready = state["state"] == "asleep" and any(each["state"] == "ready" for each in models)
+    requests = [each["requests"] for each in models] or [state["requests"]]
+    yield f"{state['name']}: {'ready' if is_ready else state['state']}, {model} at {state['api']} (pid {state['pid']})"
     if state["insecure"]:
         yield "INSECURE: links between machines are neither encrypted nor authenticated"
     if state["reason"] is not None:
         yield terminal.printable(state["reason"])
-    yield f"requests: {requests['running']} running, {requests['waiting']} waiting"
-    if len(state.get("models", ())) > 1:
-        yield f"models: {', '.join(map(_model, state['models']))}"
+    running, waiting = (sum(counts[what] for counts in requests) for what in ("running", "waiting"))
+    yield f"requests: {running} running, {waiting} waiting"
+    if len(models) > 1:
+        yield f"models: {', '.join(map(_model, models))}"
     predicted, measured = state["speed"]["predicted"], state["speed"]["measured"]
     if measured["requests"]:
         yield f"measured:  {_speed(measured)} in the last 10 s"

@@ -10,6 +10,7 @@ from typer import Argument
 
 from llamaclust.cli import terminal
 from llamaclust.cli.options import CaFile, Cluster, Endpoint, Json, KeyFile
+from llamaclust.core.errors import UsageError
 
 Request = Annotated[
     str | None,
@@ -20,6 +21,7 @@ Request = Annotated[
 _SINGULAR = {"tokens": "token", "microbatches": "microbatch"}
 Record = dict[str, Any]
 
+_LEAST_CHARACTERS = 4
 _LABEL, _BAR = 44, 19
 _SHOWN = 20
 """Requests in the list."""
@@ -38,6 +40,8 @@ def why(
     """Show where the time of a request went: waiting, prefill, decode, stages, links, recoveries."""
     from llamaclust.cli.status import Watched
 
+    if request is not None and len(request) < _LEAST_CHARACTERS:
+        raise UsageError(f"{request!r} is too short for a request: give at least {_LEAST_CHARACTERS} characters")
     with Watched.find(cluster, endpoint, api_key_file, ca_file).api as api:
         records = api.requests() if request is None else api.waterfall(request)
     if as_json:

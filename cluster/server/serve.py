@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -355,7 +356,7 @@ def _record(config: ClusterConfig, folder: ClusterDir, port: ApiPort) -> Cluster
 
 def _ready(cluster: Cluster, front: _Front) -> Ready:
     config, record, certificate = cluster.config, front.record, front.port.certificate
-    others = [served.name for served in cluster.models[1:]]
+    others = [served.name for served in cluster.models[1:] if served.model.generates]
     is_own = config.listen_tls is not None and config.listen_tls.certificate is None
     return Ready(
         record.name,
@@ -366,7 +367,17 @@ def _ready(cluster: Cluster, front: _Front) -> Ready:
         ca_file=record.api_certificate if is_own else None,
         use=_use(cluster.model),
         others=(*others, *(adapter.name for served in cluster.models for adapter in served.config.adapters)),
+        collector=_collector(front.telemetry),
     )
+
+
+def _collector(telemetry: TelemetrySettings | None) -> str | None:
+    """Scheme, host and port of its URL, which may hold a secret besides."""
+    target = None if telemetry is None else telemetry.traces or telemetry.metrics
+    if target is None:
+        return None
+    url = urlsplit(target.url)
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
 
 
 def _use(model: Model) -> ModelUse:

@@ -89,7 +89,8 @@ class Ready:
     fingerprint: str | None = None  # SHA-256 of the certificate; None: plain HTTP
     ca_file: str | None = None  # the certificate, where it is the cluster's own
     use: ModelUse = ModelUse.TEXT  # of the model
-    others: tuple[str, ...] = ()  # further models, and adapters
+    others: tuple[str, ...] = ()  # further models that generate, and adapters
+    collector: str | None = None  # where telemetry goes; None: it is off
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def test_the_first_start_says_that_it_measures(line: CommandLine) -> None:
     workers = [{"name": "a", "threads": 1}, {"name": "b", "threads": 1}]
     with line.cluster("good.gguf", workers=workers) as cluster:
         said = cluster.command.err.read_text()
-        assert said.index("measuring what this machine can do") < said.index("plan:")
+        assert said.index("measuring this machine with this model") < said.index("plan:")
     with line.cluster("good.gguf", workers=workers) as cluster:
         assert "measuring" not in cluster.command.err.read_text()
 

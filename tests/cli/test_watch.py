@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cli.progress import ClusterView, ProgressLines, cluster_view, draining_text, ready_text
+from llamaclust.cli.status import _head
+from llamaclust.cli.why import why
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state.events import (
     Draining,
@@ -25,6 +27,7 @@ from llamaclust.cluster.state.events import (
     from_line,
     to_line,
 )
+from llamaclust.core.errors import UsageError
 from llamaclust.core.own_addresses import own_addresses
 
 MIB = 1 << 20
@@ -56,7 +59,7 @@ def shown(capsys: pytest.CaptureFixture[str], *events: Event) -> list[str]:
 def test_off_a_terminal_every_event_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, *EVENTS)
     assert lines[:5] == [
-        "measuring what this machine can do, once: some seconds",
+        "measuring this machine with this model: some seconds",
         "plan:",
         "worker a reads the model for others: reading 3.0 MiB",
         "worker a, layers 0-1: loading 2.0 MiB",
@@ -107,6 +110,39 @@ def test_a_ready_cluster_names_its_other_models_and_adapters() -> None:
     assert "  beside it: two, poet; --served-model NAME chooses one" in lines
 
 
+def test_a_ready_cluster_names_where_its_telemetry_goes() -> None:
+    ready = Ready("mine", "http://127.0.0.1:1", "good", collector="http://localhost:4318")
+    assert "  telemetry: http://localhost:4318" in ready_text(ready).splitlines()
+    assert "telemetry" not in ready_text(Ready("mine", "http://127.0.0.1:1", "good"))
+
+
+@pytest.mark.parametrize("request_id", ["58d", ""])
+def test_too_few_characters_name_no_request(request_id: str) -> None:
+    with pytest.raises(UsageError, match="give at least 4 characters"):
+        why(request_id)
+
+
+def test_the_head_of_several_models_is_of_all_of_them() -> None:
+    """The first one sleeps, the second one serves."""
+    state = {
+        "name": "many",
+        "model": "one",
+        "api": "http://127.0.0.1:1",
+        "pid": 1,
+        "state": "asleep",
+        "insecure": False,
+    }
+    state |= {"reason": None, "requests": {"running": 0, "waiting": 0}, "recoveries": 0}
+    speed = {"token_ms": None, "prompt_tokens": 1, "ttft_ms": None, "tokens_per_s": None, "requests": 0}
+    state["speed"] = {"predicted": speed | {"bottleneck": None}, "measured": speed}
+    state["models"] = [
+        {"name": "one", "state": "asleep", "requests": {"running": 0, "waiting": 1}},
+        {"name": "two", "state": "ready", "requests": {"running": 2, "waiting": 3}},
+    ]
+    first, second, *_ = _head(state)
+    assert first.startswith("many: ready, one at") and second == "requests: 2 running, 4 waiting"
+
+
 @pytest.mark.parametrize(("use", "path"), [(ModelUse.EMBEDDINGS, "embeddings"), (ModelUse.RANKS, "rerank")])
 def test_an_encoder_is_announced_with_what_it_can_do(use: ModelUse, path: str) -> None:
     text = ready_text(Ready("mine", "http://127.0.0.1:1", "good", use=use))
@@ -131,7 +167,7 @@ def test_on_a_terminal_the_measurement_is_shown_too(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     text = "\n".join(shown(capsys, *EVENTS))
-    assert "measuring what this machine can do" in text and "some seconds" not in text
+    assert "measuring this machine with this model" in text and "some seconds" not in text
     assert "layers 0-1" in text and "is ready" in text
 
 

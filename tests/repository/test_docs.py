@@ -27,6 +27,7 @@ from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.model.architectures import ARCHITECTURES
 from support.clusters.command_line import command_line
 from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model
@@ -193,6 +194,11 @@ def check_command(words: list[str]) -> None:
     assert name is not None or words in (["model"], ["model", "cache"]), f"no command: llamaclust {' '.join(words)}"
     given = [word for word in words if word.startswith("-") and word != "-"]
     assert name is None or [one for one in given if one not in options(known[name])] == [], words
+
+
+def test_the_readme_counts_the_architectures() -> None:
+    counts = re.findall(r"(\d+) architectures", README.read_text())
+    assert counts == [str(len(ARCHITECTURES))] * 2
 
 
 @pytest.mark.parametrize("page", PRESENT, ids=page_id)

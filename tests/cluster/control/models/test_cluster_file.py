@@ -46,4 +46,4 @@ def test_models_of_a_cluster_file_answer_by_their_names(tmp_path: Path) -> None:
             both.command.press_ctrl_c()
             done = both.command.wait()
             assert done.code == 0, done.err
-            assert done.err.count("measuring what this machine can do") <= 1
+            assert done.err.count("measuring this machine with this model") <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from support.clusters.command_line import command_line
@@ -47,3 +48,14 @@ def test_models_of_a_cluster_file_answer_by_their_names(tmp_path: Path) -> None:
             done = both.command.wait()
             assert done.code == 0, done.err
             assert done.err.count("measuring this machine with this model") <= 1
+
+
+def test_a_plan_of_several_models_names_each(tmp_path: Path) -> None:
+    files = model_files(tmp_path)
+    path = tmp_path / "both.yaml"
+    entries = [{"model": str(files[0]), "name": "one"}, {"model": str(files[1])}]
+    path.write_text(json.dumps({"models": entries, "workers": [{"name": "w"}]}))
+    with command_line() as line:
+        models = line.run("plan", path, "--json").json["models"]
+    assert [model["name"] for model in models] == ["one", files[1].stem]
+    assert all(model["stages"][0]["worker"] == "w" for model in models)

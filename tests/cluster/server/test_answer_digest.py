@@ -10,10 +10,10 @@ from llamaclust.cluster.server.answer_digest import KEYS, answer_digest
 
 _SAME_ANSWERS = frozenset(
     {
-        *("name", "launcher", "join", "ray", "insecure", "listen", "listen_tls", "workers"),
+        *("name", "launcher", "join", "ray", "insecure", "listen", "listen_also", "listen_tls", "workers"),
         *("models", "plan", "objective"),
         *("kv_memory", "max_sequences", "max_waiting", "prefill_chunk", "prefix_cache"),
-        *("allowed_hosts", "allowed_origins", "api_keys_file", "state_dir", "lease", "timeouts"),
+        *("allowed_hosts", "allowed_origins", "api_keys_file", "state_dir", "lease", "telemetry", "timeouts"),
     }
 )
 

@@ -110,7 +110,9 @@ def served(flags: dict[str, str]) -> dict[str, Any]:
     """The model and its adapters, or the models behind a router."""
     model = model_of(flags)
     if model is None:
-        return {"models": [{"model": str(path), "name": name} for name, path in routed_models().items()]}
+        models = [{"model": str(path), "name": name} for name, path in routed_models().items()]
+        limit = {"max_loaded_models": min(len(models), int(flags["--models-max"]))} if "--models-max" in flags else {}
+        return {"models": models, "load_on_demand": "--no-models-autoload" not in flags, **limit}
     adapters = {"adapters": [{"path": str(adapter()), "name": "adapter"}]} if "--lora" in flags else {}
     return {"model": str(model), **adapters}
 

@@ -81,6 +81,7 @@ def create_models_app(models: Sequence[DoorModel], settings: ApiSettings, admiss
     _route(app, "GET", "/api/tags", lists.tags)
     _route(app, "GET", "/api/ps", lists.ps)
     _route(app, "GET", "/metrics", disabled if "metrics" in settings.disabled else lists.metrics)
+    _route(app, "GET", "/props", disabled if "props" in settings.disabled else lists.props)
     _add_requests(app, lists)
     app.router.default = door
     of_models = (route for model in models if isinstance(model.app, FastAPI) for route in model.app.routes)

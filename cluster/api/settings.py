@@ -34,6 +34,8 @@ class ApiSettings:
     is_strict: bool = False  # refuses fields that are unknown or have no effect
     strict_model: bool | None = None  # whether a request must name the served model; None: on OpenAI's paths
     can_unload: bool = False  # the served model is one of several
+    max_loaded_models: int | None = None  # of several, at once; None: as many as memory allows
+    load_on_demand: bool = True  # whether requests load those of several that sleep
     aliases: tuple[str, ...] = ()  # further names of the served model
     tags: tuple[str, ...] = ()  # shown with it
     adapters: tuple[ServedAdapter, ...] = ()

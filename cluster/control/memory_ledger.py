@@ -8,16 +8,19 @@ from collections.abc import Iterable
 
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan, StagePlan
+from llamaclust.core.errors import InsufficientMemoryError
 
 MemoryUse = Counter[tuple[str, str]]
 """Bytes by worker and device."""
 
 
 class MemoryLedger:
-    """Of one cluster. `lock` is held while a plan is made, up to its entry if it is to be loaded next."""
+    """Of one cluster. `lock` is held while a plan is made, up to its entry if it is to be loaded next.
+    `max_models`: that hold memory at the same time; None: as many as fit."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()
+        self._max_models = max_models
         self._plans: dict[str, tuple[Plan, ...]] = {}  # by model id
         self._beside: dict[str, MemoryUse] = {}  # likewise, what others held when it was planned last
 
@@ -26,10 +29,16 @@ class MemoryLedger:
         self._plans[model_id] = tuple(plans)
 
     def copy(self) -> MemoryLedger:
-        """For plans that are not to be loaded."""
+        """For plans that are not to be loaded, of any number of models."""
         scratch = MemoryLedger()
         scratch._plans = dict(self._plans)
         return scratch
+
+    def check_count(self, model_id: str) -> None:
+        """InsufficientMemoryError where as many other models hold memory as may."""
+        count = sum(bool(plans) for name, plans in self._plans.items() if name != model_id)
+        if self._max_models is not None and count >= self._max_models:
+            raise InsufficientMemoryError(f"{count} other models are loaded, as many as max_loaded_models allows")
 
     def planned(self, model_id: str) -> None:
         """A plan was made beside what the others hold now."""

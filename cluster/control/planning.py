@@ -168,7 +168,9 @@ class ClusterPlanner:
         self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset(), beside: MemoryLedger | None = None
     ) -> Plan:
         """In its thread: over many workers and layers it takes seconds. `beside`: another ledger than the cluster's.
-        Raises as `plan_cluster` does, and WorkerError where there are no workers or a manual plan needs others."""
+        Raises as `plan_cluster` and the ledger do, and WorkerError where there are no workers or a manual plan needs
+        others."""
+        (beside or self.ledger).check_count(self.model.model_id)
         missing = [entry.worker for entry in self.config.plan or () if entry.worker not in workers]
         if missing:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")

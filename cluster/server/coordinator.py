@@ -195,11 +195,13 @@ async def _measured(
 async def _served(
     stack: AsyncExitStack, planners: Sequence[ClusterPlanner], pool: WorkerPool, report: Report
 ) -> tuple[ServedModel, ...]:
-    """The first model is loaded, the others sleep; memory must suffice for each alone."""
-    workers, ledger = pool.workers, MemoryLedger()
+    """The first model is loaded unless requests load none, the others sleep; memory must suffice for each alone."""
+    config, workers = planners[0].config, pool.workers
+    ledger = MemoryLedger(config.max_loaded_models)
     epoch_workers = EpochWorkers(workers.registry, workers.launcher.credentials, workers.record)
     present = {name: worker for name, worker in workers.registry.present.items() if name not in workers.record.drained}
-    plans = [None, *[await _planned(planner, present) for planner in planners[1:]]]
+    loaded = 1 if config.load_on_demand else 0
+    plans = [*[None] * loaded, *[await _planned(planner, present) for planner in planners[loaded:]]]
     supervisors = []
     for planner, plan in zip(planners, plans, strict=True):
         planner.ledger = ledger

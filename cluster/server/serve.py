@@ -301,6 +301,8 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         prefix=config.api.prefix,
         is_strict=config.api.strict,
         strict_model=config.api.strict_model,
+        max_loaded_models=config.max_loaded_models,
+        load_on_demand=config.load_on_demand,
         aliases=config.api.aliases,
         tags=config.api.tags,
         adapters=served_adapters(config),

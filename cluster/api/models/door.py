@@ -135,7 +135,8 @@ class ModelDoor:
         return self.named(request.query_params.get("model"))
 
     async def _addressed(self, request: Request) -> _Addressed:
-        """Nothing else of the body is held during its reply. HttpError as of `read_bytes`, `named` and the fields."""
+        """Nothing else of the body is held during its reply. HttpError as of `read_bytes`, `named` and the fields, and
+        for a model that is to be loaded first."""
         data = await read_bytes(request, self._settings)
         fields = await _fields(data)
         name = fields.get("model") or fields.get("name") or request.query_params.get("model")
@@ -143,6 +144,8 @@ class ModelDoor:
         if request.scope["path"] in _LOADS:
             keep = read_keep_alive(fields)
             unloads = keep is not None and keep.seconds == 0 and not any(fields.get(name) for name in _INPUTS)
+        if not (unloads or self._settings.load_on_demand):
+            _check_loaded(model)
         return _Addressed(model, keep, unloads, _replayed(data, request.receive))
 
     async def _pass(self, addressed: _Addressed, scope: Scope, send: Send) -> None:
@@ -168,6 +171,14 @@ class ModelDoor:
                 model.resident.leave()
             if keep is not None and not is_refused:
                 model.resident.keep(keep.seconds)
+
+
+def _check_loaded(model: DoorModel) -> None:
+    """HttpError 400 for a model that sleeps. One that gave way to another one's requests has some itself."""
+    if model.resident.is_asleep and model.resident.is_idle:
+        what = "and requests load none (load_on_demand: false)"
+        message = f"model: {model.name!r} is not loaded, {what}: POST /models/load with this model first"
+        raise HttpError(400, "model_not_loaded", message, param="model")
 
 
 async def _fields(data: bytes) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
 from llamaclust.cluster.api.ollama.models import OllamaModels
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.openai.models import ModelsEndpoint
+from llamaclust.cluster.api.operations.properties import properties
 from llamaclust.cluster.api.operations.readings import metrics_reply, requests_reply, waterfall_reply
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
@@ -85,6 +86,13 @@ class ModelLists:
     async def metrics(self, request: Request) -> Response:
         """Of all models, each as a label, or of `?model=`."""
         return metrics_reply(self._engines(request), self._started_s)
+
+    async def props(self, request: Request) -> Response:
+        """Of the first model, or of `?model=`, and what llama.cpp's router says of itself."""
+        model = self._door.named(request.query_params.get("model"))
+        limit = self._settings.max_loaded_models or len(self._models)
+        of_router = {"role": "router", "max_instances": limit, "models_autoload": self._settings.load_on_demand}
+        return JsonResponse({**properties(model.service, self._settings.defaults), **of_router})
 
     def _engines(self, request: Request) -> dict[str, Engine]:
         name = request.query_params.get("model")

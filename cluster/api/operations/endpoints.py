@@ -11,8 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
-from llamaclust.cluster.api.llamacpp.schema import LlamaCppBody
-from llamaclust.cluster.api.openai.shapes import FINGERPRINT
+from llamaclust.cluster.api.operations.properties import properties
 from llamaclust.cluster.api.operations.readings import metrics_reply, requests_reply, waterfall_reply
 from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.cluster.text.service import TextService
@@ -118,28 +117,7 @@ class Operations:
         return waterfall_reply(self._engines, request.path_params["request"])
 
     async def props(self, request: Request) -> Response:
-        settings, tokenizer = self._service.settings, self._service.tokenizer
-        return JsonResponse(
-            {
-                "default_generation_settings": {
-                    "n_ctx": settings.context_length,
-                    "speculative": False,
-                    "is_processing": False,
-                    "params": {
-                        **LlamaCppBody.model_validate({"prompt": ""}).model_dump(exclude={"prompt"}),
-                        **self._defaults,
-                    },
-                },
-                "total_slots": settings.max_sequences,
-                "model_path": settings.model_path or settings.model_name,
-                "model_alias": settings.model_name,
-                "chat_template": self._service.chat_template.source or "",
-                "bos_token": "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
-                "eos_token": "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
-                "modalities": {"vision": False, "audio": False},
-                "build_info": FINGERPRINT,
-            }
-        )
+        return JsonResponse(properties(self._service, self._defaults))
 
     async def slots(self, request: Request) -> Response:
         """The sequences that can run together; the first ones are those that do."""

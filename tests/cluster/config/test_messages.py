@@ -136,7 +136,7 @@ def failure(folder: Path, text: str, *overrides: str) -> str:
         load_config(path, overrides)
     assert caught.value.exit_code == 2
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 400 + len(str(folder))
+    assert "\n" not in message and len(message) < 480 + len(str(folder))
     return message.replace(str(path), "FILE")
 
 

@@ -38,6 +38,7 @@ class Models:
 
     run: Recovering
     largest_bytes: int = 0  # that a worker held, as it reported
+    most_models: int = 0  # whose stages workers held at the same time
 
     @property
     def cluster(self) -> Cluster:
@@ -52,8 +53,10 @@ class Models:
 
     async def watch(self) -> None:
         while True:
-            held = [worker.held_bytes for worker in self.cluster.registry.workers.values()]
-            self.largest_bytes = max(self.largest_bytes, *held)
+            workers = self.cluster.registry.workers.values()
+            self.largest_bytes = max(self.largest_bytes, *(worker.held_bytes for worker in workers))
+            held = {order.model_id for worker in workers for order, _ in worker.stages.values()}
+            self.most_models = max(self.most_models, len(held))
             await asyncio.sleep(0.002)
 
     async def until(self, *states: EngineState) -> None:
@@ -69,12 +72,12 @@ class Models:
 
 @asynccontextmanager
 async def models(
-    files: list[Path], folder: Path, *, tight: bool, timeouts: dict[str, str] | None = None, **entry: object
+    files: list[Path], folder: Path, *, tight: bool, keys: Mapping[str, object] | None = None, **entry: object
 ) -> AsyncIterator[Models]:
+    """`keys`: further ones of the cluster file; `entry`: of each model."""
     values = config(files[0], folder, workers=2, max_sequences=4).model_dump(exclude={"model"}, exclude_unset=True)
     entries = [{"model": str(file), **entry} for file in files]
-    waits = {} if timeouts is None else {"timeouts": timeouts}
-    settings = ClusterConfig.model_validate({**values, "models": entries, **waits})
+    settings = ClusterConfig.model_validate({**values, "models": entries, **(keys or {})})
     told: list[str] = []
 
     def report(event: Event) -> None:

@@ -105,3 +105,19 @@ async def test_a_body_is_not_held_while_it_is_answered(path: str, monkeypatch: p
     async with client_of(door_model("a", answer)) as http:
         reply = await http.post(path, json={"model": "a", "messages": ["abc"] * 100, "keep_alive": "5m"})
     assert reply.text == "True 2", "held by the app and by the count's argument alone"
+
+
+async def test_without_demand_a_request_loads_no_model() -> None:
+    resident = ScriptedResident()
+    resident.is_asleep = True
+    model = door_model("a", PlainTextResponse("a"), resident)
+    transport = httpx.ASGITransport(ModelDoor([model], ApiSettings(load_on_demand=False)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as http:
+        refused = await http.post("/v1/chat/completions", json={"model": "a"})
+        assert refused.status_code == 400 and "POST /models/load" in refused.json()["error"]["message"]
+        assert (await http.post("/api/chat", json={"model": "a", "messages": [{}]})).status_code == 400
+        assert (await http.post("/api/chat", json={"model": "a", "keep_alive": 0})).text == "a"
+        resident.is_idle = False  # it gave way
+        assert (await http.post("/v1/chat/completions", json={"model": "a"})).text == "a"
+        resident.is_asleep, resident.is_idle = False, True
+        assert (await http.post("/v1/chat/completions", json={"model": "a"})).text == "a"

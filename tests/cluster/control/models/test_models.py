@@ -44,6 +44,26 @@ async def test_models_that_do_not_fit_together_take_turns(
         assert found.cluster.supervisor.recoveries == 0
 
 
+async def test_no_more_models_are_loaded_than_the_cluster_file_allows(
+    files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
+) -> None:
+    async with models(files, tmp_path, tight=False, keys={"max_loaded_models": 1}) as found:
+        together = [found.answer(model, request) for request in requests for model in (0, 1)]
+        answers = await asyncio.gather(*together)
+        assert [answers[0::2], answers[1::2]] == expected
+        assert found.most_models == 1
+
+
+async def test_without_demand_models_sleep_until_they_are_loaded(
+    files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
+) -> None:
+    async with models(files, tmp_path, tight=False, keys={"load_on_demand": False}) as found:
+        assert found.states == [ASLEEP, ASLEEP]
+        found.cluster.residency.residents["b"].load()
+        await found.until(ASLEEP, AWAKE)
+        assert await found.answer(1, requests[0]) == expected[1][0]
+
+
 async def test_a_model_with_requests_all_the_time_gives_way_after_its_turn(
     files: list[Path],
     requests: tuple[GenerationRequest, ...],
@@ -121,7 +141,7 @@ async def test_requests_to_a_model_that_does_not_load_fail_and_others_are_answer
 ) -> None:
     hidden = files[1].with_suffix(".away")
     timeouts = {"recovery": "500ms"}
-    async with models(files, tmp_path, tight=False, timeouts=timeouts) as found:
+    async with models(files, tmp_path, tight=False, keys={"timeouts": timeouts}) as found:
         files[1].rename(hidden)
         try:
             with pytest.raises(WorkerError, match=r"within 0\.5 s"):
@@ -138,7 +158,7 @@ async def test_a_model_that_did_not_load_for_no_request_is_tried_again_for_the_n
     files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
 ) -> None:
     hidden = files[1].with_suffix(".away")
-    async with models(files, tmp_path, tight=False, timeouts={"recovery": "500ms"}) as found:
+    async with models(files, tmp_path, tight=False, keys={"timeouts": {"recovery": "500ms"}}) as found:
         files[1].rename(hidden)
         try:
             found.cluster.residency.residents["b"].load()

@@ -4,13 +4,13 @@ of them is there and far from neutral, so that leaving it out is noticed."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
+from support.models.tiny.shape import Tiny
 from support.models.tiny_model import RandomTensor, matrix, norm, source_of
 from support.models.tiny_tokenizers import byte_level, sentencepiece
 
@@ -18,46 +18,6 @@ VOCABULARY = 320
 _CONTEXT = 2048
 TOKENS = [1, 5, 9, 300, 33, 65, 100, 3, 7, 11, 277, 90, 2, 64, 127, 31, 260, 270, 280, 290, 19, 1, 150, 200]
 """What the recorded logits are of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tiny:
-    """A model: its shape, which tensors it has, and keys (without the architecture's name) beside those of its shape.
-
-    `context`: tokens that it is set up for, here and in llama.cpp.
-    """
-
-    architecture: str
-    hidden: int = 64
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 16
-    ffn: int = 96
-    experts: int = 0
-    shared_ffn: int = 0
-    biases: tuple[str, ...] = ()  # of which products in a layer
-    used: int = 3  # of the experts
-    expert_type: QuantType = QuantType.F32
-    expert_biases: bool = False  # of router and experts
-    selection_bias: bool = False
-    shared_gate: bool = True
-    dense: int = 0  # leading layers without experts
-    fused: bool = False  # q, k and v in one tensor; gate and up in one
-    sinks: bool = False
-    head_norms: bool = False
-    whole_norms: bool = False  # of q and k
-    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of a layer
-    post_norms: bool = False
-    tied: bool = False
-    layer_norms: tuple[str, ...] = ()  # in place of `norms`, with a mean and a bias
-    norm_biases: bool = True
-    positions: bool = False
-    plain: bool = False  # no gate in the feed-forward network
-    factors: tuple[str, ...] = ()
-    context: int = 256
-    keys: dict[str, WritableValue] = field(default_factory=dict)
-
 
 _BYTE_LEVEL = ("qwen", "gpt", "falcon", "starcoder2", "smollm3", "olmo2", "exaone4", "seed_oss", "glm4moe", "cohere2")
 _QKV = ("attn_q", "attn_k", "attn_v")

@@ -1,0 +1,47 @@
+"""What small models of random weights differ in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.model.gguf.writer import WritableValue
+from llamaclust.model.quant_types import QuantType
+
+
+@dataclass(frozen=True, slots=True)
+class Tiny:
+    """A model: its shape, which tensors it has, and keys (without the architecture's name) beside those of its shape.
+
+    `context`: tokens that it is set up for, here and in llama.cpp.
+    """
+
+    architecture: str
+    hidden: int = 64
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    ffn: int = 96
+    experts: int = 0
+    shared_ffn: int = 0
+    biases: tuple[str, ...] = ()  # of which products in a layer
+    used: int = 3  # of the experts
+    expert_type: QuantType = QuantType.F32
+    expert_biases: bool = False  # of router and experts
+    selection_bias: bool = False
+    shared_gate: bool = True
+    dense: int = 0  # leading layers without experts
+    fused: bool = False  # q, k and v in one tensor; gate and up in one
+    sinks: bool = False
+    head_norms: bool = False
+    whole_norms: bool = False  # of q and k
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of a layer
+    post_norms: bool = False
+    tied: bool = False
+    layer_norms: tuple[str, ...] = ()  # in place of `norms`, with a mean and a bias
+    norm_biases: bool = True
+    positions: bool = False
+    plain: bool = False  # no gate in the feed-forward network
+    factors: tuple[str, ...] = ()
+    context: int = 256
+    keys: dict[str, WritableValue] = field(default_factory=dict)

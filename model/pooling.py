@@ -39,8 +39,15 @@ DEFAULT = Pooling.LAST
 """Of models that name none: in a model of causal attention, the last token alone has seen the whole prompt."""
 
 
+_CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
+"""Tensors that rerankers alone have. Most public ones name no pooling, because llama.cpp has an option for it."""
+
+
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
-    """What the file names; the default where it names none. ModelFileError for another number."""
+    """What the file names; where it names none, rank of a file with a classifier, else the default. ModelFileError for
+    another number."""
     keys = ModelKeys(model)
+    if not keys.has("pooling_type") and not _CLASSIFIER.isdisjoint(model.tensors):
+        return Pooling.RANK
     number = keys.count("pooling_type", _BY_NUMBER.index(default), minimum=0, maximum=len(_BY_NUMBER) - 1)
     return _BY_NUMBER[number]

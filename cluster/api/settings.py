@@ -39,6 +39,7 @@ class ApiSettings:
     aliases: tuple[str, ...] = ()  # further names of the served model
     tags: tuple[str, ...] = ()  # shown with it
     adapters: tuple[ServedAdapter, ...] = ()
+    rankers: tuple[str, ...] = ()  # names of the cluster's models that rank documents
     allows_pull: bool = False  # clients with the first key, where there are keys, may download models of the catalog
     slot_folder: Path | None = None  # that clients save slots in
     disabled: tuple[str, ...] = ()  # GET endpoints that are off, such as "slots"

@@ -39,12 +39,13 @@ class ModelApi:
 async def model_apis(cluster: Cluster, settings: ApiSettings, journal: Journal) -> AsyncIterator[list[ModelApi]]:
     """Of all models, the first one first. The owner of the journal closes it."""
     async with AsyncExitStack() as stack:
-        apis = []
+        apis: list[ModelApi] = []
+        rankers = tuple(served.name for served in cluster.models if served.model.ranking is not None)
         for served in cluster.models:
             service = await stack.enter_async_context(aclosing(_text_service(served)))
             digest = _digest(served, service.settings.context_length)
             durability = Durability(journal, digest, cluster.config.timeouts.request)
-            own = _settings_of(served, settings, len(cluster.models))
+            own = replace(_settings_of(served, settings, len(cluster.models)), rankers=rankers)
             replies = await stack.enter_async_context(aclosing(Replies(own, durability)))
             apis.append(ModelApi(served, service, replies, digest))
         yield apis

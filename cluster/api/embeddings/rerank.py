@@ -23,6 +23,8 @@ from llamaclust.cluster.text.embedder import Rank
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ParameterError
 
+_RERANKER: Final = "hf:gpustack/bge-reranker-v2-m3-GGUF/bge-reranker-v2-m3-Q8_0.gguf"
+"""A public one."""
 RERANK_PATHS: Final = ("/v1/rerank", "/v1/reranking", "/rerank", "/reranking")
 
 
@@ -86,11 +88,16 @@ class RerankEndpoint:
     async def rerank(self, request: Request) -> Response:
         """Documents by their score for a query, the best first."""
         if self._service.settings.ranking is None:
-            what = "this model does not rank documents; serve a reranker (a file with pooling_type 4)"
-            raise HttpError(501, "not_supported", f"{request.url.path}: {what}")
+            raise HttpError(501, "not_supported", f"{request.url.path}: {self._refusal()}")
         body = await read_body(request, RerankBody, RERANK, self._settings)
         self._names.check(body.model)
         return await unless_disconnected(request, self._answer(body))
+
+    def _refusal(self) -> str:
+        own = f"{self._service.settings.model_name!r} does not rank documents"
+        if self._settings.rankers:
+            return f"{own}: name {' or '.join(map(repr, self._settings.rankers))} as model"
+        return f"{own}: serve a reranker, such as `llamaclust up {_RERANKER}`, or one of `models` in the cluster file"
 
     async def _answer(self, body: RerankBody) -> Response:
         texts = body.given

@@ -18,6 +18,7 @@ from llamaclust.cluster.client.local import LocalSettings, LocalStage
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.writer import WritableValue
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from support.clusters.command_line import command_line
 from support.clusters.fakes import FakePipeline
@@ -29,10 +30,10 @@ from support.models.tiny_model import build_tiny_model
 
 
 @asynccontextmanager
-async def served(path: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def served(path: Path, settings: ApiSettings | None = None) -> AsyncIterator[httpx.AsyncClient]:
     stage, idle = LocalStage(path, 1, None, LocalSettings(context_length=256)), Engine(FakePipeline(1), SETTINGS)
     async with stage.serve() as service:
-        app = create_app(service, Replies(ApiSettings()), idle, dict)
+        app = create_app(service, Replies(settings or ApiSettings()), idle, dict)
         async with client(app) as http:
             yield http
 
@@ -92,6 +93,23 @@ async def test_a_reranker_embeds_nothing_and_others_rank_nothing(tmp_path: Path)
     async with served(build_encoder(tmp_path / "mean.gguf", "bert")) as http:
         reply = await http.post("/rerank", json={"query": "a", "documents": ["b"]})
     assert (reply.status_code, reply.json()["error"]["code"]) == (501, "not_supported")
+    assert "'mean' does not rank documents: serve a reranker, such as `llamaclust up hf:" in reply.text
+
+
+async def test_the_refusal_names_the_models_that_rank(tmp_path: Path) -> None:
+    async with served(build_encoder(tmp_path / "mean.gguf", "bert"), ApiSettings(rankers=("bge", "qwen"))) as http:
+        reply = await http.post("/rerank", json={"query": "a", "documents": ["b"]})
+    assert reply.json()["error"]["message"] == "/rerank: 'mean' does not rank documents: name 'bge' or 'qwen' as model"
+
+
+@pytest.mark.parametrize("name", RERANKERS)
+def test_a_file_with_a_classifier_that_names_no_pooling_ranks(name: str, tmp_path: Path) -> None:
+    named = Model.open(build_encoder(tmp_path / "named.gguf", name, pooling=RANK))
+    path = build_encoder(tmp_path / "unnamed.gguf", name, pooling=RANK, without=(f"{name}.pooling_type",))
+    model = Model.open(path)
+    assert f"{name}.pooling_type" not in model.file.metadata
+    assert (model.ranking, model.pooling) == (named.ranking, named.pooling)
+    assert model.program(0, model.layer_count, KvType.F16) == named.program(0, named.layer_count, KvType.F16)
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen3"])

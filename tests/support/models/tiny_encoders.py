@@ -118,14 +118,16 @@ def build_encoder(
     added: tuple[RandomTensor, ...] = (),
     keys: Mapping[str, WritableValue] | None = None,
 ) -> Path:
-    """Writes an encoder, or with RANK a reranker, to `path` and returns it. The same bytes on every machine. Tensors of
-    `without` are left out, `added` ones come in; `keys` replace metadata, the architecture's without its name."""
+    """Writes an encoder, or with RANK a reranker, to `path` and returns it. The same bytes on every machine. Tensors
+    and metadata of `without` are left out, `added` tensors come in; `keys` replace metadata, the architecture's without
+    its name."""
     ends = [*_ends(name), *(_classifier(name) if pooling == RANK and name in RERANKERS else ())]
     tensors = [*ends, *(tensor for layer in range(LAYERS) for tensor in _layer(name, f"blk.{layer}"))]
     kept = [*(tensor for tensor in tensors if tensor.name not in without), *added]
     kinds = {tensor.name: QuantType.F32 if tensor.exact else quant_type for tensor in kept}
     sources = [source_of(tensor, kinds[tensor.name], seed=2) for tensor in kept]
-    write_gguf(path, _metadata(name, pooling, keys or {}), sources)
+    metadata = _metadata(name, pooling, keys or {})
+    write_gguf(path, {key: value for key, value in metadata.items() if key not in without}, sources)
     return path
 
 

@@ -47,17 +47,18 @@ def why(
     if as_json:
         print(json.dumps({"requests": records}))
         return
-    lines = _list(records) if request is None else (line for record in records for line in _waterfall(record))
+    lines = list_lines(records) if request is None else (line for record in records for line in waterfall_lines(record))
     for line in lines:
         print(terminal.printable(line))
 
 
-def _list(records: list[Record]) -> Iterator[str]:
+def list_lines(records: list[Record]) -> Iterator[str]:
     if not records:
         yield "no request yet"
     with_model = len({record["model"] for record in records}) > 1
     for record in records[-_SHOWN:]:
-        yield _head(record, with_model=with_model)
+        adapters = f", adapters: {_adapters(record)}" if record["adapters"] else ""
+        yield f"{_head(record, with_model=with_model)}{adapters}"
 
 
 def _head(record: Record, *, with_model: bool) -> str:
@@ -68,9 +69,15 @@ def _head(record: Record, *, with_model: bool) -> str:
     return f"{record['id']}: {tokens}, {record['end'] or 'running'}, {_duration(record['seconds'])}"
 
 
-def _waterfall(record: Record) -> Iterator[str]:
+def _adapters(record: Record) -> str:
+    return ", ".join(f"{adapter['name']} {adapter['scale']:g}" for adapter in record["adapters"])
+
+
+def waterfall_lines(record: Record) -> Iterator[str]:
     """The phases one below the other, each with its parts."""
     yield _head(record, with_model=False)
+    if record["adapters"]:
+        yield f"adapters: {_adapters(record)}"
     whole = max(record["seconds"], 1e-9)
     for phase in record["phases"]:
         count = f", {_count(phase, 'tokens')} in {_count(phase, 'microbatches')}" if "tokens" in phase else ""

@@ -121,7 +121,7 @@ def model_app(
     for route in (*own, *llamacpp_routes(service, replies), *ollama_routes(service, replies)):
         schema = None if route.body is None else body_schema(route.body)
         _route(app, route.method, route.path, route.endpoint, schema)
-    operations = Operations(service, engine, cluster_status, settings.defaults)
+    operations = Operations(service, engine, cluster_status, settings)
     for name in ("health", "live", "metrics", "cluster", "props", "slots"):
         _route(app, "GET", f"/{name}", disabled if name in settings.disabled else getattr(operations, name))
     _add_requests(app, operations)

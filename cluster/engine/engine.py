@@ -76,6 +76,8 @@ class Engine:
         self.requests = OpenRequests(self.metrics, self.waterfalls)
         self.error: LlamaclustError | None = None  # why it is down or recovering
         self._phase = _Phase.RUNNING if pipeline.stages else _Phase.ASLEEP
+        if self._phase is _Phase.ASLEEP:
+            self.waterfalls.unloaded(monotonic_ns())
         self._is_draining = False
         self._on_lost = on_lost
         self.deadlines = deadlines or EngineSettings()
@@ -288,7 +290,7 @@ class Engine:
             return False
         self._lane.stop()
         self._end_retirement()
-        self.waterfalls.lost(monotonic_ns())
+        self.waterfalls.unloaded(monotonic_ns())
         self.metrics.restart(())
         self._phase = _Phase.ASLEEP
         self.error = None

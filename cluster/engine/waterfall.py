@@ -28,6 +28,7 @@ class PhaseKind(StrEnum):
     DECODE = "decode"
     RECOMPUTATION = "recomputation"  # of tokens that were computed before a loss, a move or a preemption
     RECOVERY = "recovery"  # from the loss of a worker to the next plan that serves
+    LOADING = "loading"  # of a model that slept or waited for its turn
 
 
 _RECOMPUTATION, _PREFILL, _DECODE = PhaseKind.RECOMPUTATION, PhaseKind.PREFILL, PhaseKind.DECODE

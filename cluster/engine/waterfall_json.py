@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from llamaclust.cluster.engine.pipeline import StageInfo
@@ -25,8 +26,8 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
     return [record for record in records if record.request_id.startswith(beginning)]
 
 
-def summary_json(record: RequestRecord) -> dict[str, Any]:
-    """A sequence without its phases."""
+def summary_json(record: RequestRecord, adapters: Sequence[str]) -> dict[str, Any]:
+    """A sequence without its phases. `adapters`: the names of those that requests may use, by their numbers."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],
@@ -35,14 +36,15 @@ def summary_json(record: RequestRecord) -> dict[str, Any]:
         "prompt_tokens": timings.prompt_tokens,
         "cached_tokens": timings.cached_tokens,
         "generated_tokens": timings.generated_tokens,
+        "adapters": [{"name": adapters[number], "scale": scale} for number, scale in record.adapters],
     }
 
 
-def waterfall_json(record: RequestRecord) -> dict[str, Any]:
+def waterfall_json(record: RequestRecord, adapters: Sequence[str]) -> dict[str, Any]:
     """A sequence with its phases, which begin after `start` seconds."""
     waterfall = record.waterfall
     phases = [_phase(phase, waterfall.start_ns) for phase in waterfall.phases]
-    return {**summary_json(record), "phases": phases}
+    return {**summary_json(record, adapters), "phases": phases}
 
 
 def _phase(phase: WaterfallPhase, start_ns: int) -> dict[str, Any]:

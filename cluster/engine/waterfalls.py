@@ -12,6 +12,7 @@ from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, Waterfall
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, Timings
 from llamaclust.cluster.scheduler.sequences import Sequence, SequenceSlice
+from llamaclust.core.limits import AdapterScales
 
 _ENDED = 256
 """Sequences that are kept after their end."""
@@ -28,6 +29,7 @@ class RequestRecord:
     seconds: float  # since its client's request came
     timings: Timings
     waterfall: Waterfall
+    adapters: AdapterScales = ()
 
 
 class SpanSink(Protocol):
@@ -46,13 +48,14 @@ class _Open:
 
 
 class Waterfalls:
-    """Of all lanes together. Time between a loss and the next pipeline is recovery."""
+    """Of all lanes together. Time between a loss and the next pipeline is recovery, that of a model without layers is
+    loading."""
 
     def __init__(self) -> None:
         self.spans: SpanSink | None = None  # None: without telemetry
         self._open: dict[int, _Open] = {}  # by the sequence's key
         self._ended: deque[RequestRecord] = deque(maxlen=_ENDED)
-        self._is_lost = False
+        self._idle_kind: PhaseKind | None = None  # of time without a pipeline
 
     def opened(self, sequence: Sequence) -> None:
         received_ns = sequence.request.received_ns or sequence.arrived_ns
@@ -77,11 +80,16 @@ class Waterfalls:
     def lost(self, now_ns: int) -> None:
         """No pipeline computes from now on."""
         self._pass_until(now_ns)
-        self._is_lost = True
+        self._idle_kind = PhaseKind.RECOVERY
+
+    def unloaded(self, now_ns: int) -> None:
+        """None computes until the model is loaded."""
+        self._pass_until(now_ns)
+        self._idle_kind = PhaseKind.LOADING
 
     def resumed(self, now_ns: int) -> None:
         self._pass_until(now_ns)
-        self._is_lost = False
+        self._idle_kind = None
 
     def records(self, now_ns: int) -> list[RequestRecord]:
         """The oldest first, as of now."""
@@ -97,8 +105,5 @@ class Waterfalls:
     def _record(self, sequence: Sequence, waterfall: Waterfall, end: str | None, now_ns: int) -> RequestRecord:
         waterfall.pass_until(now_ns, self._idle_kind)
         seconds = (now_ns - waterfall.start_ns) / 1e9
-        return RequestRecord(sequence.request.request_id, end, seconds, sequence.timings(), waterfall)
-
-    @property
-    def _idle_kind(self) -> PhaseKind | None:
-        return PhaseKind.RECOVERY if self._is_lost else None
+        request = sequence.request
+        return RequestRecord(request.request_id, end, seconds, sequence.timings(), waterfall, request.adapters)

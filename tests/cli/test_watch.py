@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.cli.progress import ClusterView, ProgressLines, cluster_view, draining_text, ready_text
 from llamaclust.cli.status import _head
-from llamaclust.cli.why import why
+from llamaclust.cli.why import list_lines, waterfall_lines, why
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state.events import (
     Draining,
@@ -120,6 +120,23 @@ def test_a_ready_cluster_names_where_its_telemetry_goes() -> None:
 def test_too_few_characters_name_no_request(request_id: str) -> None:
     with pytest.raises(UsageError, match="give at least 4 characters"):
         why(request_id)
+
+
+def test_adapters_of_a_request_are_shown_with_their_scales() -> None:
+    record = {
+        "id": "97047352",
+        "model": "m",
+        "end": "stop",
+        "seconds": 0.5,
+        "prompt_tokens": 3,
+        "cached_tokens": 0,
+        "generated_tokens": 4,
+        "adapters": [{"name": "poet", "scale": 1.0}, {"name": "clerk", "scale": 0.25}],
+        "phases": [],
+    }
+    assert list(waterfall_lines(record))[1:] == ["adapters: poet 1, clerk 0.25"]
+    (listed,) = list_lines([record])
+    assert listed.endswith(", stop, 500.0 ms, adapters: poet 1, clerk 0.25")
 
 
 def test_the_head_of_several_models_is_of_all_of_them() -> None:

@@ -18,9 +18,8 @@ from llamaclust.cluster.api.ollama.models import OllamaModels
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.openai.models import ModelsEndpoint
 from llamaclust.cluster.api.operations.properties import properties
-from llamaclust.cluster.api.operations.readings import metrics_reply, requests_reply, waterfall_reply
+from llamaclust.cluster.api.operations.readings import ReadModel, metrics_reply, requests_reply, waterfall_reply
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.engine.engine import Engine
 from llamaclust.wire.rpc.deadlines import deadline
 
 _UNLOAD_S = 60.0
@@ -77,15 +76,15 @@ class ModelLists:
 
     async def requests(self, request: Request) -> Response:
         """The open and the last requests of all models, or of `?model=`."""
-        return requests_reply(self._engines(request))
+        return requests_reply(self._read(request))
 
     async def waterfall(self, request: Request) -> Response:
         """Where the time of a request of any model went."""
-        return waterfall_reply(self._engines(request), request.path_params["request"])
+        return waterfall_reply(self._read(request), request.path_params["request"])
 
     async def metrics(self, request: Request) -> Response:
         """Of all models, each as a label, or of `?model=`."""
-        return metrics_reply(self._engines(request), self._started_s)
+        return metrics_reply(self._read(request), self._started_s)
 
     async def props(self, request: Request) -> Response:
         """Of the first model, or of `?model=`, and what llama.cpp's router says of itself."""
@@ -94,9 +93,10 @@ class ModelLists:
         of_router = {"role": "router", "max_instances": limit, "models_autoload": self._settings.load_on_demand}
         return JsonResponse({**properties(model.service, self._settings.defaults), **of_router})
 
-    def _engines(self, request: Request) -> dict[str, Engine]:
+    def _read(self, request: Request) -> Sequence[ReadModel]:
         name = request.query_params.get("model")
-        return {model.name: model.engine for model in (self._models if not name else [self._door.named(name)])}
+        models = self._models if not name else [self._door.named(name)]
+        return [ReadModel(model.name, model.engine, model.replies.settings.adapters) for model in models]
 
     async def _named(self, request: Request) -> DoorModel:
         fields = await parse_object_in_time(await read_bytes(request, self._settings))

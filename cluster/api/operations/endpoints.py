@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.operations.properties import properties
-from llamaclust.cluster.api.operations.readings import metrics_reply, requests_reply, waterfall_reply
+from llamaclust.cluster.api.operations.readings import ReadModel, metrics_reply, requests_reply, waterfall_reply
+from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.cluster.text.service import TextService
 from llamaclust.wire.control.messages import LogTail
@@ -70,13 +71,12 @@ class Operations:
         service: TextService,
         engine: Engine,
         cluster_status: Callable[[], Mapping[str, Any]],
-        defaults: Mapping[str, Any],
+        settings: ApiSettings,
     ) -> None:
-        """`defaults`: of request fields."""
         self._service = service
-        self._defaults = defaults
+        self._defaults = settings.defaults
         self._engine = engine
-        self._engines = {service.settings.model_name: engine}
+        self._models = [ReadModel(service.settings.model_name, engine, settings.adapters)]
         self._cluster_status = cluster_status
         self._started_s = int(time.time())
 
@@ -103,18 +103,18 @@ class Operations:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus: this program's metrics, and those that have names in llama.cpp."""
-        return metrics_reply(self._engines, self._started_s)
+        return metrics_reply(self._models, self._started_s)
 
     async def cluster(self, request: Request) -> Response:
         return JsonResponse(self._cluster_status())
 
     async def requests(self, request: Request) -> Response:
         """The requests that are open, and the last ones that ended, the oldest first."""
-        return requests_reply(self._engines)
+        return requests_reply(self._models)
 
     async def waterfall(self, request: Request) -> Response:
         """Where the time of a request went: each of its sequences, without any of its text."""
-        return waterfall_reply(self._engines, request.path_params["request"])
+        return waterfall_reply(self._models, request.path_params["request"])
 
     async def props(self, request: Request) -> Response:
         return JsonResponse(properties(self._service, self._defaults))

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.llamacpp.metrics import llamacpp_metrics
+from llamaclust.cluster.api.settings import ServedAdapter
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.metrics import CONTENT_TYPE
 from llamaclust.cluster.engine.model_metrics import render_all
@@ -21,37 +23,51 @@ _MOST_SEQUENCES = 32
 """Of one request, that are shown."""
 
 
-def requests_reply(engines: Mapping[str, Engine]) -> Response:
-    """The requests that are open, and the last ones that ended, the oldest first. `engines`: by model."""
-    found = [(model, record) for model, records in _records(engines).items() for record in records]
+@dataclass(frozen=True, slots=True)
+class ReadModel:
+    """One that is read. `adapters`: that its requests may use, by their numbers."""
+
+    name: str
+    engine: Engine
+    adapters: tuple[ServedAdapter, ...]
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return [adapter.name for adapter in self.adapters]
+
+
+def requests_reply(models: Sequence[ReadModel]) -> Response:
+    """The requests that are open, and the last ones that ended, the oldest first."""
+    found = [(model, record) for model, records in _records(models) for record in records]
     found.sort(key=lambda each: _order(each[1]))
-    return _reply([(model, summary_json(record)) for model, record in found])
+    return _reply([(model, summary_json(record, model.adapter_names)) for model, record in found])
 
 
-def waterfall_reply(engines: Mapping[str, Engine], name: str) -> Response:
+def waterfall_reply(models: Sequence[ReadModel], name: str) -> Response:
     """Where the time of a request went: each of its sequences, without any of its text. HttpError 404 for no request of
     any model."""
-    known = _records(engines)
-    found = [(model, record) for model, records in known.items() for record in matching(records, name)]
+    known = _records(models)
+    found = [(model, record) for model, records in known for record in matching(records, name)]
     if not found:
-        message = f"no request {name[:80]!r} is open or among the last {sum(map(len, known.values()))}"
+        message = f"no request {name[:80]!r} is open or among the last {sum(len(records) for _, records in known)}"
         raise HttpError(404, "request_not_found", message)
-    return _reply([(model, waterfall_json(record)) for model, record in found[-_MOST_SEQUENCES:]])
+    return _reply([(model, waterfall_json(record, model.adapter_names)) for model, record in found[-_MOST_SEQUENCES:]])
 
 
-def metrics_reply(engines: Mapping[str, Engine], started_s: int) -> Response:
+def metrics_reply(models: Sequence[ReadModel], started_s: int) -> Response:
     """Prometheus: this program's metrics, and those that have names in llama.cpp. The model is a label where there are
     several. `started_s`: Unix time of the server's start."""
+    engines = {model.name: model.engine for model in models}
     metrics = {model: engine.metrics for model, engine in engines.items()}
     own = render_all(metrics) if len(metrics) > 1 else b"".join(each.render() for each in metrics.values())
     headers = {"Process-Start-Time-Unix": str(started_s)}
     return Response(own + llamacpp_metrics(engines), media_type=CONTENT_TYPE, headers=headers)
 
 
-def _records(engines: Mapping[str, Engine]) -> dict[str, list[RequestRecord]]:
-    """By model."""
+def _records(models: Sequence[ReadModel]) -> list[tuple[ReadModel, list[RequestRecord]]]:
+    """The oldest of each model first."""
     now_ns = time.monotonic_ns()
-    return {model: engine.waterfalls.records(now_ns) for model, engine in engines.items()}
+    return [(model, model.engine.waterfalls.records(now_ns)) for model in models]
 
 
 def _order(record: RequestRecord) -> tuple[bool, float]:
@@ -60,5 +76,5 @@ def _order(record: RequestRecord) -> tuple[bool, float]:
     return is_open, 0.0 if is_open else record.waterfall.start_ns / 1e9 + record.seconds
 
 
-def _reply(found: list[tuple[str, dict[str, Any]]]) -> Response:
-    return JsonResponse({"requests": [{"model": model, **fields} for model, fields in found]})
+def _reply(found: Sequence[tuple[ReadModel, dict[str, Any]]]) -> Response:
+    return JsonResponse({"requests": [{"model": model.name, **fields} for model, fields in found]})

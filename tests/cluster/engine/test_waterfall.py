@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from math import fsum
 from time import monotonic_ns
 from typing import Any
@@ -95,7 +96,7 @@ async def test_requests_of_an_engine_are_known_while_they_run_and_afterwards() -
         records = engine.waterfalls.records(monotonic_ns())
     assert [(record.request_id, record.end) for record in records] == [("abcd0123", "length"), ("ffff4567", "length")]
     for record in records:
-        shown = waterfall_json(record)
+        shown = waterfall_json(record, ())
         *_, prefill, decode = shown["phases"]
         assert (prefill["phase"], decode["phase"], decode["tokens"]) == ("prefill", "decode", 11)
         assert [stage["worker"] for stage in decode["stages"]] == ["w0", "w1"]
@@ -117,6 +118,33 @@ def test_what_an_id_is_beyond_its_shown_characters_cannot_be_found_out() -> None
         assert matching(records, f"chatcmpl-01234567{guess}") == records[:1]
     assert matching(records, "0123") == records[:1]
     assert matching(records, "012") == matching(records, "f") == []
+
+
+async def test_a_load_is_a_phase_of_the_requests_that_wait_for_it() -> None:
+    async with asyncio.timeout(30), Engine(FakePipeline(SETTINGS.kv_blocks, stages=0), SETTINGS) as engine:
+        stream = engine.submit(request())
+        engine.resume(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
+        await read(stream)
+        assert engine.sleep()
+        later = engine.submit(request("ffff4567"))
+        engine.resume(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
+        await read(later)
+        records = engine.waterfalls.records(monotonic_ns())
+    for record in records:
+        names = [str(phase.kind) for phase in record.waterfall.phases if phase.kind is not PhaseKind.WAITING]
+        assert names[-3:] == ["loading", "prefill", "decode"]
+
+
+async def test_adapters_of_a_request_are_known_by_their_names() -> None:
+    settings = replace(SETTINGS, adapters=2)
+    async with asyncio.timeout(30), Engine(FakePipeline(SETTINGS.kv_blocks), settings) as engine:
+        await read(engine.submit(request(adapters=((0, 1.0), (1, 0.5)))))
+        await read(engine.submit(request("ffff4567")))
+        chosen, plain = (
+            waterfall_json(record, ("poet", "clerk")) for record in engine.waterfalls.records(monotonic_ns())
+        )
+    assert chosen["adapters"] == [{"name": "poet", "scale": 1.0}, {"name": "clerk", "scale": 0.5}]
+    assert plain["adapters"] == []
 
 
 async def test_a_loss_is_a_phase_of_the_requests_that_it_interrupts() -> None:

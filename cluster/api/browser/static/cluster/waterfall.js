@@ -49,9 +49,10 @@ async function waterfalls(id) {
 
 /** One of its sequences. */
 function waterfall(request) {
-  const { prompt_tokens: prompt, cached_tokens: cached, generated_tokens: generated, end, seconds, phases } = request;
+  const { prompt_tokens: prompt, cached_tokens: cached, generated_tokens: generated, end, seconds, phases, adapters } = request;
   const found = cached ? ` (${cached} cached)` : "";
-  const head = `${prompt} prompt tokens${found}, ${generated} generated, ${end ?? "running"}, ${milliseconds(1000 * seconds)}`;
+  const used = adapters.map(({ name, scale }) => `, adapter ${name} ${scale}`).join("");
+  const head = `${prompt} prompt tokens${found}, ${generated} generated, ${end ?? "running"}, ${milliseconds(1000 * seconds)}${used}`;
   const lines = phases.flatMap((phase) => [phaseLine(phase, seconds), ...partLines(phase, seconds)]);
   return [element("p", {}, head), element("table", { class: "waterfall" }, element("tbody", {}, lines))];
 }

@@ -27,9 +27,16 @@ class AnswerScreen:
         self._shows_reasoning = sys.stdout.isatty()
         self._is_reasoning = False
         self._is_empty = True
+        self._has_hidden_reasoning = False
+
+    @property
+    def hides_all(self) -> bool:
+        """Whether all of the answer is reasoning that is not shown."""
+        return self._is_empty and self._has_hidden_reasoning
 
     def show(self, chunk: TextChunk) -> None:
         """Writes a part of the answer."""
+        self._has_hidden_reasoning |= bool(chunk.reasoning) and not self._shows_reasoning
         if self._shows_reasoning and chunk.reasoning:
             if not self._is_reasoning:
                 sys.stdout.write(_DIM if self._is_colored else "[reasoning]\n")

@@ -36,6 +36,9 @@ _HELP: Final = '''\
 A line that ends with \\ continues on the next one. """ begins and ends a message of several lines.
 Such a message, and a line that begins with a space, are sent as they are. Ctrl-C interrupts an answer.'''
 _DROPPED: Final = "(longer than the model's context: the oldest turns are left out from here on; /clear begins anew)"
+_ALL_REASONING: Final = (
+    "(no answer: it ended within its reasoning, which is shown on a terminal alone; raise -n or set --reasoning-budget)"
+)
 _EXITS: Final = ("/exit", "/quit", "/bye")
 _HISTORY: Final = ".chat_history"
 """In the state directory."""
@@ -136,6 +139,8 @@ class Chat:
             screen.fail()
             raise
         screen.end()
+        if screen.hides_all:
+            _print_notice(_ALL_REASONING)
         if self._settings.shows_stats:
             self._print_stats()
 

@@ -312,7 +312,11 @@ async def test_reasoning_is_apart_from_the_answer(color: str, shown: str, tmp_pa
         assert "<think>Hm.</think>Yes." in prompts(engine)[1]
         async with scripted("<think>Hm.</think>\n\nYes.", chat_template=template) as (url, _):
             ended = await command("chat", "--endpoint", url, piped=b"Hello\n")
-    assert ended.out == "Yes.\n"
+        assert (ended.out, ended.err) == ("Yes.\n", "")
+        async with scripted("<think>Hm.", chat_template=template) as (url, _):
+            ended = await command("chat", "--endpoint", url, piped=b"Hello\n")
+    assert (ended.code, ended.out) == (0, "\n")
+    assert ended.err.startswith("(no answer: it ended within its reasoning")
 
 
 def test_colors_are_off_where_the_user_or_the_terminal_wants_none(monkeypatch: pytest.MonkeyPatch) -> None:

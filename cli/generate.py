@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -217,10 +218,9 @@ class Target:
     served: str | None = None  # model or adapter of the cluster; None: its first model
 
     def open(self) -> TextClient:
-        """A client of it. UsageError where the options contradict each other or no cluster runs."""
+        """A client of it. UsageError where the options contradict each other or no cluster runs, RequestError for a
+        model that is not served."""
         from llamaclust.cluster.client.http import Client
-        from llamaclust.cluster.config.environment import environment
-        from llamaclust.cluster.state.clusters import find_running
 
         self._check()
         if self.model is not None:
@@ -233,6 +233,16 @@ class Target:
             if client.placement:
                 print(client.placement, file=sys.stderr)
             return client
+        with ExitStack() as stack:
+            http = stack.enter_context(self._connect())
+            http.check_model()
+            stack.pop_all()
+        return http
+
+    def _connect(self) -> Client:
+        from llamaclust.cluster.config.environment import environment
+        from llamaclust.cluster.state.clusters import find_running
+
         if self.endpoint is not None:
             return connect(self.endpoint, self.api_key_file, self.ca_file, self.served)
         _, record = find_running(environment().state_dir, self.cluster)

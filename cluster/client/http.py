@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator, Mapp
 from contextlib import aclosing, contextmanager, suppress
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+from urllib.parse import quote
 
 import httpx
 
@@ -98,6 +99,12 @@ class Client(TextClient):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return field_of(self._post("detokenize", {"tokens": list(ids)}), "content", str)
+
+    def check_model(self) -> None:
+        """RequestError if the model that was given is not served; it names those that are."""
+        if self._model is not None:
+            with _reaching(self._http.base_url):
+                _checked(self._http.get(f"v1/models/{quote(self._model, safe='')}"))
 
     def close(self) -> None:
         self._http.close()

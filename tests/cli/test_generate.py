@@ -66,6 +66,8 @@ async def test_a_served_model_or_adapter_is_chosen() -> None:
             assert chatted.out == "Hello\n" and engine.submitted.pop().adapters == adapters
         unknown = await command("generate", "abc", "--served-model", "x", "--endpoint", url)
         assert unknown.code == 2 and "'x' is not served here, only 'tiny', 'poet'" in unknown.err
+        before = await command("chat", "--served-model", "x", "--endpoint", url)
+        assert before.code == 2 and "'x' is not served here, only 'tiny', 'poet'" in before.err, "without any input"
 
 
 def test_a_model_in_the_process_is_not_one_of_a_cluster(here: Here) -> None:

@@ -20,7 +20,7 @@ from llamaclust.cluster.api.browser.endpoint import PageRoute
 from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.embeddings.endpoints import embedding_routes
 from llamaclust.cluster.api.embeddings.rerank import RerankEndpoint
-from llamaclust.cluster.api.errors import add_error_handlers
+from llamaclust.cluster.api.errors import add_error_handlers, unsupported
 from llamaclust.cluster.api.ignored import HEADER as IGNORED_HEADER
 from llamaclust.cluster.api.ignored import IgnoredFields
 from llamaclust.cluster.api.llamacpp.completions import Completions
@@ -49,6 +49,7 @@ from llamaclust.cluster.text.service import TextService
 from llamaclust.core.version import VERSION
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+_ONE_MODEL = "one model is served, which stays loaded; list several as `models` in the cluster file"
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
 """Of replies, that scripts of web pages may read beside those that they always may."""
 
@@ -64,6 +65,8 @@ def create_app(
     """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app; without a
     `pool` there are no workers to drain. The owner of `replies` closes them."""
     app = model_app(service, replies, engine, cluster_status, pool, ResponseStore())
+    for operation in ("load", "unload"):
+        _route(app, "POST", f"/v1/models/{operation}", unsupported(_ONE_MODEL))
     add_gates(app, replies.settings, admission, app.routes)
     return app
 

@@ -261,6 +261,9 @@ async def test_models() -> None:
         assert (await http.get(f"/v1/models/{MODEL}")).json() == listed["data"][0]
         missing = await http.get("/v1/models/a/b")
         assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
+        for path in ("/models/load", "/v1/models/unload"):
+            refused = await http.post(path, json={"model": MODEL})
+            assert refused.status_code == 501 and "list several as `models` in the cluster file" in refused.text
 
 
 @asynccontextmanager

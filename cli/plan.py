@@ -10,6 +10,7 @@ from pathlib import Path
 from llamaclust.cluster.api.settings import read_api_keys
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
+from llamaclust.cluster.control.limits import check_distinct
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
 from llamaclust.cluster.control.resources.profiling import stated_speeds
@@ -31,6 +32,8 @@ def show_plan(file: Path | None, overrides: list[str], as_json: bool) -> None:
     """Prints the plan of a cluster file, of several models each alone; raises what `planned` does."""
     config = load_config(file, overrides)
     models = config.of_each_model()
+    if config.models:
+        check_distinct((own.model_name, _model_id(own)) for own in models)
     if as_json:
         shown = [{"name": own.model_name} | _json(own) for own in models] if config.models else []
         print(json.dumps({"models": shown} if config.models else _json(models[0])))
@@ -69,8 +72,7 @@ def planned(config: ClusterConfig) -> tuple[Plan, int]:
         raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
     read_api_keys(config.api_keys_file)
     own_bytes, specs = resident_bytes(), worker_settings(config)
-    adapters = [adapter.path for adapter in config.adapters]
-    with closing(Model.open(resolve_model(config.model), config.chat_template, adapters)) as model:
+    with _opened(config) as model:
         gpus = {spec.name: gpus_of(spec.device, spec.gpu_memory_bytes) for spec in specs}
         fingerprints = {
             spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level, gpus[spec.name])
@@ -94,6 +96,16 @@ def planned(config: ClusterConfig) -> tuple[Plan, int]:
             return plan_cluster(config, model, resources), own_bytes
         except InsufficientMemoryError as error:
             raise InsufficientMemoryError("; ".join((str(error), *map(str.strip, _room(config, own_bytes))))) from error
+
+
+def _opened(config: ClusterConfig) -> closing[Model]:
+    adapters = [adapter.path for adapter in config.adapters]
+    return closing(Model.open(resolve_model(config.model), config.chat_template, adapters))
+
+
+def _model_id(config: ClusterConfig) -> str:
+    with _opened(config) as model:
+        return model.model_id
 
 
 def _room(config: ClusterConfig, own_bytes: int) -> tuple[str, ...]:

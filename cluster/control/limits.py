@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
@@ -27,6 +29,15 @@ def context_length(config: ClusterConfig, model: Model) -> int:
         asked = f"context_length: {config.context_length}"
         raise UsageError(f"{asked}: the model was made for {trained} tokens; set {trained} or less")
     return min(config.context_length, trained)
+
+
+def check_distinct(models: Iterable[tuple[str, str]]) -> None:
+    """UsageError where two of several models are one file. `models`: the name and the id of each."""
+    names: dict[str, str] = {}
+    for name, model_id in models:
+        if (other := names.setdefault(model_id, name)) != name:
+            what = f"models: {other!r} and {name!r} are the same file"
+            raise UsageError(f"{what}; give it once, and its other names as aliases")
 
 
 def check_plan(config: ClusterConfig, model: Model) -> None:

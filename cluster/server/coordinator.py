@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
-from llamaclust.cluster.control.limits import check_plan, scheduler_settings
+from llamaclust.cluster.control.limits import check_distinct, check_plan, scheduler_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
@@ -151,14 +151,11 @@ async def _opened(stack: AsyncExitStack, config: ClusterConfig, path: Path) -> t
 
 def _check_models(config: ClusterConfig, models: Sequence[tuple[ClusterConfig, Model]], launcher: Launcher) -> None:
     """UsageError for what no worker can mend."""
-    names: dict[str, str] = {}
     for own, model in models:
         with _named(own):
             check_plan(own, model)
             launcher.check(worker_settings(config), model)
-        if (other := names.setdefault(model.model_id, own.model_name)) != own.model_name:
-            what = f"models: {other!r} and {own.model_name!r} are the same file"
-            raise UsageError(f"{what}; give it once, and its other names as aliases")
+    check_distinct((own.model_name, model.model_id) for own, model in models)
 
 
 async def _joined(

@@ -57,5 +57,10 @@ def test_a_plan_of_several_models_names_each(tmp_path: Path) -> None:
     path.write_text(json.dumps({"models": entries, "workers": [{"name": "w"}]}))
     with command_line() as line:
         models = line.run("plan", path, "--json").json["models"]
-    assert [model["name"] for model in models] == ["one", files[1].stem]
-    assert all(model["stages"][0]["worker"] == "w" for model in models)
+        assert [model["name"] for model in models] == ["one", files[1].stem]
+        assert all(model["stages"][0]["worker"] == "w" for model in models)
+        entries[1] = {"model": str(files[0]), "name": "other"}
+        path.write_text(json.dumps({"models": entries, "workers": [{"name": "w"}]}))
+        for command in ("plan", "up"):
+            refused = line.run(command, path)
+            assert refused.code == 2 and "'one' and 'other' are the same file" in refused.error, command

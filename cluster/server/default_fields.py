@@ -28,16 +28,18 @@ from llamaclust.cluster.api.llamacpp.schema import (
 )
 from llamaclust.cluster.api.ollama.embedding import EmbedBody, EmbeddingsBody
 from llamaclust.cluster.api.ollama.schema import GenerateBody, OllamaChatBody
+from llamaclust.cluster.api.openai.responses.compaction import CompactionBody
 from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.schema import NOTHING_FOREIGN, Body, ForeignFields, field_error
 from llamaclust.cluster.config.errors import hint
 from llamaclust.core.errors import UsageError
 
-_ENDPOINTS: Final[tuple[tuple[type[Body], ForeignFields], ...]] = (
+ENDPOINTS: Final[tuple[tuple[type[Body], ForeignFields], ...]] = (
     (ChatBody, CHAT),
     (CompletionBody, COMPLETION),
     (ResponsesBody, RESPONSES),
+    (CompactionBody, RESPONSES),
     (MessagesBody, MESSAGES),
     (LlamaCppBody, LLAMACPP),
     (InfillBody, LLAMACPP),
@@ -70,7 +72,7 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 
 def _objects() -> Iterator[tuple[type[Body], ForeignFields]]:
     """What defaults fill: bodies, and their parts that have fields with defaults."""
-    for kind, foreign in _ENDPOINTS:
+    for kind, foreign in ENDPOINTS:
         yield kind, foreign
         for name, part in foreign.parts.items():
             inner = kind.model_fields[name].annotation

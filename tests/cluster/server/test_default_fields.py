@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
+from llamaclust.cluster.api.llamacpp.adapters import AllScales
+from llamaclust.cluster.api.llamacpp.slot_schema import SlotBody
+from llamaclust.cluster.api.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
+from llamaclust.cluster.api.openapi import body_schema
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.server import serve
-from llamaclust.cluster.server.default_fields import check_defaults
+from llamaclust.cluster.server.default_fields import ENDPOINTS, check_defaults
 from llamaclust.core.errors import UsageError
+from support.clusters.served import ScriptedEngine, make_app, says
+
+NO_DEFAULTS: dict[type[BaseModel], str] = {
+    AllScales: "is a list of adapters' scales for all requests",
+    SlotBody: "names a file",
+    ShowBody: "names a model",
+    PullBody: "names a model",
+    CreateBody: "names a model",
+    CopyBody: "names a model",
+    DeleteBody: "names a model",
+}
+"""Bodies without fields of the answer, and why."""
+
+
+def test_every_endpoint_with_a_body_takes_part_or_has_a_reason() -> None:
+    bodies = [kind for kind, _ in ENDPOINTS] + [*NO_DEFAULTS]
+    known = [body_schema(body)["requestBody"] for body in bodies]
+    app = make_app(ScriptedEngine(says("a")), slot_folder=Path("/tmp"), allows_pull=True)
+    given = {
+        route.path: route.openapi_extra["requestBody"]
+        for route in app.routes
+        if isinstance(route, APIRoute) and route.openapi_extra
+    }
+    assert [path for path, schema in given.items() if schema not in known] == []
+    assert [body for body, schema in zip(bodies, known, strict=True) if schema not in given.values()] == []
 
 
 @pytest.mark.parametrize(

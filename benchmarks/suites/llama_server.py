@@ -108,7 +108,9 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
 
 def served(flags: dict[str, str]) -> dict[str, Any]:
     """The model and its adapters, or the models behind a router."""
-    model = model_of(flags)
+    model, idle_s = model_of(flags), int(flags.get("--sleep-idle-seconds", "-1"))
+    if model is not None and idle_s > 0:  # a model that sleeps is one of `models`
+        return {"models": [{"model": str(model), "name": flags["--alias"], "keep_alive": f"{idle_s}s"}]}
     if model is None:
         models = [{"model": str(path), "name": name} for name, path in routed_models().items()]
         limit = {"max_loaded_models": min(len(models), int(flags["--models-max"]))} if "--models-max" in flags else {}
@@ -125,7 +127,7 @@ def addresses(hosts: str, port: str) -> dict[str, Any]:
 
 def names(flags: dict[str, str]) -> dict[str, Any]:
     """The first name in alphabetical order is the model's; a router's models have names of their own."""
-    if model_of(flags) is None:
+    if "models" in served(flags):
         return {}
     aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)
     named = {"model_name": aliases[0], "aliases": aliases} if aliases else {}

@@ -19,6 +19,8 @@ ROUTED = {
 }
 """The models behind a server that is started without one, and their stand-ins; without one: MODEL."""
 _ADAPTED, _ADAPTER = "adapted", "adapter"
+_FILL_IN = ("ggml-org/test-model-stories260K-infill", "fill-in")
+"""A repository, and the stand-in for its model, which has the tokens of `/infill`."""
 
 
 def build_stand_ins(folder: Path) -> None:
@@ -31,6 +33,8 @@ def build_stand_ins(folder: Path) -> None:
     build_encoder(folder / "bert-bge-small.gguf", "bert")
     build_encoder(folder / "jina-reranker-v1-tiny-en.gguf", "jina-bert-v2", pooling=RANK)
     build_scale_words(folder / f"{_ADAPTED}.gguf", folder / f"{_ADAPTER}.gguf")
+    fill_in = {f"tokenizer.ggml.fim_{part}_token_id": number for number, part in enumerate(("pre", "suf", "mid"), 40)}
+    build_tiny_model(folder / f"{_FILL_IN[1]}.gguf", extra=fill_in)
     for seed, name in enumerate(filter(None, ROUTED.values())):
         build_tiny_model(folder / f"{name}.gguf", seed=seed)
 
@@ -41,7 +45,9 @@ def model_of(flags: Mapping[str, str]) -> Path | None:
         return None
     if "--lora" in flags:
         return _stand_in(_ADAPTED)
-    stand_in = _stand_in(flags.get("--hf-file", "").partition("/")[0])
+    repository, name = _FILL_IN
+    is_fill_in = flags.get("--hf-repo") == repository
+    stand_in = _stand_in(name if is_fill_in else flags.get("--hf-file", "").partition("/")[0])
     return stand_in if stand_in.is_file() else _model()
 
 

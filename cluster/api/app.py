@@ -38,7 +38,7 @@ from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.openapi import body_schema, describe, docs_page
-from llamaclust.cluster.api.operations.endpoints import DrainControl, Operations, Workers, disabled
+from llamaclust.cluster.api.operations.endpoints import DrainControl, Operations, Workers, disabled, no_proxy
 from llamaclust.cluster.api.paths import Paths, RouteNames
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.reply import MakeReply
@@ -133,6 +133,7 @@ def model_app(
         for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
             _route(app, method, f"/cluster/workers/{{worker}}/{name}", getattr(workers, name))
     _route(app, "GET", "/docs", disabled if "docs" in settings.disabled else docs_page)
+    _route(app, "GET", "/cors-proxy", no_proxy)
     app.openapi = partial(describe, app.routes, is_strict=settings.is_strict)  # type: ignore[method-assign]  # FastAPI's own way
     app.add_middleware(IgnoredFields)
     return app

@@ -90,8 +90,15 @@ class ModelLists:
         """Of the first model, or of `?model=`, and what llama.cpp's router says of itself."""
         model = self._door.named(request.query_params.get("model"))
         limit = self._settings.max_loaded_models or len(self._models)
-        of_router = {"role": "router", "max_instances": limit, "models_autoload": self._settings.load_on_demand}
-        return JsonResponse({**properties(model.service, self._settings.defaults), **of_router})
+        return JsonResponse(
+            {
+                **properties(model.service, self._settings.defaults),
+                "role": "router",
+                "max_instances": limit,
+                "models_autoload": self._settings.load_on_demand,
+                "is_sleeping": model.resident.is_asleep,
+            }
+        )
 
     def _read(self, request: Request) -> Sequence[ReadModel]:
         name = request.query_params.get("model")

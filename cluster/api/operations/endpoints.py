@@ -36,6 +36,11 @@ async def disabled(request: Request) -> Response:
     raise HttpError(501, "disabled", f"{request.url.path}: is switched off by `api.disabled` in the cluster file")
 
 
+async def no_proxy(request: Request) -> Response:
+    """In place of llama.cpp's proxy for web pages."""
+    raise HttpError(403, "forbidden", "/cors-proxy: this server fetches no URLs for its clients")
+
+
 class Workers:
     """Takes layers away from workers, and gives them back: `POST /cluster/workers/NAME/drain` and `.../undrain`. Tells
     the last lines of their logs: `GET /cluster/workers/NAME/log`."""

@@ -29,4 +29,5 @@ def properties(service: TextService, defaults: Mapping[str, Any]) -> dict[str, A
         "eos_token": "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
         "modalities": {"vision": False, "audio": False},
         "build_info": FINGERPRINT,
+        "is_sleeping": False,
     }

@@ -27,6 +27,13 @@ def test_models_of_a_cluster_file_answer_by_their_names(tmp_path: Path) -> None:
         with line.cluster("", "both", models=entries) as both:
             assert "beside it: b, poet; --served-model NAME chooses one" in both.command.err.read_text()
             assert "models: a ready, b asleep\n" in line.run("status").out
+            assert {name: both.http.get(f"/props?model={name}").json()["is_sleeping"] for name in "ab"} == {
+                "a": False,
+                "b": True,
+            }
+            router = both.http.get("/props").json()
+            assert (router["role"], router["max_instances"], router["models_autoload"]) == ("router", 2, True)
+            assert both.http.get("/cors-proxy?url=http://127.0.0.1").status_code == 403
             assert both.answer() == expected["a"], "the first model, without a name"
             assert both.answer(model="b") == expected["b"] != expected["poet"]
             assert both.answer(model="poet") == expected["poet"]

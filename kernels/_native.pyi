@@ -171,6 +171,7 @@ class Plan:
         scale: float,
         groups: tuple[int, int],
         selection_bias: NDArray[np.float32] | None,
+        expert_scales: NDArray[np.float32] | None,
     ) -> None: ...
     def add_expert_rows(self, choice: int, x: int, out: int, weight: PackedMatrix, used: int) -> None: ...
     def combine_experts(self, choice: int, x: int, out: int, used: int) -> None: ...
@@ -191,8 +192,7 @@ class Plan:
     def attend(
         self,
         q: int,
-        k: int,
-        v: int,
+        kv: tuple[int, int] | None,
         out: int,
         layer: int,
         heads: int,

@@ -98,14 +98,15 @@ def _attend(program: ir.Program, at: int) -> Attend | None:
         step = program.steps[at]
     if not isinstance(step, ir.Attention):
         return None
-    parts = {step.q.name: step.heads, step.k.name: step.kv_heads}
+    read = reads_of(step)
+    parts = dict(zip((buffer.name for buffer in read[:2]), (step.heads, step.kv_heads), strict=False))
     fits = all(
         rope.heads == parts.get(name) and rope.head_dim == step.head_dim and not is_read(program, at + 1, name)
         for name, rope in ropes.items()
     )
-    if not fits or len({step.q.name, step.k.name, step.v.name}) < 3:
+    if not fits or len({buffer.name for buffer in read}) < len(read):
         return None if ropes else Attend(step)
-    return Attend(step, ropes.get(step.q.name), ropes.get(step.k.name))
+    return Attend(step, ropes.get(step.q.name), None if step.shares_kv else ropes.get(step.k.name))
 
 
 def is_read(program: ir.Program, at: int, name: str) -> bool:
@@ -123,13 +124,15 @@ def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
         case ir.Embed():
             return ()
         case ir.Attention():
-            return step.q, step.k, step.v
+            return (step.q,) if step.shares_kv else (step.q, step.k, step.v)
         case ir.SiluMul():
             return step.gate, step.up
         case ir.Adapt():
             return step.x, step.out
         case ir.Add() | ir.Mul() | ir.SigmoidGate():
             return step.x, step.y
+        case ir.Moe(routed=ir.Buffer() as routed):
+            return step.x, routed
         case _:
             return (step.x,)
 

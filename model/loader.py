@@ -284,8 +284,8 @@ def _macs(step: Step) -> list[tuple[str, int]]:
             return [(step.down, step.x.width * step.rank), (step.up, step.rank * step.out.width)]
         case Moe():
             of_each = step.x.width * step.used * step.ffn_width
-            experts = [(name, of_each) for name in (*step.inner, step.down)]
-            return [(step.router, step.x.width * step.experts), *experts]
+            inner = [(name, step.x.width * step.used * step.inner_width) for name in step.inner]
+            return [(step.router, step.x.width * step.experts), *inner, (step.down, of_each)]
         case _:
             return []
 

@@ -10,7 +10,30 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.step_options import USUAL_EXPERTS, ActivationFunction, ExpertOptions, RopeStyle
+from llamaclust.model.row_steps import (
+    Activate,
+    Add,
+    Buffer,
+    Mul,
+    PositionScale,
+    Scale,
+    SiluMul,
+    Slice,
+    SoftCap,
+)
+from llamaclust.model.step_options import USUAL_EXPERTS, ExpertOptions, RopeStyle
+
+__all__ = [
+    "Activate",
+    "Add",
+    "Buffer",
+    "Mul",
+    "PositionScale",
+    "Scale",
+    "SiluMul",
+    "Slice",
+    "SoftCap",
+]  # beside what is defined here
 
 KV_BLOCK_TOKENS = 16
 """Positions in one KV block: the unit that the coordinator hands out and that block tables name."""
@@ -20,14 +43,6 @@ LOGITS = "logits"
 
 SPAN_TOKENS = 512
 """Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Buffer:
-    """One activation matrix [rows, width] of float32, by name; equal names are the same memory."""
-
-    name: str
-    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +67,11 @@ class Embed:
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
     """out = x / sqrt(mean(x^2) + epsilon) * weight, a row at a time, or each of a row's `heads` equal parts by itself,
-    all with the same weight [x.width / heads]; out may be x."""
+    all with the same weight [x.width / heads], or with none; out may be x."""
 
     x: Buffer
     out: Buffer
-    weight: str
+    weight: str | None
     epsilon: float
     heads: int = 1
 
@@ -147,6 +162,8 @@ class Attention:
     positions at most window // 2 before and behind its own.
 
     `sinks` [heads]: a score for each query head that takes part in the softmax, without a value.
+
+    With `shares_kv`, an earlier step has stored the keys and values of `layer`: k and v are not read.
     """
 
     q: Buffer
@@ -164,6 +181,7 @@ class Attention:
     slopes: tuple[float, ...] | None = None
     causal: bool = True
     sinks: str | None = None
+    shares_kv: bool = False
 
     @property
     def kv_token_bytes(self) -> int:
@@ -172,76 +190,12 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
-class SiluMul:
-    """out = silu(gate) * up; out may be gate."""
-
-    gate: Buffer
-    up: Buffer
-    out: Buffer
-
-
-@dataclass(frozen=True, slots=True)
-class Activate:
-    """out = function(x); out may be x."""
+class ScaleByWeight:
+    """out = x * the number in `weight` [1]; out may be x."""
 
     x: Buffer
     out: Buffer
-    function: ActivationFunction
-
-
-@dataclass(frozen=True, slots=True)
-class Add:
-    """out = x + y; out may be x."""
-
-    x: Buffer
-    y: Buffer
-    out: Buffer
-
-
-@dataclass(frozen=True, slots=True)
-class Mul:
-    """out = x * y; out may be x."""
-
-    x: Buffer
-    y: Buffer
-    out: Buffer
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """out = x * factor, a float32; out may be x."""
-
-    x: Buffer
-    out: Buffer
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class PositionScale:
-    """out = x * (1 + factor * ln(1 + position // length)), the number rounded to float32; out may be x."""
-
-    x: Buffer
-    out: Buffer
-    factor: float
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class SoftCap:
-    """out = cap * tanh(x / cap); out may be x."""
-
-    x: Buffer
-    out: Buffer
-    cap: float
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """out = the channels [start, start + out.width) of x: one of the parts that a file's tensor computes together."""
-
-    x: Buffer
-    out: Buffer
-    start: int
+    weight: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,10 +216,11 @@ class Moe:
     biases); without a gate, the activation is a function of up_e(x) alone.
 
     The choice goes by weights + `selection_bias`, and with more `groups` than one only by experts of the `used_groups`
-    groups whose two best of these have the greatest sums (ties to the lower group).
+    groups whose two best of these have the greatest sums (ties to the lower group). `expert_scales` [experts] multiply
+    the weights of the chosen experts last. With `routed`, the router reads it instead of x.
 
     router [experts, x.width]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn]; biases [experts] and
-    [experts, ffn or x.width].
+    [experts, ffn or x.width]. `fused`: up [experts, 2 * ffn, x.width] has the rows of gate, then its own.
     """
 
     x: Buffer
@@ -283,6 +238,14 @@ class Moe:
     gate_bias: str | None = None
     up_bias: str | None = None
     down_bias: str | None = None
+    expert_scales: str | None = None
+    routed: Buffer | None = None
+    fused: bool = False
+
+    @property
+    def inner_width(self) -> int:
+        """Channels of the products with each of `inner`."""
+        return 2 * self.ffn_width if self.fused else self.ffn_width
 
     @property
     def inner(self) -> tuple[str, ...]:
@@ -309,6 +272,7 @@ RowStep = (
     | Add
     | Mul
     | Scale
+    | ScaleByWeight
     | PositionScale
     | SoftCap
     | Slice
@@ -352,8 +316,8 @@ class Program:
 
     @property
     def kv_layers(self) -> tuple[Attention, ...]:
-        """The attention steps, one a layer: what KV memory is laid out for."""
-        return tuple(step for step in self.steps if isinstance(step, Attention))
+        """The attention steps that store keys and values, one a layer: what KV memory is laid out for."""
+        return tuple(step for step in self.steps if isinstance(step, Attention) and not step.shares_kv)
 
     @property
     def is_causal(self) -> bool:
@@ -373,7 +337,7 @@ class Program:
 
 
 _WEIGHT_FIELDS = (
-    *("weight", "bias", "sinks", "router", "router_bias", "selection_bias"),
+    *("weight", "bias", "sinks", "router", "router_bias", "selection_bias", "expert_scales"),
     *("gate", "gate_bias", "up", "up_bias", "down", "down_bias"),
 )
 

@@ -32,10 +32,11 @@ class Gating(StrEnum):
 
 
 class GatedActivation(StrEnum):
-    """What experts make of gate and up. silu_mul: silu(gate) * up; clamped_swiglu: g / (1 + exp(-1.702 g)) * (u + 1)
-    with g = min(gate, 7) and u = up between -7 and 7. Kernels have the names of the values."""
+    """What experts make of gate and up. silu_mul: silu(gate) * up; gelu_mul: gelu_tanh(gate) * up; clamped_swiglu:
+    g / (1 + exp(-1.702 g)) * (u + 1) with g = min(gate, 7) and u = up between -7 and 7."""
 
     SILU_MUL = "silu_mul"
+    GELU_MUL = "gelu_mul"
     CLAMPED_SWIGLU = "clamped_swiglu"
 
 

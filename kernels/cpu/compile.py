@@ -15,7 +15,7 @@ from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.model.step_options import SWIGLU_LIMIT, GatedActivation, Gating, RopeStyle
+from llamaclust.model.step_options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating, RopeStyle
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""
@@ -101,6 +101,7 @@ class _Compiler:
         self._program = program
         self._weights = weights
         self._buffers = _Buffers(self.plan)
+        self._kv_layers: dict[int, int] = {}  # the plan's numbers
         self._rotations: dict[ir.RopeTable, int] = {}
         self._scales: dict[tuple[int, float, int], RowScales] = {}  # by adapter, factor and rank
 
@@ -146,10 +147,11 @@ class _Compiler:
         out = self._buffers.write(written_by(step), private=True)
         match step:
             case ir.RmsNorm():
-                plan.rms_norm(x, out, self._weights[step.weight].vector, step.epsilon)
+                weight = self._vector(step.weight)
+                plan.rms_norm(x, out, np.ones(step.width, np.float32) if weight is None else weight, step.epsilon)
             case ir.LayerNorm():
-                weight, bias = self._weights[step.weight].vector, self._vector(step.bias)
-                plan.layer_norm(x, out, weight, np.zeros_like(weight) if bias is None else bias, step.epsilon)
+                norm, bias = self._weights[step.weight].vector, self._vector(step.bias)
+                plan.layer_norm(x, out, norm, np.zeros_like(norm) if bias is None else bias, step.epsilon)
             case ir.AddPosition():
                 plan.add_position(x, out, self._weights[step.weight].matrix)
             case ir.AddRow():
@@ -161,6 +163,8 @@ class _Compiler:
             case ir.SiluMul() | ir.Activate() | ir.Add() | ir.Mul() | ir.Scale() | ir.SoftCap():
                 op, number = elementwise(step)
                 plan.elementwise(op, x, y, out, number or 0)
+            case ir.ScaleByWeight():
+                plan.elementwise("scale", x, x, out, float(self._weights[step.weight].vector[0]))
             case ir.Slice():
                 plan.slice(x, out, step.start)
             case ir.SigmoidGate():
@@ -249,11 +253,10 @@ class _Compiler:
         return self._scales[key].buffer
 
     def _attend(self, step: ir.Attention, rotate_q: ir.Rope | None, rotate_k: ir.Rope | None) -> None:
-        q, k, v = (self._buffers.read(buffer) for buffer in (step.q, step.k, step.v))
+        kv = None if step.shares_kv else (self._buffers.read(step.k), self._buffers.read(step.v))
         self.plan.attend(
-            q,
-            k,
-            v,
+            self._buffers.read(step.q),
+            kv,
             self._buffers.write(step.out),
             self._kv_layer(step),
             step.heads,
@@ -270,23 +273,26 @@ class _Compiler:
         )
 
     def _kv_layer(self, step: ir.Attention) -> int:
-        windowed = self._limits.gives_up(step.window)
-        return self.plan.add_kv_layer(step.kv_heads, step.head_dim, _KV_TYPES.index(step.kv_type), windowed)
+        """A new one for a step that stores. ValueError where no step before has stored what another reads."""
+        if not step.shares_kv:
+            windowed, kv_type = self._limits.gives_up(step.window), _KV_TYPES.index(step.kv_type)
+            self._kv_layers[step.layer] = self.plan.add_kv_layer(step.kv_heads, step.head_dim, kv_type, windowed)
+        elif step.layer not in self._kv_layers:
+            raise ValueError(f"keys and values of layer {step.layer} are on another worker")
+        return self._kv_layers[step.layer]
 
     def _experts(self, step: ir.Moe) -> None:
         buffers, used = self._buffers, step.used
         x, choice, chosen = buffers.read(step.x), *self._choose_experts(step)
         self._observe(step.inner, step.x, chosen)
-        parts = [ir.Buffer(f"expert {part}", step.ffn_width) for part, _ in enumerate(step.inner)]
+        parts = [ir.Buffer(f"expert {part}", step.inner_width) for part, _ in enumerate(step.inner)]
         products = [(self._weights[name], part) for name, part in zip(step.inner, parts, strict=True)]
         outs = [(weight, buffers.write(part, used)) for weight, part in products]
         self._multiply_experts(x, outs, choice, used, per_rank=False)
         biases = (step.up_bias,) if step.gate is None else (step.gate_bias, step.up_bias)
         inner = [self._add_expert_bias(part, bias, step, choice) for part, bias in zip(parts, biases, strict=True)]
         result = ir.Buffer("expert activated", step.ffn_width)
-        activated = buffers.write(result, used, private=True)
-        limit = SWIGLU_LIMIT if step.options.activation is GatedActivation.CLAMPED_SWIGLU else 0
-        self.plan.elementwise(step.options.activation, inner[0], inner[-1], activated, limit)
+        activated = self._activate_experts(step, self._halves(step, inner[0]) if step.fused else inner, result)
         self._observe([step.down], result, chosen, used)
         down = ir.Buffer("expert down", step.out.width)
         down_outs = [(self._weights[step.down], buffers.write(down, used))]
@@ -294,12 +300,34 @@ class _Compiler:
         projected = self._add_expert_bias(down, step.down_bias, step, choice)
         self.plan.combine_experts(choice, projected, buffers.write(step.out, private=True), used)
 
+    def _halves(self, step: ir.Moe, x: int) -> list[int]:
+        """Gate and up of a fused product."""
+        halves = [
+            self._buffers.write(ir.Buffer(f"expert {name}", step.ffn_width), step.used, private=True)
+            for name in ("gate", "up")
+        ]
+        for number, half in enumerate(halves):
+            self.plan.slice(x, half, number * step.ffn_width)
+        return halves
+
+    def _activate_experts(self, step: ir.Moe, inner: Sequence[int], result: ir.Buffer) -> int:
+        """The buffer with what experts make of gate and up, or of up alone."""
+        activated, activation = self._buffers.write(result, step.used, private=True), step.options.activation
+        if activation is GatedActivation.GELU_MUL:
+            self.plan.elementwise(ActivationFunction.GELU_TANH, inner[0], inner[0], activated, 0)
+            self.plan.elementwise("mul", activated, inner[1], activated, 0)
+        else:
+            limit = SWIGLU_LIMIT if activation is GatedActivation.CLAMPED_SWIGLU else 0
+            self.plan.elementwise(activation, inner[0], inner[-1], activated, limit)
+        return activated
+
     def _choose_experts(self, step: ir.Moe) -> tuple[int, int | None]:
         """The buffer with the choice, and a copy of it if inputs are observed."""
         buffers, used, router = self._buffers, step.used, self._weights[step.router]
-        self._observe([step.router], step.x)
+        routed = step.routed or step.x
+        self._observe([step.router], routed)
         logits = buffers.write(ir.Buffer("router logits", step.experts))
-        (slot,) = self._quantize(buffers.read(step.x), [router.quant_type])
+        (slot,) = self._quantize(buffers.read(routed), [router.quant_type])
         self.plan.multiply([(router.matrix, self._vector(step.router_bias), logits, slot)])
         choice = buffers.write(ir.Buffer("chosen experts", 2 * used), private=True)
         self.plan.choose_experts(
@@ -312,6 +340,7 @@ class _Compiler:
             step.options.scale,
             (step.options.groups, step.options.used_groups),
             self._vector(step.selection_bias),
+            self._vector(step.expert_scales),
         )
         return choice, None if self._observed is None else self._copy(choice, 2 * used)
 

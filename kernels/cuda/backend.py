@@ -27,7 +27,7 @@ from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Adapt, Program
+from llamaclust.model.program import Adapt, Program, RmsNorm, ScaleByWeight
 
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
@@ -170,6 +170,10 @@ def _plan(
         raise ModelFileError("a reranker is not computed on GPUs; set device: cpu for its workers")
     if any(isinstance(step, Adapt) for step in program.steps):
         raise UsageError("adapters are computed on processors only; set device: cpu for all workers, or leave them out")
+    if any(
+        isinstance(step, ScaleByWeight) or (isinstance(step, RmsNorm) and not step.weight) for step in program.steps
+    ):
+        raise ModelFileError("scales of layers are not computed on GPUs; set device: cpu for their workers")
     check_weights(program, tensors)
     check_attention(program)
     check_experts(program)

@@ -24,6 +24,7 @@ from llamaclust.model.program import (
     Moe,
     Program,
     RmsNorm,
+    ScaleByWeight,
     SigmoidGate,
     Step,
 )
@@ -38,8 +39,8 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
     match step:
         case Embed():
             yield step.weight, (-1, step.out.width)
-        case RmsNorm():
-            yield step.weight, (step.width,)
+        case RmsNorm(weight=str(weight)):
+            yield weight, (step.width,)
         case LayerNorm():
             yield step.weight, (step.x.width,)
             if step.bias is not None:
@@ -50,6 +51,8 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield step.weight, (-1, step.out.width)
         case SigmoidGate():
             yield step.weight, (step.x.width,)
+        case ScaleByWeight():
+            yield step.weight, (1,)
         case MatMul():
             yield step.weight, (step.out.width, step.x.width)
             if step.bias is not None:
@@ -60,15 +63,16 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
         case Moe():
             yield step.router, (step.experts, step.x.width)
             for name in step.inner:
-                yield name, (step.experts, step.ffn_width, step.x.width)
+                yield name, (step.experts, step.inner_width, step.x.width)
             yield step.down, (step.experts, step.out.width, step.ffn_width)
-            yield from _expert_biases(step)
+            yield from _expert_vectors(step)
 
 
-def _expert_biases(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expert_vectors(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
     shapes = (
         (step.router_bias, (step.experts,)),
         (step.selection_bias, (step.experts,)),
+        (step.expert_scales, (step.experts,)),
         (step.gate_bias, (step.experts, step.ffn_width)),
         (step.up_bias, (step.experts, step.ffn_width)),
         (step.down_bias, (step.experts, step.out.width)),

@@ -55,7 +55,8 @@ def run_step(step: ir.Step, state: State) -> None:
         case ir.SelectRows():
             state[step.out] = state[step.x][state.batch.output_rows]
         case ir.RmsNorm():
-            state[step.out] = rms_norm(state[step.x], state.weights[step.weight], step.epsilon, step.heads)
+            norm_weight = state.weights[step.weight] if step.weight else np.ones(step.width, np.float32)
+            state[step.out] = rms_norm(state[step.x], norm_weight, step.epsilon, step.heads)
         case ir.LayerNorm():
             bias = state.weights[step.bias] if step.bias else None
             state[step.out] = layer_norm(state[step.x], state.weights[step.weight], bias, step.epsilon)
@@ -75,6 +76,8 @@ def run_step(step: ir.Step, state: State) -> None:
             state[step.out] = state[step.x] * state[step.y]
         case ir.Scale():
             state[step.out] = state[step.x] * np.float32(step.factor)
+        case ir.ScaleByWeight():
+            state[step.out] = state[step.x] * state.weights[step.weight]
         case ir.PositionScale():
             factors = 1 + step.factor * np.log1p(state.batch.positions // step.length)
             state[step.out] = state[step.x] * factors[:, None].astype(np.float32)
@@ -178,7 +181,8 @@ def attention(step: ir.Attention, state: State) -> Float32:
     for sequence in range(len(batch.sequence_starts) - 1):
         rows = slice(batch.sequence_starts[sequence], batch.sequence_starts[sequence + 1])
         table = tables[batch.table_starts[sequence] : batch.table_starts[sequence + 1]]
-        kv.store(table, batch.positions[rows], state[step.k][rows], state[step.v][rows])
+        if not step.shares_kv:
+            kv.store(table, batch.positions[rows], state[step.k][rows], state[step.v][rows])
         keys, values = kv.load(table, int(batch.positions[rows][-1]) + 1)
         for row in range(rows.start, rows.stop):
             own = int(batch.positions[row])
@@ -229,7 +233,9 @@ def softmax(x: Float64) -> Float64:
 
 def moe(step: ir.Moe, state: State) -> Float64:
     x, weights = state[step.x], state.weights
-    logits = matmul(x, weights[step.router], weights[step.router_bias] if step.router_bias else None)
+    logits = matmul(
+        state[step.routed or step.x], weights[step.router], weights[step.router_bias] if step.router_bias else None
+    )
     scores = _SCORES[step.options.gating](logits)
     chosen = np.argsort(-_selection(step, scores, weights), axis=1, kind="stable")[:, : step.used]
     shares = np.take_along_axis(scores, chosen, axis=1)
@@ -237,9 +243,12 @@ def moe(step: ir.Moe, state: State) -> Float64:
         shares = softmax(shares)
     if step.options.normalized:
         shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), LEAST_WEIGHT_SUM)
+    shares = shares * step.options.scale
+    if step.expert_scales:
+        shares = shares * weights[step.expert_scales][chosen]
     out = np.zeros(x.shape)
     for row, experts in enumerate(chosen):
-        for share, expert in zip(shares[row] * step.options.scale, experts, strict=True):
+        for share, expert in zip(shares[row], experts, strict=True):
             out[row] += share * _expert(step, weights, int(expert), x[row : row + 1])[0]
     return out
 
@@ -276,8 +285,13 @@ def silu_mul(gate: Float64, up: Float64) -> Float64:
     return silu(gate) * up
 
 
+def gelu_mul(gate: Float64, up: Float64) -> Float64:
+    return gelu_tanh(gate) * up
+
+
 _GATED: Mapping[GatedActivation, Callable[[Float64, Float64], Float64]] = {
     GatedActivation.SILU_MUL: silu_mul,
+    GatedActivation.GELU_MUL: gelu_mul,
     GatedActivation.CLAMPED_SWIGLU: clamped_swiglu,
 }
 
@@ -287,7 +301,9 @@ def _expert(step: ir.Moe, weights: Mapping[str, Float32], expert: int, x: Float3
         return matmul(x, weights[name][expert], weights[bias][expert] if bias else None)
 
     inner = product(x, step.up, step.up_bias)
-    if step.gate is None:
+    if step.fused:
+        inner = _GATED[GatedActivation(step.options.activation)](*np.split(inner, 2, axis=1))
+    elif step.gate is None:
         inner = ACTIVATIONS[ActivationFunction(step.options.activation)](inner)
     else:
         inner = _GATED[GatedActivation(step.options.activation)](product(x, step.gate, step.gate_bias), inner)

@@ -119,7 +119,7 @@ class Emitter:
                 added = self.ops.scratch("positions", width)
                 yield self._embed(step.weight, self.ops.inputs.positions, added)
                 yield elementwise.elementwise("add", (x, added), out, width, rows)
-            case ir.AddRow() | ir.PositionScale():
+            case ir.AddRow() | ir.PositionScale() | ir.ScaleByWeight():
                 raise AssertionError("refused before")
             case ir.Rope():
                 yield self._rotated(step, x)

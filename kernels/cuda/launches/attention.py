@@ -127,6 +127,8 @@ def check_attention(program: Program) -> None:
             raise ModelFileError(f"{at} cannot be computed: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
         if step.sinks is not None:
             raise ModelFileError("attention with sinks is not computed on GPUs; set device: cpu for its workers")
+    if any(isinstance(step, Attention) and step.shares_kv for step in program.steps):
+        raise ModelFileError("layers that share KV memory are not computed on GPUs; set device: cpu for their workers")
     if any(isinstance(step, PositionScale) for step in program.steps):
         raise ModelFileError("queries scaled by position are not computed on GPUs; set device: cpu for its workers")
 

@@ -32,9 +32,10 @@ def check_experts(program: Program) -> None:
     """ModelFileError for what the kernels cannot compute."""
     for step in program.steps:
         if isinstance(step, Moe):
-            biases = any((step.gate_bias, step.up_bias, step.down_bias))
-            if biases or step.options.groups > 1 or step.options.activation is not GatedActivation.SILU_MUL:
-                what = "experts with biases, groups or another activation than SiLU"
+            biases = any((step.gate_bias, step.up_bias, step.down_bias, step.expert_scales))
+            options, others = step.options, step.fused or step.routed is not None
+            if biases or others or options.groups > 1 or options.activation is not GatedActivation.SILU_MUL:
+                what = "experts with biases, scales, groups, fused gates or another activation than SiLU"
                 raise ModelFileError(f"{what} are not computed on GPUs; set device: cpu for their workers")
 
 

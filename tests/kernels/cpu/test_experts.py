@@ -16,7 +16,7 @@ from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import write_gguf
-from llamaclust.model.program import Buffer, Moe
+from llamaclust.model.program import Buffer, Moe, RmsNorm
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.step_options import ExpertOptions, GatedActivation, Gating
 from support.arithmetic.backends import all_threads
@@ -91,6 +91,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "groups of one expert": {"groups": 12, "used_groups": 7},
     "biases": {"router_bias": "router bias", "gate_bias": "gate bias", "up_bias": "up bias", "down_bias": "down bias"},
     "clamped": {"activation": GatedActivation.CLAMPED_SWIGLU, "gate_bias": "gate bias", "up_bias": "up bias"},
+    "gelu": {"activation": GatedActivation.GELU_MUL},
+    "fused": {"activation": GatedActivation.GELU_MUL, "fused": True, "gate": None, "up": "gate and up"},
+    "scales": {"expert_scales": "expert scales"},
+    "routed": {"routed": Buffer("routed", 256)},
 }
 EXPERTS, USED, INNER = 12, 3, 64
 
@@ -101,14 +105,17 @@ def variant_of(options: dict[str, Any]) -> Case:
     assert isinstance(step, Moe)
     generator = np.random.default_rng(3)
     sizes = {"router bias": (EXPERTS,), "selection bias": (EXPERTS,), "gate bias": (EXPERTS, INNER)}
-    sizes |= {"up bias": (EXPERTS, INNER), "down bias": (EXPERTS, 256)}
+    sizes |= {"up bias": (EXPERTS, INNER), "down bias": (EXPERTS, 256), "expert scales": (EXPERTS,)}
     named = {name: Weight(3 * normal(generator, *size)) for name, size in sizes.items() if name in options.values()}
     named["router"] = Weight(case.weights["router"].values / np.float32(64))  # no sigmoid is rounded to 1
+    halves = [case.weights[name].values for name in ("gate", "up")]
+    named["gate and up"] = Weight(np.concatenate(halves, axis=1), QuantType.F16)
     names = {field.name for field in fields(ExpertOptions)}
     biases = {key: value for key, value in options.items() if key not in names}
     chosen = ExpertOptions(**{key: value for key, value in options.items() if key in names})
     step = replace(step, options=chosen, **biases)
-    return Case(program_of(step.x, step.out, step), {**case.weights, **named}, case.runs)
+    mixed = () if step.routed is None else (RmsNorm(step.x, step.routed, None, 1e-5, heads=16),)
+    return Case(program_of(step.x, step.out, *mixed, step), {**case.weights, **named}, case.runs)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -125,6 +132,9 @@ COUNTING = [
     ("groups", ("groups", "used_groups")),
     *(("biases", (part,)) for part in VARIANTS["biases"]),
     ("clamped", ("activation",)),
+    ("gelu", ("activation",)),
+    ("scales", ("expert_scales",)),
+    ("routed", ("routed",)),
 ]
 
 
@@ -137,6 +147,16 @@ def test_each_option_counts(tmp_path: Path, name: str, omitted: tuple[str, ...])
     other = variant_of({key: value for key, value in VARIANTS[name].items() if key not in omitted})
     wanted, found = (run_case(ReferenceBackend(), case, tensors)[-1] for case in (whole, other))
     assert max(map(error, found, wanted)) > 1e-4  # of a row
+
+
+def test_a_fused_gate_has_the_bits_of_two_tensors(tmp_path: Path) -> None:
+    path, backend = tmp_path / "experts.gguf", all_threads(2)
+    whole, apart = (variant_of(VARIANTS[name]) for name in ("fused", "gelu"))
+    write_gguf(path, {}, [weight.source(name) for name, weight in {**whole.weights, **apart.weights}.items()])
+    for found, wanted in zip(
+        *(run_case(backend, case, open_model(path).tensors) for case in (whole, apart)), strict=True
+    ):
+        np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
 
 
 def test_all_rows_may_choose_the_same_experts(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from llamaclust.model.program import (
     Program,
     RmsNorm,
     Scale,
+    ScaleByWeight,
     SigmoidGate,
     Slice,
     SoftCap,
@@ -95,6 +96,16 @@ def test_products_and_factors(tmp_path: Path, width: int) -> None:
     check_conformance(tmp_path, case_of(program_of(x, b, *steps), weights, hidden), EXACT)
 
 
+def test_a_factor_of_the_file(tmp_path: Path) -> None:
+    x = Buffer("x", 100)
+    case = case_of(
+        program_of(x, x, ScaleByWeight(x, x, "w")),
+        {"w": Weight(np.array([0.3], np.float32))},
+        [normal(generator_of(5), 9, 100)],
+    )
+    check_conformance(tmp_path, case, EXACT)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_scales_by_position(tmp_path: Path, in_place: bool) -> None:
     """The factor is 1 before `length` positions, then grows with each further length."""
@@ -117,12 +128,13 @@ def test_slices(tmp_path: Path, start: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 64), (5, 16), (3, 100), (8, 128)])
-def test_norms_of_heads(tmp_path: Path, heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize("weight", ["w", None])
+def test_norms_of_heads(tmp_path: Path, heads: int, head_dim: int, weight: str | None) -> None:
     generator, x = generator_of(heads, head_dim), Buffer("x", heads * head_dim)
     loud = np.repeat(10.0 ** np.arange(heads), head_dim).astype(np.float32)
     hidden = [normal(generator, rows, x.width) * loud for rows in (1, 7, 33)]
     weights = {"w": Weight(normal(generator, head_dim))}
-    check_conformance(tmp_path, case_of(program_of(x, x, RmsNorm(x, x, "w", 1e-6, heads)), weights, hidden), EXACT)
+    check_conformance(tmp_path, case_of(program_of(x, x, RmsNorm(x, x, weight, 1e-6, heads)), weights, hidden), EXACT)
 
 
 @pytest.mark.parametrize("width", [48, 576])

@@ -121,21 +121,24 @@ void add_experts(PlanBuilder& builder, const std::vector<std::pair<std::vector<n
   builder.plan.add(std::move(step));
 }
 
-void add_attention(PlanBuilder& builder, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim,
+void add_attention(PlanBuilder& builder, int q, std::optional<std::pair<int, int>> kv, int out, int layer, int heads, int kv_heads, int head_dim,
                    float scale, std::optional<float> soft_cap, std::vector<float> slopes, std::optional<int> window,
                    PythonRotation rotate_q, PythonRotation rotate_k, bool causal,
                    const std::optional<Floats>& sinks) {
   require(!soft_cap || *soft_cap > 0, "a soft cap that is no positive number");
+  const auto [k, v] = kv.value_or(std::pair{-1, -1});
+  require(!kv || k >= 0, "unknown buffer");
   builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dim, scale, soft_cap.value_or(0.0f),
                                  std::move(slopes), window.value_or(std::numeric_limits<int>::max()),
                                  rotation_of(rotate_q), rotation_of(rotate_k), causal, vector_of(sinks)});
 }
 
 void add_choice(PlanBuilder& builder, int logits, int out, int experts, int used, int gating, bool normalized,
-                float scale, std::pair<int, int> groups, const std::optional<Floats>& selection_bias) {
+                float scale, std::pair<int, int> groups, const std::optional<Floats>& selection_bias,
+                const std::optional<Floats>& expert_scales) {
   require(gating >= 0 && gating < kGatings, "unknown gating");
   builder.plan.add(ChooseStep{logits, out, experts, used, static_cast<Gating>(gating), normalized, scale, groups.first,
-                              groups.second, vector_of(selection_bias)});
+                              groups.second, vector_of(selection_bias), vector_of(expert_scales)});
 }
 
 // Members of steps, from what Python gives.
@@ -209,11 +212,11 @@ void bind_executor(nb::module_& module) {
       .def("leave_adapter", [](PlanBuilder& b) { b.plan.leave_adapter(); })
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
-      .def("attend", &add_attention, "q"_a, "k"_a, "v"_a, "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+      .def("attend", &add_attention, "q"_a, "kv"_a.none(), "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none(),
            "causal"_a, "sinks"_a.none())
       .def("choose_experts", &add_choice, "logits"_a, "out"_a, "experts"_a, "used"_a, "gating"_a, "normalized"_a,
-           "scale"_a, "groups"_a, "selection_bias"_a.none());
+           "scale"_a, "groups"_a, "selection_bias"_a.none(), "expert_scales"_a.none());
   bind_row_steps(plan);
 
   nb::class_<NativeStage>(module, "Stage")

@@ -104,8 +104,8 @@ class AttentionWork {
         scratch_(worker.stage_.workspace.attention_scratch(worker.thread_, step.head_dim)) {}
 
   void run() {
-    stores_ = units_.one_a_sequence();
-    if (!stores_) store_all();
+    stores_ = step_.stores() && units_.one_a_sequence();
+    if (step_.stores() && !stores_) store_all();
     if (splits_spans())
       run_spans();
     else

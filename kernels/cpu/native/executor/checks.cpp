@@ -134,7 +134,7 @@ struct Plan::Checks {
 
   Access operator()(const SliceStep& step) const {
     const int width = buffer(step.x).width;
-    require(is_line(step.x) && is_line(step.out) && step.x != step.out, "a slice in place");
+    require(buffer(step.x).multiple == buffer(step.out).multiple && step.x != step.out, "a slice in place");
     require(step.start >= 0 && step.start <= width && buffer(step.out).width <= width - step.start,
             "a slice beyond its source");
     return {{step.x}, {step.out}, true};
@@ -167,6 +167,8 @@ struct Plan::Checks {
     require(step.used <= step.used_groups * (step.experts / step.groups), "more experts than the groups have");
     require(step.selection_bias.empty() || step.selection_bias.size() == static_cast<size_t>(step.experts),
             "a bias for each expert");
+    require(step.expert_scales.empty() || step.expert_scales.size() == static_cast<size_t>(step.experts),
+            "a scale for each expert");
     require(std::isfinite(step.scale), "a scale that is no number");
     plan.choosable_ = std::max(plan.choosable_, static_cast<size_t>(step.experts));
     return {{step.logits}, {step.out}, true};
@@ -236,9 +238,11 @@ struct Plan::Checks {
     require(step.heads > 0 && step.heads % step.kv_heads == 0 && step.heads <= 65536, "heads in groups");
     const int width = step.heads * step.head_dim, kv_width = step.kv_heads * step.head_dim;
     require(buffer(step.q).width == width && buffer(step.out).width == width, "query width");
-    require(buffer(step.k).width == kv_width && buffer(step.v).width == kv_width, "key and value width");
-    for (BufferId id : {step.q, step.k, step.v, step.out}) require(is_line(id) && !plan.selects, "one line a row");
-    require(step.out != step.q && step.out != step.k && step.out != step.v, "attention in place");
+    std::vector<BufferId> reads{step.q};
+    if (step.stores()) reads.insert(reads.end(), {step.k, step.v});
+    for (BufferId id : reads) require(is_line(id) && id != step.out, "attention in place");
+    for (size_t i = 1; i < reads.size(); i++) require(buffer(reads[i]).width == kv_width, "key and value width");
+    require(is_line(step.out) && !plan.selects, "one line a row");
     require(std::isfinite(step.scale), "an attention scale that is no number");
     require(std::isfinite(step.soft_cap) && step.soft_cap >= 0, "a soft cap that is no positive number");
     require(step.slopes.empty() || step.slopes.size() == static_cast<size_t>(step.heads), "a slope for each head");
@@ -248,7 +252,7 @@ struct Plan::Checks {
     if (shape.windowed) plan.window = std::max(plan.window, step.window);
     for (const auto& rotation : {step.rotate_q, step.rotate_k})
       if (rotation) check_rotation(*rotation, step.head_dim);
-    return {{step.q, step.k, step.v}, {step.out}, false};
+    return {reads, {step.out}, false};
   }
 };
 

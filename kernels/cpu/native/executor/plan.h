@@ -100,7 +100,7 @@ struct PositionScaleStep {  // out = x * (1 + factor * ln(1 + position / length)
   double factor;
   int length;
 };
-struct SliceStep {  // channels [start, start + width of out) of x
+struct SliceStep {  // channels [start, start + width of out) of each line of x
   BufferId x, out;
   int start;
 };
@@ -124,6 +124,7 @@ struct ChooseStep {  // out [2 * used] holds ids, then weights
   float scale;                // of weights
   int groups, used_groups;    // experts of the best groups are chosen alone
   std::vector<float> selection_bias;  // added to weights for the choice; empty: none
+  std::vector<float> expert_scales;   // of the weights, one an expert; empty: none
 };
 struct ExpertRowStep {  // line `rank` of out = that of x + the weight's row of the rank's expert
   BufferId choice, x, out;
@@ -167,7 +168,7 @@ struct ExpertsStep {  // line r * used + rank of every out = the rank's expert @
   bool per_rank;  // activations differ from rank to rank
 };
 struct AttentionStep {
-  BufferId q, k, v, out;
+  BufferId q, k, v, out;  // k and v are -1 where another step has stored the layer's keys and values
   int layer;  // of the stage's KV memory
   int heads, kv_heads, head_dim;
   float scale;
@@ -177,6 +178,7 @@ struct AttentionStep {
   std::optional<Rotation> rotate_q, rotate_k;
   bool causal;  // else a row sees those behind it, too, with a window at most window / 2 on either side
   std::vector<float> sinks;  // a score without a value, one a query head; empty: none
+  bool stores() const { return k >= 0; }
 };
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,

@@ -103,7 +103,13 @@ struct RowStep {
     vector().elementwise(RowOp::scale, x, x, factor, worker.line_width(step.out), line(step.out));
   }
 
-  void operator()(const SliceStep& step) const { copy(line(step.x) + step.start, step.out); }
+  void operator()(const SliceStep& step) const {
+    const Buffer &x = worker.buffer(step.x), &out = worker.buffer(step.out);
+    const float* from = line(step.x) + step.start;
+    float* to = line(step.out);
+    for (int i = 0; i < x.multiple; i++, from += x.width, to += out.width)
+      memcpy(to, from, static_cast<size_t>(out.width) * sizeof(float));
+  }
 
   void operator()(const SigmoidGateStep& step) const {
     const float *y = line(step.y), *weight = step.weight.data();
@@ -139,6 +145,8 @@ struct RowStep {
     sum = std::max(sum, kLeastWeightSum);
     for (int rank = 0; step.normalized && rank < step.used; rank++) weights[rank] /= sum;
     for (int rank = 0; step.scale != 1.0f && rank < step.used; rank++) weights[rank] *= step.scale;
+    for (int rank = 0; !step.expert_scales.empty() && rank < step.used; rank++)
+      weights[rank] *= step.expert_scales[static_cast<size_t>(ids[rank])];
   }
 
   // What experts are chosen by; those of groups that are not chosen have -infinity.

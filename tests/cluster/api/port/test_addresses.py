@@ -52,6 +52,21 @@ def test_an_address_that_is_taken_frees_the_others() -> None:
         socket.create_server((HERE[0], number)).close()
 
 
+async def test_parts_of_replies_do_not_wait_for_acknowledgements() -> None:
+    accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    with listening([("127.0.0.1", 0)], None) as port:
+        async with await asyncio.start_server(connected, sock=port.listener):
+            _, writer = await asyncio.open_connection(*port.listener.getsockname())
+            assert await asyncio.wait_for(accepted, 60) == 1
+            writer.close()
+
+
 async def test_any_address_that_others_reach_takes_requests_by_its_number() -> None:
     app = make_app(ScriptedEngine(says("Yes.")), further_hosts=("0.0.0.0",))
     async with client(app) as http:

@@ -47,11 +47,11 @@ class JsonResponse(Response):
         return to_json(content)
 
 
-def unsupported(what: str) -> Callable[[Request], Awaitable[Response]]:
+def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[Response]]:
     """The endpoint of a path that clients of other servers know and this one refuses."""
 
     async def refuse(request: Request) -> Response:
-        raise HttpError(501, "not_supported", f"{request.url.path}: {what}")
+        raise HttpError(status, "not_supported", f"{request.url.path}: {what}")
 
     refuse.__doc__ = f"Refused: {what}."
     return refuse

@@ -35,7 +35,7 @@ _UNSUPPORTED: Final = {"501": "what this server does not support"}
 _REFUSALS: Final = {
     "400": "a field that is wrong or not supported; a prompt that is too long",
     "401": "no API key, or an unknown one",
-    "403": "a Host header or an origin that is not allowed",
+    "403": "a Host header, an origin or an operation that is not allowed",
     "404": "an unknown path, model or reply",
     "405": "a method that the path has not",
     "408": "a body that came too slowly",
@@ -89,6 +89,13 @@ _ERROR: Final = {
     },
 }
 _OLLAMA_ERROR: Final = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+_EVENT: Final = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
+}
+"""Of a stream; before OpenAPI 3.2, the schema of its media type describes each event."""
+_SCHEMAS: Final[dict[str, Any]] = {_JSON: {}, _EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
     "code{font-size:.9em}table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;"
@@ -176,8 +183,8 @@ def _done(method: str, path: str, types: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _reply(text: str, types: tuple[str, ...]) -> dict[str, Any]:
-    schemas: dict[str, Any] = {_JSON: {}}
-    return {"description": text, "content": {kind: {"schema": schemas.get(kind, {"type": "string"})} for kind in types}}
+    content = {kind: {"schema": _SCHEMAS.get(kind, {"type": "string"})} for kind in types}
+    return {"description": text, "content": content}
 
 
 def _refusal(why: str, error: str) -> dict[str, Any]:

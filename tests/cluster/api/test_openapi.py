@@ -37,7 +37,9 @@ async def test_operations_declare_parameters_fields_and_errors(document: dict[st
     chat = paths["/v1/chat/completions"]["post"]
     body = chat["requestBody"]["content"]["application/json"]["schema"]
     assert {"messages", "temperature", "top_k"} <= body["properties"].keys() and "$ref" not in json.dumps(body)
-    assert {"application/json", "text/event-stream"} == chat["responses"]["200"]["content"].keys()
+    replies = chat["responses"]["200"]["content"]
+    assert {"application/json", "text/event-stream"} == replies.keys()
+    assert Draft202012Validator(replies["text/event-stream"]["schema"]).is_valid({"data": "[DONE]"})
     assert {"400", "401", "404", "413", "429", "503"} <= chat["responses"].keys()
     assert paths["/metrics"]["get"]["responses"]["200"]["content"].keys() == {"text/plain"}
     assert paths["/health"]["get"]["security"] == [] and {"bearer": []} in document["security"]

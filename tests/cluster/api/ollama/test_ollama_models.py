@@ -117,7 +117,7 @@ async def test_nothing_is_downloaded_or_uploaded() -> None:
         assert refused.status_code == 403 and "model pull" in refused.json()["error"]
         for path in ("/api/push", "/api/blobs/sha256:00"):
             reply = await http.post(path, json={"model": MODEL})
-            assert (reply.status_code, [*reply.json()]) == (501, ["error"])
+            assert (reply.status_code, [*reply.json()]) == (403, ["error"])
         assert (await http.head("/api/blobs/sha256:00")).status_code == 404
 
 

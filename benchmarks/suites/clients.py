@@ -1,11 +1,13 @@
 """Client libraries and load generators, unchanged, against a cluster: how many cases of each pass.
 
     python benchmarks/suites/clients.py MODEL.gguf [SUITE ...] [--workers 2] [--api URL] [--checkout SUITE=FOLDER]
+        [--examples 20] [--limit SECONDS]
 
 Each suite has an environment of its own in the cache folder, made by pip or npm; its packages have fixed
 versions, what these depend on is as new as they allow. A suite whose packages cannot be had, or whose tests do not end,
 is skipped with the reason. The cases are in `cases/`; langchain-tests brings its own. Suites whose tests are in no
-package, only in a public repository, need a checkout of it.
+package, only in a public repository, need a checkout of it. Suites that make requests from OpenAPI documents have
+clusters of their own, of two workers and a small model with random weights; their cases are operations.
 With `--api`, they run against another server, such as llama.cpp's, which serves the model already.
 """
 
@@ -24,11 +26,14 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import httpx
+from documents import Document, build_stand_in
 from results import count, print_table
 
 sys.path.append(str(Path(__file__).parents[1] / "clusters"))
@@ -38,7 +43,9 @@ from running import Layout, running
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llamaclust" / "suites"
 _INSTALL_S = 900
-_RUN_S = 1800
+_KEYS: dict[str, Any] = {"context_length": 2048, "max_sequences": 64, "api": {"strict_model": False}}
+_LIMIT_S = 1800
+_EXAMPLES = 20
 _KEPT_VARIABLES = frozenset({"PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "SSL_CERT_FILE"})
 _PYTEST = ("pytest==9.2.0", "pytest-asyncio==1.5.0")
 
@@ -48,15 +55,24 @@ class Suite:
     """Packages by name and version, and the file of its cases."""
 
     packages: tuple[str, ...]
-    cases: str
+    cases: str = ""
     repository: str = ""  # of which it needs a checkout
     part: tuple[str, str] = ("", "")  # a package and its one file that is needed, without what the package depends on
+    document: Document | None = None  # in place of cases
+
+    @property
+    def stand_in(self) -> str:
+        """The model that is served in place of the given one."""
+        return "" if self.document is None else self.document.stand_in
 
     @property
     def is_node(self) -> bool:
         return self.cases.endswith(".mjs")
 
 
+_SCHEMATHESIS = ("schemathesis==4.32.5",)
+_OPENAPI, _DECLARED = "/openapi.json", ("status_code_conformance", "response_headers_conformance")
+_RANKS = "path-regex=/rerank(ing)?$"
 SUITES = {
     "openai": Suite(("openai==3.54.0", "pydantic==2.14.3"), "test_openai.py"),
     "anthropic": Suite(("anthropic==2.12.0",), "test_anthropic.py"),
@@ -64,8 +80,6 @@ SUITES = {
     "langchain": Suite(("langchain-tests==1.1.9", "langchain-openai==1.7.3"), "test_langchain.py"),
     "litellm": Suite(("litellm==1.106.2", "mcp==2.3.0"), "test_litellm.py"),
     "llama-index": Suite(("llama-index-llms-openai-like==0.8.1",), "test_llama_index.py"),
-    "schemathesis": Suite(("schemathesis==4.32.5",), "test_schemathesis.py"),
-    "ollama-document": Suite(("schemathesis==4.32.5",), "test_ollama_document.py", "ollama/ollama"),
     "open-responses": Suite(("tsx@4.23.15", "zod@3.25.76"), "open-responses.test.mjs", "openresponses/openresponses"),
     "guidellm": Suite(("guidellm==0.8.1",), "test_guidellm.py"),
     "vllm": Suite(
@@ -79,6 +93,15 @@ SUITES = {
     ),
     "ollama-node": Suite(("ollama@0.6.4",), "ollama.test.mjs"),
     "anthropic-node": Suite(("@anthropic-ai/sdk@1.12.0",), "anthropic.test.mjs"),
+    "schemathesis": Suite(
+        _SCHEMATHESIS, document=Document(place=_OPENAPI, checks=_DECLARED, filters=(f"--exclude-{_RANKS}",))
+    ),
+    # Ollama's names one reply for each path: statuses of errors are not checked.
+    "ollama-document": Suite(_SCHEMATHESIS, repository="ollama/ollama", document=Document(place="docs/openapi.yaml")),
+    "schemathesis-rerank": Suite(
+        _SCHEMATHESIS,
+        document=Document(place=_OPENAPI, checks=_DECLARED, filters=(f"--include-{_RANKS}",), stand_in="ranking"),
+    ),
 }
 
 
@@ -89,6 +112,8 @@ class Target:
     api: str  # base URL
     model: str  # its served name
     checkouts: Mapping[str, Path] = field(default_factory=dict)  # of repositories, by suite
+    limit_s: float = _LIMIT_S  # for one suite
+    examples: int = _EXAMPLES  # of an operation of a document, beside those that try each of its fields
 
     def variables(self, suite: str) -> dict[str, str]:
         own = {"SUITE_API": self.api, "SUITE_MODEL": self.model}
@@ -139,7 +164,10 @@ def _succeed(command: list[str]) -> None:
         raise Skipped(" ".join(made.stderr.split())[-300:])
 
 
-def _command(suite: Suite, folder: Path, report: Path) -> list[str]:
+def _command(suite: Suite, folder: Path, report: Path, target: Target, checkout: Path | None) -> list[str]:
+    if suite.document is not None:
+        made = suite.document.words(target.api, checkout, target.examples)
+        return [str(folder / "bin" / "schemathesis"), *made, "--report=junit", f"--report-junit-path={report}"]
     cases = HERE / "cases" / suite.cases
     if suite.is_node:
         for name in ("server.mjs", suite.cases):  # beside their packages, where node looks for them
@@ -155,17 +183,20 @@ async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
     """Counts of its cases."""
     if suite.repository and name not in target.checkouts:
         raise Skipped(f"needs --checkout {name}=FOLDER, a checkout of {suite.repository}")
-    folder = await asyncio.to_thread(install, name, suite)
+    environment = name if suite.document is None else _SCHEMATHESIS[0].partition("=")[0]
+    folder, checkout = await asyncio.to_thread(install, environment, suite), target.checkouts.get(name)
     with TemporaryDirectory(prefix="llamaclust-suite-") as results:
         report, output = Path(results) / "results.xml", Path(results) / "output"
-        await _run(_command(suite, folder, report), output, target.variables(name))
+        await _run(_command(suite, folder, report, target, checkout), output, target.variables(name), target.limit_s)
+        if suite.document is not None:
+            print(*(f"{name}: {line.strip()}" for line in output.read_text().splitlines() if " generated, " in line))
         try:
             return sum(count(report).values(), Counter())
         except (FileNotFoundError, ElementTree.ParseError) as error:
             raise Skipped(f"its tests did not run to their end: {error}: {output.read_text()[-500:]}") from None
 
 
-async def _run(command: list[str], output: Path, own: dict[str, str]) -> None:
+async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: float) -> None:
     """In the output's folder, without this process's secrets; what it started ends with it."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES}
     with output.open("wb") as file:
@@ -179,33 +210,42 @@ async def _run(command: list[str], output: Path, own: dict[str, str]) -> None:
             start_new_session=True,
         )
     try:
-        async with asyncio.timeout(_RUN_S):
+        async with asyncio.timeout(limit_s):
             await process.wait()
     except TimeoutError:
-        raise Skipped(f"its tests did not end within {_RUN_S} s") from None
+        raise Skipped(f"its tests did not end within {limit_s:g} s: --limit") from None
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
 
 
-async def run_on_cluster(model: Path, names: list[str], workers: int, checkouts: Mapping[str, Path]) -> None:
-    keys = {"context_length": 2048, "max_sequences": 64, "api": {"strict_model": False}}
-    async with running(model, Layout(workers=workers, keys=keys)) as (bench, _):
-        await run_all(bench.api, names, checkouts)
+async def run_on_clusters(model: Path, names: list[str], workers: int, target: Target) -> dict[str, Counter[str]]:
+    """Counts by suite, of a cluster for each model."""
+    counts: dict[str, Counter[str]] = {}
+    for stand_in, group in groupby(sorted(names, key=_stand_in), _stand_in):
+        with TemporaryDirectory(prefix="llamaclust-suite-") as folder:
+            served, keys = build_stand_in(stand_in, Path(folder)) if stand_in else (model, _KEYS)
+            async with running(served, Layout(workers=workers, keys=keys)) as (bench, _):
+                counts |= await run_all([*group], replace(target, api=bench.api))
+    return counts
 
 
-async def run_all(api: str, names: list[str], checkouts: Mapping[str, Path]) -> None:
-    """Prints the counts."""
+def _stand_in(name: str) -> str:
+    return SUITES[name].stand_in
+
+
+async def run_all(names: list[str], target: Target) -> dict[str, Counter[str]]:
+    """Counts by suite, of the server at the target's address."""
     async with httpx.AsyncClient(trust_env=False) as client:
-        served = (await client.get(f"{api}/v1/models")).json()["data"][0]["id"]
-    target, counts = Target(api, served, checkouts), {}
+        served = (await client.get(f"{target.api}/v1/models")).json()["data"][0]["id"]
+    counts = {}
     for name in names:
         try:
-            counts[name] = await run(name, SUITES[name], target)
+            counts[name] = await run(name, SUITES[name], replace(target, model=served))
         except Skipped as reason:
             print(f"skipped {name}: {reason}")
-    print_table(counts)
+    return counts
 
 
 def main() -> None:
@@ -214,17 +254,20 @@ def main() -> None:
     parser.add_argument("suites", nargs="*", default=[*SUITES], help=f"of {', '.join(SUITES)}")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--api", default="", help="base URL of a server that runs, in place of a cluster")
+    parser.add_argument("--limit", type=float, default=_LIMIT_S, help="seconds for one suite")
+    parser.add_argument("--examples", type=int, default=_EXAMPLES, help="of each operation of an OpenAPI document")
     help_text = "a checkout of the repository that a suite's tests come from, in the form SUITE=FOLDER"
     parser.add_argument("--checkout", type=_checkout, action="append", default=[], help=help_text)
     given = parser.parse_intermixed_args()
     unknown = sorted({*given.suites} - {*SUITES})
     if unknown:
         parser.error(f"no suite {unknown[0]}; there are {', '.join(SUITES)}")
-    checkouts = dict(given.checkout)
-    if given.api:
-        asyncio.run(run_all(given.api.rstrip("/"), given.suites, checkouts))
+    target = Target(given.api.rstrip("/"), "", dict(given.checkout), given.limit, given.examples)
+    if target.api:
+        counts = asyncio.run(run_all(given.suites, target))
     else:
-        asyncio.run(run_on_cluster(given.model, given.suites, given.workers, checkouts))
+        counts = asyncio.run(run_on_clusters(given.model, given.suites, given.workers, target))
+    print_table(counts)
 
 
 def _checkout(text: str) -> tuple[str, Path]:

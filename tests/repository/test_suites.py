@@ -99,7 +99,7 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = script("clients")
     monkeypatch.setattr(module, "install", lambda name, suite: tmp_path)
     command = ["sh", str(tmp_path / "command")]
-    monkeypatch.setattr(module, "_command", lambda suite, folder, report: [*command, str(report)])
+    monkeypatch.setattr(module, "_command", lambda suite, folder, report, *_: [*command, str(report)])
     return module
 
 
@@ -110,10 +110,10 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 async def test_a_suite_that_hangs_or_crashes_fails_alone(
     command: str, reason: str, tmp_path: Path, clients: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients, "_RUN_S", 1)
     (tmp_path / "command").write_text(command.replace("PLACE", str(tmp_path)))
     with pytest.raises(clients.Skipped, match=reason):
-        await clients.run("ollama", clients.SUITES["ollama"], clients.Target("http://127.0.0.1:1", "m"))
+        target = clients.Target("http://127.0.0.1:1", "m", limit_s=1)
+        await clients.run("ollama", clients.SUITES["ollama"], target)
     if (tmp_path / "child").exists():
         child = int((tmp_path / "child").read_text())
         await until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
@@ -136,3 +136,19 @@ async def test_a_suite_of_a_repository_needs_a_checkout(
     assert target.variables(name).keys() == {"SUITE_API", "SUITE_MODEL"}
     target = clients.Target("http://127.0.0.1:1", "m", {name: tmp_path})
     assert target.variables(name)["SUITE_CHECKOUT"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["generating", "ranking"])
+def test_documents_have_models_of_their_own(name: str, tmp_path: Path, clients: ModuleType) -> None:
+    model, keys = clients.build_stand_in(name, tmp_path)
+    file = {"name": "a", "model": str(model), "listen": "127.0.0.1:0", "workers": [{"name": "w"}], **keys}
+    (tmp_path / "cluster.yaml").write_text(json.dumps(file))
+    config = load_config(tmp_path / "cluster.yaml")
+    assert all(Path(adapter.path).is_file() for adapter in config.adapters) and model.is_file()
+
+
+def test_operations_are_those_of_the_server_or_of_a_checkout(tmp_path: Path, clients: ModuleType) -> None:
+    own, ollama = (clients.SUITES[name].document for name in ("schemathesis", "ollama-document"))
+    api = "http://127.0.0.1:1"
+    assert [*own.words(api, None, 7)][1:5] == [f"{api}/openapi.json", f"--url={api}", "--seed=1", "--max-examples=7"]
+    assert [*ollama.words(api, tmp_path, 7)][1] == str(tmp_path / "docs" / "openapi.yaml")

@@ -37,7 +37,7 @@ from llamaclust.cluster.api.openai.responses.endpoints import ResponsesEndpoint,
 from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.api.openapi import body_schema, describe, docs_page
+from llamaclust.cluster.api.openapi import declare_body, describe, docs_page
 from llamaclust.cluster.api.operations.endpoints import DrainControl, Operations, Workers, disabled, no_proxy
 from llamaclust.cluster.api.paths import Paths, RouteNames
 from llamaclust.cluster.api.replies.handlers import Replies
@@ -122,8 +122,7 @@ def model_app(
     _route(app, "GET", "/v1/models/{model:path}", models.retrieve)
     own = (*embedding_routes(service, settings), *RerankEndpoint(service, settings).routes())
     for route in (*own, *llamacpp_routes(service, replies), *ollama_routes(service, replies)):
-        schema = None if route.body is None else body_schema(route.body)
-        _route(app, route.method, route.path, route.endpoint, schema)
+        _route(app, route.method, route.path, route.endpoint, route.body)
     operations = Operations(service, engine, cluster_status, settings)
     for name in ("health", "live", "metrics", "cluster", "props", "slots"):
         _route(app, "GET", f"/{name}", disabled if name in settings.disabled else getattr(operations, name))
@@ -194,10 +193,10 @@ def _add_requests(app: FastAPI, of: Operations | ModelLists) -> None:
     _route(app, "GET", "/cluster/requests/{request}", of.waterfall)
 
 
-def _route(app: FastAPI, method: str, path: str, endpoint: Endpoint, schema: dict[str, Any] | None = None) -> None:
-    app.add_api_route(path, endpoint, methods=[method], response_model=None, openapi_extra=schema)
+def _route(app: FastAPI, method: str, path: str, endpoint: Endpoint, body: type[BaseModel] | None = None) -> None:
+    """`body` is for openapi.json: the endpoint reads its body itself."""
+    app.add_api_route(path, endpoint, methods=[method], response_model=None, openapi_extra=declare_body(body))
 
 
 def _post(app: FastAPI, path: str, endpoint: Endpoint, body: type[BaseModel]) -> None:
-    """The endpoint reads its body itself; the schema is for openapi.json."""
-    _route(app, "POST", path, endpoint, body_schema(body))
+    _route(app, "POST", path, endpoint, body)

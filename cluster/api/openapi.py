@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from html import escape
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from llamaclust.cluster.api.paths import template
 from llamaclust.cluster.api.security import OPEN_PATHS
 from llamaclust.core.version import VERSION
 
+_BODY: Final = "body"
 _JSON: Final = "application/json"
 _EVENTS: Final = "text/event-stream"
 _LINES: Final = "application/x-ndjson"
@@ -104,8 +106,14 @@ _STYLE: Final = (
 _HEADERS: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
 
 
-def body_schema(body: type[BaseModel]) -> dict[str, Any]:
-    """What a route that reads its body itself says about it. Null is the same as a field that is absent."""
+def declare_body(body: type[BaseModel] | None) -> dict[str, Any] | None:
+    """What a route that reads its body itself keeps for `describe`, which makes a schema of it."""
+    return None if body is None else {_BODY: body}
+
+
+@cache
+def _request_body(body: type[BaseModel]) -> dict[str, Any]:
+    """Null is the same as a field that is absent."""
     schema = _inlined(body.model_json_schema())
     required, fields = schema.get("required", ()), schema.get("properties", {})
     if fields:
@@ -148,7 +156,7 @@ async def docs_page(request: Request) -> Response:
 
 
 def _operation(route: APIRoute, method: str, path: str, is_strict: bool) -> dict[str, Any]:
-    body = route.openapi_extra or {}
+    body = _request_body(route.openapi_extra[_BODY]) if route.openapi_extra else {}
     streams = "stream" in _fields(body)
     streams = streams or (method == "GET" and path.endswith((_RESPONSE, "/v1/streams/{id}")))
     is_ollama = path.startswith(_OLLAMA)

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     ValidationError,
@@ -21,6 +20,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from llamaclust.cluster.config.field_docs import DocumentedModel
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 
@@ -64,13 +64,11 @@ class Leniency:
             self.ignored.append(name)
 
 
-class Body(BaseModel):
+class Body(DocumentedModel):
     """A request's fields, by their own names and types only; 5.0 is a whole number. Null is the same as absent. Unknown
     fields are refused unless a `Leniency` is the context of validation."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -332,7 +333,13 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConf
     try:
         return ClusterConfig.model_validate(document.values)
     except ValidationError as error:
-        raise UsageError(explain(error, document, ClusterConfig.model_json_schema())) from error
+        raise UsageError(explain(error, document, _schema())) from error
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    """For messages."""
+    return ClusterConfig.model_json_schema()
 
 
 def json_schema() -> str:

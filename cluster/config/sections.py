@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from llamaclust.cluster.config.errors import PlaceError
+from llamaclust.cluster.config.field_docs import DocumentedModel
 from llamaclust.cluster.config.values import (
     Address,
     Device,
@@ -29,10 +30,10 @@ _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
 _KUBERNETES = "https://kubernetes.default.svc"
 
 
-class Section(BaseModel):
+class Section(DocumentedModel):
     """What has keys of its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class WorkerConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from llamaclust.cluster.api.foreign_fields import anything, only
 from llamaclust.cluster.api.schema import Body, ForeignFields
@@ -67,7 +67,6 @@ class CreateBody(ModelBody):
 
     model_config = ConfigDict(json_schema_extra=_with_from)
 
-    source: str
-    """`from`: a name of the served model."""
+    source: str = Field(description="`from`: a name of the served model.")
     stream: bool = True
     """Lines of JSON; false: one object."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails
@@ -258,6 +258,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(key=st.sampled_from(sorted(ClusterConfig.model_fields)), value=VALUES)
 def test_any_value_of_any_key_is_taken_or_refused_in_plain_words(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: object

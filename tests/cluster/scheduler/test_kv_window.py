@@ -31,26 +31,32 @@ class WindowedModel(FakeModel):
     most: int = 0  # blocks of one sequence
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
-        for chunk in microbatch.chunks:
-            self._check(chunk, chunk.position, self._read(self._table(chunk), chunk.position))
-        for chunk in microbatch.chunks:
+        tables = [self._window_table(chunk) for chunk in microbatch.chunks]
+        for chunk, table in zip(microbatch.chunks, tables, strict=True):
+            self._check(chunk, table, chunk.position)
+        for chunk, table in zip(microbatch.chunks, tables, strict=True):
             for position, token in enumerate(chunk.tokens, chunk.position):
-                self.window_kv[self._place(chunk, position)] = token
+                self.window_kv[self._place(chunk, table, position)] = token
         rows = super().run(microbatch, inputs)
-        for chunk in microbatch.chunks:  # keys and values of all rows are stored before any row reads them
-            end = chunk.position + len(chunk.tokens)
-            self._check(chunk, end, self._read(self._table(chunk), end))
+        for chunk, table in zip(microbatch.chunks, tables, strict=True):
+            # keys and values of all rows are stored before any row reads them
+            self._check(chunk, table, chunk.position + len(chunk.tokens))
         return rows
 
-    def _check(self, chunk: Chunk, end: int, tokens: list[int]) -> None:
+    def _check(self, chunk: Chunk, table: list[int], end: int) -> None:
+        tokens = self._read(self._table(chunk), end)
         for position in range(max(0, chunk.position - self.group.window + 1), end):
-            assert self.window_kv[self._place(chunk, position)] == tokens[position]
+            assert self.window_kv[self._place(chunk, table, position)] == tokens[position]
 
-    def _place(self, chunk: Chunk, position: int) -> tuple[int, int]:
+    def _window_table(self, chunk: Chunk) -> list[int]:
         runs = zip(chunk.window_table[::2], chunk.window_table[1::2], strict=True)
         table = [block for start, count in runs for block in range(start, start + count)]
         self.most = max(self.most, len(table))
         assert all(0 <= block < self.window_blocks for block in table) and len(set(table)) == len(table)
+        return table
+
+    @staticmethod
+    def _place(chunk: Chunk, table: list[int], position: int) -> tuple[int, int]:
         index = position // KV_BLOCK_TOKENS - chunk.window_start
         assert 0 <= index < len(table), "a block that is not there is needed"
         return table[index], position % KV_BLOCK_TOKENS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,7 +54,7 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
         )
     else:
         inputs = (task.token, task.top_logprobs)
-    digest = sha256(repr((tuple(tokens), inputs)).encode()).digest()
+    digest = sha256(array("q", tokens).tobytes() + repr(inputs).encode()).digest()
     value = int.from_bytes(digest[:8])
     if isinstance(task, ScoreTask):
         return RowResult(task.token, -(value % 4096) / 64)
@@ -64,7 +65,7 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
 
 def hidden_state(tokens: Sequence[int]) -> bytes:
     """What the fake model gives for the last of these tokens."""
-    digest = sha256(repr(tuple(tokens)).encode()).digest()
+    digest = sha256(array("q", tokens)).digest()
     return (np.frombuffer(digest[: 2 * WIDTH], "<u2") / 64).astype("<f4").tobytes()
 
 
@@ -84,7 +85,7 @@ class FakeModel:
     """KV memory by block id. Answers are made from what lies in it, so wrong tables or lost blocks change tokens."""
 
     kv_blocks: int
-    kv: dict[tuple[int, int], int] = field(default_factory=dict)
+    kv: dict[int, list[int]] = field(default_factory=dict)  # as many positions of a block as were ever written
     writes: int = 0
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
@@ -119,12 +120,20 @@ class FakeModel:
         return table
 
     def _read(self, table: list[int], end: int) -> list[int]:
-        return [self.kv[table[p // KV_BLOCK_TOKENS], p % KV_BLOCK_TOKENS] for p in range(end)]
+        tokens: list[int] = []
+        for block in table[: -(-end // KV_BLOCK_TOKENS)]:
+            tokens += self.kv[block]
+        assert len(tokens) >= end, "a position is read that was never written"
+        del tokens[end:]
+        return tokens
 
     def _write(self, table: list[int], chunk: Chunk) -> None:
         for position, token in enumerate(chunk.tokens, chunk.position):
-            self.kv[table[position // KV_BLOCK_TOKENS], position % KV_BLOCK_TOKENS] = token
-            self.writes += 1
+            block = self.kv.setdefault(table[position // KV_BLOCK_TOKENS], [])
+            offset = position % KV_BLOCK_TOKENS
+            assert offset <= len(block), "positions before this one were never written"
+            block[offset : offset + 1] = [token]
+        self.writes += len(chunk.tokens)
 
 
 class ConstantModel(FakeModel):
@@ -272,7 +281,7 @@ def expected(
             generation.top_logprobs,
             penalty_window=generation.penalty_window if generation.looks_for_repetitions else None,
             dry_window=generation.dry_window if generation.looks_for_repetitions else None,
-            breakers=SeenBreakers(generation.breakers, tokens).sequences,
+            breakers=SeenBreakers(generation.breakers, tokens).sequences if generation.breakers else (),
             mu=mu,
         )
         rows.append(answer(tokens, task_now))

@@ -55,8 +55,7 @@ class FakeDisks:
             if key in self.damaged:
                 del self.kept[key]
                 return done
-            for place, token in enumerate(self.kept[key]):
-                self.pipeline.fake.model.kv[block, place] = token
+            self.pipeline.fake.model.kv[block] = [*self.kept[key]]
             self.restored += 1
         return len(keys)
 
@@ -67,8 +66,8 @@ class FakeDisks:
         for key, block in zip(keys[-len(blocks) :], blocks, strict=True):
             if len(self.kept) >= self.room:
                 return 0
-            kv = self.pipeline.fake.model.kv
-            self.kept[key] = [kv[block, place] for place in range(KV_BLOCK_TOKENS)]
+            self.kept[key] = [*self.pipeline.fake.model.kv[block]]
+            assert len(self.kept[key]) == KV_BLOCK_TOKENS
         return len(blocks)
 
 

@@ -68,22 +68,22 @@ class Reasoning:
 
 
 @dataclass(frozen=True, slots=True)
-class GrammarStart:
-    """What the last stage needs to continue an answer under a grammar: the state is a function of all of it."""
+class MatcherStart:
+    """What the last stage needs to follow an answer: the state of its matcher is a function of all of it."""
 
+    key: int  # of the answer, within an epoch
     grammar: Grammar | None
-    tokens: tuple[int, ...]  # of the answer, so far
+    tokens: tuple[int, ...] = ()  # of the answer, so far
     reasoning: Reasoning | None = None
+    may_force: bool = False  # tokens that must follow a sampled one are wanted with it
 
 
 @dataclass(frozen=True, slots=True)
-class GrammarRow:
-    """The grammar of one output row."""
+class MatcherRow:
+    """An output row of an answer that has a matcher."""
 
     key: int  # of the answer, within an epoch
     position: int  # tokens of the answer before the one to be sampled
-    start: GrammarStart | None = None  # with an answer's first row on a pipeline, and after a release
-    may_force: bool = False  # tokens that must follow the sampled one are wanted with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class SampleTask:
     dry_window: int | None = None  # and that DRY looks at
     breakers: tuple[tuple[int, ...], ...] = ()  # token sequences that DRY does not look beyond
     mu: float = 0.0  # of Mirostat, from the token before
-    grammar: GrammarRow | None = None  # which the answer obeys
+    matcher: MatcherRow | None = None  # of an answer with a grammar or a budget of reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +135,4 @@ class RowResult:
     failure: str | None = None  # why this row has no answer (logits not finite); then token is -1, logprob NaN
     mu: float | None = None  # of Mirostat, for the next token
     forced: tuple[int, ...] = ()  # tokens that must follow it
+    is_deferred: bool = False  # the row is to be computed again; then token is -1, logprob NaN

@@ -295,16 +295,22 @@ class Reasoning(_message.Message):
 Global___Reasoning: _TypeAlias = Reasoning  # noqa: Y015
 
 @_typing.final
-class GrammarStart(_message.Message):
-    """What the state of a grammar, or of a budget of reasoning, follows from."""
+class MatcherStart(_message.Message):
+    """What the state of a matcher follows from: of an answer's grammar, or of a budget of reasoning."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    KEY_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
+    MAY_FORCE_FIELD_NUMBER: _builtins.int
+    key: _builtins.int
+    """The answer, within an epoch."""
     grammar: _builtins.int
     """Index among the message's grammars; without it, the answer obeys none."""
+    may_force: _builtins.bool
+    """Whether tokens that must follow a sampled one are wanted with it."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens of the answer so far."""
@@ -316,13 +322,15 @@ class GrammarStart(_message.Message):
     def __init__(
         self,
         *,
+        key: _builtins.int = ...,
         grammar: _builtins.int | None = ...,
         tokens: _abc.Iterable[_builtins.int] | None = ...,
         reasoning: Global___Reasoning | None = ...,
+        may_force: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "grammar", b"grammar", "reasoning", b"reasoning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "grammar", b"grammar", "reasoning", b"reasoning", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "grammar", b"grammar", "key", b"key", "may_force", b"may_force", "reasoning", b"reasoning", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grammar: _TypeAlias = _typing.Literal["grammar"]  # noqa: Y015
     _WhichOneofArgType__grammar: _TypeAlias = _typing.Literal["_grammar", b"_grammar"]  # noqa: Y015
@@ -333,45 +341,33 @@ class GrammarStart(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reasoning) -> _WhichOneofReturnType__reasoning | None: ...
 
-Global___GrammarStart: _TypeAlias = GrammarStart  # noqa: Y015
+Global___MatcherStart: _TypeAlias = MatcherStart  # noqa: Y015
 
 @_typing.final
-class GrammarRow(_message.Message):
-    """The grammar of an output row."""
+class MatcherRow(_message.Message):
+    """The answer that an output row belongs to, where it has a matcher."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
-    START_FIELD_NUMBER: _builtins.int
-    MAY_FORCE_FIELD_NUMBER: _builtins.int
     key: _builtins.int
-    """The answer that the row belongs to, within an epoch."""
+    """The answer, within an epoch."""
     position: _builtins.int
     """Tokens of the answer before the one to be sampled."""
-    may_force: _builtins.bool
-    """Whether tokens that must follow the sampled one are wanted."""
-    @_builtins.property
-    def start(self) -> Global___GrammarStart:
-        """Set with the first row of an answer, and after its release."""
-
     def __init__(
         self,
         *,
         key: _builtins.int = ...,
         position: _builtins.int = ...,
-        start: Global___GrammarStart | None = ...,
-        may_force: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_start", b"_start", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_start", b"_start", "key", b"key", "may_force", b"may_force", "position", b"position", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "position", b"position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
-    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GrammarRow: _TypeAlias = GrammarRow  # noqa: Y015
+Global___MatcherRow: _TypeAlias = MatcherRow  # noqa: Y015
 
 @_typing.final
 class SampleTask(_message.Message):
@@ -391,7 +387,7 @@ class SampleTask(_message.Message):
     DRY_WINDOW_FIELD_NUMBER: _builtins.int
     BREAKERS_FIELD_NUMBER: _builtins.int
     MU_FIELD_NUMBER: _builtins.int
-    GRAMMAR_FIELD_NUMBER: _builtins.int
+    MATCHER_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """First key of the draw."""
     choice: _builtins.int
@@ -425,8 +421,8 @@ class SampleTask(_message.Message):
         """Token sequences that DRY does not look beyond."""
 
     @_builtins.property
-    def grammar(self) -> Global___GrammarRow:
-        """The grammar that the answer obeys."""
+    def matcher(self) -> Global___MatcherRow:
+        """The answer, where it has a matcher."""
 
     def __init__(
         self,
@@ -443,22 +439,22 @@ class SampleTask(_message.Message):
         dry_window: _builtins.int | None = ...,
         breakers: _abc.Iterable[Global___TokenSequence] | None = ...,
         mu: _builtins.float = ...,
-        grammar: Global___GrammarRow | None = ...,
+        matcher: Global___MatcherRow | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_grammar", b"_grammar", "_penalty_window", b"_penalty_window", "dry_window", b"dry_window", "grammar", b"grammar", "params", b"params", "penalty_window", b"penalty_window"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_matcher", b"_matcher", "_penalty_window", b"_penalty_window", "dry_window", b"dry_window", "matcher", b"matcher", "params", b"params", "penalty_window", b"penalty_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_grammar", b"_grammar", "_penalty_window", b"_penalty_window", "breakers", b"breakers", "choice", b"choice", "dry_window", b"dry_window", "grammar", b"grammar", "history", b"history", "history_follows", b"history_follows", "mu", b"mu", "params", b"params", "penalty_window", b"penalty_window", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_matcher", b"_matcher", "_penalty_window", b"_penalty_window", "breakers", b"breakers", "choice", b"choice", "dry_window", b"dry_window", "history", b"history", "history_follows", b"history_follows", "matcher", b"matcher", "mu", b"mu", "params", b"params", "penalty_window", b"penalty_window", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dry_window: _TypeAlias = _typing.Literal["dry_window"]  # noqa: Y015
     _WhichOneofArgType__dry_window: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window"]  # noqa: Y015
-    _WhichOneofReturnType__grammar: _TypeAlias = _typing.Literal["grammar"]  # noqa: Y015
-    _WhichOneofArgType__grammar: _TypeAlias = _typing.Literal["_grammar", b"_grammar"]  # noqa: Y015
+    _WhichOneofReturnType__matcher: _TypeAlias = _typing.Literal["matcher"]  # noqa: Y015
+    _WhichOneofArgType__matcher: _TypeAlias = _typing.Literal["_matcher", b"_matcher"]  # noqa: Y015
     _WhichOneofReturnType__penalty_window: _TypeAlias = _typing.Literal["penalty_window"]  # noqa: Y015
     _WhichOneofArgType__penalty_window: _TypeAlias = _typing.Literal["_penalty_window", b"_penalty_window"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dry_window) -> _WhichOneofReturnType__dry_window | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__grammar) -> _WhichOneofReturnType__grammar | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__matcher) -> _WhichOneofReturnType__matcher | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__penalty_window) -> _WhichOneofReturnType__penalty_window | None: ...
 
@@ -533,6 +529,7 @@ class SamplingInputs(_message.Message):
     TASKS_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     GRAMMARS_FIELD_NUMBER: _builtins.int
+    STARTS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The microbatch's epoch."""
     number: _builtins.int
@@ -543,11 +540,15 @@ class SamplingInputs(_message.Message):
 
     @_builtins.property
     def released(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Answers whose grammars are forgotten before."""
+        """Answers whose matchers are forgotten before."""
 
     @_builtins.property
     def grammars(self) -> _containers.RepeatedCompositeFieldContainer[Global___Grammar]:
-        """Grammars of answers that start here."""
+        """Grammars of matchers that start here."""
+
+    @_builtins.property
+    def starts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MatcherStart]:
+        """Matchers that start here: of answers whose rows come here or in later microbatches."""
 
     def __init__(
         self,
@@ -557,10 +558,11 @@ class SamplingInputs(_message.Message):
         tasks: _abc.Iterable[Global___RowTask] | None = ...,
         released: _abc.Iterable[_builtins.int] | None = ...,
         grammars: _abc.Iterable[Global___Grammar] | None = ...,
+        starts: _abc.Iterable[Global___MatcherStart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "grammars", b"grammars", "number", b"number", "released", b"released", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "grammars", b"grammars", "number", b"number", "released", b"released", "starts", b"starts", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -604,10 +606,13 @@ class RowResult(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     MU_FIELD_NUMBER: _builtins.int
     FORCED_FIELD_NUMBER: _builtins.int
+    IS_DEFERRED_FIELD_NUMBER: _builtins.int
     failure: _builtins.str
     """Set when this row alone has no answer: one line."""
     mu: _builtins.float
     """Mirostat's state for the next token, where it chose."""
+    is_deferred: _builtins.bool
+    """Whether the row is to be computed again, because the answer's matcher was not ready."""
     @_builtins.property
     def chosen(self) -> Global___TokenLogprob:
         """The chosen or scored token."""
@@ -633,10 +638,11 @@ class RowResult(_message.Message):
         failure: _builtins.str | None = ...,
         mu: _builtins.float | None = ...,
         forced: _abc.Iterable[_builtins.int] | None = ...,
+        is_deferred: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "mu", b"mu"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "forced", b"forced", "mu", b"mu", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "forced", b"forced", "is_deferred", b"is_deferred", "mu", b"mu", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015

@@ -157,13 +157,14 @@ class LocalStage:
 
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
         """Queues a microbatch behind those that are there."""
-        self._runner.grammars.receive(inputs)
+        self._runner.matchers.receive(inputs)
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._thread, self._compute, microbatch, inputs, perf_counter_ns())
 
     def _compute(self, microbatch: Microbatch, inputs: SamplingInputs, queued_ns: int) -> Result:
         started_ns = perf_counter_ns()
         logits = self._runner.run(self._sampled_tokens.fill(microbatch), None)
+        self._runner.matchers.wait_ready(inputs)
         rows = self._runner.finish(logits, self._sampled_tokens.fill_inputs(inputs, microbatch))
         self._sampled_tokens.put(sampled_tokens_of(microbatch.number, rows))
         embeddings = self._runner.embeddings(microbatch)

@@ -12,8 +12,17 @@ from typing import Self
 
 from llamaclust.cluster.engine.metrics import EndedRequest, Metrics
 from llamaclust.cluster.engine.waterfalls import Waterfalls
-from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, PromptProgress, Timings, TokenSampled
-from llamaclust.cluster.scheduler.sequences import Failed, Sequence, Update
+from llamaclust.cluster.scheduler.requests import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    PromptProgress,
+    Timings,
+    TokenSampled,
+    Update,
+)
+from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.core.errors import LlamaclustError, WorkerError
 
 _log = logging.getLogger(__name__)

@@ -94,8 +94,9 @@ class InFlight:
                 taken.sequence.sampled_at = (number, row - 1)
         chunks = tuple(taken.chunk for taken in slices)
         tasks = tuple(task for taken in slices for task in taken.tasks)
+        starts = tuple(start for taken in slices if (start := taken.sequence.start_matcher()) is not None)
         microbatch = Microbatch(self._model_id, self._epoch, number, chunks)
-        return ScheduledMicrobatch(microbatch, SamplingInputs(self._epoch, number, tasks, released))
+        return ScheduledMicrobatch(microbatch, SamplingInputs(self._epoch, number, tasks, released, starts))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
         """The slices that a result is for. ProtocolError where it is not the answer to the microbatch that is due."""
@@ -114,6 +115,8 @@ class InFlight:
         self._sent.popleft()
         if self._sent and self._sent[0].is_lookahead:
             self._sent[0].begun_ns = now_ns
+        if any(row.is_deferred for row in result.rows):
+            return due.slices  # the last stage may have waited
         is_decode = due.decoding == len(due.slices)
         is_scored = any(taken.is_scored for taken in due.slices)
         elapsed_ns = now_ns - due.begun_ns

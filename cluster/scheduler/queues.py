@@ -39,7 +39,7 @@ class SequenceQueues:
         self.running: list[Sequence] = []  # by arrival
         self.waiting: deque[Sequence] = deque()
         self.restoring: list[Sequence] = []  # wait for KV memory from disk
-        self.released: list[int] = []  # keys of sequences whose grammars the last stage may forget
+        self.released: list[int] = []  # keys of sequences whose matchers the last stage may forget
         self.preemptions = 0
         self.cached_tokens = 0  # prompt tokens found in the prefix cache, in all
 

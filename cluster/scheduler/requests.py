@@ -107,6 +107,11 @@ class Timings:
     generated_tokens: int
 
 
+def rate(tokens: int, ns: int) -> float:
+    """Tokens per second; 0 where there was nothing to measure."""
+    return tokens / ns * 1e9 if tokens > 0 and ns > 0 else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
     """How far a prompt is computed, in tokens."""
@@ -126,3 +131,13 @@ class Finished:
 
 
 Event = PromptScored | PromptEmbedded | TokenSampled | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last update of a request whose own row had no answer; others go on."""
+
+    message: str
+
+
+Update = Event | Failed

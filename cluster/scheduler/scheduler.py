@@ -17,8 +17,8 @@ from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
 from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
-from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest
-from llamaclust.cluster.scheduler.sequences import Failed, Phase, Sequence, SequenceSlice, Update
+from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
+from llamaclust.cluster.scheduler.sequences import Phase, Sequence, SequenceSlice
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.strikes import Strikes
@@ -63,8 +63,8 @@ _SHARED, _SHARED_ROWS = 4, 32
 """While another pipeline runs on the same workers, prefill chunks are so many times shorter, have so many rows at most,
 since little is measured yet, and one is in flight: the other pipeline's decode may wait for it at each stage."""
 
-_MAX_GRAMMARS = 32
-"""Answers under a grammar that start in one microbatch: each brings its grammar, which may be large."""
+_MAX_STARTS = 32
+"""Answers whose matchers start in one microbatch: each brings its grammar, which may be large."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -80,16 +80,16 @@ class _PrefillBatch:
     outputs_left: int
     scored_left: int  # of these
     embedded_left: int
-    grammars_left: int = _MAX_GRAMMARS
+    starts_left: int = _MAX_STARTS
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
 
     def add(self, sequence: Sequence, share: int = 1) -> bool:
         """Rows of a sequence, as far as one part in `share` of the rows and outputs that are left goes. False where
         that is none."""
         is_scored = sequence.has_scores_left
-        starts_grammar = sequence.request.needs_matcher and not sequence.has_matcher
-        outputs = self.outputs_left if self.grammars_left or not starts_grammar else 0
-        outputs = min(outputs, self.scored_left) if is_scored else outputs
+        if sequence.lacks_matcher and not self.starts_left:
+            return False
+        outputs = min(self.outputs_left, self.scored_left) if is_scored else self.outputs_left
         outputs = self.embedded_left if sequence.request.embedded is not None else outputs
         rows = sequence.rows_within(max(self.rows_left // share, min(1, self.rows_left)), -(-outputs // share))
         if rows > 0 and sequence.key not in self.slices:
@@ -101,7 +101,7 @@ class _PrefillBatch:
             self.outputs_left -= len(taken.tasks)
             self.scored_left -= len(taken.tasks) if is_scored else 0
             self.embedded_left -= taken.chunk.embedded_rows
-            self.grammars_left -= starts_grammar and taken.is_sampled
+            self.starts_left -= sequence.lacks_matcher
         return rows > 0
 
 

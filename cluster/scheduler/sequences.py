@@ -11,7 +11,7 @@ from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.kv_blocks import BlockTable
 from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.requests import (
-    Event,
+    Failed,
     Finished,
     FinishReason,
     GenerationRequest,
@@ -19,24 +19,14 @@ from llamaclust.cluster.scheduler.requests import (
     PromptScored,
     Timings,
     TokenSampled,
+    Update,
+    rate,
 )
-from llamaclust.core.sampling import GrammarRow, GrammarStart, RowResult, RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampling import MatcherRow, MatcherStart, RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk
 
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The last update of a request whose own row had no answer; others go on."""
-
-    message: str
-
-
-Update = Event | Failed
-
-
-_LATELY = 16
-"""Tokens of an answer after a forced one, in which a further one is likely."""
+_LATELY = 16  # tokens of an answer after a forced one, in which a further one is likely
 
 
 class Phase(Enum):
@@ -103,7 +93,7 @@ class Sequence:
     sampling: int = 0  # tokens that microbatches in flight will choose: 2 at most
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
     phase: Phase = Phase.WAITING
-    has_matcher: bool = False  # the last stage follows its grammar or its reasoning
+    has_matcher: bool = False  # the last stage has been sent what its matcher starts with
     last_forced: int = -_LATELY  # tokens of the answer with the last forced one
     failures: int = 0  # rows without a result since the last result
     overtaken: int = 0  # sequences that started while it was its turn and it did not fit
@@ -136,6 +126,11 @@ class Sequence:
     def counts_results(self) -> bool:
         """Whether results in flight belong to the computation that goes on."""
         return self.phase is not _FINISHED and self.phase is not _DISCARDED
+
+    @property
+    def lacks_matcher(self) -> bool:
+        """Whether the last stage needs what its matcher starts with."""
+        return self.request.needs_matcher and self.max_new_tokens > 0 and not self.has_matcher
 
     @property
     def prompt_length(self) -> int:
@@ -304,20 +299,25 @@ class Sequence:
             dry_window=request.dry_window if with_dry else None,
             breakers=self.breakers.sequences,
             mu=self.mu,
-            grammar=self._grammar_row(),
+            matcher=MatcherRow(self.key, self.generated + unknown) if request.needs_matcher else None,
         )
 
-    def _grammar_row(self) -> GrammarRow | None:
-        request = self.request
-        if not request.needs_matcher:
+    def start_matcher(self) -> MatcherStart | None:
+        """With its first rows: so its matcher is ready when the first token is to be sampled, or soon after."""
+        if not self.lacks_matcher:
             return None
-        answer = None if self.has_matcher else tuple(self.tokens[self.prompt_length :])
-        start = None if answer is None else GrammarStart(request.grammar, answer, request.reasoning)
         self.has_matcher = True
-        return GrammarRow(self.key, self.generated + self._unknown, start, may_force=not request.with_logprobs)
+        request, answer = self.request, tuple(self.tokens[self.prompt_length :])
+        return MatcherStart(self.key, request.grammar, answer, request.reasoning, not request.with_logprobs)
 
     def answered(self, taken: SequenceSlice, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
         """Takes in the results of a part's output rows."""
+        first_row, is_sampled = taken.chunk.position + len(taken.chunk.tokens) - len(rows), taken.is_sampled
+        if is_sampled and rows[-1].is_deferred:
+            self._repeat(taken.chunk)
+            if not (rows := rows[:-1]):
+                return []
+            is_sampled = False
         self.first_ns = self.first_ns or now_ns
         self.last_ns = now_ns
         failure = next((row.failure for row in rows if row.failure is not None), None)
@@ -325,16 +325,14 @@ class Sequence:
             return [Failed(failure)]
         self.failures = 0
         updates: list[Update] = []
-        scored = rows[:-1] if taken.is_sampled else rows
-        if scored:
-            first_row = taken.chunk.position + len(taken.chunk.tokens) - len(rows)
+        if scored := rows[:-1] if is_sampled else rows:
             self.scored = first_row + len(scored)
             updates.append(PromptScored(first_row + 1, scored))
-        if taken.is_sampled:
+        if is_sampled:
             updates += map(TokenSampled, self._append_sampled(taken.chunk, rows[-1]))
             if self.phase is _PREFILL or self.phase is _DECODE:
                 self.phase = _DECODE if self.scheduled >= len(self.tokens) - 1 else _PREFILL
-        if (reason := self._finish_reason(taken.is_sampled)) is not None:
+        if (reason := self._finish_reason(is_sampled)) is not None:
             updates.append(Finished(reason, self.timings()))
         return updates
 
@@ -351,6 +349,13 @@ class Sequence:
         if self.request.embedded is not None and self.embedded == self.request.embedded[1]:
             updates.append(Finished(FinishReason.LENGTH, self.timings()))
         return updates
+
+    def _repeat(self, chunk: Chunk) -> None:
+        """The chunk's last row is computed again, beside others in decode."""
+        self.scheduled = min(self.scheduled, chunk.position + len(chunk.tokens) - 1)
+        self.computed = min(self.computed, self.scheduled)
+        if self.phase is _PREFILL:
+            self.phase = _DECODE
 
     def _append_sampled(self, chunk: Chunk, row: RowResult) -> list[RowResult]:
         """The sampled token and those that must follow it, as far as they are new: a row that was sent before the
@@ -383,18 +388,12 @@ class Sequence:
         """In milliseconds from arrival, as far as it came."""
         started = self.started_ns or self.arrived_ns
         first = self.first_ns or started
-        cached = self.cached_tokens or 0
         return Timings(
             queue_ms=(started - self.arrived_ns) / 1e6,
             ttft_ms=(first - self.arrived_ns) / 1e6,
-            prefill_tok_s=_rate(self.prompt_length - cached, first - started),
-            decode_tok_s=_rate(self.generated - 1, self.last_ns - first),
+            prefill_tok_s=rate(self.prompt_length - (self.cached_tokens or 0), first - started),
+            decode_tok_s=rate(self.generated - 1, self.last_ns - first),
             prompt_tokens=self.prompt_length,
-            cached_tokens=cached,
+            cached_tokens=self.cached_tokens or 0,
             generated_tokens=self.generated,
         )
-
-
-def _rate(tokens: int, ns: int) -> float:
-    """Tokens per second; 0 where there was nothing to measure."""
-    return tokens / ns * 1e9 if tokens > 0 and ns > 0 else 0.0

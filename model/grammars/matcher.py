@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from time import thread_time_ns
 from typing import TypeVar
 
 import numpy as np
@@ -13,10 +12,6 @@ from llamaclust.core.errors import RequestError
 from llamaclust.core.sampling import AllowedTokens, Grammar
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
-
-BUILD_NS = 1_000_000_000
-"""Of a processor, to compile a grammar and take in the tokens of before; both are a fraction of that as a rule. For
-the grammars that are built again in one step together."""
 
 _Computed = TypeVar("_Computed")
 
@@ -41,31 +36,28 @@ def one_line(message: str, most: int = 400) -> str:
     return folded if len(folded) <= most else f"{folded[: most - 3]}..."
 
 
+class LexerUsedUpError(RequestError):
+    """The state is lost; a costly matcher can be brought to it."""
+
+
 class GrammarMatcher:
     """The state of one answer. Methods raise RequestError where the grammar cannot be followed; they release the GIL
     while they work. One thread at a time.
 
     llguidance limits what its lexer may use up between two sets of allowed tokens. These are seldom computed, so where
-    that is used up, the matcher is built again and computes them at each token.
+    that is used up, LexerUsedUpError is raised, and a costly matcher, which computes them at each token, can go on.
     """
 
-    def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary) -> None:
-        self.is_costly = False  # computes the allowed tokens at each token
-        self.build_ns = BUILD_NS  # of a processor, that building again may take
-        self._grammar = grammar
+    def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
+        self.position = 0  # tokens taken in
+        self._is_costly = is_costly
         self._vocabulary = vocabulary
-        self._tokens: list[int] = []  # taken in
         self._native = LLMatcher(vocabulary.native, grammar.definition, log_level=0, limits=limits())
         self._check("the grammar cannot be used")
         self._ended = False
         self._has_choice = False  # `forced` found none that must come next
         self._allowed: AllowedTokens | None = None  # as far as they are computed
         self._waiting = _Triggers(grammar.triggers, vocabulary) if grammar.triggers else None
-
-    @property
-    def position(self) -> int:
-        """Tokens taken in."""
-        return len(self._tokens)
 
     @property
     def is_free(self) -> bool:
@@ -136,7 +128,7 @@ class GrammarMatcher:
         return allowed is None or bool(allowed[token // 32] >> token % 32 & 1)
 
     def _add(self, token: int) -> None:
-        self._tokens.append(token)
+        self.position += 1
         self._has_choice, self._allowed = False, None
 
     def _allows(self, token: int) -> bool:
@@ -152,31 +144,14 @@ class GrammarMatcher:
         return self._consumes(token)
 
     def _consumes(self, token: int) -> bool:
-        if self.is_costly:
+        if self._is_costly:
             self.allowed()
         return self._native.try_consume_tokens([token]) == 1
 
     def _computed(self, compute: Callable[[], _Computed]) -> _Computed:
-        """Where its lexer's limit is used up, by the matcher that is built again."""
         computed = compute()
-        if self._native.is_error() and not self.is_costly:
-            self._build_again()
-            computed = compute()
-        self._check("the grammar became too complex")
+        self._check("the grammar became too complex", RequestError if self._is_costly else LexerUsedUpError)
         return computed
-
-    def _build_again(self) -> None:
-        """The same state, computed with all allowed tokens. RequestError where that takes more than `build_ns`."""
-        self.is_costly = True
-        end_ns, left_ms = thread_time_ns() + self.build_ns, max(0, self.build_ns) // 1_000_000
-        what = f"{self.position} tokens that are computed again take more than the {left_ms} ms left for that"
-        _check_time(end_ns, what)
-        again = GrammarMatcher(self._grammar, self._vocabulary)
-        again.is_costly = True
-        for token in self._tokens:
-            _check_time(end_ns, what)
-            again.take((token,))
-        self._native, self._waiting, self._ended = again._native, again._waiting, again._ended
 
     def _await_trigger(self, token: int) -> None:
         assert self._waiting is not None
@@ -186,14 +161,9 @@ class GrammarMatcher:
                 return
             self._native.reset()
 
-    def _check(self, what: str) -> None:
+    def _check(self, what: str, error: type[RequestError] = RequestError) -> None:
         if self._native.is_error():
-            raise RequestError(f"{what}: {one_line(self._native.get_error())}")
-
-
-def _check_time(end_ns: int, what: str) -> None:
-    if thread_time_ns() >= end_ns:
-        raise RequestError(f"the grammar became too complex: {what}")
+            raise error(f"{what}: {one_line(self._native.get_error())}")
 
 
 def _end_only(vocabulary: GrammarVocabulary) -> AllowedTokens:

@@ -7,9 +7,9 @@ from itertools import chain
 
 import numpy as np
 
-from llamaclust.core.sampling import AllowedTokens, GrammarStart, Reasoning
+from llamaclust.core.sampling import AllowedTokens, MatcherStart, Reasoning
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
-from llamaclust.model.grammars.matcher import BUILD_NS, GrammarMatcher
+from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.reasoning import ReasoningState
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
@@ -34,19 +34,6 @@ class ReasoningMatcher:
         """Whether nothing but one token, or the answer's end, is allowed."""
         grammar = self._ruling
         return self._state.forced is not None or (grammar is not None and grammar.is_complete)
-
-    @property
-    def is_costly(self) -> bool:
-        return self._grammar is not None and self._grammar.is_costly
-
-    @property
-    def build_ns(self) -> int:
-        return BUILD_NS if self._grammar is None else self._grammar.build_ns
-
-    @build_ns.setter
-    def build_ns(self, value: int) -> None:
-        if self._grammar is not None:
-            self._grammar.build_ns = value
 
     def take(self, tokens: Iterable[int]) -> None:
         """The next tokens of the answer: sampled and forced ones. RequestError for one that breaks the grammar."""
@@ -124,9 +111,11 @@ class ReasoningMatcher:
         return bits
 
 
-def answer_matcher(start: GrammarStart, vocabulary: GrammarVocabulary) -> GrammarMatcher | ReasoningMatcher:
-    """Of an answer at its beginning. RequestError for a grammar that cannot be used."""
-    grammar = None if start.grammar is None else GrammarMatcher(start.grammar, vocabulary)
+def answer_matcher(
+    start: MatcherStart, vocabulary: GrammarVocabulary, *, is_costly: bool = False
+) -> GrammarMatcher | ReasoningMatcher:
+    """Of an answer at its beginning, whatever tokens it starts with. RequestError for a grammar that cannot be used."""
+    grammar = None if start.grammar is None else GrammarMatcher(start.grammar, vocabulary, is_costly=is_costly)
     if start.reasoning is not None:
         return ReasoningMatcher(start.reasoning, grammar, vocabulary)
     assert grammar is not None, "an answer without a grammar has reasoning to follow"

@@ -11,8 +11,10 @@ import pytest
 
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.core.sampling import Grammar, SamplingParams
+from llamaclust.core.sampling import AllowedTokens, Grammar, MatcherRow, SamplingParams
 from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
+from llamaclust.worker.stage.matched_answer import MatchedAnswer
 from support.clusters.recovering import CONTEXT, Answer, answer_of, config, model_in, recovering, undisturbed
 from support.models.random_schemas import random_schema
 from support.seed import SEED
@@ -88,6 +90,34 @@ async def test_preemption_in_the_middle_of_an_answer_changes_nothing(model: Path
         answering = [answer_of(service._engine.submit(request), preempt) for request in requests(SEED)]
         assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
         assert service._engine.counts.preemptions > 5
+
+
+async def test_deferred_rows_and_matchers_that_are_made_again_change_nothing(
+    model: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fifth of the rows find no matcher, and those of as many answers use up their lexers."""
+    source, begin, try_take, deferred = Random(SEED), MatchedAnswer.begin, GrammarMatcher.try_take, count(1)
+
+    def begin_late(answer: MatchedAnswer, row: MatcherRow) -> bool:
+        if not answer.is_waited_for and source.random() > 1 / 5:
+            return begin(answer, row)
+        is_due = answer.is_waited_for and source.random() > 1 / 2
+        answer.is_waited_for = True
+        next(deferred)
+        return is_due and begin(answer, row)
+
+    def use_up(matcher: GrammarMatcher, token: int) -> AllowedTokens | None:
+        if not matcher._is_costly and source.random() < 1 / 100:
+            raise LexerUsedUpError("used up")
+        return try_take(matcher, token)
+
+    monkeypatch.setattr(MatchedAnswer, "begin", begin_late)
+    monkeypatch.setattr(GrammarMatcher, "try_take", use_up)
+    client = LocalClient(model, threads=1, settings=LocalSettings(context_length=CONTEXT))
+    async with client._stage.serve() as service:
+        answering = [answer_of(service._engine.submit(request)) for request in requests(SEED)]
+        assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
+    assert next(deferred) > 50
 
 
 async def test_tokens_are_the_same_with_and_without_forced_ones(model: Path, expected: list[Answer]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from math import nan
+
 import pytest
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
 from llamaclust.core.sampling import (
     Grammar,
-    GrammarRow,
-    GrammarStart,
+    MatcherRow,
+    MatcherStart,
     Reasoning,
     RowResult,
     SampleTask,
@@ -21,15 +23,16 @@ from llamaclust.wire.microbatch.codec import decode_inputs, decode_result, encod
 from llamaclust.wire.microbatch.messages import Result, SamplingInputs
 
 
-def constrained(key: int, place: int, grammar: Grammar | None = None, tokens: tuple[int, ...] = ()) -> SampleTask:
-    start = None if grammar is None else GrammarStart(grammar, tokens)
-    row = GrammarRow(key, place, start, may_force=key % 2 == 0)
-    return SampleTask(SamplingParams(), 1, 0, 9, grammar=row)
+def starts(*starts: MatcherStart) -> SamplingInputs:
+    return SamplingInputs(1, 0, (), starts=starts)
 
 
-def reasons(reasoning: Reasoning | None, grammar: Grammar | None = None) -> SampleTask:
-    row = GrammarRow(1, 2, GrammarStart(grammar, (5, 6), reasoning))
-    return SampleTask(SamplingParams(), 1, 0, 9, grammar=row)
+def reasons(reasoning: Reasoning | None, grammar: Grammar | None = None) -> SamplingInputs:
+    return starts(MatcherStart(1, grammar, (5, 6), reasoning))
+
+
+def row(key: int, position: int) -> SampleTask:
+    return SampleTask(SamplingParams(), 1, 0, 9, matcher=MatcherRow(key, position))
 
 
 @pytest.mark.parametrize("grammar", [None, Grammar("x")])
@@ -42,29 +45,30 @@ def reasons(reasoning: Reasoning | None, grammar: Grammar | None = None) -> Samp
     ],
 )
 def test_reasoning_arrives_as_it_was_sent(reasoning: Reasoning, grammar: Grammar | None) -> None:
-    inputs = SamplingInputs(1, 0, (reasons(reasoning, grammar),))
+    inputs = reasons(reasoning, grammar)
     assert decode_inputs(encode_inputs(inputs)) == inputs
 
 
 def test_grammars_arrive_as_they_were_sent_and_equal_ones_are_sent_once() -> None:
     free, lazy = Grammar("x" * 1000), Grammar("y", ("<call>", "é"))
-    tasks = (constrained(1, 0, free), constrained(2, 3, lazy, (5, 6, 7)), constrained(3, 9), constrained(4, 0, free))
-    data = encode_inputs(SamplingInputs(1, 0, tasks, (7, 8)))
-    assert decode_inputs(data) == SamplingInputs(1, 0, tasks, (7, 8))
+    started = MatcherStart(1, free), MatcherStart(2, lazy, (5, 6, 7), may_force=True), MatcherStart(4, free)
+    inputs = SamplingInputs(1, 0, (row(1, 0), row(3, 9)), (7, 8), started)
+    data = encode_inputs(inputs)
+    assert decode_inputs(data) == inputs
     assert data.count(b"x" * 1000) == 1
-    result = Result(1, 0, (RowResult(3, -1.0, forced=(4, 5)),))
+    result = Result(1, 0, (RowResult(3, -1.0, forced=(4, 5)), RowResult(-1, nan, is_deferred=True)))
     assert decode_result(encode_result(result)) == result
 
 
 @pytest.mark.parametrize(
-    "task",
+    "inputs",
     [
-        constrained(1, MAX_CONTEXT_TOKENS + 1),
-        constrained(1, 0, Grammar("")),
-        constrained(1, 0, Grammar("x" * (MAX_GRAMMAR_BYTES + 1))),
-        constrained(1, 0, Grammar("x", ("t",) * 65)),
-        constrained(1, 0, Grammar("x", ("t" * 1025,))),
-        constrained(1, 0, Grammar("x"), (MAX_VOCABULARY,)),
+        SamplingInputs(1, 0, (row(1, MAX_CONTEXT_TOKENS + 1),)),
+        starts(MatcherStart(1, Grammar(""))),
+        starts(MatcherStart(1, Grammar("x" * (MAX_GRAMMAR_BYTES + 1)))),
+        starts(MatcherStart(1, Grammar("x", ("t",) * 65))),
+        starts(MatcherStart(1, Grammar("x", ("t" * 1025,)))),
+        starts(MatcherStart(1, Grammar("x"), (MAX_VOCABULARY,))),
         reasons(None),
         reasons(Reasoning((), ("b",))),
         reasons(Reasoning(("a",), ())),
@@ -76,15 +80,13 @@ def test_grammars_arrive_as_they_were_sent_and_equal_ones_are_sent_once() -> Non
         reasons(Reasoning(("a",), ("b",), (1,), MAX_CONTEXT_TOKENS + 1)),
     ],
 )
-def test_grammars_out_of_bounds_are_refused(task: SampleTask) -> None:
+def test_grammars_out_of_bounds_are_refused(inputs: SamplingInputs) -> None:
     with pytest.raises(ProtocolError):
-        decode_inputs(encode_inputs(SamplingInputs(1, 0, (task,))))
+        decode_inputs(encode_inputs(inputs))
 
 
 def test_a_grammar_that_is_not_in_the_message_is_refused() -> None:
-    message = sampling_pb2.SamplingInputs.FromString(
-        encode_inputs(SamplingInputs(1, 0, (constrained(1, 0, Grammar("x")),)))
-    )
+    message = sampling_pb2.SamplingInputs.FromString(encode_inputs(starts(MatcherStart(1, Grammar("x")))))
     message.ClearField("grammars")
     with pytest.raises(ProtocolError, match="grammar is 0"):
         decode_inputs(message.SerializeToString())

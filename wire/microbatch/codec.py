@@ -16,12 +16,12 @@ from llamaclust.core.bounds import bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
-from llamaclust.core.sampling import Grammar, RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
-from llamaclust.wire.microbatch.grammars import grammar_in, grammar_out, grammar_row_in, grammar_row_out
+from llamaclust.wire.microbatch.matchers import matcher_row_in, matcher_row_out, starts_in, starts_out
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 
 MAX_MICROBATCH_BYTES = 1 << 23
@@ -122,18 +122,16 @@ def _table(numbers: Sequence[int]) -> tuple[int, ...]:
 def encode_inputs(inputs: SamplingInputs) -> bytes:
     message = sampling_proto.SamplingInputs(epoch=inputs.epoch, number=inputs.number)
     message.released.extend(inputs.released)
-    grammars: dict[Grammar, int] = {}
+    starts_out(inputs.starts, message)
     for task in inputs.tasks:
         if isinstance(task, SampleTask):
-            row = None if task.grammar is None else grammar_row_out(task.grammar, grammars)
-            message.tasks.add(sample=_sample_out(task, row))
+            message.tasks.add(sample=_sample_out(task))
         else:
             message.tasks.add(score=sampling_proto.ScoreTask(token=task.token, top_logprobs=task.top_logprobs))
-    message.grammars.extend(map(grammar_out, grammars))
     return message.SerializeToString()
 
 
-def _sample_out(task: SampleTask, grammar: sampling_proto.GrammarRow | None) -> sampling_proto.SampleTask:
+def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
     return sampling_proto.SampleTask(
         params=(_biased_params_out if task.params.logit_bias else _plain_params_out)(task.params),
         seed=task.seed,
@@ -147,7 +145,7 @@ def _sample_out(task: SampleTask, grammar: sampling_proto.GrammarRow | None) -> 
         dry_window=task.dry_window,
         breakers=[sampling_proto.TokenSequence(tokens=tokens) for tokens in task.breakers],
         mu=task.mu,
-        grammar=grammar,
+        matcher=None if task.matcher is None else matcher_row_out(task.matcher),
     )
 
 
@@ -179,22 +177,21 @@ def decode_inputs(data: bytes) -> SamplingInputs:
     message = parse(sampling_proto.SamplingInputs, data, MAX_INPUTS_BYTES)
     bounded("tasks", len(message.tasks), 0, limits.MAX_BATCH_TOKENS)
     bounded("released", len(message.released), 0, MAX_RELEASED)
-    grammars = [grammar_in(grammar) for grammar in message.grammars]
-    tasks = tuple(_task(task, grammars) for task in message.tasks)
-    return SamplingInputs(message.epoch, message.number, tasks, tuple(message.released))
+    tasks = tuple(map(_task, message.tasks))
+    return SamplingInputs(message.epoch, message.number, tasks, tuple(message.released), starts_in(message))
 
 
-def _task(message: sampling_proto.RowTask, grammars: Sequence[Grammar]) -> RowTask:
+def _task(message: sampling_proto.RowTask) -> RowTask:
     match message.WhichOneof("task"):
         case "sample":
-            return _sample_in(message.sample, grammars)
+            return _sample_in(message.sample)
         case "score":
             return ScoreTask(_token(message.score.token), _top(message.score.top_logprobs))
         case _:
             raise ProtocolError("a row task of a kind that this version does not know")
 
 
-def _sample_in(message: sampling_proto.SampleTask, grammars: Sequence[Grammar]) -> SampleTask:
+def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
     bounded("history", len(message.history), 0, limits.MAX_CONTEXT_TOKENS)
     bounded("suppressed", len(message.suppressed), 0, limits.MAX_VOCABULARY)
     params = message.params
@@ -211,7 +208,7 @@ def _sample_in(message: sampling_proto.SampleTask, grammars: Sequence[Grammar]) 
         _window("dry_window", message),
         _breakers(message.breakers),
         _mu(message.mu),
-        grammar_row_in(message.grammar, grammars) if message.HasField("grammar") else None,
+        matcher_row_in(message.matcher) if message.HasField("matcher") else None,
     )
 
 
@@ -299,6 +296,9 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
     if row.failure is not None:
         to.failure = one_line(row.failure)
         return
+    if row.is_deferred:
+        to.is_deferred = True
+        return
     to.chosen.token, to.chosen.logprob = row.token, row.logprob
     if row.top_logprobs:
         tokens, logprobs = zip(*row.top_logprobs, strict=True)
@@ -334,6 +334,8 @@ def _floats(what: str, data: bytes) -> bytes:
 def _row(message: sampling_proto.RowResult) -> RowResult:
     if message.HasField("failure"):
         return RowResult(-1, math.nan, failure=line("failure", message.failure))
+    if message.is_deferred:
+        return RowResult(-1, math.nan, is_deferred=True)
     mu = _mu(message.mu) if message.HasField("mu") else None
     bounded("forced tokens", len(message.forced), 0, MAX_FORCED_TOKENS)
     forced = _tokens(message.forced)

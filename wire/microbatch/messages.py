@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling import RowResult, RowTask
+from llamaclust.core.sampling import MatcherStart, RowResult, RowTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,14 @@ class Microbatch:
 class SamplingInputs:
     """What the last stage does with the output rows of microbatch (epoch, number), one task a row, in row order.
 
-    Before that it forgets the grammars of answers that `released` names.
+    Before that it forgets the matchers of answers that `released` names. Of `starts` it makes matchers meanwhile.
     """
 
     epoch: int
     number: int
     tasks: tuple[RowTask, ...]
     released: tuple[int, ...] = ()  # keys of answers that have ended, or wait
+    starts: tuple[MatcherStart, ...] = ()  # of answers whose rows are in this microbatch or in later ones
 
 
 @dataclass(frozen=True, slots=True)

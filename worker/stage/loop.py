@@ -86,7 +86,7 @@ class StageLoop:
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
-        runner.grammars.clear()
+        runner.matchers.clear()
         self.dependencies = Dependencies(epoch, deadlines.sampling_inputs_s)
         self._tokens = self.dependencies.tokens
         self._epoch = epoch
@@ -150,7 +150,7 @@ class StageLoop:
     def put_inputs(self, inputs: SamplingInputs) -> None:
         """ProtocolError for inputs out of turn."""
         self.dependencies.put_inputs(inputs)
-        self.runner.grammars.receive(inputs)
+        self.runner.matchers.receive(inputs)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
         """Returns when the next microbatch may begin: with the answer, or while the thread computes it.
@@ -165,7 +165,7 @@ class StageLoop:
                 answered.set_result(self._failed(arrival, arrival.frame.failure))
             elif program.is_first and program.is_last and newest_dependency(microbatch) is not None:
                 inputs = await self.dependencies.inputs(microbatch)
-                await self.runner.grammars.ready(inputs)
+                await self.runner.matchers.ready(inputs)
                 return self._compute.queue(partial(self._whole_step, arrival, inputs))
             else:
                 answered.set_result(await self._step(arrival))
@@ -200,7 +200,7 @@ class StageLoop:
         if not program.is_last:
             return Answer(encode_hidden(arrival.frame.header, self._timings(arrival, queue_ns, compute_ns), out))
         inputs = self._tokens.fill_inputs(await self.dependencies.inputs(microbatch), microbatch)
-        await self.runner.grammars.ready(inputs)
+        await self.runner.matchers.ready(inputs)
         kind = ("finish", size, microbatch.embedded_rows.bit_length())
         outputs, _, finish_ns = await self._timed(kind, partial(self._finish, microbatch, out, inputs))
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)

@@ -25,7 +25,7 @@ from llamaclust.model.program import Program
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.batches import build_batch, embedded_rows
-from llamaclust.worker.stage.grammars import StageGrammars
+from llamaclust.worker.stage.matchers import StageMatchers
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class StageRunner:
         self._vocabulary = model.hyperparameters.vocabulary_size
         self._sampler = Sampler(self._vocabulary, options.feature_level, options.threads) if program.is_last else None
         vocabulary = partial(_grammar_vocabulary, model.file.metadata, self._vocabulary)
-        self.grammars = StageGrammars(vocabulary, limits.max_sequences)
+        self.matchers = StageMatchers(vocabulary, limits.max_sequences)
         self._stage = backend.load(program, model.tensors_for(program), limits, options.progress or (lambda _: None))
         stage = self._stage
         self.memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
@@ -146,15 +146,15 @@ class StageRunner:
         assert self._sampler is not None, "only a last stage has logits"
         if len(inputs.tasks) != len(logits):
             raise ProtocolError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
-        tasks = self.grammars.begin(inputs)
+        tasks = self.matchers.begin(inputs)
         if not tasks:
             return ()
-        rows, refused = self.grammars.take(self._sampler.run(logits, tasks))
+        rows, refused = self.matchers.take(self._sampler.run(logits, tasks))
         if refused:
             again = tuple(second_draw(tasks[place]) for place in refused)
             allowed = tuple(refused.values())
             for place, row in zip(refused, self._sampler.run(logits[[*refused]], again, allowed), strict=True):
-                rows[place] = self.grammars.take_again(place, row)
+                rows[place] = self.matchers.take_again(place, row)
         return tuple(rows)
 
     @property
@@ -182,5 +182,5 @@ class StageRunner:
 
     def close(self) -> None:
         """Frees weights and KV memory."""
-        self.grammars.close()
+        self.matchers.close()
         self._stage.close()

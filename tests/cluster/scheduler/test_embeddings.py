@@ -9,9 +9,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from llamaclust.cluster.scheduler.requests import Finished, FinishReason, GenerationRequest
+from llamaclust.cluster.scheduler.requests import Failed, Finished, FinishReason, GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
-from llamaclust.cluster.scheduler.sequences import Failed
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.microbatch.messages import Microbatch, Result

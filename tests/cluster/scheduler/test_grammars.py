@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import nan
+from random import Random
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.sampling import Grammar, GrammarRow, GrammarStart, RowResult, SampleTask
-from llamaclust.wire.microbatch.messages import Result, SamplingInputs
-from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, linear
+from llamaclust.core.sampling import Grammar, MatcherRow, MatcherStart, RowResult, RowTask, SampleTask, SamplingParams
+from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
+from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+from support.seed import SEED
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=512, kv_blocks=128)
 GRAMMAR = Grammar('{"grammars": []}')
@@ -25,21 +28,25 @@ def simulated(hop_us: float = 100) -> Simulation:
     return Simulation(Scheduler(SETTINGS, epoch=1, stages=1), fake)
 
 
-def rows_of(inputs: SamplingInputs) -> list[GrammarRow]:
-    return [task.grammar for task in inputs.tasks if isinstance(task, SampleTask) and task.grammar is not None]
+def rows_of(inputs: SamplingInputs) -> list[MatcherRow]:
+    return [task.matcher for task in inputs.tasks if isinstance(task, SampleTask) and task.matcher is not None]
 
 
-def test_a_grammar_is_sent_with_the_first_row_and_released_at_the_end() -> None:
+def test_a_grammar_is_sent_with_the_first_tokens_and_released_at_the_end() -> None:
+    """Before the row that is sampled, where the prompt takes several microbatches."""
     run = simulated()
+    run.scheduler.settings = replace(SETTINGS, max_batch_tokens=8, max_sequences=4)
     key = run.add(generation("a"))
     run.finish()
+    starts = [sent.inputs.starts for sent in run.microbatches]
+    assert starts == [(MatcherStart(key, GRAMMAR, may_force=True),)] + [()] * (len(starts) - 1)
+    assert not run.microbatches[0].inputs.tasks
     rows = [row for sent in run.microbatches for row in rows_of(sent.inputs)]
-    assert [row.start for row in rows] == [GrammarStart(GRAMMAR, ())] + [None] * (len(rows) - 1)
     assert [row.position for row in rows] == list(range(len(rows))), "known or not, each row has the next place"
     assert {row.key for row in rows} == {key}
     run.add(generation("b"))
     run.step()
-    assert run.microbatches[len(rows)].inputs.released == (key,)
+    assert run.microbatches[len(starts)].inputs.released == (key,)
 
 
 def test_a_preempted_answer_starts_again_from_its_tokens() -> None:
@@ -51,9 +58,8 @@ def test_a_preempted_answer_starts_again_from_its_tokens() -> None:
     run.scheduler.queues.preempt(run.scheduler.queues.running[0])
     run.finish()
     tokens = tuple(row.token for row in run.rows(key))
-    starts = [row for sent in run.microbatches[before:] for row in rows_of(sent.inputs) if row.start is not None]
-    (again,) = starts
-    assert again.start == GrammarStart(GRAMMAR, tokens[: again.position]) and again.position >= 10
+    (again,) = [start for sent in run.microbatches[before:] for start in sent.inputs.starts]
+    assert again == MatcherStart(key, GRAMMAR, tokens[: len(again.tokens)], may_force=True) and len(again.tokens) >= 10
     assert any(sent.inputs.released == (key,) for sent in run.microbatches[before:])
 
 
@@ -64,7 +70,7 @@ def test_few_grammars_start_in_one_microbatch() -> None:
     for number in range(50):
         run.add(generation(f"{number}", 2))
     run.finish()
-    starts = [sum(row.start is not None for row in rows_of(sent.inputs)) for sent in run.microbatches]
+    starts = [len(sent.inputs.starts) for sent in run.microbatches]
     assert sum(starts) == 50 and max(starts) <= 32
 
 
@@ -77,6 +83,69 @@ def answer(scheduler: Scheduler, token: int, forced: tuple[int, ...] = ()) -> li
     return [update.row for update in updates if isinstance(update, TokenSampled)]
 
 
+class DeferringModel(FakeModel):
+    """Its matchers are not ready for a third of the rows; what was sent behind one of these is deferred as well."""
+
+    def __init__(self, kv_blocks: int, source: Random) -> None:
+        super().__init__(kv_blocks)
+        self.deferred = 0
+        self.deferred_ahead = 0
+        self._source = source
+        self._due: dict[int, int] = {}  # positions of rows that were deferred, by key
+
+    def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        rows = super().run(microbatch, inputs)
+        return tuple(self._result(task, row) for task, row in zip(inputs.tasks, rows, strict=True))
+
+    def _result(self, task: RowTask, row: RowResult) -> RowResult:
+        if not isinstance(task, SampleTask) or task.matcher is None:
+            return row
+        key, position = task.matcher.key, task.matcher.position
+        is_ahead = self._due.get(key, position) < position
+        if not is_ahead and self._source.random() > 1 / 3:
+            self._due.pop(key, None)
+            return row
+        self._due.setdefault(key, position)
+        self.deferred += 1
+        self.deferred_ahead += is_ahead
+        return RowResult(-1, nan, is_deferred=True)
+
+
+def test_deferred_rows_are_computed_again_and_change_nothing() -> None:
+    """Also with rows that were sent ahead, preemption, scored prompts, the prefix cache, and all that is sampled."""
+    settings = replace(SETTINGS, max_batch_tokens=24, max_sequences=6, kv_blocks=24)
+    deferred = ahead = preemptions = 0
+    for seed in range(SEED, SEED + 12):
+        source = Random(seed)
+        requests = [
+            GenerationRequest(
+                str(number),
+                (*range(1, 20), *(source.randrange(VOCABULARY) for _ in range(source.randrange(20)))),
+                source.randrange(1, 120),
+                source.choice([SamplingParams(repetition_penalty=1.1), SamplingParams()]),
+                seed=number,
+                stop_token_ids=frozenset({7, 8}),
+                grammar=source.choice([GRAMMAR, GRAMMAR, None]),
+                score_from=source.choice([None, 5]),
+            )
+            for number in range(source.randrange(1, 9))
+        ]
+        model = DeferringModel(settings.kv_blocks, source)
+        fake = FakeStages(model, [linear(100, 1)] * 2, 3_000_000)
+        run = Simulation(Scheduler(settings, epoch=1, stages=2), fake)
+        keys = [run.add(request) for request in requests]
+        while run.step():
+            if (running := run.scheduler.queues.running) and source.random() < 0.02:
+                run.scheduler.queues.preempt(running[-1])
+        for key, request in zip(keys, requests, strict=True):
+            rows, scored, _ = expected(request, settings.context_length)
+            assert (run.rows(key), run.scores(key)) == (rows, scored), f"seed {seed}, request {request.request_id}"
+        assert not run.scheduler.sequences and not run.scheduler.counts.kv_blocks_held
+        deferred, ahead = deferred + model.deferred, ahead + model.deferred_ahead
+        preemptions += run.scheduler.counts.preemptions
+    assert deferred > 100 and ahead > 0 and preemptions > 0
+
+
 def test_forced_tokens_are_computed_together() -> None:
     scheduler = Scheduler(SETTINGS, epoch=1, stages=1)
     scheduler.add(generation("a"), 1)
@@ -86,7 +155,7 @@ def test_forced_tokens_are_computed_together() -> None:
     following = scheduler.next_microbatch(2)
     assert following is not None
     assert following.microbatch.chunks[0].tokens == (5, 6, 7)
-    assert rows_of(following.inputs) == [GrammarRow(1, 3, None, may_force=True)]
+    assert rows_of(following.inputs) == [MatcherRow(1, 3)]
 
 
 def test_forced_tokens_end_where_the_request_does() -> None:

@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from llamaclust.core.errors import RequestError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
-from llamaclust.model.grammars.matcher import GrammarMatcher
+from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ from support.seed import SEED
 
 SIZE = 330
 BYTES = GrammarVocabulary([*(bytes([byte]) for byte in range(256)), b"\xff<end>"], [256], lambda text: [*text.encode()])
+ABC = definitions.of_regex("[ab]c[de]", "guided_regex")
 
 
 @pytest.fixture(scope="module", params=[sentencepiece, byte_level])
@@ -112,25 +113,35 @@ def test_a_grammar_too_costly_without_its_allowed_tokens_is_followed_with_them()
     schema = {"type": "string", "pattern": r"^(?:\S+\s+){0,29}\S+$", "maxLength": 400}
     grammar = definitions.of_schema(schema, "json_schema")
     text = b'"the quick brown fox jumps over the lazy dog again and again, and once more"'
-    seldom, always, again = (GrammarMatcher(grammar, BYTES) for _ in range(3))
+    seldom, always, costly = GrammarMatcher(grammar, BYTES), GrammarMatcher(grammar, BYTES), _costly(grammar)
     seldom.allowed()
+    with pytest.raises(LexerUsedUpError, match="the grammar became too complex"):
+        for token in text:
+            seldom.try_take(token)
     for token in text:
-        assert always.try_take(token) is None and seldom.try_take(token) is None
+        assert always.try_take(token) is None
         allowed = token_set(always.allowed())
-    again.take(text)
-    assert seldom.is_costly and not always.is_costly
-    assert token_set(seldom.allowed()) == token_set(again.allowed()) == allowed == {256}
+    costly.take(text)
+    assert token_set(costly.allowed()) == allowed == {256}
 
 
-def test_forced_tokens_are_computed_again_where_the_lexer_is_used_up() -> None:
-    matcher = GrammarMatcher(definitions.of_regex("[ab]c[de]", "guided_regex"), BYTES)
-    matcher.take(b"a")
-    used_up = matcher._native = Mock()
-    used_up.compute_ff_tokens.return_value = []
-    used_up.is_error.return_value = True
-    assert matcher.forced() == [*b"c"] and matcher.is_costly
-    used_up.compute_ff_tokens.assert_called_once_with()
-    assert token_set(matcher.allowed()) == {*b"de"}
+def _costly(grammar: Grammar) -> GrammarMatcher:
+    return GrammarMatcher(grammar, BYTES, is_costly=True)
+
+
+def test_a_costly_matcher_whose_lexer_is_used_up_fails_for_good() -> None:
+    matcher, costly = GrammarMatcher(ABC, BYTES), _costly(ABC)
+    for each in (matcher, costly):
+        each.take(b"a")
+        each._native = Mock()
+        each._native.compute_ff_tokens.return_value = []
+        each._native.is_error.return_value = True
+        each._native.get_error.return_value = "fuel"
+    with pytest.raises(LexerUsedUpError, match="too complex: fuel"):
+        matcher.forced()
+    with pytest.raises(RequestError, match="too complex: fuel") as failure:
+        costly.forced()
+    assert not isinstance(failure.value, LexerUsedUpError)
 
 
 def _copy(matcher: GrammarMatcher) -> GrammarMatcher:

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from llamaclust.core.errors import RequestError
-from llamaclust.core.sampling import Grammar, GrammarStart, Reasoning
+from llamaclust.core.sampling import Grammar, MatcherStart, Reasoning
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher
@@ -166,7 +166,7 @@ def test_tags_are_found_however_tokens_divide_them(seed: int) -> None:
 
 
 def matcher(settings: Reasoning, grammar: Grammar | None = None) -> ReasoningMatcher:
-    made = answer_matcher(GrammarStart(grammar, (), settings), VOCABULARY)
+    made = answer_matcher(MatcherStart(1, grammar, (), settings), VOCABULARY)
     assert isinstance(made, ReasoningMatcher)
     return made
 
@@ -239,7 +239,7 @@ class CountedWords(list[bytes]):
 def test_a_vocabulary_is_read_once_for_a_tag_and_not_while_tokens_are_sampled() -> None:
     words = CountedWords(WORDS)
     vocabulary = GrammarVocabulary(words, [len(WORDS) - 1], lambda text: [*text.encode()])
-    start = GrammarStart(JSON, (), reasoning(None, delays=True))
+    start = MatcherStart(1, JSON, (), reasoning(None, delays=True))
     first = answer_matcher(start, vocabulary)
     first.take(ids("ab</t"))
     words.reads = 0
@@ -316,4 +316,4 @@ def test_random_answers_can_be_built_again(seed: int) -> None:
 
 
 def test_a_plain_grammar_has_its_own_matcher() -> None:
-    assert isinstance(answer_matcher(GrammarStart(JSON, ()), VOCABULARY), GrammarMatcher)
+    assert isinstance(answer_matcher(MatcherStart(1, JSON, ()), VOCABULARY), GrammarMatcher)

@@ -22,9 +22,9 @@ from llamaclust.cluster.scheduler.requests import (
     PromptEmbedded,
     PromptScored,
     TokenSampled,
+    Update,
 )
 from llamaclust.cluster.scheduler.scheduler import Scheduler
-from llamaclust.cluster.scheduler.sequences import Update
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming

@@ -1,0 +1,180 @@
+"""One answer that its matcher follows at the last stage."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from math import nan
+from time import monotonic, thread_time_ns
+from typing import Final
+
+from llamaclust.core.errors import LlamaclustError, ProtocolError, RequestError
+from llamaclust.core.sampling import AllowedTokens, MatcherRow, MatcherStart, RowResult
+from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
+from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer_matcher
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+
+STEP_NS: Final = 200_000_000
+"""Of a processor, for all rows of a step. A sign of life waits for no more than this. See StepTime."""
+_READY_S: Final = 60.0
+"""Matchers are made in a fraction of a second: this is for a machine that is very busy."""
+_BUILD_NS: Final = 1_000_000_000
+"""Of a processor, to compile a grammar and take in the tokens of before; both are a fraction of that as a rule."""
+_TOKEN_NS: Final = 100_000_000
+"""Of a processor, for one token; large schemas take a tenth of that."""
+_TOKENS_AT_ONCE: Final = 64
+
+DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StepTime:
+    """What the rows of one step may still use. Then only rows whose tokens took at most their share go on."""
+
+    share_ns: int
+    left_ns: int = STEP_NS
+
+    def is_over(self, expected_ns: int) -> bool:
+        return self.left_ns <= 0 and expected_ns > self.share_ns
+
+
+class MatchedAnswer:
+    """Used by the thread that makes its matcher until `ready` is done, then by the stage."""
+
+    def __init__(self, start: MatcherStart) -> None:
+        self.rule = "the budget of reasoning" if start.grammar is None else "the grammar"
+        self.ready: Future[None] = Future()
+        self.is_waited_for = False  # a row of it was deferred
+        self._received_s = monotonic()
+        self._failure: str | None = None  # why it cannot be followed
+        self._start = start
+        self._tokens = list(start.tokens)  # that the matcher has taken in
+        self._matcher: GrammarMatcher | ReasoningMatcher | None = None
+        self._forced: list[int] = []  # the newest of its tokens: those that had to follow
+        self._is_refused = False  # the row's token: it is sampled again
+        self._is_costly = False  # its matcher, see GrammarMatcher
+        self._expected_ns = 0  # of the next token, by those before
+
+    # -- the thread that makes matchers ----------------------------------------------------------------------------
+
+    def make_matcher(self, vocabulary: GrammarVocabulary) -> None:
+        """Brings a matcher to the answer's tokens. Errors are the answer's."""
+        try:
+            try:
+                self._make_matcher(vocabulary)
+            except LexerUsedUpError:
+                self._is_costly = True
+                self._make_matcher(vocabulary)
+        except Exception as error:  # noqa: BLE001  a border: one answer fails
+            self.fail(error)
+
+    def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
+        """Tokens are forced at an answer's beginning alone: later ones came with the token before them, or are
+        sampled."""
+        end_ns = thread_time_ns() + _BUILD_NS
+        matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
+        for place in range(0, len(tokens), _TOKENS_AT_ONCE):
+            matcher.take(tokens[place : place + _TOKENS_AT_ONCE])
+            if thread_time_ns() > end_ns:
+                raise RequestError(f"{self.rule} is too complex: its {len(tokens)} tokens take more than 1 s")
+            if self._failure is not None:  # it was late
+                return
+        if self._start.may_force and not tokens:
+            self._forced = matcher.forced()
+            self._tokens += self._forced
+        if not self._forced:
+            matcher.allowed()  # mostly wanted for the first row
+        self._matcher = matcher
+
+    # -- the stage -------------------------------------------------------------------------------------------------
+
+    def begin(self, row: MatcherRow) -> bool:
+        """Whether the row is sampled now: else its matcher is not ready, or the row before it was deferred.
+        ProtocolError for one at another place. A row that was sent before its predecessor's forced tokens were known
+        repeats these."""
+        if not self.ready.done() and self._failure is None:
+            self.is_waited_for = True
+            if monotonic() - self._received_s < _READY_S:
+                return False
+            self._failure = f"{self.rule} was not ready in {_READY_S:g} s"
+        if self._failure is not None:
+            return True
+        ahead = len(self._tokens) - row.position
+        if ahead == -1 and self.is_waited_for:
+            return False
+        if not 0 <= ahead <= len(self._forced):
+            raise ProtocolError(f"answer {row.key} has {len(self._tokens)} tokens here, not {row.position}")
+        self.is_waited_for = False
+        if self._forced:
+            self._forced = self._forced[len(self._forced) - ahead :]
+        return True
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the answer's end, or one forced token, is allowed."""
+        return self._matcher is not None and self._failure is None and self._matcher.is_complete
+
+    def take(self, result: RowResult, time: StepTime) -> RowResult | AllowedTokens:
+        """Takes in a sampled token: the result with the tokens that must follow, where these are wanted. Or what the
+        row may choose, where its token is not allowed: the next one is chosen among these. The row is deferred where
+        the matcher is to be made again."""
+        if self._failure is None and self._forced:
+            return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
+        self._failure = self._failure or result.failure
+        if self._failure is None:
+            try:
+                if (allowed := self._take_within(time, result.token)) is not None:
+                    return allowed
+            except LexerUsedUpError:
+                return self._defer()
+            except Exception as error:  # noqa: BLE001  a border: one answer fails
+                self.fail(error)
+        if self._failure is not None:
+            return RowResult(-1, nan, failure=self._failure)
+        return replace(result, forced=tuple(self._forced)) if self._forced else result
+
+    def fail(self, error: Exception) -> None:
+        if isinstance(error, LlamaclustError):
+            self._failure = str(error)
+        else:
+            _log.error("%s failed", self.rule, exc_info=error)
+            self._failure = f"{self.rule} failed: {type(error).__name__}: {error}"
+
+    def _defer(self) -> RowResult:
+        self._is_costly, self._is_refused = True, False
+        self.ready, self._received_s = Future(), monotonic()
+        self.is_waited_for = True
+        return DEFERRED
+
+    def _take_within(self, time: StepTime, token: int) -> AllowedTokens | None:
+        """RequestError also where others would have to wait for it."""
+        if time.is_over(self._expected_ns):
+            raise RequestError(f"{self.rule} costs too much time: a step's rows take more than {_ms(STEP_NS)} ms")
+        began_ns = thread_time_ns()
+        allowed = self._take(token)
+        taken_ns = thread_time_ns() - began_ns
+        time.left_ns -= taken_ns
+        self._expected_ns = max(taken_ns, self._expected_ns // 2)
+        if taken_ns > _TOKEN_NS:
+            raise RequestError(f"{self.rule} costs too much time: one token takes more than {_ms(_TOKEN_NS)} ms")
+        return allowed
+
+    def _take(self, token: int) -> AllowedTokens | None:
+        matcher = self._matcher
+        assert matcher is not None, "it is ready"
+        if self._is_refused:
+            matcher.take((token,))
+        elif (allowed := matcher.try_take(token)) is not None:
+            self._is_refused = True
+            return allowed
+        self._is_refused = False
+        self._forced = matcher.forced() if self._start.may_force else []
+        self._tokens += (token, *self._forced)
+        return None
+
+
+def _ms(ns: int) -> int:
+    return ns // 1_000_000

@@ -1,0 +1,162 @@
+"""Matchers of the answers that a last stage samples: of grammars and budgets of reasoning, kept between their rows.
+
+A thread of their own makes matchers when sampling inputs arrive, while the stage computes, and finds what the first row
+may choose. Rows whose matcher is not ready are deferred: the coordinator sends them again, and the others go on. A row
+is sampled as if it had no grammar: mostly its grammar allows the token, which takes a few microseconds to see. Else all
+tokens that it allows are computed, and the row is sampled again among these. All rows of a step share a bounded time of
+the processor. A matcher's state follows from grammar and tokens alone, so an answer that starts again on another
+pipeline continues with the same tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Final
+
+from llamaclust.core.errors import ProtocolError
+from llamaclust.core.sampling import AllowedTokens, MatcherRow, RowResult, RowTask, SampleTask
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+from llamaclust.wire.microbatch.messages import SamplingInputs
+from llamaclust.worker.stage.matched_answer import DEFERRED, STEP_NS, MatchedAnswer, StepTime
+
+_ALONE_S: Final = 0.05
+"""A step waits so long for matchers if no other row waits for it: else rows would come again and again meanwhile."""
+_FIRST_S: Final = 0.01
+"""And so long beside other rows, for those that were not deferred before: grammars mostly take about a millisecond."""
+
+
+class StageMatchers:
+    """Of one loaded last stage, in one epoch at a time."""
+
+    def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
+        """`vocabulary` is read at the first matcher; `most` answers are kept at a time."""
+        self._read_vocabulary = vocabulary
+        self._vocabulary: GrammarVocabulary | None = None
+        self._most = most
+        self._answers: dict[int, MatchedAnswer] = {}  # by key
+        self._starting: dict[tuple[int, int], MatchedAnswer] = {}  # by microbatch and key
+        self._rows: dict[int, MatchedAnswer] = {}  # of the step: the output rows that are matched, by place
+        self._deferred: list[int] = []  # of the step: places of rows that are to be computed again
+        self._time = StepTime(STEP_NS)
+        self._thread = ThreadPoolExecutor(1, "matchers")
+
+    def clear(self) -> None:
+        """Forgets all answers: another epoch begins."""
+        self._answers.clear()
+        self._starting.clear()
+
+    def close(self) -> None:
+        self.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def receive(self, inputs: SamplingInputs) -> None:
+        """Begins to make what the inputs start. ProtocolError for more than are kept."""
+        for start in inputs.starts:
+            if len(self._starting) >= 2 * self._most:
+                raise ProtocolError(f"more than {2 * self._most} matchers that start")
+            answer = self._starting[inputs.number, start.key] = MatchedAnswer(start)
+            self._make(answer)
+
+    async def ready(self, inputs: SamplingInputs) -> None:
+        """Returns when the step's matchers are ready, or have been waited for as long as its other rows may wait."""
+        making, timeout_s = self._awaited(inputs)
+        if making:
+            await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
+
+    def wait_ready(self, inputs: SamplingInputs) -> None:
+        """Likewise, in a thread."""
+        making, timeout_s = self._awaited(inputs)
+        wait(making, timeout_s)
+
+    def _awaited(self, inputs: SamplingInputs) -> tuple[list[Future[None]], float]:
+        answers = [self._find(inputs.number, row.key) for _, row in _rows(inputs)]
+        late = [answer for answer in answers if answer is not None and not answer.ready.done()]
+        first = [answer for answer in late if not answer.is_waited_for]
+        is_alone = len(late) == len(inputs.tasks)
+        return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
+
+    def begin(self, inputs: SamplingInputs) -> tuple[RowTask, ...]:
+        """The tasks as they are sampled. ProtocolError for a row whose matcher was not started."""
+        for key in inputs.released:
+            self._answers.pop(key, None)
+        self._admit(inputs.number)
+        self._rows, self._deferred = {}, []
+        for place, row in _rows(inputs):
+            if (answer := self._answers.get(row.key)) is None:
+                raise ProtocolError(f"a row of answer {row.key}, whose matcher is not here")
+            if answer.begin(row):
+                self._rows[place] = answer
+            else:
+                self._deferred.append(place)
+        if not self._rows:
+            return inputs.tasks
+        self._time = StepTime(STEP_NS // len(self._rows))
+        tasks = list(inputs.tasks)
+        for place, answer in self._rows.items():
+            task = tasks[place]
+            if isinstance(task, SampleTask) and task.suppressed and answer.is_complete:
+                tasks[place] = replace(task, suppressed=())  # nothing else may follow, whatever is suppressed
+        return tuple(tasks)
+
+    def take(self, rows: tuple[RowResult, ...]) -> tuple[list[RowResult], dict[int, AllowedTokens]]:
+        """Takes in the step's sampled tokens: the results, deferred or failed where that is so; and by place, what rows
+        may choose whose token is not allowed: they are sampled again among these."""
+        results, refused = list(rows), dict[int, AllowedTokens]()
+        for place in self._deferred:
+            results[place] = DEFERRED
+        for place in self._rows:
+            taken = self._take(place, rows[place])
+            if isinstance(taken, RowResult):
+                results[place] = taken
+            else:
+                refused[place] = taken
+        return results, refused
+
+    def take_again(self, place: int, result: RowResult) -> RowResult:
+        """Takes in the token of a row that was sampled again."""
+        taken = self._take(place, result)
+        assert isinstance(taken, RowResult), "its token was chosen among those that are allowed"
+        return taken
+
+    def _take(self, place: int, result: RowResult) -> RowResult | AllowedTokens:
+        answer = self._rows[place]
+        taken = answer.take(result, self._time)
+        if taken is DEFERRED:
+            self._make(answer)
+        return taken
+
+    def _find(self, number: int, key: int) -> MatchedAnswer | None:
+        """The newest of an answer, as of this microbatch."""
+        started = [start for start in list(self._starting) if start[0] <= number and start[1] == key]
+        return self._starting[max(started)] if started else self._answers.get(key)
+
+    def _admit(self, number: int) -> None:
+        """What starts up to this microbatch."""
+        for start in list(self._starting):  # it may grow meanwhile
+            if start[0] <= number:
+                self._answers[start[1]] = self._starting.pop(start)
+        if len(self._answers) > self._most:
+            raise ProtocolError(f"matchers of {len(self._answers)} answers, at most {self._most} are kept")
+
+    def _make(self, answer: MatchedAnswer) -> None:
+        answer.ready = self._thread.submit(self._make_now, answer)
+
+    def _make_now(self, answer: MatchedAnswer) -> None:
+        """In the thread."""
+        try:
+            if self._vocabulary is None:
+                self._vocabulary = self._read_vocabulary()
+        except Exception as error:  # noqa: BLE001  a border: one answer fails
+            answer.fail(error)
+            return
+        answer.make_matcher(self._vocabulary)
+
+
+def _rows(inputs: SamplingInputs) -> Iterator[tuple[int, MatcherRow]]:
+    """The output rows of answers with a matcher, and their places."""
+    for place, task in enumerate(inputs.tasks):
+        if isinstance(task, SampleTask) and task.matcher is not None:
+            yield place, task.matcher

@@ -6,6 +6,7 @@ import asyncio
 from itertools import count
 from pathlib import Path
 from random import Random
+from time import sleep
 
 import pytest
 
@@ -14,6 +15,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.sampling import AllowedTokens, Grammar, MatcherRow, SamplingParams
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.worker.stage.matched_answer import MatchedAnswer
 from support.clusters.recovering import CONTEXT, Answer, answer_of, config, model_in, recovering, undisturbed
 from support.models.random_schemas import random_schema
@@ -95,23 +97,28 @@ async def test_preemption_in_the_middle_of_an_answer_changes_nothing(model: Path
 async def test_deferred_rows_and_matchers_that_are_made_again_change_nothing(
     model: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fifth of the rows find no matcher, and those of as many answers use up their lexers."""
+    """A fifth of the rows find no matcher, matchers are late, and one of a hundred tokens uses up a lexer."""
     source, begin, try_take, deferred = Random(SEED), MatchedAnswer.begin, GrammarMatcher.try_take, count(1)
+    make = MatchedAnswer.make_matcher
 
     def begin_late(answer: MatchedAnswer, row: MatcherRow) -> bool:
-        if not answer.is_waited_for and source.random() > 1 / 5:
-            return begin(answer, row)
-        is_due = answer.is_waited_for and source.random() > 1 / 2
-        answer.is_waited_for = True
-        next(deferred)
-        return is_due and begin(answer, row)
+        if source.random() < 1 / 5:
+            next(deferred)
+            answer._due = row.position if answer._due is None else answer._due
+            return False
+        return begin(answer, row)
 
     def use_up(matcher: GrammarMatcher, token: int) -> AllowedTokens | None:
         if not matcher._is_costly and source.random() < 1 / 100:
             raise LexerUsedUpError("used up")
         return try_take(matcher, token)
 
+    def make_late(answer: MatchedAnswer, vocabulary: GrammarVocabulary) -> None:
+        sleep(source.random() / 10)
+        make(answer, vocabulary)
+
     monkeypatch.setattr(MatchedAnswer, "begin", begin_late)
+    monkeypatch.setattr(MatchedAnswer, "make_matcher", make_late)
     monkeypatch.setattr(GrammarMatcher, "try_take", use_up)
     client = LocalClient(model, threads=1, settings=LocalSettings(context_length=CONTEXT))
     async with client._stage.serve() as service:

@@ -254,8 +254,23 @@ def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage
         step(stage, 7, task(1, 3), says="d")
 
 
+def test_no_row_passes_a_deferred_one(stage: StageMatchers) -> None:
+    """Not even where the answer begins with forced tokens, which the next row would repeat."""
+    go_on = threading.Event()
+    stage._thread.submit(go_on.wait, 30)
+    grammar = definitions.of_regex("ca[de]", "guided_regex")
+    inputs = inputs_of(0, task(1, 0, grammar, may_force=True))
+    stage.receive(inputs)
+    stage.begin(inputs)
+    assert stage.take((sampled("x"),)) == ([DEFERRED], {})
+    go_on.set()
+    assert step(stage, 1, task(1, 1), says="x")[1] == (DEFERRED,)
+    assert step(stage, 2, task(1, 0), says="x")[1] == (RowResult(ord("c"), 0.0, forced=(ord("a"),)),)
+
+
 def test_a_step_without_other_rows_waits_for_matchers(stage: StageMatchers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matchers, "_ALONE_S", 30)
+    monkeypatch.setattr(matchers, "_FIRST_S", 0)
     inputs, go_on = inputs_of(0, task(1, 0, ABC)), threading.Event()
     stage._thread.submit(go_on.wait, 30)
     stage.receive(inputs)

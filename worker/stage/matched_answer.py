@@ -47,7 +47,7 @@ class MatchedAnswer:
     def __init__(self, start: MatcherStart) -> None:
         self.rule = "the budget of reasoning" if start.grammar is None else "the grammar"
         self.ready: Future[None] = Future()
-        self.is_waited_for = False  # a row of it was deferred
+        self._due: int | None = None  # position of a row that was deferred
         self._received_s = monotonic()
         self._failure: str | None = None  # why it cannot be followed
         self._start = start
@@ -91,23 +91,28 @@ class MatchedAnswer:
 
     # -- the stage -------------------------------------------------------------------------------------------------
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a row of it was deferred, and has not come again."""
+        return self._due is not None
+
     def begin(self, row: MatcherRow) -> bool:
         """Whether the row is sampled now: else its matcher is not ready, or the row before it was deferred.
         ProtocolError for one at another place. A row that was sent before its predecessor's forced tokens were known
         repeats these."""
+        if self._due is not None and row.position > self._due:
+            return False
         if not self.ready.done() and self._failure is None:
-            self.is_waited_for = True
+            self._due = row.position
             if monotonic() - self._received_s < _READY_S:
                 return False
             self._failure = f"{self.rule} was not ready in {_READY_S:g} s"
         if self._failure is not None:
             return True
         ahead = len(self._tokens) - row.position
-        if ahead == -1 and self.is_waited_for:
-            return False
         if not 0 <= ahead <= len(self._forced):
             raise ProtocolError(f"answer {row.key} has {len(self._tokens)} tokens here, not {row.position}")
-        self.is_waited_for = False
+        self._due = None
         if self._forced:
             self._forced = self._forced[len(self._forced) - ahead :]
         return True
@@ -146,7 +151,7 @@ class MatchedAnswer:
     def _defer(self) -> RowResult:
         self._is_costly, self._is_refused = True, False
         self.ready, self._received_s = Future(), monotonic()
-        self.is_waited_for = True
+        self._due = len(self._tokens)
         return DEFERRED
 
     def _take_within(self, time: StepTime, token: int) -> AllowedTokens | None:

@@ -89,7 +89,7 @@ class DeferringModel(FakeModel):
     def __init__(self, kv_blocks: int, source: Random) -> None:
         super().__init__(kv_blocks)
         self.deferred = 0
-        self.deferred_ahead = 0
+        self.deferred_lookahead = 0
         self._source = source
         self._due: dict[int, int] = {}  # positions of rows that were deferred, by key
 
@@ -101,13 +101,13 @@ class DeferringModel(FakeModel):
         if not isinstance(task, SampleTask) or task.matcher is None:
             return row
         key, position = task.matcher.key, task.matcher.position
-        is_ahead = self._due.get(key, position) < position
-        if not is_ahead and self._source.random() > 1 / 3:
+        is_lookahead = self._due.get(key, position) < position
+        if not is_lookahead and self._source.random() > 1 / 3:
             self._due.pop(key, None)
             return row
         self._due.setdefault(key, position)
         self.deferred += 1
-        self.deferred_ahead += is_ahead
+        self.deferred_lookahead += is_lookahead
         return RowResult(-1, nan, is_deferred=True)
 
 
@@ -141,7 +141,7 @@ def test_deferred_rows_are_computed_again_and_change_nothing() -> None:
             rows, scored, _ = expected(request, settings.context_length)
             assert (run.rows(key), run.scores(key)) == (rows, scored), f"seed {seed}, request {request.request_id}"
         assert not run.scheduler.sequences and not run.scheduler.counts.kv_blocks_held
-        deferred, ahead = deferred + model.deferred, ahead + model.deferred_ahead
+        deferred, ahead = deferred + model.deferred, ahead + model.deferred_lookahead
         preemptions += run.scheduler.counts.preemptions
     assert deferred > 100 and ahead > 0 and preemptions > 0
 

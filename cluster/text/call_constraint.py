@@ -8,6 +8,7 @@ from functools import partial
 
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode
 from llamaclust.cluster.text.chat_format import AnswerReading
+from llamaclust.cluster.text.owner import current_owner
 from llamaclust.cluster.text.threads import TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
@@ -40,7 +41,7 @@ async def answer_grammar(
         grammar = of_lark(found.lark, _ORIGIN)
         if found.triggers:
             grammar = lazy(grammar, found.triggers)
-        return await checker.check(grammar)
+        return await checker.check(grammar, current_owner.get())
     except ParameterError as error:
         if is_required:
             raise

@@ -18,6 +18,7 @@ from llamaclust.cluster.text.chat import ChatRequest, ToolMode, render
 from llamaclust.cluster.text.chat_format import ChatFormat
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
+from llamaclust.cluster.text.owner import current_owner
 from llamaclust.cluster.text.reasoning import answer_reasoning
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.text.slots import Slots
@@ -102,7 +103,7 @@ class TextService:
         self.slots.check(request.slot)
         with self._preparing():
             if request.grammar is not None:
-                request = replace(request, grammar=await self._grammars.check(request.grammar))
+                request = replace(request, grammar=await self._grammars.check(request.grammar, current_owner.get()))
             prompt = await self._prompt_ids(request)
             if len(prompt) > self.settings.context_length:
                 raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)

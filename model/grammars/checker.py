@@ -12,6 +12,7 @@ from typing import Final
 
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.sampling import Grammar
+from llamaclust.model.grammars.check_turns import CheckTurns
 from llamaclust.model.grammars.checker_process import CheckerProcess, CheckLimits, Verdict
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -27,26 +28,28 @@ class GrammarChecker:
         self._has_end = bool(tokenizer.end_of_generation)
         self._limits = limits or CheckLimits()
         self._processes = [CheckerProcess(tokenizer, self._limits) for _ in range(_PROCESSES)]
+        self._turns = CheckTurns(_PROCESSES)
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # the newest used last, by the definition's digest
 
-    async def check(self, grammar: Grammar) -> Grammar:
-        """The grammar as workers compile it. ParameterError for one that cannot be obeyed, with the reason;
-        DeadlineError where the machine is too busy to find out."""
+    async def check(self, grammar: Grammar, owner: str = "") -> Grammar:
+        """The grammar as workers compile it; checks of an owner take turns with those of others. ParameterError for one
+        that cannot be obeyed, with the reason; DeadlineError where the machine is too busy to find out."""
         if not self._has_end:
             raise ParameterError(grammar.origin, "the model has no end-of-generation token, which grammars need")
-        verdict = await self._verdict(grammar.definition)
+        verdict = await self._verdict(grammar.definition, owner)
         if verdict.reason:
             raise ParameterError(grammar.origin, verdict.reason)
         return replace(grammar, definition=verdict.definition or grammar.definition)
 
-    async def _verdict(self, definition: str) -> Verdict:
+    async def _verdict(self, definition: str, owner: str) -> Verdict:
         key = sha256(definition.encode()).digest()
         if key in self._verdicts:
             self._verdicts.move_to_end(key)
             return self._verdicts[key]
-        process = min(self._processes, key=lambda process: process.child.load)
         try:
-            verdict = await asyncio.wait_for(asyncio.wrap_future(process.submit(definition)), self._limits.wait_s)
+            async with asyncio.timeout(self._limits.wait_s), self._turns.turn(owner):
+                process = min(self._processes, key=lambda process: process.child.load)
+                verdict = await asyncio.wrap_future(process.submit(definition))
         except (TimeoutError, concurrent.futures.CancelledError):
             text = f"the check of grammars was busy with others for {self._limits.wait_s:g} s; try again"
             raise DeadlineError(text) from None

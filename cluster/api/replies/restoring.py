@@ -26,6 +26,7 @@ from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal_records import OpenRequest
+from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerError
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -134,6 +135,7 @@ class Restoring:
         """In a task of its own: its sequences belong to the trace of the request that was admitted."""
         kept, admission = restored.kept, restored.request.admission
         identity = admission.identity
+        current_owner.set(identity.owner)
         current_trace.set(TraceContext.parse([identity.traceparent], [identity.tracestate]))
         endpoint = self._endpoints.get(admission.endpoint)
         if endpoint is None:

@@ -19,6 +19,7 @@ from llamaclust.cluster.client.local import LocalSettings, LocalStage
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars.checker import GrammarChecker
 from support.clusters.served import client
 from support.models.tiny_model import build_tiny_model
 
@@ -161,6 +162,27 @@ async def test_a_required_call_excludes_another_grammar(model: Path) -> None:
     fields = {**CHAT, "tools": tools, "tool_choice": "required", "json_schema": SCHEMA}
     reply = await post(model, "/v1/chat/completions", fields, context_length=2000)
     assert reply.status_code == 400 and reply.json()["error"]["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "a", "grammar": 'root ::= "a"'}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "guided_choice": ["a"]}),
+    ],
+)
+async def test_checks_take_turns_by_key_or_address(
+    model: Path, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any]
+) -> None:
+    owners, check = list[str](), GrammarChecker.check
+
+    async def checked(checker: GrammarChecker, grammar: Grammar, owner: str = "") -> Grammar:
+        owners.append(owner)
+        return await check(checker, grammar, owner)
+
+    monkeypatch.setattr(GrammarChecker, "check", checked)
+    assert (await post(model, path, fields | {"max_tokens": 4})).status_code == 200
+    assert owners == ["127.0.0.1"]
 
 
 def test_all_prompts_of_a_body_share_one_grammar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,63 @@
+"""Turns of owners at a few places: an owner with much work delays its own alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class CheckTurns:
+    """A free place goes to the owner with the fewest places, among these to another than the one that leaves it. Of one
+    event loop."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._taken: Counter[str] = Counter()  # places, by owner
+        self._waiting: dict[str, deque[asyncio.Event]] = {}  # by owner, the next one first
+
+    @asynccontextmanager
+    async def turn(self, owner: str) -> AsyncIterator[None]:
+        """A place while it is open."""
+        if self._free:
+            self._free -= 1
+            self._taken[owner] += 1
+        else:
+            await self._wait(owner)
+        try:
+            yield
+        finally:
+            self._leave(owner)
+
+    async def _wait(self, owner: str) -> None:
+        given = asyncio.Event()
+        self._waiting.setdefault(owner, deque()).append(given)
+        try:
+            await given.wait()
+        except asyncio.CancelledError:
+            if given.is_set():
+                self._leave(owner)
+            else:
+                self._forget(owner, given)
+            raise
+
+    def _leave(self, owner: str) -> None:
+        """Hands the place on. An owner that has no more places and waits for none is forgotten."""
+        self._taken[owner] -= 1
+        self._taken += Counter()
+        following = min(self._waiting, key=lambda waiting: (self._taken[waiting], waiting == owner), default=None)
+        if following is None:
+            self._free += 1
+            return
+        self._taken[following] += 1
+        waiting = self._waiting.pop(following)
+        waiting.popleft().set()
+        if waiting:
+            self._waiting[following] = waiting
+
+    def _forget(self, owner: str, given: asyncio.Event) -> None:
+        waiting = self._waiting[owner]
+        waiting.remove(given)
+        if not waiting:
+            del self._waiting[owner]

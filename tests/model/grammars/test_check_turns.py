@@ -1,0 +1,47 @@
+"""Owners take turns with their checks, whatever the others have."""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import sleep
+
+from llamaclust.model.grammars.check_turns import CheckTurns
+
+
+async def _work(turns: CheckTurns, owner: str, order: list[str]) -> None:
+    async with turns.turn(owner):
+        order.append(owner)
+        await sleep(0)
+        await sleep(0)
+
+
+async def test_an_owner_with_much_work_delays_its_own_alone() -> None:
+    turns, order = CheckTurns(2), list[str]()
+    async with asyncio.TaskGroup() as group:
+        for owner in "aaaaaabbc":
+            group.create_task(_work(turns, owner, order))
+    assert order[:2] == ["a", "a"] and sorted(order) == list("aaaaaabbc")
+    assert order[2:5] == ["b", "c", "a"] and "b" in order[5:7]
+
+
+async def test_a_single_owner_has_all_places() -> None:
+    turns, order = CheckTurns(2), list[str]()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_work(turns, "a", order)) for _ in range(3)]
+        await sleep(0)
+        assert order == ["a", "a"] and not any(task.done() for task in tasks)
+    assert order == ["a", "a", "a"]
+
+
+async def test_work_that_is_cancelled_keeps_no_place() -> None:
+    """While it waits, in its turn, and as its turn comes."""
+    turns, order = CheckTurns(1), list[str]()
+    for steps in range(8):
+        tasks = [asyncio.create_task(_work(turns, owner, order)) for owner in "abca"]
+        for _ in range(steps):
+            await sleep(0)
+        for task in tasks[:3]:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=30)
+        assert tasks[3].done() and not tasks[3].cancelled()
+    assert turns._free == 1 and not turns._waiting and not turns._taken

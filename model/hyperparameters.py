@@ -78,15 +78,16 @@ class RopeParameters:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Widths in channels, counts a layer. `expert_count` is 0 for a model without experts."""
+    """Widths in channels, counts a layer. `expert_count` is 0 for a model without experts; tuples have a number for
+    each layer, 0 KV heads for one without attention."""
 
     architecture: str
     block_count: int
     context_length: int
     embedding_length: int
-    feed_forward_length: int
+    feed_forward_lengths: tuple[int, ...]
     head_count: int
-    head_count_kv: int
+    head_counts_kv: tuple[int, ...]
     key_length: int
     rms_epsilon: float | None  # None where norms have a mean, whose key is another
     rope: RopeParameters
@@ -102,9 +103,14 @@ class Hyperparameters:
         return self.head_count * self.key_length
 
     @property
-    def kv_width(self) -> int:
-        """Channels of all key (or value) heads together."""
-        return self.head_count_kv * self.key_length
+    def head_count_kv(self) -> int:
+        """The most of a layer."""
+        return max(self.head_counts_kv)
+
+    @property
+    def feed_forward_length(self) -> int:
+        """The greatest of a layer."""
+        return max(self.feed_forward_lengths)
 
 
 def read_architecture(model: ModelFile) -> str:
@@ -121,27 +127,27 @@ def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
     """The same from keys that more is read from."""
     embedding_length = keys.count("embedding_length", maximum=_MAX_WIDTH)
     head_count = keys.count("attention.head_count", maximum=1 << 14)
-    head_count_kv = keys.count("attention.head_count_kv", head_count, maximum=head_count)
-    if head_count % head_count_kv:
-        raise keys.error("attention.head_count_kv", f"{head_count_kv}, which does not divide {head_count} heads")
-    feed_forward_length = keys.count("feed_forward_length", maximum=_MAX_WIDTH)
+    block_count = _read_block_count(keys)
+    feed_forward_lengths = keys.counts("feed_forward_length", block_count, maximum=_MAX_WIDTH)
     expert_count = keys.count("expert_count", 0, minimum=0, maximum=1 << 10)
     context_length = keys.count("context_length", maximum=_MAX_CONTEXT)
     key_length = _read_key_length(keys, embedding_length, head_count)
     return Hyperparameters(
         architecture=keys.architecture,
-        block_count=_read_block_count(keys),
+        block_count=block_count,
         context_length=context_length,
         embedding_length=embedding_length,
-        feed_forward_length=feed_forward_length,
+        feed_forward_lengths=feed_forward_lengths,
         head_count=head_count,
-        head_count_kv=head_count_kv,
+        head_counts_kv=_read_kv_heads(keys, block_count, head_count),
         key_length=key_length,
         rms_epsilon=_read_rms_epsilon(keys),
         rope=_read_rope(keys, key_length, context_length),
         expert_count=expert_count,
         expert_used_count=_read_used_experts(keys, expert_count),
-        expert_feed_forward_length=keys.count("expert_feed_forward_length", feed_forward_length, maximum=_MAX_WIDTH),
+        expert_feed_forward_length=keys.count(
+            "expert_feed_forward_length", max(feed_forward_lengths), maximum=_MAX_WIDTH
+        ),
         vocabulary_size=_read_vocabulary_size(keys),
         sliding_window=keys.count("attention.sliding_window", 0, minimum=0, maximum=_MAX_CONTEXT) or None,
     )
@@ -172,6 +178,20 @@ class ModelKeys:
                 raise self.error(key, f"{default}, {minimum} to {maximum} expected")
             return default
         return self.model.metadata_int(self._recorded(key), default, minimum=minimum, maximum=maximum)
+
+    def counts(
+        self, key: str, layers: int, default: int | None = None, *, minimum: int = 1, maximum: int
+    ) -> tuple[int, ...]:
+        """A whole number for each of the first `layers`: from an array, or the same for all."""
+        value: Any = self.model.metadata.get(self._recorded(key))
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
+            return (self.count(key, default, minimum=minimum, maximum=maximum),) * layers
+        if len(value) < layers:
+            raise self.error(key, f"{len(value)} numbers for {layers} layers")
+        for number in map(int, value[:layers]):
+            if not minimum <= number <= maximum:
+                raise self.error(key, f"{number}, {minimum} to {maximum} expected")
+        return tuple(map(int, value[:layers]))
 
     def real(self, key: str, default: float | None = None, *, minimum: float, maximum: float) -> float:
         return self.model.metadata_float(self._recorded(key), default, minimum=minimum, maximum=maximum)
@@ -221,6 +241,17 @@ def _read_block_count(keys: ModelKeys) -> int:
     """Without the layers behind the others that predict more than one token."""
     count = keys.count("block_count", maximum=MAX_LAYERS)
     return count - keys.count(NEXTN_KEY, 0, minimum=0, maximum=count - 1)
+
+
+def _read_kv_heads(keys: ModelKeys, layers: int, heads: int) -> tuple[int, ...]:
+    key = "attention.head_count_kv"
+    counts = keys.counts(key, layers, heads, minimum=0, maximum=heads)
+    if not any(counts):
+        raise keys.error(key, "0 in all layers")
+    for count in filter(None, counts):
+        if heads % count:
+            raise keys.error(key, f"{count}, which does not divide {heads} heads")
+    return counts
 
 
 def _read_key_length(keys: ModelKeys, embedding_length: int, head_count: int) -> int:

@@ -61,11 +61,11 @@ class Compiled:
 
 @dataclass(slots=True)
 class _Buffers:
-    """Numbers for buffers. A name has up to two: row by row steps write copies that each thread may keep for itself,
-    matrix products and attention write what all threads share."""
+    """Numbers for buffers. A name and width have up to two: row by row steps write copies that each thread may keep for
+    itself, matrix products and attention write what all threads share."""
 
     plan: Plan
-    ids: dict[tuple[str, bool, bool], int] = field(default_factory=dict)
+    ids: dict[tuple[ir.Buffer, bool, bool], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     selected: bool = False
 
@@ -76,7 +76,7 @@ class _Buffers:
         return not self.current[buffer.name][1]
 
     def write(self, buffer: ir.Buffer, multiple: int = 1, *, private: bool = False) -> int:
-        key = (buffer.name, private, self.selected)
+        key = (buffer, private, self.selected)
         if key not in self.ids:
             self.ids[key] = self.plan.add_buffer(buffer.width, multiple, private, self.selected)
         self.current[buffer.name] = (self.ids[key], private)

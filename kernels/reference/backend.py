@@ -91,8 +91,8 @@ class ReferenceBackend:
 def _workspace_bytes(program: Program, limits: StageLimits) -> int:
     """Bytes of all named buffers; temporaries of a step are not counted."""
     fields = (getattr(step, name) for step in program.steps for name in step.__slots__)
-    widths = {field.name: field.width for field in fields if isinstance(field, Buffer)}
-    return sum(widths.values()) * limits.max_batch_tokens * np.dtype(np.float32).itemsize
+    buffers = {field for field in fields if isinstance(field, Buffer)}
+    return sum(buffer.width for buffer in buffers) * limits.max_batch_tokens * np.dtype(np.float32).itemsize
 
 
 def _load(tensor: Tensor) -> Float32:

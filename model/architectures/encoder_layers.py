@@ -50,9 +50,9 @@ class EncoderBuilder(ProgramBuilder):
         if experts:
             self._mix_experts(prefix, ExpertsVariant(ExpertOptions(normalized=False, activation=activation)))
         elif gated:
-            self._gated_inner(prefix, activation)
+            self._gated_inner(layer, activation)
         else:
-            self._plain_inner(prefix, activation)
+            self._plain_inner(layer, activation)
         self._add_and_norm(f"{prefix}.layer_output_norm")
 
     def attention_without_norm(self, layer: int, variant: AttentionVariant) -> None:

@@ -58,14 +58,16 @@ def read_experts(
 def expert_step(
     tensors: CheckedTensors, prefix: str, hp: Hyperparameters, variant: ExpertsVariant, buffers: tuple[Buffer, Buffer]
 ) -> Moe:
-    """The step of one layer from the first of `buffers` to the second. Biases are added where the file has them."""
+    """The step of one layer from the first of `buffers` to the second. Biases and scales are applied where the file has
+    them; gate and up may be one tensor."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):
         raise tensors.error(old, "one tensor for each expert, the form of early 2024", "convert the model again")
 
-    inner = (count, ffn, x.width)
-    has_gate = isinstance(variant.options.activation, GatedActivation)
+    fused = tensors.has(f"{prefix}.ffn_gate_up_exps.weight")
+    inner = (count, 2 * ffn if fused else ffn, x.width)
+    has_gate = isinstance(variant.options.activation, GatedActivation) and not fused
 
     def bias(name: str, width: int) -> str | None:
         full = f"{prefix}.{name}.bias"
@@ -76,7 +78,7 @@ def expert_step(
         out,
         router=tensors.weight(f"{prefix}.ffn_gate_inp.weight", (count, x.width)),
         gate=tensors.weight(f"{prefix}.ffn_gate_exps.weight", inner) if has_gate else None,
-        up=tensors.weight(f"{prefix}.ffn_up_exps.weight", inner),
+        up=tensors.weight(f"{prefix}.ffn_{'gate_up' if fused else 'up'}_exps.weight", inner),
         down=tensors.weight(f"{prefix}.ffn_down_exps.weight", (count, out.width, ffn)),
         experts=count,
         used=hp.expert_used_count,
@@ -87,4 +89,6 @@ def expert_step(
         gate_bias=bias("ffn_gate_exps", ffn),
         up_bias=bias("ffn_up_exps", ffn),
         down_bias=bias("ffn_down_exps", out.width),
+        expert_scales=tensors.optional_vector(f"{prefix}.ffn_down_exps.scale", count),
+        fused=fused,
     )

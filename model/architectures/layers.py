@@ -72,7 +72,7 @@ class ProgramBuilder(CheckedTensors):
         self.hyperparameters = hyperparameters
         self._layers = range(start, end)
         self.keys = keys
-        self._kv_type = kv_type
+        self.kv_type = kv_type
         self._context_tokens = context_tokens or hyperparameters.context_length
         self._steps: list[steps.Step] = []
         width = hyperparameters.embedding_length
@@ -195,16 +195,28 @@ class ProgramBuilder(CheckedTensors):
             self._norm(f"{prefix}.attn_norm", self._hidden)
         self._add_projected()
         if gated:
-            self._gated_inner(prefix, activation)
+            self._gated_inner(layer, activation)
         else:
-            self._plain_inner(prefix, activation)
+            self._plain_inner(layer, activation)
         self._add_projected()
+
+    def kv_heads(self, layer: int) -> int:
+        """ModelFileError for a layer without attention."""
+        count = self.hyperparameters.head_counts_kv[layer]
+        if count == 0:
+            raise self.keys.error("attention.head_count_kv", f"0 in layer {layer}, which has attention")
+        return count
+
+    def append(self, added: Iterable[steps.Step]) -> None:
+        """Steps that an architecture makes itself."""
+        self._steps += added
 
     def _attend(self, layer: int, variant: AttentionVariant) -> None:
         """projected = output(attention(rope(q), rope(k), v)) of the normed hidden state."""
         hp, prefix = self.hyperparameters, f"blk.{layer}"
+        kv_heads = self.kv_heads(layer)
         query, out = Buffer("query", hp.query_width), Buffer("attended", hp.query_width)
-        key, value = Buffer("key", hp.kv_width), Buffer("value", hp.kv_width)
+        key, value = (Buffer(name, kv_heads * hp.key_length) for name in ("key", "value"))
         self._project(prefix, query, key, value)
         self._place(prefix, variant, query, key)
         self._steps.append(
@@ -215,10 +227,10 @@ class ProgramBuilder(CheckedTensors):
                 out,
                 layer=layer,
                 heads=hp.head_count,
-                kv_heads=hp.head_count_kv,
+                kv_heads=kv_heads,
                 head_dim=hp.key_length,
                 scale=1 / math.sqrt(hp.key_length) if variant.scale is None else variant.scale,
-                kv_type=self._kv_type,
+                kv_type=self.kv_type,
                 window=variant.window,
                 soft_cap=variant.soft_cap,
                 slopes=variant.slopes,
@@ -231,7 +243,7 @@ class ProgramBuilder(CheckedTensors):
     def _place(self, prefix: str, variant: AttentionVariant, query: Buffer, key: Buffer) -> None:
         """Norms and rotations of queries and keys."""
         hp, norms = self.hyperparameters, variant.head_norms
-        parts = (("q", query, hp.head_count), ("k", key, hp.head_count_kv))
+        parts = (("q", query, hp.head_count), ("k", key, key.width // hp.key_length))
         if norms in (HeadNorms.PER_HEAD, HeadNorms.WHOLE):
             self._norm_heads(prefix, parts, whole=norms is HeadNorms.WHOLE)
         if variant.temperature is not None:
@@ -261,12 +273,12 @@ class ProgramBuilder(CheckedTensors):
         """
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.{norm}", norms)
-        self._gated_inner(prefix, activation, fused=fused)
+        self._gated_inner(layer, activation, fused=fused)
         self._add_projected(None if norms is Norms.BEFORE else f"{prefix}.post_ffw_norm")
 
-    def _gated_inner(self, prefix: str, activation: ActivationFunction, *, fused: bool = False) -> None:
+    def _gated_inner(self, layer: int, activation: ActivationFunction, *, fused: bool = False) -> None:
         """projected = down(activation(gate) * up) of the normed hidden state."""
-        width = self.hyperparameters.feed_forward_length
+        prefix, width = f"blk.{layer}", self.hyperparameters.feed_forward_lengths[layer]
         gate, up = Buffer("gate", width), Buffer("up", width)
         if fused:
             self._matmul_parts(f"{prefix}.ffn_up", gate, up)
@@ -282,11 +294,11 @@ class ProgramBuilder(CheckedTensors):
     def plain_feed_forward(self, layer: int, activation: ActivationFunction) -> None:
         """hidden += down(activation(up)) of the normed hidden state: an inner layer without a gate."""
         self._norm(f"blk.{layer}.ffn_norm", self._hidden)
-        self._plain_inner(f"blk.{layer}", activation)
+        self._plain_inner(layer, activation)
         self._add_projected()
 
-    def _plain_inner(self, prefix: str, activation: ActivationFunction) -> None:
-        up = Buffer("up", self.hyperparameters.feed_forward_length)
+    def _plain_inner(self, layer: int, activation: ActivationFunction) -> None:
+        prefix, up = f"blk.{layer}", Buffer("up", self.hyperparameters.feed_forward_lengths[layer])
         activated = Buffer("gate", up.width)
         self._matmul(f"{prefix}.ffn_up", self._normed, up)
         self._steps.append(steps.Activate(up, activated, activation))
@@ -340,12 +352,16 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.LayerNorm(x, out, weight, bias, self._layer_norm_epsilon))
 
     def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:
-        """ModelFileError where the file has the epsilon of the norms with a mean alone."""
         weight = self.vector(f"{name}.weight", x.width // heads)
+        self._steps.append(steps.RmsNorm(x, out, weight, self.rms_epsilon, heads))
+
+    @property
+    def rms_epsilon(self) -> float:
+        """ModelFileError where the file has that of the norms with a mean alone."""
         epsilon = self.hyperparameters.rms_epsilon
         if epsilon is None:
             epsilon = self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-13, maximum=0.1)
-        self._steps.append(steps.RmsNorm(x, out, weight, epsilon, heads))
+        return epsilon
 
     def _add_projected(self, norm: str | None = None) -> None:
         """hidden += projected, normed before where a norm is named."""
@@ -373,8 +389,4 @@ class ProgramBuilder(CheckedTensors):
             start += part.width
 
     def _matmul(self, name: str, x: Buffer, out: Buffer) -> None:
-        """A bias is added where the file has one."""
-        weight = self.weight(f"{name}.weight", (out.width, x.width))
-        bias = f"{name}.bias"
-        has_bias = bias in self.model.tensors
-        self._steps.append(steps.MatMul(x, out, weight, self.vector(bias, out.width) if has_bias else None))
+        self._steps.append(self.product(name, x, out))

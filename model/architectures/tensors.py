@@ -9,6 +9,7 @@ import numpy as np
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import MAX_LAYERS, NEXTN_KEY, ModelKeys, RopeParameters
+from llamaclust.model.program import Buffer, MatMul
 from llamaclust.model.quant_types import QuantType
 
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
@@ -44,6 +45,11 @@ class CheckedTensors:
         if found is not QuantType.F32:
             raise self.error(name, f"type {found.name}, F32 expected")
         return name
+
+    def product(self, name: str, x: Buffer, out: Buffer) -> MatMul:
+        """out = x @ weight^T, with a bias where the file has one."""
+        weight = self.weight(f"{name}.weight", (out.width, x.width))
+        return MatMul(x, out, weight, self.optional_vector(f"{name}.bias", out.width))
 
     def optional_vector(self, name: str, width: int) -> str | None:
         return self.vector(name, width) if self.has(name) else None

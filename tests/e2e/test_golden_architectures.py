@@ -29,7 +29,7 @@ DATA_FOLDER = DATA / "architectures"
 BOUND = 1e-5
 BOUNDS = {"gpt-oss-mxfp4": 2e-3}
 """Of models whose weights are not float32, over all positions: rounding may choose other experts in some of them."""
-Q8_0_BOUNDS = {"exaone4-windows": 4e-3, "bailingmoe2": 2e-3, "gpt-oss-mxfp4": 4e-3}
+Q8_0_BOUNDS = {"exaone4-windows": 4e-3, "bailingmoe2": 2e-3, "gpt-oss-mxfp4": 4e-3, "gemma4-experts": 2e-3}
 """With rounded keys and values: of many layers, or where a row may choose other experts."""
 CHECKSUMS = {
     "llama-experts": "b70dd402",
@@ -69,6 +69,8 @@ CHECKSUMS = {
     "hunyuan-moe": "181f6c7a",
     "bailingmoe2": "7b0ea894",
     "minimax-m2": "eb420101",
+    "gemma4": "39c2f2c9",
+    "gemma4-experts": "bbcedb29",
 }
 
 

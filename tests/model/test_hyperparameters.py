@@ -49,7 +49,7 @@ def test_golden_model() -> None:
     parameters = read_hyperparameters(open_model(DATA / "tiny/qwen2.gguf"))
     assert (parameters.architecture, parameters.block_count, parameters.embedding_length) == ("qwen2", 3, 256)
     assert (parameters.head_count, parameters.head_count_kv, parameters.key_length) == (8, 2, 32)
-    assert (parameters.query_width, parameters.kv_width, parameters.vocabulary_size) == (256, 64, 320)
+    assert (parameters.query_width, parameters.head_counts_kv, parameters.vocabulary_size) == (256, (2, 2, 2), 320)
     assert parameters.rope.frequency_base == 1e6 and parameters.rope.scaling is RopeScaling.NONE
 
 
@@ -150,10 +150,13 @@ def test_scaling(tmp_path: Path) -> None:
     assert (unscaled.scaling, unscaled.factor) == (RopeScaling.NONE, 1.0)
 
 
-def test_numbers_given_for_each_layer_are_taken_where_they_are_equal(tmp_path: Path) -> None:
-    assert read(tmp_path, attention__head_count_kv=np.array([2, 2, 2, 2], np.uint32)).head_count_kv == 2
-    with pytest.raises(ModelFileError, match=r"head_count_kv.*differs from layer to layer"):
-        read(tmp_path, attention__head_count_kv=np.array([2, 4, 2, 2], np.uint32))
+def test_numbers_may_be_given_for_each_layer(tmp_path: Path) -> None:
+    counts, widths = np.array([2, 4, 0, 2, 8], np.uint32), np.array([64, 64, 32, 96], np.int32)
+    found = read(tmp_path, attention__head_count_kv=counts, feed_forward_length=widths)
+    assert found.head_counts_kv == (2, 4, 0, 2) and found.head_count_kv == 4
+    assert found.feed_forward_lengths == (64, 64, 32, 96) and found.feed_forward_length == 96
+    with pytest.raises(ModelFileError, match=r"embedding_length.*differs from layer to layer"):
+        read(tmp_path, embedding_length=np.array([64, 32, 64, 64], np.uint32))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,11 @@ def test_numbers_given_for_each_layer_are_taken_where_they_are_equal(tmp_path: P
         ({"embedding_length": 1 << 31}, "embedding_length': 2147483648"),
         ({"attention__head_count": 7}, "7, which does not divide a width of 64"),
         ({"attention__head_count_kv": 3}, "3, which does not divide 8 heads"),
-        ({"attention__head_count_kv": 16}, "16, 1 to 8 expected"),
+        ({"attention__head_count_kv": 16}, "16, 0 to 8 expected"),
+        ({"attention__head_count_kv": 0}, "head_count_kv': 0 in all layers"),
+        ({"attention__head_count_kv": np.array([2, 2, 2], np.int32)}, "3 numbers for 4 layers"),
+        ({"attention__head_count_kv": np.array([2, 3, 2, 2], np.int32)}, "3, which does not divide 8 heads"),
+        ({"feed_forward_length": np.array([64, 0, 64, 64], np.int32)}, "feed_forward_length': 0, 1 to"),
         ({"attention__value_length": 16}, "16, keys have 8: not supported"),
         ({"attention__layer_norm_rms_epsilon": 0.0}, "layer_norm_rms_epsilon': 0, 1e-13 to 0.1"),
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "nan"),

@@ -19,7 +19,7 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import FileIdentity
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Attention, Moe, Program, Rope, RopeTable, Slice, SoftCap
+from llamaclust.model.program import Attention, Moe, Program, RmsNorm, Rope, RopeTable, Slice, SoftCap
 from llamaclust.model.step_options import Gating
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
 from llamaclust.worker.stage.stage_runner import model_program
@@ -82,7 +82,8 @@ def test_every_tensor_is_named_checked_and_counted(make: Callable[..., ModelFile
 def test_missing_and_wrong_tensors_are_named(make: Callable[..., ModelFile], name: str) -> None:
     file = make(name)
     optional = {"output.weight", *FACTOR_TENSORS} | (
-        {n for n in file.tensors if n.endswith(".bias")} - qwen_biases(file)
+        {n for n in file.tensors if n.endswith((".bias", *(_OPTIONAL if name.startswith("gemma4") else ())))}
+        - qwen_biases(file)
     )
     for tensor in file.tensors.values():
         if tensor.name in FACTOR_TENSORS:
@@ -92,8 +93,29 @@ def test_missing_and_wrong_tensors_are_named(make: Callable[..., ModelFile], nam
             whole(replace(file, tensors={**file.tensors, tensor.name: wrong}))
         if tensor.name not in optional:
             others = {name: other for name, other in file.tensors.items() if name != tensor.name}
-            with pytest.raises(ModelFileError, match=rf"{tensor.name.replace('_qkv', '_q')}.*missing"):
+            with pytest.raises(ModelFileError, match=rf"{wanted_instead(tensor.name)}.*missing"):
                 whole(replace(file, tensors=others))
+
+
+_OPTIONAL = ("attn_v.weight", "layer_output_scale.weight", "ffn_down_exps.scale")
+
+
+def wanted_instead(name: str) -> str:
+    """Of a fused tensor that is missing, the first of its parts."""
+    return name.replace("_qkv", "_q").replace("gate_up_exps", "gate_exps")
+
+
+def test_values_without_a_weight_are_keys(make: Callable[..., ModelFile]) -> None:
+    """Before they are normed."""
+    steps = whole(make("gemma4")).steps
+    norms = [step for step in steps if isinstance(step, RmsNorm) and step.out.name == "value"]
+    assert [norm.x.name for norm in norms] == ["value", "value", "key"] * 2
+    assert all(norm.weight is None for norm in norms)
+
+
+def test_a_layer_without_kv_heads_has_no_attention(make: Callable[..., ModelFile]) -> None:
+    with pytest.raises(ModelFileError, match="head_count_kv': 0 in layer 1, which has attention"):
+        whole(make("qwen3", attention__head_count_kv=np.array([2, 0, 2], np.int32)))
 
 
 def qwen_biases(file: ModelFile) -> set[str]:

@@ -51,7 +51,8 @@ def test_a_small_shape_of_every_type(tmp_path: Path, quant_type: str) -> None:
     assert done.returncode == 0, done.stderr
     model = open_model(path)
     parameters = read_hyperparameters(model)
-    assert (parameters.block_count, parameters.kv_width, parameters.vocabulary_size) == (2, 64, 300)
+    kv_width = parameters.head_count_kv * parameters.key_length
+    assert (parameters.block_count, kv_width, parameters.vocabulary_size) == (2, 64, 300)
     matrix = model.tensor("blk.1.ffn_down.weight")
     assert matrix.shape == (256, 512) and matrix.quant_type.name == quant_type
     weights = dequantize(matrix.quant_type, matrix.read(), 256 * 512) * np.sqrt(512)

@@ -10,6 +10,7 @@ from typing import Any
 
 from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
+from support.models.tiny.gemma4 import GEMMA4, layer_of_gemma4
 from support.models.tiny.shape import Tiny
 from support.models.tiny_model import RandomTensor, matrix, norm, source_of
 from support.models.tiny_tokenizers import byte_level, sentencepiece
@@ -231,6 +232,7 @@ MODELS = MappingProxyType(
             whole_norms=True,
             keys={"rope.dimension_count": 8, "expert_gating_func": 2},
         ),
+        **GEMMA4,
     }
 )
 
@@ -240,7 +242,11 @@ def build_architecture(path: Path, name: str) -> Path:
     tiny = MODELS[name]
     tensors = [*_ends(tiny)]
     for layer in range(tiny.layers):
-        tensors += _layer(tiny, f"blk.{layer}", dense=layer < tiny.dense)
+        tensors += (
+            layer_of_gemma4(tiny, layer)
+            if tiny.architecture == "gemma4"
+            else _layer(tiny, f"blk.{layer}", dense=layer < tiny.dense)
+        )
     sources = [source_of(tensor, _type(tiny, tensor.name), seed=1) for tensor in tensors]
     write_gguf(path, _metadata(tiny), sources)
     return path

@@ -39,7 +39,7 @@ class Glitching(FakeModel):
             if self.hit(microbatch.number, chunk):
                 self.glitches += 1
                 for position in range(chunk.position, end):
-                    self.kv[table[position // 16], position % 16] = DAMAGED
+                    self.kv[table[position // 16]][position % 16] = DAMAGED
             last += chunk.outputs
             if DAMAGED in self._read(table, end):
                 rows[last - chunk.outputs : last] = [NONE] * chunk.outputs

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from llamaclust.cluster.api.llamacpp.adapters import AllScales
 from llamaclust.cluster.api.llamacpp.slot_schema import SlotBody
 from llamaclust.cluster.api.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
-from llamaclust.cluster.api.openapi import body_schema
+from llamaclust.cluster.api.openapi import declare_body
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.server import serve
 from llamaclust.cluster.server.default_fields import ENDPOINTS, check_defaults
@@ -33,15 +33,13 @@ NO_DEFAULTS: dict[type[BaseModel], str] = {
 
 def test_every_endpoint_with_a_body_takes_part_or_has_a_reason() -> None:
     bodies = [kind for kind, _ in ENDPOINTS] + [*NO_DEFAULTS]
-    known = [body_schema(body)["requestBody"] for body in bodies]
+    known = [declare_body(body) for body in bodies]
     app = make_app(ScriptedEngine(says("a")), slot_folder=Path("/tmp"), allows_pull=True)
     given = {
-        route.path: route.openapi_extra["requestBody"]
-        for route in app.routes
-        if isinstance(route, APIRoute) and route.openapi_extra
+        route.path: route.openapi_extra for route in app.routes if isinstance(route, APIRoute) and route.openapi_extra
     }
-    assert [path for path, schema in given.items() if schema not in known] == []
-    assert [body for body, schema in zip(bodies, known, strict=True) if schema not in given.values()] == []
+    assert [path for path, declared in given.items() if declared not in known] == []
+    assert [body for body, declared in zip(bodies, known, strict=True) if declared not in given.values()] == []
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ _MOST = 65504.0
 """Larger weights are refused: products of rows without the adapter, which count as 0, must be finite."""
 _READ_BYTES = 1 << 22
 _SAMPLE_BYTES = 4096
+_ABSENT = bytes(32)
+"""In place of an adapter's digest."""
 _OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
 
 
@@ -56,30 +58,36 @@ def read_adapter(path: Path, model: ModelFile) -> Header:
     return replace(header, digest=hashed.digest())
 
 
-def adapted_identity(model: ModelFile, adapters: Sequence[Header]) -> str:
-    """The identity of the model with these adapters, numbered in this order."""
-    if not adapters:
+def adapted_identity(model: ModelFile, adapters: Sequence[Header | None]) -> str:
+    """The identity of the model with these adapters by their numbers; None: a number without one."""
+    last = max((number for number, adapter in enumerate(adapters) if adapter is not None), default=None)
+    if last is None:
         return model.identity
-    return sha256(b"".join([bytes.fromhex(model.identity), *(adapter.digest for adapter in adapters)])).hexdigest()
+    digests = (_ABSENT if adapter is None else adapter.digest for adapter in adapters[: last + 1])
+    return sha256(b"".join([bytes.fromhex(model.identity), *digests])).hexdigest()
 
 
-def with_adapters(model: ModelFile, adapters: Sequence[Header]) -> ModelFile:
-    """The model with adapters of `read_adapter`, numbered in this order. ModelFileError for one that is none of LoRA or
-    of another architecture; shapes are checked where programs are made, weights by `check_adapter_weights`."""
-    if not adapters:
+def with_adapters(model: ModelFile, adapters: Sequence[Header | None]) -> ModelFile:
+    """The model with adapters of `read_adapter` by their numbers; None: a number without one. ModelFileError for one
+    that is none of LoRA or of another architecture; shapes are checked where programs are made, weights by
+    `check_adapter_weights`."""
+    present = [header for header in adapters if header is not None]
+    if not present:
         return model
     if len(adapters) > MAX_ADAPTERS:
         raise ModelFileError(f"{len(adapters)} adapters, at most {MAX_ADAPTERS} are loaded; leave some out")
     metadata, tensors = dict(model.metadata), dict(model.tensors)
     for number, header in enumerate(adapters):
+        if header is None:
+            continue
         metadata[f"{ADAPTER_KEY}{number}.alpha"] = _alpha(header, model)
         for tensor in header.tensors.values():
             name = f"{_PREFIX}{number}.{_checked(tensor)}"
             tensors[name] = replace(tensor, name=name)
     return replace(
         model,
-        parts=(*model.parts, *(header.path for header in adapters)),
-        size_bytes=model.size_bytes + sum(header.file_identity.size_bytes for header in adapters),
+        parts=(*model.parts, *(header.path for header in present)),
+        size_bytes=model.size_bytes + sum(header.file_identity.size_bytes for header in present),
         identity=adapted_identity(model, adapters),
         metadata=MappingProxyType(metadata),
         tensors=MappingProxyType(tensors),
@@ -147,9 +155,9 @@ def _checked(tensor: Tensor) -> str:
     return tensor.name
 
 
-def adapter_count(model: ModelFile) -> int:
-    """How many adapters a model of `with_adapters`, or of its manifest, has."""
-    return next(number for number in range(MAX_ADAPTERS + 1) if f"{ADAPTER_KEY}{number}.alpha" not in model.metadata)
+def adapter_numbers(model: ModelFile) -> tuple[int, ...]:
+    """The numbers of the adapters that a model of `with_adapters`, or of its manifest, has; ascending."""
+    return tuple(number for number in range(MAX_ADAPTERS) if f"{ADAPTER_KEY}{number}.alpha" in model.metadata)
 
 
 def own_tensors(model: ModelFile) -> list[Tensor]:
@@ -160,15 +168,15 @@ def own_tensors(model: ModelFile) -> list[Tensor]:
 def adapted(program: Program, model: ModelFile) -> Program:
     """The program with the steps of the model's adapters: behind each group of products of one x, those of the group,
     adapter by adapter. ModelFileError for shapes that do not fit the products."""
-    count = adapter_count(model)
-    return replace(program, steps=tuple(_adapted(program.steps, model, count))) if count else program
+    numbers = adapter_numbers(model)
+    return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 
 
-def _adapted(steps: Sequence[Step], model: ModelFile, adapters: int) -> Iterator[Step]:
+def _adapted(steps: Sequence[Step], model: ModelFile, numbers: Sequence[int]) -> Iterator[Step]:
     group: list[MatMul] = []
     for step in (*steps, None):
         if group and not (isinstance(step, MatMul) and step.x == group[0].x):
-            for number in range(adapters):
+            for number in numbers:
                 yield from (found for product in group if (found := _adapt(product, model, number)) is not None)
             group = []
         if isinstance(step, MatMul):

@@ -14,7 +14,7 @@ from typing import Self
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.adapters import (
     adapted,
-    adapter_count,
+    adapter_numbers,
     check_adapter_weights,
     read_adapter,
     unread_adapter_tensor,
@@ -84,15 +84,19 @@ class ModelCosts:
         return max((layer.window for layer in self.layers if layer.window is not None), default=None)
 
 
+AdapterPaths = Sequence[Path | None]
+"""Of a model's adapters, by their numbers; None: a number without one."""
+
+
 class Model:
     """An opened model file whose every tensor is known to the program of its architecture."""
 
-    def __init__(self, file: ModelFile, chat_template: str | None = None, adapter_paths: Sequence[Path] = ()) -> None:
+    def __init__(self, file: ModelFile, chat_template: str | None = None, adapter_paths: AdapterPaths = ()) -> None:
         """ModelFileError where the file is no model of an architecture that is supported. `adapter_paths`: of the
         adapters in it."""
         check_architecture(file)
         self.file = file
-        self.adapter_paths = tuple(map(str, adapter_paths))
+        self.adapter_paths = tuple("" if path is None else str(path) for path in adapter_paths)
         self._chosen_template = None if chat_template is None else chosen_template(chat_template)
         self.hyperparameters: Hyperparameters = read_hyperparameters(file)
         self._whole = self.program(0, self.layer_count)
@@ -101,14 +105,14 @@ class Model:
         self._refuse_other_uses()
 
     @classmethod
-    def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
+    def open(cls, path: Path | str, chat_template: str | None = None, adapters: AdapterPaths = ()) -> Model:
         """Reads headers only, but `adapters` whole. ModelFileError as for `open_model`, `with_adapters` and
         `check_adapter_weights`, and for parts that do not fit together. `chat_template` is the name of one or a file,
         to take instead of the model's; UsageError where there is none."""
         plain = open_model(path)
-        headers = [read_adapter(adapter, plain) for adapter in adapters]
+        headers = [None if adapter is None else read_adapter(adapter, plain) for adapter in adapters]
         file = with_adapters(plain, headers)
-        check_adapter_weights(headers)
+        check_adapter_weights([header for header in headers if header is not None])
         return cls(file, chat_template, adapters)
 
     def __enter__(self) -> Self:
@@ -132,9 +136,9 @@ class Model:
         return adapted(build_program(self.file, start, end, kv_type, context_tokens), self.file)
 
     @property
-    def adapter_count(self) -> int:
-        """Adapters of LoRA that requests may use, numbered from 0."""
-        return adapter_count(self.file)
+    def adapter_numbers(self) -> tuple[int, ...]:
+        """Of the adapters of LoRA that requests may use, ascending."""
+        return adapter_numbers(self.file)
 
     @property
     def window(self) -> int | None:

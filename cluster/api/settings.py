@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import UsageError
 
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
@@ -16,17 +17,8 @@ _MOST_KEY_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class ServedAdapter:
-    """An adapter of LoRA, as clients name it. Its number is its place among others."""
-
-    name: str
-    path: str
-    scale: float = 1.0  # of requests that name it as their model
-
-
-@dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Fixed for the life of an app. Durations are in seconds."""
+    """Fixed for the life of an app, but for its adapters. Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
     further_hosts: tuple[str, ...] = ()  # of the other addresses
@@ -38,9 +30,10 @@ class ApiSettings:
     load_on_demand: bool = True  # whether requests load those of several that sleep
     aliases: tuple[str, ...] = ()  # further names of the served model
     tags: tuple[str, ...] = ()  # shown with it
-    adapters: tuple[ServedAdapter, ...] = ()
+    adapters: ServedAdapters = field(default_factory=ServedAdapters)
     rankers: tuple[str, ...] = ()  # names of the cluster's models that rank documents
     allows_pull: bool = False  # clients with the first key, where there are keys, may download models of the catalog
+    adapter_folder: Path | None = None  # of adapters that clients may load
     slot_folder: Path | None = None  # that clients save slots in
     disabled: tuple[str, ...] = ()  # GET endpoints that are off, such as "slots"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of request fields

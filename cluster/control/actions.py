@@ -108,6 +108,7 @@ class ActionRunner:
         others = {name: worker for name, worker in usable.items() if name not in inputs.quarantined}
         plan, failure = None, None
         async with self.planner.ledger.lock:
+            self._take_version(inputs.model_id)
             self.planner.ledger.planned(self.epochs.model_id)
             for workers in (others, usable) if len(others) < len(usable) else (usable,):
                 try:
@@ -120,6 +121,12 @@ class ActionRunner:
                 self._enter(plan)
         served = None if plan is None else await self._predict_served(usable)
         self.observed.post(seen.Planned(inputs, plan, failure, served, is_beside))
+
+    def _take_version(self, model_id: str) -> None:
+        """Plans and loads are of these adapters from now on."""
+        if model_id != (before := self.epochs.model_id):
+            self.planner.ledger.rename(before, model_id)
+            self.planner.model = self.epochs.take_version(model_id)
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
         """Not while requests wait for a pipeline."""

@@ -8,14 +8,19 @@ from dataclasses import dataclass, field, replace
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.observations import Incarnation, PlanInputs
 from llamaclust.cluster.control.quarantine import Quarantine
+from llamaclust.cluster.control.serving import Serving
 from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
-from llamaclust.cluster.planner.plan import Plan, Prediction
+from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, ProtocolError, StalledError
-from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.errors import (
+    DeadlineError,
+    InsufficientMemoryError,
+    LlamaclustError,
+    ProtocolError,
+    StalledError,
+    WorkerError,
+)
 
-_CLEARLY_BETTER = 0.95
-"""A plan must be better by this factor, for equal workers are measured as nearly equal."""
 _MAX_LOADS = 3
 """That fail before their workers are expelled."""
 _LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
@@ -23,13 +28,14 @@ _LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """The present workers, and which of them a plan may use."""
+    """What a plan depends on: the present workers, which of them it may use, and the model's adapters."""
 
     present: Mapping[str, int] = field(default_factory=dict)  # by name, which join it is, in the order of joining
     drained: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
     links: int = 0
     memory: int = 0
+    model_id: str = ""  # of the model with the adapters that it is to have
     quarantine: Quarantine = field(default_factory=Quarantine)
 
     @property
@@ -37,7 +43,9 @@ class PoolState:
         return tuple((name, join) for name, join in self.present.items() if name not in self.drained)
 
     def inputs(self, now_s: float) -> PlanInputs:
-        return PlanInputs(self.usable, self.quarantine.names(now_s), self.partitions, self.links, self.memory)
+        return PlanInputs(
+            self.usable, self.quarantine.names(now_s), self.partitions, self.links, self.memory, self.model_id
+        )
 
     def is_partitioned(self, plan: Plan) -> bool:
         """Whether neighbouring stages cannot reach each other."""
@@ -79,40 +87,6 @@ class Loading:
     error: LlamaclustError | None = None  # of the last one that was counted
     retry_at_s: float = 0.0
     is_loaded: bool = False  # and ready to serve
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """The epoch that serves, or served until its pipeline was lost."""
-
-    plan: Plan
-    workers: tuple[Incarnation, ...]  # in the order of their stages
-
-    def has_layers_as(self, plan: Plan) -> bool:
-        return _layers(self.plan) == _layers(plan)
-
-    def predicted(self, prediction: Prediction | None) -> Serving:
-        """Predictions compare only where both are of the same links: those of before may be too good."""
-        return replace(self, plan=replace(self.plan, prediction=prediction))
-
-    def is_as_good_as(self, plan: Plan) -> bool:
-        """Whether the plan only has other workers for the same stages, which are not clearly faster or larger."""
-        served, new = self.plan.prediction, plan.prediction
-        if served is None or new is None or _ranges(self.plan) != _ranges(plan):
-            return False
-        return (
-            new.token_s >= served.token_s * _CLEARLY_BETTER
-            and served.tokens_per_s >= new.tokens_per_s * _CLEARLY_BETTER
-            and self.plan.kv_blocks >= plan.kv_blocks * _CLEARLY_BETTER
-        )
-
-
-def _ranges(plan: Plan) -> list[tuple[int, int]]:
-    return [(stage.start, stage.end) for stage in plan.stages]
-
-
-def _layers(plan: Plan) -> list[tuple[str, int, int, tuple[DeviceLayers, ...]]]:
-    return [(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +188,21 @@ class ClusterState:
         )
 
     @property
+    def has_version(self) -> bool:
+        """Whether the epoch that serves has the adapters that it is to have."""
+        return self.loss is None and self.serving is not None and self.serving.model_id == self.pool.model_id
+
+    @property
+    def version_error(self) -> LlamaclustError | None:
+        """Why the model cannot be served with the adapters that it is to have."""
+        planning = self.planning
+        if planning is None or planning.inputs.model_id != self.pool.model_id:
+            return None
+        if self.loss is not None and self.loss.failed_because is not None:
+            return WorkerError(self.loss.failed_because)
+        return planning.error or planning.rejected or self.loading.error
+
+    @property
     def has_lost_workers(self) -> bool:
         """Whether a worker of the serving epoch is lost."""
         workers = () if self.serving is None else self.serving.workers
@@ -268,6 +257,8 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
             return replace(state, loss=loss, is_unloaded=not state.is_wanted)
         case seen.Signal.MEMORY_FREED | seen.Signal.MEMORY_TAKEN:
             return replace(state, pool=replace(pool, memory=pool.memory + 1))
+        case seen.VersionWanted(model_id):
+            return replace(state, pool=replace(pool, model_id=model_id))
         case seen.Signal.LINKS_CHANGED:
             return replace(state, pool=replace(pool, links=pool.links + 1))
         case _:
@@ -383,7 +374,7 @@ def _serving(state: ClusterState) -> ClusterState:
         state,
         pool=replace(state.pool, quarantine=state.pool.quarantine.release(names)),
         loading=Loading(),
-        serving=Serving(planning.plan, tuple((name, joins[name]) for name in names)),
+        serving=Serving(planning.plan, tuple((name, joins[name]) for name in names), planning.inputs.model_id),
         retiring=Retiring(state.serving.workers) if state.serving is not None and state.loss is None else None,
         loss=None,
         waits_for="",

@@ -219,7 +219,8 @@ class Epochs:
     def __init__(self, config: ClusterConfig, model: Model, workers: EpochWorkers) -> None:
         self._config = config
         self._model = model
-        self._reference = ModelReference(str(model.file.path), model.model_id, model.adapter_paths)
+        self._versions = {model.model_id: model}
+        self._numbers: set[int] = set()  # of all epochs of the model
         self._registry = workers.registry
         self._credentials = workers.credentials
         self._record = workers.record
@@ -229,11 +230,25 @@ class Epochs:
     def model_id(self) -> str:
         return self._model.model_id
 
+    def add_version(self, model: Model) -> None:
+        """The model with other adapters, which may be wanted from now on."""
+        self._versions[model.model_id] = model
+
+    def take_version(self, model_id: str) -> Model:
+        """What epochs are loaded as from now on. Older versions but the last one are forgotten."""
+        before, self._model = self._model, self._versions[model_id]
+        self._versions = {version.model_id: version for version in (before, self._model)}
+        return self._model
+
+    @property
+    def _reference(self) -> ModelReference:
+        return ModelReference(str(self._model.file.path), self._model.model_id, self._model.adapter_paths)
+
     @property
     def held_layers(self) -> dict[str, tuple[int, int]]:
         """Of the model's newest stage on each worker that has one, by name."""
         workers = self._registry.present
-        newest = {name: max(held) for name, worker in workers.items() if (held := worker.epochs_of(self.model_id))}
+        newest = {name: max(held) for name, worker in workers.items() if (held := self._numbers & set(worker.stages))}
         return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}
 
     @property
@@ -251,6 +266,9 @@ class Epochs:
 
     async def _open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None) -> Epoch:
         number = self._record.next_epoch()
+        self._numbers.add(number)
+        if is_exclusive:  # a load frees stages with the same adapters alone
+            await self._unload_versions()
         loads = StageLoads(
             number,
             [StageInfo(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages],
@@ -283,8 +301,15 @@ class Epochs:
     async def free_others(self, epoch: Epoch | None) -> None:
         """Frees the stages of all of the model's epochs but this one. Raises the first error once all have answered."""
         workers, kept = tuple(self._registry.present.values()), set() if epoch is None else {epoch.number}
-        numbers = {number for worker in workers for number in worker.epochs_of(self._model.model_id)} - kept
+        numbers = {number for worker in workers for number in worker.stages if number in self._numbers} - kept
         if not numbers:  # another model's load is not waited for
             return
         async with self._turn:
             await _all(unload_stages(number, workers) for number in numbers)
+
+    async def _unload_versions(self) -> None:
+        """Frees the stages of the model with other adapters than the present ones."""
+        workers = tuple(self._registry.present.values())
+        held = {(number, order.model_id) for worker in workers for number, (order, _) in worker.stages.items()}
+        others = {number for number, model_id in held if number in self._numbers and model_id != self.model_id}
+        await asyncio.gather(*(_discard(number, workers) for number in others))

@@ -115,7 +115,7 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         prefix_cache=config.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,
         generates=model.generates,
-        adapters=model.adapter_count,
+        adapters=model.adapter_numbers,
         window=model.window if plan.window_blocks else None,
         window_blocks=plan.window_blocks,
     )

@@ -22,6 +22,7 @@ class PlanInputs:
     partitions: Pairs = frozenset()
     links: int = 0  # how often they changed
     memory: int = 0  # how often other models freed or took some
+    model_id: str = ""  # of the model with its adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,13 @@ class PipelineLost:
     """The pipeline that gets new requests failed; requests wait."""
 
     error: LlamaclustError
+
+
+@dataclass(frozen=True, slots=True)
+class VersionWanted:
+    """The model is to be served with the adapters of this id."""
+
+    model_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,4 +139,14 @@ class Signal(Enum):
 
 
 PoolObservation = WorkerSeen | WorkerLost | PartitionsChanged | DrainRequested | UndrainRequested
-Observation = PoolObservation | PipelineLost | Tick | Planned | EpochLoadFailed | RequestsFailed | Noticed | Signal
+Observation = (
+    PoolObservation
+    | VersionWanted
+    | PipelineLost
+    | Tick
+    | Planned
+    | EpochLoadFailed
+    | RequestsFailed
+    | Noticed
+    | Signal
+)

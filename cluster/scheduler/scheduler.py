@@ -175,6 +175,9 @@ class Scheduler:
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
         """On another pipeline, whose stages hold nothing yet: what is in flight is forgotten, and every sequence is
         computed again from its own tokens, in order of arrival."""
+        if settings.model_id != self.settings.model_id:
+            for sequence in self._sequences.values():
+                sequence.block_keys.clear()
         self.settings = settings
         self.times = StageTimes(stages)
         self._split = DecodeSplit(self.times)
@@ -208,6 +211,8 @@ class Scheduler:
             del other._sequences[sequence.key]
             other.strikes.move(sequence, self.strikes)
             sequence.restart()
+            if other.settings.model_id != self.settings.model_id:
+                sequence.block_keys.clear()
             self._sequences[sequence.key] = sequence
             self.queues.waiting.append(sequence)
         self._sequences = dict(sorted(self._sequences.items()))

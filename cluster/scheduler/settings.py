@@ -30,7 +30,7 @@ class SchedulerSettings:
     prefix_cache: bool = True
     whole_prompts: bool = False  # a prompt is computed in one microbatch, as encoders need it
     generates: bool = True  # else requests are for embeddings or scores alone
-    adapters: int = 0  # that requests may use, by their numbers
+    adapters: tuple[int, ...] = ()  # numbers of those that requests may use
     window: int | None = None  # of layers that have blocks of their own
     window_blocks: int = 0  # these
 

@@ -23,7 +23,7 @@ def validate(
     vocabulary: int,
     max_sequence_tokens: int,
     *,
-    adapters: int = 0,
+    adapters: Collection[int] = (),
     generates: bool = True,
 ) -> None:
     """Raises ParameterError, which names the field as the HTTP API does, its value and the bound."""
@@ -88,11 +88,12 @@ def shown(value: object) -> str:
     return repr(value)[:60]
 
 
-def check_adapters(chosen: AdapterScales, adapters: int) -> None:
-    """ParameterError for one that the model, which has so many, lacks, and for a scale out of bounds."""
+def check_adapters(chosen: AdapterScales, adapters: Collection[int]) -> None:
+    """ParameterError for one that is not among the numbers of the model's adapters, and for a scale out of bounds."""
     for number, scale in chosen:
-        if number >= adapters:
-            raise ParameterError("lora", f"id {number}, but there are {adapters} adapters, numbered from 0")
+        if number not in adapters:
+            there = ", ".join(map(str, sorted(adapters))) or "none"
+            raise ParameterError("lora", f"id {number}, but the adapters that are there are {there}")
         check_number("lora", scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
 
 

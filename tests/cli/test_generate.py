@@ -13,7 +13,7 @@ import pytest
 
 from llamaclust import Client
 from llamaclust.cli.main import main
-from llamaclust.cluster.api.settings import ServedAdapter
+from llamaclust.cluster.state.adapters import ServedAdapter, ServedAdapters
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from support.clusters import served
 from support.clusters.scripted_command import Ended, command, scripted
@@ -58,7 +58,7 @@ async def test_generate_streams_the_text() -> None:
 
 async def test_a_served_model_or_adapter_is_chosen() -> None:
     poet = ServedAdapter("poet", "poet.gguf", 0.5)
-    async with scripted("Hello", adapters=(poet,)) as (url, engine):
+    async with scripted("Hello", adapters=ServedAdapters((poet,))) as (url, engine):
         for name, adapters in (("tiny", ()), ("poet", ((0, 0.5),))):
             assert (await command("generate", "abc", "--served-model", name, "--endpoint", url)).out == "Hello\n"
             assert engine.submitted.pop().adapters == adapters

@@ -50,7 +50,7 @@ def test_steps_stand_behind_the_products_of_one_input(model: Path, tmp_path: Pat
     first = build_adapter(tmp_path / "1.gguf", model, rank=4, alpha=8)
     second = build_adapter(tmp_path / "2.gguf", model, rank=2, alpha=0, parts=("attn_k",))
     opened = Model.open(model, adapters=[first, second])
-    assert opened.adapter_count == 2 and opened.adapter_paths == (str(first), str(second))
+    assert opened.adapter_numbers == (0, 1) and opened.adapter_paths == (str(first), str(second))
     steps = opened.program(0, 1).steps
     adapts = [step for step in steps if isinstance(step, Adapt)]
     assert [(step.adapter, step.down.split(".")[4], step.factor) for step in adapts[:4]] == [
@@ -71,6 +71,18 @@ def test_the_model_id_is_of_all_files_in_their_order(model: Path, tmp_path: Path
     first, second = (build_adapter(tmp_path / f"{seed}.gguf", model, seed=seed) for seed in (1, 2))
     choices: list[list[Path]] = [[], [first], [second], [first, second], [second, first]]
     assert len({Model.open(model, adapters=adapters).model_id for adapters in choices}) == len(choices)
+
+
+def test_adapters_keep_their_numbers_where_others_are_not_there(model: Path, tmp_path: Path) -> None:
+    first, second = (build_adapter(tmp_path / f"{seed}.gguf", model, seed=seed) for seed in (1, 2))
+    both, alone = Model.open(model, adapters=[first, second]), Model.open(model, adapters=[None, second])
+    assert alone.adapter_numbers == (1,) and alone.adapter_paths == ("", str(second))
+    of_second = [step for step in both.program(0, 1).steps if not isinstance(step, Adapt) or step.adapter == 1]
+    assert list(alone.program(0, 1).steps) == of_second
+    ids = {Model.open(model, adapters=adapters).model_id for adapters in ([None, second], [second], [first, second])}
+    assert len(ids) == 3
+    assert Model.open(model, adapters=[first, None]).model_id == Model.open(model, adapters=[first]).model_id
+    assert Model.open(model, adapters=[None]).model_id == Model.open(model).model_id
 
 
 def test_a_change_of_any_tensor_changes_the_model_id(model: Path, tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from llamaclust.core.bounds import Address, ModelId, ModelPath, Real, Size, WorkerName
+from llamaclust.core.bounds import AdapterPath, Address, ModelId, ModelPath, Real, Size, WorkerName
 from llamaclust.core.limits import MAX_ADAPTERS
 from llamaclust.core.profile import Profile
 
-AdapterPaths = Annotated[tuple[ModelPath, ...], Size(0, MAX_ADAPTERS)]
+AdapterPaths = Annotated[tuple[AdapterPath, ...], Size(0, MAX_ADAPTERS)]
 """Files of the adapters that are part of a model, on the coordinator's machine."""
 
 

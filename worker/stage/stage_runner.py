@@ -107,7 +107,7 @@ class StageRunner:
         self.limits = limits
         self.devices = options.devices
         self.kv_content = kv_content(model, limits)
-        self._adapters = model.adapter_count
+        self._adapters = max(model.adapter_numbers, default=-1) + 1
         self._vocabulary = model.hyperparameters.vocabulary_size
         self._sampler = Sampler(self._vocabulary, options.feature_level, options.threads) if program.is_last else None
         vocabulary = partial(_grammar_vocabulary, model.file.metadata, self._vocabulary)

@@ -76,7 +76,7 @@ def _open(order: Load, weights: Weights) -> Model | None:
         _log.warning("%s; its layers are fetched from other workers", error)
         return None
     if model is None and order.weights is None:
-        paths = (order.model_path, *order.adapter_paths)
+        paths = (order.model_path, *filter(None, order.adapter_paths))
         where = " and ".join(str(place) for path in paths for place in weights.places(path))
         what = "no such file on this machine, and no other worker has it or may give it"
         raise ModelFileError(f"{where}: {what}; copy it there, or name its folder by --model-dir")

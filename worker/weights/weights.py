@@ -101,18 +101,22 @@ class Weights:
                 model.renew(update.source.worker, reach(update.source.address, update.source.worker))
 
     def open_file(self, model_path: str, model_id: str, adapter_paths: Sequence[str] = ()) -> Model | None:
-        """The file of that identity with its adapters, each at its path or under its name in `model_dir`; None where
-        one of them is not there. Reads headers and samples, not the adapters' weights, which the coordinator checked.
-        ModelFileError where there are only others."""
+        """The file of that identity with its adapters by their numbers, each at its path or under its name in
+        `model_dir` ("": no adapter has the number); None where one of them is not there. Reads headers and samples, not
+        the adapters' weights, which the coordinator checked. ModelFileError where there are only others."""
         there = [[place for place in self.places(model_path) if place.is_file()]]
-        there += [[place for place in self.places(path) if is_adapter(place)] for path in adapter_paths]
+        given = [path for path in adapter_paths if path]
+        there += [[place for place in self.places(path) if is_adapter(place)] for path in given]
         if not all(there):
             return None
         for model in _readable(open_model, there[0]):
             adapters = [_readable(partial(read_adapter, model=model), places) for places in there[1:]]
             for chosen in product(*adapters):
-                if adapted_identity(model, chosen) == model_id:
-                    return Model(with_adapters(model, chosen), adapter_paths=[adapter.path for adapter in chosen])
+                found = iter(chosen)
+                numbered = [next(found) if path else None for path in adapter_paths]
+                if adapted_identity(model, numbered) == model_id:
+                    paths = [None if adapter is None else adapter.path for adapter in numbered]
+                    return Model(with_adapters(model, numbered), adapter_paths=paths)
         files = ", ".join(str(place) for places in there for place in places)
         which = "file that the coordinator opened: it" if len(there) == 1 else "files that the coordinator opened: one"
         raise ModelFileError(

@@ -38,7 +38,7 @@ class AdapterList:
         return JsonResponse(
             [
                 {"id": number, "name": adapter.name, "path": adapter.path, "scale": scales.get(number, 0.0)}
-                for number, adapter in enumerate(self._settings.adapters)
+                for number, adapter in self._settings.adapters.numbered
             ]
         )
 
@@ -48,7 +48,7 @@ class AdapterList:
         require_first_key(request.headers, self._settings, "set the scales of adapters in requests that choose none")
         value = parse_json(await read_bytes(request, self._settings))
         scales = read_fields(AdapterFields, {"lora": {} if value is None else value}).lora or ()
-        check_adapters(scales, len(self._settings.adapters))
+        check_adapters(scales, self._settings.adapters.numbers)
         self._change(tuple((adapter, scale) for adapter, scale in scales if scale))
         return JsonResponse({"success": True})
 

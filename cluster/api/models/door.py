@@ -70,7 +70,7 @@ class DoorModel:
     @property
     def shown_names(self) -> tuple[str, ...]:
         """Its own, and those of its adapters."""
-        return (self.name, *(adapter.name for adapter in self.replies.settings.adapters))
+        return (self.name, *self.replies.settings.adapters.names)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -22,10 +22,14 @@ class OllamaNames:
     def __init__(self, served: str, settings: ApiSettings) -> None:
         self._models = ModelNames(served, settings, any_by_default=True)
         self._served = served
-        self._adapters = frozenset(adapter.name for adapter in settings.adapters)
-        self._fixed = (served, *settings.aliases, *(adapter.name for adapter in settings.adapters))
+        self._adapters = settings.adapters
+        self._aliases = settings.aliases
         self._is_strict = settings.strict_model is True
         self._copies: list[str] = []
+
+    @property
+    def _fixed(self) -> tuple[str, ...]:
+        return (self._served, *self._aliases, *self._adapters.names)
 
     @property
     def all(self) -> list[str]:
@@ -70,7 +74,7 @@ class OllamaNames:
             message = f"{destination[:200]!r} is not a model's name: letters, digits and ._:/@- are"
             raise HttpError(400, "bad_name", message, param="destination")
         for name in map(self._plain, (source, destination)):
-            if name in self._adapters:
+            if name in self._adapters.names:
                 message = f"{name!r} is an adapter: names of adapters are under adapters in the cluster file"
                 raise HttpError(403, "names_are_fixed", message)
         name = destination.removesuffix(TAG)

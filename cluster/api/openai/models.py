@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
-from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter
+from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.scheduler.validation import check_adapters
+from llamaclust.cluster.state.adapters import ServedAdapter
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
@@ -24,7 +25,7 @@ class ModelNames:
         """`any_by_default`: unless the settings say otherwise, a request may name any model."""
         self._served = served
         self._names = {served, *settings.aliases}
-        self._adapters = {adapter.name: (number, adapter.scale) for number, adapter in enumerate(settings.adapters)}
+        self._adapters = settings.adapters
         self._takes_any = any_by_default if settings.strict_model is None else not settings.strict_model
 
     def adapters(
@@ -33,29 +34,29 @@ class ModelNames:
         """What a request for a model is computed with: an adapter that it names as the model, those of its field
         `lora`, or `default`. HttpError 404 for another model's name; ParameterError for both of the former, and for an
         adapter that is none."""
-        if name in self._adapters:
+        if (number := self._adapters.number_of(name)) is not None:
             if lora is not None:
                 raise ParameterError("lora", f"model names the adapter {name!r} already: leave one of them out")
-            adapter, scale = self._adapters[name]
-            return ((adapter, scale),) if scale else ()
+            scale = self._adapters[number].scale
+            return ((number, scale),) if scale else ()
         self.check(name)
         if lora is None:
             return default
-        check_adapters(lora, len(self._adapters))
+        check_adapters(lora, self._adapters.numbers)
         return tuple((adapter, scale) for adapter, scale in lora if scale)
 
     def shown(self, name: str | None) -> str:
         """The name of the model in replies."""
-        return name if name is not None and name in self._adapters else self._served
+        return name if name is not None and name in self._adapters.names else self._served
 
     def check(self, name: str | None) -> None:
         """Another model's name is refused, lest its answers seem to be this model's, and an adapter's where none is
         taken. HttpError."""
-        if name in self._adapters:
+        if name in self._adapters.names:
             message = f"model: {name!r} is an adapter; here only {self._served!r} itself is computed with"
             raise HttpError(400, "unsupported_parameter", message, param="model")
         if name is not None and name not in self._names and not self._takes_any:
-            served = ", ".join(map(repr, (self._served, *self._adapters)))
+            served = ", ".join(map(repr, (self._served, *self._adapters.names)))
             message = f"model: {name[:200]!r} is not served here, only {served}"
             raise HttpError(404, "model_not_found", message, param="model")
 
@@ -67,7 +68,7 @@ class ModelsEndpoint:
         self._service = service
         self._names = ModelNames(service.settings.model_name, settings)
         self._shown = {"aliases": settings.aliases, "tags": settings.tags}
-        self._adapters = {adapter.name: adapter for adapter in settings.adapters}
+        self._adapters = settings.adapters
         self._created = int(time.time())
 
     async def list(self, request: Request) -> Response:
@@ -75,17 +76,18 @@ class ModelsEndpoint:
 
     async def retrieve(self, request: Request) -> Response:
         name = request.path_params["model"]
-        if name not in self._adapters:
+        if name not in self._adapters.names:
             self._names.check(name)
         return JsonResponse(self.entry(name))
 
     def entries(self) -> Sequence[dict[str, Any]]:
         """The model and its adapters."""
-        return [self._entry(), *map(self._adapter_entry, self._adapters.values())]
+        return [self._entry(), *map(self._adapter_entry, self._adapters)]
 
     def entry(self, name: str) -> dict[str, Any]:
         """An adapter of this name, else the model."""
-        return self._adapter_entry(self._adapters[name]) if name in self._adapters else self._entry()
+        number = self._adapters.number_of(name)
+        return self._entry() if number is None else self._adapter_entry(self._adapters[number])
 
     def _adapter_entry(self, adapter: ServedAdapter) -> dict[str, Any]:
         """As vLLM shows it."""

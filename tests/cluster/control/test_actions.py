@@ -15,7 +15,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import actions, epochs
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss, PoolState, Serving
+from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss, PoolState
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers, StageLoadError
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observed import Observed
@@ -23,6 +23,7 @@ from llamaclust.cluster.control.pool.drain import WorkerOperations
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.reconcile import Expel, LoadEpoch, MakePlan
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
+from llamaclust.cluster.control.serving import Serving
 from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.membership.members import Members
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
@@ -176,7 +177,7 @@ def supervised(registry: Members) -> tuple[WorkerPool, Supervisor]:
     async def nothing(_: object) -> None: ...
 
     config = ClusterConfig.model_validate({"model": "m.gguf", "workers": [{"name": "a"}], "state_dir": Path("/none")})
-    opener: Any = SimpleNamespace(announce=nothing)
+    opener: Any = SimpleNamespace(announce=nothing, model_id="m")
     launcher: Any = SimpleNamespace(end=nothing)
     workers: Any = SupervisedWorkers(registry, launcher, ControlRecord())  # type: ignore[arg-type]
     planner: Any = SimpleNamespace(profiles=SimpleNamespace(of=lambda workers: workers), config=config)

@@ -133,7 +133,7 @@ class ScriptedEngine:
     def submit(self, generation: GenerationRequest) -> ScriptedStream:
         if self.refusal is not None:
             raise self.refusal
-        validate(generation, VOCABULARY, CONTEXT, adapters=2)
+        validate(generation, VOCABULARY, CONTEXT, adapters=(0, 1))
         self.submitted.append(generation)
         self.running += 1
         return ScriptedStream(self, generation, deque(self._events(generation)))

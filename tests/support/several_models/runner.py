@@ -8,7 +8,7 @@ from typing import Any
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
-from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, Waits
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Waits
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.planner.links import UNKNOWN
@@ -18,7 +18,8 @@ ANYTHING: Any = SimpleNamespace()
 
 
 def observed_cluster() -> Observed:
-    return Observed(ClusterState(Waits(120.0, 120.0), 2, seen.Tick(0.0), PipelineLoss(0.0)))
+    pool = PoolState(model_id="m")
+    return Observed(ClusterState(Waits(120.0, 120.0), 2, seen.Tick(0.0), PipelineLoss(0.0), pool))
 
 
 def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionRunner:

@@ -11,11 +11,14 @@ from starlette.datastructures import Headers
 
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.ticket import Ticket
-from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.state.adapters import ServedAdapter, ServedAdapters
 from llamaclust.core.limits import AdapterScales
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says
 
-ADAPTERS = (ServedAdapter("poet", "/models/poet.gguf"), ServedAdapter("clerk", "/models/clerk.gguf", -0.5))
+ADAPTERS = ServedAdapters(
+    (ServedAdapter("poet", "/models/poet.gguf"), ServedAdapter("clerk", "/models/clerk.gguf", -0.5))
+)
 MESSAGES = [{"role": "user", "content": "Hi"}]
 REQUESTS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES},

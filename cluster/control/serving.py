@@ -1,0 +1,47 @@
+"""The epoch that serves, and when another plan is worth a move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llamaclust.cluster.control.observations import Incarnation
+from llamaclust.cluster.planner.plan import Plan, Prediction
+from llamaclust.core.gpus import DeviceLayers
+
+_CLEARLY_BETTER = 0.95
+"""A plan must be better by this factor, for equal workers are measured as nearly equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The epoch that serves, or served until its pipeline was lost."""
+
+    plan: Plan
+    workers: tuple[Incarnation, ...]  # in the order of their stages
+    model_id: str = ""  # of the model with its adapters
+
+    def has_layers_as(self, plan: Plan) -> bool:
+        return _layers(self.plan) == _layers(plan)
+
+    def predicted(self, prediction: Prediction | None) -> Serving:
+        """Predictions compare only where both are of the same links: those of before may be too good."""
+        return replace(self, plan=replace(self.plan, prediction=prediction))
+
+    def is_as_good_as(self, plan: Plan) -> bool:
+        """Whether the plan only has other workers for the same stages, which are not clearly faster or larger."""
+        served, new = self.plan.prediction, plan.prediction
+        if served is None or new is None or _ranges(self.plan) != _ranges(plan):
+            return False
+        return (
+            new.token_s >= served.token_s * _CLEARLY_BETTER
+            and served.tokens_per_s >= new.tokens_per_s * _CLEARLY_BETTER
+            and self.plan.kv_blocks >= plan.kv_blocks * _CLEARLY_BETTER
+        )
+
+
+def _ranges(plan: Plan) -> list[tuple[int, int]]:
+    return [(stage.start, stage.end) for stage in plan.stages]
+
+
+def _layers(plan: Plan) -> list[tuple[str, int, int, tuple[DeviceLayers, ...]]]:
+    return [(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages]

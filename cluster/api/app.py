@@ -26,6 +26,7 @@ from llamaclust.cluster.api.ignored import IgnoredFields
 from llamaclust.cluster.api.llamacpp.completions import Completions
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.routes import llamacpp_routes
+from llamaclust.cluster.api.models.adapter_loading import AdapterLoading
 from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
 from llamaclust.cluster.api.models.lists import ModelLists
 from llamaclust.cluster.api.ollama.routes import ollama_routes
@@ -38,7 +39,8 @@ from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.openapi import declare_body, describe, docs_page
-from llamaclust.cluster.api.operations.endpoints import DrainControl, Operations, Workers, disabled, no_proxy
+from llamaclust.cluster.api.operations.controls import Controls
+from llamaclust.cluster.api.operations.endpoints import Operations, Workers, disabled, no_proxy
 from llamaclust.cluster.api.paths import Paths, RouteNames
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.reply import MakeReply
@@ -60,11 +62,11 @@ def create_app(
     engine: Engine,
     cluster_status: Callable[[], Mapping[str, Any]],
     admission: Admission | None = None,
-    pool: DrainControl | None = None,
+    controls: Controls | None = None,
 ) -> FastAPI:
-    """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app; without a
-    `pool` there are no workers to drain. The owner of `replies` closes them."""
-    app = model_app(service, replies, engine, cluster_status, pool, ResponseStore())
+    """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app. The owner
+    of `replies` closes them."""
+    app = model_app(service, replies, engine, cluster_status, controls or Controls(), ResponseStore())
     for operation in ("load", "unload"):
         _route(app, "POST", f"/v1/models/{operation}", unsupported(_ONE_MODEL))
     add_gates(app, replies.settings, admission, app.routes)
@@ -97,7 +99,7 @@ def model_app(
     replies: Replies,
     engine: Engine,
     cluster_status: Callable[[], Mapping[str, Any]],
-    pool: DrainControl | None,
+    controls: Controls,
     store: ResponseStore,
 ) -> FastAPI:
     """The endpoints of one model, which all clients reach."""
@@ -121,14 +123,15 @@ def model_app(
     _route(app, "GET", "/v1/models", models.list)
     _route(app, "GET", "/v1/models/{model:path}", models.retrieve)
     own = (*embedding_routes(service, settings), *RerankEndpoint(service, settings).routes())
-    for route in (*own, *llamacpp_routes(service, replies), *ollama_routes(service, replies)):
+    loading = AdapterLoading(controls.adapters, settings).routes()
+    for route in (*own, *llamacpp_routes(service, replies), *ollama_routes(service, replies), *loading):
         _route(app, route.method, route.path, route.endpoint, route.body)
     operations = Operations(service, engine, cluster_status, settings)
     for name in ("health", "live", "metrics", "cluster", "props", "slots"):
         _route(app, "GET", f"/{name}", disabled if name in settings.disabled else getattr(operations, name))
     _add_requests(app, operations)
-    if pool is not None:
-        workers = Workers(pool)
+    if controls.workers is not None:
+        workers = Workers(controls.workers)
         for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
             _route(app, method, f"/cluster/workers/{{worker}}/{name}", getattr(workers, name))
     _route(app, "GET", "/docs", disabled if "docs" in settings.disabled else docs_page)

@@ -210,3 +210,7 @@ OLLAMA: Final = ForeignFields(
 OLLAMA_MESSAGE: Final = ForeignFields(
     refused=_names("images", only()), other_names={"name": "tool_name", "reasoning_content": "thinking"}
 )
+
+OF_ADAPTERS: Final = ForeignFields(
+    refused=_names("load_inplace is_3d_lora_weight", only(False)), hints=_names("lora_int_id", anything)
+)

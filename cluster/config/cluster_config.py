@@ -281,6 +281,9 @@ class ClusterConfig(Section):
             if config.adapters and with_gpu is not None:
                 why = f"are computed on processors only, and {with_gpu.name} has {with_gpu.device}: set device: cpu"
                 raise PlaceError((*place, "adapters"), why)
+        if self.api.adapter_folder is not None and with_gpu is not None:
+            why = f"adapters are computed on processors only, and {with_gpu.name} has {with_gpu.device}: leave it out"
+            raise PlaceError(("api", "adapter_folder"), why)
         return self
 
     @model_validator(mode="after")
@@ -298,6 +301,7 @@ _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory", "kv_dis
 _PATHS = (
     ("join", "trust_dir"),
     ("lease", "account"),
+    ("api", "adapter_folder"),
     ("api", "slot_folder"),
     ("listen_tls", "certificate"),
     ("listen_tls", "key"),

@@ -156,6 +156,8 @@ class Api(Section):
     """Words that `/v1/models` shows with the model."""
     pull: bool = False
     """Whether clients may download models of the catalog by `/api/pull`; with API keys, those with the first one."""
+    adapter_folder: FilePath | None = None
+    """Folder of adapters that clients may load by `/v1/load_lora_adapter`; with API keys, those with the first one."""
     slot_folder: FilePath | None = None
     """Folder that clients save slots in; without it, `POST /slots` is refused."""
     disabled: Annotated[

@@ -234,6 +234,10 @@ class Epochs:
         """The model with other adapters, which may be wanted from now on."""
         self._versions[model.model_id] = model
 
+    def version(self, model_id: str) -> Model:
+        """The one that serves or is wanted, by its id."""
+        return self._versions[model_id]
+
     def take_version(self, model_id: str) -> Model:
         """What epochs are loaded as from now on. Older versions but the last one are forgotten."""
         before, self._model = self._model, self._versions[model_id]

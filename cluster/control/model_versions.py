@@ -42,6 +42,18 @@ class ModelVersions:
         return self._runner.observed.state.pool.model_id
 
     @property
+    def served_id(self) -> str:
+        """Of the version that serves; if none does, of the one that is wanted."""
+        epoch = self._runner.epoch
+        is_lost = self._runner.observed.state.loss is not None
+        return self.model_id if epoch is None or is_lost else epoch.settings.model_id
+
+    @property
+    def wanted(self) -> Model:
+        """That version."""
+        return self._runner.epochs.version(self.model_id)
+
+    @property
     def is_asleep(self) -> bool:
         return not self._runner.observed.state.is_wanted
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from llamaclust.cluster.engine.pipeline import StageInfo
@@ -26,7 +26,7 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
     return [record for record in records if record.request_id.startswith(beginning)]
 
 
-def summary_json(record: RequestRecord, adapters: Sequence[str]) -> dict[str, Any]:
+def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
     """A sequence without its phases. `adapters`: the names of those that requests may use, by their numbers."""
     timings = record.timings
     return {
@@ -40,7 +40,7 @@ def summary_json(record: RequestRecord, adapters: Sequence[str]) -> dict[str, An
     }
 
 
-def waterfall_json(record: RequestRecord, adapters: Sequence[str]) -> dict[str, Any]:
+def waterfall_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
     """A sequence with its phases, which begin after `start` seconds."""
     waterfall = record.waterfall
     phases = [_phase(phase, waterfall.start_ns) for phase in waterfall.phases]

@@ -17,6 +17,7 @@ from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
 from llamaclust.cluster.control.limits import check_distinct, check_plan, scheduler_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
+from llamaclust.cluster.control.model_versions import ModelVersions
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.residency import Residency, Resident
@@ -34,7 +35,9 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
+from llamaclust.cluster.server.adapter_loader import AdapterLoader, OpenedModel
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
+from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
@@ -57,10 +60,15 @@ class ServedModel:
     model: Model
     supervisor: Supervisor
     engine: Engine
+    loader: AdapterLoader
 
     @property
     def name(self) -> str:
         return self.config.model_name
+
+    @property
+    def adapters(self) -> ServedAdapters:
+        return self.loader.model.adapters
 
     @property
     def plan(self) -> Plan | None:
@@ -122,18 +130,23 @@ async def open_cluster(
         registry = _registry(config, launcher, record)
         models = [await _opened(stack, *of) for of in zip(config.of_each_model(), (model_path, *further), strict=True)]
         _check_models(config, models, launcher)
+        adapter_record = AdapterRecord(folder.adapters)
+        opened = [await OpenedModel.restore(*of, adapter_record, report) for of in models]
         # workers that got the registry's goodbye have gone when the launcher stops
         await stack.enter_async_context(launcher)
         await stack.enter_async_context(registry)
         await launcher.start(worker_settings(config), registry.address, registry.process_exited)
         state_dir = folder.path.parent
-        planners = [make_planner(own, model, WorkerProfiles(own, model, state_dir, report)) for own, model in models]
-        await _joined(planners, registry, launcher, record)
+        profiles = [WorkerProfiles(own, model, state_dir, report) for own, model in models]
+        planners = [make_planner(of.config, of.version, own) for of, own in zip(opened, profiles, strict=True)]
+        named = (asyncio.to_thread(getattr, model, "tokenizer") for _, model in models)
+        # a bad tokenizer is named now
+        await asyncio.gather(_joined(planners, registry, launcher, record), *named)
         meter = await _measured(planners, registry, launcher, folder, report)
         start_s = 0.0 if config.launcher == "local" else config.join.wait
         supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
         pool = await stack.enter_async_context(_supervised(config, supervised, report))
-        served = await _served(stack, planners, pool, report)
+        served = await _served(stack, opened, planners, pool=pool, adapter_record=adapter_record, report=report)
         metrics = _cluster_metrics(served, registry)
         residents = {one.name: _resident(one, entry) for one, entry in zip_longest(served, config.models)}
         residency = Residency(residents)
@@ -161,10 +174,9 @@ def _check_models(config: ClusterConfig, models: Sequence[tuple[ClusterConfig, M
 async def _joined(
     planners: Sequence[ClusterPlanner], registry: Registry, launcher: Launcher, record: ControlRecord
 ) -> None:
-    """Returns when there are enough workers for each model; a bad tokenizer is named now."""
+    """Returns when there are enough workers for each model."""
     shortfall = partial(_shortfall, planners, registry, record.drained)
-    named = (asyncio.to_thread(getattr, planner.model, "tokenizer") for planner in planners)
-    await asyncio.gather(launcher.joined(registry, shortfall), *named)
+    await launcher.joined(registry, shortfall)
 
 
 async def _measured(
@@ -190,7 +202,13 @@ async def _measured(
 
 
 async def _served(
-    stack: AsyncExitStack, planners: Sequence[ClusterPlanner], pool: WorkerPool, report: Report
+    stack: AsyncExitStack,
+    opened: Sequence[OpenedModel],
+    planners: Sequence[ClusterPlanner],
+    *,
+    pool: WorkerPool,
+    adapter_record: AdapterRecord,
+    report: Report,
 ) -> tuple[ServedModel, ...]:
     """The first model is loaded unless requests load none, the others sleep; memory must suffice for each alone."""
     config, workers = planners[0].config, pool.workers
@@ -206,11 +224,15 @@ async def _served(
         is_asleep = plan is not None
         supervisors.append(Supervisor(planner.config, epochs, planner, pool, report=report, is_asleep=is_asleep))
     pool.start()
-    served = []
-    for planner, plan, supervisor in zip(planners, plans, supervisors, strict=True):
-        settings = None if plan is None else scheduler_settings(planner.config, planner.model, plan)
-        engine = await stack.enter_async_context(_engine(planner.config, supervisor, settings))
-        served.append(ServedModel(planner.config, planner.model, supervisor, engine))
+    served: list[ServedModel] = []
+    loaders: list[AdapterLoader] = []
+    for model, runner in zip(opened, pool.runners, strict=True):
+        loaders.append(AdapterLoader(model, ModelVersions(runner), adapter_record, report, loaders))
+    for loader, plan, supervisor in zip(loaders, plans, supervisors, strict=True):
+        of = loader.model
+        settings = None if plan is None else scheduler_settings(of.config, of.version, plan)
+        engine = await stack.enter_async_context(_engine(of.config, supervisor, settings))
+        served.append(ServedModel(of.config, of.plain, supervisor, engine, loader))
     return tuple(served)
 
 

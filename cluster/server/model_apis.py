@@ -14,10 +14,10 @@ from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app, create_models_app, model_app
 from llamaclust.cluster.api.models.door import DoorModel
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
+from llamaclust.cluster.api.operations.controls import Controls
 from llamaclust.cluster.api.replies.durability import Durability
 from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.settings import ApiSettings, ServedAdapter
-from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.server.answer_digest import answer_digest
 from llamaclust.cluster.server.coordinator import Cluster, ServedModel
 from llamaclust.cluster.state.journal import Journal
@@ -34,6 +34,11 @@ class ModelApi:
     replies: Replies
     digest: str
 
+    def continues(self, request: OpenRequest) -> bool:
+        """Whether a request that an earlier coordinator left gets the same answer here."""
+        admission = request.admission
+        return admission.served == self.digest and not self.served.adapters.contradict(admission.adapters)
+
 
 @asynccontextmanager
 async def model_apis(cluster: Cluster, settings: ApiSettings, journal: Journal) -> AsyncIterator[list[ModelApi]]:
@@ -44,7 +49,7 @@ async def model_apis(cluster: Cluster, settings: ApiSettings, journal: Journal) 
         for served in cluster.models:
             service = await stack.enter_async_context(aclosing(_text_service(served)))
             digest = _digest(served, service.settings.context_length)
-            durability = Durability(journal, digest, cluster.config.timeouts.request)
+            durability = Durability(journal, digest, cluster.config.timeouts.request, served.adapters)
             own = replace(_settings_of(served, settings, len(cluster.models)), rankers=rankers)
             replies = await stack.enter_async_context(aclosing(Replies(own, durability)))
             apis.append(ModelApi(served, service, replies, digest))
@@ -52,25 +57,34 @@ async def model_apis(cluster: Cluster, settings: ApiSettings, journal: Journal) 
 
 
 async def restore(apis: Sequence[ModelApi], journal: Journal, requests: Sequence[OpenRequest]) -> None:
-    """The requests that an earlier coordinator left, each by the model whose digest it has."""
+    """The requests that an earlier coordinator left, each by the model that continues it."""
     await journal.restore(requests)
     for api in apis:
-        await api.replies.restore([request for request in requests if request.admission.served == api.digest])
+        await api.replies.restore([*filter(api.continues, requests)])
 
 
 def cluster_app(
     apis: Sequence[ModelApi], cluster: Cluster, admission: Admission, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> FastAPI:
     """The app of one model, or of several. `show`: what `GET /cluster` says of one."""
-    pool, (first, *others) = cluster.pool.operations, apis
+    first, *others = apis
+    controls = {api.served.name: Controls(cluster.pool.operations, api.served.loader) for api in apis}
     if not others:
+        own = controls[first.served.name]
         return create_app(
-            first.service, first.replies, first.served.engine, partial(show, first.served), admission, pool
+            first.service, first.replies, first.served.engine, partial(show, first.served), admission, own
         )
     store, residents = ResponseStore(), cluster.residency.residents
     models = [
         DoorModel(
-            model_app(api.service, api.replies, api.served.engine, partial(show, api.served), pool, store),
+            model_app(
+                api.service,
+                api.replies,
+                api.served.engine,
+                partial(show, api.served),
+                controls[api.served.name],
+                store,
+            ),
             api.service,
             api.replies,
             residents[api.served.name],
@@ -105,18 +119,13 @@ def _digest(served: ServedModel, context_length: int) -> str:
 
 def _settings_of(served: ServedModel, settings: ApiSettings, models: int) -> ApiSettings:
     """Of several, requests name one, and kept replies share their memory."""
+    settings = replace(settings, adapters=served.adapters)
     if models == 1:
         return settings
     return replace(
         settings,
         aliases=served.config.api.aliases,
-        adapters=served_adapters(served.config),
         strict_model=True,
         can_unload=True,
         max_kept_bytes=settings.max_kept_bytes // models,
     )
-
-
-def served_adapters(config: ClusterConfig) -> tuple[ServedAdapter, ...]:
-    """Of a model."""
-    return tuple(ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters)

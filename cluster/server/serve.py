@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.default_fields import check_defaults
 from llamaclust.cluster.server.leadership import leading
-from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore, served_adapters
+from llamaclust.cluster.server.model_apis import ModelApi, cluster_app, model_apis, restore
 from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
@@ -158,7 +158,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     ):
         app = cluster_app(apis, cluster, admission, partial(cluster_status, cluster, front.record))
         with _left_to_the_next(journal):
-            await restore(apis, journal, await _restorable(folder, [api.digest for api in apis], front))
+            await restore(apis, journal, await _restorable(folder, apis, front))
             traced = app if telemetry is None else telemetry.traced(app)
             server = _Server(server_config(traced, front.settings, front.port))
             serving = asyncio.create_task(server.serve(sockets=front.port.listeners))
@@ -197,11 +197,12 @@ def _left_to_the_next(journal: Journal) -> Iterator[None]:
         raise
 
 
-async def _restorable(folder: ClusterDir, served: Collection[str], front: _Front) -> list[OpenRequest]:
-    """What an earlier coordinator left for models of the same digests."""
+async def _restorable(folder: ClusterDir, apis: Sequence[ModelApi], front: _Front) -> list[OpenRequest]:
+    """What an earlier coordinator left for the same models."""
     left = await asyncio.to_thread(_left_requests, folder.journal)
-    _report_line(front, found_unanswered(left, served))
-    return [request for request in left if request.admission.served in served]
+    restorable = [request for request in left if any(api.continues(request) for api in apis)]
+    _report_line(front, found_unanswered(left, restorable))
+    return restorable
 
 
 def _left_requests(path: Path) -> list[OpenRequest]:
@@ -291,9 +292,6 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
     if served in [adapter.name for adapter in config.adapters]:
         raise UsageError(f"adapters: {served!r} is also the name of the model; set api.model_name")
     check_defaults(config.api.defaults)
-    folder = config.api.slot_folder
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder}: the folder of api.slot_folder does not exist; make it first")
     return ApiSettings(
         listen_host=config.host,
         further_hosts=tuple(host for host, _ in config.addresses[1:]),
@@ -305,16 +303,23 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         load_on_demand=config.load_on_demand,
         aliases=config.api.aliases,
         tags=config.api.tags,
-        adapters=served_adapters(config),
+        adapter_folder=_existing(config.api.adapter_folder, "api.adapter_folder"),
         disabled=config.api.disabled,
         allows_pull=config.api.pull,
-        slot_folder=folder,
+        slot_folder=_existing(config.api.slot_folder, "api.slot_folder"),
         defaults=config.api.defaults,
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
         resume_s=config.timeouts.resume,
         max_requests=(config.max_sequences + config.max_waiting + _MORE_REQUESTS) * len(config.of_each_model()),
     )
+
+
+def _existing(folder: Path | None, key: str) -> Path | None:
+    """UsageError where a folder of the cluster file does not exist."""
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"{folder}: the folder of {key} does not exist; make it first")
+    return folder
 
 
 @contextmanager
@@ -368,7 +373,7 @@ def _ready(cluster: Cluster, front: _Front) -> Ready:
         fingerprint=None if certificate is None else certificate.fingerprint,
         ca_file=record.api_certificate if is_own else None,
         use=_use(cluster.model),
-        others=(*others, *(adapter.name for served in cluster.models for adapter in served.config.adapters)),
+        others=(*others, *(name for served in cluster.models for name in served.adapters.names)),
         collector=_collector(front.telemetry),
     )
 

@@ -91,7 +91,7 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
         "model": served.name,
         "insecure": cluster.config.insecure,
         "workers": [
-            _worker(workers[name], served.model.model_id, reports.get(name), predicted.get(name))
+            _worker(workers[name], served.loader.versions.served_id, reports.get(name), predicted.get(name))
             | {"drained": name in cluster.pool.operations.drained}
             for name in in_order(cluster.config, workers)
         ],
@@ -115,6 +115,7 @@ def _model(served: ServedModel, resident: Resident) -> dict[str, Any]:
         "state": "loading" if resident.is_loading and state is EngineState.ASLEEP else str(state),
         "requests": {"running": counts.running, "waiting": counts.waiting},
         "recoveries": served.supervisor.recoveries,
+        "adapters": served.adapters.names,
     }
 
 

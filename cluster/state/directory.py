@@ -84,6 +84,11 @@ class ClusterDir:
         return self.path / "control.json"
 
     @property
+    def adapters(self) -> Path:
+        """Record of the adapters that clients loaded."""
+        return self.path / "adapters.json"
+
+    @property
     def journal(self) -> Path:
         return self.path / "requests.journal"
 

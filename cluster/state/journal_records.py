@@ -26,7 +26,28 @@ _MAX_LINE_BYTES = 64 << 20
 _CHECKSUM_DIGITS = 8
 _BODY = b"\t"
 """Before a body; JSON of ours has none."""
-_ADMISSION = [str, int, int, str, str, str, str, str, str, float, float, str, float, str, bool, bool, bool, list, list]
+_ADMISSION = [
+    str,
+    int,
+    int,
+    str,
+    str,
+    str,
+    str,
+    str,
+    str,
+    float,
+    float,
+    str,
+    float,
+    str,
+    bool,
+    bool,
+    bool,
+    list,
+    list,
+    list,
+]
 """Types of its fields, in the order of `admission_line`."""
 _ROW = Struct("<id")
 """A token and its logprob, in hexadecimal digits on a line: a journal of many tokens is read several times as fast as
@@ -67,6 +88,7 @@ class Admission:
     is_background: bool = False  # its client does not wait for it
     has_grammar: bool = False  # its answers obey a grammar
     earlier: Sequence[Mapping[str, Any]] = ()  # messages of the stored chat that its body continues
+    adapters: tuple[str, ...] = ()  # marks of the adapters that clients had loaded
 
     @property
     def id(self) -> str:
@@ -109,6 +131,7 @@ def admission_line(admission: Admission) -> bytes:
         admission.has_grammar,
         admission.earlier,
         identity.scales,
+        admission.adapters,
     )
     return _line(_json({"admit": fields}) + _BODY + admission.body.replace(b"%", b"%25").replace(b"\n", b"%0A"))
 
@@ -199,7 +222,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
         raise TypeError("other fields than those of an admission")
     request_id, seed, created, owner, conversation, idempotency_key, traceparent, tracestate, *more = fields
     endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_background, has_grammar, *last = more
-    earlier, scales = last
+    earlier, scales, adapters = last
     identity = RequestIdentity(
         id=request_id,
         seed=seed,
@@ -223,6 +246,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
         is_background=is_background,
         has_grammar=has_grammar,
         earlier=tuple(earlier),
+        adapters=tuple(map(str, adapters)),
     )
 
 

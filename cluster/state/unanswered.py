@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from llamaclust.cluster.state.instants import Instant
@@ -18,9 +18,8 @@ def left_unanswered(journal: Path) -> str:
     return f"{_requests(number)} computed again at the next start" if number else ""
 
 
-def found_unanswered(requests: Sequence[OpenRequest], served: Collection[str]) -> str:
-    """Of the requests that a start has found; it answers those of the digests `served`."""
-    restored = [request for request in requests if request.admission.served in served]
+def found_unanswered(requests: Sequence[OpenRequest], restored: Sequence[OpenRequest]) -> str:
+    """Of the requests that a start has found, and those of them that it answers."""
     number, dropped = _unanswered(restored), _unanswered(requests) - _unanswered(restored)
     lines = [f"{_requests(number)} computed again"] if number else []
     if dropped:

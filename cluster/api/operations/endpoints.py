@@ -5,30 +5,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.operations.controls import DrainControl
 from llamaclust.cluster.api.operations.properties import properties
 from llamaclust.cluster.api.operations.readings import ReadModel, metrics_reply, requests_reply, waterfall_reply
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.cluster.text.service import TextService
-from llamaclust.wire.control.messages import LogTail
 from llamaclust.wire.rpc.deadlines import deadline
 
 _DRAIN_S = 600.0
 """Layers are loaded elsewhere meanwhile; a repeated request waits on."""
-
-
-class DrainControl(Protocol):
-    """Decides which workers hold layers, and reads their logs."""
-
-    async def drain(self, name: str) -> None: ...
-    def undrain(self, name: str) -> None: ...
-    async def log(self, name: str) -> LogTail: ...
 
 
 async def disabled(request: Request) -> Response:

@@ -12,12 +12,12 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.llamacpp.metrics import llamacpp_metrics
-from llamaclust.cluster.api.settings import ServedAdapter
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.metrics import CONTENT_TYPE
 from llamaclust.cluster.engine.model_metrics import render_all
 from llamaclust.cluster.engine.waterfall_json import matching, summary_json, waterfall_json
 from llamaclust.cluster.engine.waterfalls import RequestRecord
+from llamaclust.cluster.state.adapters import ServedAdapters
 
 _MOST_SEQUENCES = 32
 """Of one request, that are shown."""
@@ -29,11 +29,11 @@ class ReadModel:
 
     name: str
     engine: Engine
-    adapters: tuple[ServedAdapter, ...]
+    adapters: ServedAdapters
 
     @property
-    def adapter_names(self) -> list[str]:
-        return [adapter.name for adapter in self.adapters]
+    def adapter_names(self) -> dict[int, str]:
+        return {number: adapter.name for number, adapter in self.adapters.numbered}
 
 
 def requests_reply(models: Sequence[ReadModel]) -> Response:

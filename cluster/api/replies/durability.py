@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission
@@ -18,6 +19,7 @@ class Durability:
     journal: Journal
     served: str  # digest of the model and its settings
     request_s: float
+    adapters: ServedAdapters = field(default_factory=ServedAdapters)
 
     def admit(
         self, ticket: Ticket, endpoint: str, body: bytes, *, is_streamed: bool, is_background: bool
@@ -34,5 +36,6 @@ class Durability:
             is_background=is_background,
             has_grammar=bool(ticket.constraint.is_used),
             earlier=ticket.earlier.messages,
+            adapters=self.adapters.marks,
         )
         return self.journal.admit(admission)

@@ -96,7 +96,7 @@ async def test_requests_of_an_engine_are_known_while_they_run_and_afterwards() -
         records = engine.waterfalls.records(monotonic_ns())
     assert [(record.request_id, record.end) for record in records] == [("abcd0123", "length"), ("ffff4567", "length")]
     for record in records:
-        shown = waterfall_json(record, ())
+        shown = waterfall_json(record, {})
         *_, prefill, decode = shown["phases"]
         assert (prefill["phase"], decode["phase"], decode["tokens"]) == ("prefill", "decode", 11)
         assert [stage["worker"] for stage in decode["stages"]] == ["w0", "w1"]
@@ -136,12 +136,12 @@ async def test_a_load_is_a_phase_of_the_requests_that_wait_for_it() -> None:
 
 
 async def test_adapters_of_a_request_are_known_by_their_names() -> None:
-    settings = replace(SETTINGS, adapters=2)
+    settings = replace(SETTINGS, adapters=(0, 1))
     async with asyncio.timeout(30), Engine(FakePipeline(SETTINGS.kv_blocks), settings) as engine:
         await read(engine.submit(request(adapters=((0, 1.0), (1, 0.5)))))
         await read(engine.submit(request("ffff4567")))
         chosen, plain = (
-            waterfall_json(record, ("poet", "clerk")) for record in engine.waterfalls.records(monotonic_ns())
+            waterfall_json(record, {0: "poet", 1: "clerk"}) for record in engine.waterfalls.records(monotonic_ns())
         )
     assert chosen["adapters"] == [{"name": "poet", "scale": 1.0}, {"name": "clerk", "scale": 0.5}]
     assert plain["adapters"] == []

@@ -6,6 +6,8 @@ import os
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -68,6 +70,7 @@ async def test_a_start_restores_what_it_can_answer_and_counts_it(
     record = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m")
     with socket.socket() as listener:
         front = serve._Front(ApiPort(listener), record, ApiSettings(), None, events.append)
-        requests = await serve._restorable(folder, "ours", front)
+        api: Any = SimpleNamespace(continues=lambda request: request.admission.served == "ours")
+        requests = await serve._restorable(folder, [api], front)
     assert [request.admission.served for request in requests] == ["ours"] * (restored + 1)  # the sent one, too
     assert events == ([] if line is None else [Notice(f"home: {line}")])

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.operations.endpoints import DrainControl
+from llamaclust.cluster.api.operations.controls import Controls, DrainControl
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
@@ -111,7 +111,7 @@ def cluster_app(
     spoken: Any = engine or ScriptedEngine(says("a"))
     service = TextService(spoken, tokenizer(), chat_template(), settings)
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
-    return create_app(service, Replies(ApiSettings()), idle, status, None, pool)
+    return create_app(service, Replies(ApiSettings()), idle, status, None, Controls(pool))
 
 
 def _named(cluster: dict[str, Any], name: str) -> dict[str, Any]:

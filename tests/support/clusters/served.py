@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.operations.endpoints import DrainControl
+from llamaclust.cluster.api.operations.controls import Controls
 from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.port.certificate import ServerCertificate
 from llamaclust.cluster.api.replies.handlers import Replies
@@ -177,7 +177,7 @@ def make_app(
     engine: Any,
     chat_template: ChatTemplate | None = None,
     admission: Admission | None = None,
-    pool: DrainControl | None = None,
+    controls: Controls | None = None,
     replies: Replies | None = None,
     **settings: Any,
 ) -> FastAPI:
@@ -186,7 +186,7 @@ def make_app(
     service = make_service(engine, chat_template, SETTINGS.max_sequences if "slot_folder" in settings else 0)
     show = {"status": {"name": "test"}}.copy
     replies = replies or Replies(ApiSettings(**settings))
-    return create_app(service, replies, idle, show, admission, pool)
+    return create_app(service, replies, idle, show, admission, controls)
 
 
 def client(app: ASGIApp, **options: Any) -> httpx.AsyncClient:

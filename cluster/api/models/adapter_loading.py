@@ -1,0 +1,54 @@
+"""`/v1/load_lora_adapter`, as vLLM has it: adapters of LoRA come while the model is served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from llamaclust.cluster.api.body import read_body
+from llamaclust.cluster.api.errors import unsupported
+from llamaclust.cluster.api.foreign_fields import OF_ADAPTERS
+from llamaclust.cluster.api.operations.controls import AdapterControl
+from llamaclust.cluster.api.paths import Route
+from llamaclust.cluster.api.schema import Body
+from llamaclust.cluster.api.security import require_first_key
+from llamaclust.cluster.api.settings import ApiSettings
+
+_OFF = "no folder of adapters is set: name one as `api.adapter_folder` in the cluster file"
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
+
+
+class LoadAdapterBody(Body):
+    """The body of `POST /v1/load_lora_adapter`."""
+
+    lora_name: _Name
+    """How requests name the adapter, as their model."""
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    """A GGUF file or a folder of PEFT in `api.adapter_folder`, relative to it or absolute."""
+    model: str | None = None
+    """Which of several models the adapter is for."""
+
+
+class AdapterLoading:
+    """For clients with the first key, if there are keys."""
+
+    def __init__(self, control: AdapterControl | None, settings: ApiSettings) -> None:
+        self._control = control
+        self._settings = settings
+
+    def routes(self) -> Iterator[Route]:
+        is_on = self._control is not None and self._settings.adapter_folder is not None
+        load = self.load if is_on else unsupported(_OFF)
+        yield Route("POST", "/v1/load_lora_adapter", load, LoadAdapterBody)
+
+    async def load(self, request: Request) -> Response:
+        """Answers when requests may use the adapter."""
+        require_first_key(request.headers, self._settings, "load adapters")
+        body = await read_body(request, LoadAdapterBody, OF_ADAPTERS, self._settings)
+        assert self._control is not None
+        await self._control.load(body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")

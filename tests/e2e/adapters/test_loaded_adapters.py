@@ -1,0 +1,122 @@
+"""Adapters that a client loads while the cluster serves: answers have the tokens and logprob bits of a cluster that had
+them from the start, and no other answer changes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.core.errors import LlamaclustError, ParameterError
+from llamaclust.core.limits import AdapterScales
+from llamaclust.core.sampling import SamplingParams
+from llamaclust.model.quant_types import QuantType
+from support.clusters.recovering import CONTEXT, Answer, config, recovering
+from support.models.tiny_adapter import build_adapter
+from support.models.tiny_model import build_tiny_model
+from support.seed import SEED
+
+_SEEDED = SamplingParams(temperature=0.9, top_k=40, repetition_penalty=1.1)
+_SCALES: tuple[AdapterScales, ...] = ((), ((0, 1.0),), ((1, 1.0),), ((0, 0.5), (1, 1.0)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, an adapter of the cluster file and a folder of further ones."""
+    folder = tmp_path_factory.mktemp("model")
+    model = build_tiny_model(folder / "tiny.gguf", layers=6, context=CONTEXT, quant_type=QuantType.F32)
+    (folder / "further").mkdir()
+    build_adapter(folder / "first.gguf", model, rank=8)
+    build_adapter(folder / "further" / "second.gguf", model, rank=3, parts=("attn_v", "ffn_down"), seed=2)
+    build_adapter(folder / "further" / "third.gguf", model, rank=2, seed=3)
+    return folder
+
+
+def cluster_of(folder: Path, state_dir: Path, workers: int, *, first: tuple[str, ...] = ("first",)) -> ClusterConfig:
+    paths = {"first": folder / "first.gguf", "second": folder / "further" / "second.gguf"}
+    adapters = [{"name": name, "path": str(paths[name])} for name in first]
+    api = {"adapter_folder": str(folder / "further")}
+    return config(folder / "tiny.gguf", state_dir, workers, adapters=adapters, api=api)
+
+
+def requests(tokens: int = 90, scales: tuple[AdapterScales, ...] = _SCALES) -> tuple[GenerationRequest, ...]:
+    """Of each choice of adapters a greedy and a seeded one, with one beginning."""
+    source = Random(SEED)
+    shared = [source.randrange(3, 320) for _ in range(40)]
+    return tuple(
+        GenerationRequest(
+            f"request {2 * i + is_seeded}",
+            (*shared, *(source.randrange(3, 320) for _ in range(5 * i))),
+            tokens,
+            _SEEDED if is_seeded else SamplingParams(),
+            seed=i,
+            adapters=adapters,
+        )
+        for i, adapters in enumerate(scales)
+        for is_seeded in (False, True)
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    """What one worker that had both adapters from the start answers, each request alone."""
+
+    async def alone() -> list[Answer]:
+        settings = cluster_of(folder, tmp_path_factory.mktemp("alone"), 1, first=("first", "second"))
+        async with recovering(settings) as run:
+            return [await run.start((request,))[0] for request in requests()]
+
+    return asyncio.run(alone())
+
+
+async def test_a_loaded_adapter_answers_as_one_of_the_start(
+    folder: Path, expected: list[Answer], tmp_path: Path
+) -> None:
+    """While others run, after a killed worker, and with the next coordinator."""
+    async with recovering(cluster_of(folder, tmp_path, 2)) as run:
+        before = run.start(requests()[:4])
+        await run.token(20)
+        epoch = run.cluster.supervisor.number
+        loader = run.cluster.models[0].loader
+        await loader.load("second", "second.gguf")
+        assert run.cluster.supervisor.number != epoch and loader.model.adapters.number_of("second") == 1
+        answers = run.start(requests()[4:])
+        assert [*await asyncio.gather(*before), *await asyncio.gather(*answers)] == expected, f"seed {SEED}"
+        assert "lost" not in " ".join(run.told), "other streams were not interrupted"
+        answering = run.start(requests())
+        await run.token(run.tokens + 60)
+        run.hurt("b")
+        assert await asyncio.gather(*answering) == expected, f"seed {SEED}, after a loss"
+    async with recovering(cluster_of(folder, tmp_path, 2)) as run:
+        assert run.cluster.models[0].adapters.names == ("first", "second")
+        assert await asyncio.gather(*run.start(requests())) == expected, f"seed {SEED}, after a restart"
+
+
+async def test_what_cannot_be_loaded_changes_nothing(folder: Path, expected: list[Answer], tmp_path: Path) -> None:
+    other = build_tiny_model(tmp_path / "other.gguf", layers=6, hidden=128, ffn=64, quant_type=QuantType.F32)
+    build_adapter(folder / "further" / "misfit.gguf", other)
+    (folder / "further" / "link.gguf").symlink_to(folder / "first.gguf")
+    async with recovering(cluster_of(folder, tmp_path, 1)) as run:
+        loader, epoch = run.cluster.models[0].loader, run.cluster.supervisor.number
+        for name, path, why in (
+            ("first", "second.gguf", "adapter 'first' is loaded already"),
+            ("tiny", "second.gguf", "the name of a model"),
+            ("a", "../first.gguf", "is not in the folder of adapters"),
+            ("a", str(folder / "first.gguf"), "is not in the folder of adapters"),
+            ("a", "link.gguf", "is not in the folder of adapters"),
+            ("a", "", "is not in the folder of adapters"),
+            ("a", "a\0b", "is no path"),
+            ("a", "absent.gguf", "no adapter is at 'absent.gguf'"),
+            ("a", "misfit.gguf", "expected"),
+        ):
+            with pytest.raises(LlamaclustError, match=why):
+                await loader.load(name, path)
+        with pytest.raises(ParameterError, match="id 1, but the adapters that are there are 0"):
+            run.cluster.engine.submit(replace(requests()[4], request_id="too soon"))
+        assert run.cluster.supervisor.number == epoch
+        assert await asyncio.gather(*run.start(requests()[:4])) == expected[:4]

@@ -73,9 +73,6 @@ class ServedAdapters:
         assert number not in self._present and number < MAX_ADAPTERS
         self._present[number] = adapter
 
-    def remove(self, number: int) -> ServedAdapter:
-        return self._present.pop(number)
-
     @property
     def marks(self) -> tuple[str, ...]:
         """What answers may depend on of the adapters that clients loaded: numbers, names and contents."""

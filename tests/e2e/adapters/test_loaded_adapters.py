@@ -12,7 +12,7 @@ import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.core.errors import LlamaclustError, ParameterError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ParameterError
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.model.quant_types import QuantType
@@ -120,3 +120,20 @@ async def test_what_cannot_be_loaded_changes_nothing(folder: Path, expected: lis
             run.cluster.engine.submit(replace(requests()[4], request_id="too soon"))
         assert run.cluster.supervisor.number == epoch
         assert await asyncio.gather(*run.start(requests()[:4])) == expected[:4]
+
+
+async def test_without_memory_for_both_the_serving_version_stays(
+    folder: Path, expected: list[Answer], tmp_path: Path
+) -> None:
+    """KV memory takes what the model leaves, up to the worker's limit."""
+    limited = config(folder / "tiny.gguf", tmp_path, [{"name": "a", "memory": "115MiB", "threads": 1}])
+    settings = cluster_of(folder, tmp_path, 1).model_copy(update={"workers": limited.workers})
+    async with recovering(settings) as run:
+        epoch, loader = run.cluster.supervisor.number, run.cluster.models[0].loader
+        answering = run.start(requests()[:4])
+        await run.token(10)
+        with pytest.raises(InsufficientMemoryError, match="MiB"):
+            await loader.load("second", "second.gguf")
+        assert run.cluster.supervisor.number == epoch and loader.model.adapters.names == ("first",)
+        assert await asyncio.gather(*answering) == expected[:4]
+        assert not (tmp_path / settings.name / "adapters.json").exists()

@@ -1,0 +1,84 @@
+"""Adapters by their numbers, what earlier requests say of them, and their record on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, ServedAdapters
+from llamaclust.core.errors import LlamaclustError
+
+POET = ServedAdapter("poet", "/a/poet.gguf", content="aa")
+CLERK = ServedAdapter("clerk", "/a/clerk.gguf", content="bb")
+
+
+def served(*loaded: tuple[int, ServedAdapter]) -> ServedAdapters:
+    adapters = ServedAdapters((ServedAdapter("first", "/first.gguf", 0.5),))
+    for number, adapter in loaded:
+        adapters.add(number, adapter)
+    return adapters
+
+
+def test_adapters_have_numbers_with_gaps() -> None:
+    adapters = served((3, CLERK), (2, POET))
+    assert adapters.numbers == (0, 2, 3) and adapters.names == ("first", "poet", "clerk")
+    assert adapters.number_of("clerk") == 3 and adapters[3] == CLERK
+    assert adapters.number_of("other") is None and adapters.number_of(None) is None
+    assert adapters.loaded == [(2, POET), (3, CLERK)]
+
+
+@pytest.mark.parametrize(
+    ("now", "contradicts"),
+    [
+        ((), False),
+        (((1, POET),), False),
+        (((1, POET), (2, CLERK)), False),
+        (((1, CLERK),), True),
+        (((2, POET),), True),
+        (((1, ServedAdapter("poet", "/a/poet.gguf", content="cc")),), True),
+        (((2, CLERK),), False),
+    ],
+)
+def test_a_request_does_not_continue_with_another_adapter(
+    now: tuple[tuple[int, ServedAdapter], ...], contradicts: bool
+) -> None:
+    assert served(*now).contradict(served((1, POET)).marks) is contradicts
+
+
+async def test_the_record_is_what_the_next_coordinator_reads(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.json"
+    record = AdapterRecord(path)
+    await record.write("m", [(2, POET)])
+    await record.write("n", [(0, CLERK)])
+    await record.write("m", [(2, POET), (1, CLERK)])
+    again = AdapterRecord(path)
+    assert again.of("m") == [(2, POET), (1, CLERK)] and again.of("n") == [(0, CLERK)] and again.of("x") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"m": 5}',
+        '{"m": [{"number": 0}]}',
+        json.dumps({"m": [{"number": 16, "name": "a", "path": "a", "content": "a"}]}),
+        json.dumps({"m": [{"number": 0, "name": "a", "path": "a", "content": ""}]}),
+    ],
+)
+def test_a_damaged_record_is_left_out(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "adapters.json"
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert AdapterRecord(path).of("m") == []
+    assert "adapters that clients loaded are not loaded again" in caplog.text
+
+
+async def test_a_record_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
+    record = AdapterRecord(tmp_path / "no folder" / "adapters.json")
+    with pytest.raises(LlamaclustError, match="cannot be written"):
+        await record.write("m", [(2, POET)])
+    assert record.of("m") == []

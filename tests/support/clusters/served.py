@@ -233,3 +233,13 @@ async def until(condition: Callable[[], bool]) -> None:
     """Waits for a condition; the test's own deadline ends a wait in vain."""
     while not condition():  # noqa: ASYNC110  conditions of all kinds, most of them without an event
         await asyncio.sleep(0.005)
+
+
+async def ended_response(http: httpx.AsyncClient, response_id: str) -> dict[str, Any]:
+    """A response in the background, once it has ended; TimeoutError after a minute."""
+    async with asyncio.timeout(60):
+        while True:
+            response: dict[str, Any] = (await http.get(f"/v1/responses/{response_id}")).json()
+            if response["status"] not in ("queued", "in_progress"):
+                return response
+            await asyncio.sleep(0.005)

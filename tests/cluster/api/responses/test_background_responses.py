@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
-import httpx
 import pytest
 
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.core.errors import WorkerError
-from support.clusters.served import ScriptedEngine, events_of, says, until
+from support.clusters.served import ScriptedEngine, ended_response, events_of, says, until
 from support.clusters.tool_chats import served
 
 PATH = "/v1/responses"
-
-
-async def until_ended(http: httpx.AsyncClient, response_id: str) -> dict[str, Any]:
-    while True:
-        response: dict[str, Any] = (await http.get(f"{PATH}/{response_id}")).json()
-        if response["status"] not in ("queued", "in_progress"):
-            return response
-        await asyncio.sleep(0.005)
 
 
 async def test_a_response_in_the_background() -> None:
@@ -33,7 +23,7 @@ async def test_a_response_in_the_background() -> None:
         running = (await http.get(f"{PATH}/{created['id']}")).json()
         assert running["status"] == "in_progress" and running["background"]
         engine.gate.set()
-        ended = await until_ended(http, created["id"])
+        ended = await ended_response(http, created["id"])
     assert ended["status"] == "completed" and ended["output"][0]["content"][0]["text"] == "Yes."
 
 
@@ -53,7 +43,7 @@ async def test_a_response_in_the_background_fails() -> None:
     engine = ScriptedEngine(says("Yes."), failure=WorkerError("lost"), failure_after=1)
     async with served(engine) as http:
         created = (await http.post(PATH, json={"input": "A", "background": True})).json()
-        ended = await until_ended(http, created["id"])
+        ended = await ended_response(http, created["id"])
     assert ended["status"] == "failed" and ended["error"] == {"code": "server_error", "message": "lost"}
 
 
@@ -65,7 +55,7 @@ async def test_a_response_in_the_background_expires_only_once_it_has_ended() -> 
         await asyncio.sleep(0.05)
         assert (await http.get(f"{PATH}/{created['id']}")).json()["status"] == "in_progress"
         engine.gate.set()
-        assert (await until_ended(http, created["id"]))["status"] == "completed"
+        assert (await ended_response(http, created["id"]))["status"] == "completed"
 
 
 async def test_a_repeated_request_for_a_response_in_the_background_does_not_wait_either() -> None:
@@ -75,7 +65,7 @@ async def test_a_repeated_request_for_a_response_in_the_background_does_not_wait
         body, headers = {"input": "A", "background": True}, {"Idempotency-Key": "one"}
         first, second = [(await http.post(PATH, json=body, headers=headers)).json() for _ in range(2)]
         engine.gate.set()
-        await until_ended(http, first["id"])
+        await ended_response(http, first["id"])
     assert first == second and len(engine.submitted) == 1
 
 
@@ -106,7 +96,7 @@ async def test_a_response_that_the_store_lacks_is_kept_for_its_poller(
         reply = await http.post(PATH, json=body)
         created = events_of(reply.text)[0]["response"] if stream else reply.json()
         path = f"{PATH}/{created['id']}"
-        stored = await until_ended(http, created["id"])
+        stored = await ended_response(http, created["id"])
         monkeypatch.setattr(ResponseStore, "get", lambda store, owner, response_id: None)
         assert (await http.get(path)).json() == stored and stored["status"] == "completed"
         again = await http.get(path, params={"stream": "true"})

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from support.clusters.resumable import KilledJournal, served, stream
+from support.clusters.served import ended_response
 
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"input": "Hello", "background": True, "seed": 7, "max_output_tokens": 40}
-
-
-async def until_ended(http: httpx.AsyncClient, response_id: str) -> dict[str, Any]:
-    while True:
-        response: dict[str, Any] = (await http.get(f"{PATH}/{response_id}")).json()
-        if response["status"] not in ("queued", "in_progress"):
-            return response
-        await asyncio.sleep(0.01)
 
 
 def text_of(response: dict[str, Any]) -> str:
@@ -47,7 +38,7 @@ async def test_a_background_response_is_computed_after_a_kill(tmp_path: Path) ->
     async with served(tmp_path / "journal", KilledJournal) as server:
         created = (await server.http.post(PATH, json=BODY)).json()
     async with served(tmp_path / "journal") as server:
-        response = await until_ended(server.http, created["id"])
+        response = await ended_response(server.http, created["id"])
     assert response["status"] in ("completed", "incomplete") and response["usage"]["output_tokens"] > 0
 
 
@@ -68,7 +59,7 @@ async def test_a_response_that_follows_another_is_computed_after_a_kill(tmp_path
             assert isinstance(last, dict)
             response = last["response"]
         else:
-            response = await until_ended(server.http, created["id"])
+            response = await ended_response(server.http, created["id"])
     assert response["id"] == created["id"] and text_of(response) == text_of(undisturbed)
     assert response["usage"]["input_tokens"] == undisturbed["usage"]["input_tokens"]
 
@@ -76,11 +67,11 @@ async def test_a_response_that_follows_another_is_computed_after_a_kill(tmp_path
 async def test_a_complete_response_is_computed_after_a_kill_only_for_a_poller(tmp_path: Path) -> None:
     async with served(tmp_path / "journal", KilledJournal) as server:
         created = (await server.http.post(PATH, json=BODY)).json()
-        response = await until_ended(server.http, created["id"])
+        response = await ended_response(server.http, created["id"])
     async with served(tmp_path / "journal") as server:
         kept = server.replies.cache.named("", created["id"])
         assert kept is not None and kept.gives_way and kept.is_background
-        again = await until_ended(server.http, created["id"])
+        again = await ended_response(server.http, created["id"])
     assert again["status"] == response["status"] and text_of(again) == text_of(response)
 
 

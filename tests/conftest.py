@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from llamaclust.core.errors import UsageError
 from support.paths import TESTS
 from support.seed import SEED
+
+if TYPE_CHECKING:
+    from support.clusters.command_line import CommandLine
 
 os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's packed layers are not for models that tests make up
 os.environ.setdefault("LLAMACLUST_WEIGHTS_SIZE", "0")
@@ -33,6 +38,15 @@ def demo_model() -> Path:
         return resolve_model("smollm2-135m-instruct")
     except UsageError as error:
         pytest.skip(f"the demo model is missing ({error})")
+
+
+@pytest.fixture
+def line() -> Iterator[CommandLine]:
+    """Runs commands in folders of their own, and ends what they leave."""
+    from support.clusters.command_line import command_line
+
+    with command_line() as line:
+        yield line
 
 
 @pytest.fixture(scope="session", autouse=True)

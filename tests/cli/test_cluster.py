@@ -14,17 +14,9 @@ from llamaclust.cli import terminal
 from llamaclust.cli.cluster import logs
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import UsageError
-from support.clusters.command_line import Cluster, CommandLine, command_line, eventually, float32
-from support.models.hostile_models import tiny
+from support.clusters.command_line import Cluster, CommandLine, eventually, float32
 
 WORKER_KEYS = {"name", "pid", "address", "device", "layers", "state", "memory_bytes", "busy", "tokens_per_s"}
-
-
-@pytest.fixture(scope="module")
-def line() -> Iterator[CommandLine]:
-    with command_line() as line:
-        tiny(line.folder / "good.gguf")
-        yield line
 
 
 @pytest.fixture(scope="module")

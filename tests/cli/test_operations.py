@@ -13,15 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.clusters.command_line import COMMAND, Cluster, CommandLine, Running, command_line, eventually
-from support.models.hostile_models import tiny
-
-
-@pytest.fixture(scope="module")
-def line() -> Iterator[CommandLine]:
-    with command_line() as line:
-        tiny(line.folder / "good.gguf")
-        yield line
+from support.clusters.command_line import COMMAND, Cluster, CommandLine, Running, eventually
 
 
 @pytest.fixture(scope="module")

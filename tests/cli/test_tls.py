@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from support.clusters.command_line import CommandLine, command_line
-from support.models.hostile_models import tiny
+from support.clusters.command_line import CommandLine
 
 SMALL: dict[str, Any] = {"context_length": 64, "max_sequences": 2}
-
-
-@pytest.fixture(scope="module")
-def line() -> Iterator[CommandLine]:
-    with command_line() as line:
-        tiny(line.folder / "good.gguf")
-        yield line
 
 
 def test_commands_of_this_machine_need_no_option_and_others_the_file(line: CommandLine) -> None:

@@ -13,21 +13,13 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
-from support.clusters.command_line import COMMAND, CommandLine, command_line, eventually, is_there, paused
+from support.clusters.command_line import COMMAND, CommandLine, eventually, is_there, paused
 from support.clusters.static_cluster import start_coordinator
 from support.hub.download_server import running_server
-from support.models.hostile_models import tiny
 
 _SOON_S = 20.0  # well below the 30 s that requests get to finish
 LEFT = "1 unanswered request is computed again at the next start"
 LONG = {"prompt": "the", "max_tokens": 2000, "ignore_eos": True, "stream": True}
-
-
-@pytest.fixture(scope="module")
-def line() -> Iterator[CommandLine]:
-    with command_line() as line:
-        tiny(line.folder / "good.gguf")
-        yield line
 
 
 @pytest.fixture(autouse=True)

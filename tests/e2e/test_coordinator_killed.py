@@ -6,9 +6,8 @@ import asyncio
 import os
 import random
 import signal
-import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,16 @@ import pytest
 
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.model.quant_types import QuantType
-from support.clusters.command_line import CommandLine, command_line
+from support.clusters.command_line import CommandLine
+from support.clusters.static_cluster import free_port
 from support.clusters.streamed_answers import STREAMS, TOKENS, answers
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
 
 
 @pytest.fixture
-def line() -> Iterator[CommandLine]:
-    with command_line() as opened:
-        yield opened
-
-
-@pytest.fixture
 def model(tmp_path: Path) -> Path:
     return build_tiny_model(tmp_path / "tiny.gguf", layers=4, quant_type=QuantType.Q8_0, vocabulary=320)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def end_coordinator(folder: ClusterDir, numbers: Sequence[signal.Signals]) -> None:

@@ -109,13 +109,19 @@ def opened(disks: dict[bytes, list[int]], **fields: object) -> tuple[Engine, Fak
     return found.engine, found
 
 
-async def test_a_prompt_is_read_after_a_restart_of_everything() -> None:
+async def written(generation: GenerationRequest) -> dict[bytes, list[int]]:
+    """What a cluster leaves on disk that has answered it."""
     kept: dict[bytes, list[int]] = {}
-    generation = request(prompt(Random(1), 300))
     engine, disks = opened(kept)
     async with engine:
         assert await answered(engine, generation) == wanted(generation)
-        await saved(disks, 300 // KV_BLOCK_TOKENS)
+        await saved(disks, len(generation.prompt) // KV_BLOCK_TOKENS)
+    return kept
+
+
+async def test_a_prompt_is_read_after_a_restart_of_everything() -> None:
+    generation = request(prompt(Random(1), 300))
+    kept = await written(generation)
     engine, disks = opened(kept)
     async with engine:
         assert await answered(engine, generation) == wanted(generation)
@@ -127,12 +133,8 @@ async def test_a_prompt_is_read_after_a_restart_of_everything() -> None:
 
 
 async def test_a_longer_prompt_with_the_same_beginning_is_read_as_far_as_it_is_there() -> None:
-    kept: dict[bytes, list[int]] = {}
     first = prompt(Random(1), 300)
-    engine, disks = opened(kept)
-    async with engine:
-        await answered(engine, request(first))
-        await saved(disks, 18)
+    kept = await written(request(first))
     longer = request((*first[:256], *prompt(Random(2), 100)))
     engine, disks = opened(kept)
     async with engine:
@@ -142,12 +144,8 @@ async def test_a_longer_prompt_with_the_same_beginning_is_read_as_far_as_it_is_t
 
 
 async def test_another_salt_shares_nothing() -> None:
-    kept: dict[bytes, list[int]] = {}
     tokens = prompt(Random(1), 300)
-    engine, disks = opened(kept)
-    async with engine:
-        await answered(engine, request(tokens, "a"))
-        await saved(disks, 18)
+    kept = await written(request(tokens, "a"))
     engine, disks = opened(kept)
     async with engine:
         assert await answered(engine, request(tokens, "b")) == wanted(request(tokens, "b"))
@@ -155,12 +153,8 @@ async def test_another_salt_shares_nothing() -> None:
 
 
 async def test_a_damaged_block_and_what_follows_it_is_computed_again() -> None:
-    kept: dict[bytes, list[int]] = {}
     generation = request(prompt(Random(1), 300))
-    engine, disks = opened(kept)
-    async with engine:
-        await answered(engine, generation)
-        await saved(disks, 18)
+    kept = await written(generation)
     engine, disks = opened(kept, damaged={list(kept)[11]})
     async with engine:
         assert await answered(engine, generation) == wanted(generation)
@@ -189,13 +183,9 @@ async def test_a_full_disk_ends_the_writing_of_a_prompt() -> None:
 
 @pytest.mark.parametrize("error", [WorkerError("no disk"), LlamaclustError("a mistake")], ids=str)
 async def test_a_stage_that_fails_to_read_costs_the_time_alone(error: LlamaclustError) -> None:
-    kept: dict[bytes, list[int]] = {}
     generation = request(prompt(Random(1), 300))
-    engine, disks = opened(kept)
-    async with engine:
-        await answered(engine, generation)
-        await saved(disks, 18)
-    engine, disks = opened(kept, error=error)
+    kept = await written(generation)
+    engine, _ = opened(kept, error=error)
     async with engine:
         assert await answered(engine, generation) == wanted(generation)
         assert engine.scheduler.counts.computed_tokens == 300
@@ -204,12 +194,8 @@ async def test_a_stage_that_fails_to_read_costs_the_time_alone(error: Llamaclust
 
 async def test_a_disk_that_does_not_answer_ends_the_pipeline() -> None:
     """Its stage may still write KV memory: another pipeline computes the request."""
-    kept: dict[bytes, list[int]] = {}
     generation = request(prompt(Random(1), 300))
-    engine, disks = opened(kept)
-    async with engine:
-        await answered(engine, generation)
-        await saved(disks, 18)
+    kept = await written(generation)
     pipeline, lost = FakePipeline(KV_BLOCKS), asyncio.Event()
     disks = FakeDisks(pipeline, kept=kept, error=DeadlineError("a disk hangs"))
     pipeline.kv_disks = disks
@@ -226,12 +212,8 @@ async def test_a_disk_that_does_not_answer_ends_the_pipeline() -> None:
 
 
 async def test_requests_that_wait_are_read_for_a_new_pipeline() -> None:
-    kept: dict[bytes, list[int]] = {}
     generation = request(prompt(Random(1), 300))
-    engine, disks = opened(kept)
-    async with engine:
-        await answered(engine, generation)
-        await saved(disks, 18)
+    kept = await written(generation)
     pipeline, lost = FakePipeline(KV_BLOCKS), asyncio.Event()
     engine = Engine(pipeline, SETTINGS, on_lost=lambda _: lost.set())
     async with engine:
@@ -249,12 +231,8 @@ async def test_requests_that_wait_are_read_for_a_new_pipeline() -> None:
 
 
 async def test_a_prompt_that_is_being_read_when_layers_move_is_answered() -> None:
-    kept: dict[bytes, list[int]] = {}
     generation = request(prompt(Random(1), 300))
-    engine, disks = opened(kept)
-    async with engine:
-        await answered(engine, generation)
-        await saved(disks, 18)
+    kept = await written(generation)
     engine, disks = opened(kept)
     async with engine:
         disks.gate.clear()

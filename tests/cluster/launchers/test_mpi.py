@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.launchers import mpi_rank
-from llamaclust.core.errors import UsageError, WorkerError
-from support.clusters.command_line import COMMAND, Cluster, CommandLine, Running, command_line, eventually, is_there
-from support.clusters.launched import Answers, answers, logs_of, model_in, of_one_worker
+from llamaclust.core.errors import WorkerError
+from support.clusters.command_line import COMMAND, Cluster, CommandLine, Running, eventually, is_there
+from support.clusters.launched import Answers, answers, logs_of
 from support.clusters.static_cluster import named, ready, token_file
 from support.network.box import Box, missing
 
@@ -30,22 +29,6 @@ if not MPIRUN.exists():
 ONE_MACHINE = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 OTHERS_LIVE = ("--with-ft", "ulfm", "--enable-recovery", "--continuous")
 OF_MPI = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|MPI)")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_in(tmp_path_factory)
-
-
-@pytest.fixture
-def line() -> Iterator[CommandLine]:
-    with command_line() as line:
-        yield line
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model: Path) -> Answers:
-    return of_one_worker(model)
 
 
 def start(line: CommandLine, model: Path, *flags: str, ranks: int = 3, **keys: Any) -> Running:
@@ -195,18 +178,3 @@ def test_without_mpi4py_the_way_to_install_it_is_told(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = line.start("up", line.cluster_file(model, launcher="mpi")).wait()
     assert done.code == 2 and "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]'" in done.error
-
-
-MISTAKES = {
-    "workers: 3": "name the workers",
-    "workers: [{name: a}]\ninsecure: true": "is for launcher: static",
-    "workers: [{name: a}]\ntimeouts: {coordinator: 60s}": "is for launcher: static or ray; mpi workers end",
-}
-
-
-@pytest.mark.parametrize("text", MISTAKES)
-def test_mistakes_in_an_mpi_cluster_file_are_named(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(f"model: m\nlauncher: mpi\n{text}\n")
-    with pytest.raises(UsageError, match=re.escape(MISTAKES[text])):
-        load_config(path)

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.launchers.ray import RayLauncher
 from llamaclust.cluster.launchers.ray_workers import resources
 from llamaclust.cluster.launchers.restarts import RestartPolicy
-from llamaclust.core.errors import UsageError
 from llamaclust.worker.settings import WorkerSettings
-from support.clusters.command_line import Cluster, CommandLine, Running, command_line, eventually, is_there
-from support.clusters.launched import Answers, answers, logs_of, model_in, of_one_worker
+from support.clusters.command_line import Cluster, CommandLine, Running, eventually, is_there
+from support.clusters.launched import Answers, answers, logs_of
 from support.clusters.ray_nodes import left_in, ray_node
 from support.clusters.static_cluster import free_port, named, ready, token_file
 from support.network.box import Box, missing
@@ -44,27 +42,11 @@ SOON: dict[str, Any] = {
 NO_GROUP_OR_ACTOR: tuple[list[str], list[str]] = ([], [])
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_in(tmp_path_factory)
-
-
-@pytest.fixture
-def line() -> Iterator[CommandLine]:
-    with command_line() as line:
-        yield line
-
-
 @pytest.fixture(autouse=True)
 def _no_ray_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model: Path) -> Answers:
-    return of_one_worker(model)
 
 
 def workers(*names: str, **keys: Any) -> list[dict[str, Any]]:
@@ -258,22 +240,3 @@ def test_ray_reserves_what_the_file_says() -> None:
         "memory": 1 << 30,
         "GPU": 1,
     }
-
-
-MISTAKES = {
-    "launcher: ray\nworkers: [{name: a}]": "threads is needed with launcher: ray",
-    "launcher: ray\nworkers: [{name: a, threads: 1, device: cuda:1}]": "numbered from 0: set cuda:0",
-    "launcher: ray\nworkers: 3": "name the workers",
-    "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {address: here}": "auto and none are possible, too",
-    "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {strategy: ALL}": "strategy",
-    "launcher: ray\nworkers: [{name: a, threads: 1}]\ninsecure: true": "is for launcher: static",
-    "workers: [{name: a}]\nray: {address: none}": "is for launcher: ray, and this one is local",
-}
-
-
-@pytest.mark.parametrize("text", MISTAKES)
-def test_mistakes_in_a_ray_cluster_file_are_named(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(f"model: m\n{text}\n")
-    with pytest.raises(UsageError, match=re.escape(MISTAKES[text])):
-        load_config(path)

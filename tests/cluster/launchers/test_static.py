@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import configparser
 import os
-import re
 import shlex
 import signal
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,8 @@ import pytest
 from llamaclust.cli.options import Gpus
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.core.errors import UsageError
-from support.clusters.command_line import Cluster, CommandLine, command_line, eventually
-from support.clusters.launched import Answers, answers, logs_of, model_in, of_one_worker
+from support.clusters.command_line import Cluster, CommandLine, eventually
+from support.clusters.launched import Answers, answers, logs_of
 from support.clusters.static_cluster import (
     free_port,
     join_port,
@@ -30,22 +28,6 @@ from support.clusters.static_cluster import (
     token_file,
 )
 from support.paths import ROOT
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_in(tmp_path_factory)
-
-
-@pytest.fixture
-def line() -> Iterator[CommandLine]:
-    with command_line() as line:
-        yield line
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model: Path) -> Answers:
-    return of_one_worker(model)
 
 
 def test_three_workers_joined_before_and_after_give_the_single_workers_bits(
@@ -295,27 +277,6 @@ def test_up_gives_up_on_workers_that_do_not_come(line: CommandLine, model: Path)
     join = {"listen": "127.0.0.1:0", "members": "127.0.0.1:0", "wait": "1s"}
     done = start_coordinator(line, model, join=join).wait()
     assert done.code == 1 and "did not join within 1 s (`join.wait`): worker a, worker b" in done.err
-
-
-MISTAKES = {
-    "workers: [{name: a, threads: 2}]": "gets this where it is started: llamaclust worker ... --threads 2",
-    "workers: [{name: a, memory: 8GiB}]": "where it is started: llamaclust worker ... --memory 8GiB",
-    "workers: [{name: a, gpu_layers: 3}]": "where it is started: llamaclust worker ... --gpu-layers 3",
-    "workers: [{name: a, device: [cuda:0, cuda:1], gpu_layers: 3}]": "--device cuda:0,cuda:1 --gpu-layers 3",
-    "workers: 0": "workers: 0 is not possible; 1 to 256 are",
-    "workers: 257": "257 is not possible",
-    "workers: true": "workers: true is not possible",
-    "workers: [{name: a}]\njoin: {listen: 7100}": "is not an address",
-    "workers: [{name: a}]\njoin: {port: 1}": "unknown key 'port' in join",
-}
-
-
-@pytest.mark.parametrize("text", MISTAKES)
-def test_mistakes_in_a_static_cluster_file_are_named(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(f"model: m\nlauncher: static\n{text}\n")
-    with pytest.raises(UsageError, match=re.escape(MISTAKES[text])):
-        load_config(path)
 
 
 @pytest.mark.parametrize("text", ["join: {wait: 5s}", "insecure: true", "timeouts: {coordinator: 60s}"])

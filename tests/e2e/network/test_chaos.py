@@ -15,7 +15,7 @@ import pytest
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.chaos.firewall import Firewall, FirewallError
 from llamaclust.tools.chaos.links import Disturbance, WorkerLink
-from support.clusters.command_line import CommandLine, Done, command_line, eventually
+from support.clusters.command_line import CommandLine, Done, eventually
 from support.models.tiny_model import build_tiny_model
 from support.network.box import Box, Host
 from support.network.distant_cluster import COORDINATOR, distant_cluster
@@ -134,12 +134,6 @@ def test_workers_on_other_machines_change_no_answer(model: Path) -> None:
     ):
         assert succeeded(cluster.line.start("chaos", *FAULTS, before=box[COORDINATOR].prefix).wait(120))
         assert tables(box[COORDINATOR]) == []
-
-
-@pytest.fixture
-def line() -> Iterator[CommandLine]:
-    with command_line() as opened:
-        yield opened
 
 
 def test_workers_on_the_same_machine_change_no_answer(model: Path, line: CommandLine) -> None:

@@ -26,19 +26,9 @@ from llamaclust.kernels.packed.packed_layer import packed_layers_of
 from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
-from support.arithmetic.packed_layers import IMAGES, LAYERS, images, run, settled
+from support.arithmetic.packed_layers import IMAGES, images, run, settled
 from support.models.tiny_model import build_tiny_model
 from support.paths import TESTS
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return settled(build_tiny_model(tmp_path / "m.gguf", layers=LAYERS, quant_type=QuantType.Q4_0))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> PackedCacheFolder:
-    return PackedCacheFolder(tmp_path / "home" / "packed", 1 << 30)
 
 
 @pytest.mark.parametrize("mapped", [True, False])

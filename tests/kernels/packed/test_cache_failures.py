@@ -16,19 +16,7 @@ from llamaclust.kernels.packed import cache, cache_files, cache_writer
 from llamaclust.kernels.packed.cache_files import Writing, locked
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
-from llamaclust.model.quant_types import QuantType
-from support.arithmetic.packed_layers import IMAGES, LAYERS, LIMITS, images, run, settled
-from support.models.tiny_model import build_tiny_model
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return settled(build_tiny_model(tmp_path / "m.gguf", layers=LAYERS, quant_type=QuantType.Q4_0))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> PackedCacheFolder:
-    return PackedCacheFolder(tmp_path / "home" / "packed", 1 << 30)
+from support.arithmetic.packed_layers import IMAGES, LIMITS, images, run
 
 
 def test_a_model_file_that_is_gone_is_reported(model: Path, folder: PackedCacheFolder) -> None:

@@ -20,24 +20,12 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.packed import cache_files, cache_writer
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
-from llamaclust.model.quant_types import QuantType
-from support.arithmetic.packed_layers import IMAGES, LAYERS, LIMITS, images, run, settled, use_any_disk
-from support.models.tiny_model import build_tiny_model
+from support.arithmetic.packed_layers import IMAGES, LIMITS, images, run, use_any_disk
 from support.paths import TESTS
 
 Change = Callable[[Path], object]
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return settled(build_tiny_model(tmp_path / "m.gguf", layers=LAYERS, quant_type=QuantType.Q4_0))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> PackedCacheFolder:
-    return PackedCacheFolder(tmp_path / "home" / "packed", 1 << 30)
 
 
 def entries(folder: PackedCacheFolder) -> list[Path]:

@@ -6,25 +6,18 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llamaclust.model.gguf.model_file import open_model
-from support.clusters.command_line import CommandLine, command_line, eventually, paused
+from support.clusters.command_line import CommandLine, eventually, paused
 from support.models.checkpoint_files import write_hugging_face
 from support.models.random_checkpoints import CASES, checkpoint, values
 from support.models.tiny_tokenizers import tokenizer_json
 
 SLOW_WORDS = 1 << 19
-
-
-@pytest.fixture
-def line() -> Iterator[CommandLine]:
-    with command_line() as one:
-        yield one
 
 
 def model(folder: Path, case: str = "LlamaForCausalLM") -> Path:

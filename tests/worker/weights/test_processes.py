@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from support.clusters.command_line import Cluster, CommandLine, Running, command_line, eventually
+from support.clusters.command_line import Cluster, CommandLine, Running, eventually
 from support.clusters.static_cluster import (
     join_port,
     named,
@@ -20,12 +17,6 @@ from support.clusters.static_cluster import (
     token_file,
 )
 from support.models.tiny_model import build_tiny_model
-
-
-@pytest.fixture
-def line() -> Iterator[CommandLine]:
-    with command_line() as line:
-        yield line
 
 
 def test_workers_without_the_file_answer_as_the_one_that_has_it(line: CommandLine) -> None:

@@ -13,7 +13,7 @@ from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettings
 from llamaclust.cluster.server.telemetry.telemetry import open_telemetry
-from support.clusters.command_line import CommandLine, command_line, eventually
+from support.clusters.command_line import CommandLine, eventually
 from support.clusters.recovering import config, generations, model_in, recovering, undisturbed
 from support.hub.otlp_collector import OtlpCollector, otlp_collector, values
 from support.seed import SEED
@@ -32,12 +32,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def collector() -> Iterator[OtlpCollector]:
     with otlp_collector() as running:
         yield running
-
-
-@pytest.fixture
-def line() -> Iterator[CommandLine]:
-    with command_line() as commands:
-        yield commands
 
 
 def of_workers(spans: Sequence[Span]) -> set[str]:

@@ -49,7 +49,7 @@ def reasoning_requests(seed: int) -> tuple[GenerationRequest, ...]:
 def _request(number: int, prompt: tuple[int, ...], **fields: Any) -> GenerationRequest:
     """A greedy or seeded one."""
     params = _SEEDED if number % 4 > 1 else SamplingParams()
-    own = {"seed": number // 4, "choice": number % 2, "stop_token_ids": frozenset({_END})}
+    own: dict[str, Any] = {"seed": number // 4, "choice": number % 2, "stop_token_ids": frozenset({_END})}
     return GenerationRequest(f"request {number}", prompt, _TOKENS, params, **own, **fields)
 
 

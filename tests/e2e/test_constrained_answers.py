@@ -20,8 +20,8 @@ from llamaclust.core.sampling import AllowedTokens, MatcherRow
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.worker.stage.matched_answer import MatchedAnswer
+from support.chat.constrained_requests import grammar_requests, reasoning_requests
 from support.clusters.recovering import CONTEXT, Answer, answer_of, config, model_in, recovering, undisturbed
-from support.models.constrained_requests import grammar_requests, reasoning_requests
 from support.seed import SEED
 
 _OPENS = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:<think>{% endif %}"

@@ -21,6 +21,7 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from support.arithmetic.backends import BACKENDS, all_threads
 from support.arithmetic.batches import LIMITS, Chain
+from support.arithmetic.disturbed import disturbed, undisturbed
 from support.models.tiny_architectures import MODELS, TOKENS, VOCABULARY, build_architecture
 from support.models.tiny_encoders import ENCODERS
 from support.paths import DATA
@@ -140,6 +141,16 @@ def test_the_reference_computes_one_token_as_it_does_all(folder: Path, name: str
     model, backend = opened(folder, name), BACKENDS["reference"]()
     single, whole = logits(backend, model, name, 1, (1,)), logits(backend, model, name)
     np.testing.assert_array_equal(single.view(np.uint32), whole.view(np.uint32))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_disturbances_change_no_bit(folder: Path, name: str) -> None:
+    """Company, cuts, chunks, prefix hits, preemption and a lost worker: the tokens and logprob bits of one stage."""
+    model, context, backend = opened(folder, name), MODELS[name].context, all_threads(1)
+    expected = undisturbed(backend, model, context)
+    assert disturbed(backend, model, context) == expected
+    assert len({*expected}) == len(expected), "requests that differ have answers that differ"
+    assert all(len({bits for _, bits in answer}) > len(answer) // 2 for answer in expected)
 
 
 def test_what_two_models_differ_in_is_seen() -> None:

@@ -1,0 +1,145 @@
+"""Requests on the stages of a real model in this process, under a scheduler whose clock is only counted: alone on one
+stage, or disturbed by cuts, chunks, company, short KV memory, prefix hits and a lost worker."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from random import Random
+
+from llamaclust.cluster.client.local import LocalSettings, _limits, _scheduler_settings
+from llamaclust.cluster.scheduler.kv_groups import window_group
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.sampling import RowResult, SamplingParams
+from llamaclust.kernels.backend import Backend, Float32
+from llamaclust.model.loader import Model
+from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
+from llamaclust.worker.stage.stage_runner import StageRunner
+from support.clusters.fakes import FakeModel, FakeStages, Simulation, linear
+
+Answer = tuple[tuple[int, bytes], ...]
+"""(token id, bytes of its float32 logprob) of every scored prompt token, then of every generated one."""
+
+_SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1)
+_GENERATED = 40
+_LOST_AFTER = 6
+_ROOM = 32  # KV blocks for all requests together
+_SHORT = 7  # for one and a half
+
+
+class CutModel(FakeModel):
+    """The stages of a real model, one after the other, in place of the fake one."""
+
+    def __init__(self, backend: Backend, model: Model, cuts: Sequence[int], settings: SchedulerSettings) -> None:
+        super().__init__(settings.kv_blocks)
+        limits = _limits(settings, (settings.kv_blocks, 0))
+        bounds = (0, *cuts, model.layer_count)
+        self.runners = [StageRunner(backend, model, start, end, limits) for start, end in pairwise(bounds)]
+
+    def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        hidden: Float32 | None = None
+        for runner in self.runners:
+            hidden = runner.run(microbatch, hidden)
+        assert hidden is not None
+        return self.runners[-1].finish(hidden, inputs)
+
+    def embeddings(self, microbatch: Microbatch) -> bytes:
+        return self.runners[-1].embeddings(microbatch)
+
+    def close(self) -> None:
+        for runner in self.runners:
+            runner.close()
+
+
+@cache
+def requests(vocabulary: int) -> tuple[GenerationRequest, ...]:
+    """Two with a common beginning of two blocks, one whose prompt is scored, one short: greedy and seeded in turn."""
+    source = Random(7)
+    prompts = [[source.randrange(3, vocabulary) for _ in range(length)] for length in (37, 45, 21, 9)]
+    prompts[1][:33] = prompts[0][:33]
+    return tuple(
+        GenerationRequest(
+            f"request {number}",
+            tuple(prompt),
+            _GENERATED,
+            _SEEDED if number % 2 else SamplingParams(),
+            seed=number,
+            score_from=1 if number == 2 else None,
+        )
+        for number, prompt in enumerate(prompts)
+    )
+
+
+def undisturbed(backend: Backend, model: Model, context: int) -> list[Answer]:
+    """Each request alone on one stage, its prompt in one chunk."""
+    settings = _settings(model, context, _ROOM, LocalSettings(context, max_sequences=1, prefix_cache=False))
+    stages = CutModel(backend, model, (), settings)
+    run = _simulation(settings, stages)
+    try:
+        return [_finished(run, [run.add(request)])[0] for request in requests(settings.vocabulary)]
+    finally:
+        stages.close()
+
+
+def disturbed(backend: Backend, model: Model, context: int) -> list[Answer]:
+    """All requests together in chunks of five tokens, KV memory for less than two of them. The workers of two stages
+    are lost while tokens are generated, and up to six stages go on. Then two requests once more, of which prompts are
+    in the prefix cache."""
+    settings = _settings(model, context, _SHORT, LocalSettings(context, max_sequences=4, prefill_chunk=5))
+    first = CutModel(backend, model, (model.layer_count // 2,), settings)
+    run = _simulation(settings, first)
+    keys = [run.add(request) for request in requests(settings.vocabulary)]
+    while len(run.rows(keys[0])) < _LOST_AFTER:
+        run.step()
+    run.send_all()
+    run.sent.clear()
+    first.close()
+    second = CutModel(backend, model, range(1, model.layer_count, -(-model.layer_count // 5)), settings)
+    run.stages = _stages(second)
+    run.scheduler.restart(settings, 2, len(second.runners))
+    try:
+        answers = _finished(run, keys)
+        before = run.scheduler.counts.cached_tokens
+        again = _finished(run, [run.add(request) for request in requests(settings.vocabulary)[:2]])
+    finally:
+        second.close()
+    counts = run.scheduler.counts
+    assert counts.preemptions > 0 and counts.cached_tokens > before, (counts.preemptions, counts.cached_tokens)
+    assert again == answers[:2]
+    return answers
+
+
+def _settings(model: Model, context: int, kv_blocks: int, local: LocalSettings) -> SchedulerSettings:
+    """Layers with a window give up the blocks behind it."""
+    settings = _scheduler_settings(model, replace(local, kv_blocks=kv_blocks))
+    rows = 24 if local.prefill_chunk else 64
+    group = window_group(model.window, context, rows)
+    return replace(
+        settings,
+        max_batch_tokens=rows,
+        max_outputs=rows,
+        window=None if group is None else group.window,
+        window_blocks=0 if group is None else local.max_sequences * group.sequence_blocks + group.row_blocks,
+    )
+
+
+def _stages(model: CutModel) -> FakeStages:
+    return FakeStages(model, [linear(100, 10)] * len(model.runners))
+
+
+def _simulation(settings: SchedulerSettings, model: CutModel) -> Simulation:
+    return Simulation(Scheduler(settings, 1, len(model.runners)), _stages(model))
+
+
+def _finished(run: Simulation, keys: Sequence[int]) -> list[Answer]:
+    run.finish()
+    return [_answer([row for _, row in sorted(run.scores(key).items())] + run.rows(key)) for key in keys]
+
+
+def _answer(rows: Sequence[RowResult]) -> Answer:
+    return tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)

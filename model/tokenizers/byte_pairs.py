@@ -42,19 +42,25 @@ class BytePairTokenizer(Tokenizer):
             add_eos=read_flag(metadata, "add_eos_token", False),
             add_space_prefix=False,
         )
-        self._tokenizer = tokenizers.Tokenizer(_merge_model(vocabulary, read_strings(metadata, "merges"), kind))
+        model = merge_model(vocabulary, read_strings(metadata, "merges"), ignore_merges=kind.ignore_merges)
+        self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.pre_tokenizer = splitter(kind)
 
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        if len(text) > _HOLDING_CHARACTERS:
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        else:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        ids: list[int] = encoding.ids
-        return ids
+        return encode_with(self._tokenizer, text)
 
     def word_bytes(self, word: str) -> bytes:
         return b"".join(_BYTE_OF.get(character) or character.encode() for character in word)
+
+
+def encode_with(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of the library's tokenizer."""
+    if len(text) > _HOLDING_CHARACTERS:
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    else:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def splitter(kind: PreTokenizer) -> Any:
@@ -63,13 +69,14 @@ def splitter(kind: PreTokenizer) -> Any:
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _merge_model(vocabulary: Vocabulary, merges: list[str], kind: PreTokenizer) -> models.BPE:
-    """Control tokens are left out: no plain text may ever become one. So are merges of words that are not there."""
+def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> models.BPE:
+    """The library's model with its `options`. Control tokens are left out: no plain text may ever become one. So are
+    merges of words that are not there."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
     # The library does not refuse a merge of words that are missing: it panics.
     known = [pair for pair in _pairs(merges) if pair[0] in words and pair[1] in words and pair[0] + pair[1] in words]
-    return models.BPE(vocab=words, merges=known, ignore_merges=kind.ignore_merges)
+    return models.BPE(vocab=words, merges=known, **options)
 
 
 def _pairs(merges: list[str]) -> list[tuple[str, str]]:

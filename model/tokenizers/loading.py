@@ -15,6 +15,7 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF file. ModelFileError where the file has none, a damaged one or one of another kind."""
     from llamaclust.model.tokenizers.byte_pairs import BytePairTokenizer
     from llamaclust.model.tokenizers.sentence_pieces import SentencePieceTokenizer
+    from llamaclust.model.tokenizers.spaced_byte_pairs import SpacedBytePairTokenizer
     from llamaclust.model.tokenizers.word_pieces import WordPieceTokenizer
 
     kinds: dict[str, Callable[..., Tokenizer]] = {
@@ -22,6 +23,7 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         "gpt2": BytePairTokenizer,
         "t5": partial(SentencePieceTokenizer, is_unigram=True),
         "bert": WordPieceTokenizer,
+        "gemma4": SpacedBytePairTokenizer,
     }
     name = metadata.get("tokenizer.ggml.model")
     kind = kinds.get(name) if isinstance(name, str) else None

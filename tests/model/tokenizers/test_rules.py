@@ -147,7 +147,7 @@ def test_unknown_token_ids_are_refused() -> None:
     ("metadata", "message"),
     [
         ({}, "the file has no tokenizer"),
-        ({"tokenizer.ggml.model": "rwkv"}, "a tokenizer of kind 'rwkv'; supported: llama, gpt2, t5, bert"),
+        ({"tokenizer.ggml.model": "rwkv"}, "a tokenizer of kind 'rwkv'; supported: llama, gpt2, t5, bert, gemma4"),
         (bpe(pre="martian"), "unknown pre-tokenizer 'martian'"),
         (bpe(tokens=["a", "b", "a"], token_type=None), "'a' is there twice"),
         (bpe(tokens=[]), "tokens is empty"),

@@ -54,6 +54,26 @@ def sentencepiece(vocabulary: int) -> dict[str, WritableValue]:
     }
 
 
+def spaced_byte_pairs(vocabulary: int) -> dict[str, WritableValue]:
+    """As Gemma 4 has them: control words, a user-defined one, 256 bytes, line ends, then pieces and their merges."""
+    special = {"<pad>": 3, "<eos>": 3, "<bos>": 3, "<unk>": 2, "<turn|>": 3, "<|tool>": 4}
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    first = len(special) + len(byte_tokens)
+    words = _filled(["\n", "\n\n", *_pieces("▁")], vocabulary - first)
+    kinds = [*special.values()] + [_BYTE] * 256 + [_NORMAL] * len(words)
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": [*special, *byte_tokens, *words],
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+        "tokenizer.ggml.merges": [f"{word[:-1]} {word[-1]}" for word in words if len(word) > 1],
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": _PLAIN_TEMPLATE,
+    }
+
+
 def word_pieces(vocabulary: int) -> dict[str, WritableValue]:
     """`[PAD]`, `[UNK]`, `[CLS]`, `[SEP]`, letters that begin words and others, then words; plain English letters."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

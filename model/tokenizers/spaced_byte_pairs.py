@@ -1,0 +1,42 @@
+"""BPE vocabularies of text (`tokenizer.ggml.model` = gemma4): words are spelled as they are, with ▁ for spaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import tokenizers
+from tokenizers import normalizers, pre_tokenizers
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.tokenizers.byte_pairs import encode_with, merge_model
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings
+
+_SPACE: Final = "▁"
+_LINES: Final = r"[^\n]+|\n+"
+
+
+class SpacedBytePairTokenizer(Tokenizer):
+    """Merges by rank in lines and in runs of line ends; bytes for text outside the vocabulary. A BOS token stands first
+    whatever the file says: early files say that none does, and the models need it."""
+
+    def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
+        super().__init__(
+            vocabulary,
+            add_bos=True,
+            add_eos=read_flag(metadata, "add_eos_token", False),
+            add_space_prefix=False,
+        )
+        if (count := vocabulary.types.count(TokenType.BYTE)) != 256:
+            raise ModelFileError(f"{key('token_type')}: {count} byte tokens, 256 expected")
+        model = merge_model(vocabulary, read_strings(metadata, "merges"), byte_fallback=True)
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(_LINES), behavior="isolated")
+
+    def encode_plain(self, text: str, after_special: bool) -> list[int]:
+        return encode_with(self._tokenizer, text)
+
+    def word_bytes(self, word: str) -> bytes:
+        return word.replace(_SPACE, " ").encode()

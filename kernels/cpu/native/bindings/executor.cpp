@@ -141,6 +141,21 @@ void add_choice(PlanBuilder& builder, int logits, int out, int experts, int used
                               groups.second, vector_of(selection_bias), vector_of(expert_scales)});
 }
 
+// weight [channels][taps] is turned to [taps][channels]; of a weight without values it is 0.
+void add_convolution(PlanBuilder& builder, int x, int out, int layer, nb::handle weight,
+                     const std::optional<Floats>& bias) {
+  const Matrix& matrix = builder.keep(weight);
+  require(is_supported(matrix.type), "weights of an unsupported type");
+  const size_t channels = static_cast<size_t>(matrix.rows), taps = static_cast<size_t>(matrix.cols);
+  std::vector<float> turned(channels * taps), row(taps);
+  const Level level = find_level("generic");
+  for (size_t channel = 0; matrix.tiles != nullptr && channel < channels; channel++) {
+    level.matmul.dequantize_row(matrix, static_cast<int>(channel), row.data());
+    for (size_t tap = 0; tap < taps; tap++) turned[tap * channels + channel] = row[tap];
+  }
+  builder.plan.add(ConvolveStep{x, out, layer, matrix.cols, std::move(turned), vector_of(bias)});
+}
+
 // Members of steps, from what Python gives.
 template <typename T>
 T member(PlanBuilder&, T value) { return value; }
@@ -174,6 +189,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
            })
       .def("add_expert_rows", &add<ExpertRowStep, int, int, int, nb::handle, int>)
       .def("combine_experts", &add<CombineStep, int, int, int, int>)
+      .def("convolve", &add_convolution)
       .def("select_rows", &add<SelectStep, int, int>)
       .def("write_result", &add<OutputStep, int, int>);
 }
@@ -207,6 +223,9 @@ void bind_executor(nb::module_& module) {
             return b.plan.add_kv_layer({kv_heads, head_dim, kv_type_of(kv_type), windowed});
           },
           "kv_heads"_a, "head_dim"_a, "kv_type"_a, "windowed"_a = false)
+      .def(
+          "add_state", [](PlanBuilder& b, int floats, bool windowed) { return b.plan.add_state(floats, windowed); },
+          "floats"_a, "windowed"_a = false)
       .def("set_result", [](PlanBuilder& b, int buffer) { b.plan.set_result(buffer); })
       .def("enter_adapter", [](PlanBuilder& b, int adapter) { b.plan.enter_adapter(adapter); })
       .def("leave_adapter", [](PlanBuilder& b) { b.plan.leave_adapter(); })

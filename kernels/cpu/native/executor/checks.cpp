@@ -234,7 +234,8 @@ struct Plan::Checks {
 
   Access operator()(const AttentionStep& step) const {
     const KvShape& shape = at(step.layer, plan.kv_layers, "unknown layer of KV memory");
-    require(shape.kv_heads == step.kv_heads && shape.head_dim == step.head_dim, "KV memory of another shape");
+    require(shape.state_floats == 0 && shape.kv_heads == step.kv_heads && shape.head_dim == step.head_dim,
+            "KV memory of another shape");
     require(step.heads > 0 && step.heads % step.kv_heads == 0 && step.heads <= 65536, "heads in groups");
     const int width = step.heads * step.head_dim, kv_width = step.kv_heads * step.head_dim;
     require(buffer(step.q).width == width && buffer(step.out).width == width, "query width");
@@ -253,6 +254,24 @@ struct Plan::Checks {
     for (const auto& rotation : {step.rotate_q, step.rotate_k})
       if (rotation) check_rotation(*rotation, step.head_dim);
     return {reads, {step.out}, false};
+  }
+
+  void check_state(int layer, int64_t floats) const {
+    const KvShape& shape = at(layer, plan.kv_layers, "unknown layer of KV memory");
+    require(!plan.selects, "a state of the wanted rows alone");
+    require(shape.state_floats == floats, "a state of another size");
+    if (shape.windowed) plan.window = std::max(plan.window, kStateWindow);
+  }
+
+  Access operator()(const ConvolveStep& step) const {
+    check_alike(step.x, step.out);
+    require(is_line(step.x) && step.x != step.out, "a convolution in place");
+    require(step.taps >= 2 && step.taps <= kMaxTaps, "taps of a convolution out of range");
+    const size_t width = static_cast<size_t>(buffer(step.x).width);
+    require(step.weight.size() == static_cast<size_t>(step.taps) * width, "a weight for each tap and channel");
+    require(step.bias.empty() || step.bias.size() == width, "a bias as wide as its product");
+    check_state(step.layer, (step.taps - 1) * static_cast<int64_t>(width));
+    return {{step.x}, {step.out}, false};
   }
 };
 

@@ -14,6 +14,7 @@ void require(bool holds, const char* what) {
 namespace {
 
 constexpr int kMaxWidth = 1 << 24;
+constexpr int kMaxStateFloats = 1 << 26;
 constexpr double kMaxAngle = 4e6;  // of sincos_double
 
 // Of skipped steps, others read sums alone.
@@ -61,6 +62,13 @@ int Plan::add_kv_layer(const KvShape& shape) {
   require(shape.head_dim > 0 && shape.head_dim <= kMaxHeadChannels, "head_dim out of range");
   require(!shape.windowed || limits.window_blocks > 0, "a windowed layer without blocks");
   kv_layers.push_back(shape);
+  return static_cast<int>(kv_layers.size()) - 1;
+}
+
+int Plan::add_state(int floats, bool windowed) {
+  require(floats > 0 && floats <= kMaxStateFloats, "a state of no or too many numbers");
+  require(!windowed || limits.window_blocks > 0, "a windowed layer without blocks");
+  kv_layers.push_back({.kv_heads = 0, .head_dim = 0, .type = KvType::F16, .windowed = windowed, .state_floats = floats});
   return static_cast<int>(kv_layers.size()) - 1;
 }
 

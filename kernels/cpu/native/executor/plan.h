@@ -26,15 +26,21 @@ struct Limits {
 // std::invalid_argument where a program does not hold together.
 void require(bool holds, const char* what);
 
+// What a layer keeps in each KV block: keys and values of its positions, or where there are `state_floats`, the state
+// behind the last of its positions that are computed.
 struct KvShape {
   int kv_heads;
   int head_dim;
   KvType type;
   bool windowed = false;  // in the group of layers whose memory is given up behind their windows
+  int state_floats = 0;
 };
+
+inline constexpr int kStateWindow = 2;  // a row reads the state that the row before it left
 
 // Bytes that one block costs in a layer of this shape.
 inline size_t kv_block_bytes(const KvShape& shape) {
+  if (shape.state_floats > 0) return static_cast<size_t>(shape.state_floats) * sizeof(float);
   return static_cast<size_t>(shape.kv_heads) * kv_piece_bytes(shape.type, shape.head_dim);
 }
 
@@ -181,10 +187,18 @@ struct AttentionStep {
   bool stores() const { return k >= 0; }
 };
 
+struct ConvolveStep {  // of each channel with those of the taps - 1 rows before, which are the state [taps - 1][width]
+  BufferId x, out;
+  int layer;  // of the stage's KV memory
+  int taps;
+  std::vector<float> weight;  // [taps][width]
+  std::vector<float> bias;    // empty: none
+};
+
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
                           ElementwiseStep, AddAdaptedStep, PositionScaleStep, SliceStep, SigmoidGateStep, QuantizeStep,
                           ChooseStep, ExpertRowStep, CombineStep, SelectStep, OutputStep, MatmulStep, ExpertsStep,
-                          AttentionStep>;
+                          AttentionStep, ConvolveStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
 enum class Sync { None, IfShared, Always };
@@ -228,6 +242,7 @@ class Plan {
   BufferId add_buffer(const Buffer& buffer);
   int add_rotation(RotationAngles angles);
   int add_kv_layer(const KvShape& shape);
+  int add_state(int floats, bool windowed);  // a layer of KV memory, too
   void add(Step step);
   // Products and their sums that are added in between are skipped by runs without the adapter.
   void enter_adapter(int adapter);

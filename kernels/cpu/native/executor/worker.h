@@ -64,6 +64,7 @@ class Worker {
   void execute(const MatmulStep& step);
   void execute(const ExpertsStep& step);
   void execute(const AttentionStep& step);
+  void execute(const ConvolveStep& step);
 
   void compute(size_t begin, size_t end);
   void compute_row(const Step& step, int row);  // of a row by row step
@@ -130,6 +131,7 @@ class Worker {
   }
 
   friend class AttentionWork;
+  friend class StateBlocks;
   friend struct RowStep;
 
   Stage& stage_;

@@ -76,8 +76,8 @@ constexpr size_t span_sums_floats(int queries, int head_dim) {
 }
 SpanSums span_sums_at(float* memory, int queries);
 
-// Paged KV memory of a stage: for each layer, pieces of 16 positions of one KV head (attention_ops.h), by block id of
-// the layer's group.
+// Paged KV memory of a stage: for each layer, pieces of 16 positions of one KV head (attention_ops.h), or a state, by
+// block id of the layer's group.
 class KvCache {
  public:
   KvCache() = default;

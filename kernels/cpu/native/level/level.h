@@ -6,6 +6,7 @@
 
 #include "level/attention_ops.h"
 #include "level/matmul_ops.h"
+#include "level/state_ops.h"
 #include "simd/activations.h"
 
 namespace llamaclust {
@@ -83,6 +84,7 @@ struct Level {
   AttentionOps attention;
   SamplerOps sampler;
   QuantizeOps quantize;
+  StateOps state;
 };
 
 }  // namespace llamaclust

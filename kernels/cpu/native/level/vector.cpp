@@ -1,21 +1,10 @@
 // Row by row arithmetic: every output is a fixed list of IEEE operations, whatever the register width.
 #include "level/level.h"
 #include "simd/math.h"
+#include "simd/pieces.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
-
-// Calls f(i, load, store) for i = 0, 16, ... n; the last piece may be partial, its missing lanes read as zero.
-template <typename F>
-INLINE void each_lanes(int n, F f) {
-  int i = 0;
-  for (; i + 16 <= n; i += 16) f(i, [](const float* p) { return load(p); }, [](float* p, F32x16 x) { store(p, x); });
-  const int rest = n - i;
-  if (rest > 0)
-    f(
-        i, [rest](const float* p) { return load_first(rest, p); },
-        [rest](float* p, F32x16 x) { store_first(rest, p, x); });
-}
 
 // Element i is added to lane i % 64 by `accumulate(lanes, i, load)`, sixteen at a time; then halves are added: 32 + 32,
 // 16 + 16, ... 1 + 1. Missing lanes of the last piece are read as zero.

@@ -18,6 +18,7 @@
   extern const AttentionOps attention_ops; \
   extern const SamplerOps sampler_ops;     \
   extern const QuantizeOps quantize_ops;   \
+  extern const StateOps state_ops;         \
   }
 
 LLAMACLUST_LEVELS(DECLARE)
@@ -76,7 +77,8 @@ std::vector<Level> available_levels() {
   std::vector<Level> levels;
 #define ADD(name) \
   if (can.name)   \
-    levels.push_back({#name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops, name::quantize_ops});
+    levels.push_back({#name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops, \
+                      name::quantize_ops, name::state_ops});
   LLAMACLUST_LEVELS(ADD)
   return levels;
 }

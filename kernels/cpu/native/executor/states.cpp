@@ -1,0 +1,83 @@
+// States of sequences in the threads: each takes whole sequences in some of their channels, and rows in their order.
+#include <algorithm>
+#include <cstring>
+
+#include "executor/worker.h"
+
+namespace llamaclust {
+
+// Where one sequence of a batch has a state: it is read behind the row before its first one, and written at the end of
+// each block that its rows reach.
+class StateBlocks {
+ public:
+  StateBlocks(const Worker& worker, int layer, int sequence)
+      : begin(worker.batch_.sequence_starts[index(sequence)]),
+        end(worker.batch_.sequence_starts[index(sequence) + 1]),
+        first_(worker.batch_.positions[index(begin)]),
+        floats_(index(worker.stage_.plan.kv_layers[index(layer)].state_floats)),
+        memory_(reinterpret_cast<float*>(worker.stage_.kv.layer(layer))) {
+    const Batch& batch = worker.batch_;
+    const bool windowed = worker.stage_.plan.kv_layers[index(layer)].windowed;
+    table_ = (windowed ? batch.window_tables : batch.block_tables).data() + batch.table_starts[index(sequence)];
+  }
+
+  // Null at the beginning of a sequence.
+  const float* before() const { return first_ == 0 ? nullptr : at((first_ - 1) / kKvBlockTokens); }
+
+  // Calls f(row, state) for the last row in each block.
+  template <typename F>
+  void each_end(F f) const {
+    const int last = first_ + (end - begin) - 1;
+    for (int block = first_ / kKvBlockTokens; block <= last / kKvBlockTokens; block++)
+      f(begin + std::min(last, block * kKvBlockTokens + kKvBlockTokens - 1) - first_, at(block));
+  }
+
+  const int begin, end;  // rows
+
+ private:
+  static size_t index(int id) { return static_cast<size_t>(id); }
+  float* at(int block) const { return memory_ + index(table_[block]) * floats_; }
+
+  const int first_;  // position
+  const size_t floats_;
+  float* const memory_;
+  const int32_t* table_;
+};
+
+namespace {
+
+constexpr int kPartChannels = 128;  // of a convolution, in one thread at once
+
+}  // namespace
+
+void Worker::execute(const ConvolveStep& step) {
+  const int width = buffer(step.x).width, kept = step.taps - 1;
+  const int64_t parts = (width + kPartChannels - 1) / kPartChannels;
+  share(batch_.sequences() * parts, 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) {
+      lookahead_.fetch();
+      const StateBlocks blocks(*this, step.layer, static_cast<int>(i / parts));
+      const int start = static_cast<int>(i % parts) * kPartChannels, n = std::min(kPartChannels, width - start);
+      float history[kMaxTaps - 1][kPartChannels] = {};
+      if (const float* before = blocks.before(); before != nullptr)
+        for (int j = 0; j < kept; j++)
+          memcpy(history[j], before + j * width + start, static_cast<size_t>(n) * sizeof(float));
+      const auto row_of_x = [&](int row) -> const float* {
+        return row < blocks.begin ? history[row - blocks.begin + kept] : line(step.x, row) + start;
+      };
+      for (int row = blocks.begin; row < blocks.end; row++) {
+        const float* x[kMaxTaps];
+        for (int t = 0; t < step.taps; t++) x[t] = row_of_x(row - kept + t);
+        stage_.level.state.convolve(x, step.weight.data() + start, width,
+                                    step.bias.empty() ? nullptr : step.bias.data() + start, step.taps, n,
+                                    line(step.out, row) + start);
+      }
+      blocks.each_end([&](int row, float* state) {
+        for (int j = 0; j < kept; j++)
+          memcpy(state + j * width + start, row_of_x(row - kept + 1 + j), static_cast<size_t>(n) * sizeof(float));
+      });
+    }
+  });
+}
+
+}  // namespace llamaclust

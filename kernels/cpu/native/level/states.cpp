@@ -1,0 +1,26 @@
+// Updates of states: rows in their order, so that no cut of a sequence into chunks changes a bit.
+#include "level/level.h"
+#include "simd/pieces.h"
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+void convolve(const float* const* x, const float* weight, int stride, const float* bias, int taps, int n, float* out) {
+  each_lanes(n, [&](int i, auto read, auto write) {
+    int t = 0;
+    F32x16 sum;
+    if (bias == nullptr)
+      sum = mul(read(x[t++] + i), read(weight + i));
+    else
+      sum = read(bias + i);
+    for (; t < taps; t++) sum = fma(read(x[t] + i), read(weight + t * stride + i), sum);
+    write(out + i, sum);
+  });
+}
+
+}  // namespace
+
+extern const StateOps state_ops;
+const StateOps state_ops = {convolve};
+
+}  // namespace llamaclust::LLAMACLUST_LEVEL

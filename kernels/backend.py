@@ -75,8 +75,8 @@ class KvInRam(Protocol):
     """A stage whose KV memory lies in RAM, where no layer gives up blocks behind a window."""
 
     def kv_layers(self) -> tuple[NDArray[np.uint8], ...]:
-        """KV memory of each layer, [KV blocks, bytes]. It stays in memory while it is referenced, also after
-        `close`."""
+        """KV memory of each layer, keys and values or a state, [KV blocks, bytes]. It stays in memory while it is
+        referenced, also after `close`."""
 
 
 class Backend(Protocol):
@@ -98,4 +98,4 @@ class Backend(Protocol):
 
 def kv_bytes(program: Program, limits: StageLimits) -> int:
     """KV memory of CPUs and GPUs, without gaps between layers."""
-    return sum(KV_BLOCK_TOKENS * step.kv_token_bytes * limits.layer_blocks(step.window) for step in program.kv_layers)
+    return sum(KV_BLOCK_TOKENS * kept.kv_token_bytes * limits.layer_blocks(kept.window) for kept in program.kv_memory)

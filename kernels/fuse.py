@@ -37,7 +37,7 @@ class Adapts:
         return self.steps[0].adapter
 
 
-FusedStep = ir.Embed | Products | Adapts | Attend | ir.Moe | ir.SelectRows | ir.RowStep
+FusedStep = ir.Embed | Products | Adapts | Attend | ir.Convolution | ir.Moe | ir.SelectRows | ir.RowStep
 
 
 def fuse(program: ir.Program) -> Iterator[FusedStep]:

@@ -34,6 +34,7 @@ from llamaclust.model.program import (
     Adapt,
     AddPosition,
     AddRow,
+    Convolution,
     Embed,
     MatMul,
     Moe,
@@ -63,7 +64,8 @@ class LayerCost:
     idle_bytes: int = 0
     float_macs_per_token: int = 0
     used_file_bytes: int = 0
-    window: int | None = None  # of its attention
+    window: int | None = None  # of its attention or state
+    window_bytes_per_token: int = 0  # of `kv_bytes_per_token`, what is given up behind the window
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +246,10 @@ def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
     return LayerCost(
         weight_bytes=_weight_bytes(tensors, steps),
         macs_per_token=_all_macs(steps),
-        kv_bytes_per_token=sum(step.kv_token_bytes for step in program.kv_layers),
+        kv_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_memory),
         idle_bytes=_idle_bytes(tensors, steps, _resident_bytes),
         window=program.window,
+        window_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_memory if kept.window is not None),
         float_macs_per_token=_float_macs(tensors, steps),
         used_file_bytes=_weight_bytes(tensors, steps, _file_bytes) - _idle_bytes(tensors, steps, _file_bytes),
     )
@@ -286,6 +289,8 @@ def _macs(step: Step) -> list[tuple[str, int]]:
             return [(step.weight, step.x.width * step.out.width)]
         case Adapt():
             return [(step.down, step.x.width * step.rank), (step.up, step.rank * step.out.width)]
+        case Convolution():
+            return [(step.weight, step.x.width * step.taps)]
         case Moe():
             of_each = step.x.width * step.used * step.ffn_width
             inner = [(name, step.x.width * step.used * step.inner_width) for name in step.inner]

@@ -41,6 +41,9 @@ KV_BLOCK_TOKENS = 16
 LOGITS = "logits"
 """The buffer of a last stage's results, where it has a head."""
 
+STATE_WINDOW = 2
+"""Positions whose blocks rows of a state need, their own among them: a row updates what the row before it left."""
+
 SPAN_TOKENS = 512
 """Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
 
@@ -190,6 +193,47 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceState:
+    """What a layer keeps of a sequence, updated by each row in order: `floats` float32 numbers, 0 at its beginning.
+
+    Each KV block has a copy: behind the last of its positions that are computed. Rows read the one behind the position
+    before them, so that sequences that share a block may go on from its end.
+    """
+
+    layer: int
+    floats: int  # a multiple of KV_BLOCK_TOKENS
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """KV memory of one position, which is a share of its block's."""
+        return 4 * self.floats // KV_BLOCK_TOKENS
+
+    @property
+    def window(self) -> int:
+        return STATE_WINDOW
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]), for the row at position p
+    and those before it in its sequence, 0 before its beginning; out is not x. The state is the last taps - 1 rows of x.
+
+    weight [x.width, taps].
+    """
+
+    x: Buffer
+    out: Buffer
+    weight: str
+    taps: int
+    layer: int
+    bias: str | None = None
+
+    @property
+    def state(self) -> SequenceState:
+        return SequenceState(self.layer, (self.taps - 1) * self.x.width)
+
+
+@dataclass(frozen=True, slots=True)
 class ScaleByWeight:
     """out = x * the number in `weight` [1]; out may be x."""
 
@@ -280,7 +324,10 @@ RowStep = (
 )
 """Steps that compute a row of the out buffer from the same row of others, its position and weights of one row."""
 
-Step = Embed | MatMul | Adapt | Attention | Moe | SelectRows | RowStep
+Step = Embed | MatMul | Adapt | Attention | Convolution | Moe | SelectRows | RowStep
+
+KvLayer = Attention | SequenceState
+"""What a part of KV memory is laid out for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +367,19 @@ class Program:
         return tuple(step for step in self.steps if isinstance(step, Attention) and not step.shares_kv)
 
     @property
+    def kv_memory(self) -> tuple[KvLayer, ...]:
+        """What KV memory is laid out for, in the order of steps."""
+        return tuple(
+            step if isinstance(step, Attention) else step.state
+            for step in self.steps
+            if isinstance(step, Convolution) or (isinstance(step, Attention) and not step.shares_kv)
+        )
+
+    @property
+    def has_states(self) -> bool:
+        return any(isinstance(kept, SequenceState) for kept in self.kv_memory)
+
+    @property
     def is_causal(self) -> bool:
         """Whether rows see nothing behind them: then a sequence may be computed in chunks."""
         return all(step.causal for step in self.kv_layers)
@@ -331,9 +391,10 @@ class Program:
 
     @property
     def window(self) -> int | None:
-        """The largest window of its causal layers, if any has one: behind it they give up KV memory. The others need
-        their whole prompt in one microbatch."""
-        return max((step.window for step in self.kv_layers if step.causal and step.window is not None), default=None)
+        """The largest window of its causal layers and states, if any has one: behind it they give up KV memory. The
+        others need their whole prompt in one microbatch."""
+        causal = (kept for kept in self.kv_memory if isinstance(kept, SequenceState) or kept.causal)
+        return max((kept.window for kept in causal if kept.window is not None), default=None)
 
 
 _WEIGHT_FIELDS = (

@@ -82,8 +82,8 @@ def _kv_bytes(layers: Sequence[LayerCost], window: int | None, tokens: int) -> i
     full = -(-tokens // KV_BLOCK_TOKENS)
     group = window_group(window, tokens, _ROWS + 1)
     kept = full if group is None else group.blocks_beside(full, tokens, 1)
-    blocks = (full if layer.window is None else kept for layer in layers)
-    return sum(KV_BLOCK_TOKENS * layer.kv_bytes_per_token * n for layer, n in zip(layers, blocks, strict=True))
+    windowed = sum(layer.window_bytes_per_token for layer in layers)
+    return KV_BLOCK_TOKENS * ((sum(layer.kv_bytes_per_token for layer in layers) - windowed) * full + windowed * kept)
 
 
 def _most(count: int, exceeds: Callable[[int], bool]) -> int:

@@ -66,7 +66,7 @@ def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
         return
     group = window_group(model.window, context_length(config, model), max_batch_tokens(config))
     if group is not None:
-        why = f"KV memory of layers with a window ({group.window} tokens) is not kept on disk"
+        why = f"KV memory of layers with a window ({group.window} tokens) or a state is not kept on disk"
         raise UsageError(f"kv_disk: {why}, and this model has some; leave it out")
 
 

@@ -72,7 +72,7 @@ class StageCosts:
             hidden_bytes=costs.hidden_bytes,
             held_bytes=with_head + first * costs.embedding_bytes,
             kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),
-            window_token_bytes=sums(0 if layer.window is None else layer.kv_bytes_per_token for layer in costs.layers),
+            window_token_bytes=sums(layer.window_bytes_per_token for layer in costs.layers),
             window=costs.window,
             _read=with_head,
             _idle=sums(layer.idle_bytes for layer in costs.layers),

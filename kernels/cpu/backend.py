@@ -171,7 +171,7 @@ class CpuBackend:
                 compiled = compile_program(program, weights, limits, found if observed else None)
                 native = _native.Stage(compiled.plan, self.feature_level, self._pool)
                 native.touch()
-                return CpuStage(native, weights, len(program.kv_layers), compiled, found)
+                return CpuStage(native, weights, len(program.kv_memory), compiled, found)
         except MemoryError as error:
             raise InsufficientMemoryError(self._memory_error_text(program, tensors, limits)) from error
 

@@ -126,6 +126,8 @@ class _Compiler:
                 self.plan.leave_adapter()
             case Attend():
                 self._attend(step.attention, step.rotate_q, step.rotate_k)
+            case ir.Convolution():
+                self._convolve(step)
             case ir.Moe():
                 self._experts(step)
             case ir.SelectRows():
@@ -280,6 +282,12 @@ class _Compiler:
         elif step.layer not in self._kv_layers:
             raise ValueError(f"keys and values of layer {step.layer} are on another worker")
         return self._kv_layers[step.layer]
+
+    def _convolve(self, step: ir.Convolution) -> None:
+        x, state = self._buffers.read(step.x), step.state
+        layer = self.plan.add_state(state.floats, self._limits.gives_up(state.window))
+        weight, bias = self._weights[step.weight].matrix, self._vector(step.bias)
+        self.plan.convolve(x, self._buffers.write(step.out), layer, weight, bias)
 
     def _experts(self, step: ir.Moe) -> None:
         buffers, used = self._buffers, step.used

@@ -174,6 +174,8 @@ def _plan(
         isinstance(step, ScaleByWeight) or (isinstance(step, RmsNorm) and not step.weight) for step in program.steps
     ):
         raise ModelFileError("scales of layers are not computed on GPUs; set device: cpu for their workers")
+    if program.has_states:
+        raise ModelFileError("states of sequences are not computed on GPUs; set device: cpu for its workers")
     check_weights(program, tensors)
     check_attention(program)
     check_experts(program)

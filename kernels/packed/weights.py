@@ -18,6 +18,7 @@ from llamaclust.model.program import (
     AddPosition,
     AddRow,
     Attention,
+    Convolution,
     Embed,
     LayerNorm,
     MatMul,
@@ -47,6 +48,10 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield step.bias, (step.x.width,)
         case Attention(sinks=str(sinks)):
             yield sinks, (step.heads,)
+        case Convolution():
+            yield step.weight, (step.x.width, step.taps)
+            if step.bias is not None:
+                yield step.bias, (step.x.width,)
         case AddPosition() | AddRow():
             yield step.weight, (-1, step.out.width)
         case SigmoidGate():

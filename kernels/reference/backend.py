@@ -11,9 +11,10 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch, Float32, Int32, Progress
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
+from llamaclust.kernels.reference.states import StateMemory
 from llamaclust.kernels.reference.steps import State, run_step
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Buffer, Program
+from llamaclust.model.program import Buffer, Program, SequenceState
 
 
 class ReferenceStage:
@@ -28,13 +29,19 @@ class ReferenceStage:
             step.layer: LayerKv(step, limits.layer_blocks(step.window), windowed=limits.gives_up(step.window))
             for step in program.kv_layers
         }
+        self._states = {
+            kept: StateMemory(kept, limits.layer_blocks(kept.window), windowed=limits.gives_up(kept.window))
+            for kept in program.kv_memory
+            if isinstance(kept, SequenceState)
+        }
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         self.kv_bytes = sum(layer.n_bytes for layer in self._kv.values())
+        self.kv_bytes += sum(state.n_bytes for state in self._states.values())
         self.workspace_bytes = _workspace_bytes(program, limits)
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         self._check(batch)
-        state = State(self.weights, self._kv, batch)
+        state = State(self.weights, self._kv, batch, self._states)
         assert (hidden is None) == self._program.is_first
         if hidden is not None:
             state[self._program.hidden] = hidden
@@ -50,6 +57,7 @@ class ReferenceStage:
     def close(self) -> None:
         self.weights = {}
         self._kv.clear()
+        self._states.clear()
 
     def _check(self, batch: Batch) -> None:
         limits = self._limits

@@ -10,6 +10,7 @@ import numpy as np
 
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.reference.kv import Float64, LayerKv
+from llamaclust.kernels.reference.states import StateMemory, convolve
 from llamaclust.model import program as ir
 from llamaclust.model.step_options import (
     LEAST_WEIGHT_SUM,
@@ -28,6 +29,7 @@ class State:
     weights: Mapping[str, Float32]
     kv: Mapping[int, LayerKv]
     batch: Batch
+    states: Mapping[ir.SequenceState, StateMemory] = field(default_factory=dict)
     buffers: dict[str, Float32] = field(default_factory=dict)
 
     def __getitem__(self, buffer: ir.Buffer) -> Float32:
@@ -50,6 +52,9 @@ def run_step(step: ir.Step, state: State) -> None:
             state[step.out] = adapt(step, state)
         case ir.Attention():
             state[step.out] = attention(step, state)
+        case ir.Convolution():
+            sequences = state.states[step.state].sequences(state.batch)
+            state[step.out] = convolve(step, state[step.x], state.weights, sequences)
         case ir.Moe():
             state[step.out] = moe(step, state)
         case ir.SelectRows():

@@ -72,6 +72,9 @@ CHECKSUMS = {
     "minimax-m2": "eb420101",
     "gemma4": "39c2f2c9",
     "gemma4-experts": "bbcedb29",
+    "lfm2": "ab886c3c",
+    "lfm2-windows": "4b174c82",
+    "lfm2moe": "4e535e8f",
 }
 
 

@@ -69,7 +69,7 @@ def test_every_tensor_is_named_checked_and_counted(make: Callable[..., ModelFile
     file = make(name)
     program = whole(file)
     assert set(program.weights) == set(file.tensors) - set(FACTOR_TENSORS)
-    layers = len(program.kv_layers)
+    layers = len(program.kv_memory)
     cut = [build_program(file, layer, layer + 1) for layer in range(layers)]
     assert [step for stage in cut for step in stage.steps] == list(program.steps)
     costs = Model(file).costs(KvType.F16)

@@ -17,6 +17,7 @@ from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
+from llamaclust.model.program import SequenceState
 from llamaclust.tools.background import in_background
 from llamaclust.tools.bench.limits import GpuLimits, Limits, MachineLimits, Pair, Spread, paired
 from llamaclust.tools.bench.load import LoadMeter, OtherLoad
@@ -65,7 +66,8 @@ class Work:
     """What one prefill and one decode step cost by count: the weights' multiply-accumulates, bytes that must be read.
 
     Weights count as the file holds them: tiles that take more get no credit. The embedding is not counted: of it one
-    row a token is read. Nor are experts that a token does not choose, keys and values outside a sliding window.
+    row a token is read. Nor are experts that a token does not choose, keys and values outside a sliding window. A state
+    is read once.
     """
 
     prefill_macs: int
@@ -80,8 +82,10 @@ class Work:
         weights = costs.head_file_bytes + sum(layer.used_file_bytes for layer in costs.layers)
         lengths = range(task.depth + 1, task.depth + task.generate + 1)
         kv_bytes = sum(
-            step.kv_token_bytes * sum(min(length, step.window or length) for length in lengths) / task.generate
-            for step in model.program(0, model.layer_count, task.kv_type).kv_layers
+            4 * kept.floats
+            if isinstance(kept, SequenceState)
+            else kept.kv_token_bytes * sum(min(length, kept.window or length) for length in lengths) / task.generate
+            for kept in model.program(0, model.layer_count, task.kv_type).kv_memory
         )
         return cls(task.batch * macs, float_macs / macs, weights + task.batch * kv_bytes)
 

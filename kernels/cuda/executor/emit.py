@@ -45,8 +45,8 @@ class Emitter:
                 yield self._embed(step.weight, self.ops.inputs.tokens, self.ops.out(step.out))
             case Products():
                 yield from self._products(step.x, step.steps)
-            case Adapts():
-                raise AssertionError("programs with adapters are refused")
+            case Adapts() | ir.Convolution():
+                raise AssertionError("programs with adapters or states are refused")
             case Attend():
                 yield from self._attend(step)
             case Attended():

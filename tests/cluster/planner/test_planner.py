@@ -129,7 +129,7 @@ def test_more_workers_than_layers() -> None:
     assert {idle.reason for idle in plan.idle_workers} == {"the model has 12 layers, one for each of the others"}
 
 
-WINDOWED = replace(SMALL, layers=(LAYER, replace(LAYER, window=1000)) * 6)
+WINDOWED = replace(SMALL, layers=(LAYER, replace(LAYER, window=1000, window_bytes_per_token=4096)) * 6)
 
 
 def test_layers_with_a_window_are_planned_with_that_much_kv_memory() -> None:

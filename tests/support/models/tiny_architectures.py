@@ -12,6 +12,7 @@ from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny.gemma4 import GEMMA4, layer_of_gemma4
 from support.models.tiny.shape import Tiny
+from support.models.tiny.states import STATE_MODELS, convolution
 from support.models.tiny_model import RandomTensor, matrix, norm, source_of
 from support.models.tiny_tokenizers import byte_level, sentencepiece
 
@@ -20,7 +21,10 @@ _CONTEXT = 2048
 TOKENS = [1, 5, 9, 300, 33, 65, 100, 3, 7, 11, 277, 90, 2, 64, 127, 31, 260, 270, 280, 290, 19, 1, 150, 200]
 """What the recorded logits are of."""
 
-_BYTE_LEVEL = ("qwen", "gpt", "falcon", "starcoder2", "smollm3", "olmo2", "exaone4", "seed_oss", "glm4moe", "cohere2")
+_BYTE_LEVEL = (
+    *("qwen", "gpt", "falcon", "starcoder2", "smollm3", "olmo2", "exaone4", "seed_oss", "glm4moe", "cohere2"),
+    "lfm2",
+)
 _QKV = ("attn_q", "attn_k", "attn_v")
 _GEMMA: dict[str, Any] = {"hidden": 64, "head_dim": 32, "tied": True}
 _PHI3: dict[str, Any] = {
@@ -56,6 +60,7 @@ _GRANITE: dict[str, WritableValue] = {
 
 MODELS = MappingProxyType(
     {
+        **STATE_MODELS,
         "llama-experts": Tiny("llama", experts=6),
         "llama-linear": Tiny(
             "llama",
@@ -245,7 +250,7 @@ def build_architecture(path: Path, name: str) -> Path:
         tensors += (
             layer_of_gemma4(tiny, layer)
             if tiny.architecture == "gemma4"
-            else _layer(tiny, f"blk.{layer}", dense=layer < tiny.dense)
+            else _layer(tiny, f"blk.{layer}", dense=layer < tiny.dense, convolves=layer in tiny.convolutions)
         )
     sources = [source_of(tensor, _type(tiny, tensor.name), seed=1) for tensor in tensors]
     write_gguf(path, _metadata(tiny), sources)
@@ -260,7 +265,7 @@ def _ends(tiny: Tiny) -> Iterator[RandomTensor]:
     yield RandomTensor("token_embd.weight", (VOCABULARY, tiny.hidden), 3 / tiny.hidden**0.5 if tiny.tied else 1.0)
     if tiny.positions:
         yield RandomTensor("position_embd.weight", (_CONTEXT, tiny.hidden), 0.2)
-    yield norm("output_norm", tiny.hidden)
+    yield norm(tiny.last_norm, tiny.hidden)
     if tiny.layer_norms and tiny.norm_biases:
         yield RandomTensor("output_norm.bias", (tiny.hidden,), 0.2)
     if not tiny.tied:
@@ -271,12 +276,12 @@ def _ends(tiny: Tiny) -> Iterator[RandomTensor]:
         yield RandomTensor(f"{factor}.weight", (rotating // 2,), 0.2, mean=2.0 + index)
 
 
-def _layer(tiny: Tiny, name: str, *, dense: bool) -> Iterator[RandomTensor]:
+def _layer(tiny: Tiny, name: str, *, dense: bool, convolves: bool) -> Iterator[RandomTensor]:
     for part in tiny.layer_norms or tiny.norms:
         yield norm(f"{name}.{part}", tiny.hidden)
         if tiny.layer_norms and tiny.norm_biases:
             yield RandomTensor(f"{name}.{part}.bias", (tiny.hidden,), 0.2)
-    yield from _attention(tiny, name)
+    yield from convolution(tiny, name) if convolves else _attention(tiny, name)
     yield from _experts(tiny, name) if tiny.experts and not dense else _feed_forward(tiny, name)
     if tiny.post_norms:
         yield norm(f"{name}.post_attention_norm", tiny.hidden)

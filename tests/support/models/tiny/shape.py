@@ -44,4 +44,7 @@ class Tiny:
     plain: bool = False  # no gate in the feed-forward network
     factors: tuple[str, ...] = ()
     context: int = 256
+    taps: int = 0  # of the convolutions
+    convolutions: tuple[int, ...] = ()  # layers with them in place of attention
+    last_norm: str = "output_norm"
     keys: dict[str, WritableValue] = field(default_factory=dict)

@@ -1,0 +1,33 @@
+"""LFM2: lfm2, lfm2moe. Short convolutions in most layers, attention in those that have KV heads."""
+
+from __future__ import annotations
+
+from llamaclust.model.architectures.experts import read_experts
+from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.step_options import Gating, RopeStyle
+
+_MAX_TAPS = 16
+
+
+def lfm2(builder: ProgramBuilder) -> None:
+    """Layers from `leading_dense_block_count` on have experts if the file has any: sigmoid gates with a bias for the
+    choice. The norm before the head has a name of its own."""
+    hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
+    taps = keys.count("shortconv.l_cache", minimum=2, maximum=_MAX_TAPS)
+    if hp.embedding_length % KV_BLOCK_TOKENS:
+        raise keys.error("embedding_length", f"{hp.embedding_length}, a multiple of {KV_BLOCK_TOKENS} expected")
+    dense = keys.count("leading_dense_block_count", 0, minimum=0, maximum=hp.block_count)
+    experts = read_experts(keys, hp, gating=Gating.SIGMOID) if hp.expert_count else None
+    attention = AttentionVariant(RopeStyle.NEOX, table, hp.sliding_window, head_norms=HeadNorms.PER_HEAD)
+    builder.last_norm = "token_embd_norm"
+    for layer in builder.layers():
+        if hp.head_counts_kv[layer]:
+            builder.attention(layer, attention)
+        else:
+            builder.short_convolution(layer, taps)
+        if experts is not None and layer >= dense:
+            builder.require(layer, "exp_probs_b.bias")
+            builder.experts(layer, experts)
+        else:
+            builder.feed_forward(layer)

@@ -1,0 +1,109 @@
+"""Layers that keep a state of each sequence: the scheduler, on a fake model whose rows update states in order."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.cluster.scheduler.kv_groups import WindowGroup
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.sampling import RowResult
+from llamaclust.model.program import KV_BLOCK_TOKENS, STATE_WINDOW
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
+from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear
+
+
+@dataclass
+class StatefulModel(FakeModel):
+    """States are hashes of all tokens so far: one that is updated twice, or goes on from another, is noticed."""
+
+    window_blocks: int = 0
+    states: dict[int, bytes] = field(default_factory=dict)
+
+    def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        before = [self._before(chunk) for chunk in microbatch.chunks]
+        rows = super().run(microbatch, inputs)
+        for chunk, state in zip(microbatch.chunks, before, strict=True):
+            table = self._states_of(chunk)
+            for position, token in enumerate(chunk.tokens, chunk.position):
+                state = _next(state, token)
+                self.states[table[position // KV_BLOCK_TOKENS]] = state
+            assert state == _after(self._read(blocks_of(chunk), chunk.position + len(chunk.tokens)))
+        return rows
+
+    def _before(self, chunk: Chunk) -> bytes:
+        if chunk.position == 0:
+            return b""
+        state = self.states[self._states_of(chunk)[(chunk.position - 1) // KV_BLOCK_TOKENS]]
+        assert state == _after(self._read(blocks_of(chunk), chunk.position)), "a state behind another position"
+        return state
+
+    def _states_of(self, chunk: Chunk) -> dict[int, int]:
+        """The block of states by block number."""
+        if not self.window_blocks:
+            return dict(enumerate(blocks_of(chunk)))
+        runs = zip(chunk.window_table[::2], chunk.window_table[1::2], strict=True)
+        table = [block for start, count in runs for block in range(start, start + count)]
+        assert all(0 <= block < self.window_blocks for block in table)
+        return dict(enumerate(table, chunk.window_start))
+
+
+def _next(state: bytes, token: int) -> bytes:
+    return sha256(state + bytes([token])).digest()
+
+
+def _after(tokens: list[int]) -> bytes:
+    state = b""
+    for token in tokens:
+        state = _next(state, token)
+    return state
+
+
+def simulation(source: random.Random) -> Simulation:
+    """In blocks of their own or, as in short contexts, in those of all layers."""
+    chosen = SchedulerSettings(
+        "m",
+        VOCABULARY,
+        context_length=200,
+        kv_blocks=source.randint(13, 60),
+        max_sequences=source.randint(1, 8),
+        max_batch_tokens=source.choice([16, 64, 128]),
+        max_outputs=32,
+        prefill_chunk=source.choice([None, 1, 5, 16, 50]),
+        prefix_cache=source.random() < 0.8,
+    )
+    model = StatefulModel(chosen.kv_blocks)
+    if source.random() < 0.7:
+        group = WindowGroup(STATE_WINDOW, chosen.max_batch_tokens)
+        model.window_blocks = group.sequence_blocks + group.row_blocks + source.choice([0, 0, 1, 3, 10])
+        chosen = replace(chosen, window=STATE_WINDOW, window_blocks=model.window_blocks)
+    stages = source.randint(1, 4)
+    return Simulation(Scheduler(chosen, 1, stages), FakeStages(model, [linear(100, 10)] * stages, 1000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_rows_find_the_state_behind_the_position_before_them(seed: int) -> None:
+    source = random.Random(seed)
+    run = simulation(source)
+    requests: dict[int, GenerationRequest] = {}
+    for number in range(source.randint(2, 10)):
+        start, length = source.randint(0, 1), source.choice([2, 15, 16, 17, 48, 97, 150])
+        prompt = tuple((start + 7 * i) % VOCABULARY for i in range(length))
+        tokens = source.choice([1, 3, 30, 90])
+        request = GenerationRequest("r", prompt, tokens, seed=number, score_from=source.choice([None, 5]))
+        requests[run.add(request)] = request
+        for _ in range(source.choice([0, 0, 1, 5, 20])):
+            run.step()
+        if source.random() < 0.15 and run.scheduler.abort(victim := source.choice(list(requests))) is not None:
+            del requests[victim]
+    run.finish()
+    for key, request in requests.items():
+        chosen, scored, _ = expected(request, run.scheduler.settings.max_sequence_tokens)
+        assert (run.rows(key), run.scores(key)) == (chosen, scored)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+KV_BLOCK_TOKENS = 16
+"""Positions in one KV block: the unit that the coordinator hands out and that block tables name."""
+
 KV_GROUP_CHANNELS = 32
 """Channels of a key or value that share a scale where the KV type has scales."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llamaclust.model.kv_type import KvType
+from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
 from llamaclust.model.row_steps import (
     Activate,
     Add,
@@ -21,28 +21,26 @@ from llamaclust.model.row_steps import (
     Slice,
     SoftCap,
 )
+from llamaclust.model.states import Convolution, SequenceState
 from llamaclust.model.step_options import USUAL_EXPERTS, ExpertOptions, RopeStyle
 
 __all__ = [
+    "KV_BLOCK_TOKENS",
     "Activate",
     "Add",
     "Buffer",
+    "Convolution",
     "Mul",
     "PositionScale",
     "Scale",
+    "SequenceState",
     "SiluMul",
     "Slice",
     "SoftCap",
 ]  # beside what is defined here
 
-KV_BLOCK_TOKENS = 16
-"""Positions in one KV block: the unit that the coordinator hands out and that block tables name."""
-
 LOGITS = "logits"
 """The buffer of a last stage's results, where it has a head."""
-
-STATE_WINDOW = 2
-"""Positions whose blocks rows of a state need, their own among them: a row updates what the row before it left."""
 
 SPAN_TOKENS = 512
 """Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
@@ -190,47 +188,6 @@ class Attention:
     def kv_token_bytes(self) -> int:
         """KV memory of one position."""
         return self.kv_heads * self.kv_type.pair_bytes(self.head_dim)
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceState:
-    """What a layer keeps of a sequence, updated by each row in order: `floats` float32 numbers, 0 at its beginning.
-
-    Each KV block has a copy: behind the last of its positions that are computed. Rows read the one behind the position
-    before them, so that sequences that share a block may go on from its end.
-    """
-
-    layer: int
-    floats: int  # a multiple of KV_BLOCK_TOKENS
-
-    @property
-    def kv_token_bytes(self) -> int:
-        """KV memory of one position, which is a share of its block's."""
-        return 4 * self.floats // KV_BLOCK_TOKENS
-
-    @property
-    def window(self) -> int:
-        return STATE_WINDOW
-
-
-@dataclass(frozen=True, slots=True)
-class Convolution:
-    """out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]), for the row at position p
-    and those before it in its sequence, 0 before its beginning; out is not x. The state is the last taps - 1 rows of x.
-
-    weight [x.width, taps].
-    """
-
-    x: Buffer
-    out: Buffer
-    weight: str
-    taps: int
-    layer: int
-    bias: str | None = None
-
-    @property
-    def state(self) -> SequenceState:
-        return SequenceState(self.layer, (self.taps - 1) * self.x.width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.sampling import RowResult
-from llamaclust.model.program import KV_BLOCK_TOKENS, STATE_WINDOW
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.states import STATE_WINDOW
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear
 

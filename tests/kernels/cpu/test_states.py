@@ -19,7 +19,8 @@ from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS, STATE_WINDOW, Buffer, Convolution
+from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer, Convolution
+from llamaclust.model.states import STATE_WINDOW
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 from llamaclust.worker.stage.batches import build_batch
 from support.arithmetic.backends import all_threads

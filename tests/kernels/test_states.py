@@ -27,7 +27,7 @@ from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of, load_stage
 from support.arithmetic.conformance_cases import EXACT, generator_of
 from support.arithmetic.single_steps import Case, Weight, check_conformance, normal, program_of, rows_at
-from support.clusters.invariance import Way, check_answers, make_work, run
+from support.clusters.invariance import Answer, Way, check_answers, make_work, run
 from support.models.tiny_architectures import VOCABULARY, build_architecture
 
 LIMITS = StageLimits(max_batch_tokens=128, max_outputs=128, max_sequences=4, max_context_tokens=256, kv_blocks=40)
@@ -138,13 +138,13 @@ def test_costs_count_states_as_what_windows_give_up(model: Model) -> None:
     ids=["chunks", "cuts", "preempted"],
 )
 def test_a_cluster_keeps_states_and_says_the_same(
-    path: Path, way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[object]
+    path: Path, way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[Answer]
 ) -> None:
     check_answers(run(path, way, make_work(20, VOCABULARY, 2, 16, 100), tmp_path, monkeypatch), expected)
 
 
 @pytest.fixture(scope="module")
-def expected(path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+def expected(path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
     """Of one worker, request after request."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("one")

@@ -148,6 +148,11 @@ class Model:
         return self._whole.window
 
     @property
+    def has_states(self) -> bool:
+        """Whether layers keep a state of each sequence."""
+        return self._whole.has_states
+
+    @property
     def is_causal(self) -> bool:
         """False for an encoder, which computes each prompt as a whole."""
         return self._whole.is_causal

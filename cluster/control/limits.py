@@ -118,4 +118,5 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         adapters=model.adapter_numbers,
         window=model.window if plan.window_blocks else None,
         window_blocks=plan.window_blocks,
+        has_states=model.has_states,
     )

@@ -175,6 +175,14 @@ class SequenceQueues:
         sequence.phase = phase
         self.waiting.appendleft(sequence)
 
+    def recompute(self, sequence: Sequence) -> None:
+        """Likewise where its last row is needed again, and other rows with it: its matcher stays."""
+        if sequence.is_running:
+            self.running.remove(sequence)
+            self.memory.release(sequence)
+            sequence.phase = Phase.WAITING
+            self.waiting.appendleft(sequence)
+
     def preempt(self, sequence: Sequence) -> None:
         self.put_back(sequence)
         self.preemptions += 1

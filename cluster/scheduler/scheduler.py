@@ -272,6 +272,8 @@ class Scheduler:
             if not taken.is_answered or not sequence.counts_results:
                 continue
             updates = sequence.received(taken, hidden, now_ns) if hidden else sequence.answered(taken, rows, now_ns)
+            if rows and rows[-1].is_deferred and not self.settings.may_repeat_rows:
+                self.queues.recompute(sequence)
             if not updates:
                 continue
             if isinstance(updates[-1], Failed) and sequence.failures < _MAX_FAILURES:

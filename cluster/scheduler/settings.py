@@ -33,6 +33,7 @@ class SchedulerSettings:
     adapters: tuple[int, ...] = ()  # numbers of those that requests may use
     window: int | None = None  # of layers that have blocks of their own
     window_blocks: int = 0  # these
+    has_states: bool = False  # layers keep a state of each sequence
 
     def __post_init__(self) -> None:
         assert self.max_sequences < self.max_batch_tokens, "all that decode together must leave room for a prefill row"
@@ -45,6 +46,12 @@ class SchedulerSettings:
     @property
     def window_group(self) -> WindowGroup | None:
         return None if self.window is None else WindowGroup(self.window, self.max_batch_tokens)
+
+    @property
+    def may_repeat_rows(self) -> bool:
+        """Whether a sequence's last row may be computed again in place: not where it would update a state again, or see
+        blocks that were given up."""
+        return self.window is None and not self.has_states
 
     @property
     def max_sequence_tokens(self) -> int:

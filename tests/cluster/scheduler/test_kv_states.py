@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from math import nan
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from llamaclust.cluster.scheduler.kv_groups import WindowGroup
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.sampling import RowResult
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.model.states import STATE_WINDOW
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
@@ -25,6 +26,8 @@ class StatefulModel(FakeModel):
     """States are hashes of all tokens so far: one that is updated twice, or goes on from another, is noticed."""
 
     window_blocks: int = 0
+    deferring: random.Random | None = None  # some sampled rows, and those that were sent behind one
+    due: dict[int, int] = field(default_factory=dict)  # positions of deferred rows by seed
     states: dict[int, bytes] = field(default_factory=dict)
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
@@ -36,7 +39,17 @@ class StatefulModel(FakeModel):
                 state = _next(state, token)
                 self.states[table[position // KV_BLOCK_TOKENS]] = state
             assert state == _after(self._read(blocks_of(chunk), chunk.position + len(chunk.tokens)))
-        return rows
+        return tuple(map(self._deferred, inputs.tasks, rows))
+
+    def _deferred(self, task: RowTask, row: RowResult) -> RowResult:
+        if self.deferring is None or not isinstance(task, SampleTask):
+            return row
+        is_behind = self.due.get(task.seed, task.position) != task.position
+        if not is_behind and self.deferring.random() < 0.8:
+            self.due.pop(task.seed, None)
+            return row
+        self.due.setdefault(task.seed, task.position)
+        return RowResult(-1, nan, is_deferred=True)
 
     def _before(self, chunk: Chunk) -> bytes:
         if chunk.position == 0:
@@ -79,7 +92,8 @@ def simulation(source: random.Random) -> Simulation:
         prefill_chunk=source.choice([None, 1, 5, 16, 50]),
         prefix_cache=source.random() < 0.8,
     )
-    model = StatefulModel(chosen.kv_blocks)
+    model = StatefulModel(chosen.kv_blocks, deferring=source if source.random() < 0.5 else None)
+    chosen = replace(chosen, has_states=True)
     if source.random() < 0.7:
         group = WindowGroup(STATE_WINDOW, chosen.max_batch_tokens)
         model.window_blocks = group.sequence_blocks + group.row_blocks + source.choice([0, 0, 1, 3, 10])

@@ -176,18 +176,6 @@ class ProgramBuilder(CheckedTensors):
         self._attend(layer, variant)
         self._add_projected(None if norms is Norms.BEFORE else f"{prefix}.post_attention_norm")
 
-    def short_convolution(self, layer: int, taps: int) -> None:
-        """hidden += output(c * convolution(b * x)), where b, c and x are products of the normed hidden state."""
-        prefix, width = f"blk.{layer}", self._hidden.width
-        self._norm(f"{prefix}.attn_norm", self._hidden)
-        b, c, x = (Buffer(f"convolution {name}", width) for name in ("b", "c", "x"))
-        self._matmul_parts(f"{prefix}.shortconv.in_proj", b, c, x)
-        self._steps.append(steps.Mul(b, x, b))
-        weight = self.weight(f"{prefix}.shortconv.conv.weight", (width, taps))
-        self._steps += [steps.Convolution(b, x, weight, taps, layer), steps.Mul(x, c, c)]
-        self._matmul(f"{prefix}.shortconv.out_proj", c, self._projected)
-        self._add_projected()
-
     def _norm_before(self, name: str, norms: Norms) -> None:
         """What the next products read: the normed hidden state, or where norms stand behind the products, itself."""
         if norms is Norms.AFTER:

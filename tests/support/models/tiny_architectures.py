@@ -20,6 +20,10 @@ VOCABULARY = 320
 _CONTEXT = 2048
 TOKENS = [1, 5, 9, 300, 33, 65, 100, 3, 7, 11, 277, 90, 2, 64, 127, 31, 260, 270, 280, 290, 19, 1, 150, 200]
 """What the recorded logits are of."""
+DECODED_TOKENS = [3 + 41 * step * step % 317 for step in range(1, 41)]
+"""One after the other behind these, in steps of their own."""
+DECODED_STRIDE = 4
+"""Every fourth of their logits is recorded."""
 
 _BYTE_LEVEL = (
     *("qwen", "gpt", "falcon", "starcoder2", "smollm3", "olmo2", "exaone4", "seed_oss", "glm4moe", "cohere2"),

@@ -340,10 +340,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConf
         raise UsageError(explain(error, document, _schema())) from error
 
 
-@cache
-def _schema() -> dict[str, Any]:
-    """For messages."""
-    return ClusterConfig.model_json_schema()
+_schema = cache(ClusterConfig.model_json_schema)  # for messages
 
 
 def json_schema() -> str:

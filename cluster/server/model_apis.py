@@ -66,10 +66,10 @@ async def restore(apis: Sequence[ModelApi], journal: Journal, requests: Sequence
 def cluster_app(
     apis: Sequence[ModelApi], cluster: Cluster, admission: Admission, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> FastAPI:
-    """The app of one model, or of several. `show`: what `GET /cluster` says of one."""
-    first, *others = apis
+    """The app of a cluster file's `model`, or of its `models`. `show`: what `GET /cluster` says of one."""
+    first = apis[0]
     controls = {api.served.name: Controls(cluster.pool.operations, api.served.loader) for api in apis}
-    if not others:
+    if not cluster.config.models:
         own = controls[first.served.name]
         return create_app(
             first.service, first.replies, first.served.engine, partial(show, first.served), admission, own
@@ -120,7 +120,7 @@ def _digest(served: ServedModel, context_length: int) -> str:
 def _settings_of(served: ServedModel, settings: ApiSettings, models: int) -> ApiSettings:
     """Of several, requests name one, and kept replies share their memory."""
     settings = replace(settings, adapters=served.adapters)
-    if models == 1:
+    if not served.config.models:
         return settings
     return replace(
         settings,

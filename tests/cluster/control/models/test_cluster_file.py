@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from support.clusters.command_line import command_line
+from support.clusters.command_line import command_line, eventually
 from support.models.tiny_adapter import build_adapter
 from support.several_models.cluster import model_files
 
@@ -55,6 +55,22 @@ def test_models_of_a_cluster_file_answer_by_their_names(tmp_path: Path) -> None:
             done = both.command.wait()
             assert done.code == 0, done.err
             assert done.err.count("measuring this machine with this model") <= 1
+
+
+def test_a_single_one_of_models_sleeps_and_wakes(tmp_path: Path) -> None:
+    file = model_files(tmp_path)[0]
+    with command_line() as line:
+        with line.cluster(file, "a") as cluster:
+            expected = cluster.answer()
+        with line.cluster("", "a", models=[{"model": str(file), "keep_alive": "100ms"}]) as cluster:
+            assert cluster.answer() == expected
+
+            def is_sleeping() -> bool:
+                return bool(cluster.http.get("/props").json()["is_sleeping"])
+
+            eventually(is_sleeping, 60, "the model sleeps")
+            assert cluster.answer() == expected
+            eventually(is_sleeping, 60, "the model sleeps again")
 
 
 def test_a_plan_of_several_models_names_each(tmp_path: Path) -> None:

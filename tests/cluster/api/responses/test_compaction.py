@@ -56,16 +56,17 @@ async def test_a_chat_goes_on_from_its_summary() -> None:
     assert prompt_of(engine) == "<system>Be kind.\n\nSummary of the conversation so far:\nSun.<user>C<assistant>"
 
 
-@pytest.mark.parametrize(
-    ("most", "answer", "reason"),
-    [(2, "The sun shines.", "within 2 tokens"), (64, " ", "is empty"), (64, "<think>Hm.</think>", "is empty")],
-)
-async def test_half_a_summary_and_none_are_errors(
-    most: int, answer: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compaction, "MAX_TOKENS", most)
+@pytest.mark.parametrize("answer", [" ", "<think>Hm.</think>"])
+async def test_an_empty_summary_is_an_error(answer: str) -> None:
     reply, _ = await compacted(answer)
-    assert reply.status_code == 422 and reason in reply.text and "encrypted_content" not in reply.text
+    assert reply.status_code == 422 and "is empty" in reply.text and "encrypted_content" not in reply.text
+
+
+async def test_a_long_summary_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compaction, "MAX_TOKENS", 5)
+    reply, _ = await compacted("The sun shines.")
+    item = reply.json()["output"][0]
+    assert b64decode(item["encrypted_content"].removeprefix(FORMAT)) == b"The sun"
 
 
 async def test_a_summary_is_written_without_reasoning() -> None:

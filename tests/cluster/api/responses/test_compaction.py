@@ -63,7 +63,7 @@ async def test_an_empty_summary_is_an_error(answer: str) -> None:
 
 
 async def test_a_long_summary_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compaction, "MAX_TOKENS", 5)
+    monkeypatch.setattr(compaction, "MAX_TOKENS", 7)
     reply, _ = await compacted("The sun shines.")
     item = reply.json()["output"][0]
     assert b64decode(item["encrypted_content"].removeprefix(FORMAT)) == b"The sun"

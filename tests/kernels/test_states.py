@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamaclust.cluster.planner.costs import StageCosts
+from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
@@ -29,6 +31,7 @@ from support.arithmetic.conformance_cases import EXACT, generator_of
 from support.arithmetic.single_steps import Case, Weight, check_conformance, normal, program_of, rows_at
 from support.clusters.invariance import Answer, Way, check_answers, make_work, run
 from support.models.tiny_architectures import VOCABULARY, build_architecture
+from support.plans.plan_inputs import REQUEST
 
 LIMITS = StageLimits(max_batch_tokens=128, max_outputs=128, max_sequences=4, max_context_tokens=256, kv_blocks=40)
 
@@ -126,6 +129,35 @@ def test_costs_count_states_as_what_windows_give_up(model: Model) -> None:
     layers = model.costs(KvType.F16).layers
     assert [layer.kv_bytes_per_token * KV_BLOCK_TOKENS for layer in layers] == [512, 512, 2048, 512, 2048]
     assert [layer.window_bytes_per_token * KV_BLOCK_TOKENS for layer in layers] == [512, 512, 0, 512, 0]
+
+
+def test_a_plan_counts_the_memory_of_states(model: Model) -> None:
+    request = replace(REQUEST, context_length=4096, max_batch_tokens=64)
+    memory = MemoryModel(StageCosts.of(model.costs(KvType.F16)), request)
+    limits = replace(LIMITS, kv_blocks=300, window_blocks=memory.window_blocks(300))
+    assert 0 < limits.window_blocks < 300
+    for start, end in ((0, 5), (0, 2), (2, 3), (1, 4)):
+        assert memory.kv_bytes(start, end, 300) == kv_bytes(model.program(start, end), limits)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"shortconv.l_cache": None}, "shortconv.l_cache.*missing"),
+        ({"shortconv.l_cache": 1}, "shortconv.l_cache': 1, 2 to 16 expected"),
+        ({"shortconv.l_cache": 17}, "shortconv.l_cache': 17, 2 to 16 expected"),
+        ({"shortconv.l_cache": 4}, r"blk.0.shortconv.conv.weight: shape \[3, 64\], \[4, 64\] expected"),
+        ({"attention.head_count_kv": 2}, "blk.0.attn_q.weight.*missing"),
+        ({"attention.head_count_kv": np.array([0, 0, 2, 0], np.int32)}, "head_count_kv': 4 numbers for 5 layers"),
+        ({"attention.head_count_kv": np.zeros(5, np.int32)}, "head_count_kv"),
+        ({"attention.head_count_kv": np.array([0, 0, 2, 0, -1], np.int32)}, "head_count_kv': -1"),
+    ],
+)
+def test_bad_keys_are_refused(model: Model, keys: dict[str, object], message: str) -> None:
+    changed = {f"lfm2.{key}": value for key, value in keys.items()}
+    metadata = {key: value for key, value in {**model.file.metadata, **changed}.items() if value is not None}
+    with pytest.raises(ModelFileError, match=message):
+        Model(replace(model.file, metadata=metadata))
 
 
 @pytest.mark.parametrize(

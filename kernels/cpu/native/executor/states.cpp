@@ -58,9 +58,12 @@ void Worker::execute(const ConvolveStep& step) {
       lookahead_.fetch();
       const StateBlocks blocks(*this, step.layer, static_cast<int>(i / parts));
       const int start = static_cast<int>(i % parts) * kPartChannels, n = std::min(kPartChannels, width - start);
-      float history[kMaxTaps - 1][kPartChannels] = {};
-      if (const float* before = blocks.before(); before != nullptr)
-        for (int j = 0; j < kept; j++)
+      float history[kMaxTaps - 1][kPartChannels];  // a copy, since the state is written where it was read
+      const float* before = blocks.before();
+      for (int j = 0; j < kept; j++)
+        if (before == nullptr)
+          std::fill_n(history[j], n, 0.0f);
+        else
           memcpy(history[j], before + j * width + start, static_cast<size_t>(n) * sizeof(float));
       const auto row_of_x = [&](int row) -> const float* {
         return row < blocks.begin ? history[row - blocks.begin + kept] : line(step.x, row) + start;

@@ -1,14 +1,18 @@
 """Records what llama.cpp computes for the models of `tiny_architectures`, two files each in data/architectures, little-
 endian: NAME.f32, logits of TOKENS in one batch, float32 [24, 320]; NAME.decode.f16, every fourth logit of 40 steps of
 one token after them, float16 [40, 80]. To be run again when a model is added or changed, its name as an argument (all
-without one):
+without one). LLAMA is the folder of llama.cpp's sources with a build in it; the library of November 2026 gives the bits
+of llama-cpp-python 0.3.36, which recorded the first models:
 
-    pip install llama-cpp-python==0.3.36
-    python tests/support/models/record_architectures.py NAME ...
+    g++ -std=c++17 -I LLAMA/include -I LLAMA/ggml/include tests/support/models/llama_cpp/record_logits.cpp \\
+        -L LLAMA/build/bin -Wl,-rpath,LLAMA/build/bin -lllama -lggml-base -o record_logits
+    RECORD_LOGITS=./record_logits python tests/support/models/record_architectures.py NAME ...
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -30,19 +34,12 @@ FOLDER = DATA / "architectures"
 
 def record(path: Path, context: int) -> tuple[bytes, bytes]:
     """Logits of a prefill and of decode steps, keys and values in float32."""
-    from llama_cpp import Llama
-
-    float32 = 0
-    llama = Llama(
-        str(path), n_ctx=context, n_gpu_layers=0, logits_all=True, type_k=float32, type_v=float32, verbose=False
-    )
-    llama.eval(TOKENS)
-    logits = np.array(llama.scores[: len(TOKENS)], "<f4")
-    assert logits.shape == (len(TOKENS), VOCABULARY) and logits.std() > 0.1
-    for token in DECODED_TOKENS:
-        llama.eval([token])
-    decoded = np.array(llama.scores[len(TOKENS) : len(TOKENS) + len(DECODED_TOKENS), ::DECODED_STRIDE], "<f2")
-    assert np.isfinite(decoded).all() and decoded.std() > 0.1
+    command = [os.environ["RECORD_LOGITS"], str(path), str(context), str(len(TOKENS))]
+    tokens = " ".join(map(str, (*TOKENS, *DECODED_TOKENS))).encode()
+    answer = subprocess.run(command, input=tokens, stdout=subprocess.PIPE, check=True).stdout
+    both = np.frombuffer(answer, "<f4").reshape(len(TOKENS) + len(DECODED_TOKENS), VOCABULARY)
+    logits, decoded = both[: len(TOKENS)], both[len(TOKENS) :, ::DECODED_STRIDE].astype("<f2")
+    assert logits.std() > 0.1 and np.isfinite(decoded).all() and decoded.std() > 0.1
     return logits.tobytes(), decoded.tobytes()
 
 

@@ -30,6 +30,13 @@ _GPT4O: Final = (
     rf"{_ONE}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_ONE}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
 )
+_NOT_HAN: Final = r"&&[^\p{Han}]"
+_KIMI_UPPER: Final = rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{_NOT_HAN}]"
+_KIMI_LOWER: Final = rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}{_NOT_HAN}]"
+_KIMI: Final = (
+    rf"\p{{Han}}+|{_ONE}{_KIMI_UPPER}*{_KIMI_LOWER}+{_CONTRACTION}?|{_ONE}{_KIMI_UPPER}+{_KIMI_LOWER}*{_CONTRACTION}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
+)
 _SEED_CODER: Final = rf"{_CONTRACTION}|{_ONE}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_TAIL}"
 _BAILING: Final = rf"'(?i:[sdmt]|ll|ve|re)|{_ONE}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 _BLOOM: Final = r" ?[^(\s|.,!?…。，、।۔،)]+"
@@ -87,6 +94,7 @@ _FAMILIES: Final[tuple[tuple[str, PreTokenizer], ...]] = (
     ("falcon", PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"))),
     ("tekken", PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True)),
     ("gpt-4o llama4 kanana2 minimax-m2", PreTokenizer((_GPT4O,))),
+    ("kimi-k2", PreTokenizer((_KIMI,))),
     ("bloom poro-chat gpt3-finnish", PreTokenizer((_BLOOM,))),
     ("viking", PreTokenizer((_BLOOM, r"\p{N}"))),
     ("seed-coder", PreTokenizer((_SEED_CODER,))),

@@ -209,6 +209,7 @@ def test_every_pre_tokenizer_keeps_every_character(name: str) -> None:
         ("falcon", "a1234+b", ["a", "123", "4", "+", "b"]),
         ("tekken", "HelloWorld/", ["Hello", "World", "/"]),
         ("gpt-4o", "We're 1234", ["We're", "Ġ", "123", "4"]),
+        ("kimi-k2", "We're 1234世ok!\n", ["We're", "Ġ", "123", "4", "ä¸ĸ", "ok", "!Ċ"]),
     ],
 )
 def test_where_the_pre_tokenizers_cut(name: str, text: str, pieces: list[str]) -> None:

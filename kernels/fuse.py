@@ -37,7 +37,7 @@ class Adapts:
         return self.steps[0].adapter
 
 
-FusedStep = ir.Embed | Products | Adapts | Attend | ir.Convolution | ir.Moe | ir.SelectRows | ir.RowStep
+FusedStep = ir.Embed | Products | ir.HeadMatMul | Adapts | Attend | ir.Convolution | ir.Moe | ir.SelectRows | ir.RowStep
 
 
 def fuse(program: ir.Program) -> Iterator[FusedStep]:
@@ -124,12 +124,14 @@ def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
         case ir.Embed():
             return ()
         case ir.Attention():
-            return (step.q,) if step.shares_kv else (step.q, step.k, step.v)
+            if step.shares_kv:
+                return (step.q,)
+            return (step.q, step.k) if step.v is None else (step.q, step.k, step.v)
         case ir.SiluMul():
             return step.gate, step.up
         case ir.Adapt():
             return step.x, step.out
-        case ir.Add() | ir.Mul() | ir.SigmoidGate():
+        case ir.Add() | ir.Mul() | ir.Join() | ir.SigmoidGate():
             return step.x, step.y
         case ir.Moe(routed=ir.Buffer() as routed):
             return step.x, routed

@@ -42,6 +42,9 @@ _NEUTRAL_VALUES = {
 """Keys that change the arithmetic of the architectures that read them, and the values that change nothing."""
 
 
+LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
+"""Channels of a head's query and value where attention is latent: other keys of widths are those of stored keys."""
+
 MAX_LAYERS = 1 << 10
 NEXTN_KEY = "nextn_predict_layers"
 """How many of the layers, the last ones, are heads that predict further tokens."""
@@ -259,7 +262,9 @@ def _read_key_length(keys: ModelKeys, embedding_length: int, head_count: int) ->
     if not keys.has("attention.key_length") and embedding_length % head_count:
         raise keys.error("attention.head_count", f"{head_count}, which does not divide a width of {embedding_length}")
     value_length = keys.count("attention.value_length", key_length, maximum=1 << 12)
-    if value_length != key_length:
+    if value_length != key_length and not all(map(keys.has, LATENT_KEYS)):
+        if keys.has("attention.kv_lora_rank"):
+            raise keys.error(LATENT_KEYS[0], "missing, as in files of before May 2025: convert the model again")
         raise keys.error("attention.value_length", f"{value_length}, keys have {key_length}: not supported")
     return key_length
 

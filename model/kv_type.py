@@ -20,10 +20,15 @@ class KvType(StrEnum):
     F16 = "f16"
     Q8_0 = "q8_0"
 
+    def key_bytes(self, channels: int) -> int:
+        """KV memory of one head's key at one position, padding and scales among it."""
+        if self is KvType.F16:
+            return 2 * channels
+        return channels + channels % 2 + 2 * -(-channels // KV_GROUP_CHANNELS)  # int8 keys lie in pairs of channels
+
     def pair_bytes(self, channels: int) -> int:
-        """KV memory of one head's key and value at one position, padding and scales among it."""
+        """The same of key and value."""
         value = -(-channels // KV_VALUE_CHANNELS) * KV_VALUE_CHANNELS
         if self is KvType.F16:
-            return 2 * (channels + value)
-        key, groups = channels + channels % 2, -(-channels // KV_GROUP_CHANNELS)  # int8 keys lie in pairs of channels
-        return key + value + 2 * 2 * groups
+            return self.key_bytes(channels) + 2 * value
+        return self.key_bytes(channels) + value + 2 * -(-channels // KV_GROUP_CHANNELS)

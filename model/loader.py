@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import dropwhile, takewhile
+from math import prod
 from operator import attrgetter
 from pathlib import Path
 from typing import Self
@@ -36,6 +37,7 @@ from llamaclust.model.program import (
     AddRow,
     Convolution,
     Embed,
+    HeadMatMul,
     MatMul,
     Moe,
     Program,
@@ -292,6 +294,8 @@ def _macs(step: Step) -> list[tuple[str, int]]:
     match step:
         case MatMul():
             return [(step.weight, step.x.width * step.out.width)]
+        case HeadMatMul():
+            return [(step.weight, prod(step.shape))]
         case Adapt():
             return [(step.down, step.x.width * step.rank), (step.up, step.rank * step.out.width)]
         case Convolution():

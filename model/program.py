@@ -10,17 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
-from llamaclust.model.row_steps import (
-    Activate,
-    Add,
-    Buffer,
-    Mul,
-    PositionScale,
-    Scale,
-    SiluMul,
-    Slice,
-    SoftCap,
-)
+from llamaclust.model.row_steps import Activate, Add, Buffer, Join, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
 from llamaclust.model.states import Convolution, SequenceState
 from llamaclust.model.step_options import USUAL_EXPERTS, ExpertOptions, RopeStyle
 
@@ -30,6 +20,7 @@ __all__ = [
     "Add",
     "Buffer",
     "Convolution",
+    "Join",
     "Mul",
     "PositionScale",
     "Scale",
@@ -123,6 +114,22 @@ class MatMul:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadMatMul:
+    """Each of a row's `heads` equal parts by a matrix of its own: out_h = x_h @ weight_h^T, weight [heads, out.width /
+    heads, x.width / heads] in GGUF's row order."""
+
+    x: Buffer
+    out: Buffer
+    weight: str
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the weight."""
+        return self.heads, self.out.width // self.heads, self.x.width // self.heads
+
+
+@dataclass(frozen=True, slots=True)
 class Adapt:
     """out += scale * (x @ down^T) @ up^T, which an adapter of LoRA adds to a product: `scale` is `factor` times what
     the batch has for the row and this adapter. Where that is 0, the row stays as it is.
@@ -159,6 +166,9 @@ class Attention:
     it. scores = (q . k) * scale, of which `soft_cap` makes soft_cap * tanh(scores / soft_cap). `slopes`, a
     float32 for each query head, add a linear bias to that: -slope * the distance between the positions.
 
+    Without v, attention is latent: one KV head, whose values are the first channels of its keys, stored once; out
+    [rows, heads * so many]; neither window nor slopes.
+
     Without `causal`, a row sees all of its sequence, which is in one microbatch as a whole; or with a `window` the
     positions at most window // 2 before and behind its own.
 
@@ -169,7 +179,7 @@ class Attention:
 
     q: Buffer
     k: Buffer
-    v: Buffer
+    v: Buffer | None
     out: Buffer
     layer: int
     heads: int
@@ -185,9 +195,15 @@ class Attention:
     shares_kv: bool = False
 
     @property
+    def value_dim(self) -> int:
+        """Channels of a value."""
+        return self.out.width // max(self.heads, 1)
+
+    @property
     def kv_token_bytes(self) -> int:
         """KV memory of one position."""
-        return self.kv_heads * self.kv_type.pair_bytes(self.head_dim)
+        bytes_of = self.kv_type.key_bytes if self.v is None else self.kv_type.pair_bytes
+        return self.kv_heads * bytes_of(self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,11 +293,12 @@ RowStep = (
     | PositionScale
     | SoftCap
     | Slice
+    | Join
     | SigmoidGate
 )
 """Steps that compute a row of the out buffer from the same row of others, its position and weights of one row."""
 
-Step = Embed | MatMul | Adapt | Attention | Convolution | Moe | SelectRows | RowStep
+Step = Embed | MatMul | HeadMatMul | Adapt | Attention | Convolution | Moe | SelectRows | RowStep
 
 KvLayer = Attention | SequenceState
 """What a part of KV memory is laid out for."""

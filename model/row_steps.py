@@ -88,3 +88,14 @@ class Slice:
     out: Buffer
     start: int
     heads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """out = the channels of x, then those of y, for each of the `heads` that all three are equal parts of; out is a
+    third buffer."""
+
+    x: Buffer
+    y: Buffer
+    out: Buffer
+    heads: int = 1

@@ -124,6 +124,8 @@ class _Compiler:
                 self.plan.enter_adapter(step.adapter)
                 self._adapt(step.x, step.steps)
                 self.plan.leave_adapter()
+            case ir.HeadMatMul():
+                self._multiply_heads(step)
             case Attend():
                 self._attend(step.attention, step.rotate_q, step.rotate_k)
             case ir.Convolution():
@@ -168,7 +170,11 @@ class _Compiler:
             case ir.ScaleByWeight():
                 plan.elementwise("scale", x, x, out, float(self._weights[step.weight].vector[0]))
             case ir.Slice():
-                plan.slice(x, out, step.start)
+                plan.copy_channels(x, out, step.heads, step.start, 0, step.out.width // step.heads)
+            case ir.Join():
+                channels = step.x.width // step.heads
+                plan.copy_channels(x, out, step.heads, 0, 0, channels)
+                plan.copy_channels(y, out, step.heads, 0, channels, step.y.width // step.heads)
             case ir.SigmoidGate():
                 plan.sigmoid_gate(x, y, out, self._weights[step.weight].vector)
 
@@ -220,6 +226,13 @@ class _Compiler:
             ]
         )
 
+    def _multiply_heads(self, step: ir.HeadMatMul) -> None:
+        weight, slot = self._weights[step.weight], 0
+        activation = weight.quant_type.info.activation
+        assert activation is not None
+        self.plan.quantize(self._buffers.read(step.x), slot, _FORMATS.index(activation), step.heads)
+        self.plan.multiply_heads(list(weight.matrices), self._buffers.write(step.out), slot)
+
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
         """All products with x at once, then those with their results, as many at once as there are slots. Runs without
         the adapter skip them, so their sums are where the model's own products are."""
@@ -255,15 +268,15 @@ class _Compiler:
         return self._scales[key].buffer
 
     def _attend(self, step: ir.Attention, rotate_q: ir.Rope | None, rotate_k: ir.Rope | None) -> None:
-        kv = None if step.shares_kv else (self._buffers.read(step.k), self._buffers.read(step.v))
+        value = None if step.v is None else self._buffers.read(step.v)
         self.plan.attend(
             self._buffers.read(step.q),
-            kv,
+            None if step.shares_kv else (self._buffers.read(step.k), value),
             self._buffers.write(step.out),
             self._kv_layer(step),
             step.heads,
             step.kv_heads,
-            step.head_dim,
+            (step.head_dim, step.value_dim),
             step.scale,
             step.soft_cap,
             step.slopes or (),
@@ -278,7 +291,9 @@ class _Compiler:
         """A new one for a step that stores. ValueError where no step before has stored what another reads."""
         if not step.shares_kv:
             windowed, kv_type = self._limits.gives_up(step.window), _KV_TYPES.index(step.kv_type)
-            self._kv_layers[step.layer] = self.plan.add_kv_layer(step.kv_heads, step.head_dim, kv_type, windowed)
+            self._kv_layers[step.layer] = self.plan.add_kv_layer(
+                step.kv_heads, step.head_dim, kv_type, windowed, step.v is None
+            )
         elif step.layer not in self._kv_layers:
             raise ValueError(f"keys and values of layer {step.layer} are on another worker")
         return self._kv_layers[step.layer]
@@ -315,7 +330,7 @@ class _Compiler:
             for name in ("gate", "up")
         ]
         for number, half in enumerate(halves):
-            self.plan.slice(x, half, number * step.ffn_width)
+            self.plan.copy_channels(x, half, 1, number * step.ffn_width, 0, step.ffn_width)
         return halves
 
     def _activate_experts(self, step: ir.Moe, inner: Sequence[int], result: ir.Buffer) -> int:

@@ -20,6 +20,7 @@ from llamaclust.model.program import (
     Attention,
     Convolution,
     Embed,
+    HeadMatMul,
     LayerNorm,
     MatMul,
     Moe,
@@ -62,6 +63,8 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield step.weight, (step.out.width, step.x.width)
             if step.bias is not None:
                 yield step.bias, (step.out.width,)
+        case HeadMatMul():
+            yield step.weight, step.shape
         case Adapt():
             yield step.down, (step.rank, step.x.width)
             yield step.up, (step.out.width, step.rank)

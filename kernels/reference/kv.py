@@ -88,31 +88,36 @@ def round_to_bytes(rows: Float32) -> Rounded:
 
 
 class LayerKv:
-    """K and V of one layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]."""
+    """K and V of one layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]; of latent attention K alone."""
 
     def __init__(self, step: Attention, blocks: int, *, windowed: bool = False) -> None:
         self.windowed = windowed  # its blocks are those of `Batch.window_tables`
         self._shape = (blocks * KV_BLOCK_TOKENS, step.kv_heads, step.head_dim)
         rows = _HalfRows if step.kv_type is KvType.F16 else _ByteRows
-        self._keys, self._values = rows(self._shape), rows(self._shape)
+        self._keys = rows(self._shape)
+        self._values = None if step.v is None else rows(self._shape)
+        self._value_dim = step.value_dim
 
     @property
     def n_bytes(self) -> int:
-        return self._keys.n_bytes + self._values.n_bytes
+        return self._keys.n_bytes + (0 if self._values is None else self._values.n_bytes)
 
-    def store(self, table: Int32, positions: Int32, keys: Float32, values: Float32) -> None:
+    def store(self, table: Int32, positions: Int32, keys: Float32, values: Float32 | None) -> None:
         """Rounds keys and values [rows, kv_heads * head_dim], for positions of the sequence of `table`."""
         assert (table[positions // KV_BLOCK_TOKENS] >= 0).all(), "a block that is not there is written"
         places = _places(table, positions)
         shape = (len(positions), *self._shape[1:])
         self._keys.store(places, keys.reshape(shape))
-        self._values.store(places, values.reshape(shape))
+        if self._values is not None and values is not None:
+            self._values.store(places, values.reshape(shape))
 
     def load(self, table: Int32, count: int) -> tuple[Float64, Float64]:
-        """Keys and values of positions [0, count), [count, kv_heads, head_dim]; NaN in blocks that are not there."""
+        """Keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim] of positions [0, count); NaN in
+        blocks that are not there."""
         positions = np.arange(count, dtype=np.int32)
         places, gone = _places(table, positions), table[positions // KV_BLOCK_TOKENS] < 0
-        keys, values = self._keys.load(places), self._values.load(places)
+        keys = self._keys.load(places)
+        values = keys[..., : self._value_dim] if self._values is None else self._values.load(places)
         keys[gone] = values[gone] = np.nan
         return keys, values
 

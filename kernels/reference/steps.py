@@ -48,6 +48,8 @@ def run_step(step: ir.Step, state: State) -> None:
         case ir.MatMul():
             bias = state.weights[step.bias] if step.bias else None
             state[step.out] = matmul(state[step.x], state.weights[step.weight], bias)
+        case ir.HeadMatMul():
+            state[step.out] = head_matmul(step, state[step.x], state.weights[step.weight])
         case ir.Adapt():
             state[step.out] = adapt(step, state)
         case ir.Attention():
@@ -89,9 +91,18 @@ def run_step(step: ir.Step, state: State) -> None:
         case ir.SoftCap():
             state[step.out] = soft_cap(state[step.x].astype(np.float64), step.cap)
         case ir.Slice():
-            state[step.out] = state[step.x][:, step.start : step.start + step.out.width]
+            channels = slice(step.start, step.start + step.out.width // step.heads)
+            state[step.out] = of_heads(state[step.x], step.heads)[:, :, channels].reshape(-1, step.out.width)
+        case ir.Join():
+            parts = [of_heads(state[part], step.heads) for part in (step.x, step.y)]
+            state[step.out] = np.concatenate(parts, axis=2).reshape(-1, step.out.width)
         case ir.SigmoidGate():
             state[step.out] = state[step.y] * sigmoid(matmul(state[step.x], state.weights[step.weight][None]))
+
+
+def of_heads(x: Float32, heads: int) -> Float32:
+    """[rows, heads, channels of a head]."""
+    return x.reshape(len(x), heads, x.shape[1] // heads)
 
 
 def rms_norm(x: Float32, weight: Float32, epsilon: float, heads: int = 1) -> Float64:
@@ -115,6 +126,12 @@ def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:
     """
     out: Float64 = np.einsum("rk,nk->rn", x.astype(np.float64), weight.astype(np.float64))
     return out if bias is None else out + bias
+
+
+def head_matmul(step: ir.HeadMatMul, x: Float32, weight: Float32) -> Float64:
+    heads = of_heads(x, step.heads).astype(np.float64)
+    out: Float64 = np.einsum("rhk,hnk->rhn", heads, weight.astype(np.float64))
+    return out.reshape(len(x), step.out.width)
 
 
 def adapt(step: ir.Adapt, state: State) -> Float64:
@@ -182,12 +199,13 @@ def attention(step: ir.Attention, state: State) -> Float32:
     tables = batch.window_tables if kv.windowed else batch.block_tables
     assert tables is not None
     sinks = state.weights[step.sinks] if step.sinks else None
-    out = np.empty((batch.rows, step.heads * step.head_dim), np.float32)
+    out = np.empty((batch.rows, step.out.width), np.float32)
     for sequence in range(len(batch.sequence_starts) - 1):
         rows = slice(batch.sequence_starts[sequence], batch.sequence_starts[sequence + 1])
         table = tables[batch.table_starts[sequence] : batch.table_starts[sequence + 1]]
         if not step.shares_kv:
-            kv.store(table, batch.positions[rows], state[step.k][rows], state[step.v][rows])
+            stored = None if step.v is None else state[step.v][rows]
+            kv.store(table, batch.positions[rows], state[step.k][rows], stored)
         keys, values = kv.load(table, int(batch.positions[rows][-1]) + 1)
         for row in range(rows.start, rows.stop):
             own = int(batch.positions[row])
@@ -214,8 +232,8 @@ def attend(
     own: int | None = None,
     sinks: Float32 | None = None,
 ) -> Float64:
-    """One row: query [heads * head_dim], keys and values [positions, kv_heads, head_dim], those of the row itself at
-    `own`, by default last; `sinks` [heads] -> [heads * head_dim]."""
+    """One row: query [heads * head_dim], keys [positions, kv_heads, head_dim] and values [positions, kv_heads,
+    value_dim], those of the row itself at `own`, by default last; `sinks` [heads] -> [heads * value_dim]."""
     grouped = query.astype(np.float64).reshape(step.kv_heads, -1, step.head_dim)
     scores = np.einsum("kgd,pkd->kgp", grouped, keys) * step.scale
     if step.soft_cap is not None:

@@ -22,6 +22,7 @@ from llamaclust.model.architectures import (
     qwen,
 )
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
+from llamaclust.model.architectures.latent import deepseek
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import ModelKeys, hyperparameters_of, read_architecture
@@ -35,6 +36,7 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "bert": bert.bert,
         "chatglm": glm.chatglm,
         "cohere2": cohere.cohere2,
+        "deepseek2": deepseek.deepseek2,
         "ernie4_5": llama.ernie4_5,
         "ernie4_5-moe": mixtures.ernie4_5_moe,
         "exaone4": olmo.exaone4,
@@ -60,6 +62,7 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "llama": llama.llama,
         "minimax-m2": mixtures.minimax_m2,
         "mistral3": llama.mistral3,
+        "mistral4": deepseek.mistral4,
         "modern-bert": bert.modern_bert,
         "nomic-bert": bert.nomic_bert,
         "nomic-bert-moe": bert.nomic_bert_moe,

@@ -60,6 +60,16 @@ def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
     return rope.dimension_count * per_turn.ln() / (2 * Decimal(rope.frequency_base).ln())
 
 
+def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> float:
+    """What scores of `width` channels are multiplied by: 1 / sqrt(width), times the square of the magnitude that
+    stretched rotations have in `rope_table`, times that of 1 + 0.1 * multiplier * ln(factor). (As in llama.cpp.)"""
+    with localcontext(_DIGITS):
+        tenth = Decimal(rope.factor).ln() / 10
+        magnitude = Decimal(rope.attention_factor) * (1 + tenth) / (1 + Decimal(rope.log_multiplier) * tenth)
+        magnitude *= 1 + Decimal(multiplier) * tenth
+        return float(magnitude * magnitude / Decimal(width).sqrt())
+
+
 @lru_cache(maxsize=64)
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """Slopes of attention with linear biases (ALiBi), a float32 for each head. With n = the greatest power of two that

@@ -41,7 +41,14 @@ BOUNDS = {"gpt-oss-mxfp4": 2e-3}
 DECODE_BOUNDS = BOUNDS | {"exaone4-windows": 5e-5}
 """64 layers round keys and values to float16; where llama.cpp does so, single steps differ from the recorded ones by
 3e-4 as well."""
-Q8_0_BOUNDS = {"exaone4-windows": 4e-3, "bailingmoe2": 2e-3, "gpt-oss-mxfp4": 4e-3, "gemma4-experts": 2e-3}
+Q8_0_BOUNDS = {
+    "exaone4-windows": 4e-3,
+    "bailingmoe2": 2e-3,
+    "gpt-oss-mxfp4": 4e-3,
+    "gemma4-experts": 2e-3,
+    "deepseek2": 1e-2,
+    "deepseek2-lite": 2e-3,
+}
 """With rounded keys and values: of many layers, or where a row may choose other experts."""
 CHECKSUMS = {
     "llama-experts": "b70dd402",
@@ -86,6 +93,10 @@ CHECKSUMS = {
     "lfm2": "ab886c3c",
     "lfm2-windows": "4b174c82",
     "lfm2moe": "4e535e8f",
+    "deepseek2": "8b543443",
+    "deepseek2-lite": "0d988068",
+    "deepseek2-scaled": "d9e497d3",
+    "mistral4": "b91fe134",
 }
 
 

@@ -45,8 +45,8 @@ class Emitter:
                 yield self._embed(step.weight, self.ops.inputs.tokens, self.ops.out(step.out))
             case Products():
                 yield from self._products(step.x, step.steps)
-            case Adapts() | ir.Convolution():
-                raise AssertionError("programs with adapters or states are refused")
+            case Adapts() | ir.Convolution() | ir.HeadMatMul():
+                raise AssertionError("programs with adapters, states or latent attention are refused")
             case Attend():
                 yield from self._attend(step)
             case Attended():
@@ -119,11 +119,12 @@ class Emitter:
                 added = self.ops.scratch("positions", width)
                 yield self._embed(step.weight, self.ops.inputs.positions, added)
                 yield elementwise.elementwise("add", (x, added), out, width, rows)
-            case ir.AddRow() | ir.PositionScale() | ir.ScaleByWeight():
+            case ir.AddRow() | ir.PositionScale() | ir.ScaleByWeight() | ir.Join():
                 raise AssertionError("refused before")
             case ir.Rope():
                 yield self._rotated(step, x)
             case ir.Slice():
+                assert step.heads == 1, "of latent attention alone"
                 yield elementwise.slice_rows(step, x, out, rows)
             case ir.SigmoidGate():
                 yield elementwise.sigmoid_gate(step, x, self.ops.vector(step.weight), others[0], out, rows)
@@ -166,7 +167,7 @@ class Emitter:
             for rope in (attend.rotate_q, attend.rotate_k):
                 if rope is not None:
                     yield self._rotated(rope, ops.current[rope.x.name])
-        q, k, v = (ops.current[buffer.name] for buffer in (step.q, step.k, step.v))
+        q, k, v = (ops.current[buffer.name] for buffer in reads_of(step))
         out = ops.out(step.out)
         by_32 = by_256 = NULL
         if wanted is not None and attention.can_quantize(step, launches.room):

@@ -122,6 +122,8 @@ def _parts(step: Attention, gpu: LaunchLimits) -> int:
 def check_attention(program: Program) -> None:
     """ModelFileError for what the kernels cannot compute; of the rest they have been told by the CPU's checks."""
     for step in program.kv_layers:
+        if step.v is None:
+            raise ModelFileError("latent attention is not computed on GPUs; set device: cpu for its workers")
         if step.head_dim > _MAX_HEAD_DIM:
             at = f"layers {program.start} to {program.end}"
             raise ModelFileError(f"{at} cannot be computed: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")

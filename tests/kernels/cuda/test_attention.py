@@ -129,7 +129,7 @@ def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_ty
     step = attention(4, 1, 64, kv_type)
     (told,) = sequences_of(tmp_path, step, (40,), generator())
     rows = told.rows.copy()
-    rows[37, -step.v.width :] = np.nan
+    rows[37, -step.k.width :] = np.nan
     batch = batch_of([([0] * 40, range(40), told.table)])
     found = Attender(bench, step, gpu).run(batch, rows)
     np.testing.assert_array_equal(found[:37].view(np.uint32), told.wanted[:37].view(np.uint32))

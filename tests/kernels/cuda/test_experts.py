@@ -156,7 +156,12 @@ def test_the_bits_of_the_cpu(
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("gpt-oss", "attention with sinks"), ("mistral3", "queries scaled by position"), ("bailingmoe2", "groups")],
+    [
+        ("gpt-oss", "attention with sinks"),
+        ("mistral3", "queries scaled by position"),
+        ("bailingmoe2", "groups"),
+        ("deepseek2", "latent attention"),
+    ],
 )
 def test_what_only_processors_compute_is_refused(tmp_path: Path, name: str, what: str) -> None:
     model = Model.open(build_architecture(tmp_path / "m.gguf", name))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch, kv_bytes
+from llamaclust.kernels.fuse import reads_of
 from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceStage
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
@@ -103,7 +104,7 @@ def attention_step(heads: int, kv_heads: int, head_dim: int) -> Attention:
 def attention_state(step: Attention, batch: Batch, kv: LayerKv, seed: int) -> State:
     generator = np.random.default_rng(seed)
     state = State({}, {0: kv}, batch)
-    for buffer in (step.q, step.k, step.v):
+    for buffer in reads_of(step):
         state[buffer] = generator.standard_normal((batch.rows, buffer.width), np.float32)
     return state
 
@@ -115,7 +116,7 @@ def test_attention_is_the_formula_over_rounded_keys_and_values() -> None:
     out = attention(step, state)
     query = state[step.q].reshape(tokens, 4, 8).astype(float)
     key = state[step.k].astype(np.float16).reshape(tokens, 2, 8).astype(float)
-    value = state[step.v].astype(np.float16).reshape(tokens, 2, 8).astype(float)
+    value = state[Buffer("v", 16)].astype(np.float16).reshape(tokens, 2, 8).astype(float)
     for row in range(tokens):
         for head in range(4):
             scores = [query[row, head] @ key[p, head // 2] * 0.3 for p in range(row + 1)]
@@ -132,7 +133,7 @@ def test_attention_keeps_sequences_apart() -> None:
     for rows, table in ((slice(0, 3), [1]), (slice(3, 21), [2, 0])):
         count = rows.stop - rows.start
         alone = State({}, {0: LayerKv(step, blocks=4)}, batch_of([([0] * count, range(count), table)]))
-        for buffer in (step.q, step.k, step.v):
+        for buffer in reads_of(step):
             alone[buffer] = state[buffer][rows]
         np.testing.assert_array_equal(attention(step, alone), together[rows])
 

@@ -22,6 +22,7 @@ from llamaclust.kernels.cuda.launches.attention import (
 from llamaclust.kernels.cuda.launches.elementwise import rotation
 from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL
+from llamaclust.kernels.fuse import reads_of
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.kv_type import KvType
@@ -66,7 +67,7 @@ class Told:
 
 def by_the_cpu(folder: Path, step: Attention, rows: Float32, ropes: Sequence[Rope] = ()) -> Float32:
     """Attention of one sequence, whole, by the CPU backend; rotated before."""
-    parts = [step.q, step.k, step.v]
+    parts = reads_of(step)
     hidden = Buffer("x", sum(part.width for part in parts))
     copies, weights = splitter(hidden, parts)
     path = folder / "parts.gguf"
@@ -87,7 +88,7 @@ def sequences_of(
     generator: np.random.Generator,
     ropes: Sequence[Rope] = (),
 ) -> list[Told]:
-    width = step.q.width + step.k.width + step.v.width
+    width = sum(part.width for part in reads_of(step))
     free = iter(generator.permutation(LIMITS.kv_blocks).tolist())
     told = []
     for length in lengths:

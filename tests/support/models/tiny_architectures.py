@@ -11,6 +11,7 @@ from typing import Any
 from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny.gemma4 import GEMMA4, layer_of_gemma4
+from support.models.tiny.latent_models import LATENT_MODELS
 from support.models.tiny.shape import Tiny
 from support.models.tiny.states import STATE_MODELS, convolution
 from support.models.tiny_model import RandomTensor, matrix, norm, source_of
@@ -27,7 +28,7 @@ DECODED_STRIDE = 4
 
 _BYTE_LEVEL = (
     *("qwen", "gpt", "falcon", "starcoder2", "smollm3", "olmo2", "exaone4", "seed_oss", "glm4moe", "cohere2"),
-    "lfm2",
+    *("lfm2", "deepseek2", "mistral4"),
 )
 _QKV = ("attn_q", "attn_k", "attn_v")
 _GEMMA: dict[str, Any] = {"hidden": 64, "head_dim": 32, "tied": True}
@@ -242,6 +243,7 @@ MODELS = MappingProxyType(
             keys={"rope.dimension_count": 8, "expert_gating_func": 2},
         ),
         **GEMMA4,
+        **LATENT_MODELS,
     }
 )
 
@@ -293,6 +295,9 @@ def _layer(tiny: Tiny, name: str, *, dense: bool, convolves: bool) -> Iterator[R
 
 
 def _attention(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
+    if tiny.latent is not None:
+        yield from tiny.latent.tensors(name, tiny.hidden, tiny.heads)
+        return
     query, kv = tiny.heads * tiny.head_dim, tiny.kv_heads * tiny.head_dim
     widths = {"attn_qkv": query + 2 * kv} if tiny.fused else dict(zip(_QKV, (query, kv, kv), strict=True))
     for part, width in widths.items():
@@ -353,6 +358,8 @@ def _metadata(tiny: Tiny) -> dict[str, WritableValue]:
             "expert_used_count": tiny.used,
             "expert_feed_forward_length": tiny.ffn,
         }
+    if tiny.latent is not None:
+        numbers |= tiny.latent.keys()
     if tiny.shared_ffn:
         numbers |= {"expert_shared_feed_forward_length": tiny.shared_ffn}
     general: dict[str, WritableValue] = {

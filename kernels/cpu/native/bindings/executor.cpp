@@ -121,16 +121,24 @@ void add_experts(PlanBuilder& builder, const std::vector<std::pair<std::vector<n
   builder.plan.add(std::move(step));
 }
 
-void add_attention(PlanBuilder& builder, int q, std::optional<std::pair<int, int>> kv, int out, int layer, int heads, int kv_heads, int head_dim,
-                   float scale, std::optional<float> soft_cap, std::vector<float> slopes, std::optional<int> window,
+void add_heads(PlanBuilder& builder, const std::vector<nb::object>& weights, int out, int slot) {
+  HeadsStep step{{}, out, slot};
+  for (const nb::object& weight : weights) step.weights.push_back(builder.keep(weight));
+  builder.plan.add(std::move(step));
+}
+
+void add_attention(PlanBuilder& builder, int q, std::optional<std::pair<int, std::optional<int>>> kv, int out,
+                   int layer, int heads, int kv_heads, std::pair<int, int> head_dims, float scale,
+                   std::optional<float> soft_cap, std::vector<float> slopes, std::optional<int> window,
                    PythonRotation rotate_q, PythonRotation rotate_k, bool causal,
                    const std::optional<Floats>& sinks) {
   require(!soft_cap || *soft_cap > 0, "a soft cap that is no positive number");
-  const auto [k, v] = kv.value_or(std::pair{-1, -1});
-  require(!kv || k >= 0, "unknown buffer");
-  builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dim, scale, soft_cap.value_or(0.0f),
-                                 std::move(slopes), window.value_or(std::numeric_limits<int>::max()),
-                                 rotation_of(rotate_q), rotation_of(rotate_k), causal, vector_of(sinks)});
+  const int k = kv ? kv->first : -1, v = kv ? kv->second.value_or(-1) : -1;
+  require(!kv || (k >= 0 && kv->second.value_or(0) >= 0), "unknown buffer");
+  builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dims.first, head_dims.second, scale,
+                                 soft_cap.value_or(0.0f), std::move(slopes),
+                                 window.value_or(std::numeric_limits<int>::max()), rotation_of(rotate_q),
+                                 rotation_of(rotate_k), causal, vector_of(sinks)});
 }
 
 void add_choice(PlanBuilder& builder, int logits, int out, int experts, int used, int gating, bool normalized,
@@ -180,13 +188,14 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("elementwise", &add<ElementwiseStep, std::string, int, int, int, float>)
       .def("add_adapted", &add<AddAdaptedStep, int, int, int>)
       .def("scale_by_position", &add<PositionScaleStep, int, int, double, int>)
-      .def("slice", &add<SliceStep, int, int, int>)
+      .def("copy_channels", &add<CopyChannelsStep, int, int, int, int, int, int>)
       .def("sigmoid_gate", &add<SigmoidGateStep, int, int, int, Floats>)
       .def("quantize",
-           [](PlanBuilder& b, int x, int slot, int format) {
+           [](PlanBuilder& b, int x, int slot, int format, int parts) {
              require(format >= 0 && format <= static_cast<int>(ActivationFormat::Q8_256), "unknown activation format");
-             b.plan.add(QuantizeStep{x, slot, static_cast<ActivationFormat>(format)});
-           })
+             b.plan.add(QuantizeStep{x, slot, static_cast<ActivationFormat>(format), parts});
+           },
+           "x"_a, "slot"_a, "format"_a, "parts"_a = 1)
       .def("add_expert_rows", &add<ExpertRowStep, int, int, int, nb::handle, int>)
       .def("combine_experts", &add<CombineStep, int, int, int, int>)
       .def("convolve", &add_convolution)
@@ -219,10 +228,10 @@ void bind_executor(nb::module_& module) {
                               double scale) { return b.plan.add_rotation({std::move(frequencies), scale}); })
       .def(
           "add_kv_layer",
-          [](PlanBuilder& b, int kv_heads, int head_dim, int kv_type, bool windowed) {
-            return b.plan.add_kv_layer({kv_heads, head_dim, kv_type_of(kv_type), windowed});
+          [](PlanBuilder& b, int kv_heads, int head_dim, int kv_type, bool windowed, bool latent) {
+            return b.plan.add_kv_layer({kv_heads, head_dim, kv_type_of(kv_type), windowed, latent});
           },
-          "kv_heads"_a, "head_dim"_a, "kv_type"_a, "windowed"_a = false)
+          "kv_heads"_a, "head_dim"_a, "kv_type"_a, "windowed"_a = false, "latent"_a = false)
       .def(
           "add_state", [](PlanBuilder& b, int floats, bool windowed) { return b.plan.add_state(floats, windowed); },
           "floats"_a, "windowed"_a = false)
@@ -231,7 +240,8 @@ void bind_executor(nb::module_& module) {
       .def("leave_adapter", [](PlanBuilder& b) { b.plan.leave_adapter(); })
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
-      .def("attend", &add_attention, "q"_a, "kv"_a.none(), "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+      .def("multiply_heads", &add_heads, "weights"_a, "out"_a, "slot"_a)
+      .def("attend", &add_attention, "q"_a, "kv"_a.none(), "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dims"_a,
            "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none(),
            "causal"_a, "sinks"_a.none())
       .def("choose_experts", &add_choice, "logits"_a, "out"_a, "experts"_a, "used"_a, "gating"_a, "normalized"_a,
@@ -257,8 +267,10 @@ void bind_executor(nb::module_& module) {
       "threads"_a, "Bytes that a stage of the plan needs besides weights and KV memory.");
   module.def(
       "kv_block_bytes",
-      [](int kv_heads, int head_dim, int kv_type) { return kv_block_bytes({kv_heads, head_dim, kv_type_of(kv_type)}); },
-      "Bytes that one block of KV memory costs in a layer.");
+      [](int kv_heads, int head_dim, int kv_type, bool latent) {
+        return kv_block_bytes({kv_heads, head_dim, kv_type_of(kv_type), false, latent});
+      },
+      "kv_heads"_a, "head_dim"_a, "kv_type"_a, "latent"_a = false, "Bytes that one block of KV memory costs in a layer.");
 }
 
 }  // namespace llamaclust

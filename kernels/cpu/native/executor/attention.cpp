@@ -121,7 +121,7 @@ class AttentionWork {
   const KvShape& shape() const { return worker_.stage_.plan.kv_layers[step_.layer]; }
   uint8_t* piece(int kv_head, int block) const {
     const int64_t index = int64_t{block} * step_.kv_heads + kv_head;
-    return worker_.stage_.kv.layer(step_.layer) + static_cast<size_t>(index) * kv_piece_bytes(type_, step_.head_dim);
+    return worker_.stage_.kv.layer(step_.layer) + static_cast<size_t>(index) * shape().piece_bytes();
   }
   const int32_t* table(int sequence) const { return tables_.data() + batch_.table_starts[sequence]; }
 
@@ -135,7 +135,8 @@ class AttentionWork {
   void store(int sequence, int row, int kv_head) const {
     const int at = units_.position(row), offset = kv_head * step_.head_dim;
     const float* key = rotated(step_.rotate_k, worker_.line(step_.k, row) + offset, row, scratch_.key);
-    kv_.store(key, worker_.line(step_.v, row) + offset, step_.head_dim, at % kKvBlockTokens,
+    const float* value = shape().latent ? nullptr : worker_.line(step_.v, row) + offset;
+    kv_.store(key, value, step_.head_dim, at % kKvBlockTokens,
               piece(kv_head, table(sequence)[at / kKvBlockTokens]));
   }
 
@@ -179,13 +180,14 @@ class AttentionWork {
     const bool biased = !step_.slopes.empty();
     if (biased) load_bias(unit, start, queries);
     store_span(unit, span);
-    const size_t stride = static_cast<size_t>(step_.kv_heads) * kv_piece_bytes(type_, step_.head_dim);
+    const size_t stride = kv_block_bytes(shape());
     const int blocks = units_.last_seen(unit.tile, unit.tile.row_end - 1) / kKvBlockTokens + 1;
     const SpanTask task{piece(unit.kv_head, 0),
                         stride,
                         table(unit.tile.sequence) + span * kSpanBlocks,
                         goes_on ? std::max(blocks - (span + 1) * kSpanBlocks, 0) : 0,
                         step_.head_dim,
+                        step_.value_dim,
                         step_.scale,
                         queries.end - queries.before,
                         scratch_.q + queries.before * padded_head(step_.head_dim),
@@ -195,7 +197,7 @@ class AttentionWork {
                         step_.soft_cap,
                         biased ? scratch_.slopes : nullptr,
                         biased ? scratch_.positions : nullptr};
-    kv_.span(task, from(sums, queries.before));
+    (shape().latent ? kv_.latent_span : kv_.span)(task, from(sums, queries.before));
   }
 
   void load_bias(const Unit& unit, int start, const QueryRange& queries) const {
@@ -206,20 +208,20 @@ class AttentionWork {
   }
 
   SpanSums from(const SpanSums& sums, int query) const {
-    return {sums.maximum + query, sums.sum + query, sums.values + query * padded_head(step_.head_dim)};
+    return {sums.maximum + query, sums.sum + query, sums.values + query * padded_head(step_.value_dim)};
   }
 
   // Adds a span's sums to those of the spans before it; queries that see nothing before it begin with them.
   void merge(const QueryRange& queries, const SpanSums& total, const SpanSums& next) const {
-    const int head_dim = step_.head_dim;
+    const int value_dim = step_.value_dim;
     if (queries.joined > queries.before)
       level_.attention.merge(from(total, queries.before), from(next, queries.before), queries.joined - queries.before,
-                             head_dim);
+                             value_dim);
     const int count = queries.end - queries.joined;
     const SpanSums to = from(total, queries.joined), source = from(next, queries.joined);
     std::copy_n(source.maximum, count, to.maximum);
     std::copy_n(source.sum, count, to.sum);
-    std::copy_n(source.values, count * padded_head(head_dim), to.values);
+    std::copy_n(source.values, count * padded_head(value_dim), to.values);
   }
 
   // A sink is one more span: its score is the maximum, with a weight of 1 and no value.
@@ -230,8 +232,8 @@ class AttentionWork {
       next.maximum[query] = step_.sinks[unit.head + query % unit.heads];
       next.sum[query] = 1.0f;
     }
-    std::fill_n(next.values, queries * padded_head(step_.head_dim), 0.0f);
-    level_.attention.merge(total, next, queries, step_.head_dim);
+    std::fill_n(next.values, queries * padded_head(step_.value_dim), 0.0f);
+    level_.attention.merge(total, next, queries, step_.value_dim);
   }
 
   void finish(const Unit& unit, const SpanSums& total) const {
@@ -239,8 +241,8 @@ class AttentionWork {
     int query = 0;
     for (int row = unit.tile.row_begin; row < unit.tile.row_end; row++)
       for (int head = unit.head; head < unit.head + unit.heads; head++, query++)
-        level_.attention.finish(from(total, query).values, total.sum[query], step_.head_dim,
-                                worker_.line(step_.out, row) + head * step_.head_dim);
+        level_.attention.finish(from(total, query).values, total.sum[query], step_.value_dim,
+                                worker_.line(step_.out, row) + head * step_.value_dim);
   }
 
   void whole_unit(int64_t index) const {
@@ -256,7 +258,7 @@ class AttentionWork {
   }
 
   // Few long units: their spans go to different threads, if there is room for all their sums.
-  size_t partial_floats() const { return span_sums_floats(units_.most_queries(), step_.head_dim); }
+  size_t partial_floats() const { return span_sums_floats(units_.most_queries(), step_.value_dim); }
   bool splits_spans() const {
     const int threads = worker_.threads_;
     if (threads == 1 || units_.count() >= 4 * threads) return false;

@@ -2,6 +2,7 @@
 // from a hostile file must not reach memory that is not its own.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -45,9 +46,9 @@ struct Plan::Checks {
     require(2 * angles.pairs() <= head_dim, "rotation wider than a head");
   }
 
-  void check_product(const Matrix& weight, const std::vector<float>& bias, BufferId out, int index) const {
+  void check_product(const Matrix& weight, const std::vector<float>& bias, int width, int index) const {
     require(is_supported(weight.type), "weights of an unsupported type");
-    require(weight.rows > 0 && buffer(out).width == weight.rows, "a product as wide as its weight has rows");
+    require(weight.rows > 0 && width == weight.rows, "a product as wide as its weight has rows");
     require(weight.cols == slot(index).cols, "activations as wide as the weight");
     require(tile_layout(weight.type).activation == slot(index).format, "activations in the format of the weight");
     require(bias.empty() || bias.size() == static_cast<size_t>(weight.rows), "a bias as wide as its product");
@@ -132,11 +133,13 @@ struct Plan::Checks {
     return {{step.x}, {step.out}, true};
   }
 
-  Access operator()(const SliceStep& step) const {
-    const int width = buffer(step.x).width;
-    require(buffer(step.x).multiple == buffer(step.out).multiple && step.x != step.out, "a slice in place");
-    require(step.start >= 0 && step.start <= width && buffer(step.out).width <= width - step.start,
-            "a slice beyond its source");
+  Access operator()(const CopyChannelsStep& step) const {
+    const auto holds = [&](BufferId id, int start) {
+      return buffer(id).width % step.parts == 0 && start >= 0 && start <= buffer(id).width / step.parts - step.channels;
+    };
+    require(step.parts > 0 && step.channels > 0 && step.x != step.out, "channels copied in place");
+    require(buffer(step.x).multiple == buffer(step.out).multiple, "as many lines");
+    require(holds(step.x, step.x_start) && holds(step.out, step.out_start), "channels beyond their part");
     return {{step.x}, {step.out}, true};
   }
 
@@ -150,11 +153,13 @@ struct Plan::Checks {
   Access operator()(const QuantizeStep& step) const {
     const Buffer& x = buffer(step.x);
     require(step.slot >= 0 && step.slot < kMaxSlots, "activation slot out of range");
-    require(x.width % segment_cols(step.format) == 0, "a width that is no multiple of the weights' blocks");
+    require(step.parts > 0 && x.width % step.parts == 0, "equal parts");
+    const int cols = x.width / step.parts, lines = x.multiple * step.parts;
+    require(cols % segment_cols(step.format) == 0, "a width that is no multiple of the weights' blocks");
     if (plan.slots.size() <= static_cast<size_t>(step.slot)) plan.slots.resize(static_cast<size_t>(step.slot) + 1);
     ActivationSlot& slot = plan.slots[step.slot];
-    const size_t row_bytes = activation_bytes(step.format, x.width) * static_cast<size_t>(x.multiple);
-    slot = {std::max(slot.max_row_bytes, row_bytes), x.width, x.multiple, step.format};
+    const size_t row_bytes = activation_bytes(step.format, cols) * static_cast<size_t>(lines);
+    slot = {std::max(slot.max_row_bytes, row_bytes), cols, lines, step.format};
     return {{step.x}, {}, true};
   }
 
@@ -209,7 +214,7 @@ struct Plan::Checks {
     Access access{{}, {}, false};
     require(!step.products.empty(), "a step of no products");
     for (const Product& product : step.products) {
-      check_product(product.weight, product.bias, product.out, product.slot);
+      check_product(product.weight, product.bias, buffer(product.out).width, product.slot);
       require(buffer(product.out).multiple == slot(product.slot).multiple, "as many lines as activations");
       require(std::ranges::count(access.writes, product.out) == 0, "two products into one buffer");
       access.writes.push_back(product.out);
@@ -226,23 +231,41 @@ struct Plan::Checks {
       require(product.experts.size() >= plan.choosable_, "as many experts as may be chosen");
       require(buffer(product.out).multiple == step.used, "a line for each expert used");
       require(std::ranges::count(access.writes, product.out) == 0, "two products into one buffer");
-      for (const Matrix& expert : product.experts) check_product(expert, {}, product.out, step.slot);
+      for (const Matrix& expert : product.experts) check_product(expert, {}, buffer(product.out).width, step.slot);
       access.writes.push_back(product.out);
     }
     return access;
+  }
+
+  Access operator()(const HeadsStep& step) const {
+    require(step.parts() > 0 && slot(step.slot).multiple == step.parts(), "as many activations as matrices");
+    const int width = buffer(step.out).width;
+    require(is_line(step.out) && width % step.parts() == 0, "equal parts");
+    for (const Matrix& weight : step.weights) check_product(weight, {}, width / step.parts(), step.slot);
+    return {{}, {step.out}, false};
+  }
+
+  void check_latent(const AttentionStep& step) const {
+    require(step.causal && step.window == std::numeric_limits<int>::max(), "latent attention with a window");
+    require(step.value_dim % 2 == 0 && step.value_dim <= step.head_dim, "latent values of an odd number of channels");
   }
 
   Access operator()(const AttentionStep& step) const {
     const KvShape& shape = at(step.layer, plan.kv_layers, "unknown layer of KV memory");
     require(shape.state_floats == 0 && shape.kv_heads == step.kv_heads && shape.head_dim == step.head_dim,
             "KV memory of another shape");
+    require(!step.stores() || shape.latent == (step.v < 0), "values apart from keys, or none");
+    require(step.value_dim > 0 && (shape.latent || step.value_dim == step.head_dim), "values of another width");
+    if (shape.latent) check_latent(step);
     require(step.heads > 0 && step.heads % step.kv_heads == 0 && step.heads <= 65536, "heads in groups");
-    const int width = step.heads * step.head_dim, kv_width = step.kv_heads * step.head_dim;
-    require(buffer(step.q).width == width && buffer(step.out).width == width, "query width");
     std::vector<BufferId> reads{step.q};
-    if (step.stores()) reads.insert(reads.end(), {step.k, step.v});
+    if (step.stores()) reads.push_back(step.k);
+    if (step.stores() && !shape.latent) reads.push_back(step.v);
+    require(buffer(step.q).width == step.heads * step.head_dim, "query width");
+    require(buffer(step.out).width == step.heads * step.value_dim, "result width");
     for (BufferId id : reads) require(is_line(id) && id != step.out, "attention in place");
-    for (size_t i = 1; i < reads.size(); i++) require(buffer(reads[i]).width == kv_width, "key and value width");
+    for (size_t i = 1; i < reads.size(); i++)
+      require(buffer(reads[i]).width == step.kv_heads * step.head_dim, "key and value width");
     require(is_line(step.out) && !plan.selects, "one line a row");
     require(std::isfinite(step.scale), "an attention scale that is no number");
     require(std::isfinite(step.soft_cap) && step.soft_cap >= 0, "a soft cap that is no positive number");

@@ -113,4 +113,22 @@ void Worker::execute(const ExpertsStep& step) {
   });
 }
 
+// Line row * parts + part of the activations and of the result, whose parts lie one after the other, is the part's.
+void Worker::execute(const HeadsStep& step) {
+  const int parts = step.parts(), tiles = step.weights[0].tile_count();
+  int32_t* lines = stage_.workspace.expert_lines(thread_).lines;
+  const int64_t grain = rows_ > kFewRows ? kPanelTiles : 1;
+  share(int64_t{parts} * tiles, grain, [&](int64_t begin, int64_t end) {
+    for (int part = static_cast<int>(begin / tiles); part * int64_t{tiles} < end; part++) {
+      const int from = static_cast<int>(std::max(begin - part * int64_t{tiles}, int64_t{0}));
+      const int to = static_cast<int>(std::min(end - part * int64_t{tiles}, int64_t{tiles}));
+      for (int row = 0; row < rows_; row++) lines[row] = row * parts + part;
+      const Matrix& weight = step.weights[part];
+      stage_.level.matmul.matmul(weight, slot(step.slot), rows_, {lines, lines}, line(step.out, 0),
+                                 static_cast<size_t>(weight.rows), nullptr, from, to,
+                                 stage_.workspace.scratch(thread_));
+    }
+  });
+}
+
 }  // namespace llamaclust

@@ -33,7 +33,9 @@ struct KvShape {
   int head_dim;
   KvType type;
   bool windowed = false;  // in the group of layers whose memory is given up behind their windows
+  bool latent = false;    // values are the first channels of keys
   int state_floats = 0;
+  size_t piece_bytes() const { return kv_piece_bytes(type, head_dim, latent); }
 };
 
 inline constexpr int kStateWindow = 2;  // a row reads the state that the row before it left
@@ -41,7 +43,7 @@ inline constexpr int kStateWindow = 2;  // a row reads the state that the row be
 // Bytes that one block costs in a layer of this shape.
 inline size_t kv_block_bytes(const KvShape& shape) {
   if (shape.state_floats > 0) return static_cast<size_t>(shape.state_floats) * sizeof(float);
-  return static_cast<size_t>(shape.kv_heads) * kv_piece_bytes(shape.type, shape.head_dim);
+  return static_cast<size_t>(shape.kv_heads) * shape.piece_bytes();
 }
 
 using BufferId = int;
@@ -106,18 +108,19 @@ struct PositionScaleStep {  // out = x * (1 + factor * ln(1 + position / length)
   double factor;
   int length;
 };
-struct SliceStep {  // channels [start, start + width of out) of each line of x
+struct CopyChannelsStep {  // of each part of a line of x channels [x_start, x_start + channels) to the same part of out
   BufferId x, out;
-  int start;
+  int parts, x_start, out_start, channels;
 };
 struct SigmoidGateStep {  // out = y * sigmoid(x . weight)
   BufferId x, y, out;
   std::vector<float> weight;
 };
-struct QuantizeStep {  // into an activation slot
+struct QuantizeStep {  // into an activation slot; each line as so many lines, equal parts of it
   BufferId x;
   int slot;
   ActivationFormat format;
+  int parts = 1;
 };
 // How the router's logits become weights: softmax or sigmoid of all, or softmax of those chosen by logits.
 enum class Gating { Softmax, Sigmoid, SoftmaxOfChosen };
@@ -173,10 +176,16 @@ struct ExpertsStep {  // line r * used + rank of every out = the rank's expert @
   int slot, used;
   bool per_rank;  // activations differ from rank to rank
 };
+struct HeadsStep {  // each part of out = the part's matrix @ its activations
+  std::vector<Matrix> weights;
+  BufferId out;
+  int slot;
+  int parts() const { return static_cast<int>(weights.size()); }
+};
 struct AttentionStep {
-  BufferId q, k, v, out;  // k and v are -1 where another step has stored the layer's keys and values
+  BufferId q, k, v, out;  // k is -1 where another step has stored the layer's keys and values; v, where it is latent, too
   int layer;  // of the stage's KV memory
-  int heads, kv_heads, head_dim;
+  int heads, kv_heads, head_dim, value_dim;
   float scale;
   float soft_cap;             // of scores; 0: none
   std::vector<float> slopes;  // of a linear bias, one a query head; empty: none
@@ -196,9 +205,9 @@ struct ConvolveStep {  // of each channel with those of the taps - 1 rows before
 };
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
-                          ElementwiseStep, AddAdaptedStep, PositionScaleStep, SliceStep, SigmoidGateStep, QuantizeStep,
-                          ChooseStep, ExpertRowStep, CombineStep, SelectStep, OutputStep, MatmulStep, ExpertsStep,
-                          AttentionStep, ConvolveStep>;
+                          ElementwiseStep, AddAdaptedStep, PositionScaleStep, CopyChannelsStep, SigmoidGateStep,
+                          QuantizeStep, ChooseStep, ExpertRowStep, CombineStep, SelectStep, OutputStep, MatmulStep,
+                          ExpertsStep, HeadsStep, AttentionStep, ConvolveStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
 enum class Sync { None, IfShared, Always };

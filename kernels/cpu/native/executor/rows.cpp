@@ -103,12 +103,12 @@ struct RowStep {
     vector().elementwise(RowOp::scale, x, x, factor, worker.line_width(step.out), line(step.out));
   }
 
-  void operator()(const SliceStep& step) const {
+  void operator()(const CopyChannelsStep& step) const {
     const Buffer &x = worker.buffer(step.x), &out = worker.buffer(step.out);
-    const float* from = line(step.x) + step.start;
-    float* to = line(step.out);
-    for (int i = 0; i < x.multiple; i++, from += x.width, to += out.width)
-      memcpy(to, from, static_cast<size_t>(out.width) * sizeof(float));
+    const float* from = line(step.x) + step.x_start;
+    float* to = line(step.out) + step.out_start;
+    for (int i = 0; i < x.multiple * step.parts; i++, from += x.width / step.parts, to += out.width / step.parts)
+      memcpy(to, from, static_cast<size_t>(step.channels) * sizeof(float));
   }
 
   void operator()(const SigmoidGateStep& step) const {
@@ -119,11 +119,11 @@ struct RowStep {
 
   void operator()(const QuantizeStep& step) const {
     const Buffer& x = worker.buffer(step.x);
-    const size_t bytes = activation_bytes(step.format, x.width), first = static_cast<size_t>(row) * x.multiple;
+    const int cols = x.width / step.parts, lines = x.multiple * step.parts;
+    const size_t bytes = activation_bytes(step.format, cols), first = static_cast<size_t>(row) * lines;
     const float* from = line(step.x);
     uint8_t* to = worker.slot(step.slot) + first * bytes;
-    for (int i = 0; i < x.multiple; i++, from += x.width, to += bytes)
-      matmul().quantize(step.format, from, x.width, to);
+    for (int i = 0; i < lines; i++, from += cols, to += bytes) matmul().quantize(step.format, from, cols, to);
   }
 
   // The best experts first, ties to the lower id; the sum of their weights is added in that order. A row without numbers

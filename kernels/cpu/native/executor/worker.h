@@ -63,6 +63,7 @@ class Worker {
   void execute(const SelectStep& step);
   void execute(const MatmulStep& step);
   void execute(const ExpertsStep& step);
+  void execute(const HeadsStep& step);
   void execute(const AttentionStep& step);
   void execute(const ConvolveStep& step);
 

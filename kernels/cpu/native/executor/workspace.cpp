@@ -28,6 +28,10 @@ struct Needs {
     expert_lines = std::max(expert_lines, static_cast<size_t>(limits.max_tokens) * static_cast<size_t>(step.used));
     experts = std::max(experts, step.products[0].experts.size());
   }
+  void operator()(const HeadsStep& step) {
+    add_scratch(matmul_scratch_bytes(step.weights[0].cols));
+    expert_lines = std::max(expert_lines, static_cast<size_t>(limits.max_tokens));
+  }
   // Scores and what is chosen by, of experts and groups.
   void operator()(const ChooseStep& step) {
     add_scratch(2 * static_cast<size_t>(step.experts + step.groups) * sizeof(float));
@@ -38,7 +42,7 @@ struct Needs {
     const size_t spans = static_cast<size_t>(limits.max_context_tokens + kSpanTokens - 1) / kSpanTokens;
     const int group = step.heads / step.kv_heads, head_groups = (group + kTileQueries - 1) / kTileQueries;
     const size_t units = static_cast<size_t>(step.kv_heads) * static_cast<size_t>(head_groups);
-    const size_t floats = 2 * units * spans * span_sums_floats(std::min(group, kTileQueries), step.head_dim);
+    const size_t floats = 2 * units * spans * span_sums_floats(std::min(group, kTileQueries), step.value_dim);
     partial_floats = std::max(partial_floats, floats);
   }
   void operator()(const auto&) {}

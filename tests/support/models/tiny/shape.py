@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.quant_types import QuantType
+from support.models.tiny.latent import Latent
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Tiny:
     norm_biases: bool = True
     positions: bool = False
     plain: bool = False  # no gate in the feed-forward network
+    latent: Latent | None = None  # in place of other attention
     factors: tuple[str, ...] = ()
     context: int = 256
     taps: int = 0  # of the convolutions

@@ -128,7 +128,8 @@ void weigh_queries(const SpanTask& task, int query, const SpanSums& sums, const 
   const auto* cached = reinterpret_cast<const uint8_t*>(task.scores);
   const uint8_t* next[R];
   for (int r = 0; r < R; r++) next[r] = units.at(units.blocks + kUnitsAhead + r, cached);
-  const int bytes = units.last == 0 ? 0 : static_cast<int>(kv_value_bytes(Kv::kType, task.head_dim));
+  const size_t unit_bytes = Kv::kLatent ? kv_key_bytes(Kv::kType, task.head_dim) : kv_value_bytes(Kv::kType, task.head_dim);
+  const int bytes = units.last == 0 ? 0 : static_cast<int>(unit_bytes);
   const auto some = [&]<int Q>(int r) {
     const SpanSums to{sums.maximum + query + r, sums.sum + query + r, nullptr};
     weigh<Q>(task.scores + r * kSpanTokens, task.firsts + query + r, task.ends + query + r, to, next + r, bytes);
@@ -200,13 +201,51 @@ void value_queries(const SpanTask& task, int query, float* values, const KeyValu
   }
 }
 
+// values[query][channel] = the sum of weight * key over the positions that a query sees, for R queries and C channels: a
+// lane adds every sixteenth position in ascending order, then the lanes are added by a tree.
+template <typename Kv, int R, int C>
+void latent_tile(const SpanTask& task, int query, int channel, float* values) {
+  const int width = padded_head(task.value_dim), common = task.ends[query] / kKvBlockTokens;
+  F32x16 sums[R][C], k[C];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int c = 0; c < C; c++) sums[r][c] = zero();
+  for (int block = 0; block < common; block++) {
+    Kv::template key_channels<C>(keys_at(task, block), task.head_dim, channel, k);
+    UNROLL for (int r = 0; r < R; r++) {
+      const F32x16 weight = load(task.scores + r * kSpanTokens + block * kKvBlockTokens);
+      UNROLL for (int c = 0; c < C; c++) sums[r][c] = fma(weight, k[c], sums[r][c]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++)
+    for (int start = common * kKvBlockTokens; start < task.ends[query + r]; start += kKvBlockTokens) {
+      const int n = task.ends[query + r] - start < kKvBlockTokens ? task.ends[query + r] - start : kKvBlockTokens;
+      Kv::template key_channels<C>(keys_at(task, start / kKvBlockTokens), task.head_dim, channel, k);
+      const F32x16 weight = first(n, load(task.scores + r * kSpanTokens + start), zero());
+      UNROLL for (int c = 0; c < C; c++) sums[r][c] = fma(weight, first(n, k[c], zero()), sums[r][c]);
+    }
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int c = 0; c < C; c++) values[(query + r) * width + channel + c] = sum_tree(sums[r][c]);
+}
+
+template <typename Kv, int R>
+void latent_queries(const SpanTask& task, int query, float* values) {
+  constexpr int C = channels_at_once(R);
+  static_assert(C % 2 == 0 && kKvGroup % C == 0);
+  int channel = 0;
+  for (; channel + C <= task.value_dim; channel += C) latent_tile<Kv, R, C>(task, query, channel, values);
+  for (; channel < task.value_dim; channel += 2) latent_tile<Kv, R, 2>(task, query, channel, values);
+}
+
 template <typename Kv, int R>
 void span_queries(const SpanTask& task, int query, const SpanSums& sums, const KeyValuePrefetch<Kv>& units) {
   score_queries<Kv, R>(task, query, units);
   if (task.soft_cap > 0) cap_scores<Kv, R>(task, units);
   if (task.slopes != nullptr) bias_scores<Kv, R>(task, query, units);
   weigh_queries<Kv, R>(task, query, sums, units);
-  value_queries<Kv, R>(task, query, sums.values, units);
+  if constexpr (Kv::kLatent)
+    latent_queries<Kv, R>(task, query, sums.values);
+  else
+    value_queries<Kv, R>(task, query, sums.values, units);
 }
 
 // All queries, R at a time, then the rest. The first ones prefetch for the next.
@@ -240,8 +279,8 @@ void merge_some(const SpanSums& total, const SpanSums& next, int queries, int wi
   }
 }
 
-void merge(const SpanSums& total, const SpanSums& next, int queries, int head_dim) {
-  const int width = padded_head(head_dim);
+void merge(const SpanSums& total, const SpanSums& next, int queries, int value_dim) {
+  const int width = padded_head(value_dim);
   const auto from = [=](const SpanSums& sums, int query) {
     return SpanSums{sums.maximum + query, sums.sum + query, sums.values + query * width};
   };
@@ -249,16 +288,19 @@ void merge(const SpanSums& total, const SpanSums& next, int queries, int head_di
     merge_some(from(total, query), from(next, query), queries - query < 16 ? queries - query : 16, width);
 }
 
-void finish(const float* values, float sum, int head_dim, float* out) {
+void finish(const float* values, float sum, int value_dim, float* out) {
   const F32x16 divisor = broadcast(sum);
-  for (int c = 0; c < head_dim; c += 16)
-    store_first(head_dim - c < 16 ? head_dim - c : 16, out + c, div(load(values + c), divisor));
+  for (int c = 0; c < value_dim; c += 16)
+    store_first(value_dim - c < 16 ? value_dim - c : 16, out + c, div(load(values + c), divisor));
 }
 
 }  // namespace
 
 extern const AttentionOps attention_ops;
 const AttentionOps attention_ops = {
-    {{F16Kv::store_row, F16Kv::prepare, span<F16Kv>}, {Q8Kv::store_row, Q8Kv::prepare, span<Q8Kv>}}, merge, finish};
+    {{F16Kv::store_row, F16Kv::prepare, span<F16Kv>, span<Latent<F16Kv>>},
+     {Q8Kv::store_row, Q8Kv::prepare, span<Q8Kv>, span<Latent<Q8Kv>>}},
+    merge,
+    finish};
 
 }  // namespace llamaclust::LLAMACLUST_LEVEL

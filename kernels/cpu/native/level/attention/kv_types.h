@@ -20,20 +20,28 @@ INLINE const uint8_t* values_at(const SpanTask& task, int block) {
   return keys_at(task, block) + kv_key_bytes(Kv::kType, task.head_dim);
 }
 
-// What queries of a span read, in order, in units of the keys or the values of one block: keys, values, and then the
-// keys of the next span. Units are fetched into the cache some time before they are computed with.
+// A type of latent attention: values are the first channels of keys.
+template <typename Base>
+struct Latent : Base {
+  static constexpr bool kLatent = true;
+};
+
+// What queries of a span read, in order, in units of the keys or the values of one block: keys, values unless they are
+// part of these, and then the keys of the next span. Units are fetched into the cache some time before they are computed
+// with.
 template <typename Kv>
 struct KeyValuePrefetch {
   KeyValuePrefetch(const SpanTask& task, int query, int count)
       : task(task),
         begin(task.firsts[query] / kKvBlockTokens),
         blocks((task.ends[query + count - 1] + kKvBlockTokens - 1) / kKvBlockTokens - begin),
-        last(query > 0 ? 0 : 2 * blocks + task.blocks_after) {}
+        last(query > 0 ? 0 : (Kv::kLatent ? 1 : 2) * blocks + task.blocks_after) {}
 
   // `other`, which is in the cache, where there is nothing to fetch.
   INLINE const uint8_t* at(int unit, const uint8_t* other) const {
     if (unit >= last) return other;
     const int block = begin + unit;
+    if constexpr (Kv::kLatent) return keys_at(task, block);
     return unit < blocks || unit >= 2 * blocks ? keys_at(task, unit < blocks ? block : block - blocks)
                                                : values_at<Kv>(task, block - blocks);
   }
@@ -47,6 +55,7 @@ INLINE void fetch_line(const uint8_t* unit, int offset) { __builtin_prefetch(uni
 // Keys and values in float16.
 struct F16Kv {
   static constexpr KvType kType = KvType::F16;
+  static constexpr bool kLatent = false;
 
   INLINE static const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
 
@@ -87,6 +96,12 @@ struct F16Kv {
     return from_f16(halves(values) + position * width + channel);
   }
 
+  // out[c] = channel `channel` + c of a block's keys, a lane a position.
+  template <int C>
+  INLINE static void key_channels(const uint8_t* keys, int, int channel, F32x16 (&out)[C]) {
+    UNROLL for (int c = 0; c < C; c++) out[c] = from_f16(halves(keys) + (channel + c) * kKvBlockTokens);
+  }
+
   // The cache lines of C groups of 16 channels.
   template <int C>
   INLINE static void fetch_channels(const uint8_t* values, int width, int position, int channel) {
@@ -103,7 +118,7 @@ struct F16Kv {
       const int n = head_dim - c < 16 ? head_dim - c : 16;
       to_f16(half, load_first(n, key + c));
       for (int i = 0; i < n; i++) keys[(c + i) * kKvBlockTokens + slot] = half[i];
-      to_f16(values + c, load_first(n, value + c));
+      if (value != nullptr) to_f16(values + c, load_first(n, value + c));
     }
   }
 };
@@ -114,6 +129,7 @@ constexpr int32_t kLeastQuery = 0x0d800000;  // 2^-100: below it a group of a qu
 // are rounded to int16, a float scale a group. Values are multiplied as floats, their scales go into the weights.
 struct Q8Kv {
   static constexpr KvType kType = KvType::Q8_0;
+  static constexpr bool kLatent = false;
 
   INLINE static const int8_t* bytes(const uint8_t* p) { return reinterpret_cast<const int8_t*>(p); }
   INLINE static int pairs_of(int head_dim) { return (head_dim + 1) / 2; }
@@ -209,6 +225,18 @@ struct Q8Kv {
     return from_i8(bytes(values) + position * width + channel);
   }
 
+  // Exact products of int8 and scale; the channels begin at an even one, in one group.
+  template <int C>
+  INLINE static void key_channels(const uint8_t* keys, int head_dim, int channel, F32x16 (&out)[C]) {
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(keys + pairs_of(head_dim) * 32);
+    const F32x16 scale = from_f16(scales + channel / kKvGroup * kKvBlockTokens);
+    UNROLL for (int c = 0; c < C; c += 2) {
+      const Pairs two = load_pairs(bytes(keys) + (channel + c) / 2 * 32);
+      out[c] = mul(to_float(dot_pairs(broadcast(0), two, 1)), scale);
+      out[c + 1] = mul(to_float(dot_pairs(broadcast(0), two, 1 << 16)), scale);
+    }
+  }
+
   // The cache lines of C groups of 16 channels.
   template <int C>
   INLINE static void fetch_channels(const uint8_t* values, int width, int position, int channel) {
@@ -246,6 +274,7 @@ struct Q8Kv {
       key_scales[g * kKvBlockTokens + slot] = round_group(key + begin, n, q);
       for (int i = 0; i < n; i++)
         piece[(begin + i) / 2 * 32 + 2 * slot + (begin + i) % 2] = static_cast<uint8_t>(q[i]);
+      if (value == nullptr) continue;
       value_scales[g * kKvBlockTokens + slot] = round_group(value + begin, n, q);
       memcpy(values + slot * width + begin, q, static_cast<size_t>(n));
     }

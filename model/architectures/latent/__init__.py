@@ -1,0 +1,1 @@
+"""Architectures whose attention is latent."""

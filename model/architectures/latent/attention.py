@@ -1,0 +1,124 @@
+"""Latent attention: keys and values of all heads are products of one short vector, which is all that KV memory holds.
+
+The products are applied to queries and results instead (the absorbed form), in prefill as in decode: so bits do not
+depend on chunks. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llamaclust.model import program as ir
+from llamaclust.model.architectures.tensors import CheckedTensors
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import Buffer, RopeTable
+from llamaclust.model.step_options import RopeStyle
+
+
+@dataclass(frozen=True, slots=True)
+class LatentVariant:
+    """Widths in channels: of the latent vector, of the rotated part that a key has behind it, of a head's query (the
+    rotated part among them) and value; `query_rank`: of the vector that queries are products of, 0 where they are
+    products of the hidden state. Without `table` nothing is rotated. `temperature`: factor and length of a
+    `PositionScale` of queries."""
+
+    latent: int
+    rotated: int
+    query: int
+    value: int
+    query_rank: int
+    scale: float
+    epsilon: float
+    style: RopeStyle = RopeStyle.NORM
+    table: RopeTable | None = None
+    temperature: tuple[float, int] | None = None
+
+    @property
+    def key(self) -> int:
+        """Channels of a stored key."""
+        return self.latent + self.rotated
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """The steps of one layer: hidden += output of the normed hidden state."""
+
+    tensors: CheckedTensors
+    layer: int
+    heads: int
+    variant: LatentVariant
+    kv_type: KvType
+
+    def steps(self, width: int) -> Iterator[ir.Step]:
+        """In the order of computation; `width`: of the hidden state."""
+        hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
+        variant, heads = self.variant, self.heads
+        query, key = Buffer("query", heads * variant.key), Buffer("key", variant.key)
+        attended, result = Buffer("attended", heads * variant.latent), Buffer("values", heads * variant.value)
+        yield self._norm("attn_norm", hidden, normed)
+        yield from self._queries(normed, query)
+        yield from self._keys(normed, key)
+        yield ir.Attention(
+            *(query, key, None, attended, self.layer),
+            heads=heads,
+            kv_heads=1,
+            head_dim=variant.key,
+            scale=variant.scale,
+            kv_type=self.kv_type,
+        )
+        yield self._by_head("attn_v_b", attended, result)
+        yield self._product("attn_output", result, projected)
+        yield ir.Add(hidden, projected, hidden)
+
+    def _queries(self, normed: Buffer, query: Buffer) -> Iterator[ir.Step]:
+        """Of each head the plain part, multiplied with the keys' matrix, then the rotated part."""
+        variant, heads = self.variant, self.heads
+        x, name = normed, "attn_q"
+        if variant.query_rank:
+            x, name = Buffer("query latent", variant.query_rank), "attn_q_b"
+            yield self._product("attn_q_a", normed, x)
+            yield self._norm("attn_q_a_norm", x, x)
+        whole = Buffer("query parts", heads * variant.query)
+        plain, rotated = (
+            Buffer("plain query", whole.width - heads * variant.rotated),
+            Buffer("rotated query", heads * variant.rotated),
+        )
+        absorbed = Buffer("absorbed query", heads * variant.latent)
+        yield self._product(name, x, whole)
+        yield ir.Slice(whole, plain, 0, heads)
+        yield ir.Slice(whole, rotated, plain.width // heads, heads)
+        yield from self._rotation(rotated, heads)
+        yield self._by_head("attn_k_b", plain, absorbed)
+        yield ir.Join(absorbed, rotated, query, heads)
+        if variant.temperature is not None:
+            yield ir.PositionScale(query, query, *variant.temperature)
+
+    def _keys(self, normed: Buffer, key: Buffer) -> Iterator[ir.Step]:
+        """The normed latent vector, then the rotated part."""
+        whole = Buffer("key parts", key.width)
+        latent, rotated = Buffer("latent", self.variant.latent), Buffer("rotated key", self.variant.rotated)
+        yield self._product("attn_kv_a_mqa", normed, whole)
+        yield ir.Slice(whole, latent, 0)
+        yield self._norm("attn_kv_a_norm", latent, latent)
+        yield ir.Slice(whole, rotated, latent.width)
+        yield from self._rotation(rotated, 1)
+        yield ir.Join(latent, rotated, key)
+
+    def _rotation(self, x: Buffer, heads: int) -> Iterator[ir.Step]:
+        if self.variant.table is not None:
+            yield ir.Rope(x, heads, self.variant.rotated, self.variant.style, self.variant.table)
+
+    def _norm(self, name: str, x: Buffer, out: Buffer) -> ir.Step:
+        return ir.RmsNorm(x, out, self.tensors.vector(self._tensor(name), x.width), self.variant.epsilon)
+
+    def _product(self, name: str, x: Buffer, out: Buffer) -> ir.Step:
+        return ir.MatMul(x, out, self.tensors.weight(self._tensor(name), (out.width, x.width)))
+
+    def _by_head(self, name: str, x: Buffer, out: Buffer) -> ir.Step:
+        product = ir.HeadMatMul(x, out, self._tensor(name), self.heads)
+        self.tensors.weight(product.weight, product.shape)
+        return product
+
+    def _tensor(self, name: str) -> str:
+        return f"blk.{self.layer}.{name}.weight"

@@ -46,6 +46,8 @@ LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
 """Channels of a head's query and value where attention is latent: other keys of widths are those of stored keys."""
 
 MAX_LAYERS = 1 << 10
+SHARED_KV_KEY = "attention.shared_kv_layers"
+"""How many of the layers, the last ones, read the keys and values of others."""
 NEXTN_KEY = "nextn_predict_layers"
 """How many of the layers, the last ones, are heads that predict further tokens."""
 

@@ -22,7 +22,7 @@ from llamaclust.model.adapters import (
     with_adapters,
 )
 from llamaclust.model.architectures import build_program, check_architecture
-from llamaclust.model.architectures.tensors import FACTOR_TENSORS, nextn_tensors
+from llamaclust.model.architectures.tensors import FACTOR_TENSORS, idle_kv_tensors, nextn_tensors
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.chat.template_choice import chosen_template
 from llamaclust.model.gguf.model_file import ModelFile, open_model
@@ -224,7 +224,7 @@ class Model:
 
     def _refuse_unknown_tensors(self) -> None:
         """An unread tensor may be a scale or a norm, without which every answer is wrong."""
-        known = {*self._whole.weights, *FACTOR_TENSORS, *nextn_tensors(self.file)}
+        known = {*self._whole.weights, *FACTOR_TENSORS, *nextn_tensors(self.file), *idle_kv_tensors(self.file)}
         unknown = set(self.file.tensors) - known
         if (error := unread_adapter_tensor(self.file, unknown)) is not None:
             raise error

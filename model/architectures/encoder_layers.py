@@ -21,15 +21,15 @@ class EncoderBuilder(ProgramBuilder):
     def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
         """The layers of an encoder. The embedding has the type of the first sentence and learned `positions` added, if
         there are any, and is normed; `last_norm`: so is what the last layer gives."""
-        if self._layers.start == 0:
+        if self.stage.start == 0:
             self._embed_sentence(positions)
-        yield from self._layers
+        yield from self.stage
         self._end(last_norm)
 
     def scaled_layers(self, embedding_factor: float) -> Iterator[int]:
         """The layers of an encoder whose embedding is multiplied by a number, with a norm behind them."""
         self._embed(embedding_factor, positions=False)
-        yield from self._layers
+        yield from self.stage
         self._end(last_norm=True)
 
     def encode(
@@ -82,15 +82,15 @@ class EncoderBuilder(ProgramBuilder):
 
     def _end(self, last_norm: bool) -> None:
         """No head: what is embedded or ranked is of every row."""
-        if self._layers.stop < self.hyperparameters.block_count:
+        if self.stage.stop < self.hyperparameters.block_count:
             return
         rows = self._hidden
         if last_norm:
             rows = self._last_normed
             self._norm("output_norm", self._hidden, rows)
         self._last_normed = self._scores(rows) if read_pooling(self.model) is Pooling.RANK else self._dense(rows)
-        self._out = Buffer("selected", self._hidden.width)
-        self._steps.append(steps.SelectRows(self._hidden, self._out))
+        self.out = Buffer("selected", self._hidden.width)
+        self._steps.append(steps.SelectRows(self._hidden, self.out))
 
     def _scores(self, rows: Buffer) -> Buffer:
         """By a reranker's classifier: [rows, classes]."""

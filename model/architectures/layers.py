@@ -70,7 +70,7 @@ class ProgramBuilder(CheckedTensors):
         assert 0 <= start < end <= hyperparameters.block_count, (start, end, hyperparameters.block_count)
         super().__init__(keys.model)
         self.hyperparameters = hyperparameters
-        self._layers = range(start, end)
+        self.stage = range(start, end)
         self.keys = keys
         self.kv_type = kv_type
         self._context_tokens = context_tokens or hyperparameters.context_length
@@ -80,7 +80,7 @@ class ProgramBuilder(CheckedTensors):
         self._normed = Buffer("normed", width)
         self._projected = Buffer("projected", width)
         self._last_normed = Buffer("last normed", width)
-        self._out = self._hidden
+        self.given = self.out = self._hidden  # of the stage
         self._layer_norm_epsilon: float | None = None
         self._norm_biases = True
         self._residual_scale = 1.0
@@ -88,9 +88,9 @@ class ProgramBuilder(CheckedTensors):
 
     def program(self) -> Program:
         layers = self.hyperparameters.block_count
-        start, end = self._layers.start, self._layers.stop
+        start, end = self.stage.start, self.stage.stop
         normed = self._last_normed if end == layers else None
-        return Program(start, end, layers, self._hidden, self._out, tuple(self._steps), normed)
+        return Program(start, end, layers, self.given, self.out, tuple(self._steps), normed)
 
     def use_layer_norms(self, *, biases: bool = True) -> None:
         """From here on norms subtract the mean, and add a bias unless there are no `biases`."""
@@ -115,8 +115,8 @@ class ProgramBuilder(CheckedTensors):
         The embedding is multiplied by `embedding_factor`, the logits by `logit_factor`; `positions` are learned, too;
         `soft_cap`: of the logits; `may_rank`: the file's pooling may be rank, and the head is a classifier then."""
         self._embed(embedding_factor, positions)
-        yield from self._layers
-        if self._layers.stop == self.hyperparameters.block_count:
+        yield from self.stage
+        if self.stage.stop == self.hyperparameters.block_count:
             self._norm(self.last_norm, self._hidden, self._last_normed)
             if may_rank and read_pooling(self.model) is Pooling.RANK:
                 self._ranking_head()
@@ -124,7 +124,7 @@ class ProgramBuilder(CheckedTensors):
                 self._head(soft_cap, logit_factor)
 
     def _embed(self, factor: float, positions: bool) -> None:
-        if self._layers.start > 0:
+        if self.stage.start > 0:
             return
         hp = self.hyperparameters
         embedded = Buffer("embedded", self._hidden.width) if positions else self._hidden
@@ -146,15 +146,15 @@ class ProgramBuilder(CheckedTensors):
     def _head(self, soft_cap: float | None, factor: float) -> None:
         """Of the normed rows, which embeddings have, those that are wanted, and their logits. Without `output.weight`
         the token embedding is used again."""
-        self._out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
+        self.out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._last_normed, selected))
         weight = "output" if "output.weight" in self.model.tensors else EMBEDDING.removesuffix(".weight")
-        self._matmul(weight, selected, self._out)
+        self._matmul(weight, selected, self.out)
         if factor != 1.0:
-            self._steps.append(steps.Scale(self._out, self._out, factor))
+            self._steps.append(steps.Scale(self.out, self.out, factor))
         if soft_cap is not None:
-            self._steps.append(steps.SoftCap(self._out, self._out, soft_cap))
+            self._steps.append(steps.SoftCap(self.out, self.out, soft_cap))
 
     def _ranking_head(self) -> None:
         """Of every row the scores of the classes, as rows of a head: [rows, classes]."""
@@ -163,8 +163,8 @@ class ProgramBuilder(CheckedTensors):
         if scores.width < 2:
             raise self.error(name, "1 class, of which the share is always 1; at least 2 expected")
         self._matmul("cls.output", self._last_normed, scores)
-        self._out = Buffer("selected", self._hidden.width)
-        self._steps.append(steps.SelectRows(self._hidden, self._out))
+        self.out = Buffer("selected", self._hidden.width)
+        self._steps.append(steps.SelectRows(self._hidden, self.out))
         self._last_normed = scores
 
     def attention(

@@ -8,7 +8,7 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import ModelFile
-from llamaclust.model.hyperparameters import MAX_LAYERS, NEXTN_KEY, ModelKeys, RopeParameters
+from llamaclust.model.hyperparameters import MAX_LAYERS, NEXTN_KEY, SHARED_KV_KEY, ModelKeys, RopeParameters
 from llamaclust.model.program import Buffer, MatMul
 from llamaclust.model.quant_types import QuantType
 
@@ -78,3 +78,12 @@ def nextn_tensors(model: ModelFile) -> Iterator[str]:
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     prefixes = tuple(f"blk.{layer}." for layer in range(layers - count, layers))
     return (name for name in model.tensors if name.startswith(prefixes)) if prefixes else iter(())
+
+
+def idle_kv_tensors(model: ModelFile) -> Iterator[str]:
+    """Of layers that read the keys and values of others: what files may have for keys and values of their own."""
+    keys = ModelKeys(model)
+    layers = keys.count("block_count", maximum=MAX_LAYERS)
+    shared = keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers)
+    names = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
+    return (f"blk.{layer}.{name}" for layer in range(layers - shared, layers) for name in names)

@@ -35,6 +35,7 @@ from llamaclust.model.program import (
     Adapt,
     AddPosition,
     AddRow,
+    Attention,
     Convolution,
     Embed,
     HeadMatMul,
@@ -68,6 +69,7 @@ class LayerCost:
     used_file_bytes: int = 0
     window: int | None = None  # of its attention or state
     window_bytes_per_token: int = 0  # of `kv_bytes_per_token`, what is given up behind the window
+    kv_source: int | None = None  # the layer whose keys and values it reads, if it has none of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ class Model:
             layers=tuple(_layer_cost(tensors, layer) for layer in layers),
             float_head_macs=_float_macs(tensors, head),
             head_file_bytes=_weight_bytes(tensors, head, _file_bytes),
-            hidden_bytes=4 * self.hyperparameters.embedding_length,
+            hidden_bytes=4 * self.program(0, 1).out.width if self.layer_count > 1 else 0,
         )
 
     @cached_property
@@ -259,6 +261,7 @@ def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
         window_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_memory if kept.window is not None),
         float_macs_per_token=_float_macs(tensors, steps),
         used_file_bytes=_weight_bytes(tensors, steps, _file_bytes) - _idle_bytes(tensors, steps, _file_bytes),
+        kv_source=next((step.layer for step in steps if isinstance(step, Attention) and step.shares_kv), None),
     )
 
 

@@ -54,6 +54,7 @@ class StageCosts:
     kv_token_bytes: Counts  # KV memory of a token
     window_token_bytes: Counts  # of it, that of layers with a window
     window: int | None  # the largest one
+    possible: NDArray[np.bool_]  # stages whose layers read keys and values of their own stage
     _read: Counts  # weights that decoding may read: all but the embedding
     _idle: Counts  # of them, those of experts that one token does not choose
     _macs: Counts
@@ -74,6 +75,7 @@ class StageCosts:
             kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),
             window_token_bytes=sums(layer.window_bytes_per_token for layer in costs.layers),
             window=costs.window,
+            possible=_possible(costs),
             _read=with_head,
             _idle=sums(layer.idle_bytes for layer in costs.layers),
             _macs=macs + last * costs.head_macs,
@@ -111,6 +113,15 @@ class StageCosts:
             point = at_rows(times, rows)
             return self._layers_read.astype(np.float64) * point.layers_byte_s + point.stage_s
         return _roofline_s(worker.profile, self._layers_read, rows * self._layers_macs)
+
+
+def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
+    """By start and end: no border stands between a layer and the one whose keys and values it reads."""
+    borders = np.ones(len(costs.layers) + 1, np.bool_)
+    for number, layer in enumerate(costs.layers):
+        if layer.kv_source is not None:
+            borders[layer.kv_source + 1 : number + 1] = False
+    return np.logical_and.outer(borders, borders)
 
 
 def sums(values: Iterable[int]) -> Counts:

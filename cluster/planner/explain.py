@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from llamaclust.cluster.planner.costs import Table, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.memory import MemoryModel, Split
@@ -60,7 +62,7 @@ def _least_shortfall(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> floa
     """Bytes that memory lacks in the best of all splits."""
 
     def tables(worker: WorkerFacts) -> tuple[Table, Table]:
-        shortfall_bytes = sizes.shortfall_table(worker, 1)
+        shortfall_bytes = np.where(sizes.stages.possible, sizes.shortfall_table(worker, 1), np.inf)
         return shortfall_bytes, shortfall_bytes
 
     return least_total(worker_classes([replace(worker, profile=None) for worker in workers], tables))

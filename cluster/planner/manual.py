@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llamaclust.core.errors import UsageError
 
 Assignment = tuple[str, int, int]
@@ -22,6 +25,18 @@ def checked(plan: Sequence[Assignment], workers: Collection[str], layers: int) -
     ordered = sorted(plan, key=lambda entry: entry[1])
     _check_covered(ordered, layers)
     return tuple(ordered)
+
+
+def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_]) -> None:
+    """UsageError for a border that divides layers which read the same keys and values; `possible`: by start and end."""
+    borders = np.flatnonzero(possible.diagonal())
+    for worker, start, end in plan:
+        if not possible[start, end]:
+            known = ", ".join(map(str, borders))
+            what = "divides layers that read the same keys and values"
+            raise UsageError(
+                f"plan: layers [{start}, {end}) of worker {worker!r}: a border {what}; borders may be {known}"
+            )
 
 
 def _check_once(plan: Sequence[Assignment]) -> None:

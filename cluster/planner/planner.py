@@ -23,7 +23,7 @@ from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, viola
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
-from llamaclust.cluster.planner.manual import Assignment, checked
+from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
 from llamaclust.cluster.planner.plan import DevicePlan, Plan, StagePlan, usual_prompt_tokens
 from llamaclust.cluster.planner.predict import StageParts, predict
@@ -58,6 +58,7 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     sizes = MemoryModel(stages, request)
     if request.manual is not None:
         by_hand = checked(request.manual, [worker.name for worker in workers], stages.layers)
+        check_possible(by_hand, stages.possible)
         _check_adjacency([name for name, _, _ in by_hand], request.partitions)
         found = _Found(by_hand, contexts=1, optimality_gap=None)
     else:
@@ -186,7 +187,7 @@ def _times(sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Tabl
 
     mix = mix_of(concurrent=True)
     mix[0, stages.layers] = mix_of(concurrent=False)[0, stages.layers]  # no other stage computes then
-    fits = sizes.shortfall_table(worker, contexts) == 0
+    fits = (sizes.shortfall_table(worker, contexts) == 0) & stages.possible
     prompt_bytes = prompt_tokens * stages.hidden_bytes
     others = np.ones_like(mix)
     others[0, stages.layers] = 0  # a stage of all layers has no links

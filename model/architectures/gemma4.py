@@ -1,5 +1,5 @@
-"""Gemma 4: layers of two kinds, whose heads, rotations and windows differ; experts beside a feed-forward network; in the
-E models inputs per layer, and layers that read the keys and values of others."""
+"""Gemma 4: layers of two kinds, whose heads, rotations and windows differ; experts beside a feed-forward network; in
+the E models inputs per layer, and layers that read the keys and values of others."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class LayerKind:
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Scores are not scaled; values are normed without a weight, and are the keys of layers that have none; each layer's
-    result is multiplied by a number of the file."""
+    """Scores are not scaled; values are normed without a weight, and are the keys of layers that have none; each
+    layer's result is multiplied by a number of the file."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")

@@ -120,11 +120,13 @@ class _Part:
 
 
 def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
-    """At few rows and many; none where the model is too small to tell layers from what a stage takes anyway, or memory
-    is short."""
-    sizes = [layer.weight_bytes for layer in model.costs(KvType(device.size.limits.kv_type)).layers]
+    """At few rows and many; none where the model is too small to tell layers from what a stage takes anyway, memory is
+    short, or layers read keys and values of others."""
+    costs = model.costs(KvType(device.size.limits.kv_type)).layers
+    sizes = [layer.weight_bytes for layer in costs]
     layers = len(sizes)
-    if layers < _LEAST_LAYERS or sum(sizes) < _LEAST_BYTES:
+    shares_kv = any(layer.kv_source is not None for layer in costs)
+    if layers < _LEAST_LAYERS or sum(sizes) < _LEAST_BYTES or shares_kv:
         return ()
     some = max(2, min(layers - 1, device.size.layers_bytes // max(sizes[0], 1)))
     while some > 2 and device.left_bytes(model, 0, some) < SWEEP_BYTES:

@@ -131,11 +131,11 @@ class StageRunner:
     def embeddings(self, microbatch: Microbatch) -> bytes:
         """Normed hidden state of the embedded rows of a last stage's last run, as `Result` has it. ProtocolError for
         more of them than one result holds."""
-        assert self.program.is_last, "only a last stage has it"
         count = microbatch.embedded_rows
         if count == 0:
             return b""
-        most = max_embedded_rows(self.program.hidden.width)
+        assert self.program.normed is not None, "only a last stage has it"
+        most = max_embedded_rows(self.program.normed.width)
         if count > most:
             raise ProtocolError(f"microbatch with {count} embedded rows, one result holds {most}")
         return self._stage.normed(embedded_rows(microbatch)).astype("<f4").tobytes()

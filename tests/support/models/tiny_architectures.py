@@ -10,7 +10,7 @@ from typing import Any
 
 from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
-from support.models.tiny.gemma4 import GEMMA4, layer_of_gemma4
+from support.models.tiny.gemma4 import GEMMA4, inputs_of_gemma4, layer_of_gemma4
 from support.models.tiny.latent_models import LATENT_MODELS
 from support.models.tiny.shape import Tiny
 from support.models.tiny.states import STATE_MODELS, convolution
@@ -251,7 +251,7 @@ MODELS = MappingProxyType(
 def build_architecture(path: Path, name: str) -> Path:
     """Writes one of MODELS to `path` and returns it. The same bytes on every machine."""
     tiny = MODELS[name]
-    tensors = [*_ends(tiny)]
+    tensors = [*_ends(tiny), *inputs_of_gemma4(tiny, VOCABULARY)]
     for layer in range(tiny.layers):
         tensors += (
             layer_of_gemma4(tiny, layer)

@@ -1,0 +1,54 @@
+"""Plans of models whose last layers read the keys and values of others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llamaclust.cluster.planner.costs import StageCosts
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
+from llamaclust.core.sizes import MIB
+from llamaclust.model.loader import ModelCosts
+from support.plans.plan_inputs import LAYER, REQUEST, worker
+
+FIRST_SHARED = 6
+COSTS = ModelCosts(
+    *(20 * MIB, 20 * MIB, 10**6),
+    (LAYER,) * FIRST_SHARED
+    + tuple(replace(LAYER, kv_source=4 + number % 2, kv_bytes_per_token=0) for number in range(6)),
+)
+BORDERS = [0, 1, 2, 3, 4, 12]
+
+
+def test_no_border_stands_between_layers_that_share_keys_and_values() -> None:
+    possible = StageCosts.of(COSTS).possible
+    assert [border for border in range(13) if possible[border, border]] == BORDERS
+    assert possible[0, 4] and possible[4, 12] and not possible[0, 6] and not possible[5, 12]
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+@pytest.mark.parametrize("names", ["ab", "abc", "abcde"])
+@pytest.mark.parametrize("measured", [True, False])
+def test_plans_keep_such_layers_together(objective: str, names: str, measured: bool) -> None:
+    workers = [worker(name, read=20 if measured else None) for name in names]
+    plan = make_plan(COSTS, workers, replace(REQUEST, objective=objective))
+    assert {stage.start for stage in plan.stages} <= set(BORDERS[:-1])
+
+
+def test_a_manual_plan_between_them_is_refused() -> None:
+    request = replace(REQUEST, manual=(("a", 0, 6), ("b", 6, 12)))
+    with pytest.raises(UsageError, match=r"layers \[0, 6\) of worker 'a'.*borders may be 0, 1, 2, 3, 4, 12"):
+        make_plan(COSTS, [worker("a"), worker("b")], request)
+    good = make_plan(COSTS, [worker("a"), worker("b")], replace(request, manual=(("a", 0, 4), ("b", 4, 12))))
+    assert [stage.end for stage in good.stages] == [4, 12]
+
+
+def test_workers_that_are_too_small_for_them_together_are_named() -> None:
+    small = [worker(name, memory_mib=75) for name in "abc"]  # for four layers each
+    assert make_plan(
+        ModelCosts(*(20 * MIB, 20 * MIB, 10**6), (LAYER,) * 12), [*small, worker("d", memory_mib=75)], REQUEST
+    )
+    with pytest.raises(InsufficientMemoryError, match="the model does not fit"):
+        make_plan(COSTS, [*small, worker("d", memory_mib=75)], REQUEST)

@@ -113,6 +113,14 @@ def test_values_without_a_weight_are_keys(make: Callable[..., ModelFile]) -> Non
     assert all(norm.weight is None for norm in norms)
 
 
+def test_last_layers_read_the_keys_and_values_of_others(make: Callable[..., ModelFile]) -> None:
+    attention = [step for step in whole(make("gemma4-inputs")).steps if isinstance(step, Attention)]
+    assert [step.layer for step in attention] == [0, 1, 2, 1, 1, 2]
+    assert [step.shares_kv for step in attention] == [False] * 3 + [True] * 3
+    with pytest.raises(ModelFileError, match="shared_kv_layers': 5, and no layer before has the window of layer 2"):
+        whole(make("gemma4-inputs", attention__shared_kv_layers=5))
+
+
 def test_a_layer_without_kv_heads_has_no_attention(make: Callable[..., ModelFile]) -> None:
     with pytest.raises(ModelFileError, match="head_count_kv': 0 in layer 1, which has attention"):
         whole(make("qwen3", attention__head_count_kv=np.array([2, 0, 2], np.int32)))

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.cluster.planner.costs import StageCosts
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Batch, Float32, Stage
 from llamaclust.model.kv_type import KvType
@@ -46,6 +47,12 @@ def load_stage(
         start, model.layer_count if end is None else end, KvType(limits.kv_type), limits.max_context_tokens
     )
     return backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
+
+
+def possible_cuts(model: Model, cuts: Iterable[int]) -> tuple[int, ...]:
+    """Those that do not divide layers which read the same keys and values."""
+    possible = StageCosts.of(model.costs(KvType.F16)).possible
+    return tuple(cut for cut in cuts if possible[cut, cut])
 
 
 class Chain:

@@ -20,6 +20,7 @@ from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.stage_runner import StageRunner
+from support.arithmetic.batches import possible_cuts
 from support.clusters.fakes import FakeModel, FakeStages, Simulation, linear
 
 Answer = tuple[tuple[int, bytes], ...]
@@ -38,7 +39,7 @@ class CutModel(FakeModel):
     def __init__(self, backend: Backend, model: Model, cuts: Sequence[int], settings: SchedulerSettings) -> None:
         super().__init__(settings.kv_blocks)
         limits = _limits(settings, (settings.kv_blocks, 0))
-        bounds = (0, *cuts, model.layer_count)
+        bounds = (0, *possible_cuts(model, cuts), model.layer_count)
         self.runners = [StageRunner(backend, model, start, end, limits) for start, end in pairwise(bounds)]
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:

@@ -268,7 +268,7 @@ class _Compiler:
         return self._scales[key].buffer
 
     def _attend(self, step: ir.Attention, rotate_q: ir.Rope | None, rotate_k: ir.Rope | None) -> None:
-        value = None if step.v is None else self._buffers.read(step.v)
+        value = None if step.v is None or step.shares_kv else self._buffers.read(step.v)
         self.plan.attend(
             self._buffers.read(step.q),
             None if step.shares_kv else (self._buffers.read(step.k), value),

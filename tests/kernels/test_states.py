@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_a_plan_counts_the_memory_of_states(model: Model) -> None:
         ({"attention.head_count_kv": np.array([0, 0, 2, 0, -1], np.int32)}, "head_count_kv': -1"),
     ],
 )
-def test_bad_keys_are_refused(model: Model, keys: dict[str, object], message: str) -> None:
+def test_bad_keys_are_refused(model: Model, keys: dict[str, Any], message: str) -> None:
     changed = {f"lfm2.{key}": value for key, value in keys.items()}
     metadata = {key: value for key, value in {**model.file.metadata, **changed}.items() if value is not None}
     with pytest.raises(ModelFileError, match=message):

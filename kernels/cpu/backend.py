@@ -25,8 +25,8 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What matrices multiply: x [rows, width], a view that the next run overwrites. Of experts, `chosen` [rows, used]
-    says which ones, and x may have a line for each of them [rows * used, width]."""
+    """What matrices multiply: x [rows, width], a view that the next run overwrites. Of experts and heads, `chosen`
+    [rows, used] says which ones, and x may have a line for each of them [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -92,7 +92,11 @@ class CpuStage:
         for seen in self._observed:
             ids = None if seen.choice is None else self._native.contents(seen.choice)[:rows]
             chosen = None if ids is None else ids[:, : ids.shape[1] // 2].astype(np.int32)
-            yield Inputs(seen.weights, self._native.contents(seen.buffer)[: rows * seen.used], chosen)
+            x = self._native.contents(seen.buffer)[: rows * seen.used]
+            if seen.heads > 1:
+                x = x.reshape(rows * seen.heads, -1)
+                chosen = np.tile(np.arange(seen.heads, dtype=np.int32), (rows, 1))
+            yield Inputs(seen.weights, x, chosen)
 
     def kv_layers(self) -> tuple[NDArray[np.uint8], ...]:
         """See `kernels.backend.KvInRam`."""

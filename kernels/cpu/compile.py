@@ -32,12 +32,13 @@ _SLOTS = 4
 @dataclass(frozen=True, slots=True)
 class Observed:
     """The inputs of some matrices in a run: `buffer` has a copy. For experts it has `used` lines a row if each expert
-    has its own input, else one; `choice` has their ids."""
+    has its own input, else one; `choice` has their ids. Of products by head, each row has one line for all `heads`."""
 
     weights: tuple[str, ...]
     buffer: int
     choice: int | None = None
     used: int = 1
+    heads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,17 +217,15 @@ class _Compiler:
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in weights])
         self.plan.multiply(
             [
-                (
-                    weight.matrix,
-                    self._vector(step.bias),
-                    self._buffers.write(step.out),
-                    slot,
-                )
+                (weight.matrix, self._vector(step.bias), self._buffers.write(step.out), slot)
                 for step, weight, slot in zip(steps, weights, slots, strict=True)
             ]
         )
 
     def _multiply_heads(self, step: ir.HeadMatMul) -> None:
+        if self._observed is not None:
+            copy = self._copy(self._buffers.read(step.x), step.x.width)
+            self._observed.append(Observed((step.weight,), copy, heads=step.heads))
         weight, slot = self._weights[step.weight], 0
         activation = weight.quant_type.info.activation
         assert activation is not None

@@ -13,16 +13,17 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cpu.quantize import as_importance, quantize
 from llamaclust.kernels.reference import backend as reference
-from llamaclust.kernels.reference.steps import State, matmul, run_step, silu
+from llamaclust.kernels.reference.steps import State, matmul, of_heads, run_step, silu
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.imatrix import Importance, ImportanceMatrix
 from llamaclust.model.loader import Model
-from llamaclust.model.program import MatMul, Moe, Step
+from llamaclust.model.program import HeadMatMul, MatMul, Moe, Step
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.quantize.imatrix import collect
 from llamaclust.tools.quantize.mixes import MIXES
 from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
 from llamaclust.tools.quantize.type_choice import Wishes
+from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
 Floats = NDArray[np.floating]
@@ -48,7 +49,10 @@ def _expected(model: Model, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyP
     def watched(step: Step, state: State) -> None:
         if isinstance(step, MatMul):
             found[step.weight] = {0: _squares(state[step.x])}
-        if isinstance(step, Moe):
+        if isinstance(step, HeadMatMul):
+            heads = of_heads(state[step.x], step.heads)
+            found[step.weight] = {head: _squares(heads[:, head]) for head in range(step.heads)}
+        if isinstance(step, Moe) and step.options.normalized:
             _of_experts(step, state, found)
         run_step(step, state)
 
@@ -85,6 +89,19 @@ def test_sums_are_those_of_the_reference(path: Path, monkeypatch: pytest.MonkeyP
             np.testing.assert_allclose(matrix.entries[name].sums[expert], squares, rtol=0.02, err_msg=name)
     counts = matrix.entries["blk.1.ffn_up_exps.weight"].counts
     assert counts.sum() == 2 * TOKENS and len(set(counts.tolist())) > 1
+
+
+def test_each_head_has_sums_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of latent attention."""
+    tokens = tuple(int(token) for token in np.random.default_rng(3).integers(0, 300, TOKENS))
+    with Model.open(build_architecture(tmp_path / "m.gguf", "deepseek2-lite")) as model:
+        matrix = collect(model, [tokens], 2, "text", True, lambda what, done, total: None)
+        expected = _expected(model, tokens, monkeypatch)
+    for name in ("blk.0.attn_k_b.weight", "blk.3.attn_v_b.weight"):
+        entry, heads = matrix.entries[name], expected[name]
+        assert len(entry.sums) == len(heads) == 2 and entry.counts.tolist() == [TOKENS, TOKENS]
+        for head, squares in heads.items():
+            np.testing.assert_allclose(entry.sums[head], squares, rtol=0.02, err_msg=name)
 
 
 def test_each_expert_is_quantized_by_its_own_importance(path: Path, tmp_path: Path) -> None:

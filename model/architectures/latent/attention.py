@@ -55,7 +55,7 @@ class LatentAttention:
         hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
         variant, heads = self.variant, self.heads
         query, key = Buffer("query", heads * variant.key), Buffer("key", variant.key)
-        attended, result = Buffer("attended", heads * variant.latent), Buffer("values", heads * variant.value)
+        attended, result = Buffer("by head", heads * variant.latent), Buffer("values", heads * variant.value)
         yield self._norm("attn_norm", hidden, normed)
         yield from self._queries(normed, query)
         yield from self._keys(normed, key)
@@ -84,7 +84,7 @@ class LatentAttention:
             Buffer("plain query", whole.width - heads * variant.rotated),
             Buffer("rotated query", heads * variant.rotated),
         )
-        absorbed = Buffer("absorbed query", heads * variant.latent)
+        absorbed = Buffer("by head", heads * variant.latent)  # that of the results, later
         yield self._product(name, x, whole)
         yield ir.Slice(whole, plain, 0, heads)
         yield ir.Slice(whole, rotated, plain.width // heads, heads)

@@ -288,6 +288,7 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         generates=model.generates,
         window=None if group is None else group.window,
         window_blocks=0 if group is None else group.blocks_beside(kv_blocks, context, settings.max_sequences),
+        has_states=model.has_states,
     )
 
 

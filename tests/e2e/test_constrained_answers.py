@@ -22,6 +22,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.worker.stage.matched_answer import MatchedAnswer
 from support.chat.constrained_requests import grammar_requests, reasoning_requests
 from support.clusters.recovering import CONTEXT, Answer, answer_of, config, model_in, recovering, undisturbed
+from support.models.tiny_architectures import build_architecture
 from support.seed import SEED
 
 _OPENS = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:<think>{% endif %}"
@@ -110,10 +111,18 @@ async def test_preemption_in_the_middle_of_answers_changes_nothing(
         assert service._engine.counts.preemptions > 5
 
 
+@pytest.mark.parametrize("has_states", [False, True])
 async def test_deferred_rows_and_matchers_that_are_made_again_change_nothing(
-    model: Path, answers: Undisturbed, monkeypatch: pytest.MonkeyPatch
+    model: Path, answers: Undisturbed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_states: bool
 ) -> None:
-    """A fifth of the rows find no matcher, matchers are late, and one of a hundred tokens uses up a lexer."""
+    """A fifth of the rows find no matcher, matchers are late, and one of a hundred tokens uses up a lexer. Rows that
+    have updated a state are not computed again in place."""
+    requests = _CASES["grammars"].requests
+    if has_states:
+        model = build_architecture(tmp_path / "lfm2.gguf", "lfm2")
+        expected = await asyncio.to_thread(undisturbed, model, requests)
+    else:
+        expected = await asyncio.to_thread(answers, "grammars")
     source, begin, try_take, deferred = Random(SEED), MatchedAnswer.begin, GrammarMatcher.try_take, count(1)
     make = MatchedAnswer.make_matcher
 
@@ -138,8 +147,8 @@ async def test_deferred_rows_and_matchers_that_are_made_again_change_nothing(
     monkeypatch.setattr(GrammarMatcher, "try_take", use_up)
     client = LocalClient(model, threads=1, settings=LocalSettings(context_length=CONTEXT))
     async with client._stage.serve() as service:
-        answering = [answer_of(service._engine.submit(request)) for request in _CASES["grammars"].requests]
-        assert await asyncio.gather(*answering) == answers("grammars"), f"seed {SEED}"
+        answering = [answer_of(service._engine.submit(request)) for request in requests]
+        assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
     assert next(deferred) > 50
 
 

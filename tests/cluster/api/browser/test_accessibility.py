@@ -36,7 +36,15 @@ async def serious(page: Page) -> list[tuple[str, list[Any]]]:
 STAGE = {"worker": "a", "compute": 0.4, "queue": 0.1, "send": 0.1}
 PREFILL = {"tokens": 20, "microbatches": 2, "stages": [STAGE], "links": 0.1, "idle": 0.1}
 WATERFALL = {
-    **{"id": "aaaa", "end": None, "seconds": 1.0, "prompt_tokens": 20, "cached_tokens": 0, "generated_tokens": 1},
+    **{
+        "id": "aaaa",
+        "adapters": [],
+        "end": None,
+        "seconds": 1.0,
+        "prompt_tokens": 20,
+        "cached_tokens": 0,
+        "generated_tokens": 1,
+    },
     "phases": [
         {"phase": "waiting", "start": 0.0, "seconds": 0.2},
         {"phase": "prefill", "start": 0.2, "seconds": 0.8, **PREFILL},

@@ -72,11 +72,13 @@ class Page {
   /** Each time, as a restart may serve another model. The name stays as it was while the server does not answer, or refuses
    *  the key, which is then requested once. */
   async #loadModel() {
+    const key = apiKey();
     try {
       const { data } = await requestJson("v1/models", { signal: AbortSignal.timeout(DEADLINE_MS) });
       this.#model = data[0]?.id ?? "";
     } catch (error) {
       if (!(error instanceof ApiError) || error.status !== 401 || this.#wasKeyRequested) return;
+      if (apiKey() !== key) return; // another one was entered meanwhile
       this.#wasKeyRequested = true;
       this.#key.open(apiKey() ? error.message : "");
     }

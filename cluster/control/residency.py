@@ -92,11 +92,12 @@ class Resident:
 
     def load(self) -> None:
         """It is loaded though it has no request."""
-        self.is_explicit = True
+        self.is_explicit = self.serving_since_s is None
         self.wake()
 
     async def sleep(self) -> None:
         """Returns when it sleeps, or is awake for a request that came meanwhile."""
+        self.is_explicit = False
         self.observed.post(Signal.SLEEP_REQUESTED)
         await self.observed.until(lambda state: not state.is_wanted)
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)

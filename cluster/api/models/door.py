@@ -29,6 +29,15 @@ _NO_REPLIES = frozenset(
 """Paths below these that name no reply."""
 _LOADS = ("/api/generate", "/api/chat", "/api/embed", "/api/embeddings")
 """Paths whose `keep_alive` counts; a request there without input loads the model."""
+COMPUTED = frozenset(
+    f"{prefix}/{path}"
+    for prefix in ("", "/v1")
+    for path in (
+        *("chat/completions", "completions", "completion", "infill", "messages", "responses", "responses/compact"),
+        *("embeddings", "embedding", "rerank", "reranking"),
+    )
+) | {*_LOADS}
+"""Paths whose replies need a loaded model."""
 _INPUTS = ("prompt", "suffix", "messages", "input")
 """Fields of these: a request without any loads or unloads the model."""
 
@@ -144,9 +153,20 @@ class ModelDoor:
         if request.scope["path"] in _LOADS:
             keep = read_keep_alive(fields)
             unloads = keep is not None and keep.seconds == 0 and not any(fields.get(name) for name in _INPUTS)
-        if not (unloads or self._settings.load_on_demand):
-            _check_loaded(model)
+        if not (unloads or self._settings.load_on_demand) and request.scope["path"] in COMPUTED:
+            self._check_loaded(model, request)
         return _Addressed(model, keep, unloads, _replayed(data, request.receive))
+
+    def _check_loaded(self, model: DoorModel, request: Request) -> None:
+        """HttpError 400 for a model that sleeps. One that gave way to another one's requests has some itself, and a
+        reply that is kept needs none."""
+        if not (model.resident.is_asleep and model.resident.is_idle):
+            return
+        own, key = owner(request.headers, self._settings.api_keys), request.headers.get("idempotency-key", "")
+        if model.replies.cache.named(own, key) is None:
+            what = "and requests load none (load_on_demand: false)"
+            message = f"model: {model.name!r} is not loaded, {what}: POST /models/load with this model first"
+            raise HttpError(400, "model_not_loaded", message, param="model")
 
     async def _pass(self, addressed: _Addressed, scope: Scope, send: Send) -> None:
         """To a model, which stays awake for as long as Ollama's field `keep_alive` says, from the end of the reply; not
@@ -171,14 +191,6 @@ class ModelDoor:
                 model.resident.leave()
             if keep is not None and not is_refused:
                 model.resident.keep(keep.seconds)
-
-
-def _check_loaded(model: DoorModel) -> None:
-    """HttpError 400 for a model that sleeps. One that gave way to another one's requests has some itself."""
-    if model.resident.is_asleep and model.resident.is_idle:
-        what = "and requests load none (load_on_demand: false)"
-        message = f"model: {model.name!r} is not loaded, {what}: POST /models/load with this model first"
-        raise HttpError(400, "model_not_loaded", message, param="model")
 
 
 async def _fields(data: bytes) -> dict[str, Any]:

@@ -6,17 +6,27 @@ import json
 import sys
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi.routing import APIRoute
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.api.models import door
-from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
+from llamaclust.cluster.api.models.door import COMPUTED, DoorModel, ModelDoor
 from llamaclust.cluster.api.settings import ApiSettings
+from support.clusters.served import ScriptedEngine, make_app, says
 from support.several_models.door_models import ScriptedResident, door_model
+
+NOT_COMPUTED = (
+    *("/input_tokens", "/count_tokens", "/cancel", "/tokenize", "/detokenize", "/apply-template", "/lora-adapters"),
+    *("/models/load", "/models/unload", "/slots/{slot}", "/load_lora_adapter", "/unload_lora_adapter"),
+    *("/show", "/pull", "/create", "/copy", "/blobs/{digest}", "/push"),
+)
+"""Paths of bodies that need none."""
 
 
 def replying(name: str, aliases: tuple[str, ...] = (), kept: Sequence[str] = ()) -> DoorModel:
@@ -110,14 +120,24 @@ async def test_a_body_is_not_held_while_it_is_answered(path: str, monkeypatch: p
 async def test_without_demand_a_request_loads_no_model() -> None:
     resident = ScriptedResident()
     resident.is_asleep = True
-    model = door_model("a", PlainTextResponse("a"), resident)
+    model = door_model("a", PlainTextResponse("a"), resident, kept=("kept",))
     transport = httpx.ASGITransport(ModelDoor([model], ApiSettings(load_on_demand=False)))
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as http:
         refused = await http.post("/v1/chat/completions", json={"model": "a"})
         assert refused.status_code == 400 and "POST /models/load" in refused.json()["error"]["message"]
         assert (await http.post("/api/chat", json={"model": "a", "messages": [{}]})).status_code == 400
         assert (await http.post("/api/chat", json={"model": "a", "keep_alive": 0})).text == "a"
+        for path in ("/cluster/workers/w/drain", "/tokenize", "/api/show", "/none"):
+            assert (await http.post(path, json={"model": "a"})).text == "a", path
+        again = {"Idempotency-Key": "kept"}
+        assert (await http.post("/v1/completions", json={"model": "a"}, headers=again)).text == "a"
         resident.is_idle = False  # it gave way
         assert (await http.post("/v1/chat/completions", json={"model": "a"})).text == "a"
         resident.is_asleep, resident.is_idle = False, True
         assert (await http.post("/v1/chat/completions", json={"model": "a"})).text == "a"
+
+
+def test_every_path_of_a_body_needs_a_loaded_model_or_does_not() -> None:
+    app = make_app(ScriptedEngine(says("a")), slot_folder=Path("/tmp"), allows_pull=True)
+    posts = {route.path for route in app.routes if isinstance(route, APIRoute) and "POST" in (route.methods or ())}
+    assert posts & COMPUTED == posts - {path for path in posts if path.endswith(NOT_COMPUTED)}

@@ -37,7 +37,11 @@ def open_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Mode
     return open_once
 
 
-@pytest.mark.parametrize("name", MODELS)
+CPU_ONLY = ("gemma4-inputs",)
+"""Models whose hidden states have more behind them, which GPUs do not compute."""
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in CPU_ONLY])
 def test_layers_are_those_that_the_architecture_emits(open_model: Callable[[str], Model], name: str) -> None:
     model = open_model(name)
     whole = model.program(0, model.layer_count)

@@ -69,8 +69,9 @@ class ModelVersions:
             outcome = _Outcome(model.model_id)
             try:
                 await observed.until(outcome.is_decided)
-                if outcome.error is not None:
-                    raise outcome.error
             finally:
                 if not outcome.is_served:
                     observed.post(seen.VersionWanted(before))
+            if outcome.error is not None:
+                await observed.until(lambda state: state.pool.model_id == before)
+                raise outcome.error

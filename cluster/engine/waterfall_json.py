@@ -27,7 +27,7 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """A sequence without its phases. `adapters`: the names of those that requests may use, by their numbers."""
+    """A sequence without its phases. `adapters`: names by the numbers that it uses; null for one unloaded long ago."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],
@@ -36,7 +36,7 @@ def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str
         "prompt_tokens": timings.prompt_tokens,
         "cached_tokens": timings.cached_tokens,
         "generated_tokens": timings.generated_tokens,
-        "adapters": [{"name": adapters[number], "scale": scale} for number, scale in record.adapters],
+        "adapters": [{"name": adapters.get(number), "scale": scale} for number, scale in record.adapters],
     }
 
 

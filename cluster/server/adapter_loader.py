@@ -1,11 +1,11 @@
-"""Adapters that clients load while a model is served: which files are allowed, their numbers, their record."""
+"""Adapters that clients load and unload while a model is served: allowed files, their numbers, their record."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from llamaclust.cluster.api.errors import HttpError
@@ -15,8 +15,15 @@ from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, Serv
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError, ModelFileError, ParameterError
 from llamaclust.core.limits import MAX_ADAPTERS
-from llamaclust.model.adapters import check_adapter_weights, is_adapter, read_adapter, with_adapters
-from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.adapters import (
+    adapted_identity,
+    check_adapter_weights,
+    is_adapter,
+    read_adapter,
+    with_adapters,
+)
+from llamaclust.model.gguf.header import Header
+from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.loader import Model
 
 _MOST_SHOWN = 200
@@ -56,14 +63,14 @@ class OpenedModel:
 
 @dataclass(eq=False, slots=True)
 class AdapterLoader:
-    """Of one model. One change at a time."""
+    """Of one model. `_turn`: of the loaders of all models, one change at a time."""
 
     model: OpenedModel
     versions: ModelVersions
     _record: AdapterRecord
     _report: Report
-    others: Sequence[AdapterLoader] = ()  # of all models
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    others: Sequence[AdapterLoader]  # of all models
+    _turn: asyncio.Lock
 
     async def load(self, name: str, path: str) -> None:
         """Returns when requests may use the adapter. ParameterError for a name or a path that is not allowed, HttpError
@@ -73,21 +80,64 @@ class AdapterLoader:
         assert folder is not None
         async with self._turn:
             self._check_name(name)
-            if self.versions.is_asleep:
-                what = f"model {self.model.config.model_name!r} is not loaded"
-                raise HttpError(503, "model_not_loaded", f"{what}: load it by /v1/models/load, then try again")
+            self._check_awake()
             number, wanted = _free_number(adapters), ServedAdapter(name, path)
             adapter, version = await asyncio.to_thread(_opened, self.model.plain, folder, adapters, number, wanted)
-            self._check_version(version)
-            before = self.versions.wanted
-            await self.versions.replace(version)
-            try:
-                await self._record.write(self.model.config.model_name, [*adapters.loaded, (number, adapter)])
-            except LlamaclustError:
-                await self.versions.replace(before)
-                raise
+            await self._replace(version, [*adapters.loaded, (number, adapter)], "lora_path")
             adapters.add(number, adapter)
         self._report(Notice(f"a client loaded adapter {number} {name!r}: {adapter.path}"))
+
+    async def unload(self, name: str) -> None:
+        """Returns when the model serves without the adapter. HttpError 404 for a name of none, 409 while it is used;
+        ParameterError for one of the cluster file; else as `load`."""
+        adapters = self.model.adapters
+        async with self._turn:
+            number = self._unloadable(name)
+            self._check_awake()
+            adapter, before = adapters[number], self.versions.model_id
+            adapters.remove(number)  # requests that come meanwhile get 404
+            try:
+                version = await asyncio.to_thread(_remaining, self.model.plain, adapters)
+                await self._replace(version, adapters.loaded, "lora_name")
+            except BaseException:
+                if self.versions.model_id == before:
+                    adapters.add(number, adapter)
+                raise
+        self._report(Notice(f"a client unloaded adapter {number} {name!r}"))
+
+    async def _replace(self, version: Model, loaded: Sequence[tuple[int, ServedAdapter]], param: str) -> None:
+        """Returns when a version with these serves and the record has them; else everything is as before."""
+        self._check_version(version, param)
+        before = self.versions.wanted
+        await self.versions.replace(version)
+        try:
+            await self._record.write(self.model.config.model_name, loaded)
+        except LlamaclustError:
+            await self.versions.replace(before)
+            raise
+
+    def _unloadable(self, name: str) -> int:
+        """The number of an adapter that a client loaded and no request uses."""
+        adapters, model = self.model.adapters, self.model.config.model_name
+        number = adapters.number_of(name)
+        if number is None:
+            message = f"lora_name: model {model!r} has no adapter {name[:_MOST_SHOWN]!r}"
+            raise HttpError(404, "adapter_not_found", message, param="lora_name")
+        if not adapters[number].content:
+            raise ParameterError("lora_name", f"{name!r} is an adapter of the cluster file: remove it there")
+        if any(number == other for other, _ in adapters.default):
+            what = f"adapter {name!r} has a scale in all requests: set it to 0 by POST /lora-adapters first"
+            raise HttpError(409, "adapter_in_use", what, param="lora_name")
+        if uses := adapters.uses(number):
+            requests = "1 request uses" if uses == 1 else f"{uses} requests use"
+            what = f"{requests} adapter {name!r}: try again when none does"
+            raise HttpError(409, "adapter_in_use", what, param="lora_name")
+        return number
+
+    def _check_awake(self) -> None:
+        if self.versions.is_asleep:
+            what = f"model {self.model.config.model_name!r} is not loaded"
+            raise HttpError(503, "model_not_loaded", f"{what}: load it by /v1/models/load, then try again")
 
     def _check_name(self, name: str) -> None:
         if name in self.model.adapters.names:
@@ -97,12 +147,12 @@ class AdapterLoader:
         if name in models or any(name in other.model.adapters.names for other in self.others):
             raise ParameterError("lora_name", f"{name!r} is the name of a model or of another model's adapter")
 
-    def _check_version(self, version: Model) -> None:
+    def _check_version(self, version: Model, param: str) -> None:
         """Models are known by their ids."""
         for other in self.others:
             if other is not self and other.versions.model_id == version.model_id:
-                what = f"with it, this is the same model as {other.model.config.model_name!r}: use that one"
-                raise ParameterError("lora_path", what)
+                what = f"this would be the same model as {other.model.config.model_name!r}: use that one"
+                raise ParameterError(param, what)
 
 
 def _free_number(adapters: ServedAdapters) -> int:
@@ -122,13 +172,35 @@ def _opened(
     Raises as `AdapterLoader.load`."""
     path = _allowed(folder, wanted.path)
     base = open_model(plain.file.path)
-    paths = {other: Path(adapter.path) for other, adapter in adapters.numbered} | {number: path}
-    headers = {other: read_adapter(place, base) for other, place in paths.items()}
-    check_adapter_weights([headers[number]])
-    numbers = range(max(paths) + 1)
-    file = with_adapters(base, [headers.get(other) for other in numbers])
-    opened = Model(file, adapter_paths=[paths.get(other) for other in numbers])
-    return ServedAdapter(wanted.name, str(path), content=headers[number].digest.hex()), opened
+    header = read_adapter(path, base)
+    check_adapter_weights([header])
+    opened = _version(base, _serving(plain, base, adapters) | {number: (path, header)})
+    return ServedAdapter(wanted.name, str(path), content=header.digest.hex()), opened
+
+
+def _remaining(plain: Model, adapters: ServedAdapters) -> Model:
+    """The model with the adapters that are left. ModelFileError where one of their files was changed."""
+    if not adapters.loaded:
+        return plain
+    base = open_model(plain.file.path)
+    return _version(base, _serving(plain, base, adapters))
+
+
+def _version(base: ModelFile, adapters: Mapping[int, tuple[Path, Header]]) -> Model:
+    numbered = [adapters.get(number, (None, None)) for number in range(max(adapters) + 1)]
+    file = with_adapters(base, [header for _, header in numbered])
+    return Model(file, adapter_paths=[path for path, _ in numbered])
+
+
+def _serving(plain: Model, base: ModelFile, adapters: ServedAdapters) -> dict[int, tuple[Path, Header]]:
+    """The adapters' files by their numbers. ModelFileError for files that are not the ones that do."""
+    headers = {number: read_adapter(Path(adapter.path), base) for number, adapter in adapters.numbered}
+    for number, adapter in adapters.loaded:
+        if headers[number].digest.hex() != adapter.content:
+            raise ModelFileError(f"{adapter.path}: another file than that of adapter {adapter.name!r}: put it back")
+    if adapted_identity(base, [headers[number] for number in range(len(adapters.first))]) != plain.model_id:
+        raise ModelFileError(f"{base.path}: it, or an adapter of the cluster file, was changed: start the cluster anew")
+    return {number: (Path(adapter.path), headers[number]) for number, adapter in adapters.numbered}
 
 
 def _allowed(folder: Path, given: str) -> Path:

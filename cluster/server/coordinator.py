@@ -226,8 +226,9 @@ async def _served(
     pool.start()
     served: list[ServedModel] = []
     loaders: list[AdapterLoader] = []
+    turn = asyncio.Lock()
     for model, runner in zip(opened, pool.runners, strict=True):
-        loaders.append(AdapterLoader(model, ModelVersions(runner), adapter_record, report, loaders))
+        loaders.append(AdapterLoader(model, ModelVersions(runner), adapter_record, report, loaders, turn))
     for loader, plan, supervisor in zip(loaders, plans, supervisors, strict=True):
         of = loader.model
         settings = None if plan is None else scheduler_settings(of.config, of.version, plan)

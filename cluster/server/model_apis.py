@@ -37,7 +37,7 @@ class ModelApi:
     def continues(self, request: OpenRequest) -> bool:
         """Whether a request that an earlier coordinator left gets the same answer here."""
         admission = request.admission
-        return admission.served == self.digest and not self.served.adapters.contradict(admission.adapters)
+        return admission.served == self.digest and self.served.adapters.have(admission.adapters)
 
 
 @asynccontextmanager
@@ -108,6 +108,7 @@ def _text_service(served: ServedModel) -> TextService:
         model.ranking,
         generates=model.generates,
         slots=config.max_sequences if config.api.slot_folder is not None else 0,
+        adapters=served.adapters,
     )
     return TextService(engine, model.tokenizer, model.chat_template, text)
 

@@ -1,24 +1,36 @@
-"""Adapters of LoRA that a model is served with, by numbers that they keep; their record for the next coordinator."""
+"""Adapters of LoRA that a model is served with, by numbers that they keep, and the requests that use them; their record
+for the next coordinator."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import monotonic_ns
 from typing import Any
 
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.cluster.state.disk_thread import DiskThread
 from llamaclust.cluster.state.regular_file import read_json
-from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.limits import MAX_ADAPTERS
+from llamaclust.core.errors import LlamaclustError, RequestError
+from llamaclust.core.limits import MAX_ADAPTERS, AdapterScales
 
+_PAST = 1024
+"""Unloaded adapters whose names are known."""
 _WRITE_S = 10.0
 """Until a disk is taken for one that hangs."""
 _log = logging.getLogger(__name__)
+
+
+class AdapterUnloadedError(RequestError):
+    """A request for an adapter that was unloaded since it came."""
+
+    http_status = 404
+    code = "model_not_found"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +48,11 @@ class ServedAdapters:
     """Of one model. An adapter keeps its number while others come and go."""
 
     first: Sequence[ServedAdapter] = ()  # those of the cluster file, numbered from 0
+    default: AdapterScales = ()  # in requests that choose none, as clients set them; a request keeps its admission's
     _present: dict[int, ServedAdapter] = field(init=False)
+    _since_ns: dict[int, int] = field(default_factory=dict)  # of those that came while this process ran
+    _past: deque[tuple[int, str, int]] = field(default_factory=partial(deque, maxlen=_PAST))  # number, name, until (ns)
+    _uses: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._present = dict(enumerate(self.first))
@@ -70,21 +86,48 @@ class ServedAdapters:
         return self._present[number]
 
     def add(self, number: int, adapter: ServedAdapter) -> None:
+        """For requests that come from now on."""
         assert number not in self._present and number < MAX_ADAPTERS
         self._present[number] = adapter
+        self._since_ns[number] = monotonic_ns()
 
-    @property
-    def marks(self) -> tuple[str, ...]:
-        """What answers may depend on of the adapters that clients loaded: numbers, names and contents."""
-        return tuple(f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded)
+    def remove(self, number: int) -> None:
+        """One that no request uses; later ones that chose it before are refused."""
+        assert not self._uses[number]
+        self._past.append((number, self._present.pop(number).name, monotonic_ns()))
 
-    def contradict(self, marks: Sequence[str]) -> bool:
-        """Whether a number or a name of earlier marks is another adapter's now."""
-        now = {mark: mark.split(" ", 2) for mark in self.marks}
-        for number, _, name in (mark.split(" ", 2) for mark in marks if mark not in now):
-            if any(number == other[0] or name == other[2] for other in now.values()):
-                return True
-        return False
+    def names_at(self, time_ns: int) -> dict[int, str]:
+        """By the numbers of requests that came at a time of the monotonic clock."""
+        names = {number: adapter.name for number, adapter in self._present.items()}
+        return names | {number: name for number, name, until_ns in reversed(self._past) if time_ns < until_ns}
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def uses(self, number: int) -> int:
+        """Requests that are computed with an adapter."""
+        return self._uses[number]
+
+    def use(self, scales: AdapterScales, received_ns: int) -> None:
+        """A request is computed from now on; it came at a time of the monotonic clock, or comes now (0).
+        AdapterUnloadedError where an adapter that it chose then was unloaded meanwhile."""
+        for number, _ in scales:
+            if number not in self._present or 0 < received_ns < self._since_ns.get(number, 0):
+                raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile: send the request again")
+        self._uses.update(number for number, _ in scales)
+
+    def release(self, scales: AdapterScales) -> None:
+        """Such a request has ended."""
+        self._uses.subtract(number for number, _ in scales)
+
+    def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
+        """What answers with these depend on, where clients loaded them: numbers, contents and names."""
+        return tuple(
+            f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
+        )
+
+    def have(self, marks: Sequence[str]) -> bool:
+        """Whether the adapters of earlier marks are the same ones now."""
+        return {*marks} <= {*self.marks(self.numbers)}
 
 
 class AdapterRecord:

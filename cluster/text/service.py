@@ -6,12 +6,13 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
 from llamaclust.cluster.scheduler.validation import NO_TEXT
+from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.cluster.text.budget import EntryBudget
 from llamaclust.cluster.text.call_constraint import answer_grammar
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode, render
@@ -55,6 +56,7 @@ class TextSettings:
     ranking: Ranking | None = None  # where the model ranks documents
     generates: bool = True
     slots: int = 0  # that remember the tokens of requests that name them
+    adapters: ServedAdapters = field(default_factory=ServedAdapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +118,28 @@ class TextService:
         """Submits a request that was prepared; the caller must close the stream. `record` gets each token as it is
         sampled.
 
-        Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
+        Raises ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, WorkerError. Later errors
+        come from the stream.
         """
+        scales = ready.generation.adapters
+        self.settings.adapters.use(scales, request.received_ns)
+        try:
+            return self._submit(request, ready, record)
+        except BaseException:
+            self.settings.adapters.release(scales)
+            raise
+
+    def _submit(self, request: CompletionRequest, ready: TokenizedRequest, record: Record | None) -> CompletionStream:
         if self.slots.count and request.slot is not None:
             record = self.slots.recording(request.slot, ready.generation, record)
-        stream = CompletionStream(
-            self._engine, ready.generation, request.answered, ready.choices, self._active.discard, record
-        )
+        stream = CompletionStream(self._engine, ready.generation, request.answered, ready.choices, self._closed, record)
         self._active.add(stream)
         return stream
+
+    def _closed(self, stream: CompletionStream) -> None:
+        if stream in self._active:
+            self._active.remove(stream)
+            self.settings.adapters.release(stream.generation.adapters)
 
     @asynccontextmanager
     async def embed(

@@ -12,7 +12,6 @@ from starlette.responses import Response
 from llamaclust.cluster.api.body import parse_json, read_bytes
 from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.fields.adapters import SCALES_SCHEMA, AdapterFields, read_scales
-from llamaclust.cluster.api.replies.default_scales import DefaultScales
 from llamaclust.cluster.api.schema import read_fields
 from llamaclust.cluster.api.security import require_first_key
 from llamaclust.cluster.api.settings import ApiSettings
@@ -29,12 +28,11 @@ class AllScales(RootModel[Annotated[AdapterScales, BeforeValidator(read_scales),
 class AdapterList:
     """The adapters that are there, with the scales that they have in requests that choose none."""
 
-    def __init__(self, settings: ApiSettings, default: DefaultScales) -> None:
+    def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
-        self._default = default
 
     async def list(self, request: Request) -> Response:
-        scales = dict(self._default.scales)
+        scales = dict(self._settings.adapters.default)
         return JsonResponse(
             [
                 {"id": number, "name": adapter.name, "path": adapter.path, "scale": scales.get(number, 0.0)}
@@ -53,9 +51,9 @@ class AdapterList:
         return JsonResponse({"success": True})
 
     def _change(self, scales: AdapterScales) -> None:
-        if scales == self._default.scales:
-            return
-        self._default.scales = scales
         adapters = self._settings.adapters
+        if scales == adapters.default:
+            return
+        adapters.default = scales
         shown = ", ".join(f"{number} {adapters[number].name!r}: {scale:g}" for number, scale in scales)
         _log.info("a client set the scales of adapters in requests that choose none: %s", shown or "all 0")

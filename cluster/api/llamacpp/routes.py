@@ -25,7 +25,7 @@ def llamacpp_routes(service: TextService, replies: Replies) -> Iterator[Route]:
     yield Route("POST", "/tokenize", endpoints.tokenize, TokenizeBody)
     yield Route("POST", "/detokenize", endpoints.detokenize, DetokenizeBody)
     yield Route("POST", "/apply-template", endpoints.apply_template, TemplateBody)
-    adapters = AdapterList(replies.settings, replies.default_scales)
+    adapters = AdapterList(replies.settings)
     yield Route("GET", "/lora-adapters", adapters.list)
     yield Route("POST", "/lora-adapters", adapters.set, AllScales)
     folder = replies.settings.slot_folder

@@ -1,4 +1,5 @@
-"""`/v1/load_lora_adapter`, as vLLM has it: adapters of LoRA come while the model is served."""
+"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM has them: adapters of LoRA come and go while the model
+is served."""
 
 from __future__ import annotations
 
@@ -33,6 +34,15 @@ class LoadAdapterBody(Body):
     """Which of several models the adapter is for."""
 
 
+class UnloadAdapterBody(Body):
+    """The body of `POST /v1/unload_lora_adapter`."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=255)]
+    """Of an adapter that a client loaded."""
+    model: str | None = None
+    """Which of several models the adapter is of."""
+
+
 class AdapterLoading:
     """For clients with the first key, if there are keys."""
 
@@ -42,8 +52,9 @@ class AdapterLoading:
 
     def routes(self) -> Iterator[Route]:
         is_on = self._control is not None and self._settings.adapter_folder is not None
-        load = self.load if is_on else unsupported(_OFF)
+        load, unload = (self.load, self.unload) if is_on else (unsupported(_OFF), unsupported(_OFF))
         yield Route("POST", "/v1/load_lora_adapter", load, LoadAdapterBody)
+        yield Route("POST", "/v1/unload_lora_adapter", unload, UnloadAdapterBody)
 
     async def load(self, request: Request) -> Response:
         """Answers when requests may use the adapter."""
@@ -52,3 +63,11 @@ class AdapterLoading:
         assert self._control is not None
         await self._control.load(body.lora_name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload(self, request: Request) -> Response:
+        """Answers when the model is served without the adapter."""
+        require_first_key(request.headers, self._settings, "unload adapters")
+        body = await read_body(request, UnloadAdapterBody, OF_ADAPTERS, self._settings)
+        assert self._control is not None
+        await self._control.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -17,9 +17,10 @@ class DrainControl(Protocol):
 
 
 class AdapterControl(Protocol):
-    """Loads adapters of a model while it is served."""
+    """Loads and unloads adapters of a model while it is served."""
 
     async def load(self, name: str, path: str) -> None: ...
+    async def unload(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,22 +25,21 @@ _MOST_SEQUENCES = 32
 
 @dataclass(frozen=True, slots=True)
 class ReadModel:
-    """One that is read. `adapters`: that its requests may use, by their numbers."""
+    """One that is read. `adapters`: that its requests use."""
 
     name: str
     engine: Engine
     adapters: ServedAdapters
 
-    @property
-    def adapter_names(self) -> dict[int, str]:
-        return {number: adapter.name for number, adapter in self.adapters.numbered}
+    def adapter_names(self, record: RequestRecord) -> dict[int, str]:
+        return self.adapters.names_at(record.waterfall.start_ns)
 
 
 def requests_reply(models: Sequence[ReadModel]) -> Response:
     """The requests that are open, and the last ones that ended, the oldest first."""
     found = [(model, record) for model, records in _records(models) for record in records]
     found.sort(key=lambda each: _order(each[1]))
-    return _reply([(model, summary_json(record, model.adapter_names)) for model, record in found])
+    return _reply([(model, summary_json(record, model.adapter_names(record))) for model, record in found])
 
 
 def waterfall_reply(models: Sequence[ReadModel], name: str) -> Response:
@@ -51,7 +50,9 @@ def waterfall_reply(models: Sequence[ReadModel], name: str) -> Response:
     if not found:
         message = f"no request {name[:80]!r} is open or among the last {sum(len(records) for _, records in known)}"
         raise HttpError(404, "request_not_found", message)
-    return _reply([(model, waterfall_json(record, model.adapter_names)) for model, record in found[-_MOST_SEQUENCES:]])
+    return _reply(
+        [(model, waterfall_json(record, model.adapter_names(record))) for model, record in found[-_MOST_SEQUENCES:]]
+    )
 
 
 def metrics_reply(models: Sequence[ReadModel], started_s: int) -> Response:

@@ -36,6 +36,6 @@ class Durability:
             is_background=is_background,
             has_grammar=bool(ticket.constraint.is_used),
             earlier=ticket.earlier.messages,
-            adapters=self.adapters.marks,
+            adapters=self.adapters.marks(ticket.adapters),
         )
         return self.journal.admit(admission)

@@ -14,7 +14,6 @@ from starlette.types import Receive, Scope, Send
 from llamaclust.cluster.api.body import read_bytes
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.json_parts import JsonParts
-from llamaclust.cluster.api.replies.default_scales import DefaultScales
 from llamaclust.cluster.api.replies.durability import Durability
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Event, MakeReply, Position, Reply
@@ -35,7 +34,6 @@ class Replies:
     def __init__(self, settings: ApiSettings, durability: Durability | None = None) -> None:
         """Without `durability`, nothing survives this process."""
         self.settings = settings
-        self.default_scales = DefaultScales()
         self._durability = durability
         self._journal = None if durability is None else durability.journal
         self._endpoints: dict[str, MakeReply] = {}
@@ -59,7 +57,7 @@ class Replies:
 
     async def _answer(self, request: Request, path: str) -> Response:
         body = await read_bytes(request, self.settings)
-        scales = self.default_scales.scales
+        scales = self.settings.adapters.default
         ticket = Ticket.draw(request.headers, self.settings.api_keys, journal=self._journal, scales=scales)
         current_owner.set(ticket.identity.owner or (request.client.host if request.client else ""))
         if (kept := self.cache.same(ticket, path, body)) is not None:

@@ -32,6 +32,7 @@ class PromptStreams:
             ready_requests = [await self._service.prepare(request) for request in requests]
             self._reserve(requests, [ready.generation for ready in ready_requests])
             for prompt, (request, ready) in enumerate(zip(requests, ready_requests, strict=True)):
+                self._ticket.adapters.update(number for number, _ in request.adapters)
                 recording = self._ticket.recording(prompt, request)
                 self.streams.append(self._service.submit(request, ready, recording))
             self.choices = sum(request.n for request in requests)

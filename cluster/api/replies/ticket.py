@@ -66,6 +66,7 @@ class Ticket:
     restoration: Restoration | None = None  # of a request that an earlier coordinator admitted
     constraint: Constraint = field(default_factory=Constraint)
     earlier: EarlierChat = field(default_factory=EarlierChat)
+    adapters: set[int] = field(default_factory=set)  # numbers of those that its prompts are computed with
     received_ns: int = field(default_factory=time.monotonic_ns)
 
     @classmethod

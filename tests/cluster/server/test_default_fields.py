@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from llamaclust.cluster.api.llamacpp.adapters import AllScales
 from llamaclust.cluster.api.llamacpp.slot_schema import SlotBody
-from llamaclust.cluster.api.models.adapter_loading import LoadAdapterBody
+from llamaclust.cluster.api.models.adapter_loading import LoadAdapterBody, UnloadAdapterBody
 from llamaclust.cluster.api.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
 from llamaclust.cluster.api.openapi import declare_body
 from llamaclust.cluster.config.cluster_config import ClusterConfig
@@ -24,6 +24,7 @@ NO_DEFAULTS: dict[type[BaseModel], str] = {
     AllScales: "is a list of adapters' scales for all requests",
     SlotBody: "names a file",
     LoadAdapterBody: "names an adapter",
+    UnloadAdapterBody: "names an adapter",
     ShowBody: "names a model",
     PullBody: "names a model",
     CreateBody: "names a model",

@@ -1,14 +1,15 @@
-"""Adapters by their numbers, what earlier requests say of them, and their record on disk."""
+"""Adapters by their numbers, the requests that use them, and their record on disk."""
 
 from __future__ import annotations
 
 import json
 import logging
 from pathlib import Path
+from time import monotonic_ns
 
 import pytest
 
-from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, ServedAdapters
+from llamaclust.cluster.state.adapters import AdapterRecord, AdapterUnloadedError, ServedAdapter, ServedAdapters
 from llamaclust.core.errors import LlamaclustError
 
 POET = ServedAdapter("poet", "/a/poet.gguf", content="aa")
@@ -31,21 +32,49 @@ def test_adapters_have_numbers_with_gaps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "contradicts"),
+    ("now", "continues"),
     [
         ((), False),
-        (((1, POET),), False),
-        (((1, POET), (2, CLERK)), False),
-        (((1, CLERK),), True),
-        (((2, POET),), True),
-        (((1, ServedAdapter("poet", "/a/poet.gguf", content="cc")),), True),
+        (((1, POET),), True),
+        (((1, POET), (2, CLERK)), True),
+        (((1, CLERK),), False),
+        (((2, POET),), False),
+        (((1, ServedAdapter("poet", "/a/poet.gguf", content="cc")),), False),
         (((2, CLERK),), False),
     ],
 )
-def test_a_request_does_not_continue_with_another_adapter(
-    now: tuple[tuple[int, ServedAdapter], ...], contradicts: bool
+def test_a_request_continues_with_the_adapters_that_it_used(
+    now: tuple[tuple[int, ServedAdapter], ...], continues: bool
 ) -> None:
-    assert served(*now).contradict(served((1, POET)).marks) is contradicts
+    before = served((1, POET), (2, CLERK))
+    assert served(*now).have(before.marks({0, 1})) is continues
+    assert served(*now).have(before.marks({0})), "others may have come and gone"
+
+
+def test_an_adapter_is_removed_when_no_request_uses_it() -> None:
+    adapters, scales = served((1, POET)), ((0, 1.0), (1, 0.5))
+    adapters.use(scales, 0)
+    assert adapters.uses(1) == 1
+    adapters.release(scales)
+    assert adapters.uses(1) == 0
+    adapters.remove(1)
+    assert adapters.numbers == (0,) and adapters.loaded == []
+    with pytest.raises(AdapterUnloadedError, match="adapter 1 was unloaded"):
+        adapters.use(scales, 0)
+    assert adapters.uses(0) == adapters.uses(1) == 0
+
+
+def test_a_number_is_another_adapter_for_requests_that_came_before_it() -> None:
+    adapters, times = served((1, POET)), [monotonic_ns()]
+    adapters.remove(1)
+    times.append(monotonic_ns())
+    adapters.add(1, CLERK)
+    times.append(monotonic_ns())
+    with pytest.raises(AdapterUnloadedError):
+        adapters.use(((1, 1.0),), times[0])
+    adapters.use(((1, 1.0),), times[2])
+    names = [adapters.names_at(time).get(1) for time in (*times, monotonic_ns())]
+    assert (names[0], names[2], names[3]) == ("poet", "clerk", "clerk")
 
 
 async def test_the_record_is_what_the_next_coordinator_reads(tmp_path: Path) -> None:

@@ -97,6 +97,70 @@ async def test_a_loaded_adapter_answers_as_one_of_the_start(
         assert await asyncio.gather(*run.start(requests())) == expected, f"seed {SEED}, after a restart"
 
 
+async def test_an_adapter_comes_and_goes(folder: Path, expected: list[Answer], tmp_path: Path) -> None:
+    """Under one name also another one; other streams keep their tokens, and the next coordinator knows what is left."""
+    chosen = requests()[4:6]
+    async with recovering(cluster_of(folder, tmp_path, 2)) as run:
+        served = run.cluster.models[0]
+        await served.loader.load("second", "second.gguf")
+        answering = run.start(requests()[:4])
+        assert await asyncio.gather(*run.start(chosen)) == expected[4:6], f"seed {SEED}"
+        epoch = run.cluster.supervisor.number
+        await served.loader.unload("second")
+        assert run.cluster.supervisor.number != epoch and served.adapters.names == ("first",)
+        assert (tmp_path / run.cluster.config.name / "adapters.json").read_text() == "{}"
+        with pytest.raises(ParameterError, match="id 1, but the adapters that are there are 0"):
+            run.cluster.engine.submit(chosen[0])
+        await served.loader.load("second", "third.gguf")
+        assert served.adapters.number_of("second") == 1
+        others = await asyncio.gather(*run.start(chosen))
+        assert all(other != answer for other, answer in zip(others, expected[4:6], strict=True)), "another adapter"
+        await served.loader.unload("second")
+        await served.loader.load("second", "second.gguf")
+        assert await asyncio.gather(*run.start(chosen)) == expected[4:6], f"seed {SEED}, loaded again"
+        await served.loader.unload("second")
+        assert await asyncio.gather(*answering) == expected[:4], f"seed {SEED}, of other streams"
+        assert "lost" not in " ".join(run.told), "other streams were not interrupted"
+    async with recovering(cluster_of(folder, tmp_path, 1)) as run:
+        assert run.cluster.models[0].adapters.names == ("first",)
+        assert await asyncio.gather(*run.start(requests()[:4])) == expected[:4], f"seed {SEED}, after a restart"
+
+
+async def test_what_cannot_be_unloaded_changes_nothing(folder: Path, expected: list[Answer], tmp_path: Path) -> None:
+    """The file of what is unloaded does not matter, those of what stays do."""
+    copied = folder / "further" / "copied.gguf"
+    copied.write_bytes((folder / "further" / "third.gguf").read_bytes())
+    async with recovering(cluster_of(folder, tmp_path, 1)) as run:
+        loader, adapters = run.cluster.models[0].loader, run.cluster.models[0].adapters
+        await loader.load("second", "second.gguf")
+        await loader.load("copied", "copied.gguf")
+        epoch = run.cluster.supervisor.number
+
+        async def refused(name: str, why: str) -> None:
+            with pytest.raises(LlamaclustError, match=why):
+                await loader.unload(name)
+            assert adapters.names == ("first", "second", "copied") and run.cluster.supervisor.number == epoch
+
+        await refused("first", "'first' is an adapter of the cluster file")
+        await refused("tiny", "model 'tiny' has no adapter 'tiny'")
+        adapters.use(((1, 1.0),), 0)
+        await refused("second", "1 request uses adapter 'second'")
+        adapters.use(((0, 1.0), (1, 0.5)), 0)
+        await refused("second", "2 requests use adapter 'second'")
+        for scales in (((1, 1.0),), ((0, 1.0), (1, 0.5))):
+            adapters.release(scales)
+        adapters.default = ((1, 0.5),)
+        await refused("second", "set it to 0 by POST /lora-adapters first")
+        adapters.default = ()
+        copied.write_bytes((folder / "first.gguf").read_bytes())
+        await refused("second", "another file than that of adapter 'copied'")
+        copied.unlink()
+        await refused("second", "copied.gguf")
+        await loader.unload("copied")
+        assert adapters.names == ("first", "second")
+        assert await asyncio.gather(*run.start(requests()[4:6])) == expected[4:6], f"seed {SEED}"
+
+
 async def test_what_cannot_be_loaded_changes_nothing(folder: Path, expected: list[Answer], tmp_path: Path) -> None:
     other = build_tiny_model(tmp_path / "other.gguf", layers=6, hidden=128, ffn=64, quant_type=QuantType.F32)
     build_adapter(folder / "further" / "misfit.gguf", other)

@@ -38,6 +38,7 @@ from llamaclust.cluster.scheduler.requests import (
 )
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.validation import validate
+from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sampling import RowResult
@@ -168,8 +169,17 @@ def says(text: str) -> Script:
     return lambda generation: tokens
 
 
-def make_service(engine: Any, template: ChatTemplate | None = None, slots: int = 0) -> TextService:
-    settings = TextSettings(MODEL, CONTEXT, SETTINGS.max_sequences, embedding_length=WIDTH, slots=slots)
+def make_service(
+    engine: Any, template: ChatTemplate | None = None, slots: int = 0, adapters: ServedAdapters | None = None
+) -> TextService:
+    settings = TextSettings(
+        MODEL,
+        CONTEXT,
+        SETTINGS.max_sequences,
+        embedding_length=WIDTH,
+        slots=slots,
+        adapters=adapters or ServedAdapters(),
+    )
     return TextService(engine, tokenizer(), template or chat_template(), settings)
 
 
@@ -183,9 +193,10 @@ def make_app(
 ) -> FastAPI:
     """An app on a scripted engine; operators see an engine that does nothing."""
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
-    service = make_service(engine, chat_template, SETTINGS.max_sequences if "slot_folder" in settings else 0)
-    show = {"status": {"name": "test"}}.copy
     replies = replies or Replies(ApiSettings(**settings))
+    slots = SETTINGS.max_sequences if "slot_folder" in settings else 0
+    service = make_service(engine, chat_template, slots, replies.settings.adapters)
+    show = {"status": {"name": "test"}}.copy
     return create_app(service, replies, idle, show, admission, controls)
 
 

@@ -16,9 +16,7 @@ from llamaclust.cluster.state.adapters import ServedAdapter, ServedAdapters
 from llamaclust.core.limits import AdapterScales
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says
 
-ADAPTERS = ServedAdapters(
-    (ServedAdapter("poet", "/models/poet.gguf"), ServedAdapter("clerk", "/models/clerk.gguf", -0.5))
-)
+ADAPTERS = (ServedAdapter("poet", "/models/poet.gguf"), ServedAdapter("clerk", "/models/clerk.gguf", -0.5))
 MESSAGES = [{"role": "user", "content": "Hi"}]
 REQUESTS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES},
@@ -35,7 +33,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 async def post(path: str, body: Any, **settings: Any) -> tuple[httpx.Response, AdapterScales | None]:
     """The reply, and the adapters of the request that the engine got."""
     engine = ScriptedEngine(says("So."))
-    async with client(make_app(engine, adapters=ADAPTERS, **settings)) as http:
+    async with client(make_app(engine, adapters=ServedAdapters(ADAPTERS), **settings)) as http:
         reply = await http.post(path.partition(" ")[0], json=body)
     return reply, engine.submitted[0].adapters if engine.submitted else None
 
@@ -102,7 +100,7 @@ async def test_embeddings_are_the_models_alone(path: str) -> None:
 
 
 async def test_lists_have_the_adapters() -> None:
-    async with client(make_app(ScriptedEngine(says("So.")), adapters=ADAPTERS)) as http:
+    async with client(make_app(ScriptedEngine(says("So.")), adapters=ServedAdapters(ADAPTERS))) as http:
         listed = (await http.get("/lora-adapters")).json()
         assert listed[1] == {"id": 1, "name": "clerk", "path": "/models/clerk.gguf", "scale": 0.0}
         models = (await http.get("/v1/models")).json()["data"]
@@ -118,7 +116,7 @@ async def test_lists_have_the_adapters() -> None:
 
 async def test_adapters_have_no_copies() -> None:
     """After a restart such a name would mean the model without the adapter."""
-    async with client(make_app(ScriptedEngine(says("So.")), adapters=ADAPTERS)) as http:
+    async with client(make_app(ScriptedEngine(says("So.")), adapters=ServedAdapters(ADAPTERS))) as http:
         for source, destination in (("poet:latest", "bard"), ("poet", MODEL), (MODEL, "poet"), ("poet", "clerk")):
             for path, body in (
                 ("/api/copy", {"source": source, "destination": destination}),
@@ -134,7 +132,7 @@ async def test_adapters_have_no_copies() -> None:
 @pytest.mark.parametrize("path", REQUESTS)
 async def test_scales_of_all_requests_are_of_those_that_choose_none(path: str) -> None:
     engine = ScriptedEngine(says("So."))
-    async with client(make_app(engine, adapters=ADAPTERS)) as http:
+    async with client(make_app(engine, adapters=ServedAdapters(ADAPTERS))) as http:
         choices: list[list[dict[str, float]]] = [
             [{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0}],
             [{"id": 0, "scale": 2}],
@@ -156,7 +154,7 @@ async def test_scales_of_all_requests_are_of_those_that_choose_none(path: str) -
 
 
 async def test_only_the_first_key_sets_scales_of_all_requests() -> None:
-    app = make_app(ScriptedEngine(says("So.")), adapters=ADAPTERS, api_keys=("admin-key", "other-key"))
+    app = make_app(ScriptedEngine(says("So.")), adapters=ServedAdapters(ADAPTERS), api_keys=("admin-key", "other-key"))
     async with client(app) as http:
         found = []
         for headers in ({}, {"X-Api-Key": "other-key"}, {"Authorization": "Bearer admin-key"}):
@@ -168,7 +166,7 @@ async def test_only_the_first_key_sets_scales_of_all_requests() -> None:
 
 async def test_changes_of_scales_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="llamaclust")
-    async with client(make_app(ScriptedEngine(says("So.")), adapters=ADAPTERS)) as http:
+    async with client(make_app(ScriptedEngine(says("So.")), adapters=ServedAdapters(ADAPTERS))) as http:
         for scales in ([{"id": 1, "scale": 0.5}], [{"id": 1, "scale": 0.5}], []):
             await http.post("/lora-adapters", json=scales)
     lines = [record.getMessage() for record in caplog.records if "scales" in record.getMessage()]
@@ -180,12 +178,12 @@ async def test_changes_of_scales_are_logged(caplog: pytest.LogCaptureFixture) ->
 
 async def test_a_request_keeps_the_scales_of_its_admission() -> None:
     """Those of its journalled identity, whatever clients set meanwhile."""
-    engine, replies = ScriptedEngine(says("So.")), Replies(ApiSettings(adapters=ADAPTERS))
-    replies.default_scales.scales = ((1, 0.5),)
-    ticket = Ticket.draw(Headers(), (), journal=None, scales=replies.default_scales.scales)
+    engine, adapters = ScriptedEngine(says("So.")), ServedAdapters(ADAPTERS, default=((1, 0.5),))
+    replies = Replies(ApiSettings(adapters=adapters))
+    ticket = Ticket.draw(Headers(), (), journal=None, scales=adapters.default)
     make_app(engine, replies=replies)
     reply = await replies._endpoints["/completion"](b'{"prompt": "Hi"}', ticket)
-    replies.default_scales.scales = ()
+    adapters.default = ()
     await reply.start()
     assert engine.submitted[0].adapters == ((1, 0.5),)
     await reply.aclose()
@@ -195,7 +193,7 @@ async def test_a_request_keeps_the_scales_of_its_admission() -> None:
     "body", [b"[", b"{}", b"null", b'[{"id": 2, "scale": 1}]', b'[{"id": 0, "scale": 1e999}]', b'[{"id": 0}]']
 )
 async def test_bad_scales_of_all_requests_change_nothing(body: bytes) -> None:
-    async with client(make_app(ScriptedEngine(says("So.")), adapters=ADAPTERS)) as http:
+    async with client(make_app(ScriptedEngine(says("So.")), adapters=ServedAdapters(ADAPTERS))) as http:
         assert (await http.post("/lora-adapters", json=[{"id": 1, "scale": 0.5}])).status_code == 200
         reply = await http.post("/lora-adapters", content=body)
         assert reply.status_code == 400, reply.text

@@ -103,8 +103,9 @@ async def test_an_adapter_comes_and_goes(folder: Path, expected: list[Answer], t
     async with recovering(cluster_of(folder, tmp_path, 2)) as run:
         served = run.cluster.models[0]
         await served.loader.load("second", "second.gguf")
-        answering = run.start(requests()[:4])
         assert await asyncio.gather(*run.start(chosen)) == expected[4:6], f"seed {SEED}"
+        answering = run.start(requests()[:4])
+        await run.token(run.tokens + 20)
         epoch = run.cluster.supervisor.number
         await served.loader.unload("second")
         assert run.cluster.supervisor.number != epoch and served.adapters.names == ("first",)

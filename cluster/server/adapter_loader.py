@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from llamaclust.cluster.api.errors import HttpError
@@ -13,7 +14,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.model_versions import ModelVersions
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, ServedAdapters
 from llamaclust.cluster.state.events import Notice, Report
-from llamaclust.core.errors import LlamaclustError, ModelFileError, ParameterError
+from llamaclust.core.errors import LlamaclustError, ModelFileError, ParameterError, UsageError
 from llamaclust.core.limits import MAX_ADAPTERS
 from llamaclust.model.adapters import (
     adapted_identity,
@@ -41,22 +42,29 @@ class OpenedModel:
     adapters: ServedAdapters
 
     @classmethod
-    async def restore(cls, config: ClusterConfig, plain: Model, record: AdapterRecord, report: Report) -> OpenedModel:
-        """With the adapters of the record that are there and unchanged; a notice names the others."""
+    async def restore(
+        cls, config: ClusterConfig, plain: Model, record: AdapterRecord, *, names: set[str], report: Report
+    ) -> OpenedModel:
+        """With the adapters of the record that are there and unchanged, if their names are not among `names`, which get
+        them; a notice names the others."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, version = ServedAdapters(first), plain
         folder = config.api.adapter_folder
         for number, adapter in record.of(config.model_name) if folder is not None else ():
             assert folder is not None
             try:
-                number = number if number not in adapters.numbers else _free_number(adapters)
-                found, opened = await asyncio.to_thread(_opened, plain, folder, adapters, number, adapter)
+                if adapter.name in names:
+                    raise UsageError("a model or another adapter has this name now: choose another name there")
+                free = number if number not in adapters.numbers else _free_number(adapters)
+                found, opened = await asyncio.to_thread(_opened, plain, folder, adapters, free, adapter)
                 if found.content != adapter.content:
                     raise ModelFileError(f"{adapter.path}: another file than the one that was loaded")
             except LlamaclustError as error:
                 report(Notice(f"adapter {adapter.name!r} is not loaded again: {error}"))
+                record.keep(config.model_name, number, adapter)
                 continue
-            adapters.add(number, found)
+            names.add(adapter.name)
+            adapters.add(free, found)
             version = opened
         return cls(config, plain, version, adapters)
 
@@ -153,6 +161,12 @@ class AdapterLoader:
             if other is not self and other.versions.model_id == version.model_id:
                 what = f"this would be the same model as {other.model.config.model_name!r}: use that one"
                 raise ParameterError(param, what)
+
+
+def fixed_names(configs: Iterable[ClusterConfig]) -> set[str]:
+    """Of models and adapters in the cluster file."""
+    named = ((own.model_name, *own.api.aliases, *(adapter.name for adapter in own.adapters)) for own in configs)
+    return set(chain.from_iterable(named))
 
 
 def _free_number(adapters: ServedAdapters) -> int:

@@ -35,7 +35,7 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
-from llamaclust.cluster.server.adapter_loader import AdapterLoader, OpenedModel
+from llamaclust.cluster.server.adapter_loader import AdapterLoader, OpenedModel, fixed_names
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
@@ -131,7 +131,8 @@ async def open_cluster(
         models = [await _opened(stack, *of) for of in zip(config.of_each_model(), (model_path, *further), strict=True)]
         _check_models(config, models, launcher)
         adapter_record = AdapterRecord(folder.adapters)
-        opened = [await OpenedModel.restore(*of, adapter_record, report) for of in models]
+        names = fixed_names(own for own, _ in models)
+        opened = [await OpenedModel.restore(*of, adapter_record, names=names, report=report) for of in models]
         # workers that got the registry's goodbye have gone when the launcher stops
         await stack.enter_async_context(launcher)
         await stack.enter_async_context(registry)

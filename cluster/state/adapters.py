@@ -131,13 +131,14 @@ class ServedAdapters:
 
 
 class AdapterRecord:
-    """A file of the cluster's folder: adapters that clients loaded, of each model by its name. The event loop does not
-    wait for the disk."""
+    """A file of the cluster's folder: adapters that clients loaded, of each model by its name. One that is not there at
+    a start stays in it. The event loop does not wait for the disk."""
 
     def __init__(self, path: Path) -> None:
         """What cannot be read is left out, with a warning."""
         self.path = path
         self._models: dict[str, list[tuple[int, ServedAdapter]]] = {}
+        self._absent: dict[str, list[tuple[int, ServedAdapter]]] = {}
         try:
             self._models = {name: [*map(_adapter, listed)] for name, listed in read_json(path).items()}
         except FileNotFoundError:
@@ -148,9 +149,30 @@ class AdapterRecord:
     def of(self, model: str) -> list[tuple[int, ServedAdapter]]:
         return self._models.get(model, [])
 
+    def keep(self, model: str, number: int, adapter: ServedAdapter) -> None:
+        """One that could not be loaded again stays until an adapter of its name is loaded, or it is removed."""
+        self._absent.setdefault(model, []).append((number, adapter))
+
+    async def remove(self, model: str, name: str) -> bool:
+        """Whether there was one of this name that was kept. As `write`."""
+        absent = self._absent.get(model, [])
+        left = [(number, adapter) for number, adapter in absent if adapter.name != name]
+        if len(left) == len(absent):
+            return False
+        loaded = [entry for entry in self.of(model) if entry not in absent]
+        await self._write(model, loaded, left)
+        return True
+
     async def write(self, model: str, adapters: Sequence[tuple[int, ServedAdapter]]) -> None:
-        """On disk when it returns. LlamaclustError where that fails; then the record is as before."""
-        models = {**self._models, model: list(adapters)}
+        """These are loaded. On disk when it returns. LlamaclustError where that fails; then the record is as before."""
+        names = {adapter.name for _, adapter in adapters}
+        absent = [(number, adapter) for number, adapter in self._absent.get(model, []) if adapter.name not in names]
+        await self._write(model, adapters, absent)
+
+    async def _write(
+        self, model: str, loaded: Sequence[tuple[int, ServedAdapter]], absent: list[tuple[int, ServedAdapter]]
+    ) -> None:
+        models = {**self._models, model: [*loaded, *absent]}
         values = {
             name: [
                 {"number": number, "name": adapter.name, "path": adapter.path, "content": adapter.content}
@@ -167,6 +189,7 @@ class AdapterRecord:
         finally:
             disk.close()
         self._models = models
+        self._absent[model] = absent
 
 
 def _adapter(entry: Any) -> tuple[int, ServedAdapter]:

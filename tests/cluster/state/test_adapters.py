@@ -111,3 +111,23 @@ async def test_a_record_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -
     with pytest.raises(LlamaclustError, match="cannot be written"):
         await record.write("m", [(2, POET)])
     assert record.of("m") == []
+
+
+async def test_what_could_not_be_loaded_stays_in_the_record_until_its_name_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.json"
+    await AdapterRecord(path).write("m", [(2, POET), (1, CLERK)])
+    record = AdapterRecord(path)
+    record.keep("m", 2, POET)
+    await record.write("m", [(1, CLERK), (3, ServedAdapter("third", "/a/third.gguf", content="cc"))])
+    assert [adapter.name for _, adapter in AdapterRecord(path).of("m")] == ["clerk", "third", "poet"]
+    assert not await record.remove("m", "clerk") and await record.remove("m", "poet")
+    assert [adapter.name for _, adapter in AdapterRecord(path).of("m")] == ["clerk", "third"]
+
+
+async def test_a_new_adapter_takes_the_place_of_one_of_its_name_in_the_record(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.json"
+    await AdapterRecord(path).write("m", [(2, POET)])
+    record, other = AdapterRecord(path), ServedAdapter("poet", "/a/other.gguf", content="cc")
+    record.keep("m", 2, POET)
+    await record.write("m", [(0, other)])
+    assert AdapterRecord(path).of("m") == [(0, other)] and not await record.remove("m", "poet")

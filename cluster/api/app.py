@@ -123,7 +123,7 @@ def model_app(
     _route(app, "GET", "/v1/models", models.list)
     _route(app, "GET", "/v1/models/{model:path}", models.retrieve)
     own = (*embedding_routes(service, settings), *RerankEndpoint(service, settings).routes())
-    loading = AdapterLoading(controls.adapters, settings).routes()
+    loading = AdapterLoading(controls.adapters, service.settings.model_name, settings).routes()
     for route in (*own, *llamacpp_routes(service, replies), *ollama_routes(service, replies), *loading):
         _route(app, route.method, route.path, route.endpoint, route.body)
     operations = Operations(service, engine, cluster_status, settings)

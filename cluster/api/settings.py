@@ -18,7 +18,7 @@ _MOST_KEY_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Fixed for the life of an app, but for its adapters. Durations are in seconds."""
+    """Fixed for the life of an app, but for its adapters and copies. Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
     further_hosts: tuple[str, ...] = ()  # of the other addresses
@@ -29,6 +29,7 @@ class ApiSettings:
     max_loaded_models: int | None = None  # of several, at once; None: as many as memory allows
     load_on_demand: bool = True  # whether requests load those of several that sleep
     aliases: tuple[str, ...] = ()  # further names of the served model
+    copies: list[str] = field(default_factory=list)  # names of the served model that clients made
     tags: tuple[str, ...] = ()  # shown with it
     adapters: ServedAdapters = field(default_factory=ServedAdapters)
     rankers: tuple[str, ...] = ()  # names of the cluster's models that rank documents

@@ -4,6 +4,7 @@ is served."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
@@ -13,11 +14,14 @@ from starlette.responses import PlainTextResponse, Response
 from llamaclust.cluster.api.body import read_body
 from llamaclust.cluster.api.errors import unsupported
 from llamaclust.cluster.api.foreign_fields import OF_ADAPTERS
+from llamaclust.cluster.api.ollama.names import TAG
+from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.operations.controls import AdapterControl
 from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.schema import Body
 from llamaclust.cluster.api.security import require_first_key
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.core.errors import ParameterError
 
 _OFF = "no folder of adapters is set: name one as `api.adapter_folder` in the cluster file"
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
@@ -31,7 +35,7 @@ class LoadAdapterBody(Body):
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     """A GGUF file or a folder of PEFT in `api.adapter_folder`, relative to it or absolute."""
     model: str | None = None
-    """Which of several models the adapter is for."""
+    """The model that the adapter is for; of several, without it the first one."""
 
 
 class UnloadAdapterBody(Body):
@@ -40,14 +44,15 @@ class UnloadAdapterBody(Body):
     lora_name: Annotated[str, Field(min_length=1, max_length=255)]
     """Of an adapter that a client loaded."""
     model: str | None = None
-    """Which of several models the adapter is of."""
+    """The model that the adapter is of; of several, without it the first one."""
 
 
 class AdapterLoading:
     """For clients with the first key, if there are keys."""
 
-    def __init__(self, control: AdapterControl | None, settings: ApiSettings) -> None:
+    def __init__(self, control: AdapterControl | None, served: str, settings: ApiSettings) -> None:
         self._control = control
+        self._models = ModelNames(served, replace(settings, strict_model=True))
         self._settings = settings
 
     def routes(self) -> Iterator[Route]:
@@ -60,6 +65,9 @@ class AdapterLoading:
         """Answers when requests may use the adapter."""
         require_first_key(request.headers, self._settings, "load adapters")
         body = await read_body(request, LoadAdapterBody, OF_ADAPTERS, self._settings)
+        self._models.check(body.model)
+        if body.lora_name.removesuffix(TAG) in self._settings.copies:
+            raise ParameterError("lora_name", f"{body.lora_name!r} is a copy of the model: delete it first")
         assert self._control is not None
         await self._control.load(body.lora_name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -68,6 +76,7 @@ class AdapterLoading:
         """Answers when the model is served without the adapter."""
         require_first_key(request.headers, self._settings, "unload adapters")
         body = await read_body(request, UnloadAdapterBody, OF_ADAPTERS, self._settings)
+        self._models.check(body.model)
         assert self._control is not None
         await self._control.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -25,7 +25,7 @@ class OllamaNames:
         self._adapters = settings.adapters
         self._aliases = settings.aliases
         self._is_strict = settings.strict_model is True
-        self._copies: list[str] = []
+        self._copies = settings.copies
 
     @property
     def _fixed(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ class OllamaNames:
     def _original(self, name: str) -> str:
         """Of a copy; without the tag."""
         plain = self._plain(name)
-        return self._served if plain in self._copies else plain
+        return self._served if plain in self._copies and plain not in self._fixed else plain
 
     def _plain(self, name: str) -> str:
         return name if name in self._fixed else name.removesuffix(TAG)

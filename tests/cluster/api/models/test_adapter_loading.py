@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.models.door import ModelDoor
+from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.operations.controls import Controls
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.ticket import Ticket
@@ -139,7 +140,7 @@ async def test_a_known_request_has_the_name_of_its_adapter() -> None:
 
 async def test_of_several_models_the_named_one_gets_an_adapter() -> None:
     loaders = [Loader(), Loader()]
-    models = [door_model(name, app(loader)) for name, loader in zip("ab", loaders, strict=True)]
+    models = [door_model(name, app(loader, aliases=(name,))) for name, loader in zip("ab", loaders, strict=True)]
     async with client(ModelDoor(models, ApiSettings())) as http:
         for body, loaded in (
             ({**BODY, "model": "b"}, [[], ["poet"]]),
@@ -213,3 +214,33 @@ async def test_what_fails_says_why(error: Exception, status: int, code: str) -> 
     for reply in replies:
         assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
         assert str(error) in reply.json()["error"]["message"]
+
+
+async def test_only_a_served_model_gets_adapters() -> None:
+    async with client(app(loader := Loader(), strict_model=False, aliases=("cat",))) as http:
+        reply = await http.post(PATH, json={**BODY, "model": "other"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+        assert not loader.loaded
+        for name in ("tiny", "cat"):
+            reply = await http.post(PATH, json={**BODY, "lora_name": f"of-{name}", "model": name})
+            assert reply.status_code == 200, reply.text
+        for name, status in (("other", 404), ("cat", 200)):
+            reply = await http.post(UNLOAD, json={"lora_name": "of-tiny", "model": name})
+            assert reply.status_code == status, reply.text
+
+
+async def test_an_adapter_does_not_take_the_name_of_a_copy() -> None:
+    async with client(app(loader := Loader())) as http:
+        assert (await http.post("/api/copy", json={"source": "tiny", "destination": "poet"})).status_code == 200
+        for name in ("poet", "poet:latest"):
+            reply = await http.post(PATH, json={**BODY, "lora_name": name})
+            assert reply.status_code == 400 and "is a copy of the model" in reply.json()["error"]["message"]
+        assert (await http.request("DELETE", "/api/delete", json={"model": "poet"})).status_code == 200
+        assert not loader.loaded and (await http.post(PATH, json=BODY)).status_code == 200
+
+
+def test_an_adapter_of_a_copys_name_is_not_hidden() -> None:
+    names = OllamaNames("tiny", settings := ApiSettings())
+    names.copy("tiny", "poet")
+    settings.adapters.add(0, ServedAdapter("poet", "poet.gguf", content="ab"))
+    assert names.adapters("poet", ()) == ((0, 1.0),) and names.shown("poet:latest") == "poet"

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import ClusterState
-from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
 from llamaclust.model.loader import Model
+
+_DEADLINE_S = 600.0
+"""Until a version serves: an epoch of before may retire, and weights load, meanwhile."""
 
 
 @dataclass(eq=False, slots=True)
@@ -34,6 +37,7 @@ class ModelVersions:
     """Of one model. A version is known by its model id."""
 
     _runner: ActionRunner
+    deadline_s: float = _DEADLINE_S
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -68,10 +72,18 @@ class ModelVersions:
             observed.post(seen.VersionWanted(model.model_id))
             outcome = _Outcome(model.model_id)
             try:
-                await observed.until(outcome.is_decided)
+                await self._decided(outcome)
             finally:
                 if not outcome.is_served:
                     observed.post(seen.VersionWanted(before))
             if outcome.error is not None:
                 await observed.until(lambda state: state.pool.model_id == before)
                 raise outcome.error
+
+    async def _decided(self, outcome: _Outcome) -> None:
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                await self._runner.observed.until(outcome.is_decided)
+        except TimeoutError:
+            what = f"the model does not serve with its new adapters within {self.deadline_s:g} s"
+            outcome.error = DeadlineError(f"{what}: try again when fewer requests run")

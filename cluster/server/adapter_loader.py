@@ -54,7 +54,7 @@ class OpenedModel:
             assert folder is not None
             try:
                 if adapter.name in names:
-                    raise UsageError("a model or another adapter has this name now: choose another name there")
+                    raise UsageError("a model or another adapter has its name now: rename that and restart")
                 free = number if number not in adapters.numbers else _free_number(adapters)
                 found, opened = await asyncio.to_thread(_opened, plain, folder, adapters, free, adapter)
                 if found.content != adapter.content:
@@ -96,10 +96,13 @@ class AdapterLoader:
         self._report(Notice(f"a client loaded adapter {number} {name!r}: {adapter.path}"))
 
     async def unload(self, name: str) -> None:
-        """Returns when the model serves without the adapter. HttpError 404 for a name of none, 409 while it is used;
-        ParameterError for one of the cluster file; else as `load`."""
+        """Returns when the model serves without the adapter, and no start loads it again. HttpError 404 for a name of
+        none, 409 while it is used; ParameterError for one of the cluster file; else as `load`."""
         adapters = self.model.adapters
         async with self._turn:
+            if name not in adapters.names and await self._record.remove(self.model.config.model_name, name):
+                self._report(Notice(f"a client unloaded adapter {name!r}, which was not loaded again at the start"))
+                return
             number = self._unloadable(name)
             self._check_awake()
             adapter, before = adapters[number], self.versions.model_id
@@ -151,8 +154,7 @@ class AdapterLoader:
         if name in self.model.adapters.names:
             raise ParameterError("lora_name", f"adapter {name!r} is loaded already: unload it first, or choose another")
         configs = [other.model.config for other in self.others]
-        models = {named for config in configs for named in (config.model_name, *config.api.aliases)}
-        if name in models or any(name in other.model.adapters.names for other in self.others):
+        if name in fixed_names(configs) or any(name in other.model.adapters.names for other in self.others):
             raise ParameterError("lora_name", f"{name!r} is the name of a model or of another model's adapter")
 
     def _check_version(self, version: Model, param: str) -> None:

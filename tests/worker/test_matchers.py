@@ -339,3 +339,24 @@ def test_no_more_answers_are_kept_than_run(stage: StageMatchers) -> None:
     step(stage, 1, task(3, 0, ABC), says="a", released=(0,))
     with pytest.raises(ProtocolError, match="matchers of 4 answers"):
         step(stage, 2, task(4, 0, ABC), says="a")
+
+
+def test_answers_that_end_before_they_begin_do_not_stop_the_stage(stage: StageMatchers) -> None:
+    """Each microbatch in flight may start as many as run."""
+    for number in range(4):
+        keys = range(3 * number, 3 * number + 3)
+        ended = tuple(key - 3 for key in keys if number)
+        stage.receive(inputs_of(number, *(task(key, 0, ABC) for key in keys), released=ended))
+    for number in range(4):
+        keys = range(3 * number, 3 * number + 3)
+        stage.begin(inputs_of(number, *(task(key, 0) for key in keys), released=tuple(key - 3 for key in keys)))
+
+
+def test_no_more_answers_start_than_a_coordinator_has_in_flight(
+    stage: StageMatchers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matchers, "MOST_IN_FLIGHT", 2)
+    for number in range(2):
+        stage.receive(inputs_of(number, *(task(3 * number + place, 0, ABC) for place in range(3))))
+    with pytest.raises(ProtocolError, match="more than 6 matchers that start"):
+        stage.receive(inputs_of(2, task(6, 0, ABC)))

@@ -21,6 +21,7 @@ from llamaclust.core.sampling import AllowedTokens, MatcherRow, RowResult, RowTa
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker.stage.matched_answer import DEFERRED, STEP_NS, MatchedAnswer, StepTime
+from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
 
 _ALONE_S: Final = 0.05
 """A step waits so long for matchers if no other row waits for it: else rows would come again and again meanwhile."""
@@ -53,10 +54,11 @@ class StageMatchers:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def receive(self, inputs: SamplingInputs) -> None:
-        """Begins to make what the inputs start. ProtocolError for more than are kept."""
+        """Begins to make what the inputs start. ProtocolError for more than any coordinator has in flight: answers may
+        end before their rows come, and others start in their place in each microbatch."""
         for start in inputs.starts:
-            if len(self._starting) >= 2 * self._most:
-                raise ProtocolError(f"more than {2 * self._most} matchers that start")
+            if len(self._starting) >= MOST_IN_FLIGHT * self._most:
+                raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers that start")
             answer = self._starting[inputs.number, start.key] = MatchedAnswer(start)
             self._make(answer)
 

@@ -222,16 +222,50 @@ def test_a_start_that_takes_too_long_fails_its_answer(stage: StageMatchers, monk
 def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_READY_S", 0.01)
+    """The time before its turn does not count."""
+    monkeypatch.setattr(module, "_READY_S", -1)
+    began, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        began.set()
+        go_on.wait(30)
+
+    monkeypatch.setattr(module.MatchedAnswer, "make_matcher", wait)
+    inputs = inputs_of(0, task(1, 0, ABC), task(2, 0, ABC))
+    stage.receive(inputs)
+    assert began.wait(30)
+    stage.begin(inputs)
+    (late, queued), _ = stage.take((sampled("a"), sampled("a")))
+    go_on.set()
+    assert late.failure == "the grammar was not ready in -1 s" and queued is DEFERRED
+
+
+def test_matchers_of_answers_that_are_released_are_not_made(stage: StageMatchers) -> None:
+    """Their rows in flight are deferred, and what comes after them is not kept waiting."""
     go_on = threading.Event()
     stage._thread.submit(go_on.wait, 30)
-    inputs = inputs_of(0, task(1, 0, ABC))
-    stage.receive(inputs)
-    asyncio.run(stage.ready(inputs))
-    stage.begin(inputs)
-    (row,), _ = stage.take((RowResult(ord("a"), -1.0),))
+    first, second = inputs_of(0, task(1, 0, ABC), task(2, 0, ABC)), inputs_of(1, task(2, 0, ABC), released=(1, 2))
+    stage.receive(first)
+    stage.receive(second)
     go_on.set()
-    assert row.failure == "the grammar was not ready in 0.01 s"
+    for answer in stage._starting.values():
+        answer.ready.result(30)
+    asyncio.run(stage.ready(first))
+    stage.begin(first)
+    assert stage.take((sampled("a"), sampled("a"))) == ([DEFERRED, DEFERRED], {})
+    stage.begin(second)
+    assert stage.take((sampled("a"),)) == ([sampled("a")], {})
+
+
+def test_no_matchers_of_an_epoch_that_is_over_are_made(stage: StageMatchers) -> None:
+    go_on = threading.Event()
+    stage._thread.submit(go_on.wait, 30)
+    stage.receive(inputs_of(0, task(1, 0, ABC)))
+    (answer,) = stage._starting.values()
+    stage.clear()
+    go_on.set()
+    answer.ready.result(30)
+    assert answer._matcher is None
 
 
 def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage: StageMatchers) -> None:

@@ -18,7 +18,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 STEP_NS: Final = 200_000_000
 """Of a processor, for all rows of a step. A sign of life waits for no more than this. See StepTime."""
 _READY_S: Final = 60.0
-"""Matchers are made in a fraction of a second: this is for a machine that is very busy."""
+"""From the begin of its making, which takes a fraction of a second: this is for a machine that is very busy."""
 _BUILD_NS: Final = 1_000_000_000
 """Of a processor, to compile a grammar and take in the tokens of before; both are a fraction of that as a rule."""
 _TOKEN_NS: Final = 100_000_000
@@ -45,10 +45,10 @@ class MatchedAnswer:
     """Used by the thread that makes its matcher until `ready` is done, then by the stage."""
 
     def __init__(self, start: MatcherStart) -> None:
-        self.rule = "the budget of reasoning" if start.grammar is None else "the grammar"
         self.ready: Future[None] = Future()
+        self.is_released = False  # its rows are worth no matcher that is still to be made
         self._due: int | None = None  # position of a row that was deferred
-        self._received_s = monotonic()
+        self._begun_s: float | None = None  # the making of its matcher
         self._failure: str | None = None  # why it cannot be followed
         self._start = start
         self._tokens = list(start.tokens)  # that the matcher has taken in
@@ -59,6 +59,11 @@ class MatchedAnswer:
         self._expected_ns = 0  # of the next token, by those before
 
     # -- the thread that makes matchers ----------------------------------------------------------------------------
+
+    def begin_making(self) -> bool:
+        """False where no matcher is needed any more."""
+        self._matcher, self._begun_s = None, monotonic()
+        return not self.is_released
 
     def make_matcher(self, vocabulary: GrammarVocabulary) -> None:
         """Brings a matcher to the answer's tokens. Errors are the answer's."""
@@ -80,7 +85,7 @@ class MatchedAnswer:
             matcher.take(tokens[place : place + _TOKENS_AT_ONCE])
             if thread_time_ns() > end_ns:
                 raise RequestError(f"{self.rule} is too complex: its {len(tokens)} tokens take more than 1 s")
-            if self._failure is not None:  # it was late
+            if self.is_released or self._failure is not None:  # it was late
                 return
         if self._start.may_force and not tokens:
             self._forced = matcher.forced()
@@ -92,19 +97,25 @@ class MatchedAnswer:
     # -- the stage -------------------------------------------------------------------------------------------------
 
     @property
+    def rule(self) -> str:
+        return "the budget of reasoning" if self._start.grammar is None else "the grammar"
+
+    @property
     def is_waited_for(self) -> bool:
         """Whether a row of it was deferred, and has not come again."""
         return self._due is not None
 
     def begin(self, row: MatcherRow) -> bool:
-        """Whether the row is sampled now: else its matcher is not ready, or the row before it was deferred.
+        """Whether the row is sampled now: else its matcher is not ready, or not made for an answer that was released,
+        or the row before it was deferred.
         ProtocolError for one at another place. A row that was sent before its predecessor's forced tokens were known
         repeats these."""
         if self._due is not None and row.position > self._due:
             return False
-        if not self.ready.done() and self._failure is None:
+        is_ready = self.ready.done() and self._matcher is not None
+        if not is_ready and self._failure is None:
             self._due = row.position
-            if monotonic() - self._received_s < _READY_S:
+            if self._begun_s is None or monotonic() - self._begun_s < _READY_S:
                 return False
             self._failure = f"{self.rule} was not ready in {_READY_S:g} s"
         if self._failure is not None:
@@ -150,7 +161,7 @@ class MatchedAnswer:
 
     def _defer(self) -> RowResult:
         self._is_costly, self._is_refused = True, False
-        self.ready, self._received_s = Future(), monotonic()
+        self.ready, self._begun_s = Future(), None
         self._due = len(self._tokens)
         return DEFERRED
 

@@ -46,6 +46,8 @@ class StageMatchers:
 
     def clear(self) -> None:
         """Forgets all answers: another epoch begins."""
+        for answer in (*self._answers.values(), *self._starting.values()):
+            answer.is_released = True
         self._answers.clear()
         self._starting.clear()
 
@@ -54,8 +56,12 @@ class StageMatchers:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def receive(self, inputs: SamplingInputs) -> None:
-        """Begins to make what the inputs start. ProtocolError for more than any coordinator has in flight: answers may
-        end before their rows come, and others start in their place in each microbatch."""
+        """Drops what is still to be made for answers that the inputs release, which may have rows in flight, and begins
+        to make what they start. ProtocolError for more than any coordinator has in flight: answers may end before their
+        rows come, and others start in their place in each microbatch."""
+        for key in inputs.released:
+            if (answer := self._find(inputs.number, key)) is not None:
+                answer.is_released = True
         for start in inputs.starts:
             if len(self._starting) >= MOST_IN_FLIGHT * self._most:
                 raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers that start")
@@ -75,7 +81,7 @@ class StageMatchers:
 
     def _awaited(self, inputs: SamplingInputs) -> tuple[list[Future[None]], float]:
         answers = [self._find(inputs.number, row.key) for _, row in _rows(inputs)]
-        late = [answer for answer in answers if answer is not None and not answer.ready.done()]
+        late = [answer for answer in answers if not (answer is None or answer.is_released or answer.ready.done())]
         first = [answer for answer in late if not answer.is_waited_for]
         is_alone = len(late) == len(inputs.tasks)
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
@@ -148,6 +154,8 @@ class StageMatchers:
 
     def _make_now(self, answer: MatchedAnswer) -> None:
         """In the thread."""
+        if not answer.begin_making():
+            return
         try:
             if self._vocabulary is None:
                 self._vocabulary = self._read_vocabulary()

@@ -10,15 +10,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
-from llamaclust.core.errors import RequestError
-from llamaclust.core.sampling import Grammar
 from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
 from llamaclust.model.child_frames import end_with_parent, read_frame, write_frame
 from llamaclust.model.grammars.definitions import GBNF, GBNF_START
-from llamaclust.model.grammars.matcher import GrammarMatcher, limits, one_line
+from llamaclust.model.grammars.matcher import compiled, one_line
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 _STACK_BYTES: Final = 1 << 20
@@ -39,13 +36,11 @@ def _checked(definition: str, vocabulary: GrammarVocabulary, compile_cpu_s: floa
         if len(definition.encode()) > MAX_GRAMMAR_BYTES:
             return _reply(f"a grammar of more than {MAX_GRAMMAR_BYTES} bytes")
     signal.setitimer(signal.ITIMER_PROF, compile_cpu_s)
-    message = LLMatcher.validate_grammar(definition, vocabulary.native, limits=limits())
-    if not message:
-        try:
-            GrammarMatcher(Grammar(definition), vocabulary).allowed()
-        except RequestError as error:
-            message = str(error)
-    return _reply(message, converted)
+    state = compiled(definition, vocabulary)
+    if state.is_error():
+        return _reply(state.get_error())
+    state.compute_bitmask()
+    return _reply(f"the grammar is too complex: {state.get_error()}" if state.is_error() else "", converted)
 
 
 def _reply(message: str, converted: str = "") -> dict[str, str]:

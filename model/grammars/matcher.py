@@ -16,7 +16,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _Computed = TypeVar("_Computed")
 
 
-def limits() -> LLParserLimits:
+def _limits() -> LLParserLimits:
     """Tens of milliseconds a step and tens of megabytes an answer, whatever the grammar: the same for checks and for
     matching."""
     return LLParserLimits(
@@ -28,6 +28,12 @@ def limits() -> LLParserLimits:
         max_grammar_size=500_000,
         verbose_errors=False,
     )
+
+
+def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
+    """The state before the first token; `is_error` where the grammar cannot be used. Each answer compiles its own:
+    copies of one state share a lexer, and with it what they may use up."""
+    return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits())
 
 
 def one_line(message: str, most: int = 400) -> str:
@@ -52,7 +58,7 @@ class GrammarMatcher:
         self.position = 0  # tokens taken in
         self._is_costly = is_costly
         self._vocabulary = vocabulary
-        self._native = LLMatcher(vocabulary.native, grammar.definition, log_level=0, limits=limits())
+        self._native = compiled(grammar.definition, vocabulary)
         self._check("the grammar cannot be used")
         self._ended = False
         self._has_choice = False  # `forced` found none that must come next

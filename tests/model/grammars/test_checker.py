@@ -11,15 +11,18 @@ from contextlib import suppress
 from hashlib import sha256
 from time import monotonic
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from llguidance import LLMatcher
 
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import checker as module
-from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars import checker_child, definitions, matcher
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.checker_process import CheckLimits
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from support.models.tiny_tokenizers import byte_level
 
@@ -109,6 +112,18 @@ def test_hostile_grammars_are_bounded(checker: GrammarChecker, name: str) -> Non
         refusal(checker, _HOSTILE[name]())
     assert monotonic() - began < 30, name
     assert refusal(checker, definitions.of_object("o")) == "", "the next grammar is checked as before"
+
+
+def test_a_grammar_whose_first_token_takes_too_much_is_refused(checker: GrammarChecker) -> None:
+    assert "s: the grammar is too complex: " in refusal(checker, _HOSTILE["recursive reference"]())
+
+
+def test_a_check_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = GrammarVocabulary([*(bytes([byte]) for byte in range(256)), b""], [256], lambda text: [*text.encode()])
+    native = Mock(wraps=LLMatcher)
+    monkeypatch.setattr(matcher, "LLMatcher", native)
+    assert checker_child._checked(definitions.of_object("o").definition, vocabulary, 0.0)["error"] == ""
+    native.assert_called_once()
 
 
 def test_grammars_that_are_too_long_are_refused() -> None:

@@ -96,6 +96,8 @@ async def test_a_former_certificate_is_trusted_no_more(folder: ClusterDir, tmp_p
 @pytest.mark.parametrize(
     ("api", "url", "is_its"),
     [
+        ("https://0.0.0.0:8443", "https://0.0.0.0:8443", True),
+        ("https://[::]:8443", "https://[::]:8443", True),
         ("https://0.0.0.0:8443", "https://localhost:8443", True),
         ("https://0.0.0.0:8443", f"https://{own_addresses()[0]}:8443", True),
         ("https://0.0.0.0:8443", "https://203.0.113.9:8443", False),

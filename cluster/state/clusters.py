@@ -23,12 +23,15 @@ def recorded_clusters(state_dir: Path) -> list[ClusterRecord]:
 
 
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
-    """The running cluster of that name, or the only one. Raises UsageError that lists what runs."""
+    """The running cluster of that name, or the only one. Raises UsageError that lists what runs, or says that the
+    cluster has no record yet, or no more."""
     running = running_clusters(state_dir)
     if name is None and len(running) == 1:
         name = next(iter(running))
     if name is not None and name in running:
         return running[name]
+    if name is not None or not running:
+        _check_record(state_dir, name)
     last = _last_ended(state_dir, name)
     if not running:
         raise UsageError(f"no cluster is running: start one with `llamaclust up`{last}")
@@ -36,6 +39,13 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
     if name is None:
         raise UsageError(f"several clusters are running: {choose}")
     raise UsageError(f"no cluster named {name!r} is running: {choose}{last}")
+
+
+def _check_record(state_dir: Path, name: str | None) -> None:
+    """UsageError where a coordinator of that name, or any without a name, runs that serves not yet or no more."""
+    for folder in _folders(state_dir):
+        if name in (None, folder.path.name) and folder.is_running:
+            raise UsageError(f"cluster {folder.path.name} is starting or ending: try again in some seconds")
 
 
 def _folders(state_dir: Path) -> list[ClusterDir]:

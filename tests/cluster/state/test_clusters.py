@@ -48,6 +48,21 @@ def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
         find_running(tmp_path / "nowhere", None)
 
 
+def test_a_cluster_without_a_record_is_starting_or_ending(tmp_path: Path) -> None:
+    home, other = ClusterDir(tmp_path / "home"), ClusterDir(tmp_path / "other")
+    with home.locked():
+        for name in (None, "home"):
+            with pytest.raises(UsageError, match="cluster home is starting or ending: try again"):
+                find_running(tmp_path, name)
+        with pytest.raises(UsageError, match="no cluster is running"):
+            find_running(tmp_path, "other")
+        with other.locked():
+            other.write_record(RECORD)
+            assert find_running(tmp_path, None)[0] == other
+            with pytest.raises(UsageError, match="cluster home is starting"):
+                find_running(tmp_path, "home")
+
+
 def test_a_log_that_leads_nowhere_is_no_error(tmp_path: Path) -> None:
     folder = ClusterDir(tmp_path / "home")
     folder.create()

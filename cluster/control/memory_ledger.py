@@ -14,6 +14,14 @@ MemoryUse = Counter[tuple[str, str]]
 """Bytes by worker and device."""
 
 
+class ModelLimitError(InsufficientMemoryError):
+    """As many other models hold memory as the cluster file allows."""
+
+    def __init__(self, most: int) -> None:
+        loaded = "1 model is" if most == 1 else f"{most} models are"
+        super().__init__(f"at most {loaded} loaded (max_loaded_models)")
+
+
 class MemoryLedger:
     """Of one cluster. `lock` is held while a plan is made, up to its entry if it is to be loaded next.
     `max_models`: that hold memory at the same time; None: as many as fit."""
@@ -42,10 +50,10 @@ class MemoryLedger:
         return scratch
 
     def check_count(self, model_id: str) -> None:
-        """InsufficientMemoryError where as many other models hold memory as may."""
+        """ModelLimitError where as many other models hold memory as may."""
         count = sum(bool(plans) for name, plans in self._plans.items() if name != model_id)
         if self._max_models is not None and count >= self._max_models:
-            raise InsufficientMemoryError(f"{count} other models are loaded, as many as max_loaded_models allows")
+            raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
         """A plan was made beside what the others hold now."""

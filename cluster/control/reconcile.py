@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion
+from llamaclust.cluster.control.memory_ledger import ModelLimitError
 from llamaclust.cluster.control.observations import PlanInputs
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, NetworkPartitionError
@@ -182,6 +183,8 @@ def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
     missing_bytes = why.missing_bytes if isinstance(why, InsufficientMemoryError) else None
     missing = "" if missing_bytes is None else f" ({mib(missing_bytes)} MiB)"
     text = f"waiting for memory that other models hold{missing}: they give way after their turns"
+    if isinstance(why, ModelLimitError):
+        text = f"waiting for other models, which give way after their turns: {why}"
     return Notify(text) if text != state.waits_for else Wait(_quarantine_end_s(state))
 
 

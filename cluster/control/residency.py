@@ -60,6 +60,11 @@ class Resident:
         return not self._users and self.engine.requests.are_empty
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether it is awake, but about to sleep: its time has passed, or its memory is needed."""
+        return not self.observed.state.is_wanted or (self.is_idle and self.expires_in_s == 0)
+
+    @property
     def expires_in_s(self) -> float | None:
         """Until it is to sleep, if no request comes; None: not at any time."""
         if self.keep_alive_s is None or self.is_asleep or self.engine.state is EngineState.DOWN:

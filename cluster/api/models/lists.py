@@ -70,8 +70,8 @@ class ModelLists:
         return JsonResponse({"models": [*chain.from_iterable(entries)]})
 
     async def ps(self, request: Request) -> Response:
-        """The models that are loaded."""
-        awake = (model for model in self._models if not model.resident.is_asleep)
+        """The models that are loaded, and not about to sleep."""
+        awake = (model for model in self._models if not (model.resident.is_asleep or model.resident.is_leaving))
         return JsonResponse({"models": [self._ollama[model.name].loaded_entry(_expiry(model)) for model in awake]})
 
     async def requests(self, request: Request) -> Response:

@@ -18,6 +18,7 @@ from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.residency import Resident
 from llamaclust.cluster.server import serve
 from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore
 from llamaclust.cluster.server.status import cluster_status
@@ -179,3 +180,22 @@ async def test_a_model_is_unloaded_when_its_request_says_so(files: list[Path], t
         await api.found.until(AWAKE, ASLEEP)
         refused = await api.http.post("/api/generate", json={**asked, "keep_alive": "soon"})
         assert refused.status_code == 400 and json.loads(refused.text)["error"].startswith("keep_alive: 'soon' is no")
+
+
+async def test_a_model_that_is_about_to_sleep_is_not_listed_as_loaded(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, sleep = asyncio.Event(), Resident.sleep
+
+    async def sleep_late(resident: Resident) -> None:
+        await goes_on.wait()
+        await sleep(resident)
+
+    monkeypatch.setattr(Resident, "sleep", sleep_late)
+    async with api_of(files, tmp_path, tight=False) as api:
+        await api.post("/v1/completions", model="b", **PROMPT)
+        await api.post("/api/generate", model="b", stream=False, keep_alive=0)
+        assert [model["name"] for model in (await api.get("/api/ps"))["models"]] == ["a:latest"]
+        assert api.found.states == [AWAKE, AWAKE]
+        goes_on.set()
+        await api.found.until(AWAKE, ASLEEP)

@@ -21,7 +21,7 @@ class ScriptedResident:
     def __init__(self) -> None:
         self.keep_alive_s: float | None = None
         self.expires_in_s: float | None = None
-        self.is_asleep, self.is_loading, self.is_idle = False, False, True
+        self.is_asleep, self.is_loading, self.is_idle, self.is_leaving = False, False, True, False
 
     def keep(self, seconds: float | None) -> None:
         self.keep_alive_s = seconds

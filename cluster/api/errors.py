@@ -10,9 +10,11 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Scope
 
 from llamaclust.cluster.api.error_shapes import Failure, chosen_shape, to_json
+from llamaclust.cluster.api.paths import given_path
 from llamaclust.core.errors import ContextLengthError, LlamaclustError, ParameterError, QueueFullError
 
 CLIENT_GONE = 499
@@ -51,7 +53,7 @@ def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[R
     """The endpoint of a path that clients of other servers know and this one refuses."""
 
     async def refuse(request: Request) -> Response:
-        raise HttpError(status, "not_supported", f"{request.url.path}: {what}")
+        raise HttpError(status, "not_supported", f"{given_path(request.scope)}: {what}")
 
     refuse.__doc__ = f"Refused: {what}."
     return refuse
@@ -93,11 +95,22 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if request.method == "OPTIONS" and error.headers and "Allow" in error.headers:
-        return Response(status_code=204, headers=error.headers)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    headers = error.headers
+    if headers and "Allow" in headers:
+        headers = {**headers, "Allow": _methods(request)}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
+    message = f"{request.method} {given_path(request.scope)}: {error.detail}"
     failure = Failure(error.status_code, message, _CODES.get(error.status_code, "invalid_request_error"))
-    return _response(failure, request.scope, error.headers)
+    return _response(failure, request.scope, headers)
+
+
+def _methods(request: Request) -> str:
+    """Of all routes with the path of the request. HEAD is served as GET."""
+    path = request.scope["path"]
+    routes = (route for route in request.app.routes if isinstance(route, Route) and route.path_regex.match(path))
+    methods = {method for route in routes for method in route.methods or ()}
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

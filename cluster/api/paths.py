@@ -22,6 +22,7 @@ _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
 _OTHER_NAMES: Final = {"/v1/health": "/health"}
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
 _STATE: Final = "traced_route"
+_GIVEN: Final = "given_path"
 _UNKNOWN: Final = "other"
 
 
@@ -52,7 +53,14 @@ class Paths:
             method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body then
             scope = {**scope, "path": path, "raw_path": path.encode(), "method": method}
             choose_shape(scope, error_shape(given))
+            scope["state"][_GIVEN] = given
         await self._app(scope, receive, send)
+
+
+def given_path(scope: Scope) -> str:
+    """The path as the client wrote it, without the prefix."""
+    path: str = scope.get("state", {}).get(_GIVEN, scope["path"])
+    return path
 
 
 def canonical_path(path: str) -> str:

@@ -148,7 +148,7 @@ class AdapterLoader:
     def _check_awake(self) -> None:
         if self.versions.is_asleep:
             what = f"model {self.model.config.model_name!r} is not loaded"
-            raise HttpError(503, "model_not_loaded", f"{what}: load it by /v1/models/load, then try again")
+            raise HttpError(503, "model_not_loaded", f"{what}: load it by POST /models/load, then try again")
 
     def _check_name(self, name: str) -> None:
         if name in self.model.adapters.names:

@@ -80,8 +80,10 @@ async def test_head_wherever_get() -> None:
 
 async def test_options_without_a_preflight_names_the_methods() -> None:
     async with client(make_app(ScriptedEngine(says("a")))) as http:
-        reply = await http.options("/v1/completions")
-        assert reply.status_code == 204 and reply.headers["allow"] == "POST"
+        methods = {"/v1/completions": "POST", "/models": "GET, HEAD", "/v1/streams/a": "DELETE, GET, HEAD"}
+        for path, allowed in methods.items():
+            reply = await http.options(path)
+            assert reply.status_code == 204 and reply.headers["allow"] == allowed
         assert (await http.options("/nothing")).status_code == 404
 
 

@@ -264,6 +264,7 @@ async def test_models() -> None:
         for path in ("/models/load", "/v1/models/unload"):
             refused = await http.post(path, json={"model": MODEL})
             assert refused.status_code == 501 and "list several as `models` in the cluster file" in refused.text
+            assert refused.json()["error"]["message"].startswith(f"{path}: ")
 
 
 @asynccontextmanager

@@ -192,7 +192,7 @@ class ClusterView:
             if self._progress.disable:
                 size = f"{event.total_bytes / MIB:.1f} MiB"
                 has_begun = event.done_bytes < event.total_bytes  # else all is there: it was kept, or did not take long
-                print(f"{label}: {doing} {size}" if has_begun else f"{label}: {size} are there", file=sys.stderr)
+                print(f"{label}: {doing} {size}" if has_begun else f"{label}: {size} are loaded", file=sys.stderr)
             self._progress.start()
             bar = self._bars[label] = self._progress.add_task(label, total=event.total_bytes)
         self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)
@@ -272,7 +272,7 @@ def ready_text(ready: events.Ready) -> str:
     key = "" if ready.api_keys_file is None else f", api_key=a line of {printable(ready.api_keys_file)}"
     return f"""
 {ready.name} is ready: {printable(ready.model)} at {api}
-{_others_text(ready)}{_first_request_text(ready, api, name)}
+{_others_text(ready)}{_load_text(ready)}{_first_request_text(ready, api, name)}
   llamaclust status{name}
   OpenAI clients: base_url={api}/v1{key}
 {_collector_text(ready)}{_certificate_text(ready)}"""
@@ -281,6 +281,12 @@ def ready_text(ready: events.Ready) -> str:
 def _others_text(ready: events.Ready) -> str:
     others = ", ".join(map(printable, ready.others))
     return f"  beside it: {others}; --served-model NAME chooses one\n" if others else ""
+
+
+def _load_text(ready: events.Ready) -> str:
+    """What comes before the first request, where requests load no model."""
+    body = '{"model": NAME}'
+    return "" if ready.loads_on_demand else f"  no model is loaded: POST /models/load {body}\n"
 
 
 def _first_request_text(ready: events.Ready, api: str, name: str) -> str:

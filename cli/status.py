@@ -130,8 +130,9 @@ def _head(state: State) -> Iterator[str]:
     predicted, measured = state["speed"]["predicted"], state["speed"]["measured"]
     if measured["requests"]:
         yield f"measured:  {_speed(measured)} in the last 10 s"
-    bottleneck = f", bottleneck: {predicted['bottleneck']}" if predicted["bottleneck"] else ""
-    yield f"predicted: {_speed(predicted)} for many requests{bottleneck}"
+    if predicted["prompt_tokens"] is not None:  # the model has had a plan
+        bottleneck = f", bottleneck: {predicted['bottleneck']}" if predicted["bottleneck"] else ""
+        yield f"predicted: {_speed(predicted)} for many requests{bottleneck}"
     if state["recoveries"]:
         last = ", ".join(f"{seconds:.2f}" for seconds in state["recovery_seconds"][-_RECOVERIES:])
         yield f"recoveries: {state['recoveries']}; the last took {last} s"

@@ -65,7 +65,8 @@ def _head(record: Record, *, with_model: bool) -> str:
     cached = f" ({record['cached_tokens']} cached)" if record["cached_tokens"] else ""
     generated = "" if record["end"] == "embedded" else f", {record['generated_tokens']} generated"
     model = f"{record['model']}: " if with_model else ""
-    tokens = f"{model}{record['prompt_tokens']} prompt tokens{cached}{generated}"
+    prompt = record["prompt_tokens"]
+    tokens = f"{model}{prompt} prompt {'token' if prompt == 1 else 'tokens'}{cached}{generated}"
     return f"{record['id']}: {tokens}, {record['end'] or 'running'}, {_duration(record['seconds'])}"
 
 

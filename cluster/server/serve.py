@@ -375,6 +375,7 @@ def _ready(cluster: Cluster, front: _Front) -> Ready:
         use=_use(cluster.model),
         others=(*others, *(name for served in cluster.models for name in served.adapters.names)),
         collector=_collector(front.telemetry),
+        loads_on_demand=config.load_on_demand,
     )
 
 

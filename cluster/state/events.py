@@ -91,6 +91,7 @@ class Ready:
     use: ModelUse = ModelUse.TEXT  # of the model
     others: tuple[str, ...] = ()  # further models that generate, and adapters
     collector: str | None = None  # where telemetry goes; None: it is off
+    loads_on_demand: bool = True  # False: no model is loaded yet, and requests load none
 
 
 @dataclass(frozen=True, slots=True)

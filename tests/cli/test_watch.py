@@ -110,6 +110,13 @@ def test_a_ready_cluster_names_its_other_models_and_adapters() -> None:
     assert "  beside it: two, poet; --served-model NAME chooses one" in lines
 
 
+def test_a_ready_cluster_without_loaded_models_names_how_one_is_loaded() -> None:
+    text = ready_text(Ready("mine", "http://127.0.0.1:1", "good", loads_on_demand=False))
+    load = '  no model is loaded: POST /models/load {"model": NAME}\n'
+    assert text.index(load) < text.index("llamaclust chat")
+    assert load not in ready_text(Ready("mine", "http://127.0.0.1:1", "good"))
+
+
 def test_a_ready_cluster_names_where_its_telemetry_goes() -> None:
     ready = Ready("mine", "http://127.0.0.1:1", "good", collector="http://localhost:4318")
     assert "  telemetry: http://localhost:4318" in ready_text(ready).splitlines()
@@ -137,6 +144,7 @@ def test_adapters_of_a_request_are_shown_with_their_scales() -> None:
     assert list(waterfall_lines(record))[1:] == ["adapters: poet 1, clerk 0.25"]
     (listed,) = list_lines([record])
     assert listed.endswith(", stop, 500.0 ms, adapters: poet 1, clerk 0.25")
+    assert "97047352: 1 prompt token, 4 generated" in "".join(list_lines([{**record, "prompt_tokens": 1}]))
 
 
 def test_the_head_of_several_models_is_of_all_of_them() -> None:
@@ -156,8 +164,11 @@ def test_the_head_of_several_models_is_of_all_of_them() -> None:
         {"name": "one", "state": "asleep", "requests": {"running": 0, "waiting": 1}},
         {"name": "two", "state": "ready", "requests": {"running": 2, "waiting": 3}},
     ]
-    first, second, *_ = _head(state)
+    first, second, *more = _head(state)
     assert first.startswith("many: ready, one at") and second == "requests: 2 running, 4 waiting"
+    assert [line.split(":")[0] for line in more] == ["models", "predicted"]
+    unplanned = {"predicted": dict.fromkeys((*speed, "bottleneck")), "measured": speed}  # no model was ever loaded
+    assert "predicted" not in "\n".join(_head(state | {"speed": unplanned}))
 
 
 @pytest.mark.parametrize(("use", "path"), [(ModelUse.EMBEDDINGS, "embeddings"), (ModelUse.RANKS, "rerank")])
@@ -175,7 +186,7 @@ def test_measurements_of_several_models_are_one_line(capsys: pytest.CaptureFixtu
 
 
 def test_weights_that_were_kept_are_not_loading(capsys: pytest.CaptureFixture[str]) -> None:
-    assert shown(capsys, WorkerLoading("a", 0, 2, 2 * MIB, 2 * MIB)) == ["worker a, layers 0-1: 2.0 MiB are there"]
+    assert shown(capsys, WorkerLoading("a", 0, 2, 2 * MIB, 2 * MIB)) == ["worker a, layers 0-1: 2.0 MiB are loaded"]
 
 
 def test_on_a_terminal_the_measurement_is_shown_too(

@@ -3,15 +3,14 @@ the schema says so. OpenAI's strict mode and llama.cpp read them likewise."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
+
+from llamaclust.model.grammars.schema_parts import DEFINED, parts
 
 _OPEN: Final = frozenset(("additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties"))
 _ALTERNATIVES: Final = ("anyOf", "oneOf", "prefixItems")
-_NAMED: Final = ("properties", "$defs", "definitions")
 _APPLICATORS: Final = frozenset(("properties", "$ref", "anyOf", "oneOf"))
-_BY_NAME: Final = frozenset((*_NAMED, "patternProperties", "dependentRequired"))  # their keys are names
-_DATA: Final = frozenset(("default", "enum", "const", "examples"))
 _COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies", "not", "$dynamicRef"))
 
 
@@ -31,28 +30,19 @@ def _combines(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     is_combined = not _COMBINING.isdisjoint(value) or len(_APPLICATORS & value.keys()) > 1
-    return is_combined or any(map(_combines, _parts(value)))
-
-
-def _parts(schema: Mapping[str, Any]) -> Iterator[Any]:
-    """All that may be a schema: keywords that are not known, too."""
-    for key, part in schema.items():
-        if key in _BY_NAME and isinstance(part, Mapping):
-            yield from part.values()
-        elif key not in _DATA:
-            yield part
+    return is_combined or any(map(_combines, parts(value)))
 
 
 def _closed(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     made = dict(schema)
-    for key in _NAMED:
+    for key in DEFINED:
         if isinstance(named := made.get(key), Mapping):
             made[key] = {name: _closed(part) for name, part in named.items()}
     for key in _ALTERNATIVES:
-        if isinstance(parts := made.get(key), list):
-            made[key] = [_closed(part) for part in parts]
+        if isinstance(alternatives := made.get(key), list):
+            made[key] = [_closed(part) for part in alternatives]
     for key in ("items", "additionalProperties"):
         if key in made:
             made[key] = _closed(made[key])

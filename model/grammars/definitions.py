@@ -13,13 +13,12 @@ from llguidance import regex_to_lark
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES, MAX_TRIGGERS
+from llamaclust.model.grammars.schema_parts import with_parts
 
 _GUIDANCE = "x-guidance"
 _WHITE_SPACE = r" |\n{1,2}[ \t]{0,20}"
 """Between the parts of a JSON text, as in llama.cpp: a small model could write white space without end."""
 _FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"])
-_DATA = frozenset(("const", "enum", "default", "examples"))
-"""Keywords whose values are no schemas."""
 _MAX_GBNF_BYTES = 1 << 17
 """The converter takes about a second for so much as a rule."""
 GBNF = "gbnf"
@@ -82,11 +81,10 @@ def _with_known_formats(schema: Any) -> Any:
         return [_with_known_formats(part) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
-    return {
-        key: value if key in _DATA else _with_known_formats(value)
-        for key, value in schema.items()
-        if key != "format" or not isinstance(value, str) or value in _FORMATS
-    }
+    made = with_parts(schema, _with_known_formats)
+    if isinstance(form := made.get("format"), str) and form not in _FORMATS:
+        del made["format"]
+    return made
 
 
 def _quoted(text: str) -> str:

@@ -213,6 +213,14 @@ def test_formats_that_are_not_known_are_annotations() -> None:
     assert definitions.of_schema(schema, "s") == definitions.of_schema(known, "s")
 
 
+@pytest.mark.parametrize("name", ["default", "const", "enum", "examples", "format", "properties"])
+@pytest.mark.parametrize("keyword", ["properties", "$defs", "patternProperties", "dependentSchemas"])
+def test_names_of_properties_are_no_keywords(keyword: str, name: str) -> None:
+    schema = {keyword: {name: {"type": "string", "format": "phone"}}, "default": {keyword: {name: {"format": "phone"}}}}
+    known = {keyword: {name: {"type": "string"}}, "default": {keyword: {name: {"format": "phone"}}}}
+    assert definitions.of_schema(schema, "s") == definitions.of_schema(known, "s")
+
+
 def test_definitions_are_llguidances_own_form() -> None:
     (grammar,) = json.loads(definitions.of_schema({"type": "integer"}, "s").definition)["grammars"]
     assert grammar["json_schema"]["type"] == "integer"

@@ -1,0 +1,34 @@
+"""The parts of a JSON schema that may be schemas: values of keywords that are not known, too, but no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+DEFINED: Final = ("properties", "$defs", "definitions")
+_BY_NAME: Final = frozenset((*DEFINED, "patternProperties", "dependentRequired", "dependentSchemas", "dependencies"))
+"""Their keys are names, whatever they are."""
+_DATA: Final = frozenset(("const", "enum", "default", "examples"))
+
+
+def parts(schema: Mapping[str, Any]) -> Iterator[Any]:
+    for key, value in schema.items():
+        if _is_by_name(key, value):
+            yield from value.values()
+        elif key not in _DATA:
+            yield value
+
+
+def with_parts(schema: Mapping[str, Any], changed: Callable[[Any], Any]) -> dict[str, Any]:
+    """The schema with each part as it is `changed`."""
+    made = dict(schema)
+    for key, value in schema.items():
+        if _is_by_name(key, value):
+            made[key] = {name: changed(part) for name, part in value.items()}
+        elif key not in _DATA:
+            made[key] = changed(value)
+    return made
+
+
+def _is_by_name(key: str, value: Any) -> bool:
+    return key in _BY_NAME and isinstance(value, Mapping)

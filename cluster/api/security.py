@@ -130,7 +130,7 @@ class Security:
         raise HttpError(403, "host_not_allowed", f"Host {host!r} is not a name of this API; {cure}")
 
     def _check_origin(self, headers: Headers, scope: Scope) -> None:
-        origin = headers.get("origin")
+        origin = _origin(headers, scope)
         if origin is None or self._origins.fullmatch(origin.lower()):
             return
         scheme, _, host = origin.lower().partition("://")
@@ -141,6 +141,13 @@ class Security:
             return
         cure = "add it to `allowed_origins` in the cluster file if they should be allowed"
         raise HttpError(403, _FOREIGN_ORIGIN, f"web pages of {origin[:200]!r} may not use this API; {cure}")
+
+
+def _origin(headers: Headers, scope: Scope) -> str | None:
+    """Of the page that sends the request; None without a page. Where it is of another site and its Origin is missing,
+    "null", unless it may be a link that was followed."""
+    is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
+    return headers.get("origin", "null" if is_foreign else None)
 
 
 def _is_preflight(scope: Scope) -> bool:

@@ -211,6 +211,21 @@ async def test_foreign_pages_are_refused() -> None:
         assert refused.status_code == 200 and "access-control-allow-origin" not in refused.headers
 
 
+async def test_pages_of_other_sites_without_an_origin_are_refused() -> None:
+    """But for links, which they may have; an empty body shows that the request passed."""
+    crossing = {"sec-fetch-site": "cross-site"}
+    async with client(app()) as http:
+        for method in ("POST", "DELETE", "PUT"):
+            refused = await http.request(method, "/v1/completions", headers=crossing)
+            assert refused.status_code == 403 and refused.json()["error"]["code"] == "origin_not_allowed", method
+        assert await get(http, **crossing) == (await http.head("/v1/models", headers=crossing)).status_code == 200
+        own = {"sec-fetch-site": "cross-site", "origin": "http://127.0.0.1:8080"}
+        for headers in ({}, {"sec-fetch-site": "same-origin"}, {"sec-fetch-site": "none"}, own):
+            assert (await http.post("/v1/completions", headers=headers)).status_code == 400, headers
+    async with client(app(allowed_origins=("*",))) as http:
+        assert (await http.post("/v1/completions", headers=crossing)).status_code == 400
+
+
 async def test_allowed_pages_may_read_errors_and_headers_but_send_no_cookies() -> None:
     page = {"origin": "https://chat.example"}
     key = {"authorization": "Bearer first-key"}

@@ -182,7 +182,7 @@ def _add_responses(app: FastAPI, service: TextService, replies: Replies, store: 
         path = f"{prefix}/responses"
         models = ModelNames(service.settings.model_name, settings, any_by_default=not prefix)
         endpoint = ResponsesEndpoint(service, settings, models, store)
-        _post(app, path, replies.endpoint(path, endpoint.create, settings.background_s), ResponsesBody)
+        _post(app, path, replies.endpoint(path, endpoint.create), ResponsesBody)
         _post(app, f"{path}/compact", replies.endpoint(f"{path}/compact", endpoint.compact), CompactionBody)
         _post(app, f"{path}/input_tokens", endpoint.count, ResponsesBody)
         _route(app, "GET", f"{path}/{{id}}/input_items", stored.input_items)

@@ -50,7 +50,7 @@ class ApiSettings:
     first_chunk_s: float = 1.0  # a stream that fails within it gets a status of its own
     unread_s: float = 60.0  # a client that takes nothing of its reply for so long has gone
     resume_s: float = 30.0  # a kept reply waits so long for its client
-    background_s: float = 600.0  # likewise a reply of the Responses API
+    background_s: float = 600.0  # likewise one that its client does not wait for, from its end on
     max_reply_bytes: int = 16 << 20  # of one kept reply
     max_kept_bytes: int = 256 << 20  # of all kept replies
     max_kept_replies: int = 4096

@@ -42,13 +42,10 @@ class Replies:
         self._restoring = None if durability is None else Restoring(durability, self.cache, self._endpoints)
 
     def endpoint(
-        self, path: str, make: MakeReply, kept_s: float | None = None, *, form: StreamFormat = StreamFormat.EVENTS
+        self, path: str, make: MakeReply, form: StreamFormat = StreamFormat.EVENTS
     ) -> Callable[[Request], Awaitable[Response]]:
-        """The handler of a path whose replies `make` makes. `kept_s`: how long they are kept without a reader, where it
-        is not as the settings say; `form`: of those that are streamed."""
+        """The handler of a path whose replies `make` makes; `form`: of those that are streamed."""
         self._endpoints[path], self._forms[path] = make, form
-        if kept_s is not None:
-            self.cache.lifetimes[path] = kept_s
 
         async def answer(request: Request) -> Response:
             return await self._answer(request, path)

@@ -239,8 +239,8 @@ class KeptReply:
         if self.is_running and self.is_background:
             return
         if self._readers == 0 and self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._settings.resume_s, self._owner.expired, self)
+            kept_s = self._settings.background_s if self.is_background else self._settings.resume_s
+            self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     async def _changed(self) -> bool:
         """Waits for something new; False where nothing came for a while."""

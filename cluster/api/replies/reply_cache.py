@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from llamaclust.cluster.api.errors import HttpError
@@ -39,7 +39,6 @@ class ReplyCache:
     """Use from one event loop; `aclose` it, which ends them."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None) -> None:
-        self.lifetimes: dict[str, float] = {}  # in seconds without a reader, of paths that have one of their own
         self._settings = settings
         self._journal = journal
         self._entries: dict[str, _Entry] = {}
@@ -53,8 +52,7 @@ class ReplyCache:
         """HttpError where there is no room."""
         body_bytes = len(body) + (json_size(ticket.earlier.messages) if ticket.earlier.messages else 0)
         self._make_room(body_bytes)
-        settings = replace(self._settings, resume_s=self.lifetimes.get(path, self._settings.resume_s))
-        kept = KeptReply(ticket, settings, self, is_streamed=is_streamed, is_background=is_background)
+        kept = KeptReply(ticket, self._settings, self, is_streamed=is_streamed, is_background=is_background)
         self._entries[ticket.id] = _Entry(kept, path, _digest(path, body), body_bytes)
         self._held_bytes += body_bytes
         for name in _names(ticket):

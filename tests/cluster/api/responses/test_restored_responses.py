@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llamaclust.cluster.state.instants import Instant
+from llamaclust.cluster.state.journal_records import read_journal
+from support.clusters.journals import admission, journal, until
 from support.clusters.resumable import KilledJournal, served, stream
 from support.clusters.served import ended_response
 
@@ -73,6 +78,19 @@ async def test_a_complete_response_is_computed_after_a_kill_only_for_a_poller(tm
         assert kept is not None and kept.gives_way and kept.is_background
         again = await ended_response(server.http, created["id"])
     assert again["status"] == response["status"] and text_of(again) == text_of(response)
+
+
+async def test_without_a_client_a_restored_response_leaves_the_journal(tmp_path: Path) -> None:
+    """After `timeouts.resume`, as replies of other endpoints; one in the background is kept for longer."""
+    path, foreground = tmp_path / "journal", BODY | {"background": False, "stream": True}
+    async with journal(path) as left:
+        for number, (endpoint, body) in enumerate(((PATH, foreground), ("/responses", foreground), (PATH, BODY))):
+            known = admission(number, json.dumps(body).encode())
+            kind = {"is_streamed": "stream" in body, "is_background": body["background"]}
+            await left.admit(replace(known, endpoint=endpoint, admitted=Instant.now(), **kind))
+        left.seal()
+    async with served(path, resume_s=0.05):
+        await until(lambda: {request.admission.id for request in read_journal(path, Instant.now())} == {"id2"})
 
 
 async def test_a_coordinator_that_ends_leaves_responses_to_the_next_one(tmp_path: Path) -> None:

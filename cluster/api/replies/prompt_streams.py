@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgress
+from llamaclust.cluster.state.adapters import AdapterUnloadedError
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.budget import ReplySize
 from llamaclust.cluster.text.request import CompletionRequest
@@ -29,6 +30,7 @@ class PromptStreams:
         """Submits all prompts, with one seed; where one is refused, none runs."""
         try:
             requests = [self._ticket.request(*numbered) for numbered in enumerate(prompts)]
+            self._check_adapters({number for request in requests for number, _ in request.adapters})
             ready_requests = [await self._service.prepare(request) for request in requests]
             self._reserve(requests, [ready.generation for ready in ready_requests])
             for prompt, (request, ready) in enumerate(zip(requests, ready_requests, strict=True)):
@@ -39,6 +41,15 @@ class PromptStreams:
         except BaseException:
             await self.aclose()
             raise
+
+    def _check_adapters(self, numbers: set[int]) -> None:
+        """A restored request may name a model that is an adapter only now. AdapterUnloadedError for one that it did not
+        use before."""
+        restoration = self._ticket.restoration
+        if restoration is not None and not restoration.adapters.issuperset(
+            self._service.settings.adapters.marks(numbers)
+        ):
+            raise AdapterUnloadedError("model: an adapter was loaded under this name meanwhile: send the request again")
 
     def _reserve(self, requests: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> None:
         """Of a streamed reply, the first prompt's answer is read while it runs, the others wait for their turn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from time import monotonic
 
 from llamaclust.cluster.state.journal import Journal
@@ -15,9 +16,11 @@ computes little again."""
 
 
 class Restoration:
-    """The computation of a request that an earlier coordinator admitted: it has progressed once a token was added."""
+    """The computation of a request that an earlier coordinator admitted: it has progressed once a token was added.
+    `adapters`: marks of those that clients had loaded and it used."""
 
-    def __init__(self, journal: Journal, request_id: str) -> None:
+    def __init__(self, journal: Journal, request_id: str, adapters: Sequence[str] = ()) -> None:
+        self.adapters = frozenset(adapters)
         self._journal = journal
         self._id = request_id
         self._has_progressed = asyncio.Event()

@@ -83,7 +83,7 @@ class Restoring:
     def _added(self, request: OpenRequest) -> _Restored | None:
         """None where there is no room."""
         admission, journal = request.admission, self._journal
-        restoration = Restoration(journal, admission.id)
+        restoration = Restoration(journal, admission.id, admission.adapters)
         ticket = Ticket(
             identity=admission.identity,
             answered=request.answered,

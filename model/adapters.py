@@ -18,7 +18,7 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
-from llamaclust.model.checkpoints.peft_adapter import is_peft, read_peft
+from llamaclust.model.checkpoints.peft_adapter import is_peft, peft_files, read_peft
 from llamaclust.model.gguf.header import Header, read_header
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor
@@ -44,6 +44,11 @@ _OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.
 def is_adapter(path: Path) -> bool:
     """Whether there is a file or a folder that may be one."""
     return path.is_file() or is_peft(path)
+
+
+def adapter_files(path: Path) -> tuple[Path, ...]:
+    """The files that are read of the adapter at this path."""
+    return peft_files(path) if is_peft(path) else (path,)
 
 
 def read_adapter(path: Path, model: ModelFile) -> Header:

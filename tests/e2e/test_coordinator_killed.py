@@ -41,7 +41,7 @@ async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, en
     folder = ClusterDir(line.cluster_dir("tiny"))
     drawn = random.Random(SEED)
     port = free_port()
-    keys: dict[str, Any] = {"listen": f"127.0.0.1:{port}", "context_length": 512}
+    keys: dict[str, Any] = {"listen": f"127.0.0.1:{port}", "context_length": 1280}
     with line.cluster(model, **keys) as cluster:
         undisturbed = await answers(cluster.api, [0] * STREAMS)
         arrived = [0] * STREAMS

@@ -167,7 +167,5 @@ def test_models_with_a_window_are_refused(tmp_path: Path, start: Start) -> None:
         context=CONTEXT,
         extra={"llama.attention.sliding_window": 64},
     )
-    with pytest.raises(
-        UsageError, match=r"kv_disk: .* a window \(64 tokens\) or a state is not kept on disk"
-    ):
+    with pytest.raises(UsageError, match=r"kv_disk: .* a window \(64 tokens\) or a state is not kept on disk"):
         replace(start, model=windowed).run((0, 6))

@@ -173,7 +173,7 @@ main()
 async def test_a_coordinator_that_is_stopped_before_it_is_ready_leaves_requests_to_the_next(
     line: CommandLine, model: Path
 ) -> None:
-    keys: dict[str, Any] = {"listen": f"127.0.0.1:{free_port()}", "context_length": 512}
+    keys: dict[str, Any] = {"listen": f"127.0.0.1:{free_port()}", "context_length": 1280}
     with line.cluster(model, **keys) as cluster:
         undisturbed = await answers(cluster.api, [0] * STREAMS)
         arrived = [0] * STREAMS

@@ -9,7 +9,7 @@ from typing import Any
 from llamaclust.cluster.client.http import AsyncClient
 
 STREAMS = 6
-TOKENS = 400
+TOKENS = 1200
 
 
 def options(number: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class TwoCoordinators:
         join = {"members": "127.0.0.1:0", "addresses": self._join}
         plan = [{"worker": "a", "layers": [0, 2]}, {"worker": "b", "layers": [2, 4]}]
         fixed: dict[str, Any] = {"launcher": "static", "workers": named("a", "b"), "plan": plan, "kv_memory": "8MiB"}
-        self._file = line.cluster_file(model, **fixed, context_length=512, join=join, **keys)
+        self._file = line.cluster_file(model, **fixed, context_length=1280, join=join, **keys)
         new_trust(line)
 
     def start(self, number: int, *options: str) -> Running:

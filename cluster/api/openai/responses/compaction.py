@@ -32,7 +32,7 @@ _TASK: Final = (
 class CompactionBody(AdapterFields):
     """`POST /v1/responses/compact`."""
 
-    model: str | None = None
+    model: str
     """The served model's name; another name is refused."""
     input: InputField = Field(default_factory=list)
     """Text, or items, as of `POST /v1/responses`."""

@@ -39,6 +39,7 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "granitemoe": _ATTENTION,
         "hunyuan-dense": _DECODER,
         "llama": _DECODER,
+        "mistral3": _DECODER,
         "olmo2": _DECODER,
         "phi3": {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", **_FUSED},
         "qwen2": _DECODER,
@@ -51,7 +52,7 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     }
 )
 """By architecture, those whose rows are the module's; only Q and K of `PAIRED` ones have them in another order."""
-PAIRED: Final = frozenset({"granite", "granitemoe", "llama", "smollm3"})
+PAIRED: Final = frozenset({"granite", "granitemoe", "llama", "mistral3", "smollm3"})
 """Architectures whose files have the rows of each head of Q and K in the order of a rotation of neighbouring pairs:
 the checkpoint's first and second half of a head in turns."""
 _MODULE: Final = re.compile(

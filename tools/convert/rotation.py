@@ -15,10 +15,18 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 _LLAMA3: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def rotation(page: Page, dimensions: int, *, base: float | None = None, says_dimensions: bool = True) -> None:
+def rotation(
+    page: Page,
+    dimensions: int,
+    *,
+    base: float | None = None,
+    says_dimensions: bool = True,
+    log_multiplier: bool = False,
+) -> None:
     """Keys, and tensors of factors where a model has them, for heads of which `dimensions` channels turn.
 
-    `base`: of a configuration that names none. ModelFileError for a kind of stretching that GGUF cannot say.
+    `base`: of a configuration that names none. `log_multiplier`: the architecture has a key of its own for the divisor
+    of YaRN's magnitude. ModelFileError for a kind of stretching that GGUF cannot say.
     """
     said = _parameters(page.settings)
     theta = _base(said, base or 10000.0)
@@ -30,7 +38,7 @@ def rotation(page: Page, dimensions: int, *, base: float | None = None, says_dim
         page.key("rope.scaling.type", "linear")
         page.key("rope.scaling.factor", said.real("factor", minimum=1e-3, maximum=1e6))
     elif kind == "yarn":
-        _yarn(page, said)
+        _yarn(page, said, log_multiplier)
     elif kind == "llama3":
         _llama3(page, said, theta, dimensions)
     elif kind in ("su", "longrope"):
@@ -47,12 +55,22 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
     return int(share * page.head_width)
 
 
-def local_base(settings: Settings) -> float:
+def position_scale(page: Page) -> None:
+    """Queries that grow with the logarithm of their position, as `attention.temperature_scale`."""
+    said = _parameters(page.settings)
+    growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
+    if growth:
+        page.key("attention.temperature_scale", growth)
+        original = said.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
+        page.key("rope.scaling.original_context_length", original)
+
+
+def local_base(settings: Settings, default: float = 10000.0) -> float:
     """The rotation base of layers with a sliding window."""
     said = settings.inner("rope_parameters", "rope_scaling").inner("sliding_attention")
     if said.text("rope_type", "type", default="default") != "default":
         raise said.error("rope_type", "layers with a window whose rotation is stretched are not supported")
-    return _base(said, settings.real("rope_local_base_freq", default=10000.0, minimum=1.0))
+    return _base(said, settings.real("rope_local_base_freq", default=default, minimum=1.0))
 
 
 def _parameters(settings: Settings) -> Settings:
@@ -68,7 +86,7 @@ def _base(said: Settings, default: float) -> float:
     return said.real("rope_theta", "rotary_emb_base", default=default, minimum=1.0)
 
 
-def _yarn(page: Page, said: Settings) -> None:
+def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
     """GGUF's magnitude factor is multiplied by YaRN's own; a configuration's replaces YaRN's. It is written only if it
     differs."""
     factor = said.real("factor", minimum=1e-3, maximum=1e6)
@@ -80,8 +98,13 @@ def _yarn(page: Page, said: Settings) -> None:
     if not said.flag("truncate", default=True):
         raise said.error("truncate", "false is not supported")
     wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
-    if wanted != _growth(factor):
-        page.key("rope.scaling.attn_factor", wanted / _growth(factor))
+    usual = _growth(factor)
+    if log_multiplier and said.has("mscale_all_dim"):
+        divisor = said.real("mscale_all_dim", maximum=1e3)
+        page.key("rope.scaling.yarn_log_multiplier", divisor)
+        usual /= _growth(factor, divisor)
+    if wanted != usual:
+        page.key("rope.scaling.attn_factor", wanted / usual)
     for key, name in (
         ("yarn_ext_factor", "extrapolation_factor"),
         ("yarn_beta_fast", "beta_fast"),

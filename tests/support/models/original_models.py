@@ -66,6 +66,28 @@ _TWO_ROTATIONS = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
     }
 }
+_OLMO3_ROTATIONS = {
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "rope_theta": 20000.0,
+            "original_max_position_embeddings": 32,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+    }
+}
+_MINISTRAL = _rope(
+    "yarn",
+    factor=16.0,
+    original_max_position_embeddings=8,
+    max_position_embeddings=256,
+    beta_fast=4.0,
+    beta_slow=0.5,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.1,
+)
 _FALCON = _without(_keys(), "num_key_value_heads", "intermediate_size")
 _VISION = {
     "hidden_size": 16,
@@ -160,6 +182,32 @@ MODELS: Mapping[str, Original] = MappingProxyType(
             "FalconForCausalLM",
             {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
         ),
+        "smollm3": Original("SmolLM3ForCausalLM", _keys(num_hidden_layers=5, attention_bias=True)),
+        "ministral3": Original("Ministral3ForCausalLM", _keys(head_dim=32, **_MINISTRAL)),
+        "ministral3-magnitudes": Original(
+            "Ministral3ForCausalLM",
+            _keys(
+                head_dim=16,
+                **_rope(
+                    "yarn",
+                    factor=8.0,
+                    original_max_position_embeddings=16,
+                    mscale=1.5,
+                    mscale_all_dim=0.5,
+                    llama_4_scaling_beta=0.3,
+                ),
+            ),
+        ),
+        "mistral3-pictures": Original(
+            "Mistral3ForConditionalGeneration",
+            {
+                "text_config": _keys(model_type="mistral", head_dim=32, tie_word_embeddings=False),
+                "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16},
+                "tie_word_embeddings": False,
+            },
+        ),
+        "olmo2": Original("Olmo2ForCausalLM", _keys()),
+        "olmo3": Original("Olmo3ForCausalLM", _keys(**_OLMO3_ROTATIONS, num_hidden_layers=5, sliding_window=6)),
         "starcoder2": Original("Starcoder2ForCausalLM", _keys(sliding_window=6)),
         "gpt2": Original(
             "GPT2LMHeadModel",

@@ -151,6 +151,14 @@ def _gemma3(layer: str) -> Shapes:
     return {**_gemma2(layer), **{f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}}
 
 
+def _olmo2(layer: str) -> Shapes:
+    norms: Shapes = {f"{layer}.post_{part}_layernorm.weight": (HIDDEN,) for part in ("attention", "feedforward")}
+    norms |= {
+        f"{layer}.self_attn.{part}_norm.weight": (heads * HEAD,) for part, heads in (("q", HEADS), ("k", KV_HEADS))
+    }
+    return {**norms, **_attention(layer), **_gated(f"{layer}.mlp")}
+
+
 def _falcon(layer: str, norms: tuple[str, ...] = ("input_layernorm",)) -> Shapes:
     vectors = {f"{layer}.{norm}.{kind}": (HIDDEN,) for norm in norms for kind in ("weight", "bias")}
     return {
@@ -201,6 +209,18 @@ _GPT2_ENDS: Shapes = {"wte.weight": (WORDS, HIDDEN), "wpe.weight": (256, HIDDEN)
     f"ln_f.{kind}": (HIDDEN,) for kind in ("weight", "bias")
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_MINISTRAL = {
+    "head_dim": HEAD,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
 _GEMMA = {"head_dim": HEAD, "sliding_window": 64}
 _FALCON_KEYS = {"num_kv_heads": KV_HEADS, "layer_norm_epsilon": 1e-5, "new_decoder_architecture": True}
 _GLM_KEYS = {
@@ -228,6 +248,11 @@ _GPT2_KEYS = {
 CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
     "LlamaForCausalLM": (_COMMON, {**_ends(), **_head(), **_per_layer(_llama)}),
     "MistralForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(_llama)}),
+    "SmolLM3ForCausalLM": (
+        _COMMON | {"tie_word_embeddings": True, "no_rope_layers": [1] * LAYERS},
+        {**_ends(), **_per_layer(_llama)},
+    ),
+    "Ministral3ForCausalLM": (_COMMON | _MINISTRAL, {**_ends(), **_head(), **_per_layer(_llama)}),
     "MixtralForCausalLM": (
         _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
         {**_ends(), **_head(), **_per_layer(_mixtral)},
@@ -249,6 +274,8 @@ CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
     "ChatGLMModel": (_GLM_KEYS, {**_GLM_ENDS, **_per_layer(_chatglm, "transformer.encoder.layers")}),
     "GlmForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_glm)}),
     "Glm4ForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_glm4)}),
+    "Olmo2ForCausalLM": (_COMMON, {**_ends(), **_head(), **_per_layer(_olmo2)}),
+    "Olmo3ForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(_olmo2)}),
     "Phi3ForCausalLM": (
         _COMMON | {"original_max_position_embeddings": 128, "sliding_window": 200},
         {**_ends(), **_head(), **_per_layer(_phi3)},

@@ -307,6 +307,8 @@ def test_settings_that_make_no_sense(change: dict[str, Any], message: str, tmp_p
 
 _STRETCHED = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
 
+_TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"rope_theta": 3000.0}}
+
 
 @pytest.mark.parametrize(
     ("case", "change", "message"),
@@ -321,6 +323,21 @@ _STRETCHED = {"full_attention": {"rope_type": "default"}, "sliding_attention": {
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "true is not supported"),
         ("Gemma3ForCausalLM", {"layer_types": ["full_attention"]}, "1 entries, 2 kinds of attention expected"),
         ("Gemma3ForCausalLM", {"layer_types": ["full_attention", "no"]}, "2 entries, 2 kinds of attention expected"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "no rotation in every 4th layer, and only there"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": "all"}, "'no_rope_layers': smollm3 has no rotation in every 4th"),
+        (
+            "SmolLM3ForCausalLM",
+            {"no_rope_layers": None, "no_rope_layer_interval": 10**30},
+            "a whole number of 1 to 1024",
+        ),
+        ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "true is not supported"),
+        ("Ministral3ForCausalLM", {"sliding_window": 64}, "64 for a context of 256: mistral3 has no window"),
+        ("Ministral3ForCausalLM", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "'original_max.*': missing"),
+        ("Ministral3ForCausalLM", {"rope_parameters": {"llama_4_scaling_beta": 1e30}}, "1e.30, 0 to 1000 expected"),
+        ("Olmo2ForCausalLM", {"clip_qkv": 8.0}, "8.0: olmo2 does not clip"),
+        ("Olmo3ForCausalLM", {"rope_parameters": _TWO_BASES}, "3000 as the base of layers with a window, 20000.0"),
+        ("Olmo3ForCausalLM", {"sliding_window": None}, "'sliding_window': missing"),
+        ("Olmo3ForCausalLM", {"layer_types": [{}, {}]}, "2 entries, 2 kinds of attention expected"),
         ("Gemma3ForCausalLM", {"rope_parameters": _STRETCHED}, "a window whose rotation is stretched"),
         ("FalconForCausalLM", {"new_decoder_architecture": False, "parallel_attn": False}, "'parallel_attn': false"),
         ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scores that are scaled otherwise"),

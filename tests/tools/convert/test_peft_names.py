@@ -26,6 +26,8 @@ ATTENTION = {"attn_q", "attn_k", "attn_v", "attn_output"}
 WANTED = {
     "LlamaForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "MistralForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "SmolLM3ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "Ministral3ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "MixtralForCausalLM": ATTENTION,
     "Qwen2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Qwen2MoeForCausalLM": ATTENTION,
@@ -33,6 +35,8 @@ WANTED = {
     "Qwen3MoeForCausalLM": ATTENTION,
     "GlmForCausalLM": ATTENTION | {"ffn_up", "ffn_down"},
     "Glm4ForCausalLM": ATTENTION | {"ffn_up", "ffn_down"},
+    "Olmo2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "Olmo3ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Phi3ForCausalLM": {"attn_qkv", "attn_output", "ffn_up", "ffn_down"},
     "GemmaForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Gemma2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},

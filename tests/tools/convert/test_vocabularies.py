@@ -195,6 +195,9 @@ def test_added_words_ends_and_template_of_a_folder(tmp_path: Path) -> None:
     assert [int(kind) for kind in words.types[320:323]] == [3, 4, 5]
     assert (words.ids["eos"], words.ids["eot"], words.ids["bos"]) == (319, 320, 317)
     assert words.template == "{{ 1 }}"
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [319, 321, 320]}))
+    ids = read(tmp_path, 330).ids
+    assert (ids["eos"], ids["eot"], ids["eom"]) == (319, 320, 321)
     (tmp_path / "chat_template.jinja").write_text("{{ 2 }}")
     assert read(tmp_path, 330).template == "{{ 2 }}"
 

@@ -91,3 +91,13 @@ def feed_forward_width(page: Page) -> int:
     """The width of the inner layer; its activation is SiLU."""
     activation(page, SILU, "hidden_act")
     return page.settings.count("intermediate_size", "n_inner")
+
+
+def windowed_layers(page: Page, period: int) -> list[bool]:
+    """Which layers have the window: by `layer_types`, or all but each `period`th one."""
+    listed = page.settings.values.get("layer_types")
+    if not isinstance(listed, list):
+        return [(layer + 1) % period != 0 for layer in range(page.layers)]
+    if len(listed) != page.layers or not all(kind in ("sliding_attention", "full_attention") for kind in listed):
+        raise page.settings.error("layer_types", f"{len(listed)} entries, {page.layers} kinds of attention expected")
+    return [kind == "sliding_attention" for kind in listed]

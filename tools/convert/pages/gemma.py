@@ -49,12 +49,7 @@ def _window(page: Page) -> None:
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     usual = _PERIODS[page.architecture]
     period = settings.count("sliding_window_pattern", "_sliding_window_pattern", default=usual, maximum=MAX_LAYERS)
-    windowed = [(layer + 1) % period != 0 for layer in range(page.layers)]
-    listed = settings.values.get("layer_types")
-    if isinstance(listed, list):
-        if len(listed) != page.layers or not {*listed} <= {"sliding_attention", "full_attention"}:
-            raise settings.error("layer_types", f"{len(listed)} entries, {page.layers} kinds of attention expected")
-        windowed = [kind == "sliding_attention" for kind in listed]
+    windowed = decoder.windowed_layers(page, period)
     if windowed != [(layer + 1) % usual != 0 for layer in range(page.layers)]:
         page.key("attention.sliding_window_pattern", np.array(windowed, np.bool_))
 

@@ -1,4 +1,4 @@
-"""LLaMA and models of its layers: llama, internlm2, baichuan."""
+"""LLaMA and models of its layers: llama, smollm3, mistral3, internlm2, baichuan."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 from llamaclust.tools.convert.lazy import mapped, rows
 from llamaclust.tools.convert.page import Page, neighbours, picked
 from llamaclust.tools.convert.pages import decoder
-from llamaclust.tools.convert.rotation import rotation
-from llamaclust.tools.convert.settings import MAX_CONTEXT
+from llamaclust.tools.convert.rotation import position_scale, rotation
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
 
 _MIXTRAL = ("w1", "w3", "w2")
+_SMOLLM3_PERIOD = 4
 _BAICHUAN_2_WORDS = 125696
 """Baichuan 2 normalizes the rows of its output matrix to length 1; only its vocabulary size identifies it."""
 
@@ -39,6 +40,49 @@ def build(page: Page) -> None:
             decoder.experts(page, layer, count, width, _MIXTRAL, f"{prefix}.experts")
         else:
             decoder.feed_forward(page, layer, width)
+
+
+def build_smollm3(page: Page) -> None:
+    """SmolLM 3: every fourth layer has no rotation, which GGUF has no key for. Its window is never used."""
+    settings = page.settings
+    if settings.flag("use_sliding_window"):
+        raise settings.error("use_sliding_window", "true is not supported")
+    period = settings.count("no_rope_layer_interval", default=_SMOLLM3_PERIOD, maximum=MAX_LAYERS)
+    rotated = [int((layer + 1) % period != 0) for layer in range(page.layers)]
+    if settings.has("no_rope_layers"):
+        rotated = settings.values["no_rope_layers"]
+    if rotated != [int((layer + 1) % _SMOLLM3_PERIOD != 0) for layer in range(page.layers)]:
+        name = "no_rope_layers" if settings.has("no_rope_layers") else "no_rope_layer_interval"
+        raise settings.error(name, f"smollm3 has no rotation in every {_SMOLLM3_PERIOD}th layer, and only there")
+    width = decoder.feed_forward_width(page)
+    decoder.usual_keys(page, width)
+    page.key("vocab_size", page.words)
+    decoder.rms_epsilon(page, default=1e-6)
+    rotation(page, page.head_width, base=2e6)
+    _layers(page, width)
+
+
+def build_mistral3(page: Page) -> None:
+    """Mistral Small 3.1 and Ministral 3, of which the latter scale queries by their position."""
+    settings, width = page.settings, decoder.feed_forward_width(page)
+    decoder.usual_keys(page, width)
+    context = settings.count("max_position_embeddings", maximum=MAX_CONTEXT)
+    if settings.count("sliding_window", default=context, maximum=MAX_CONTEXT) < context:
+        what = f"{settings.values['sliding_window']} for a context of {context}: mistral3 has no window"
+        raise settings.error("sliding_window", what)
+    page.key("vocab_size", page.words)
+    decoder.rms_epsilon(page, default=1e-5)
+    rotation(page, page.head_width, log_multiplier=True)
+    position_scale(page)
+    _layers(page, width)
+
+
+def _layers(page: Page, width: int) -> None:
+    decoder.ends(page)
+    for layer in range(page.layers):
+        decoder.norms(page, layer)
+        decoder.attention(page, layer)
+        decoder.feed_forward(page, layer, width)
 
 
 def build_meta(page: Page) -> None:

@@ -102,8 +102,8 @@ def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], confi
             words.ids[name] = first
     ends = config.get("eos_token_id")
     others = [end for end in ends if type(end) is int and end != words.ids.get("eos")] if isinstance(ends, list) else []
-    if others:
-        words.ids.setdefault("eot", others[-1])
+    for name, end in zip(("eot", "eom"), reversed(others), strict=False):
+        words.ids.setdefault(name, end)
 
 
 def _content(entry: Any) -> str | None:

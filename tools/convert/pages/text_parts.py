@@ -1,0 +1,69 @@
+"""The text model of a multimodal checkpoint: its settings, and its tensors under the names of a model of text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Final
+
+from llamaclust.model.checkpoints.settings import Settings
+from llamaclust.model.gguf.values import shown
+from llamaclust.tools.convert.settings import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """Classes of text models by the `model_type` of their settings, and `defaults` that authors omit there."""
+
+    families: Mapping[str, str]
+    usual_type: str  # where the settings name none
+    defaults: Mapping[str, Any] | None = None
+
+
+_GEMMA3: Final = MappingProxyType(
+    {
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+    }
+)
+MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
+    {
+        "Gemma3ForConditionalGeneration": TextPart({"gemma3_text": "Gemma3ForCausalLM"}, "gemma3_text", _GEMMA3),
+        "Mistral3ForConditionalGeneration": TextPart(
+            {"ministral3": "Ministral3ForCausalLM", "mistral": "Ministral3ForCausalLM"}, "mistral"
+        ),
+    }
+)
+"""Classes of multimodal models."""
+_PREFIXES: Final = (("language_model.model.", "model."), ("language_model.", ""), ("model.language_model.", "model."))
+_PICTURES: Final = tuple(
+    f"{root}{part}." for root in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
+)
+
+
+def text_part(checkpoint: Checkpoint) -> Checkpoint:
+    """The text model of a multimodal checkpoint; any other checkpoint unchanged. ModelFileError for an unknown kind of
+    text model."""
+    part = MULTIMODAL.get(checkpoint.family)
+    if part is None:
+        return checkpoint
+    inner = checkpoint.settings.inner("text_config")
+    said = inner.text("model_type", default=part.usual_type)
+    if said not in part.families:
+        known = ", ".join(part.families)
+        raise inner.error("model_type", f"{shown(said)} in a {checkpoint.family} cannot be converted, only {known}")
+    settings = Settings({**(part.defaults or {}), **inner.values}, inner.origin)
+    tensors = {_name(name): tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(_PICTURES)}
+    return replace(checkpoint, family=part.families[said], settings=settings, tensors=tensors)
+
+
+def _name(name: str) -> str:
+    for prefix, other in _PREFIXES:
+        if name.startswith(prefix):
+            return other + name.removeprefix(prefix)
+    return name

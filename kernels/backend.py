@@ -74,9 +74,9 @@ class Stage(Protocol):
 class KvInRam(Protocol):
     """A stage whose KV memory lies in RAM, where no layer gives up blocks behind a window."""
 
-    def kv_layers(self) -> tuple[NDArray[np.uint8], ...]:
-        """KV memory of each layer, keys and values or a state, [KV blocks, bytes]. It stays in memory while it is
-        referenced, also after `close`."""
+    def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
+        """KV memory of each layer: of its keys and values and of each state, [KV blocks, bytes]. It stays in memory
+        while it is referenced, also after `close`."""
 
 
 class Backend(Protocol):

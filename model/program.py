@@ -6,12 +6,12 @@ the rows whose logits are wanted. Weights are named by their GGUF tensor names; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
 from llamaclust.model.row_steps import Activate, Add, Buffer, Join, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
-from llamaclust.model.states import Convolution, SequenceState
+from llamaclust.model.states import Convolution, SequenceState, StatePart
 from llamaclust.model.step_options import USUAL_EXPERTS, ExpertOptions, RopeStyle
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "SiluMul",
     "Slice",
     "SoftCap",
+    "StatePart",
 ]  # beside what is defined here
 
 LOGITS = "logits"
@@ -301,7 +302,7 @@ RowStep = (
 Step = Embed | MatMul | HeadMatMul | Adapt | Attention | Convolution | Moe | SelectRows | RowStep
 
 KvLayer = Attention | SequenceState
-"""What a part of KV memory is laid out for."""
+"""What a part of KV memory is laid out for: of each layer at most one attention, and one state of each part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,11 +344,15 @@ class Program:
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
         """What KV memory is laid out for, in the order of steps."""
-        return tuple(
-            step if isinstance(step, Attention) else step.state
-            for step in self.steps
-            if isinstance(step, Convolution) or (isinstance(step, Attention) and not step.shares_kv)
-        )
+        return tuple(self._kept())
+
+    def _kept(self) -> Iterator[KvLayer]:
+        for step in self.steps:
+            if isinstance(step, Attention):
+                if not step.shares_kv:
+                    yield step
+            elif isinstance(state := getattr(step, "state", None), SequenceState):
+                yield state
 
     @property
     def has_states(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS
 from llamaclust.model.row_steps import Buffer
@@ -11,15 +12,24 @@ STATE_WINDOW = 2
 """Positions whose blocks rows of a state need, their own among them: a row updates what the row before it left."""
 
 
+class StatePart(Enum):
+    """Which of a layer's states."""
+
+    CONVOLUTION = "convolution"
+    RECURRENCE = "recurrence"
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceState:
     """What a layer keeps of a sequence, updated by each row in order: `floats` float32 numbers, 0 at its beginning.
+    A layer may have one of each part, and attention beside them.
 
     Each KV block has a copy: behind the last of its positions that are computed. Rows read the one behind the position
     before them, so that sequences that share a block may go on from its end.
     """
 
     layer: int
+    part: StatePart
     floats: int  # a multiple of KV_BLOCK_TOKENS
 
     @property
@@ -49,4 +59,4 @@ class Convolution:
 
     @property
     def state(self) -> SequenceState:
-        return SequenceState(self.layer, (self.taps - 1) * self.x.width)
+        return SequenceState(self.layer, StatePart.CONVOLUTION, (self.taps - 1) * self.x.width)

@@ -40,14 +40,13 @@ class CpuStage:
         self,
         native: _native.Stage,
         weights: dict[str, Weight],
-        kv_layer_count: int,
         compiled: Compiled,
         observed: Sequence[Observed] = (),
     ) -> None:
         self._observed = observed
         self._normed = compiled.normed
         self._scales = compiled.scales
-        self._kv_layer_count = kv_layer_count
+        self._kv_layers = compiled.kv_layers
         self._native: _native.Stage | None = native
         self._result: Float32 = native.result
         self.weights = weights
@@ -98,10 +97,10 @@ class CpuStage:
                 chosen = np.tile(np.arange(seen.heads, dtype=np.int32), (rows, 1))
             yield Inputs(seen.weights, x, chosen)
 
-    def kv_layers(self) -> tuple[NDArray[np.uint8], ...]:
+    def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
         """See `kernels.backend.KvInRam`."""
         assert self._native is not None, "the stage was closed"
-        return tuple(map(self._native.kv_layer, range(self._kv_layer_count)))
+        return tuple(tuple(map(self._native.kv_layer, numbers)) for numbers in self._kv_layers)
 
     def close(self) -> None:
         self._native = None
@@ -175,7 +174,7 @@ class CpuBackend:
                 compiled = compile_program(program, weights, limits, found if observed else None)
                 native = _native.Stage(compiled.plan, self.feature_level, self._pool)
                 native.touch()
-                return CpuStage(native, weights, len(program.kv_memory), compiled, found)
+                return CpuStage(native, weights, compiled, found)
         except MemoryError as error:
             raise InsufficientMemoryError(self._memory_error_text(program, tensors, limits)) from error
 

@@ -10,19 +10,18 @@ import numpy as np
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
 from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.cpu.plan_kv import PlanKv
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
-from llamaclust.model.kv_type import KvType
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.model.step_options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating, RopeStyle
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""
 
-_KV_TYPES = tuple(KvType)
 _GATINGS = tuple(Gating)
-"""Likewise: the native enums have the order of these."""
+"""Likewise: the native enum has the order of these."""
 
 
 _SLOTS = 4
@@ -58,6 +57,7 @@ class Compiled:
     plan: Plan
     normed: int | None
     scales: tuple[RowScales, ...] = ()
+    kv_layers: tuple[tuple[int, ...], ...] = ()  # the plan's numbers of the KV memory of each layer
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class _Compiler:
         self._program = program
         self._weights = weights
         self._buffers = _Buffers(self.plan)
-        self._kv_layers: dict[int, int] = {}  # the plan's numbers
+        self._kv = PlanKv(self.plan, limits)
         self._rotations: dict[ir.RopeTable, int] = {}
         self._scales: dict[tuple[int, float, int], RowScales] = {}  # by adapter, factor and rank
 
@@ -112,7 +112,7 @@ class _Compiler:
         for step in fuse(self._program):
             self._emit(step)
         self._finish(self._program.out)
-        return Compiled(self.plan, self.normed, tuple(self._scales.values()))
+        return Compiled(self.plan, self.normed, tuple(self._scales.values()), self._kv.by_layer(self._program))
 
     def _emit(self, step: FusedStep) -> None:
         buffers = self._buffers
@@ -272,7 +272,7 @@ class _Compiler:
             self._buffers.read(step.q),
             None if step.shares_kv else (self._buffers.read(step.k), value),
             self._buffers.write(step.out),
-            self._kv_layer(step),
+            self._kv.attention(step),
             step.heads,
             step.kv_heads,
             (step.head_dim, step.value_dim),
@@ -286,20 +286,8 @@ class _Compiler:
             self._vector(step.sinks),
         )
 
-    def _kv_layer(self, step: ir.Attention) -> int:
-        """A new one for a step that stores. ValueError where no step before has stored what another reads."""
-        if not step.shares_kv:
-            windowed, kv_type = self._limits.gives_up(step.window), _KV_TYPES.index(step.kv_type)
-            self._kv_layers[step.layer] = self.plan.add_kv_layer(
-                step.kv_heads, step.head_dim, kv_type, windowed, step.v is None
-            )
-        elif step.layer not in self._kv_layers:
-            raise ValueError(f"keys and values of layer {step.layer} are on another worker")
-        return self._kv_layers[step.layer]
-
     def _convolve(self, step: ir.Convolution) -> None:
-        x, state = self._buffers.read(step.x), step.state
-        layer = self.plan.add_state(state.floats, self._limits.gives_up(state.window))
+        x, layer = self._buffers.read(step.x), self._kv.state(step.state)
         weight, bias = self._weights[step.weight].matrix, self._vector(step.bias)
         self.plan.convolve(x, self._buffers.write(step.out), layer, weight, bias)
 

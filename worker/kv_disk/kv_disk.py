@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv, split_keys
 from llamaclust.worker.kv_disk.folder import KvFolder
-from llamaclust.worker.kv_disk.kv_file import KvLayers
 from llamaclust.worker.kv_disk.stage_blocks import KvTraffic, StageBlocks
 from llamaclust.worker.stage.stage_runner import StageRunner
 
@@ -52,7 +51,7 @@ class KvDisk:
             return 0
         if isinstance(request, FindKv):
             return blocks.find(keys, kv)
-        _check(request.blocks, kv)
+        _check(request.blocks, runner.limits.kv_blocks)
         if isinstance(request, RestoreKv):
             return blocks.restore(keys, request.blocks, kv)
         return blocks.save(keys, request.blocks, kv)
@@ -72,8 +71,7 @@ class KvDisk:
         return known
 
 
-def _check(blocks: tuple[int, ...], kv: KvLayers) -> None:
-    count = len(kv[0])
+def _check(blocks: tuple[int, ...], count: int) -> None:
     if max(blocks) >= count:
         raise ProtocolError(f"KV block {max(blocks)} of {count}")
 

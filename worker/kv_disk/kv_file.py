@@ -36,8 +36,8 @@ _PREFIX = struct.Struct("<4s4I")
 _DIGEST_BYTES = 32
 _MOST_BUFFERS = 512  # of one system call
 
-KvLayers = Sequence[NDArray[np.uint8]]
-"""KV memory of a stage: for each layer [KV blocks, bytes]."""
+KvLayers = Sequence[Sequence[NDArray[np.uint8]]]
+"""KV memory of a stage: for each layer its parts, keys and values or states, [KV blocks, bytes]."""
 
 
 class DamagedError(Exception):
@@ -46,7 +46,7 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KvFile:
-    """A file's header. `layer_bytes`: of a block, in each of layers [start, end)."""
+    """A file's header. `layer_bytes`: of a block, in each of layers [start, end), all its parts together."""
 
     path: Path
     start: int
@@ -91,35 +91,49 @@ class KvFile:
         header = _PREFIX.pack(_MAGIC, _VERSION, self.start, self.end, len(self.keys))
         header += struct.pack(f"<{len(self.layer_bytes)}I", *self.layer_bytes) + b"".join(self.keys)
         for key, block in zip(self.keys, blocks, strict=True):
-            header += b"".join(_digest(key, self.start + i, layer[block]) for i, layer in enumerate(kv))
+            header += b"".join(_digest(key, self.start + i, _block(layer, block)) for i, layer in enumerate(kv))
         header += sha256(header).digest()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with FileIO(os.open(self.path, flags, 0o600), "w") as file:
             _write(file, [memoryview(header)])
             for block in blocks:
-                _write(file, [layer[block].data for layer in kv])
+                _write(file, [part[block].data for layer in kv for part in layer])
 
     def restore(self, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
         """Reads block number `index` of the file into a block of KV memory, whose layers begin with `first_layer`;
         returns the bytes read. DamagedError where a digest is another, OSError."""
         count = len(self.layer_bytes)
         layers = range(max(self.start, first_layer), min(self.end, first_layer + len(kv)))
-        targets = [kv[layer - first_layer][block] for layer in layers]
+        targets = [_block(kv[layer - first_layer], block) for layer in layers]
         first, last = layers.start - self.start, layers.stop - self.start
         offsets = (0, *accumulate(self.layer_bytes))
         with open_regular(self.path) as file:
             at = self._digests_at + _DIGEST_BYTES * (index * count + first)
             digests = _read(file, at, _DIGEST_BYTES * len(layers))
-            _read_into(file, self._data_at + index * offsets[-1] + offsets[first], targets)
+            _read_into(
+                file,
+                self._data_at + index * offsets[-1] + offsets[first],
+                [part for target in targets for part in target],
+            )
         for layer, target, known in zip(layers, targets, _split(digests), strict=True):
             if _digest(self.keys[index], layer, target) != known:
                 raise DamagedError(f"layer {layer} of a block is damaged")
         return offsets[last] - offsets[first]
 
 
-def _digest(key: bytes, layer: int, data: NDArray[np.uint8]) -> bytes:
+def block_bytes(layer: Sequence[NDArray[np.uint8]]) -> int:
+    """Bytes of a block in all parts of a layer."""
+    return sum(part.shape[1] for part in layer)
+
+
+def _block(layer: Sequence[NDArray[np.uint8]], block: int) -> list[NDArray[np.uint8]]:
+    return [part[block] for part in layer]
+
+
+def _digest(key: bytes, layer: int, parts: Sequence[NDArray[np.uint8]]) -> bytes:
     digest = sha256(key + struct.pack("<I", layer))
-    digest.update(data.data)
+    for part in parts:
+        digest.update(part.data)
     return digest.digest()
 
 

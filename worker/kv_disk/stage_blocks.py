@@ -10,7 +10,7 @@ from threading import Lock
 
 from llamaclust.kernels.packed.cache_files import NotAFileError, remove
 from llamaclust.worker.kv_disk.folder import KvFolder, NoRoomError, mark_used
-from llamaclust.worker.kv_disk.kv_file import SUFFIX, DamagedError, KvFile, KvLayers
+from llamaclust.worker.kv_disk.kv_file import SUFFIX, DamagedError, KvFile, KvLayers, block_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class StageBlocks:
             missing = [(key, block) for key, block in own if not self._cover(key, kv)]
             chain = {file.path: file for key in keys for file, _ in self._cover(key, kv)}
         if missing:
-            layer_bytes = tuple(layer.shape[1] for layer in kv)
+            layer_bytes = tuple(map(block_bytes, kv))
             new = KvFile(self._path, self._start, self._start + len(kv), layer_bytes, tuple(key for key, _ in missing))
             try:
                 written = self._folder.write(new, kv, [block for _, block in missing], chain)
@@ -152,4 +152,4 @@ class StageBlocks:
 def _fits(file: KvFile, first_layer: int, kv: KvLayers) -> bool:
     """Whether its blocks have the size that KV memory of the same layers has."""
     layers = range(max(file.start, first_layer), min(file.end, first_layer + len(kv)))
-    return all(file.layer_bytes[layer - file.start] == kv[layer - first_layer].shape[1] for layer in layers)
+    return all(file.layer_bytes[layer - file.start] == block_bytes(kv[layer - first_layer]) for layer in layers)

@@ -158,8 +158,8 @@ class StageRunner:
         return tuple(rows)
 
     @property
-    def kv_layers(self) -> Sequence[NDArray[np.uint8]]:
-        """KV memory of each layer, [KV blocks, bytes]. ProtocolError where it lies elsewhere, or has a window."""
+    def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:
+        """KV memory of each layer, see `KvInRam`. ProtocolError where it lies elsewhere, or has a window."""
         if not isinstance(self._stage, KvInRam) or self.limits.window_blocks:
             raise ProtocolError("a request for KV memory of a GPU or of layers with a window")
         return self._stage.kv_layers()

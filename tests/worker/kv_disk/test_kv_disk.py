@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llamaclust.core.limits import StageLimits
 from llamaclust.wire.control.kv_disk import FindKv, SaveKv, joined
 from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.kv_disk import KvDisk
@@ -23,7 +24,8 @@ class Runner:
     """As much of a `StageRunner` as is asked."""
 
     kv_content = "ab" * 32
-    kv_layers = (np.zeros((4, 8), np.uint8),)
+    kv_layers = ((np.zeros((4, 8), np.uint8),),)
+    limits = StageLimits(max_batch_tokens=1, max_outputs=1, max_sequences=1, max_context_tokens=64, kv_blocks=4)
     program = Program()
 
 

@@ -17,22 +17,26 @@ from llamaclust.worker.kv_disk.kv_file import KvFile
 from llamaclust.worker.kv_disk.stage_blocks import KvTraffic, StageBlocks
 
 BLOCKS = 24
-SIZES = (96, 40, 96, 200)  # of a block, by layer
+SIZES = ((96,), (40, 24), (), (96, 8, 200))  # of a block, by layer: of keys and values and of states
+BLOCK_BYTES = sum(map(sum, SIZES))
 CONTENT = "ab" * 32
 KEYS = [sha256(bytes([number])).digest() for number in range(BLOCKS)]
 
-Kv = list[NDArray[np.uint8]]
+Kv = list[list[NDArray[np.uint8]]]
 
 
 def memory(seed: int, start: int = 0, end: int = len(SIZES)) -> Kv:
     """KV memory of layers [start, end), which is the same for every cut."""
     sources = (np.random.default_rng(seed + layer) for layer in range(len(SIZES)))
-    whole = [source.integers(0, 256, (BLOCKS, n), np.uint8) for source, n in zip(sources, SIZES, strict=True)]
+    whole = [
+        [source.integers(0, 256, (BLOCKS, n), np.uint8) for n in parts]
+        for source, parts in zip(sources, SIZES, strict=True)
+    ]
     return whole[start:end]
 
 
 def blank(start: int = 0, end: int = len(SIZES)) -> Kv:
-    return [np.zeros((BLOCKS, n), np.uint8) for n in SIZES[start:end]]
+    return [[np.zeros((BLOCKS, n), np.uint8) for n in parts] for parts in SIZES[start:end]]
 
 
 def stage(path: Path, start: int = 0, most_bytes: int = 1 << 20) -> StageBlocks:
@@ -46,9 +50,10 @@ def files(path: Path) -> list[Path]:
 
 
 def assert_same(restored: Kv, kv: Kv, pairs: Sequence[tuple[int, int]]) -> None:
-    for found, wanted in zip(restored, kv, strict=True):
-        for to, source in pairs:
-            assert (found[to] == wanted[source]).all()
+    for layer, wanted_layer in zip(restored, kv, strict=True):
+        for found, wanted in zip(layer, wanted_layer, strict=True):
+            for to, source in pairs:
+                assert (found[to] == wanted[source]).all()
 
 
 def test_what_was_saved_is_restored_by_another_process(tmp_path: Path) -> None:
@@ -99,7 +104,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
     stage(tmp_path).save(KEYS[:3], [0, 1, 2], kv)
     (file,) = files(tmp_path)
     whole = file.read_bytes()
-    header = len(whole) - 3 * sum(SIZES)
+    header = len(whole) - 3 * BLOCK_BYTES
     places = [*range(0, header, 7), *source.integers(header, len(whole), 60)]
     for place in places:
         damaged = bytearray(whole)
@@ -138,7 +143,7 @@ def test_a_file_under_the_name_of_another_layer_or_key_is_not_used(tmp_path: Pat
     stage(tmp_path).save(KEYS[:2], [0, 1], memory(1))
     (file,) = files(tmp_path)
     whole = bytearray(file.read_bytes())
-    half = sum(SIZES)
+    half = BLOCK_BYTES
     whole[-2 * half :] = whole[-half:] + whole[-2 * half : -half]
     file.write_bytes(whole)
     assert stage(tmp_path).find(KEYS[:2], blank()) == 2

@@ -1,0 +1,49 @@
+"""KV memory in a plan of the native executor: keys and values, and states of sequences, by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels._native import Plan
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import Attention, Program, SequenceState, StatePart
+
+_KV_TYPES = tuple(KvType)
+"""In the order of the native module's enum."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKv:
+    """The plan's numbers of KV memory. Each layer has at most one attention, and one state of each part."""
+
+    plan: Plan
+    limits: StageLimits
+    _numbers: dict[tuple[int, StatePart | None], int] = field(default_factory=dict)  # None: of attention
+
+    def attention(self, step: Attention) -> int:
+        """A new one for a step that stores. ValueError where no step before has stored what another reads."""
+        name = step.layer, None
+        if not step.shares_kv:
+            windowed, kv_type = self.limits.gives_up(step.window), _KV_TYPES.index(step.kv_type)
+            self._numbers[name] = self.plan.add_kv_layer(
+                step.kv_heads, step.head_dim, kv_type, windowed, step.v is None
+            )
+        elif name not in self._numbers:
+            raise ValueError(f"keys and values of layer {step.layer} are on another worker")
+        return self._numbers[name]
+
+    def state(self, state: SequenceState) -> int:
+        """A new one for a step with a state."""
+        name = state.layer, state.part
+        assert name not in self._numbers, "two states of one name"
+        self._numbers[name] = self.plan.add_state(state.floats, self.limits.gives_up(state.window))
+        return self._numbers[name]
+
+    def by_layer(self, program: Program) -> tuple[tuple[int, ...], ...]:
+        """Those of each layer, in the order of `Program.kv_memory`."""
+        layers: dict[int, list[int]] = {}
+        for kept in program.kv_memory:
+            part = kept.part if isinstance(kept, SequenceState) else None
+            layers.setdefault(kept.layer, []).append(self._numbers[kept.layer, part])
+        return tuple(tuple(layers.get(layer, ())) for layer in range(program.start, program.end))

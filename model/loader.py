@@ -55,7 +55,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 @dataclass(frozen=True, slots=True)
 class LayerCost:
     """One layer; bytes are those that lie in memory. `idle_bytes`: weights that a token does not read, since it chooses
-    other experts. `used_file_bytes`: those that it reads, as the file holds them.
+    other experts, a share `idle_share` of all experts. `used_file_bytes`: those that it reads, as the file holds them.
 
     Multiply-accumulates are those of weights, all of them and those of float weights; attention's grow with the context
     and are not in them.
@@ -65,11 +65,17 @@ class LayerCost:
     macs_per_token: int
     kv_bytes_per_token: int
     idle_bytes: int = 0
+    idle_share: float = 0.0
     float_macs_per_token: int = 0
     used_file_bytes: int = 0
     window: int | None = None  # of its attention or state
     window_bytes_per_token: int = 0  # of `kv_bytes_per_token`, what is given up behind the window
     kv_source: int | None = None  # the layer whose keys and values it reads, if it has none of its own
+
+    def touched_bytes(self, rows: int) -> float:
+        """Weights that a step of so many rows reads. Rows are taken to choose experts independently and evenly: of E
+        experts, of which each row uses u, an expected E * (1 - (1 - u / E) ** rows) are read."""
+        return self.weight_bytes - self.idle_bytes * self.idle_share ** (rows - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +263,7 @@ def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
         macs_per_token=_all_macs(steps),
         kv_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_memory),
         idle_bytes=_idle_bytes(tensors, steps, _resident_bytes),
+        idle_share=_idle_share(steps),
         window=program.window,
         window_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_memory if kept.window is not None),
         float_macs_per_token=_float_macs(tensors, steps),
@@ -279,6 +286,11 @@ def _idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Call
             held = sum(size(tensors[name]) for name in (*step.inner, step.down))
             idle += held // step.experts * (step.experts - step.used)
     return idle
+
+
+def _idle_share(steps: Iterable[Step]) -> float:
+    """Of the layer's experts, those that a token does not choose. No layer has two mixtures."""
+    return next((1 - step.used / step.experts for step in steps if isinstance(step, Moe)), 0.0)
 
 
 def _float_macs(tensors: Mapping[str, Tensor], steps: Iterable[Step]) -> int:

@@ -1,5 +1,6 @@
 """Costs of a stage on a worker: bytes of memory, and seconds by measured steps of the model, or else by the roofline of
-memory bandwidth and 8-bit products."""
+memory bandwidth and 8-bit products. Seconds are those of the bytes that a step touches, of which a mixture of experts
+has fewer than it holds."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from llamaclust.cluster.planner.links import NO_REACH, Link
 from llamaclust.core.profile import DeviceProfile, at_rows
-from llamaclust.model.loader import ModelCosts
+from llamaclust.model.loader import LayerCost, ModelCosts
 
 Counts = NDArray[np.int64]
 Table = NDArray[np.float64]
@@ -55,11 +56,10 @@ class StageCosts:
     window_token_bytes: Counts  # of it, that of layers with a window
     window: int | None  # the largest one
     possible: NDArray[np.bool_]  # stages whose layers read keys and values of their own stage
-    _read: Counts  # weights that decoding may read: all but the embedding
-    _idle: Counts  # of them, those of experts that one token does not choose
+    _each: tuple[LayerCost, ...]
+    _head: Counts  # weights of the head where a stage has it; prefill does not need it
     _macs: Counts
-    _layers_read: Counts  # without the head, which prefill does not need
-    _layers_macs: Counts
+    _layers_macs: Counts  # without the head
 
     @classmethod
     def of(cls, costs: ModelCosts) -> StageCosts:
@@ -67,24 +67,27 @@ class StageCosts:
         macs = sums(layer.macs_per_token for layer in costs.layers)
         first, last = np.zeros_like(read), np.zeros_like(read)
         first[0, :], last[:, -1] = 1, 1
-        with_head = read + last * costs.head_bytes
+        head = last * costs.head_bytes
         return cls(
             layers=len(costs.layers),
             hidden_bytes=costs.hidden_bytes,
-            held_bytes=with_head + first * costs.embedding_bytes,
+            held_bytes=read + head + first * costs.embedding_bytes,
             kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),
             window_token_bytes=sums(layer.window_bytes_per_token for layer in costs.layers),
             window=costs.window,
             possible=_possible(costs),
-            _read=with_head,
-            _idle=sums(layer.idle_bytes for layer in costs.layers),
+            _each=costs.layers,
+            _head=head,
             _macs=macs + last * costs.head_macs,
-            _layers_read=read,
             _layers_macs=macs,
         )
 
     def weight_bytes(self, start: int, end: int) -> int:
         return int(self.held_bytes[start, end])
+
+    def touched_bytes(self, start: int, end: int) -> int:
+        """Weights that a token of one sequence reads."""
+        return round(float((self._touched(1) + self._head)[start, end]))
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
         """One microbatch that decodes a token of each of `rows` sequences; `concurrent`: other stages of the machine
@@ -101,18 +104,32 @@ class StageCosts:
         if times := worker.profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
             ends_s = point.stage_s + (np.arange(self.layers + 1) == self.layers) * point.head_s
-            decode: Table = self._layers_read * point.layers_byte_s + ends_s
+            decode: Table = self._touched(rows) * point.layers_byte_s + ends_s
             return decode
-        read = np.minimum(self._read, rows * (self._read - self._idle))
-        return _roofline_s(worker.profile, read, rows * self._macs)
+        return _roofline_s(worker.profile, self._touched(rows) + self._head, rows * self._macs)
 
     def prefill_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
         """`prefill_s` of all stages."""
         assert worker.profile is not None
         if times := worker.profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
-            return self._layers_read.astype(np.float64) * point.layers_byte_s + point.stage_s
-        return _roofline_s(worker.profile, self._layers_read, rows * self._layers_macs)
+            return self._prefilled(rows) * point.layers_byte_s + point.stage_s
+        return _roofline_s(worker.profile, self._touched(rows), rows * self._layers_macs)
+
+    def _touched(self, rows: int) -> Table:
+        """Bytes of layers that a step of so many rows reads."""
+        return _float_sums(layer.touched_bytes(rows) for layer in self._each)
+
+    def _prefilled(self, rows: int) -> Table:
+        """The same, but layers without experts beside a mixture count as many bytes as mixtures with their products:
+        products take the time of a prompt, and seconds are measured on mixtures."""
+        mixtures = [layer for layer in self._each if layer.idle_bytes]
+        macs = sum(layer.macs_per_token for layer in mixtures)
+        mac_bytes = sum(layer.touched_bytes(rows) for layer in mixtures) / macs if macs else 0.0
+        return _float_sums(
+            layer.touched_bytes(rows) if layer.idle_bytes else max(layer.weight_bytes, layer.macs_per_token * mac_bytes)
+            for layer in self._each
+        )
 
 
 def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
@@ -130,5 +147,10 @@ def sums(values: Iterable[int]) -> Counts:
     return before - before[:, np.newaxis]
 
 
-def _roofline_s(profile: DeviceProfile, read_bytes: Counts, macs: Counts) -> Table:
+def _float_sums(values: Iterable[float]) -> Table:
+    before: Table = np.array([0.0, *accumulate(values)])
+    return before - before[:, np.newaxis]
+
+
+def _roofline_s(profile: DeviceProfile, read_bytes: Table, macs: Counts) -> Table:
     return np.maximum(read_bytes / profile.read_bytes_s, macs / profile.int8_macs_s)

@@ -11,6 +11,9 @@ from llamaclust.cluster.planner.plan import HeldLayers, Plan, StagePlan
 from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
+_SPARSE = 0.75
+"""If a token reads less of the weights than this, the text says how much."""
+
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """Every figure of the plan: layers half-open, sizes in bytes, times in milliseconds, null where not measured."""
@@ -64,6 +67,8 @@ def _stage_lines(stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
 def _sizes(held: HeldLayers) -> str:
     parts = {"weights": held.weight_bytes, "KV": held.kv_bytes, "workspace": held.workspace_bytes}
     sizes = " + ".join(f"{value / MIB:.0f} MiB {name}" for name, value in parts.items())
+    if held.touched_bytes < _SPARSE * held.weight_bytes:
+        sizes = sizes.replace("weights", f"weights ({held.touched_bytes / MIB:.0f} read a token)")
     room = "" if held.memory_bytes is None else f" of {held.memory_bytes / MIB:.0f} MiB"
     return f"layers [{held.start}, {held.end}), {sizes} = {held.bytes / MIB:.0f}{room}"
 

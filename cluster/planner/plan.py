@@ -21,6 +21,7 @@ class HeldLayers:
     start: int
     end: int
     weight_bytes: int
+    touched_bytes: int  # of these, what a token of one sequence reads: experts that it chooses, no embedding
     kv_bytes: int
     workspace_bytes: int
     memory_bytes: int | None  # what the worker may take of it; None: unknown

@@ -282,6 +282,7 @@ def test_costs_add_up_to_all_tensors(make: Callable[..., ModelFile], experts: in
     attention = 64 * (64 + 32 + 32 + 64)
     assert layer.macs_per_token == attention + networks * 3 * 64 * 96 + 64 * experts
     assert layer.idle_bytes == (2 * 3 * 64 * 96 * 2 if experts else 0)
+    assert layer.idle_share == (0.5 if experts else 0.0)
     assert layer.kv_bytes_per_token == 2 * 32 * 2
     assert model.costs(KvType.Q8_0).layers[1].kv_bytes_per_token == 2 * 2 * (16 + 2)
     assert (costs.head_macs, costs.embedding_bytes) == (64 * 320, 64 * 320 * 2)

@@ -3,15 +3,15 @@ last one with the head.
 
 Between two steps of a cluster this process sleeps, and others read weights. So before each step of a trial memory is
 read that no cache holds, on a GPU its own as well: weights come from memory, and what Python has to run is as cold as
-it will be.
+it will be. Rows differ, so that those of a mixture choose different experts.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from llamaclust.core.profile import StepTime
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.backend import Backend
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.loader import Model
+from llamaclust.model.loader import LayerCost, Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import decode_inputs, encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
@@ -73,6 +73,11 @@ GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
 """A GPU reads ten times as fast, and makes more of many rows."""
 
 
+_PROMPT_ROWS = 512
+"""Also tried on mixtures: a prompt's cost is no line through a few rows, which read some experts, and 128, which read
+nearly all of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProfiledDevice:
     """What stages of a trial are loaded with: a processor, or a GPU of this worker."""
@@ -115,7 +120,7 @@ class ProfiledDevice:
 class _Part:
     """Some layers of the model, and what steps of so many rows took them."""
 
-    layers_bytes: int  # of weights in memory, without embedding and head
+    layers_bytes: Mapping[int, float]  # of weights that so many rows touch, without embedding and head
     seconds: Mapping[int, float]
 
 
@@ -123,28 +128,39 @@ def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
     """At few rows and many; none where the model is too small to tell layers from what a stage takes anyway, memory is
     short, or layers read keys and values of others."""
     costs = model.costs(KvType(device.size.limits.kv_type)).layers
-    sizes = [layer.weight_bytes for layer in costs]
+    first = _first_tried(costs)
+    sizes = [layer.weight_bytes for layer in costs[first:]]
     layers = len(sizes)
     shares_kv = any(layer.kv_source is not None for layer in costs)
     if layers < _LEAST_LAYERS or sum(sizes) < _LEAST_BYTES or shares_kv:
         return ()
+    if any(layer.idle_bytes for layer in costs):
+        device = replace(device, size=replace(device.size, tries={**device.size.tries, _PROMPT_ROWS: 3}))
     some = max(2, min(layers - 1, device.size.layers_bytes // max(sizes[0], 1)))
     while some > 2 and device.left_bytes(model, 0, some) < SWEEP_BYTES:
         some = max(2, some * 3 // 4)
-    ranges = _ranges(layers, some, device.place)
+    ranges = [(first + start, first + end) for start, end in _ranges(layers, some, device.place)]
     left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)
     if sum(sizes[:some]) < _LEAST_BYTES or left_bytes < SWEEP_BYTES:
         return ()
-    read_bytes = max(SWEEP_BYTES, sum(sizes))  # by the stages together, for every token
+    read_bytes = max(SWEEP_BYTES, int(sum(layer.touched_bytes(1) for layer in costs)))  # by all stages, for a token
     parts = []
+    vocabulary = model.hyperparameters.vocabulary_size
     limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
     with device.cold(read_bytes, left_bytes) as sweep:
         for start, end in ranges:
             with closing(StageRunner(device.backend, model, start, end, limits, options)) as runner:
                 tries = device.size.tries.items()
-                seconds = {rows: asyncio.run(_taken_s(runner, rows, most, sweep)) for rows, most in tries}
-                parts.append(_Part(sum(sizes[start:end]), seconds))
+                seconds = {rows: asyncio.run(_taken_s(runner, vocabulary, rows, most, sweep)) for rows, most in tries}
+                touched = {rows: sum(layer.touched_bytes(rows) for layer in costs[start:end]) for rows in seconds}
+                parts.append(_Part(touched, seconds))
     return tuple(_step_times(*parts))
+
+
+def _first_tried(costs: Sequence[LayerCost]) -> int:
+    """Layers without experts before a mixture's others are unlike most, and not tried."""
+    first = next((number for number, layer in enumerate(costs) if layer.idle_bytes), 0)
+    return first if len(costs) - first >= _LEAST_LAYERS else 0
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
@@ -159,10 +175,10 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
     heads: list[tuple[int, float]] = []  # (rows, seconds)
     for rows in one.seconds:
         seconds = one.seconds[rows]
-        byte_s = max(0.0, (some.seconds[rows] - seconds) / (some.layers_bytes - one.layers_bytes))
-        stage_s = max(0.0, seconds - byte_s * one.layers_bytes)
+        byte_s = max(0.0, (some.seconds[rows] - seconds) / (some.layers_bytes[rows] - one.layers_bytes[rows]))
+        stage_s = max(0.0, seconds - byte_s * one.layers_bytes[rows])
         if rows in _DECODE_ROWS:
-            head_s = max(0.0, last.seconds[rows] - stage_s - byte_s * last.layers_bytes)
+            head_s = max(0.0, last.seconds[rows] - stage_s - byte_s * last.layers_bytes[rows])
             heads.append((rows, head_s))
         else:  # the last layer's prompts have no outputs: on a line through those of few rows
             (low, low_s), (high, high_s) = heads
@@ -170,13 +186,13 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
         yield StepTime(rows, stage_s, byte_s, head_s)
 
 
-async def _taken_s(runner: StageRunner, rows: int, tries: int, sweep: Sweep) -> float:
+async def _taken_s(runner: StageRunner, vocabulary: int, rows: int, tries: int, sweep: Sweep) -> float:
     """The median of some steps, behind one that finds everything for the first time; of that where it takes long."""
     compute, times = Compute(), []
     loop = StageLoop(_EPOCH, runner, StageContext("profile", compute, Counters()), Deadlines())
     try:
         for number in range(tries + 1):
-            frame, tasks = _task(runner, rows, number)
+            frame, tasks = _task(runner, vocabulary, rows, number)
             sweep()
             begun_ns = perf_counter_ns()
             if runner.program.is_last:
@@ -190,16 +206,17 @@ async def _taken_s(runner: StageRunner, rows: int, tries: int, sweep: Sweep) -> 
     return median(times[1:] or times)
 
 
-def _task(runner: StageRunner, rows: int, number: int) -> tuple[bytes, bytes]:
+def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
     """(frame, sampling inputs) of a token for each of some sequences, or of many of one prompt."""
-    program = runner.program
+    program, source = runner.program, np.random.default_rng(number)
+    tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:
         outputs = int(program.is_last)
-        chunks = tuple(Chunk((0,), _CONTEXT, (row * _BLOCKS, _BLOCKS), outputs) for row in range(rows))
+        chunks = tuple(Chunk((tokens[row],), _CONTEXT, (row * _BLOCKS, _BLOCKS), outputs) for row in range(rows))
     else:
-        chunks = (Chunk((0,) * rows, 0, (0, max(_BLOCKS, rows // 16)), 0),)
+        chunks = (Chunk(tuple(tokens), 0, (0, max(_BLOCKS, rows // 16)), 0),)
     task = SampleTask(SamplingParams(), 0, 0, _CONTEXT + 1)
     header = encode_microbatch(Microbatch(runner.model_id, _EPOCH, number, chunks))
-    hidden = None if program.is_first else np.full((rows, program.hidden.width), 0.01, np.float32)
+    hidden = None if program.is_first else source.standard_normal((rows, program.hidden.width), np.float32)
     tasks = encode_inputs(SamplingInputs(_EPOCH, number, (task,) * sum(chunk.outputs for chunk in chunks)))
     return encode_hidden(header, (), hidden), tasks

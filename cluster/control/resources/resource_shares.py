@@ -77,13 +77,17 @@ def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResour
     }
 
 
+_STEPS_UNIT = 2
+"""Of kept step times: seconds for each byte that a step touches. The first unit was bytes held, experts that no row
+chooses included; measurements in it are not found by their keys."""
+
 _KEY = re.compile(r"(?P<hardware>.*), one of (?P<sharers>\d+) workers with \d+ threads(?P<model>.*)")
 
 
 def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
     """Equal where measurements would be equal: `sharers` workers with `threads` in all share the machine. With
     `model_id` where the model's steps were timed."""
-    profiled = f", model {model_id[:32]}" if model_id else ""
+    profiled = f", model {model_id[:32]}, unit {_STEPS_UNIT}" if model_id else ""
     return f"{fingerprint}, one of {sharers} workers with {threads} threads{profiled}"
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from llamaclust.cluster.planner.costs import StageCosts
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import COORDINATOR, Links
 from llamaclust.cluster.planner.plan import IdleWorker, Plan, Prediction
@@ -265,14 +264,6 @@ def test_workspace_grows_with_the_threads_of_a_worker() -> None:
         make_plan(SMALL, [replace(one, memory_bytes=MIB) for one in workers], REQUEST)
 
 
-def test_experts_that_a_token_does_not_choose_are_not_read() -> None:
-    layer = replace(LAYER, idle_bytes=8 * MIB)
-    stages = StageCosts.of(ModelCosts(0, 0, 0, (layer,) * 4))
-    facts = worker("a", int8=1e6)
-    assert 1e3 * stages.decode_s(facts, 0, 4) == pytest.approx(4 * 2 * MIB / 20e6)
-    assert 1e3 * stages.decode_s(facts, 0, 4, 8) == pytest.approx(4 * 10 * MIB / 20e6)
-
-
 def test_large_clusters_are_planned_quickly() -> None:
     large = ModelCosts(500 * MIB, 500 * MIB, 10**9, (LAYER,) * 80)
     workers = [worker(f"w{i}", read=20 + i % 3, int8=300) for i in range(40)]
@@ -300,7 +291,7 @@ def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
         "stages", "kv_blocks", "window_blocks", "context_length", "idle_workers", "optimality_gap", "prompt_tokens",
     }  # fmt: skip
     assert values["stages"][0].keys() == {
-        "worker", "start", "end", "weight_bytes", "kv_bytes", "workspace_bytes", "memory_bytes",
+        "worker", "start", "end", "weight_bytes", "touched_bytes", "kv_bytes", "workspace_bytes", "memory_bytes",
         "decode_ms", "prefill_ms", "devices",
     }  # fmt: skip
     assert all((values[key] is not None) == measured for key in predicted_keys)

@@ -20,7 +20,14 @@ def sequence(key: int) -> Sequence:
 
 def stage(worker: str) -> StagePlan:
     return StagePlan(
-        start=0, end=1, weight_bytes=0, kv_bytes=0, workspace_bytes=0, memory_bytes=None, worker=worker, devices=()
+        worker=worker,
+        start=0,
+        end=1,
+        weight_bytes=0,
+        touched_bytes=0,
+        kv_bytes=0,
+        workspace_bytes=0,
+        memory_bytes=None,
     )
 
 

@@ -141,7 +141,7 @@ async def test_what_is_free_beside_stages_of_other_models_is_of_their_devices() 
     """A plan subtracts what other models hold, so it is added to what a worker reports, on the same device."""
     gpu = Gpu("cuda:0", "NVIDIA X", 1 << 34, 1 << 33)
     handle = WorkerHandle(replace(REGISTER, device="cuda:0", gpus=(gpu,)), nothing, lambda: "")
-    figures = {"kv_bytes": 0, "workspace_bytes": 0, "memory_bytes": None}
+    figures = {"touched_bytes": 0, "kv_bytes": 0, "workspace_bytes": 0, "memory_bytes": None}
     parts = [
         DevicePlan(device="cpu", start=0, end=2, weight_bytes=5, **figures),  # type: ignore[arg-type]
         DevicePlan(device="cuda:0", start=2, end=4, weight_bytes=70, **figures),  # type: ignore[arg-type]

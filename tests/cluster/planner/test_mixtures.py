@@ -1,0 +1,101 @@
+"""Plans of mixtures of experts: they count the bytes that steps touch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llamaclust.cluster.control.resources.resource_shares import measurement_key, most_similar_key
+from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.core.sizes import MIB
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import LayerCost, Model, ModelCosts
+from llamaclust.worker.devices import profiler
+from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
+from support.models.tiny_model import build_tiny_model
+from support.plans.plan_inputs import LAYER, REQUEST, profile, step_time, worker
+from support.seed import SEED
+
+MIXTURE = replace(LAYER, weight_bytes=33 * MIB, idle_bytes=24 * MIB, idle_share=0.75)
+"""Experts take 32 MiB, of which a token reads a quarter."""
+
+
+def test_rows_read_the_distinct_experts_that_they_are_expected_to_choose() -> None:
+    """Beside draws of rows that choose evenly."""
+    source = np.random.default_rng(SEED)
+    for rows in (1, 2, 8, 40):
+        drawn = [{int(e) for _ in range(rows) for e in source.permutation(32)[:8]} for _ in range(400)]
+        read = 1 + 32 * sum(map(len, drawn)) / 400 / 32
+        assert MIXTURE.touched_bytes(rows) / MIB == pytest.approx(read, rel=0.03)
+    assert LAYER.touched_bytes(1) == LAYER.touched_bytes(8) == LAYER.weight_bytes
+
+
+def test_without_trials_steps_take_what_their_bytes_take() -> None:
+    stages = StageCosts.of(ModelCosts(0, 2 * MIB, 0, (MIXTURE,) * 4))
+    facts = worker("a", int8=1e6)
+    assert 1e3 * stages.decode_s(facts, 0, 4) == pytest.approx((4 * 9 + 2) * MIB / 20e6)
+    assert 1e3 * stages.decode_s(facts, 0, 4, 2) == pytest.approx((4 * 15 + 2) * MIB / 20e6)
+    assert 1e3 * stages.decode_s(facts, 0, 4, 512) == pytest.approx((4 * 33 + 2) * MIB / 20e6)
+    assert 1e3 * stages.prefill_s(facts, 0, 4, 1) == pytest.approx(4 * 9 * MIB / 20e6)
+    assert stages.touched_bytes(0, 4) == (4 * 9 + 2) * MIB
+
+
+def test_trials_say_what_a_touched_byte_takes() -> None:
+    tried = (step_time(1, 0.2, 30.0, 1.0), step_time(8, 0.2, 30.0, 1.0), step_time(128, 0.2, 900.0, 1.0))
+    stages = StageCosts.of(ModelCosts(0, 0, 0, (LAYER, MIXTURE, MIXTURE)))
+    facts = WorkerFacts("a", None, profile(20, 300, tried))
+    assert stages.decode_s(facts, 1, 3) == pytest.approx(0.2e-3 + 1e-3 + 2 * 9 * MIB * 30e-12)
+    assert stages.decode_s(facts, 0, 1, 8) == pytest.approx(0.2e-3 + LAYER.weight_bytes * 30e-12)
+    mixture_s = stages.prefill_s(facts, 1, 2, 128) - 0.2e-3
+    assert mixture_s == pytest.approx(MIXTURE.touched_bytes(128) * 900e-12)
+    assert stages.prefill_s(facts, 0, 1, 128) - 0.2e-3 == pytest.approx(mixture_s), "as many products, fewer bytes"
+
+
+def test_a_plan_says_what_a_token_reads() -> None:
+    plan = make_plan(ModelCosts(MIB, 2 * MIB, 10**6, (MIXTURE,) * 4), [worker("a")], REQUEST)
+    assert plan.stages[0].touched_bytes == (4 * 9 + 2) * MIB
+    assert plan_json(plan)["stages"][0]["touched_bytes"] == (4 * 9 + 2) * MIB
+    assert "135 MiB weights (38 read a token)" in plan_lines(plan)[1]
+    dense = make_plan(ModelCosts(MIB, 2 * MIB, 10**6, (LAYER,) * 4), [worker("a")], REQUEST)
+    assert "read a token" not in plan_lines(dense)[1]
+
+
+def test_layers_of_mixtures_are_tried_and_rows_of_a_whole_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
+    backend = CpuBackend(1)
+    device = ProfiledDevice(backend, 1, backend.feature_level, 1 << 30)
+    model = Model.open(build_tiny_model(tmp_path / "m.gguf", layers=6, context=1024, experts=4))
+    layers = model.costs(KvType.F16).layers
+    assert [one.rows for one in try_stages(device, model)] == [1, 8, 128, 512]
+    assert profiler._first_tried(layers) == 0
+    dense = LayerCost(MIB, 10**6, 1024)
+    assert profiler._first_tried((dense, *layers)) == 1
+    assert profiler._first_tried((dense,) * 9) == profiler._first_tried((dense, dense, *layers[:2])) == 0
+
+
+def test_rows_of_a_trial_differ() -> None:
+    """Equal ones would choose the same experts."""
+    program = SimpleNamespace(is_first=False, is_last=False, hidden=SimpleNamespace(width=64))
+    runner: Any = SimpleNamespace(program=program, model_id="a" * 64)
+    frame, _ = profiler._task(runner, 320, 8, 1)
+    hidden = np.frombuffer(frame[-8 * 64 * 4 :], np.float32).reshape(8, 64)
+    assert len({row.tobytes() for row in hidden}) == 8 and np.isfinite(hidden).all()
+
+
+def test_measurements_in_another_unit_are_not_found() -> None:
+    """Kept by a release that knew bytes held alone."""
+    key = measurement_key("cpu x", 2, 4, "a" * 64)
+    assert key == f"cpu x, one of 2 workers with 4 threads, model {'a' * 32}, unit 2"
+    assert most_similar_key(key, [key.removesuffix(", unit 2")]) is None
+    assert most_similar_key(key, [key.replace("of 2", "of 3")]) is not None
+    assert measurement_key("cpu x", 2, 4) == "cpu x, one of 2 workers with 4 threads", "the machine's own stay"

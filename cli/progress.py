@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from llamaclust.cli.terminal import printable
+from llamaclust.cluster.config.catalog import WantedFile, find_entry, locate
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state import events
 from llamaclust.core.addresses import joined_address, split_address
@@ -41,6 +42,17 @@ _LAST_S = 2.0
 _STEPS = 10
 _LINE_S = 10.0
 _JSON_LINE_S = 0.1
+
+
+def announce(spec: str) -> None:
+    """What is known of a model of the catalog, its licence above all, on standard error before it is downloaded."""
+    found = locate(spec)
+    entry = find_entry(spec)
+    if entry is None or not isinstance(found, WantedFile) or found.is_there:
+        return
+    terms = f" (to use the model is to accept it: {entry.terms})" if entry.terms else ""
+    print(f"{entry.name}: {entry.summary}; {entry.shown_size}, from {entry.source}", file=sys.stderr)
+    print(f"licence: {entry.licence}{terms}", file=sys.stderr)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock, Thread
 
 from llamaclust.cli.interrupts import ends_at_once, exits_on_signals
-from llamaclust.cli.progress import ClusterView, cluster_view, shown_progress
+from llamaclust.cli.progress import ClusterView, announce, cluster_view, shown_progress
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.state.directory import ClusterDir, open_log
 from llamaclust.cluster.state.events import Event, Notice, Ready, StartFailed, from_line, to_line
@@ -48,6 +48,8 @@ def run_cluster(
         raise SystemExit(run_ranks(config, _arguments(file, overrides)))
     from llamaclust.tools.hub.pull import pull_model
 
+    for own in config.of_each_model():
+        announce(own.model)
     with shown_progress() as progress:
         models = [pull_model(own.model, progress) for own in config.of_each_model()]
     if detach:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -33,6 +33,7 @@ from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sizes import MIB
 
 if TYPE_CHECKING:
+    from llamaclust.cluster.config.catalog import CatalogEntry
     from llamaclust.model.gguf.model_file import ModelFile
     from llamaclust.tools.model_fit import Fit
     from llamaclust.tools.model_info import ModelInfo, Share
@@ -49,36 +50,41 @@ def pull(
     ] = False,
 ) -> None:
     """Download models. An interrupted download is resumed, and the bytes are checked before use."""
-    from llamaclust.cli.progress import JsonLines, shown_progress
+    from llamaclust.cli.progress import JsonLines, announce, shown_progress
     from llamaclust.tools.hub.pull import pull_model
 
     for model in models:
         if as_lines:
             pull_model(model, JsonLines())
             continue
+        announce(model)
         with shown_progress() as progress:
             path = pull_model(model, progress)
         print(path)
 
 
 def list_models(as_json: Json = False) -> None:
-    """Show the models of the catalog and those that are downloaded."""
-    from llamaclust.cluster.config.catalog import CATALOG, stored_models
+    """Show the models that are downloaded, and the catalog."""
+    from llamaclust.cluster.config.catalog import catalog_names, find_entry, stored_models
 
     stored = stored_models()
     names = {model.name for model in stored}
-    rows = [{"name": model.name, "size_bytes": model.size_bytes, "path": str(model.path)} for model in stored]
-    rows += [
-        {"name": entry.name, "size_bytes": entry.size_bytes, "path": None}
-        for entry in CATALOG.values()
-        if entry.name not in names
-    ]
+    entries = [entry for name in catalog_names() if (entry := find_entry(name)) and entry.directory not in names]
     if as_json:
-        print(json.dumps({"models": rows}))
+        rows = [{"name": model.name, "size_bytes": model.size_bytes, "path": str(model.path)} for model in stored]
+        print(json.dumps({"models": rows + [_entry_json(entry) for entry in entries]}))
         return
-    for row in rows:
-        where = row["path"] or f"not downloaded; run: llamaclust model pull {row['name']}"
-        print(f"{row['name']:32} {_mib(int(str(row['size_bytes'])))}  {where}")
+    for model in stored:
+        print(f"{model.name:32} {_mib(model.size_bytes)}  {model.path}")
+    print("not downloaded; run: llamaclust model pull NAME")
+    for entry in entries:
+        print(f"  {entry.name:36} {entry.shown_size:>14}  {entry.licence}; {entry.summary}")
+
+
+def _entry_json(entry: CatalogEntry) -> dict[str, Any]:
+    size = entry.size_bytes or entry.about_bytes
+    known = {"source": entry.source, "licence": entry.licence, "terms": entry.terms, "summary": entry.summary}
+    return {"name": entry.name, "size_bytes": size, "path": None, **known}
 
 
 def remove(model: ModelArgument) -> None:

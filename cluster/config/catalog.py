@@ -4,28 +4,51 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.model_sources import RemoteSource, WebFile, parse_source
+from llamaclust.cluster.config.public_models import public_models, terms_of
 from llamaclust.core.errors import UsageError
+from llamaclust.core.sizes import MIB
 from llamaclust.model.gguf.atomic_file import part_paths
 from llamaclust.model.gguf.model_file import PART_NAME
+
+_GIB: Final = 1024 * MIB
+_NEAREST = 3
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model that is known by name: where it comes from and exactly which bytes it is."""
+    """A model that is known by name, and where it comes from. Of the bundled ones the bytes are known, too; of others
+    `about_bytes` is an estimate, and the hub says which bytes they are."""
 
     name: str
     source: str
-    size_bytes: int
-    sha256: str
+    size_bytes: int | None
+    sha256: str | None
     licence: str
     summary: str
+    about_bytes: int = 0
+
+    @property
+    def directory(self) -> str:
+        """In the models directory."""
+        return self.name.replace(":", "-")
+
+    @property
+    def shown_size(self) -> str:
+        size = self.size_bytes or self.about_bytes
+        text = f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / MIB:.0f} MiB"
+        return text if self.size_bytes else f"about {text}"
+
+    @property
+    def terms(self) -> str | None:
+        """Where the terms of its licence are, if using the model means accepting them."""
+        return terms_of(self.licence)
 
 
 CATALOG: Final = {
@@ -80,13 +103,51 @@ class StoredModel:
     size_bytes: int
 
 
+def find_entry(name: str) -> CatalogEntry | None:
+    """A model of the catalog: NAME, of public ones also NAME:QUANTIZATION. UsageError for a quantization that the
+    catalog does not have."""
+    if name in CATALOG:
+        return CATALOG[name]
+    plain, _, wanted = name.partition(":")
+    model = public_models().get(plain)
+    if model is None:
+        return None
+    quantization = model.quantization(wanted)
+    return CatalogEntry(
+        name=f"{model.name}:{quantization}",
+        source=model.source(quantization),
+        size_bytes=None,
+        sha256=None,
+        licence=model.licence,
+        summary=f"{_billions(model.billions)} parameters, {quantization.upper()}, {model.summary}",
+        about_bytes=model.about_bytes(quantization),
+    )
+
+
+def catalog_names() -> list[str]:
+    """Of all models that are known by name, without quantizations."""
+    return [*CATALOG, *public_models()]
+
+
+def nearest_names(name: str, names: Iterable[str]) -> str:
+    """A question with the nearest of the names, those that begin with `name` first; empty if none is near."""
+    known, text = list(names), name.lower().replace(":", "-")
+    near = [each for each in known if text and each.startswith(text)][:_NEAREST]
+    near = near or difflib.get_close_matches(text, known, n=_NEAREST, cutoff=0.5)
+    return f", did you mean {' or '.join(near)}?" if near else ""
+
+
+def _billions(count: float) -> str:
+    return f"{count:g} B" if count >= 1 else f"{count * 1000:.0f} M"
+
+
 def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
     """The path of a model that needs no fetching, or what would have to be fetched; UsageError for anything else."""
-    entry = CATALOG.get(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
+    entry = find_entry(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
     source = parse_source(entry.source if entry else spec)
     if isinstance(source, Path):
         return _existing(spec, source, models_dir)
-    directory = (models_dir or environment().models_dir) / (entry.name if entry else source.directory)
+    directory = (models_dir or environment().models_dir) / (entry.directory if entry else source.directory)
     sha256 = source.sha256 if isinstance(source, WebFile) else None
     return WantedFile(
         spec=entry.name if entry else spec,
@@ -128,7 +189,9 @@ def remove_model(spec: str, models_dir: Path | None = None) -> Path:
     directory = _stored_directory(spec, root)
     if not directory.is_dir():
         names = sorted({model.name for model in stored_models(root)})
-        raise UsageError(f"{spec}: not downloaded{_nearest(spec, names)}; `llamaclust model list` shows what is there")
+        raise UsageError(
+            f"{spec}: not downloaded{nearest_names(spec, names)}; `llamaclust model list` shows what is there"
+        )
     shutil.rmtree(directory)
     return directory
 
@@ -171,10 +234,5 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
     stored = {model.name: model.path for model in stored_models(models_dir)}
     if spec in stored:
         return stored[spec]
-    hint = _nearest(spec, [*CATALOG, *stored])
+    hint = nearest_names(spec, [*catalog_names(), *stored])
     raise UsageError(f"{spec}: neither a file nor a model known by name{hint}; `llamaclust model list` shows those")
-
-
-def _nearest(spec: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(spec, names, n=1, cutoff=0.4)
-    return f", did you mean {near[0]}?" if near else ""

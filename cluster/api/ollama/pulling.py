@@ -16,7 +16,8 @@ from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.ollama.names import TAG
 from llamaclust.cluster.api.security import require_first_key
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.config.catalog import CATALOG, CatalogEntry
+from llamaclust.cluster.config.catalog import CatalogEntry, catalog_names, find_entry, nearest_names
+from llamaclust.core.errors import UsageError
 
 _NO_PULL = "pull_not_allowed"
 _END_S = 5.0
@@ -36,10 +37,13 @@ class CatalogPulls:
             cure = "the API downloads no models; use `llamaclust model pull`, or set api.pull in the cluster file"
             raise HttpError(403, _NO_PULL, f"model {name[:200]!r} not found; {cure}", param="model")
         require_first_key(request.headers, self._settings, "download models")
-        entry = CATALOG.get(name.removesuffix(TAG))
+        try:
+            entry = find_entry(name.removesuffix(TAG))
+        except UsageError as error:
+            raise HttpError(403, _NO_PULL, str(error)[:_MOST_OF_A_MESSAGE], param="model") from error
         if entry is None:
-            known = ", ".join(CATALOG)
-            message = f"model {name[:200]!r} is not in the catalog, which has {known}; use `llamaclust model pull`"
+            hint = nearest_names(name[:200], catalog_names()) or "; `llamaclust model list` shows it"
+            message = f"model {name[:200]!r} is not in the catalog{hint}"
             raise HttpError(403, _NO_PULL, message, param="model")
         return entry
 
@@ -77,7 +81,8 @@ async def _steps(process: Process, entry: CatalogEntry) -> AsyncGenerator[dict[s
                 break
             step = json.loads(line)
             sizes = {"total": step["total_bytes"], "completed": step["done_bytes"]} if step["total_bytes"] else {}
-            yield {"status": step["step"], "digest": f"sha256:{entry.sha256}", **sizes}
+            digest = {"digest": f"sha256:{entry.sha256}"} if entry.sha256 else {}
+            yield {"status": step["step"], **digest, **sizes}
         text = (await errors).decode(errors="replace").strip()
     finally:
         errors.cancel()

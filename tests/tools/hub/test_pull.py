@@ -358,7 +358,7 @@ def test_a_killed_pull_leaves_no_model_and_is_gone_on_with(server: Server, tmp_p
     ("spec", "message"),
     [
         ("tinny", "did you mean tiny?"),
-        ("smollm", "did you mean smollm2-135m-instruct?"),
+        ("smollm", "did you mean smollm2-135m-instruct or "),
         ("/nowhere/m.gguf", "no such file"),
         ("/dev/null", "/dev/null: not a regular file; give the path of a .gguf file"),
         ("/dev", "/dev: a folder; give the path of a .gguf file"),

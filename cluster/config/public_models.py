@@ -1,0 +1,88 @@
+"""Well-known public models by name (`public_models.csv`): the GGUF files on the Hugging Face hub that hold them, and
+their licences."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from llamaclust.core.errors import UsageError
+
+_TABLE = Path(__file__).with_name("public_models.csv")
+_BITS_PER_WEIGHT: Final = {
+    "iq4_xs": 4.35,
+    "mxfp4": 4.5,
+    "q3_k_m": 3.95,
+    "q4_k_m": 4.9,
+    "q5_k_m": 5.7,
+    "q6_k": 6.6,
+    "q8_0": 8.5,
+}
+"""Of whole files: most types of a file differ from the one that it is named after."""
+_ACCEPTED_AT: Final = {
+    "EXAONE AI Model License 1.2 - NC": "https://huggingface.co/LGAI-EXAONE/EXAONE-4.0-32B",
+    "Gemma Terms of Use": "https://ai.google.dev/gemma/terms",
+    "LFM Open License 1.0": "https://huggingface.co/LiquidAI/LFM2-1.2B",
+    "Llama 3.1 Community License": "https://www.llama.com/llama3_1/license/",
+    "Llama 3.2 Community License": "https://www.llama.com/llama3_2/license/",
+    "Llama 3.3 Community License": "https://www.llama.com/llama3_3/license/",
+    "Tencent Hunyuan Community License": "https://huggingface.co/tencent/Hunyuan-0.5B-Instruct",
+}
+"""Licences that are no usual ones of open source: their terms, which whoever uses the model accepts."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublicModel:
+    """A row of the table. `file` follows the repository's name; {Q} stands for the quantization in capital letters, {q}
+    in small ones. The first of the quantizations is the default. `billions`: parameters / 10^9."""
+
+    name: str
+    file: str
+    billions: float
+    quantizations: tuple[str, ...]
+    licence: str
+    summary: str
+
+    def quantization(self, wanted: str) -> str:
+        """As the table has it, the default for an empty text; UsageError for one that the catalog does not have."""
+        name = wanted.lower() or self.quantizations[0]
+        if name not in self.quantizations:
+            known = ", ".join(self.quantizations)
+            raise UsageError(f"{self.name}:{wanted}: no such quantization; the catalog has {known}")
+        return name
+
+    def source(self, quantization: str) -> str:
+        """The address of the file, or of the first of several."""
+        return f"hf:{self.file.format(Q=quantization.upper(), q=quantization)}"
+
+    def about_bytes(self, quantization: str) -> int:
+        """An estimate of the file's size."""
+        return round(self.billions * 1e9 * _BITS_PER_WEIGHT[quantization] / 8)
+
+
+@lru_cache(maxsize=1)
+def public_models() -> Mapping[str, PublicModel]:
+    """The table, by name."""
+    with _TABLE.open(encoding="utf-8", newline="") as file:
+        return MappingProxyType({row["name"]: _model(row) for row in csv.DictReader(file)})
+
+
+def _model(row: dict[str, str]) -> PublicModel:
+    return PublicModel(
+        name=row["name"],
+        file=row["file"],
+        billions=float(row["billions"]),
+        quantizations=tuple(row["quantizations"].split()),
+        licence=row["licence"],
+        summary=row["summary"],
+    )
+
+
+def terms_of(licence: str) -> str | None:
+    """Where the terms are that a user of such a model accepts; None for usual open-source licences."""
+    return _ACCEPTED_AT.get(licence)

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llamaclust.kernels.cuda.executor.experts import ExpertsEmitter
 from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm, fuse_for_gpu
 from llamaclust.kernels.cuda.executor.operands import Operands
-from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul
+from llamaclust.kernels.cuda.launches import attention, elementwise, matmul
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.fuse import Adapts, Attend, Products, reads_of, written_by
 from llamaclust.kernels.fuse import elementwise as operation_of
 from llamaclust.model import program as ir
-from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.model.step_options import ActivationFunction
-
-_LEAST_PIECE = 8
-"""Lines of experts that products take together, at least."""
+from llamaclust.model.quant_types import ActivationFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,7 @@ class Emitter:
             case Gated():
                 yield self._gated(step)
             case ir.Moe():
-                yield from self._experts(step)
+                yield from ExpertsEmitter(self.ops, step).launches()
             case ir.SelectRows():
                 x, self.ops.selected = self.ops.current[step.x.name], True
                 self.ops.quantized.clear()
@@ -68,16 +65,9 @@ class Emitter:
     def _embed(self, weight: str, ids: np.uint64, out: np.uint64) -> Launch:
         return matmul.embed(self.ops.weights[weight], ids, self.ops.rows, out)
 
-    def _quantize(self, x: ir.Buffer, weights: Sequence[str]) -> Iterator[Launch]:
-        """Quantizes x in each format of the weights that is not there yet."""
-        for kind in dict.fromkeys(self.ops.weights[weight].activation for weight in weights):
-            if kind is not ActivationFormat.F32 and self.ops.quantized.get(kind) != x.name:
-                out = self.ops.activations(kind, x.name, x.width)
-                yield matmul.quantize(kind, (self.ops.current[x.name],), x.width, self.ops.rows, out)
-
     def _products(self, x: ir.Buffer, steps: Sequence[ir.MatMul]) -> Iterator[Launch]:
         at, sms = self.ops.current[x.name], self.ops.gpu.sms
-        yield from self._quantize(x, [step.weight for step in steps])
+        yield from self.ops.quantize(x, [step.weight for step in steps])
         products = [
             matmul.Product(self.ops.weights[step.weight], self.ops.vector(step.bias), self.ops.out(step.out))
             for step in steps
@@ -103,7 +93,8 @@ class Emitter:
         gate, up = self.ops.current[step.gate.name], self.ops.current[step.up.name]
         self.ops.out(step.out)
         out = self.ops.activations(step.format, step.out.name, step.out.width)
-        return matmul.quantize(step.format, (gate, up), step.out.width, self.ops.rows, out, step.function)
+        inputs = elementwise.GatedInputs(f"{step.function}_mul", gate, up, step.out.width)
+        return matmul.quantize_gated(step.format, inputs, step.out.width, self.ops.rows, out)
 
     def _row_step(self, step: ir.RowStep) -> Iterator[Launch]:
         x, *others = (self.ops.current[buffer.name] for buffer in reads_of(step))
@@ -177,7 +168,8 @@ class Emitter:
         slopes = NULL if step.slopes is None else ops.layout.constant(np.array(step.slopes, np.float32))
         partials = ops.layout.at("partials", launches.room.partial_bytes(step))
         arrays = (q, k, v, out, tables, ops.kv[step.layer], slopes, self._attention_plan(step), partials)
-        yield from launches.step(step, attention.AttentionBuffers(*arrays, rotation, by_32, by_256))
+        places = attention.AttentionBuffers(*arrays, ops.vector(step.sinks), rotation, by_32, by_256)
+        yield from launches.step(step, places)
 
     def _rotation(self, step: Attend) -> attention.Rotation:
         """What queries and keys have in common, so that they rotate while keys are stored."""
@@ -185,59 +177,3 @@ class Emitter:
         if q is None or k is None or (q.table, q.style) != (k.table, k.style):
             return attention.NO_ROTATION
         return attention.Rotation(self.ops.angles(q.table), len(q.table.frequencies), q.style)
-
-    def _experts(self, step: ir.Moe) -> Iterator[Launch]:
-        assert step.gate is not None, "only encoders have experts without a gate"
-        x, used, rows = self.ops.current[step.x.name], step.used, self.ops.rows
-        router = self.ops.weights[step.router]
-        yield from self._quantize(step.x, [step.router])
-        logits = self.ops.scratch("router logits", step.experts)
-        given, sms = self.ops.activation_of(router, x), self.ops.gpu.sms
-        yield matmul.multiply([matmul.Product(router, self.ops.vector(step.router_bias), logits)], given, rows, sms)
-        chosen = self._chosen(step)
-        piece = matmul.expert_piece(rows.bucket * used, step.experts)
-        yield experts.choose(step, logits, self.ops.vector(step.selection_bias), chosen, rows)
-        yield experts.group(step, chosen, piece, rows)
-        gate, up = (self.ops.scratch(f"expert {name}", step.ffn_width, used) for name in ("gate", "up"))
-        yield from self._quantize(step.x, [step.gate, step.up])
-        yield from self._expert_products(step, x, ((step.gate, gate), (step.up, up)), chosen, piece, used)
-        yield self._expert_gate(step, gate, up)
-        down = self.ops.scratch("expert down", step.out.width, used)
-        yield from self._expert_products(step, gate, ((step.down, down),), chosen, piece, 1)
-        yield experts.combine(step, down, chosen, self.ops.out(step.out), rows)
-
-    def _expert_gate(self, step: ir.Moe, gate: np.uint64, up: np.uint64) -> Launch:
-        """silu(gate) * up, as floats where it is or quantized."""
-        rows, used, kind = self.ops.rows, step.used, self.ops.weights[step.down].activation
-        if kind is ActivationFormat.F32:
-            return elementwise.elementwise("silu_mul", (gate, up), gate, used * step.ffn_width, rows)
-        out = self.ops.activations(kind, "expert gate", step.ffn_width, used)
-        silu, rows = ActivationFunction.SILU, rows.times(used)
-        return matmul.quantize(kind, (gate, up), step.ffn_width, rows, out, silu)
-
-    def _chosen(self, step: ir.Moe) -> experts.ExpertBuffers:
-        at, lines = self.ops.layout.at, experts.choice_bytes(step, self.ops.room)
-        names = ("expert ids", "expert weights", "expert lines")
-        items = at("expert items", experts.items_bytes(step, self.ops.room, _LEAST_PIECE))
-        ids, weights, ordered = (at(name, lines) for name in names)
-        return experts.ExpertBuffers(ids, weights, ordered, items, at("expert count", 4))
-
-    def _expert_products(
-        self,
-        step: ir.Moe,
-        x: np.uint64,
-        outs: Sequence[tuple[str, np.uint64]],
-        chosen: experts.ExpertBuffers,
-        piece: int,
-        divisor: int,
-    ) -> Iterator[Launch]:
-        """`divisor`: how many lines share a row of x."""
-        most_items = experts.max_items(step, self.ops.rows.bucket, piece)
-        lines = matmul.Experts(chosen.items, chosen.item_count, chosen.lines, most_items, piece, divisor)
-        alike: dict[QuantType, list[tuple[str, np.uint64]]] = {}
-        for name, out in outs:
-            alike.setdefault(self.ops.weights[name].quant_type, []).append((name, out))
-        for group in alike.values():
-            products = [matmul.Product(self.ops.weights[name], NULL, out) for name, out in group]
-            given, sms = self.ops.activation_of(products[0].weights, x), self.ops.gpu.sms
-            yield matmul.multiply_experts(products, given, lines, sms)

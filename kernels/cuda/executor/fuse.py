@@ -117,7 +117,9 @@ def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
     """The weights of a step that multiplies x."""
     if isinstance(step, Products) and step.x == x:
         return tuple(product.weight for product in step.steps)
-    return (step.router, *step.inner) if isinstance(step, ir.Moe) and step.x == x else ()
+    if isinstance(step, ir.Moe) and step.routed is None and step.x == x:
+        return (step.router, *step.inner)
+    return ()
 
 
 def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,8 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches.attention import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
-from llamaclust.kernels.cuda.launches.matmul import Weights, activation_bytes
-from llamaclust.kernels.cuda.runtime.device import NULL
+from llamaclust.kernels.cuda.launches.matmul import Weights, activation_bytes, quantize
+from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.cuda.runtime.memory import aligned
 from llamaclust.model.program import Buffer, Program, RopeTable
 from llamaclust.model.quant_types import ActivationFormat
@@ -109,6 +109,13 @@ class Operands:
         self.quantized[kind] = name
         n_bytes = activation_bytes(kind, self.room * multiple, width)
         return self.layout.at(("activations", kind), n_bytes)
+
+    def quantize(self, x: Buffer, weights: Sequence[str]) -> Iterator[Launch]:
+        """x in each format of the weights that is not there yet."""
+        for kind in dict.fromkeys(self.weights[weight].activation for weight in weights):
+            if kind is not ActivationFormat.F32 and self.quantized.get(kind) != x.name:
+                out = self.activations(kind, x.name, x.width)
+                yield quantize(kind, self.current[x.name], x.width, self.rows, out)
 
     def activation_of(self, weight: Weights, x: np.uint64) -> np.uint64:
         """The address of x in the format of the weight."""

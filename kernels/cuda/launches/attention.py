@@ -79,6 +79,7 @@ class AttentionBuffers:
     slopes: np.uint64
     plan: np.uint64
     partials: np.uint64
+    sinks: np.uint64 = NULL  # float32 [heads], if there are any
     rotation: Rotation = NO_ROTATION
     by_32: np.uint64 = NULL  # where quantized rows go instead of `out`; see `can_quantize`
     by_256: np.uint64 = NULL
@@ -127,8 +128,6 @@ def check_attention(program: Program) -> None:
         if step.head_dim > _MAX_HEAD_DIM:
             at = f"layers {program.start} to {program.end}"
             raise ModelFileError(f"{at} cannot be computed: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
-        if step.sinks is not None:
-            raise ModelFileError("attention with sinks is not computed on GPUs; set device: cpu for its workers")
     if any(isinstance(step, Attention) and step.shares_kv for step in program.steps):
         raise ModelFileError("layers that share KV memory are not computed on GPUs; set device: cpu for their workers")
     if any(isinstance(step, PositionScale) for step in program.steps):
@@ -225,12 +224,12 @@ class AttentionLaunches:
     ) -> Launch:
         figures = map(np.int32, (step.heads, step.kv_heads, step.head_dim, step.window or _NO_WINDOW))
         scores = np.float32(step.scale), np.float32(step.soft_cap or 0.0)
-        arrays = self.inputs.positions, at.tables, at.q, at.kv, at.slopes
+        arrays = self.inputs.positions, at.tables, at.q, at.kv, at.slopes, at.sinks
         args = (*self._plan_args(at), *arrays, *figures, *scores, at.partials, at.out)
         return Launch(f"attention.{kernel}", grid, (256, 1, 1), args, shared_bytes)
 
     def _merge(self, step: Attention, at: AttentionBuffers) -> Launch:
-        outs = (at.partials, np.int32(step.heads), np.int32(step.head_dim), at.out, at.by_32, at.by_256)
+        outs = (at.partials, at.sinks, np.int32(step.heads), np.int32(step.head_dim), at.out, at.by_32, at.by_256)
         heads = 1 if at.by_32 == at.by_256 else _MERGED_CHANNELS // step.head_dim
         args = (self.inputs.rows, *self._plan_args(at), *outs)
         return Launch("attention.rows.merge", (self.rows, step.heads // heads, 1), (128, heads, 1), args)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.program import LayerNorm, RmsNorm, Rope, RopeTable, SigmoidGate, Slice
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.step_options import ActivationFunction, GatedActivation, RopeStyle
 
 _BLOCK = 256
 _BLOCK_CHANNELS = 1024
@@ -18,6 +20,23 @@ _WARP_CHANNELS, _MAX_WARPS = 128, 32  # four channels a lane; warps of a block
 
 WIDEST_ROW = PLAIN_SHARED_BYTES // 4 - 16
 """Channels of the widest row of `add_rms_norm`."""
+
+_GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
+"""Kernels' names that are not those of the values."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatedInputs:
+    """Gate and up, float32, whose rows begin `stride` elements apart, and the kernels' name of what is made of them."""
+
+    kernel: str
+    gate: np.uint64
+    up: np.uint64
+    stride: int
+
+
+def gated_kernel(activation: GatedActivation) -> str:
+    return _GATED.get(activation, activation)
 
 
 def _launch(kernel: str, blocks: int, rows: RowCount, args: tuple[Scalar, ...], block: int = _BLOCK) -> Launch:
@@ -31,6 +50,12 @@ def _blocks(width: int) -> int:
 def elementwise(name: str, inputs: tuple[Scalar, ...], out: np.uint64, width: int, rows: RowCount) -> Launch:
     """out = a function of `inputs`: buffers [rows, width] and scalars."""
     return _launch(f"rows.{name}_rows", _blocks(width), rows, (*inputs, np.int32(width), rows.address, out))
+
+
+def gated_lines(x: GatedInputs, width: int, rows: RowCount, out: np.uint64) -> Launch:
+    """out [lines, width], which may be the gate where its lines have no more channels."""
+    args = (x.gate, x.up, *map(np.int32, (x.stride, width)), rows.address, np.int32(rows.multiple), out)
+    return Launch(f"elementwise.rows.{x.kernel}_lines", (rows.bucket, _blocks(width), 1), (_BLOCK, 1, 1), args)
 
 
 def slice_rows(step: Slice, x: np.uint64, out: np.uint64, rows: RowCount) -> Launch:

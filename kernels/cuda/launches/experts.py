@@ -8,9 +8,9 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.runtime.device import Launch, Scalar
+from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
 from llamaclust.model.program import Moe, Program
-from llamaclust.model.step_options import GatedActivation, Gating
+from llamaclust.model.step_options import Gating
 
 _GATINGS = tuple(Gating)
 """In the order of the kernel's numbers."""
@@ -31,12 +31,8 @@ class ExpertBuffers:
 def check_experts(program: Program) -> None:
     """ModelFileError for what the kernels cannot compute."""
     for step in program.steps:
-        if isinstance(step, Moe):
-            biases = any((step.gate_bias, step.up_bias, step.down_bias, step.expert_scales))
-            options, others = step.options, step.fused or step.routed is not None
-            if biases or others or options.groups > 1 or options.activation is not GatedActivation.SILU_MUL:
-                what = "experts with biases, scales, groups, fused gates or another activation than SiLU"
-                raise ModelFileError(f"{what} are not computed on GPUs; set device: cpu for their workers")
+        if isinstance(step, Moe) and step.gate is None and not step.fused:
+            raise ModelFileError("experts without a gate are not computed on GPUs; set device: cpu for their workers")
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
@@ -54,19 +50,22 @@ def items_bytes(step: Moe, rows: int, piece: int) -> int:
     return 3 * 4 * max_items(step, rows, piece)
 
 
-def choose(step: Moe, logits: np.uint64, bias: np.uint64, places: ExpertBuffers, rows: RowCount) -> Launch:
-    """logits float32 [rows, experts]; bias [experts], 0 for none."""
-    figures = map(np.int32, (step.experts, step.used, _GATINGS.index(step.options.gating), step.options.normalized))
-    args: tuple[Scalar, ...] = (
-        logits,
-        bias,
-        *figures,
-        np.float32(step.options.scale),
-        rows.address,
-        places.ids,
-        places.weights,
-    )
-    shared_bytes = 4 * 4 * (2 * step.experts + step.used)
+@dataclass(frozen=True, slots=True)
+class RouterOutput:
+    """What experts are chosen and weighed by: logits float32 [rows, experts]; bias and scales [experts], 0 for none."""
+
+    logits: np.uint64
+    bias: np.uint64 = NULL
+    scales: np.uint64 = NULL
+
+
+def choose(step: Moe, router: RouterOutput, places: ExpertBuffers, rows: RowCount) -> Launch:
+    options = step.options
+    counts = map(np.int32, (step.experts, step.used, options.groups, options.used_groups))
+    rule = np.int32(_GATINGS.index(options.gating)), np.int32(options.normalized), np.float32(options.scale)
+    outs = rows.address, places.ids, places.weights
+    args: tuple[Scalar, ...] = (router.logits, router.bias, router.scales, *counts, *rule, *outs)
+    shared_bytes = 4 * 4 * (2 * (step.experts + options.groups) + step.used)
     return Launch("experts.choose", (-(-rows.bucket // 4), 1, 1), (128, 1, 1), args, shared_bytes=shared_bytes)
 
 

@@ -9,10 +9,10 @@ from math import prod
 
 import numpy as np
 
+from llamaclust.kernels.cuda.launches.elementwise import GatedInputs
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
-from llamaclust.model.step_options import ActivationFunction
 
 _Q = QuantType
 _MODULES = {
@@ -98,7 +98,8 @@ MOST_PRODUCTS = 3
 @dataclass(frozen=True, slots=True)
 class Experts:
     """Lines grouped by expert: items [max_items][3] of {expert, first of its `lines`, how many: `piece` at most};
-    *item_count of them are there. Line l takes row l // divisor of the activations and gives row l of the result."""
+    *item_count of them are there. Line l takes row l // divisor of the activations and gives row l of the result.
+    Biases are rows of matrices, in tiles of `bias_rows` rows, column by column."""
 
     items: np.uint64
     item_count: np.uint64
@@ -106,6 +107,7 @@ class Experts:
     max_items: int
     piece: int
     divisor: int
+    bias_rows: int = 1
 
 
 def expert_piece(lines: int, experts: int) -> int:
@@ -128,17 +130,25 @@ def activation_bytes(activation: ActivationFormat, rows: int, cols: int) -> int:
 
 def quantize(
     activation: ActivationFormat,
-    inputs: tuple[np.uint64, ...],
+    x: np.uint64,
     cols: int,
     rows: RowCount,
     out: np.uint64,
-    function: ActivationFunction | None = None,
 ) -> Launch:
-    """`inputs`: x float32 [rows][cols]; or gate and up: function(gate) * up is quantized."""
-    name = f"{'rows' if function is None else f'{function}_mul'}_{activation.value}"
+    """x: float32 [rows][cols]."""
+    return _quantize("rows", activation, (x,), cols, rows, out)
+
+
+def quantize_gated(activation: ActivationFormat, x: GatedInputs, cols: int, rows: RowCount, out: np.uint64) -> Launch:
+    return _quantize(x.kernel, activation, (x.gate, x.up, np.int32(x.stride)), cols, rows, out)
+
+
+def _quantize(
+    name: str, activation: ActivationFormat, inputs: tuple[Scalar, ...], cols: int, rows: RowCount, out: np.uint64
+) -> Launch:
     grid = (-(-cols // 256), -(-rows.bucket // _GROUP_ROWS), 1)
-    args: tuple[Scalar, ...] = (*inputs, np.int32(cols), rows.address, np.int32(rows.multiple), out)
-    return Launch(f"elementwise.quantize.{name}", grid, (256, 1, 1), args)
+    args = (*inputs, np.int32(cols), rows.address, np.int32(rows.multiple), out)
+    return Launch(f"elementwise.quantize.{name}_{activation.value}", grid, (256, 1, 1), args)
 
 
 def embed(weights: Weights, ids: np.uint64, rows: RowCount, out: np.uint64) -> Launch:
@@ -180,7 +190,7 @@ def _launch(products: Sequence[Product], activations: np.uint64, rows: RowCount,
         *_matrices(products),
         *map(np.int32, (weights.tile_bytes, matrix_bytes, weights.cols)),
         *(activations, rows.address, experts.items, experts.item_count, experts.lines),
-        np.int32(experts.divisor),
+        *map(np.int32, (experts.divisor, experts.bias_rows)),
     )
     name = kernel_name("gemm" if is_gemm else "gemv", weights.quant_type)
     pieces = experts.max_items

@@ -46,18 +46,52 @@ DEVICE void softmax(float* x, int n) {
   __syncwarp();
 }
 
+DEVICE float sum_of_best_two(const float* x, int count) {
+  float first = -infinity(), second = first;
+  for (int i = 0; i < count; i++) {
+    const float less = x[i] < first ? x[i] : first;
+    second = second < less ? less : second;
+    first = first < x[i] ? x[i] : first;
+  }
+  return count == 1 ? first : add(first, second);
+}
+
+// Experts of all but the `used` groups whose two best have the greatest sums, ties to the lower group, get -infinity. `sums`
+// and what is `kept` have a float for each group.
+DEVICE void keep_groups(float* selection, int experts, int groups, int used, float* sums, float* kept) {
+  const int lane = threadIdx.x % kWarp, each = experts / groups;
+  for (int group = lane; group < groups; group += kWarp) {
+    sums[group] = sum_of_best_two(selection + group * each, each);
+    kept[group] = 0.0f;
+  }
+  __syncwarp();
+  for (int i = 0; i < used; i++) {
+    const Candidate best = best_of(sums, groups);
+    __syncwarp();
+    const int id = best.id < groups ? best.id : 0;
+    if (lane == 0) sums[id] = -infinity(), kept[id] = 1.0f;
+    __syncwarp();
+  }
+  for (int id = lane; id < experts; id += kWarp)
+    if (kept[id / each] == 0.0f) selection[id] = -infinity();
+  __syncwarp();
+}
+
 }  // namespace
 
 // The `used` experts of the greatest scores + bias, and scores as their weights, divided by their sum if `normalized`,
 // then multiplied by `scale`. Scores are softmax or, if `gating` is 1, sigmoid of the logits, or, if it is 2, these, and
-// weights then the softmax of those chosen. A row without numbers has the first expert at every rank. A warp for a row,
-// with room for 2 * experts + used floats in shared memory. Grid: rows / 4 rounded up, blocks of 128.
-KERNEL(128, choose, const float* __restrict__ logits, const float* __restrict__ bias, int32_t experts, int32_t used,
-       int32_t gating, int32_t normalized, float scale, const int32_t* rows, int32_t* ids, float* weights) {
+// weights then the softmax of those chosen. With more `groups` than one, experts of `used_groups` of them are chosen. Last,
+// weights are multiplied by the `scales` of the chosen experts, if these are not null. A row without numbers has the first
+// expert at every rank. A warp for a row, with room for 2 * (experts + groups) + used floats in shared memory. Grid: rows /
+// 4 rounded up, blocks of 128.
+KERNEL(128, choose, const float* __restrict__ logits, const float* __restrict__ bias, const float* __restrict__ scales,
+       int32_t experts, int32_t used, int32_t groups, int32_t used_groups, int32_t gating, int32_t normalized, float scale,
+       const int32_t* rows, int32_t* ids, float* weights) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = 4 * blockIdx.x + warp;
   if (row >= *rows) return;
-  float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED) + warp * (2 * experts + used);
-  float *selection = scores + experts, *chosen = selection + experts;
+  float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED) + warp * (2 * (experts + groups) + used);
+  float *selection = scores + experts, *sums = selection + experts, *chosen = sums + 2 * groups;
   for (int i = lane; i < experts; i += kWarp) scores[i] = logits[row * experts + i];
   __syncwarp();
   if (gating == kSoftmax) softmax(scores, experts);
@@ -66,6 +100,7 @@ KERNEL(128, choose, const float* __restrict__ logits, const float* __restrict__ 
     selection[i] = bias == nullptr ? scores[i] : add(scores[i], bias[i]);
   }
   __syncwarp();
+  if (groups > 1) keep_groups(selection, experts, groups, used_groups, sums, sums + groups);
   for (int rank = 0; rank < used; rank++) {
     const Candidate best = best_of(selection, experts);
     const int id = best.id < experts ? best.id : 0;
@@ -82,8 +117,9 @@ KERNEL(128, choose, const float* __restrict__ logits, const float* __restrict__ 
   for (int rank = 0; rank < used; rank++) sum = add(sum, chosen[rank]);
   sum = sum < kLeastWeightSum ? kLeastWeightSum : sum;
   for (int rank = lane; rank < used; rank += kWarp) {
-    const float weight = normalized != 0 ? div(chosen[rank], sum) : chosen[rank];
-    weights[row * used + rank] = scale == 1.0f ? weight : mul(weight, scale);
+    float weight = normalized != 0 ? div(chosen[rank], sum) : chosen[rank];
+    if (scale != 1.0f) weight = mul(weight, scale);
+    weights[row * used + rank] = scales == nullptr ? weight : mul(weight, scales[ids[row * used + rank]]);
   }
 }
 

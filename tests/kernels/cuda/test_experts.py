@@ -15,6 +15,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.kernels.cuda.launches.experts import (
     ExpertBuffers,
+    RouterOutput,
     choice_bytes,
     choose,
     combine,
@@ -63,7 +64,7 @@ class OnDevice:
 
     def choose(self, logits: Float32) -> tuple[Int32, Float32]:
         padded = self.bench.put(np.concatenate([logits, np.zeros((3, self.step.experts), np.float32)]))
-        self.bench.device.launch(choose(self.step, padded.at(), self.bias, self.places, self.count))
+        self.bench.device.launch(choose(self.step, RouterOutput(padded.at(), self.bias), self.places, self.count))
         return self._chosen(self.ids, np.int32), self._chosen(self.weights, np.float32)
 
     def _chosen(self, memory: Memory, dtype: type[_Number]) -> NDArray[_Number]:

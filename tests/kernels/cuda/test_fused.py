@@ -66,7 +66,7 @@ def quantized(bench: Bench, kind: ActivationFormat, x: Float32, multiple: int = 
     lines, width = BUCKET * multiple, x.shape[1]
     out = cleared(bench, kind, width, lines)
     count = rows_of(bench).at()
-    bench.device.launch(matmul.quantize(kind, (bench.put(x).at(),), width, RowCount(lines, count, multiple), out.at()))
+    bench.device.launch(matmul.quantize(kind, bench.put(x).at(), width, RowCount(lines, count, multiple), out.at()))
     return bench.get(out, out.n_bytes, np.uint8)
 
 
@@ -111,7 +111,8 @@ def test_gate_and_quantization(
     left, right = bench.put(both[:, :width].copy()), bench.put(both[:, width:].copy())
     out = cleared(bench, kind, width, BUCKET * multiple)
     rows = RowCount(BUCKET * multiple, rows_of(bench).at(), multiple)
-    bench.device.launch(matmul.quantize(kind, (left.at(), right.at()), width, rows, out.at(), function))
+    inputs = elementwise.GatedInputs(f"{function}_mul", left.at(), right.at(), width)
+    bench.device.launch(matmul.quantize_gated(kind, inputs, width, rows, out.at()))
     np.testing.assert_array_equal(bench.get(out, out.n_bytes, np.uint8), quantized(bench, kind, wanted, multiple))
 
 

@@ -63,7 +63,7 @@ def quantized(bench: Bench, weights: Weights, x: Float32, bucket: int) -> np.uin
         return values.at()
     out = bench.room(activation_bytes(weights.activation, bucket, weights.cols))
     rows = RowCount(bucket, count_of(bench, len(x)))
-    bench.device.launch(quantize(weights.activation, (values.at(),), weights.cols, rows, out.at()))
+    bench.device.launch(quantize(weights.activation, values.at(), weights.cols, rows, out.at()))
     return out.at()
 
 

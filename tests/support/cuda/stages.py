@@ -26,7 +26,10 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     },
     "moe": {"experts": 4, "quant_type": QuantType.Q8_0, "hidden": 64, "ffn": 96},
 }
-MODELS = (*QUANTIZED, "llama-experts", "gemma2", "gpt2", "qwen2moe", "qwen3", "glm4moe", "cohere2")
+MODELS = (
+    *(*QUANTIZED, "llama-experts", "gemma2", "gpt2", "qwen2moe", "qwen3", "cohere2"),
+    *("gpt-oss", "gpt-oss-mxfp4", "glm4moe", "ernie4_5-moe", "hunyuan-moe", "bailingmoe2", "minimax-m2", "granitemoe"),
+)
 ROWS = 20
 
 Open = Callable[[str], Model]

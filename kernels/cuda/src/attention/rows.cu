@@ -218,9 +218,10 @@ KERNEL(128, store_q8_0, STORE_ARGUMENTS) {
 // Merges the spans of rows that have them apart, in ascending order, and divides. The factors of all spans come first, by
 // as many threads: what is left in order is one multiplication and one multiply-add a span. Grid: (rows, heads / those of a
 // block), blocks of 128 by up to 8 heads. Where there is a place for quantized rows, all rows go there and not into out: the
-// heads of a block have 256 channels then.
+// heads of a block have 256 channels then. Spans of other rows are merged already, with the `sinks` of the heads, if these
+// are not null.
 KERNEL(1024, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_t slots, float* partials,
-       int32_t heads, int32_t head_dim, float* out, uint8_t* by_32, uint8_t* by_256) {
+       const float* sinks, int32_t heads, int32_t head_dim, float* out, uint8_t* by_32, uint8_t* by_256) {
   const int row = blockIdx.x, place = threadIdx.y, head = blockIdx.y * blockDim.y + place;
   if (row >= *rows) return;
   const Work work(plan, max_rows, slots);
@@ -267,6 +268,11 @@ KERNEL(1024, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_
         total[part] = begin + j == 0 ? x : fma(x, gain[j], mul(total[part], keep[j]));
       }
     }
+  }
+  if (sinks != nullptr && spans > 0) {
+    const SinkFactors sink(before, sinks[head]);
+    sum = sink.sum(sum);
+    for (int part = 0; part < 4; part++) total[part] = SinkFactors::value(total[part], sink.keep, sink.gain);
   }
 #pragma unroll
   for (int part = 0; part < 4; part++) {

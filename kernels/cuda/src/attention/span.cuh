@@ -16,7 +16,7 @@ struct Step {
   const int32_t *positions, *tables;
   const float* q;
   const uint8_t* kv;
-  const float* slopes;  // null: none
+  const float *slopes, *sinks;  // null: none
   float *partials, *out;
   int heads, kv_heads, head_dim, window, slots;
   float scale, soft_cap;  // 0: none
@@ -29,6 +29,7 @@ struct Queries {
   int32_t firsts[TQ], ends[TQ];  // which of the span's positions a query sees; none where both are 0
   float maxima[TQ], sums[TQ];    // of the spans so far
   float keep[TQ], gain[TQ];      // what their values and the span's are multiplied by
+  float sink_keep[TQ], sink_gain[TQ];  // likewise at the end, those of a sink
 };
 
 // Queries are the tile's rows times `heads` heads that share a KV head.
@@ -147,6 +148,14 @@ struct Span {
       queries.keep[query] = keep;
       queries.gain[query] = gain;
     }
+    if (step.sinks != nullptr && ends(query)) add_sink(query);
+  }
+
+  DEVICE void add_sink(int query) const {
+    const SinkFactors sink(queries.maxima[query], step.sinks[head_of(query)]);
+    queries.sums[query] = sink.sum(queries.sums[query]);
+    queries.sink_keep[query] = sink.keep;
+    queries.sink_gain[query] = sink.gain;
   }
 
   // Puts a channel's sum over the span where it belongs: into its slot, or beside the spans before it. These wait in the
@@ -159,7 +168,12 @@ struct Span {
     }
     float& out = step.out[(row(query) * step.heads + head_of(query)) * step.head_dim + channel];
     if (!begins(query)) value = fma(value, queries.gain[query], mul(out, queries.keep[query]));
-    out = ends(query) ? div(value, queries.sums[query]) : value;
+    if (!ends(query)) {
+      out = value;
+      return;
+    }
+    if (step.sinks != nullptr) value = SinkFactors::value(value, queries.sink_keep[query], queries.sink_gain[query]);
+    out = div(value, queries.sums[query]);
   }
 };
 
@@ -196,13 +210,13 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
 // blocks at a time.
 #define ATTENTION_KERNEL(name, TQ, Kv, Scores, kind, stage, BLOCKS)                                                   \
   KERNEL_IN_BLOCKS(256, 2, name, int32_t* plan, int32_t max_rows, int32_t slots, const int32_t* positions,            \
-                   const int32_t* tables, const float* q, const uint8_t* kv, const float* slopes, int32_t heads,      \
-                   int32_t kv_heads, int32_t head_dim, int32_t window, float scale, float soft_cap, float* partials,  \
-                   float* out) {                                                                                      \
+                   const int32_t* tables, const float* q, const uint8_t* kv, const float* slopes, const float* sinks, \
+                   int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t window, float scale, float soft_cap,    \
+                   float* partials, float* out) {                                                                     \
     float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \
     SHARED(Queries<TQ>, queries, );                                                                                   \
-    const Step step{positions, tables,   q,        kv,     slopes, partials, out,                                     \
-                    heads,     kv_heads, head_dim, window, slots,  scale,    soft_cap};                               \
+    const Step step{positions, tables,   q,        kv,     slopes, sinks, partials, out,                              \
+                    heads,     kv_heads, head_dim, window, slots,  scale, soft_cap};                                  \
     const auto values = [](const Span<Kv, TQ>& span) { add_values<BLOCKS>(span); };                                   \
     attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), kind, queries, scores, scores + (stage), values);   \
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kv.cuh"
+#include "math.cuh"
 
 namespace llamaclust::cuda {
 
@@ -44,6 +45,17 @@ struct Partials {
 };
 
 DEVICE float greater(float a, float b) { return a > b ? a : b; }
+
+// A sink is merged as one more span: its score is the maximum, with a weight of 1 and no value.
+struct SinkFactors {
+  float keep, gain;
+
+  DEVICE SinkFactors(float before, float score)
+      : keep(exp(sub(before, greater(before, score)))), gain(exp(sub(score, greater(before, score)))) {}
+
+  DEVICE float sum(float before) const { return fma(1.0f, gain, mul(before, keep)); }
+  static DEVICE float value(float before, float keep, float gain) { return fma(0.0f, gain, mul(before, keep)); }
+};
 
 // The first position that a row sees.
 DEVICE int first_seen(int position, int window) { return position - window + 1 > 0 ? position - window + 1 : 0; }

@@ -1,29 +1,31 @@
 // Rows of activations in eight bits, as they are or of an inner layer's gate and up. Grid: (columns / 256 rounded up,
 // rows / 8 rounded up), blocks of 256: a warp has 256 columns of a row. *count * multiple rows are there. Bound by
 // memory: five bytes a value, or nine.
-#include "math.cuh"
+#include "gated.cuh"
 #include "quantize.cuh"
 
 namespace llamaclust::cuda {
 namespace {
 
-// `load` brings eight values from an element on.
+// `load` brings eight values of a row from a column on.
 template <class Activations, class Load>
 DEVICE void quantize_rows(int cols, int rows, uint8_t* out, Load load) {
   const int row = kGroupRows * blockIdx.y + threadIdx.x / kWarp, column = 256 * blockIdx.x + 8 * (threadIdx.x % kWarp);
   if (row >= rows) return;
   Eight values = {};
-  if (column < cols) load(static_cast<size_t>(row) * cols + column, values);
+  if (column < cols) load(row, column, values);
   quantize(values, row, blockIdx.x, cols, reinterpret_cast<Activations*>(out));
 }
 
+// Rows of gate and up begin `stride` elements apart.
 template <class Activations, class F>
-DEVICE void quantize_gated(const float* gate, const float* up, int cols, int rows, uint8_t* out, F f) {
-  quantize_rows<Activations>(cols, rows, out, [=](size_t at, Eight& values) {
+DEVICE void quantize_gated(const float* gate, const float* up, int stride, int cols, int rows, uint8_t* out, F f) {
+  quantize_rows<Activations>(cols, rows, out, [=](int row, int column, Eight& values) {
+    const size_t at = static_cast<size_t>(row) * stride + column;
     Eight by;
     load_fours(gate + at, values);
     load_fours(up + at, by);
-    for (int i = 0; i < 8; i++) values[i] = mul(f(values[i]), by[i]);
+    for (int i = 0; i < 8; i++) values[i] = f(values[i], by[i]);
   });
 }
 
@@ -32,20 +34,23 @@ DEVICE void quantize_gated(const float* gate, const float* up, int cols, int row
 #define QUANTIZE_KERNELS(cols_of_a_segment, Activations)                                                              \
   KERNEL(256, rows_##cols_of_a_segment, const float* x, int32_t cols, const int32_t* count, int32_t multiple,         \
          uint8_t* out) {                                                                                              \
-    const auto load = [x](size_t at, Eight& values) { load_fours(x + at, values); };                                  \
+    const auto load = [x, cols](int row, int column, Eight& values) {                                                 \
+      load_fours(x + static_cast<size_t>(row) * cols + column, values);                                               \
+    };                                                                                                                \
     quantize_rows<Activations>(cols, *count * multiple, out, load);                                                   \
   }
-#define QUANTIZE_GATED(function, cols_of_a_segment, Activations)                                                      \
-  KERNEL(256, function##_mul_##cols_of_a_segment, const float* gate, const float* up, int32_t cols,                   \
+#define QUANTIZE_GATED(name, cols_of_a_segment, Activations, value)                                                   \
+  KERNEL(256, name##_##cols_of_a_segment, const float* gate, const float* up, int32_t stride, int32_t cols,           \
          const int32_t* count, int32_t multiple, uint8_t* out) {                                                      \
-    quantize_gated<Activations>(gate, up, cols, *count * multiple, out, [](float x) { return function(x); });         \
+    const auto f = [](float a, float b) { return value; };                                                            \
+    quantize_gated<Activations>(gate, up, stride, cols, *count * multiple, out, f);                                   \
   }
 QUANTIZE_KERNELS(32, Activations32)
 QUANTIZE_KERNELS(256, Activations256)
 
-#define QUANTIZE_GATED_32(function) QUANTIZE_GATED(function, 32, Activations32)
-#define QUANTIZE_GATED_256(function) QUANTIZE_GATED(function, 256, Activations256)
-LLAMACLUST_ACTIVATIONS(QUANTIZE_GATED_32)
-LLAMACLUST_ACTIVATIONS(QUANTIZE_GATED_256)
+#define GATED(name, value)                       \
+  QUANTIZE_GATED(name, 32, Activations32, value) \
+  QUANTIZE_GATED(name, 256, Activations256, value)
+LLAMACLUST_GATED
 
 }  // namespace llamaclust::cuda

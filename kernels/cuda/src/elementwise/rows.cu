@@ -1,7 +1,7 @@
 // Row by row steps (model/program.py) element by element. Matrices are [rows, width], one row after the other. Grids, for
 // blocks of 256 threads: (width / 1024 rounded up, rows of the bucket), of which *rows are there; out may be x.
+#include "gated.cuh"
 #include "lines.cuh"
-#include "math.cuh"
 
 namespace llamaclust::cuda {
 
@@ -19,6 +19,20 @@ ROWS_OF_TWO(silu_mul, mul(silu(a), b))
   }
 ROWS_BY(scale, mul(a, by))
 ROWS_BY(soft_cap, soft_cap(a, by))
+
+// Lines of experts: rows of gate and up begin `stride` elements apart; *rows * multiple of them are there. Grid: (lines,
+// width / 1024 rounded up).
+#define GATED(name, value)                                                                                            \
+  KERNEL(256, name##_lines, const float* gate, const float* up, int32_t stride, int32_t width, const int32_t* rows,   \
+         int32_t multiple, float* out) {                                                                              \
+    const int row = blockIdx.x, first = kPiece * blockIdx.y + 4 * threadIdx.x;                                        \
+    if (row >= *rows * multiple) return;                                                                              \
+    for (int i = first; i < first + 4 && i < width; i++) {                                                            \
+      const float a = gate[line(row, stride) + i], b = up[line(row, stride) + i];                                     \
+      out[line(row, width) + i] = value;                                                                              \
+    }                                                                                                                 \
+  }
+LLAMACLUST_GATED
 
 #define ACTIVATION_ROWS(function)                                                                                     \
   KERNEL(256, function##_rows, const float* x, int32_t width, const int32_t* rows, float* out) {                      \

@@ -80,7 +80,8 @@ DEVICE void gemv_floats(const Products& all) {
         total = fma(Type::value(stage.weights + k * kColumnBytes<Type> + row * Type::kBytes), stage.x[token][k], total);
     __syncthreads();
   }
-  if (token < share.n) store_result(p.matrix(), out_row(p, share, token), 16 * p.block + row, total);
+  if (token >= share.n) return;
+  store_result(result_of(p, share), p.bias_rows, out_row(p, share, token), 16 * p.block + row, total);
 }
 
 constexpr int kGemmColumns = 16, kGemmRows = 64, kGemmTiles = 4, kGemmRowStride = kGemmColumns + 4;
@@ -141,10 +142,10 @@ DEVICE void gemm_floats(const Products& all) {
     }
     __syncthreads();
   }
-  for (int i = 0; i < 4; i++)
+  const Matrix result = result_of(p, share);
+  for (int i = 0; i < 4 && token + i < share.n; i++)
     for (int r = 0; r < 4; r++)
-      if (token + i < share.n)
-        store_result(p.matrix(), out_row(p, share, token + i), 16 * (first_tile + tile) + row + r, totals[i][r]);
+      store_result(result, p.bias_rows, out_row(p, share, token + i), 16 * (first_tile + tile) + row + r, totals[i][r]);
 }
 
 // out[row] = weights of tokens[row]. Grid: (width / 1024 rounded up, rows), blocks of 256.

@@ -163,7 +163,7 @@ DEVICE void gemm(const Products& all) {
   if (share.n <= 0) return;
   const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   if (thread < kBlockRows) of_row[thread] = activation_row(p, share, thread);
-  if (thread == 0) matrix[0] = p.matrix();
+  if (thread == 0) matrix[0] = result_of(p, share);
   __syncthreads();
   auto* stages = reinterpret_cast<Stage<Type>*>(DYNAMIC_SHARED);
   uint32_t* scales = reinterpret_cast<uint32_t*>(stages + 2) + warp * 16 * kScaleWords<Type>;
@@ -192,7 +192,8 @@ DEVICE void gemm(const Products& all) {
   if (tile > last_tile) return;
   UNROLL for (int g = 0; g < kBlockGroups; g++) UNROLL for (int n = 0; n < 4; n++) {
     const int i = 8 * g + 2 * (lane % 4) + n % 2;
-    if (i < share.n) store_result(matrix[0], out_row(p, share, i), 16 * tile + lane / 4 + 8 * (n / 2), totals[g][n]);
+    if (i >= share.n) continue;
+    store_result(matrix[0], p.bias_rows, out_row(p, share, i), 16 * tile + lane / 4 + 8 * (n / 2), totals[g][n]);
   }
 }
 

@@ -203,7 +203,8 @@ DEVICE void gemv(const Products& all, int round) {
       }
     __syncthreads();
   }
-  if (thread < 16 * share.n) store_result(p.matrix(), out_row(p, share, thread / 16), 16 * p.block + thread % 16, total);
+  if (thread >= 16 * share.n) return;
+  store_result(result_of(p, share), p.bias_rows, out_row(p, share, thread / 16), 16 * p.block + thread % 16, total);
 }
 
 }  // namespace

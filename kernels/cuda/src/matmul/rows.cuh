@@ -9,15 +9,17 @@ namespace {
 // Arguments of every product. Weights are up to three matrices [out_rows, cols] in tiles, of one type, with a result each;
 // those that are not there have no rows. Without `items`, row i of *count of the activations gives row i of out. With them,
 // block (x, _) serves items[x] = {expert, first, n}: n lines from lines[first] on; line l takes row l / divisor of the
-// activations and gives row l of out; an expert's matrix begins matrix_bytes after the one before.
+// activations and gives row l of out; an expert's matrix begins matrix_bytes after the one before. Its bias is a row of a
+// matrix in which `bias_rows` rows lie in columns together: 16 in a tile of float32, 1 where rows follow each other.
 #define MATMUL_PARAMETERS                                                                                            \
   const uint8_t *tiles, int32_t out_rows, const float *bias, float *out, const uint8_t *tiles_2, int32_t out_rows_2,  \
       const float *bias_2, float *out_2, const uint8_t *tiles_3, int32_t out_rows_3, const float *bias_3,             \
       float *out_3, int32_t tile_bytes, int32_t matrix_bytes, int32_t cols, const uint8_t *activations,               \
-      const int32_t *count, const int32_t *items, const int32_t *item_count, const int32_t *lines, int32_t divisor
+      const int32_t *count, const int32_t *items, const int32_t *item_count, const int32_t *lines, int32_t divisor,       \
+      int32_t bias_rows
 #define MATMUL_ARGUMENTS                                                                                             \
   {{tiles, out_rows, bias, out}, {tiles_2, out_rows_2, bias_2, out_2}, {tiles_3, out_rows_3, bias_3, out_3},          \
-   tile_bytes, matrix_bytes, cols, activations, count, items, item_count, lines, divisor}
+   tile_bytes, matrix_bytes, cols, activations, count, items, item_count, lines, divisor, bias_rows}
 
 // Rows of a matrix as float32: out[row] = weights of tokens[row].
 #define EMBED_KERNEL(TYPE)                                                                                            \
@@ -40,7 +42,7 @@ struct Products {
   int tile_bytes, matrix_bytes, cols;
   const uint8_t* activations;
   const int32_t *count, *items, *item_count, *lines;
-  int divisor;
+  int divisor, bias_rows;
 };
 
 // What a block has of them: a matrix, and its place among the blocks that have the same one.
@@ -84,9 +86,17 @@ DEVICE const uint8_t* tile_of(const Product& p, const Share& share, int tile) {
   return p.matrix().tiles + static_cast<size_t>(share.expert) * p.matrix_bytes + static_cast<size_t>(tile) * p.tile_bytes;
 }
 
-DEVICE void store_result(const Matrix& matrix, int line, int row, float x) {
+// The matrix of which a block computes some rows, with the bias of its expert.
+DEVICE Matrix result_of(const Product& p, const Share& share) {
+  Matrix matrix = p.matrix();
+  const int column = share.expert % p.bias_rows;
+  if (matrix.bias != nullptr) matrix.bias += static_cast<size_t>(share.expert - column) * matrix.out_rows + column;
+  return matrix;
+}
+
+DEVICE void store_result(const Matrix& matrix, int bias_rows, int line, int row, float x) {
   if (row >= matrix.out_rows) return;
-  if (matrix.bias != nullptr) x = add(x, matrix.bias[row]);
+  if (matrix.bias != nullptr) x = add(x, matrix.bias[row * bias_rows]);
   matrix.out[static_cast<size_t>(line) * matrix.out_rows + row] = canonical(x);
 }
 

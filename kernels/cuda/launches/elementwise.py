@@ -54,7 +54,8 @@ def elementwise(name: str, inputs: tuple[Scalar, ...], out: np.uint64, width: in
 
 def gated_lines(x: GatedInputs, width: int, rows: RowCount, out: np.uint64) -> Launch:
     """out [lines, width], which may be the gate where its lines have no more channels."""
-    args = (x.gate, x.up, *map(np.int32, (x.stride, width)), rows.address, np.int32(rows.multiple), out)
+    figures = np.int32(x.stride), np.int32(width), rows.address, np.int32(rows.multiple)
+    args = (x.gate, x.up, *figures, out)
     return Launch(f"elementwise.rows.{x.kernel}_lines", (rows.bucket, _blocks(width), 1), (_BLOCK, 1, 1), args)
 
 

@@ -43,6 +43,8 @@ SHAPES = {
     "odd": attention(3, 1, 33, KvType.Q8_0, slopes=alibi_slopes(3)),
     "odd halves": attention(6, 2, 37),
     "widest": attention(2, 1, 512),
+    "as gpt-oss": attention(8, 1, 64, sinks="sinks"),
+    "sinks, bytes, cap": attention(3, 1, 80, KvType.Q8_0, soft_cap=20.0, sinks="sinks"),
     "widest bytes": attention(2, 1, 512, KvType.Q8_0),
 }
 GPUS = {"small": SMALL, "large": LARGE}
@@ -64,10 +66,11 @@ def test_decoding_and_prefill(bench: Bench, tmp_path: Path, step: Attention, slo
     assert any("tile" in kernel for kernel in attender.launched)
 
 
+@pytest.mark.parametrize("sinks", [None, "sinks"])
 @pytest.mark.parametrize("kv_type", KvType)
-def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
+def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType, sinks: str | None) -> None:
     """Four spans, of which some are apart and some are not, by what there is room for."""
-    step = attention(4, 1, 64, kv_type)
+    step = attention(4, 1, 64, kv_type, sinks=sinks)
     (told,) = sequences_of(tmp_path, step, (1600,), generator())
     for slots, gpu in ((0, SMALL), (4, SMALL), (None, SMALL), (None, LaunchLimits(400, 200 << 10))):
         attender = Attender(bench, step, gpu, slots)
@@ -80,7 +83,7 @@ def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType) -> 
 @pytest.mark.parametrize("kv_type", KvType)
 def test_windows(bench: Bench, tmp_path: Path, kv_type: KvType, window: int) -> None:
     """Windows in one span, at its edges and over two; blocks behind them are not there."""
-    step = attention(4, 2, 64, kv_type, window=window)
+    step = attention(4, 2, 64, kv_type, window=window, sinks="sinks" if window % 2 else None)
     (told,) = sequences_of(tmp_path, step, (1060,), generator())
     attender = Attender(bench, step, LARGE)
     attender.fill(told, 1015)

@@ -53,18 +53,19 @@ def moe(experts: int, used: int, *, normalized: bool = True) -> Moe:
 class OnDevice:
     """The step's arrays, for some more rows than there are."""
 
-    def __init__(self, bench: Bench, step: Moe, rows: int, piece: int, selection_bias: Float32 | None = None) -> None:
+    def __init__(self, bench: Bench, step: Moe, rows: int, piece: int, *vectors: Float32 | None) -> None:
+        """`vectors`: bias of the choice and scales of experts, if there are any."""
         self.bench, self.step, self.rows, self.piece, self.room = bench, step, rows, piece, rows + 3
         self.ids, self.weights, self.lines = (bench.room(choice_bytes(step, self.room)) for _ in range(3))
         self.items, self.item_count = bench.room(items_bytes(step, self.room, piece)), bench.room(4)
         arrays = (self.ids, self.weights, self.lines, self.items, self.item_count)
-        self.bias = NULL if selection_bias is None else bench.put(selection_bias).at()
+        self.vectors = [NULL if vector is None else bench.put(vector).at() for vector in vectors]
         self.places = ExpertBuffers(*(array.at() for array in arrays))
         self.count = RowCount(self.room, bench.put(np.array([rows], np.int32)).at())
 
     def choose(self, logits: Float32) -> tuple[Int32, Float32]:
         padded = self.bench.put(np.concatenate([logits, np.zeros((3, self.step.experts), np.float32)]))
-        self.bench.device.launch(choose(self.step, RouterOutput(padded.at(), self.bias), self.places, self.count))
+        self.bench.device.launch(choose(self.step, RouterOutput(padded.at(), *self.vectors), self.places, self.count))
         return self._chosen(self.ids, np.int32), self._chosen(self.weights, np.float32)
 
     def _chosen(self, memory: Memory, dtype: type[_Number]) -> NDArray[_Number]:
@@ -110,6 +111,7 @@ def every_expert(folder: Path, step: Moe, weights: dict[str, Weight], rows: Floa
     return [run(folder, program, of_one, rows) for of_one in each]
 
 
+@pytest.mark.parametrize("groups", [(1, 1), (5, 2), (-1, 3)], ids=["no groups", "groups", "groups of one"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     "gating",
@@ -121,33 +123,42 @@ def every_expert(folder: Path, step: Moe, weights: dict[str, Weight], rows: Floa
         (Gating.SOFTMAX_OF_CHOSEN, False, 1.0),
     ],
 )
-@pytest.mark.parametrize("shape", [(4, 2, 9), (70, 5, 20), (3, 3, 1)])
+@pytest.mark.parametrize("shape", [(5, 2, 9), (70, 5, 20), (3, 3, 1)])
 def test_the_bits_of_the_cpu(
     bench: Bench,
     tmp_path: Path,
     shape: tuple[int, int, int],
     gating: tuple[Gating, bool, float],
     biased: bool,
+    groups: tuple[int, int],
 ) -> None:
+    """With a bias of the choice, experts have scales as well."""
     (experts, used, rows), (kind, normalized, scale) = shape, gating
+    count = experts if groups[0] < 0 else groups[0]
+    if experts % count or used > groups[1] * experts // count:
+        pytest.skip("experts do not fit into the groups")
     source, plain = generator(), moe(experts, used, normalized=normalized)
-    step = replace(plain, options=ExpertOptions(kind, normalized, scale), selection_bias="bias" if biased else None)
+    names = ("bias", "scales") if biased else (None, None)
+    options = ExpertOptions(kind, normalized, scale, count, groups[1])
+    step = replace(plain, options=options, selection_bias=names[0], expert_scales=names[1])
     weights = {
         "router": Weight(normal(source, experts, WIDTH)),
         "gate": Weight(normal(source, experts, FFN, WIDTH)),
         "up": Weight(normal(source, experts, FFN, WIDTH)),
         "down": Weight(normal(source, experts, WIDTH, FFN)),
     }
-    bias = normal(source, experts) if biased else None
-    weights |= {} if bias is None else {"bias": Weight(bias)}
+    vectors = [normal(source, experts) if name else None for name in names]
+    weights |= {
+        name: Weight(vector) for name, vector in zip(names, vectors, strict=True) if name and vector is not None
+    }
     x = normal(source, rows, WIDTH) / np.float32(4)
     wanted = run(tmp_path, program_of(step.x, step.out, step), weights, x)
     scores = Buffer("scores", experts)
     router = program_of(step.x, scores, MatMul(step.x, scores, "router"))
     logits = run(tmp_path, router, {"router": weights["router"]}, x)
-    device = OnDevice(bench, step, rows, 8, bias)
+    device = OnDevice(bench, step, rows, 8, *vectors)
     ids, _ = device.choose(logits)
-    if bias is None:
+    if not biased and count == 1:
         np.testing.assert_array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :used])
     outputs = every_expert(tmp_path, step, weights, x)
     lines = [outputs[ids[row, rank]][row] for row in range(rows) for rank in range(used)]
@@ -158,9 +169,7 @@ def test_the_bits_of_the_cpu(
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("gpt-oss", "attention with sinks"),
         ("mistral3", "queries scaled by position"),
-        ("bailingmoe2", "groups"),
         ("deepseek2", "latent attention"),
     ],
 )

@@ -29,6 +29,7 @@ from llamaclust.model.program import (
     Buffer,
     Embed,
     MatMul,
+    Moe,
     Mul,
     Program,
     RmsNorm,
@@ -40,10 +41,10 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.model.step_options import ActivationFunction, RopeStyle
+from llamaclust.model.step_options import SWIGLU_LIMIT, ActivationFunction, ExpertOptions, GatedActivation, RopeStyle
 from support.arithmetic.batches import batch_of
 from support.arithmetic.matmul_cases import check_equal_bits, random_activations, random_weights
-from support.arithmetic.single_steps import program_of, rows_at
+from support.arithmetic.single_steps import Weight, program_of, rows_at
 from support.cuda.attending import Attender, attention, sequences_of
 from support.cuda.exact import Float32, awkward, on_cpu, random_source, same_bits
 from support.cuda.launching import Bench
@@ -108,12 +109,43 @@ def test_gate_and_quantization(
     steps: list[Step] = [Slice(hidden, gate, 0), Slice(hidden, up, width)]
     steps += [Activate(gate, gate, function), Mul(gate, up, gate)]
     wanted = on_cpu(program_of(hidden, gate, *steps), {}, rows_at(range(lines)), both)
-    left, right = bench.put(both[:, :width].copy()), bench.put(both[:, width:].copy())
-    out = cleared(bench, kind, width, BUCKET * multiple)
+    check_gated(bench, kind, f"{function}_mul", both, wanted)
+
+
+@pytest.mark.parametrize("kind", EIGHT_BITS, ids=lambda kind: kind.name)
+def test_clamped_gates(bench: Bench, kind: ActivationFormat) -> None:
+    """By an expert whose products copy."""
+    width, lines = 3 * kind, ROWS * 2
+    both = 8 * random_source().standard_normal((lines, 2 * width), np.float32)
+    halves, x, out = np.split(np.eye(2 * width, dtype=np.float32), 2), Buffer("x", 2 * width), Buffer("out", width)
+    values = {
+        "router": np.zeros((1, 2 * width), np.float32),
+        "gate": halves[0][None],
+        "up": halves[1][None],
+        "down": np.eye(width, dtype=np.float32)[None],
+    }
+    options = ExpertOptions(activation=GatedActivation.CLAMPED_SWIGLU)
+    step = Moe(x, out, "router", "gate", "up", "down", 1, 1, width, options)
+    weights = {name: Weight(matrix) for name, matrix in values.items()}
+    wanted = on_cpu(program_of(x, out, step), weights, rows_at(range(lines)), both)
+    assert (both > SWIGLU_LIMIT).any() and (both < -SWIGLU_LIMIT).any()
+    check_gated(bench, kind, "clamped_swiglu", both, wanted)
+
+
+def check_gated(bench: Bench, kind: ActivationFormat, kernel: str, both: Float32, wanted: Float32) -> None:
+    """Of gate and up in two matrices, and in one that has both side by side; quantized and as floats."""
+    width, multiple = wanted.shape[1], len(wanted) // ROWS
+    left, right, joined = (bench.put(np.ascontiguousarray(x)) for x in (both[:, :width], both[:, width:], both))
     rows = RowCount(BUCKET * multiple, rows_of(bench).at(), multiple)
-    inputs = elementwise.GatedInputs(f"{function}_mul", left.at(), right.at(), width)
-    bench.device.launch(matmul.quantize_gated(kind, inputs, width, rows, out.at()))
-    np.testing.assert_array_equal(bench.get(out, out.n_bytes, np.uint8), quantized(bench, kind, wanted, multiple))
+    for inputs in (
+        elementwise.GatedInputs(kernel, left.at(), right.at(), width),
+        elementwise.GatedInputs(kernel, joined.at(), joined.at() + np.uint64(4 * width), 2 * width),
+    ):
+        out, floats = cleared(bench, kind, width, BUCKET * multiple), bench.room(wanted.nbytes)
+        bench.device.launch(matmul.quantize_gated(kind, inputs, width, rows, out.at()))
+        np.testing.assert_array_equal(bench.get(out, out.n_bytes, np.uint8), quantized(bench, kind, wanted, multiple))
+        bench.device.launch(elementwise.gated_lines(inputs, width, rows, floats.at()))
+        same_bits(bench.get(floats, wanted.shape), wanted)
 
 
 @pytest.mark.parametrize("kind", [QuantType.Q4_K, QuantType.Q5_1, QuantType.F16], ids=lambda kind: kind.name)
@@ -163,7 +195,9 @@ def test_rotation_and_store(bench: Bench, tmp_path: Path, step: Attention, pairs
 
 
 @pytest.mark.parametrize("kind", EIGHT_BITS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("step", [attention(8, 1, 32), attention(4, 1, 64), attention(4, 2, 128), attention(2, 1, 256)])
+@pytest.mark.parametrize(
+    "step", [attention(8, 1, 32), attention(4, 1, 64, sinks="sinks"), attention(4, 2, 128), attention(2, 1, 256)]
+)
 def test_spans_together_and_quantization(bench: Bench, tmp_path: Path, kind: ActivationFormat, step: Attention) -> None:
     """A row of several spans, and one of a single span, which no other kernel has quantized."""
     long, short = sequences_of(tmp_path, step, (515, 4), random_source())

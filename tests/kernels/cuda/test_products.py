@@ -20,6 +20,8 @@ from llamaclust.kernels.cuda.launches.matmul import (
 from llamaclust.kernels.cuda.runtime.device import Buffer
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
+from support.arithmetic.single_steps import Weight
+from support.cuda.exact import tiles_of
 from support.cuda.launching import Bench
 from support.cuda.product_cases import (
     LEVEL,
@@ -105,9 +107,10 @@ def test_one_wrong_bit_of_a_weight_is_noticed(bench: Bench, kind: QuantType, row
 
 
 @pytest.mark.parametrize("kind", [QuantType.Q4_K, QuantType.Q5_1, QuantType.F16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("bias_rows", [0, 1, 16], ids=["no bias", "rows", "tiles"])
 @pytest.mark.parametrize(("piece", "divisor"), [(8, 1), (8, 2), (64, 2)])
-def test_lines_of_experts(bench: Bench, kind: QuantType, piece: int, divisor: int) -> None:
-    experts, rows, cols, lines = 3, 18, 2 * segment_cols(kind), 90
+def test_lines_of_experts(bench: Bench, kind: QuantType, piece: int, divisor: int, bias_rows: int) -> None:
+    experts, rows, cols, lines = 19, 18, 2 * segment_cols(kind), 90
     generator = generator_of(kind, piece, divisor)
     loaded = [load(bench, kind, random_weights(generator, kind, rows, cols), rows, cols) for _ in range(experts)]
     tiles = bench.put(np.concatenate([one.memory.view for one in loaded])).at()
@@ -121,15 +124,17 @@ def test_lines_of_experts(bench: Bench, kind: QuantType, piece: int, divisor: in
     table = np.full((len(items) + 2, 3), -1, np.int32)
     table[: len(items)] = items
     out = bench.put(np.zeros((lines, rows), np.float32))
-    grouped = Experts(
-        bench.put(table).at(), count_of(bench, len(items)), bench.put(order).at(), len(table), piece, divisor
-    )
+    sizes = len(table), piece, divisor, max(1, bias_rows)
+    grouped = Experts(bench.put(table).at(), count_of(bench, len(items)), bench.put(order).at(), *sizes)
+    bias = generator.standard_normal((experts, rows), np.float32)
+    stored = {0: None, 1: bias, 16: tiles_of(Weight(bias))[0]}[bias_rows]
     weights = Weights(kind, (experts, rows, cols), tiles)
     activations = quantized(bench, weights, x, len(x))
-    bench.device.launch(multiply_experts([Product(weights, np.uint64(0), out.at())], activations, grouped, 4))
+    at = np.uint64(0) if stored is None else bench.put(stored).at()
+    bench.device.launch(multiply_experts([Product(weights, at, out.at())], activations, grouped, 4))
     expected = np.stack([_native.matmul(LEVEL, one.on_cpu, x) for one in loaded])  # [experts, rows of x, rows]
-    every = np.arange(lines)
-    check_equal_bits(bench.get(out, (lines, rows)), expected[choice, every // divisor], items)
+    wanted = expected[choice, np.arange(lines) // divisor]
+    check_equal_bits(bench.get(out, (lines, rows)), wanted + bias[choice] if bias_rows else wanted, items)
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)

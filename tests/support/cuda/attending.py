@@ -29,7 +29,7 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, Rope
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of
-from support.arithmetic.single_steps import program_of, splitter
+from support.arithmetic.single_steps import Weight, program_of, splitter
 from support.cuda.launching import Bench
 
 Float32 = NDArray[np.float32]
@@ -49,11 +49,18 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     slopes: tuple[float, ...] | None = None,
+    sinks: str | None = None,
 ) -> Attention:
     q, out = (Buffer(name, heads * head_dim) for name in ("q", "out"))
     k, v = (Buffer(name, kv_heads * head_dim) for name in ("k", "v"))
     scale = float(np.float32(head_dim**-0.5))
-    return Attention(q, k, v, out, 1, heads, kv_heads, head_dim, scale, kv_type, window, soft_cap, slopes)
+    figures = heads, kv_heads, head_dim, scale, kv_type, window, soft_cap, slopes
+    return Attention(q, k, v, out, 1, *figures, sinks=sinks)
+
+
+def sinks_of(step: Attention) -> Float32:
+    """From far below other scores to above them."""
+    return np.linspace(-30, 8, step.heads, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ def by_the_cpu(folder: Path, step: Attention, rows: Float32, ropes: Sequence[Rop
     parts = reads_of(step)
     hidden = Buffer("x", sum(part.width for part in parts))
     copies, weights = splitter(hidden, parts)
+    if step.sinks is not None:
+        weights[step.sinks] = Weight(sinks_of(step))
     path = folder / "parts.gguf"
     write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
     stage = all_threads(2).load(
@@ -117,6 +126,7 @@ class Attender:
         self.plan = bench.room(self.room.plan_bytes)
         self.partials = bench.room(max(16, self.room.partial_bytes(step)))
         self.slopes = None if step.slopes is None else bench.put(np.array(step.slopes, np.float32))
+        self.sinks = NULL if step.sinks is None else bench.put(sinks_of(step)).at()
         self.rotation = rotation
         self.quantized: dict[
             str, np.uint64
@@ -145,6 +155,7 @@ class Attender:
             slopes,
             self.plan.at(),
             self.partials.at(),
+            self.sinks,
             by_32=self.quantized.get("by_32", NULL),
             by_256=self.quantized.get("by_256", NULL),
         )

@@ -24,10 +24,11 @@ from llamaclust.kernels.cuda.probe import allocate_flush, flush_cache, limits, m
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
+from llamaclust.kernels.fuse import reads_of, written_by
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Adapt, Program, RmsNorm, ScaleByWeight
+from llamaclust.model.program import Adapt, Attention, Program
 
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
@@ -161,21 +162,35 @@ def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int
     return sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)
 
 
+def _check_part(program: Program) -> None:
+    """ModelFileError for layers that read more than the hidden state of layers before them."""
+    known = set() if program.is_first else {program.hidden.name}
+    stored: set[int] = set()
+    for step in program.steps:
+        missing = {buffer.name for buffer in reads_of(step)} - known
+        known.add(written_by(step).name)
+        if isinstance(step, Attention):
+            missing |= (
+                {f"keys and values of layer {step.layer}"} if step.shares_kv and step.layer not in stored else set()
+            )
+            stored.add(step.layer)
+        if missing:
+            what = f"layers {program.start} to {program.end} read {min(missing)}, which are on another device"
+            raise ModelFileError(f"{what}; give all layers of the worker to the GPU, or set gpu_layers: 0")
+
+
 def _plan(
     program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, gpu: attention.LaunchLimits = ANY_GPU
 ) -> Plan:
     if not program.is_causal:
         raise ModelFileError("an encoder is not computed on GPUs; set device: cpu for its workers")
-    if program.normed is not None and program.normed.width != program.hidden.width:
+    if program.is_last and not program.has_logits:
         raise ModelFileError("a reranker is not computed on GPUs; set device: cpu for its workers")
     if any(isinstance(step, Adapt) for step in program.steps):
         raise UsageError("adapters are computed on processors only; set device: cpu for all workers, or leave them out")
-    if any(
-        isinstance(step, ScaleByWeight) or (isinstance(step, RmsNorm) and not step.weight) for step in program.steps
-    ):
-        raise ModelFileError("scales of layers are not computed on GPUs; set device: cpu for their workers")
     if program.has_states:
         raise ModelFileError("states of sequences are not computed on GPUs; set device: cpu for its workers")
+    _check_part(program)
     check_weights(program, tensors)
     check_attention(program)
     check_experts(program)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llamaclust.kernels._native import log
 from llamaclust.kernels.cuda.executor.experts import ExpertsEmitter
 from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm, fuse_for_gpu
 from llamaclust.kernels.cuda.executor.operands import Operands
@@ -29,7 +30,7 @@ class Emitter:
         if not program.is_first:
             self.ops.out(program.hidden)
         yield from self._rotations()
-        for attended in {attention.likeness(step): step for step in program.kv_layers}.values():
+        for attended in {attention.likeness(step): step for step in attention.attention_steps(program)}.values():
             yield self._attention.plan(attended, self._attention_plan(attended))
         for step in fuse_for_gpu(program, lambda name: self.ops.weights[name].quant_type):
             if isinstance(step, ir.SelectRows) and self.ops.shape.outputs == 0:
@@ -87,7 +88,7 @@ class Emitter:
             return floats if kind is ActivationFormat.F32 else self.ops.activations(kind, norm.out.name, norm.width)
 
         outs = place(ActivationFormat.F32), place(ActivationFormat.Q8_32), place(ActivationFormat.Q8_256)
-        return elementwise.add_rms_norm(norm, (x, y), self.ops.vector(norm.weight), total, outs, self.ops.rows)
+        return elementwise.add_rms_norm(norm, (x, y), self.ops.norm_weight(norm), total, outs, self.ops.rows)
 
     def _gated(self, step: Gated) -> Launch:
         gate, up = self.ops.current[step.gate.name], self.ops.current[step.up.name]
@@ -102,7 +103,7 @@ class Emitter:
         width, rows = written_by(step).width, self.ops.rows
         match step:
             case ir.RmsNorm():
-                yield elementwise.rms_norm(step, x, self.ops.vector(step.weight), out, rows)
+                yield elementwise.rms_norm(step, x, self.ops.norm_weight(step), out, rows)
             case ir.LayerNorm():
                 weight, bias = self.ops.vector(step.weight), self._bias(step)
                 yield elementwise.layer_norm(step, x, weight, bias, out, rows)
@@ -110,12 +111,19 @@ class Emitter:
                 added = self.ops.scratch("positions", width)
                 yield self._embed(step.weight, self.ops.inputs.positions, added)
                 yield elementwise.elementwise("add", (x, added), out, width, rows)
-            case ir.AddRow() | ir.PositionScale() | ir.ScaleByWeight() | ir.Join():
-                raise AssertionError("refused before")
+            case ir.AddRow():
+                raise AssertionError("encoders are refused")
+            case ir.PositionScale():
+                positions = self.ops.inputs.positions
+                yield elementwise.scale_by_position(step, x, self._factors(step), positions, out, rows)
+            case ir.ScaleByWeight():
+                by = self.ops.vector(step.weight)
+                yield elementwise.elementwise("scale_by_weight", (x, by), out, width, rows)
+            case ir.Join():
+                yield elementwise.join_rows(step, x, others[0], out, rows)
             case ir.Rope():
                 yield self._rotated(step, x)
             case ir.Slice():
-                assert step.heads == 1, "of latent attention alone"
                 yield elementwise.slice_rows(step, x, out, rows)
             case ir.SigmoidGate():
                 yield elementwise.sigmoid_gate(step, x, self.ops.vector(step.weight), others[0], out, rows)
@@ -129,6 +137,11 @@ class Emitter:
         if step.bias is not None:
             return self.ops.vector(step.bias)
         return self.ops.layout.constant(np.zeros(step.out.width, np.float32))
+
+    def _factors(self, step: ir.PositionScale) -> np.uint64:
+        """Of each `step.length` positions that a context has."""
+        lengths = range(1, (self.ops.limits.max_context_tokens - 1) // step.length + 2)
+        return self.ops.layout.constant(np.array([1 + step.factor * log(length) for length in lengths], np.float32))
 
     def _rotations(self) -> Iterator[Launch]:
         """Of every table, once for all layers."""
@@ -144,7 +157,9 @@ class Emitter:
     @property
     def _attention(self) -> attention.AttentionLaunches:
         ops, limits, shape = self.ops, self.ops.limits, self.ops.shape
-        room = attention.room_of(ops.program.kv_layers, limits.max_batch_tokens, limits.max_context_tokens)
+        room = attention.room_of(
+            attention.attention_steps(ops.program), limits.max_batch_tokens, limits.max_context_tokens
+        )
         return attention.AttentionLaunches(ops.gpu, room, ops.inputs, shape.rows, limits.max_sequences, shape.decode)
 
     def _attention_plan(self, step: ir.Attention) -> np.uint64:
@@ -158,7 +173,8 @@ class Emitter:
             for rope in (attend.rotate_q, attend.rotate_k):
                 if rope is not None:
                     yield self._rotated(rope, ops.current[rope.x.name])
-        q, k, v = (ops.current[buffer.name] for buffer in reads_of(step))
+        q, *stored = (ops.current[buffer.name] for buffer in reads_of(step))
+        k, v = stored or (NULL, NULL)
         out = ops.out(step.out)
         by_32 = by_256 = NULL
         if wanted is not None and attention.can_quantize(step, launches.room):

@@ -16,7 +16,7 @@ from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
 from llamaclust.kernels.cuda.launches.matmul import Weights, activation_bytes, quantize
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.cuda.runtime.memory import aligned
-from llamaclust.model.program import Buffer, Program, RopeTable
+from llamaclust.model.program import Buffer, Program, RmsNorm, RopeTable
 from llamaclust.model.quant_types import ActivationFormat
 
 _FLOAT = 4
@@ -99,6 +99,12 @@ class Operands:
 
     def vector(self, name: str | None) -> np.uint64:
         return NULL if name is None else self.weights[name].address
+
+    def norm_weight(self, step: RmsNorm) -> np.uint64:
+        """Ones where it has none: by these, numbers stay as they are."""
+        if step.weight is not None:
+            return self.vector(step.weight)
+        return self.layout.constant(np.ones(step.width, np.float32))
 
     def angles(self, table: RopeTable) -> np.uint64:
         n_bytes = _FLOAT * 2 * len(table.frequencies) * self.limits.max_batch_tokens

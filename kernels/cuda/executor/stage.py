@@ -116,8 +116,10 @@ class CudaStage:
     def normed(self, rows: Int32) -> Float32:
         """In pieces that the pinned memory of hidden states holds."""
         plan, device = self._plan, self._gpu_lock.device
-        row_bytes = _FLOAT * plan.program.hidden.width
-        out = np.empty((len(rows), plan.program.hidden.width), np.float32)
+        assert plan.program.normed is not None, "only a last stage has it"
+        width = plan.program.normed.width
+        row_bytes = _FLOAT * width
+        out = np.empty((len(rows), width), np.float32)
         with self._gpu_lock.exclusive():
             for at, run in _runs(rows):
                 staged = self._hidden[: row_bytes * len(run)]

@@ -15,7 +15,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cuda.launches.inputs import Inputs
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
 from llamaclust.model.kv_type import KV_GROUP_CHANNELS, KvType
-from llamaclust.model.program import SPAN_TOKENS, Attention, PositionScale, Program
+from llamaclust.model.program import SPAN_TOKENS, Attention, Program
 from llamaclust.model.step_options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
@@ -120,18 +120,19 @@ def _parts(step: Attention, gpu: LaunchLimits) -> int:
     return -(-_group(step) // _many_queries(step, gpu))
 
 
+def attention_steps(program: Program) -> tuple[Attention, ...]:
+    """All, those that read keys and values of others included."""
+    return tuple(step for step in program.steps if isinstance(step, Attention))
+
+
 def check_attention(program: Program) -> None:
     """ModelFileError for what the kernels cannot compute; of the rest they have been told by the CPU's checks."""
-    for step in program.kv_layers:
+    for step in attention_steps(program):
         if step.v is None:
             raise ModelFileError("latent attention is not computed on GPUs; set device: cpu for its workers")
         if step.head_dim > _MAX_HEAD_DIM:
             at = f"layers {program.start} to {program.end}"
             raise ModelFileError(f"{at} cannot be computed: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
-    if any(isinstance(step, Attention) and step.shares_kv for step in program.steps):
-        raise ModelFileError("layers that share KV memory are not computed on GPUs; set device: cpu for their workers")
-    if any(isinstance(step, PositionScale) for step in program.steps):
-        raise ModelFileError("queries scaled by position are not computed on GPUs; set device: cpu for its workers")
 
 
 def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
@@ -196,7 +197,8 @@ class AttentionLaunches:
 
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:
         few, spans, rows, sms = _few_queries(step), _spans(step, self.room.max_context_tokens), self.rows, self.gpu.sms
-        yield self._store(step, at)
+        if not step.shares_kv:
+            yield self._store(step, at)
         if few:
             grid = min(rows * spans, -(-4 * sms // step.kv_heads)), step.kv_heads, 1
             yield self._attend(f"few.few_{step.kv_type}_{few}", grid, few_shared_bytes(step, few), step, at)

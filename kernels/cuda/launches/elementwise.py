@@ -8,7 +8,7 @@ import numpy as np
 
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES, Launch, Scalar
-from llamaclust.model.program import LayerNorm, RmsNorm, Rope, RopeTable, SigmoidGate, Slice
+from llamaclust.model.program import Join, LayerNorm, PositionScale, RmsNorm, Rope, RopeTable, SigmoidGate, Slice
 from llamaclust.model.step_options import ActivationFunction, GatedActivation, RopeStyle
 
 _BLOCK = 256
@@ -60,8 +60,22 @@ def gated_lines(x: GatedInputs, width: int, rows: RowCount, out: np.uint64) -> L
 
 
 def slice_rows(step: Slice, x: np.uint64, out: np.uint64, rows: RowCount) -> Launch:
-    args = (x, np.int32(step.x.width), np.int32(step.start), np.int32(step.out.width), rows.address, out)
-    return _launch("rows.slice", _blocks(step.out.width), rows, args)
+    x_width, width = step.x.width // step.heads, step.out.width // step.heads
+    figures = map(np.int32, (x_width, step.start, width, step.heads))
+    return _launch("rows.slice", _blocks(step.out.width), rows, (x, *figures, rows.address, out))
+
+
+def join_rows(step: Join, x: np.uint64, y: np.uint64, out: np.uint64, rows: RowCount) -> Launch:
+    figures = map(np.int32, (step.x.width // step.heads, step.y.width // step.heads, step.heads))
+    return _launch("rows.join", _blocks(step.out.width), rows, (x, y, *figures, rows.address, out))
+
+
+def scale_by_position(
+    step: PositionScale, x: np.uint64, factors: np.uint64, positions: np.uint64, out: np.uint64, rows: RowCount
+) -> Launch:
+    """`factors` float32: of each `step.length` positions."""
+    args = (x, factors, positions, np.int32(step.length), np.int32(step.out.width), rows.address, out)
+    return _launch("rows.scale_by_position_rows", _blocks(step.out.width), rows, args)
 
 
 def select_rows(x: np.uint64, output_rows: np.uint64, out: np.uint64, width: int, rows: RowCount) -> Launch:

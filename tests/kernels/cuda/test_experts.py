@@ -167,7 +167,6 @@ def test_the_bits_of_the_cpu(
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("mistral3", "queries scaled by position"),
         ("deepseek2", "latent attention"),
     ],
 )

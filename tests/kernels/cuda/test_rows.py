@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from llamaclust.kernels import _native
+from llamaclust.kernels.cuda.launches import elementwise
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
 from llamaclust.kernels.cuda.runtime.device import Scalar
 from llamaclust.kernels.cuda.runtime.sources import modules, whole_text
@@ -18,12 +20,15 @@ from llamaclust.model.program import (
     Add,
     Buffer,
     Embed,
+    Join,
     LayerNorm,
     Mul,
+    PositionScale,
     RmsNorm,
     Rope,
     RopeTable,
     Scale,
+    ScaleByWeight,
     SelectRows,
     SigmoidGate,
     SiluMul,
@@ -44,6 +49,10 @@ from support.cuda.shim_device import ShimDevice
 WIDTHS = [1, 7, 64, 100, 1023, 1300, 4096, 5001]
 
 Arg = DeviceBuffer | Scalar | int | float
+
+
+def count(bench: Bench) -> RowCount:
+    return RowCount(BUCKET, rows_of(bench).at())
 
 
 def pieces(width: int) -> tuple[int, int]:
@@ -178,12 +187,37 @@ def test_angles_of_long_contexts(bench: Bench) -> None:
     same_bits(bench.get(out, (ROWS, 200)), np.hstack([cosine, sine]))
 
 
+@pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize(("x_width", "start", "width"), [(100, 37, 20), (4096, 1024, 2048), (3000, 1, 2999), (5, 4, 1)])
-def test_slice(bench: Bench, x_width: int, start: int, width: int) -> None:
-    x = awkward(random_source(), ROWS, x_width)
-    out = bench.room(ROWS * width * 4)
-    bench.run("elementwise.rows.slice", pieces(width), 256, bench.put(x), x_width, start, width, rows_of(bench), out)
-    same_bits(bench.get(out, (ROWS, width)), x[:, start : start + width])
+def test_slice_and_join(bench: Bench, x_width: int, start: int, width: int, heads: int) -> None:
+    """Channels of each head, and what joins them with the others again."""
+    x = awkward(random_source(), ROWS, heads * x_width)
+    out, joined, there, rows = bench.room(ROWS * heads * width * 4), bench.room(x.nbytes), bench.put(x), count(bench)
+    parts = x.reshape(ROWS, heads, x_width)
+    chosen, rest = parts[:, :, start : start + width].reshape(ROWS, -1), parts[:, :, :start].reshape(ROWS, -1)
+    whole = Buffer("x", heads * x_width)
+    step = Slice(whole, Buffer("out", heads * width), start, heads)
+    bench.device.launch(elementwise.slice_rows(step, there.at(), out.at(), rows))
+    same_bits(bench.get(out, chosen.shape), chosen)
+    join = Join(Buffer("rest", heads * start), step.out, Buffer("joined", heads * (start + width)), heads)
+    bench.device.launch(elementwise.join_rows(join, bench.put(rest).at(), out.at(), joined.at(), rows))
+    same_bits(bench.get(joined, (ROWS, join.out.width)), parts[:, :, : start + width].reshape(ROWS, -1))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_scales_of_a_weight_and_of_positions(bench: Bench, width: int) -> None:
+    x, number = awkward(random_source(), ROWS, width), random_source().standard_normal(1, np.float32)
+    there, rows, hidden = bench.put(x), count(bench), Buffer("x", width)
+    out = bench.room(x.nbytes)
+    by_weight = elementwise.elementwise("scale_by_weight", (there.at(), bench.put(number).at()), out.at(), width, rows)
+    bench.device.launch(by_weight)
+    same_bits(bench.get(out, x.shape), one_part(width, lambda a, b: ScaleByWeight(a, b, "w"), x, w=number))
+    step, first = PositionScale(hidden, hidden, 0.7, 5), 23
+    wanted = on_cpu(program_of(hidden, hidden, step), {}, rows_at(range(first, first + ROWS)), x)
+    factors = bench.put(np.array([1 + 0.7 * _native.log(n + 1) for n in range(8)], np.float32)).at()
+    positions = bench.put(np.arange(first, first + ROWS, dtype=np.int32)).at()
+    bench.device.launch(elementwise.scale_by_position(step, there.at(), factors, positions, there.at(), rows))
+    same_bits(bench.get(there, x.shape), wanted)
 
 
 @pytest.mark.parametrize("width", [1, 100, 1300])

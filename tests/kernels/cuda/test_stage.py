@@ -53,7 +53,7 @@ def test_normed_rows(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str
         stage.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "moe"])
+@pytest.mark.parametrize("name", ["llama", "moe", "gpt-oss"])
 def test_contexts_of_several_spans(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
     """What attention gives goes to its product by the kernel that merges spans, where that can be."""
     model, limits = opened(name), replace(LIMITS, max_context_tokens=1024, kv_blocks=64, max_batch_tokens=128)
@@ -67,7 +67,7 @@ def test_contexts_of_several_spans(opened: Open, cpu: CpuBackend, cuda: CudaBack
         stage.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "moe", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "moe", "gemma2", "gpt-oss", "gemma4-inputs"])
 def test_graphs_change_nothing(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +108,7 @@ def test_graphs_of_shapes_that_were_used_last_are_kept(
         stage.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "moe"])
+@pytest.mark.parametrize("name", ["llama", "moe", "gpt-oss-mxfp4", "gemma4-inputs", "mistral3"])
 def test_several_sequences(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
     """At different places, decoding and prefilling at once, only some rows wanted; then all decode, twice."""
     model = opened(name)
@@ -154,9 +154,10 @@ def test_chains_of_processors_and_gpus(
         stage.close()
 
 
-def test_window_blocks_of_their_own(opened: Open, cpu: CpuBackend, cuda: CudaBackend) -> None:
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "gemma4"])
+def test_window_blocks_of_their_own(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
     """Given up behind the window and written over; also in a chain, whose parts need not have such layers."""
-    model = opened("gemma2")
+    model = opened(name)
     window = model.window
     assert window is not None and window < 40
     limits = replace(LIMITS, max_context_tokens=96, kv_blocks=6, window_blocks=4)

@@ -15,11 +15,13 @@ from llamaclust.core.errors import DeviceLostError, InsufficientMemoryError, Lla
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.cuda.backend import CudaBackend, workspace_bytes
 from llamaclust.kernels.cuda.device_weights import LoadProgress
 from llamaclust.kernels.cuda.runtime.device import Bytes, Device, Launch
+from llamaclust.kernels.multi_device import layers_of
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
+from llamaclust.model.program import Buffer, Embed
 from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from support.arithmetic.batches import batch_of, load_stage
 from support.cuda.stages import LIMITS, MODELS, Free, Open, random_tokens, run, same
@@ -133,6 +135,21 @@ def test_a_gpu_that_is_lost_is_told_by_name(
             stage.run(batch, None)
     same(stage.run(batch, None), wanted)
     stage.close()
+
+
+@pytest.mark.parametrize(("start", "what"), [(2, "inputs"), (4, "keys and values of layer 1")])
+def test_parts_that_read_more_than_the_hidden_state_are_told_before_a_start(
+    opened: Open, start: int, what: str
+) -> None:
+    model = opened("gemma4-inputs")
+    program = model.program(0, model.layer_count)
+    part = layers_of(program, start, model.layer_count)
+    if what != "inputs":
+        part = replace(part, steps=(Embed(Buffer("inputs", 192), "per_layer_token_embd.weight"), *part.steps))
+    with pytest.raises(
+        ModelFileError, match=f"layers {start} to 6 read {what}, which are on another device; .*gpu_layers: 0"
+    ):
+        workspace_bytes(part, model.file.tensors, LIMITS)
 
 
 def test_heads_that_are_too_wide_are_told_before_a_start(tmp_path: Path) -> None:

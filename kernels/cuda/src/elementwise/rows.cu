@@ -34,6 +34,19 @@ ROWS_BY(soft_cap, soft_cap(a, by))
   }
 LLAMACLUST_GATED
 
+// out = x * the number at `by`.
+KERNEL(256, scale_by_weight_rows, const float* x, const float* by, int32_t width, const int32_t* rows, float* out) {
+  each(width, rows, out, [factor = *by](float a) { return mul(a, factor); }, x);
+}
+
+// out[row] = x[row] * factors[positions[row] / length].
+KERNEL(256, scale_by_position_rows, const float* x, const float* factors, const int32_t* positions, int32_t length,
+       int32_t width, const int32_t* rows, float* out) {
+  if (static_cast<int>(blockIdx.y) >= *rows) return;
+  const float factor = factors[positions[blockIdx.y] / length];
+  each(width, rows, out, [factor](float a) { return mul(a, factor); }, x);
+}
+
 #define ACTIVATION_ROWS(function)                                                                                     \
   KERNEL(256, function##_rows, const float* x, int32_t width, const int32_t* rows, float* out) {                      \
     each(width, rows, out, [](float a) { return function(a); }, x);                                                   \
@@ -45,11 +58,30 @@ DEVICE void copy_line(const float* from, int width, float* to) {
     if (i < width) to[i] = from[i];
 }
 
-// out[row] = channels [start, start + width) of x[row], which has x_width. The grid is that of out, which is not x.
-KERNEL(256, slice, const float* __restrict__ x, int32_t x_width, int32_t start, int32_t width, const int32_t* rows,
-       float* __restrict__ out) {
+// out[row] = channels [start, start + width) of each of the `parts` of x[row], which have x_width channels. The grid is
+// that of out, which is not x.
+KERNEL(256, slice, const float* __restrict__ x, int32_t x_width, int32_t start, int32_t width, int32_t parts,
+       const int32_t* rows, float* __restrict__ out) {
   const int row = blockIdx.y;
-  if (row < *rows) copy_line(x + line(row, x_width) + start, width, out + line(row, width));
+  if (row >= *rows) return;
+  x += line(row, x_width * parts) + start, out += line(row, width * parts);
+  if (parts == 1) return copy_line(x, width, out);
+  for (int i = kPiece * blockIdx.x + threadIdx.x, k = 0; k < 4; i += 256, k++)
+    if (i < width * parts) out[i] = x[i / width * x_width + i % width];
+}
+
+// out[row] = for each of the `parts`, x_width channels of x[row], then y_width of y[row]. The grid is that of out, a third
+// matrix.
+KERNEL(256, join, const float* __restrict__ x, const float* __restrict__ y, int32_t x_width, int32_t y_width,
+       int32_t parts, const int32_t* rows, float* __restrict__ out) {
+  const int row = blockIdx.y, width = x_width + y_width;
+  if (row >= *rows) return;
+  x += line(row, x_width * parts), y += line(row, y_width * parts), out += line(row, width * parts);
+  for (int i = kPiece * blockIdx.x + threadIdx.x, k = 0; k < 4; i += 256, k++) {
+    const int part = i / width, channel = i % width;
+    if (i < width * parts)
+      out[i] = channel < x_width ? x[part * x_width + channel] : y[part * y_width + channel - x_width];
+  }
 }
 
 // out[row] = x[output_rows[row]], for *outputs rows. The grid is that of out, which is not x.

@@ -15,6 +15,7 @@ from llamaclust.model.gguf.values import shown
 _MAX_USED_EXPERTS = 256  # of a token: what kernels have room for
 _MAX_WIDTH = 1 << 20
 _MAX_CONTEXT = 1 << 30
+_LEAST_STRETCH = 0.01
 
 _NEUTRAL_VALUES = {
     "attention.clamp_kqv": (0,),
@@ -318,7 +319,10 @@ def _read_rope(keys: ModelKeys, key_length: int, context_length: int) -> RopePar
 def _read_factor(keys: ModelKeys) -> float:
     """The stretch of positions; older files call it `rope.scale_linear`, and 0 stands for none."""
     key = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
-    return keys.real(key, 1.0, minimum=0.0, maximum=1e6) or 1.0
+    factor = keys.real(key, 1.0, minimum=0.0, maximum=1e6) or 1.0
+    if factor < _LEAST_STRETCH:
+        raise keys.error(key, f"{factor:g}, 0 or at least {_LEAST_STRETCH} expected")
+    return factor
 
 
 def _read_scaling(keys: ModelKeys, factor: float) -> RopeScaling:

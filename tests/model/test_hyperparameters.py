@@ -184,6 +184,7 @@ def test_numbers_may_be_given_for_each_layer(tmp_path: Path) -> None:
         ({"rope__freq_base": float("inf")}, "inf"),
         ({"rope__scaling__type": "dynamic"}, "'dynamic' is not supported"),
         ({"rope__scaling__factor": -1.0}, "-1, 0 to"),
+        ({"rope__scaling__factor": 1e-30}, "factor': 1e-30, 0 or at least 0.01 expected"),
         ({"expert_count": 4}, r"expert_used_count': missing"),
         ({"expert_count": 4, "expert_used_count": 5}, "5, 1 to 4"),
         ({"expert_count": 1024, "expert_used_count": 1024}, r"expert_used_count': 1024, 1 to 256"),

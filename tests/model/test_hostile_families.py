@@ -1,0 +1,203 @@
+"""Damage to keys and tensors of every family: a model that runs, or a line that names the file, and nothing else.
+
+What is accepted is computed too: kernels must not rely on more than the checks promise.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels._native import available_levels
+from llamaclust.kernels.backend import kv_bytes
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.loader import Model
+from support.arithmetic.batches import Chain
+from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
+from support.seed import SEED
+
+DAMAGES = 40  # of each model
+MEMORY_LIMIT_BYTES = 1 << 25
+RUN_LIMITS = StageLimits(max_batch_tokens=32, max_outputs=32, max_sequences=2, max_context_tokens=64, kv_blocks=8)
+LARGEST_RUN_BYTES = 1 << 28
+"""What an accepted model may make of its 30 rows here: a file of a few hundred KB buys no more."""
+
+WHOLE_NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    31,
+    33,
+    255,
+    256,
+    257,
+    1023,
+    1 << 16,
+    (1 << 31) - 1,
+    1 << 31,
+    (1 << 32) - 1,
+    -1,
+    -(1 << 31),
+]
+REAL_NUMBERS = [0.0, -0.0, -1.0, 1e-30, 1e30, 3.4e38, float("nan"), float("inf"), -float("inf")]
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Of Python objects and NumPy arrays."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < MEMORY_LIMIT_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+def other_value(random: Random, value: Any) -> Any:
+    """Another number, another kind, or an array that is too short, too long or differs from layer to layer."""
+    choice = random.randrange(10)
+    if choice < 4:
+        return random.choice(WHOLE_NUMBERS)
+    if choice < 6:
+        return random.choice(REAL_NUMBERS)
+    if choice < 7:
+        return random.choice(["", "none", "yarn", True, False])
+    length = random.choice([0, 1, 2, 3, 5, 64, 1 << 12])
+    numbers: list[Any] = WHOLE_NUMBERS if choice < 9 else REAL_NUMBERS
+    array = np.array([random.choice(numbers) for _ in range(length)], np.int64 if choice < 9 else np.float32)
+    if isinstance(value, np.ndarray) and len(value) and choice == 7:
+        array = value.copy()
+        array[random.randrange(len(array))] = random.choice(WHOLE_NUMBERS) % 128
+    return array
+
+
+def with_damaged_key(random: Random, model: ModelFile, keys: list[str]) -> ModelFile:
+    """A key of the model or of another family with another value, or without one."""
+    name = random.choice(keys)
+    value = model.metadata.get(name)
+    metadata = dict(model.metadata)
+    if value is not None and random.randrange(4) == 0:
+        del metadata[name]
+    else:
+        metadata[name] = other_value(random, value)
+    return replace(model, metadata=metadata)
+
+
+def with_damaged_tensor(random: Random, model: ModelFile) -> ModelFile:
+    """A tensor that is missing, has fewer rows, columns or dimensions, or another one's name."""
+    tensor = random.choice(sorted(model.tensors.values(), key=lambda each: each.name))
+    tensors: dict[str, Tensor] = dict(model.tensors)
+    del tensors[tensor.name]
+    match random.randrange(4):
+        case 0:
+            other = random.choice(sorted(model.tensors))
+            tensors[other] = replace(tensor, name=other)
+        case 1:
+            axis = random.randrange(len(tensor.shape))
+            shape = tuple(max(1, size // 2) if i == axis else size for i, size in enumerate(tensor.shape))
+            tensors[tensor.name] = replace(tensor, shape=shape)
+        case 2:
+            tensors[tensor.name] = replace(tensor, shape=tensor.shape[1:] or (1, *tensor.shape))
+        case _:
+            pass
+    return replace(model, tensors=tensors)
+
+
+def use(file: ModelFile) -> None:
+    """Loads and computes it. A ModelFileError of one line is the only way out beside success."""
+    try:
+        with bounded_memory():
+            model = Model(file)
+        backend = CpuBackend(1)
+        program = model.program(0, model.layer_count, context_tokens=RUN_LIMITS.max_context_tokens)
+        tensors = model.tensors_for(program)
+        run_bytes = kv_bytes(program, RUN_LIMITS) + backend.workspace_bytes(program, tensors, RUN_LIMITS)
+        if run_bytes > LARGEST_RUN_BYTES:
+            return
+        chain = Chain(backend, model, limits=RUN_LIMITS)
+        try:
+            assert chain.logits(TOKENS, chunk=9).shape[0] == len(TOKENS)
+        finally:
+            chain.close()
+    except ModelFileError as error:
+        line = str(error)
+        assert "\n" not in line and str(file.path) in line and len(line) < 500
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFile]:
+    folder = tmp_path_factory.mktemp("families")
+    return lambda name: open_model(build_architecture(folder / f"{name}.gguf", name))
+
+
+@pytest.fixture(scope="module")
+def key_names(make: Callable[[str], ModelFile]) -> list[str]:
+    """Of all families, without the architecture's name."""
+    found = {key.split(".", 1)[1] for name in sorted(MODELS) for key in own_keys(make(name).metadata)}
+    assert len(found) > 40
+    return sorted(found)
+
+
+def own_keys(metadata: Mapping[str, object]) -> list[str]:
+    architecture = metadata["general.architecture"]
+    return [key for key in metadata if key.startswith(f"{architecture}.")]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_damaged_keys_and_tensors(make: Callable[[str], ModelFile], key_names: list[str], name: str) -> None:
+    model, random = make(name), Random(SEED ^ zlib.crc32(name.encode()))
+    own = own_keys(model.metadata)
+    others = [f"{model.metadata['general.architecture']}.{key}" for key in key_names]
+    for damage in range(DAMAGES):
+        damaged = model
+        for _ in range(random.choice([1, 1, 2])):
+            if random.randrange(3) == 0:
+                damaged = with_damaged_tensor(random, damaged)
+            else:
+                damaged = with_damaged_key(random, damaged, random.choice([own, own, others]))
+        try:
+            use(damaged)
+        except Exception as error:
+            changed = {key: value for key, value in damaged.metadata.items() if value is not model.metadata.get(key)}
+            gone = [key for key in model.metadata if key not in damaged.metadata]
+            shapes = {
+                each.name: each.shape for each in damaged.tensors.values() if each != model.tensors.get(each.name)
+            }
+            what = f"seed {SEED}, damage {damage}: keys {changed}, without {gone}, tensors {shapes}"
+            raise AssertionError(f"{what}: {error!r}") from error
+
+
+@pytest.mark.parametrize("name", ["llama-experts", "gpt-oss", "bailingmoe2", "gemma4-experts", "deepseek2"])
+@pytest.mark.parametrize("rows", ["one expert", "all experts"])
+def test_router_without_numbers(make: Callable[[str], ModelFile], tmp_path: Path, name: str, rows: str) -> None:
+    """A router of NaN chooses experts that there are, the same on all CPUs; without any number in it, logits are NaN,
+    which fails requests by a line."""
+    good = make(name)
+    router = next(each for each in good.tensors.values() if each.name.endswith("ffn_gate_inp.weight"))
+    content = bytearray(good.path.read_bytes())
+    router_bytes = router.n_bytes if rows == "all experts" else router.n_bytes // router.shape[0]
+    content[router.offset : router.offset + router_bytes] = np.full(router_bytes // 4, np.nan, "<f4").tobytes()
+    path = tmp_path / "nan.gguf"
+    path.write_bytes(content)
+    model, found = Model.open(path), []
+    for level in available_levels():
+        chain = Chain(CpuBackend(2, level), model, limits=RUN_LIMITS)
+        found.append(chain.logits(TOKENS))
+        chain.close()
+        np.testing.assert_array_equal(found[-1], found[0])
+    assert np.isnan(found[0]).any() or rows == "one expert"

@@ -67,7 +67,8 @@ class RopeParameters:
     """Rotary embedding: the first `dimension_count` channels of a head turn. Frequency factors are a tensor.
 
     `extrapolation_factor`, `beta_fast`, `beta_slow`, `log_multiplier` matter to YaRN only; `factor` is 1 without
-    scaling. With a `log_multiplier`, cos and sin are divided by 1 + 0.1 * log_multiplier * ln(factor).
+    scaling. With a `log_multiplier`, cos and sin are divided by 1 + 0.1 * log_multiplier * ln(factor). `truncated`: the
+    ramp of YaRN begins and ends at whole pairs.
     """
 
     dimension_count: int
@@ -80,6 +81,7 @@ class RopeParameters:
     beta_fast: float
     beta_slow: float
     log_multiplier: float = 0.0
+    truncated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +315,7 @@ def _read_rope(keys: ModelKeys, key_length: int, context_length: int) -> RopePar
         extrapolation_factor=keys.real("rope.scaling.yarn_ext_factor", 1.0, minimum=0.0, maximum=1.0),
         beta_fast=keys.real("rope.scaling.yarn_beta_fast", 32.0, minimum=1e-3, maximum=1e6),
         beta_slow=keys.real("rope.scaling.yarn_beta_slow", 1.0, minimum=1e-3, maximum=1e6),
+        truncated=keys.flag("rope.scaling.yarn_truncate", True),
     )
 
 

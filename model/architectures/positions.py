@@ -47,8 +47,10 @@ def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
     if rope.frequency_base <= 1:
         raise ModelFileError(f"metadata rope.freq_base: {rope.frequency_base:g}, more than 1 expected with YaRN")
     last = Decimal(rope.dimension_count - 1)
-    low = max(Decimal(0), _pair_with_turns(rope, rope.beta_fast).to_integral_value(ROUND_FLOOR))
-    high = min(last, _pair_with_turns(rope, rope.beta_slow).to_integral_value(ROUND_CEILING))
+    first_slow, last_fast = _pair_with_turns(rope, rope.beta_slow), _pair_with_turns(rope, rope.beta_fast)
+    if rope.truncated:
+        last_fast, first_slow = last_fast.to_integral_value(ROUND_FLOOR), first_slow.to_integral_value(ROUND_CEILING)
+    low, high = max(Decimal(0), last_fast), min(last, first_slow)
     width = max(Decimal("0.001"), high - low)
     slow = [min(Decimal(1), max(Decimal(0), (i - low) / width)) for i in range(rope.dimension_count // 2)]
     return [(1 - share) * Decimal(rope.extrapolation_factor) for share in slow]

@@ -34,6 +34,8 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "gemma2": _DECODER,
         "gemma3": _DECODER,
         "glm4": _GLM,
+        "glm4moe": _ATTENTION,
+        "gpt-oss": _ATTENTION,
         "gpt2": _GPT2,
         "granite": _DECODER,
         "granitemoe": _ATTENTION,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,7 @@ from llamaclust.tools.convert.vocabularies.words import Words
 
 FILE_TYPES: Final = {QuantType.F32: 0, QuantType.F16: 1, QuantType.Q8_0: 7, QuantType.BF16: 32}
 """`general.file_type`: llama.cpp's number for the type of most weights."""
+_MXFP4_EXPERTS: Final = 38
 _QUANTIZATION_VERSION: Final = 2
 _EXACT: Final = re.compile(
     r".*_norm(_2)?\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight|position_embd\.weight|rope_.*|.*\.bias"
@@ -35,6 +37,12 @@ _CHATGLM_WORDS: Final = (
     *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
     *("<|system|>", _CHATGLM_TURN, "<|assistant|>", "<|observation|>"),
 )
+_GLM_PARTS: Final = {
+    "chatglm": {"eot": _CHATGLM_TURN},
+    "glm4": {"eot": _CHATGLM_TURN},
+    "glm4moe": {"bos": "[gMASK]", "eot": _CHATGLM_TURN, "eom": "<|observation|>", "unknown": "<|endoftext|>"},
+}
+"""Roles of tokens that the models' own files do not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +96,18 @@ def write_converted(
         "general.architecture": page.architecture,
         "general.type": "model",
         "general.name": name,
-        "general.file_type": FILE_TYPES[kind],
+        "general.file_type": _file_type(outputs, kind),
         "general.quantization_version": _QUANTIZATION_VERSION,
     }
     metadata = general | page.metadata | _vocabulary(page, words)
     _check_replaceable(path)
     write_stream(path, metadata, outputs, on_progress, thread_count(), files.check_unchanged)
     return Converted(path, page.architecture, len(outputs), tuple(page.notes))
+
+
+def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:
+    has_blocks = any(output.tensor.packed is QuantType.MXFP4 for output in outputs)
+    return _MXFP4_EXPERTS if has_blocks else FILE_TYPES[kind]
 
 
 def _check_replaceable(path: Path) -> None:
@@ -112,18 +125,22 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Vectors and `_EXACT` tensors are float32; rows that are not a multiple of the block are float16."""
+    """Vectors and `_EXACT` tensors are float32; rows that are not a multiple of the block are float16. Blocks stay as
+    they are."""
+    if tensor.packed is not None:
+        return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):
         return QuantType.F32
     return wanted if tensor.shape[-1] % wanted.info.block_size == 0 else QuantType.F16
 
 
 def _vocabulary(page: Page, words: Words) -> dict[str, WritableValue]:
-    """The vocabulary's metadata, with the flags that an architecture requires."""
-    if page.architecture in ("chatglm", "glm4"):
+    """The vocabulary's metadata, with the ids and flags that an architecture requires."""
+    if page.architecture in _GLM_PARTS:
         words.flags["add_bos_token"] = False
-        if _CHATGLM_TURN in words.texts:
-            words.ids["eot"] = words.texts.index(_CHATGLM_TURN)
+        for part, text in _GLM_PARTS[page.architecture].items():
+            if text in words.texts:
+                words.ids[part] = words.texts.index(text)
     if page.architecture.startswith("gemma") and words.kind == "llama":
         words.flags["add_space_prefix"] = False
     return words.metadata()

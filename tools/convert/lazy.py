@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.model.checkpoints.storage import Storage
+from llamaclust.model.quant_types import QuantType
 
 Array = NDArray[Any]
 Rows = Callable[[int, int], Array]
@@ -26,13 +27,15 @@ _WASTE = 4
 class Lazy:
     """`read(start, end)` gives rows [start, end) of the first dimension, [end - start, *shape[1:]]. Safe for threads.
 
-    `origin` names file and tensor for errors.
+    `origin` names file and tensor for errors. With `packed`, the last dimension is read as the bytes of that type's
+    blocks, which the GGUF file is to have as they are.
     """
 
     shape: tuple[int, ...]
     storage: Storage
     read: Rows
     origin: str
+    packed: QuantType | None = None
 
     @property
     def row_elements(self) -> int:
@@ -137,6 +140,22 @@ def squeezed(tensor: Lazy) -> Lazy:
     """A matrix of one row or one column as a vector."""
     return replace(
         tensor, shape=(prod(tensor.shape),), read=lambda start, end: tensor.all().reshape(-1)[start:end].copy()
+    )
+
+
+def strided(tensor: Lazy, axis: int, start: int, step: int) -> Lazy:
+    """Every `step`th of the positions along `axis` (not the first), from `start` on."""
+    index = (*[slice(None)] * axis, slice(start, None, step))
+    size = len(range(start, tensor.shape[axis], step))
+    shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
+    return replace(tensor, shape=shape, read=lambda first, last: tensor.read(first, last)[index])
+
+
+def exchanged(tensor: Lazy) -> Lazy:
+    """[n, columns, rows] as [n, rows, columns]."""
+    count, columns, height = tensor.shape
+    return replace(
+        tensor, shape=(count, height, columns), read=lambda first, last: tensor.read(first, last).swapaxes(1, 2)
     )
 
 

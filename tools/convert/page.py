@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.checkpoints.storage import Storage
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.tools.convert.lazy import Lazy, gathered
@@ -40,13 +41,24 @@ class Page:
 
     def take(self, name: str, *shape: int) -> Lazy:
         """The tensor of that name, once; ModelFileError where it is missing or has another shape."""
+        tensor = self._taken(name, shape)
+        if not tensor.storage.is_real:
+            raise self._error(name, f"holds {tensor.storage.name}, decimal numbers expected")
+        return tensor
+
+    def take_bytes(self, name: str, *shape: int) -> Lazy:
+        """As `take`, for a tensor of bytes."""
+        tensor = self._taken(name, shape)
+        if tensor.storage is not Storage.U8:
+            raise self._error(name, f"holds {tensor.storage.name}, bytes expected")
+        return tensor
+
+    def _taken(self, name: str, shape: tuple[int, ...]) -> Lazy:
         tensor = self._left.pop(name, None)
         if tensor is None:
             raise self._error(name, "missing")
         if tensor.shape != shape:
             raise self._error(name, f"shape {list(tensor.shape)}, {list(shape)} expected")
-        if not tensor.storage.is_real:
-            raise self._error(name, f"holds {tensor.storage.name}, decimal numbers expected")
         return tensor
 
     def put(self, name: str, tensor: Lazy) -> None:

@@ -96,7 +96,7 @@ def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
     original = said.count("original_max_position_embeddings", default=trained or None, maximum=MAX_CONTEXT)
     page.key("rope.scaling.original_context_length", original)
     if not said.flag("truncate", default=True):
-        raise said.error("truncate", "false is not supported")
+        page.key("rope.scaling.yarn_truncate", False)
     wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)
     if log_multiplier and said.has("mscale_all_dim"):

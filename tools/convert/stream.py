@@ -123,10 +123,20 @@ def _rows(output: Output, start: int, end: int) -> memoryview:
     """Rows [start, end) in the output type."""
     tensor = output.tensor
     values = tensor.read(start, end)
+    if tensor.packed is not None:
+        return _blocks(output, values)
     assert values.shape == (end - start, *tensor.shape[1:]), (output.name, values.shape)
     data = encoded(values, tensor.storage, output.quant_type, tensor.origin)
     assert len(data) == output.quant_type.tensor_bytes(values.shape), output.name
     return data
+
+
+def _blocks(output: Output, values: Array) -> memoryview:
+    """Blocks of a quant type as they are."""
+    shape, kind = output.tensor.shape, output.quant_type
+    assert kind is output.tensor.packed and values.dtype == np.uint8, output.name
+    assert values.shape[1:] == (*shape[1:-1], kind.info.row_bytes(shape[-1])), (output.name, values.shape)
+    return np.ascontiguousarray(values).data.cast("B")
 
 
 def encoded(values: Array, storage: Storage, quant_type: QuantType, origin: str) -> memoryview:

@@ -32,6 +32,8 @@ _SAFE_TYPES = {
     "int64": "I64",
     "int32": "I32",
 }
+_BYTES = ("_blocks", "_scales")
+"""Tensors whose uint8 are bytes, as gpt-oss has them; others are floats of eight bits."""
 _TORCH_TYPES = {
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -55,7 +57,8 @@ def safetensors_bytes(tensors: Arrays) -> bytes:
     at = 0
     for name, values in tensors.items():
         end = at + values.nbytes
-        header[name] = {"dtype": _SAFE_TYPES[values.dtype.name], "shape": list(values.shape), "data_offsets": [at, end]}
+        kind = "U8" if name.endswith(_BYTES) and values.dtype == np.uint8 else _SAFE_TYPES[values.dtype.name]
+        header[name] = {"dtype": kind, "shape": list(values.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -25,11 +25,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """A class of transformers' and what its configuration is made of. `context`: tokens that it is set up for here."""
+    """A class of transformers' and what its configuration is made of. `context`: tokens that it is set up for here.
+    `packed`: experts in MXFP4, which transformers reads and does not write."""
 
     family: str
     keys: Mapping[str, Any]
     context: int = 256
+    packed: bool = False
 
 
 def _keys(**more: Any) -> dict[str, Any]:
@@ -87,6 +89,13 @@ _MINISTRAL = _rope(
     mscale=1.0,
     mscale_all_dim=1.0,
     llama_4_scaling_beta=0.1,
+)
+_GPT_OSS = _keys(
+    num_local_experts=6,
+    num_experts_per_tok=3,
+    head_dim=32,
+    sliding_window=6,
+    **_rope("yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=9.0, beta_slow=0.7, truncate=False),
 )
 _FALCON = _without(_keys(), "num_key_value_heads", "intermediate_size")
 _VISION = {
@@ -214,15 +223,49 @@ MODELS: Mapping[str, Original] = MappingProxyType(
             {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96},
             context=64,
         ),
+        "gpt-oss": Original("GptOssForCausalLM", _GPT_OSS),
+        "gpt-oss-mxfp4": Original("GptOssForCausalLM", _GPT_OSS, packed=True),
+        "glm4moe": Original(
+            "Glm4MoeForCausalLM",
+            _keys(
+                head_dim=32,
+                attention_bias=True,
+                use_qk_norm=True,
+                n_routed_experts=6,
+                n_shared_experts=1,
+                num_experts_per_tok=3,
+                moe_intermediate_size=32,
+                routed_scaling_factor=1.5,
+                num_nextn_predict_layers=0,
+            ),
+        ),
+        "glm4moe-plain": Original(
+            "Glm4MoeForCausalLM",
+            _keys(
+                head_dim=16,
+                n_routed_experts=8,
+                n_shared_experts=2,
+                num_experts_per_tok=2,
+                moe_intermediate_size=48,
+                norm_topk_prob=False,
+                first_k_dense_replace=0,
+                num_nextn_predict_layers=0,
+            ),
+        ),
         "glm": Original("GlmForCausalLM", _keys(head_dim=32, **_rope("default", partial_rotary_factor=0.5))),
         "glm4": Original("Glm4ForCausalLM", _keys(head_dim=16, attention_bias=True)),
     }
 )
 
 
-def draw(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+def draw(name: str, shape: tuple[int, ...], seed: int) -> NDArray[Any]:
     """Weights of one tensor, far enough from neutral that leaving it out is noticed; the same on every machine."""
-    numbers = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
+    generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    if name.endswith("_blocks"):
+        return generator.integers(0, 256, shape, np.uint8)
+    if name.endswith("_scales"):
+        return generator.integers(121, 125, shape, np.uint8)  # exponents, biased by 127
+    numbers = generator.standard_normal(shape, np.float32)
     if len(shape) == 1:
         return np.float32(0.3) * numbers + np.float32("bias" not in name)
     if any(part in name for part in ("embed", "wte", "wpe")):
@@ -234,6 +277,21 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
 def write_original(folder: Path, config: Mapping[str, Any], shapes: Shapes, seed: int) -> Path:
     """A folder of Hugging Face's form without a tokenizer."""
     return write_hugging_face(folder, config, {name: draw(name, shape, seed) for name, shape in shapes.items()})
+
+
+def packed_form(config: dict[str, Any], shapes: Shapes) -> tuple[dict[str, Any], Shapes]:
+    """The form of the same model with experts in MXFP4: [experts, columns, rows] as blocks of 32 columns."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            count, columns, rows = shape
+            found |= {
+                f"{name}_blocks": (count, rows, columns // 32, 16),
+                f"{name}_scales": (count, rows, columns // 32),
+            }
+        else:
+            found[name] = shape
+    return config | {"quantization_config": {"quant_method": "mxfp4"}}, found
 
 
 def recorded_form(name: str) -> tuple[dict[str, Any], Shapes]:

@@ -159,6 +159,38 @@ def _olmo2(layer: str) -> Shapes:
     return {**norms, **_attention(layer), **_gated(f"{layer}.mlp")}
 
 
+def _gpt_oss(layer: str) -> Shapes:
+    attention = {**_attention(layer, bias=True), f"{layer}.self_attn.o_proj.bias": (HIDDEN,)}
+    experts = f"{layer}.mlp.experts"
+    return {
+        **_norms(layer),
+        **attention,
+        f"{layer}.self_attn.sinks": (HEADS,),
+        f"{layer}.mlp.router.weight": (4, HIDDEN),
+        f"{layer}.mlp.router.bias": (4,),
+        f"{experts}.gate_up_proj": (4, HIDDEN, 2 * INNER),
+        f"{experts}.gate_up_proj_bias": (4, 2 * INNER),
+        f"{experts}.down_proj": (4, INNER, HIDDEN),
+        f"{experts}.down_proj_bias": (4, HIDDEN),
+    }
+
+
+def _glm4moe(layer: str) -> Shapes:
+    """A dense layer, others with experts, and behind them one that predicts further tokens."""
+    number = int(layer.rpartition(".")[2])
+    shapes = {**_norms(layer), **_attention(layer, bias=True)}
+    shapes |= {f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}
+    if number == 0:
+        return {**shapes, **_gated(f"{layer}.mlp")}
+    shapes |= {**_experts(layer), **_gated(f"{layer}.mlp.shared_experts", 32)}
+    shapes[f"{layer}.mlp.gate.e_score_correction_bias"] = (4,)
+    if number == LAYERS:
+        shapes |= {f"{layer}.{norm}.weight": (HIDDEN,) for norm in ("enorm", "hnorm", "shared_head.norm")}
+        shapes |= {f"{layer}.{name}.weight": (WORDS, HIDDEN) for name in ("embed_tokens", "shared_head.head")}
+        shapes[f"{layer}.eh_proj.weight"] = (HIDDEN, 2 * HIDDEN)
+    return shapes
+
+
 def _falcon(layer: str, norms: tuple[str, ...] = ("input_layernorm",)) -> Shapes:
     vectors = {f"{layer}.{norm}.{kind}": (HIDDEN,) for norm in norms for kind in ("weight", "bias")}
     return {
@@ -209,6 +241,14 @@ _GPT2_ENDS: Shapes = {"wte.weight": (WORDS, HIDDEN), "wpe.weight": (256, HIDDEN)
     f"ln_f.{kind}": (HIDDEN,) for kind in ("weight", "bias")
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GLM_MOE = {
+    "head_dim": HEAD,
+    "use_qk_norm": True,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "num_nextn_predict_layers": 1,
+}
 _MINISTRAL = {
     "head_dim": HEAD,
     "rope_parameters": {
@@ -276,6 +316,14 @@ CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
     "Glm4ForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_glm4)}),
     "Olmo2ForCausalLM": (_COMMON, {**_ends(), **_head(), **_per_layer(_olmo2)}),
     "Olmo3ForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(_olmo2)}),
+    "GptOssForCausalLM": (
+        _COMMON | {"head_dim": HEAD, "sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {**_ends(), **_head(), **_per_layer(_gpt_oss)},
+    ),
+    "Glm4MoeForCausalLM": (
+        _COMMON | _GLM_MOE,
+        {**_ends(), **_head(), **_per_layer(_glm4moe), **_glm4moe(f"model.layers.{LAYERS}")},
+    ),
     "Phi3ForCausalLM": (
         _COMMON | {"original_max_position_embeddings": 128, "sliding_window": 200},
         {**_ends(), **_head(), **_per_layer(_phi3)},

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from support.models.original_models import DATA_FOLDER, MODELS, SEED, Original, Shapes, write_original
+from support.models.original_models import DATA_FOLDER, MODELS, SEED, Original, Shapes, packed_form, write_original
 from support.models.tiny_architectures import TOKENS, VOCABULARY
 
 
@@ -32,7 +32,8 @@ def saved_form(original: Original, folder: Path) -> tuple[dict[str, Any], Shapes
     data = (folder / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return json.loads((folder / "config.json").read_text()), shapes
+    config = json.loads((folder / "config.json").read_text())
+    return packed_form(config, shapes) if original.packed else (config, shapes)
 
 
 def original_logits(original: Original, folder: Path, tokens: Sequence[int]) -> NDArray[np.float32]:

@@ -299,7 +299,7 @@ def test_packed_weights_are_unpacked(tmp_path: Path) -> None:
             assert found.keys() == {"m.weight"} and found["m.weight"].shape == (outputs, inputs)
             np.testing.assert_allclose(found["m.weight"].read(3, 21), wanted.T[3:21], rtol=1e-6)
     write_hugging_face(tmp_path / "bad", {"architectures": ["X"], "quantization_config": {"quant_method": "hqq"}}, awq)
-    refused(tmp_path / "bad", "'hqq' is not supported, only gptq, awq, fp8, compressed-tensors")
+    refused(tmp_path / "bad", "'hqq' is not supported, only gptq, awq, fp8, compressed-tensors, mxfp4")
     for method in ("gptq", "awq"):
         config = {"architectures": ["X"], "quantization_config": {"quant_method": method}}
         write_hugging_face(tmp_path / f"flat-{method}", config, {"m.qweight": np.zeros(8, np.int32)})

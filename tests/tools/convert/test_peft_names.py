@@ -29,6 +29,8 @@ WANTED = {
     "SmolLM3ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Ministral3ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "MixtralForCausalLM": ATTENTION,
+    "GptOssForCausalLM": ATTENTION,
+    "Glm4MoeForCausalLM": ATTENTION,
     "Qwen2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Qwen2MoeForCausalLM": ATTENTION,
     "Qwen3ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
@@ -74,11 +76,11 @@ def test_merged_matrices_are_those_of_the_model_and_the_adapter(case: str, tmp_p
 def write_adapter(
     folder: Path, architecture: str, tensors: dict[str, NDArray[np.float32]], is_exchanged: bool
 ) -> tuple[Path, int]:
-    """Of all matrices that adapters may change, and their number."""
+    """Of all matrices that adapters may change, and their number; not of a layer that predicts further tokens."""
     parts = {}
     for name, weight in tensors.items():
         module = name.removesuffix(".weight")
-        if weight.ndim == 2 and matrix_name(architecture, module):
+        if weight.ndim == 2 and f"layers.{LAYERS}." not in module and matrix_name(architecture, module):
             rows, columns = weight.shape[::-1] if is_exchanged else weight.shape
             for kind, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
                 parts[f"base_model.model.{module}.lora_{kind}.weight"] = values(f"{module}{kind}", shape)

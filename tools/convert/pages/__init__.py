@@ -10,7 +10,7 @@ from typing import Final
 
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import falcon, gemma, glm, gpt, llama, olmo, phi3, qwen
+from llamaclust.tools.convert.pages import falcon, gemma, glm, glm_moe, gpt, gpt_oss, llama, olmo, phi3, qwen
 from llamaclust.tools.convert.pages.text_parts import MULTIMODAL, text_part
 from llamaclust.tools.convert.settings import Checkpoint
 
@@ -41,6 +41,8 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "Gemma3ForCausalLM": ("gemma3", gemma.build),
         "GlmForCausalLM": ("chatglm", glm.build),
         "Glm4ForCausalLM": ("glm4", glm.build),
+        "Glm4MoeForCausalLM": ("glm4moe", glm_moe.build),
+        "GptOssForCausalLM": ("gpt-oss", gpt_oss.build),
         "FalconForCausalLM": ("falcon", falcon.build),
         "RWForCausalLM": ("falcon", falcon.build),
         "Starcoder2ForCausalLM": ("starcoder2", gpt.build_starcoder2),

@@ -1,0 +1,124 @@
+"""Experts of gpt-oss in MXFP4 keep every number, in GGUF's order of bits; blocks that do not fit are an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.kernels.reference.dequantize import dequantize
+from llamaclust.model.architectures import build_program
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.quant_types import QuantType
+from llamaclust.tools.convert.conversion import convert
+from llamaclust.tools.convert.formats.opening import Hints
+from support.models.checkpoint_files import write_hugging_face
+from support.models.random_checkpoints import HIDDEN, INNER, LAYERS, checkpoint
+from support.models.tiny_tokenizers import tokenizer_json
+
+COUNT = 4
+NUMBERS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""Of the four bits, as OCP's specification of MX formats has them."""
+Arrays = dict[str, NDArray[Any]]
+
+
+def packed_checkpoint(seed: int) -> tuple[dict[str, Any], Arrays]:
+    generator = np.random.default_rng(seed)
+    config, plain = checkpoint("GptOssForCausalLM")
+    tensors: Arrays = {}
+    for name, values in plain.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            count, columns, rows = values.shape
+            tensors[f"{name}_blocks"] = generator.integers(0, 256, (count, rows, columns // 32, 16), np.uint8)
+            tensors[f"{name}_scales"] = generator.integers(1, 250, (count, rows, columns // 32), np.uint8)
+        else:
+            tensors[name] = values
+    return config | {"quantization_config": {"quant_method": "mxfp4"}}, tensors
+
+
+def numbers(tensors: Arrays, name: str) -> NDArray[np.float32]:
+    """[experts, rows, columns]: of each byte the lower bits come first."""
+    blocks, scales = tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
+    both = np.stack([NUMBERS[blocks & 15], NUMBERS[blocks >> 4]], axis=-1).reshape(*blocks.shape[:-1], 32)
+    found: NDArray[np.float32] = np.ldexp(both, scales[..., None].astype(np.int32) - 127)
+    return found.reshape(*blocks.shape[:2], -1)
+
+
+def converted(folder: Path, config: dict[str, Any], tensors: Arrays, kind: str = "bf16") -> ModelFile:
+    write_hugging_face(folder, config, tensors)
+    (folder / "tokenizer.json").write_text(tokenizer_json())
+    convert(folder, folder / "out.gguf", kind, Hints(), lambda done, total: None, None)
+    return open_model(folder / "out.gguf")
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
+def test_blocks_keep_their_numbers_whatever_the_type(kind: str, tmp_path: Path) -> None:
+    config, tensors = packed_checkpoint(3)
+    model = converted(tmp_path, config, tensors, kind)
+    for layer in range(LAYERS):
+        source = f"model.layers.{layer}.mlp.experts"
+        both, down = numbers(tensors, f"{source}.gate_up_proj"), numbers(tensors, f"{source}.down_proj")
+        bias = tensors[f"{source}.gate_up_proj_bias"]
+        for part, wanted in (("gate", both[:, ::2]), ("up", both[:, 1::2]), ("down", down)):
+            tensor = model.tensor(f"blk.{layer}.ffn_{part}_exps.weight")
+            assert tensor.quant_type is QuantType.MXFP4 and tensor.shape == wanted.shape
+            found = dequantize(QuantType.MXFP4, tensor.read(), wanted.size).reshape(wanted.shape)
+            np.testing.assert_array_equal(found, wanted)
+        for part, first in (("gate", 0), ("up", 1)):
+            found = np.frombuffer(model.tensor(f"blk.{layer}.ffn_{part}_exps.bias").read(), "<f4")
+            np.testing.assert_array_equal(found, bias[:, first::2].reshape(-1))
+    assert model.metadata["general.file_type"] == 38
+    assert build_program(model, 0, LAYERS).weights
+
+
+def test_floats_are_brought_to_rows_and_gate_and_up_apart(tmp_path: Path) -> None:
+    config, tensors = checkpoint("GptOssForCausalLM")
+    model = converted(tmp_path, config, tensors, "f32")
+    both = tensors["model.layers.1.mlp.experts.gate_up_proj"].swapaxes(1, 2)
+    down = tensors["model.layers.1.mlp.experts.down_proj"].swapaxes(1, 2)
+    for part, wanted in (("gate", both[:, ::2]), ("up", both[:, 1::2]), ("down", down)):
+        found = np.frombuffer(model.tensor(f"blk.1.ffn_{part}_exps.weight").read(), "<f4").reshape(wanted.shape)
+        np.testing.assert_array_equal(found, wanted)
+    assert model.metadata["general.file_type"] == 0
+
+
+_DOWN = "model.layers.1.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({f"{_DOWN}_scales": None}, "down_proj_scales': missing"),
+        ({f"{_DOWN}_blocks": None}, "down_proj': missing"),
+        ({f"{_DOWN}_scales": np.zeros((COUNT, HIDDEN, 2), np.uint8)}, r"shape \[4, 64, 2\], \[4, 64, 3\] expected"),
+        ({f"{_DOWN}_blocks": np.zeros((COUNT, HIDDEN, 3, 16), np.float32)}, "holds .*, bytes expected"),
+        ({f"{_DOWN}_blocks": np.zeros((COUNT, HIDDEN, 3, 8), np.uint8)}, r"\[4, 64, 3, 16\] expected"),
+        ({_DOWN: np.zeros((COUNT, INNER, HIDDEN), np.float32)}, "no part of gpt-oss"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config, tensors = packed_checkpoint(4)
+    changed = {name: values for name, values in (tensors | change).items() if values is not None}
+    with pytest.raises(ModelFileError, match=message):
+        converted(tmp_path, config, changed)
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path: Path) -> None:
+    config, tensors = packed_checkpoint(5)
+    source = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors[f"{source}_blocks"] = np.zeros((COUNT, 200, 2, 16), np.uint8)
+    tensors[f"{source}_scales"] = np.zeros((COUNT, 200, 2), np.uint8)
+    with pytest.raises(ModelFileError, match="'intermediate_size': 100, which blocks of 32 do not divide"):
+        converted(tmp_path, config | {"intermediate_size": 100}, tensors)
+
+
+def test_the_bounds_of_a_stretched_rotation_that_are_not_rounded_are_kept(tmp_path: Path) -> None:
+    config, tensors = checkpoint("GptOssForCausalLM")
+    said = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False}
+    model = converted(tmp_path, config | {"rope_scaling": said}, tensors)
+    assert model.metadata["gpt-oss.rope.scaling.yarn_truncate"] is False

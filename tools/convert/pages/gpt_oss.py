@@ -1,0 +1,89 @@
+"""gpt-oss: experts in MXFP4, whose blocks keep their bits, or in floats; gate and up in turns."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llamaclust.model.quant_types import QuantType
+from llamaclust.tools.convert.lazy import Array, Lazy, exchanged, strided
+from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.pages import decoder
+from llamaclust.tools.convert.rotation import rotation
+from llamaclust.tools.convert.settings import MAX_CONTEXT
+
+_PERIOD = 2
+_MAX_EXPERTS = 1 << 10
+_CLAMP, _GAIN = 7.0, 1.702
+_BLOCK = 32
+_HALF = _BLOCK // 2
+
+
+def build(page: Page) -> None:
+    settings, hidden = page.settings, page.width
+    width = decoder.feed_forward_width(page)
+    for name, usual in (("swiglu_limit", _CLAMP), ("swiglu_alpha", _GAIN)):
+        if settings.real(name, default=usual) != usual:
+            raise settings.error(name, f"{settings.values[name]}: gpt-oss computes with {usual}")
+    decoder.usual_keys(page, width)
+    decoder.rms_epsilon(page, default=1e-5)
+    rotation(page, page.head_width, base=150000.0, says_dimensions=False)
+    page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
+    windowed = decoder.windowed_layers(page, _PERIOD)
+    if windowed != [(layer + 1) % _PERIOD != 0 for layer in range(page.layers)]:
+        page.key("attention.sliding_window_pattern", np.array(windowed, np.bool_))
+    count = settings.count("num_local_experts", "num_experts", maximum=_MAX_EXPERTS)
+    page.key("expert_count", count)
+    page.key("expert_used_count", settings.count("num_experts_per_tok", "experts_per_token", maximum=count))
+    page.key("expert_feed_forward_length", width)
+    decoder.ends(page)
+    for layer in range(page.layers):
+        place, source = f"blk.{layer}", f"model.layers.{layer}"
+        page.copy(f"{place}.attn_norm", f"{source}.input_layernorm", hidden)
+        page.copy(f"{place}.post_attention_norm", f"{source}.post_attention_layernorm", hidden)
+        decoder.attention(page, layer, bias=True)
+        page.put(f"{place}.attn_sinks.weight", page.take(f"{source}.self_attn.sinks", page.heads))
+        page.copy(f"{place}.ffn_gate_inp", f"{source}.mlp.router", count, hidden, bias=True)
+        _experts(page, layer, count, width)
+
+
+def _experts(page: Page, layer: int, count: int, width: int) -> None:
+    """Rows of gate and up are in turns, in the matrix and in the bias."""
+    source, hidden = f"model.layers.{layer}.mlp.experts", page.width
+    both, down = (
+        _matrices(page, f"{source}.{name}", (count, rows, columns))
+        for name, rows, columns in (("gate_up_proj", 2 * width, hidden), ("down_proj", hidden, width))
+    )
+    bias = page.take(f"{source}.gate_up_proj_bias", count, 2 * width)
+    for first, part in enumerate(("gate", "up")):
+        page.put(f"blk.{layer}.ffn_{part}_exps.weight", strided(both, 1, first, 2))
+        page.put(f"blk.{layer}.ffn_{part}_exps.bias", strided(bias, 1, first, 2))
+    page.put(f"blk.{layer}.ffn_down_exps.weight", down)
+    page.put(f"blk.{layer}.ffn_down_exps.bias", page.take(f"{source}.down_proj_bias", count, hidden))
+
+
+def _matrices(page: Page, source: str, shape: tuple[int, int, int]) -> Lazy:
+    """[experts, rows, columns]: blocks and their scales, or floats, which are stored with columns before rows."""
+    count, rows, columns = shape
+    if not page.has(f"{source}_blocks"):
+        return exchanged(page.take(source, count, columns, rows))
+    if columns % _BLOCK:
+        name = "hidden_size" if columns == page.width else "intermediate_size"
+        raise page.settings.error(name, f"{columns}, which blocks of {_BLOCK} do not divide")
+    blocks = page.take_bytes(f"{source}_blocks", count, rows, columns // _BLOCK, _HALF)
+    return packed_blocks(blocks, page.take_bytes(f"{source}_scales", count, rows, columns // _BLOCK))
+
+
+def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
+    """Blocks [experts, rows, blocks of a row, 16] and their scales in GGUF's layout of MXFP4: the scale, then 16 bytes,
+    each with number i of the block below number i + 16. In the checkpoint each has number 2 i below number 2 i + 1."""
+    count, rows, width, _ = blocks.shape
+
+    def read(start: int, end: int) -> Array:
+        pairs = blocks.read(start, end)
+        numbers = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], _BLOCK)
+        found = np.empty((*pairs.shape[:-1], 1 + _HALF), np.uint8)
+        found[..., 0] = scales.read(start, end)
+        found[..., 1:] = numbers[..., :_HALF] | numbers[..., _HALF:] << 4
+        return found.reshape(*pairs.shape[:2], -1)
+
+    return Lazy((count, rows, width * _BLOCK), blocks.storage, read, blocks.origin, QuantType.MXFP4)

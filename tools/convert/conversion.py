@@ -16,12 +16,10 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.convert.formats.opening import Hints, open_checkpoint
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.lazy import Lazy
-from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import build_page
 from llamaclust.tools.convert.settings import Checkpoint
 from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, write_stream
-from llamaclust.tools.convert.vocabularies.reading import read_words
-from llamaclust.tools.convert.vocabularies.words import Words
+from llamaclust.tools.convert.vocabularies.families import vocabulary_of
 
 FILE_TYPES: Final = {QuantType.F32: 0, QuantType.F16: 1, QuantType.Q8_0: 7, QuantType.BF16: 32}
 """`general.file_type`: llama.cpp's number for the type of most weights."""
@@ -32,17 +30,6 @@ _EXACT: Final = re.compile(
 )
 """Small tensors with a large effect; they are float32 in every file."""
 _MOST_THREADS: Final = 8
-_CHATGLM_TURN: Final = "<|user|>"
-_CHATGLM_WORDS: Final = (
-    *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
-    *("<|system|>", _CHATGLM_TURN, "<|assistant|>", "<|observation|>"),
-)
-_GLM_PARTS: Final = {
-    "chatglm": {"eot": _CHATGLM_TURN},
-    "glm4": {"eot": _CHATGLM_TURN},
-    "glm4moe": {"bos": "[gMASK]", "eot": _CHATGLM_TURN, "eom": "<|observation|>", "unknown": "<|endoftext|>"},
-}
-"""Roles of tokens that the models' own files do not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +72,8 @@ def write_converted(
     if kind is None:
         raise UsageError(f"--type {target.type_name}: give one of {', '.join(OUTPUT_TYPES)}")
     page = build_page(checkpoint)
-    behind = _CHATGLM_WORDS if page.architecture == "chatglm" else ()
     rows = page.tensors["token_embd.weight"].shape[0]
-    words = read_words(files, hints.tokenizer or checkpoint.vocabulary, rows, behind)
+    words = vocabulary_of(page.architecture, files, hints.tokenizer or checkpoint.vocabulary, rows)
     name = target.name or checkpoint.name
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     path = target.path or Path(f"{stem}-{target.type_name}.gguf")
@@ -99,7 +85,7 @@ def write_converted(
         "general.file_type": _file_type(outputs, kind),
         "general.quantization_version": _QUANTIZATION_VERSION,
     }
-    metadata = general | page.metadata | _vocabulary(page, words)
+    metadata = general | page.metadata | words.metadata()
     _check_replaceable(path)
     write_stream(path, metadata, outputs, on_progress, thread_count(), files.check_unchanged)
     return Converted(path, page.architecture, len(outputs), tuple(page.notes))
@@ -132,15 +118,3 @@ def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):
         return QuantType.F32
     return wanted if tensor.shape[-1] % wanted.info.block_size == 0 else QuantType.F16
-
-
-def _vocabulary(page: Page, words: Words) -> dict[str, WritableValue]:
-    """The vocabulary's metadata, with the ids and flags that an architecture requires."""
-    if page.architecture in _GLM_PARTS:
-        words.flags["add_bos_token"] = False
-        for part, text in _GLM_PARTS[page.architecture].items():
-            if text in words.texts:
-                words.ids[part] = words.texts.index(text)
-    if page.architecture.startswith("gemma") and words.kind == "llama":
-        words.flags["add_space_prefix"] = False
-    return words.metadata()

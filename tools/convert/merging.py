@@ -25,6 +25,7 @@ from llamaclust.tools.convert.formats.hugging_face import CONFIG, read_folder, r
 from llamaclust.tools.convert.formats.opening import Hints
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.lazy import Array, Lazy, as_floats
+from llamaclust.tools.convert.quantized import KEPT_METHOD
 from llamaclust.tools.convert.settings import Checkpoint
 from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, write_pieces
 
@@ -68,6 +69,8 @@ def _write_folder(
     """config.json, the tokenizer's files and model.safetensors; the latter comes last."""
     if type_name not in _STORAGE:
         raise UsageError(f"--type {type_name}: a folder holds one of {', '.join(_STORAGE)}; q8_0 is for .gguf files")
+    if whole.settings.inner("quantization_config").values.get("quant_method") == KEPT_METHOD:
+        raise UsageError(f"{out}: of a base in {KEPT_METHOD} only a file is written; give a name that ends in .gguf")
     weights = out / "model.safetensors"
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - {hidden_name(weights)}):
         raise UsageError(f"{out}: is there already; give a name that is not, or one that ends in .gguf")

@@ -15,7 +15,7 @@ from llamaclust.model.checkpoints.storage import Storage
 from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
-_KEPT: Final = "mxfp4"
+KEPT_METHOD: Final = "mxfp4"
 """Blocks that GGUF has too: the page takes them as they are."""
 _SCALES: Final = ("weight_scale_inv", "weight_scale")
 """Despite the first name, weights are multiplied by both."""
@@ -36,12 +36,12 @@ def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent)
         return tensors
     said = settings.inner("quantization_config")
     method = said.text("quant_method", default="")
-    if method == _KEPT:
+    if method == KEPT_METHOD:
         return tensors
     if method in _EIGHT_BIT_METHODS:
         return _eight_bit(tensors, said)
     if method not in ("gptq", "awq"):
-        known = ", ".join(("gptq", "awq", *_EIGHT_BIT_METHODS, _KEPT))
+        known = ", ".join(("gptq", "awq", *_EIGHT_BIT_METHODS, KEPT_METHOD))
         raise said.error("quant_method", f"{method!r} is not supported, only {known}")
     if said.count("bits", "w_bit", default=4, maximum=32) != 4:
         raise said.error("bits", f"{said.values.get('bits')}, only 4 are supported")

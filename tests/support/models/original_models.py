@@ -61,6 +61,17 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
 _MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 _GEMMA = {"head_dim": 32, "num_key_value_heads": 1}
 _GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 6}
+_GEMMA4 = {
+    "num_hidden_layers": 6,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 6,
+    "hidden_size_per_layer_input": 0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 20000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
+    },
+}
 _LONG = {"long_factor": [1.5, 2.0, 3.0, 4.5, 5.0, 6.0], "short_factor": [1.1, 1.2, 1.3, 1.2, 1.4, 1.6]}
 _TWO_ROTATIONS = {
     "rope_parameters": {
@@ -184,6 +195,37 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         "gemma3-pictures": Original(
             "Gemma3ForConditionalGeneration",
             {"text_config": _keys(**_GEMMA2, **_TWO_ROTATIONS), "vision_config": _VISION, "mm_tokens_per_image": 4},
+        ),
+        "gemma4": Original(
+            "Gemma4ForCausalLM",
+            _keys(**_GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=4.0),
+        ),
+        "gemma4-experts": Original(
+            "Gemma4ForCausalLM",
+            _keys(
+                **_GEMMA4,
+                enable_moe_block=True,
+                num_experts=6,
+                top_k_experts=3,
+                moe_intermediate_size=48,
+            ),
+        ),
+        "gemma4-inputs": Original(
+            "Gemma4ForCausalLM",
+            _keys(
+                **_GEMMA4
+                | {
+                    "hidden_size_per_layer_input": 32,
+                    "vocab_size_per_layer_input": VOCABULARY,
+                    "num_kv_shared_layers": 3,
+                    "use_double_wide_mlp": True,
+                    "layer_types": ["sliding_attention", "full_attention"] * 3,
+                },
+            ),
+        ),
+        "gemma4-pictures": Original(
+            "Gemma4ForConditionalGeneration",
+            {"text_config": _keys(**_GEMMA4), "vision_config": _VISION | {"head_dim": 16}, "audio_config": None},
         ),
         "falcon": Original("FalconForCausalLM", {**_FALCON, **_rope("default")}),
         "falcon-apart": Original("FalconForCausalLM", {**_FALCON, "multi_query": False, "ffn_hidden_size": 160}),

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-HIDDEN, HEADS, KV_HEADS, HEAD, INNER, WORDS, LAYERS = 64, 4, 2, 16, 96, 320, 2
-Shapes = dict[str, tuple[int, ...]]
+from support.models.checkpoints.gemma4 import EXPERT_KEYS, INPUT_KEYS, gemma4_ends, gemma4_layer
+from support.models.checkpoints.shapes import (
+    HEAD,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    LAYERS,
+    WORDS,
+    Shapes,
+    attention_shapes,
+    gated_shapes,
+    layer_norms,
+)
 
 _COMMON = {
     "hidden_size": HIDDEN,
@@ -37,31 +50,13 @@ def _per_layer(make: Callable[[str], Shapes], prefix: str = "model.layers") -> S
     return {name: shape for layer in range(LAYERS) for name, shape in make(f"{prefix}.{layer}").items()}
 
 
-def _norms(layer: str) -> Shapes:
-    return {f"{layer}.input_layernorm.weight": (HIDDEN,), f"{layer}.post_attention_layernorm.weight": (HIDDEN,)}
-
-
-def _attention(layer: str, bias: bool = False) -> Shapes:
-    query, key = HEADS * HEAD, KV_HEADS * HEAD
-    rows = {"q_proj": query, "k_proj": key, "v_proj": key}
-    shapes: Shapes = {f"{layer}.self_attn.{name}.weight": (count, HIDDEN) for name, count in rows.items()}
-    if bias:
-        shapes |= {f"{layer}.self_attn.{name}.bias": (count,) for name, count in rows.items()}
-    return shapes | {f"{layer}.self_attn.o_proj.weight": (HIDDEN, query)}
-
-
-def _gated(prefix: str, width: int = INNER) -> Shapes:
-    inner = {f"{prefix}.{part}_proj.weight": (width, HIDDEN) for part in ("gate", "up")}
-    return {**inner, f"{prefix}.down_proj.weight": (HIDDEN, width)}
-
-
 def _llama(layer: str) -> Shapes:
-    return {**_norms(layer), **_attention(layer), **_gated(f"{layer}.mlp")}
+    return {**layer_norms(layer), **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
 
 
 def _mixtral(layer: str) -> Shapes:
     moe = f"{layer}.block_sparse_moe"
-    shapes = {**_norms(layer), **_attention(layer), f"{moe}.gate.weight": (4, HIDDEN)}
+    shapes = {**layer_norms(layer), **attention_shapes(layer), f"{moe}.gate.weight": (4, HIDDEN)}
     for expert in range(4):
         shapes |= {f"{moe}.experts.{expert}.{w}.weight": (INNER, HIDDEN) for w in ("w1", "w3")}
         shapes[f"{moe}.experts.{expert}.w2.weight"] = (HIDDEN, INNER)
@@ -70,11 +65,16 @@ def _mixtral(layer: str) -> Shapes:
 
 def _baichuan(layer: str) -> Shapes:
     packed = {f"{layer}.self_attn.W_pack.weight": (3 * HIDDEN, HIDDEN)}
-    return {**_norms(layer), **packed, f"{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN), **_gated(f"{layer}.mlp")}
+    return {
+        **layer_norms(layer),
+        **packed,
+        f"{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+        **gated_shapes(f"{layer}.mlp"),
+    }
 
 
 def _qwen2(layer: str) -> Shapes:
-    return {**_norms(layer), **_attention(layer, bias=True), **_gated(f"{layer}.mlp")}
+    return {**layer_norms(layer), **attention_shapes(layer, bias=True), **gated_shapes(f"{layer}.mlp")}
 
 
 def _qwen3(layer: str) -> Shapes:
@@ -84,25 +84,25 @@ def _qwen3(layer: str) -> Shapes:
 def _experts(layer: str) -> Shapes:
     shapes: Shapes = {f"{layer}.mlp.gate.weight": (4, HIDDEN)}
     for expert in range(4):
-        shapes |= _gated(f"{layer}.mlp.experts.{expert}", 32)
+        shapes |= gated_shapes(f"{layer}.mlp.experts.{expert}", 32)
     return shapes
 
 
 def _qwen2moe(layer: str) -> Shapes:
-    shared = {**_gated(f"{layer}.mlp.shared_expert", 64), f"{layer}.mlp.shared_expert_gate.weight": (1, HIDDEN)}
-    return {**_norms(layer), **_attention(layer, bias=True), **_experts(layer), **shared}
+    shared = {**gated_shapes(f"{layer}.mlp.shared_expert", 64), f"{layer}.mlp.shared_expert_gate.weight": (1, HIDDEN)}
+    return {**layer_norms(layer), **attention_shapes(layer, bias=True), **_experts(layer), **shared}
 
 
 def _qwen3moe(layer: str) -> Shapes:
     norms = {f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}
-    return {**_norms(layer), **_attention(layer), **norms, **_experts(layer)}
+    return {**layer_norms(layer), **attention_shapes(layer), **norms, **_experts(layer)}
 
 
 def _chatglm(layer: str) -> Shapes:
     packed = (HEADS + 2 * KV_HEADS) * HEAD
     attention, mlp = f"{layer}.self_attention", f"{layer}.mlp"
     return {
-        **_norms(layer),
+        **layer_norms(layer),
         f"{attention}.query_key_value.weight": (packed, HIDDEN),
         f"{attention}.query_key_value.bias": (packed,),
         f"{attention}.dense.weight": (HIDDEN, HIDDEN),
@@ -112,7 +112,11 @@ def _chatglm(layer: str) -> Shapes:
 
 
 def _glm(layer: str) -> Shapes:
-    shapes = {**_norms(layer), **_attention(layer, bias=True), f"{layer}.mlp.gate_up_proj.weight": (2 * INNER, HIDDEN)}
+    shapes = {
+        **layer_norms(layer),
+        **attention_shapes(layer, bias=True),
+        f"{layer}.mlp.gate_up_proj.weight": (2 * INNER, HIDDEN),
+    }
     return {**shapes, f"{layer}.mlp.down_proj.weight": (HIDDEN, INNER)}
 
 
@@ -122,7 +126,7 @@ def _glm4(layer: str) -> Shapes:
 
 def _phi3(layer: str) -> Shapes:
     return {
-        **_norms(layer),
+        **layer_norms(layer),
         f"{layer}.self_attn.qkv_proj.weight": ((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
         f"{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
         f"{layer}.mlp.gate_up_proj.weight": (2 * INNER, HIDDEN),
@@ -156,14 +160,14 @@ def _olmo2(layer: str) -> Shapes:
     norms |= {
         f"{layer}.self_attn.{part}_norm.weight": (heads * HEAD,) for part, heads in (("q", HEADS), ("k", KV_HEADS))
     }
-    return {**norms, **_attention(layer), **_gated(f"{layer}.mlp")}
+    return {**norms, **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
 
 
 def _gpt_oss(layer: str) -> Shapes:
-    attention = {**_attention(layer, bias=True), f"{layer}.self_attn.o_proj.bias": (HIDDEN,)}
+    attention = {**attention_shapes(layer, bias=True), f"{layer}.self_attn.o_proj.bias": (HIDDEN,)}
     experts = f"{layer}.mlp.experts"
     return {
-        **_norms(layer),
+        **layer_norms(layer),
         **attention,
         f"{layer}.self_attn.sinks": (HEADS,),
         f"{layer}.mlp.router.weight": (4, HIDDEN),
@@ -178,11 +182,11 @@ def _gpt_oss(layer: str) -> Shapes:
 def _glm4moe(layer: str) -> Shapes:
     """A dense layer, others with experts, and behind them one that predicts further tokens."""
     number = int(layer.rpartition(".")[2])
-    shapes = {**_norms(layer), **_attention(layer, bias=True)}
+    shapes = {**layer_norms(layer), **attention_shapes(layer, bias=True)}
     shapes |= {f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}
     if number == 0:
-        return {**shapes, **_gated(f"{layer}.mlp")}
-    shapes |= {**_experts(layer), **_gated(f"{layer}.mlp.shared_experts", 32)}
+        return {**shapes, **gated_shapes(f"{layer}.mlp")}
+    shapes |= {**_experts(layer), **gated_shapes(f"{layer}.mlp.shared_experts", 32)}
     shapes[f"{layer}.mlp.gate.e_score_correction_bias"] = (4,)
     if number == LAYERS:
         shapes |= {f"{layer}.{norm}.weight": (HIDDEN,) for norm in ("enorm", "hnorm", "shared_head.norm")}
@@ -203,7 +207,7 @@ def _falcon(layer: str, norms: tuple[str, ...] = ("input_layernorm",)) -> Shapes
 
 
 def _starcoder2(layer: str) -> Shapes:
-    shapes = {**_norms(layer), **_attention(layer, bias=True), f"{layer}.self_attn.o_proj.bias": (HIDDEN,)}
+    shapes = {**layer_norms(layer), **attention_shapes(layer, bias=True), f"{layer}.self_attn.o_proj.bias": (HIDDEN,)}
     shapes |= {f"{layer}.mlp.c_fc.weight": (INNER, HIDDEN), f"{layer}.mlp.c_fc.bias": (INNER,)}
     shapes |= {f"{layer}.mlp.c_proj.weight": (HIDDEN, INNER), f"{layer}.mlp.c_proj.bias": (HIDDEN,)}
     return shapes | {f"{layer}.{norm}_layernorm.bias": (HIDDEN,) for norm in ("input", "post_attention")}
@@ -332,6 +336,11 @@ CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
     "GemmaForCausalLM": (_COMMON | _GEMMA, {**_ends(), **_per_layer(_llama)}),
     "Gemma2ForCausalLM": (_COMMON | _GEMMA, {**_ends(), **_per_layer(_gemma2)}),
     "Gemma3ForCausalLM": (_COMMON | _GEMMA, {**_ends(), **_per_layer(_gemma3)}),
+    "Gemma4ForCausalLM experts": (_COMMON | EXPERT_KEYS, {**_ends(), **_per_layer(partial(gemma4_layer, EXPERT_KEYS))}),
+    "Gemma4ForCausalLM inputs": (
+        _COMMON | INPUT_KEYS,
+        {**_ends(), **gemma4_ends(), **_per_layer(partial(gemma4_layer, INPUT_KEYS))},
+    ),
     "FalconForCausalLM": (_COMMON | _FALCON_KEYS, {**_FALCON_ENDS, **_per_layer(_falcon, "transformer.h")}),
     "FalconForCausalLM 40b": (
         _COMMON | _FALCON_KEYS,

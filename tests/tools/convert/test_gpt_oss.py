@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.core.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.architectures import build_program
-from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.convert.conversion import convert
 from llamaclust.tools.convert.formats.opening import Hints
-from support.models.checkpoint_files import write_hugging_face
-from support.models.random_checkpoints import HIDDEN, INNER, LAYERS, checkpoint
+from llamaclust.tools.convert.merging import merge_adapter
+from support.models.checkpoint_files import safetensors_bytes, write_hugging_face
+from support.models.checkpoints.shapes import HIDDEN, INNER, LAYERS
+from support.models.converted import converted_checkpoint as converted
+from support.models.random_checkpoints import checkpoint
 from support.models.tiny_tokenizers import tokenizer_json
 
 COUNT = 4
@@ -46,13 +48,6 @@ def numbers(tensors: Arrays, name: str) -> NDArray[np.float32]:
     both = np.stack([NUMBERS[blocks & 15], NUMBERS[blocks >> 4]], axis=-1).reshape(*blocks.shape[:-1], 32)
     found: NDArray[np.float32] = np.ldexp(both, scales[..., None].astype(np.int32) - 127)
     return found.reshape(*blocks.shape[:2], -1)
-
-
-def converted(folder: Path, config: dict[str, Any], tensors: Arrays, kind: str = "bf16") -> ModelFile:
-    write_hugging_face(folder, config, tensors)
-    (folder / "tokenizer.json").write_text(tokenizer_json())
-    convert(folder, folder / "out.gguf", kind, Hints(), lambda done, total: None, None)
-    return open_model(folder / "out.gguf")
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
@@ -122,3 +117,29 @@ def test_the_bounds_of_a_stretched_rotation_that_are_not_rounded_are_kept(tmp_pa
     said = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False}
     model = converted(tmp_path, config | {"rope_scaling": said}, tensors)
     assert model.metadata["gpt-oss.rope.scaling.yarn_truncate"] is False
+
+
+def test_an_adapter_is_merged_to_a_file_and_to_no_folder(tmp_path: Path) -> None:
+    config, tensors = packed_checkpoint(6)
+    write_hugging_face(tmp_path / "base", config, tensors)
+    (tmp_path / "base/tokenizer.json").write_text(tokenizer_json())
+    module, generator = "model.layers.0.self_attn.o_proj", np.random.default_rng(6)
+    down, up = generator.standard_normal((2, 2, HIDDEN), np.float32)
+    parts = {f"base_model.model.{module}.lora_{half}.weight": values for half, values in (("A", down), ("B", up.T))}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(safetensors_bytes(parts))
+
+    def merged(name: str) -> Path:
+        merge_adapter(
+            tmp_path / "base", tmp_path / "adapter", tmp_path / name, "f32", Hints(), lambda done, total: None
+        )
+        return tmp_path / name
+
+    model = open_model(merged("out.gguf"))
+    found = np.frombuffer(model.tensor("blk.0.attn_output.weight").read(), "<f4").reshape(HIDDEN, HIDDEN)
+    np.testing.assert_allclose(found, tensors[f"{module}.weight"] + up.T @ down, atol=1e-5)
+    assert model.tensor("blk.0.ffn_down_exps.weight").quant_type is QuantType.MXFP4
+    with pytest.raises(UsageError, match=r"of a base in mxfp4 only a file is written; give a name that ends in \.gguf"):
+        merged("folder")
+    assert not (tmp_path / "folder").exists()

@@ -16,7 +16,8 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.tools.convert.formats.opening import Hints
 from llamaclust.tools.convert.merging import merge_adapter
 from support.models.checkpoint_files import safetensors_bytes, write_hugging_face, write_torch
-from support.models.random_checkpoints import HEAD, HIDDEN, INNER, KV_HEADS, WORDS, checkpoint, values
+from support.models.checkpoints.shapes import HEAD, HIDDEN, INNER, KV_HEADS, WORDS
+from support.models.random_checkpoints import checkpoint, values
 from support.models.tiny_tokenizers import tokenizer_json
 
 RANK, ALPHA = 4, 6

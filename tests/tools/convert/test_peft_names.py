@@ -18,7 +18,8 @@ from llamaclust.tools.convert.formats.opening import Hints
 from llamaclust.tools.convert.merging import merge_adapter
 from llamaclust.tools.convert.pages import PAGES
 from support.models.checkpoint_files import safetensors_bytes, write_hugging_face
-from support.models.random_checkpoints import CASES, LAYERS, checkpoint, values
+from support.models.checkpoints.shapes import LAYERS
+from support.models.random_checkpoints import CASES, checkpoint, values
 from support.models.tiny_tokenizers import tokenizer_json
 
 RANK, ALPHA = 4, 6
@@ -43,6 +44,8 @@ WANTED = {
     "GemmaForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Gemma2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Gemma3ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "Gemma4ForCausalLM experts": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "Gemma4ForCausalLM inputs": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Starcoder2ForCausalLM": ATTENTION | {"ffn_up", "ffn_down"},
     "GPT2LMHeadModel": {"attn_qkv", "attn_output", "ffn_up", "ffn_down"},
 }
@@ -56,12 +59,14 @@ def test_merged_matrices_are_those_of_the_model_and_the_adapter(case: str, tmp_p
     (tmp_path / "base" / "tokenizer.json").write_text(tokenizer_json())
     architecture = PAGES[case.split()[0]][0]
     adapter, count = write_adapter(tmp_path / "adapter", architecture, tensors, case == "GPT2LMHeadModel")
-    assert count == LAYERS * len(WANTED.get(case, ())), case
+    convert(tmp_path / "base", tmp_path / "base.gguf", "f32", Hints(), lambda done, total: None, None)
+    base = open_model(tmp_path / "base.gguf")
+    wanted = {f"blk.{layer}.{name}.weight" for layer in range(LAYERS) for name in WANTED.get(case, ())}
+    assert count == len(wanted & base.tensors.keys()) and count >= len(wanted) - 2, case
     if not count:
         return
-    convert(tmp_path / "base", tmp_path / "base.gguf", "f32", Hints(), lambda done, total: None, None)
     merge_adapter(tmp_path / "base", adapter, tmp_path / "merged.gguf", "f32", Hints(), lambda done, total: None)
-    base, merged = open_model(tmp_path / "base.gguf"), open_model(tmp_path / "merged.gguf")
+    merged = open_model(tmp_path / "merged.gguf")
     factors = read_adapter(adapter, base).tensors
     for name in base.tensors:
         expected = floats(base.tensor(name))

@@ -10,7 +10,7 @@ from typing import Final
 
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import falcon, gemma, glm, glm_moe, gpt, gpt_oss, llama, olmo, phi3, qwen
+from llamaclust.tools.convert.pages import falcon, gemma, gemma4, glm, glm_moe, gpt, gpt_oss, llama, olmo, phi3, qwen
 from llamaclust.tools.convert.pages.text_parts import MULTIMODAL, text_part
 from llamaclust.tools.convert.settings import Checkpoint
 
@@ -39,6 +39,7 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "GemmaForCausalLM": ("gemma", gemma.build),
         "Gemma2ForCausalLM": ("gemma2", gemma.build),
         "Gemma3ForCausalLM": ("gemma3", gemma.build),
+        "Gemma4ForCausalLM": ("gemma4", gemma4.build),
         "GlmForCausalLM": ("chatglm", glm.build),
         "Glm4ForCausalLM": ("glm4", glm.build),
         "Glm4MoeForCausalLM": ("glm4moe", glm_moe.build),
@@ -50,7 +51,7 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
     }
 )
 
-_NOTE: Final = "only the text model is written, without what sees pictures"
+_NOTE: Final = "only the text model is written, without what sees pictures or hears"
 
 
 def build_page(checkpoint: Checkpoint) -> Page:

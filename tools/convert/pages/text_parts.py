@@ -34,6 +34,7 @@ _GEMMA3: Final = MappingProxyType(
 MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
     {
         "Gemma3ForConditionalGeneration": TextPart({"gemma3_text": "Gemma3ForCausalLM"}, "gemma3_text", _GEMMA3),
+        "Gemma4ForConditionalGeneration": TextPart({"gemma4_text": "Gemma4ForCausalLM"}, "gemma4_text"),
         "Mistral3ForConditionalGeneration": TextPart(
             {"ministral3": "Ministral3ForCausalLM", "mistral": "Ministral3ForCausalLM"}, "mistral"
         ),
@@ -42,7 +43,9 @@ MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
 """Classes of multimodal models."""
 _PREFIXES: Final = (("language_model.model.", "model."), ("language_model.", ""), ("model.language_model.", "model."))
 _PICTURES: Final = tuple(
-    f"{root}{part}." for root in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
+    f"{root}{part}."
+    for root in ("", "model.")
+    for part in ("vision_tower", "multi_modal_projector", "embed_vision", "audio_tower", "embed_audio")
 )
 
 

@@ -18,7 +18,7 @@ from llamaclust.tools.convert.vocabularies.tokenizer_json import read_tokenizer_
 from llamaclust.tools.convert.vocabularies.words import Words
 
 _TEKKEN: Final = "tekken.json"
-_NAMES: Final = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken", _TEKKEN, "tokenizer.bin")
+NAMES: Final = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken", _TEKKEN, "tokenizer.bin")
 _MAX_BYTES: Final = 1 << 28
 _PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 """Names of roles in Hugging Face's files and in GGUF, whose spelling of "separator" differs."""
@@ -26,12 +26,15 @@ _NUMBER: Final = re.compile("[0-9]{1,9}")
 _MAX_TEMPLATE_BYTES: Final = 1 << 22
 
 
-def read_words(files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = ()) -> Words:
+def read_words(
+    files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = (), names: Sequence[str] = NAMES
+) -> Words:
     """The vocabulary in a file, or in a folder of Hugging Face's form, for an embedding of `rows` rows.
 
-    `behind`: control words that the model's own program adds behind those of SentencePiece.
+    `behind`: control words that the model's own program adds behind those of SentencePiece. `names`: of files to look
+    for, the best first.
     """
-    path = _find(place) if place.is_dir() else place
+    path = _find(place, names) if place.is_dir() else place
     words = _read(files.open(path))
     if words.kind == "llama":
         for token_id, text in enumerate(behind, len(words.texts)):
@@ -43,10 +46,10 @@ def read_words(files: SourceFiles, place: Path, rows: int, behind: Sequence[str]
     return words
 
 
-def _find(folder: Path) -> Path:
-    found = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
+def _find(folder: Path, names: Sequence[str]) -> Path:
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
-        raise ModelFileError(f"{folder}: no tokenizer ({', '.join(_NAMES)}); name one with --tokenizer")
+        raise ModelFileError(f"{folder}: no tokenizer ({', '.join(names)}); name one with --tokenizer")
     return found
 
 

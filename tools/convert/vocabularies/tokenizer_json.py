@@ -80,8 +80,7 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
     strange = next((entry.get("type") for entry in normalizers if entry.get("type") not in _HARMLESS), None)
     if strange is not None:
         raise ModelFileError(f"{path}: the normalizer {shown(str(strange))} is not supported for byte-level BPE")
-    ignores_merges = said["model"].get("ignore_merges") is True
-    name = recognised(_library(path).pre_tokenizer, ignores_merges, _template_ends(said)[0] is not None)
+    name = _pre_tokenizer_name(_library(path), said)
     if name is None:
         raise ModelFileError(
             f"{path}: its pre-tokenizer cuts text like none of those that are known (docs/convert.md lists them); "
@@ -96,6 +95,24 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
         merges=[f"{left} {right}" for left, right in merges],
         flags={"add_bos_token": False},
     )
+
+
+def _pre_tokenizer_name(library: Any, said: dict[str, Any]) -> str | None:
+    """The name of the pre-tokenizer; where it differs only in whether words are merged at all, if that changes nothing:
+    the merges of each word lead to the word."""
+    ignores_merges, has_bos = said["model"].get("ignore_merges") is True, _template_ends(said)[0] is not None
+    name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
+    if name is not None:
+        return name
+    name = recognised(library.pre_tokenizer, not ignores_merges, has_bos)
+    return name if name is not None and _merges_reach_words(library, said) else None
+
+
+def _merges_reach_words(library: Any, said: dict[str, Any]) -> bool:
+    added = {entry.get("content") for entry in said.get("added_tokens") or () if isinstance(entry, dict)}
+    model = library.model
+    model.ignore_merges = False
+    return all(len(model.tokenize(word)) == 1 for word in said["model"]["vocab"] if word not in added)
 
 
 def _library(path: Path) -> Any:
@@ -119,7 +136,15 @@ def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]]
         0.0 if kind is TokenType.BYTE else -float(ranks.get(text, worst))
         for text, kind in zip(texts, types, strict=True)
     ]
-    words = Words(kind="llama", pre="default", origin=path, texts=texts, types=types, scores=scores)
+    words = Words(
+        kind="llama",
+        pre="default",
+        origin=path,
+        texts=texts,
+        types=types,
+        scores=scores,
+        merges=[f"{left} {right}" for left, right in merges],
+    )
     unknown = said["model"].get("unk_token")
     if isinstance(unknown, str) and unknown in texts:
         words.ids["unknown"] = texts.index(unknown)

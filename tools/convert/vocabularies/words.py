@@ -23,7 +23,8 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 @dataclass(slots=True)
 class Words:
-    """`kind` is `tokenizer.ggml.model`; `scores` are of SentencePiece vocabularies, `merges` of byte-level BPE."""
+    """`kind` is `tokenizer.ggml.model`; `scores` are of SentencePiece vocabularies, `merges` of BPE: of SentencePiece's
+    only where a tokenizer.json lists them, and in files only of kind gemma4."""
 
     kind: str
     pre: str
@@ -75,7 +76,7 @@ class Words:
         if self.scores is not None:
             found[key("scores")] = np.array(self.scores, np.float32)
         found[key("token_type")] = np.array(self.types, np.int32)
-        if self.merges is not None:
+        if self.merges is not None and self.kind != "llama":
             found[key("merges")] = self.merges
         if self.charsmap:
             found[key("precompiled_charsmap")] = np.frombuffer(self.charsmap, np.uint8)

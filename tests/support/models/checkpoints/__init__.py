@@ -1,0 +1,1 @@
+"""Parts of small models: their shapes, and tensors of their own kinds of layers."""

@@ -1,0 +1,24 @@
+"""Widths of the tiny random checkpoints, and shapes that layers of many architectures have, by name."""
+
+from __future__ import annotations
+
+HIDDEN, HEADS, KV_HEADS, HEAD, INNER, WORDS, LAYERS = 64, 4, 2, 16, 96, 320, 2
+Shapes = dict[str, tuple[int, ...]]
+
+
+def layer_norms(layer: str) -> Shapes:
+    return {f"{layer}.input_layernorm.weight": (HIDDEN,), f"{layer}.post_attention_layernorm.weight": (HIDDEN,)}
+
+
+def attention_shapes(layer: str, bias: bool = False) -> Shapes:
+    query, key = HEADS * HEAD, KV_HEADS * HEAD
+    rows = {"q_proj": query, "k_proj": key, "v_proj": key}
+    shapes: Shapes = {f"{layer}.self_attn.{name}.weight": (count, HIDDEN) for name, count in rows.items()}
+    if bias:
+        shapes |= {f"{layer}.self_attn.{name}.bias": (count,) for name, count in rows.items()}
+    return shapes | {f"{layer}.self_attn.o_proj.weight": (HIDDEN, query)}
+
+
+def gated_shapes(prefix: str, width: int = INNER) -> Shapes:
+    inner = {f"{prefix}.{part}_proj.weight": (width, HIDDEN) for part in ("gate", "up")}
+    return {**inner, f"{prefix}.down_proj.weight": (HIDDEN, width)}

@@ -1,0 +1,133 @@
+"""Settings of a checkpoint that make no sense, or that no key of GGUF can say, are one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaclust.core.errors import ModelFileError
+from support.models.converted import converted_checkpoint as converted
+from support.models.random_checkpoints import checkpoint
+
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+_GEMMA4 = "Gemma4ForCausalLM experts"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "magic"}}, "'magic' is not known"),
+        ({"num_hidden_layers": 10**9}, "1000000000, a whole number of 1 to 1024 expected"),
+        ({"hidden_size": -1}, "-1, a whole number"),
+        ({"hidden_size": None}, "'hidden_size': missing"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "5, which does not divide a width of 64"),
+        ({"num_key_value_heads": 3}, "3, which does not divide 4 heads"),
+        ({"intermediate_size": 128}, r"shape \[96, 64\], \[128, 64\] expected"),
+        ({"num_hidden_layers": 3}, "'model.layers.2.input_layernorm.weight': missing"),
+        ({"num_hidden_layers": 1}, "no part of llama and 8 others"),
+        ({"architectures": ["LlamaForCausalM"]}, "did you mean LlamaForCausalLM"),
+        ({"architectures": None}, "'architectures': missing"),
+        ({"rms_norm_eps": "small"}, "'small', a number expected"),
+    ],
+)
+def test_settings_that_make_no_sense(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config, tensors = checkpoint("LlamaForCausalLM")
+    with pytest.raises(ModelFileError, match=message):
+        converted(tmp_path, config | change, tensors)
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+_STRETCHED = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+
+_TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"rope_theta": 3000.0}}
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "'hidden_act': 'gelu': llama computes silu"),
+        ("Starcoder2ForCausalLM", {"hidden_act": "silu"}, "'silu': starcoder2 computes gelu_pytorch_tanh"),
+        ("LlamaForCausalLM", {"rope_scaling": _YARN | {"truncate": 0}}, "'truncate': 0, true or false expected"),
+        ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "false is not what qwen3moe computes"),
+        ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 24}, "24, 16 expected of 2 layers"),
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "null is not what gemma2 computes"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "gemma3 caps no scores"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "true is not supported"),
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention"]}, "1 entries, 2 kinds of attention expected"),
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention", "no"]}, "2 entries, 2 kinds of attention expected"),
+        ("GptOssForCausalLM", {"swiglu_limit": 6.0}, "'swiglu_limit': 6.0: gpt-oss computes with 7.0"),
+        ("GptOssForCausalLM", {"sliding_window": None}, "'sliding_window': missing"),
+        ("GptOssForCausalLM", {"num_local_experts": 10**9}, "1000000000, a whole number of 1 to 1024"),
+        ("GptOssForCausalLM", {"num_experts_per_tok": 5}, "5, a whole number of 1 to 4"),
+        ("Glm4MoeForCausalLM", {"n_group": 2}, "2, only one group of experts"),
+        ("Glm4MoeForCausalLM", {"n_routed_experts": None}, "'n_routed_experts': missing"),
+        ("Glm4MoeForCausalLM", {"num_nextn_predict_layers": 10**9}, "1000000000, a whole number of 0 to 1024"),
+        ("Glm4MoeForCausalLM", {"num_nextn_predict_layers": 2}, "layers.3.input_layernorm.weight': missing"),
+        ("Glm4MoeForCausalLM", {"num_nextn_predict_layers": 0}, "no part of glm4moe and"),
+        ("Glm4MoeForCausalLM", {"first_k_dense_replace": -1}, "-1, a whole number of 0 to 1024"),
+        (_GEMMA4, {"per_layer_config": {"1": {"head_dim": 10**9}}}, "1000000000, a whole number of 1 to 4096"),
+        (_GEMMA4, {"per_layer_config": {"1": 5}}, "5, an object expected"),
+        (_GEMMA4, {"per_layer_config": [1]}, "an object expected"),
+        (_GEMMA4, {"per_layer_config": {"0": {"head_dim": 32}}}, r"k_norm.weight': shape|q_proj.weight': shape|differ"),
+        (_GEMMA4, {"global_head_dim": None}, r"shape \[128, 64\], \[2048, 64\] expected"),
+        (_GEMMA4, {"num_global_key_value_heads": 3}, "3, which does not divide 4 heads"),
+        (_GEMMA4, {"use_bidirectional_attention": "all"}, "only null and vision"),
+        (_GEMMA4, {"hidden_activation": "silu"}, "'silu': gemma4 computes gelu_pytorch_tanh"),
+        (_GEMMA4, {"num_kv_shared_layers": 2}, "2, a whole number of 0 to 1 expected"),
+        (_GEMMA4, {"num_kv_shared_layers": 1}, "1, with no layer of their kind before"),
+        (_GEMMA4, {"top_k_experts": 5}, "5, a whole number of 1 to 4"),
+        (_GEMMA4, {"num_experts": 10**12}, "1000000000000, a whole number of 1 to 1024"),
+        (_GEMMA4, {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "'yarn', only a proportional"),
+        (_GEMMA4, {"rope_parameters": {"full_attention": {"factor": 2.0}}}, "only a proportional rotation"),
+        (
+            _GEMMA4,
+            {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
+            "rotate a part of a head",
+        ),
+        ("Gemma4ForCausalLM inputs", {"vocab_size_per_layer_input": 300}, "300, the vocabulary has 320"),
+        ("Gemma4ForCausalLM inputs", {"hidden_size_per_layer_input": 10**9}, "a whole number of 0 to 4096"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "no rotation in every 4th layer, and only there"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": "all"}, "'no_rope_layers': smollm3 has no rotation in every 4th"),
+        (
+            "SmolLM3ForCausalLM",
+            {"no_rope_layers": None, "no_rope_layer_interval": 10**30},
+            "a whole number of 1 to 1024",
+        ),
+        ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "true is not supported"),
+        ("Ministral3ForCausalLM", {"sliding_window": 64}, "64 for a context of 256: mistral3 has no window"),
+        ("Ministral3ForCausalLM", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "'original_max.*': missing"),
+        ("Ministral3ForCausalLM", {"rope_parameters": {"llama_4_scaling_beta": 1e30}}, "1e.30, 0 to 1000 expected"),
+        ("Olmo2ForCausalLM", {"clip_qkv": 8.0}, "8.0: olmo2 does not clip"),
+        ("Olmo3ForCausalLM", {"rope_parameters": _TWO_BASES}, "3000 as the base of layers with a window, 20000.0"),
+        ("Olmo3ForCausalLM", {"sliding_window": None}, "'sliding_window': missing"),
+        ("Olmo3ForCausalLM", {"layer_types": [{}, {}]}, "2 entries, 2 kinds of attention expected"),
+        ("Gemma3ForCausalLM", {"rope_parameters": _STRETCHED}, "a window whose rotation is stretched"),
+        ("FalconForCausalLM", {"new_decoder_architecture": False, "parallel_attn": False}, "'parallel_attn': false"),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scores that are scaled otherwise"),
+    ],
+)
+def test_settings_that_no_key_can_say(case: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config, tensors = checkpoint(case)
+    with pytest.raises(ModelFileError, match=message):
+        converted(tmp_path, config | change, tensors)
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "message"),
+    [
+        (
+            "Mistral3ForConditionalGeneration",
+            {"model_type": "mistral4"},
+            "'mistral4' in a Mistral3For.* only ministral3",
+        ),
+        ("Gemma4ForConditionalGeneration", {"model_type": 7}, "7, text expected"),
+        ("Gemma4ForConditionalGeneration", {}, "'num_hidden_layers': missing"),
+    ],
+)
+def test_text_parts_that_are_not_known(family: str, said: dict[str, Any], message: str, tmp_path: Path) -> None:
+    _, tensors = checkpoint("LlamaForCausalLM")
+    with pytest.raises(ModelFileError, match=message):
+        converted(tmp_path, {"architectures": [family], "text_config": said}, tensors)

@@ -1,0 +1,64 @@
+"""What the vocabularies of some architectures need beside their files: roles of tokens, kinds, flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.tokenizers.vocabulary import TokenType
+from llamaclust.tools.convert.formats.source_files import SourceFiles
+from llamaclust.tools.convert.vocabularies.reading import NAMES, read_words
+from llamaclust.tools.convert.vocabularies.words import Words
+
+_CHATGLM_TURN: Final = "<|user|>"
+_CHATGLM_WORDS: Final = (
+    *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
+    *("<|system|>", _CHATGLM_TURN, "<|assistant|>", "<|observation|>"),
+)
+_GLM_PARTS: Final = {
+    "chatglm": {"eot": _CHATGLM_TURN},
+    "glm4": {"eot": _CHATGLM_TURN},
+    "glm4moe": {"bos": "[gMASK]", "eot": _CHATGLM_TURN, "eom": "<|observation|>", "unknown": "<|endoftext|>"},
+}
+"""Roles of tokens that the models' own files do not tell."""
+_GEMMA4: Final = "gemma4"
+_GEMMA4_VISIBLE: Final = frozenset(
+    {
+        *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"),
+        *("<|tool_response>", "<tool_response|>", '<|"|>'),
+    }
+)
+"""Marks that an answer's parser has to see."""
+_LIBRARY_FILE: Final = "tokenizer.json"
+
+
+def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int) -> Words:
+    """The vocabulary at `place` for an embedding of `rows` rows, as the architecture needs it. ModelFileError for one
+    that is not usable."""
+    behind = _CHATGLM_WORDS if architecture == "chatglm" else ()
+    names = (_LIBRARY_FILE,) if architecture == _GEMMA4 else NAMES
+    words = read_words(files, place, rows, behind, names)
+    if architecture in _GLM_PARTS:
+        words.flags["add_bos_token"] = False
+        for part, text in _GLM_PARTS[architecture].items():
+            if text in words.texts:
+                words.ids[part] = words.texts.index(text)
+    if architecture.startswith("gemma") and words.kind == "llama":
+        if architecture == _GEMMA4:
+            _become_gemma4(words)
+        words.flags["add_space_prefix"] = False
+    return words
+
+
+def _become_gemma4(words: Words) -> None:
+    """BPE by the merges of tokenizer.json, which SentencePiece's scores would not keep."""
+    if not words.merges:
+        raise ModelFileError(f"{words.origin}: without merges; gemma4 needs those of {_LIBRARY_FILE}")
+    if words.flags["add_space_prefix"]:
+        raise ModelFileError(f"{words.origin}: it puts a space before a text, which gemma4 does not")
+    words.kind = _GEMMA4
+    words.flags["add_bos_token"] = True
+    for token_id, text in enumerate(words.texts):
+        if text in _GEMMA4_VISIBLE:
+            words.types[token_id] = TokenType.USER_DEFINED

@@ -181,6 +181,20 @@ class Plan:
     def convolve(
         self, x: int, out: int, layer: int, weight: PackedMatrix, bias: NDArray[np.float32] | None
     ) -> None: ...
+    def decay(self, x: int, out: int, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None: ...
+    def delta_rule(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        decay: int,
+        beta: int,
+        out: int,
+        layer: int,
+        heads: int,
+        key_heads: int,
+        tiled: bool,
+    ) -> None: ...
     def select_rows(self, x: int, out: int) -> None: ...
     def add_row(self, x: int, out: int, weight: PackedMatrix, row: int) -> None: ...
     def write_result(self, x: int, out: int) -> None: ...

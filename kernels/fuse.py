@@ -37,7 +37,7 @@ class Adapts:
         return self.steps[0].adapter
 
 
-FusedStep = ir.Embed | Products | ir.HeadMatMul | Adapts | Attend | ir.Convolution | ir.Moe | ir.SelectRows | ir.RowStep
+FusedStep = ir.Embed | Products | ir.HeadMatMul | Adapts | Attend | ir.StateStep | ir.Moe | ir.SelectRows | ir.RowStep
 
 
 def fuse(program: ir.Program) -> Iterator[FusedStep]:
@@ -133,6 +133,8 @@ def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
             return step.x, step.out
         case ir.Add() | ir.Mul() | ir.Join() | ir.SigmoidGate():
             return step.x, step.y
+        case ir.DeltaRule():
+            return step.q, step.k, step.v, step.decay, step.beta
         case ir.Moe(routed=ir.Buffer() as routed):
             return step.x, routed
         case _:

@@ -214,6 +214,15 @@ class ModelKeys:
             raise self.error(key, f"{shown(str(value))}, true or false expected")
         return bool(value)
 
+    def flags(self, key: str, layers: int) -> list[bool] | None:
+        """A flag for each of the first `layers`, or None where the key is no array."""
+        value: Any = self.model.metadata.get(self._recorded(key))
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biu":
+            return None
+        if len(value) < layers:
+            raise self.error(key, f"{len(value)} numbers for {layers} layers")
+        return [bool(flag) for flag in value[:layers]]
+
     def refuse_unread(self) -> None:
         """ModelFileError for a key that would change the arithmetic, if nothing has read it."""
         for key in _NEUTRAL_VALUES.keys() - self._read:
@@ -227,11 +236,8 @@ class ModelKeys:
         """Which layers have the sliding window: `attention.sliding_window_pattern` says so for each, or is a period
         whose last layer, or with `full_first` its first, has none (0: all have it)."""
         key = "attention.sliding_window_pattern"
-        value: Any = self.model.metadata.get(self._recorded(key))
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biu":
-            if len(value) < layers:
-                raise self.error(key, f"{len(value)} numbers for {layers} layers")
-            return [bool(flag) for flag in value[:layers]]
+        if (flags := self.flags(key, layers)) is not None:
+            return flags
         period = self.model.metadata_int(self._recorded(key), default_period, minimum=0, maximum=1 << 10)
         full = 0 if full_first else period - 1
         return [period == 0 or layer % period != full for layer in range(layers)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from llamaclust.model.delta_rule import Decay, DeltaRule
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
 from llamaclust.model.row_steps import Activate, Add, Buffer, Join, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
 from llamaclust.model.states import Convolution, SequenceState, StatePart
@@ -20,6 +21,8 @@ __all__ = [
     "Add",
     "Buffer",
     "Convolution",
+    "Decay",
+    "DeltaRule",
     "Join",
     "Mul",
     "PositionScale",
@@ -296,10 +299,14 @@ RowStep = (
     | Slice
     | Join
     | SigmoidGate
+    | Decay
 )
 """Steps that compute a row of the out buffer from the same row of others, its position and weights of one row."""
 
-Step = Embed | MatMul | HeadMatMul | Adapt | Attention | Convolution | Moe | SelectRows | RowStep
+StateStep = Convolution | DeltaRule
+"""Steps that keep a state of each sequence."""
+
+Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | SelectRows | RowStep
 
 KvLayer = Attention | SequenceState
 """What a part of KV memory is laid out for: of each layer at most one attention, and one state of each part."""

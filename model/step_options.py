@@ -15,11 +15,13 @@ class RopeStyle(StrEnum):
 
 class ActivationFunction(StrEnum):
     """silu: x / (1 + exp(-x)); gelu: x * (1 + erf(x / sqrt(2))) / 2, or the same with
-    tanh(sqrt(2 / pi) * (x + 0.044715 x^3)) for erf. Kernels have the names of the values."""
+    tanh(sqrt(2 / pi) * (x + 0.044715 x^3)) for erf; sigmoid: 1 / (1 + exp(-x)). Kernels have the names of the
+    values."""
 
     SILU = "silu"
     GELU_ERF = "gelu_erf"
     GELU_TANH = "gelu_tanh"
+    SIGMOID = "sigmoid"
 
 
 class Gating(StrEnum):

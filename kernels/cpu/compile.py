@@ -131,6 +131,8 @@ class _Compiler:
                 self._attend(step.attention, step.rotate_q, step.rotate_k)
             case ir.Convolution():
                 self._convolve(step)
+            case ir.DeltaRule():
+                self._delta_rule(step)
             case ir.Moe():
                 self._experts(step)
             case ir.SelectRows():
@@ -178,6 +180,9 @@ class _Compiler:
                 plan.copy_channels(y, out, step.heads, 0, channels, step.y.width // step.heads)
             case ir.SigmoidGate():
                 plan.sigmoid_gate(x, y, out, self._weights[step.weight].vector)
+            case ir.Decay():
+                weight, bias = self._weights[step.weight].vector, self._weights[step.bias].vector
+                plan.decay(x, out, weight.repeat(step.x.width // step.heads), bias)
 
     def _finish(self, out: ir.Buffer) -> None:
         result = self._buffers.read(out)
@@ -290,6 +295,11 @@ class _Compiler:
         x, layer = self._buffers.read(step.x), self._kv.state(step.state)
         weight, bias = self._weights[step.weight].matrix, self._vector(step.bias)
         self.plan.convolve(x, self._buffers.write(step.out), layer, weight, bias)
+
+    def _delta_rule(self, step: ir.DeltaRule) -> None:
+        q, k, v, decay, beta = map(self._buffers.read, reads_of(step))
+        layer, out = self._kv.state(step.state), self._buffers.write(step.out)
+        self.plan.delta_rule(q, k, v, decay, beta, out, layer, step.heads, step.key_heads, step.tiled)
 
     def _experts(self, step: ir.Moe) -> None:
         buffers, used = self._buffers, step.used

@@ -19,6 +19,7 @@ from llamaclust.model.program import (
     AddRow,
     Attention,
     Convolution,
+    Decay,
     Embed,
     HeadMatMul,
     LayerNorm,
@@ -53,6 +54,9 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield step.weight, (step.x.width, step.taps)
             if step.bias is not None:
                 yield step.bias, (step.x.width,)
+        case Decay():
+            yield step.weight, (step.heads,)
+            yield step.bias, (step.x.width,)
         case AddPosition() | AddRow():
             yield step.weight, (-1, step.out.width)
         case SigmoidGate():

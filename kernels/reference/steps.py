@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llamaclust.kernels.backend import Batch, Float32
+from llamaclust.kernels.reference.delta_rule import decay, delta_rule
 from llamaclust.kernels.reference.kv import Float64, LayerKv
 from llamaclust.kernels.reference.states import StateMemory, convolve
 from llamaclust.model import program as ir
@@ -57,6 +58,11 @@ def run_step(step: ir.Step, state: State) -> None:
         case ir.Convolution():
             sequences = state.states[step.state].sequences(state.batch)
             state[step.out] = convolve(step, state[step.x], state.weights, sequences)
+        case ir.DeltaRule():
+            sequences = state.states[step.state].sequences(state.batch)
+            state[step.out] = delta_rule(step, state.buffers, sequences)
+        case ir.Decay():
+            state[step.out] = decay(step, state[step.x], state.weights)
         case ir.Moe():
             state[step.out] = moe(step, state)
         case ir.SelectRows():
@@ -170,6 +176,7 @@ ACTIVATIONS: Mapping[ActivationFunction, Callable[[Float64], Float64]] = {
     ActivationFunction.SILU: silu,
     ActivationFunction.GELU_ERF: gelu_erf,
     ActivationFunction.GELU_TANH: gelu_tanh,
+    ActivationFunction.SIGMOID: sigmoid,
 }
 
 

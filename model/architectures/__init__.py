@@ -23,6 +23,7 @@ from llamaclust.model.architectures import (
 )
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.architectures.latent import deepseek
+from llamaclust.model.architectures.recurrent import qwen as recurrent_qwen
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import ModelKeys, hyperparameters_of, read_architecture
@@ -71,7 +72,10 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "qwen2": qwen.qwen2,
         "qwen2moe": qwen.qwen2moe,
         "qwen3": qwen.qwen3,
+        "qwen35": recurrent_qwen.qwen35,
+        "qwen35moe": recurrent_qwen.qwen35moe,
         "qwen3moe": qwen.qwen3moe,
+        "qwen3next": recurrent_qwen.qwen3next,
         "seed_oss": llama.seed_oss,
         "smollm3": llama.smollm3,
         "starcoder2": gpt.starcoder2,

@@ -43,7 +43,7 @@ class Emitter:
                 yield self._embed(step.weight, self.ops.inputs.tokens, self.ops.out(step.out))
             case Products():
                 yield from self._products(step.x, step.steps)
-            case Adapts() | ir.Convolution() | ir.HeadMatMul():
+            case Adapts() | ir.Convolution() | ir.DeltaRule() | ir.HeadMatMul():
                 raise AssertionError("programs with adapters, states or latent attention are refused")
             case Attend():
                 yield from self._attend(step)
@@ -111,8 +111,8 @@ class Emitter:
                 added = self.ops.scratch("positions", width)
                 yield self._embed(step.weight, self.ops.inputs.positions, added)
                 yield elementwise.elementwise("add", (x, added), out, width, rows)
-            case ir.AddRow():
-                raise AssertionError("encoders are refused")
+            case ir.AddRow() | ir.Decay():
+                raise AssertionError("encoders and states are refused")
             case ir.PositionScale():
                 positions = self.ops.inputs.positions
                 yield elementwise.scale_by_position(step, x, self._factors(step), positions, out, rows)

@@ -34,6 +34,8 @@ void print_vectors(const Level& level) {
   crc.add(out);
     LLAMACLUST_ROW_OPS(ADD)
 #undef ADD
+    level.vector.decay(x.data(), y.data(), out.data(), n, out.data());
+    crc.add(out);
     level.vector.add_scaled(x.data(), 0.37f, n, out.data());
     crc.add(out);
     level.vector.softmax(out.data(), n);
@@ -149,6 +151,26 @@ void print_convolutions(const Level& level) {
   print(level.name, "convolutions", crc);
 }
 
+void print_delta_rules(const Level& level) {
+  Random random(600);
+  Crc crc;
+  constexpr int kRows = 5;
+  for (int keys : {1, 24, 128})
+    for (int channels : {16, 32})
+      for (bool per_key : {false, true}) {
+        const int decays = per_key ? keys : 1;
+        const auto values = [&](int width) { return random.values(static_cast<size_t>(kRows * width)); };
+        std::vector<float> state = values(keys * channels), out = values(channels);
+        const std::vector<float> q = values(keys), k = values(keys), v = values(channels);
+        const std::vector<float> decay = values(decays), beta = values(1);
+        level.state.delta_rule({kRows, keys, channels, state.data(), q.data(), k.data(), v.data(), decay.data(),
+                                beta.data(), out.data(), keys, channels, decays, 1, per_key});
+        crc.add(state);
+        crc.add(out);
+      }
+  print(level.name, "delta-rules", crc);
+}
+
 Choice choice_of(Random& random, uint32_t row, int vocabulary) {
   Choice choice{};
   choice.temperature = 0.1f * static_cast<float>(row % 12);
@@ -218,6 +240,7 @@ int main(int count, char** words) {
     level_bits::print_attention(level, KvType::F16, "attention-latent", level_bits::Form::Latent);
     level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0-latent", level_bits::Form::Latent);
     level_bits::print_convolutions(level);
+    level_bits::print_delta_rules(level);
     level_bits::print_sampling(level);
     level_bits::print_quantizers(level);
   }

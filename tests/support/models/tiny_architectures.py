@@ -299,7 +299,8 @@ def _attention(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
         yield from tiny.latent.tensors(name, tiny.hidden, tiny.heads)
         return
     query, kv = tiny.heads * tiny.head_dim, tiny.kv_heads * tiny.head_dim
-    widths = {"attn_qkv": query + 2 * kv} if tiny.fused else dict(zip(_QKV, (query, kv, kv), strict=True))
+    products = (query * (1 + tiny.gated), kv, kv)
+    widths = {"attn_qkv": query + 2 * kv} if tiny.fused else dict(zip(_QKV, products, strict=True))
     for part, width in widths.items():
         yield matrix(f"{name}.{part}", width, tiny.hidden, gain=1.5)
     yield matrix(f"{name}.attn_output", tiny.hidden, query)
@@ -360,6 +361,8 @@ def _metadata(tiny: Tiny) -> dict[str, WritableValue]:
         }
     if tiny.latent is not None:
         numbers |= tiny.latent.keys()
+    if tiny.delta is not None:
+        numbers |= tiny.delta.keys()
     if tiny.shared_ffn:
         numbers |= {"expert_shared_feed_forward_length": tiny.shared_ffn}
     general: dict[str, WritableValue] = {

@@ -199,6 +199,9 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("add_expert_rows", &add<ExpertRowStep, int, int, int, nb::handle, int>)
       .def("combine_experts", &add<CombineStep, int, int, int, int>)
       .def("convolve", &add_convolution)
+      .def("decay", &add<DecayStep, int, int, Floats, Floats>)
+      .def("delta_rule", &add<DeltaRuleStep, int, int, int, int, int, int, int, int, int, bool>, "q"_a, "k"_a, "v"_a,
+           "decay"_a, "beta"_a, "out"_a, "layer"_a, "heads"_a, "key_heads"_a, "tiled"_a)
       .def("select_rows", &add<SelectStep, int, int>)
       .def("write_result", &add<OutputStep, int, int>);
 }

@@ -150,6 +150,13 @@ struct Plan::Checks {
     return {{step.x, step.y}, {step.out}, true};
   }
 
+  Access operator()(const DecayStep& step) const {
+    check_alike(step.x, step.out);
+    const size_t width = static_cast<size_t>(buffer(step.x).width);
+    require(is_line(step.x) && step.weight.size() == width && step.bias.size() == width, "a decay of another width");
+    return {{step.x}, {step.out}, true};
+  }
+
   Access operator()(const QuantizeStep& step) const {
     const Buffer& x = buffer(step.x);
     require(step.slot >= 0 && step.slot < kMaxSlots, "activation slot out of range");
@@ -295,6 +302,22 @@ struct Plan::Checks {
     require(step.bias.empty() || step.bias.size() == width, "a bias as wide as its product");
     check_state(step.layer, (step.taps - 1) * static_cast<int64_t>(width));
     return {{step.x}, {step.out}, false};
+  }
+
+  Access operator()(const DeltaRuleStep& step) const {
+    const std::vector<BufferId> reads{step.q, step.k, step.v, step.decay, step.beta};
+    for (BufferId id : reads) require(is_line(id) && id != step.out, "a delta rule in place");
+    require(step.heads > 0 && step.key_heads > 0 && step.heads % step.key_heads == 0, "heads in groups");
+    const int width = buffer(step.q).width, keys = width / step.key_heads, values = buffer(step.v).width / step.heads;
+    check_alike(step.q, step.k);
+    check_alike(step.v, step.out);
+    require(keys > 0 && keys <= kMaxKeyChannels && keys * step.key_heads == width, "keys of a delta rule");
+    require(values > 0 && values % 16 == 0 && values * step.heads == buffer(step.v).width, "values of a delta rule");
+    require(buffer(step.beta).width == step.heads, "a beta for each head");
+    require(buffer(step.decay).width == step.heads || buffer(step.decay).width == step.heads * keys,
+            "a decay for each head or key channel");
+    check_state(step.layer, static_cast<int64_t>(step.heads) * keys * values);
+    return {reads, {step.out}, false};
   }
 };
 

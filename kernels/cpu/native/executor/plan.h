@@ -204,10 +204,21 @@ struct ConvolveStep {  // of each channel with those of the taps - 1 rows before
   std::vector<float> bias;    // empty: none
 };
 
+struct DecayStep {  // out = exp(weight * softplus(x + bias))
+  BufferId x, out;
+  std::vector<float> weight, bias;
+};
+struct DeltaRuleStep {  // value head h has key head h % key_heads if they are `tiled`, else h / (heads / key_heads)
+  BufferId q, k, v, decay, beta, out;  // decay has a number for each head, or each of its key channels
+  int layer;  // of the stage's KV memory
+  int heads, key_heads;
+  bool tiled;
+};
+
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
                           ElementwiseStep, AddAdaptedStep, PositionScaleStep, CopyChannelsStep, SigmoidGateStep,
-                          QuantizeStep, ChooseStep, ExpertRowStep, CombineStep, SelectStep, OutputStep, MatmulStep,
-                          ExpertsStep, HeadsStep, AttentionStep, ConvolveStep>;
+                          DecayStep, QuantizeStep, ChooseStep, ExpertRowStep, CombineStep, SelectStep, OutputStep,
+                          MatmulStep, ExpertsStep, HeadsStep, AttentionStep, ConvolveStep, DeltaRuleStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
 enum class Sync { None, IfShared, Always };

@@ -117,6 +117,10 @@ struct RowStep {
     vector().elementwise(RowOp::scale, y, y, factor, worker.line_width(step.out), line(step.out));
   }
 
+  void operator()(const DecayStep& step) const {
+    vector().decay(line(step.x), step.weight.data(), step.bias.data(), worker.line_width(step.x), line(step.out));
+  }
+
   void operator()(const QuantizeStep& step) const {
     const Buffer& x = worker.buffer(step.x);
     const int cols = x.width / step.parts, lines = x.multiple * step.parts;

@@ -66,6 +66,7 @@ class Worker {
   void execute(const HeadsStep& step);
   void execute(const AttentionStep& step);
   void execute(const ConvolveStep& step);
+  void execute(const DeltaRuleStep& step);
 
   void compute(size_t begin, size_t end);
   void compute_row(const Step& step, int row);  // of a row by row step

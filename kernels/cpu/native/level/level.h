@@ -15,9 +15,9 @@ namespace llamaclust {
 enum class RopeStyle : int32_t { Norm = 0, Neox = 1 };
 
 // Elementwise operations of one row x or of two, x and y, with a number: x + y, x * y, x * number,
-// tanh(x / number) * number, silu(x) * y, clamped_swiglu(x, y, number), sigmoid(x), and the activation functions of x.
+// tanh(x / number) * number, silu(x) * y, clamped_swiglu(x, y, number), and the activation functions of x.
 #define LLAMACLUST_ROW_OPS(X) \
-  X(add) X(mul) X(scale) X(soft_cap) X(silu_mul) X(clamped_swiglu) X(sigmoid) LLAMACLUST_ACTIVATIONS(X)
+  X(add) X(mul) X(scale) X(soft_cap) X(silu_mul) X(clamped_swiglu) LLAMACLUST_ACTIVATIONS(X)
 
 #define NAME(name) name,
 enum class RowOp : int32_t { LLAMACLUST_ROW_OPS(NAME) };
@@ -40,6 +40,8 @@ struct VectorOps {
   void (*add_scaled)(const float* x, float scale, int n, float* out);
   // x = softmax(x), one exp and one division a value; the sum is taken in 64 interleaved lanes.
   void (*softmax)(float* x, int n);
+  // out = exp(weight * softplus(x + bias)); out may be x.
+  void (*decay)(const float* x, const float* weight, const float* bias, int n, float* out);
 };
 
 inline constexpr int kRankBlock = 64;

@@ -1,4 +1,5 @@
 // Updates of states: rows in their order, so that no cut of a sequence into chunks changes a bit.
+#include "level/delta_rule.h"
 #include "level/level.h"
 #include "simd/pieces.h"
 
@@ -21,6 +22,6 @@ void convolve(const float* const* x, const float* weight, int stride, const floa
 }  // namespace
 
 extern const StateOps state_ops;
-const StateOps state_ops = {convolve};
+const StateOps state_ops = {convolve, delta_rule};
 
 }  // namespace llamaclust::LLAMACLUST_LEVEL

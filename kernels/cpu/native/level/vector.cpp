@@ -84,7 +84,6 @@ void elementwise(RowOp op, const float* x, const float* y, float number, int n, 
     case RowOp::silu_mul: return map(x, y, n, out, [](F32x16 a, F32x16 b) { return mul(silu(a), b); });
     case RowOp::clamped_swiglu:
       return map(x, y, n, out, [by](F32x16 a, F32x16 b) { return clamped_swiglu(a, b, by); });
-    case RowOp::sigmoid: return map(x, n, out, [](F32x16 a) { return sigmoid(a); });
 #define ACTIVATION(function) \
   case RowOp::function: return map(x, n, out, [](F32x16 a) { return function(a); });
       LLAMACLUST_ACTIVATIONS(ACTIVATION)
@@ -114,9 +113,15 @@ void softmax(float* x, int n) {
   each_lanes(n, [&](int i, auto read, auto write) { write(x + i, div(read(x + i), sum)); });
 }
 
+void decay(const float* x, const float* weight, const float* bias, int n, float* out) {
+  each_lanes(n, [&](int i, auto read, auto write) {
+    write(out + i, exp(mul(softplus(add(read(x + i), read(bias + i))), read(weight + i))));
+  });
+}
+
 }  // namespace
 
 extern const VectorOps vector_ops;
-const VectorOps vector_ops = {rms_norm, layer_norm, rope, elementwise, sigmoid_dot, add_scaled, softmax};
+const VectorOps vector_ops = {rms_norm, layer_norm, rope, elementwise, sigmoid_dot, add_scaled, softmax, decay};
 
 }  // namespace llamaclust::LLAMACLUST_LEVEL

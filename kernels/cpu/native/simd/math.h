@@ -86,6 +86,15 @@ ELEMENTARY F32x16 silu(F32x16 x) { return div(x, add(broadcast(1.0f), exp(sub(ze
 // 1 / (1 + e^-x)
 ELEMENTARY F32x16 sigmoid(F32x16 x) { return div(broadcast(1.0f), add(broadcast(1.0f), exp(sub(zero(), x)))); }
 
+// ln(1 + y) / (2 s) of s = y / (2 + y) up to 1/3, in powers of s^2; the next one is below 2e-9.
+COEFFICIENTS float kLog1p[] = {1.0f, 1.0f / 3, 1.0f / 5, 1.0f / 7, 1.0f / 9, 1.0f / 11, 1.0f / 13, 1.0f / 15};
+
+// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|)
+ELEMENTARY F32x16 softplus(F32x16 x) {
+  const F32x16 y = exp(min(sub(zero(), x), x)), s = div(y, add(broadcast(2.0f), y));
+  return fma(mul(s, broadcast(2.0f)), polynomial(kLog1p, mul(s, s)), max(zero(), x));
+}
+
 // g / (1 + e^(-1.702 g)) * (u + 1), g = min(gate, limit), u = up between -limit and limit
 ELEMENTARY F32x16 clamped_swiglu(F32x16 gate, F32x16 up, F32x16 limit) {
   const F32x16 g = min(limit, gate), u = max(sub(zero(), limit), min(limit, up));

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llamaclust.model.gguf.writer import WritableValue
+from support.models.tiny.delta_models import DELTA_MODELS
 from support.models.tiny.shape import Tiny
 from support.models.tiny_model import RandomTensor, matrix
 
@@ -25,6 +26,7 @@ _LFM2_KEYS: dict[str, WritableValue] = {
 }
 
 STATE_MODELS: Mapping[str, Tiny] = {
+    **DELTA_MODELS,
     "lfm2": Tiny("lfm2", **_LFM2, keys=_LFM2_KEYS),
     "lfm2-windows": Tiny("lfm2", **_LFM2, keys={**_LFM2_KEYS, "attention.sliding_window": 6}),
     "lfm2moe": Tiny(
@@ -40,6 +42,9 @@ STATE_MODELS: Mapping[str, Tiny] = {
 
 def convolution(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
     """In place of attention."""
+    if tiny.delta is not None:
+        yield from tiny.delta.tensors(name, tiny.hidden)
+        return
     yield matrix(f"{name}.shortconv.in_proj", 3 * tiny.hidden, tiny.hidden, gain=2.0)
     yield RandomTensor(f"{name}.shortconv.conv.weight", (tiny.hidden, tiny.taps), 0.7)
     yield matrix(f"{name}.shortconv.out_proj", tiny.hidden, tiny.hidden)

@@ -1,0 +1,1 @@
+"""Architectures whose layers keep a recurrent state of each sequence."""

@@ -1,0 +1,69 @@
+"""Qwen with a gated delta net in most layers: qwen3next, qwen35 (Qwen 3.5 and 3.6), qwen35moe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from llamaclust.model.architectures.experts import ExpertsVariant, read_experts
+from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.recurrent.delta_net import delta_net, read_delta_net
+from llamaclust.model.architectures.recurrent.gated_attention import gated_attention
+from llamaclust.model.step_options import Gating
+
+_SECTIONS_KEY = "rope.dimension_sections"
+_FEED_FORWARD_NORM = "post_attention_norm"
+_MAX_WIDTH, _MAX_PERIOD = 1 << 20, 1 << 10
+
+
+def qwen3next(builder: ProgramBuilder) -> None:
+    """Qwen 3 Next: experts in every layer beside a shared one with a gate. A key head has value heads side by side."""
+    experts = _experts(builder)
+    _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=False)
+
+
+def qwen35(builder: ProgramBuilder) -> None:
+    """Qwen 3.5: no experts. Rotations have sections for images, which all have the position of a text's token."""
+    _check_sections(builder)
+    _layers(builder, lambda layer: builder.feed_forward(layer, norm=_FEED_FORWARD_NORM), tiled=True)
+
+
+def qwen35moe(builder: ProgramBuilder) -> None:
+    """Qwen 3.5 with experts in every layer beside a shared one with a gate."""
+    _check_sections(builder)
+    experts = _experts(builder)
+    _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=True)
+
+
+def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, tiled: bool) -> None:
+    net, table = read_delta_net(builder.keys, tiled=tiled), builder.rope_table()
+    recurrent = _recurrent_layers(builder)
+    for layer in builder.layers():
+        builder.append(delta_net(builder, layer, net) if recurrent[layer] else gated_attention(builder, layer, table))
+        feed_forward(layer)
+
+
+def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
+    """A flag for each layer, or all but the last of each period."""
+    keys, layers = builder.keys, builder.hyperparameters.block_count
+    period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
+    flags = keys.flags("attention.recurrent_layers", layers)
+    return [(layer + 1) % period != 0 for layer in range(layers)] if flags is None else flags
+
+
+def _experts(builder: ProgramBuilder) -> ExpertsVariant:
+    hp, keys = builder.hyperparameters, builder.keys
+    if not hp.expert_count:
+        raise keys.error("expert_count", "0, experts expected")
+    width = keys.count("expert_shared_feed_forward_length", 0, minimum=0, maximum=_MAX_WIDTH) or hp.feed_forward_length
+    return replace(read_experts(keys, hp, gating=Gating.SOFTMAX, shared_width=width), shared_gate=True)
+
+
+def _check_sections(builder: ProgramBuilder) -> None:
+    """Pairs of channels turn by the first three coordinates, one after the other while their sections last, and the
+    rest by a fourth, which is 0 in texts. ModelFileError for sections that leave pairs to it."""
+    keys, pairs = builder.keys, builder.hyperparameters.rope.dimension_count // 2
+    sections = keys.counts(_SECTIONS_KEY, 4, minimum=0, maximum=pairs)
+    total = sum(sections)
+    if total == 0 or any(pair % total >= 3 * sections[pair % total % 3] for pair in range(pairs)):
+        raise keys.error(_SECTIONS_KEY, f"{list(sections)} for {pairs} pairs, of which some do not turn with a text")

@@ -1,0 +1,116 @@
+"""Models with a gated delta net: which layers have it, what their keys say, and files of several forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.architectures import build_program
+from llamaclust.model.delta_rule import DeltaRule
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Attention, Program, SequenceState
+from llamaclust.model.states import StatePart
+from support.models.tiny_architectures import MODELS, build_architecture
+
+Make = Callable[[str], ModelFile]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    folder = tmp_path_factory.mktemp("delta")
+
+    def made(name: str) -> ModelFile:
+        path: Path = folder / f"{name}.gguf"
+        return open_model(path if path.exists() else build_architecture(path, name))
+
+    return made
+
+
+def changed(file: ModelFile, keys: Mapping[str, Any]) -> ModelFile:
+    """With other keys of its architecture; those that are None are left out."""
+    prefix = file.metadata["general.architecture"]
+    metadata = {**file.metadata, **{f"{prefix}.{key}": value for key, value in keys.items()}}
+    return replace(file, metadata={key: value for key, value in metadata.items() if value is not None})
+
+
+def whole(file: ModelFile, layers: int = 5) -> Program:
+    return build_program(file, 0, layers)
+
+
+@pytest.mark.parametrize("name", ["qwen3next", "qwen3next-old", "qwen35", "qwen35moe"])
+def test_every_second_layer_has_attention(make: Make, name: str) -> None:
+    """The others have two states, one of the last rows of the convolution and one of the rule."""
+    kept, delta = whole(make(name)).kv_memory, MODELS[name].delta
+    assert delta is not None
+    width = (2 * delta.key_heads + delta.heads) * delta.dim
+    states = {
+        layer: [
+            SequenceState(layer, StatePart.CONVOLUTION, (delta.taps - 1) * width),
+            SequenceState(layer, StatePart.RECURRENCE, delta.heads * delta.dim**2),
+        ]
+        for layer in (0, 2, 4)
+    }
+    for layer in range(5):
+        of_layer = [part for part in kept if part.layer == layer]
+        assert of_layer == states[layer] if layer in states else isinstance(of_layer[0], Attention)
+
+
+def test_layers_are_named_by_flags_or_by_a_period(make: Make) -> None:
+    file = make("qwen3next")
+    flags = np.array([True, False, True, False, True, False])
+    assert whole(changed(file, {"attention.recurrent_layers": flags})) == whole(file)
+    assert whole(changed(file, {"attention.recurrent_layers": flags, "full_attention_interval": 3})) == whole(file)
+    for keys in ({"full_attention_interval": None}, {"attention.recurrent_layers": np.ones(5, bool)}):
+        with pytest.raises(ModelFileError, match=r"blk.1.attn_qkv.weight.*missing"):
+            whole(changed(file, keys))
+
+
+def test_key_heads_of_qwen_3_5_are_tiled(make: Make) -> None:
+    tiled = {
+        name: {step.tiled for step in whole(make(name)).steps if isinstance(step, DeltaRule)}
+        for name in MODELS
+        if MODELS[name].delta
+    }
+    assert tiled == {"qwen3next": {False}, "qwen3next-old": {False}, "qwen35": {True}, "qwen35moe": {True}}
+
+
+def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
+    """Here the last two layers stand for them: they are in no program, and are not refused."""
+    file = make("qwen35")
+    apart = changed(file, {"nextn_predict_layers": 2})
+    assert [step.layer for step in whole(apart, 3).kv_layers] == [1]
+    assert Model(apart).layer_count == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        ("qwen35", {"ssm.conv_kernel": None}, "ssm.conv_kernel.*missing"),
+        ("qwen35", {"ssm.conv_kernel": 1}, "ssm.conv_kernel': 1, 2 to 16 expected"),
+        ("qwen35", {"ssm.conv_kernel": 17}, "ssm.conv_kernel': 17, 2 to 16 expected"),
+        ("qwen35", {"ssm.conv_kernel": 3}, r"ssm_conv1d.weight: shape \[4, 128\], \[3, 128\] expected"),
+        ("qwen35", {"ssm.state_size": 8}, "ssm.state_size': 8, a multiple of 16 expected"),
+        ("qwen35", {"ssm.state_size": 1 << 20}, "ssm.state_size': 1048576, 1 to 256 expected"),
+        ("qwen35", {"ssm.group_count": 3}, "ssm.group_count': 3, which does not divide 4 heads"),
+        ("qwen35", {"ssm.group_count": 8}, "ssm.group_count': 8, 1 to 4 expected"),
+        ("qwen35", {"ssm.time_step_rank": 0}, "ssm.time_step_rank': 0, 1 to 1024 expected"),
+        ("qwen35", {"ssm.inner_size": 96}, "ssm.inner_size': 96, 4 heads of 16 channels expected"),
+        ("qwen35", {"full_attention_interval": 0}, "full_attention_interval': 0, 1 to 1024 expected"),
+        ("qwen35", {"attention.recurrent_layers": np.ones(3, bool)}, "recurrent_layers': 3 numbers for 5 layers"),
+        ("qwen35", {"rope.dimension_sections": None}, "rope.dimension_sections.*missing"),
+        ("qwen35", {"rope.dimension_sections": np.int32([2, 1, 0, 1])}, r"sections': \[2, 1, 0, 1\] for 4 pairs"),
+        ("qwen35moe", {"rope.dimension_sections": np.int32([0, 0, 0, 0])}, r"sections': \[0, 0, 0, 0\] for 4 pairs"),
+        ("qwen35", {"attention.scale": 0.5}, "attention.scale': '?0.5'?, which is not supported"),
+        ("qwen3next", {"expert_count": 0, "expert_used_count": 0}, "expert_count': 0, experts expected"),
+    ],
+)
+def test_bad_keys_are_refused(make: Make, name: str, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelFileError, match=message):
+        whole(changed(make(name), keys))

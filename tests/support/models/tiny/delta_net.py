@@ -1,0 +1,43 @@
+"""Tensors and keys of layers with a gated delta net."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from llamaclust.model.gguf.writer import WritableValue
+from support.models.tiny_model import RandomTensor, matrix, norm
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """Heads of `dim` channels. `old`: q, k, v and z are one tensor; `joined`: beta and alpha are."""
+
+    heads: int = 4
+    key_heads: int = 2
+    dim: int = 16
+    taps: int = 4
+    old: bool = False
+    joined: bool = False
+
+    def keys(self) -> Mapping[str, WritableValue]:
+        return {
+            "ssm.conv_kernel": self.taps,
+            "ssm.inner_size": self.heads * self.dim,
+            "ssm.state_size": self.dim,
+            "ssm.time_step_rank": self.heads,
+            "ssm.group_count": self.key_heads,
+        }
+
+    def tensors(self, name: str, hidden: int) -> Iterator[RandomTensor]:
+        value = self.heads * self.dim
+        mixed = 2 * self.key_heads * self.dim + value
+        products = {"ssm_in": mixed + value} if self.old else {"attn_qkv": mixed, "attn_gate": value}
+        gates = {"ssm_ba": 2 * self.heads} if self.joined else {"ssm_beta": self.heads, "ssm_alpha": self.heads}
+        for part, width in (products | gates).items():
+            yield matrix(f"{name}.{part}", width, hidden, gain=1.5)
+        yield RandomTensor(f"{name}.ssm_conv1d.weight", (mixed, self.taps), 0.7)
+        yield RandomTensor(f"{name}.ssm_dt.bias", (self.heads,), 0.5)
+        yield RandomTensor(f"{name}.ssm_a", (self.heads,), 0.1, mean=-0.3)
+        yield norm(f"{name}.ssm_norm", self.dim)
+        yield matrix(f"{name}.ssm_out", hidden, value)

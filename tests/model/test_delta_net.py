@@ -105,8 +105,16 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
         ("qwen35", {"full_attention_interval": 0}, "full_attention_interval': 0, 1 to 1024 expected"),
         ("qwen35", {"attention.recurrent_layers": np.ones(3, bool)}, "recurrent_layers': 3 numbers for 5 layers"),
         ("qwen35", {"rope.dimension_sections": None}, "rope.dimension_sections.*missing"),
-        ("qwen35", {"rope.dimension_sections": np.int32([2, 1, 0, 1])}, r"sections': \[2, 1, 0, 1\] for 4 pairs"),
-        ("qwen35moe", {"rope.dimension_sections": np.int32([0, 0, 0, 0])}, r"sections': \[0, 0, 0, 0\] for 4 pairs"),
+        (
+            "qwen35",
+            {"rope.dimension_sections": np.array([2, 1, 0, 1], np.int32)},
+            r"sections': \[2, 1, 0, 1\] for 4 pairs",
+        ),
+        (
+            "qwen35moe",
+            {"rope.dimension_sections": np.array([0, 0, 0, 0], np.int32)},
+            r"sections': \[0, 0, 0, 0\] for 4 pairs",
+        ),
         ("qwen35", {"attention.scale": 0.5}, "attention.scale': '?0.5'?, which is not supported"),
         ("qwen3next", {"expert_count": 0, "expert_used_count": 0}, "expert_count': 0, experts expected"),
     ],

@@ -10,8 +10,7 @@ from typing import Any, Final
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.checkpoints.json_file import parse_json
 from llamaclust.model.checkpoints.source_file import SourceFile
-from llamaclust.model.checkpoints.storage import Storage
-from llamaclust.model.gguf.header import MAX_DIMENSIONS
+from llamaclust.model.checkpoints.storage import MAX_DIMENSIONS, Storage
 from llamaclust.model.gguf.values import shown
 
 _MAX_HEADER_BYTES: Final = 100_000_000

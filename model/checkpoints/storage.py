@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+
+MAX_DIMENSIONS: Final = 5
+"""Of a tensor: convolutions over pictures in time have so many."""
 
 
 class Storage(Enum):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from threading import Lock
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ from llamaclust.model.quant_types import QuantType
 Array = NDArray[Any]
 Rows = Callable[[int, int], Array]
 
-MAX_DIMENSIONS: Final = 4
 _WASTE = 4
 """Permuted rows are read as one range if the range has at most this many times their number of rows."""
 
@@ -141,6 +140,28 @@ def squeezed(tensor: Lazy) -> Lazy:
     return replace(
         tensor, shape=(prod(tensor.shape),), read=lambda start, end: tensor.all().reshape(-1)[start:end].copy()
     )
+
+
+def joined(tensor: Lazy) -> Lazy:
+    """The same rows with all further dimensions as one."""
+    width = tensor.row_elements
+    return replace(
+        tensor,
+        shape=(tensor.shape[0], width),
+        read=lambda first, last: tensor.read(first, last).reshape(last - first, width),
+    )
+
+
+def columns_of(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
+    """Column i is column index[i] of a matrix."""
+    shape = (tensor.shape[0], len(index))
+    return replace(tensor, shape=shape, read=lambda first, last: tensor.read(first, last)[:, index])
+
+
+def part_of_each(tensor: Lazy, start: int, end: int) -> Lazy:
+    """Positions [start, end) of the second dimension."""
+    shape = (tensor.shape[0], end - start, *tensor.shape[2:])
+    return replace(tensor, shape=shape, read=lambda first, last: tensor.read(first, last)[:, start:end])
 
 
 def strided(tensor: Lazy, axis: int, start: int, step: int) -> Lazy:

@@ -55,6 +55,19 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
     return int(share * page.head_width)
 
 
+def sections(settings: Settings, pairs: int) -> list[int]:
+    """Pairs of channels that turn by each coordinate of a picture, and 0 of a fourth one; by default about a third of
+    `pairs` each. In a text all coordinates are alike."""
+    listed = _parameters(settings).values.get("mrope_section")
+    if listed is None:
+        return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
+    if not isinstance(listed, list) or not all(type(count) is int and 0 <= count <= pairs for count in listed):
+        raise settings.error("mrope_section", f"whole numbers of 0 to {pairs} expected")
+    if not 0 < len(listed) <= 4:
+        raise settings.error("mrope_section", f"{len(listed)} numbers, 1 to 4 expected")
+    return [*listed, 0, 0, 0][:4]
+
+
 def position_scale(page: Page) -> None:
     """Queries that grow with the logarithm of their position, as `attention.temperature_scale`."""
     said = _parameters(page.settings)

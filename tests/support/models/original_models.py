@@ -59,6 +59,15 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
 
 
 _MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_DELTA_NET = {
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
+}
 _GEMMA = {"head_dim": 32, "num_key_value_heads": 1}
 _GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 6}
 _GEMMA4 = {
@@ -166,6 +175,24 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         ),
         "qwen3": Original("Qwen3ForCausalLM", _keys(head_dim=32, attention_bias=True, tie_word_embeddings=True)),
         "qwen3moe": Original("Qwen3MoeForCausalLM", _keys(**_MOE, head_dim=32, norm_topk_prob=True)),
+        "qwen3next": Original("Qwen3NextForCausalLM", _keys(**_DELTA_NET, **_MOE, shared_expert_intermediate_size=48)),
+        "qwen35": Original("Qwen3_5ForCausalLM", _keys(**_DELTA_NET)),
+        "qwen35moe": Original("Qwen3_5MoeForCausalLM", _keys(**_DELTA_NET, **_MOE, shared_expert_intermediate_size=48)),
+        "qwen35-pictures": Original(
+            "Qwen3_5ForConditionalGeneration",
+            {
+                "text_config": _keys(**_DELTA_NET),
+                "vision_config": {
+                    "depth": 1,
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_heads": 1,
+                    "patch_size": 4,
+                    "out_hidden_size": 64,
+                    "num_position_embeddings": 16,
+                },
+            },
+        ),
         "phi3": Original("Phi3ForCausalLM", _keys(partial_rotary_factor=0.75, sliding_window=7)),
         "phi3-short": Original(
             "Phi3ForCausalLM",

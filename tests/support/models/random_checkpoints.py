@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from support.models.checkpoints.gemma4 import EXPERT_KEYS, INPUT_KEYS, gemma4_ends, gemma4_layer
+from support.models.checkpoints.qwen_delta import DELTA_KEYS, MOE_KEYS, delta_layers
 from support.models.checkpoints.shapes import (
     HEAD,
     HEADS,
@@ -314,6 +315,15 @@ CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
     "Qwen3MoeForCausalLM": (
         _COMMON | _MOE | {"head_dim": HEAD, "norm_topk_prob": True},
         {**_ends(), **_head(), **_per_layer(_qwen3moe)},
+    ),
+    "Qwen3NextForCausalLM": (
+        _COMMON | DELTA_KEYS | MOE_KEYS | {"mtp_num_hidden_layers": None},
+        {**_ends(), **_head(), **delta_layers("next")},
+    ),
+    "Qwen3_5ForCausalLM": (_COMMON | DELTA_KEYS, {**_ends(), **_head(), **delta_layers("dense")}),
+    "Qwen3_5MoeForCausalLM": (
+        _COMMON | DELTA_KEYS | MOE_KEYS | {"intermediate_size": None},
+        {**_ends(), **_head(), **delta_layers("moe")},
     ),
     "ChatGLMModel": (_GLM_KEYS, {**_GLM_ENDS, **_per_layer(_chatglm, "transformer.encoder.layers")}),
     "GlmForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_glm)}),

@@ -29,7 +29,20 @@ from support.models.random_checkpoints import CASES, checkpoint
 
 Arrays = Mapping[str, NDArray[Any]]
 _TABLES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-_PACKED = ("W_pack", "wqkv", ".experts.", "router.scale", "router.per_expert_scale")
+_PREDICTIONS = tuple(kind for kind in gguf.MODEL_TENSOR if kind.name.startswith("NEXTN"))
+"""Tensors of layers that predict further tokens, which the tables of some architectures lack."""
+_PACKED = (
+    "W_pack",
+    "wqkv",
+    "in_proj_qkvz",
+    "conv1d",
+    "mtp.fc",
+    "mtp.pre_fc",
+    "mtp.norm",
+    ".experts.",
+    "router.scale",
+    "router.per_expert_scale",
+)
 """Tensors that become several, or become one with others, or belong to another tensor."""
 
 
@@ -44,9 +57,17 @@ def in_pairs(weights: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(weights.shape)
 
 
+_OTHER_NAMES = (
+    ("e_score_correction_bias", "e_score_correction.bias"),
+    (".dt_bias", ".dt_proj.bias"),
+    ("mtp.layers.0.", f"model.layers.{LAYERS}."),
+)
+
+
 def as_in_table(name: str) -> str:
     """The name that llama.cpp's conversion looks up."""
-    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+    for ours, theirs in _OTHER_NAMES:
+        name = name.replace(ours, theirs)
     return f"{name}.weight" if name.endswith((".sinks", ".layer_scalar")) else name
 
 
@@ -64,7 +85,7 @@ def test_names_and_shapes_are_those_of_gguf_s_own_table(case: str, tmp_path: Pat
     assert None not in plain.values(), plain
     others = {name for name in model.tensors if name not in plain.values()}
     assert len({*plain.values()}) == len(plain) and len(model.tensors) == len(plain) + len(others)
-    stems = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[arch]}
+    stems = {gguf.TENSOR_NAMES[kind] for kind in (*gguf.MODEL_TENSORS[arch], *_PREDICTIONS)}
     for name in others:
         parts = re.sub(r"\.(weight|bias|scale)$", "", name).split(".")
         assert ".".join("{bid}" if part.isdecimal() else part for part in parts) in stems, name
@@ -85,7 +106,8 @@ def test_what_can_be_run_here_finds_all_it_needs(case: str, tmp_path: Path) -> N
         pytest.skip(f"{name} of {LAYERS} layers cannot be run")
     program = build_program(model, 0, LAYERS)
     further = {*nextn_tensors(model)}
-    assert ("Glm4Moe" in case) == (len(further) > 20)
+    predicts = case.startswith(("Glm4Moe", "Qwen3Next", "Qwen3_5"))
+    assert predicts == (len(further) > 10)
     assert {*program.weights} <= model.tensors.keys() - further
     assert len(program.weights) >= len(model.tensors) - len(further) - 3
 
@@ -156,6 +178,20 @@ def test_experts_are_stacked_norms_of_gemma_grow_and_gpt2_is_exchanged(tmp_path:
     model = converted(tmp_path / "gpt2", config, tensors)
     np.testing.assert_array_equal(read(model, "blk.0.ffn_up.weight"), tensors["h.0.mlp.c_fc.weight"].T)
     np.testing.assert_array_equal(read(model, "blk.0.ffn_up.bias"), tensors["h.0.mlp.c_fc.bias"])
+
+
+def test_experts_in_one_matrix_are_taken_apart_and_layers_of_predictions_are_kept(tmp_path: Path) -> None:
+    config, tensors = checkpoint("Qwen3_5MoeForCausalLM")
+    model = converted(tmp_path, config, tensors)
+    for place, source in (("blk.0", "model.layers.0"), (f"blk.{LAYERS}", "mtp.layers.0")):
+        halves = np.split(tensors[f"{source}.mlp.experts.gate_up_proj"], 2, axis=1)
+        for part, wanted in zip(("gate", "up"), halves, strict=True):
+            np.testing.assert_array_equal(read(model, f"{place}.ffn_{part}_exps.weight"), wanted)
+    for name, source in (("enorm", "mtp.pre_fc_norm_embedding"), ("shared_head_norm", "mtp.norm")):
+        wanted = tensors[f"{source}.weight"] + 1
+        np.testing.assert_array_equal(read(model, f"blk.{LAYERS}.nextn.{name}.weight"), wanted)
+    assert model.metadata["qwen35moe.block_count"] == LAYERS + 1
+    assert model.metadata["qwen35moe.nextn_predict_layers"] == 1
 
 
 @pytest.mark.parametrize("form", ["language_model.model.{}", "model.language_model.{}"])

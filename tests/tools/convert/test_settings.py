@@ -13,6 +13,7 @@ from support.models.random_checkpoints import checkpoint
 
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
+_QWEN35 = "Qwen3_5ForCausalLM"
 _GEMMA4 = "Gemma4ForCausalLM experts"
 
 
@@ -89,6 +90,20 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         ),
         ("Gemma4ForCausalLM inputs", {"vocab_size_per_layer_input": 300}, "300, the vocabulary has 320"),
         ("Gemma4ForCausalLM inputs", {"hidden_size_per_layer_input": 10**9}, "a whole number of 0 to 4096"),
+        (_QWEN35, {"linear_num_key_heads": 3}, "3, which does not divide 4 heads of values"),
+        (_QWEN35, {"linear_num_key_heads": 5}, "5, a whole number of 1 to 4"),
+        (_QWEN35, {"linear_num_value_heads": 10**9}, "1000000000, a whole number of 1 to 16384"),
+        (_QWEN35, {"linear_key_head_dim": None}, "'linear_key_head_dim': missing"),
+        (_QWEN35, {"linear_value_head_dim": 32}, "32, keys have 16: not supported"),
+        (_QWEN35, {"linear_conv_kernel_dim": 1}, "1, a whole number of 2 to 64"),
+        (_QWEN35, {"layer_types": ["full_attention"]}, "1 entries, 2 of linear_attention, full_attention expected"),
+        (_QWEN35, {"layer_types": None, "full_attention_interval": 0}, "0, a whole number of 1 to 1024"),
+        (_QWEN35, {"mtp_num_hidden_layers": 2}, "'mtp.layers.1.input_layernorm.weight': missing"),
+        (_QWEN35, {"rope_parameters": {"mrope_section": [99]}}, "whole numbers of 0 to 2 expected"),
+        (_QWEN35, {"rope_parameters": {"mrope_section": [0] * 5}}, "5 numbers, 1 to 4 expected"),
+        ("Qwen3NextForCausalLM", {"norm_topk_prob": False}, "false is not what qwen3next computes"),
+        ("Qwen3NextForCausalLM", {"mlp_only_layers": [0]}, "layers without experts among those with them"),
+        ("Qwen3_5MoeForCausalLM", {"num_experts": 10**9}, "1000000000, a whole number of 1 to 1024"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "no rotation in every 4th layer, and only there"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": "all"}, "'no_rope_layers': smollm3 has no rotation in every 4th"),
         (

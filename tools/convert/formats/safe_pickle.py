@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.checkpoints.storage import Storage
+from llamaclust.model.checkpoints.storage import MAX_DIMENSIONS, Storage
 from llamaclust.model.gguf.values import shown
-from llamaclust.tools.convert.lazy import MAX_DIMENSIONS
 
 _MAX_STEPS: Final = 1 << 24
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.checkpoints.source_file import SourceFile
-from llamaclust.model.checkpoints.storage import Storage
+from llamaclust.model.checkpoints.storage import MAX_DIMENSIONS, Storage
 from llamaclust.model.gguf.tensors import FileIdentity, open_regular, read_exactly
 from llamaclust.model.gguf.values import shown
-from llamaclust.tools.convert.lazy import MAX_DIMENSIONS, Array, Lazy, Recent
+from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 
 class SourceFiles:

@@ -11,10 +11,11 @@ from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.checkpoints.source_file import SourceFile
+from llamaclust.model.checkpoints.storage import MAX_DIMENSIONS
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.formats.safe_pickle import TensorRef, read_pickle
 from llamaclust.tools.convert.formats.source_files import lazy_tensor
-from llamaclust.tools.convert.lazy import MAX_DIMENSIONS, Lazy, Recent, transposed
+from llamaclust.tools.convert.lazy import Lazy, Recent, transposed
 
 _ZIP: Final = b"PK\x03\x04"
 _MAX_PICKLE_BYTES: Final = 1 << 28

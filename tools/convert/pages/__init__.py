@@ -10,7 +10,20 @@ from typing import Final
 
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import falcon, gemma, gemma4, glm, glm_moe, gpt, gpt_oss, llama, olmo, phi3, qwen
+from llamaclust.tools.convert.pages import (
+    falcon,
+    gemma,
+    gemma4,
+    glm,
+    glm_moe,
+    gpt,
+    gpt_oss,
+    llama,
+    olmo,
+    phi3,
+    qwen,
+    qwen_delta,
+)
 from llamaclust.tools.convert.pages.text_parts import MULTIMODAL, text_part
 from llamaclust.tools.convert.settings import Checkpoint
 
@@ -30,6 +43,9 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "Qwen2MoeForCausalLM": ("qwen2moe", qwen.build),
         "Qwen3ForCausalLM": ("qwen3", qwen.build),
         "Qwen3MoeForCausalLM": ("qwen3moe", qwen.build),
+        "Qwen3NextForCausalLM": ("qwen3next", qwen_delta.build),
+        "Qwen3_5ForCausalLM": ("qwen35", qwen_delta.build),
+        "Qwen3_5MoeForCausalLM": ("qwen35moe", qwen_delta.build),
         "ChatGLMModel": ("chatglm", glm.build_chatglm),
         "ChatGLMForConditionalGeneration": ("chatglm", glm.build_chatglm),
         "Olmo2ForCausalLM": ("olmo2", olmo.build),

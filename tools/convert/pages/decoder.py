@@ -79,12 +79,12 @@ def feed_forward(page: Page, layer: int, width: int, *, source: str = "mlp", suf
     page.copy(f"blk.{layer}.ffn_down{suffix}", f"{prefix}.down_proj", page.width, width, bias=None)
 
 
-def experts(page: Page, layer: int, count: int, width: int, names: tuple[str, str, str], prefix: str) -> None:
+def experts(page: Page, place: str, count: int, width: int, names: tuple[str, str, str], prefix: str) -> None:
     """The matrices of all experts as one tensor a part; `names` of gate, up and down."""
     shapes = ((width, page.width), (width, page.width), (page.width, width))
     for part, name, shape in zip(("gate", "up", "down"), names, shapes, strict=True):
         found = [page.take(f"{prefix}.{number}.{name}.weight", *shape) for number in range(count)]
-        page.put(f"blk.{layer}.ffn_{part}_exps.weight", stacked(found))
+        page.put(f"{place}.ffn_{part}_exps.weight", stacked(found))
 
 
 def feed_forward_width(page: Page) -> int:

@@ -66,7 +66,7 @@ def _experts(page: Page, layer: int) -> None:
     count, width = settings.count("n_routed_experts", maximum=_MAX_EXPERTS), settings.count("moe_intermediate_size")
     page.copy(f"{place}.ffn_gate_inp", f"{source}.gate", count, page.width)
     page.put(f"{place}.exp_probs_b.bias", page.take(f"{source}.gate.e_score_correction_bias", count))
-    decoder.experts(page, layer, count, width, _PARTS, f"{source}.experts")
+    decoder.experts(page, place, count, width, _PARTS, f"{source}.experts")
     shared = width * settings.count("n_shared_experts", default=1, maximum=_MAX_EXPERTS)
     decoder.feed_forward(page, layer, shared, source="mlp.shared_experts", suffix="_shexp")
 

@@ -37,7 +37,7 @@ def build(page: Page) -> None:
         if count:
             prefix = f"model.layers.{layer}.block_sparse_moe"
             page.copy(f"blk.{layer}.ffn_gate_inp", f"{prefix}.gate", count, page.width)
-            decoder.experts(page, layer, count, width, _MIXTRAL, f"{prefix}.experts")
+            decoder.experts(page, f"blk.{layer}", count, width, _MIXTRAL, f"{prefix}.experts")
         else:
             decoder.feed_forward(page, layer, width)
 

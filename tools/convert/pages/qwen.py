@@ -54,7 +54,9 @@ def _expert_keys(page: Page) -> int:
 def _experts(page: Page, layer: int, count: int) -> None:
     prefix = f"model.layers.{layer}.mlp"
     page.copy(f"blk.{layer}.ffn_gate_inp", f"{prefix}.gate", count, page.width)
-    decoder.experts(page, layer, count, page.settings.count("moe_intermediate_size"), _PARTS, f"{prefix}.experts")
+    decoder.experts(
+        page, f"blk.{layer}", count, page.settings.count("moe_intermediate_size"), _PARTS, f"{prefix}.experts"
+    )
     if page.architecture == "qwen2moe":
         shared = page.settings.count("shared_expert_intermediate_size")
         decoder.feed_forward(page, layer, shared, source="mlp.shared_expert", suffix="_shexp")

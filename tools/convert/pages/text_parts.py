@@ -35,17 +35,26 @@ MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
     {
         "Gemma3ForConditionalGeneration": TextPart({"gemma3_text": "Gemma3ForCausalLM"}, "gemma3_text", _GEMMA3),
         "Gemma4ForConditionalGeneration": TextPart({"gemma4_text": "Gemma4ForCausalLM"}, "gemma4_text"),
+        "Qwen3_5ForConditionalGeneration": TextPart({"qwen3_5_text": "Qwen3_5ForCausalLM"}, "qwen3_5_text"),
+        "Qwen3_5MoeForConditionalGeneration": TextPart(
+            {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}, "qwen3_5_moe_text"
+        ),
         "Mistral3ForConditionalGeneration": TextPart(
             {"ministral3": "Ministral3ForCausalLM", "mistral": "Ministral3ForCausalLM"}, "mistral"
         ),
     }
 )
 """Classes of multimodal models."""
-_PREFIXES: Final = (("language_model.model.", "model."), ("language_model.", ""), ("model.language_model.", "model."))
+_PREFIXES: Final = (
+    ("language_model.model.", "model."),
+    ("language_model.", ""),
+    ("model.mtp.", "mtp."),
+    ("model.language_model.", "model."),
+)
 _PICTURES: Final = tuple(
     f"{root}{part}."
     for root in ("", "model.")
-    for part in ("vision_tower", "multi_modal_projector", "embed_vision", "audio_tower", "embed_audio")
+    for part in ("vision_tower", "multi_modal_projector", "visual", "embed_vision", "audio_tower", "embed_audio")
 )
 
 
@@ -60,7 +69,9 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
     if said not in part.families:
         known = ", ".join(part.families)
         raise inner.error("model_type", f"{shown(said)} in a {checkpoint.family} cannot be converted, only {known}")
-    settings = Settings({**(part.defaults or {}), **inner.values}, inner.origin)
+    values = {**(part.defaults or {}), **inner.values}
+    values.pop("tie_word_embeddings", None)  # a head in the checkpoint is the head
+    settings = Settings(values, inner.origin)
     tensors = {_name(name): tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(_PICTURES)}
     return replace(checkpoint, family=part.families[said], settings=settings, tensors=tensors)
 

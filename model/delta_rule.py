@@ -16,7 +16,8 @@ VALUE_CHANNELS = 16
 class Decay:
     """out = exp(weight * softplus(x + bias)); out may be x.
 
-    weight [heads], a number for each of the row's equal parts, which is negative in models; bias [x.width].
+    weight [heads], or [heads, 1] with a `column`: a number for each of the row's equal parts, which is negative in
+    models; bias [x.width].
     """
 
     x: Buffer
@@ -24,6 +25,11 @@ class Decay:
     weight: str
     bias: str
     heads: int
+    column: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.heads, 1) if self.column else (self.heads,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ class StatePart(Enum):
     """Which of a layer's states."""
 
     CONVOLUTION = "convolution"
+    CONVOLUTION_OF_KEYS = "convolution of keys"
+    CONVOLUTION_OF_VALUES = "convolution of values"
     RECURRENCE = "recurrence"
 
 
@@ -56,7 +58,8 @@ class Convolution:
     taps: int
     layer: int
     bias: str | None = None
+    part: StatePart = StatePart.CONVOLUTION
 
     @property
     def state(self) -> SequenceState:
-        return SequenceState(self.layer, StatePart.CONVOLUTION, (self.taps - 1) * self.x.width)
+        return SequenceState(self.layer, self.part, (self.taps - 1) * self.x.width)

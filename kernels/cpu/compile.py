@@ -10,6 +10,7 @@ import numpy as np
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
 from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.cpu.plan_decay import add_decay
 from llamaclust.kernels.cpu.plan_kv import PlanKv
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
@@ -181,8 +182,7 @@ class _Compiler:
             case ir.SigmoidGate():
                 plan.sigmoid_gate(x, y, out, self._weights[step.weight].vector)
             case ir.Decay():
-                weight, bias = self._weights[step.weight].vector, self._weights[step.bias].vector
-                plan.decay(x, out, weight.repeat(step.x.width // step.heads), bias)
+                add_decay(plan, step, (x, out), self._weights)
 
     def _finish(self, out: ir.Buffer) -> None:
         result = self._buffers.read(out)

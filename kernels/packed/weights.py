@@ -55,7 +55,7 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             if step.bias is not None:
                 yield step.bias, (step.x.width,)
         case Decay():
-            yield step.weight, (step.heads,)
+            yield step.weight, step.weight_shape
             yield step.bias, (step.x.width,)
         case AddPosition() | AddRow():
             yield step.weight, (-1, step.out.width)
@@ -94,11 +94,12 @@ def _expert_vectors(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Weight:
-    """A loaded tensor: a vector of float32, or packed matrices (one, or one for each expert)."""
+    """A loaded tensor: a vector of float32, or packed matrices (one, or one for each expert); or a stand-in for one."""
 
     quant_type: QuantType
     matrices: tuple[PackedMatrix, ...] = ()
     vector: Float32 = field(default_factory=lambda: np.empty(0, np.float32))
+    is_shape_only: bool = False
 
     @property
     def matrix(self) -> PackedMatrix:
@@ -121,7 +122,7 @@ def _shape_only(tensor: Tensor) -> Weight:
         return Weight(tensor.quant_type, vector=np.zeros(tensor.shape, np.float32))
     *count, rows, cols = tensor.shape
     shape = PackedMatrix.shape_only(int(tensor.quant_type), rows, cols)
-    return Weight(tensor.quant_type, (shape,) * prod(count))
+    return Weight(tensor.quant_type, (shape,) * prod(count), is_shape_only=True)
 
 
 def check_weights(program: Program, tensors: Mapping[str, Tensor]) -> None:

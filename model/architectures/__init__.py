@@ -23,6 +23,7 @@ from llamaclust.model.architectures import (
 )
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.architectures.latent import deepseek
+from llamaclust.model.architectures.recurrent import kimi
 from llamaclust.model.architectures.recurrent import qwen as recurrent_qwen
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
@@ -58,6 +59,7 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "internlm2": llama.internlm2,
         "jina-bert-v2": bert.jina_bert_v2,
         "jina-bert-v3": bert.jina_bert_v3,
+        "kimi-linear": kimi.kimi_linear,
         "lfm2": lfm2.lfm2,
         "lfm2moe": lfm2.lfm2,
         "llama": llama.llama,

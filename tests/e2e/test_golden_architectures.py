@@ -48,6 +48,7 @@ Q8_0_BOUNDS = {
     "gemma4-experts": 2e-3,
     "deepseek2": 1e-2,
     "deepseek2-lite": 2e-3,
+    "kimi-linear": 2e-3,
 }
 """With rounded keys and values: of many layers, or where a row may choose other experts."""
 CHECKSUMS = {
@@ -94,6 +95,7 @@ CHECKSUMS = {
     "lfm2": "ab886c3c",
     "lfm2-windows": "4b174c82",
     "lfm2moe": "4e535e8f",
+    "kimi-linear": "e72fa3a3",
     "qwen3next": "68666053",
     "qwen3next-old": "67533360",
     "qwen35": "0b146032",

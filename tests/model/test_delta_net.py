@@ -14,9 +14,12 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model.architectures import build_program
 from llamaclust.model.delta_rule import DeltaRule
 from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Attention, Program, SequenceState
+from llamaclust.model.program import Attention, Program, Rope, SequenceState
 from llamaclust.model.states import StatePart
+from support.models.tiny.delta_net import DeltaNet, KimiDelta
 from support.models.tiny_architectures import MODELS, build_architecture
 
 Make = Callable[[str], ModelFile]
@@ -48,7 +51,7 @@ def whole(file: ModelFile, layers: int = 5) -> Program:
 def test_every_second_layer_has_attention(make: Make, name: str) -> None:
     """The others have two states, one of the last rows of the convolution and one of the rule."""
     kept, delta = whole(make(name)).kv_memory, MODELS[name].delta
-    assert delta is not None
+    assert isinstance(delta, DeltaNet)
     width = (2 * delta.key_heads + delta.heads) * delta.dim
     states = {
         layer: [
@@ -60,6 +63,40 @@ def test_every_second_layer_has_attention(make: Make, name: str) -> None:
     for layer in range(5):
         of_layer = [part for part in kept if part.layer == layer]
         assert of_layer == states[layer] if layer in states else isinstance(of_layer[0], Attention)
+
+
+def test_kimi_linear_has_four_states_a_layer(make: Make) -> None:
+    """Of the convolutions of q, k and v, and of the rule; layers with KV heads keep latent keys."""
+    file, delta = make("kimi-linear"), MODELS["kimi-linear"].delta
+    assert isinstance(delta, KimiDelta)
+    rows = (delta.taps - 1) * delta.heads * delta.dim
+    convolutions = (StatePart.CONVOLUTION, StatePart.CONVOLUTION_OF_KEYS, StatePart.CONVOLUTION_OF_VALUES)
+    for layer in (0, 1, 3, 4):
+        *states, last = [part for part in whole(file).kv_memory if part.layer == layer]
+        assert states == [SequenceState(layer, part, rows) for part in convolutions]
+        assert last == SequenceState(layer, StatePart.RECURRENCE, delta.heads * delta.dim**2)
+    assert [(step.layer, step.v) for step in whole(file).kv_layers] == [(2, None)]
+    assert not any(isinstance(step, Rope) for step in whole(file).steps)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 1, 4), (64, 1, 4), (64, 4)])
+def test_convolutions_of_kimi_linear_have_ones_in_their_shapes(
+    make: Make, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    """As converters of different times write them; the same program and weights."""
+    file, name = make("kimi-linear"), "blk.1.ssm_conv1d_k.weight"
+    assert file.tensor(name).shape == (64, 4)
+    assert file.tensor("blk.1.ssm_a").shape == (4, 1)
+
+    def source(tensor: Tensor) -> TensorSource:
+        sizes = shape if tensor.name == name else tensor.shape
+        return TensorSource(tensor.name, tensor.quant_type, sizes, lambda: tensor.read())
+
+    write_gguf(tmp_path / "again.gguf", file.metadata, [source(tensor) for tensor in file.tensors.values()])
+    again = open_model(tmp_path / "again.gguf")
+    assert whole(again) == whole(file)
+    assert again.tensor(name).shape == (64, 4)
+    assert bytes(again.tensor(name).read()) == bytes(file.tensor(name).read())
 
 
 def test_layers_are_named_by_flags_or_by_a_period(make: Make) -> None:
@@ -76,7 +113,7 @@ def test_key_heads_of_qwen_3_5_are_tiled(make: Make) -> None:
     tiled = {
         name: {step.tiled for step in whole(make(name)).steps if isinstance(step, DeltaRule)}
         for name in MODELS
-        if MODELS[name].delta
+        if isinstance(MODELS[name].delta, DeltaNet)
     }
     assert tiled == {"qwen3next": {False}, "qwen3next-old": {False}, "qwen35": {True}, "qwen35moe": {True}}
 
@@ -116,6 +153,11 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
             r"sections': \[0, 0, 0, 0\] for 4 pairs",
         ),
         ("qwen35", {"attention.scale": 0.5}, "attention.scale': '?0.5'?, which is not supported"),
+        ("kimi-linear", {"kda.head_dim": None}, "kda.head_dim.*missing"),
+        ("kimi-linear", {"kda.head_dim": 24}, "kda.head_dim': 24, a multiple of 16 expected"),
+        ("kimi-linear", {"kda.head_dim": 32}, r"attn_q.weight: shape \[64, 64\], \[64, 128\] expected"),
+        ("kimi-linear", {"ssm.conv_kernel": 32}, "ssm.conv_kernel': 32, 2 to 16 expected"),
+        ("kimi-linear", {"expert_shared_count": None}, "expert_shared_count.*missing"),
         ("qwen3next", {"expert_count": 0, "expert_used_count": 0}, "expert_count': 0, experts expected"),
     ],
 )

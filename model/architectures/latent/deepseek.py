@@ -32,7 +32,7 @@ def mistral4(builder: ProgramBuilder) -> None:
 
 def _latent_layers(builder: ProgramBuilder, multiplier: float, table_multiplier: float) -> None:
     hp, keys = builder.hyperparameters, builder.keys
-    variant = _attention(builder, multiplier, table_multiplier)
+    variant = latent_variant(builder, multiplier, table_multiplier)
     shared = hp.expert_feed_forward_length * keys.count("expert_shared_count", 0, minimum=0, maximum=_MAX_COUNT)
     experts = read_experts(keys, hp, gating=_gating(builder), normalized=False, shared_width=shared)
     dense = keys.count("leading_dense_block_count", 0, minimum=0, maximum=_MAX_COUNT)
@@ -45,7 +45,8 @@ def _latent_layers(builder: ProgramBuilder, multiplier: float, table_multiplier:
             builder.experts(layer, experts)
 
 
-def _attention(builder: ProgramBuilder, multiplier: float, table_multiplier: float) -> LatentVariant:
+def latent_variant(builder: ProgramBuilder, multiplier: float, table_multiplier: float) -> LatentVariant:
+    """Of the file's keys; see `yarn_score_scale` for the multipliers."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = keys.count("attention.kv_lora_rank", maximum=_MAX_WIDTH)
     query, value = (keys.count(key, maximum=_MAX_WIDTH) for key in LATENT_KEYS)

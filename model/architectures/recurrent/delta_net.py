@@ -76,14 +76,20 @@ def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir
     yield ir.Activate(convolved, convolved, ActivationFunction.SILU)
     for part, start in ((q, 0), (k, q.width), (v, 2 * q.width)):
         yield ir.Slice(convolved, part, start)
-    for x, factor in ((q, 1 / net.head_dim), (k, 1 / math.sqrt(net.head_dim))):  # q: of its norm and of scores
-        yield ir.RmsNorm(x, x, None, epsilon / net.head_dim, net.key_heads)
-        yield ir.Scale(x, x, factor)
+    yield from unit_lengths(q, k, net.key_heads, epsilon)
     yield DeltaRule(q, k, v, alpha, beta, out, layer, net.heads, net.key_heads, net.tiled)
     yield ir.RmsNorm(out, out, builder.vector(f"{prefix}.ssm_norm.weight", net.head_dim), epsilon, net.heads)
     yield ir.SiluMul(z, out, out)
     yield builder.product(f"{prefix}.ssm_out", out, projected)
     yield ir.Add(hidden, projected, hidden)
+
+
+def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[ir.Step]:
+    """Each head of q and k is made 1 long, and q divided by the square root of its channels besides."""
+    channels = k.width // heads
+    for x, factor in ((q, 1 / channels), (k, 1 / math.sqrt(channels))):
+        yield ir.RmsNorm(x, x, None, epsilon / channels, heads)
+        yield ir.Scale(x, x, factor)
 
 
 def _products(

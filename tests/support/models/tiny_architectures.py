@@ -28,7 +28,7 @@ DECODED_STRIDE = 4
 
 _BYTE_LEVEL = (
     *("qwen", "gpt", "falcon", "starcoder2", "smollm3", "olmo2", "exaone4", "seed_oss", "glm4moe", "cohere2"),
-    *("lfm2", "deepseek2", "mistral4"),
+    *("lfm2", "deepseek2", "mistral4", "kimi-linear"),
 )
 _QKV = ("attn_q", "attn_k", "attn_v")
 _GEMMA: dict[str, Any] = {"hidden": 64, "head_dim": 32, "tied": True}

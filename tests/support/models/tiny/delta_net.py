@@ -41,3 +41,29 @@ class DeltaNet:
         yield RandomTensor(f"{name}.ssm_a", (self.heads,), 0.1, mean=-0.3)
         yield norm(f"{name}.ssm_norm", self.dim)
         yield matrix(f"{name}.ssm_out", hidden, value)
+
+
+@dataclass(frozen=True, slots=True)
+class KimiDelta:
+    """`heads` of `dim` channels, whose decay is channel by channel."""
+
+    heads: int = 4
+    dim: int = 16
+    taps: int = 4
+
+    def keys(self) -> Mapping[str, WritableValue]:
+        return {"ssm.conv_kernel": self.taps, "kda.head_dim": self.dim}
+
+    def tensors(self, name: str, hidden: int) -> Iterator[RandomTensor]:
+        inner = self.heads * self.dim
+        for part in "qkv":
+            yield matrix(f"{name}.attn_{part}", inner, hidden, gain=1.5)
+            yield RandomTensor(f"{name}.ssm_conv1d_{part}.weight", (1, inner, 1, self.taps), 0.7)
+        for part in "fg":
+            yield matrix(f"{name}.ssm_{part}_a", self.dim, hidden, gain=1.5)
+            yield matrix(f"{name}.ssm_{part}_b", inner, self.dim, gain=1.5)
+        yield matrix(f"{name}.ssm_beta", self.heads, hidden, gain=1.5)
+        yield RandomTensor(f"{name}.ssm_dt.bias", (inner,), 0.5)
+        yield RandomTensor(f"{name}.ssm_a", (1, 1, self.heads, 1), 0.1, mean=-0.3)
+        yield norm(f"{name}.ssm_norm", self.dim)
+        yield matrix(f"{name}.attn_output", hidden, inner)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.quant_types import QuantType
-from support.models.tiny.delta_net import DeltaNet
+from support.models.tiny.delta_net import DeltaNet, KimiDelta
 from support.models.tiny.latent import Latent
 
 
@@ -49,7 +49,7 @@ class Tiny:
     context: int = 256
     taps: int = 0  # of the convolutions
     convolutions: tuple[int, ...] = ()  # layers with them in place of attention
-    delta: DeltaNet | None = None  # behind the convolutions
+    delta: DeltaNet | KimiDelta | None = None  # behind the convolutions
     gated: bool = False  # attention, channel by channel
     last_norm: str = "output_norm"
     keys: dict[str, WritableValue] = field(default_factory=dict)

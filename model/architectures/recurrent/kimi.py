@@ -1,0 +1,104 @@
+"""Kimi Linear: kimi-linear. Delta nets whose states decay channel by channel; latent attention without a rotation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from llamaclust.model import program as ir
+from llamaclust.model.architectures.experts import read_experts
+from llamaclust.model.architectures.latent.attention import LatentAttention
+from llamaclust.model.architectures.latent.deepseek import latent_variant
+from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.recurrent.delta_net import unit_lengths
+from llamaclust.model.delta_rule import MAX_KEY_CHANNELS, VALUE_CHANNELS, Decay, DeltaRule
+from llamaclust.model.program import Buffer
+from llamaclust.model.states import StatePart
+from llamaclust.model.step_options import ActivationFunction, Gating
+
+_MAX_TAPS, _MAX_COUNT = 16, 1 << 10
+
+
+def kimi_linear(builder: ProgramBuilder) -> None:
+    """Layers with KV heads have latent attention. Leading dense layers, then experts of sigmoid gates, with a bias for
+    the choice, beside shared ones."""
+    hp, keys = builder.hyperparameters, builder.keys
+    latent = latent_variant(builder, 0.0, 0.0)
+    latent = replace(latent, table=None, scale=1 / math.sqrt(latent.query))
+    head_dim = keys.count("kda.head_dim", maximum=MAX_KEY_CHANNELS)
+    if head_dim % VALUE_CHANNELS:
+        raise keys.error("kda.head_dim", f"{head_dim}, a multiple of {VALUE_CHANNELS} expected")
+    taps = keys.count("ssm.conv_kernel", minimum=2, maximum=_MAX_TAPS)
+    shared = hp.expert_feed_forward_length * keys.count("expert_shared_count", maximum=_MAX_COUNT)
+    experts = read_experts(keys, hp, gating=Gating.SIGMOID, shared_width=shared)
+    dense = keys.count("leading_dense_block_count", 0, minimum=0, maximum=_MAX_COUNT)
+    for layer in builder.layers():
+        if hp.head_counts_kv[layer]:
+            attention = LatentAttention(builder, layer, hp.head_count, latent, builder.kv_type)
+            builder.append(attention.steps(hp.embedding_length))
+        else:
+            builder.append(_KimiDelta(builder, layer, head_dim, taps).steps())
+        if layer < dense:
+            builder.feed_forward(layer)
+        else:
+            builder.require(layer, "exp_probs_b.bias")
+            builder.experts(layer, experts)
+
+
+@dataclass(frozen=True, slots=True)
+class _KimiDelta:
+    """The steps of one layer: hidden += output(norm(delta rule) * sigmoid(gate)) of the normed hidden state."""
+
+    builder: ProgramBuilder
+    layer: int
+    head_dim: int
+    taps: int
+
+    def steps(self) -> Iterator[ir.Step]:
+        builder, heads, epsilon = self.builder, self.builder.hyperparameters.head_count, self.builder.rms_epsilon
+        width, inner = builder.hyperparameters.embedding_length, heads * self.head_dim
+        hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
+        q, k, v, decay, gate, out = (Buffer(f"delta {name}", inner) for name in ("q", "k", "v", "decay", "gate", "out"))
+        beta = Buffer("delta beta", heads)
+        yield ir.RmsNorm(hidden, normed, builder.vector(self._name("attn_norm.weight"), width), epsilon)
+        yield from self._convolved(normed, (q, k, v))
+        yield builder.product(self._name("ssm_beta"), normed, beta)
+        yield ir.Activate(beta, beta, ActivationFunction.SIGMOID)
+        yield from self._low_rank("f", normed, decay)
+        yield self._decay(decay, heads)
+        yield from unit_lengths(q, k, heads, epsilon)
+        yield DeltaRule(q, k, v, decay, beta, out, self.layer, heads, heads)
+        yield ir.RmsNorm(out, out, builder.vector(self._name("ssm_norm.weight"), self.head_dim), epsilon, heads)
+        yield from self._low_rank("g", normed, gate)
+        yield ir.Activate(gate, gate, ActivationFunction.SIGMOID)
+        yield ir.Mul(out, gate, out)
+        yield builder.product(self._name("attn_output"), out, projected)
+        yield ir.Add(hidden, projected, hidden)
+
+    def _convolved(self, x: Buffer, outs: tuple[Buffer, Buffer, Buffer]) -> Iterator[ir.Step]:
+        """q, k and v of x, each with a convolution of its own."""
+        plain = [Buffer(f"{out.name} before", out.width) for out in outs]
+        for name, product in zip("qkv", plain, strict=True):
+            yield self.builder.product(self._name(f"attn_{name}"), x, product)
+        parts = (StatePart.CONVOLUTION, StatePart.CONVOLUTION_OF_KEYS, StatePart.CONVOLUTION_OF_VALUES)
+        for name, product, out, part in zip("qkv", plain, outs, parts, strict=True):
+            weight = self.builder.weight(self._name(f"ssm_conv1d_{name}.weight"), (out.width, self.taps))
+            yield ir.Convolution(product, out, weight, self.taps, self.layer, part=part)
+            yield ir.Activate(out, out, ActivationFunction.SILU)
+
+    def _low_rank(self, name: str, x: Buffer, out: Buffer) -> Iterator[ir.Step]:
+        """Two products, with as many channels between them as a head has."""
+        between = Buffer(f"delta {name}", self.head_dim)
+        yield self.builder.product(self._name(f"ssm_{name}_a"), x, between)
+        yield self.builder.product(self._name(f"ssm_{name}_b"), between, out)
+
+    def _decay(self, x: Buffer, heads: int) -> ir.Step:
+        builder, name = self.builder, self._name("ssm_a")
+        column = builder.has(name) and len(builder.model.tensor(name).shape) == 2
+        step = Decay(x, x, name, builder.vector(self._name("ssm_dt.bias"), x.width), heads, column)
+        builder.weight(name, step.weight_shape)
+        return step
+
+    def _name(self, name: str) -> str:
+        return f"blk.{self.layer}.{name}"

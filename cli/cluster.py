@@ -170,8 +170,22 @@ def plan(
     overrides: Overrides = [],  # noqa: B006  typer reads the default
     workers: LocalWorkers = None,
     as_json: Json = False,
+    assume: Annotated[
+        str | None,
+        Option("--assume", metavar="MACHINES", help="Of machines that are not there: '3x16GB@40GB/s,1Gbit'."),
+    ] = None,
+    model: Annotated[
+        str | None, Option("--model", metavar="MODEL", help="For --assume: SHAPE[:QUANTIZATION], or a model file.")
+    ] = None,
 ) -> None:
     """Show the split, its memory and its predicted speed, without starting anything."""
+    if assume is not None or model is not None:
+        from llamaclust.cli.plan_on_paper import show_plan_on_paper
+
+        if source is not None or workers is not None:
+            raise UsageError("--assume: describes the machines: leave out FILE and --workers")
+        show_plan_on_paper(assume, model, overrides, as_json)
+        return
     from llamaclust.cli.plan import show_plan
 
     file, overrides = cluster_source(source, workers, overrides)

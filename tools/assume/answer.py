@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
@@ -26,6 +27,8 @@ KEYS = ("context_length", "kv_memory", "kv_type", "max_sequences", "objective", 
 
 _GIB = 1 << 30
 _SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+_FURTHER = 3
+"""So many machines more than memory alone asks for are tried."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
 """What makes a token or a prompt take less than this share of its time would help."""
 
@@ -71,8 +74,9 @@ def answer(machines: str, spec: str, overrides: Sequence[str]) -> Answer:
     try:
         plan = _plan(assumed, model, overrides)
     except InsufficientMemoryError as error:
-        fitting = "; or take ".join(_fitting(assumed, model, overrides)) or "nothing smaller or larger was found to fit"
-        explained = InsufficientMemoryError(f"{_named(model)}: {error}; what would fit: {fitting}")
+        fitting = "; or take ".join(_fitting(assumed, model, overrides, error))
+        advice = f"; what would fit: {fitting}" if fitting else ""
+        explained = InsufficientMemoryError(f"{_named(model)}: {error}{advice}")
         explained.missing_bytes = error.missing_bytes
         raise explained from error
     return Answer(model, assumed, plan, tuple(_helps(assumed, model, overrides, _prediction(plan))))
@@ -120,18 +124,24 @@ def _profile(machine: Machine) -> Profile:
     return Profile(rates.cpu_profile(machine.cpu), tuple(map(rates.gpu_profile, machine.gpus)))
 
 
-def _fitting(assumed: Assumed, model: PaperModel, overrides: Sequence[str]) -> Iterator[str]:
+def _fitting(
+    assumed: Assumed, model: PaperModel, overrides: Sequence[str], error: InsufficientMemoryError
+) -> Iterator[str]:
     """The largest quantization that fits, and the fewest further machines like the last one."""
+    devices = [device for machine in assumed.machines for device in (machine.cpu, *machine.gpus)]
+    most_bytes = sum(device.memory_bytes for device in devices)
     for smaller in _smaller(model):
-        if _try(assumed, smaller, overrides) is not None:
+        if smaller.file.size_bytes < most_bytes and _try(assumed, smaller, overrides) is not None:
             yield f"{smaller.mix}, {smaller.file.size_bytes / 1e9:.1f} GB"
             break
     last = assumed.machines[-1]
-    for count in range(1, MAX_MACHINES - len(assumed.machines) + 1):
+    room_bytes = last.cpu.memory_bytes - rates.SYSTEM_BYTES
+    if error.missing_bytes is None or room_bytes <= 0:
+        return
+    least = max(1, ceil(error.missing_bytes / room_bytes))
+    for count in range(least, min(least + _FURTHER, MAX_MACHINES - len(assumed.machines)) + 1):
         if _try(_with(assumed, count), model, overrides) is not None:
             yield f"{count} more of {_memory(last.cpu)}"
-            return
-        if count > 1 and count >= len(assumed.machines) * 8:
             return
 
 

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from llamaclust.cluster.config.catalog import resolve_model
+from llamaclust.cluster.config.catalog import find_entry, resolve_model
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor
@@ -38,10 +38,13 @@ class PaperModel:
 
 
 def paper_model(spec: str) -> PaperModel:
-    """SHAPE[:MIX], or the path or name of a model that is there, also with :MIX. UsageError lists the shapes."""
+    """SHAPE[:MIX], a model of the catalog that is there, or the path of one, also with :MIX. UsageError lists the
+    shapes."""
     name, mix = _split(spec)
     if (shape := SHAPES.get(name.lower())) is not None:
         return PaperModel(shape.title, _file_of(name.lower(), shape), None).quantized(mix or shape.mix)
+    if find_entry(spec) is not None:  # a name of the catalog has a quantization of its own
+        name, mix = spec, None
     try:
         path = resolve_model(name)
     except UsageError as error:

@@ -115,4 +115,6 @@ def test_unknown_models_and_mixes_are_refused_with_what_there_is() -> None:
         model_of("8c")
     with pytest.raises(UsageError, match=r"--model: 'q4_k_x' is no quantization; known: f32, f16, .*q4_k_m"):
         model_of("8b:q4_k_x")
+    with pytest.raises(UsageError, match=r"llamaclust model pull qwen3-8b:q4_k_m; or one of the shapes"):
+        model_of("qwen3-8b:q4_k_m")
     assert model_of("GPT-OSS-20B:q8_0").mix == "Q8_0"

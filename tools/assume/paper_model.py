@@ -11,6 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from llamaclust.cluster.config.catalog import find_entry, resolve_model
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.model_file import ModelFile, open_model
@@ -102,7 +104,8 @@ def _metadata(shape: Shape) -> Mapping[str, MetadataValue]:
             "expert_used_count": shape.used,
             "expert_feed_forward_length": shape.expert_ffn,
         }
-    named = {f"{shape.architecture}.{key}": value for key, value in (own | dict(shape.keys)).items()}
+    own |= {**shape.keys, **{key: np.array(values, np.int32) for key, values in shape.arrays.items()}}
+    named = {f"{shape.architecture}.{key}": value for key, value in own.items()}
     return {"general.architecture": shape.architecture, **named}
 
 

@@ -43,6 +43,20 @@ _GPT_OSS = {
     "ffn_down_exps.bias": ("experts", "hidden"),
 }
 
+_GATED_ATTENTION = {**_ATTENTION, **_HEAD_NORMS, "attn_q.weight": ("queries+gates", "hidden")}
+_DELTA_NET = {
+    "attn_qkv.weight": ("delta_mixed", "hidden"),
+    "attn_gate.weight": ("delta_values", "hidden"),
+    "ssm_alpha.weight": ("delta_heads", "hidden"),
+    "ssm_beta.weight": ("delta_heads", "hidden"),
+    "ssm_conv1d.weight": ("delta_mixed", "delta_taps"),
+    "ssm_dt.bias": ("delta_heads",),
+    "ssm_a": ("delta_heads",),
+    "ssm_norm.weight": ("delta_dim",),
+    "ssm_out.weight": ("hidden", "delta_values"),
+}
+_GATED_EXPERT = {**_SHARED_EXPERT, "ffn_gate_inp_shexp.weight": ("hidden",)}
+
 Sizes = tuple[str, ...]
 """Of a tensor, slowest first, by the names of `Shape.sizes`."""
 
@@ -58,6 +72,7 @@ _LAYERS: Mapping[str, Mapping[str, Sizes]] = {
         **_SHARED_EXPERT,
         "exp_probs_b.bias": ("experts",),
     },
+    "qwen35moe": {**_POST_NORMS, **_DELTA_NET, **_EXPERTS, **_GATED_EXPERT},
 }
 """Tensors of a layer, by architecture."""
 
@@ -65,6 +80,11 @@ _LEADING_LAYERS: Mapping[str, Mapping[str, Sizes]] = {
     "glm4moe": {**_POST_NORMS, **_ATTENTION, **_QKV_BIASES, **_FEED_FORWARD}
 }
 """Of layers without experts before the others."""
+
+_LAST_LAYERS: Mapping[str, Mapping[str, Sizes]] = {
+    "qwen35moe": {**_POST_NORMS, **_GATED_ATTENTION, **_EXPERTS, **_GATED_EXPERT}
+}
+"""Of the last layer of each period."""
 
 _MODEL: Mapping[str, Sizes] = {
     "token_embd.weight": ("vocabulary", "hidden"),
@@ -93,12 +113,25 @@ class Shape:
     expert_ffn: int = 0
     shared_ffn: int = 0
     leading_layers: int = 0  # without experts
+    period: int = 0  # of layers, whose last one differs
+    delta_heads: int = 0  # of a gated delta net
+    delta_key_heads: int = 0
+    delta_dim: int = 0
+    delta_taps: int = 4
     mix: str = "Q4_K_M"
     keys: Mapping[str, Scalar | str] = field(default_factory=dict)  # further ones, without the architecture's name
+    arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def size(self, name: str) -> int:
         """By the names that tables of tensors use."""
-        derived = {"queries": self.heads * self.head_dim, "keys": self.kv_heads * self.head_dim}
+        queries, delta_values = self.heads * self.head_dim, self.delta_heads * self.delta_dim
+        derived = {
+            "queries": queries,
+            "queries+gates": 2 * queries,
+            "keys": self.kv_heads * self.head_dim,
+            "delta_values": delta_values,
+            "delta_mixed": delta_values + 2 * self.delta_key_heads * self.delta_dim,
+        }
         return derived[name] if name in derived else int(getattr(self, name))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -106,9 +139,13 @@ class Shape:
         for name, sizes in _MODEL.items():
             yield name, tuple(map(self.size, sizes))
         for layer in range(self.layers):
-            own = _LEADING_LAYERS if layer < self.leading_layers else _LAYERS
-            for name, sizes in own[self.architecture].items():
+            for name, sizes in self._layer(layer).items():
                 yield f"blk.{layer}.{name}", tuple(map(self.size, sizes))
+
+    def _layer(self, layer: int) -> Mapping[str, Sizes]:
+        is_last = self.period and (layer + 1) % self.period == 0
+        tables = _LEADING_LAYERS if layer < self.leading_layers else _LAST_LAYERS if is_last else _LAYERS
+        return tables[self.architecture]
 
     @property
     def parameters(self) -> int:
@@ -217,5 +254,37 @@ SHAPES: Mapping[str, Shape] = {
             "expert_weights_norm": True,
             "expert_weights_scale": 1.0,
         },
+    ),
+    "qwen3.5-35b-a3b": Shape(
+        architecture="qwen35moe",
+        title="Qwen3.5 35B-A3B",
+        hidden=2048,
+        layers=40,
+        heads=16,
+        kv_heads=2,
+        head_dim=256,
+        vocabulary=248320,
+        context=262144,
+        ffn=512,
+        experts=256,
+        used=8,
+        expert_ffn=512,
+        shared_ffn=512,
+        rope_base=10000000.0,
+        period=4,
+        delta_heads=32,
+        delta_key_heads=16,
+        delta_dim=128,
+        keys={
+            "rope.dimension_count": 64,
+            "expert_shared_feed_forward_length": 512,
+            "full_attention_interval": 4,
+            "ssm.time_step_rank": 32,
+            "ssm.group_count": 16,
+            "ssm.state_size": 128,
+            "ssm.inner_size": 4096,
+            "ssm.conv_kernel": 4,
+        },
+        arrays={"rope.dimension_sections": (11, 11, 10, 0)},
     ),
 }

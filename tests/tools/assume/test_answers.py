@@ -6,9 +6,11 @@ from math import ceil
 
 import pytest
 
-from llamaclust.core.errors import InsufficientMemoryError, UsageError
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
+from llamaclust.tools.assume import answer as module
 from llamaclust.tools.assume import rates
 from llamaclust.tools.assume.answer import Answer, answer
 from llamaclust.tools.assume.paper_model import paper_model
@@ -61,8 +63,17 @@ def test_layers_go_to_gpus_first() -> None:
     cpu, gpu = stage.devices
     assert (cpu.device, gpu.device) == ("cpu", "cuda:0") and gpu.end == 32
     assert gpu.memory_bytes == 4 * GIB - rates.GPU_RESERVED_BYTES and 2 * GIB < gpu.bytes <= gpu.memory_bytes
-    with pytest.raises(UsageError, match=r"sinks is not computed on GPUs.*leave the GPUs out"):
-        answer("64GB@60GB/s + 24GB@900GB/s gpu", "gpt-oss-20b", ())
+
+
+def test_what_gpus_do_not_compute_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: object) -> Plan:
+        raise ModelFileError("this is not computed on GPUs; set device: cpu for its workers")
+
+    monkeypatch.setattr(module, "plan_cluster", refused)
+    with pytest.raises(UsageError, match=r"--assume: LLaMA 3.1 8B: this is not .*; leave the GPUs out"):
+        answer("64GB@60GB/s + 24GB@900GB/s gpu", "8b", ())
+    with pytest.raises(ModelFileError):
+        answer("64GB@60GB/s", "8b", ())
 
 
 def test_keys_of_the_cluster_file_are_obeyed() -> None:

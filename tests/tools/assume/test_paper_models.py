@@ -35,6 +35,7 @@ PUBLISHED = {  # billions of parameters, as their publishers say; heads that pre
     "gpt-oss-120b": 116.8,
     "qwen3-30b-a3b": 30.5,
     "glm-4.5-air": 106.9,
+    "qwen3.5-35b-a3b": 34.66,
 }
 FILES = {  # GB of public files of these mixes
     "7b": ("Q4_K_M", 4.08),

@@ -11,7 +11,7 @@ from llamaclust.kernels._native import log
 from llamaclust.kernels.cuda.executor.experts import ExpertsEmitter
 from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm, fuse_for_gpu
 from llamaclust.kernels.cuda.executor.operands import Operands
-from llamaclust.kernels.cuda.launches import attention, elementwise, matmul
+from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.fuse import Adapts, Attend, Products, reads_of, written_by
 from llamaclust.kernels.fuse import elementwise as operation_of
@@ -32,6 +32,7 @@ class Emitter:
         yield from self._rotations()
         for attended in {attention.likeness(step): step for step in attention.attention_steps(program)}.values():
             yield self._attention.plan(attended, self._attention_plan(attended))
+        yield from self._head_lines()
         for step in fuse_for_gpu(program, lambda name: self.ops.weights[name].quant_type):
             if isinstance(step, ir.SelectRows) and self.ops.shape.outputs == 0:
                 return
@@ -43,8 +44,10 @@ class Emitter:
                 yield self._embed(step.weight, self.ops.inputs.tokens, self.ops.out(step.out))
             case Products():
                 yield from self._products(step.x, step.steps)
-            case Adapts() | ir.Convolution() | ir.DeltaRule() | ir.HeadMatMul():
-                raise AssertionError("programs with adapters, states or latent attention are refused")
+            case ir.HeadMatMul():
+                yield from self._multiply_heads(step)
+            case Adapts() | ir.Convolution() | ir.DeltaRule():
+                raise AssertionError("programs with adapters or states are refused")
             case Attend():
                 yield from self._attend(step)
             case Attended():
@@ -74,6 +77,29 @@ class Emitter:
             for step in steps
         ]
         yield matmul.multiply(products, self.ops.activation_of(products[0].weights, at), self.ops.rows, sms)
+
+    def _lines_by_head(self, heads: int) -> matmul.Experts:
+        """Which rows of products by head are of which head, once for all layers."""
+        ops, bucket = self.ops, self.ops.rows.bucket
+        piece = matmul.expert_piece(bucket * heads, heads)
+        most_items = heads * -(-bucket // piece)
+        sizes = {"lines": 4 * bucket * heads, "items": 12 * heads * -(-bucket // matmul.LEAST_PIECE), "count": 4}
+        lines, items, count = (ops.layout.at((f"{name} by head", heads), n_bytes) for name, n_bytes in sizes.items())
+        return matmul.Experts(items, count, lines, most_items, piece, 1)
+
+    def _head_lines(self) -> Iterator[Launch]:
+        steps = self.ops.program.steps
+        for heads in dict.fromkeys(step.heads for step in steps if isinstance(step, ir.HeadMatMul)):
+            yield experts.by_head(heads, self._lines_by_head(heads), self.ops.rows)
+
+    def _multiply_heads(self, step: ir.HeadMatMul) -> Iterator[Launch]:
+        ops, weights, width = self.ops, self.ops.weights[step.weight], step.x.width // step.heads
+        x, kind = ops.current[step.x.name], weights.activation
+        if kind is not ActivationFormat.F32:
+            out = ops.activations(kind, f"{step.x.name} by head", width, step.heads)
+            yield matmul.quantize(kind, x, width, ops.rows.times(step.heads), out)
+        product, lines = matmul.Product(weights, NULL, ops.out(step.out)), self._lines_by_head(step.heads)
+        yield matmul.multiply_experts([product], ops.activation_of(weights, x), lines, ops.gpu.sms)
 
     def _norm(self, step: Norm) -> Launch:
         norm, y, total = step.norm, NULL, NULL
@@ -174,7 +200,7 @@ class Emitter:
                 if rope is not None:
                     yield self._rotated(rope, ops.current[rope.x.name])
         q, *stored = (ops.current[buffer.name] for buffer in reads_of(step))
-        k, v = stored or (NULL, NULL)
+        k, v = (*stored, NULL, NULL)[:2]
         out = ops.out(step.out)
         by_32 = by_256 = NULL
         if wanted is not None and attention.can_quantize(step, launches.room):

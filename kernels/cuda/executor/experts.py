@@ -16,8 +16,6 @@ from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
 from llamaclust.model.step_options import GatedActivation
 
 _FLOAT = 4
-_LEAST_PIECE = 8
-"""Lines of experts that products take together, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ class ExpertsEmitter:
     def _chosen(self) -> experts.ExpertBuffers:
         at, lines = self.ops.layout.at, experts.choice_bytes(self.step, self.ops.room)
         names = ("expert ids", "expert weights", "expert lines")
-        items = at("expert items", experts.items_bytes(self.step, self.ops.room, _LEAST_PIECE))
+        items = at("expert items", experts.items_bytes(self.step, self.ops.room, matmul.LEAST_PIECE))
         ids, weights, ordered = (at(name, lines) for name in names)
         return experts.ExpertBuffers(ids, weights, ordered, items, at("expert count", 4))
 

@@ -15,13 +15,13 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cuda.launches.inputs import Inputs
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
 from llamaclust.model.kv_type import KV_GROUP_CHANNELS, KvType
-from llamaclust.model.program import SPAN_TOKENS, Attention, Program
+from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Program
 from llamaclust.model.step_options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
 """Memory for sums of spans that are computed apart: where there are more of them, blocks walk whole tiles."""
 
-_MAX_HEAD_DIM = 512
+_MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
 _FEW_QUERIES = (4, 8, 16)
 _MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,)}
 _SCORE_STRIDE = SPAN_TOKENS + 4
@@ -86,7 +86,12 @@ class AttentionBuffers:
 
 
 def _slot_bytes(step: Attention) -> int:
-    return 4 * step.heads * (step.head_dim + 2)
+    return 4 * step.heads * (step.value_dim + 2)
+
+
+def _piece_bytes(step: Attention) -> int:
+    """Of a KV head in a block."""
+    return KV_BLOCK_TOKENS * step.kv_token_bytes // step.kv_heads
 
 
 def _spans(step: Attention, max_context_tokens: int) -> int:
@@ -112,8 +117,8 @@ def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def _few_queries(step: Attention) -> int:
-    """0: too many heads share a KV head."""
-    return next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
+    """0: too many heads share a KV head, as always where attention is latent."""
+    return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
 def _parts(step: Attention, gpu: LaunchLimits) -> int:
@@ -128,11 +133,11 @@ def attention_steps(program: Program) -> tuple[Attention, ...]:
 def check_attention(program: Program) -> None:
     """ModelFileError for what the kernels cannot compute; of the rest they have been told by the CPU's checks."""
     for step in attention_steps(program):
-        if step.v is None:
-            raise ModelFileError("latent attention is not computed on GPUs; set device: cpu for its workers")
-        if step.head_dim > _MAX_HEAD_DIM:
-            at = f"layers {program.start} to {program.end}"
-            raise ModelFileError(f"{at} cannot be computed: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
+        most = _MAX_HEAD_DIM if step.v is not None else _MAX_LATENT_DIM
+        if step.head_dim > most or step.value_dim > _MAX_HEAD_DIM:
+            at, heads = f"layers {program.start} to {program.end}", f"{step.head_dim} and {step.value_dim}"
+            limits = f"at most {most} and {_MAX_HEAD_DIM} channels"
+            raise ModelFileError(f"{at} cannot be computed: keys and values of {heads}, {limits}")
 
 
 def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
@@ -141,11 +146,14 @@ def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
 
 def likeness(step: Attention) -> tuple[object, ...]:
     """Equal for layers whose rows become the same tiles on any GPU: they share a plan."""
-    return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window
+    return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window, step.v is None
 
 
 def _stage_floats(step: Attention, blocks: int) -> int:
-    """Values of some blocks, 64 or 128 channels at a time, and their scales."""
+    """Values of some blocks, 64 or 128 channels at a time, and their scales; those of latent attention stay where they
+    are."""
+    if step.v is None:
+        return 0
     channels = 64 if step.head_dim <= 64 else 128
     scales = channels // KV_GROUP_CHANNELS if step.kv_type is KvType.Q8_0 else 0
     return blocks * 16 * (channels + scales)
@@ -171,7 +179,7 @@ def _merges(step: Attention, room: Room) -> bool:
 
 def can_quantize(step: Attention, room: Room) -> bool:
     """Whether the kernel that merges spans can: it has whole heads of 256 channels."""
-    fits = step.head_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
+    fits = step.value_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
     return fits and _merges(step, room)
 
 
@@ -207,7 +215,8 @@ class AttentionLaunches:
             tiles = min(rows, rows // tile_rows(step, self.gpu) + self.max_sequences)
             blocks = max(tiles, min(rows * spans, -(-2 * sms // (step.kv_heads * parts))))
             grid = blocks, step.kv_heads * parts, 1
-            yield self._attend(f"tile.tile_{step.kv_type}_{many}", grid, many_shared_bytes(step, many), step, at)
+            kernel = "tile.tile" if step.v is not None else "latent.latent"
+            yield self._attend(f"{kernel}_{step.kv_type}_{many}", grid, many_shared_bytes(step, many), step, at)
         if _merges(step, self.room):
             yield self._merge(step, at)
 
@@ -215,7 +224,7 @@ class AttentionLaunches:
         return at.plan, np.int32(self.room.max_rows), np.int32(self.room.slots)
 
     def _store(self, step: Attention, at: AttentionBuffers) -> Launch:
-        turn, sizes = at.rotation, map(np.int32, (step.heads, step.kv_heads, step.head_dim))
+        turn, sizes = at.rotation, map(np.int32, (step.heads, step.kv_heads, step.head_dim, _piece_bytes(step)))
         rows = self.inputs.rows, self.inputs.positions, *self._plan_args(at)
         rotation = turn.angles, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)
         args = (*rows, at.tables, at.q, at.k, at.v, *sizes, at.kv, *rotation)
@@ -224,14 +233,15 @@ class AttentionLaunches:
     def _attend(
         self, kernel: str, grid: tuple[int, int, int], shared_bytes: int, step: Attention, at: AttentionBuffers
     ) -> Launch:
-        figures = map(np.int32, (step.heads, step.kv_heads, step.head_dim, step.window or _NO_WINDOW))
+        sizes = step.heads, step.kv_heads, step.head_dim, step.value_dim, _piece_bytes(step)
+        figures = map(np.int32, (*sizes, step.window or _NO_WINDOW))
         scores = np.float32(step.scale), np.float32(step.soft_cap or 0.0)
         arrays = self.inputs.positions, at.tables, at.q, at.kv, at.slopes, at.sinks
         args = (*self._plan_args(at), *arrays, *figures, *scores, at.partials, at.out)
         return Launch(f"attention.{kernel}", grid, (256, 1, 1), args, shared_bytes)
 
     def _merge(self, step: Attention, at: AttentionBuffers) -> Launch:
-        outs = (at.partials, at.sinks, np.int32(step.heads), np.int32(step.head_dim), at.out, at.by_32, at.by_256)
-        heads = 1 if at.by_32 == at.by_256 else _MERGED_CHANNELS // step.head_dim
+        outs = (at.partials, at.sinks, np.int32(step.heads), np.int32(step.value_dim), at.out, at.by_32, at.by_256)
+        heads = 1 if at.by_32 == at.by_256 else _MERGED_CHANNELS // step.value_dim
         args = (self.inputs.rows, *self._plan_args(at), *outs)
         return Launch("attention.rows.merge", (self.rows, step.heads // heads, 1), (128, heads, 1), args)

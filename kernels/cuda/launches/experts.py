@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.kernels.cuda.launches import matmul
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
 from llamaclust.model.program import Moe, Program
@@ -14,6 +15,7 @@ from llamaclust.model.step_options import Gating
 
 _GATINGS = tuple(Gating)
 """In the order of the kernel's numbers."""
+_HEAD_LINES = 1024  # for a block
 _PIECE_CHANNELS = 1024  # of a row, for a block
 
 
@@ -73,6 +75,13 @@ def group(step: Moe, places: ExpertBuffers, piece: int, rows: RowCount) -> Launc
     used, experts, most = map(np.int32, (step.used, step.experts, piece))
     args = (places.ids, used, experts, most, rows.address, places.lines, places.items, places.item_count)
     return Launch("experts.group", (1, 1, 1), (512, 1, 1), args, shared_bytes=2 * 4 * step.experts)
+
+
+def by_head(heads: int, places: matmul.Experts, rows: RowCount) -> Launch:
+    """Lines of all rows by head, and their items."""
+    lines = rows.address, places.lines, places.items, places.item_count
+    args = (np.int32(heads), np.int32(places.piece), *lines)
+    return Launch("experts.by_head", (-(-rows.bucket * heads // _HEAD_LINES), 1, 1), (256, 1, 1), args)
 
 
 def combine(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:

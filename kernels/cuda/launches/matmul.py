@@ -31,6 +31,8 @@ _SUB_BLOCKS = {
 """Integer scales in a segment, of types that have them."""
 
 _GROUP_ROWS, _GEMM_ROWS = 8, 64
+LEAST_PIECE = _GROUP_ROWS
+"""Lines of experts that products take together, at least."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
 """Of a segment of eight rows (src/matmul/activations.cuh)."""
 

@@ -123,6 +123,21 @@ KERNEL(128, choose, const float* __restrict__ logits, const float* __restrict__ 
   }
 }
 
+// Of products by head: line row * heads + h is a row of head h. Lines and items as `group` makes them, for all heads in
+// order. Grid: any, blocks of 256.
+KERNEL(256, by_head, int32_t heads, int32_t piece, const int32_t* rows, int32_t* lines, int32_t* items,
+       int32_t* item_count) {
+  const int all = *rows, pieces = (all + piece - 1) / piece, step = 256 * gridDim.x;
+  const int thread = 256 * blockIdx.x + threadIdx.x;
+  if (thread == 0) *item_count = heads * pieces;
+  for (int i = thread; i < heads * all; i += step) lines[i] = i % all * heads + i / all;
+  for (int i = thread; i < heads * pieces; i += step) {
+    const int head = i / pieces, first = i % pieces * piece, left = all - first;
+    int32_t* to = items + 3 * i;
+    to[0] = head, to[1] = head * all + first, to[2] = left < piece ? left : piece;
+  }
+}
+
 namespace {
 
 // Which of lines [first, first + 32) chose the expert, a bit a line. Lanes read lines that lie side by side.

@@ -58,6 +58,12 @@ def attention(
     return Attention(q, k, v, out, 1, *figures, sinks=sinks)
 
 
+def latent(heads: int, key: int, value: int, kv_type: KvType = KvType.F16) -> Attention:
+    """With keys of `key` channels, the first `value` of which are values."""
+    q, k, out = Buffer("q", heads * key), Buffer("k", key), Buffer("out", heads * value)
+    return Attention(q, k, None, out, 1, heads, 1, key, float(np.float32(key**-0.5)), kv_type)
+
+
 def sinks_of(step: Attention) -> Float32:
     """From far below other scores to above them."""
     return np.linspace(-30, 8, step.heads, dtype=np.float32)
@@ -136,8 +142,9 @@ class Attender:
     def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
         """out [rows, heads * head_dim]. Launches are for some more rows than there are."""
         step, put, unused = self.step, self.bench.put, 3
-        parts = np.split(rows, [step.q.width, step.q.width + step.k.width], axis=1)
-        q, k, v = (put(np.concatenate([part, np.full((unused, part.shape[1]), np.nan, np.float32)])) for part in parts)
+        parts = np.split(rows, np.cumsum([part.width for part in reads_of(step)])[:-1], axis=1)
+        padded = (np.concatenate([part, np.full((unused, part.shape[1]), np.nan, np.float32)]) for part in parts)
+        q, k, v = (*(put(part).at() for part in padded), NULL)[:3]
         out = self.bench.room(4 * (len(rows) + unused) * step.out.width)
         header = np.array([batch.rows, len(batch.sequence_starts) - 1, 0], np.int32)
         arrays = (batch.positions, batch.sequence_starts, batch.table_starts)
@@ -146,9 +153,9 @@ class Attender:
         inputs = Inputs(put(header).at(), NULL, NULL, positions, starts, table_starts, NULL, tables, tables)
         slopes = NO_SLOPES if self.slopes is None else self.slopes.at()
         places = AttentionBuffers(
-            q.at(),
-            k.at(),
-            v.at(),
+            q,
+            k,
+            v,
             out.at(),
             tables,
             self.kv.at(),

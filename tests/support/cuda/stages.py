@@ -30,6 +30,7 @@ MODELS = (
     *(*QUANTIZED, "llama-experts", "gemma2", "gpt2", "qwen2moe", "qwen3", "cohere2"),
     *("gpt-oss", "gpt-oss-mxfp4", "glm4moe", "ernie4_5-moe", "hunyuan-moe", "bailingmoe2", "minimax-m2", "granitemoe"),
     *("mistral3", "gemma4", "gemma4-experts", "gemma4-inputs"),
+    *("deepseek2", "deepseek2-lite", "deepseek2-scaled", "mistral4"),
 )
 ROWS = 20
 

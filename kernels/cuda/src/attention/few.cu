@@ -149,7 +149,8 @@ struct Q8Scores {
 // Grid: (any number of blocks, KV heads), blocks of 256; as many rows times query heads of a KV head in a tile as the name
 // says at most (attention_rows.plan's few_rows).
 #define FEW(kv_name, TQ, Kv, Scores)                                                                     \
-  ATTENTION_KERNEL(few_##kv_name##_##TQ, TQ, Kv, Scores, Work::kFew, TQ * kScoreStride, kValueBlocks<TQ>)
+  ATTENTION_KERNEL(few_##kv_name##_##TQ, TQ, Kv, Scores, Work::kFew, TQ * kScoreStride, \
+                   add_values<kValueBlocks<TQ>>)
 FEW(f16, 4, F16Kv, F16Scores)
 FEW(f16, 8, F16Kv, F16Scores)
 FEW(f16, 16, F16Kv, F16Scores)

@@ -22,7 +22,6 @@ struct F16Kv {
 
   static DEVICE int key_channels(int head_dim) { return head_dim; }
   static DEVICE int key_bytes(int head_dim) { return 2 * kBlockTokens * head_dim; }
-  static DEVICE int value_bytes(int head_dim) { return 2 * kBlockTokens * padded_head(head_dim); }
 };
 
 struct Q8Kv {
@@ -31,9 +30,6 @@ struct Q8Kv {
   static DEVICE int key_channels(int head_dim) { return (head_dim + 1) / 2 * 2; }
   static DEVICE int key_bytes(int head_dim) {
     return kBlockTokens * (key_channels(head_dim) + 2 * groups_of(head_dim));
-  }
-  static DEVICE int value_bytes(int head_dim) {
-    return kBlockTokens * (padded_head(head_dim) + 2 * groups_of(head_dim));
   }
   // Where the scale of a group of channels is, from the begin of a piece or of its values.
   static DEVICE int key_scale(int slot, int group, int head_dim) {
@@ -45,10 +41,8 @@ struct Q8Kv {
 };
 
 // Where the piece of a KV head in a block begins.
-template <class Kv>
-DEVICE size_t piece_offset(int block, int kv_head, int kv_heads, int head_dim) {
-  const int bytes = Kv::key_bytes(head_dim) + Kv::value_bytes(head_dim);
-  return (static_cast<size_t>(block) * kv_heads + kv_head) * bytes;
+DEVICE size_t piece_offset(int block, int kv_head, int kv_heads, int piece_bytes) {
+  return (static_cast<size_t>(block) * kv_heads + kv_head) * piece_bytes;
 }
 
 // Pieces of 16 bytes of a key, the last one filled up.

@@ -8,7 +8,7 @@
 namespace llamaclust::cuda {
 namespace {
 
-constexpr int kMaxHeadDim = 512;
+constexpr int kMaxHeadDim = 576;
 
 // The tile that begins with a row.
 struct Tile {
@@ -106,15 +106,14 @@ namespace {
 
 // What a block stores: key and value of one KV head of a row.
 struct Stored {
-  const float *key, *value;  // the key in shared memory
+  const float *key, *value;  // the key in shared memory; null: values are part of keys
   uint8_t* piece;
   int slot;
 };
 
 // Rotates the key, and in place the queries that share the KV head. All threads together.
-template <class Kv>
 DEVICE Stored rotated(int row, const int32_t* positions, const Work& work, const int32_t* tables, float* q,
-                      const float* k, const float* v, int heads, int kv_heads, int head_dim, uint8_t* kv,
+                      const float* k, const float* v, int heads, int kv_heads, int head_dim, int piece_bytes, uint8_t* kv,
                       const Rotation& rotation) {
   SHARED(float, key, [kMaxHeadDim]);
   const int kv_head = blockIdx.y, position = positions[row], thread = threadIdx.x;
@@ -129,7 +128,8 @@ DEVICE Stored rotated(int row, const int32_t* positions, const Work& work, const
     __syncthreads();
   }
   const int block = tables[work.table(row) + position / kBlockTokens];
-  return {key, v + from, kv + piece_offset<Kv>(block, kv_head, kv_heads, head_dim), position % kBlockTokens};
+  const float* value = v == nullptr ? nullptr : v + from;
+  return {key, value, kv + piece_offset(block, kv_head, kv_heads, piece_bytes), position % kBlockTokens};
 }
 
 // Eight channels from x on in float16, `count` of them; others are zero.
@@ -144,21 +144,21 @@ DEVICE uint4 eight_halves(const float* x, int count) {
 }  // namespace
 
 // Keys and values of all rows into memory, before any is read; where there are `angles` (rope.rotation), keys and queries
-// are rotated before. q [rows][heads * head_dim]; k, v [rows][kv_heads * head_dim]. Grid: (rows, KV heads), blocks of 128.
+// are rotated before. q [rows][heads * head_dim]; k, v [rows][kv_heads * head_dim], or v is null. Grid: (rows, KV heads), blocks of 128.
 #define STORE_ARGUMENTS                                                                                               \
   const int32_t *rows, const int32_t *positions, int32_t *plan, int32_t max_rows, int32_t slots,                      \
       const int32_t *tables, float *q, const float *k, const float *v, int32_t heads, int32_t kv_heads,               \
-      int32_t head_dim, uint8_t *kv, const float *angles, int32_t pairs, int32_t neox
-#define STORED(Kv)                                                                                                    \
-  rotated<Kv>(row, positions, Work(plan, max_rows, slots), tables, q, k, v, heads, kv_heads, head_dim, kv,            \
+      int32_t head_dim, int32_t piece_bytes, uint8_t *kv, const float *angles, int32_t pairs, int32_t neox
+#define STORED                                                                                                        \
+  rotated(row, positions, Work(plan, max_rows, slots), tables, q, k, v, heads, kv_heads, head_dim, piece_bytes, kv,   \
               {angles == nullptr ? nullptr : angles + 2 * pairs * row, pairs, neox})
 
 KERNEL(128, store_f16, STORE_ARGUMENTS) {
   const int row = blockIdx.x;
   if (row >= *rows) return;
-  const Stored stored = STORED(F16Kv);
+  const Stored stored = STORED;
   const int chunks = key_chunks<F16Kv>(head_dim);
-  for (int i = threadIdx.x; i < 2 * chunks; i += 128) {
+  for (int i = threadIdx.x; i < (v == nullptr ? 1 : 2) * chunks; i += 128) {
     const int chunk = i % chunks, channel = chunk * 8, count = head_dim - channel;
     if (i >= chunks) {
       uint8_t* value = stored.piece + F16Kv::key_bytes(head_dim) + 2 * (stored.slot * padded_head(head_dim) + channel);
@@ -198,11 +198,11 @@ DEVICE Rounded round_group(float x) {
 KERNEL(128, store_q8_0, STORE_ARGUMENTS) {
   const int row = blockIdx.x;
   if (row >= *rows) return;
-  const Stored stored = STORED(Q8Kv);
+  const Stored stored = STORED;
   const int groups = groups_of(head_dim), lane = threadIdx.x % kWarp, slot = stored.slot;
-  for (int i = threadIdx.x / kWarp; i < 2 * groups; i += 128 / kWarp) {
-    const bool is_value = i % 2 != 0;
-    const int group = i / 2, channel = group * kGroupChannels + lane;
+  for (int i = threadIdx.x / kWarp; i < (v == nullptr ? 1 : 2) * groups; i += 128 / kWarp) {
+    const bool is_value = i >= groups;
+    const int group = i % groups, channel = group * kGroupChannels + lane;
     const bool there = channel < head_dim;
     const Rounded rounded = round_group(there ? (is_value ? stored.value : stored.key)[channel] : 0.0f);
     uint8_t* values = stored.piece + Q8Kv::key_bytes(head_dim);

@@ -18,7 +18,7 @@ struct Step {
   const uint8_t* kv;
   const float *slopes, *sinks;  // null: none
   float *partials, *out;
-  int heads, kv_heads, head_dim, window, slots;
+  int heads, kv_heads, head_dim, value_dim, piece_bytes, window, slots;
   float scale, soft_cap;  // 0: none
 };
 
@@ -69,7 +69,7 @@ struct Span {
 
   DEVICE const uint8_t* piece(int at) const {
     const int block = queries.blocks[at / kBlockTokens];
-    return step.kv + piece_offset<Kv>(block, kv_head, step.kv_heads, step.head_dim);
+    return step.kv + piece_offset(block, kv_head, step.kv_heads, step.piece_bytes);
   }
 
   DEVICE void begin() const {
@@ -133,7 +133,7 @@ struct Span {
 
   DEVICE void keep_sums(int query, float top, float sum) const {
     if (item.slot >= 0) {
-      const Partials partials(step.partials, step.slots, step.heads, step.head_dim);
+      const Partials partials(step.partials, step.slots, step.heads, step.value_dim);
       const int index = partials.index(item.slot + query / heads, head_of(query));
       partials.maxima[index] = top;
       partials.sums[index] = sum;
@@ -162,11 +162,11 @@ struct Span {
   // output itself until the last span is there and all is divided.
   DEVICE void keep_value(int query, int channel, float value) const {
     if (item.slot >= 0) {
-      const Partials partials(step.partials, step.slots, step.heads, step.head_dim);
+      const Partials partials(step.partials, step.slots, step.heads, step.value_dim);
       partials.channels(item.slot + query / heads, head_of(query))[channel] = value;
       return;
     }
-    float& out = step.out[(row(query) * step.heads + head_of(query)) * step.head_dim + channel];
+    float& out = step.out[(row(query) * step.heads + head_of(query)) * step.value_dim + channel];
     if (!begins(query)) value = fma(value, queries.gain[query], mul(out, queries.keep[query]));
     if (!ends(query)) {
       out = value;
@@ -206,18 +206,18 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
   }
 }
 
-// A kernel for tiles of up to TQ queries; `stage` floats after the scores' begin there is room for values, of BLOCKS
-// blocks at a time.
-#define ATTENTION_KERNEL(name, TQ, Kv, Scores, kind, stage, BLOCKS)                                                   \
+// A kernel for tiles of up to TQ queries; `stage` floats after the scores' begin there is room for values, which
+// add_values(span) computes and keeps.
+#define ATTENTION_KERNEL(name, TQ, Kv, Scores, kind, stage, add_values)                                               \
   KERNEL_IN_BLOCKS(256, 2, name, int32_t* plan, int32_t max_rows, int32_t slots, const int32_t* positions,            \
                    const int32_t* tables, const float* q, const uint8_t* kv, const float* slopes, const float* sinks, \
-                   int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t window, float scale, float soft_cap,    \
-                   float* partials, float* out) {                                                                     \
+                   int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t value_dim, int32_t piece_bytes,         \
+                   int32_t window, float scale, float soft_cap, float* partials, float* out) {                        \
     float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \
     SHARED(Queries<TQ>, queries, );                                                                                   \
-    const Step step{positions, tables,   q,        kv,     slopes, sinks, partials, out,                              \
-                    heads,     kv_heads, head_dim, window, slots,  scale, soft_cap};                                  \
-    const auto values = [](const Span<Kv, TQ>& span) { add_values<BLOCKS>(span); };                                   \
+    const Step step{positions, tables,   q,        kv,        slopes,      sinks,  partials, out,                     \
+                    heads,     kv_heads, head_dim, value_dim, piece_bytes, window, slots,    scale, soft_cap};        \
+    const auto values = [](const Span<Kv, TQ>& span) { add_values(span); };                                           \
     attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), kind, queries, scores, scores + (stage), values);   \
   }
 

@@ -1,0 +1,116 @@
+"""Latent attention on a GPU: the CPU's bits in decoding and prefill, and products with a matrix of each head."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.kernels import _native
+from llamaclust.kernels.cuda.launches.attention import check_attention, many_shared_bytes
+from llamaclust.kernels.cuda.launches.experts import by_head
+from llamaclust.kernels.cuda.launches.inputs import RowCount
+from llamaclust.kernels.cuda.launches.matmul import Experts, Product, Weights, expert_piece, multiply_experts
+from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES
+from llamaclust.kernels.cuda.runtime.sources import SRC
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import Attention
+from llamaclust.model.quant_types import QuantType
+from support.arithmetic.batches import batch_of
+from support.arithmetic.matmul_cases import check_equal_bits, random_activations, random_weights
+from support.arithmetic.single_steps import program_of
+from support.cuda.attending import LARGE, SMALL, Attender, latent, sequences_of
+from support.cuda.launching import Bench
+from support.cuda.product_cases import LEVEL, count_of, generator_of, load, quantized, segment_cols
+from support.cuda.random_numbers import generator
+from support.cuda.shim_build import build
+from support.cuda.shim_device import ShimDevice
+
+SHAPES = {
+    "as deepseek": latent(20, 576, 512),
+    "few heads": latent(3, 40, 32),
+    "bytes": latent(5, 104, 96, KvType.Q8_0),
+    "wide bytes": latent(17, 576, 512, KvType.Q8_0),
+    "tails": latent(4, 36, 18),
+    "tails of bytes": latent(2, 50, 34, KvType.Q8_0),
+}
+
+
+@pytest.mark.parametrize("step", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("slots", [0, None], ids=["whole tiles", "spans apart"])
+def test_decoding_and_prefill(bench: Bench, tmp_path: Path, step: Attention, slots: int | None) -> None:
+    attender = Attender(bench, step, LARGE if slots is None else SMALL, slots)
+    long, short = told = sequences_of(tmp_path, step, (525, 24), generator())
+    for one, rows in zip(told, (505, 3), strict=True):
+        attender.fill(one, rows)
+    attender.check([(short, range(3, 20)), (long, range(505, 506))])
+    attender.check([(long, range(506, 524))])
+    attender.check([(long, range(524, 525)), (short, range(20, 21))], one_row_each=True)
+    assert not any("few" in kernel for kernel in attender.launched)
+    assert any("latent" in kernel for kernel in attender.launched)
+
+
+@pytest.mark.parametrize("kv_type", KvType)
+def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
+    step = latent(4, 64, 64, kv_type)
+    (told,) = sequences_of(tmp_path, step, (40,), generator())
+    rows = told.rows.copy()
+    rows[37, step.q.width] = np.nan
+    found = Attender(bench, step).run(batch_of([([0] * 40, range(40), told.table)]), rows)
+    np.testing.assert_array_equal(found[:37].view(np.uint32), told.wanted[:37].view(np.uint32))
+    assert np.isnan(found[37:]).all()
+
+
+def test_widths_that_fit_every_gpu() -> None:
+    for kv_type in KvType:
+        assert many_shared_bytes(latent(128, 576, 512, kv_type), 16) + 1024 <= LEAST_SHARED_BYTES
+    wide = latent(2, 640, 512)
+    with pytest.raises(ModelFileError, match="keys and values of 640 and 512, at most 576 and 512 channels"):
+        check_attention(program_of(wide.q, wide.out, wide))
+
+
+@pytest.mark.parametrize("kind", [QuantType.Q4_K, QuantType.Q8_0, QuantType.F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("heads", "rows"), [(3, 1), (5, 18), (2, 70)])
+def test_products_by_head(bench: Bench, kind: QuantType, heads: int, rows: int) -> None:
+    width, cols, bucket = 18, 2 * segment_cols(kind), rows + 3
+    source = generator_of(kind, heads, rows)
+    loaded = [load(bench, kind, random_weights(source, kind, width, cols), width, cols) for _ in range(heads)]
+    weights = Weights(kind, (heads, width, cols), bench.put(np.concatenate([one.memory.view for one in loaded])).at())
+    x, piece = random_activations(source, rows * heads, cols), expert_piece(bucket * heads, heads)
+    most_items = heads * -(-bucket // piece)
+    items, count, places = (bench.room(size).at() for size in (12 * most_items, 4, 4 * bucket * heads))
+    lines, out = (
+        Experts(items, count, places, most_items, piece, 1),
+        bench.put(np.zeros((rows * heads, width), np.float32)),
+    )
+    bench.device.launch(by_head(heads, lines, RowCount(bucket, count_of(bench, rows))))
+    activations = quantized(bench, weights, x, bucket * heads)
+    bench.device.launch(multiply_experts([Product(weights, np.uint64(0), out.at())], activations, lines, 4))
+    wanted = np.stack([_native.matmul(LEVEL, one.on_cpu, x[head::heads]) for head, one in enumerate(loaded)], axis=1)
+    check_equal_bits(bench.get(out, (rows, heads, width)), wanted, kind)
+
+
+def test_lanes_that_change_places_are_noticed(tmp_path: Path) -> None:
+    """Values of every sixteenth position are added in order, not those of neighbours."""
+    for path in (SRC / "attention").iterdir():
+        shutil.copy(path, tmp_path)
+    kernels, text = tmp_path / "latent.cu", (SRC / "attention" / "latent.cu").read_text()
+    line = "for (int begin = 0; begin < end; begin += kBlockTokens) {"
+    assert text.count(line) == 1 and text.count("\nLATENT(") == 3
+    swapped = "for (int begin = (end - 1) / 16 * 16; begin >= 0; begin -= kBlockTokens) {"
+    kernels.write_text(re.sub(r"^LATENT\((?!f16, 16,).*\n", "", text.replace(line, swapped), flags=re.MULTILINE))
+    device = ShimDevice(build({"attention.latent": kernels, "attention.rows": tmp_path / "rows.cu"}))
+    step = latent(4, 40, 32)
+    (told,) = sequences_of(tmp_path, step, (320,), generator())
+    with Bench(device) as bench:
+        attender = Attender(bench, step)
+        attender.fill(told, 300)
+        batch = batch_of([([0] * 20, range(300, 320), told.table)])
+        found = attender.run(batch, told.rows[300:])
+    device.close()
+    assert (found.view(np.uint32) != told.wanted[300:].view(np.uint32)).any()
+    np.testing.assert_allclose(found, told.wanted[300:], rtol=1e-3, atol=1e-5)

@@ -133,11 +133,12 @@ def attention_steps(program: Program) -> tuple[Attention, ...]:
 def check_attention(program: Program) -> None:
     """ModelFileError for what the kernels cannot compute; of the rest they have been told by the CPU's checks."""
     for step in attention_steps(program):
-        most = _MAX_HEAD_DIM if step.v is not None else _MAX_LATENT_DIM
-        if step.head_dim > most or step.value_dim > _MAX_HEAD_DIM:
-            at, heads = f"layers {program.start} to {program.end}", f"{step.head_dim} and {step.value_dim}"
-            limits = f"at most {most} and {_MAX_HEAD_DIM} channels"
-            raise ModelFileError(f"{at} cannot be computed: keys and values of {heads}, {limits}")
+        at = f"layers {program.start} to {program.end} cannot be computed"
+        if step.v is None and (step.head_dim > _MAX_LATENT_DIM or step.value_dim > _MAX_HEAD_DIM):
+            found, most = f"{step.head_dim} and {step.value_dim}", f"{_MAX_LATENT_DIM} and {_MAX_HEAD_DIM}"
+            raise ModelFileError(f"{at}: keys and values of {found}, at most {most} channels")
+        if step.v is not None and step.head_dim > _MAX_HEAD_DIM:
+            raise ModelFileError(f"{at}: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
 
 
 def tile_rows(step: Attention, gpu: LaunchLimits) -> int:

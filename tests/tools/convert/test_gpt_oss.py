@@ -108,6 +108,7 @@ def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path: Path) -> None:
     source = "model.layers.0.mlp.experts.gate_up_proj"
     tensors[f"{source}_blocks"] = np.zeros((COUNT, 200, 2, 16), np.uint8)
     tensors[f"{source}_scales"] = np.zeros((COUNT, 200, 2), np.uint8)
+    tensors[f"{source}_bias"] = np.zeros((COUNT, 200), np.float32)
     with pytest.raises(ModelFileError, match="'intermediate_size': 100, which blocks of 32 do not divide"):
         converted(tmp_path, config | {"intermediate_size": 100}, tensors)
 

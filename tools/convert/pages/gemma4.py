@@ -132,8 +132,7 @@ def _keys(page: Page, form: _Form, widths: list[int]) -> None:
     page.key("attention.sliding_window_pattern", np.array(form.windowed, np.bool_))
     page.key("attention.shared_kv_layers", page.layers - form.own)
     page.key("embedding_length_per_layer_input", form.inputs)
-    if settings.has("final_logit_softcapping"):
-        page.key("final_logit_softcapping", settings.real("final_logit_softcapping", minimum=1e-3))
+    page.key("final_logit_softcapping", settings.real("final_logit_softcapping", default=0.0))  # 0: none
 
 
 def _rotation(page: Page, form: _Form) -> None:

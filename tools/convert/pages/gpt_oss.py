@@ -15,7 +15,6 @@ _PERIOD = 2
 _MAX_EXPERTS = 1 << 10
 _CLAMP, _GAIN = 7.0, 1.702
 _BLOCK = 32
-_HALF = _BLOCK // 2
 
 
 def build(page: Page) -> None:
@@ -49,28 +48,29 @@ def build(page: Page) -> None:
 def _experts(page: Page, layer: int, count: int, width: int) -> None:
     """Rows of gate and up are in turns, in the matrix and in the bias."""
     source, hidden = f"model.layers.{layer}.mlp.experts", page.width
-    both, down = (
-        _matrices(page, f"{source}.{name}", (count, rows, columns))
-        for name, rows, columns in (("gate_up_proj", 2 * width, hidden), ("down_proj", hidden, width))
-    )
+    halves = _matrices(page, f"{source}.gate_up_proj", (count, 2 * width, hidden), 2)
     bias = page.take(f"{source}.gate_up_proj_bias", count, 2 * width)
-    for first, part in enumerate(("gate", "up")):
-        page.put(f"blk.{layer}.ffn_{part}_exps.weight", strided(both, 1, first, 2))
+    for first, (part, weight) in enumerate(zip(("gate", "up"), halves, strict=True)):
+        page.put(f"blk.{layer}.ffn_{part}_exps.weight", weight)
         page.put(f"blk.{layer}.ffn_{part}_exps.bias", strided(bias, 1, first, 2))
+    (down,) = _matrices(page, f"{source}.down_proj", (count, hidden, width), 1)
     page.put(f"blk.{layer}.ffn_down_exps.weight", down)
     page.put(f"blk.{layer}.ffn_down_exps.bias", page.take(f"{source}.down_proj_bias", count, hidden))
 
 
-def _matrices(page: Page, source: str, shape: tuple[int, int, int]) -> Lazy:
-    """[experts, rows, columns]: blocks and their scales, or floats, which are stored with columns before rows."""
+def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) -> list[Lazy]:
+    """[experts, rows, columns] as `parts` matrices whose rows are in turns: of blocks and their scales, or of floats,
+    which are stored with columns before rows."""
     count, rows, columns = shape
     if not page.has(f"{source}_blocks"):
-        return exchanged(page.take(source, count, columns, rows))
+        whole = exchanged(page.take(source, count, columns, rows))
+        return [strided(whole, 1, first, parts) for first in range(parts)]
     if columns % _BLOCK:
         name = "hidden_size" if columns == page.width else "intermediate_size"
         raise page.settings.error(name, f"{columns}, which blocks of {_BLOCK} do not divide")
-    blocks = page.take_bytes(f"{source}_blocks", count, rows, columns // _BLOCK, _HALF)
-    return packed_blocks(blocks, page.take_bytes(f"{source}_scales", count, rows, columns // _BLOCK))
+    blocks = page.take_bytes(f"{source}_blocks", count, rows, columns // _BLOCK, _BLOCK // 2)
+    scales = page.take_bytes(f"{source}_scales", count, rows, columns // _BLOCK)
+    return [packed_blocks(strided(blocks, 1, first, parts), strided(scales, 1, first, parts)) for first in range(parts)]
 
 
 def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
@@ -80,10 +80,11 @@ def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
 
     def read(start: int, end: int) -> Array:
         pairs = blocks.read(start, end)
-        numbers = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], _BLOCK)
-        found = np.empty((*pairs.shape[:-1], 1 + _HALF), np.uint8)
+        first, second = pairs[..., : _BLOCK // 4], pairs[..., _BLOCK // 4 :]
+        found = np.empty((*pairs.shape[:-1], 1 + _BLOCK // 2), np.uint8)
         found[..., 0] = scales.read(start, end)
-        found[..., 1:] = numbers[..., :_HALF] | numbers[..., _HALF:] << 4
+        found[..., 1::2] = first & 15 | second << 4
+        found[..., 2::2] = first >> 4 | second & 240
         return found.reshape(*pairs.shape[:2], -1)
 
     return Lazy((count, rows, width * _BLOCK), blocks.storage, read, blocks.origin, QuantType.MXFP4)

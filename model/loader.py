@@ -37,6 +37,7 @@ from llamaclust.model.program import (
     AddRow,
     Attention,
     Convolution,
+    DeltaRule,
     Embed,
     HeadMatMul,
     MatMul,
@@ -295,7 +296,11 @@ def _idle_share(steps: Iterable[Step]) -> float:
 
 def _float_macs(tensors: Mapping[str, Tensor], steps: Iterable[Step]) -> int:
     macs = (named for step in steps for named in _macs(step))
-    return sum(count for name, count in macs if tensors[name].quant_type.info.activation is ActivationFormat.F32)
+    return sum(
+        count
+        for name, count in macs
+        if name is None or tensors[name].quant_type.info.activation is ActivationFormat.F32
+    )
 
 
 def _is_before_head(program: Program, step: Step) -> bool:
@@ -304,8 +309,8 @@ def _is_before_head(program: Program, step: Step) -> bool:
     return not isinstance(step, SelectRows) and not (has_norm and getattr(step, "out", None) == program.normed)
 
 
-def _macs(step: Step) -> list[tuple[str, int]]:
-    """Multiply-accumulates of each of the step's weights for one row."""
+def _macs(step: Step) -> Sequence[tuple[str | None, int]]:
+    """Multiply-accumulates of each of the step's weights for one row; None: those of a state, in float32."""
     match step:
         case MatMul():
             return [(step.weight, step.x.width * step.out.width)]
@@ -315,6 +320,8 @@ def _macs(step: Step) -> list[tuple[str, int]]:
             return [(step.down, step.x.width * step.rank), (step.up, step.rank * step.out.width)]
         case Convolution():
             return [(step.weight, step.x.width * step.taps)]
+        case DeltaRule():
+            return [(None, 4 * prod(step.shape))]
         case Moe():
             of_each = step.x.width * step.used * step.ffn_width
             inner = [(name, step.x.width * step.used * step.inner_width) for name in step.inner]

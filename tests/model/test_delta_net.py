@@ -16,6 +16,7 @@ from llamaclust.model.delta_rule import DeltaRule
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Attention, Program, Rope, SequenceState
 from llamaclust.model.states import StatePart
@@ -164,3 +165,14 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
 def test_bad_keys_are_refused(make: Make, name: str, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelFileError, match=message):
         whole(changed(make(name), keys))
+
+
+def test_costs_count_the_arithmetic_of_states(make: Make) -> None:
+    """Four multiply-adds for each of the state's numbers; the model's other weights are float32, too."""
+    file = make("qwen35")
+    layers, width, delta = Model(file).costs(KvType.F16).layers, 64, MODELS["qwen35"].delta
+    assert isinstance(delta, DeltaNet)
+    mixed = (2 * delta.key_heads + delta.heads) * delta.dim
+    products = width * (mixed + 2 * delta.heads * delta.dim + 2 * delta.heads) + mixed * delta.taps
+    expected = products + 4 * delta.heads * delta.dim**2 + 3 * 64 * 96
+    assert (layers[0].macs_per_token, layers[0].float_macs_per_token) == (expected, expected)

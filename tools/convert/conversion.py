@@ -94,7 +94,7 @@ def write_converted(
 
 def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:
     has_blocks = any(output.tensor.packed is QuantType.MXFP4 for output in outputs)
-    return _MXFP4_EXPERTS if has_blocks else FILE_TYPES[kind]
+    return _MXFP4_EXPERTS if has_blocks and kind is not QuantType.Q8_0 else FILE_TYPES[kind]
 
 
 def _check_replaceable(path: Path) -> None:

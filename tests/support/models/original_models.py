@@ -286,6 +286,15 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         ),
         "olmo2": Original("Olmo2ForCausalLM", _keys()),
         "olmo3": Original("Olmo3ForCausalLM", _keys(**_OLMO3_ROTATIONS, num_hidden_layers=5, sliding_window=6)),
+        "seed_oss": Original("SeedOssForCausalLM", _keys(head_dim=32)),
+        "ernie4_5": Original("Ernie4_5ForCausalLM", _keys(head_dim=32, **_rope("default"))),
+        "exaone4": Original("Exaone4ForCausalLM", _keys(num_hidden_layers=5, sliding_window=6)),
+        "exaone4-plain": Original("Exaone4ForCausalLM", _keys(sliding_window=None, layer_types=["full_attention"] * 3)),
+        "granite": Original(
+            "GraniteForCausalLM",
+            _keys(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.7, logits_scaling=2.5),
+        ),
+        "cohere2": Original("Cohere2ForCausalLM", _keys(num_hidden_layers=5, sliding_window=6, logit_scale=0.5)),
         "starcoder2": Original("Starcoder2ForCausalLM", _keys(sliding_window=6)),
         "gpt2": Original(
             "GPT2LMHeadModel",

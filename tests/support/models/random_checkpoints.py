@@ -164,6 +164,17 @@ def _olmo2(layer: str) -> Shapes:
     return {**norms, **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
 
 
+def _exaone4(layer: str) -> Shapes:
+    norms: Shapes = {f"{layer}.post_{part}_layernorm.weight": (HIDDEN,) for part in ("attention", "feedforward")}
+    norms |= {f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}
+    return {**norms, **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
+
+
+def _cohere2(layer: str) -> Shapes:
+    norm: Shapes = {f"{layer}.input_layernorm.weight": (HIDDEN,)}
+    return {**norm, **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
+
+
 def _gpt_oss(layer: str) -> Shapes:
     attention = {**attention_shapes(layer, bias=True), f"{layer}.self_attn.o_proj.bias": (HIDDEN,)}
     experts = f"{layer}.mlp.experts"
@@ -330,6 +341,14 @@ CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
     "Glm4ForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_glm4)}),
     "Olmo2ForCausalLM": (_COMMON, {**_ends(), **_head(), **_per_layer(_olmo2)}),
     "Olmo3ForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(_olmo2)}),
+    "SeedOssForCausalLM": (_COMMON, {**_ends(), **_head(), **_per_layer(_qwen2)}),
+    "Ernie4_5ForCausalLM": (_COMMON, {**_ends(), **_per_layer(_llama)}),
+    "Exaone4ForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(_exaone4)}),
+    "GraniteForCausalLM": (_COMMON | {"logits_scaling": 8.0}, {**_ends(), **_head(), **_per_layer(_llama)}),
+    "Cohere2ForCausalLM": (
+        _COMMON | {"sliding_window": 64, "layer_norm_eps": 1e-5, "logit_scale": 0.25},
+        {**_ends(), **_per_layer(_cohere2)},
+    ),
     "GptOssForCausalLM": (
         _COMMON | {"head_dim": HEAD, "sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
         {**_ends(), **_head(), **_per_layer(_gpt_oss)},

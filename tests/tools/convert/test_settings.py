@@ -104,6 +104,13 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         ("Qwen3NextForCausalLM", {"norm_topk_prob": False}, "false is not what qwen3next computes"),
         ("Qwen3NextForCausalLM", {"mlp_only_layers": [0]}, "layers without experts among those with them"),
         ("Qwen3_5MoeForCausalLM", {"num_experts": 10**9}, "1000000000, a whole number of 1 to 1024"),
+        ("SeedOssForCausalLM", {"mlp_bias": True}, "true is not what seed_oss computes"),
+        ("Ernie4_5ForCausalLM", {"use_bias": True}, "true is not what ernie4_5 computes"),
+        ("GraniteForCausalLM", {"residual_multiplier": 1e300}, "1e.300, 1e-06 to 1e.06 expected"),
+        ("GraniteForCausalLM", {"mlp_bias": True}, "true is not what granite computes"),
+        ("Exaone4ForCausalLM", {"sliding_window": -1}, "-1, a whole number of 1 to"),
+        ("Cohere2ForCausalLM", {"logit_scale": None}, "'logit_scale': missing"),
+        ("Cohere2ForCausalLM", {"rotary_pct": 0.5}, "0.5, only 1 is supported"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "no rotation in every 4th layer, and only there"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": "all"}, "'no_rope_layers': smollm3 has no rotation in every 4th"),
         (

@@ -11,6 +11,7 @@ from typing import Final
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import (
+    dense,
     falcon,
     gemma,
     gemma4,
@@ -59,6 +60,11 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "GlmForCausalLM": ("chatglm", glm.build),
         "Glm4ForCausalLM": ("glm4", glm.build),
         "Glm4MoeForCausalLM": ("glm4moe", glm_moe.build),
+        "SeedOssForCausalLM": ("seed_oss", dense.build_seed_oss),
+        "Ernie4_5ForCausalLM": ("ernie4_5", dense.build_ernie4_5),
+        "Exaone4ForCausalLM": ("exaone4", dense.build_exaone4),
+        "GraniteForCausalLM": ("granite", dense.build_granite),
+        "Cohere2ForCausalLM": ("cohere2", dense.build_cohere2),
         "GptOssForCausalLM": ("gpt-oss", gpt_oss.build),
         "FalconForCausalLM": ("falcon", falcon.build),
         "RWForCausalLM": ("falcon", falcon.build),

@@ -153,7 +153,7 @@ def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits
     """The same but for weights, at most, with any number of KV blocks: before these are known."""
     if program.window is not None:
         limits = replace(limits, window_blocks=1)  # they have a table of their own
-    return _plan(program, tensors, limits).buffers_allocated_bytes + most_rounded_bytes(len(program.kv_layers))
+    return _plan(program, tensors, limits).buffers_allocated_bytes + most_rounded_bytes(len(program.kv_memory))
 
 
 def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:
@@ -188,8 +188,6 @@ def _plan(
         raise ModelFileError("a reranker is not computed on GPUs; set device: cpu for its workers")
     if any(isinstance(step, Adapt) for step in program.steps):
         raise UsageError("adapters are computed on processors only; set device: cpu for all workers, or leave them out")
-    if program.has_states:
-        raise ModelFileError("states of sequences are not computed on GPUs; set device: cpu for its workers")
     _check_part(program)
     check_weights(program, tensors)
     check_attention(program)

@@ -10,8 +10,8 @@ import numpy as np
 from llamaclust.kernels._native import log
 from llamaclust.kernels.cuda.executor.experts import ExpertsEmitter
 from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm, fuse_for_gpu
-from llamaclust.kernels.cuda.executor.operands import Operands
-from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul
+from llamaclust.kernels.cuda.executor.operands import Operands, kv_name
+from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul, states
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.fuse import Adapts, Attend, Products, reads_of, written_by
 from llamaclust.kernels.fuse import elementwise as operation_of
@@ -46,8 +46,13 @@ class Emitter:
                 yield from self._products(step.x, step.steps)
             case ir.HeadMatMul():
                 yield from self._multiply_heads(step)
-            case Adapts() | ir.Convolution() | ir.DeltaRule():
-                raise AssertionError("programs with adapters or states are refused")
+            case ir.Convolution():
+                yield from self._convolve(step)
+            case ir.DeltaRule():
+                inputs = tuple(self.ops.current[buffer.name] for buffer in reads_of(step))
+                yield self._states(step.state).delta_rule(step, inputs, self.ops.out(step.out))
+            case Adapts():
+                raise AssertionError("programs with adapters are refused")
             case Attend():
                 yield from self._attend(step)
             case Attended():
@@ -101,6 +106,14 @@ class Emitter:
         product, lines = matmul.Product(weights, NULL, ops.out(step.out)), self._lines_by_head(step.heads)
         yield matmul.multiply_experts([product], ops.activation_of(weights, x), lines, ops.gpu.sms)
 
+    def _states(self, state: ir.SequenceState) -> states.StateLaunches:
+        sequences = min(self.ops.shape.rows, self.ops.limits.max_sequences)
+        return states.StateLaunches(self.ops.inputs, sequences, self.ops.kv[kv_name(state)])
+
+    def _convolve(self, step: ir.Convolution) -> Iterator[Launch]:
+        x, weights, bias = self.ops.current[step.x.name], self.ops.weights[step.weight], self.ops.vector(step.bias)
+        yield from self._states(step.state).convolve(step, x, weights, bias, self.ops.out(step.out), self.ops.rows)
+
     def _norm(self, step: Norm) -> Launch:
         norm, y, total = step.norm, NULL, NULL
         x = self.ops.current[norm.x.name if step.add is None else step.add.x.name]
@@ -137,8 +150,10 @@ class Emitter:
                 added = self.ops.scratch("positions", width)
                 yield self._embed(step.weight, self.ops.inputs.positions, added)
                 yield elementwise.elementwise("add", (x, added), out, width, rows)
-            case ir.AddRow() | ir.Decay():
-                raise AssertionError("encoders and states are refused")
+            case ir.AddRow():
+                raise AssertionError("encoders are refused")
+            case ir.Decay():
+                yield states.decay(step, x, (self.ops.vector(step.weight), self.ops.vector(step.bias)), out, rows)
             case ir.PositionScale():
                 positions = self.ops.inputs.positions
                 yield elementwise.scale_by_position(step, x, self._factors(step), positions, out, rows)
@@ -209,7 +224,7 @@ class Emitter:
         tables = ops.inputs.window_tables if ops.limits.gives_up(step.window) else ops.inputs.block_tables
         slopes = NULL if step.slopes is None else ops.layout.constant(np.array(step.slopes, np.float32))
         partials = ops.layout.at("partials", launches.room.partial_bytes(step))
-        arrays = (q, k, v, out, tables, ops.kv[step.layer], slopes, self._attention_plan(step), partials)
+        arrays = (q, k, v, out, tables, ops.kv[step.layer, None], slopes, self._attention_plan(step), partials)
         places = attention.AttentionBuffers(*arrays, ops.vector(step.sinks), rotation, by_32, by_256)
         yield from launches.step(step, places)
 

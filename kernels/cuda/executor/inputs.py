@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.cuda.executor.state_places import state_places
 from llamaclust.kernels.cuda.launches.inputs import Inputs
 from llamaclust.kernels.cuda.runtime.memory import aligned
 from llamaclust.model.program import KV_BLOCK_TOKENS, Program
+from llamaclust.model.states import STATE_WINDOW
 
 _HEADER = 8  # rows, sequences, outputs, zeros
 _INT = 4
@@ -23,11 +25,13 @@ class InputBuffer:
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits = limits
-        self._window = limits.gives_up(program.window)
+        self._window, self._has_states = limits.gives_up(program.window), program.has_states
+        self._states_windowed = limits.gives_up(STATE_WINDOW)
         tables = limits.max_sequences * -(-limits.max_context_tokens // KV_BLOCK_TOKENS)
         starts = limits.max_sequences + 1
         rows = limits.max_batch_tokens
-        counts = (_HEADER, rows, rows, starts, starts, limits.max_outputs, tables, tables if self._window else 0)
+        states = (starts, starts, rows, rows) if self._has_states else (0, 0, 0, 0)
+        counts = (_HEADER, rows, rows, starts, starts, limits.max_outputs, *states, tables, tables * self._window)
         self._offsets = (0, *accumulate(aligned(_INT * count) for count in counts))
 
     @property
@@ -39,7 +43,7 @@ class InputBuffer:
         header, *parts = (np.uint64(base + offset) for offset in self._offsets[:-1])
         if not self._window:
             parts[-1] = parts[-2]
-        return Inputs(header, header + np.uint64(2 * _INT), *parts)
+        return Inputs(header, header + np.uint64(2 * _INT), *parts[:5], *parts[9:], *parts[5:9])
 
     def fill(self, pinned: NDArray[np.uint8], batch: Batch) -> int:
         """Writes a microbatch's numbers; returns how many bytes of `pinned` are to be copied. ValueError where it
@@ -50,7 +54,7 @@ class InputBuffer:
         tables = batch.block_tables, batch.window_tables if self._window else None
         starts = batch.sequence_starts, batch.table_starts
         parts: Sequence[Sequence[int] | NDArray[np.int32] | None] = (
-            header, batch.tokens, batch.positions, *starts, batch.output_rows, *tables,
+            header, batch.tokens, batch.positions, *starts, batch.output_rows, *self._states(batch), *tables,
         )  # fmt: skip
         end = 0
         for offset, part in zip(self._offsets, parts, strict=False):
@@ -59,6 +63,12 @@ class InputBuffer:
                 numbers[at : at + len(part)] = part
                 end = offset + _INT * len(part)
         return end
+
+    def _states(self, batch: Batch) -> tuple[Sequence[int], ...]:
+        if not self._has_states:
+            return (), (), (), ()
+        places = state_places(batch, windowed=self._states_windowed)
+        return places.before, places.starts, places.rows, places.blocks
 
     def _check(self, batch: Batch) -> None:
         limits, sequences = self._limits, len(batch.sequence_starts) - 1

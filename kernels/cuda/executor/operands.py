@@ -16,10 +16,18 @@ from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
 from llamaclust.kernels.cuda.launches.matmul import Weights, activation_bytes, quantize
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.cuda.runtime.memory import aligned
-from llamaclust.model.program import Buffer, Program, RmsNorm, RopeTable
+from llamaclust.model.program import Buffer, KvLayer, Program, RmsNorm, RopeTable, SequenceState, StatePart
 from llamaclust.model.quant_types import ActivationFormat
 
 _FLOAT = 4
+
+
+KvName = tuple[int, StatePart | None]
+"""A layer's KV memory, or one of its states."""
+
+
+def kv_name(kept: KvLayer) -> KvName:
+    return kept.layer, kept.part if isinstance(kept, SequenceState) else None
 
 
 @dataclass(slots=True)
@@ -68,7 +76,7 @@ class Operands:
     limits: StageLimits
     layout: BufferLayout
     inputs: Inputs
-    kv: Mapping[int, np.uint64]  # by layer
+    kv: Mapping[KvName, np.uint64]
     gpu: LaunchLimits
     shape: Shape
     selected: bool = False

@@ -9,13 +9,13 @@ import numpy as np
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.executor.emit import Emitter
 from llamaclust.kernels.cuda.executor.inputs import InputBuffer
-from llamaclust.kernels.cuda.executor.operands import BufferLayout, Operands
+from llamaclust.kernels.cuda.executor.operands import BufferLayout, Operands, kv_name
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches.attention import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated
-from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Program
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvLayer, Program
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES)
 """For planning without a GPU: sizes are equal on all."""
@@ -37,8 +37,8 @@ class Plan:
         self.inputs = InputBuffer(program, limits)
         self._layout = BufferLayout()
         self._layout.at("inputs", self.inputs.n_bytes)
-        *offsets, self._kv_end = layer_offsets(program.kv_layers, limits)
-        self._kv_offsets = dict(zip((step.layer for step in program.kv_layers), offsets, strict=True))
+        *offsets, self._kv_end = layer_offsets(program.kv_memory, limits)
+        self._kv_offsets = dict(zip(map(kv_name, program.kv_memory), offsets, strict=True))
         self._kv_base, self._gpu = 0, gpu
         for shape in Shape.all(limits):
             self.launches(shape)
@@ -90,20 +90,20 @@ class Plan:
 
     def launches(self, shape: Shape) -> tuple[Launch, ...]:
         inputs = self.inputs.addresses(int(self._layout.at("inputs", self.inputs.n_bytes)))
-        kv = {layer: np.uint64(self._kv_base + offset) for layer, offset in self._kv_offsets.items()}
+        kv = {name: np.uint64(self._kv_base + offset) for name, offset in self._kv_offsets.items()}
         operands = Operands(self.program, self.weights, self.limits, self._layout, inputs, kv, self._gpu, shape)
         return tuple(Emitter(operands).launches())
 
 
-def block_bytes(step: Attention) -> int:
+def block_bytes(kept: KvLayer) -> int:
     """Bytes of one block of a layer, equal to the CPU's. The layout is that of src/attention/kv.cuh."""
-    return KV_BLOCK_TOKENS * step.kv_token_bytes
+    return KV_BLOCK_TOKENS * kept.kv_token_bytes
 
 
-def layer_offsets(steps: Sequence[Attention], limits: StageLimits) -> list[int]:
+def layer_offsets(memory: Sequence[KvLayer], limits: StageLimits) -> list[int]:
     """The offset of each layer's block 0 in one allocation, and its size as the last element."""
     offsets = [0]
-    for step in steps:
-        end = offsets[-1] + block_bytes(step) * limits.layer_blocks(step.window)
+    for kept in memory:
+        end = offsets[-1] + block_bytes(kept) * limits.layer_blocks(kept.window)
         offsets.append(-(-end // _LAYER_ALIGNMENT_BYTES) * _LAYER_ALIGNMENT_BYTES)
     return offsets

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llamaclust.kernels.cuda.runtime.device import NULL
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -20,6 +22,10 @@ class Inputs:
     output_rows: np.uint64
     block_tables: np.uint64
     window_tables: np.uint64  # `block_tables` where no layer gives up its blocks
+    state_before: np.uint64 = NULL  # these as in `StatePlaces`, where a layer has states
+    state_starts: np.uint64 = NULL
+    state_rows: np.uint64 = NULL
+    state_blocks: np.uint64 = NULL
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@
 #include "math.cuh"
 #include "elementwise/quantize.cuh"
 #include "elementwise/rope.cuh"
+#include "sequences.cuh"
 
 namespace llamaclust::cuda {
 namespace {
@@ -15,16 +16,6 @@ struct Tile {
   int table, rows, span_begin, spans, kind;
   DEVICE int slots() const { return spans > 1 ? rows * spans : 0; }
 };
-
-// Sequence s with starts[s] <= row < starts[s + 1].
-DEVICE int sequence_of(int row, const int32_t* starts, int sequences) {
-  int low = 0, high = sequences;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (starts[middle] <= row ? low : high) = middle;
-  }
-  return low;
-}
 
 struct Cutter {
   const int32_t *positions, *sequence_starts, *table_starts;

@@ -1,0 +1,34 @@
+// Types of float weights.
+#pragma once
+
+#include "base.cuh"
+
+namespace llamaclust::cuda {
+namespace {
+
+// A tile is columns of sixteen values, widened exactly.
+struct F32 {
+  static constexpr int kBytes = 4;
+  static DEVICE float value(const uint8_t* p) { return *reinterpret_cast<const float*>(p); }
+  static DEVICE float4 four(const uint8_t* p) { return *reinterpret_cast<const float4*>(p); }
+};
+
+struct F16 {
+  static constexpr int kBytes = 2;
+  static DEVICE float value(const uint8_t* p) { return half_to_float(*reinterpret_cast<const uint16_t*>(p)); }
+  static DEVICE float4 four(const uint8_t* p) { return {value(p), value(p + 2), value(p + 4), value(p + 6)}; }
+};
+
+struct BF16 {
+  static constexpr int kBytes = 2;
+  static DEVICE float value(const uint8_t* p) {
+    return __uint_as_float(static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(p)) << 16);
+  }
+  static DEVICE float4 four(const uint8_t* p) { return {value(p), value(p + 2), value(p + 4), value(p + 6)}; }
+};
+
+template <class Type>
+constexpr int kColumnBytes = 16 * Type::kBytes;
+
+}  // namespace
+}  // namespace llamaclust::cuda

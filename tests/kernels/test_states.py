@@ -18,7 +18,6 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Float32, kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -117,12 +116,6 @@ def test_a_state_that_is_not_there_is_refused(model: Model) -> None:
         bad = replace(batch, window_tables=np.array(tables, np.int32))
         with pytest.raises(ValueError, match="window block"):
             stage.run(bad, None)
-
-
-def test_gpus_refuse_states(model: Model) -> None:
-    program = model.program(0, 2)
-    with pytest.raises(ModelFileError, match="states of sequences are not computed on GPUs; set device: cpu"):
-        workspace_bytes(program, model.tensors_for(program), LIMITS)
 
 
 def test_costs_count_states_as_what_windows_give_up(model: Model) -> None:

@@ -22,7 +22,7 @@ class StatePlaces:
 
 def state_places(batch: Batch, *, windowed: bool) -> StatePlaces:
     """Each KV block that rows reach has the state behind the last of its rows; `windowed`: it is one of the windows'
-    tables."""
+    tables. ValueError where one is not there."""
     tables = batch.window_tables if windowed else batch.block_tables
     assert tables is not None, "a batch without window tables"
     places = StatePlaces([], [0], [], [])
@@ -35,4 +35,7 @@ def state_places(batch: Batch, *, windowed: bool) -> StatePlaces:
             places.rows.append(begin + behind - first)
             places.blocks.append(int(table[block]))
         places.starts.append(len(places.rows))
+        used = table[max(0, first - 1) // KV_BLOCK_TOKENS : last // KV_BLOCK_TOKENS + 1]
+        if int(used.min()) < 0:
+            raise ValueError(f"batch: the {'window ' * windowed}block of a state is {used.min()}")
     return places

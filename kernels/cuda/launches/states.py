@@ -44,7 +44,7 @@ class StateLaunches:
         width, figures = step.x.width, (np.int32(step.taps), np.int32(step.x.width))
         blocks = -(-width // _BLOCK)
         kernel = f"states.convolve_{weights.quant_type.name}"
-        args = (x, weights.address, bias, *figures, *self._places, out)
+        args = (x, weights.address, np.int32(weights.tile_bytes), bias, *figures, *self._places, out)
         return (
             Launch(kernel, (blocks, rows.bucket, 1), (_BLOCK, 1, 1), args),
             Launch("states.keep_rows", (blocks, self.sequences, 1), (_BLOCK, 1, 1), (x, *figures, *self._places)),

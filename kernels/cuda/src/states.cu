@@ -29,15 +29,14 @@ DEVICE const float* state_before(const int32_t* before, int sequence, const floa
 // out[row] = the taps' sum of x[row] and rows before it, weights [width, taps] in tiles. Grid: (width / 256 rounded up,
 // rows), blocks of 256.
 #define CONVOLVE(Type)                                                                                                \
-  KERNEL(256, convolve_##Type, const float* __restrict__ x, const uint8_t* __restrict__ tiles, const float* bias,     \
-         int32_t taps, int32_t width, STATE_PARAMETERS, float* __restrict__ out) {                                    \
+  KERNEL(256, convolve_##Type, const float* __restrict__ x, const uint8_t* __restrict__ tiles, int32_t tile_bytes,    \
+         const float* bias, int32_t taps, int32_t width, STATE_PARAMETERS, float* __restrict__ out) {                 \
     const int row = blockIdx.y, channel = 256 * blockIdx.x + threadIdx.x;                                             \
     if (row >= header[0] || channel >= width) return;                                                                 \
     const int sequence = sequence_of(row, sequence_starts, header[1]), kept = taps - 1;                               \
     const float* state = state_before(before, sequence, states, kept * width);                                        \
     const History history{x, state, sequence_starts[sequence], kept, width};                                          \
-    const uint8_t* weight = tiles + static_cast<size_t>(channel / 16 * taps) * kColumnBytes<Type>;                    \
-    weight += channel % 16 * Type::kBytes;                                                                            \
+    const uint8_t* weight = tiles + line(channel / 16, tile_bytes) + channel % 16 * Type::kBytes;                      \
     float sum = bias == nullptr ? 0.0f : bias[channel];                                                               \
     for (int t = 0; t < taps; t++, weight += kColumnBytes<Type>) {                                                    \
       const float value = history.at(row - kept + t, channel), by = Type::value(weight);                              \

@@ -1,0 +1,140 @@
+"""States of sequences on a GPU: the CPU's bits in any batches, in whole memory or in blocks that are given up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.cuda.executor.state_places import StatePlaces, state_places
+from llamaclust.model.delta_rule import Decay, DeltaRule
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.writer import write_gguf
+from llamaclust.model.program import Buffer, Convolution, Program
+from llamaclust.model.quant_types import QuantType
+from support.arithmetic.batches import batch_of, load_stage
+from support.arithmetic.single_steps import Weight, normal, program_of, splitter
+from support.cuda.random_numbers import generator
+from support.cuda.stages import LIMITS, Open, random_tokens, same
+
+LENGTHS = (60, 33, 90)
+
+
+def random_batches(source: np.random.Generator) -> list[Batch]:
+    """Sequences that grow side by side by random numbers of rows, some of less than a state has."""
+    blocks = source.permutation(LIMITS.kv_blocks)
+    tables = np.split(blocks[: 3 * 6], 3)
+    at, batches = [0, 0, 0], []
+    while any(start < length for start, length in zip(at, LENGTHS, strict=True)):
+        parts, room = [], LIMITS.max_batch_tokens
+        for n, length in enumerate(LENGTHS):
+            count = min(length - at[n], room, int(source.choice([0, 1, 1, 2, 5, 17])))
+            if count:
+                parts.append(([0] * count, range(at[n], at[n] + count), tables[n]))
+                at[n], room = at[n] + count, room - count
+        if parts:
+            batches.append(batch_of(parts))
+    return batches
+
+
+def check(
+    folder: Path, backends: tuple[CpuBackend, CudaBackend], program: Program, weights: Mapping[str, Weight]
+) -> None:
+    """The same batches by both."""
+    path, source = folder / "weights.gguf", generator()
+    write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
+    tensors = dict(open_model(path).tensors)
+    stages = [backend.load(program, tensors, LIMITS, lambda _: None) for backend in backends]
+    for batch in random_batches(source):
+        hidden = normal(source, batch.rows, program.hidden.width)
+        wanted, found = (stage.run(batch, hidden).copy() for stage in stages)
+        np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32), str(batch.positions))
+    for stage in stages:
+        stage.close()
+
+
+@pytest.mark.parametrize(
+    ("taps", "width", "bias", "kind"),
+    [
+        (2, 16, False, QuantType.F32),
+        (3, 300, True, QuantType.F16),
+        (4, 272, False, QuantType.BF16),
+        (16, 48, True, QuantType.F32),
+    ],
+)
+def test_convolutions(
+    tmp_path: Path, cpu: CpuBackend, cuda: CudaBackend, taps: int, width: int, bias: bool, kind: QuantType
+) -> None:
+    source, x, out = generator(), Buffer("x", width), Buffer("out", width)
+    weights = {"weight": Weight(normal(source, width, taps), kind), "bias": Weight(normal(source, width))}
+    step = Convolution(x, out, "weight", taps, 1, "bias" if bias else None)
+    check(tmp_path, (cpu, cuda), program_of(x, out, step), weights)
+
+
+@pytest.mark.parametrize("per_key", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "keys", "values", "tiled"),
+    [(1, 1, 1, 16, False), (4, 2, 16, 16, True), (6, 2, 7, 80, False), (2, 1, 256, 32, True)],
+)
+def test_delta_rules(
+    tmp_path: Path,
+    cpu: CpuBackend,
+    cuda: CudaBackend,
+    heads: int,
+    key_heads: int,
+    keys: int,
+    values: int,
+    tiled: bool,
+    per_key: bool,
+) -> None:
+    source = generator()
+    q, k = (Buffer(name, key_heads * keys) for name in ("q", "k"))
+    v, out = (Buffer(name, heads * values) for name in ("v", "out"))
+    parts = [q, k, v, decay := Buffer("decay", heads * (keys if per_key else 1)), beta := Buffer("beta", heads)]
+    x = Buffer("x", sum(part.width for part in parts))
+    copies, weights = splitter(x, parts)
+    weights["a"] = Weight(source.uniform(-0.5, -0.01, heads).astype(np.float32))
+    weights["dt"] = Weight(normal(source, decay.width) + np.float32(2))
+    steps = Decay(decay, decay, "a", "dt", heads), DeltaRule(q, k, v, decay, beta, out, 1, heads, key_heads, tiled)
+    check(tmp_path, (cpu, cuda), program_of(x, out, *copies, *steps), weights)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen35"])
+def test_states_in_blocks_that_are_given_up(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
+    """Blocks of states are others than those of keys and values, and written over by later rows."""
+    model, limits = opened(name), replace(LIMITS, window_blocks=3)
+    tokens = random_tokens(model, 90)
+    stages = [load_stage(backend, model, limits=limits) for backend in (cpu, cuda)]
+    for at in range(0, 90, 15):
+        rows = range(at, at + 15)
+        ring = [block % 3 if block >= (at - 1) // 16 else -1 for block in range(6)]
+        batch = replace(batch_of([(tokens[at : at + 15], rows, range(6))]), window_tables=np.array(ring, np.int32))
+        wanted, found = (stage.run(batch, None).copy() for stage in stages)
+        same(found, wanted)
+    for stage in stages:
+        stage.close()
+
+
+def test_places_of_states() -> None:
+    """Behind the last row in each block; the first row of a sequence reads none."""
+    batch = batch_of([([0] * 20, range(14, 34), [7, 3, 9]), ([0], [0], [5]), ([0], [16], [4, 8])])
+    assert state_places(batch, windowed=False) == StatePlaces(
+        [7, -1, 4], [0, 3, 4, 5], [1, 17, 19, 20, 21], [7, 3, 9, 5, 8]
+    )
+
+
+def test_a_state_that_is_not_there_is_refused(opened: Open, cuda: CudaBackend) -> None:
+    limits = replace(LIMITS, window_blocks=4)
+    stage = load_stage(cuda, opened("lfm2"), limits=limits)
+    batch = batch_of([([5], [32], [0, 1, 2])])
+    stage.run(replace(batch, window_tables=np.array([-1, 3, 0], np.int32)), None)
+    for tables in ([-1, -1, 0], [-1, 3, -1], [-1, 4, 0]):
+        with pytest.raises(ValueError, match="window block"):
+            stage.run(replace(batch, window_tables=np.array(tables, np.int32)), None)
+    stage.close()

@@ -96,12 +96,12 @@ class Row:
 
 
 @asynccontextmanager
-async def opened(shape: Shape, model: Path, box: Box | None) -> AsyncIterator[Cluster]:
+async def opened(shape: Shape, model: Path, box: Box | None, context_length: int = 512) -> AsyncIterator[Cluster]:
     """With nothing measured before."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as hosts:
         directory = ClusterDir(Path(folder) / shape.name)
         directory.create()
-        keys = [f"model={model}", "context_length=512", "max_sequences=8", f"objective={shape.objective}"]
+        keys = [f"model={model}", f"context_length={context_length}", "max_sequences=8", f"objective={shape.objective}"]
         keys.append(f"state_dir={folder}")
         report: Report = lambda event: None  # noqa: E731
         if box is None:

@@ -30,12 +30,12 @@ class Shape:
         return {chr(97 + index): both for index, both in enumerate(zip(self.threads, memory, strict=True))}
 
 
-def _at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
+def at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
     """Links add up, and each host delays what it sends."""
     return Link(round_trip_ms / 2e3, None if rate_mbit is None else rate_mbit * 10**6)
 
 
-MIXED = (_at(1), _at(4), _at(20, 50))
+MIXED = (at(1), at(4), at(20, 50))
 
 SHAPES = (
     Shape("one", "small, one worker of one thread", False, (1,)),
@@ -46,7 +46,7 @@ SHAPES = (
     Shape("uneven", "large, memory for a third on one of two", True, (1, 1), (740, 460)),
     Shape("three", "large, memory for less than half on each", True, (1, 1, 1), (430,) * 3),
     Shape("large-both", "large, two alike, throughput", True, (1, 1), objective="throughput"),
-    Shape("near", "large, two hosts, round trip 0.5 ms", True, (1, 1), (740, 740), (_at(0.5), _at(0.5))),
-    Shape("far", "large, one host 5 ms away", True, (1, 1), (740, 740), (_at(0.5), _at(5))),
+    Shape("near", "large, two hosts, round trip 0.5 ms", True, (1, 1), (740, 740), (at(0.5), at(0.5))),
+    Shape("far", "large, one host 5 ms away", True, (1, 1), (740, 740), (at(0.5), at(5))),
     Shape("mixed", "large, hosts 1, 4 ms, 20 ms at 50 Mbit/s away", True, (1,) * 3, (430,) * 3, MIXED),
 )

@@ -139,6 +139,16 @@ def test_split(folder: Path) -> None:
     assert json.loads((folder / "split.jsonl").read_text())["two"]["single_tok_s"] > 0
 
 
+def test_plan_experts(folder: Path) -> None:
+    """On a machine that others use, figures are anything; they are there, of the stages that the plan has."""
+    model = build_tiny_model(folder / "experts.gguf", quant_type=QuantType.Q8_0, layers=4, experts=8)
+    done = run(folder, "plan_experts.py", model.name, "--only", "processes", "--repeats", "1", "--json", "rows.json")
+    assert done.returncode in (0, 1) and done.stderr == ""
+    (row,) = [json.loads(line) for line in (folder / "rows.json").read_text().splitlines()]
+    assert len(row["predicted"]) == 2 and row["touched_bytes"] < row["weight_bytes"]
+    assert re.search(r"^  prefill of 512, ms +predicted +[\d.]+  measured +[\d.]+  ratio", done.stdout, re.MULTILINE)
+
+
 def test_hop(folder: Path) -> None:
     assert re.search(r"^a hop [+-]\d+ us$", output(folder, "hop.py", "Q8_0.gguf", "--steps", "20"), re.MULTILINE)
 

@@ -135,6 +135,8 @@ def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
             return step.x, step.y
         case ir.DeltaRule():
             return step.q, step.k, step.v, step.decay, step.beta
+        case ir.Scan():
+            return step.x, step.dt
         case ir.Moe(routed=ir.Buffer() as routed):
             return step.x, routed
         case _:

@@ -33,6 +33,7 @@ _NEUTRAL_VALUES = {
     "expert_weights_scale": (0, 1),
     "final_logit_softcapping": (0,),
     "logit_scale": (0, 1),
+    "moe_latent_size": (0,),
     "num_loops": (0, 1),
     "residual_scale": (0, 1),
     "rope.scaling.yarn_log_multiplier": (0,),
@@ -87,7 +88,7 @@ class RopeParameters:
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
     """Widths in channels, counts a layer. `expert_count` is 0 for a model without experts; tuples have a number for
-    each layer, 0 KV heads for one without attention."""
+    each layer, 0 KV heads for one without attention, the length 0 for one without a feed-forward network."""
 
     architecture: str
     block_count: int
@@ -136,7 +137,7 @@ def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
     embedding_length = keys.count("embedding_length", maximum=_MAX_WIDTH)
     head_count = keys.count("attention.head_count", maximum=1 << 14)
     block_count = _read_block_count(keys)
-    feed_forward_lengths = keys.counts("feed_forward_length", block_count, maximum=_MAX_WIDTH)
+    feed_forward_lengths = _read_feed_forward_lengths(keys, block_count)
     expert_count = keys.count("expert_count", 0, minimum=0, maximum=1 << 10)
     context_length = keys.count("context_length", maximum=_MAX_CONTEXT)
     key_length = _read_key_length(keys, embedding_length, head_count)
@@ -255,6 +256,14 @@ def _read_block_count(keys: ModelKeys) -> int:
     """Without the layers behind the others that predict more than one token."""
     count = keys.count("block_count", maximum=MAX_LAYERS)
     return count - keys.count(NEXTN_KEY, 0, minimum=0, maximum=count - 1)
+
+
+def _read_feed_forward_lengths(keys: ModelKeys, layers: int) -> tuple[int, ...]:
+    key = "feed_forward_length"
+    lengths = keys.counts(key, layers, minimum=0, maximum=_MAX_WIDTH)
+    if not any(lengths):
+        raise keys.error(key, f"0, 1 to {_MAX_WIDTH} expected")
+    return lengths
 
 
 def _read_kv_heads(keys: ModelKeys, layers: int, heads: int) -> tuple[int, ...]:

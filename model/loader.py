@@ -43,6 +43,7 @@ from llamaclust.model.program import (
     MatMul,
     Moe,
     Program,
+    Scan,
     SelectRows,
     Step,
     weights_of,
@@ -322,10 +323,12 @@ def _macs(step: Step) -> Sequence[tuple[str | None, int]]:
             return [(step.weight, step.x.width * step.taps)]
         case DeltaRule():
             return [(None, 4 * prod(step.shape))]
+        case Scan():
+            return [(None, 3 * step.out.width * step.state_size)]
         case Moe():
             of_each = step.x.width * step.used * step.ffn_width
             inner = [(name, step.x.width * step.used * step.inner_width) for name in step.inner]
-            return [(step.router, step.x.width * step.experts), *inner, (step.down, of_each)]
+            return [(step.router, (step.routed or step.x).width * step.experts), *inner, (step.down, of_each)]
         case _:
             return []
 

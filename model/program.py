@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from llamaclust.model.delta_rule import Decay, DeltaRule
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
 from llamaclust.model.row_steps import Activate, Add, Buffer, Join, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
+from llamaclust.model.scan import Scan
 from llamaclust.model.states import Convolution, SequenceState, StatePart
 from llamaclust.model.step_options import USUAL_EXPERTS, ExpertOptions, RopeStyle
 
@@ -27,6 +28,7 @@ __all__ = [
     "Mul",
     "PositionScale",
     "Scale",
+    "Scan",
     "SequenceState",
     "SiluMul",
     "Slice",
@@ -63,13 +65,15 @@ class Embed:
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
     """out = x / sqrt(mean(x^2) + epsilon) * weight, a row at a time, or each of a row's `heads` equal parts by itself,
-    all with the same weight [x.width / heads], or with none; out may be x."""
+    all with the same weight [x.width / heads], or with none, or with `own_weights` [heads, x.width / heads]; out may be
+    x."""
 
     x: Buffer
     out: Buffer
     weight: str | None
     epsilon: float
     heads: int = 1
+    own_weights: bool = False
 
     @property
     def width(self) -> int:
@@ -240,8 +244,8 @@ class Moe:
     groups whose two best of these have the greatest sums (ties to the lower group). `expert_scales` [experts] multiply
     the weights of the chosen experts last. With `routed`, the router reads it instead of x.
 
-    router [experts, x.width]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn]; biases [experts] and
-    [experts, ffn or x.width]. `fused`: up [experts, 2 * ffn, x.width] has the rows of gate, then its own.
+    router [experts, x.width, or that of routed]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn]; biases
+    [experts] and [experts, ffn or x.width]. `fused`: up [experts, 2 * ffn, x.width] has the rows of gate, then its own.
     """
 
     x: Buffer
@@ -303,7 +307,7 @@ RowStep = (
 )
 """Steps that compute a row of the out buffer from the same row of others, its position and weights of one row."""
 
-StateStep = Convolution | DeltaRule
+StateStep = Convolution | DeltaRule | Scan
 """Steps that keep a state of each sequence."""
 
 Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | SelectRows | RowStep
@@ -385,7 +389,7 @@ class Program:
 
 _WEIGHT_FIELDS = (
     *("weight", "bias", "sinks", "router", "router_bias", "selection_bias", "expert_scales"),
-    *("gate", "gate_bias", "up", "up_bias", "down", "down_bias"),
+    *("gate", "gate_bias", "up", "up_bias", "down", "down_bias", "decay", "skip"),
 )
 
 

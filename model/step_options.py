@@ -15,13 +15,14 @@ class RopeStyle(StrEnum):
 
 class ActivationFunction(StrEnum):
     """silu: x / (1 + exp(-x)); gelu: x * (1 + erf(x / sqrt(2))) / 2, or the same with
-    tanh(sqrt(2 / pi) * (x + 0.044715 x^3)) for erf; sigmoid: 1 / (1 + exp(-x)). Kernels have the names of the
-    values."""
+    tanh(sqrt(2 / pi) * (x + 0.044715 x^3)) for erf; sigmoid: 1 / (1 + exp(-x)); relu_squared: max(x, 0)^2. Kernels have
+    the names of the values."""
 
     SILU = "silu"
     GELU_ERF = "gelu_erf"
     GELU_TANH = "gelu_tanh"
     SIGMOID = "sigmoid"
+    RELU_SQUARED = "relu_squared"
 
 
 class Gating(StrEnum):

@@ -12,6 +12,7 @@ from llamaclust.kernels._native import Plan
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.plan_decay import add_decay
 from llamaclust.kernels.cpu.plan_kv import PlanKv
+from llamaclust.kernels.cpu.plan_scan import add_scan, norm_weight
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
@@ -134,6 +135,9 @@ class _Compiler:
                 self._convolve(step)
             case ir.DeltaRule():
                 self._delta_rule(step)
+            case ir.Scan():
+                x, dt, layer = buffers.read(step.x), buffers.read(step.dt), self._kv.state(step.state)
+                add_scan(self.plan, step, (x, dt, buffers.write(step.out)), layer, self._weights)
             case ir.Moe():
                 self._experts(step)
             case ir.SelectRows():
@@ -155,8 +159,7 @@ class _Compiler:
         out = self._buffers.write(written_by(step), private=True)
         match step:
             case ir.RmsNorm():
-                weight = self._vector(step.weight)
-                plan.rms_norm(x, out, np.ones(step.width, np.float32) if weight is None else weight, step.epsilon)
+                plan.rms_norm(x, out, norm_weight(step, self._weights), step.epsilon, step.width)
             case ir.LayerNorm():
                 norm, bias = self._weights[step.weight].vector, self._vector(step.bias)
                 plan.layer_norm(x, out, norm, np.zeros_like(norm) if bias is None else bias, step.epsilon)

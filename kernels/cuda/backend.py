@@ -28,7 +28,7 @@ from llamaclust.kernels.fuse import reads_of, written_by
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Adapt, Attention, Program
+from llamaclust.model.program import Adapt, Attention, Program, Scan
 
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
@@ -188,6 +188,8 @@ def _plan(
         raise ModelFileError("a reranker is not computed on GPUs; set device: cpu for its workers")
     if any(isinstance(step, Adapt) for step in program.steps):
         raise UsageError("adapters are computed on processors only; set device: cpu for all workers, or leave them out")
+    if any(isinstance(step, Scan) for step in program.steps):
+        raise ModelFileError("Mamba 2's scans are not computed on GPUs; set device: cpu for its workers")
     _check_part(program)
     check_weights(program, tensors)
     check_attention(program)

@@ -28,6 +28,7 @@ from llamaclust.model.program import (
     Program,
     RmsNorm,
     ScaleByWeight,
+    Scan,
     SigmoidGate,
     Step,
 )
@@ -43,7 +44,7 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
         case Embed():
             yield step.weight, (-1, step.out.width)
         case RmsNorm(weight=str(weight)):
-            yield weight, (step.width,)
+            yield weight, (step.heads, step.width) if step.own_weights else (step.width,)
         case LayerNorm():
             yield step.weight, (step.x.width,)
             if step.bias is not None:
@@ -57,6 +58,9 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
         case Decay():
             yield step.weight, step.weight_shape
             yield step.bias, (step.x.width,)
+        case Scan():
+            yield step.bias, (step.heads,)
+            yield from ((name, (step.heads, 1)) for name in (step.decay, step.skip))
         case AddPosition() | AddRow():
             yield step.weight, (-1, step.out.width)
         case SigmoidGate():
@@ -73,7 +77,7 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield step.down, (step.rank, step.x.width)
             yield step.up, (step.out.width, step.rank)
         case Moe():
-            yield step.router, (step.experts, step.x.width)
+            yield step.router, (step.experts, (step.routed or step.x).width)
             for name in step.inner:
                 yield name, (step.experts, step.inner_width, step.x.width)
             yield step.down, (step.experts, step.out.width, step.ffn_width)

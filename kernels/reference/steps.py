@@ -11,6 +11,7 @@ import numpy as np
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.reference.delta_rule import decay, delta_rule
 from llamaclust.kernels.reference.kv import Float64, LayerKv
+from llamaclust.kernels.reference.scan import scan
 from llamaclust.kernels.reference.states import StateMemory, convolve
 from llamaclust.model import program as ir
 from llamaclust.model.step_options import (
@@ -63,6 +64,9 @@ def run_step(step: ir.Step, state: State) -> None:
             state[step.out] = delta_rule(step, state.buffers, sequences)
         case ir.Decay():
             state[step.out] = decay(step, state[step.x], state.weights)
+        case ir.Scan():
+            sequences = state.states[step.state].sequences(state.batch)
+            state[step.out] = scan(step, state[step.x], state[step.dt], state.weights, sequences)
         case ir.Moe():
             state[step.out] = moe(step, state)
         case ir.SelectRows():
@@ -172,11 +176,16 @@ def gelu_tanh(x: Float64) -> Float64:
     return np.asarray(x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
+def relu_squared(x: Float64) -> Float64:
+    return np.asarray(np.maximum(x, 0) ** 2)
+
+
 ACTIVATIONS: Mapping[ActivationFunction, Callable[[Float64], Float64]] = {
     ActivationFunction.SILU: silu,
     ActivationFunction.GELU_ERF: gelu_erf,
     ActivationFunction.GELU_TANH: gelu_tanh,
     ActivationFunction.SIGMOID: sigmoid,
+    ActivationFunction.RELU_SQUARED: relu_squared,
 }
 
 

@@ -23,7 +23,7 @@ from llamaclust.model.architectures import (
 )
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.architectures.latent import deepseek
-from llamaclust.model.architectures.recurrent import kimi
+from llamaclust.model.architectures.recurrent import falcon_h1, granite_hybrid, kimi, nemotron_h
 from llamaclust.model.architectures.recurrent import qwen as recurrent_qwen
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
@@ -43,6 +43,7 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "ernie4_5-moe": mixtures.ernie4_5_moe,
         "exaone4": olmo.exaone4,
         "falcon": gpt.falcon,
+        "falcon-h1": falcon_h1.falcon_h1,
         "gemma": gemma.gemma,
         "gemma2": gemma.gemma2,
         "gemma3": gemma.gemma3,
@@ -53,6 +54,7 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "gpt-oss": gpt_oss.gpt_oss,
         "gpt2": gpt.gpt2,
         "granite": granite.granite,
+        "granitehybrid": granite_hybrid.granite_hybrid,
         "granitemoe": granite.granite,
         "hunyuan-dense": llama.hunyuan_dense,
         "hunyuan-moe": mixtures.hunyuan_moe,
@@ -69,6 +71,8 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "modern-bert": bert.modern_bert,
         "nomic-bert": bert.nomic_bert,
         "nomic-bert-moe": bert.nomic_bert_moe,
+        "nemotron_h": nemotron_h.nemotron_h,
+        "nemotron_h_moe": nemotron_h.nemotron_h,
         "olmo2": olmo.olmo2,
         "phi3": phi3.phi3,
         "qwen2": qwen.qwen2,

@@ -56,10 +56,15 @@ def read_experts(
 
 
 def expert_step(
-    tensors: CheckedTensors, prefix: str, hp: Hyperparameters, variant: ExpertsVariant, buffers: tuple[Buffer, Buffer]
+    tensors: CheckedTensors,
+    prefix: str,
+    hp: Hyperparameters,
+    variant: ExpertsVariant,
+    buffers: tuple[Buffer, Buffer],
+    routed: Buffer | None = None,
 ) -> Moe:
-    """The step of one layer from the first of `buffers` to the second. Biases and scales are applied where the file has
-    them; gate and up may be one tensor."""
+    """The step of one layer from the first of `buffers` to the second; the router reads `routed` if it is given. Biases
+    and scales are applied where the file has them; gate and up may be one tensor."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):
@@ -76,7 +81,7 @@ def expert_step(
     return Moe(
         x,
         out,
-        router=tensors.weight(f"{prefix}.ffn_gate_inp.weight", (count, x.width)),
+        router=tensors.weight(f"{prefix}.ffn_gate_inp.weight", (count, (routed or x).width)),
         gate=tensors.weight(f"{prefix}.ffn_gate_exps.weight", inner) if has_gate else None,
         up=tensors.weight(f"{prefix}.ffn_{'gate_up' if fused else 'up'}_exps.weight", inner),
         down=tensors.weight(f"{prefix}.ffn_down_exps.weight", (count, out.width, ffn)),
@@ -90,5 +95,6 @@ def expert_step(
         up_bias=bias("ffn_up_exps", ffn),
         down_bias=bias("ffn_down_exps", out.width),
         expert_scales=tensors.optional_vector(f"{prefix}.ffn_down_exps.scale", count),
+        routed=routed,
         fused=fused,
     )

@@ -257,8 +257,8 @@ class _Layer:
         scale = self.builder.vector(f"{self._prefix}.ffn_gate_inp.scale", hidden.width)
         yield ir.RmsNorm(hidden, routed, scale, self.builder.rms_epsilon)
         yield ir.Scale(routed, routed, 1 / math.sqrt(hidden.width))
-        step = expert_step(self.builder, self._prefix, self.builder.hyperparameters, self.experts, (normed, mixed))
-        yield replace(step, routed=routed)
+        hp = self.builder.hyperparameters
+        yield expert_step(self.builder, self._prefix, hp, self.experts, (normed, mixed), routed)
         yield self._norm("post_ffw_norm_2", mixed, mixed)
         yield ir.Add(projected, mixed, projected)
 

@@ -212,6 +212,13 @@ class ProgramBuilder(CheckedTensors):
         """Steps that an architecture makes itself."""
         self._steps += added
 
+    def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
+        """hidden += projected, which `mixer` makes of the normed hidden state: `beside` attention, of the same one."""
+        if not beside:
+            self._norm(f"blk.{layer}.attn_norm", self._hidden)
+        self.append(mixer)
+        self._add_projected()
+
     def _attend(self, layer: int, variant: AttentionVariant) -> None:
         """projected = output(attention(rope(q), rope(k), v)) of the normed hidden state."""
         hp, prefix = self.hyperparameters, f"blk.{layer}"
@@ -292,9 +299,9 @@ class ProgramBuilder(CheckedTensors):
             self._steps += [steps.Activate(gate, gate, activation), steps.Mul(gate, up, gate)]
         self._matmul(f"{prefix}.ffn_down", gate, self._projected)
 
-    def plain_feed_forward(self, layer: int, activation: ActivationFunction) -> None:
+    def plain_feed_forward(self, layer: int, activation: ActivationFunction, *, norm: str = "ffn_norm") -> None:
         """hidden += down(activation(up)) of the normed hidden state: an inner layer without a gate."""
-        self._norm(f"blk.{layer}.ffn_norm", self._hidden)
+        self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._plain_inner(layer, activation)
         self._add_projected()
 
@@ -353,7 +360,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.LayerNorm(x, out, weight, bias, self._layer_norm_epsilon))
 
     def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:
-        weight = self.vector(f"{name}.weight", x.width // heads)
+        """Files of Falcon H1 have a norm whose name is without `.weight`."""
+        weight = self.vector(name if self.has(name) else f"{name}.weight", x.width // heads)
         self._steps.append(steps.RmsNorm(x, out, weight, self.rms_epsilon, heads))
 
     @property
@@ -381,13 +389,7 @@ class ProgramBuilder(CheckedTensors):
             self._matmul(f"{prefix}.{name}", self._normed, out)
 
     def _matmul_parts(self, name: str, *parts: Buffer) -> None:
-        """One product of the normed hidden state whose channels are those of `parts`, one after the other."""
-        whole = Buffer("+".join(part.name for part in parts), sum(part.width for part in parts))
-        self._matmul(name, self._normed, whole)
-        start = 0
-        for part in parts:
-            self._steps.append(steps.Slice(whole, part, start))
-            start += part.width
+        self._steps += self.product_parts(name, self._normed, parts)
 
     def _matmul(self, name: str, x: Buffer, out: Buffer) -> None:
         self._steps.append(self.product(name, x, out))

@@ -28,7 +28,7 @@ def lfm2(builder: ProgramBuilder) -> None:
         if hp.head_counts_kv[layer]:
             builder.attention(layer, attention)
         else:
-            builder.append(_short_convolution(builder, layer, taps))
+            builder.mix(layer, _short_convolution(builder, layer, taps))
         if experts is not None and layer >= dense:
             builder.require(layer, "exp_probs_b.bias")
             builder.experts(layer, experts)
@@ -37,18 +37,13 @@ def lfm2(builder: ProgramBuilder) -> None:
 
 
 def _short_convolution(builder: ProgramBuilder, layer: int, taps: int) -> Iterator[ir.Step]:
-    """hidden += output(c * convolution(b * x)), where b, c and x are products of the normed hidden state."""
+    """projected = output(c * convolution(b * x)), where b, c and x are products of the normed hidden state."""
     prefix, width = f"blk.{layer}", builder.hyperparameters.embedding_length
-    hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
-    parts = Buffer("convolution b+c+x", 3 * width)
+    normed, projected = (Buffer(name, width) for name in ("normed", "projected"))
     b, c, x = (Buffer(f"convolution {name}", width) for name in ("b", "c", "x"))
-    yield ir.RmsNorm(hidden, normed, builder.vector(f"{prefix}.attn_norm.weight", width), builder.rms_epsilon)
-    yield builder.product(f"{prefix}.shortconv.in_proj", normed, parts)
-    for index, part in enumerate((b, c, x)):
-        yield ir.Slice(parts, part, index * width)
+    yield from builder.product_parts(f"{prefix}.shortconv.in_proj", normed, (b, c, x))
     yield ir.Mul(b, x, b)
     weight = builder.weight(f"{prefix}.shortconv.conv.weight", (width, taps))
     yield ir.Convolution(b, x, weight, taps, layer)
     yield ir.Mul(x, c, c)
     yield builder.product(f"{prefix}.shortconv.out_proj", c, projected)
-    yield ir.Add(hidden, projected, hidden)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import MAX_LAYERS, NEXTN_KEY, SHARED_KV_KEY, ModelKeys, RopeParameters
-from llamaclust.model.program import Buffer, MatMul
+from llamaclust.model.program import Buffer, MatMul, Slice
 from llamaclust.model.quant_types import QuantType
 
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
@@ -40,7 +40,11 @@ class CheckedTensors:
 
     def vector(self, name: str, width: int) -> str:
         """The same for a vector of float32."""
-        self.weight(name, (width,))
+        return self.floats(name, (width,))
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> str:
+        """The same for float32 of any shape."""
+        self.weight(name, shape)
         found = self.model.tensor(name).quant_type
         if found is not QuantType.F32:
             raise self.error(name, f"type {found.name}, F32 expected")
@@ -50,6 +54,15 @@ class CheckedTensors:
         """out = x @ weight^T, with a bias where the file has one."""
         weight = self.weight(f"{name}.weight", (out.width, x.width))
         return MatMul(x, out, weight, self.optional_vector(f"{name}.bias", out.width))
+
+    def product_parts(self, name: str, x: Buffer, parts: Sequence[Buffer]) -> Iterator[MatMul | Slice]:
+        """One product whose channels are those of `parts`, one after the other."""
+        whole = Buffer("+".join(part.name for part in parts), sum(part.width for part in parts))
+        yield self.product(name, x, whole)
+        start = 0
+        for part in parts:
+            yield Slice(whole, part, start)
+            start += part.width
 
     def optional_vector(self, name: str, width: int) -> str | None:
         return self.vector(name, width) if self.has(name) else None

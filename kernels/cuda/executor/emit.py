@@ -51,8 +51,8 @@ class Emitter:
             case ir.DeltaRule():
                 inputs = tuple(self.ops.current[buffer.name] for buffer in reads_of(step))
                 yield self._states(step.state).delta_rule(step, inputs, self.ops.out(step.out))
-            case Adapts():
-                raise AssertionError("programs with adapters are refused")
+            case Adapts() | ir.Scan():
+                raise AssertionError("programs with adapters or scans are refused")
             case Attend():
                 yield from self._attend(step)
             case Attended():

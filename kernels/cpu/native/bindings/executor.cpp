@@ -180,7 +180,7 @@ void add(PlanBuilder& builder, Members... members) {
 void bind_row_steps(nb::class_<PlanBuilder>& plan) {
   plan.def("embed", &add<EmbedStep, nb::handle, int>)
       .def("read_hidden", &add<InputStep, int>)
-      .def("rms_norm", &add<NormStep, int, int, Floats, float>)
+      .def("rms_norm", &add<NormStep, int, int, Floats, float, int>)
       .def("layer_norm", &add<LayerNormStep, int, int, Floats, Floats, float>)
       .def("add_position", &add<PositionStep, int, int, nb::handle>)
       .def("add_row", &add<AddRowStep, int, int, nb::handle, int>)
@@ -202,6 +202,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("decay", &add<DecayStep, int, int, Floats, Floats>)
       .def("delta_rule", &add<DeltaRuleStep, int, int, int, int, int, int, int, int, int, bool>, "q"_a, "k"_a, "v"_a,
            "decay"_a, "beta"_a, "out"_a, "layer"_a, "heads"_a, "key_heads"_a, "tiled"_a)
+      .def("scan", &add<ScanStep, int, int, int, int, int, int, Floats, Floats, Floats>)
       .def("select_rows", &add<SelectStep, int, int>)
       .def("write_result", &add<OutputStep, int, int>);
 }

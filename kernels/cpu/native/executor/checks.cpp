@@ -1,10 +1,8 @@
-// What each step needs of its buffers and weights, and a batch of the plan, checked before anything runs: a program made
-// from a hostile file must not reach memory that is not its own.
+// What each step needs of its buffers and weights, checked before anything runs: a program made from a hostile file must
+// not reach memory that is not its own.
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
-#include <string>
 
 #include "executor/executor.h"
 #include "pack/pack.h"
@@ -70,7 +68,10 @@ struct Plan::Checks {
 
   Access operator()(const NormStep& step) const {
     check_alike(step.x, step.out);
-    require(!step.weight.empty() && static_cast<size_t>(buffer(step.x).width) % step.weight.size() == 0,
+    const int width = buffer(step.x).width;
+    require(step.width > 0 && width % step.width == 0, "a norm of equal parts");
+    require(step.weight.size() == static_cast<size_t>(step.width) ||
+                (step.weight.size() == static_cast<size_t>(width) && is_line(step.x)),
             "a norm weight of another width");
     check_epsilon(step.epsilon);
     return {{step.x}, {step.out}, true};
@@ -319,81 +320,20 @@ struct Plan::Checks {
     check_state(step.layer, static_cast<int64_t>(step.heads) * keys * values);
     return {reads, {step.out}, false};
   }
+
+  Access operator()(const ScanStep& step) const {
+    const int heads = step.heads(), width = buffer(step.out).width;
+    require(heads > 0 && width % heads == 0 && buffer(step.dt).width == heads, "channels of heads");
+    require(step.rates.size() == step.bias.size() && step.skips.size() == step.bias.size(), "a number for each head");
+    require(step.groups > 0 && heads % step.groups == 0 && step.state_size > 0, "heads in equal groups");
+    require(buffer(step.x).width == width + 2 * static_cast<int64_t>(step.groups) * step.state_size, "b and c of groups");
+    require(is_line(step.x) && is_line(step.dt) && is_line(step.out), "one line a row");
+    require(step.out != step.x && step.out != step.dt, "a scan in place");
+    check_state(step.layer, static_cast<int64_t>(width) * step.state_size);
+    return {{step.x, step.dt}, {step.out}, false};
+  }
 };
 
 Access Plan::check(const Step& step) { return std::visit(Checks{*this}, step); }
-
-namespace {
-
-[[noreturn]] void refuse(const char* what, int64_t value, int64_t limit) {
-  throw std::invalid_argument("batch: " + std::string(what) + " " + std::to_string(value) + " against " +
-                              std::to_string(limit));
-}
-
-void check_range(const char* what, int64_t value, int64_t begin, int64_t end) {
-  if (value < begin || value >= end) refuse(what, value, end);
-}
-
-// starts[0] = 0, then ascending to `end`.
-void check_starts(const char* what, std::span<const int32_t> starts, size_t end, int least) {
-  if (starts.empty() || starts.front() != 0) refuse(what, starts.empty() ? -1 : starts.front(), 0);
-  for (size_t i = 1; i < starts.size(); i++)
-    if (starts[i] - static_cast<int64_t>(starts[i - 1]) < least) refuse(what, starts[i], starts[i - 1]);
-  if (static_cast<size_t>(starts.back()) != end) refuse(what, starts.back(), static_cast<int64_t>(end));
-}
-
-void check_sequence(const Batch& batch, int sequence, const Limits& limits) {
-  const size_t s = static_cast<size_t>(sequence);
-  const int begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
-  const int32_t first = batch.positions[begin];
-  check_range("position", first, 0, static_cast<int64_t>(limits.max_context_tokens) - (end - begin) + 1);
-  for (int row = begin; row < end; row++)
-    if (batch.positions[row] != first + (row - begin)) refuse("position", batch.positions[row], first + (row - begin));
-  const int64_t room = (static_cast<int64_t>(batch.table_starts[s + 1]) - batch.table_starts[s]) * kKvBlockTokens;
-  if (first + (end - begin) > room) refuse("positions of a block table", first + (end - begin), room);
-}
-
-// Blocks that rows of a windowed layer read or write must be there, others may be.
-void check_window(const Batch& batch, int sequence, const Plan& plan) {
-  const size_t s = static_cast<size_t>(sequence);
-  const int32_t first = batch.positions[batch.sequence_starts[s]];
-  const int32_t last = batch.positions[batch.sequence_starts[s + 1] - 1];
-  const int begin = std::max(first - plan.window + 1, 0) / kKvBlockTokens, end = last / kKvBlockTokens + 1;
-  for (int block = begin; block < end; block++)
-    check_range("window block", batch.window_tables[batch.table_starts[s] + block], 0, plan.limits.window_blocks);
-}
-
-}  // namespace
-
-void check_batch(const Batch& batch, const Plan& plan) {
-  const Limits& limits = plan.limits;
-  const int64_t rows = static_cast<int64_t>(batch.positions.size());
-  check_range("rows", rows, 1, static_cast<int64_t>(limits.max_tokens) + 1);
-  check_starts("sequence_starts", batch.sequence_starts, batch.positions.size(), 1);
-  check_range("sequences", batch.sequences(), 1, static_cast<int64_t>(limits.max_sequences) + 1);
-  if (batch.table_starts.size() != batch.sequence_starts.size())
-    refuse("table_starts", static_cast<int64_t>(batch.table_starts.size()), batch.sequences() + 1);
-  check_starts("table_starts", batch.table_starts, batch.block_tables.size(), 0);
-  for (const int32_t block : batch.block_tables) check_range("KV block", block, 0, limits.kv_blocks);
-  for (int sequence = 0; sequence < batch.sequences(); sequence++) check_sequence(batch, sequence, limits);
-  if (plan.window > 0 && batch.window_tables.size() != batch.block_tables.size())
-    refuse("window_tables", static_cast<int64_t>(batch.window_tables.size()),
-           static_cast<int64_t>(batch.block_tables.size()));
-  for (int sequence = 0; plan.window > 0 && sequence < batch.sequences(); sequence++)
-    check_window(batch, sequence, plan);
-  if (plan.vocabulary > 0 && static_cast<int64_t>(batch.tokens.size()) != rows)
-    refuse("tokens", static_cast<int64_t>(batch.tokens.size()), rows);
-  if (plan.vocabulary > 0)
-    for (const int32_t token : batch.tokens) check_range("token", token, 0, plan.vocabulary);
-  if (plan.hidden_width > 0 && batch.hidden == nullptr) refuse("hidden states", 0, rows);
-  if (!plan.selects) return;
-  check_range("outputs", static_cast<int64_t>(batch.output_rows.size()), 0,
-              static_cast<int64_t>(limits.max_outputs) + 1);
-  int64_t least = 0;
-  for (const int32_t row : batch.output_rows) {
-    check_range("output row", row, least, rows);
-    least = row + 1;
-  }
-}
 
 }  // namespace llamaclust

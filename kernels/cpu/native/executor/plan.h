@@ -66,10 +66,11 @@ struct EmbedStep {
 struct InputStep {  // the hidden state that run() is given
   BufferId out;
 };
-struct NormStep {  // a line has one part or several as wide as the weight
+struct NormStep {  // of parts of so many channels, each with the same weight or with its own part of it
   BufferId x, out;
   std::vector<float> weight;
   float epsilon;
+  int width;
 };
 struct LayerNormStep {
   BufferId x, out;
@@ -214,11 +215,20 @@ struct DeltaRuleStep {  // value head h has key head h % key_heads if they are `
   int heads, key_heads;
   bool tiled;
 };
+struct ScanStep {  // Mamba 2: x has the channels of all heads, then b and c of each group of heads; dt a number a head.
+                   // The state is [heads][state_size][head_dim]
+  BufferId x, dt, out;
+  int layer;  // of the stage's KV memory
+  int groups, state_size;
+  std::vector<float> bias, rates, skips;  // of each head
+  int heads() const { return static_cast<int>(bias.size()); }
+};
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
                           ElementwiseStep, AddAdaptedStep, PositionScaleStep, CopyChannelsStep, SigmoidGateStep,
                           DecayStep, QuantizeStep, ChooseStep, ExpertRowStep, CombineStep, SelectStep, OutputStep,
-                          MatmulStep, ExpertsStep, HeadsStep, AttentionStep, ConvolveStep, DeltaRuleStep>;
+                          MatmulStep, ExpertsStep, HeadsStep, AttentionStep, ConvolveStep, DeltaRuleStep,
+                          ScanStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
 enum class Sync { None, IfShared, Always };

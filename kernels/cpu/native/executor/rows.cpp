@@ -57,9 +57,10 @@ struct RowStep {
   }
 
   void operator()(const NormStep& step) const {
-    const int width = static_cast<int>(step.weight.size());
-    for (int i = 0; i < worker.line_width(step.x); i += width)
-      vector().rms_norm(line(step.x) + i, step.weight.data(), step.epsilon, width, line(step.out) + i);
+    const size_t own = step.weight.size() == static_cast<size_t>(step.width) ? 0 : 1;  // of each part
+    for (int i = 0; i < worker.line_width(step.x); i += step.width)
+      vector().rms_norm(line(step.x) + i, step.weight.data() + own * static_cast<size_t>(i), step.epsilon, step.width,
+                        line(step.out) + i);
   }
 
   void operator()(const LayerNormStep& step) const {

@@ -67,7 +67,10 @@ class Worker {
   void execute(const AttentionStep& step);
   void execute(const ConvolveStep& step);
   void execute(const DeltaRuleStep& step);
+  void execute(const ScanStep& step);
 
+  void scan_head(const ScanStep& step, int sequence, int head);
+  void scan_rows(const ScanStep& step, int head, int row, int rows, float* state);
   void compute(size_t begin, size_t end);
   void compute_row(const Step& step, int row);  // of a row by row step
   ExpertLines group_by_expert(const ExpertsStep& step) const;

@@ -6,6 +6,7 @@
 
 #include "level/attention_ops.h"
 #include "level/matmul_ops.h"
+#include "level/scan_ops.h"
 #include "level/state_ops.h"
 #include "simd/activations.h"
 
@@ -87,6 +88,7 @@ struct Level {
   SamplerOps sampler;
   QuantizeOps quantize;
   StateOps state;
+  ScanOps scan;
 };
 
 }  // namespace llamaclust

@@ -19,6 +19,7 @@
   extern const SamplerOps sampler_ops;     \
   extern const QuantizeOps quantize_ops;   \
   extern const StateOps state_ops;         \
+  extern const ScanOps scan_ops;           \
   }
 
 LLAMACLUST_LEVELS(DECLARE)
@@ -78,7 +79,7 @@ std::vector<Level> available_levels() {
 #define ADD(name) \
   if (can.name)   \
     levels.push_back({#name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops, \
-                      name::quantize_ops, name::state_ops});
+                      name::quantize_ops, name::state_ops, name::scan_ops});
   LLAMACLUST_LEVELS(ADD)
   return levels;
 }

@@ -1,0 +1,82 @@
+// What a batch needs of the plan, checked before it runs: it must not reach memory that is not its own.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "executor/executor.h"
+
+namespace llamaclust {
+namespace {
+
+[[noreturn]] void refuse(const char* what, int64_t value, int64_t limit) {
+  throw std::invalid_argument("batch: " + std::string(what) + " " + std::to_string(value) + " against " +
+                              std::to_string(limit));
+}
+
+void check_range(const char* what, int64_t value, int64_t begin, int64_t end) {
+  if (value < begin || value >= end) refuse(what, value, end);
+}
+
+// starts[0] = 0, then ascending to `end`.
+void check_starts(const char* what, std::span<const int32_t> starts, size_t end, int least) {
+  if (starts.empty() || starts.front() != 0) refuse(what, starts.empty() ? -1 : starts.front(), 0);
+  for (size_t i = 1; i < starts.size(); i++)
+    if (starts[i] - static_cast<int64_t>(starts[i - 1]) < least) refuse(what, starts[i], starts[i - 1]);
+  if (static_cast<size_t>(starts.back()) != end) refuse(what, starts.back(), static_cast<int64_t>(end));
+}
+
+void check_sequence(const Batch& batch, int sequence, const Limits& limits) {
+  const size_t s = static_cast<size_t>(sequence);
+  const int begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+  const int32_t first = batch.positions[begin];
+  check_range("position", first, 0, static_cast<int64_t>(limits.max_context_tokens) - (end - begin) + 1);
+  for (int row = begin; row < end; row++)
+    if (batch.positions[row] != first + (row - begin)) refuse("position", batch.positions[row], first + (row - begin));
+  const int64_t room = (static_cast<int64_t>(batch.table_starts[s + 1]) - batch.table_starts[s]) * kKvBlockTokens;
+  if (first + (end - begin) > room) refuse("positions of a block table", first + (end - begin), room);
+}
+
+// Blocks that rows of a windowed layer read or write must be there, others may be.
+void check_window(const Batch& batch, int sequence, const Plan& plan) {
+  const size_t s = static_cast<size_t>(sequence);
+  const int32_t first = batch.positions[batch.sequence_starts[s]];
+  const int32_t last = batch.positions[batch.sequence_starts[s + 1] - 1];
+  const int begin = std::max(first - plan.window + 1, 0) / kKvBlockTokens, end = last / kKvBlockTokens + 1;
+  for (int block = begin; block < end; block++)
+    check_range("window block", batch.window_tables[batch.table_starts[s] + block], 0, plan.limits.window_blocks);
+}
+
+}  // namespace
+
+void check_batch(const Batch& batch, const Plan& plan) {
+  const Limits& limits = plan.limits;
+  const int64_t rows = static_cast<int64_t>(batch.positions.size());
+  check_range("rows", rows, 1, static_cast<int64_t>(limits.max_tokens) + 1);
+  check_starts("sequence_starts", batch.sequence_starts, batch.positions.size(), 1);
+  check_range("sequences", batch.sequences(), 1, static_cast<int64_t>(limits.max_sequences) + 1);
+  if (batch.table_starts.size() != batch.sequence_starts.size())
+    refuse("table_starts", static_cast<int64_t>(batch.table_starts.size()), batch.sequences() + 1);
+  check_starts("table_starts", batch.table_starts, batch.block_tables.size(), 0);
+  for (const int32_t block : batch.block_tables) check_range("KV block", block, 0, limits.kv_blocks);
+  for (int sequence = 0; sequence < batch.sequences(); sequence++) check_sequence(batch, sequence, limits);
+  if (plan.window > 0 && batch.window_tables.size() != batch.block_tables.size())
+    refuse("window_tables", static_cast<int64_t>(batch.window_tables.size()),
+           static_cast<int64_t>(batch.block_tables.size()));
+  for (int sequence = 0; plan.window > 0 && sequence < batch.sequences(); sequence++)
+    check_window(batch, sequence, plan);
+  if (plan.vocabulary > 0 && static_cast<int64_t>(batch.tokens.size()) != rows)
+    refuse("tokens", static_cast<int64_t>(batch.tokens.size()), rows);
+  if (plan.vocabulary > 0)
+    for (const int32_t token : batch.tokens) check_range("token", token, 0, plan.vocabulary);
+  if (plan.hidden_width > 0 && batch.hidden == nullptr) refuse("hidden states", 0, rows);
+  if (!plan.selects) return;
+  check_range("outputs", static_cast<int64_t>(batch.output_rows.size()), 0,
+              static_cast<int64_t>(limits.max_outputs) + 1);
+  int64_t least = 0;
+  for (const int32_t row : batch.output_rows) {
+    check_range("output row", row, least, rows);
+    least = row + 1;
+  }
+}
+
+}  // namespace llamaclust

@@ -1,0 +1,82 @@
+"""Mamba 2's block: what families of hybrid models have in place of attention, or beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llamaclust.model import program as ir
+from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.hyperparameters import ModelKeys
+from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer
+from llamaclust.model.step_options import ActivationFunction
+
+_MAX_TAPS = 16
+_MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
+
+
+@dataclass(frozen=True, slots=True)
+class MambaShape:
+    """`inner`: channels of all `heads` together; `groups` of heads have one input and one output matrix each, of
+    `state_size` numbers a row."""
+
+    taps: int
+    inner: int
+    state_size: int
+    heads: int
+    groups: int
+
+    @property
+    def convolved(self) -> int:
+        """Channels of the convolution: those of the heads, then of the input and output matrices."""
+        return self.inner + 2 * self.groups * self.state_size
+
+
+def read_mamba_shape(keys: ModelKeys) -> MambaShape:
+    """ModelFileError for numbers that do not divide each other."""
+    inner = keys.count("ssm.inner_size", maximum=_MAX_WIDTH)
+    heads = keys.count("ssm.time_step_rank", maximum=_MAX_HEADS)
+    groups = keys.count("ssm.group_count", maximum=_MAX_HEADS)
+    state_size = keys.count("ssm.state_size", maximum=_MAX_STATE_SIZE)
+    shape = MambaShape(keys.count("ssm.conv_kernel", minimum=2, maximum=_MAX_TAPS), inner, state_size, heads, groups)
+    if inner % heads:
+        raise keys.error("ssm.inner_size", f"{inner}, which {heads} heads do not divide")
+    if heads % groups:
+        raise keys.error("ssm.group_count", f"{groups}, which does not divide {heads} heads")
+    if inner % KV_BLOCK_TOKENS or shape.convolved % KV_BLOCK_TOKENS:
+        what = f"{inner}, and {shape.convolved} channels of the convolution: multiples of {KV_BLOCK_TOKENS} expected"
+        raise keys.error("ssm.inner_size", what)
+    return shape
+
+
+def mamba(builder: ProgramBuilder, layer: int, shape: MambaShape, *, has_norm: bool = True) -> Iterator[ir.Step]:
+    """projected = the block of the normed hidden state. `has_norm`: the file must have a norm of each group."""
+    prefix, hidden_width = f"blk.{layer}", builder.hyperparameters.embedding_length
+    normed, projected = (Buffer(name, hidden_width) for name in ("normed", "projected"))
+    gate, convolving = Buffer("mamba gate", shape.inner), Buffer("mamba x+b+c", shape.convolved)
+    convolved, dt = Buffer("mamba convolved", shape.convolved), Buffer("mamba dt", shape.heads)
+    yield from builder.product_parts(f"{prefix}.ssm_in", normed, (gate, convolving, dt))
+    weight = builder.weight(f"{prefix}.ssm_conv1d.weight", (shape.convolved, shape.taps))
+    bias = builder.optional_vector(f"{prefix}.ssm_conv1d.bias", shape.convolved)
+    yield ir.Convolution(convolving, convolved, weight, shape.taps, layer, bias)
+    yield ir.Activate(convolved, convolved, ActivationFunction.SILU)
+    out = Buffer("mamba out", shape.inner)
+    yield _scan(builder, prefix, shape, (convolved, dt, out), layer)
+    yield ir.SiluMul(gate, out, out)
+    if has_norm or builder.has(f"{prefix}.ssm_norm.weight"):
+        yield _group_norm(builder, f"{prefix}.ssm_norm.weight", shape, out)
+    yield builder.product(f"{prefix}.ssm_out", out, projected)
+
+
+def _scan(
+    builder: ProgramBuilder, prefix: str, shape: MambaShape, buffers: tuple[Buffer, Buffer, Buffer], layer: int
+) -> ir.Scan:
+    bias = builder.vector(f"{prefix}.ssm_dt.bias", shape.heads)
+    decay, skip = (builder.floats(f"{prefix}.ssm_{name}", (shape.heads, 1)) for name in ("a", "d"))
+    return ir.Scan(*buffers, bias, decay, skip, shape.groups, layer)
+
+
+def _group_norm(builder: ProgramBuilder, name: str, shape: MambaShape, x: Buffer) -> ir.RmsNorm:
+    """Of each group's channels, with a weight of its own."""
+    weight = builder.floats(name, (shape.groups, shape.inner // shape.groups))
+    return ir.RmsNorm(x, x, weight, builder.rms_epsilon, shape.groups, own_weights=True)

@@ -12,7 +12,7 @@ from llamaclust.kernels._native import Plan
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.plan_decay import add_decay
 from llamaclust.kernels.cpu.plan_kv import PlanKv
-from llamaclust.kernels.cpu.plan_scan import add_scan, norm_weight
+from llamaclust.kernels.cpu.plan_scan import add_norm, add_scan
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
@@ -159,7 +159,7 @@ class _Compiler:
         out = self._buffers.write(written_by(step), private=True)
         match step:
             case ir.RmsNorm():
-                plan.rms_norm(x, out, norm_weight(step, self._weights), step.epsilon, step.width)
+                add_norm(plan, step, x, out, self._weights)
             case ir.LayerNorm():
                 norm, bias = self._weights[step.weight].vector, self._vector(step.bias)
                 plan.layer_norm(x, out, norm, np.zeros_like(norm) if bias is None else bias, step.epsilon)

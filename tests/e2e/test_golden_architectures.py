@@ -104,6 +104,13 @@ CHECKSUMS = {
     "deepseek2-lite": "0d988068",
     "deepseek2-scaled": "d9e497d3",
     "mistral4": "b91fe134",
+    "granitehybrid": "ca98a767",
+    "granitehybrid-experts": "9717e7a7",
+    "falcon-h1": "9476f3d3",
+    "falcon-h1-norm": "8a8cffbd",
+    "nemotron_h": "d8d8ce00",
+    "nemotron_h_moe": "705b3687",
+    "nemotron_h_moe-latent": "91f4ddf5",
 }
 
 

@@ -175,7 +175,7 @@ def test_numbers_may_be_given_for_each_layer(tmp_path: Path) -> None:
         ({"attention__head_count_kv": 0}, "head_count_kv': 0 in all layers"),
         ({"attention__head_count_kv": np.array([2, 2, 2], np.int32)}, "3 numbers for 4 layers"),
         ({"attention__head_count_kv": np.array([2, 3, 2, 2], np.int32)}, "3, which does not divide 8 heads"),
-        ({"feed_forward_length": np.array([64, 0, 64, 64], np.int32)}, "feed_forward_length': 0, 1 to"),
+        ({"feed_forward_length": np.zeros(4, np.int32)}, "feed_forward_length': 0, 1 to"),
         ({"attention__value_length": 16}, "16, keys have 8: not supported"),
         ({"attention__layer_norm_rms_epsilon": 0.0}, "layer_norm_rms_epsilon': 0, 1e-13 to 0.1"),
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "nan"),

@@ -84,7 +84,7 @@ def test_every_tensor_is_named_checked_and_counted(make: Callable[..., ModelFile
 def test_missing_and_wrong_tensors_are_named(make: Callable[..., ModelFile], name: str) -> None:
     file = make(name)
     optional = {"output.weight", *FACTOR_TENSORS} | (
-        {n for n in file.tensors if n.endswith((".bias", *(_OPTIONAL if name.startswith("gemma4") else ())))}
+        {n for n in file.tensors if n.endswith((".bias", *_OPTIONAL.get(MODELS[name].architecture, ())))}
         - qwen_biases(file)
     )
     for tensor in file.tensors.values():
@@ -99,7 +99,10 @@ def test_missing_and_wrong_tensors_are_named(make: Callable[..., ModelFile], nam
                 whole(replace(file, tensors=others))
 
 
-_OPTIONAL = ("attn_v.weight", "layer_output_scale.weight", "ffn_down_exps.scale")
+_OPTIONAL = {
+    "gemma4": ("attn_v.weight", "layer_output_scale.weight", "ffn_down_exps.scale"),
+    "falcon-h1": ("ssm_norm.weight",),
+}
 
 
 def wanted_instead(model: str, name: str) -> str:

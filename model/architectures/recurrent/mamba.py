@@ -13,6 +13,7 @@ from llamaclust.model.step_options import ActivationFunction
 
 _MAX_TAPS = 16
 _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
+_MAX_STATE_FLOATS = 1 << 26  # of a layer: what kernels have room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,9 @@ def read_mamba_shape(keys: ModelKeys) -> MambaShape:
         raise keys.error("ssm.inner_size", f"{inner}, which {heads} heads do not divide")
     if heads % groups:
         raise keys.error("ssm.group_count", f"{groups}, which does not divide {heads} heads")
+    if inner * state_size > _MAX_STATE_FLOATS:
+        what = f"{state_size} for each of {inner} channels, together at most {_MAX_STATE_FLOATS} expected"
+        raise keys.error("ssm.state_size", what)
     if inner % KV_BLOCK_TOKENS or shape.convolved % KV_BLOCK_TOKENS:
         what = f"{inner}, and {shape.convolved} channels of the convolution: multiples of {KV_BLOCK_TOKENS} expected"
         raise keys.error("ssm.inner_size", what)

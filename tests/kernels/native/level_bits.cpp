@@ -171,6 +171,28 @@ void print_delta_rules(const Level& level) {
   print(level.name, "delta-rules", crc);
 }
 
+void print_scans(const Level& level) {
+  Random random(700);
+  Crc crc;
+  for (int head_dim : {1, 8, 16, 24, 64})
+    for (int rows : {1, 3, 4, 11}) {
+      const int state_size = 7, width = head_dim + 2 * state_size;
+      std::vector<float> steps = random.values(static_cast<size_t>(rows), 3), decays(steps.size());
+      level.scan.time_steps(steps.data(), -0.5f, -0.7f, rows, decays.data());
+      crc.add(steps);
+      crc.add(decays);
+      const std::vector<float> x = random.values(static_cast<size_t>(rows * width));
+      std::vector<float> state = random.values(static_cast<size_t>(state_size * head_dim));
+      std::vector<float> out(static_cast<size_t>(rows * head_dim));
+      const float* b = x.data() + head_dim;
+      level.scan.scan({state.data(), x.data(), b, b + state_size, steps.data(), decays.data(), 0.8f, out.data(), rows,
+                       head_dim, state_size, width, head_dim});
+      crc.add(state);
+      crc.add(out);
+    }
+  print(level.name, "scans", crc);
+}
+
 Choice choice_of(Random& random, uint32_t row, int vocabulary) {
   Choice choice{};
   choice.temperature = 0.1f * static_cast<float>(row % 12);
@@ -241,6 +263,7 @@ int main(int count, char** words) {
     level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0-latent", level_bits::Form::Latent);
     level_bits::print_convolutions(level);
     level_bits::print_delta_rules(level);
+    level_bits::print_scans(level);
     level_bits::print_sampling(level);
     level_bits::print_quantizers(level);
   }

@@ -12,6 +12,7 @@ from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny.gemma4 import GEMMA4, inputs_of_gemma4, layer_of_gemma4
 from support.models.tiny.latent_models import LATENT_MODELS
+from support.models.tiny.mamba_models import MAMBA_MODELS
 from support.models.tiny.shape import Tiny
 from support.models.tiny.states import STATE_MODELS, convolution
 from support.models.tiny_model import RandomTensor, matrix, norm, source_of
@@ -66,6 +67,7 @@ _GRANITE: dict[str, WritableValue] = {
 MODELS = MappingProxyType(
     {
         **STATE_MODELS,
+        **MAMBA_MODELS,
         "llama-experts": Tiny("llama", experts=6),
         "llama-linear": Tiny(
             "llama",
@@ -253,11 +255,7 @@ def build_architecture(path: Path, name: str) -> Path:
     tiny = MODELS[name]
     tensors = [*_ends(tiny), *inputs_of_gemma4(tiny, VOCABULARY)]
     for layer in range(tiny.layers):
-        tensors += (
-            layer_of_gemma4(tiny, layer)
-            if tiny.architecture == "gemma4"
-            else _layer(tiny, f"blk.{layer}", dense=layer < tiny.dense, convolves=layer in tiny.convolutions)
-        )
+        tensors += layer_of_gemma4(tiny, layer) if tiny.architecture == "gemma4" else _layer(tiny, layer)
     sources = [source_of(tensor, _type(tiny, tensor.name), seed=1) for tensor in tensors]
     write_gguf(path, _metadata(tiny), sources)
     return path
@@ -282,13 +280,20 @@ def _ends(tiny: Tiny) -> Iterator[RandomTensor]:
         yield RandomTensor(f"{factor}.weight", (rotating // 2,), 0.2, mean=2.0 + index)
 
 
-def _layer(tiny: Tiny, name: str, *, dense: bool, convolves: bool) -> Iterator[RandomTensor]:
+def _layer(tiny: Tiny, layer: int) -> Iterator[RandomTensor]:
+    name = f"blk.{layer}"
     for part in tiny.layer_norms or tiny.norms:
         yield norm(f"{name}.{part}", tiny.hidden)
         if tiny.layer_norms and tiny.norm_biases:
             yield RandomTensor(f"{name}.{part}.bias", (tiny.hidden,), 0.2)
-    yield from convolution(tiny, name) if convolves else _attention(tiny, name)
-    yield from _experts(tiny, name) if tiny.experts and not dense else _feed_forward(tiny, name)
+    if tiny.attends(layer):
+        yield from _attention(tiny, name)
+    if layer in tiny.convolutions:
+        yield from convolution(tiny, name)
+    if tiny.mamba is not None and layer in tiny.mamba.layers:
+        yield from tiny.mamba.tensors(name, tiny.hidden)
+    if tiny.has_inner(layer):
+        yield from _experts(tiny, name) if tiny.experts and layer >= tiny.dense else _feed_forward(tiny, name)
     if tiny.post_norms:
         yield norm(f"{name}.post_attention_norm", tiny.hidden)
         yield norm(f"{name}.post_ffw_norm", tiny.hidden)
@@ -324,9 +329,14 @@ def _feed_forward(tiny: Tiny, name: str, suffix: str = "", ffn: int | None = Non
 
 def _experts(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
     yield matrix(f"{name}.ffn_gate_inp", tiny.experts, tiny.hidden, gain=2.0)
-    yield matrix(f"{name}.ffn_gate_exps", tiny.experts, tiny.ffn, tiny.hidden)
-    yield matrix(f"{name}.ffn_up_exps", tiny.experts, tiny.ffn, tiny.hidden)
-    yield matrix(f"{name}.ffn_down_exps", tiny.experts, tiny.hidden, tiny.ffn)
+    width = tiny.expert_width or tiny.hidden
+    if tiny.expert_width:
+        yield matrix(f"{name}.ffn_latent_down", width, tiny.hidden)
+        yield matrix(f"{name}.ffn_latent_up", tiny.hidden, width)
+    if not tiny.plain:
+        yield matrix(f"{name}.ffn_gate_exps", tiny.experts, tiny.ffn, width)
+    yield matrix(f"{name}.ffn_up_exps", tiny.experts, tiny.ffn, width)
+    yield matrix(f"{name}.ffn_down_exps", tiny.experts, width, tiny.ffn)
     if tiny.expert_biases:
         yield RandomTensor(f"{name}.ffn_gate_inp.bias", (tiny.experts,), 0.5)
         for part, width in (("gate", tiny.ffn), ("up", tiny.ffn), ("down", tiny.hidden)):
@@ -363,6 +373,8 @@ def _metadata(tiny: Tiny) -> dict[str, WritableValue]:
         numbers |= tiny.latent.keys()
     if tiny.delta is not None:
         numbers |= tiny.delta.keys()
+    if tiny.mamba is not None:
+        numbers |= tiny.mamba.keys()
     if tiny.shared_ffn:
         numbers |= {"expert_shared_feed_forward_length": tiny.shared_ffn}
     general: dict[str, WritableValue] = {

@@ -149,19 +149,43 @@ void add_choice(PlanBuilder& builder, int logits, int out, int experts, int used
                               groups.second, vector_of(selection_bias), vector_of(expert_scales)});
 }
 
-// weight [channels][taps] is turned to [taps][channels]; of a weight without values it is 0.
+// Rows one after the other; of a weight without values they are 0.
+std::vector<float> rows_of(const Matrix& matrix) {
+  require(is_supported(matrix.type), "weights of an unsupported type");
+  const size_t cols = static_cast<size_t>(matrix.cols);
+  std::vector<float> rows(static_cast<size_t>(matrix.rows) * cols);
+  const Level level = find_level("generic");
+  for (int row = 0; matrix.tiles != nullptr && row < matrix.rows; row++)
+    level.matmul.dequantize_row(matrix, row, rows.data() + static_cast<size_t>(row) * cols);
+  return rows;
+}
+
+// weight [channels][taps] is turned to [taps][channels].
 void add_convolution(PlanBuilder& builder, int x, int out, int layer, nb::handle weight,
                      const std::optional<Floats>& bias) {
   const Matrix& matrix = builder.keep(weight);
-  require(is_supported(matrix.type), "weights of an unsupported type");
+  const std::vector<float> rows = rows_of(matrix);
   const size_t channels = static_cast<size_t>(matrix.rows), taps = static_cast<size_t>(matrix.cols);
-  std::vector<float> turned(channels * taps), row(taps);
-  const Level level = find_level("generic");
-  for (size_t channel = 0; matrix.tiles != nullptr && channel < channels; channel++) {
-    level.matmul.dequantize_row(matrix, static_cast<int>(channel), row.data());
-    for (size_t tap = 0; tap < taps; tap++) turned[tap * channels + channel] = row[tap];
-  }
+  std::vector<float> turned(rows.size());
+  for (size_t channel = 0; channel < channels; channel++)
+    for (size_t tap = 0; tap < taps; tap++) turned[tap * channels + channel] = rows[channel * taps + tap];
   builder.plan.add(ConvolveStep{x, out, layer, matrix.cols, std::move(turned), vector_of(bias)});
+}
+
+void add_scan(PlanBuilder& builder, int x, int dt, int out, int layer, int groups, int state_size, const Floats& bias,
+              nb::handle decay, nb::handle skip) {
+  builder.plan.add(ScanStep{x, dt, out, layer, groups, state_size, vector_of(bias), rows_of(builder.keep(decay)),
+                            rows_of(builder.keep(skip))});
+}
+
+void add_norm(PlanBuilder& builder, int x, int out, const Floats& weight, float epsilon) {
+  builder.plan.add(NormStep{x, out, vector_of(weight), epsilon, static_cast<int>(weight.size())});
+}
+
+// Of a weight [groups][channels].
+void add_group_norm(PlanBuilder& builder, int x, int out, nb::handle weight, float epsilon) {
+  const Matrix& matrix = builder.keep(weight);
+  builder.plan.add(NormStep{x, out, rows_of(matrix), epsilon, matrix.cols});
 }
 
 // Members of steps, from what Python gives.
@@ -180,7 +204,8 @@ void add(PlanBuilder& builder, Members... members) {
 void bind_row_steps(nb::class_<PlanBuilder>& plan) {
   plan.def("embed", &add<EmbedStep, nb::handle, int>)
       .def("read_hidden", &add<InputStep, int>)
-      .def("rms_norm", &add<NormStep, int, int, Floats, float, int>)
+      .def("rms_norm", &add_norm)
+      .def("group_norm", &add_group_norm)
       .def("layer_norm", &add<LayerNormStep, int, int, Floats, Floats, float>)
       .def("add_position", &add<PositionStep, int, int, nb::handle>)
       .def("add_row", &add<AddRowStep, int, int, nb::handle, int>)
@@ -202,7 +227,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("decay", &add<DecayStep, int, int, Floats, Floats>)
       .def("delta_rule", &add<DeltaRuleStep, int, int, int, int, int, int, int, int, int, bool>, "q"_a, "k"_a, "v"_a,
            "decay"_a, "beta"_a, "out"_a, "layer"_a, "heads"_a, "key_heads"_a, "tiled"_a)
-      .def("scan", &add<ScanStep, int, int, int, int, int, int, Floats, Floats, Floats>)
+      .def("scan", &add_scan)
       .def("select_rows", &add<SelectStep, int, int>)
       .def("write_result", &add<OutputStep, int, int>);
 }

@@ -8,6 +8,7 @@ from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny.delta_net import DeltaNet, KimiDelta
 from support.models.tiny.latent import Latent
+from support.models.tiny.mamba import Mamba
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Tiny:
     expert_type: QuantType = QuantType.F32
     expert_biases: bool = False  # of router and experts
     selection_bias: bool = False
+    expert_width: int = 0  # channels that experts read, where they are not those of the hidden state
     shared_gate: bool = True
     dense: int = 0  # leading layers without experts
     fused: bool = False  # q, k and v in one tensor; gate and up in one
@@ -51,5 +53,16 @@ class Tiny:
     convolutions: tuple[int, ...] = ()  # layers with them in place of attention
     delta: DeltaNet | KimiDelta | None = None  # behind the convolutions
     gated: bool = False  # attention, channel by channel
+    mamba: Mamba | None = None
+    attention_beside: bool = False  # of Mamba's blocks, not in other layers
+    single_blocks: tuple[int, ...] | None = None  # layers that are feed-forward networks; others have none
     last_norm: str = "output_norm"
     keys: dict[str, WritableValue] = field(default_factory=dict)
+
+    def attends(self, layer: int) -> bool:
+        mixes = layer in self.convolutions or (self.mamba is not None and layer in self.mamba.layers)
+        return self.attention_beside or not (mixes or layer in (self.single_blocks or ()))
+
+    def has_inner(self, layer: int) -> bool:
+        """A feed-forward network or experts."""
+        return self.single_blocks is None or layer in self.single_blocks

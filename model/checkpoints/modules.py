@@ -29,6 +29,7 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "chatglm": _GLM,
         "cohere2": _DECODER,
         "ernie4_5": _DECODER,
+        "ernie4_5-moe": _ATTENTION,
         "exaone4": _DECODER,
         "gemma": _DECODER,
         "gemma2": _DECODER,

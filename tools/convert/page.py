@@ -71,6 +71,13 @@ class Page:
         if bias or (bias is None and self.has(f"{source}.bias")):
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
 
+    def leave(self, *prefixes: str) -> bool:
+        """Takes tensors whose names begin so, and drops them; whether there were any."""
+        found = [name for name in self._left if name.startswith(prefixes)]
+        for name in found:
+            del self._left[name]
+        return bool(found)
+
     def finish(self) -> None:
         """ModelFileError if a tensor was not taken."""
         left = [name for name in self._left if not _NOT_NEEDED.fullmatch(name)]

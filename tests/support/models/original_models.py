@@ -68,6 +68,7 @@ _DELTA_NET = {
     "linear_num_value_heads": 4,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
 }
+_GRANITE_MOE = {"num_local_experts": 6, "num_experts_per_tok": 3}
 _GEMMA = {"head_dim": 32, "num_key_value_heads": 1}
 _GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 6}
 _GEMMA4 = {
@@ -229,13 +230,7 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         ),
         "gemma4-experts": Original(
             "Gemma4ForCausalLM",
-            _keys(
-                **_GEMMA4,
-                enable_moe_block=True,
-                num_experts=6,
-                top_k_experts=3,
-                moe_intermediate_size=48,
-            ),
+            _keys(**_GEMMA4, enable_moe_block=True, num_experts=6, top_k_experts=3, moe_intermediate_size=48),
         ),
         "gemma4-inputs": Original(
             "Gemma4ForCausalLM",
@@ -293,6 +288,22 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         "granite": Original(
             "GraniteForCausalLM",
             _keys(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.7, logits_scaling=2.5),
+        ),
+        "granitemoe": Original("GraniteMoeForCausalLM", _keys(**_GRANITE_MOE, residual_multiplier=0.7)),
+        "granitemoe-shared": Original(
+            "GraniteMoeSharedForCausalLM",
+            _keys(**_GRANITE_MOE, embedding_multiplier=3.0, logits_scaling=0.5, shared_intermediate_size=48),
+        ),
+        "ernie4_5-moe": Original(
+            "Ernie4_5_MoeForCausalLM",
+            _keys(
+                moe_num_experts=6,
+                moe_k=3,
+                moe_intermediate_size=32,
+                moe_num_shared_experts=2,
+                moe_layer_start_index=1,
+                **_rope("default"),
+            ),
         ),
         "cohere2": Original("Cohere2ForCausalLM", _keys(num_hidden_layers=5, sliding_window=6, logit_scale=0.5)),
         "starcoder2": Original("Starcoder2ForCausalLM", _keys(sliding_window=6)),

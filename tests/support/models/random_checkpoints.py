@@ -11,6 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from support.models.checkpoints.gemma4 import EXPERT_KEYS, INPUT_KEYS, gemma4_ends, gemma4_layer
+from support.models.checkpoints.mixtures import (
+    ERNIE_MOE_KEYS,
+    ERNIE_PREDICTION,
+    cohere2_layer,
+    ernie_moe_layer,
+    exaone4_layer,
+    gpt_oss_layer,
+    granitemoe_layer,
+)
 from support.models.checkpoints.qwen_delta import DELTA_KEYS, MOE_KEYS, delta_layers
 from support.models.checkpoints.shapes import (
     HEAD,
@@ -22,6 +31,7 @@ from support.models.checkpoints.shapes import (
     WORDS,
     Shapes,
     attention_shapes,
+    expert_shapes,
     gated_shapes,
     layer_norms,
 )
@@ -82,21 +92,14 @@ def _qwen3(layer: str) -> Shapes:
     return {**_llama(layer), **{f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}}
 
 
-def _experts(layer: str) -> Shapes:
-    shapes: Shapes = {f"{layer}.mlp.gate.weight": (4, HIDDEN)}
-    for expert in range(4):
-        shapes |= gated_shapes(f"{layer}.mlp.experts.{expert}", 32)
-    return shapes
-
-
 def _qwen2moe(layer: str) -> Shapes:
     shared = {**gated_shapes(f"{layer}.mlp.shared_expert", 64), f"{layer}.mlp.shared_expert_gate.weight": (1, HIDDEN)}
-    return {**layer_norms(layer), **attention_shapes(layer, bias=True), **_experts(layer), **shared}
+    return {**layer_norms(layer), **attention_shapes(layer, bias=True), **expert_shapes(layer), **shared}
 
 
 def _qwen3moe(layer: str) -> Shapes:
     norms = {f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}
-    return {**layer_norms(layer), **attention_shapes(layer), **norms, **_experts(layer)}
+    return {**layer_norms(layer), **attention_shapes(layer), **norms, **expert_shapes(layer)}
 
 
 def _chatglm(layer: str) -> Shapes:
@@ -164,33 +167,6 @@ def _olmo2(layer: str) -> Shapes:
     return {**norms, **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
 
 
-def _exaone4(layer: str) -> Shapes:
-    norms: Shapes = {f"{layer}.post_{part}_layernorm.weight": (HIDDEN,) for part in ("attention", "feedforward")}
-    norms |= {f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}
-    return {**norms, **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
-
-
-def _cohere2(layer: str) -> Shapes:
-    norm: Shapes = {f"{layer}.input_layernorm.weight": (HIDDEN,)}
-    return {**norm, **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
-
-
-def _gpt_oss(layer: str) -> Shapes:
-    attention = {**attention_shapes(layer, bias=True), f"{layer}.self_attn.o_proj.bias": (HIDDEN,)}
-    experts = f"{layer}.mlp.experts"
-    return {
-        **layer_norms(layer),
-        **attention,
-        f"{layer}.self_attn.sinks": (HEADS,),
-        f"{layer}.mlp.router.weight": (4, HIDDEN),
-        f"{layer}.mlp.router.bias": (4,),
-        f"{experts}.gate_up_proj": (4, HIDDEN, 2 * INNER),
-        f"{experts}.gate_up_proj_bias": (4, 2 * INNER),
-        f"{experts}.down_proj": (4, INNER, HIDDEN),
-        f"{experts}.down_proj_bias": (4, HIDDEN),
-    }
-
-
 def _glm4moe(layer: str) -> Shapes:
     """A dense layer, others with experts, and behind them one that predicts further tokens."""
     number = int(layer.rpartition(".")[2])
@@ -198,7 +174,7 @@ def _glm4moe(layer: str) -> Shapes:
     shapes |= {f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}
     if number == 0:
         return {**shapes, **gated_shapes(f"{layer}.mlp")}
-    shapes |= {**_experts(layer), **gated_shapes(f"{layer}.mlp.shared_experts", 32)}
+    shapes |= {**expert_shapes(layer), **gated_shapes(f"{layer}.mlp.shared_experts", 32)}
     shapes[f"{layer}.mlp.gate.e_score_correction_bias"] = (4,)
     if number == LAYERS:
         shapes |= {f"{layer}.{norm}.weight": (HIDDEN,) for norm in ("enorm", "hnorm", "shared_head.norm")}
@@ -343,15 +319,23 @@ CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
     "Olmo3ForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(_olmo2)}),
     "SeedOssForCausalLM": (_COMMON, {**_ends(), **_head(), **_per_layer(_qwen2)}),
     "Ernie4_5ForCausalLM": (_COMMON, {**_ends(), **_per_layer(_llama)}),
-    "Exaone4ForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(_exaone4)}),
+    "Exaone4ForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(exaone4_layer)}),
     "GraniteForCausalLM": (_COMMON | {"logits_scaling": 8.0}, {**_ends(), **_head(), **_per_layer(_llama)}),
+    "GraniteMoeSharedForCausalLM": (
+        _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
+        {**_ends(), **_head(), **_per_layer(granitemoe_layer)},
+    ),
+    "Ernie4_5_MoeForCausalLM": (
+        _COMMON | ERNIE_MOE_KEYS,
+        {**_ends(), **_per_layer(ernie_moe_layer), **ERNIE_PREDICTION},
+    ),
     "Cohere2ForCausalLM": (
         _COMMON | {"sliding_window": 64, "layer_norm_eps": 1e-5, "logit_scale": 0.25},
-        {**_ends(), **_per_layer(_cohere2)},
+        {**_ends(), **_per_layer(cohere2_layer)},
     ),
     "GptOssForCausalLM": (
         _COMMON | {"head_dim": HEAD, "sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
-        {**_ends(), **_head(), **_per_layer(_gpt_oss)},
+        {**_ends(), **_head(), **_per_layer(gpt_oss_layer)},
     ),
     "Glm4MoeForCausalLM": (
         _COMMON | _GLM_MOE,

@@ -39,6 +39,8 @@ _PACKED = (
     "mtp.fc",
     "mtp.pre_fc",
     "mtp.norm",
+    "mtp_linear",
+    "input_linear",
     ".experts.",
     "router.scale",
     "router.per_expert_scale",

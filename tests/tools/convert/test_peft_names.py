@@ -47,6 +47,8 @@ WANTED = {
     "Ernie4_5ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Exaone4ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "GraniteForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "GraniteMoeSharedForCausalLM": ATTENTION,
+    "Ernie4_5_MoeForCausalLM": ATTENTION,
     "Cohere2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Phi3ForCausalLM": {"attn_qkv", "attn_output", "ffn_up", "ffn_down"},
     "GemmaForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},

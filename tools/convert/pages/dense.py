@@ -44,14 +44,19 @@ def build_granite(page: Page) -> None:
     settings = page.settings
     if settings.flag("mlp_bias"):
         raise settings.error("mlp_bias", "true is not what granite computes")
+    granite_scales(page)
+    _plain(page, base=10000.0)
+
+
+def granite_scales(page: Page) -> None:
+    """Scales of embedding, scores, residuals and logits."""
     for key, name in (
         ("embedding_scale", "embedding_multiplier"),
         ("attention.scale", "attention_multiplier"),
         ("residual_scale", "residual_multiplier"),
         ("logit_scale", "logits_scaling"),
     ):
-        page.key(key, settings.real(name, default=1.0, minimum=1e-6, maximum=_MAX_SCALE))
-    _plain(page, base=10000.0)
+        page.key(key, page.settings.real(name, default=1.0, minimum=1e-6, maximum=_MAX_SCALE))
 
 
 def _plain(page: Page, base: float) -> None:

@@ -22,3 +22,10 @@ def attention_shapes(layer: str, bias: bool = False) -> Shapes:
 def gated_shapes(prefix: str, width: int = INNER) -> Shapes:
     inner = {f"{prefix}.{part}_proj.weight": (width, HIDDEN) for part in ("gate", "up")}
     return {**inner, f"{prefix}.down_proj.weight": (HIDDEN, width)}
+
+
+def expert_shapes(layer: str) -> Shapes:
+    shapes: Shapes = {f"{layer}.mlp.gate.weight": (4, HIDDEN)}
+    for expert in range(4):
+        shapes |= gated_shapes(f"{layer}.mlp.experts.{expert}", 32)
+    return shapes

@@ -1,0 +1,73 @@
+"""Shapes of layers of gpt-oss, Granite and ERNIE 4.5 with experts, EXAONE 4, Cohere 2."""
+
+from __future__ import annotations
+
+from support.models.checkpoints.shapes import (
+    HEAD,
+    HEADS,
+    HIDDEN,
+    INNER,
+    Shapes,
+    attention_shapes,
+    expert_shapes,
+    gated_shapes,
+    layer_norms,
+)
+
+ERNIE_MOE_KEYS = {
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_intermediate_size": 32,
+    "moe_num_shared_experts": 1,
+    "moe_layer_start_index": 1,
+}
+ERNIE_PREDICTION: Shapes = {"model.mtp_linear_proj.0.weight": (HIDDEN, 2 * HIDDEN)}
+
+
+def exaone4_layer(layer: str) -> Shapes:
+    norms: Shapes = {f"{layer}.post_{part}_layernorm.weight": (HIDDEN,) for part in ("attention", "feedforward")}
+    norms |= {f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}
+    return {**norms, **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
+
+
+def cohere2_layer(layer: str) -> Shapes:
+    norm: Shapes = {f"{layer}.input_layernorm.weight": (HIDDEN,)}
+    return {**norm, **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
+
+
+def granitemoe_layer(layer: str) -> Shapes:
+    moe, shared = f"{layer}.block_sparse_moe", f"{layer}.shared_mlp"
+    return {
+        **layer_norms(layer),
+        **attention_shapes(layer),
+        f"{moe}.router.layer.weight": (4, HIDDEN),
+        f"{moe}.input_linear.weight": (4, 2 * INNER, HIDDEN),
+        f"{moe}.output_linear.weight": (4, HIDDEN, INNER),
+        f"{shared}.input_linear.weight": (96, HIDDEN),
+        f"{shared}.output_linear.weight": (HIDDEN, 48),
+    }
+
+
+def ernie_moe_layer(layer: str) -> Shapes:
+    """The first layer is dense."""
+    if layer.endswith(".0"):
+        return {**layer_norms(layer), **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
+    bias: Shapes = {f"{layer}.mlp.moe_statics.e_score_correction_bias": (1, 4)}
+    shared = gated_shapes(f"{layer}.mlp.shared_experts", 32)
+    return {**layer_norms(layer), **attention_shapes(layer), **bias, **shared, **expert_shapes(layer)}
+
+
+def gpt_oss_layer(layer: str) -> Shapes:
+    attention = {**attention_shapes(layer, bias=True), f"{layer}.self_attn.o_proj.bias": (HIDDEN,)}
+    experts = f"{layer}.mlp.experts"
+    return {
+        **layer_norms(layer),
+        **attention,
+        f"{layer}.self_attn.sinks": (HEADS,),
+        f"{layer}.mlp.router.weight": (4, HIDDEN),
+        f"{layer}.mlp.router.bias": (4,),
+        f"{experts}.gate_up_proj": (4, HIDDEN, 2 * INNER),
+        f"{experts}.gate_up_proj_bias": (4, 2 * INNER),
+        f"{experts}.down_proj": (4, INNER, HIDDEN),
+        f"{experts}.down_proj_bias": (4, HIDDEN),
+    }

@@ -16,12 +16,14 @@ from llamaclust.cli.options import (
     NO_GPUS,
     CaFile,
     Cluster,
+    CpuMoe,
     Devices,
     Endpoint,
     GpuLayers,
     Gpus,
     Json,
     KeyFile,
+    NCpuMoe,
     Threads,
     option_value,
     text_of,
@@ -75,13 +77,15 @@ def generate(
     threads: Threads = None,
     device: Devices = [],  # noqa: B006  typer reads the default
     gpu_layers: GpuLayers = "auto",
+    cpu_moe: CpuMoe = False,
+    n_cpu_moe: NCpuMoe = None,
     cluster: Cluster = None,
     *,
     more: dict[str, Any],
 ) -> None:
     """Complete PROMPT and stream the text."""
     text = given_or_piped(prompt)
-    gpus = Gpus(tuple(device), gpu_layers)
+    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe)
     target = Target(cluster, endpoint, api_key_file, model, threads, gpus=gpus, ca_file=ca_file, served=served_model)
     options: CompletionOptions = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
@@ -131,6 +135,8 @@ def chat(
     threads: Threads = None,
     device: Devices = [],  # noqa: B006  typer reads the default
     gpu_layers: GpuLayers = "auto",
+    cpu_moe: CpuMoe = False,
+    n_cpu_moe: NCpuMoe = None,
     cluster: Cluster = None,
     *,
     more: dict[str, Any],
@@ -141,7 +147,7 @@ def chat(
     from llamaclust.cluster.client.session import ChatSession
     from llamaclust.cluster.config.values import expand_home
 
-    gpus = Gpus(tuple(device), gpu_layers)
+    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe)
     target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model)
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
@@ -228,7 +234,9 @@ class Target:
             from llamaclust.cluster.config.catalog import resolve_model
 
             device, gpu_layers, _ = self.gpus.parsed
-            settings = LocalSettings(chat_template=self.chat_template, device=device, gpu_layers=gpu_layers)
+            settings = LocalSettings(
+                chat_template=self.chat_template, device=device, gpu_layers=gpu_layers, cpu_moe=self.gpus.cpu_moe
+            )
             client = Client.local(resolve_model(self.model), self.threads, settings=settings)
             if client.placement:
                 print(client.placement, file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
+from llamaclust.core.bounds import MAX_LAYERS
 from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -116,6 +117,11 @@ Devices = Annotated[
 GpuLayers = Annotated[
     str, Option("--gpu-layers", "-ngl", metavar="N", help="Layers on GPUs, or auto: as many as fit in VRAM.")
 ]
+CpuMoe = Annotated[bool, Option("--cpu-moe", "-cmoe", help="Experts of all layers in RAM, the rest on GPUs.")]
+NCpuMoe = Annotated[
+    int | None,
+    Option("--n-cpu-moe", "-ncmoe", metavar="N", min=0, max=MAX_LAYERS, help="Experts of the first N layers in RAM."),
+]
 _Given = TypeVar("_Given")
 _Value = TypeVar("_Value")
 
@@ -127,6 +133,20 @@ class Gpus:
     devices: Sequence[str] = ()  # none: the processor
     gpu_layers: str = "auto"
     gpu_memory: str | None = None
+    all_cpu_moe: bool = False
+    n_cpu_moe: int | None = None
+
+    @property
+    def cpu_moe(self) -> int | None:
+        """So many first layers are to have their experts in RAM; None: as the memory of GPUs allows. UsageError for
+        both options, or either without GPUs."""
+        name = "--cpu-moe" if self.all_cpu_moe else "--n-cpu-moe"
+        if self.all_cpu_moe and self.n_cpu_moe is not None:
+            raise UsageError("--cpu-moe and --n-cpu-moe: give one of them")
+        wanted = MAX_LAYERS if self.all_cpu_moe else self.n_cpu_moe
+        if wanted is not None and self.parsed[0] == "cpu":
+            raise UsageError(f"{name}: is for models on a GPU: give --device cuda:0 as well")
+        return wanted
 
     @property
     def parsed(self) -> tuple[str, int | None, int | None]:

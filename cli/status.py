@@ -148,12 +148,17 @@ def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
     """One for what of a worker's layers lies where, one for each GPU."""
     for worker in workers:
         if worker.get("gpus") and worker["layers"] is not None:
-            held = [DeviceLayers(part["device"], *part["layers"]) for part in worker["device_layers"]]
+            held = [_device_layers(part) for part in worker["device_layers"]]
             yield f"{worker['name']}: {placed(held)}"
         for gpu in worker.get("gpus", ()):
             name = terminal.printable(gpu["name"])
             taken = (gpu["total_bytes"] - gpu["free_bytes"]) / MIB
             yield f"{worker['name']}: {gpu['device']} {name}, {taken:.0f} of {gpu['total_bytes'] / MIB:.0f} MiB taken"
+
+
+def _device_layers(part: dict[str, Any]) -> DeviceLayers:
+    start, end = part["layers"]
+    return DeviceLayers(part["device"], start, end, part["cpu_moe_end"])
 
 
 def _kv_disk_lines(workers: list[dict[str, Any]]) -> Iterator[str]:

@@ -79,6 +79,34 @@ class KvInRam(Protocol):
         while it is referenced, also after `close`."""
 
 
+Experts = Callable[[int, Float32], Float32]
+"""Computes the exchange of that number, in the order of steps, for rows of what it reads [rows, widths together]. The
+result [rows, width] is overwritten by the next call."""
+
+
+class ExchangingStage(Stage, Protocol):
+    """A stage whose program may have exchanges."""
+
+    def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32: ...
+
+
+class ExpertsStage(Protocol):
+    """Loaded experts. One `run_mixture` at a time."""
+
+    weight_bytes: int
+    workspace_bytes: int
+
+    @property
+    def weights(self) -> object:
+        """See `Stage`."""
+
+    def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32:
+        """Computes the mixture of that number, in the order of steps, for rows of a batch. The result is overwritten by
+        the next call."""
+
+    def close(self) -> None: ...
+
+
 class Backend(Protocol):
     """A device that can load programs."""
 
@@ -94,6 +122,26 @@ class Backend(Protocol):
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         """What the loaded stage will take beside weights and KV memory. Errors as of `load`; reads no weights."""
+
+
+class ExchangingBackend(Backend, Protocol):
+    """A device whose programs may have exchanges."""
+
+    def load(
+        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
+    ) -> ExchangingStage: ...
+
+
+class ExpertsBackend(Backend, Protocol):
+    """A device that computes experts for another one."""
+
+    def load_experts(
+        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
+    ) -> ExpertsStage:
+        """Of a program of `kernels.split_experts.experts_of`."""
+
+    def experts_workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
+        """What those will take beside weights."""
 
 
 def kv_bytes(program: Program, limits: StageLimits) -> int:

@@ -37,7 +37,18 @@ class Adapts:
         return self.steps[0].adapter
 
 
-FusedStep = ir.Embed | Products | ir.HeadMatMul | Adapts | Attend | ir.StateStep | ir.Moe | ir.SelectRows | ir.RowStep
+FusedStep = (
+    ir.Embed
+    | Products
+    | ir.HeadMatMul
+    | Adapts
+    | Attend
+    | ir.StateStep
+    | ir.Moe
+    | ir.Exchange
+    | ir.SelectRows
+    | ir.RowStep
+)
 
 
 def fuse(program: ir.Program) -> Iterator[FusedStep]:
@@ -139,6 +150,8 @@ def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
             return step.x, step.dt
         case ir.Moe(routed=ir.Buffer() as routed):
             return step.x, routed
+        case ir.Exchange():
+            return step.reads
         case _:
             return (step.x,)
 

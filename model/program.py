@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llamaclust.model.delta_rule import Decay, DeltaRule
+from llamaclust.model.exchange import Exchange
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
 from llamaclust.model.row_steps import Activate, Add, Buffer, Join, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
 from llamaclust.model.scan import Scan
@@ -24,6 +25,7 @@ __all__ = [
     "Convolution",
     "Decay",
     "DeltaRule",
+    "Exchange",
     "Join",
     "Mul",
     "PositionScale",
@@ -46,9 +48,7 @@ SPAN_TOKENS = 512
 @dataclass(frozen=True, slots=True)
 class RopeTable:
     """Rotation angles: angle(position, i) = position * frequencies[i], both factors float64; cos and sin times `scale`.
-
-    `frequencies` has rotary_dim / 2 entries and is computed in decimal arithmetic, so it is the same on every machine.
-    """
+    The rotary_dim / 2 `frequencies` are computed in decimal arithmetic, so they are the same on every machine."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
@@ -310,7 +310,7 @@ RowStep = (
 StateStep = Convolution | DeltaRule | Scan
 """Steps that keep a state of each sequence."""
 
-Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | SelectRows | RowStep
+Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | Exchange | SelectRows | RowStep
 
 KvLayer = Attention | SequenceState
 """What a part of KV memory is laid out for: of each layer at most one attention, and one state of each part."""

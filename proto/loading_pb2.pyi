@@ -91,7 +91,7 @@ class Load(_message.Message):
     last_worker: _builtins.str
     """For the first of several stages: name of the worker that holds the last one, which alone may open SampledTokens."""
     exclusive: _builtins.bool
-    """Stages of other epochs are freed first; weights that this one needs as well stay in memory."""
+    """Stages of other epochs of the same model are freed first; weights that this one needs as well stay in memory."""
     @_builtins.property
     def limits(self) -> Global___StageLimits:
         """Sizes of its buffers."""
@@ -106,7 +106,9 @@ class Load(_message.Message):
 
     @_builtins.property
     def adapter_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Paths of the adapters' files, which are part of the model; a worker without one of them fetches all of its layers."""
+        """Paths of the adapters' files by their numbers, which are part of the model; empty: no adapter has the number. A
+        worker without one of them fetches all of its layers.
+        """
 
     def __init__(
         self,
@@ -218,22 +220,26 @@ class DeviceLayers(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    CPU_MOE_END_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """"cpu" or "cuda:N"."""
     start: _builtins.int
     """First layer."""
     end: _builtins.int
     """One past the last layer."""
+    cpu_moe_end: _builtins.int
+    """Of layers on a GPU, those before this one have their experts in RAM; 0: none."""
     def __init__(
         self,
         *,
         device: _builtins.str = ...,
         start: _builtins.int = ...,
         end: _builtins.int = ...,
+        cpu_moe_end: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "end", b"end", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_moe_end", b"cpu_moe_end", "device", b"device", "end", b"end", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

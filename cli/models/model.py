@@ -16,6 +16,7 @@ from llamaclust.cli.options import (
     MODEL_HELP,
     CaFile,
     Chunks,
+    CpuMoe,
     Devices,
     Endpoint,
     GpuLayers,
@@ -24,6 +25,7 @@ from llamaclust.cli.options import (
     KeyFile,
     KvTypeOption,
     LocalModel,
+    NCpuMoe,
     Threads,
     Workers,
     option_value,
@@ -232,6 +234,8 @@ def perplexity(
     kv_type: KvTypeOption = None,
     device: Devices = [],  # noqa: B006  typer reads the default
     gpu_layers: GpuLayers = "auto",
+    cpu_moe: CpuMoe = False,
+    n_cpu_moe: NCpuMoe = None,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     ca_file: CaFile = None,
@@ -242,6 +246,6 @@ def perplexity(
 
     evaluation = Evaluation(text, context, chunks, base, compare, hellaswag, tasks)
     evaluation.check()
-    gpus = Gpus(tuple(device), gpu_layers)
+    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe)
     source = Source(model, threads, workers, kv_type, endpoint, api_key_file, gpus, ca_file)
     evaluate(source, evaluation, as_json)

@@ -102,6 +102,7 @@ class Source:
             kv_type=self.kv_type or KvType.F16,
             device=device,
             gpu_layers=gpu_layers,
+            cpu_moe=self.gpus.cpu_moe,
         )
         return LocalClient(self.model, self.threads, settings=settings)
 

@@ -58,6 +58,7 @@ class LocalSettings:
     device: str = "cpu"  # or GPUs beside the processor: "cuda:0", "cuda:0,cuda:1"
     gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
     gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
+    cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those whose experts do not fit
 
 
 class LocalClient(ServiceClient):
@@ -109,6 +110,8 @@ class LocalStage:
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model = Model.open(path, settings.chat_template)
         self.scheduling = _scheduler_settings(self.model, settings)
+        if settings.cpu_moe is not None and not self.model.hyperparameters.expert_count:
+            raise UsageError(f"cpu_moe: {path} has no experts; leave it out")
         device = _open_device(threads, feature_level, settings)
         self.feature_level = device.backend.feature_level
         own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
@@ -116,7 +119,7 @@ class LocalStage:
         with ExitStack() as gpus:
             for gpu in device.gpus:
                 gpus.callback(gpu.close)
-            held = held_layers(device, self.model, limits)
+            held = held_layers(device, self.model, limits, settings.cpu_moe)
             self._runner = StageRunner(
                 device.backend_for(held),
                 self.model,
@@ -240,8 +243,11 @@ def _open_device(threads: int | None, feature_level: str | None, settings: Local
         raise UsageError(f"device: {error}") from error
     if kind == "cpu" and (settings.gpu_layers is not None or settings.gpu_memory_bytes is not None):
         raise UsageError("gpu_layers and gpu_memory_bytes are for GPUs: set device to cuda:0 as well")
-    if settings.gpu_layers is not None and settings.gpu_layers < 0:
-        raise UsageError(f"gpu_layers: {settings.gpu_layers}: set 0 or more")
+    if kind == "cpu" and settings.cpu_moe is not None:
+        raise UsageError("cpu_moe is for GPUs: set device to cuda:0 as well")
+    for name, value in (("gpu_layers", settings.gpu_layers), ("cpu_moe", settings.cpu_moe)):
+        if value is not None and value < 0:
+            raise UsageError(f"{name}: {value}: set 0 or more")
     own = WorkerSettings(
         name="this process",
         device=kind,

@@ -154,7 +154,8 @@ def _worker(
         "feature_level": handle.registration.feature_level,
         "layers": None if order is None else (order.start, order.end),
         "device_layers": [
-            {"device": part.device, "layers": (part.start, part.end)} for part in handle.devices_of(order)
+            {"device": part.device, "layers": (part.start, part.end), "cpu_moe_end": part.cpu_moe_end}
+            for part in handle.devices_of(order)
         ],
         "state": str(handle.state),
         "memory_bytes": handle.held_bytes,

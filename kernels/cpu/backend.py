@@ -14,7 +14,7 @@ from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.sizes import needed
 from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Batch, Float32, Int32, Progress, kv_bytes
-from llamaclust.kernels.cpu.compile import Compiled, Observed, compile_program
+from llamaclust.kernels.cpu.compile import Compiled, Observed, compile_experts, compile_program
 from llamaclust.kernels.cpu.weight_store import WeightStore
 from llamaclust.kernels.packed.cache import PackedCache
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
@@ -97,6 +97,12 @@ class CpuStage:
                 chosen = np.tile(np.arange(seen.heads, dtype=np.int32), (rows, 1))
             yield Inputs(seen.weights, x, chosen)
 
+    def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32:
+        """See `kernels.backend.ExpertsStage`."""
+        assert self._native is not None, "the stage was closed"
+        self._native.set_part(number)
+        return self.run(batch, hidden)
+
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
         """See `kernels.backend.KvInRam`."""
         assert self._native is not None, "the stage was closed"
@@ -112,6 +118,12 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
     """What a stage takes beside weights and KV memory where so many threads compute. Starts none of them."""
     with _explained(program):
         return _native.workspace_bytes(compile_program(program, shapes_only(program, tensors), limits).plan, threads)
+
+
+def experts_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int) -> int:
+    """The same of experts that are computed for another device."""
+    with _explained(program):
+        return _native.workspace_bytes(compile_experts(program, shapes_only(program, tensors), limits).plan, threads)
 
 
 @contextmanager
@@ -168,13 +180,29 @@ class CpuBackend:
         """ModelFileError for weights without kernels or figures that do not fit together; InsufficientMemoryError
         where the system refuses the memory. `observed`: the stage has `inputs` of its matrices after each run."""
         found: list[Observed] = []
+        with self._loading(program, tensors, limits):
+            weights = self._weights.load(program, tensors, progress)
+            compiled = compile_program(program, weights, limits, found if observed else None)
+            return self._stage(weights, compiled, found)
+
+    def load_experts(
+        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
+    ) -> CpuStage:
+        """See `kernels.backend.ExpertsBackend`. Errors as of `load`."""
+        with self._loading(program, tensors, limits):
+            weights = self._weights.load(program, tensors, progress)
+            return self._stage(weights, compile_experts(program, weights, limits))
+
+    def _stage(self, weights: dict[str, Weight], compiled: Compiled, observed: Sequence[Observed] = ()) -> CpuStage:
+        native = _native.Stage(compiled.plan, self.feature_level, self._pool)
+        native.touch()
+        return CpuStage(native, weights, compiled, observed)
+
+    @contextmanager
+    def _loading(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> Iterator[None]:
         try:
             with _explained(program):
-                weights = self._weights.load(program, tensors, progress)
-                compiled = compile_program(program, weights, limits, found if observed else None)
-                native = _native.Stage(compiled.plan, self.feature_level, self._pool)
-                native.touch()
-                return CpuStage(native, weights, compiled, found)
+                yield
         except MemoryError as error:
             raise InsufficientMemoryError(self._memory_error_text(program, tensors, limits)) from error
 
@@ -183,6 +211,9 @@ class CpuBackend:
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         return workspace_bytes(program, tensors, limits, self.threads)
+
+    def experts_workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
+        return experts_workspace_bytes(program, tensors, limits, self.threads)
 
     def _memory_error_text(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
         parts = {

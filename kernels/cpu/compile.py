@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
 from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.cpu.buffers import Buffers
 from llamaclust.kernels.cpu.plan_decay import add_decay
 from llamaclust.kernels.cpu.plan_kv import PlanKv
 from llamaclust.kernels.cpu.plan_scan import add_norm, add_scan
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
+from llamaclust.kernels.split_experts import expert_parts
 from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.model.step_options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating, RopeStyle
@@ -62,30 +64,6 @@ class Compiled:
     kv_layers: tuple[tuple[int, ...], ...] = ()  # the plan's numbers of the KV memory of each layer
 
 
-@dataclass(slots=True)
-class _Buffers:
-    """Numbers for buffers. A name and width have up to two: row by row steps write copies that each thread may keep for
-    itself, matrix products and attention write what all threads share."""
-
-    plan: Plan
-    ids: dict[tuple[ir.Buffer, bool, bool], int] = field(default_factory=dict)
-    current: dict[str, tuple[int, bool]] = field(default_factory=dict)
-    selected: bool = False
-
-    def read(self, buffer: ir.Buffer) -> int:
-        return self.current[buffer.name][0]
-
-    def is_shared(self, buffer: ir.Buffer) -> bool:
-        return not self.current[buffer.name][1]
-
-    def write(self, buffer: ir.Buffer, multiple: int = 1, *, private: bool = False) -> int:
-        key = (buffer, private, self.selected)
-        if key not in self.ids:
-            self.ids[key] = self.plan.add_buffer(buffer.width, multiple, private, self.selected)
-        self.current[buffer.name] = (self.ids[key], private)
-        return self.ids[key]
-
-
 class _Compiler:
     def __init__(
         self, program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None
@@ -103,7 +81,7 @@ class _Compiler:
         self._limits = limits
         self._program = program
         self._weights = weights
-        self._buffers = _Buffers(self.plan)
+        self._buffers = Buffers(self.plan)
         self._kv = PlanKv(self.plan, limits)
         self._rotations: dict[ir.RopeTable, int] = {}
         self._scales: dict[tuple[int, float, int], RowScales] = {}  # by adapter, factor and rank
@@ -115,6 +93,19 @@ class _Compiler:
             self._emit(step)
         self._finish(self._program.out)
         return Compiled(self.plan, self.normed, tuple(self._scales.values()), self._kv.by_layer(self._program))
+
+    def run_parts(self) -> Compiled:
+        """Parts that run one by one, each from the hidden state to the result."""
+        program = self._program
+        result = self.plan.add_buffer(program.out.width, 1, False, False)
+        for part in expert_parts(program):
+            self.plan.begin_part()
+            self.plan.read_hidden(self._buffers.write(program.hidden, private=True))
+            for step in fuse(part):
+                self._emit(step)
+            self.plan.write_result(self._buffers.read(program.out), result)
+        self.plan.set_result(result)
+        return Compiled(self.plan, None)
 
     def _emit(self, step: FusedStep) -> None:
         buffers = self._buffers
@@ -146,6 +137,8 @@ class _Compiler:
                     self.normed = self._copy(buffers.read(normed), normed.width)
                 buffers.selected = True
                 self.plan.select_rows(x, buffers.write(step.out, private=True))
+            case ir.Exchange():
+                raise AssertionError("a processor computes its experts itself")
             case _:
                 self._emit_rows(step)
 
@@ -398,3 +391,8 @@ def compile_program(
     """ValueError where the program does not hold together (widths, heads, angles). To a list of what is `observed`,
     what each product multiplies is added, and the plan then keeps copies of it; results are the same."""
     return _Compiler(program, weights, limits, observed).run()
+
+
+def compile_experts(program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits) -> Compiled:
+    """The same of a program of experts alone, each of whose mixtures is a part of the plan."""
+    return _Compiler(program, weights, limits, None).run_parts()

@@ -141,6 +141,13 @@ def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
             decode(data)
 
 
+@pytest.mark.parametrize("held", [("cpu", 2, 4, 3), ("cuda:0", 2, 4, 2), ("cuda:0", 2, 4, 5)])
+def test_experts_in_ram_are_those_of_layers_on_a_gpu(held: tuple[str, int, int, int]) -> None:
+    order = replace(LOAD, devices=(DeviceLayers(*held),))
+    with pytest.raises(ProtocolError, match=r"holds layers \[2, 4\), experts of those before \d are to be in RAM"):
+        decode_coordinator_message(encode_coordinator_message(order))
+
+
 @pytest.mark.parametrize(
     "held", [[("cpu", 2, 3)], [("cpu", 2, 3), ("cuda:0", 2, 4)], [("cpu", 1, 4)], [("cpu", 2, 4), ("cuda:0", 4, 5)]]
 )

@@ -10,12 +10,12 @@ from typing import Protocol, cast
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import CUDA, Gpu, gpu_names
 from llamaclust.core.profile import DeviceProfile
-from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.backend import Backend, ExchangingBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.worker.devices import nvidia
 
 
-class GpuBackend(Backend, Protocol):
+class GpuBackend(ExchangingBackend, Protocol):
     """A backend on a GPU, which has memory of its own."""
 
     device: str  # "cuda:N"

@@ -7,15 +7,17 @@ import socket
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import cast
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu, gpu_names
 from llamaclust.core.machine_id import machine_id
 from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import MIB
-from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.backend import Backend, ExpertsBackend
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
+from llamaclust.kernels.split_experts import SplitExpertsBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, Register
 from llamaclust.worker.devices import backends, system_info
@@ -80,8 +82,17 @@ class Device:
 
     def backend_for(self, held: Iterable[DeviceLayers]) -> Backend:
         """What computes these layers: one device, or several in a chain."""
-        parts = [BackendLayers(self.backend_of(part.device), part.start, part.end) for part in held]
+        parts = [BackendLayers(self._backend_for(part), part.start, part.end) for part in held]
         return parts[0].backend if len(parts) == 1 else MultiDeviceBackend(parts)
+
+    def _backend_for(self, part: DeviceLayers) -> Backend:
+        if not part.cpu_moe:
+            return self.backend_of(part.device)
+        gpu = next((gpu for gpu in self.gpus if gpu.device == part.device), None)
+        if gpu is None:
+            raise ProtocolError(f"a load with experts in RAM for {part.device}, which this worker does not have")
+        experts = cast(ExpertsBackend, self.backend)  # beside GPUs it is a CPU's
+        return SplitExpertsBackend(gpu, experts, part.cpu_moe)
 
     def measure(self, model: Model | None = None) -> Profile:
         """What the machine reaches, and what steps of the model take; blocks for a second, longer for large layers."""

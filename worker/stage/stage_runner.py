@@ -17,6 +17,7 @@ from llamaclust.core.sampling import RowResult, second_draw
 from llamaclust.kernels.backend import Backend, Float32, KvInRam, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
+from llamaclust.kernels.split_experts import SplitExpertsStage
 from llamaclust.model.gguf.values import MetadataValue
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
 from llamaclust.model.kv_type import KvType
@@ -49,7 +50,11 @@ class StageMemory:
 
 def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: StageLimits) -> StageMemory:
     """What layers [start, end) will take."""
-    program = model_program(model, start, end, limits)
+    return program_memory(backend, model, model_program(model, start, end, limits), limits)
+
+
+def program_memory(backend: Backend, model: Model, program: Program, limits: StageLimits) -> StageMemory:
+    """What a program will take."""
     tensors = model.tensors_for(program)
     return StageMemory(
         weight_bytes=sum(tensor.resident_bytes for tensor in tensors.values()),
@@ -170,10 +175,14 @@ class StageRunner:
         if not self.devices:
             return {"cpu": self.memory.total_bytes}
         stages = self._stage.stages if isinstance(self._stage, MultiDeviceStage) else (self._stage,)
-        return {
-            part.device: stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes
-            for part, stage in zip(self.devices, stages, strict=True)
-        }
+        taken = dict.fromkeys((part.device for part in self.devices), 0)
+        for part, stage in zip(self.devices, stages, strict=True):
+            taken[part.device] += stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes
+            if isinstance(stage, SplitExpertsStage):
+                in_ram = stage.experts.weight_bytes + stage.experts.workspace_bytes
+                taken[part.device] -= in_ram
+                taken["cpu"] = taken.get("cpu", 0) + in_ram
+        return taken
 
     @property
     def weights(self) -> object:

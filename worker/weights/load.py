@@ -12,8 +12,9 @@ from llamaclust.core.errors import InsufficientMemoryError, ModelFileError
 from llamaclust.core.sizes import missing
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, LoadProgress
+from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, model_program, plan_memory
+from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, model_program
 from llamaclust.worker.weights.remote_model import RemoteModel
 from llamaclust.worker.weights.weights import Progress, Reach, Weights
 
@@ -85,16 +86,15 @@ def _open(order: Load, weights: Weights) -> Model | None:
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
     """What the stage will take, on all devices together. InsufficientMemoryError names one that has too little."""
-    planned = []
-    for part in device.layers(order):
-        memory = plan_memory(device.backend_of(part.device), model, part.start, part.end, order.limits)
-        free_bytes = device.free_bytes_of(part.device) + memory.held_weight_bytes
-        if memory.total_bytes > free_bytes:
-            where = f"on {part.device}, " if order.devices else ""
-            needs = missing(memory.parts, free_bytes)
-            raise InsufficientMemoryError(f"{where}layers [{part.start}, {part.end}) need {needs}")
-        planned.append(astuple(memory))
-    return StageMemory(*map(sum, zip(*planned, strict=True)))
+    shares = device_shares(device, model, device.layers(order), order.limits)
+    for name, share in shares.items():
+        free_bytes = device.free_bytes_of(name) + share.memory.held_weight_bytes
+        if share.memory.total_bytes > free_bytes:
+            where = f"on {name}, " if order.devices else ""
+            needs = missing(share.memory.parts, free_bytes)
+            raise InsufficientMemoryError(f"{where}{share.layers} need {needs}")
+    memories = (astuple(share.memory) for share in shares.values())
+    return StageMemory(*map(sum, zip(*memories, strict=True)))
 
 
 def _runner(order: Load, device: Device, model: Model, progress: Progress) -> StageRunner:

@@ -25,7 +25,8 @@ class Emitter:
 
     ops: Operands
 
-    def launches(self) -> Iterator[Launch]:
+    def launches(self) -> Iterator[Launch | ir.Exchange]:
+        """Exchanges stand where the host is to compute."""
         program = self.ops.program
         if not program.is_first:
             self.ops.out(program.hidden)
@@ -38,7 +39,7 @@ class Emitter:
                 return
             yield from self._emit(step)
 
-    def _emit(self, step: GpuStep) -> Iterator[Launch]:
+    def _emit(self, step: GpuStep) -> Iterator[Launch | ir.Exchange]:
         match step:
             case ir.Embed():
                 yield self._embed(step.weight, self.ops.inputs.tokens, self.ops.out(step.out))
@@ -63,6 +64,9 @@ class Emitter:
                 yield self._gated(step)
             case ir.Moe():
                 yield from ExpertsEmitter(self.ops, step).launches()
+            case ir.Exchange():
+                self.ops.out(step.out)
+                yield step
             case ir.SelectRows():
                 x, self.ops.selected = self.ops.current[step.x.name], True
                 self.ops.quantized.clear()

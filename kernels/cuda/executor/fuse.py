@@ -73,6 +73,8 @@ class _Reader:
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
         """The formats of `out` that the `makers` steps before `reader` must write; empty if it does not read it."""
+        if isinstance(reader, ir.Exchange) and out in reader.reads:
+            return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)
         found = {activation for name in weights if (activation := self.type_of(name).info.activation) is not None}
         end = self.done + makers + len(_plain(reader))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from llamaclust.kernels.cuda.launches.attention import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated
-from llamaclust.model.program import KV_BLOCK_TOKENS, KvLayer, Program
+from llamaclust.model.program import KV_BLOCK_TOKENS, Exchange, KvLayer, Program
+from llamaclust.model.program import Buffer as ProgramBuffer
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES)
 """For planning without a GPU: sizes are equal on all."""
@@ -88,11 +89,34 @@ class Plan:
         for offset, data in self._layout.constants:
             device.upload(buffers, offset, np.frombuffer(data, np.uint8))
 
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Where the host computes, in the order of steps."""
+        return tuple(step for step in self.program.steps if isinstance(step, Exchange))
+
+    def offset(self, buffer: ProgramBuffer) -> int:
+        """Of a buffer of all rows."""
+        return self._layout.offset((buffer.name, False))
+
     def launches(self, shape: Shape) -> tuple[Launch, ...]:
+        """All of them."""
+        return tuple(launch for segment in self.segments(shape) for launch in segment)
+
+    def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
+        """Launches before, between and behind the exchanges."""
+        segments: list[list[Launch]] = [[]]
+        for launch in self._emitted(shape):
+            if isinstance(launch, Exchange):
+                segments.append([])
+            else:
+                segments[-1].append(launch)
+        return tuple(map(tuple, segments))
+
+    def _emitted(self, shape: Shape) -> Iterator[Launch | Exchange]:
         inputs = self.inputs.addresses(int(self._layout.at("inputs", self.inputs.n_bytes)))
         kv = {name: np.uint64(self._kv_base + offset) for name, offset in self._kv_offsets.items()}
         operands = Operands(self.program, self.weights, self.limits, self._layout, inputs, kv, self._gpu, shape)
-        return tuple(Emitter(operands).launches())
+        return Emitter(operands).launches()
 
 
 def block_bytes(kept: KvLayer) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from weakref import finalize
 
 import numpy as np
 
-from llamaclust.kernels.backend import Batch, Float32, Int32, kv_bytes
+from llamaclust.kernels.backend import Batch, Experts, Float32, Int32, kv_bytes
 from llamaclust.kernels.cuda.executor.plan import Plan
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Graph, Launch
@@ -25,38 +25,45 @@ _MAX_SHAPES = 64
 
 
 class LaunchCache:
-    """Launches of each shape. A shape is captured as a graph at its second use."""
+    """Launches of each shape, in segments between which the host computes. A shape is captured at its second use, each
+    segment as a graph."""
 
     def __init__(self, device: Device, plan: Plan, graphs: bool) -> None:
         self._device = device
         self._plan = plan
         self._captures = graphs
-        self._graphs: dict[Shape, Graph] = {}  # the most recently used last
-        self._launches: dict[Shape, tuple[Launch, ...]] = {}  # likewise, of shapes without a graph
+        self._graphs: dict[Shape, tuple[Graph, ...]] = {}  # the most recently used last
+        self._launches: dict[Shape, tuple[tuple[Launch, ...], ...]] = {}  # likewise, of shapes without graphs
+        self._most = max(1, _MAX_SHAPES // (1 + len(plan.exchanges)))
 
-    def run(self, shape: Shape) -> None:
-        graph, launches = self._graphs.pop(shape, None), self._launches.pop(shape, None)
+    def segments(self, shape: Shape) -> Sequence[Callable[[], None]]:
+        """What launches each of them, to be called in this order."""
+        graphs, launches = self._graphs.pop(shape, None), self._launches.pop(shape, None)
         if launches is not None and self._captures:
-            graph = self._device.capture(partial(self._launch, launches))
-        if graph is not None:
-            if len(self._graphs) == _MAX_SHAPES:
-                self._graphs.pop(next(iter(self._graphs))).close()
-            self._graphs[shape] = graph
-            graph.launch()
-            return
-        if len(self._launches) == _MAX_SHAPES:
+            graphs = tuple(self._device.capture(partial(self._launch, segment)) for segment in launches)
+        if graphs is not None:
+            if len(self._graphs) == self._most:
+                _close(self._graphs.pop(next(iter(self._graphs))))
+            self._graphs[shape] = graphs
+            return [graph.launch for graph in graphs]
+        if len(self._launches) == self._most:
             del self._launches[next(iter(self._launches))]
-        self._launches[shape] = launches or self._plan.launches(shape)
-        self._launch(self._launches[shape])
+        self._launches[shape] = launches or self._plan.segments(shape)
+        return [partial(self._launch, segment) for segment in self._launches[shape]]
 
     def _launch(self, launches: Sequence[Launch]) -> None:
         for launch in launches:
             self._device.launch(launch)
 
     def close(self) -> None:
-        for graph in self._graphs.values():
-            graph.close()
+        for graphs in self._graphs.values():
+            _close(graphs)
         self._graphs, self._launches = {}, {}
+
+
+def _close(graphs: Iterable[Graph]) -> None:
+    for graph in graphs:
+        graph.close()
 
 
 class CudaStage:
@@ -73,29 +80,42 @@ class CudaStage:
         self._plan = plan
         self._kv, self._buffers = kv, buffers
         self._launches = LaunchCache(gpu_lock.device, plan, graphs)
-        self._inputs, self._hidden, self._result = self._pinned()
+        self._inputs, self._hidden, self._result, self._exchanged = self._pinned()
         self.weights: object = tuple(weights)
         self.weight_bytes = plan.weight_bytes
         self.kv_bytes = kv_bytes(plan.program, plan.limits)
         allocated_bytes = sum(memory.buffer.n_bytes for memory in weights) + kv.n_bytes + buffers.n_bytes
         self.workspace_bytes = allocated_bytes - self.kv_bytes - self.weight_bytes
 
-    def _pinned(self) -> tuple[Bytes, Bytes, Bytes]:
-        """Host memory of a microbatch's numbers, its hidden states and its result."""
+    def _pinned(self) -> tuple[Bytes, Bytes, Bytes, Bytes]:
+        """Host memory of a microbatch's numbers, its hidden states, its result, and what is exchanged."""
         program, limits, device = self._plan.program, self._plan.limits, self._gpu_lock.device
         result_rows = limits.max_outputs if program.is_last else limits.max_batch_tokens
+        sides = [side for step in self._plan.exchanges for side in (step.reads, (step.out,))]
+        exchanged = max((sum(buffer.width for buffer in side) for side in sides), default=1)
         with self._gpu_lock.driver_errors():
             return (
                 device.pinned(self._plan.inputs.n_bytes),
                 device.pinned(_FLOAT * limits.max_batch_tokens * program.hidden.width),
                 device.pinned(_FLOAT * result_rows * program.out.width),
+                device.pinned(_FLOAT * (limits.max_batch_tokens * exchanged if sides else 1)),
             )
 
-    def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
+    def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32:
+        """`experts` computes the program's exchanges; other stages may use the GPU meanwhile."""
         with self._gpu_lock.exclusive():
-            return self._run(batch, hidden)
+            self._bring(batch, hidden)
+            first, *others = self._launches.segments(Shape.of(batch, self._plan.limits))
+            first()
+        for number, launch in enumerate(others):
+            assert experts is not None, "a program with exchanges"
+            self._exchange(number, batch.rows, experts)
+            with self._gpu_lock.exclusive():
+                launch()
+        with self._gpu_lock.exclusive():
+            return self._fetch(batch)
 
-    def _run(self, batch: Batch, hidden: Float32 | None) -> Float32:
+    def _bring(self, batch: Batch, hidden: Float32 | None) -> None:
         plan, device = self._plan, self._gpu_lock.device
         n_bytes = plan.inputs.fill(self._inputs, batch)
         device.copy_in(self._buffers, plan.inputs_offset, self._inputs[:n_bytes])
@@ -104,7 +124,26 @@ class CudaStage:
             staged = self._hidden[: hidden.nbytes]
             np.copyto(staged.view(np.float32).reshape(hidden.shape), hidden)
             device.copy_in(self._buffers, plan.hidden_offset, staged)
-        self._launches.run(Shape.of(batch, plan.limits))
+
+    def _exchange(self, number: int, rows: int, experts: Experts) -> None:
+        plan, device = self._plan, self._gpu_lock.device
+        step = plan.exchanges[number]
+        read, at = [], 0
+        with self._gpu_lock.exclusive():
+            for buffer in step.reads:
+                n_bytes = _FLOAT * rows * buffer.width
+                device.copy_out(self._exchanged[at : at + n_bytes], self._buffers, plan.offset(buffer))
+                read.append(self._exchanged[at : at + n_bytes].view(np.float32).reshape(rows, buffer.width))
+                at += n_bytes
+            device.synchronize()
+        result = experts(number, read[0] if len(read) == 1 else np.concatenate(read, axis=1))
+        with self._gpu_lock.exclusive():
+            staged = self._exchanged[: _FLOAT * rows * step.out.width]
+            np.copyto(staged.view(np.float32).reshape(rows, step.out.width), result)
+            device.copy_in(self._buffers, plan.offset(step.out), staged)
+
+    def _fetch(self, batch: Batch) -> Float32:
+        plan, device = self._plan, self._gpu_lock.device
         rows = len(batch.output_rows) if plan.program.is_last else batch.rows
         width = plan.program.out.width
         result = self._result[: _FLOAT * rows * width]

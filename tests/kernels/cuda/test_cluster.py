@@ -106,9 +106,10 @@ def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: l
     assert done.answers == wanted
     stage, worker = done.status["plan"]["stages"][0], done.status["status"]["workers"][0]
     assert [(one["device"], one["start"], one["end"]) for one in stage["devices"]] == [("cpu", 0, 1), ("cuda:0", 1, 3)]
-    held = [{"device": "cpu", "layers": (0, 1)}, {"device": "cuda:0", "layers": (1, 3)}]
-    assert worker["device_layers"] == held
-    assert done.status["status"]["workers"][1]["device_layers"] == [{"device": "cpu", "layers": (3, 4)}]
+    held = [("cpu", (0, 1), 0), ("cuda:0", (1, 3), 0)]
+    assert [tuple(part.values()) for part in worker["device_layers"]] == held
+    (other,) = done.status["status"]["workers"][1]["device_layers"]
+    assert other == {"device": "cpu", "layers": (3, 4), "cpu_moe_end": 0}
     told = "2 of 3 layers on GPUs: [0, 1) cpu, [1, 3) cuda:0"
     assert next(gpu_lines(done.status["status"]["workers"])) == f"a: {told}"
     assert f"layers [0, 3) are loaded as epoch 1.1, {told}" in (tmp_path / "logs" / "a.log").read_text()

@@ -246,12 +246,12 @@ def test_a_record_names_the_software(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_no_graphs_is_obeyed(model: Path, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     captured = list[bool]()
 
-    def compute(launches: LaunchCache, shape: Any) -> None:
+    def compute(launches: LaunchCache, shape: Any) -> Any:
         captured.append(launches._captures)
-        run(launches, shape)
+        return segments(launches, shape)
 
-    run = LaunchCache.run
-    monkeypatch.setattr(LaunchCache, "run", compute)
+    segments = LaunchCache.segments
+    monkeypatch.setattr(LaunchCache, "segments", compute)
     for graphs in (True, False):
         with closing(Loaded(task_of(model, graphs=graphs))) as loaded:
             loaded.warm_up()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,44 @@ def test_what_does_not_fit_stays_on_the_processor(
     if request.config.getoption("--gpu", default=False):
         pytest.skip("takes two cards")
     assert answered(model, settings("cuda:0,cuda:1", None, room * MIB)) == (wanted, placement)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("local") / "mixture.gguf"
+    small = {"hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 256, "vocabulary": 320, "experts": 16}
+    return build_tiny_model(path, layers=4, quant_type=QuantType.Q8_0, **small)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cpu_moe", "room", "placement"),
+    [
+        (99, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 4) cpu"),
+        (2, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 2) cpu"),
+        (0, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0"),
+        (None, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0"),
+        (None, 32, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 2) cpu"),
+        (None, 20, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0, experts of [1, 4) cpu"),
+        (0, 32, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0"),
+        (2, 28, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0, experts of [1, 2) cpu"),
+    ],
+)
+def test_experts_in_ram(shim: None, mixture: Path, cpu_moe: int | None, room: int, placement: str) -> None:
+    """As many as the user wants, or as the GPU has no room for."""
+    wanted, _ = answered(mixture, settings())
+    given = replace(settings("cuda:0", None, room * MIB), cpu_moe=cpu_moe)
+    assert answered(mixture, given) == (wanted, placement)
+
+
+def test_experts_of_models_that_have_none(shim: None, model: Path, mixture: Path) -> None:
+    with pytest.raises(UsageError, match=r"cpu_moe: .*tiny.gguf has no experts; leave it out"):
+        answered(model, replace(settings("cuda:0"), cpu_moe=1))
+    with pytest.raises(UsageError, match="cpu_moe is for GPUs: set device to cuda:0 as well"):
+        answered(mixture, replace(settings(), cpu_moe=1))
+    with pytest.raises(UsageError, match="--cpu-moe: is for models on a GPU: give --device cuda:0 as well"):
+        assert Gpus(all_cpu_moe=True).cpu_moe
+    with pytest.raises(UsageError, match="--cpu-moe and --n-cpu-moe: give one of them"):
+        assert Gpus(("cuda:0",), all_cpu_moe=True, n_cpu_moe=1).cpu_moe
 
 
 def test_more_layers_than_fit_are_refused(shim: None, model: Path) -> None:

@@ -267,6 +267,7 @@ void bind_executor(nb::module_& module) {
       .def("set_result", [](PlanBuilder& b, int buffer) { b.plan.set_result(buffer); })
       .def("enter_adapter", [](PlanBuilder& b, int adapter) { b.plan.enter_adapter(adapter); })
       .def("leave_adapter", [](PlanBuilder& b) { b.plan.leave_adapter(); })
+      .def("begin_part", [](PlanBuilder& b) { b.plan.begin_part(); })
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
       .def("multiply_heads", &add_heads, "weights"_a, "out"_a, "slot"_a)
@@ -284,6 +285,9 @@ void bind_executor(nb::module_& module) {
       .def(
           "set_adapters", [](NativeStage& stage, uint32_t adapters) { stage.executor.set_adapters(adapters); },
           "adapters"_a, "Adapters that the next runs compute, one bit each; steps of others are skipped.")
+      .def(
+          "set_part", [](NativeStage& stage, int part) { stage.executor.set_part(part); }, "part"_a,
+          "The part of the plan that the next runs compute.")
       .def("touch", &NativeStage::touch, "Takes memory from the system that the first runs use; to be called before them.")
       .def_prop_ro("result", &result_of)
       .def("contents", &contents_of, "buffer"_a, "Lines of a buffer that no thread has a copy of, as a run left them.")

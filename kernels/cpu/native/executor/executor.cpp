@@ -49,7 +49,8 @@ void cut_into_tiles(const Batch& batch, Tiling& tiling) {
 
 void Worker::work() {
   const std::vector<PlannedStep>& steps = stage_.plan.steps;
-  for (size_t at = 0, end; at < steps.size(); at = end) {
+  const auto [begin, last] = stage_.plan.steps_of(stage_.part);
+  for (size_t at = begin, end; at < last; at = end) {
     if (const std::optional<int> adapter = steps[at].adapter; adapter && !(stage_.adapters >> *adapter & 1u)) {
       end = at + 1;
       continue;
@@ -58,7 +59,7 @@ void Worker::work() {
     if (const MatmulStep* next = stage_.next_matmul[at]; next != nullptr && rows_ <= kFewRows)
       lookahead_.set_target(*next, thread_, threads_);
     if (before == Sync::Always || (before == Sync::IfShared && !alone_)) synchronize();
-    for (end = at + 1; end < steps.size() && steps[at].row_by_row; end++)
+    for (end = at + 1; end < last && steps[at].row_by_row; end++)
       if (!steps[end].row_by_row || steps[end].before != Sync::None || steps[end].adapter != steps[at].adapter) break;
     compute(at, end);
   }

@@ -100,6 +100,7 @@ struct Stage {
   const std::vector<const MatmulStep*> next_matmul;  // for each step
   Shares shares;
   uint32_t adapters = 0;  // that runs compute, one bit each
+  int part = 0;           // that runs compute, of a plan in parts
 };
 
 class Executor {
@@ -120,6 +121,12 @@ class Executor {
 
   // Adapters of the runs that follow, one bit each; steps of others are skipped.
   void set_adapters(uint32_t adapters) { stage_.adapters = adapters; }
+
+  // The part of the plan that the runs that follow compute.
+  void set_part(int part) {
+    require(part >= 0 && static_cast<size_t>(part) < stage_.plan.parts.size(), "part out of range");
+    stage_.part = part;
+  }
 
   // What a run leaves in a buffer without private copies; the number of lines there is room for, and their width.
   float* contents(BufferId id) const { return stage_.workspace.shared(id); }

@@ -130,4 +130,18 @@ void Plan::leave_adapter() {
   after_shared_ = true;
 }
 
+// The threads meet where a run begins.
+void Plan::begin_part() {
+  require(!adapter_ && !selects && (steps.empty() || !parts.empty()), "a part of a program that is whole");
+  parts.push_back(steps.size());
+  after_shared_ = after_rows_ = false;
+  read_since_.clear();
+}
+
+std::pair<size_t, size_t> Plan::steps_of(int part) const {
+  if (parts.empty()) return {0, steps.size()};
+  const size_t at = static_cast<size_t>(part);
+  return {parts[at], at + 1 < parts.size() ? parts[at + 1] : steps.size()};
+}
+
 }  // namespace llamaclust

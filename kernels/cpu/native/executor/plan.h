@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -277,11 +278,15 @@ class Plan {
   // Products and their sums that are added in between are skipped by runs without the adapter.
   void enter_adapter(int adapter);
   void leave_adapter();
+  // The steps that are added next are a part of its own, which runs without the others.
+  void begin_part();
+  std::pair<size_t, size_t> steps_of(int part) const;  // where it begins and ends
   void set_result(BufferId buffer);  // what run() leaves for the caller; without private copies
 
   const Limits limits;
   std::vector<Buffer> buffers;
   std::vector<PlannedStep> steps;
+  std::vector<size_t> parts;  // where they begin; none: all steps are one
   std::vector<RotationAngles> rotations;
   std::vector<KvShape> kv_layers;
   std::vector<ActivationSlot> slots;

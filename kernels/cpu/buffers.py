@@ -1,0 +1,32 @@
+"""Numbers of buffers in a plan of the native executor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.kernels._native import Plan
+from llamaclust.model import program as ir
+
+
+@dataclass(slots=True)
+class Buffers:
+    """Numbers for buffers. A name and width have up to two: row by row steps write copies that each thread may keep for
+    itself, matrix products and attention write what all threads share."""
+
+    plan: Plan
+    ids: dict[tuple[ir.Buffer, bool, bool], int] = field(default_factory=dict)
+    current: dict[str, tuple[int, bool]] = field(default_factory=dict)
+    selected: bool = False
+
+    def read(self, buffer: ir.Buffer) -> int:
+        return self.current[buffer.name][0]
+
+    def is_shared(self, buffer: ir.Buffer) -> bool:
+        return not self.current[buffer.name][1]
+
+    def write(self, buffer: ir.Buffer, multiple: int = 1, *, private: bool = False) -> int:
+        key = (buffer, private, self.selected)
+        if key not in self.ids:
+            self.ids[key] = self.plan.add_buffer(buffer.width, multiple, private, self.selected)
+        self.current[buffer.name] = (self.ids[key], private)
+        return self.ids[key]

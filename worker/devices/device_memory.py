@@ -1,0 +1,57 @@
+"""What layers will take of the memory of each device that holds a part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, cast
+
+from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.backend import ExpertsBackend
+from llamaclust.kernels.split_experts import experts_of, without_experts
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Program
+from llamaclust.worker.stage.stage_runner import StageMemory, model_program, program_memory
+
+if TYPE_CHECKING:
+    from llamaclust.worker.devices.devices import Device
+
+_CPU = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """What a device holds of a stage."""
+
+    layers: str  # which ones, for messages
+    memory: StageMemory
+
+
+def device_shares(
+    device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits
+) -> dict[str, DeviceShare]:
+    """By the name of the device; experts in RAM count there. ModelFileError for what a device cannot compute."""
+    found: dict[str, list[DeviceShare]] = {}
+    for part in held:
+        backend, layers = device.backend_of(part.device), f"layers [{part.start}, {part.end})"
+        program = model_program(model, part.start, part.end, limits)
+        rest, experts = without_experts(program, part.cpu_moe), experts_of(program, part.cpu_moe)
+        share = DeviceShare(layers, program_memory(backend, model, rest, limits))
+        found.setdefault(part.device, []).append(share)
+        if experts is not None:
+            layers = f"experts of layers [{part.start}, {part.cpu_moe_end})"
+            found.setdefault(_CPU, []).append(DeviceShare(layers, _experts_memory(device, model, experts, limits)))
+    return {name: _together(shares) for name, shares in found.items()}
+
+
+def _experts_memory(device: Device, model: Model, experts: Program, limits: StageLimits) -> StageMemory:
+    tensors, backend = model.tensors_for(experts), cast(ExpertsBackend, device.backend)
+    weight_bytes = sum(tensor.resident_bytes for tensor in tensors.values())
+    workspace_bytes = backend.experts_workspace_bytes(experts, tensors, limits)
+    return StageMemory(weight_bytes, 0, workspace_bytes, backend.held_bytes(experts, tensors))
+
+
+def _together(shares: Sequence[DeviceShare]) -> DeviceShare:
+    memories = zip(*(astuple(share.memory) for share in shares), strict=True)
+    return DeviceShare(" and ".join(share.layers for share in shares), StageMemory(*map(sum, memories)))

@@ -171,8 +171,8 @@ class Attention:
 
     q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head
     h // (heads / kv_heads). A row sees its own position and all of its sequence before it, or the `window` - 1 before
-    it. scores = (q . k) * scale, of which `soft_cap` makes soft_cap * tanh(scores / soft_cap). `slopes`, a
-    float32 for each query head, add a linear bias to that: -slope * the distance between the positions.
+    it; if `chunked`, those from the last multiple of `window` on. scores = (q . k) * scale, of which `soft_cap` makes
+    soft_cap * tanh(scores / soft_cap). `slopes`, one a query head, add a linear bias: -slope * the distance.
 
     Without v, attention is latent: one KV head, whose values are the first channels of its keys, stored once; out
     [rows, heads * so many]; neither window nor slopes.
@@ -201,6 +201,7 @@ class Attention:
     causal: bool = True
     sinks: str | None = None
     shares_kv: bool = False
+    chunked: bool = False
 
     @property
     def value_dim(self) -> int:

@@ -62,12 +62,13 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class PositionScale:
-    """out = x * (1 + factor * ln(1 + position // length)), the number rounded to float32; out may be x."""
+    """out = x * (1 + factor * ln(1 + (position + offset) // length)), the number rounded to float32; out may be x."""
 
     x: Buffer
     out: Buffer
     factor: float
     length: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)

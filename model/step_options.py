@@ -45,7 +45,8 @@ class GatedActivation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExpertOptions:
-    """How experts are chosen, weighed and computed, as `Moe` says."""
+    """How experts are chosen, weighed and computed, as `Moe` says. With `weighs_inputs`, weights multiply what experts
+    read, not their results."""
 
     gating: Gating = Gating.SOFTMAX
     normalized: bool = True
@@ -53,6 +54,7 @@ class ExpertOptions:
     groups: int = 1
     used_groups: int = 1
     activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL
+    weighs_inputs: bool = False
 
 
 USUAL_EXPERTS = ExpertOptions()

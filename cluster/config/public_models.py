@@ -31,6 +31,7 @@ _ACCEPTED_AT: Final = {
     "Llama 3.1 Community License": "https://www.llama.com/llama3_1/license/",
     "Llama 3.2 Community License": "https://www.llama.com/llama3_2/license/",
     "Llama 3.3 Community License": "https://www.llama.com/llama3_3/license/",
+    "Llama 4 Community License": "https://www.llama.com/llama4/license/",
     "Tencent Hunyuan Community License": "https://huggingface.co/tencent/Hunyuan-0.5B-Instruct",
 }
 """Licences that are no usual ones of open source: their terms, which whoever uses the model accepts."""

@@ -163,7 +163,7 @@ class _Compiler:
             case ir.Rope():
                 plan.rope(x, out, step.heads, step.head_dim, self._rotation(step))
             case ir.PositionScale():
-                plan.scale_by_position(x, out, step.factor, step.length)
+                plan.scale_by_position(x, out, step.factor, step.length, step.offset)
             case ir.SiluMul() | ir.Activate() | ir.Add() | ir.Mul() | ir.Scale() | ir.SoftCap():
                 op, number = elementwise(step)
                 plan.elementwise(op, x, y, out, number or 0)
@@ -280,7 +280,7 @@ class _Compiler:
             step.scale,
             step.soft_cap,
             step.slopes or (),
-            step.window,
+            None if step.window is None else (step.window, step.chunked),
             None if rotate_q is None else self._rotation(rotate_q),
             None if rotate_k is None else self._rotation(rotate_k),
             step.causal,
@@ -298,30 +298,30 @@ class _Compiler:
         self.plan.delta_rule(q, k, v, decay, beta, out, layer, step.heads, step.key_heads, step.tiled)
 
     def _experts(self, step: ir.Moe) -> None:
-        buffers, used = self._buffers, step.used
+        buffers, used, inputs, weighed = self._buffers, step.used, step.x, step.options.weighs_inputs
         x, choice, chosen = buffers.read(step.x), *self._choose_experts(step)
-        self._observe(step.inner, step.x, chosen)
+        if weighed:
+            inputs = ir.Buffer("expert inputs", step.x.width)
+            self.plan.weigh_inputs(choice, x, buffers.write(inputs, used, private=True), used)
+        self._observe(step.inner, inputs, chosen, used if weighed else 1)
         parts = [ir.Buffer(f"expert {part}", step.inner_width) for part, _ in enumerate(step.inner)]
         products = [(self._weights[name], part) for name, part in zip(step.inner, parts, strict=True)]
         outs = [(weight, buffers.write(part, used)) for weight, part in products]
-        self._multiply_experts(x, outs, choice, used, per_rank=False)
+        self._multiply_experts(buffers.read(inputs), outs, choice, used, per_rank=weighed)
         biases = (step.up_bias,) if step.gate is None else (step.gate_bias, step.up_bias)
         inner = [self._add_expert_bias(part, bias, step, choice) for part, bias in zip(parts, biases, strict=True)]
-        result = ir.Buffer("expert activated", step.ffn_width)
+        result, down = ir.Buffer("expert activated", step.ffn_width), ir.Buffer("expert down", step.out.width)
         activated = self._activate_experts(step, self._halves(step, inner[0]) if step.fused else inner, result)
         self._observe([step.down], result, chosen, used)
-        down = ir.Buffer("expert down", step.out.width)
-        down_outs = [(self._weights[step.down], buffers.write(down, used))]
-        self._multiply_experts(activated, down_outs, choice, used, per_rank=True)
+        outs = [(self._weights[step.down], buffers.write(down, used))]
+        self._multiply_experts(activated, outs, choice, used, per_rank=True)
         projected = self._add_expert_bias(down, step.down_bias, step, choice)
-        self.plan.combine_experts(choice, projected, buffers.write(step.out, private=True), used)
+        self.plan.combine_experts(choice, projected, buffers.write(step.out, private=True), used, not weighed)
 
     def _halves(self, step: ir.Moe, x: int) -> list[int]:
         """Gate and up of a fused product."""
-        halves = [
-            self._buffers.write(ir.Buffer(f"expert {name}", step.ffn_width), step.used, private=True)
-            for name in ("gate", "up")
-        ]
+        parts = [ir.Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up")]
+        halves = [self._buffers.write(part, step.used, private=True) for part in parts]
         for number, half in enumerate(halves):
             self.plan.copy_channels(x, half, 1, number * step.ffn_width, 0, step.ffn_width)
         return halves

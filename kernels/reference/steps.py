@@ -96,7 +96,7 @@ def run_step(step: ir.Step, state: State) -> None:
         case ir.ScaleByWeight():
             state[step.out] = state[step.x] * state.weights[step.weight]
         case ir.PositionScale():
-            factors = 1 + step.factor * np.log1p(state.batch.positions // step.length)
+            factors = 1 + step.factor * np.log1p((state.batch.positions + step.offset) // step.length)
             state[step.out] = state[step.x] * factors[:, None].astype(np.float32)
         case ir.SoftCap():
             state[step.out] = soft_cap(state[step.x].astype(np.float64), step.cap)
@@ -233,6 +233,8 @@ def attention(step: ir.Attention, state: State) -> Float32:
 
 def seen_by(step: ir.Attention, own: int, length: int) -> tuple[int, int]:
     """The positions [first, end) of a sequence that the row of one position sees."""
+    if step.chunked and step.window is not None:
+        return own // step.window * step.window, own + 1
     if step.causal:
         return 0 if step.window is None else max(0, own + 1 - step.window), own + 1
     if step.window is None:
@@ -288,7 +290,11 @@ def moe(step: ir.Moe, state: State) -> Float64:
     out = np.zeros(x.shape)
     for row, experts in enumerate(chosen):
         for share, expert in zip(shares[row], experts, strict=True):
-            out[row] += share * _expert(step, weights, int(expert), x[row : row + 1])[0]
+            if step.options.weighs_inputs:
+                weighed = x[row : row + 1] * np.float32(share)
+                out[row] += _expert(step, weights, int(expert), weighed)[0]
+            else:
+                out[row] += share * _expert(step, weights, int(expert), x[row : row + 1])[0]
     return out
 
 

@@ -21,11 +21,12 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """How q and k are normed: not at all, per head before or after rotation, or in their whole width before it."""
+    """How q and k are normed: not at all, per head before or after rotation (unit: no weight), or whole before it."""
 
     NONE = "none"
     PER_HEAD = "per head"
     PER_HEAD_AFTER_ROPE = "per head after rope"
+    UNIT_AFTER_ROPE = "unit after rope"
     WHOLE = "whole"
 
 
@@ -40,8 +41,8 @@ class Norms(StrEnum):
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
     """Options of an attention block. Without `table` nothing is rotated; `scale`: 1 / sqrt(head_dim) by default.
-    `window`, `soft_cap`, `slopes`: as of `Attention`; `sinks`: the layer has a tensor of them; `temperature`: factor
-    and length of a `PositionScale` of queries."""
+    `window`, `chunked`, `soft_cap`, `slopes`: as of `Attention`; `sinks`: the layer has a tensor of them;
+    `temperature`: factor, length and perhaps offset of a `PositionScale` of queries."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None
@@ -52,7 +53,8 @@ class AttentionVariant:
     head_norms: HeadNorms = HeadNorms.NONE
     causal: bool = True
     sinks: bool = False
-    temperature: tuple[float, int] | None = None
+    temperature: tuple[float, int] | tuple[float, int, int] | None = None
+    chunked: bool = False
 
 
 class ProgramBuilder(CheckedTensors):
@@ -243,6 +245,7 @@ class ProgramBuilder(CheckedTensors):
                 soft_cap=variant.soft_cap,
                 slopes=variant.slopes,
                 causal=variant.causal,
+                chunked=variant.chunked,
                 sinks=self.vector(f"{prefix}.attn_sinks.weight", hp.head_count) if variant.sinks else None,
             )
         )
@@ -261,6 +264,8 @@ class ProgramBuilder(CheckedTensors):
                 self._steps.append(steps.Rope(x, heads, hp.key_length, variant.style, variant.table))
         if norms is HeadNorms.PER_HEAD_AFTER_ROPE:
             self._norm_heads(prefix, parts)
+        if norms is HeadNorms.UNIT_AFTER_ROPE:
+            self._steps += [steps.RmsNorm(x, x, None, self.rms_epsilon, heads) for _, x, heads in parts]
 
     def _norm_heads(self, prefix: str, parts: Iterable[tuple[str, Buffer, int]], *, whole: bool = False) -> None:
         for name, x, heads in parts:

@@ -1,14 +1,21 @@
 """Mixtures of experts with leading dense layers or experts that every token uses: ernie4_5-moe, hunyuan-moe,
-bailingmoe2, minimax-m2, glm4moe."""
+bailingmoe2, minimax-m2, glm4moe, llama4."""
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.experts import read_experts
+from dataclasses import replace
+
+from llamaclust.model.architectures.experts import ExpertsVariant, read_experts
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
-from llamaclust.model.step_options import Gating, RopeStyle
+from llamaclust.model.step_options import ExpertOptions, Gating, RopeStyle
 
 _MAX_WIDTH = 1 << 20
 _MAX_COUNT = 1 << 10
+_CHUNKED_PERIOD = 4
+_CHUNK = 8192
+_TEMPERATURE = (0.1, 8192, 1)
+_MAVERICK_EXPERTS = 128
+_LLAMA4_EXPERTS = ExpertOptions(gating=Gating.SIGMOID, normalized=False, weighs_inputs=True)
 
 
 def ernie4_5_moe(builder: ProgramBuilder) -> None:
@@ -75,6 +82,43 @@ def glm4moe(builder: ProgramBuilder) -> None:
             builder.experts(layer, experts, norm="post_attention_norm")
         else:
             builder.feed_forward(layer, norm="post_attention_norm")
+
+
+def llama4(builder: ProgramBuilder) -> None:
+    """Three of four layers see the positions of their own chunk alone and norm q and k, without a weight, after the
+    rotation (Maverick does not); the others have no rotation, and queries that are scaled by their position. Sigmoid
+    gates weigh what experts read; a shared expert; layers with experts may alternate with others.
+
+    Public files name no length of a chunk: it is 8192. One that a file names as its sliding window is obeyed."""
+    hp, keys = builder.hyperparameters, builder.keys
+    if not hp.expert_count:
+        raise keys.error("expert_count", "0 or missing, and the architecture has experts")
+    experts = ExpertsVariant(_LLAMA4_EXPERTS, shared_width=hp.expert_feed_forward_length)
+    period = keys.count("interleave_moe_layer_step", maximum=_MAX_COUNT)
+    variants = _attention_variants(builder)
+    for layer in builder.layers():
+        builder.attention(layer, variants[layer])
+        if (layer + 1) % period == 0:
+            builder.experts(layer, experts)
+        else:
+            builder.feed_forward(layer)
+
+
+def _attention_variants(builder: ProgramBuilder) -> list[AttentionVariant]:
+    """Of each layer. ModelFileError for a window of 0, which stands for models without chunks."""
+    hp, keys = builder.hyperparameters, builder.keys
+    if keys.has("attention.sliding_window") and hp.sliding_window is None:
+        raise keys.error("attention.sliding_window", "0, which is not supported")
+    base = keys.real("rope.freq_base_swa", hp.rope.frequency_base, minimum=1.0, maximum=1e12)
+    part = AttentionVariant(
+        RopeStyle.NORM,
+        builder.rope_table(replace(hp.rope, frequency_base=base)),
+        hp.sliding_window or _CHUNK,
+        head_norms=HeadNorms.NONE if hp.expert_count == _MAVERICK_EXPERTS else HeadNorms.UNIT_AFTER_ROPE,
+        chunked=True,
+    )
+    whole = AttentionVariant(RopeStyle.NORM, temperature=_TEMPERATURE)
+    return [part if windowed else whole for windowed in keys.windowed_layers(hp.block_count, _CHUNKED_PERIOD)]
 
 
 def _dense_layers(builder: ProgramBuilder) -> int:

@@ -1,4 +1,4 @@
-"""Qwen: qwen2, qwen2moe, qwen3, qwen3moe. LLaMA with pairs half a head apart.
+"""Qwen: qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. LLaMA with pairs half a head apart.
 
 A sliding window that the file names is not used: the models' configurations name one and switch it off
 (`use_sliding_window`), and GGUF has no key for the switch."""
@@ -50,3 +50,14 @@ def qwen3moe(builder: ProgramBuilder) -> None:
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD))
         builder.experts(layer, ExpertsVariant())
+
+
+def qwen3vl(builder: ProgramBuilder) -> None:
+    """Qwen 3 VL, its text: Qwen 3. The file divides the rotation among positions in time, height and width, which are
+    the same for text; what images add to the first layers is nothing."""
+    qwen3(builder)
+
+
+def qwen3vlmoe(builder: ProgramBuilder) -> None:
+    """The same with experts."""
+    qwen3moe(builder)

@@ -49,6 +49,7 @@ Q8_0_BOUNDS = {
     "deepseek2": 1e-2,
     "deepseek2-lite": 2e-3,
     "kimi-linear": 2e-3,
+    "llama4-maverick": 2e-2,
 }
 """With rounded keys and values: of many layers, or where a row may choose other experts."""
 CHECKSUMS = {
@@ -111,6 +112,10 @@ CHECKSUMS = {
     "nemotron_h": "d8d8ce00",
     "nemotron_h_moe": "705b3687",
     "nemotron_h_moe-latent": "91f4ddf5",
+    "llama4": "79ce0771",
+    "llama4-maverick": "908ad728",
+    "qwen3vl": "773dc0da",
+    "qwen3vlmoe": "8089cfe9",
 }
 
 

@@ -139,6 +139,8 @@ def check_attention(program: Program) -> None:
             raise ModelFileError(f"{at}: keys and values of {found}, at most {most} channels")
         if step.v is not None and step.head_dim > _MAX_HEAD_DIM:
             raise ModelFileError(f"{at}: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
+        if step.chunked:
+            raise ModelFileError("attention in chunks is not computed on GPUs; set device: cpu for its workers")
 
 
 def tile_rows(step: Attention, gpu: LaunchLimits) -> int:

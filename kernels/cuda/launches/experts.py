@@ -35,6 +35,10 @@ def check_experts(program: Program) -> None:
     for step in program.steps:
         if isinstance(step, Moe) and step.gate is None and not step.fused:
             raise ModelFileError("experts without a gate are not computed on GPUs; set device: cpu for their workers")
+        if isinstance(step, Moe) and step.options.weighs_inputs:
+            raise ModelFileError(
+                "weighed inputs of experts are not computed on GPUs; set device: cpu for their workers"
+            )
 
 
 def choice_bytes(step: Moe, rows: int) -> int:

@@ -233,6 +233,7 @@ TABLE = RopeTable((1.0,) * 17)
         [Moe(X, OUT, "router", "gate", "up", "down", experts=4, used=2, ffn_width=64, gate_bias="w64")],
         [PositionScale(X, OUT, float("inf"), 4)],
         [PositionScale(X, OUT, 1.0, 0)],
+        [PositionScale(X, OUT, 1.0, 4, -1)],
     ],
 )
 def test_figures_that_do_not_hold_together(tmp_path: Path, steps: list[Step]) -> None:

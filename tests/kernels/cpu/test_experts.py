@@ -95,6 +95,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fused": {"activation": GatedActivation.GELU_MUL, "fused": True, "gate": None, "up": "gate and up"},
     "scales": {"expert_scales": "expert scales"},
     "routed": {"routed": Buffer("routed", 256)},
+    "weighed inputs": {"gating": Gating.SIGMOID, "normalized": False, "weighs_inputs": True},
+    "weighed inputs with biases": {"weighs_inputs": True, "gate_bias": "gate bias", "down_bias": "down bias"},
 }
 EXPERTS, USED, INNER = 12, 3, 64
 

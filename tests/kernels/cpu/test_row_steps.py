@@ -120,6 +120,17 @@ def test_scales_by_position(tmp_path: Path, in_place: bool) -> None:
     np.testing.assert_allclose(state[out][[0, 7, 8, 39], 0], [1, 1, 1 + 0.7 * math.log(2), 1 + 0.7 * math.log(5)])
 
 
+def test_scales_by_position_with_an_offset(tmp_path: Path) -> None:
+    """The first length ends so many positions earlier."""
+    x, out = Buffer("x", 100), Buffer("out", 100)
+    case = case_of(program_of(x, out, PositionScale(x, out, 0.7, 8, 1)), {}, [normal(generator_of(8), 40, 100)])
+    check_conformance(tmp_path, case, 1e-14)
+    state = State({}, {}, rows_at(range(40)))
+    state[x] = np.ones((40, 100), np.float32)
+    run_step(PositionScale(x, out, 0.7, 8, 1), state)
+    np.testing.assert_allclose(state[out][[0, 6, 7, 39], 0], [1, 1, 1 + 0.7 * math.log(2), 1 + 0.7 * math.log(6)])
+
+
 @pytest.mark.parametrize("start", [0, 16, 37, 80])
 def test_slices(tmp_path: Path, start: int) -> None:
     x, out = Buffer("x", 100), Buffer("out", 20)

@@ -1,8 +1,9 @@
 """Records what llama.cpp computes for the models of `tiny_architectures`, two files each in data/architectures, little-
 endian: NAME.f32, logits of TOKENS in one batch, float32 [24, 320]; NAME.decode.f16, every fourth logit of 40 steps of
-one token after them, float16 [40, 80]. To be run again when a model is added or changed, its name as an argument (all
-without one). LLAMA is the folder of llama.cpp's sources with a build in it; the library of November 2026 gives the bits
-of llama-cpp-python 0.3.36, which recorded the first models:
+one token after them, float16 [40, 80]. And llama4-long.f16, of a prompt that is longer than a chunk of its attention.
+To be run again when a model is added or changed, its name as an argument (all without one). LLAMA is the folder of
+llama.cpp's sources with a build in it; the library of November 2026 gives the bits of llama-cpp-python 0.3.36, which
+recorded the first models:
 
     g++ -std=c++17 -I LLAMA/include -I LLAMA/ggml/include tests/support/models/llama_cpp/record_logits.cpp \\
         -L LLAMA/build/bin -Wl,-rpath,LLAMA/build/bin -lllama -lggml-base -o record_logits
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.models.tiny.llama4 import LONG_LLAMA4, LONG_RECORDED, LONG_TOKENS
 from support.models.tiny_architectures import (
     DECODED_STRIDE,
     DECODED_TOKENS,
@@ -26,10 +28,12 @@ from support.models.tiny_architectures import (
     TOKENS,
     VOCABULARY,
     build_architecture,
+    build_tiny,
 )
 from support.paths import DATA
 
 FOLDER = DATA / "architectures"
+LONG = "llama4-long"
 
 
 def record(path: Path, context: int) -> tuple[bytes, bytes]:
@@ -43,10 +47,23 @@ def record(path: Path, context: int) -> tuple[bytes, bytes]:
     return logits.tobytes(), decoded.tobytes()
 
 
+def record_long(path: Path) -> bytes:
+    """Every fourth logit of the last of so many steps, float16: a batch of llama.cpp has 2048 tokens at most."""
+    command = [os.environ["RECORD_LOGITS"], str(path), str(LONG_LLAMA4.context), "2000"]
+    tokens = " ".join(map(str, LONG_TOKENS)).encode()
+    answer = subprocess.run(command, input=tokens, stdout=subprocess.PIPE, check=True).stdout
+    logits = np.frombuffer(answer, "<f4").reshape(len(LONG_TOKENS), VOCABULARY)[LONG_RECORDED, ::DECODED_STRIDE]
+    assert logits.std() > 0.1
+    return logits.astype("<f2").tobytes()
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name in sys.argv[1:] or MODELS:
+        if LONG in sys.argv[1:] or not sys.argv[1:]:
+            logits = record_long(build_tiny(Path(folder) / "long.gguf", LONG_LLAMA4))
+            (FOLDER / f"{LONG}.f16").write_bytes(logits)
+        for name in [name for name in sys.argv[1:] or MODELS if name != LONG]:
             path = build_architecture(Path(folder) / f"{name}.gguf", name)
             logits, decoded = record(path, MODELS[name].context)
             (FOLDER / f"{name}.f32").write_bytes(logits)

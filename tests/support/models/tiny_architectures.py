@@ -12,6 +12,7 @@ from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny.gemma4 import GEMMA4, inputs_of_gemma4, layer_of_gemma4
 from support.models.tiny.latent_models import LATENT_MODELS
+from support.models.tiny.llama4 import TEXT_MODELS
 from support.models.tiny.mamba_models import MAMBA_MODELS
 from support.models.tiny.shape import Tiny
 from support.models.tiny.states import STATE_MODELS, convolution
@@ -246,13 +247,18 @@ MODELS = MappingProxyType(
         ),
         **GEMMA4,
         **LATENT_MODELS,
+        **TEXT_MODELS,
     }
 )
 
 
 def build_architecture(path: Path, name: str) -> Path:
     """Writes one of MODELS to `path` and returns it. The same bytes on every machine."""
-    tiny = MODELS[name]
+    return build_tiny(path, MODELS[name])
+
+
+def build_tiny(path: Path, tiny: Tiny) -> Path:
+    """Writes a model of random weights to `path` and returns it. The same bytes on every machine."""
     tensors = [*_ends(tiny), *inputs_of_gemma4(tiny, VOCABULARY)]
     for layer in range(tiny.layers):
         tensors += layer_of_gemma4(tiny, layer) if tiny.architecture == "gemma4" else _layer(tiny, layer)
@@ -293,7 +299,7 @@ def _layer(tiny: Tiny, layer: int) -> Iterator[RandomTensor]:
     if tiny.mamba is not None and layer in tiny.mamba.layers:
         yield from tiny.mamba.tensors(name, tiny.hidden)
     if tiny.has_inner(layer):
-        yield from _experts(tiny, name) if tiny.experts and layer >= tiny.dense else _feed_forward(tiny, name)
+        yield from _feed_forward(tiny, name) if tiny.is_dense(layer) else _experts(tiny, name)
     if tiny.post_norms:
         yield norm(f"{name}.post_attention_norm", tiny.hidden)
         yield norm(f"{name}.post_ffw_norm", tiny.hidden)

@@ -129,7 +129,7 @@ void add_heads(PlanBuilder& builder, const std::vector<nb::object>& weights, int
 
 void add_attention(PlanBuilder& builder, int q, std::optional<std::pair<int, std::optional<int>>> kv, int out,
                    int layer, int heads, int kv_heads, std::pair<int, int> head_dims, float scale,
-                   std::optional<float> soft_cap, std::vector<float> slopes, std::optional<int> window,
+                   std::optional<float> soft_cap, std::vector<float> slopes, std::optional<std::pair<int, bool>> window,
                    PythonRotation rotate_q, PythonRotation rotate_k, bool causal,
                    const std::optional<Floats>& sinks) {
   require(!soft_cap || *soft_cap > 0, "a soft cap that is no positive number");
@@ -137,7 +137,8 @@ void add_attention(PlanBuilder& builder, int q, std::optional<std::pair<int, std
   require(!kv || (k >= 0 && kv->second.value_or(0) >= 0), "unknown buffer");
   builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dims.first, head_dims.second, scale,
                                  soft_cap.value_or(0.0f), std::move(slopes),
-                                 window.value_or(std::numeric_limits<int>::max()), rotation_of(rotate_q),
+                                 window ? window->first : std::numeric_limits<int>::max(), window && window->second,
+                                 rotation_of(rotate_q),
                                  rotation_of(rotate_k), causal, vector_of(sinks)});
 }
 
@@ -212,7 +213,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("rope", &add<RopeStep, int, int, int, int, std::pair<int, bool>>)
       .def("elementwise", &add<ElementwiseStep, std::string, int, int, int, float>)
       .def("add_adapted", &add<AddAdaptedStep, int, int, int>)
-      .def("scale_by_position", &add<PositionScaleStep, int, int, double, int>)
+      .def("scale_by_position", &add<PositionScaleStep, int, int, double, int, int>)
       .def("copy_channels", &add<CopyChannelsStep, int, int, int, int, int, int>)
       .def("sigmoid_gate", &add<SigmoidGateStep, int, int, int, Floats>)
       .def("quantize",
@@ -222,7 +223,8 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
            },
            "x"_a, "slot"_a, "format"_a, "parts"_a = 1)
       .def("add_expert_rows", &add<ExpertRowStep, int, int, int, nb::handle, int>)
-      .def("combine_experts", &add<CombineStep, int, int, int, int>)
+      .def("weigh_inputs", &add<WeighStep, int, int, int, int>)
+      .def("combine_experts", &add<CombineStep, int, int, int, int, bool>)
       .def("convolve", &add_convolution)
       .def("decay", &add<DecayStep, int, int, Floats, Floats>)
       .def("delta_rule", &add<DeltaRuleStep, int, int, int, int, int, int, int, int, int, bool>, "q"_a, "k"_a, "v"_a,

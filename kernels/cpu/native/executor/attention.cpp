@@ -37,6 +37,7 @@ struct AttentionUnits {
   int position(int row) const { return batch.positions[row]; }
   // The first and the last position that a row sees.
   int first_seen(int row) const {
+    if (step.chunked) return position(row) / step.window * step.window;
     return std::max(0, step.causal ? position(row) - step.window + 1 : position(row) - step.window / 2);
   }
   int last_seen(const RowTile& tile, int row) const {

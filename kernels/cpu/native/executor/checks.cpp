@@ -130,7 +130,7 @@ struct Plan::Checks {
 
   Access operator()(const PositionScaleStep& step) const {
     check_alike(step.x, step.out);
-    require(std::isfinite(step.factor) && step.length > 0, "a scale by position that is no number");
+    require(std::isfinite(step.factor) && step.length > 0 && step.offset >= 0, "a scale by position that is no number");
     return {{step.x}, {step.out}, true};
   }
 
@@ -198,12 +198,15 @@ struct Plan::Checks {
     return {{step.choice, step.x}, {step.out}, true};
   }
 
-  Access operator()(const CombineStep& step) const {
+  // A line for each expert used, and one for all of them.
+  Access check_ranks(const auto& step, BufferId lines, BufferId line) const {
     require(buffer(step.choice).width == 2 * step.used && is_line(step.choice), "choice width");
-    require(buffer(step.x).multiple == step.used && is_line(step.out), "a line for each expert used");
-    require(buffer(step.x).width == buffer(step.out).width, "widths that differ");
+    require(buffer(lines).multiple == step.used && is_line(line), "a line for each expert used");
+    require(buffer(lines).width == buffer(line).width && lines != line, "widths that differ");
     return {{step.choice, step.x}, {step.out}, true};
   }
+  Access operator()(const WeighStep& step) const { return check_ranks(step, step.out, step.x); }
+  Access operator()(const CombineStep& step) const { return check_ranks(step, step.x, step.out); }
 
   Access operator()(const SelectStep& step) const {
     check_alike(step.x, step.out);
@@ -253,18 +256,16 @@ struct Plan::Checks {
     return {{}, {step.out}, false};
   }
 
-  void check_latent(const AttentionStep& step) const {
-    require(step.causal && step.window == std::numeric_limits<int>::max(), "latent attention with a window");
-    require(step.value_dim % 2 == 0 && step.value_dim <= step.head_dim, "latent values of an odd number of channels");
-  }
-
   Access operator()(const AttentionStep& step) const {
     const KvShape& shape = at(step.layer, plan.kv_layers, "unknown layer of KV memory");
     require(shape.state_floats == 0 && shape.kv_heads == step.kv_heads && shape.head_dim == step.head_dim,
             "KV memory of another shape");
     require(!step.stores() || shape.latent == (step.v < 0), "values apart from keys, or none");
     require(step.value_dim > 0 && (shape.latent || step.value_dim == step.head_dim), "values of another width");
-    if (shape.latent) check_latent(step);
+    const bool sees_all = step.causal && step.window == std::numeric_limits<int>::max();
+    require(!shape.latent || sees_all, "latent attention with a window");
+    require(!shape.latent || (step.value_dim % 2 == 0 && step.value_dim <= step.head_dim),
+            "latent values of an odd number of channels");
     require(step.heads > 0 && step.heads % step.kv_heads == 0 && step.heads <= 65536, "heads in groups");
     std::vector<BufferId> reads{step.q};
     if (step.stores()) reads.push_back(step.k);
@@ -280,7 +281,7 @@ struct Plan::Checks {
     require(step.slopes.empty() || step.slopes.size() == static_cast<size_t>(step.heads), "a slope for each head");
     require(step.sinks.empty() || step.sinks.size() == static_cast<size_t>(step.heads), "a sink for each head");
     for (float slope : step.slopes) require(std::isfinite(slope), "a slope that is no number");
-    require(step.window > 0, "an attention window of nothing");
+    require(step.window > 0 && (step.causal || !step.chunked), "an attention window of nothing");
     if (shape.windowed) plan.window = std::max(plan.window, step.window);
     for (const auto& rotation : {step.rotate_q, step.rotate_k})
       if (rotation) check_rotation(*rotation, step.head_dim);

@@ -105,10 +105,10 @@ struct ElementwiseStep {  // y is x where the operation has one; in place of a b
 struct AddAdaptedStep {  // x += y in rows whose scale is not 0; others keep their bits. Buffers without private copies
   BufferId x, y, scale;
 };
-struct PositionScaleStep {  // out = x * (1 + factor * ln(1 + position / length))
+struct PositionScaleStep {  // out = x * (1 + factor * ln(1 + (position + offset) / length))
   BufferId x, out;
   double factor;
-  int length;
+  int length, offset;
 };
 struct CopyChannelsStep {  // of each part of a line of x channels [x_start, x_start + channels) to the same part of out
   BufferId x, out;
@@ -142,9 +142,14 @@ struct ExpertRowStep {  // line `rank` of out = that of x + the weight's row of 
   Matrix weight;
   int used;
 };
-struct CombineStep {  // out = sum over ranks of weight * x[rank]
+struct WeighStep {  // line `rank` of out = the rank's weight * x
   BufferId choice, x, out;
   int used;
+};
+struct CombineStep {  // out = sum over ranks of weight * x[rank], or of x[rank] alone
+  BufferId choice, x, out;
+  int used;
+  bool weighs;
 };
 struct SelectStep {  // from all rows to the wanted ones
   BufferId x, out;
@@ -192,6 +197,7 @@ struct AttentionStep {
   float soft_cap;             // of scores; 0: none
   std::vector<float> slopes;  // of a linear bias, one a query head; empty: none
   int window;                 // a row sees its own position and window - 1 before it
+  bool chunked;               // or of those only positions from its own multiple of window on
   std::optional<Rotation> rotate_q, rotate_k;
   bool causal;  // else a row sees those behind it, too, with a window at most window / 2 on either side
   std::vector<float> sinks;  // a score without a value, one a query head; empty: none
@@ -227,8 +233,8 @@ struct ScanStep {  // Mamba 2: x has the channels of all heads, then b and c of 
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
                           ElementwiseStep, AddAdaptedStep, PositionScaleStep, CopyChannelsStep, SigmoidGateStep,
-                          DecayStep, QuantizeStep, ChooseStep, ExpertRowStep, CombineStep, SelectStep, OutputStep,
-                          MatmulStep, ExpertsStep, HeadsStep, AttentionStep, ConvolveStep, DeltaRuleStep,
+                          DecayStep, QuantizeStep, ChooseStep, ExpertRowStep, WeighStep, CombineStep, SelectStep,
+                          OutputStep, MatmulStep, ExpertsStep, HeadsStep, AttentionStep, ConvolveStep, DeltaRuleStep,
                           ScanStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.

@@ -98,7 +98,7 @@ struct RowStep {
   }
 
   void operator()(const PositionScaleStep& step) const {
-    const double lengths = 1.0 + batch().positions[row] / step.length;
+    const double lengths = 1.0 + (int64_t{batch().positions[row]} + step.offset) / step.length;
     const float factor = static_cast<float>(1.0 + step.factor * log_double(lengths));
     const float* x = line(step.x);
     vector().elementwise(RowOp::scale, x, x, factor, worker.line_width(step.out), line(step.out));
@@ -180,12 +180,21 @@ struct RowStep {
     }
   }
 
+  void operator()(const WeighStep& step) const {
+    const int width = worker.buffer(step.out).width;
+    const float *weights = line(step.choice) + step.used, *x = line(step.x);
+    float* out = line(step.out);
+    for (int rank = 0; rank < step.used; rank++, out += width)
+      vector().elementwise(RowOp::scale, x, x, weights[rank], width, out);
+  }
+
   void operator()(const CombineStep& step) const {
     const int width = worker.buffer(step.out).width;
     const float *weights = line(step.choice) + step.used, *x = line(step.x);
     float* out = line(step.out);
     memset(out, 0, static_cast<size_t>(width) * sizeof(float));
-    for (int rank = 0; rank < step.used; rank++, x += width) vector().add_scaled(x, weights[rank], width, out);
+    for (int rank = 0; rank < step.used; rank++, x += width)
+      vector().add_scaled(x, step.weighs ? weights[rank] : 1.0f, width, out);
   }
 
   void operator()(const OutputStep& step) const {

@@ -35,6 +35,7 @@ class Tiny:
     expert_width: int = 0  # channels that experts read, where they are not those of the hidden state
     shared_gate: bool = True
     dense: int = 0  # leading layers without experts
+    expert_period: int = 1  # of the others, every so many have experts
     fused: bool = False  # q, k and v in one tensor; gate and up in one
     sinks: bool = False
     head_norms: bool = False
@@ -66,3 +67,7 @@ class Tiny:
     def has_inner(self, layer: int) -> bool:
         """A feed-forward network or experts."""
         return self.single_blocks is None or layer in self.single_blocks
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether a layer has no experts."""
+        return not self.experts or layer < self.dense or (layer + 1) % self.expert_period != 0

@@ -48,6 +48,8 @@ class StageLimits:
     kv_type: Annotated[str, Choice(KV_TYPES)] = "f16"
     # of layers with a window, which then keep no more than that; 0: they are as all others
     window_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
+    # of states of sequences; 0: each KV block has a copy of the state behind the last of its positions computed
+    state_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
 
     def gives_up(self, window: int | None) -> bool:
         """Whether a layer with this window, or none, gives up its blocks behind it: then its blocks are others."""

@@ -21,6 +21,21 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class BatchStates:
+    """State blocks of the sequences of a batch.
+
+    The first row of sequence s reads the state in block before[s], unless its position is 0. For i in starts[s] ..
+    starts[s + 1], the state behind row rows[i] is written to blocks[i]: of each sequence the one behind its last row,
+    and of others those that sequences may go on from. A block that one sequence writes, no other one reads or writes.
+    """
+
+    before: Int32  # [sequences] block ids, -1 where no state is read
+    starts: Int32  # [sequences + 1]
+    rows: Int32  # [states] ascending row numbers
+    blocks: Int32  # [states] block ids
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """The rows of one microbatch, grouped by sequence.
 
@@ -38,6 +53,7 @@ class Batch:
     output_rows: Int32  # [outputs] ascending row numbers whose logits are wanted; read by a last stage only
     window_tables: Int32 | None = None  # [sum of table lengths] block ids, where limits.window_blocks > 0
     adapter_scales: Float32 | None = None  # [rows, adapters]; None: no row has one
+    states: BatchStates | None = None  # where limits.state_blocks > 0
 
     @property
     def rows(self) -> int:
@@ -146,4 +162,7 @@ class ExpertsBackend(Backend, Protocol):
 
 def kv_bytes(program: Program, limits: StageLimits) -> int:
     """KV memory of CPUs and GPUs, without gaps between layers."""
-    return sum(KV_BLOCK_TOKENS * kept.kv_token_bytes * limits.layer_blocks(kept.window) for kept in program.kv_memory)
+    states = sum(kept.n_bytes for kept in program.states) * (limits.state_blocks or limits.kv_blocks)
+    return states + sum(
+        KV_BLOCK_TOKENS * kept.kv_token_bytes * limits.layer_blocks(kept.window) for kept in program.kv_layers
+    )

@@ -70,7 +70,8 @@ class LayerCost:
     idle_share: float = 0.0
     float_macs_per_token: int = 0
     used_file_bytes: int = 0
-    window: int | None = None  # of its attention or state
+    state_bytes: int = 0  # of a state of a sequence
+    window: int | None = None  # of its attention
     window_bytes_per_token: int = 0  # of `kv_bytes_per_token`, what is given up behind the window
     kv_source: int | None = None  # the layer whose keys and values it reads, if it has none of its own
 
@@ -91,6 +92,16 @@ class ModelCosts:
     float_head_macs: int = 0
     head_file_bytes: int = 0
     hidden_bytes: int = 0  # of one token, as it goes from stage to stage
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """KV memory of one position."""
+        return sum(layer.kv_bytes_per_token for layer in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a state of a sequence, in all layers."""
+        return sum(layer.state_bytes for layer in self.layers)
 
     @property
     def window(self) -> int | None:
@@ -263,11 +274,12 @@ def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
     return LayerCost(
         weight_bytes=_weight_bytes(tensors, steps),
         macs_per_token=_all_macs(steps),
-        kv_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_memory),
+        kv_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_layers),
         idle_bytes=_idle_bytes(tensors, steps, _resident_bytes),
         idle_share=_idle_share(steps),
         window=program.window,
-        window_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_memory if kept.window is not None),
+        state_bytes=sum(kept.n_bytes for kept in program.states),
+        window_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_layers if kept.window is not None),
         float_macs_per_token=_float_macs(tensors, steps),
         used_file_bytes=_weight_bytes(tensors, steps, _file_bytes) - _idle_bytes(tensors, steps, _file_bytes),
         kv_source=next((step.layer for step in steps if isinstance(step, Attention) and step.shares_kv), None),

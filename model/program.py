@@ -6,7 +6,7 @@ the rows whose logits are wanted. Weights are named by their GGUF tensor names; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llamaclust.model.delta_rule import Decay, DeltaRule
@@ -356,19 +356,17 @@ class Program:
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
         """What KV memory is laid out for, in the order of steps."""
-        return tuple(self._kept())
-
-    def _kept(self) -> Iterator[KvLayer]:
-        for step in self.steps:
-            if isinstance(step, Attention):
-                if not step.shares_kv:
-                    yield step
-            elif isinstance(state := getattr(step, "state", None), SequenceState):
-                yield state
+        kept = (step if isinstance(step, Attention) else getattr(step, "state", None) for step in self.steps)
+        return tuple(k for k in kept if isinstance(k, SequenceState) or (isinstance(k, Attention) and not k.shares_kv))
 
     @property
     def has_states(self) -> bool:
-        return any(isinstance(kept, SequenceState) for kept in self.kv_memory)
+        return bool(self.states)
+
+    @property
+    def states(self) -> tuple[SequenceState, ...]:
+        """The states of sequences that its steps update."""
+        return tuple(kept for kept in self.kv_memory if isinstance(kept, SequenceState))
 
     @property
     def is_causal(self) -> bool:
@@ -382,10 +380,9 @@ class Program:
 
     @property
     def window(self) -> int | None:
-        """The largest window of its causal layers and states, if any has one: behind it they give up KV memory. The
-        others need their whole prompt in one microbatch."""
-        causal = (kept for kept in self.kv_memory if isinstance(kept, SequenceState) or kept.causal)
-        return max((kept.window for kept in causal if kept.window is not None), default=None)
+        """The largest window of its causal layers, if any has one: behind it they give up KV memory. The others need
+        their whole prompt in one microbatch."""
+        return max((kept.window for kept in self.kv_layers if kept.causal and kept.window is not None), default=None)
 
 
 _WEIGHT_FIELDS = (

@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from llamaclust.model.kv_type import KV_BLOCK_TOKENS
 from llamaclust.model.row_steps import Buffer
-
-STATE_WINDOW = 2
-"""Positions whose blocks rows of a state need, their own among them: a row updates what the row before it left."""
 
 
 class StatePart(Enum):
@@ -26,22 +22,17 @@ class SequenceState:
     """What a layer keeps of a sequence, updated by each row in order: `floats` float32 numbers, 0 at its beginning.
     A layer may have one of each part, and attention beside them.
 
-    Each KV block has a copy: behind the last of its positions that are computed. Rows read the one behind the position
-    before them, so that sequences that share a block may go on from its end.
+    It lies in state blocks, each the state behind some position, which other sequences with the same tokens up to it
+    may go on from; or, where there are none, in KV blocks: behind the last of a block's positions that are computed.
     """
 
     layer: int
     part: StatePart
-    floats: int  # a multiple of KV_BLOCK_TOKENS
+    floats: int
 
     @property
-    def kv_token_bytes(self) -> int:
-        """KV memory of one position, which is a share of its block's."""
-        return 4 * self.floats // KV_BLOCK_TOKENS
-
-    @property
-    def window(self) -> int:
-        return STATE_WINDOW
+    def n_bytes(self) -> int:
+        return 4 * self.floats
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,8 @@ class Chunk(_message.Message):
     EMBEDDED_FIRST_FIELD_NUMBER: _builtins.int
     EMBEDDED_END_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    STATE_FROM_FIELD_NUMBER: _builtins.int
+    STATE_TO_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Absolute position of the first of them."""
     outputs: _builtins.int
@@ -47,6 +49,10 @@ class Chunk(_message.Message):
     """Rows of the chunk, [first, end), whose normed hidden state the last stage answers."""
     embedded_end: _builtins.int
     """End of these; 0: none."""
+    state_from: _builtins.int
+    """Where states have blocks of their own (StageLimits.state_blocks): the one with the state behind the position before
+    the first token; set where that is not 0.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids, at least one."""
@@ -71,6 +77,12 @@ class Chunk(_message.Message):
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterScale]:
         """Adapters of LoRA that its rows are computed with, each once, in ascending order."""
 
+    @_builtins.property
+    def state_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """State blocks that are written: for each how many of the chunk's tokens the state is behind, ascending, all of them at
+        last, and the block's id.
+        """
+
     def __init__(
         self,
         *,
@@ -84,12 +96,16 @@ class Chunk(_message.Message):
         embedded_first: _builtins.int = ...,
         embedded_end: _builtins.int = ...,
         adapters: _abc.Iterable[Global___AdapterScale] | None = ...,
+        state_from: _builtins.int | None = ...,
+        state_to: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["depends_on", b"depends_on"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_state_from", b"_state_from", "depends_on", b"depends_on", "state_from", b"state_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "depends_on", b"depends_on", "embedded_end", b"embedded_end", "embedded_first", b"embedded_first", "outputs", b"outputs", "position", b"position", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_state_from", b"_state_from", "adapters", b"adapters", "depends_on", b"depends_on", "embedded_end", b"embedded_end", "embedded_first", b"embedded_first", "outputs", b"outputs", "position", b"position", "state_from", b"state_from", "state_to", b"state_to", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__state_from: _TypeAlias = _typing.Literal["state_from"]  # noqa: Y015
+    _WhichOneofArgType__state_from: _TypeAlias = _typing.Literal["_state_from", b"_state_from"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__state_from) -> _WhichOneofReturnType__state_from | None: ...
 
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 

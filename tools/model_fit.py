@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llamaclust.cluster.scheduler.kv_groups import window_group
+from llamaclust.cluster.scheduler.kv_groups import state_group, window_group
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import LayerCost, Model
@@ -83,7 +83,11 @@ def _kv_bytes(layers: Sequence[LayerCost], window: int | None, tokens: int) -> i
     group = window_group(window, tokens, _ROWS + 1)
     kept = full if group is None else group.blocks_beside(full, tokens, 1)
     windowed = sum(layer.window_bytes_per_token for layer in layers)
-    return KV_BLOCK_TOKENS * ((sum(layer.kv_bytes_per_token for layer in layers) - windowed) * full + windowed * kept)
+    per_token = sum(layer.kv_bytes_per_token for layer in layers)
+    state_bytes = sum(layer.state_bytes for layer in layers)
+    states = state_group(state_bytes, per_token)
+    state_blocks = 0 if states is None else states.blocks_beside(full, 1)
+    return KV_BLOCK_TOKENS * ((per_token - windowed) * full + windowed * kept) + state_bytes * state_blocks
 
 
 def _most(count: int, exceeds: Callable[[int], bool]) -> int:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from time import perf_counter_ns
@@ -19,7 +19,7 @@ from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.worker_settings import with_caches
-from llamaclust.cluster.scheduler.kv_groups import window_group
+from llamaclust.cluster.scheduler.kv_groups import state_group, window_group
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
@@ -191,6 +191,8 @@ class LocalStage:
         for start, end in (*_pieces(0, first, _ROWS), *_pieces(first, len(tokens), _OUTPUTS)):
             outputs = end - start if start >= first else 0
             chunk = Chunk(tokens[start:end], start, self._own, outputs, None, *self._own_window(start, end))
+            if own := self.scheduling.state_blocks:  # the block behind the scheduler's
+                chunk = replace(chunk, state_from=own if start else None, state_to=(end - start, own))
             rows = self._runner.run(Microbatch(self.model.model_id, _EPOCH, 0, (chunk,)), None)
             if start >= first:
                 use(rows)
@@ -276,7 +278,8 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
     kv_blocks = settings.kv_blocks or 2 * _blocks(context)
     max_batch_tokens = max(_ROWS, chunk or 0) + settings.max_sequences
-    group = window_group(model.window, context, max_batch_tokens)
+    group, costs = window_group(model.window, context, max_batch_tokens), model.costs(KvType(settings.kv_type))
+    states = state_group(costs.state_bytes, costs.kv_token_bytes)
     return SchedulerSettings(
         model_id=model.model_id,
         vocabulary=model.hyperparameters.vocabulary_size,
@@ -295,6 +298,8 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         window=None if group is None else group.window,
         window_blocks=0 if group is None else group.blocks_beside(kv_blocks, context, settings.max_sequences),
         has_states=model.has_states,
+        state_blocks=0 if states is None else states.blocks_beside(kv_blocks, settings.max_sequences),
+        state_span=KV_BLOCK_TOKENS if states is None else states.span,
     )
 
 
@@ -316,4 +321,5 @@ def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
         kv_blocks=scheduling.kv_blocks + own[1],
         kv_type=scheduling.kv_type.value,
         window_blocks=0 if group is None else scheduling.window_blocks + group.sequence_blocks + group.row_blocks,
+        state_blocks=scheduling.state_blocks and scheduling.state_blocks + 1,
     )

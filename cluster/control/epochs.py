@@ -277,7 +277,7 @@ class Epochs:
             number,
             [StageInfo(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages],
             self._reference,
-            stage_limits(self._config, plan.context_length, plan.kv_blocks, plan.window_blocks),
+            stage_limits(self._config, plan.context_length, plan.kv_blocks, plan.window_blocks, plan.state_blocks),
             is_exclusive=is_exclusive,
             links=links,
             progress_timeout_s=self._config.timeouts.load,

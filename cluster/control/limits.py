@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.scheduler.kv_groups import window_group
+from llamaclust.cluster.scheduler.kv_groups import state_group, window_group
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import StageLimits, max_embedded_rows
 from llamaclust.model.loader import Model
+from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 
@@ -61,13 +62,16 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
 
 
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
-    """KV memory of layers that give up blocks behind their window is not kept."""
+    """KV memory of layers that give up blocks behind their window is not kept, nor are states."""
     if all(worker.kv_disk is None for worker in config.workers):
         return
     group = window_group(model.window, context_length(config, model), max_batch_tokens(config))
     if group is not None:
-        why = f"KV memory of layers with a window ({group.window} tokens) or a state is not kept on disk"
+        why = f"KV memory of layers with a window ({group.window} tokens) is not kept on disk"
         raise UsageError(f"kv_disk: {why}, and this model has some; leave it out")
+    if model.has_states:
+        why = "states of sequences are not kept on disk"
+        raise UsageError(f"kv_disk: {why}, and layers of this model have some; leave it out")
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
@@ -84,7 +88,9 @@ def max_outputs(config: ClusterConfig) -> int:
     return max(_OUTPUTS, config.max_sequences)
 
 
-def stage_limits(config: ClusterConfig, context_length: int, kv_blocks: int, window_blocks: int = 0) -> StageLimits:
+def stage_limits(
+    config: ClusterConfig, context_length: int, kv_blocks: int, window_blocks: int = 0, state_blocks: int = 0
+) -> StageLimits:
     """The limits that every stage of a plan is loaded with."""
     return StageLimits(
         max_batch_tokens=max_batch_tokens(config),
@@ -94,11 +100,14 @@ def stage_limits(config: ClusterConfig, context_length: int, kv_blocks: int, win
         kv_blocks=kv_blocks,
         kv_type=config.kv_type.value,
         window_blocks=window_blocks,
+        state_blocks=state_blocks,
     )
 
 
 def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> SchedulerSettings:
     """The scheduler's limits, which are those of the loaded stages."""
+    costs = model.costs(config.kv_type)
+    states = state_group(costs.state_bytes, costs.kv_token_bytes)
     return SchedulerSettings(
         model_id=model.model_id,
         vocabulary=model.hyperparameters.vocabulary_size,
@@ -119,4 +128,6 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         window=model.window if plan.window_blocks else None,
         window_blocks=plan.window_blocks,
         has_states=model.has_states,
+        state_blocks=plan.state_blocks,
+        state_span=KV_BLOCK_TOKENS if states is None else states.span,
     )

@@ -53,6 +53,7 @@ class StageCosts:
     hidden_bytes: int  # of a row, between stages
     held_bytes: Counts  # weights
     kv_token_bytes: Counts  # KV memory of a token
+    state_bytes: Counts  # of a state of a sequence
     window_token_bytes: Counts  # of it, that of layers with a window
     window: int | None  # the largest one
     possible: NDArray[np.bool_]  # stages whose layers read keys and values of their own stage
@@ -73,6 +74,7 @@ class StageCosts:
             hidden_bytes=costs.hidden_bytes,
             held_bytes=read + head + first * costs.embedding_bytes,
             kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),
+            state_bytes=sums(layer.state_bytes for layer in costs.layers),
             window_token_bytes=sums(layer.window_bytes_per_token for layer in costs.layers),
             window=costs.window,
             possible=_possible(costs),

@@ -50,7 +50,9 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
     idle_workers = (f"  {idle.worker}: not used: {idle.reason}" for idle in plan.idle_workers)
     kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
     if plan.window_blocks:
-        kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window or a state"
+        kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
+    if plan.state_blocks:
+        kv += f"; {plan.state_blocks} states of sequences"
     lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms))
     predicted = f"  predicted: {', '.join(expected)}"
     unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []

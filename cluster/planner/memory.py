@@ -13,7 +13,7 @@ from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFa
 from llamaclust.cluster.planner.devices import Division, Held, divide
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.manual import Assignment
-from llamaclust.cluster.scheduler.kv_groups import WindowGroup, window_group
+from llamaclust.cluster.scheduler.kv_groups import StateGroup, WindowGroup, state_group, window_group
 from llamaclust.core.limits import MAX_KV_BLOCKS
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -87,6 +87,17 @@ class MemoryModel:
         group, request = self.window_group, self.request
         return 0 if group is None else group.blocks_beside(kv_blocks, request.context_length, request.max_sequences)
 
+    @property
+    def state_group(self) -> StateGroup | None:
+        """States of sequences."""
+        stages = self.stages
+        return state_group(int(stages.state_bytes[0, stages.layers]), int(stages.kv_token_bytes[0, stages.layers]))
+
+    def state_blocks(self, kv_blocks: int) -> int:
+        """Beside so many KV blocks; 0 where no layer has states."""
+        group = self.state_group
+        return 0 if group is None else group.blocks_beside(kv_blocks, self.request.max_sequences)
+
     def kv_bytes(self, start: int, end: int, kv_blocks: int) -> int:
         """KV memory of a stage with so many blocks."""
         return int(self._kv_table(kv_blocks)[start, end])
@@ -96,11 +107,12 @@ class MemoryModel:
         stages = self.stages
         windowed = 0 if self.window_group is None else stages.window_token_bytes
         table: Counts = ((stages.kv_token_bytes - windowed) * kv_blocks) * KV_BLOCK_TOKENS
-        return table + windowed * (self.window_blocks(kv_blocks) * KV_BLOCK_TOKENS)
+        table = table + windowed * (self.window_blocks(kv_blocks) * KV_BLOCK_TOKENS)
+        return table + stages.state_bytes * self.state_blocks(kv_blocks)
 
     def _blocks_in(self, start: int, end: int, kv_bytes: int, most: int) -> int:
         """How many blocks such a stage has in so much KV memory, no more than `most`."""
-        if self.window_group is None:
+        if self.window_group is None and self.state_group is None:
             return min(most, kv_bytes // (int(self.stages.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS))
         if self.stages.kv_token_bytes[start, end] == self.stages.window_token_bytes[start, end]:
             most = min(most, self.request.context_blocks * self.request.max_sequences)  # more of them cost nothing

@@ -90,6 +90,7 @@ class Plan:
     idle_workers: tuple[IdleWorker, ...]
     prediction: Prediction | None  # None where something was not measured
     window_blocks: int = 0  # of layers with a window, where they have blocks of their own
+    state_blocks: int = 0  # of states of sequences
     optimality_gap: float | None = None  # from the optimum, at most; None: it is the optimum, or a manual plan
 
     @property

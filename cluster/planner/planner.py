@@ -78,6 +78,7 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
         stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in parts),
         kv_blocks=kv_blocks,
         window_blocks=sizes.window_blocks(kv_blocks),
+        state_blocks=sizes.state_blocks(kv_blocks),
         context_length=request.context_length,
         idle_workers=idle_workers(sizes, workers, {stage.worker for stage in parts}, contexts),
         prediction=prediction,

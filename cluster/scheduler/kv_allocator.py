@@ -11,6 +11,7 @@ from llamaclust.cluster.scheduler.kv_window import KvWindow
 from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.states.kv_states import KvStates
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
@@ -33,6 +34,8 @@ class KvMemory:
         self.blocks = KvBlocks(settings.kv_blocks)
         self._cache = cache(self.blocks)
         self.window = None if group is None else KvWindow(group, cache(KvBlocks(settings.window_blocks)))
+        states = settings.state_blocks
+        self.states = KvStates(settings.state_span, cache(KvBlocks(states))) if states else None
         self._filling: set[bytes] = set()
         self._refused: dict[int, _Refusal] = {}  # by sequences that wait, as long as nothing has changed for them
         self.transfers = KvTransfers(self.blocks, self._cache)
@@ -51,10 +54,10 @@ class KvMemory:
             self._refused[sequence.key] = refused
             return False
         found, idle = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
-        if self.window is not None:
-            if not self.window.can_begin((sequence,), reserve):
-                return False
-            found = self.window.usable(sequence.block_keys, found)
+        if self.window is not None and not self.window.can_begin((sequence,), reserve):
+            return False
+        if (usable := self._usable(sequence, found)) < found:
+            found = usable
             idle = sum(self.blocks.is_idle(key) is True for key in sequence.block_keys[:found])
         fresh = sequence.blocks_needed - found
         if fresh + idle + reserve > self.blocks.available:
@@ -63,19 +66,37 @@ class KvMemory:
             return False
         if self._filling and not self._filling.isdisjoint(sequence.block_keys[:found]):
             return False
+        if self.states is not None and not self.states.can_begin(1, sequence.block_keys[found - 1] if found else None):
+            return False
         for key in sequence.block_keys[:found]:
             sequence.table.append(self.blocks.acquire(key))
         for _ in range(fresh):
             sequence.table.append(self.blocks.take())
         if self.window is not None:
             self.window.begin(sequence, found)
+        if self.states is not None:
+            self.states.begin(sequence, found)
         sequence.rewind(found * KV_BLOCK_TOKENS)
         return True
 
     def has_room_for(self, sequences: tuple[Sequence, ...], reserve: int) -> bool:
         """Whether all of them could be given blocks, if none is cached, so that `reserve` blocks are left."""
         has_window = self.window is None or self.window.can_begin(sequences, reserve)
-        return has_window and sum(each.blocks_needed for each in sequences) + reserve <= self.blocks.available
+        has_states = self.states is None or self.states.can_begin(len(sequences))
+        return (
+            has_window
+            and has_states
+            and sum(each.blocks_needed for each in sequences) + reserve <= self.blocks.available
+        )
+
+    def _usable(self, sequence: Sequence, found: int) -> int:
+        """How many of its first `found` blocks can be shared: rows after them find their window, and a state."""
+        before = found + 1
+        while 0 < found < before:
+            before = found
+            found = found if self.window is None else self.window.usable(sequence.block_keys, found)
+            found = found if self.states is None else self.states.usable(sequence.block_keys, found)
+        return found
 
     def lacks_blocks(self, sequence: Sequence) -> bool:
         """Whether there were too few blocks for it when it was last to be admitted."""
@@ -105,9 +126,11 @@ class KvMemory:
         return True
 
     def reserve(self, sequence: Sequence, rows: int) -> None:
-        """Takes the window blocks of the next rows of a sequence."""
+        """Takes the window blocks and state blocks of the next rows of a sequence."""
         if self.window is not None:
             self.window.reserve(sequence, rows)
+        if self.states is not None:
+            self.states.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
         """Rows up to `scheduled` are in the microbatch that is being made: later ones may share full blocks of known
@@ -121,17 +144,23 @@ class KvMemory:
             sequence.registered = full
         if self.window is not None:
             self.window.release_out_of_window(sequence)
+        if self.states is not None:
+            self.states.filled(sequence)
 
     def end_microbatch(self) -> None:
         """Later microbatches may write the blocks that only this one's rows still read."""
         if self.window is not None:
             self.window.end_microbatch()
+        if self.states is not None:
+            self.states.end_microbatch()
 
     def invalidate(self, sequence: Sequence) -> None:
         """Blocks that this sequence's tokens have filled are shared no more."""
         self.blocks.invalidate(sequence.block_keys)
         if self.window is not None:
             self.window.blocks.invalidate(sequence.block_keys)
+        if self.states is not None:
+            self.states.blocks.invalidate(sequence.block_keys)
 
     def release(self, sequence: Sequence) -> None:
         """Takes all blocks from a sequence."""
@@ -139,4 +168,6 @@ class KvMemory:
         self.blocks.release(sequence.table.clear())
         if self.window is not None:
             self.window.release(sequence)
+        if self.states is not None:
+            self.states.release(sequence)
         sequence.rewind(0)

@@ -1,4 +1,4 @@
-"""How many KV blocks layers with a window need: arithmetic that plans and the scheduler share."""
+"""How many blocks layers with a window and states of sequences need: arithmetic that plans and the scheduler share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
+_MOST_STATE_POSITIONS = 1024
 _SEQUENCES_A_CONTEXT = 4
 """That may have their whole windows for each context of KV memory beyond the first."""
 
@@ -43,6 +44,40 @@ class WindowGroup:
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         most = max(self.sequence_blocks, kv_blocks - self.row_blocks)  # never more than of other layers
         return min(sequences * self.sequence_blocks, self.sequence_blocks + further, most) + self.row_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class StateGroup:
+    """States of sequences, in blocks of their own: each the state of all layers behind one position. A running sequence
+    has one, others are checkpoints, where sequences with the same tokens can begin.
+
+    States of running sequences and checkpoints take about as much memory as keys and values of the same positions: half
+    of it each. But there is one for a sequence, two beside it, and a memory of one for 1,024 positions.
+    """
+
+    state_bytes: int  # in all layers
+    kv_token_bytes: int  # of a position in all layers
+
+    @property
+    def span(self) -> int:
+        """Positions from one checkpoint to the next: a power of two, whose states cost what its keys and values do."""
+        positions = self.state_bytes // self._token_bytes
+        return min(_MOST_STATE_POSITIONS, max(KV_BLOCK_TOKENS, 1 << (positions - 1).bit_length()))
+
+    @property
+    def _token_bytes(self) -> int:
+        return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
+
+    def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
+        """State blocks beside so many KV blocks, for up to so many sequences."""
+        tokens = kv_blocks * KV_BLOCK_TOKENS
+        half = tokens * self._token_bytes // (2 * self.state_bytes)
+        return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)
+
+
+def state_group(state_bytes: int, kv_token_bytes: int) -> StateGroup | None:
+    """None where layers keep no state."""
+    return StateGroup(state_bytes, kv_token_bytes) if state_bytes else None
 
 
 def window_group(window: int | None, context_length: int, rows: int) -> WindowGroup | None:

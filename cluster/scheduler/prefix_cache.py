@@ -27,11 +27,11 @@ class PrefixCache:
     def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
         self.blocks = blocks
         self._root = f"{model_id}\0{kv_type}\0".encode()
-        self._enabled = enabled
+        self.is_enabled = enabled
 
     def find(self, keys: BlockKeys, tokens: Sequence[int], reusable: int) -> tuple[int, int]:
         """(found, idle): blocks of tokens[:reusable] that are cached from the beginning, and how many of them idle."""
-        if not self._enabled:
+        if not self.is_enabled:
             return 0, 0
         self._extend(keys, tokens, reusable // KV_BLOCK_TOKENS)
         found = idle = 0
@@ -47,7 +47,7 @@ class PrefixCache:
         self, keys: BlockKeys, tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
     ) -> None:
         """Registers blocks [registered, full), filled by the tokens, of a table that begins with block `start`."""
-        if not self._enabled:
+        if not self.is_enabled:
             return
         self._extend(keys, tokens, full)
         for index in range(registered, full):

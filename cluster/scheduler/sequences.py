@@ -22,6 +22,7 @@ from llamaclust.cluster.scheduler.requests import (
     Update,
     rate,
 )
+from llamaclust.cluster.scheduler.states.sequence_states import SequenceStates
 from llamaclust.core.sampling import MatcherRow, MatcherStart, RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk
@@ -39,8 +40,7 @@ class Phase(Enum):
     FINISHED = auto()
 
 
-_PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
-_DISCARDED, _FINISHED = Phase.DISCARDED, Phase.FINISHED
+_PREFILL, _DECODE, _DISCARDED, _FINISHED = Phase.PREFILL, Phase.DECODE, Phase.DISCARDED, Phase.FINISHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ class Sequence:
     mu: float = 0.0  # of Mirostat, for the next token
     table: BlockTable = field(default_factory=BlockTable)
     window: BlockTable = field(default_factory=BlockTable)  # of layers with a window
+    states: SequenceStates = field(default_factory=SequenceStates)
     block_keys: BlockKeys = field(init=False)  # prefix cache keys of the tokens' full blocks
     registered: int = 0  # blocks of the table that the prefix cache knows
     scheduled: int = 0  # tokens whose keys and values are computed or under way
@@ -246,9 +247,9 @@ class Sequence:
         follows: tuple[int, int] | None = None,
         embedded: tuple[int, int] = (0, 0),
     ) -> SequenceSlice:
-        table, window, adapters = self.table.runs, self.window, self.request.adapters
-        start = window.start if window.blocks else 0
-        chunk = Chunk(tokens, self.scheduled, table, len(tasks), follows, window.runs, start, embedded, adapters)
+        table, window, rest = self.table.runs, self.window, (embedded, self.request.adapters)
+        start, states = window.start if window.blocks else 0, self.states.of_chunk(self.scheduled, len(tokens))
+        chunk = Chunk(tokens, self.scheduled, table, len(tasks), follows, window.runs, start, *rest, *states)
         self.scheduled += len(tokens)
         self.in_flight += 1
         taken = SequenceSlice(self, chunk, tasks)
@@ -262,7 +263,7 @@ class Sequence:
 
     def restart(self) -> None:
         """Nothing of it is computed or under way: its tokens are there, and what was told stays told."""
-        self.table, self.window = BlockTable(), BlockTable()
+        self.table, self.window, self.states = BlockTable(), BlockTable(), SequenceStates()
         self.rewind(0)
         self.in_flight = self.sampling = 0
         self.has_matcher = False

@@ -34,12 +34,16 @@ class SchedulerSettings:
     window: int | None = None  # of layers that have blocks of their own
     window_blocks: int = 0  # these
     has_states: bool = False  # layers keep a state of each sequence
+    state_blocks: int = 0  # of these; 0: they are in KV blocks
+    state_span: int = KV_BLOCK_TOKENS  # positions from one state that is kept for other sequences to the next
 
     def __post_init__(self) -> None:
         assert self.max_sequences < self.max_batch_tokens, "all that decode together must leave room for a prefill row"
         assert self.max_sequences <= self.max_outputs, "all that decode together must have an output row"
         assert self.kv_blocks >= 1
         assert not (self.whole_prompts and self.prefix_cache), "what an encoder stores depends on later tokens"
+        assert self.state_blocks != 1, "a sequence that reads one needs another to write"
+        assert self.state_span % KV_BLOCK_TOKENS == 0, self.state_span
         group = self.window_group
         assert group is None or self.window_blocks >= group.sequence_blocks + group.row_blocks, self.window_blocks
 

@@ -67,6 +67,7 @@ class CpuStage:
             batch.output_rows,
             hidden,
             batch.window_tables,
+            None if (states := batch.states) is None else (states.before, states.starts, states.rows, states.blocks),
         )
         return self._result[:lines]
 

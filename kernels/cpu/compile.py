@@ -77,8 +77,8 @@ class _Compiler:
             limits.max_context_tokens,
             limits.kv_blocks,
             limits.window_blocks,
+            limits.state_blocks,
         )
-        self._limits = limits
         self._program = program
         self._weights = weights
         self._buffers = Buffers(self.plan)

@@ -37,7 +37,7 @@ class PlanKv:
         """A new one for a step with a state."""
         name = state.layer, state.part
         assert name not in self._numbers, "two states of one name"
-        self._numbers[name] = self.plan.add_state(state.floats, self.limits.gives_up(state.window))
+        self._numbers[name] = self.plan.add_state(state.floats)
         return self._numbers[name]
 
     def by_layer(self, program: Program) -> tuple[tuple[int, ...], ...]:

@@ -14,7 +14,7 @@ from llamaclust.kernels.reference.kv import LayerKv
 from llamaclust.kernels.reference.states import StateMemory
 from llamaclust.kernels.reference.steps import State, run_step
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Buffer, Program, SequenceState
+from llamaclust.model.program import Buffer, Program
 
 
 class ReferenceStage:
@@ -29,11 +29,7 @@ class ReferenceStage:
             step.layer: LayerKv(step, limits.layer_blocks(step.window), windowed=limits.gives_up(step.window))
             for step in program.kv_layers
         }
-        self._states = {
-            kept: StateMemory(kept, limits.layer_blocks(kept.window), windowed=limits.gives_up(kept.window))
-            for kept in program.kv_memory
-            if isinstance(kept, SequenceState)
-        }
+        self._states = {state: StateMemory(state, limits) for state in program.states}
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         self.kv_bytes = sum(layer.n_bytes for layer in self._kv.values())
         self.kv_bytes += sum(state.n_bytes for state in self._states.values())
@@ -69,6 +65,8 @@ class ReferenceStage:
         if limits.window_blocks:
             assert batch.window_tables is not None and len(batch.window_tables) == len(batch.block_tables)
             assert int(batch.window_tables.max()) < limits.window_blocks, batch.window_tables.max()
+        if self._states and limits.state_blocks:
+            assert batch.states is not None and int(batch.states.blocks.max()) < limits.state_blocks
 
 
 class ReferenceBackend:

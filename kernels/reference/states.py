@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamaclust.kernels.backend import Batch, Float32, Int32
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.reference.kv import Float64
 from llamaclust.model.program import KV_BLOCK_TOKENS, Convolution, SequenceState
 
@@ -15,8 +16,9 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, Convolution, SequenceState
 class StateMemory:
     """The state of a layer, [blocks, floats]. What was never stored is NaN."""
 
-    def __init__(self, state: SequenceState, blocks: int, *, windowed: bool = False) -> None:
-        self.windowed = windowed  # its blocks are those of `Batch.window_tables`
+    def __init__(self, state: SequenceState, limits: StageLimits) -> None:
+        self._has_blocks = limits.state_blocks > 0  # of its own, see `Batch.states`
+        blocks = limits.state_blocks or limits.kv_blocks
         self._values: Float32 = np.full((blocks, state.floats), np.nan, np.float32)
 
     @property
@@ -24,35 +26,52 @@ class StateMemory:
         return self._values.nbytes
 
     def sequences(self, batch: Batch) -> Iterator[SequenceRows]:
-        tables = batch.window_tables if self.windowed else batch.block_tables
-        assert tables is not None
         for sequence in range(len(batch.sequence_starts) - 1):
-            start, end = batch.sequence_starts[sequence : sequence + 2]
-            table = tables[batch.table_starts[sequence] : batch.table_starts[sequence + 1]]
-            yield SequenceRows(range(start, end), int(batch.positions[start]), self._values, table)
+            rows = range(*batch.sequence_starts[sequence : sequence + 2].tolist())
+            before, blocks = (_own_blocks if self._has_blocks else _kv_blocks)(batch, sequence, rows)
+            yield SequenceRows(rows, self._values, before if batch.positions[rows.start] else None, blocks)
+
+
+def _own_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int, int]]:
+    """The block before a sequence's first row, and those behind its rows."""
+    states = batch.states
+    assert states is not None, "a batch without states"
+    places = slice(*states.starts[sequence : sequence + 2].tolist())
+    written = dict(zip(states.rows[places].tolist(), states.blocks[places].tolist(), strict=True))
+    assert rows.stop - 1 in written, "the state behind the last row is lost"
+    return int(states.before[sequence]), written
+
+
+def _kv_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int, int]]:
+    """Likewise where states are in KV blocks: behind all rows."""
+    table = batch.block_tables[batch.table_starts[sequence] : batch.table_starts[sequence + 1]]
+    first = int(batch.positions[rows.start])
+    written = {row: int(table[(first + row - rows.start) // KV_BLOCK_TOKENS]) for row in rows}
+    return int(table[max(0, first - 1) // KV_BLOCK_TOKENS]), written
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """Rows of one sequence, the first one at `position`, and its states [blocks, floats] by block table."""
+    """Rows of one sequence, and its states in `values` [blocks, floats]."""
 
     rows: range
-    position: int
     values: Float32
-    table: Int32
+    read: int | None  # the block of the state that the first row reads; None: it is the sequence's first one
+    written: Mapping[int, int]  # blocks of the states behind rows
 
     def before(self) -> Float32:
         """The state that the first row reads."""
-        return np.zeros_like(self.values[0]) if self.position == 0 else self.values[self._block(-1)].copy()
+        if self.read is None:
+            return np.zeros_like(self.values[0])
+        assert self.read >= 0, "a state that is not there is read"
+        state: Float32 = self.values[self.read].copy()
+        return state
 
     def store(self, row: int, state: Float32) -> None:
-        """What a row leaves."""
-        self.values[self._block(row - self.rows.start)] = state.reshape(-1)
-
-    def _block(self, row: int) -> int:
-        block = int(self.table[(self.position + row) // KV_BLOCK_TOKENS])
-        assert block >= 0, "a state that is not there is read or written"
-        return block
+        """What a row leaves, as far as it is wanted."""
+        if (block := self.written.get(row)) is not None:
+            assert block >= 0, "a state is written nowhere"
+            self.values[block] = state.reshape(-1)
 
 
 def convolve(

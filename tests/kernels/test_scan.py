@@ -75,7 +75,7 @@ def test_a_scan_by_its_formula() -> None:
             step = math.log1p(math.exp(time + bias[head]))
             state[head] = state[head] * math.exp(step * decay[head]) + np.array([b1, b2]) * number * step
             wanted[row, head] = state[head] @ [c1, c2] + number * skip[head]
-    rows_of_memory = SequenceRows(range(2), 0, np.full((1, 4), np.nan, np.float32), np.zeros(1, np.int32))
+    rows_of_memory = SequenceRows(range(2), np.full((1, 4), np.nan, np.float32), None, {1: 0})
     found = scan(
         Scan(x, dt, out, "bias", "decay", "skip", groups=1, layer=0),
         rows[:, :6],

@@ -13,16 +13,14 @@ import pytest
 
 from llamaclust.cluster.planner.costs import StageCosts
 from llamaclust.cluster.planner.memory import MemoryModel
-from llamaclust.cluster.scheduler.kv_groups import WindowGroup
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.backend import Backend, Float32, kv_bytes
+from llamaclust.kernels.backend import Backend, BatchStates, Float32, Stage, kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer, Convolution
-from llamaclust.model.states import STATE_WINDOW
+from llamaclust.model.program import Buffer, Convolution
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 from llamaclust.worker.stage.batches import build_batch
 from support.arithmetic.backends import all_threads
@@ -66,32 +64,61 @@ def test_convolutions_are_those_of_the_reference(tmp_path: Path, taps: int, widt
     check_conformance(tmp_path, Case(program_of(x, out, step), weights, runs), EXACT)
 
 
-def in_ring(model: Model, backend: Backend, tokens: list[int], limits: StageLimits, chunk: int) -> tuple[Float32, int]:
-    """Logits of all rows and the stage's KV memory; window blocks are a ring that is written over again and again."""
+def in_chunks(
+    model: Model, backend: Backend, tokens: list[int], limits: StageLimits, chunk: int, span: int = 0
+) -> tuple[Float32, int]:
+    """Logits of all rows and the stage's KV memory. In state blocks, the state behind each `span` positions is kept,
+    and read by the chunk after it; all others are written where they were read."""
     program = model.program(0, model.layer_count, KvType(limits.kv_type), limits.max_context_tokens)
     stage = backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
     assert stage.kv_bytes == kv_bytes(program, limits)
-    rows = []
+    rows, read, own = [], None, 0
     for at in range(0, len(tokens), chunk):
         part = tuple(tokens[at : at + chunk])
-        first, end = WindowGroup(STATE_WINDOW, chunk).first_seen(at), -(-(at + len(part)) // KV_BLOCK_TOKENS)
-        ring = tuple(n for block in range(first, end) for n in (block % max(1, limits.window_blocks), 1))
-        shown = (ring, first) if limits.window_blocks else ((), 0)
-        one = Microbatch("m", 1, 0, (Chunk(part, at, (0, -(-len(tokens) // 16)), len(part), None, *shown),))
+        whole = Chunk(part, at, (0, -(-len(tokens) // 16)), len(part))
+        if limits.state_blocks:
+            ends = [*range(at // span * span + span, at + len(part), span), at + len(part)]
+            blocks = [own + number for number in range(len(ends))]
+            states = tuple(n for end, block in zip(ends, blocks, strict=True) for n in (end - at, block))
+            whole = replace(whole, state_from=read, state_to=states)
+            read = blocks[-1]
+            own = read + (ends[-1] % span == 0)
+        one = Microbatch("m", 1, 0, (whole,))
         rows.append(stage.run(build_batch(one, limits, VOCABULARY, program.window), None).copy())
     stage.close()
     return np.concatenate(rows), stage.kv_bytes
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 33])
-def test_given_up_states_change_no_bit(model: Model, chunk: int) -> None:
-    tokens, group = random_tokens(120), WindowGroup(STATE_WINDOW, chunk)
-    less = replace(LIMITS, window_blocks=group.sequence_blocks + group.row_blocks)
+@pytest.mark.parametrize("span", [16, 64])
+def test_states_in_blocks_of_their_own_change_no_bit(model: Model, chunk: int, span: int) -> None:
+    tokens, less = random_tokens(120), replace(LIMITS, state_blocks=120 // span + 2)
     for backend in (all_threads(2), ReferenceBackend()):
-        wanted, all_bytes = in_ring(model, backend, tokens, LIMITS, len(tokens))
-        found, kept_bytes = in_ring(model, backend, tokens, less, chunk)
+        wanted, all_bytes = in_chunks(model, backend, tokens, LIMITS, len(tokens))
+        found, kept_bytes = in_chunks(model, backend, tokens, less, chunk, span)
         assert bits(found) == bits(wanted)
         assert kept_bytes < all_bytes
+
+
+def test_sequences_go_on_from_a_state_that_stays(model: Model) -> None:
+    """Two of one batch read the state of a third, which is not written again, and write states of their own."""
+    tokens, limits = random_tokens(50), replace(LIMITS, state_blocks=4)
+    others = [tokens[:32] + random_tokens(18, seed) for seed in (5, 6)]
+    for backend in (all_threads(3), ReferenceBackend()):
+        stage = load_stage(backend, model, limits=limits)
+
+        def run(*chunks: Chunk, stage: Stage = stage) -> bytes:
+            return bits(stage.run(build_batch(Microbatch("m", 1, 0, chunks), limits, VOCABULARY), None))
+
+        run(Chunk(tuple(tokens[:40]), 0, (0, 3), 0, state_to=(32, 2, 40, 0)))
+        both = [
+            Chunk(tuple(rows[32:]), 32, (0, 2, 6 + 2 * place, 2), 18, state_from=2, state_to=(18, 1 + 2 * place))
+            for place, rows in enumerate(others)
+        ]
+        found = [run(*both), run(*both)]
+        assert found[0] == found[1], "the shared state was written"
+        whole = [in_chunks(model, backend, rows, LIMITS, 50)[0][32:] for rows in others]
+        assert found[0] == bits(np.concatenate(whole))
 
 
 def test_sequences_of_one_batch_have_states_of_their_own(model: Model) -> None:
@@ -107,31 +134,48 @@ def test_sequences_of_one_batch_have_states_of_their_own(model: Model) -> None:
 
 
 def test_a_state_that_is_not_there_is_refused(model: Model) -> None:
-    limits = replace(LIMITS, window_blocks=4)
+    limits = replace(LIMITS, state_blocks=4)
     stage = load_stage(CpuBackend(1), model, limits=limits)
-    batch = batch_of([([5], [32], [0, 1, 2])])
-    good = replace(batch, window_tables=np.array([-1, 3, 0], np.int32))
-    assert np.isfinite(stage.run(good, None)).all()
-    for tables in ([-1, -1, 0], [-1, 3, -1], [-1, 4, 0]):
-        bad = replace(batch, window_tables=np.array(tables, np.int32))
-        with pytest.raises(ValueError, match="window block"):
-            stage.run(bad, None)
+
+    def states(before: int, rows: list[int], blocks: list[int]) -> BatchStates:
+        numbers = ([before], [0, len(blocks)], rows, blocks)
+        return BatchStates(*(np.array(each, np.int32) for each in numbers))
+
+    batch = batch_of([([5, 6], [32, 33], [0, 1, 2])])
+    stage.run(replace(batch, states=states(3, [0, 1], [0, 3])), None)
+    for bad in (
+        states(-1, [1], [3]),
+        states(4, [1], [3]),
+        states(3, [1], [4]),
+        states(3, [0], [3]),
+        states(3, [1, 1], [0, 3]),
+        states(3, [1, 2], [0, 3]),
+        states(3, [], []),
+    ):
+        with pytest.raises(ValueError, match="state"):
+            stage.run(replace(batch, states=bad), None)
+    with pytest.raises(ValueError, match="states before sequences"):
+        stage.run(batch, None)
 
 
-def test_costs_count_states_as_what_windows_give_up(model: Model) -> None:
-    """Two rows of 64 float32 numbers in a block of each convolution; keys and values of two heads of 16 channels."""
+def test_costs_count_states_apart(model: Model) -> None:
+    """Two rows of 64 float32 numbers of each convolution; keys and values of two heads of 16 channels."""
     layers = model.costs(KvType.F16).layers
-    assert [layer.kv_bytes_per_token * KV_BLOCK_TOKENS for layer in layers] == [512, 512, 2048, 512, 2048]
-    assert [layer.window_bytes_per_token * KV_BLOCK_TOKENS for layer in layers] == [512, 512, 0, 512, 0]
+    assert [layer.state_bytes for layer in layers] == [512, 512, 0, 512, 0]
+    assert [layer.kv_bytes_per_token for layer in layers] == [0, 0, 128, 0, 128]
 
 
-def test_a_plan_counts_the_memory_of_states(model: Model) -> None:
-    request = replace(REQUEST, context_length=4096, max_batch_tokens=64)
+@pytest.mark.parametrize("kv_blocks", [64, 300, 5000])
+def test_a_plan_counts_the_memory_of_states(model: Model, kv_blocks: int) -> None:
+    request = replace(REQUEST, context_length=1024, max_batch_tokens=64)
     memory = MemoryModel(StageCosts.of(model.costs(KvType.F16)), request)
-    limits = replace(LIMITS, kv_blocks=300, window_blocks=memory.window_blocks(300))
-    assert 0 < limits.window_blocks < 300
+    limits = replace(LIMITS, kv_blocks=kv_blocks, state_blocks=memory.state_blocks(kv_blocks))
+    assert limits.state_blocks > 2
     for start, end in ((0, 5), (0, 2), (2, 3), (1, 4)):
-        assert memory.kv_bytes(start, end, 300) == kv_bytes(model.program(start, end), limits)
+        program = model.program(start, end)
+        assert memory.kv_bytes(start, end, kv_blocks) == kv_bytes(program, limits)
+        stage = ReferenceBackend().load(program, model.tensors_for(program), limits, lambda done_bytes: None)
+        assert stage.kv_bytes == memory.kv_bytes(start, end, kv_blocks)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,37 @@ BAD = {
 }
 
 
+STATES = replace(LIMITS, state_blocks=6)
+FIRST = Chunk((1, 2), 0, (0, 1), 0, state_to=(1, 4, 2, 0))
+NEXT = Chunk((3,), 2, (0, 1), 1, state_from=0, state_to=(1, 0))
+BAD_STATES = {
+    "no block for the state": (replace(FIRST, state_to=(1, 4)),),
+    "of 2 tokens has no block": (replace(FIRST, state_to=()),),
+    "from position 0 on reads state block 3": (replace(FIRST, state_from=3),),
+    "from position 2 on reads state block None": (replace(NEXT, state_from=None),),
+    "state block 6 of 6": (replace(NEXT, state_to=(1, 6)),),
+    "state block 9 of 6": (replace(NEXT, state_from=9),),
+    "written and used": (FIRST, replace(NEXT, state_from=4, state_to=(1, 5))),
+    "used by another chunk": (FIRST, replace(NEXT, state_from=5, state_to=(1, 4))),
+    "or row": (replace(FIRST, state_to=(1, 0, 2, 0)),),
+}
+
+
+def test_states_are_read_and_written_where_chunks_say() -> None:
+    both = (FIRST, replace(NEXT, state_from=5, state_to=(1, 5)), replace(NEXT, state_from=3, state_to=(1, 2)))
+    states = build_batch(Microbatch("m", 1, 0, both), STATES, VOCABULARY).states
+    assert states is not None
+    found = [array.tolist() for array in (states.before, states.starts, states.rows, states.blocks)]
+    assert found == [[-1, 5, 3], [0, 2, 3, 4], [0, 1, 2, 3], [4, 0, 5, 2]]
+    assert build_batch(Microbatch("m", 1, 0, both), LIMITS, VOCABULARY).states is None
+
+
+@pytest.mark.parametrize("what", BAD_STATES)
+def test_states_that_do_not_fit_are_refused_by_name(what: str) -> None:
+    with pytest.raises(ProtocolError, match=what):
+        build_batch(Microbatch("m", 1, 0, BAD_STATES[what]), STATES, VOCABULARY)
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_microbatches_that_do_not_fit_are_refused_by_name(what: str) -> None:
     assert build_batch(Microbatch("m", 1, 0, (GOOD,)), LIMITS, VOCABULARY).rows == 2

@@ -82,7 +82,7 @@ class Work:
         weights = costs.head_file_bytes + sum(layer.used_file_bytes for layer in costs.layers)
         lengths = range(task.depth + 1, task.depth + task.generate + 1)
         kv_bytes = sum(
-            4 * kept.floats
+            kept.n_bytes
             if isinstance(kept, SequenceState)
             else kept.kv_token_bytes * sum(min(length, kept.window or length) for length in lengths) / task.generate
             for kept in model.program(0, model.layer_count, task.kv_type).kv_memory

@@ -29,6 +29,7 @@ MAX_INPUTS_BYTES = 1 << 26
 MAX_STAGES = 255
 MAX_RELEASED = 4 * limits.MAX_SEQUENCES
 
+_LAST_BLOCK = limits.MAX_KV_BLOCKS - 1
 _PLAIN_PARAMS = 256
 _BIASED_PARAMS = 32
 """Kept parameters; those with logit biases may be large."""
@@ -49,6 +50,8 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
             embedded_first=chunk.embedded[0],
             embedded_end=chunk.embedded[1],
             adapters=[microbatch_proto.AdapterScale(adapter=number, scale=scale) for number, scale in chunk.adapters],
+            state_from=chunk.state_from,
+            state_to=chunk.state_to,
         )
         if chunk.depends_on is not None:
             added.depends_on.number, added.depends_on.row = chunk.depends_on
@@ -80,8 +83,32 @@ def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     start = bounded("window_start", message.window_start, 0, limits.MAX_CONTEXT_TOKENS)
     end = bounded("end of embedded rows", message.embedded_end, 0, len(tokens))
     embedded = (bounded("first embedded row", message.embedded_first, 0, end), end)
-    table, adapters = _table(message.table), _adapters(message.adapters)
-    return Chunk(tokens, message.position, table, message.outputs, depends_on, window, start, embedded, adapters)
+    return Chunk(
+        tokens,
+        message.position,
+        _table(message.table),
+        message.outputs,
+        depends_on,
+        window,
+        start,
+        embedded,
+        _adapters(message.adapters),
+        bounded("state_from", message.state_from, 0, _LAST_BLOCK) if message.HasField("state_from") else None,
+        _states(message.state_to, len(tokens)) if message.state_to else (),
+    )
+
+
+def _states(numbers: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """Rows in ascending order, all at last, each with a block."""
+    states = tuple(numbers)
+    pairs = bounded("states", len(states) // 2, 1, tokens)
+    bounded("numbers of states", len(states), 2 * pairs, 2 * pairs)
+    least = 1
+    for rows in states[::2]:
+        least = bounded("rows before a state", rows, least, tokens) + 1
+    bounded("rows before the last state", states[-2], tokens, tokens)
+    bounded("state block", max(states[1::2]), 0, _LAST_BLOCK)
+    return states
 
 
 def _adapters(messages: Sequence[microbatch_proto.AdapterScale]) -> AdapterScales:

@@ -30,6 +30,8 @@ class Chunk:
     window_start: int = 0
     embedded: tuple[int, int] = (0, 0)
     adapters: AdapterScales = ()
+    state_from: int | None = None  # the block of the state that the first row reads, where states have their own
+    state_to: tuple[int, ...] = ()  # (rows, block, rows, block, ...): blocks that get the state behind so many rows
 
     @property
     def embedded_rows(self) -> int:

@@ -13,6 +13,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
+from llamaclust.worker.stage.state_tables import batch_states
 
 _FEW = 256  # so many numbers are made faster by plain Python than by NumPy's calls
 
@@ -46,6 +47,7 @@ def build_batch(
         output_rows=_ranges([end - count for end, count in zip(row_ends, outputs, strict=True)], outputs),
         window_tables=_window_tables(chunks, table_lengths, limits, window) if limits.gives_up(window) else None,
         adapter_scales=_adapter_scales(chunks, lengths, adapters) if any(chunk.adapters for chunk in chunks) else None,
+        states=batch_states(chunks, limits) if limits.state_blocks else None,
     )
 
 

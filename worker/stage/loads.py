@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 
 def _check_kv_disk(order: Load) -> None:
     """UsageError where KV memory of the stage cannot be kept on disk."""
-    if order.limits.window_blocks:
-        what = "KV memory of layers with a window is not kept on disk"
+    if order.limits.window_blocks or order.limits.state_blocks:
+        what = "KV memory of layers with a window or a state is not kept on disk"
         raise UsageError(f"kv_disk: {what}, and this model has some; start this worker without it")
 
 

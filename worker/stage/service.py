@@ -98,11 +98,15 @@ class StageService:
         return handle
 
 
+_BLOCK_COUNTS = ("kv_blocks", "window_blocks", "state_blocks")
+
+
 def _serves(held: StageRunner, order: Load) -> bool:
     """Whether a stage can do what an order wants of one: more KV blocks than asked for do no harm."""
     same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
     has, asked = held.limits, order.limits
-    enough = has.kv_blocks >= asked.kv_blocks and has.window_blocks >= asked.window_blocks
-    same_groups = (has.window_blocks > 0) == (asked.window_blocks > 0)
-    same_limits = replace(has, kv_blocks=asked.kv_blocks, window_blocks=asked.window_blocks) == asked
+    counts = [(getattr(has, name), getattr(asked, name)) for name in _BLOCK_COUNTS]
+    enough = all(there >= wanted for there, wanted in counts)
+    same_groups = all((there > 0) == (wanted > 0) for there, wanted in counts)
+    same_limits = replace(has, **{name: getattr(asked, name) for name in _BLOCK_COUNTS}) == asked
     return held.model_id == order.model_id and same_layers and enough and same_groups and same_limits

@@ -165,8 +165,8 @@ class StageRunner:
     @property
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:
         """KV memory of each layer, see `KvInRam`. ProtocolError where it lies elsewhere, or has a window."""
-        if not isinstance(self._stage, KvInRam) or self.limits.window_blocks:
-            raise ProtocolError("a request for KV memory of a GPU or of layers with a window")
+        if not isinstance(self._stage, KvInRam) or self.limits.window_blocks or self.limits.state_blocks:
+            raise ProtocolError("a request for KV memory of a GPU, or of layers with a window or a state")
         return self._stage.kv_layers()
 
     @property

@@ -14,7 +14,6 @@ from llamaclust.kernels.cuda.executor.state_places import state_places
 from llamaclust.kernels.cuda.launches.inputs import Inputs
 from llamaclust.kernels.cuda.runtime.memory import aligned
 from llamaclust.model.program import KV_BLOCK_TOKENS, Program
-from llamaclust.model.states import STATE_WINDOW
 
 _HEADER = 8  # rows, sequences, outputs, zeros
 _INT = 4
@@ -26,7 +25,6 @@ class InputBuffer:
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits = limits
         self._window, self._has_states = limits.gives_up(program.window), program.has_states
-        self._states_windowed = limits.gives_up(STATE_WINDOW)
         tables = limits.max_sequences * -(-limits.max_context_tokens // KV_BLOCK_TOKENS)
         starts = limits.max_sequences + 1
         rows = limits.max_batch_tokens
@@ -67,7 +65,7 @@ class InputBuffer:
     def _states(self, batch: Batch) -> tuple[Sequence[int], ...]:
         if not self._has_states:
             return (), (), (), ()
-        places = state_places(batch, windowed=self._states_windowed)
+        places = state_places(batch, self._limits)
         return places.before, places.starts, places.rows, places.blocks
 
     def _check(self, batch: Batch) -> None:

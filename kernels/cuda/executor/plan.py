@@ -15,7 +15,7 @@ from llamaclust.kernels.cuda.launches.attention import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated
-from llamaclust.model.program import KV_BLOCK_TOKENS, Exchange, KvLayer, Program
+from llamaclust.model.program import KV_BLOCK_TOKENS, Exchange, KvLayer, Program, SequenceState
 from llamaclust.model.program import Buffer as ProgramBuffer
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES)
@@ -121,13 +121,17 @@ class Plan:
 
 def block_bytes(kept: KvLayer) -> int:
     """Bytes of one block of a layer, equal to the CPU's. The layout is that of src/attention/kv.cuh."""
-    return KV_BLOCK_TOKENS * kept.kv_token_bytes
+    return kept.n_bytes if isinstance(kept, SequenceState) else KV_BLOCK_TOKENS * kept.kv_token_bytes
 
 
 def layer_offsets(memory: Sequence[KvLayer], limits: StageLimits) -> list[int]:
     """The offset of each layer's block 0 in one allocation, and its size as the last element."""
     offsets = [0]
     for kept in memory:
-        end = offsets[-1] + block_bytes(kept) * limits.layer_blocks(kept.window)
+        if isinstance(kept, SequenceState):
+            blocks = limits.state_blocks or limits.kv_blocks
+        else:
+            blocks = limits.layer_blocks(kept.window)
+        end = offsets[-1] + block_bytes(kept) * blocks
         offsets.append(-(-end // _LAYER_ALIGNMENT_BYTES) * _LAYER_ALIGNMENT_BYTES)
     return offsets

@@ -10,14 +10,14 @@ from math import nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaclust.cluster.scheduler.kv_groups import WindowGroup
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.model.states import STATE_WINDOW
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
+from llamaclust.worker.stage.state_tables import batch_states
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear
 
 
@@ -25,19 +25,23 @@ from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation
 class StatefulModel(FakeModel):
     """States are hashes of all tokens so far: one that is updated twice, or goes on from another, is noticed."""
 
-    window_blocks: int = 0
+    state_blocks: int = 0
     deferring: random.Random | None = None  # some sampled rows, and those that were sent behind one
     due: dict[int, int] = field(default_factory=dict)  # positions of deferred rows by seed
     states: dict[int, bytes] = field(default_factory=dict)
+    resumed: set[int] = field(default_factory=set)  # positions at which sequences began behind checkpoints
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
-        before = [self._before(chunk) for chunk in microbatch.chunks]
+        chunks = microbatch.chunks
+        if self.state_blocks:
+            batch_states(chunks, StageLimits(1, 1, 1, 1, 1, state_blocks=self.state_blocks))
+        before = [self._before(chunk) for chunk in chunks]
         rows = super().run(microbatch, inputs)
-        for chunk, state in zip(microbatch.chunks, before, strict=True):
-            table = self._states_of(chunk)
-            for position, token in enumerate(chunk.tokens, chunk.position):
+        for chunk, state in zip(chunks, before, strict=True):
+            for row, token in enumerate(chunk.tokens):
                 state = _next(state, token)
-                self.states[table[position // KV_BLOCK_TOKENS]] = state
+                if (block := self._written(chunk, row)) is not None:
+                    self.states[block] = state
             assert state == _after(self._read(blocks_of(chunk), chunk.position + len(chunk.tokens)))
         return tuple(map(self._deferred, inputs.tasks, rows))
 
@@ -54,18 +58,20 @@ class StatefulModel(FakeModel):
     def _before(self, chunk: Chunk) -> bytes:
         if chunk.position == 0:
             return b""
-        state = self.states[self._states_of(chunk)[(chunk.position - 1) // KV_BLOCK_TOKENS]]
+        block = chunk.state_from
+        if block is None:
+            block = blocks_of(chunk)[(chunk.position - 1) // KV_BLOCK_TOKENS]
+        elif block != chunk.state_to[-1]:
+            self.resumed.add(chunk.position)
+        state = self.states[block]
         assert state == _after(self._read(blocks_of(chunk), chunk.position)), "a state behind another position"
         return state
 
-    def _states_of(self, chunk: Chunk) -> dict[int, int]:
-        """The block of states by block number."""
-        if not self.window_blocks:
-            return dict(enumerate(blocks_of(chunk)))
-        runs = zip(chunk.window_table[::2], chunk.window_table[1::2], strict=True)
-        table = [block for start, count in runs for block in range(start, start + count)]
-        assert all(0 <= block < self.window_blocks for block in table)
-        return dict(enumerate(table, chunk.window_start))
+    def _written(self, chunk: Chunk, row: int) -> int | None:
+        """The block that gets the state behind a row."""
+        if not self.state_blocks:
+            return blocks_of(chunk)[(chunk.position + row) // KV_BLOCK_TOKENS]
+        return dict(zip(chunk.state_to[::2], chunk.state_to[1::2], strict=True)).get(row + 1)
 
 
 def _next(state: bytes, token: int) -> bytes:
@@ -94,10 +100,10 @@ def simulation(source: random.Random) -> Simulation:
     )
     model = StatefulModel(chosen.kv_blocks, deferring=source if source.random() < 0.5 else None)
     chosen = replace(chosen, has_states=True)
-    if source.random() < 0.7:
-        group = WindowGroup(STATE_WINDOW, chosen.max_batch_tokens)
-        model.window_blocks = group.sequence_blocks + group.row_blocks + source.choice([0, 0, 1, 3, 10])
-        chosen = replace(chosen, window=STATE_WINDOW, window_blocks=model.window_blocks)
+    if source.random() < 0.8:
+        model.state_blocks = source.choice([2, 3, chosen.max_sequences + 1, chosen.max_sequences + 12])
+        span = source.choice([16, 16, 32, 64])
+        chosen = replace(chosen, state_blocks=model.state_blocks, state_span=span)
     stages = source.randint(1, 4)
     return Simulation(Scheduler(chosen, 1, stages), FakeStages(model, [linear(100, 10)] * stages, 1000))
 

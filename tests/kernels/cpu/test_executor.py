@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_every_bound_of_a_batch_is_checked(model: Model) -> None:
     ]
 
     def run(fields: dict[str, list[int]]) -> int:
-        arrays = {name: np.array(values, np.int32) for name, values in fields.items()}
+        arrays: Any = {name: np.array(values, np.int32) for name, values in fields.items()}
         return stage._native.run(**arrays, hidden=None)  # type: ignore[union-attr]
 
     assert run(good) == 2

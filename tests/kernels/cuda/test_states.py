@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.backend import Batch, BatchStates
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.executor.state_places import StatePlaces, state_places
@@ -105,16 +105,21 @@ def test_delta_rules(
     check(tmp_path, (cpu, cuda), program_of(x, out, *copies, *steps), weights)
 
 
+def own_states(before: list[int], starts: list[int], rows: list[int], blocks: list[int]) -> BatchStates:
+    return BatchStates(*(np.array(numbers, np.int32) for numbers in (before, starts, rows, blocks)))
+
+
 @pytest.mark.parametrize("name", ["lfm2", "qwen35"])
-def test_states_in_blocks_that_are_given_up(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
-    """Blocks of states are others than those of keys and values, and written over by later rows."""
-    model, limits = opened(name), replace(LIMITS, window_blocks=3)
+def test_states_in_blocks_of_their_own(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
+    """Written where they were read, but for one that stays for a sequence that goes on from it."""
+    model, limits = opened(name), replace(LIMITS, state_blocks=3)
     tokens = random_tokens(model, 90)
     stages = [load_stage(backend, model, limits=limits) for backend in (cpu, cuda)]
-    for at in range(0, 90, 15):
-        rows = range(at, at + 15)
-        ring = [block % 3 if block >= (at - 1) // 16 else -1 for block in range(6)]
-        batch = replace(batch_of([(tokens[at : at + 15], rows, range(6))]), window_tables=np.array(ring, np.int32))
+    first = own_states([-1], [0, 2], [15, 29], [2, 0])
+    later = own_states([0], [0, 1], [19], [0])
+    beside = own_states([2], [0, 1], [9], [1])
+    for start, end, states in ((0, 30, first), (30, 50, later), (50, 70, later), (16, 26, beside)):
+        batch = replace(batch_of([(tokens[start:end], range(start, end), range(6))]), states=states)
         wanted, found = (stage.run(batch, None).copy() for stage in stages)
         same(found, wanted)
     for stage in stages:
@@ -124,17 +129,20 @@ def test_states_in_blocks_that_are_given_up(opened: Open, cpu: CpuBackend, cuda:
 def test_places_of_states() -> None:
     """Behind the last row in each block; the first row of a sequence reads none."""
     batch = batch_of([([0] * 20, range(14, 34), [7, 3, 9]), ([0], [0], [5]), ([0], [16], [4, 8])])
-    assert state_places(batch, windowed=False) == StatePlaces(
-        [7, -1, 4], [0, 3, 4, 5], [1, 17, 19, 20, 21], [7, 3, 9, 5, 8]
-    )
+    assert state_places(batch, LIMITS) == StatePlaces([7, -1, 4], [0, 3, 4, 5], [1, 17, 19, 20, 21], [7, 3, 9, 5, 8])
+    own = replace(batch, states=own_states([2, 9, 4], [0, 2, 3, 4], [3, 19, 20, 21], [1, 2, 3, 0]))
+    places = state_places(own, replace(LIMITS, state_blocks=5))
+    assert places == StatePlaces([2, -1, 4], [0, 2, 3, 4], [3, 19, 20, 21], [1, 2, 3, 0])
 
 
 def test_a_state_that_is_not_there_is_refused(opened: Open, cuda: CudaBackend) -> None:
-    limits = replace(LIMITS, window_blocks=4)
+    limits = replace(LIMITS, state_blocks=4)
     stage = load_stage(cuda, opened("lfm2"), limits=limits)
     batch = batch_of([([5], [32], [0, 1, 2])])
-    stage.run(replace(batch, window_tables=np.array([-1, 3, 0], np.int32)), None)
-    for tables in ([-1, -1, 0], [-1, 3, -1], [-1, 4, 0]):
-        with pytest.raises(ValueError, match="window block"):
-            stage.run(replace(batch, window_tables=np.array(tables, np.int32)), None)
+    stage.run(replace(batch, states=own_states([3], [0, 1], [0], [3])), None)
+    for before, row, block in ((-1, 0, 3), (4, 0, 3), (3, 0, 4), (3, 0, -1), (3, 1, 3)):
+        with pytest.raises(ValueError, match=r"batch: .*state"):
+            stage.run(replace(batch, states=own_states([before], [0, 1], [row], [block])), None)
+    with pytest.raises(ValueError, match="states against sequences"):
+        stage.run(batch, None)
     stage.close()

@@ -18,6 +18,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.model.loader import Model
+from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.arithmetic.batches import possible_cuts
@@ -31,6 +32,7 @@ _GENERATED = 40
 _LOST_AFTER = 6
 _ROOM = 32  # KV blocks for all requests together
 _SHORT = 7  # for one and a half
+_CHECKPOINTS = 8  # states beside those of the sequences
 
 
 class CutModel(FakeModel):
@@ -126,6 +128,8 @@ def _settings(model: Model, context: int, kv_blocks: int, local: LocalSettings) 
         max_outputs=rows,
         window=None if group is None else group.window,
         window_blocks=0 if group is None else local.max_sequences * group.sequence_blocks + group.row_blocks,
+        state_blocks=settings.state_blocks and local.max_sequences + _CHECKPOINTS,
+        state_span=2 * KV_BLOCK_TOKENS,
     )
 
 

@@ -66,7 +66,7 @@ LOAD = Load(
     "ab" * 32,
     2,
     4,
-    StageLimits(64, 8, 8, 4096, 1000, window_blocks=70),
+    StageLimits(64, 8, 8, 4096, 1000, window_blocks=70, state_blocks=9),
     "unix:/run/b.sock",
     next_worker="b",
 )

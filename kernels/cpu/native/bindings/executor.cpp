@@ -36,11 +36,20 @@ RowOp row_op_named(const std::string& name) {
   throw std::invalid_argument("no elementwise operation " + name);
 }
 
+// The members of StateTables in their order.
+using PythonStates = std::optional<std::tuple<Ints, Ints, Ints, Ints>>;
+
+StateTables states_of(const PythonStates& states) {
+  if (!states) return {};
+  const auto& [before, starts, rows, blocks] = *states;
+  return {span_of(before), span_of(starts), span_of(rows), span_of(blocks)};
+}
+
 // A plan and the Python objects whose memory it points into.
 struct PlanBuilder {
   PlanBuilder(int max_tokens, int max_outputs, int max_sequences, int max_context_tokens, int kv_blocks,
-              int window_blocks)
-      : plan({max_tokens, max_outputs, max_sequences, max_context_tokens, kv_blocks, window_blocks}) {}
+              int window_blocks, int state_blocks)
+      : plan({max_tokens, max_outputs, max_sequences, max_context_tokens, kv_blocks, window_blocks, state_blocks}) {}
 
   Plan plan;
   std::vector<nb::object> kept;
@@ -63,7 +72,7 @@ struct NativeStage {
 
   int run(const Ints& tokens, const Ints& positions, const Ints& sequence_starts, const Ints& table_starts,
           const Ints& block_tables, const Ints& output_rows, const std::optional<FloatRows>& hidden,
-          const std::optional<Ints>& window_tables) {
+          const std::optional<Ints>& window_tables, const PythonStates& states) {
     if (hidden &&
         (hidden->shape(0) != positions.size() || hidden->shape(1) != static_cast<size_t>(executor.hidden_width())))
       throw std::invalid_argument("batch: hidden states must be [rows, " + std::to_string(executor.hidden_width()) +
@@ -71,7 +80,8 @@ struct NativeStage {
     const Batch batch{span_of(tokens),          span_of(positions),
                       span_of(sequence_starts), span_of(table_starts),
                       span_of(block_tables),    window_tables ? span_of(*window_tables) : std::span<const int32_t>(),
-                      span_of(output_rows),     hidden ? hidden->data() : nullptr};
+                      span_of(output_rows),     hidden ? hidden->data() : nullptr,
+                      states_of(states)};
     const nb::gil_scoped_release unlocked;
     return executor.run(batch);
   }
@@ -99,7 +109,7 @@ nb::object kv_layer_of(nb::handle self, int layer) {
   const Executor& executor = nb::cast<NativeStage&>(self).executor;
   const KvShape& kv = executor.plan().kv_layers.at(static_cast<size_t>(layer));
   require(!kv.windowed, "a layer with a window");
-  const size_t shape[2] = {static_cast<size_t>(executor.plan().limits.kv_blocks), kv_block_bytes(kv)};
+  const size_t shape[2] = {static_cast<size_t>(block_count(kv, executor.plan().limits)), kv_block_bytes(kv)};
   return nb::cast(nb::ndarray<nb::numpy, uint8_t>(executor.kv_layer(layer), 2, shape, self));
 }
 
@@ -247,8 +257,9 @@ void bind_executor(nb::module_& module) {
       .def("report", &CoreContention::report, "rows"_a, "began_ns"_a, "ended_ns"_a, "waited_ns"_a);
 
   nb::class_<PlanBuilder> plan(module, "Plan");
-  plan.def(nb::init<int, int, int, int, int, int>(), "max_tokens"_a, "max_outputs"_a, "max_sequences"_a,
-           "max_context_tokens"_a, "kv_blocks"_a, "window_blocks"_a = 0)
+  plan.def(nb::init<int, int, int, int, int, int, int>(), "max_tokens"_a, "max_outputs"_a, "max_sequences"_a,
+           "max_context_tokens"_a, "kv_blocks"_a, "window_blocks"_a = 0,
+           "state_blocks"_a = 0)
       .def(
           "add_buffer",
           [](PlanBuilder& b, int width, int multiple, bool private_copy, bool outputs_only) {
@@ -264,8 +275,7 @@ void bind_executor(nb::module_& module) {
           },
           "kv_heads"_a, "head_dim"_a, "kv_type"_a, "windowed"_a = false, "latent"_a = false)
       .def(
-          "add_state", [](PlanBuilder& b, int floats, bool windowed) { return b.plan.add_state(floats, windowed); },
-          "floats"_a, "windowed"_a = false)
+          "add_state", [](PlanBuilder& b, int floats) { return b.plan.add_state(floats); }, "floats"_a)
       .def("set_result", [](PlanBuilder& b, int buffer) { b.plan.set_result(buffer); })
       .def("enter_adapter", [](PlanBuilder& b, int adapter) { b.plan.enter_adapter(adapter); })
       .def("leave_adapter", [](PlanBuilder& b) { b.plan.leave_adapter(); })
@@ -283,7 +293,8 @@ void bind_executor(nb::module_& module) {
   nb::class_<NativeStage>(module, "Stage")
       .def(nb::init<PlanBuilder&, const std::string&, nb::object>(), "plan"_a, "feature_level"_a, "pool"_a)
       .def("run", &NativeStage::run, "tokens"_a, "positions"_a, "sequence_starts"_a, "table_starts"_a, "block_tables"_a,
-           "output_rows"_a, "hidden"_a.none(), "window_tables"_a.none() = nb::none())
+           "output_rows"_a, "hidden"_a.none(), "window_tables"_a.none() = nb::none(),
+           "states"_a.none() = nb::none())
       .def(
           "set_adapters", [](NativeStage& stage, uint32_t adapters) { stage.executor.set_adapters(adapters); },
           "adapters"_a, "Adapters that the next runs compute, one bit each; steps of others are skipped.")

@@ -46,6 +46,28 @@ void check_window(const Batch& batch, int sequence, const Plan& plan) {
     check_range("window block", batch.window_tables[batch.table_starts[s] + block], 0, plan.limits.window_blocks);
 }
 
+// Each sequence's last row writes its state; rows before it may.
+void check_states(const Batch& batch, const Plan& plan) {
+  const StateTables& states = batch.states;
+  const int blocks = plan.limits.state_blocks;
+  if (states.before.size() + 1 != batch.sequence_starts.size())
+    refuse("states before sequences", static_cast<int64_t>(states.before.size()), batch.sequences());
+  if (states.starts.size() != batch.sequence_starts.size() || states.rows.size() != states.blocks.size())
+    refuse("states", static_cast<int64_t>(states.starts.size()), batch.sequences() + 1);
+  check_starts("states of sequences", states.starts, states.blocks.size(), 1);
+  for (size_t s = 0; s < states.before.size(); s++) {
+    const int begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+    if (batch.positions[begin] > 0) check_range("state block", states.before[s], 0, blocks);
+    int least = begin;
+    for (int32_t i = states.starts[s]; i < states.starts[s + 1]; i++) {
+      check_range("row of a state", states.rows[i], least, end);
+      check_range("state block", states.blocks[i], 0, blocks);
+      least = states.rows[i] + 1;
+    }
+    if (least != end) refuse("last state behind row", least - 1, end - 1);
+  }
+}
+
 }  // namespace
 
 void check_batch(const Batch& batch, const Plan& plan) {
@@ -64,6 +86,7 @@ void check_batch(const Batch& batch, const Plan& plan) {
            static_cast<int64_t>(batch.block_tables.size()));
   for (int sequence = 0; plan.window > 0 && sequence < batch.sequences(); sequence++)
     check_window(batch, sequence, plan);
+  if (plan.has_states && limits.state_blocks > 0) check_states(batch, plan);
   if (plan.vocabulary > 0 && static_cast<int64_t>(batch.tokens.size()) != rows)
     refuse("tokens", static_cast<int64_t>(batch.tokens.size()), rows);
   if (plan.vocabulary > 0)

@@ -292,7 +292,6 @@ struct Plan::Checks {
     const KvShape& shape = at(layer, plan.kv_layers, "unknown layer of KV memory");
     require(!plan.selects, "a state of the wanted rows alone");
     require(shape.state_floats == floats, "a state of another size");
-    if (shape.windowed) plan.window = std::max(plan.window, kStateWindow);
   }
 
   Access operator()(const ConvolveStep& step) const {

@@ -85,7 +85,7 @@ Stage::Stage(Plan given, const Level& level, int threads)
     : plan((require(given.result.has_value(), "a program without a result"), std::move(given))),
       level(level),
       workspace(plan, threads),
-      kv(plan.kv_layers, plan.limits.kv_blocks, plan.limits.window_blocks),
+      kv(plan.kv_layers, plan.limits),
       rotations(tables_of(plan)),
       tilings(tilings_of(plan)),
       next_matmul(next_matmul_of(plan)) {

@@ -13,6 +13,12 @@
 
 namespace llamaclust {
 
+// State blocks of a batch, where states have blocks of their own: the first row of sequence s reads block before[s]
+// unless its position is 0; for i in starts[s] .. starts[s + 1], the state behind row rows[i] is written to blocks[i].
+struct StateTables {
+  std::span<const int32_t> before, starts, rows, blocks;
+};
+
 // One microbatch as run() is given it.
 // Rows sequence_starts[s] .. sequence_starts[s + 1] belong to sequence s, at consecutive positions; position p lives in
 // KV block block_tables[table_starts[s] + p / 16], and in windowed layers in window_tables[the same], which is -1 where
@@ -26,6 +32,7 @@ struct Batch {
   std::span<const int32_t> window_tables;  // empty where no layer is windowed
   std::span<const int32_t> output_rows;
   const float* hidden;  // [rows][hidden width]; null where the stage reads none
+  StateTables states = {};
 
   int rows() const { return static_cast<int>(positions.size()); }
   int sequences() const { return static_cast<int>(sequence_starts.size()) - 1; }

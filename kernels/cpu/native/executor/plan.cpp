@@ -34,6 +34,7 @@ Plan::Plan(const Limits& limits) : limits(limits) {
           "max_context_tokens must be 1 to 2^24");
   require(limits.kv_blocks > 0 && limits.kv_blocks <= 1 << 26, "kv_blocks must be 1 to 2^26");
   require(limits.window_blocks >= 0 && limits.window_blocks <= 1 << 26, "window_blocks must be 0 to 2^26");
+  require(limits.state_blocks >= 0 && limits.state_blocks <= 1 << 26, "state_blocks must be 0 to 2^26");
 }
 
 const Buffer& Plan::buffer(BufferId id) const {
@@ -65,10 +66,10 @@ int Plan::add_kv_layer(const KvShape& shape) {
   return static_cast<int>(kv_layers.size()) - 1;
 }
 
-int Plan::add_state(int floats, bool windowed) {
+int Plan::add_state(int floats) {
   require(floats > 0 && floats <= kMaxStateFloats, "a state of no or too many numbers");
-  require(!windowed || limits.window_blocks > 0, "a windowed layer without blocks");
-  kv_layers.push_back({.kv_heads = 0, .head_dim = 0, .type = KvType::F16, .windowed = windowed, .state_floats = floats});
+  kv_layers.push_back({.kv_heads = 0, .head_dim = 0, .type = KvType::F16, .state_floats = floats});
+  has_states = true;
   return static_cast<int>(kv_layers.size()) - 1;
 }
 

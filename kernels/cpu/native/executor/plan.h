@@ -22,13 +22,14 @@ struct Limits {
   int max_context_tokens;
   int kv_blocks;
   int window_blocks = 0;  // of windowed layers; 0: there are none
+  int state_blocks = 0;   // of states; 0: they are in KV blocks
 };
 
 // std::invalid_argument where a program does not hold together.
 void require(bool holds, const char* what);
 
-// What a layer keeps in each KV block: keys and values of its positions, or where there are `state_floats`, the state
-// behind the last of its positions that are computed.
+// What a layer keeps in each KV block: keys and values of its positions, or where there are `state_floats`, a state; in
+// KV blocks that is the one behind the last of its positions that are computed.
 struct KvShape {
   int kv_heads;
   int head_dim;
@@ -39,7 +40,11 @@ struct KvShape {
   size_t piece_bytes() const { return kv_piece_bytes(type, head_dim, latent); }
 };
 
-inline constexpr int kStateWindow = 2;  // a row reads the state that the row before it left
+// Blocks of a layer of this shape.
+inline int block_count(const KvShape& shape, const Limits& limits) {
+  if (shape.state_floats > 0 && limits.state_blocks > 0) return limits.state_blocks;
+  return shape.windowed ? limits.window_blocks : limits.kv_blocks;
+}
 
 // Bytes that one block costs in a layer of this shape.
 inline size_t kv_block_bytes(const KvShape& shape) {
@@ -279,7 +284,7 @@ class Plan {
   BufferId add_buffer(const Buffer& buffer);
   int add_rotation(RotationAngles angles);
   int add_kv_layer(const KvShape& shape);
-  int add_state(int floats, bool windowed);  // a layer of KV memory, too
+  int add_state(int floats);  // a layer of KV memory, too
   void add(Step step);
   // Products and their sums that are added in between are skipped by runs without the adapter.
   void enter_adapter(int adapter);
@@ -300,6 +305,7 @@ class Plan {
   int vocabulary = 0;    // > 0: an embed step reads token ids below it
   int hidden_width = 0;  // > 0: an input step reads a hidden state of that width
   int window = 0;        // the largest one of windowed layers
+  bool has_states = false;
   bool selects = false;  // the result has lines for the wanted rows only
 
  private:

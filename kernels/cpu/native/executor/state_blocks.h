@@ -7,42 +7,54 @@
 
 namespace llamaclust {
 
-// Where one sequence of a batch has a state: it is read behind the row before its first one, and written at the end of
-// each block that its rows reach.
+// Where one sequence of a batch has a state: it is read behind the row before its first one, and written behind some of
+// its rows, the last one among them. In state blocks the batch says which; in KV blocks those are the last row in each.
 class StateBlocks {
  public:
   StateBlocks(const Worker& worker, int layer, int sequence)
       : begin(worker.batch_.sequence_starts[index(sequence)]),
         end(worker.batch_.sequence_starts[index(sequence) + 1]),
-        first_(worker.batch_.positions[index(begin)]),
+        batch_(worker.batch_),
+        sequence_(index(sequence)),
+        first_(batch_.positions[index(begin)]),
         floats_(index(worker.stage_.plan.kv_layers[index(layer)].state_floats)),
-        memory_(reinterpret_cast<float*>(worker.stage_.kv.layer(layer))) {
-    const Batch& batch = worker.batch_;
-    const bool windowed = worker.stage_.plan.kv_layers[index(layer)].windowed;
-    table_ = (windowed ? batch.window_tables : batch.block_tables).data() + batch.table_starts[index(sequence)];
-  }
+        memory_(reinterpret_cast<float*>(worker.stage_.kv.layer(layer))),
+        has_blocks_(worker.stage_.plan.limits.state_blocks > 0) {}
 
   // Null at the beginning of a sequence.
-  const float* before() const { return first_ == 0 ? nullptr : at((first_ - 1) / kKvBlockTokens); }
+  const float* before() const {
+    if (first_ == 0) return nullptr;
+    return at(has_blocks_ ? batch_.states.before[sequence_] : kv_block((first_ - 1) / kKvBlockTokens));
+  }
 
-  // Calls f(row, state) for the last row in each block.
+  // Calls f(row, state) for the rows behind which the state is written, in ascending order; the last state may be where
+  // `before` was.
   template <typename F>
   void each_end(F f) const {
+    if (has_blocks_) {
+      const StateTables& states = batch_.states;
+      for (int32_t i = states.starts[sequence_]; i < states.starts[sequence_ + 1]; i++)
+        f(static_cast<int>(states.rows[index(i)]), at(states.blocks[index(i)]));
+      return;
+    }
     const int last = first_ + (end - begin) - 1;
     for (int block = first_ / kKvBlockTokens; block <= last / kKvBlockTokens; block++)
-      f(begin + std::min(last, block * kKvBlockTokens + kKvBlockTokens - 1) - first_, at(block));
+      f(begin + std::min(last, block * kKvBlockTokens + kKvBlockTokens - 1) - first_, at(kv_block(block)));
   }
 
   const int begin, end;  // rows
 
  private:
   static size_t index(int id) { return static_cast<size_t>(id); }
-  float* at(int block) const { return memory_ + index(table_[block]) * floats_; }
+  float* at(int block) const { return memory_ + index(block) * floats_; }
+  int kv_block(int number) const { return batch_.block_tables[index(batch_.table_starts[sequence_] + number)]; }
 
+  const Batch& batch_;
+  const size_t sequence_;
   const int first_;  // position
   const size_t floats_;
   float* const memory_;
-  const int32_t* table_;
+  const bool has_blocks_;
 };
 
 }  // namespace llamaclust

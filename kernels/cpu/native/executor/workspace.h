@@ -81,10 +81,10 @@ SpanSums span_sums_at(float* memory, int queries);
 class KvCache {
  public:
   KvCache() = default;
-  KvCache(const std::vector<KvShape>& layers, int blocks, int window_blocks) {
+  KvCache(const std::vector<KvShape>& layers, const Limits& limits) {
     Layout layout;
     for (const KvShape& shape : layers)
-      offsets_.push_back(layout.add(kv_block_bytes(shape) * (shape.windowed ? window_blocks : blocks)));
+      offsets_.push_back(layout.add(kv_block_bytes(shape) * static_cast<size_t>(block_count(shape, limits))));
     memory_ = Memory(layout.bytes());
   }
 

@@ -1,0 +1,106 @@
+"""State blocks: each running sequence has one that its rows update, and the prefix cache has checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+
+from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
+from llamaclust.cluster.scheduler.sequences import Sequence
+from llamaclust.model.program import KV_BLOCK_TOKENS
+
+
+class KvStates:
+    """A block is the state behind one position. Rows read the one behind the position before them, and the state behind
+    a chunk's last row is written where it was read, or if others may go on from that, to another block.
+
+    A checkpoint is a block that is registered by the key of the KV block that ends at its position, every `span`
+    positions and where a prompt's last full KV block ends. It is never written again. Sequences begin at checkpoints
+    alone. There may be too few blocks for checkpoints, but a sequence that has begun always finds one for its rows.
+
+    Blocks that a microbatch reads are released when it is made: rows of other sequences in it must not overwrite them.
+    """
+
+    def __init__(self, span: int, cache: PrefixCache) -> None:
+        self.blocks = cache.blocks
+        self._span = span
+        self._cache = cache
+        self._lacking = 0  # sequences that have begun and have no block for their next rows
+        self._used: list[int] = []  # by the microbatch that is being made
+
+    def usable(self, keys: Items[bytes], found: int) -> int:
+        """How many of the first `found` KV blocks can be shared: up to a checkpoint."""
+        return next((end for end in range(found, 0, -1) if self.blocks.is_idle(keys[end - 1]) is not None), 0)
+
+    def can_begin(self, sequences: int, checkpoint: bytes | None = None) -> bool:
+        """Whether so many can begin, one of them at a checkpoint."""
+        is_taken = checkpoint is not None and self.blocks.is_idle(checkpoint) is True
+        return self.blocks.available - is_taken >= self._lacking + sequences
+
+    def begin(self, sequence: Sequence, shared: int) -> None:
+        """Its first `shared` KV blocks are filled by other sequences."""
+        states = sequence.states
+        states.is_begun = True
+        states.read = self.blocks.acquire(sequence.block_keys[shared - 1]) if shared else None
+        self._lacking += 1
+
+    def reserve(self, sequence: Sequence, rows: int) -> None:
+        """Takes blocks for what so many next rows write."""
+        states = sequence.states
+        if states.own is None:
+            states.own = self.blocks.take()
+            self._lacking -= 1
+        start = sequence.scheduled
+        states.marks += [(place, self.blocks.take()) for place in self._checkpoints(sequence, start + 1, start + rows)]
+
+    def filled(self, sequence: Sequence) -> None:
+        """The next rows are in the microbatch that is being made, and scheduled."""
+        states = sequence.states
+        for position, block in states.marks:
+            self._register(sequence, position, block)
+            self._used.append(block)
+        states.marks.clear()
+        self._register_last(sequence)
+        if states.read is not None and states.read != states.own:
+            self._used.append(states.read)
+        states.read = states.own
+        if any(self._checkpoints(sequence, sequence.scheduled, sequence.scheduled + 1)):
+            states.own, states.unregistered = None, sequence.scheduled
+            self._lacking += 1
+            self._register_last(sequence)
+
+    def end_microbatch(self) -> None:
+        if self._used:
+            self.blocks.release(self._used)
+            self._used.clear()
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes all blocks from a sequence."""
+        states = sequence.states
+        if states.is_begun:
+            self._lacking -= states.own is None
+            self.blocks.release(states.clear())
+
+    def _checkpoints(self, sequence: Sequence, start: int, end: int) -> Iterator[int]:
+        """Positions in [start, end) behind which states are kept, while there are blocks beside those of rows."""
+        if not self._cache.is_enabled:
+            return
+        last = (sequence.prompt_length - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
+        places = {
+            *range(-(-start // self._span) * self._span, end, self._span),
+            *((last,) if start <= last < end else ()),
+        }
+        for position in sorted(places):
+            if position and self.blocks.available > self._lacking:
+                yield position
+
+    def _register_last(self, sequence: Sequence) -> None:
+        """A checkpoint at the end of a chunk is known by its tokens, the last of which may still be to be sampled."""
+        states = sequence.states
+        if states.unregistered is not None and states.read is not None and states.unregistered <= len(sequence.tokens):
+            self._register(sequence, states.unregistered, states.read)
+            states.unregistered = None
+
+    def _register(self, sequence: Sequence, position: int, block: int) -> None:
+        number = position // KV_BLOCK_TOKENS - 1
+        self._cache.register(sequence.block_keys, sequence.tokens, [block], number, number + 1, number)

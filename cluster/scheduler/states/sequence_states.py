@@ -1,0 +1,30 @@
+"""State blocks of one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class SequenceStates:
+    """What its next rows read and write; all blocks are held by it."""
+
+    is_begun: bool = False  # it runs, and may hold blocks
+    read: int | None = None  # has the state behind the rows that are scheduled; None: there are none
+    own: int | None = None  # gets the state behind the next rows; may be `read`, and is never shared
+    marks: list[tuple[int, int]] = field(default_factory=list)  # (position, block): states behind some rows before
+    unregistered: int | None = None  # the position of `read` where that is a checkpoint whose last token is not known
+
+    def of_chunk(self, position: int, rows: int) -> tuple[int | None, tuple[int, ...]]:
+        """`Chunk.state_from` and `Chunk.state_to` of the next rows."""
+        if self.own is None:
+            return None, ()
+        ends = [(place - position, block) for place, block in self.marks] + [(rows, self.own)]
+        return self.read, tuple(number for end in ends for number in end)
+
+    def clear(self) -> set[int]:
+        """It holds nothing; the blocks that it held."""
+        held = {block for block in (self.read, self.own, *(block for _, block in self.marks)) if block is not None}
+        self.is_begun, self.read, self.own, self.unregistered = False, None, None, None
+        self.marks.clear()
+        return held

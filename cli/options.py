@@ -64,6 +64,9 @@ class FileCommand(PlainCommand):
         """UsageError for a worker's option."""
         for word, following in zip_longest(args, args[1:], fillvalue=""):
             option, _, value = word.partition("=")
+            if option in ("--cpu-moe", "-cmoe", "--n-cpu-moe", "-ncmoe"):
+                count = "all" if option in ("--cpu-moe", "-cmoe") else value or following or "..."
+                raise UsageError(f"{option}: is `cpu_moe` in the cluster file: --set cpu_moe={count}")
             if key := _KEYS.get(option):
                 told = f"--set workers.0.{key}={value or following or '...'}"
                 raise UsageError(f"{option}: is a key of a worker here, `{key}` in the cluster file: {told}")

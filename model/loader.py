@@ -74,11 +74,20 @@ class LayerCost:
     window: int | None = None  # of its attention
     window_bytes_per_token: int = 0  # of `kv_bytes_per_token`, what is given up behind the window
     kv_source: int | None = None  # the layer whose keys and values it reads, if it has none of its own
+    expert_bytes: int = 0  # of `weight_bytes`, router and experts
+    expert_macs_per_token: int = 0
 
     def touched_bytes(self, rows: int) -> float:
         """Weights that a step of so many rows reads. Rows are taken to choose experts independently and evenly: of E
         experts, of which each row uses u, an expected E * (1 - (1 - u / E) ** rows) are read."""
-        return self.weight_bytes - self.idle_bytes * self.idle_share ** (rows - 1)
+        return self.weight_bytes - self._idle_bytes(rows)
+
+    def touched_expert_bytes(self, rows: int) -> float:
+        """Of these, router and experts."""
+        return self.expert_bytes - self._idle_bytes(rows)
+
+    def _idle_bytes(self, rows: int) -> float:
+        return self.idle_bytes * self.idle_share ** (rows - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +280,7 @@ def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
     """Of a program of one layer, without the embedding and the head of a first or last stage."""
     before_head = takewhile(partial(_is_before_head, program), program.steps)
     steps = [step for step in before_head if not isinstance(step, Embed | AddPosition | AddRow)]
+    mixtures = [step for step in steps if isinstance(step, Moe)]
     return LayerCost(
         weight_bytes=_weight_bytes(tensors, steps),
         macs_per_token=_all_macs(steps),
@@ -283,6 +293,8 @@ def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
         float_macs_per_token=_float_macs(tensors, steps),
         used_file_bytes=_weight_bytes(tensors, steps, _file_bytes) - _idle_bytes(tensors, steps, _file_bytes),
         kv_source=next((step.layer for step in steps if isinstance(step, Attention) and step.shares_kv), None),
+        expert_bytes=_weight_bytes(tensors, mixtures),
+        expert_macs_per_token=_all_macs(mixtures),
     )
 
 

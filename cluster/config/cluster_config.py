@@ -99,6 +99,8 @@ class ClusterConfig(Section):
     """What an automatic plan is good at: one request's speed, or many requests' together."""
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
     """Type of activations between workers; f32 is exact."""
+    cpu_moe: Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)] = None
+    """So many first layers, or all, have their experts in RAM beside a GPU; auto: as the plan is fastest."""
     kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
     """Type of keys and values in KV memory; q8_0 takes about half of f16's, and gives slightly other answers."""
     kv_memory: Annotated[Size | None, OrAuto()] = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
@@ -201,13 +202,14 @@ class OrAuto:
 
 
 class OrWord:
-    """Marks an optional section that a word may stand for: without keys."""
+    """Marks an optional field or section that a word may stand for: a value, or a section without keys."""
 
-    def __init__(self, word: str) -> None:
+    def __init__(self, word: str, value: Any = MappingProxyType({})) -> None:
         self._word = word
+        self._value = dict(value) if isinstance(value, Mapping) else value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        read: Callable[[Any], Any] = lambda value: {} if value == self._word else value  # noqa: E731
+        read: Callable[[Any], Any] = lambda value: self._value if value == self._word else value  # noqa: E731
         return core_schema.no_info_before_validator_function(read, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

@@ -65,6 +65,8 @@ def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResource
         partitions=resources.partitions,
         max_batch_tokens=max_batch_tokens(config),
         rounding=rounding_of(model),
+        rest_rounding=rounding_of(model, experts=False),
+        cpu_moe=config.cpu_moe,
     )
     plan = _plan(model.costs(config.kv_type), _worker_facts(config, resources), request)
     if len(plan.stages) > MAX_STAGES:

@@ -25,11 +25,13 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
     return bytes_at
 
 
-def rounding_of(model: Model) -> Rounding:
-    """Of stages of the model: the first layer is there with the embedding, the last one with the head."""
+def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
+    """Of stages of the model, with their experts or without: the first layer is there with the embedding, the last one
+    with the head."""
 
     @cache
     def table(device: str) -> Counts:
-        return sums(weight_rounding_bytes(model, layer, layer + 1, device) for layer in range(model.layer_count))
+        layers = range(model.layer_count)
+        return sums(weight_rounding_bytes(model, layer, layer + 1, device, experts=experts) for layer in layers)
 
     return table

@@ -19,6 +19,12 @@ Counts = NDArray[np.int64]
 Table = NDArray[np.float64]
 
 
+_EXCHANGE_S = 50e-6
+"""Two waits for a GPU and two copies; an assumption, since no GPU was there to measure it."""
+_EXCHANGE_BYTE_S = 1 / 12e9
+"""PCIe 3.0 with 16 lanes, a common one; likewise."""
+
+
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
     """A GPU of a worker as the planner sees it; None where unknown."""
@@ -57,6 +63,7 @@ class StageCosts:
     window_token_bytes: Counts  # of it, that of layers with a window
     window: int | None  # the largest one
     possible: NDArray[np.bool_]  # stages whose layers read keys and values of their own stage
+    expert_bytes: Counts  # of weights: routers and experts
     _each: tuple[LayerCost, ...]
     _head: Counts  # weights of the head where a stage has it; prefill does not need it
     _macs: Counts
@@ -78,6 +85,7 @@ class StageCosts:
             window_token_bytes=sums(layer.window_bytes_per_token for layer in costs.layers),
             window=costs.window,
             possible=_possible(costs),
+            expert_bytes=sums(layer.expert_bytes for layer in costs.layers),
             _each=costs.layers,
             _head=head,
             _macs=macs + last * costs.head_macs,
@@ -90,6 +98,10 @@ class StageCosts:
     def touched_bytes(self, start: int, end: int) -> int:
         """Weights that a token of one sequence reads."""
         return round(float((self._touched(1) + self._head)[start, end]))
+
+    def touched_expert_bytes(self, start: int, end: int) -> int:
+        """Of these, routers and experts."""
+        return round(sum(layer.touched_expert_bytes(1) for layer in self._each[start:end]))
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
         """One microbatch that decodes a token of each of `rows` sequences; `concurrent`: other stages of the machine
@@ -117,6 +129,20 @@ class StageCosts:
             point = at_rows(times, rows)
             return self._prefilled(rows) * point.layers_byte_s + point.stage_s
         return _roofline_s(worker.profile, self._touched(rows), rows * self._layers_macs)
+
+    def experts_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
+        """What routers and experts of all stages take of a step of so many rows."""
+        assert worker.profile is not None
+        touched = _float_sums(layer.touched_expert_bytes(rows) for layer in self._each)
+        if times := worker.profile.step_times(concurrent=concurrent):
+            return touched * at_rows(times, rows).layers_byte_s
+        return _roofline_s(worker.profile, touched, rows * sums(layer.expert_macs_per_token for layer in self._each))
+
+    def exchange_table(self, rows: int) -> Table:
+        """What mixtures of all stages take of such a step to bring their input to another device, and the sum back."""
+        each_s = _EXCHANGE_S + _EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
+        seconds: Table = _float_sums(float(layer.expert_bytes > 0) for layer in self._each) * each_s
+        return seconds
 
     def _touched(self, rows: int) -> Table:
         """Bytes of layers that a step of so many rows reads."""

@@ -1,17 +1,28 @@
 """Division of a stage among the devices of its worker: the last layers go to its GPUs, as many as fit there or as the
-user set, the others to its processor."""
+user set, the others to its processor. Of mixtures of experts, layers on a GPU may have their experts in RAM."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.cluster.planner.costs import Counts, Table, WorkerFacts
 
-Held = tuple[WorkerFacts, int, int]
-"""Layers [start, end) on a worker's device, which is here a worker of its own."""
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Layers [start, end) on a worker's device, which is here a worker of its own."""
+
+    device: WorkerFacts
+    start: int
+    end: int
+    cpu_moe_end: int = 0  # experts of layers before it are in RAM; 0: none
+    is_experts: bool = False  # only these, of a GPU's layers
 
 
 def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
@@ -34,43 +45,95 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """Of stages of all layers [start, end): device number i holds [bounds[i], bounds[i + 1])."""
+    """Of stages of all layers [start, end): device number i holds [bounds[i], bounds[i + 1]), without the experts of
+    [bounds[i], moe_ends[i])."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # tables by start and end
+    moe_ends: tuple[Counts, ...]  # likewise, bounds[i] at least
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
-        """The devices that hold layers of a stage."""
+        """The devices that hold layers of a stage; experts in RAM last."""
         at = [int(table[start, end]) for table in self.bounds]
-        held = zip(self.devices, at, at[1:], strict=False)
-        return tuple((device, begin, until) for device, begin, until in held if begin < until)
+        ends = [int(table[start, end]) for table in self.moe_ends]
+        parts = [
+            Held(device, begin, until, moe_end if moe_end > begin else 0)
+            for device, begin, until, moe_end in zip(self.devices, at, at[1:], ends, strict=False)
+            if begin < until
+        ]
+        apart = [Held(self.devices[0], part.start, part.cpu_moe_end, is_experts=True) for part in parts]
+        return (*parts, *(part for part in apart if part.end))
+
+    def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
+        """(device, start, end, where its experts begin) of all stages."""
+        yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def sums(self, table: Callable[[WorkerFacts], Table]) -> Table:
-        """What `table` has of each device for the layers that it holds, together."""
+        """What `table` has of each device for the layers that it holds, together; experts count where their layer
+        is."""
         total: Table = np.where(self.bounds[0] < self.bounds[-1], 0.0, np.inf)
-        for device, begin, until in zip(self.devices, self.bounds, self.bounds[1:], strict=False):
+        for device, begin, until, _ in self.parts():
             total += np.where(begin < until, table(device)[begin, until], 0.0)
         return total
 
+    def moved(self, experts: Callable[[WorkerFacts], Table], exchange: Table) -> Table:
+        """What changes by experts that are in RAM: `experts` has their part of `table`, `exchange` what it takes to
+        bring their inputs there."""
+        total: Table = np.zeros_like(exchange)
+        processor = experts(self.devices[0]) + exchange
+        for device, begin, _, moe_end in self.parts():
+            total += np.where(begin < moe_end, (processor - experts(device))[begin, moe_end], 0.0)
+        return total
 
-def divide(worker: WorkerFacts, layers: int, missing: Callable[[WorkerFacts], Table]) -> Division:
-    """`missing`: the bytes that a device lacks for layers [start, end). Where the user says how many layers the GPUs
-    hold, the first GPU has to take what is left of these."""
+    def where(self, other: Division, is_other: Flags) -> Division:
+        """With the other's bounds for those stages."""
+        bounds = (np.where(is_other, *pair) for pair in zip(other.bounds, self.bounds, strict=True))
+        ends = (np.where(is_other, *pair) for pair in zip(other.moe_ends, self.moe_ends, strict=True))
+        return Division(self.devices, tuple(bounds), tuple(ends))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceNeeds:
+    """Bytes of stages on a device."""
+
+    excess: Table  # needed beyond its memory with whole layers, by start and end
+    experts: Counts  # needed less where the experts of the first n layers are in RAM, by n
+
+    def first_moe_end(self) -> Counts:
+        """By start and end: the fewest layers from the start on whose experts have to be in RAM."""
+        starts = np.arange(len(self.experts))[:, np.newaxis]
+        found: Counts = np.searchsorted(self.experts, self.excess + self.experts[:, np.newaxis])
+        return np.maximum(found, starts)
+
+
+def divide(
+    worker: WorkerFacts, layers: int, needs: Callable[[WorkerFacts], DeviceNeeds], cpu_moe: int | None = 0
+) -> Division:
+    """Experts of the first `cpu_moe` layers are in RAM; None: of as many layers as the first GPU has no room for.
+    Where the user says how many layers the GPUs hold, the first GPU has to take what is left of these."""
     devices = devices_of(worker)
     starts, ends = np.indices((layers + 1, layers + 1))
     wanted = layers if worker.gpu_layers is None else worker.gpu_layers
     least = np.maximum(starts, ends - wanted)
     bounds: list[Counts] = [ends]
+    moe_ends: list[Counts] = []
     for index in range(len(devices) - 1, 0, -1):
+        need = needs(devices[index])
+        is_open = cpu_moe is None and index == 1
+        moe_end = need.first_moe_end() if is_open else np.clip(0 if cpu_moe is None else cpu_moe, starts, ends)
+        moe_end = np.minimum(moe_end, ends)
+        moe_end = np.where(need.experts[moe_end] > need.experts[starts], moe_end, starts)
+        freed = need.experts[moe_end] - need.experts[starts]
         if index == 1 and worker.gpu_layers is not None:
             bounds.append(np.minimum(least, bounds[-1]))
         else:
-            first = _first_that_fits(missing(devices[index]) == 0)
+            first = _first_that_fits((need.excess - freed <= 0) & (starts < ends))
             bounds.append(np.minimum(np.maximum(least, first[bounds[-1]]), bounds[-1]))
-    return Division(devices, (starts, *reversed(bounds)))
+        moe_ends.append(moe_end[bounds[-1], bounds[-2]])
+    return Division(devices, (starts, *reversed(bounds)), (starts, *reversed(moe_ends)))
 
 
-def _first_that_fits(fits: np.ndarray[tuple[int, int], np.dtype[np.bool_]]) -> Counts:
+def _first_that_fits(fits: Flags) -> Counts:
     """By the end of a range of layers, where the longest one begins that fits; the end where none does."""
     ends = np.arange(len(fits))
     first: Counts = np.where(fits.any(axis=0), fits.argmax(axis=0), ends)

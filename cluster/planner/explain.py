@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Table, WorkerFacts
-from llamaclust.cluster.planner.devices import devices_of
+from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.memory import MemoryModel, Split
 from llamaclust.cluster.planner.plan import IdleWorker
 from llamaclust.cluster.planner.search import least_total
@@ -30,9 +30,11 @@ def split_memory_error(sizes: MemoryModel, split: Split) -> InsufficientMemoryEr
 
 
 def _lacking(sizes: MemoryModel, split: Split) -> Iterator[str]:
-    for worker, start, end in split:
-        stage, given = f"worker {worker.name!r}: layers [{start}, {end}) need", sizes.request.kv_memory_bytes
-        parts, context_bytes = sizes.parts(worker, start, end, 1), sizes.context_bytes(start, end)
+    for held in split:
+        worker, start, end, given = held.device, held.start, held.end, sizes.request.kv_memory_bytes
+        what = f"{'experts of ' if held.is_experts else ''}layers [{start}, {end})"
+        stage, parts = f"worker {worker.name!r}: {what} need", sizes.parts(held, 1)
+        context_bytes = 0 if held.is_experts else sizes.context_bytes(start, end)
         if given is not None and context_bytes > given:
             yield f"{stage} {missing({'KV memory': context_bytes}, given, 'kv_memory is {} MiB')}"
         elif worker.memory_bytes is not None and sum(parts.values()) > worker.memory_bytes:
@@ -95,7 +97,7 @@ def _reason(sizes: MemoryModel, worker: WorkerFacts, used: Collection[str], cont
         return f"it and {', '.join(others)} cannot reach each other"
     layers, stages = sizes.stages.layers, len(used)
     open_to = range(layers) if stages > 1 else (0, layers - 1)  # beside one other worker, it is the first or the last
-    least = min(sum(sizes.parts(worker, layer, layer + 1, contexts).values()) for layer in open_to)
+    least = min(sum(sizes.parts(Held(worker, layer, layer + 1), contexts).values()) for layer in open_to)
     rooms = [device.memory_bytes for device in devices_of(worker)]
     room = max(least if memory_bytes is None else memory_bytes for memory_bytes in rooms)
     if room < least:

@@ -63,7 +63,9 @@ def _stage_lines(stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
     """One for the stage, then one for each device of a worker with GPUs."""
     yield f"  {stage.worker}: {_sizes(stage)}, {_number(decode_ms)} ms/token"
     for part in stage.devices:
-        yield f"    {part.device}: {_sizes(part)}"
+        what = "experts of " if part.is_experts else ""
+        apart = f", experts of [{part.start}, {part.cpu_moe_end}) in RAM" if part.cpu_moe_end else ""
+        yield f"    {part.device}: {what}{_sizes(part)}{apart}"
 
 
 def _sizes(held: HeldLayers) -> str:

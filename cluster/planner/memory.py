@@ -5,12 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts
-from llamaclust.cluster.planner.devices import Division, Held, divide
+from llamaclust.cluster.planner.devices import DeviceNeeds, Division, Held, devices_of, divide
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.scheduler.kv_groups import StateGroup, WindowGroup, state_group, window_group
@@ -35,8 +36,8 @@ Rounding = Callable[[str], Counts | int]
 same for all. It is to remember likewise."""
 
 
-Split = Sequence[tuple[WorkerFacts, int, int]]
-"""Stages in order: layers [start, end) on a worker."""
+Split = Sequence[Held]
+"""What devices hold of all stages, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class PlanRequest:
     partitions: Pairs = frozenset()  # pairs that cannot reach each other: not adjacent
     max_batch_tokens: int = 0  # of a microbatch
     rounding: Rounding = lambda device: 0
+    rest_rounding: Rounding = lambda device: 0  # of layers without their experts
+    cpu_moe: int | None = 0  # so many first layers have their experts in RAM beside a GPU; None: the fastest choice
 
     @property
     def context_blocks(self) -> int:
@@ -67,11 +70,11 @@ class MemoryModel:
     stages: StageCosts
     request: PlanRequest
 
-    def workspace_bytes(self, worker: WorkerFacts, start: int, end: int) -> int:
-        """What a stage takes beside weights and KV memory."""
-        rounding = self.request.rounding(worker.device)
-        of_weights = rounding if isinstance(rounding, int) else int(rounding[start, end])
-        return self._workspace_to(worker, end) + of_weights
+    def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe_end: int = 0) -> int:
+        """What a stage takes beside weights and KV memory, without the experts of layers before `cpu_moe_end`."""
+        middle = max(start, cpu_moe_end)
+        rest, whole = self.request.rest_rounding(worker.device), self.request.rounding(worker.device)
+        return self._workspace_to(worker, end) + _at(rest, start, middle) + _at(whole, middle, end)
 
     def _workspace_to(self, worker: WorkerFacts, end: int) -> int:
         place = StagePlace(worker.threads, self.request.context_length, end == self.stages.layers, worker.device)
@@ -122,54 +125,113 @@ class MemoryModel:
         """KV memory of whole contexts."""
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
-    def parts(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> Mapping[str, int]:
-        """What the stage takes, with KV memory for that many whole contexts as far as the given KV memory goes."""
+    def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
+        """What it takes, with KV memory for that many whole contexts as far as the given KV memory goes."""
+        device, start, end = held.device, held.start, held.end
+        if held.is_experts:
+            return {"weights": self.weight_bytes(held), "workspace": self._workspace_to(device, end - 1)}
         kv, given = self.context_bytes(start, end, contexts) if contexts else 0, self.request.kv_memory_bytes
         return {
-            "weights": self.stages.weight_bytes(start, end),
+            "weights": self.weight_bytes(held),
             "KV memory": kv if given is None else min(kv, given),
-            "workspace": self.workspace_bytes(worker, start, end),
+            "workspace": self.workspace_bytes(device, start, end, held.cpu_moe_end),
         }
+
+    def weight_bytes(self, held: Held) -> int:
+        start, end, experts = held.start, held.end, self.stages.expert_bytes
+        if held.is_experts:
+            return int(experts[start, end])
+        return self.stages.weight_bytes(start, end) - int(experts[start, max(start, held.cpu_moe_end)])
 
     def kv_blocks(self, split: Split) -> int:
         """Blocks that every stage has room for: at most what all sequences at their longest take, unless the KV memory
         is given."""
         most = self.request.context_blocks * self.request.max_sequences
-        return min((self._stage_blocks(worker, start, end, most) for worker, start, end in split), default=0)
+        beside = {id(held.device): 0 for held in split}
+        for held in split:
+            if held.is_experts:
+                beside[id(held.device)] += sum(self.parts(held, 0).values())
+        return min((self._held_blocks(held, beside[id(held.device)], most) for held in split), default=0)
 
-    def _stage_blocks(self, worker: WorkerFacts, start: int, end: int, most: int) -> int:
-        given = self.request.kv_memory_bytes
-        if worker.memory_bytes is None:
-            return most if given is None else self._blocks_in(start, end, given, MAX_KV_BLOCKS)
-        left = worker.memory_bytes - sum(self.parts(worker, start, end, 0).values())
+    def _held_blocks(self, held: Held, beside_bytes: int, most: int) -> int:
+        """`beside_bytes`: of experts on the same device."""
+        given, memory_bytes = self.request.kv_memory_bytes, held.device.memory_bytes
+        if held.is_experts:
+            return MAX_KV_BLOCKS if memory_bytes is None or beside_bytes <= memory_bytes else 0
+        if memory_bytes is None:
+            return most if given is None else self._blocks_in(held.start, held.end, given, MAX_KV_BLOCKS)
+        left = memory_bytes - beside_bytes - sum(self.parts(held, 0).values())
         if given is not None:
-            return self._blocks_in(start, end, min(given, left), MAX_KV_BLOCKS)
-        least = min(self.context_bytes(start, end), left)
-        return self._blocks_in(start, end, max(least, left // 2), most)
+            return self._blocks_in(held.start, held.end, min(given, left), MAX_KV_BLOCKS)
+        least = min(self.context_bytes(held.start, held.end), left)
+        return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
         """Bytes that the worker's devices together lack for stages with KV memory for that many contexts, or the given
         KV memory for one; infinite where start >= end."""
-        if worker.gpus:
-            return self.over_devices(worker, contexts, lambda device: self.shortfall_table(device, contexts))
+        return self._shortfall(self.division(worker, contexts), contexts)
+
+    def _shortfall(self, division: Division, contexts: int) -> Table:
+        starts, ends = division.bounds[0], division.bounds[-1]
+        total: Table = np.where(starts < ends, 0.0, np.inf)
+        in_ram = self._in_ram(division)
+        for number, (device, begin, until, moe_end) in enumerate(division.parts()):
+            needs = self._needs(device, contexts)
+            excess = needs.excess[begin, until] - (needs.experts[moe_end] - needs.experts[begin])
+            here = begin < until
+            if number == 0 and len(division.devices) > 1:
+                alone = in_ram - (np.inf if device.memory_bytes is None else device.memory_bytes)
+                excess = np.where(here, excess + in_ram, alone)
+                here = here | (in_ram > 0)
+            total += np.where(here, np.maximum(excess, 0), 0.0)
+        return total
+
+    def _in_ram(self, division: Division) -> Table:
+        """Bytes of experts of layers on GPUs, by stage."""
+        total: Table = np.zeros(division.bounds[0].shape)
+        workspace = self._workspace_to(division.devices[0], self.stages.layers - 1)
+        for _, begin, _, moe_end in division.parts():
+            total += np.where(begin < moe_end, self.stages.expert_bytes[begin, moe_end] + workspace, 0)
+        return total
+
+    def _needs(self, device: WorkerFacts, contexts: int) -> DeviceNeeds:
         stages, given = self.stages, self.request.kv_memory_bytes
         context = self._kv_table(self.request.context_blocks)
-        missing = np.zeros_like(context) if given is None else np.maximum(context - given, 0)
-        if worker.memory_bytes is not None:
+        excess: Table = np.full(context.shape, -np.inf)
+        if device.memory_bytes is not None:
             kv = self._kv_table(contexts * self.request.context_blocks)
             kv = kv if given is None else np.minimum(kv, given)
-            workspace = [self._workspace_to(worker, end) for end in range(stages.layers + 1)]
-            held = stages.held_bytes + self.request.rounding(worker.device)
-            missing = np.maximum(missing, held + kv + workspace - worker.memory_bytes)
-        return np.where(np.triu(np.ones(missing.shape, np.bool_), 1), missing, np.inf)
+            workspace = [self._workspace_to(device, end) for end in range(stages.layers + 1)]
+            held = stages.held_bytes + self.request.rounding(device.device)
+            excess = (held + kv + workspace - device.memory_bytes).astype(np.float64)
+        if given is not None:
+            excess = np.maximum(excess, np.where(context > given, context - given, -np.inf))
+        rounding = self.request.rounding(device.device) - np.asarray(self.request.rest_rounding(device.device))
+        freed: Counts = np.where(stages.expert_bytes > 0, stages.expert_bytes + rounding, 0)[0]
+        return DeviceNeeds(excess, freed)
 
-    def _division(self, worker: WorkerFacts, contexts: int) -> Division:
-        return divide(worker, self.stages.layers, lambda device: self.shortfall_table(device, contexts))
+    def division(self, worker: WorkerFacts, contexts: int) -> Division:
+        """Of the worker's devices; where the user leaves open whether layers have their experts in RAM, the faster
+        way that fits."""
+        divided = partial(divide, worker, self.stages.layers, lambda device: self._needs(device, contexts))
+        if self.request.cpu_moe is not None or not worker.gpus or not self.stages.expert_bytes.any():
+            return divided(self.request.cpu_moe or 0)
+        whole, apart = divided(0), divided(None)
+        lacks, lacks_apart = (self._shortfall(way, contexts) for way in (whole, apart))
+        is_faster = np.ones(lacks.shape, np.bool_)
+        if all(device.profile is not None for device in devices_of(worker)):
+            is_faster = self._token_s(apart) < self._token_s(whole)
+        return whole.where(apart, (lacks_apart < lacks) | ((lacks_apart == lacks) & is_faster))
 
-    def over_devices(self, worker: WorkerFacts, contexts: int, table: Callable[[WorkerFacts], Table]) -> Table:
-        """What `table` has of the worker; with GPUs, the sum over its devices, each for the layers that it holds."""
-        return self._division(worker, contexts).sums(table) if worker.gpus else table(worker)
+    def _token_s(self, division: Division) -> Table:
+        stages = self.stages
+        moved = division.moved(lambda device: stages.experts_table(device, 1), stages.exchange_table(1))
+        return division.sums(stages.decode_table) + moved
 
     def held(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> tuple[Held, ...]:
         """Which of its devices hold which layers of a stage."""
-        return self._division(worker, contexts).held(start, end) if worker.gpus else ((worker, start, end),)
+        return self.division(worker, contexts).held(start, end) if worker.gpus else (Held(worker, start, end),)
+
+
+def _at(table: Counts | int, start: int, end: int) -> int:
+    return table if isinstance(table, int) else int(table[start, end])

@@ -37,6 +37,8 @@ class DevicePlan(HeldLayers):
     """Layers of a stage on one of its worker's devices."""
 
     device: str
+    cpu_moe_end: int = 0  # experts of layers before it are in RAM; 0: none
+    is_experts: bool = False  # of these layers only routers and experts, in RAM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,8 @@ class StagePlan(HeldLayers):
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
         """What its worker is told of that."""
-        return tuple(DeviceLayers(one.device, one.start, one.end) for one in self.devices)
+        parts = (part for part in self.devices if not part.is_experts)
+        return tuple(DeviceLayers(part.device, part.start, part.end, part.cpu_moe_end) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)

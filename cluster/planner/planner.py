@@ -13,7 +13,7 @@ be equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, violated_pair
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
-from llamaclust.cluster.planner.devices import devices_of
+from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
 from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
@@ -71,7 +71,7 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     if kv_blocks < request.context_blocks:
         raise split_memory_error(sizes, split)
     prediction = None
-    if _is_measured([worker for worker, _, _ in split]):
+    if _is_measured([part.device for part in split]):
         prompt_tokens = usual_prompt_tokens(request.context_length)
         prediction = predict(stages, parts, prompt_tokens, request.max_sequences, request.links)
     return Plan(
@@ -89,22 +89,24 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
 def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks: int) -> StagePlan:
     parts = tuple(
         DevicePlan(
-            device=device.device,
-            start=start,
-            end=end,
-            weight_bytes=sizes.stages.weight_bytes(start, end),
-            touched_bytes=sizes.stages.touched_bytes(start, end),
-            kv_bytes=sizes.kv_bytes(start, end, kv_blocks),
-            workspace_bytes=sizes.workspace_bytes(device, start, end),
-            memory_bytes=device.memory_bytes,
+            device=part.device.device,
+            start=part.start,
+            end=part.end,
+            cpu_moe_end=part.cpu_moe_end,
+            is_experts=part.is_experts,
+            weight_bytes=sizes.weight_bytes(part),
+            touched_bytes=_touched_bytes(sizes.stages, part),
+            kv_bytes=0 if part.is_experts else sizes.kv_bytes(part.start, part.end, kv_blocks),
+            workspace_bytes=sizes.parts(part, 0)["workspace"],
+            memory_bytes=part.device.memory_bytes,
         )
-        for device, start, end in stage.parts
+        for part in stage.parts
     )
     rooms = [device.memory_bytes for device in devices_of(worker)]
     return StagePlan(
         worker=worker.name,
-        start=parts[0].start,
-        end=parts[-1].end,
+        start=min(part.start for part in parts),
+        end=max(part.end for part in parts),
         weight_bytes=sum(part.weight_bytes for part in parts),
         touched_bytes=sum(part.touched_bytes for part in parts),
         kv_bytes=sum(part.kv_bytes for part in parts),
@@ -112,6 +114,13 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
         memory_bytes=None if None in rooms else sum(room or 0 for room in rooms),
         devices=parts if worker.gpus else (),
     )
+
+
+def _touched_bytes(costs: StageCosts, part: Held) -> int:
+    if part.is_experts:
+        return costs.touched_expert_bytes(part.start, part.end)
+    elsewhere = costs.touched_expert_bytes(part.start, part.cpu_moe_end) if part.cpu_moe_end else 0
+    return costs.touched_bytes(part.start, part.end) - elsewhere
 
 
 def _is_measured(workers: Sequence[WorkerFacts]) -> bool:
@@ -178,16 +187,28 @@ def _times(sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Tabl
     """(seconds of the mix of work where the stage fits, seconds of one token) of each stage on a worker."""
     stages, prompt_tokens = sizes.stages, usual_prompt_tokens(sizes.request.context_length)
     answers = _ANSWER_TOKENS / _TOGETHER
-    over = partial(sizes.over_devices, worker, contexts)
+    division = sizes.division(worker, contexts)
+
+    def over(table: Callable[[WorkerFacts], Table], experts: Callable[[WorkerFacts], Table], exchange: Table) -> Table:
+        if not worker.gpus:
+            return table(worker)
+        return division.sums(table) + division.moved(experts, exchange)
 
     def mix_of(*, concurrent: bool) -> Table:
+        prefill, decode = (
+            partial(stages.prefill_table, rows=prompt_tokens),
+            partial(stages.decode_table, rows=_TOGETHER),
+        )
+        experts = [partial(stages.experts_table, rows=rows) for rows in (prompt_tokens, _TOGETHER)]
         return over(
+            lambda device: prefill(device, concurrent=concurrent) + decode(device, concurrent=concurrent) * answers,
             lambda device: (
-                stages.prefill_table(device, prompt_tokens, concurrent=concurrent)
-                + stages.decode_table(device, _TOGETHER, concurrent=concurrent) * answers
-            )
+                experts[0](device, concurrent=concurrent) + experts[1](device, concurrent=concurrent) * answers
+            ),
+            stages.exchange_table(prompt_tokens) + stages.exchange_table(_TOGETHER) * answers,
         )
 
+    token = over(stages.decode_table, partial(stages.experts_table, rows=1), stages.exchange_table(1))
     mix = mix_of(concurrent=True)
     mix[0, stages.layers] = mix_of(concurrent=False)[0, stages.layers]  # no other stage computes then
     fits = (sizes.shortfall_table(worker, contexts) == 0) & stages.possible
@@ -196,4 +217,4 @@ def _times(sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Tabl
     others[0, stages.layers] = 0  # a stage of all layers has no links
     sent_s = others * 2 * worker.reach.byte_s * prompt_bytes  # in and out, while it computes
     hops_s = others * 2 * worker.reach.one_way_s
-    return np.where(fits, np.maximum(mix, sent_s), np.inf), over(stages.decode_table) + hops_s + _STAGE_S
+    return np.where(fits, np.maximum(mix, sent_s), np.inf), token + hops_s + _STAGE_S

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.links import COORDINATOR, Links
 from llamaclust.cluster.planner.plan import Plan, Prediction, StagePlan, StagePrediction
@@ -42,10 +43,27 @@ class StageParts:
     parts: tuple[Held, ...]
 
     def decode_s(self, costs: StageCosts, rows: int = 1, *, concurrent: bool = False) -> float:
-        return sum(costs.decode_s(*part, rows, concurrent=concurrent) for part in self.parts)
+        return sum(_held_s(costs, costs.decode_table, part, rows, concurrent=concurrent) for part in self.parts)
 
     def prefill_s(self, costs: StageCosts, rows: int, *, concurrent: bool = False) -> float:
-        return sum(costs.prefill_s(*part, rows, concurrent=concurrent) for part in self.parts)
+        return sum(_held_s(costs, costs.prefill_table, part, rows, concurrent=concurrent) for part in self.parts)
+
+
+class _StepTable(Protocol):
+    def __call__(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table: ...
+
+
+def _held_s(costs: StageCosts, table: _StepTable, held: Held, rows: int, *, concurrent: bool) -> float:
+    """What a device takes for its layers, or for experts of layers on a GPU with their way there and back."""
+    start, end, moe_end = held.start, held.end, max(held.start, held.cpu_moe_end)
+    if held.is_experts:
+        return float(
+            (costs.experts_table(held.device, rows, concurrent=concurrent) + costs.exchange_table(rows))[start, end]
+        )
+    seconds = float(table(held.device, rows, concurrent=concurrent)[start, end])
+    if moe_end > start:
+        seconds -= float(costs.experts_table(held.device, rows, concurrent=concurrent)[start, moe_end])
+    return seconds
 
 
 def predict(
@@ -72,7 +90,7 @@ def predict_again(
 ) -> Prediction | None:
     """Of a plan of before, from what is measured now. None where one of its devices is absent or was not measured."""
     split = [StageParts(stage.worker, _held(stage, workers)) for stage in plan.stages]
-    if any(not stage.parts or any(device.profile is None for device, _, _ in stage.parts) for stage in split):
+    if any(not stage.parts or any(part.device.profile is None for part in stage.parts) for stage in split):
         return None
     return predict(costs, split, plan.prompt_tokens, max_sequences, links)
 
@@ -82,10 +100,13 @@ def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, .
     if stage.worker not in workers:
         return ()
     devices = {device.device: device for device in devices_of(workers[stage.worker])}
-    layers = [(part.device, part.start, part.end) for part in stage.devices] or [("cpu", stage.start, stage.end)]
-    if any(device not in devices for device, _, _ in layers):
+    if any(part.device not in devices for part in stage.devices) or (not stage.devices and "cpu" not in devices):
         return ()
-    return tuple((devices[device], start, end) for device, start, end in layers)
+    if not stage.devices:
+        return (Held(devices["cpu"], stage.start, stage.end),)
+    return tuple(
+        Held(devices[part.device], part.start, part.end, part.cpu_moe_end, part.is_experts) for part in stage.devices
+    )
 
 
 def _ttft_s(costs: StageCosts, split: Sequence[StageParts], prompt_tokens: int, chunks: int, path: _Path) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llamaclust.core.gpus import gpu_names
 from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.split_experts import without_experts
 from llamaclust.model.loader import Model
 from llamaclust.worker.stage.stage_runner import model_program
 
@@ -24,11 +25,13 @@ def planned_workspace_bytes(
     return workspace_bytes(program, tensors, limits, threads)
 
 
-def weight_rounding_bytes(model: Model, start: int, end: int, device: str) -> int:
-    """What weights of layers [start, end) take of a device's memory beyond their bytes."""
+def weight_rounding_bytes(model: Model, start: int, end: int, device: str, *, experts: bool = True) -> int:
+    """What weights of layers [start, end), with or without `experts`, take of a device's memory beyond their bytes."""
     if not gpu_names(device):
         return 0
     from llamaclust.kernels.cuda.backend import rounded_weight_bytes
 
     program = model.program(start, end)
+    if not experts:
+        program = without_experts(program, range(start, end))
     return rounded_weight_bytes(program, model.tensors_for(program))

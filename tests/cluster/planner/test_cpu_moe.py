@@ -1,0 +1,156 @@
+"""Experts in RAM beside a GPU: what the planner puts where, to the byte, and what that should bring."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
+from llamaclust.cluster.planner.devices import Held
+from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.cluster.planner.predict import predict_again
+from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.sizes import MIB
+from llamaclust.model.loader import LayerCost, ModelCosts
+from support.plans.plan_inputs import REQUEST, profile, worker
+from support.seed import SEED
+
+EXPERTS, REST = 300 * MIB, 20 * MIB
+AUTO: PlanRequest = replace(REQUEST, max_sequences=1, cpu_moe=None)
+DENSE = LayerCost(weight_bytes=REST, macs_per_token=20_000_000, kv_bytes_per_token=1024)
+SPARSE = replace(
+    DENSE,
+    weight_bytes=REST + EXPERTS,
+    macs_per_token=40_000_000,
+    idle_bytes=EXPERTS * 7 // 8,
+    idle_share=7 / 8,
+    expert_bytes=EXPERTS,
+    expert_macs_per_token=20_000_000,
+)
+MODEL = ModelCosts(20 * MIB, 20 * MIB, 20_000_000, (DENSE, *[SPARSE] * 11), hidden_bytes=8192)
+
+
+def machine(gpu_mib: int, ram_mib: int = 10_000, gpu_layers: int | None = None) -> WorkerFacts:
+    gpu = GpuFacts("cuda:0", gpu_mib * MIB, profile(900, 30_000))
+    return replace(worker("a", ram_mib), gpus=(gpu,), gpu_layers=gpu_layers)
+
+
+def placed(plan: Plan) -> tuple[DeviceLayers, ...]:
+    (stage,) = plan.stages
+    return stage.device_layers
+
+
+def test_whole_layers_where_all_fit() -> None:
+    assert placed(make_plan(MODEL, [machine(5000)], AUTO)) == (DeviceLayers("cuda:0", 0, 12),)
+
+
+def test_attention_of_all_layers_comes_before_experts() -> None:
+    """With room for 1800 MiB, whole layers would leave six or seven of twelve on the processor."""
+    plan = make_plan(MODEL, [machine(1800)], AUTO)
+    (part,) = placed(plan)
+    assert (part.device, part.start, part.end) == ("cuda:0", 0, 12) and 6 <= part.cpu_moe_end <= 8
+    whole = make_plan(MODEL, [machine(1800)], replace(AUTO, cpu_moe=0))
+    assert placed(whole)[0].device == "cpu"
+    assert plan.prediction is not None and whole.prediction is not None
+    assert plan.prediction.token_s < whole.prediction.token_s
+
+
+def test_bytes_of_both_devices() -> None:
+    plan = make_plan(MODEL, [machine(1800)], AUTO)
+    gpu, ram = plan.stages[0].devices
+    moved = gpu.cpu_moe_end - 1
+    assert (ram.device, ram.is_experts, ram.start, ram.end) == ("cpu", True, 0, gpu.cpu_moe_end)
+    assert ram.weight_bytes == moved * EXPERTS and ram.kv_bytes == 0
+    assert gpu.weight_bytes == (20 + 20 + 12 * 20) * MIB + (11 - moved) * EXPERTS
+    assert plan.stages[0].weight_bytes == gpu.weight_bytes + ram.weight_bytes
+    assert gpu.bytes <= 1800 * MIB < gpu.bytes + EXPERTS + gpu.kv_bytes
+    assert ram.touched_bytes == pytest.approx(ram.weight_bytes / 8, rel=0.01)
+    assert gpu.touched_bytes + ram.touched_bytes == plan.stages[0].touched_bytes
+
+
+def test_too_little_memory_for_attention_of_all_layers() -> None:
+    """The first layers are on the processor as a whole then, and experts of all others in RAM."""
+    first, second = placed(make_plan(MODEL, [machine(220)], AUTO))
+    assert (first.device, first.start) == ("cpu", 0) and first.end == second.start > 0
+    assert (second.end, second.cpu_moe_end) == (12, 12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 99])
+def test_a_number_of_layers_is_obeyed(count: int) -> None:
+    """The first layer has no experts, so a rule for it alone moves nothing."""
+    (part,) = placed(make_plan(MODEL, [machine(5000)], replace(AUTO, cpu_moe=count)))
+    assert part == DeviceLayers("cuda:0", 0, 12, 0 if count == 1 else min(count, 12))
+
+
+def test_a_number_of_layers_on_gpus_is_obeyed_too() -> None:
+    first, second = placed(make_plan(MODEL, [machine(1000, gpu_layers=8)], AUTO))
+    assert first == DeviceLayers("cpu", 0, 4) and (second.start, second.end) == (4, 12) and second.cpu_moe_end > 4
+
+
+def test_ram_for_experts_may_be_short() -> None:
+    """RAM holds less than what the GPU leaves: the error has the missing MiB of both."""
+    with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
+        make_plan(MODEL, [machine(1800, ram_mib=1000)], AUTO)
+    with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
+        make_plan(MODEL, [machine(5000, ram_mib=1000)], replace(AUTO, cpu_moe=12))
+    make_plan(MODEL, [machine(5000, ram_mib=1000)], AUTO)
+
+
+def test_models_without_experts_are_placed_as_before() -> None:
+    dense = replace(MODEL, layers=(replace(DENSE, weight_bytes=300 * MIB),) * 12)
+    assert make_plan(dense, [machine(1800)], AUTO) == make_plan(dense, [machine(1800)], replace(AUTO, cpu_moe=0))
+
+
+def test_the_prediction_is_the_sum_of_both_devices() -> None:
+    """Each reads what it touches at its own speed; each mixture adds an exchange."""
+    plan, facts = make_plan(MODEL, [machine(1800)], AUTO), machine(1800)
+    gpu, ram = plan.stages[0].devices
+    assert plan.prediction is not None and facts.profile is not None
+    reads_s = gpu.touched_bytes / 900e9 + ram.touched_bytes / facts.profile.read_bytes_s
+    exchanges_s = (gpu.cpu_moe_end - 1) * (50e-6 + 2 * 8192 / 12e9)
+    assert plan.prediction.token_s == pytest.approx(reads_s + exchanges_s, rel=1e-3)
+    assert predict_again(StageCosts.of(MODEL), plan, {"a": facts}, 1, AUTO.links) == plan.prediction
+
+
+def test_the_text_and_json_say_it() -> None:
+    plan = make_plan(MODEL, [machine(1800)], AUTO)
+    end = placed(plan)[0].cpu_moe_end
+    text = "\n".join(plan_lines(plan))
+    assert f", experts of [0, {end}) in RAM" in text and f"    cpu: experts of layers [0, {end}), " in text
+    devices = plan_json(plan)["stages"][0]["devices"]
+    assert [(part["cpu_moe_end"], part["is_experts"]) for part in devices] == [(end, False), (0, True)]
+
+
+def test_random_machines_hold_every_layer_and_every_expert_once() -> None:
+    """What fits stays within the memory of each device; less memory of the GPU is never faster."""
+    draws, tried = random.Random(SEED), 0
+    for _ in range(40):
+        gpu_mib, ram_mib = draws.randint(150, 4500), draws.randint(500, 6000)
+        try:
+            plan = make_plan(MODEL, [machine(gpu_mib, ram_mib)], AUTO)
+        except InsufficientMemoryError:
+            continue
+        tried += 1
+        taken = {"cpu": 0, "cuda:0": 0}
+        for part in plan.stages[0].devices:
+            taken[part.device] += part.bytes
+        assert taken["cpu"] <= ram_mib * MIB and taken["cuda:0"] <= gpu_mib * MIB, (gpu_mib, ram_mib)
+        parts = placed(plan)
+        assert [part.start for part in parts] == [0, *(part.end for part in parts[:-1])] and parts[-1].end == 12
+        assert plan.stages[0].weight_bytes == StageCosts.of(MODEL).weight_bytes(0, 12)
+        wider = make_plan(MODEL, [machine(gpu_mib + 400, ram_mib)], AUTO)
+        assert wider.prediction is not None and plan.prediction is not None
+        assert wider.prediction.token_s <= plan.prediction.token_s * 1.0001
+    assert tried > 5
+
+
+def test_experts_take_no_kv_memory() -> None:
+    sizes = MemoryModel(StageCosts.of(MODEL), AUTO)
+    parts = sizes.parts(Held(machine(1800), 1, 3, is_experts=True), 1)
+    assert parts["weights"] == 2 * EXPERTS and set(parts) == {"weights", "workspace"}

@@ -23,6 +23,7 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.clusters.recovering import Answer, answer_of
 from support.clusters.served import until
+from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
 CONTEXT = 1024
@@ -167,5 +168,11 @@ def test_models_with_a_window_are_refused(tmp_path: Path, start: Start) -> None:
         context=CONTEXT,
         extra={"llama.attention.sliding_window": 64},
     )
-    with pytest.raises(UsageError, match=r"kv_disk: .* a window \(64 tokens\) or a state is not kept on disk"):
+    with pytest.raises(UsageError, match=r"kv_disk: .* a window \(64 tokens\) is not kept on disk"):
         replace(start, model=windowed).run((0, 6))
+
+
+def test_models_with_states_are_refused(tmp_path: Path, start: Start) -> None:
+    model = build_architecture(tmp_path / "lfm2.gguf", "lfm2")
+    with pytest.raises(UsageError, match="kv_disk: states of sequences are not kept on disk"):
+        replace(start, model=model).run((0, 5))

@@ -14,10 +14,14 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llamaclust.core.errors import UsageError
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
+from support.arithmetic.batches import Chain
 from support.clusters.forked_commands import forked_script
 from support.models.tiny_model import build_tiny_model
 from support.paths import ROOT
@@ -259,6 +263,19 @@ def test_what_is_no_llama_bench_is_one_line(folder: Path) -> None:
     done = run(folder, "compare.py", "Q8_0.gguf", "--llama-bench", str(program), *options)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {program}")
+
+
+def test_shape_of_a_public_model(tmp_path: Path) -> None:
+    path = tmp_path / "shape.gguf"
+    sizes = ("--layers", "4", "--vocabulary", "320", "--experts", "8")
+    done = run(tmp_path, "public_shape.py", "qwen3.5-35b-a3b:q4_k_m", str(path), *sizes)
+    assert done.returncode == 0, done.stderr
+    model = Model.open(path)
+    assert model.layer_count == 4 and model.has_states
+    chain = Chain(CpuBackend(2), model)
+    logits = chain.logits(range(40, 48))
+    chain.close()
+    assert np.isfinite(logits).all() and len(np.unique(logits.argmax(axis=1))) > 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

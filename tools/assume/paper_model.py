@@ -44,7 +44,7 @@ def paper_model(spec: str) -> PaperModel:
     shapes."""
     name, mix = _split(spec)
     if (shape := SHAPES.get(name.lower())) is not None:
-        return PaperModel(shape.title, _file_of(name.lower(), shape), None).quantized(mix or shape.mix)
+        return shape_model(name.lower(), shape, mix)
     if find_entry(spec) is not None:  # a name of the catalog has a quantization of its own
         name, mix = spec, None
     try:
@@ -53,6 +53,11 @@ def paper_model(spec: str) -> PaperModel:
         raise UsageError(f"--model: {error}; or one of the shapes {', '.join(SHAPES)}") from error
     found = PaperModel(path.stem, open_model(path), None)
     return found if mix is None else found.quantized(mix)
+
+
+def shape_model(name: str, shape: Shape, mix: str | None = None) -> PaperModel:
+    """A model of such a shape in a mix of MIXES, or in its usual one."""
+    return PaperModel(shape.title, _file_of(name, shape), None).quantized(mix or shape.mix)
 
 
 def _split(spec: str) -> tuple[str, str | None]:

@@ -1,0 +1,102 @@
+"""Writes random weights in the shape of a public model, for speed measurements; the file also loads in llama.cpp.
+
+    python benchmarks/public_shape.py qwen3-30b-a3b:q4_k_m /tmp/shape.gguf --layers 8
+
+The shapes are those of `llamaclust plan --assume`. With fewer layers than its own a model fits into less memory; a
+layer's speed does not depend on how many there are. Layers have the same bytes: the files are written quickly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from shape import random_matrix, tokenizer
+
+from llamaclust.cli.interrupts import ends_in_one_line
+from llamaclust.core.errors import UsageError
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
+from llamaclust.model.quant_types import QuantType
+from llamaclust.tools.assume.paper_model import shape_model
+from llamaclust.tools.assume.shapes import SHAPES
+from llamaclust.tools.quantize.mixes import ALIASES, MIXES
+
+SIZES = ("layers", "experts", "vocabulary")
+"""Of a shape, that may be chosen."""
+
+
+def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:
+    """A model without bytes of NAME[:MIX], with these SIZES instead of its own; UsageError for unknown ones."""
+    name, _, mix = spec.lower().partition(":")
+    if name not in SHAPES:
+        raise UsageError(f"{name!r} is none of the shapes {', '.join(SHAPES)}")
+    shape = replace(SHAPES[name], **sizes)  # type: ignore[arg-type]
+    if shape.layers <= shape.leading_layers:
+        raise UsageError(f"{shape.layers} layers; {name} has {shape.leading_layers} without experts before the others")
+    chosen = ALIASES.get(mix.upper(), mix.upper())
+    if chosen and chosen not in MIXES:
+        raise UsageError(f"{mix!r} is no quantization; known: {', '.join(MIXES).lower()}")
+    return shape_model(name, shape, chosen).file
+
+
+def write_public_shape(path: Path, file: ModelFile, seed: int = 1) -> None:
+    """Writes it with random matrices and neutral vectors."""
+    vocabulary = file.metadata[f"{file.metadata['general.architecture']}.vocab_size"]
+    assert isinstance(vocabulary, int)
+    metadata: dict[str, WritableValue] = {
+        **file.metadata,
+        **tokenizer(vocabulary),
+        "general.quantization_version": 2,
+    }
+    write_gguf(path, metadata, _sources(file, seed))
+
+
+def _sources(file: ModelFile, seed: int) -> Iterator[TensorSource]:
+    generator, made = np.random.default_rng(seed), dict[tuple[str, QuantType], memoryview]()
+
+    def content(tensor: Tensor) -> memoryview:
+        place = tensor.name.split(".", 2)[-1] if tensor.name.startswith("blk.") else tensor.name
+        if (place, tensor.quant_type) not in made:
+            made[place, tensor.quant_type] = _values(generator, tensor)
+        return made[place, tensor.quant_type]
+
+    for tensor in file.tensors.values():
+        yield TensorSource(tensor.name, tensor.quant_type, tensor.shape, partial(content, tensor))
+
+
+def _values(generator: np.random.Generator, tensor: Tensor) -> memoryview:
+    """Norms are 1, biases and other vectors 0; routers choose among all experts."""
+    if tensor.name.endswith("ffn_gate_inp.weight"):
+        router = generator.standard_normal(tensor.shape, np.float32) / np.float32(tensor.shape[-1] ** 0.5)
+        return router.data
+    if tensor.quant_type is QuantType.F32 and (len(tensor.shape) == 1 or tensor.name.endswith(".bias")):
+        return np.full(tensor.shape, float("norm" in tensor.name), np.float32).data
+    return random_matrix(generator, tensor.quant_type, tensor.shape)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write random weights in the shape of a public model.")
+    parser.add_argument("shape", help=f"NAME[:QUANTIZATION], a name of {', '.join(SHAPES)}")
+    parser.add_argument("path", type=Path)
+    for size in SIZES:
+        parser.add_argument(f"--{size}", type=int, help="instead of the shape's own number")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    sizes = {size: getattr(arguments, size) for size in SIZES if getattr(arguments, size) is not None}
+    write_public_shape(arguments.path, public_shape(arguments.shape, sizes), arguments.seed)
+    size_mb = arguments.path.stat().st_size / 1e6
+    print(f"{arguments.path}: {size_mb:.0f} MB in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    with ends_in_one_line():
+        main()

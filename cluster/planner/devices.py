@@ -98,6 +98,7 @@ class DeviceNeeds:
 
     excess: Table  # needed beyond its memory with whole layers, by start and end
     experts: Counts  # needed less where the experts of the first n layers are in RAM, by n
+    held_experts: Counts  # bytes of the experts of the first n layers, by n: rounding may make them free nothing
 
     def first_moe_end(self) -> Counts:
         """By start and end: the fewest layers from the start on whose experts have to be in RAM."""
@@ -122,7 +123,7 @@ def divide(
         is_open = cpu_moe is None and index == 1
         moe_end = need.first_moe_end() if is_open else np.clip(0 if cpu_moe is None else cpu_moe, starts, ends)
         moe_end = np.minimum(moe_end, ends)
-        moe_end = np.where(need.experts[moe_end] > need.experts[starts], moe_end, starts)
+        moe_end = np.where(need.held_experts[moe_end] > need.held_experts[starts], moe_end, starts)
         freed = need.experts[moe_end] - need.experts[starts]
         if index == 1 and worker.gpu_layers is not None:
             bounds.append(np.minimum(least, bounds[-1]))

@@ -208,7 +208,7 @@ class MemoryModel:
             excess = np.maximum(excess, np.where(context > given, context - given, -np.inf))
         rounding = self.request.rounding(device.device) - np.asarray(self.request.rest_rounding(device.device))
         freed: Counts = np.where(stages.expert_bytes > 0, stages.expert_bytes + rounding, 0)[0]
-        return DeviceNeeds(excess, freed)
+        return DeviceNeeds(excess, freed, stages.expert_bytes[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
         """Of the worker's devices; where the user leaves open whether layers have their experts in RAM, the faster

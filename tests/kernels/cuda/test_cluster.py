@@ -92,6 +92,27 @@ def wanted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer
     return asyncio.run(run(model, tmp_path_factory.mktemp("one"), one)).answers
 
 
+@pytest.mark.parametrize(("rule", "end"), [("all", 3), ("2", 2)])
+def test_experts_in_ram(tmp_path: Path, rule: str, end: int) -> None:
+    """Beside a worker without GPU: the plan, the load and the status have the same experts in RAM."""
+    model = tmp_path / "mixture.gguf"
+    small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320, "experts": 4}
+    build_tiny_model(model, layers=4, quant_type=QuantType.Q8_0, **small)  # type: ignore[arg-type]
+    other = "{name: b, threads: 1, memory_bandwidth_gb_s: 20, int8_gmac_s: 300}"
+    wanted = asyncio.run(run(model, tmp_path / "one", f"workers=[{other}]")).answers
+    plan = "plan=[{worker: a, layers: [0, 3]}, {worker: b, layers: [3, 4]}]"
+    gpu = "{name: a, threads: 1, device: cuda:0}"
+    done = asyncio.run(run(model, tmp_path / "two", f"workers=[{gpu}, {other}]", plan, f"cpu_moe={rule}"))
+    assert done.answers == wanted
+    worker = done.status["status"]["workers"][0]
+    assert worker["device_layers"] == [{"device": "cuda:0", "layers": (0, 3), "cpu_moe_end": end}]
+    held = done.status["plan"]["stages"][0]["devices"]
+    assert [(part["device"], part["start"], part["end"], part["is_experts"]) for part in held] == [
+        ("cuda:0", 0, 3, False),
+        ("cpu", 0, end, True),
+    ]
+
+
 def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: list[Answer], tmp_path: Path) -> None:
     gpu = "{name: a, threads: 1, device: cuda:0, gpu_layers: 2}"
     plan = "plan=[{worker: a, layers: [0, 3]}, {worker: b, layers: [3, 4]}]"

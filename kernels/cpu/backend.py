@@ -129,13 +129,11 @@ def experts_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], lim
 
 @contextmanager
 def _explained(program: Program) -> Iterator[None]:
-    """ModelFileError for what does not fit together."""
+    """ModelFileError for what does not fit together. A TypeError is a mistake of ours, such as an old native module."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        # A number that no int32 holds is a TypeError of the native module, several lines long.
-        what = error if isinstance(error, ValueError) else "a size that is out of range"
-        raise ModelFileError(f"layers {program.start} to {program.end} cannot be computed: {what}") from error
+    except ValueError as error:
+        raise ModelFileError(f"layers {program.start} to {program.end} cannot be computed: {error}") from error
 
 
 class CpuBackend:

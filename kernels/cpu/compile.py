@@ -14,6 +14,7 @@ from llamaclust.kernels.cpu.buffers import Buffers
 from llamaclust.kernels.cpu.plan_decay import add_decay
 from llamaclust.kernels.cpu.plan_kv import PlanKv
 from llamaclust.kernels.cpu.plan_scan import add_norm, add_scan
+from llamaclust.kernels.cpu.ranges import check_ranges
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.kernels.split_experts import expert_parts
@@ -68,6 +69,7 @@ class _Compiler:
     def __init__(
         self, program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None
     ) -> None:
+        check_ranges(program, limits)
         self._observed = observed
         self.normed: int | None = None
         self.plan = Plan(
@@ -388,7 +390,7 @@ class _Compiler:
 def compile_program(
     program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
 ) -> Compiled:
-    """ValueError where the program does not hold together (widths, heads, angles). To a list of what is `observed`,
+    """ValueError where the program does not hold together (widths, heads, ranges). To a list of what is `observed`,
     what each product multiplies is added, and the plan then keeps copies of it; results are the same."""
     return _Compiler(program, weights, limits, observed).run()
 

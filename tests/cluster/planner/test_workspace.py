@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from llamaclust.cluster.control.stage_memory import workspace_of
 from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.cpu import compile as compile_module
+from llamaclust.kernels.cpu.backend import CpuBackend, workspace_bytes
 from llamaclust.model.loader import Model
+from llamaclust.model.program import Buffer, Program, Slice
 from llamaclust.model.quant_types import QuantType
 from llamaclust.worker.stage.stage_runner import StageRunner, plan_memory
 from support.models.tiny_model import build_tiny_model
@@ -111,3 +114,30 @@ def test_a_model_that_cannot_be_computed_is_named(tmp_path: Path) -> None:
     )
     with Model.open(path) as model, pytest.raises(ModelFileError, match=r"layers 0 to 1 cannot be computed: program: "):
         workspace_of(model, StageLimits(8, 8, 1, 1024, 8))(StagePlace(1, 1 << 30, True))
+
+
+def test_numbers_beyond_the_native_modules_are_named() -> None:
+    limits, program = StageLimits(8, 8, 1, 1024, 8), Program(0, 1, 1, Buffer("hidden", 64), Buffer("hidden", 64), ())
+    for changed, what in [
+        (replace(program, out=Buffer("hidden", 1 << 31)), "Buffer has width = 2147483648, at most 2147483647"),
+        (replace(program, steps=(wide(),)), "Slice has out.width = 4294967296, at most 2147483647"),
+    ]:
+        with pytest.raises(ModelFileError, match=f"layers 0 to 1 cannot be computed: {what} is possible"):
+            workspace_bytes(changed, {}, limits, 1)
+    with pytest.raises(ModelFileError, match="StageLimits has kv_blocks = 3000000000"):
+        workspace_bytes(program, {}, replace(limits, kv_blocks=3_000_000_000), 1)
+
+
+def wide() -> Slice:
+    return Slice(Buffer("hidden", 64), Buffer("wide", 1 << 32), 0)
+
+
+def test_a_mistake_of_ours_does_not_blame_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a native module that is older than its callers, say."""
+
+    def older(*limits: int) -> None:
+        raise TypeError("7 arguments")
+
+    monkeypatch.setattr(compile_module, "Plan", older)
+    with Model.open(build_tiny_model(tmp_path / "m.gguf", layers=1)) as model, pytest.raises(TypeError, match="7 arg"):
+        workspace_of(model, StageLimits(8, 8, 1, 1024, 8))(StagePlace(1, 1024, True))

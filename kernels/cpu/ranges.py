@@ -1,0 +1,30 @@
+"""Whether the native module can hold a program's whole numbers: it counts in int32, Python without bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, Final
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.model.program import Program
+
+_MAX: Final = (1 << 31) - 1
+
+
+def check_ranges(program: Program, limits: StageLimits) -> None:
+    """ValueError naming a number of a step or a limit that no int32 holds."""
+    for value in (limits, program.hidden, program.out, *program.steps, *program.states):
+        for place, number in _integers(value):
+            if not -_MAX <= number <= _MAX:
+                raise ValueError(f"{type(value).__name__} has {place} = {number}, at most {_MAX} is possible")
+
+
+def _integers(value: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Whole numbers of a dataclass and of dataclasses in it, with their names; tuples have only fractions."""
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, int):
+            yield f"{prefix}{field.name}", item
+        elif is_dataclass(item):
+            yield from _integers(item, f"{prefix}{field.name}.")

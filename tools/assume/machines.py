@@ -9,6 +9,8 @@ from llamaclust.core.errors import UsageError
 
 MAX_MACHINES = 64
 MAX_GPUS_EACH = 8
+MAX_MEMORY_TIB = 1024
+"""Of a processor or a GPU: bytes of all machines together are far from what 64 bits hold."""
 EXAMPLE = "3x16GB@40GB/s,1Gbit"
 GPU_EXAMPLE = "64GB@60GB/s + 24GB@900GB/s gpu"
 
@@ -114,6 +116,8 @@ def _add_group(groups: list[list[Machine]], reader: _Reader) -> None:
     count, device = int(found["count"] or 1), _device(found)
     if not count or not device.memory_bytes or not device.read_bytes_s or device.macs_s == 0 or device.threads == 0:
         raise reader.error("expected numbers above 0", begun)
+    if device.memory_bytes > MAX_MEMORY_TIB * 1024 * _GIB:
+        raise reader.error(f"expected {MAX_MEMORY_TIB} TB of memory at most", begun)
     if not found["gpu"]:
         if sum(map(len, groups)) + count > MAX_MACHINES:
             raise reader.error(f"expected {MAX_MACHINES} machines at most", begun)

@@ -67,6 +67,8 @@ def test_random_descriptions_are_read_back() -> None:
         ("16GB@0GB/s", 1, "above 0"),
         ("16GB@40GB/s/0", 1, "above 0"),
         ("0GB@40GB/s", 1, "above 0"),
+        ("999999999TB@40GB/s", 1, "1024 TB of memory at most, found '999999999TB@"),
+        ("16GB@40GB/s+1025TB@900GB/s gpu", 13, "1024 TB of memory at most, found '1025TB@"),
         ("60x16GB@40GB/s+5x16GB@40GB/s", 16, "64 machines at most"),
         ("9999x16GB@40GB/s", 1, "64 machines at most"),
         ("24GB@900GB/s gpu", 1, "machine of a GPU"),

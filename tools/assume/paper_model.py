@@ -45,7 +45,7 @@ def paper_model(spec: str) -> PaperModel:
     name, mix = _split(spec)
     if (shape := SHAPES.get(name.lower())) is not None:
         return shape_model(name.lower(), shape, mix)
-    if find_entry(spec) is not None:  # a name of the catalog has a quantization of its own
+    if mix is None or _is_in_catalog(spec):  # a name of the catalog has a quantization of its own
         name, mix = spec, None
     try:
         path = resolve_model(name)
@@ -58,6 +58,14 @@ def paper_model(spec: str) -> PaperModel:
 def shape_model(name: str, shape: Shape, mix: str | None = None) -> PaperModel:
     """A model of such a shape in a mix of MIXES, or in its usual one."""
     return PaperModel(shape.title, _file_of(name, shape), None).quantized(mix or shape.mix)
+
+
+def _is_in_catalog(spec: str) -> bool:
+    """As a whole, with its quantization."""
+    try:
+        return find_entry(spec) is not None
+    except UsageError:  # a model of the catalog, which has others
+        return False
 
 
 def _split(spec: str) -> tuple[str, str | None]:

@@ -111,6 +111,21 @@ def test_a_file_is_taken_as_it_is_and_quantized_on_paper(tmp_path: Path) -> None
     assert [cost.layers[0].kv_bytes_per_token for cost in costs] == [2 * 2 * 2 * 32] * 2
 
 
+def test_models_of_the_catalog_are_quantized_on_paper_to_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMACLUST_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="run: llamaclust model pull qwen3-8b; or one of the shapes"):
+        model_of("qwen3-8b:q2_k")
+    folder = tmp_path / "models/qwen3-8b-q4_k_m"
+    folder.mkdir(parents=True)
+    build_tiny_model(folder / "Qwen3-8B-Q4_K_M.gguf")
+    assert model_of("qwen3-8b:q2_k").mix == "Q2_K"
+    assert model_of("qwen3-8b:q4_k_m").mix is None  # the file that is there
+    with pytest.raises(UsageError, match="qwen3-8b:q9: no such quantization; the catalog has q4_k_m"):
+        model_of("qwen3-8b:q9")
+
+
 def test_unknown_models_and_mixes_are_refused_with_what_there_is() -> None:
     with pytest.raises(UsageError, match=r"--model: .*8c.*; or one of the shapes 7b, 8b, 70b, gpt-oss-20b"):
         model_of("8c")

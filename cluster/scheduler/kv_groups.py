@@ -51,8 +51,10 @@ class StateGroup:
     """States of sequences, in blocks of their own: each the state of all layers behind one position. A running sequence
     has one, others are checkpoints, where sequences with the same tokens can begin.
 
-    States of running sequences and checkpoints take about as much memory as keys and values of the same positions: half
-    of it each. But there is one for a sequence, two beside it, and a memory of one for 1,024 positions.
+    All states together take at most about as much memory as the keys and values: states of running sequences up to a
+    half of it, checkpoints up to the other half. Three blocks are there in any case: that of one running sequence, the
+    checkpoint that it began at and reads, and one that it leaves. Where a position has few bytes of keys and values, or
+    none, they are taken to be a 1,024th of a state.
     """
 
     state_bytes: int  # in all layers
@@ -69,7 +71,12 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """State blocks beside so many KV blocks, for up to so many sequences."""
+        """State blocks beside so many KV blocks, for up to so many sequences.
+
+        The sum of: a block for each running sequence, one at least, further ones while they fit into half of the KV
+        blocks' bytes; two for the checkpoints that a sequence begins at and leaves; and a checkpoint for each `span`
+        positions of the KV blocks, as many as fit into the other half.
+        """
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)

@@ -86,7 +86,7 @@ def _after(tokens: list[int]) -> bytes:
 
 
 def simulation(source: random.Random) -> Simulation:
-    """In blocks of their own or, as in short contexts, in those of all layers."""
+    """In blocks of their own or, as the profiler and `bench` have them, in those of all layers."""
     chosen = SchedulerSettings(
         "m",
         VOCABULARY,

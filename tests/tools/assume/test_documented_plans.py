@@ -1,4 +1,4 @@
-"""Plans on paper in docs/models.md are those that the program prints."""
+"""Plans on paper in docs/models.md and docs/gpu.md are those that the program prints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
+from llamaclust.tools.assume import answer as answers
 from llamaclust.tools.assume.answer import KEYS, answer
+from llamaclust.tools.assume.machines import parse_machines
+from llamaclust.tools.assume.paper_model import paper_model
 from llamaclust.tools.assume.shapes import SHAPES
 from support.paths import ROOT
 
 PAGE = (ROOT / "docs/models.md").read_text()
 EXAMPLES = re.findall(r"^```console\n\$ llamaclust (plan --assume [^\n]*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 ROWS = re.findall(r"^\| `([\w.:-]+)`: .*? \| ([\d.]+) GB \| ([\d.]+) \| ([\d.]+) s \|$", PAGE, re.MULTILINE)
+GPU_PAGE = (ROOT / "docs/gpu.md").read_text()
+GPU_TABLES = re.findall(r'--assume "([^"]* gpu)".*?\n((?:\|[^\n]*\n)+)', GPU_PAGE, re.DOTALL)
+GPU_ROWS = [
+    (machines, row)
+    for machines, table in GPU_TABLES
+    for row in re.findall(r"^\| `(.*?)` \| (\S+) GB \| (\S+) GB \| (.*?) \| (\S+) \| (\S+) s \|$", table, re.MULTILINE)
+]
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])")
 
 
@@ -39,7 +49,7 @@ def test_examples_print_what_the_page_shows(command: str, printed: str) -> None:
 
 
 def test_the_page_has_examples_of_both_kinds() -> None:
-    assert len(EXAMPLES) == 3 and len(ROWS) == 4
+    assert len(EXAMPLES) == 3 and len(ROWS) == 4 and len(GPU_ROWS) == 6
     assert sum(printed.startswith("error: ") for _, printed in EXAMPLES) == 1
 
 
@@ -50,6 +60,25 @@ def test_rows_are_those_of_the_program(model: str, size_gb: str, tok_s: str, ttf
     assert found.model.file.size_bytes / 1e9 == pytest.approx(float(size_gb), abs=0.06)
     assert 1 / found.plan.prediction.token_s == pytest.approx(float(tok_s), abs=0.06)
     assert found.plan.prediction.ttft_s == pytest.approx(float(ttft_s), abs=0.06)
+
+
+@pytest.mark.parametrize(("machines", "row"), GPU_ROWS)
+def test_rows_of_machines_with_a_gpu_are_those_of_the_program(machines: str, row: tuple[str, ...]) -> None:
+    name, size_gb, gpu_gb, in_ram, tok_s, ttft_s = row
+    model = paper_model(name)
+    plan = answers._plan(parse_machines(machines), model, ())
+    gpu, *cpus = plan.stages[0].devices
+    assert plan.prediction is not None and (gpu.start, gpu.device) == (0, "cuda:0")
+    assert [model.file.size_bytes / 1e9, gpu.bytes / 1e9] == pytest.approx([float(size_gb), float(gpu_gb)], abs=0.06)
+    shown = [1 / plan.prediction.token_s, plan.prediction.ttft_s]
+    assert shown == pytest.approx([float(tok_s), float(ttft_s)], rel=0.01, abs=0.06)
+    if not cpus:
+        assert in_ram == "nothing"
+        return
+    found = re.fullmatch(r"(\S+) GB, experts of (\d+) of (\d+) layers", in_ram)
+    assert found is not None and cpus[0].is_experts
+    assert cpus[0].bytes / 1e9 == pytest.approx(float(found[1]), abs=0.06)
+    assert (gpu.cpu_moe_end, gpu.end) == (int(found[2]), int(found[3]))
 
 
 def test_the_pages_name_every_shape_and_key() -> None:

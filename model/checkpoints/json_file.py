@@ -12,6 +12,7 @@ from llamaclust.model.gguf.tensors import FileIdentity, open_regular, read_exact
 from llamaclust.model.gguf.values import shown
 
 _MAX_JSON_BYTES: Final = 1 << 27
+_MAX_DIGITS: Final = 4000
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -26,9 +27,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
-    """A JSON object; duplicate keys are an error."""
+    """A JSON object; duplicate keys are an error. NaN and infinities, which some configurations hold in unused settings
+    of theirs, become such floats: whoever reads the setting refuses them."""
     try:
-        found = json.loads(data, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        found = json.loads(data, object_pairs_hook=_object, parse_constant=float, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise ModelFileError(f"{origin}: not usable as JSON: {what[:120]}") from None
@@ -45,6 +47,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_constant(name: str) -> Any:
-    """NaN and infinities, which some configurations hold in unused settings."""
-    return None
+def _whole(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits, at most {_MAX_DIGITS} are read")
+    return int(digits)

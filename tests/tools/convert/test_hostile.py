@@ -339,6 +339,9 @@ def test_shapes_of_very_many_dimensions_are_refused_at_once(tmp_path: Path) -> N
     [
         ("config.json", {"rope_theta": 10**400}, "'rope_theta': 1000"),
         ("config.json", {"rope_theta": float("1e300")}, r"'rope_theta': 1e\+300"),
+        ("config.json", {"rope_theta": float("nan")}, r"'rope_theta': nan, 1 to 1e\+12 expected"),
+        ("config.json", {"rms_norm_eps": float("-inf")}, "'rms_norm_eps': -inf, 1e-12 to 0.1 expected"),
+        ("config.json", {"num_key_value_heads": float("inf")}, "'num_key_value_heads': inf, a whole number"),
         ("config.json", {"_name_or_path": "\ud800"}, "half of a pair"),
         ("tokenizer_config.json", {"chat_template": "\ud800"}, "half of a pair"),
         ("tokenizer.json", {"added_tokens": 5}, "no list|a sequence"),
@@ -352,6 +355,18 @@ def test_values_that_no_program_writes(file: str, change: dict[str, Any], messag
     said = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(said | change))
     refused(path.parent, message)
+
+
+def test_constants_of_settings_that_are_not_read_are_no_error(tmp_path: Path) -> None:
+    path = folder(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"router_jitter": float("nan")}))
+    convert(path.parent, tmp_path / "out.gguf", "f32", Hints(), lambda done, total: None, None)
+
+
+def test_numbers_of_thousands_of_digits(tmp_path: Path) -> None:
+    path = folder(tmp_path) / "config.json"
+    path.write_text(path.read_text().rstrip()[:-1] + f', "seed": {"9" * 5000}}}')
+    refused(path.parent, "not usable as JSON: a number of 5000 digits, at most 4000 are read")
 
 
 def test_what_is_of_another_kind_than_it_should_be_is_taken_for_missing(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -93,9 +93,12 @@ def _share(name: str, tensors: list[Tensor]) -> Share:
 
 
 def _shown_value(value: MetadataValue, shown_items: int) -> Any:
+    if isinstance(value, float) and not isfinite(value):
+        return str(value)  # JSON has no such numbers
     if isinstance(value, bool | int | float | str):
         return value
     if len(value) <= shown_items:
-        return value.tolist() if isinstance(value, np.ndarray) else [_shown_value(each, shown_items) for each in value]
+        each = value.tolist() if isinstance(value, np.ndarray) else value
+        return [_shown_value(one, shown_items) for one in each]
     kind = value.dtype.name if isinstance(value, np.ndarray) else "text" if isinstance(value, LazyStrings) else "array"
     return {"array_of": kind, "length": len(value)}

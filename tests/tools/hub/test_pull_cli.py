@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -12,6 +14,7 @@ from llamaclust.cli.app import app
 from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.tools.model_info import describe
 from support.models.tiny_model import build_tiny_model
 from support.paths import DATA
@@ -96,6 +99,16 @@ def test_info_counts_every_weight_once(tiny: Path) -> None:
         assert sum(share.parameters for share in shares) == found.total.parameters > 0
         assert sum(share.tensors for share in shares) == found.total.tensors == len(model.tensors)
     assert [share.name for share in found.layers] == [str(i) for i in range(len(found.layers))]
+
+
+def test_info_is_json_where_numbers_are_none(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    odd = {"general.architecture": "llama", "a": math.nan, "b": math.inf, "c": np.array([1, -math.inf], np.float32)}
+    write_gguf(tmp_path / "odd.gguf", odd, [])
+    found = json.loads(run("info", str(tmp_path / "odd.gguf"), "--json").stdout, parse_constant=refuse)["metadata"]
+    assert (found["a"], found["b"], found["c"]) == ("nan", "inf", [1.0, "-inf"])
 
 
 def test_info_as_text_and_as_json(tiny: Path) -> None:

@@ -51,8 +51,13 @@ def rotation(
 
 def rotating_channels(page: Page, default_share: float = 1.0) -> int:
     """The number of rotated channels of a head; a configuration may give a share."""
-    share = _parameters(page.settings).real("partial_rotary_factor", default=default_share, maximum=1.0)
-    return int(share * page.head_width)
+    said = _parameters(page.settings)
+    share = said.real("partial_rotary_factor", default=default_share, maximum=1.0)
+    channels = int(share * page.head_width)
+    if channels < 2 or channels % 2:
+        what = f"{share:g} of a head's {page.head_width} channels is {channels}, an even number from 2 up expected"
+        raise said.error("partial_rotary_factor", what)
+    return channels
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:

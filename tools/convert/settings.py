@@ -14,6 +14,7 @@ MAX_LAYERS: Final = 1 << 10
 MAX_CONTEXT: Final = 1 << 30
 MAX_WORDS: Final = 1 << 20
 MAX_HEADS: Final = 1 << 14
+MAX_CAP: Final = 1e6
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from llamaclust.tools.convert.lazy import mapped
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import local_base, rotation
-from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
+from llamaclust.tools.convert.settings import MAX_CAP, MAX_CONTEXT, MAX_LAYERS
 
 _ONE = np.float32(1)
 _PERIODS = {"gemma2": 2, "gemma3": 6}
@@ -62,12 +62,12 @@ def _caps(page: Page) -> None:
         for name, default in ((scores, 50.0), (final, 30.0)):
             if settings.values.get(name, default) is None:
                 raise settings.error(name, "null is not what gemma2 computes")
-            page.key(name, settings.real(name, default=default, minimum=1e-3))
+            page.key(name, settings.real(name, default=default, minimum=1e-3, maximum=MAX_CAP))
         return
     if settings.has(scores):
         raise settings.error(scores, "gemma3 caps no scores")
     if settings.has(final):
-        page.key(final, settings.real(final, minimum=1e-3))
+        page.key(final, settings.real(final, minimum=1e-3, maximum=MAX_CAP))
 
 
 def _check_scale(page: Page) -> None:

@@ -12,7 +12,7 @@ from llamaclust.tools.convert.lazy import constant
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import local_base
-from llamaclust.tools.convert.settings import MAX_CONTEXT
+from llamaclust.tools.convert.settings import MAX_CAP, MAX_CONTEXT
 
 _PERIOD = 6
 _BASE, _SHARE = 1e6, 0.25  # of configurations without the object
@@ -132,7 +132,8 @@ def _keys(page: Page, form: _Form, widths: list[int]) -> None:
     page.key("attention.sliding_window_pattern", np.array(form.windowed, np.bool_))
     page.key("attention.shared_kv_layers", page.layers - form.own)
     page.key("embedding_length_per_layer_input", form.inputs)
-    page.key("final_logit_softcapping", settings.real("final_logit_softcapping", default=0.0))  # 0: none
+    cap = "final_logit_softcapping"
+    page.key(cap, settings.real(cap, default=0.0, maximum=MAX_CAP))  # 0: none
 
 
 def _rotation(page: Page, form: _Form) -> None:

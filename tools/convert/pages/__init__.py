@@ -77,6 +77,7 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
     }
 )
 
+_LONGEST_NAME: Final = 100
 _NOTE: Final = "only the text model is written, without what sees pictures or hears"
 
 
@@ -86,9 +87,10 @@ def build_page(checkpoint: Checkpoint) -> Page:
     found = PAGES.get(text.family)
     if found is None:
         names = [name for name in (*PAGES, *MULTIMODAL) if name != "Meta"]
-        near = difflib.get_close_matches(checkpoint.family, names, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        what = f"{shown(checkpoint.family)} cannot be converted, only {', '.join(names)}{hint}"
+        near = difflib.get_close_matches(checkpoint.family[:_LONGEST_NAME], names, 3)
+        hint = f", did you mean {' or '.join(near)}?" if near else ""
+        known = f"{len(names)} architectures can: docs/convert.md"
+        what = f"{shown(checkpoint.family)} cannot be converted{hint}; {known}"
         raise checkpoint.settings.error("architectures", what)
     architecture, build = found
     page = Page(text, architecture)

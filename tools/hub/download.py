@@ -18,6 +18,7 @@ import httpx
 
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DownloadError
+from llamaclust.tools.hub.web_client import failure
 from llamaclust.tools.progress import Progress
 
 _COUNT = re.compile("[0-9]{1,18}")
@@ -204,7 +205,7 @@ class _Transfer:
                 pause_s = patience.backoff.pause_s(failures - 1)
                 if failures >= patience.tries or time.monotonic() + pause_s > self.deadline:
                     raise DownloadError(
-                        f"{url}: {error or type(error).__name__} ({failures} tries without progress, {best} bytes are "
+                        f"{url}: {failure(error)} ({failures} tries without progress, {best} bytes are "
                         "kept); run the same command again to go on"
                     ) from error
                 time.sleep(pause_s)

@@ -17,6 +17,7 @@ from llamaclust.cluster.config.model_sources import HubFile
 from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import DownloadError, UsageError
 from llamaclust.tools.hub.download import RETRY_STATUSES, Patience, byte_count
+from llamaclust.tools.hub.web_client import failure
 
 _SHA256: Final = re.compile(r'(?:W/)?"?([0-9a-f]{64})"?')
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -97,7 +98,7 @@ def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: 
                 return response
         except (httpx.TransportError, httpx.InvalidURL) as error:
             if not tries_left or isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
-                raise DownloadError(f"{url}: {error or type(error).__name__}") from error
+                raise DownloadError(f"{url}: {failure(error)}") from error
         time.sleep(patience.backoff.pause_s(failures))
     raise AssertionError("the last try returns or raises")
 

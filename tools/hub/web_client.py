@@ -17,6 +17,14 @@ _HEADERS, _BODY = "receive_response_headers", "receive_response_body"  # httpcor
 _CONNECTED: Final = ("connect_tcp", "start_tls")
 
 
+def failure(error: Exception) -> str:
+    """What went wrong, and what that may mean where a host's name has no address."""
+    text, cause = str(error) or type(error).__name__, error.__cause__ or error.__context__
+    while cause is not None and not isinstance(cause, socket.gaierror):
+        cause = cause.__cause__ or cause.__context__
+    return text if cause is None else f"{text}: no network? HF_ENDPOINT names a mirror of the Hugging Face hub"
+
+
 class WebClient(httpx.Client):
     """httpx's client with deadlines for an answer's headers, and for its body, each as a whole.
 

@@ -17,7 +17,7 @@ from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub import web_client
 from llamaclust.tools.hub.download import Download, Patience, fetch
 from llamaclust.tools.hub.pull import pull_model
-from llamaclust.tools.hub.web_client import WebClient
+from llamaclust.tools.hub.web_client import WebClient, failure
 from support.hub.download_server import Server, running_server
 
 QUICK = Patience(tries=3, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
@@ -98,3 +98,14 @@ def test_a_body_that_never_ends_is_cut_off() -> None:
         pytest.raises(httpx.TransportError),
     ):
         client.get(url)
+
+
+def test_a_host_without_an_address_may_be_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with WebClient(trust_env=False) as client, pytest.raises(httpx.ConnectError) as caught:
+        client.get("http://no-such-host.invalid/")
+    assert failure(caught.value).endswith("not known: no network? HF_ENDPOINT names a mirror of the Hugging Face hub")
+    assert failure(httpx.ConnectError("refused")) == "refused" and failure(httpx.ReadError("")) == "ReadError"

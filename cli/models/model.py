@@ -53,8 +53,10 @@ def pull(
 ) -> None:
     """Download models. An interrupted download is resumed, and the bytes are checked before use."""
     from llamaclust.cli.progress import JsonLines, announce, shown_progress
-    from llamaclust.tools.hub.pull import pull_model
+    from llamaclust.tools.hub.pull import check_known, pull_model
 
+    for model in models:
+        check_known(model)
     for model in models:
         if as_lines:
             pull_model(model, JsonLines())
@@ -65,16 +67,24 @@ def pull(
         print(path)
 
 
-def list_models(as_json: Json = False) -> None:
+def list_models(
+    wanted: Annotated[str, Argument(metavar="FILTER", help="Only names that contain this text.")] = "",
+    as_json: Json = False,
+) -> None:
     """Show the models that are downloaded, and the catalog."""
     from llamaclust.cluster.config.catalog import catalog_names, find_entry, stored_models
 
-    stored = stored_models()
-    names = {model.name for model in stored}
-    entries = [entry for name in catalog_names() if (entry := find_entry(name)) and entry.directory not in names]
+    everything = stored_models()
+    names = {model.name for model in everything}
+    known = [entry for name in catalog_names() if (entry := find_entry(name)) and entry.directory not in names]
+    stored = [model for model in everything if wanted.lower() in model.name.lower()]
+    entries = [entry for entry in known if wanted.lower() in entry.name]
     if as_json:
         rows = [{"name": model.name, "size_bytes": model.size_bytes, "path": str(model.path)} for model in stored]
         print(json.dumps({"models": rows + [_entry_json(entry) for entry in entries]}))
+        return
+    if wanted and not stored and not entries:
+        print(f"no name contains {printable(wanted)}")
         return
     for model in stored:
         print(f"{model.name:32} {_mib(model.size_bytes)}  {model.path}")

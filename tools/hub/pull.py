@@ -35,6 +35,13 @@ _LOCK_PAUSE_S = 0.2
 _TIMEOUT = httpx.Timeout(30.0, connect=15.0)
 
 
+def check_known(spec: str, models_dir: Path | None = None) -> None:
+    """UsageError for what `pull_model` would refuse without asking a server."""
+    found = locate(spec, models_dir)
+    if isinstance(found, WantedFile):
+        found.parts()
+
+
 def pull_model(
     spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience = PATIENCE
 ) -> Path:

@@ -83,6 +83,7 @@ def test_the_default_is_q4_k_m_or_the_type_that_the_model_was_published_in() -> 
     for name, source in (
         ("qwen3-8b", "hf:Qwen/Qwen3-8B-GGUF/Qwen3-8B-Q4_K_M.gguf"),
         ("qwen3-8b:Q8_0", "hf:Qwen/Qwen3-8B-GGUF/Qwen3-8B-Q8_0.gguf"),
+        ("QWEN3-8B:Q8_0", "hf:Qwen/Qwen3-8B-GGUF/Qwen3-8B-Q8_0.gguf"),
         ("gpt-oss-20b", "hf:ggml-org/gpt-oss-20b-GGUF/gpt-oss-20b-mxfp4.gguf"),
     ):
         entry = find_entry(name)
@@ -119,7 +120,7 @@ def test_the_hub_may_have_moved_a_file(tmp_path: Path, monkeypatch: pytest.Monke
     ("name", "message"),
     [
         ("qwen3-9b", "neither a file nor a model known by name, did you mean qwen3-8b or "),
-        ("Qwen3-8B", "did you mean qwen3-8b?"),
+        ("Qwen3-8", "did you mean qwen3-8b"),
         ("qwen3:8b", "did you mean qwen3-8b?"),
         ("qwen3-8b:q9_k", "no such quantization; the catalog has q4_k_m, q5_k_m, q6_k, q8_0"),
         ("gpt-oss-20b:q4_k_m", "no such quantization; the catalog has mxfp4"),
@@ -163,3 +164,18 @@ def test_up_pulls_the_model_of_a_cluster_file(hub: Server, tmp_path: Path, monke
     assert "licence: Apache-2.0" in result.stderr, (result.output, result.exception)
     ((config, (model,)),) = served
     assert model.name == "Qwen3-8B-Q8_0.gguf" and model.read_bytes() == MODEL and config.model_name == "qwen3-8b:q8_0"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("Qwen/Qwen3-8B", "a file of the Hugging Face hub is hf:Qwen/Qwen3-8B/FILE.gguf, did you mean qwen3-8b?"),
+        ("x" * 5000, f"{'x' * 120}... (5000 characters): neither a file nor a model known by name; "),
+        ("a/" + "x" * 5000, f"a/{'x' * 118}... (5002 characters): no such file"),
+    ],
+    ids=["repository", "long", "long path"],
+)
+def test_what_is_not_known_is_one_short_line(spec: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        locate(spec)
+    assert message in str(caught.value) and len(str(caught.value)) < 300

@@ -14,7 +14,8 @@ from llamaclust.cli.app import app
 from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.gguf.writer import write_gguf
+from llamaclust.model.gguf.writer import WritableValue, write_gguf
+from llamaclust.tools.hub import pull
 from llamaclust.tools.model_info import describe
 from support.models.tiny_model import build_tiny_model
 from support.paths import DATA
@@ -67,6 +68,26 @@ def test_pull_of_a_file_that_is_there_prints_its_path(tiny: Path) -> None:
     assert isinstance(run("pull", "no-such-model").exception, UsageError)
 
 
+def test_nothing_is_downloaded_before_all_names_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(pull, "pull_model", lambda model, *_: asked.append(model))
+    for last in ("nope", "hf:a/b/m-00002-of-00003.gguf"):
+        error = run("pull", "qwen3-8b", "gpt-oss-20b", last).exception
+        assert isinstance(error, UsageError) and last in str(error) and not asked
+    assert run("pull", "qwen3-8b", "gpt-oss-20b").exit_code == 0 and asked == ["qwen3-8b", "gpt-oss-20b"]
+
+
+def test_list_of_names_that_contain_a_text(home: Path) -> None:
+    for name in ("web-qwen3-1", "web-x-2"):
+        (home / "models" / name).mkdir(parents=True)
+        (home / "models" / name / "m.gguf").write_bytes(b"x")
+    names = [row["name"] for row in json.loads(run("list", "QWEN3", "--json").stdout)["models"]]
+    assert {"web-qwen3-1", "qwen3-8b:q4_k_m"} <= set(names) and all("qwen3" in name for name in names)
+    text = run("list", "qwen3").stdout
+    assert "web-qwen3-1 " in text and "  qwen3-8b:" in text and "web-x-2" not in text and "gpt-oss" not in text
+    assert run("list", "nothing-like-it").stdout == "no name contains nothing-like-it\n"
+
+
 def test_tokenize_reads_an_argument_or_standard_input() -> None:
     assert run("tokenize", str(VOCABULARY), "Hello world").stdout == "1 15043 3186\n"
     assert run("tokenize", str(VOCABULARY), "--no-special", text="Hello world").stdout == "15043 3186\n"
@@ -105,7 +126,12 @@ def test_info_is_json_where_numbers_are_none(tmp_path: Path) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    odd = {"general.architecture": "llama", "a": math.nan, "b": math.inf, "c": np.array([1, -math.inf], np.float32)}
+    odd: dict[str, WritableValue] = {
+        "general.architecture": "llama",
+        "a": math.nan,
+        "b": math.inf,
+        "c": np.array([1, -math.inf], np.float32),
+    }
     write_gguf(tmp_path / "odd.gguf", odd, [])
     found = json.loads(run("info", str(tmp_path / "odd.gguf"), "--json").stdout, parse_constant=refuse)["metadata"]
     assert (found["a"], found["b"], found["c"]) == ("nan", "inf", [1.0, "-inf"])

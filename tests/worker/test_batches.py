@@ -77,9 +77,12 @@ BAD_STATES = {
     "from position 2 on reads state block None": (replace(NEXT, state_from=None),),
     "state block 6 of 6": (replace(NEXT, state_to=(1, 6)),),
     "state block 9 of 6": (replace(NEXT, state_from=9),),
-    "written and used": (FIRST, replace(NEXT, state_from=4, state_to=(1, 5))),
-    "used by another chunk": (FIRST, replace(NEXT, state_from=5, state_to=(1, 4))),
-    "or row": (replace(FIRST, state_to=(1, 0, 2, 0)),),
+    "state block 4 is written by chunk 0 and read by chunk 1 of 2": (
+        FIRST,
+        replace(NEXT, state_from=4, state_to=(1, 5)),
+    ),
+    "state block 4 is written twice, by chunks 0 and 1 of 2": (FIRST, replace(NEXT, state_from=5, state_to=(1, 4))),
+    "state block 0 is written twice, by chunks 0 and 0 of 1": (replace(FIRST, state_to=(1, 0, 2, 0)),),
 }
 
 

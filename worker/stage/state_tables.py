@@ -21,7 +21,7 @@ def batch_states(chunks: Sequence[Chunk], limits: StageLimits) -> BatchStates:
     written = [block for chunk in chunks for block in chunk.state_to[1::2]]
     others = [chunk.state_from for chunk in chunks if chunk.state_from not in chunk.state_to[1::2]]
     if len(set(written)) < len(written) or not set(written).isdisjoint(others):
-        raise ProtocolError("a state block is written and used by another chunk or row of a microbatch")
+        raise _sharing_error(chunks)
     firsts = accumulate((len(chunk.tokens) for chunk in chunks), initial=0)
     rows = [first + count - 1 for first, chunk in zip(firsts, chunks, strict=False) for count in chunk.state_to[::2]]
     starts = accumulate((len(chunk.state_to) // 2 for chunk in chunks), initial=0)
@@ -30,6 +30,25 @@ def batch_states(chunks: Sequence[Chunk], limits: StageLimits) -> BatchStates:
         starts=np.fromiter(starts, np.int32),
         rows=np.array(rows, np.int32),
         blocks=np.array(written, np.int32),
+    )
+
+
+def _sharing_error(chunks: Sequence[Chunk]) -> ProtocolError:
+    """Names a block that is written twice, or that one chunk writes and another one reads."""
+    writers: dict[int, int] = {}
+    for number, chunk in enumerate(chunks):
+        for block in chunk.state_to[1::2]:
+            if block in writers:
+                of = f"chunks {writers[block]} and {number} of {len(chunks)}"
+                return ProtocolError(f"state block {block} is written twice, by {of}")
+            writers[block] = number
+    number, block = next(
+        (number, chunk.state_from)
+        for number, chunk in enumerate(chunks)
+        if chunk.state_from is not None and writers.get(chunk.state_from, number) != number
+    )
+    return ProtocolError(
+        f"state block {block} is written by chunk {writers[block]} and read by chunk {number} of {len(chunks)}"
     )
 
 

@@ -137,7 +137,7 @@ def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
     if any(layer.idle_bytes for layer in costs):
         device = replace(device, size=replace(device.size, tries={**device.size.tries, _PROMPT_ROWS: 3}))
     some = max(2, min(layers - 1, device.size.layers_bytes // max(sizes[0], 1)))
-    while some > 2 and device.left_bytes(model, 0, some) < SWEEP_BYTES:
+    while some > 2 and device.left_bytes(model, first, first + some) < SWEEP_BYTES:
         some = max(2, some * 3 // 4)
     ranges = [(first + start, first + end) for start, end in _ranges(layers, some, device.place)]
     left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)

@@ -83,6 +83,23 @@ def test_layers_of_mixtures_are_tried_and_rows_of_a_whole_prompt(
     assert profiler._first_tried((dense,) * 9) == profiler._first_tried((dense, dense, *layers[:2])) == 0
 
 
+def test_room_is_measured_for_the_layers_that_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers before the first one that is tried are unlike the others, so their memory says nothing."""
+    monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
+    backend = CpuBackend(1)
+    monkeypatch.setattr(profiler, "_first_tried", lambda costs: 2)
+    model = Model.open(build_tiny_model(tmp_path / "m.gguf", layers=7, context=512))
+    asked = []
+
+    class Device(ProfiledDevice):
+        def left_bytes(self, model: Model, start: int, end: int) -> int:
+            asked.append((start, end))
+            return 0
+
+    try_stages(Device(backend, 1, backend.feature_level, 1 << 30), model)
+    assert asked[:2] == [(2, 6), (2, 5)] and min(start for start, _ in asked) == 2
+
+
 def test_rows_of_a_trial_differ() -> None:
     """Equal ones would choose the same experts."""
     program = SimpleNamespace(is_first=False, is_last=False, hidden=SimpleNamespace(width=64))

@@ -165,3 +165,13 @@ def test_text_parts_that_are_not_known(family: str, said: dict[str, Any], messag
     _, tensors = checkpoint("LlamaForCausalLM")
     with pytest.raises(ModelFileError, match=message):
         converted(tmp_path, {"architectures": [family], "text_config": said}, tensors)
+
+
+def test_two_tensors_that_become_one_are_refused(tmp_path: Path) -> None:
+    """A text model in a multimodal checkpoint under both names that such models have."""
+    config, tensors = checkpoint("Gemma3ForCausalLM")
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": config}
+    name = "model.norm.weight"
+    inner = f"language_model.{name}"
+    with pytest.raises(ModelFileError, match=f"tensors '{name}' and '{inner}' both stand for '{name}'"):
+        converted(tmp_path, whole, {**tensors, inner: tensors[name]})

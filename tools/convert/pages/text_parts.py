@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
 
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.settings import Checkpoint
@@ -72,8 +73,22 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
     values = {**(part.defaults or {}), **inner.values}
     values.pop("tie_word_embeddings", None)  # a head in the checkpoint is the head
     settings = Settings(values, inner.origin)
-    tensors = {_name(name): tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(_PICTURES)}
+    tensors = {name: checkpoint.tensors[source] for name, source in _sources(checkpoint).items()}
     return replace(checkpoint, family=part.families[said], settings=settings, tensors=tensors)
+
+
+def _sources(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Names in a model of text alone, and those in the checkpoint. ModelFileError for two that become one."""
+    sources: dict[str, str] = {}
+    for source in checkpoint.tensors:
+        if source.startswith(_PICTURES):
+            continue
+        name = _name(source)
+        if name in sources:
+            both = f"{shown(sources[name])} and {shown(source)}"
+            raise ModelFileError(f"{checkpoint.settings.origin}: tensors {both} both stand for {shown(name)}; keep one")
+        sources[name] = source
+    return sources
 
 
 def _name(name: str) -> str:

@@ -216,10 +216,14 @@ class ModelKeys:
         return bool(value)
 
     def flags(self, key: str, layers: int) -> list[bool] | None:
-        """A flag for each of the first `layers`, or None where the key is no array."""
-        value: Any = self.model.metadata.get(self._recorded(key))
+        """A flag for each of the first `layers`, or None where the file has no such key."""
+        self._read.add(key)
+        return self._layer_flags(key, layers) if self.has(key) else None
+
+    def _layer_flags(self, key: str, layers: int) -> list[bool]:
+        value: Any = self.model.metadata[self._full(key)]
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "biu":
-            return None
+            raise self.error(key, f"{shown(str(value))}, an array of true or false for {layers} layers expected")
         if len(value) < layers:
             raise self.error(key, f"{len(value)} numbers for {layers} layers")
         return [bool(flag) for flag in value[:layers]]
@@ -237,8 +241,8 @@ class ModelKeys:
         """Which layers have the sliding window: `attention.sliding_window_pattern` says so for each, or is a period
         whose last layer, or with `full_first` its first, has none (0: all have it)."""
         key = "attention.sliding_window_pattern"
-        if (flags := self.flags(key, layers)) is not None:
-            return flags
+        if isinstance(self.model.metadata.get(self._recorded(key)), np.ndarray):
+            return self._layer_flags(key, layers)
         period = self.model.metadata_int(self._recorded(key), default_period, minimum=0, maximum=1 << 10)
         full = 0 if full_first else period - 1
         return [period == 0 or layer % period != full for layer in range(layers)]

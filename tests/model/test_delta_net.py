@@ -142,6 +142,13 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
         ("qwen35", {"ssm.inner_size": 96}, "ssm.inner_size': 96, 4 heads of 16 channels expected"),
         ("qwen35", {"full_attention_interval": 0}, "full_attention_interval': 0, 1 to 1024 expected"),
         ("qwen35", {"attention.recurrent_layers": np.ones(3, bool)}, "recurrent_layers': 3 numbers for 5 layers"),
+        ("qwen35", {"attention.recurrent_layers": 1}, "recurrent_layers': '1', an array .* for 5 layers expected"),
+        (
+            "qwen35",
+            {"attention.recurrent_layers": np.ones(5, np.float32)},
+            r"recurrent_layers': '\[1. 1. 1. 1. 1.\]', an",
+        ),
+        ("qwen35", {"attention.recurrent_layers": "11111"}, "recurrent_layers': '11111', an array"),
         ("qwen35", {"rope.dimension_sections": None}, "rope.dimension_sections.*missing"),
         (
             "qwen35",

@@ -202,6 +202,15 @@ class ModelKeys:
                 raise self.error(key, f"{number}, {minimum} to {maximum} expected")
         return tuple(map(int, value[:layers]))
 
+    def integers(self, key: str) -> tuple[int, ...]:
+        """An array of whole numbers, of any length."""
+        value: Any = self.model.metadata.get(self._recorded(key))
+        if value is None:
+            raise self.error(key, "missing")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
+            raise self.error(key, f"{shown(str(value))}, an array of whole numbers expected")
+        return tuple(map(int, value))
+
     def real(self, key: str, default: float | None = None, *, minimum: float, maximum: float) -> float:
         return self.model.metadata_float(self._recorded(key), default, minimum=minimum, maximum=maximum)
 

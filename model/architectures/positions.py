@@ -8,11 +8,14 @@ from functools import lru_cache
 import numpy as np
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
+from llamaclust.model.gguf.values import shown
+from llamaclust.model.hyperparameters import ModelKeys, RopeParameters, RopeScaling
 from llamaclust.model.program import RopeTable
 
 _DIGITS = Context(prec=50)
 MAX_ALIBI_BIAS = 8
+_SECTIONS_KEY = "rope.dimension_sections"
+_LEAST_SECTIONS = 3  # time, height and width
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
 
 
@@ -70,6 +73,19 @@ def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> flo
         magnitude = Decimal(rope.attention_factor) * (1 + tenth) / (1 + Decimal(rope.log_multiplier) * tenth)
         magnitude *= 1 + Decimal(multiplier) * tenth
         return float(magnitude * magnitude / Decimal(width).sqrt())
+
+
+def check_sections(keys: ModelKeys, pairs: int) -> None:
+    """Rotations in sections turn some pairs of channels by a picture's height and width and all others by time; a
+    token of text has its position in all of them, so that all pairs turn as without sections. ModelFileError for
+    sections that are missing, or that claim more pairs than there are."""
+    key = _SECTIONS_KEY
+    sections = keys.integers(key)
+    if len(sections) < _LEAST_SECTIONS:
+        raise keys.error(key, f"{len(sections)} sections, at least {_LEAST_SECTIONS} expected")
+    if min(sections) < 0 or sum(sections) > pairs:
+        what = f"{shown(str(list(sections)))}, together {sum(sections)}; numbers from 0 up and together at most"
+        raise keys.error(key, f"{what} {pairs}, the pairs that turn, expected")
 
 
 @lru_cache(maxsize=64)

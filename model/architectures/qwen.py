@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
+from llamaclust.model.architectures.positions import check_sections
 from llamaclust.model.step_options import ExpertOptions, RopeStyle
 
 _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
@@ -53,11 +54,12 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """Qwen 3 VL, its text: Qwen 3. The file divides the rotation among positions in time, height and width, which are
-    the same for text; what images add to the first layers is nothing."""
+    """Qwen 3 VL, its text: Qwen 3. What images add to the first layers is nothing."""
+    check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     qwen3(builder)
 
 
 def qwen3vlmoe(builder: ProgramBuilder) -> None:
     """The same with experts."""
+    check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     qwen3moe(builder)

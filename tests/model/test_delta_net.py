@@ -149,17 +149,6 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
             r"recurrent_layers': '\[1. 1. 1. 1. 1.\]', an",
         ),
         ("qwen35", {"attention.recurrent_layers": "11111"}, "recurrent_layers': '11111', an array"),
-        ("qwen35", {"rope.dimension_sections": None}, "rope.dimension_sections.*missing"),
-        (
-            "qwen35",
-            {"rope.dimension_sections": np.array([2, 1, 0, 1], np.int32)},
-            r"sections': \[2, 1, 0, 1\] for 4 pairs",
-        ),
-        (
-            "qwen35moe",
-            {"rope.dimension_sections": np.array([0, 0, 0, 0], np.int32)},
-            r"sections': \[0, 0, 0, 0\] for 4 pairs",
-        ),
         ("qwen35", {"attention.scale": 0.5}, "attention.scale': '?0.5'?, which is not supported"),
         ("kimi-linear", {"kda.head_dim": None}, "kda.head_dim.*missing"),
         ("kimi-linear", {"kda.head_dim": 24}, "kda.head_dim': 24, a multiple of 16 expected"),

@@ -275,6 +275,34 @@ def test_heads_that_predict_further_tokens_are_kept_apart(make: Callable[..., Mo
         Model(replace(make("glm4moe"), tensors=opened.file.tensors))
 
 
+SECTIONED = ("qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe")
+
+
+@pytest.mark.parametrize("name", SECTIONED)
+@pytest.mark.parametrize("sections", [(2, 1, 1, 0), (1, 1, 0), (2, 1, 0, 1), (0, 0, 0, 0)])
+def test_sections_turn_all_pairs_with_a_text(
+    make: Callable[..., ModelFile], name: str, sections: tuple[int, ...]
+) -> None:
+    """Pairs that no section claims turn by time, which is the position."""
+    assert whole(make(name, rope__dimension_sections=np.array(sections, np.int32))) == whole(make(name))
+
+
+@pytest.mark.parametrize("name", SECTIONED)
+def test_sections_that_make_no_sense_are_refused(make: Callable[..., ModelFile], name: str) -> None:
+    pairs = Model(make(name)).hyperparameters.rope.dimension_count // 2
+    for value, message in (
+        (None, "rope.dimension_sections.*missing"),
+        (4, "'4', an array of whole numbers expected"),
+        (np.array([2, 1, 1], np.float32), r"'\[2. 1. 1.\]', an array of whole numbers"),
+        (np.array([2, 2], np.int32), "2 sections, at least 3 expected"),
+        (np.array([1, -1, 0], np.int32), rf"\[1, -1, 0\]', together 0; numbers .* at most {pairs}, the pairs"),
+        (np.array([pairs, 1, 0, 0], np.int32), rf"together {pairs + 1}; numbers .* at most {pairs}, the pairs"),
+        (np.array([1 << 31] * 3, np.uint32), f"together {3 << 31}; numbers"),
+    ):
+        with pytest.raises(ModelFileError, match=message):
+            whole(make(name, rope__dimension_sections=value))
+
+
 def test_values_as_wide_as_keys(make: Callable[..., ModelFile]) -> None:
     assert {
         (step.head_dim, step.q.width) for step in whole(make("qwen3")).kv_layers if isinstance(step, Attention)

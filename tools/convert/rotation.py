@@ -70,6 +70,8 @@ def sections(settings: Settings, pairs: int) -> list[int]:
         raise settings.error("mrope_section", f"whole numbers of 0 to {pairs} expected")
     if not 0 < len(listed) <= 4:
         raise settings.error("mrope_section", f"{len(listed)} numbers, 1 to 4 expected")
+    if sum(listed) > pairs:
+        raise settings.error("mrope_section", f"{listed}, together at most {pairs}, the pairs that turn, expected")
     return [*listed, 0, 0, 0][:4]
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from llamaclust.model.architectures.experts import ExpertsVariant, read_experts
 from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.positions import check_sections
 from llamaclust.model.architectures.recurrent.delta_net import delta_net, read_delta_net
 from llamaclust.model.architectures.recurrent.gated_attention import gated_attention
 from llamaclust.model.step_options import Gating
 
-_SECTIONS_KEY = "rope.dimension_sections"
 _FEED_FORWARD_NORM = "post_attention_norm"
 _MAX_WIDTH, _MAX_PERIOD = 1 << 20, 1 << 10
 
@@ -23,14 +23,14 @@ def qwen3next(builder: ProgramBuilder) -> None:
 
 
 def qwen35(builder: ProgramBuilder) -> None:
-    """Qwen 3.5: no experts. Rotations have sections for images, which all have the position of a text's token."""
-    _check_sections(builder)
+    """Qwen 3.5: no experts."""
+    check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     _layers(builder, lambda layer: builder.feed_forward(layer, norm=_FEED_FORWARD_NORM), tiled=True)
 
 
 def qwen35moe(builder: ProgramBuilder) -> None:
     """Qwen 3.5 with experts in every layer beside a shared one with a gate."""
-    _check_sections(builder)
+    check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=True)
 
@@ -57,13 +57,3 @@ def _experts(builder: ProgramBuilder) -> ExpertsVariant:
         raise keys.error("expert_count", "0, experts expected")
     width = keys.count("expert_shared_feed_forward_length", 0, minimum=0, maximum=_MAX_WIDTH) or hp.feed_forward_length
     return replace(read_experts(keys, hp, gating=Gating.SOFTMAX, shared_width=width), shared_gate=True)
-
-
-def _check_sections(builder: ProgramBuilder) -> None:
-    """Pairs of channels turn by the first three coordinates, one after the other while their sections last, and the
-    rest by a fourth, which is 0 in texts. ModelFileError for sections that leave pairs to it."""
-    keys, pairs = builder.keys, builder.hyperparameters.rope.dimension_count // 2
-    sections = keys.counts(_SECTIONS_KEY, 4, minimum=0, maximum=pairs)
-    total = sum(sections)
-    if total == 0 or any(pair % total >= 3 * sections[pair % total % 3] for pair in range(pairs)):
-        raise keys.error(_SECTIONS_KEY, f"{list(sections)} for {pairs} pairs, of which some do not turn with a text")

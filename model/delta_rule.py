@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.model.row_steps import Buffer
-from llamaclust.model.states import SequenceState, StatePart
+from llamaclust.model.states import MAX_STATE_FLOATS, SequenceState, StatePart
 
-MAX_KEY_CHANNELS = 256
 VALUE_CHANNELS = 16
 """Channels of a head's value are a multiple of it."""
+MAX_HEADS = 1 << 10
+
+
+def excess_of_heads(heads: int, channels: int) -> str | None:
+    """What is wrong with so many heads of `channels` keys and values each, if their state is too large."""
+    floats = heads * channels * channels
+    if floats <= MAX_STATE_FLOATS:
+        return None
+    return f"{heads} heads of {channels} channels have a state of {floats} numbers, at most {MAX_STATE_FLOATS} expected"
 
 
 @dataclass(frozen=True, slots=True)

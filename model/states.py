@@ -7,6 +7,13 @@ from enum import Enum
 
 from llamaclust.model.row_steps import Buffer
 
+MAX_TAPS = 16
+"""Of a convolution."""
+MAX_KEY_CHANNELS = 256
+"""Of a head of a delta rule."""
+MAX_STATE_FLOATS = 1 << 26
+"""Of one state of a layer; like the other limits, what kernels have room for."""
+
 
 class StatePart(Enum):
     """Which of a layer's states."""

@@ -8,16 +8,15 @@ from llamaclust.model import program as ir
 from llamaclust.model.architectures.experts import read_experts
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
 from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer
+from llamaclust.model.states import MAX_TAPS
 from llamaclust.model.step_options import Gating, RopeStyle
-
-_MAX_TAPS = 16
 
 
 def lfm2(builder: ProgramBuilder) -> None:
     """Layers from `leading_dense_block_count` on have experts if the file has any: sigmoid gates with a bias for the
     choice. The norm before the head has a name of its own."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
-    taps = keys.count("shortconv.l_cache", minimum=2, maximum=_MAX_TAPS)
+    taps = keys.count("shortconv.l_cache", minimum=2, maximum=MAX_TAPS)
     if hp.embedding_length % KV_BLOCK_TOKENS:
         raise keys.error("embedding_length", f"{hp.embedding_length}, a multiple of {KV_BLOCK_TOKENS} expected")
     dense = keys.count("leading_dense_block_count", 0, minimum=0, maximum=hp.block_count)

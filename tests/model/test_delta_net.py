@@ -152,6 +152,11 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
         ("qwen35", {"attention.scale": 0.5}, "attention.scale': '?0.5'?, which is not supported"),
         ("kimi-linear", {"kda.head_dim": None}, "kda.head_dim.*missing"),
         ("kimi-linear", {"kda.head_dim": 24}, "kda.head_dim': 24, a multiple of 16 expected"),
+        (
+            "kimi-linear",
+            {"kda.head_dim": 256, "attention.head_count": 2048},
+            "kda.head_dim': 2048 heads of 256 channels have a state of 134217728 numbers, at most 67108864 expected",
+        ),
         ("kimi-linear", {"kda.head_dim": 32}, r"attn_q.weight: shape \[64, 64\], \[64, 128\] expected"),
         ("kimi-linear", {"ssm.conv_kernel": 32}, "ssm.conv_kernel': 32, 2 to 16 expected"),
         ("kimi-linear", {"expert_shared_count": None}, "expert_shared_count.*missing"),

@@ -81,6 +81,13 @@ def test_rotations_are_those_of_the_file(models: dict[str, Model]) -> None:
         ({"ssm__group_count": 3}, "ssm.group_count': 3, which does not divide 8 heads"),
         ({"ssm__state_size": 1 << 13}, "ssm.state_size': 8192, 1 to 4096 expected"),
         ({"ssm__state_size": 4096, "ssm__inner_size": 1 << 15}, "ssm.state_size': 4096 for each of 32768 channels"),
+        (
+            {
+                key: 1 << 14 if key != "ssm__state_size" else 1 << 12
+                for key in ("ssm__inner_size", "ssm__time_step_rank", "ssm__group_count", "ssm__state_size")
+            },
+            "ssm.group_count': 16384 groups of 4096 numbers, 134234112 channels .* 4 taps at most 22369621 channels",
+        ),
         ({"attention__head_count_kv": 2}, "blk.0.attn_q.weight.*missing"),
         ({"attention__head_count_kv": np.array([2, 0, 2, 0, 2], np.int32)}, "blk.0.attn_q.weight.*missing"),
         ({"feed_forward_length": np.array([96, 0, 96, 96, 96], np.int32)}, "blk.1.ffn_gate.weight: shape"),

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 from llamaclust.model import program as ir
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.delta_rule import MAX_KEY_CHANNELS, VALUE_CHANNELS, Decay, DeltaRule
+from llamaclust.model.delta_rule import MAX_HEADS, VALUE_CHANNELS, Decay, DeltaRule
 from llamaclust.model.hyperparameters import ModelKeys
 from llamaclust.model.program import Buffer
+from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS
 from llamaclust.model.step_options import ActivationFunction
-
-_MAX_TAPS, _MAX_HEADS = 16, 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +40,19 @@ class DeltaNet:
 
 def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
     """ModelFileError for widths that do not fit together, or that kernels do not have."""
-    heads = keys.count("ssm.time_step_rank", maximum=_MAX_HEADS)
+    heads = keys.count("ssm.time_step_rank", maximum=MAX_HEADS)
     net = DeltaNet(
         heads,
         keys.count("ssm.group_count", maximum=heads),
         keys.count("ssm.state_size", maximum=MAX_KEY_CHANNELS),
-        keys.count("ssm.conv_kernel", minimum=2, maximum=_MAX_TAPS),
+        keys.count("ssm.conv_kernel", minimum=2, maximum=MAX_TAPS),
         tiled,
     )
     if net.head_dim % VALUE_CHANNELS:
         raise keys.error("ssm.state_size", f"{net.head_dim}, a multiple of {VALUE_CHANNELS} expected")
     if heads % net.key_heads:
         raise keys.error("ssm.group_count", f"{net.key_heads}, which does not divide {heads} heads")
-    inner = keys.count("ssm.inner_size", maximum=_MAX_HEADS * MAX_KEY_CHANNELS)
+    inner = keys.count("ssm.inner_size", maximum=MAX_HEADS * MAX_KEY_CHANNELS)
     if inner != net.value_width:
         raise keys.error("ssm.inner_size", f"{inner}, {heads} heads of {net.head_dim} channels expected")
     return net

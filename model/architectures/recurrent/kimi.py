@@ -12,12 +12,12 @@ from llamaclust.model.architectures.latent.attention import LatentAttention
 from llamaclust.model.architectures.latent.deepseek import latent_variant
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.architectures.recurrent.delta_net import unit_lengths
-from llamaclust.model.delta_rule import MAX_KEY_CHANNELS, VALUE_CHANNELS, Decay, DeltaRule
+from llamaclust.model.delta_rule import VALUE_CHANNELS, Decay, DeltaRule, excess_of_heads
 from llamaclust.model.program import Buffer
-from llamaclust.model.states import StatePart
+from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS, StatePart
 from llamaclust.model.step_options import ActivationFunction, Gating
 
-_MAX_TAPS, _MAX_COUNT = 16, 1 << 10
+_MAX_COUNT = 1 << 10
 
 
 def kimi_linear(builder: ProgramBuilder) -> None:
@@ -29,7 +29,9 @@ def kimi_linear(builder: ProgramBuilder) -> None:
     head_dim = keys.count("kda.head_dim", maximum=MAX_KEY_CHANNELS)
     if head_dim % VALUE_CHANNELS:
         raise keys.error("kda.head_dim", f"{head_dim}, a multiple of {VALUE_CHANNELS} expected")
-    taps = keys.count("ssm.conv_kernel", minimum=2, maximum=_MAX_TAPS)
+    if (excess := excess_of_heads(hp.head_count, head_dim)) is not None:
+        raise keys.error("kda.head_dim", excess)
+    taps = keys.count("ssm.conv_kernel", minimum=2, maximum=MAX_TAPS)
     shared = hp.expert_feed_forward_length * keys.count("expert_shared_count", maximum=_MAX_COUNT)
     experts = read_experts(keys, hp, gating=Gating.SIGMOID, shared_width=shared)
     dense = keys.count("leading_dense_block_count", 0, minimum=0, maximum=_MAX_COUNT)

@@ -9,11 +9,10 @@ from llamaclust.model import program as ir
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.hyperparameters import ModelKeys
 from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer
+from llamaclust.model.states import MAX_STATE_FLOATS, MAX_TAPS
 from llamaclust.model.step_options import ActivationFunction
 
-_MAX_TAPS = 16
 _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
-_MAX_STATE_FLOATS = 1 << 26  # of a layer: what kernels have room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +38,20 @@ def read_mamba_shape(keys: ModelKeys) -> MambaShape:
     heads = keys.count("ssm.time_step_rank", maximum=_MAX_HEADS)
     groups = keys.count("ssm.group_count", maximum=_MAX_HEADS)
     state_size = keys.count("ssm.state_size", maximum=_MAX_STATE_SIZE)
-    shape = MambaShape(keys.count("ssm.conv_kernel", minimum=2, maximum=_MAX_TAPS), inner, state_size, heads, groups)
+    shape = MambaShape(keys.count("ssm.conv_kernel", minimum=2, maximum=MAX_TAPS), inner, state_size, heads, groups)
     if inner % heads:
         raise keys.error("ssm.inner_size", f"{inner}, which {heads} heads do not divide")
     if heads % groups:
         raise keys.error("ssm.group_count", f"{groups}, which does not divide {heads} heads")
-    if inner * state_size > _MAX_STATE_FLOATS:
-        what = f"{state_size} for each of {inner} channels, together at most {_MAX_STATE_FLOATS} expected"
+    if inner * state_size > MAX_STATE_FLOATS:
+        what = f"{state_size} for each of {inner} channels, together at most {MAX_STATE_FLOATS} expected"
         raise keys.error("ssm.state_size", what)
+    if (shape.taps - 1) * shape.convolved > MAX_STATE_FLOATS:
+        what = f"{groups} groups of {state_size} numbers, {shape.convolved} channels of the convolution; for"
+        raise keys.error(
+            "ssm.group_count",
+            f"{what} {shape.taps} taps at most {MAX_STATE_FLOATS // (shape.taps - 1)} channels expected",
+        )
     if inner % KV_BLOCK_TOKENS or shape.convolved % KV_BLOCK_TOKENS:
         what = f"{inner}, and {shape.convolved} channels of the convolution: multiples of {KV_BLOCK_TOKENS} expected"
         raise keys.error("ssm.inner_size", what)

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.model.delta_rule import MAX_HEADS, VALUE_CHANNELS
+from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS
 from llamaclust.tools.convert.lazy import columns_of, gathered, joined, mapped, part_of_each, squeezed
 from llamaclust.tools.convert.page import Page, picked
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import rotating_channels, rotation, sections
-from llamaclust.tools.convert.settings import MAX_HEADS, MAX_LAYERS
+from llamaclust.tools.convert.settings import MAX_LAYERS
 
 _PERIOD = 4
 _SHARE = 0.25
-_MAX_EXPERTS, _MAX_TAPS, _MAX_HEAD = 1 << 10, 1 << 6, 1 << 12
+_MAX_EXPERTS = 1 << 10
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 _KINDS = ("linear_attention", "full_attention")
 _ONE = np.float32(1)
@@ -83,13 +85,15 @@ def _read_net(page: Page) -> _DeltaNet:
     settings = page.settings
     heads = settings.count("linear_num_value_heads", maximum=MAX_HEADS)
     key_heads = settings.count("linear_num_key_heads", maximum=heads)
-    width = settings.count("linear_key_head_dim", maximum=_MAX_HEAD)
+    width = settings.count("linear_key_head_dim", maximum=MAX_KEY_CHANNELS)
+    if width % VALUE_CHANNELS:
+        raise settings.error("linear_key_head_dim", f"{width}, a multiple of {VALUE_CHANNELS} expected")
     if heads % key_heads:
         raise settings.error("linear_num_key_heads", f"{key_heads}, which does not divide {heads} heads of values")
-    if settings.count("linear_value_head_dim", maximum=_MAX_HEAD) != width:
+    if settings.count("linear_value_head_dim", maximum=MAX_KEY_CHANNELS) != width:
         value = settings.values["linear_value_head_dim"]
         raise settings.error("linear_value_head_dim", f"{value}, keys have {width}: not supported")
-    taps = settings.count("linear_conv_kernel_dim", default=4, minimum=2, maximum=_MAX_TAPS)
+    taps = settings.count("linear_conv_kernel_dim", default=4, minimum=2, maximum=MAX_TAPS)
     return _DeltaNet(key_heads, heads, width, taps, page.architecture != "qwen3next")
 
 

@@ -132,9 +132,10 @@ def test_small_tensors_are_float32(name: str, tmp_path: Path) -> None:
 
 
 def test_costs_count_states_and_scans(models: dict[str, Model]) -> None:
-    """Of 16 positions a layer has a state of 128 x 16 float32 and 3 rows of 192, or keys and values of two heads."""
+    """A layer has a state of 128 x 16 float32 and 3 rows of 192, or keys and values of two heads; Falcon's both."""
     layers = models["granitehybrid"].costs(KvType.F16).layers
-    state = 4 * (128 * 16 + 3 * 192) // 16
-    assert [layer.kv_bytes_per_token for layer in layers] == [state, state, 128, state, 128]
+    state = 4 * (128 * 16 + 3 * 192)
+    assert [layer.state_bytes for layer in layers] == [state, state, 0, state, 0]
+    assert [layer.kv_bytes_per_token for layer in layers] == [0, 0, 128, 0, 128]
     falcon = models["falcon-h1"].costs(KvType.F16).layers[0]
-    assert falcon.window_bytes_per_token == 4 * (96 * 32 + 3 * 224) // 16 < falcon.kv_bytes_per_token
+    assert falcon.state_bytes == 4 * (96 * 32 + 3 * 224) and falcon.kv_bytes_per_token > 0

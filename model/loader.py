@@ -245,8 +245,12 @@ class Model:
             self.chat_template.close()
 
     def _refuse_other_uses(self) -> None:
-        """Models that rank or see later tokens in another way than their architecture does."""
+        """Models whose tokens do not see each other, or that rank or see later tokens in another way than their
+        architecture does."""
         keys = ModelKeys(self.file)
+        if not self._whole.kv_memory:
+            what = f"none of its {self.layer_count} layers has attention or a state of the sequence"
+            raise self.file.error("general.architecture", f"{keys.architecture}, but {what}")
         if self.generates and self.pooling is Pooling.RANK:
             raise keys.error("pooling_type", "4 (rank), which is supported for encoders and qwen3 alone")
         if keys.flag("attention.causal", self.is_causal) != self.is_causal:

@@ -116,7 +116,10 @@ class MemoryModel:
     def _blocks_in(self, start: int, end: int, kv_bytes: int, most: int) -> int:
         """How many blocks such a stage has in so much KV memory, no more than `most`."""
         if self.window_group is None and self.state_group is None:
-            return min(most, kv_bytes // (int(self.stages.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS))
+            block_bytes = int(self.stages.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS
+            if block_bytes == 0:  # feed-forward layers alone
+                return most if kv_bytes >= 0 else 0
+            return min(most, kv_bytes // block_bytes)
         if self.stages.kv_token_bytes[start, end] == self.stages.window_token_bytes[start, end]:
             most = min(most, self.request.context_blocks * self.request.max_sequences)  # more of them cost nothing
         return bisect_right(range(1, most + 1), kv_bytes, key=lambda blocks: self.kv_bytes(start, end, blocks))

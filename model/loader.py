@@ -21,7 +21,7 @@ from llamaclust.model.adapters import (
     unread_adapter_tensor,
     with_adapters,
 )
-from llamaclust.model.architectures import build_program, check_architecture
+from llamaclust.model.architectures import as_programs_read, build_program
 from llamaclust.model.architectures.tensors import FACTOR_TENSORS, idle_kv_tensors, nextn_tensors
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.chat.template_choice import chosen_template
@@ -128,8 +128,7 @@ class Model:
     def __init__(self, file: ModelFile, chat_template: str | None = None, adapter_paths: AdapterPaths = ()) -> None:
         """ModelFileError where the file is no model of an architecture that is supported. `adapter_paths`: of the
         adapters in it."""
-        check_architecture(file)
-        self.file = file
+        self.file = file = as_programs_read(file)
         self.adapter_paths = tuple("" if path is None else str(path) for path in adapter_paths)
         self._chosen_template = None if chat_template is None else chosen_template(chat_template)
         self.hyperparameters: Hyperparameters = read_hyperparameters(file)

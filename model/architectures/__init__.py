@@ -91,6 +91,8 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
     }
 )
 
+_RESHAPES: Mapping[str, Callable[[ModelFile], ModelFile]] = MappingProxyType({"kimi-linear": kimi.without_ones})
+
 
 def build_program(
     model: ModelFile, start: int, end: int, kv_type: KvType = KvType.F16, context_tokens: int | None = None
@@ -100,12 +102,19 @@ def build_program(
     `context_tokens`: the longest sequence it is for, all that the model was made for unless said otherwise.
     ModelFileError, naming what is wrong, for an architecture, a key or a tensor that is missing or does not fit.
     """
-    check_architecture(model)
-    keys = ModelKeys(model)
+    keys = ModelKeys(as_programs_read(model))
     builder = EncoderBuilder(keys, hyperparameters_of(keys), start, end, kv_type, context_tokens)
     ARCHITECTURES[keys.architecture](builder)
     keys.refuse_unread()
     return builder.program()
+
+
+def as_programs_read(model: ModelFile) -> ModelFile:
+    """The model with its tensors in the shapes that programs of its architecture have, where files have others.
+    ModelFileError for an unsupported architecture."""
+    check_architecture(model)
+    reshape = _RESHAPES.get(read_architecture(model))
+    return model if reshape is None else reshape(model)
 
 
 def check_architecture(model: ModelFile) -> None:

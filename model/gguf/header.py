@@ -242,9 +242,6 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
     return metadata
 
 
-_WITH_ONES = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.weight", ".ssm_a")
-
-
 def _read_tensors(cursor: _Cursor, count: int, path: Path, identity: FileIdentity) -> dict[str, Tensor]:
     """By name; offsets are from the start of the data section."""
     tensors: dict[str, Tensor] = {}
@@ -255,7 +252,6 @@ def _read_tensors(cursor: _Cursor, count: int, path: Path, identity: FileIdentit
         if not name or name in tensors:
             raise cursor.error("the name stands twice in the file" if name else "an empty name")
         quant_type, shape = _read_shape(cursor)
-        shape = _without_ones(name, shape)
         offset = cursor.u64()
         tensors[name] = Tensor(name, quant_type, shape, path, offset, quant_type.tensor_bytes(shape), identity)
     return tensors
@@ -273,12 +269,6 @@ def _read_shape(cursor: _Cursor) -> tuple[QuantType, tuple[int, ...]]:
     if sizes[0] % block_size:
         raise cursor.error(f"rows of {sizes[0]} weights, {quant_type.name} needs a multiple of {block_size}")
     return quant_type, tuple(reversed(sizes))
-
-
-def _without_ones(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Tensors of Kimi Linear as other families have them: convolutions [1, channels, 1, taps] or [channels, 1, taps]
-    are [channels, taps], and [1, 1, heads, 1] is [heads, 1]."""
-    return (math.prod(shape[:-1]), shape[-1]) if name.endswith(_WITH_ONES) and len(shape) > 2 else shape
 
 
 def _quant_type(cursor: _Cursor, number: int) -> QuantType:

@@ -19,8 +19,10 @@ from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.imatrix import Importance, ImportanceMatrix, read_imatrix, write_imatrix
+from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import eventually
+from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
 
@@ -60,6 +62,17 @@ def test_a_quantized_model_has_the_same_weights_but_for_rounding(model: Path, tm
         was, now = weights(before, name), weights(after, name)
         error = np.sqrt(((now - was) ** 2).mean() / (was**2).mean())
         assert error == 0 if tensor.quant_type == before.tensors[name].quant_type else 0 < error < 0.1, name
+
+
+def test_tensors_of_kimi_linear_keep_their_shapes(tmp_path: Path) -> None:
+    """Its files have ones in shapes that programs do without; the model is the same but for rounding."""
+    source = build_architecture(tmp_path / "in.gguf", "kimi-linear")
+    run("quantize", source, tmp_path / "out.gguf", "Q8_0")
+    before, after = open_model(source), open_model(tmp_path / "out.gguf")
+    assert before.tensor("blk.0.ssm_conv1d_q.weight").shape == (1, 64, 1, 4)
+    assert {name: t.shape for name, t in after.tensors.items()} == {name: t.shape for name, t in before.tensors.items()}
+    with Model.open(source) as model, Model.open(tmp_path / "out.gguf") as quantized:
+        assert model.program(0, model.layer_count) == quantized.program(0, model.layer_count)
 
 
 def test_any_number_of_threads_writes_the_same_file(model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from llamaclust.model import program as ir
 from llamaclust.model.architectures.experts import read_experts
@@ -13,11 +14,26 @@ from llamaclust.model.architectures.latent.deepseek import latent_variant
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.architectures.recurrent.delta_net import unit_lengths
 from llamaclust.model.delta_rule import VALUE_CHANNELS, Decay, DeltaRule, excess_of_heads
+from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.program import Buffer
 from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS, StatePart
 from llamaclust.model.step_options import ActivationFunction, Gating
 
 _MAX_COUNT = 1 << 10
+
+
+_WITH_ONES = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.weight", ".ssm_a")
+
+
+def without_ones(file: ModelFile) -> ModelFile:
+    """The model with tensors in the shapes that other families have: of convolutions, files have [1, channels, 1, taps]
+    or [channels, 1, taps] for [channels, taps], and of decays [1, 1, heads, 1] for [heads, 1]."""
+    reshaped = {
+        name: replace(tensor, shape=(math.prod(tensor.shape[:-1]), tensor.shape[-1]))
+        for name, tensor in file.tensors.items()
+        if name.endswith(_WITH_ONES) and len(tensor.shape) > 2 and sum(size > 1 for size in tensor.shape[:-1]) < 2
+    }
+    return replace(file, tensors=MappingProxyType({**file.tensors, **reshaped})) if reshaped else file
 
 
 def kimi_linear(builder: ProgramBuilder) -> None:

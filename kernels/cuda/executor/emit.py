@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.kernels._native import log
 from llamaclust.kernels.cuda.executor.experts import ExpertsEmitter
@@ -17,6 +18,12 @@ from llamaclust.kernels.fuse import Adapts, Attend, Products, reads_of, written_
 from llamaclust.kernels.fuse import elementwise as operation_of
 from llamaclust.model import program as ir
 from llamaclust.model.quant_types import ActivationFormat
+
+
+def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.float32]:
+    """Of each `step.length` positions, counted from `-step.offset`, that a context of so many tokens has."""
+    lengths = range(1, (context_tokens - 1 + step.offset) // step.length + 2)
+    return np.array([1 + step.factor * log(length) for length in lengths], np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +191,8 @@ class Emitter:
         return self.ops.layout.constant(np.zeros(step.out.width, np.float32))
 
     def _factors(self, step: ir.PositionScale) -> np.uint64:
-        """Of each `step.length` positions that a context has."""
-        lengths = range(1, (self.ops.limits.max_context_tokens - 1) // step.length + 2)
-        return self.ops.layout.constant(np.array([1 + step.factor * log(length) for length in lengths], np.float32))
+        factors = position_factors(step, self.ops.limits.max_context_tokens)
+        return self.ops.layout.constant(factors)
 
     def _rotations(self) -> Iterator[Launch]:
         """Of every table, once for all layers."""

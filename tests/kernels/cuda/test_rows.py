@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llamaclust.kernels import _native
+from llamaclust.kernels.cuda.executor.emit import position_factors
 from llamaclust.kernels.cuda.launches import elementwise
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
@@ -205,18 +206,28 @@ def test_slice_and_join(bench: Bench, x_width: int, start: int, width: int, head
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_scales_of_a_weight_and_of_positions(bench: Bench, width: int) -> None:
+def test_scale_by_a_weight(bench: Bench, width: int) -> None:
     x, number = awkward(random_source(), ROWS, width), random_source().standard_normal(1, np.float32)
-    there, rows, hidden = bench.put(x), count(bench), Buffer("x", width)
+    there, rows = bench.put(x), count(bench)
     out = bench.room(x.nbytes)
     by_weight = elementwise.elementwise("scale_by_weight", (there.at(), bench.put(number).at()), out.at(), width, rows)
     bench.device.launch(by_weight)
     same_bits(bench.get(out, x.shape), one_part(width, lambda a, b: ScaleByWeight(a, b, "w"), x, w=number))
-    step, first = PositionScale(hidden, hidden, 0.7, 5), 23
-    wanted = on_cpu(program_of(hidden, hidden, step), {}, rows_at(range(first, first + ROWS)), x)
-    factors = bench.put(np.array([1 + 0.7 * _native.log(n + 1) for n in range(8)], np.float32)).at()
-    positions = bench.put(np.arange(first, first + ROWS, dtype=np.int32)).at()
-    bench.device.launch(elementwise.scale_by_position(step, there.at(), factors, positions, there.at(), rows))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4, 12])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_scale_by_position(bench: Bench, width: int, offset: int) -> None:
+    """The last row is the last position of the context, of which the table has the last factor."""
+    x, hidden, first = awkward(random_source(), ROWS, width), Buffer("x", width), 23
+    there, rows, context_tokens = bench.put(x), count(bench), first + ROWS
+    step = PositionScale(hidden, hidden, 0.7, 5, offset)
+    wanted = on_cpu(program_of(hidden, hidden, step), {}, rows_at(range(first, context_tokens)), x)
+    table = position_factors(step, context_tokens)
+    assert len(table) == (context_tokens - 1 + offset) // 5 + 1
+    positions = bench.put(np.arange(first, context_tokens, dtype=np.int32)).at()
+    launch = elementwise.scale_by_position(step, there.at(), bench.put(table).at(), positions, there.at(), rows)
+    bench.device.launch(launch)
     same_bits(bench.get(there, x.shape), wanted)
 
 

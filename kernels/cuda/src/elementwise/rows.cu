@@ -39,11 +39,12 @@ KERNEL(256, scale_by_weight_rows, const float* x, const float* by, int32_t width
   each(width, rows, out, [factor = *by](float a) { return mul(a, factor); }, x);
 }
 
-// out[row] = x[row] * factors[positions[row] / length].
-KERNEL(256, scale_by_position_rows, const float* x, const float* factors, const int32_t* positions, int32_t length,
-       int32_t width, const int32_t* rows, float* out) {
+// out[row] = x[row] * factors[(positions[row] + offset) / length].
+KERNEL(256, scale_by_position_rows, const float* x, const float* factors, const int32_t* positions, int32_t offset,
+       int32_t length, int32_t width, const int32_t* rows, float* out) {
   if (static_cast<int>(blockIdx.y) >= *rows) return;
-  const float factor = factors[positions[blockIdx.y] / length];
+  const uint32_t position = static_cast<uint32_t>(positions[blockIdx.y]) + static_cast<uint32_t>(offset);
+  const float factor = factors[position / static_cast<uint32_t>(length)];
   each(width, rows, out, [factor](float a) { return mul(a, factor); }, x);
 }
 

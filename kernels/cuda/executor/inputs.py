@@ -81,7 +81,8 @@ class InputBuffer:
                 raise ValueError(f"batch: {what} {value} against {most}")
         if not self._window:
             return
-        if batch.window_tables is None or len(batch.window_tables) != len(batch.block_tables):
-            raise ValueError("batch: window_tables against block_tables")
+        entries = 0 if batch.window_tables is None else len(batch.window_tables)
+        if batch.window_tables is None or entries != len(batch.block_tables):
+            raise ValueError(f"batch: window_tables {entries} against block_tables {len(batch.block_tables)}")
         if int(batch.window_tables.max()) >= limits.window_blocks:
             raise ValueError(f"batch: window block {batch.window_tables.max()} against {limits.window_blocks}")

@@ -40,16 +40,45 @@ def state_places(batch: Batch, limits: StageLimits) -> StatePlaces:
 
 
 def _own_places(batch: Batch, blocks: int) -> StatePlaces:
-    states = batch.states
-    if states is None or len(states.starts) != len(batch.sequence_starts):
-        raise ValueError("batch: states against sequences")
-    firsts = batch.positions[batch.sequence_starts[:-1]]
-    before = [block if first else 0 for block, first in zip(states.before.tolist(), firsts.tolist(), strict=True)]
-    used = [*before, *states.blocks.tolist()]
-    if not 0 <= min(used) <= max(used) < blocks:
-        raise ValueError(f"batch: state blocks [{min(used)}, {max(used)}] against {blocks}")
-    ends = [int(states.rows[end - 1]) if end else -1 for end in states.starts[1:].tolist()]
-    if ends != (batch.sequence_starts[1:] - 1).tolist() or len(states.rows) != len(states.blocks):
-        raise ValueError("batch: the state behind a sequence's last row is not written")
-    before = [block if first else -1 for block, first in zip(before, firsts.tolist(), strict=True)]
-    return StatePlaces(before, states.starts.tolist(), states.rows.tolist(), states.blocks.tolist())
+    states, sequences = batch.states, len(batch.sequence_starts) - 1
+    if states is None:
+        raise ValueError(f"batch: states of 0 against {sequences} sequences")
+    before, starts, rows, written = (
+        numbers.tolist() for numbers in (states.before, states.starts, states.rows, states.blocks)
+    )
+    _check_counts(StatePlaces(before, starts, rows, written), sequences)
+    for sequence, (begin, end) in enumerate(pairwise(batch.sequence_starts.tolist())):
+        if batch.positions[begin] > 0:
+            _check_range("state block", before[sequence], 0, blocks)
+        else:
+            before[sequence] = -1
+        least = begin
+        for entry in range(starts[sequence], starts[sequence + 1]):
+            _check_range("row of a state", rows[entry], least, end)
+            _check_range("state block", written[entry], 0, blocks)
+            least = rows[entry] + 1
+        if least != end:
+            raise ValueError(f"batch: last state behind row {least - 1} against {end - 1}")
+    return StatePlaces(before, starts, rows, written)
+
+
+def _check_counts(places: StatePlaces, sequences: int) -> None:
+    """Every sequence has an entry before it and at least one that it writes, in the sequences' order."""
+    starts, entries = places.starts, len(places.rows)
+    for what, found, wanted in (
+        ("states before sequences", len(places.before), sequences),
+        ("starts of states", len(starts), sequences + 1),
+        ("blocks of states", len(places.blocks), entries),
+        ("first start of states", starts[0] if starts else -1, 0),
+        ("last start of states", starts[-1] if starts else -1, entries),
+    ):
+        if found != wanted:
+            raise ValueError(f"batch: {what} {found} against {wanted}")
+    for start, end in pairwise(starts):
+        if end <= start:
+            raise ValueError(f"batch: states of sequences {end} against {start}")
+
+
+def _check_range(what: str, value: int, begin: int, end: int) -> None:
+    if not begin <= value < end:
+        raise ValueError(f"batch: {what} {value} against [{begin}, {end})")

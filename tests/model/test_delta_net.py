@@ -19,6 +19,7 @@ from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Attention, Program, Rope, SequenceState
+from llamaclust.model.quant_types import QuantType
 from llamaclust.model.states import StatePart
 from support.models.tiny.delta_net import DeltaNet, KimiDelta
 from support.models.tiny_architectures import MODELS, build_architecture
@@ -99,6 +100,15 @@ def test_convolutions_of_kimi_linear_have_ones_in_their_shapes(
     assert whole(again) == whole(file)
     assert again.tensor(name).shape == shape and Model(again).file.tensor(name).shape == (64, 4)
     assert bytes(again.tensor(name).read()) == bytes(file.tensor(name).read())
+
+
+@pytest.mark.parametrize("name", ["blk.1.ssm_a", "blk.1.ssm_dt.bias"])
+@pytest.mark.parametrize("quant_type", [QuantType.F16, QuantType.BF16])
+def test_decays_of_kimi_linear_are_float32(make: Make, name: str, quant_type: QuantType) -> None:
+    file = make("kimi-linear")
+    tensors = {**file.tensors, name: replace(file.tensor(name), quant_type=quant_type)}
+    with pytest.raises(ModelFileError, match=f"{name}: type {quant_type.name}, F32 expected"):
+        whole(replace(file, tensors=tensors))
 
 
 def test_layers_are_named_by_flags_or_by_a_period(make: Make) -> None:

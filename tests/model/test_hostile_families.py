@@ -1,6 +1,6 @@
 """Damage to keys and tensors of every family: a model that runs, or a line that names the file, and nothing else.
 
-What is accepted is computed too: kernels must not rely on more than the checks promise.
+What is accepted is computed too, and planned for a GPU: kernels must not rely on more than the checks promise.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import available_levels
 from llamaclust.kernels.backend import kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.cuda.backend import most_workspace_bytes
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
 from support.arithmetic.batches import Chain
 from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
 from support.seed import SEED
 
 DAMAGES = 40  # of each model
+SMALL_BYTES = 2048
 MEMORY_LIMIT_BYTES = 1 << 25
 RUN_LIMITS = StageLimits(max_batch_tokens=32, max_outputs=32, max_sequences=2, max_context_tokens=64, kv_blocks=8)
 LARGEST_RUN_BYTES = 1 << 28
@@ -99,11 +102,11 @@ def with_damaged_key(random: Random, model: ModelFile, keys: list[str]) -> Model
 
 
 def with_damaged_tensor(random: Random, model: ModelFile) -> ModelFile:
-    """A tensor that is missing, has fewer rows, columns or dimensions, or another one's name."""
+    """A tensor that is missing, has fewer rows, columns or dimensions, half the bytes, or another one's name."""
     tensor = random.choice(sorted(model.tensors.values(), key=lambda each: each.name))
     tensors: dict[str, Tensor] = dict(model.tensors)
     del tensors[tensor.name]
-    match random.randrange(4):
+    match random.randrange(5):
         case 0:
             other = random.choice(sorted(model.tensors))
             tensors[other] = replace(tensor, name=other)
@@ -113,9 +116,25 @@ def with_damaged_tensor(random: Random, model: ModelFile) -> ModelFile:
             tensors[tensor.name] = replace(tensor, shape=shape)
         case 2:
             tensors[tensor.name] = replace(tensor, shape=tensor.shape[1:] or (1, *tensor.shape))
+        case 3:
+            tensors[tensor.name] = as_halves(tensor, random.choice([QuantType.F16, QuantType.BF16]))
         case _:
             pass
     return replace(model, tensors=tensors)
+
+
+def as_halves(tensor: Tensor, kind: QuantType) -> Tensor:
+    """Of another type, with the first of its bytes."""
+    return replace(tensor, quant_type=kind, n_bytes=tensor.rows * kind.info.row_bytes(tensor.shape[-1]))
+
+
+def plan_for_gpu(model: Model) -> None:
+    """Needs no GPU. A ModelFileError of one line for what GPUs do not compute; assertions of the plan hold."""
+    try:
+        program = model.program(0, model.layer_count, context_tokens=RUN_LIMITS.max_context_tokens)
+        assert most_workspace_bytes(program, model.tensors_for(program), RUN_LIMITS) > 0
+    except ModelFileError as error:
+        assert "\n" not in str(error)
 
 
 def use(file: ModelFile) -> None:
@@ -129,6 +148,7 @@ def use(file: ModelFile) -> None:
         run_bytes = kv_bytes(program, RUN_LIMITS) + backend.workspace_bytes(program, tensors, RUN_LIMITS)
         if run_bytes > LARGEST_RUN_BYTES:
             return
+        plan_for_gpu(model)
         chain = Chain(backend, model, limits=RUN_LIMITS)
         try:
             assert chain.logits(TOKENS, chunk=9).shape[0] == len(TOKENS)
@@ -180,6 +200,23 @@ def test_damaged_keys_and_tensors(make: Callable[[str], ModelFile], key_names: l
             }
             what = f"seed {SEED}, damage {damage}: keys {changed}, without {gone}, tensors {shapes}"
             raise AssertionError(f"{what}: {error!r}") from error
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_small_tensors_of_halves(make: Callable[[str], ModelFile], name: str) -> None:
+    """GPU kernels read some as float32: models are refused or planned without other types there. Each name once."""
+    file, seen = make(name), set[str]()
+    for tensor in file.tensors.values():
+        ending = tensor.name.removeprefix(f"{tensor.layer}.")
+        if tensor.n_bytes > SMALL_BYTES or ending in seen:
+            continue
+        seen.add(ending)
+        damaged = replace(file, tensors={**file.tensors, tensor.name: as_halves(tensor, QuantType.F16)})
+        try:
+            model = Model(damaged)
+        except ModelFileError:
+            continue
+        plan_for_gpu(model)
 
 
 @pytest.mark.parametrize("name", ["llama-experts", "gpt-oss", "bailingmoe2", "gemma4-experts", "deepseek2"])

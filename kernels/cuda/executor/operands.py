@@ -17,7 +17,7 @@ from llamaclust.kernels.cuda.launches.matmul import Weights, activation_bytes, q
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.cuda.runtime.memory import aligned
 from llamaclust.model.program import Buffer, KvLayer, Program, RmsNorm, RopeTable, SequenceState, StatePart
-from llamaclust.model.quant_types import ActivationFormat
+from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 _FLOAT = 4
 
@@ -106,7 +106,12 @@ class Operands:
         self.quantized = {kind: owner for kind, owner in self.quantized.items() if owner != name}
 
     def vector(self, name: str | None) -> np.uint64:
-        return NULL if name is None else self.weights[name].address
+        """What kernels read as float32: a vector, which is kept as such, or a matrix that a model file has as such."""
+        if name is None:
+            return NULL
+        weight = self.weights[name]
+        assert len(weight.shape) == 1 or weight.quant_type is QuantType.F32, (name, weight.quant_type)
+        return weight.address
 
     def norm_weight(self, step: RmsNorm) -> np.uint64:
         """Ones where it has none: by these, numbers stay as they are."""

@@ -115,7 +115,7 @@ class _KimiDelta:
         builder, name = self.builder, self._name("ssm_a")
         column = builder.has(name) and len(builder.model.tensor(name).shape) == 2
         step = Decay(x, x, name, builder.vector(self._name("ssm_dt.bias"), x.width), heads, column)
-        builder.weight(name, step.weight_shape)
+        builder.floats(name, step.weight_shape)
         return step
 
     def _name(self, name: str) -> str:

@@ -31,7 +31,7 @@ MODELS = (
     *("gpt-oss", "gpt-oss-mxfp4", "glm4moe", "ernie4_5-moe", "hunyuan-moe", "bailingmoe2", "minimax-m2", "granitemoe"),
     *("mistral3", "gemma4", "gemma4-experts", "gemma4-inputs"),
     *("deepseek2", "deepseek2-lite", "deepseek2-scaled", "mistral4"),
-    *("lfm2", "lfm2-windows", "lfm2moe", "qwen3next", "qwen3next-old", "qwen35", "qwen35moe"),
+    *("lfm2", "lfm2-windows", "lfm2moe", "qwen3next", "qwen3next-old", "qwen35", "qwen35moe", "kimi-linear"),
 )
 ROWS = 20
 

@@ -65,11 +65,15 @@ def test_help_names_no_types(words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_without_arguments_a_command_prints_its_work_its_help_or_one_line_of_error(words: tuple[str, ...]) -> None:
-    """The program's folder cannot be made, so that `up` does not download the demo."""
+    """The program's folder cannot be made, so that `up` does not download the demo, of which it says what it is."""
     with command_line() as line:
         (line.folder / "home").touch()
         done = line.run(*words)
-    assert done.out if done.code == 0 or "Usage:" in done.out else done.error
+    if done.code != 0 and "Usage:" not in done.out:
+        *said, last = done.err.splitlines()
+        assert last.startswith("error: ") and not any(line.startswith("error: ") for line in said)
+    else:
+        assert done.out
     assert "Traceback" not in done.out + done.err
 
 

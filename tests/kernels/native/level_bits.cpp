@@ -34,7 +34,7 @@ void print_vectors(const Level& level) {
   crc.add(out);
     LLAMACLUST_ROW_OPS(ADD)
 #undef ADD
-    level.vector.decay(x.data(), y.data(), out.data(), n, out.data());
+    level.vector.decay(x.data(), y.data(), x.data(), n, out.data());
     crc.add(out);
     level.vector.add_scaled(x.data(), 0.37f, n, out.data());
     crc.add(out);

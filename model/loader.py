@@ -76,6 +76,12 @@ class LayerCost:
     kv_source: int | None = None  # the layer whose keys and values it reads, if it has none of its own
     expert_bytes: int = 0  # of `weight_bytes`, router and experts
     expert_macs_per_token: int = 0
+    state_macs_per_token: int = 0  # of `float_macs_per_token`, those of a state
+
+    def moved_bytes(self, rows: int, sequences: int) -> float:
+        """What a step of so many rows of so many sequences reads or writes: weights, and each sequence's state, which
+        it reads and writes once."""
+        return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
 
     def touched_bytes(self, rows: int) -> float:
         """Weights that a step of so many rows reads. Rows are taken to choose experts independently and evenly: of E
@@ -133,6 +139,7 @@ class Model:
         self._chosen_template = None if chat_template is None else chosen_template(chat_template)
         self.hyperparameters: Hyperparameters = read_hyperparameters(file)
         self._whole = self.program(0, self.layer_count)
+        self._costs: dict[KvType, ModelCosts] = {}
         self.pooling = read_pooling(file, DEFAULT if self.is_causal else Pooling.MEAN)
         self._refuse_unknown_tensors()
         self._refuse_other_uses()
@@ -211,6 +218,11 @@ class Model:
         return {name: self.file.tensor(name) for name in program.weights}
 
     def costs(self, kv_type: KvType) -> ModelCosts:
+        if kv_type not in self._costs:
+            self._costs[kv_type] = self._computed_costs(kv_type)
+        return self._costs[kv_type]
+
+    def _computed_costs(self, kv_type: KvType) -> ModelCosts:
         tensors = self.file.tensors
         embedding = [step for step in self._whole.steps if isinstance(step, Embed | AddPosition | AddRow)]
         head = list(dropwhile(partial(_is_before_head, self._whole), self._whole.steps))
@@ -298,6 +310,7 @@ def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
         kv_source=next((step.layer for step in steps if isinstance(step, Attention) and step.shares_kv), None),
         expert_bytes=_weight_bytes(tensors, mixtures),
         expert_macs_per_token=_all_macs(mixtures),
+        state_macs_per_token=sum(count for step in steps for name, count in _macs(step) if name is None),
     )
 
 

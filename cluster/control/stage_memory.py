@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 from llamaclust.cluster.planner.costs import Counts, sums
 from llamaclust.cluster.planner.memory import Rounding, StagePlace, Workspace
@@ -12,15 +13,29 @@ from llamaclust.model.loader import Model
 from llamaclust.worker.devices.workspace import planned_workspace_bytes, weight_rounding_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was computed of a model."""
+
+    workspaces: dict[tuple[StageLimits, StagePlace], int] = field(default_factory=dict)
+    roundings: dict[tuple[str, bool], Counts] = field(default_factory=dict)
+
+
+_known: MutableMapping[Model, _Known] = WeakKeyDictionary()
+"""Of models that are open: their plans after a loss, or of other machines, need not compute it again."""
+
+
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
     """Of stages that are loaded with these limits, whatever their context. A stage is taken to hold all layers: weights
     of several types may make it take a little more than it will."""
+    known = _known.setdefault(model, _Known()).workspaces
 
-    @cache
     def bytes_at(place: StagePlace) -> int:
-        end = model.layer_count if place.is_last else max(1, model.layer_count - 1)
-        at = replace(limits, max_context_tokens=place.context_length)
-        return planned_workspace_bytes(model, 0, end, at, place.threads, place.device)
+        if (limits, place) not in known:
+            end = model.layer_count if place.is_last else max(1, model.layer_count - 1)
+            at = replace(limits, max_context_tokens=place.context_length)
+            known[limits, place] = planned_workspace_bytes(model, 0, end, at, place.threads, place.device)
+        return known[limits, place]
 
     return bytes_at
 
@@ -28,10 +43,13 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
     """Of stages of the model, with their experts or without: the first layer is there with the embedding, the last one
     with the head."""
+    known = _known.setdefault(model, _Known()).roundings
 
-    @cache
     def table(device: str) -> Counts:
-        layers = range(model.layer_count)
-        return sums(weight_rounding_bytes(model, layer, layer + 1, device, experts=experts) for layer in layers)
+        if (device, experts) not in known:
+            layers = range(model.layer_count)
+            bytes_of = (weight_rounding_bytes(model, layer, layer + 1, device, experts=experts) for layer in layers)
+            known[device, experts] = sums(bytes_of)
+        return known[device, experts]
 
     return table

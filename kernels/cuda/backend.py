@@ -14,6 +14,7 @@ from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels.backend import Progress, kv_bytes
 from llamaclust.kernels.cuda.device_weights import DeviceWeights, LayerMemory, LoadProgress, layers_of_weights
+from llamaclust.kernels.cuda.executor.distinct_layers import distinct_layers
 from llamaclust.kernels.cuda.executor.plan import ANY_GPU, Plan
 from llamaclust.kernels.cuda.executor.stage import CudaStage
 from llamaclust.kernels.cuda.launches import attention
@@ -153,7 +154,9 @@ def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits
     """The same but for weights, at most, with any number of KV blocks: before these are known."""
     if program.window is not None:
         limits = replace(limits, window_blocks=1)  # they have a table of their own
-    return _plan(program, tensors, limits).buffers_allocated_bytes + most_rounded_bytes(len(program.kv_memory))
+    weights = _checked_weights(program, tensors)
+    plan = Plan(distinct_layers(program, weights), weights, limits, ANY_GPU)
+    return plan.buffers_allocated_bytes + most_rounded_bytes(len(program.kv_memory))
 
 
 def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:
@@ -182,6 +185,11 @@ def _check_part(program: Program) -> None:
 def _plan(
     program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, gpu: attention.LaunchLimits = ANY_GPU
 ) -> Plan:
+    return Plan(program, _checked_weights(program, tensors), limits, gpu)
+
+
+def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weights]:
+    """Without addresses. ModelFileError or UsageError for a program that is not computed."""
     if not program.is_causal:
         raise ModelFileError("an encoder is not computed on GPUs; set device: cpu for its workers")
     if program.is_last and not program.has_logits:
@@ -194,5 +202,4 @@ def _plan(
     check_weights(program, tensors)
     check_attention(program)
     check_experts(program)
-    weights = {name: Weights(tensors[name].quant_type, tensors[name].shape) for name in program.weights}
-    return Plan(program, weights, limits, gpu)
+    return {name: Weights(tensors[name].quant_type, tensors[name].shape) for name in program.weights}

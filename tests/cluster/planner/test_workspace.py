@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from weakref import ref
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamaclust.cluster.control import stage_memory
 from llamaclust.cluster.control.stage_memory import workspace_of
 from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cpu import compile as compile_module
 from llamaclust.kernels.cpu.backend import CpuBackend, workspace_bytes
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Buffer, Program, Slice
 from llamaclust.model.quant_types import QuantType
@@ -141,3 +145,23 @@ def test_a_mistake_of_ours_does_not_blame_the_file(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(compile_module, "Plan", older)
     with Model.open(build_tiny_model(tmp_path / "m.gguf", layers=1)) as model, pytest.raises(TypeError, match="7 arg"):
         workspace_of(model, StageLimits(8, 8, 1, 1024, 8))(StagePlace(1, 1024, True))
+
+
+def test_figures_of_an_open_model_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.open(build_tiny_model(tmp_path / "m.gguf"))
+    computed: list[int] = []
+
+    def counted(*given: object) -> int:
+        computed.append(1)
+        return 7 * len(computed)
+
+    monkeypatch.setattr(stage_memory, "planned_workspace_bytes", counted)
+    place, limits = StagePlace(1, 64, is_last=True), StageLimits(544, 64, 32, 1024, 8)
+    assert [workspace_of(model, limits)(place) for _ in range(3)] == [7, 7, 7]
+    assert workspace_of(model, replace(limits, max_outputs=2))(place) == 14
+    assert workspace_of(Model(model.file), limits)(place) == 21
+    assert model.costs(KvType.F16) is model.costs(KvType.F16) is not model.costs(KvType.Q8_0)
+    kept = ref(model)
+    del model
+    gc.collect()
+    assert kept() is None, "what is remembered does not keep it"

@@ -17,7 +17,7 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """A step of `rows` rows takes stage_s + layers_byte_s * bytes of layer weights that it touches (of experts, those
-    that rows choose) + head_s on the last stage."""
+    that rows choose) and of states + head_s on the last stage."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds

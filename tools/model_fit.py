@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llamaclust.cluster.scheduler.kv_groups import state_group, window_group
+from llamaclust.cluster.scheduler.kv_groups import KvGroups, KvSizes
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.loader import LayerCost, Model
+from llamaclust.model.loader import Model, ModelCosts
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from llamaclust.worker.stage.stage_runner import model_program
 
 _ROWS: Final = 512
+_SEQUENCES: Final = 1
 _OUTPUTS: Final = 256
 _CONTEXT: Final = 4096
 
@@ -30,6 +31,7 @@ class Fit:
     weight_bytes: int  # packed for the kernels: not those of the file
     layer_bytes: tuple[int, ...]
     kv_bytes_per_token: dict[str, int]  # by KV type, over all layers
+    state_bytes: int  # of a state of the sequence, over all layers
     workspace_bytes: int
     context_length: int  # the model's own, 4096 at most; what the next two reckon with
     total_bytes: int
@@ -49,7 +51,7 @@ def fit(path: Path, available_bytes: int, threads: int) -> Fit:
     with closing(Model.open(path)) as model:
         trained = model.hyperparameters.context_length
         context, count = min(trained, _CONTEXT), model.layer_count
-        costs = {kv_type: model.costs(kv_type).layers for kv_type in KvType}
+        costs = {kv_type: model.costs(kv_type) for kv_type in KvType}
 
         def weights(layers: int) -> int:
             tensors = model.tensors_for(model_program(model, 0, layers, _limits(KV_BLOCK_TOKENS)))
@@ -59,16 +61,14 @@ def fit(path: Path, available_bytes: int, threads: int) -> Fit:
             return planned_workspace_bytes(model, 0, layers, _limits(tokens), threads)
 
         def needed(layers: int, tokens: int) -> int:
-            kv_bytes = _kv_bytes(costs[KvType.F16][:layers], model.window, tokens)
-            return weights(layers) + workspace(layers, tokens) + kv_bytes
+            return weights(layers) + workspace(layers, tokens) + _kv_bytes(costs[KvType.F16], layers, tokens)
 
         return Fit(
             available_bytes=available_bytes,
             weight_bytes=weights(count),
-            layer_bytes=tuple(layer.weight_bytes for layer in costs[KvType.F16]),
-            kv_bytes_per_token={
-                str(kind): sum(layer_cost.kv_bytes_per_token for layer_cost in each) for kind, each in costs.items()
-            },
+            layer_bytes=tuple(layer.weight_bytes for layer in costs[KvType.F16].layers),
+            kv_bytes_per_token={str(kind): each.kv_token_bytes for kind, each in costs.items()},
+            state_bytes=costs[KvType.F16].state_bytes,
             workspace_bytes=workspace(count, context),
             context_length=context,
             total_bytes=needed(count, context),
@@ -77,17 +77,17 @@ def fit(path: Path, available_bytes: int, threads: int) -> Fit:
         )
 
 
-def _kv_bytes(layers: Sequence[LayerCost], window: int | None, tokens: int) -> int:
-    """Of one sequence of so many tokens, of which layers with a window may keep less."""
-    full = -(-tokens // KV_BLOCK_TOKENS)
-    group = window_group(window, tokens, _ROWS + 1)
-    kept = full if group is None else group.blocks_beside(full, tokens, 1)
-    windowed = sum(layer.window_bytes_per_token for layer in layers)
-    per_token = sum(layer.kv_bytes_per_token for layer in layers)
-    state_bytes = sum(layer.state_bytes for layer in layers)
-    states = state_group(state_bytes, per_token)
-    state_blocks = 0 if states is None else states.blocks_beside(full, 1)
-    return KV_BLOCK_TOKENS * ((per_token - windowed) * full + windowed * kept) + state_bytes * state_blocks
+def _kv_bytes(costs: ModelCosts, layers: int, tokens: int) -> int:
+    """Of the first layers, for one sequence of so many tokens: as a plan of a cluster has it for one context, and a
+    model in one process for one."""
+    first = costs.layers[:layers]
+    sizes = KvSizes(
+        token_bytes=sum(layer.kv_bytes_per_token for layer in first),
+        window_token_bytes=sum(layer.window_bytes_per_token for layer in first),
+        state_bytes=sum(layer.state_bytes for layer in first),
+    )
+    groups = KvGroups.of(costs, tokens, _SEQUENCES, _ROWS + _SEQUENCES)
+    return groups.kv_bytes(sizes, -(-tokens // KV_BLOCK_TOKENS))
 
 
 def _most(count: int, exceeds: Callable[[int], bool]) -> int:
@@ -97,9 +97,9 @@ def _most(count: int, exceeds: Callable[[int], bool]) -> int:
 
 def _limits(tokens: int) -> StageLimits:
     return StageLimits(
-        max_batch_tokens=_ROWS,
+        max_batch_tokens=_ROWS + _SEQUENCES,
         max_outputs=_OUTPUTS,
-        max_sequences=1,
+        max_sequences=_SEQUENCES,
         max_context_tokens=tokens,
         kv_blocks=-(-tokens // KV_BLOCK_TOKENS),
         kv_type=KvType.F16.value,

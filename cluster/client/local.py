@@ -19,7 +19,7 @@ from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.worker_settings import with_caches
-from llamaclust.cluster.scheduler.kv_groups import state_group, window_group
+from llamaclust.cluster.scheduler.kv_groups import KvGroups
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
@@ -278,8 +278,8 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
     kv_blocks = settings.kv_blocks or 2 * _blocks(context)
     max_batch_tokens = max(_ROWS, chunk or 0) + settings.max_sequences
-    group, costs = window_group(model.window, context, max_batch_tokens), model.costs(KvType(settings.kv_type))
-    states = state_group(costs.state_bytes, costs.kv_token_bytes)
+    costs = model.costs(KvType(settings.kv_type))
+    groups = KvGroups.of(costs, context, settings.max_sequences, max_batch_tokens)
     return SchedulerSettings(
         model_id=model.model_id,
         vocabulary=model.hyperparameters.vocabulary_size,
@@ -295,11 +295,11 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         prefix_cache=settings.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,
         generates=model.generates,
-        window=None if group is None else group.window,
-        window_blocks=0 if group is None else group.blocks_beside(kv_blocks, context, settings.max_sequences),
+        window=None if groups.window is None else groups.window.window,
+        window_blocks=groups.window_blocks(kv_blocks),
         has_states=model.has_states,
-        state_blocks=0 if states is None else states.blocks_beside(kv_blocks, settings.max_sequences),
-        state_span=KV_BLOCK_TOKENS if states is None else states.span,
+        state_blocks=groups.state_blocks(kv_blocks),
+        state_span=groups.state_span,
     )
 
 

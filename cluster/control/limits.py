@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.scheduler.kv_groups import state_group, window_group
+from llamaclust.cluster.scheduler.kv_groups import KvGroups, window_group
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import StageLimits, max_embedded_rows
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 
@@ -118,8 +117,8 @@ def stage_limits(
 
 def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> SchedulerSettings:
     """The scheduler's limits, which are those of the loaded stages."""
-    costs = model.costs(config.kv_type)
-    states = state_group(costs.state_bytes, costs.kv_token_bytes)
+    costs, batch_tokens = model.costs(config.kv_type), max_batch_tokens(config)
+    groups = KvGroups.of(costs, plan.context_length, config.max_sequences, batch_tokens)
     return SchedulerSettings(
         model_id=model.model_id,
         vocabulary=model.hyperparameters.vocabulary_size,
@@ -128,7 +127,7 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         kv_type=config.kv_type,
         max_sequences=config.max_sequences,
         max_waiting=config.max_waiting,
-        max_batch_tokens=max_batch_tokens(config),
+        max_batch_tokens=batch_tokens,
         max_outputs=max_outputs(config),
         max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
         embedding_length=model.embedding_width,
@@ -141,5 +140,5 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         window_blocks=plan.window_blocks,
         has_states=model.has_states,
         state_blocks=plan.state_blocks,
-        state_span=KV_BLOCK_TOKENS if states is None else states.span,
+        state_span=groups.state_span,
     )

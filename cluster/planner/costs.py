@@ -19,9 +19,11 @@ Counts = NDArray[np.int64]
 Table = NDArray[np.float64]
 
 
-_EXCHANGE_S = 50e-6
+_STATE_MACS = 4
+"""A multiply-accumulate of a state is one of floats, and takes as long as so many of 8 bits."""
+EXCHANGE_S = 50e-6
 """Two waits for a GPU and two copies; an assumption, since no GPU was there to measure it."""
-_EXCHANGE_BYTE_S = 1 / 12e9
+EXCHANGE_BYTE_S = 1 / 12e9
 """PCIe 3.0 with 16 lanes, a common one; likewise."""
 
 
@@ -61,35 +63,27 @@ class StageCosts:
     kv_token_bytes: Counts  # KV memory of a token
     state_bytes: Counts  # of a state of a sequence
     window_token_bytes: Counts  # of it, that of layers with a window
-    window: int | None  # the largest one
     possible: NDArray[np.bool_]  # stages whose layers read keys and values of their own stage
     expert_bytes: Counts  # of weights: routers and experts
-    _each: tuple[LayerCost, ...]
-    _head: Counts  # weights of the head where a stage has it; prefill does not need it
-    _macs: Counts
-    _layers_macs: Counts  # without the head
+    model: ModelCosts
+    _head: Counts  # 1 where a stage has the head; prefill does not need it
 
     @classmethod
     def of(cls, costs: ModelCosts) -> StageCosts:
         read = sums(layer.weight_bytes for layer in costs.layers)
-        macs = sums(layer.macs_per_token for layer in costs.layers)
         first, last = np.zeros_like(read), np.zeros_like(read)
         first[0, :], last[:, -1] = 1, 1
-        head = last * costs.head_bytes
         return cls(
             layers=len(costs.layers),
             hidden_bytes=costs.hidden_bytes,
-            held_bytes=read + head + first * costs.embedding_bytes,
+            held_bytes=read + last * costs.head_bytes + first * costs.embedding_bytes,
             kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),
             state_bytes=sums(layer.state_bytes for layer in costs.layers),
             window_token_bytes=sums(layer.window_bytes_per_token for layer in costs.layers),
-            window=costs.window,
             possible=_possible(costs),
             expert_bytes=sums(layer.expert_bytes for layer in costs.layers),
-            _each=costs.layers,
-            _head=head,
-            _macs=macs + last * costs.head_macs,
-            _layers_macs=macs,
+            model=costs,
+            _head=last,
         )
 
     def weight_bytes(self, start: int, end: int) -> int:
@@ -97,11 +91,11 @@ class StageCosts:
 
     def touched_bytes(self, start: int, end: int) -> int:
         """Weights that a token of one sequence reads."""
-        return round(float((self._touched(1) + self._head)[start, end]))
+        return round(float(self._touched(1)[start, end]) + self.model.head_bytes * int(self._head[start, end]))
 
     def touched_expert_bytes(self, start: int, end: int) -> int:
         """Of these, routers and experts."""
-        return round(sum(layer.touched_expert_bytes(1) for layer in self._each[start:end]))
+        return round(sum(layer.touched_expert_bytes(1) for layer in self.model.layers[start:end]))
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
         """One microbatch that decodes a token of each of `rows` sequences; `concurrent`: other stages of the machine
@@ -114,13 +108,15 @@ class StageCosts:
 
     def decode_table(self, worker: WorkerFacts, rows: int = 1, *, concurrent: bool = False) -> Table:
         """`decode_s` of all stages."""
-        assert worker.profile is not None
-        if times := worker.profile.step_times(concurrent=concurrent):
+        profile = worker.profile
+        assert profile is not None
+        if times := profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
             ends_s = point.stage_s + (np.arange(self.layers + 1) == self.layers) * point.head_s
-            decode: Table = self._touched(rows) * point.layers_byte_s + ends_s
+            decode: Table = self._moved(rows, rows) * point.layers_byte_s + ends_s
             return decode
-        return _roofline_s(worker.profile, self._touched(rows) + self._head, rows * self._macs)
+        head_s = max(self.model.head_bytes / profile.read_bytes_s, rows * self.model.head_macs / profile.int8_macs_s)
+        return self._roofline_s(profile, rows, rows) + self._head * head_s
 
     def prefill_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
         """`prefill_s` of all stages."""
@@ -128,36 +124,64 @@ class StageCosts:
         if times := worker.profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
             return self._prefilled(rows) * point.layers_byte_s + point.stage_s
-        return _roofline_s(worker.profile, self._touched(rows), rows * self._layers_macs)
+        return self._roofline_s(worker.profile, rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
         """What routers and experts of all stages take of a step of so many rows."""
-        assert worker.profile is not None
-        touched = _float_sums(layer.touched_expert_bytes(rows) for layer in self._each)
-        if times := worker.profile.step_times(concurrent=concurrent):
-            return touched * at_rows(times, rows).layers_byte_s
-        return _roofline_s(worker.profile, touched, rows * sums(layer.expert_macs_per_token for layer in self._each))
+        profile, layers = worker.profile, self.model.layers
+        assert profile is not None
+        if times := profile.step_times(concurrent=concurrent):
+            return (
+                _float_sums(layer.touched_expert_bytes(rows) for layer in layers) * at_rows(times, rows).layers_byte_s
+            )
+        return _float_sums(_experts_s(profile, layer, rows) for layer in layers)
 
     def exchange_table(self, rows: int) -> Table:
         """What mixtures of all stages take of such a step to bring their input to another device, and the sum back."""
-        each_s = _EXCHANGE_S + _EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
-        seconds: Table = _float_sums(float(layer.expert_bytes > 0) for layer in self._each) * each_s
+        each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
+        seconds: Table = _float_sums(float(layer.expert_bytes > 0) for layer in self.model.layers) * each_s
         return seconds
 
     def _touched(self, rows: int) -> Table:
-        """Bytes of layers that a step of so many rows reads."""
-        return _float_sums(layer.touched_bytes(rows) for layer in self._each)
+        """Bytes of weights of layers that a step of so many rows reads."""
+        return _float_sums(layer.touched_bytes(rows) for layer in self.model.layers)
+
+    def _moved(self, rows: int, sequences: int) -> Table:
+        """The same with states of sequences."""
+        return _float_sums(layer.moved_bytes(rows, sequences) for layer in self.model.layers)
+
+    def _roofline_s(self, profile: DeviceProfile, rows: int, sequences: int) -> Table:
+        """Layer by layer, experts for themselves: what one is bound by does not hide what another is bound by, and a
+        part of a stage takes as long wherever it is computed."""
+        return _float_sums(
+            _rest_s(profile, layer, rows, sequences) + _experts_s(profile, layer, rows) for layer in self.model.layers
+        )
 
     def _prefilled(self, rows: int) -> Table:
-        """The same, but layers without experts beside a mixture count as many bytes as mixtures with their products:
-        products take the time of a prompt, and seconds are measured on mixtures."""
-        mixtures = [layer for layer in self._each if layer.idle_bytes]
+        """`_moved` of a prompt, but layers without experts beside a mixture count as many bytes as mixtures with their
+        products: products take the time of a prompt, and seconds are measured on mixtures."""
+        mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
-        mac_bytes = sum(layer.touched_bytes(rows) for layer in mixtures) / macs if macs else 0.0
+        mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0
         return _float_sums(
-            layer.touched_bytes(rows) if layer.idle_bytes else max(layer.weight_bytes, layer.macs_per_token * mac_bytes)
-            for layer in self._each
+            layer.moved_bytes(rows, 1)
+            if layer.idle_bytes
+            else max(layer.moved_bytes(rows, 1), layer.macs_per_token * mac_bytes)
+            for layer in self.model.layers
         )
+
+
+def _rest_s(profile: DeviceProfile, layer: LayerCost, rows: int, sequences: int) -> float:
+    """A layer without its experts, by the roofline."""
+    read_bytes = layer.moved_bytes(rows, sequences) - layer.touched_expert_bytes(rows)
+    macs = layer.macs_per_token - layer.expert_macs_per_token + (_STATE_MACS - 1) * layer.state_macs_per_token
+    return max(read_bytes / profile.read_bytes_s, rows * macs / profile.int8_macs_s)
+
+
+def _experts_s(profile: DeviceProfile, layer: LayerCost, rows: int) -> float:
+    """Its router and experts alone."""
+    macs_s = rows * layer.expert_macs_per_token / profile.int8_macs_s
+    return max(layer.touched_expert_bytes(rows) / profile.read_bytes_s, macs_s)
 
 
 def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
@@ -178,7 +202,3 @@ def sums(values: Iterable[int]) -> Counts:
 def _float_sums(values: Iterable[float]) -> Table:
     before: Table = np.array([0.0, *accumulate(values)])
     return before - before[:, np.newaxis]
-
-
-def _roofline_s(profile: DeviceProfile, read_bytes: Table, macs: Counts) -> Table:
-    return np.maximum(read_bytes / profile.read_bytes_s, macs / profile.int8_macs_s)

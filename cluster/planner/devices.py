@@ -24,6 +24,11 @@ class Held:
     cpu_moe_end: int = 0  # experts of layers before it are in RAM; 0: none
     is_experts: bool = False  # only these, of a GPU's layers
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """The worker's device, whose name has both."""
+        return self.device.name, self.device.device
+
 
 def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
     """The worker's processor and its GPUs, in the order in which layers go to them."""

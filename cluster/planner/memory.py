@@ -14,7 +14,7 @@ from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFa
 from llamaclust.cluster.planner.devices import DeviceNeeds, Division, Held, devices_of, divide
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.manual import Assignment
-from llamaclust.cluster.scheduler.kv_groups import StateGroup, WindowGroup, state_group, window_group
+from llamaclust.cluster.scheduler.kv_groups import KvGroups, KvSizes
 from llamaclust.core.limits import MAX_KV_BLOCKS
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -81,25 +81,10 @@ class MemoryModel:
         return self.request.workspace(place)
 
     @property
-    def window_group(self) -> WindowGroup | None:
-        """Layers that have KV blocks of their own."""
-        return window_group(self.stages.window, self.request.context_length, self.request.max_batch_tokens)
-
-    def window_blocks(self, kv_blocks: int) -> int:
-        """Beside so many blocks of other layers; 0 where all layers have these."""
-        group, request = self.window_group, self.request
-        return 0 if group is None else group.blocks_beside(kv_blocks, request.context_length, request.max_sequences)
-
-    @property
-    def state_group(self) -> StateGroup | None:
-        """States of sequences."""
-        stages = self.stages
-        return state_group(int(stages.state_bytes[0, stages.layers]), int(stages.kv_token_bytes[0, stages.layers]))
-
-    def state_blocks(self, kv_blocks: int) -> int:
-        """Beside so many KV blocks; 0 where no layer has states."""
-        group = self.state_group
-        return 0 if group is None else group.blocks_beside(kv_blocks, self.request.max_sequences)
+    def kv_groups(self) -> KvGroups:
+        """The blocks that KV memory of all stages is divided into."""
+        stages, request = self.stages, self.request
+        return KvGroups.of(stages.model, request.context_length, request.max_sequences, request.max_batch_tokens)
 
     def kv_bytes(self, start: int, end: int, kv_blocks: int) -> int:
         """KV memory of a stage with so many blocks."""
@@ -108,14 +93,12 @@ class MemoryModel:
     def _kv_table(self, kv_blocks: int) -> Counts:
         """`kv_bytes` of all stages."""
         stages = self.stages
-        windowed = 0 if self.window_group is None else stages.window_token_bytes
-        table: Counts = ((stages.kv_token_bytes - windowed) * kv_blocks) * KV_BLOCK_TOKENS
-        table = table + windowed * (self.window_blocks(kv_blocks) * KV_BLOCK_TOKENS)
-        return table + stages.state_bytes * self.state_blocks(kv_blocks)
+        sizes = KvSizes(stages.kv_token_bytes, stages.window_token_bytes, stages.state_bytes)
+        return self.kv_groups.kv_bytes(sizes, kv_blocks)
 
     def _blocks_in(self, start: int, end: int, kv_bytes: int, most: int) -> int:
         """How many blocks such a stage has in so much KV memory, no more than `most`."""
-        if self.window_group is None and self.state_group is None:
+        if self.kv_groups.window is None and self.kv_groups.states is None:
             block_bytes = int(self.stages.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS
             if block_bytes == 0:  # feed-forward layers alone
                 return most if kv_bytes >= 0 else 0
@@ -150,11 +133,11 @@ class MemoryModel:
         """Blocks that every stage has room for: at most what all sequences at their longest take, unless the KV memory
         is given."""
         most = self.request.context_blocks * self.request.max_sequences
-        beside = {id(held.device): 0 for held in split}
+        beside: dict[tuple[str, str], int] = {}
         for held in split:
             if held.is_experts:
-                beside[id(held.device)] += sum(self.parts(held, 0).values())
-        return min((self._held_blocks(held, beside[id(held.device)], most) for held in split), default=0)
+                beside[held.place] = beside.get(held.place, 0) + sum(self.parts(held, 0).values())
+        return min((self._held_blocks(held, beside.get(held.place, 0), most) for held in split), default=0)
 
     def _held_blocks(self, held: Held, beside_bytes: int, most: int) -> int:
         """`beside_bytes`: of experts on the same device."""

@@ -77,8 +77,8 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     return Plan(
         stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in parts),
         kv_blocks=kv_blocks,
-        window_blocks=sizes.window_blocks(kv_blocks),
-        state_blocks=sizes.state_blocks(kv_blocks),
+        window_blocks=sizes.kv_groups.window_blocks(kv_blocks),
+        state_blocks=sizes.kv_groups.state_blocks(kv_blocks),
         context_length=request.context_length,
         idle_workers=idle_workers(sizes, workers, {stage.worker for stage in parts}, contexts),
         prediction=prediction,

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.model.loader import ModelCosts
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
+Sizes = TypeVar("Sizes", int, NDArray[np.int64])
+"""Of some layers, or of all stages as a table."""
 _MOST_STATE_POSITIONS = 1024
 _SEQUENCES_A_CONTEXT = 4
 """That may have their whole windows for each context of KV memory beyond the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvSizes(Generic[Sizes]):
+    """Bytes of layers: keys and values of a position, of these those in layers with a window, and a state of a
+    sequence."""
+
+    token_bytes: Sizes
+    window_token_bytes: Sizes
+    state_bytes: Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +99,43 @@ class StateGroup:
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)
 
 
-def state_group(state_bytes: int, kv_token_bytes: int) -> StateGroup | None:
-    """None where layers keep no state."""
-    return StateGroup(state_bytes, kv_token_bytes) if state_bytes else None
+@dataclass(frozen=True, slots=True)
+class KvGroups:
+    """The blocks that KV memory of a model is divided into, for sequences of so many tokens at most: those of all
+    layers, those of layers with a window, and states."""
+
+    window: WindowGroup | None  # None: such layers have blocks as all others
+    states: StateGroup | None
+    context_length: int
+    sequences: int
+
+    @classmethod
+    def of(cls, costs: ModelCosts, context_length: int, sequences: int, rows: int) -> KvGroups:
+        """`rows`: of a microbatch, at most."""
+        states = StateGroup(costs.state_bytes, costs.kv_token_bytes) if costs.state_bytes else None
+        return cls(window_group(costs.window, context_length, rows), states, context_length, sequences)
+
+    def window_blocks(self, kv_blocks: int) -> int:
+        """Beside so many blocks of other layers; 0 where all layers have these."""
+        return 0 if self.window is None else self.window.blocks_beside(kv_blocks, self.context_length, self.sequences)
+
+    def state_blocks(self, kv_blocks: int) -> int:
+        """Beside so many KV blocks; 0 where no layer has states."""
+        return 0 if self.states is None else self.states.blocks_beside(kv_blocks, self.sequences)
+
+    @property
+    def state_span(self) -> int:
+        """Positions from one state that is kept to the next."""
+        return KV_BLOCK_TOKENS if self.states is None else self.states.span
+
+    def kv_bytes(self, of: KvSizes[Sizes], kv_blocks: int) -> Sizes:
+        """Of layers of such sizes, with so many blocks."""
+        if self.window is None:
+            tokens = of.token_bytes * (kv_blocks * KV_BLOCK_TOKENS)
+        else:
+            windowed = of.window_token_bytes * (self.window_blocks(kv_blocks) * KV_BLOCK_TOKENS)
+            tokens = (of.token_bytes - of.window_token_bytes) * (kv_blocks * KV_BLOCK_TOKENS) + windowed
+        return tokens + of.state_bytes * self.state_blocks(kv_blocks)
 
 
 def window_group(window: int | None, context_length: int, rows: int) -> WindowGroup | None:

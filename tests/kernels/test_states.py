@@ -169,7 +169,7 @@ def test_costs_count_states_apart(model: Model) -> None:
 def test_a_plan_counts_the_memory_of_states(model: Model, kv_blocks: int) -> None:
     request = replace(REQUEST, context_length=1024, max_batch_tokens=64)
     memory = MemoryModel(StageCosts.of(model.costs(KvType.F16)), request)
-    limits = replace(LIMITS, kv_blocks=kv_blocks, state_blocks=memory.state_blocks(kv_blocks))
+    limits = replace(LIMITS, kv_blocks=kv_blocks, state_blocks=memory.kv_groups.state_blocks(kv_blocks))
     assert limits.state_blocks > 2
     for start, end in ((0, 5), (0, 2), (2, 3), (1, 4)):
         program = model.program(start, end)

@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llamaclust.cli.main import main
+from llamaclust.cluster.client.local import LocalSettings, _scheduler_settings
+from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.memory import PlanRequest
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.kernels.backend import kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
+from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.tools.model_fit import Fit, _limits, fit
 from llamaclust.worker.stage.stage_runner import plan_memory
+from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 from support.paths import DATA
 
@@ -58,6 +66,28 @@ def test_what_fits_fits_and_one_more_does_not(tiny: Path) -> None:
         assert planned(model, 5, tokens) <= whole - 10_000 < planned(model, 5, tokens + 1)
     none = fit(tiny, 1000, 1)
     assert (none.layers, none.most_context) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen35", "lfm2", "granitehybrid", "falcon-h1"])
+def test_plans_and_models_in_one_process_reserve_the_same(name: str, tmp_path: Path) -> None:
+    """Keys, values and states of one context, in a worker, in this process and as `model info` says."""
+    path = build_architecture(tmp_path / "m.gguf", name)
+    found = fit(path, 1 << 40, 1)
+    blocks = -(-found.context_length // KV_BLOCK_TOKENS)
+    with Model.open(path) as model:
+        costs, context = model.costs(KvType.F16), found.context_length
+        request = PlanRequest(context, 1, lambda place: 0, max_batch_tokens=513)
+        plan = make_plan(costs, [WorkerFacts("a", 1 << 40, None)], request)
+        scheduling = _scheduler_settings(
+            model, LocalSettings(context_length=context, max_sequences=1, kv_blocks=blocks)
+        )
+        limits = replace(_limits(context), window_blocks=plan.window_blocks, state_blocks=plan.state_blocks)
+        reserved = kv_bytes(model.program(0, model.layer_count, KvType.F16, context), limits)
+    assert plan.kv_blocks == limits.kv_blocks == blocks and scheduling.max_batch_tokens == 513
+    assert (scheduling.window_blocks, scheduling.state_blocks) == (plan.window_blocks, plan.state_blocks)
+    told = found.total_bytes - found.weight_bytes - found.workspace_bytes
+    assert told == plan.stages[0].kv_bytes == reserved
+    assert (found.state_bytes > 0) == (plan.state_blocks > 0) == (name not in ("qwen3", "gemma3"))
 
 
 def info(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

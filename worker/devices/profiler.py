@@ -120,7 +120,7 @@ class ProfiledDevice:
 class _Part:
     """Some layers of the model, and what steps of so many rows took them."""
 
-    layers_bytes: Mapping[int, float]  # of weights that so many rows touch, without embedding and head
+    layers_bytes: Mapping[int, float]  # weights that so many rows touch, and states; without embedding and head
     seconds: Mapping[int, float]
 
 
@@ -143,7 +143,7 @@ def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
     left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)
     if sum(sizes[:some]) < _LEAST_BYTES or left_bytes < SWEEP_BYTES:
         return ()
-    read_bytes = max(SWEEP_BYTES, int(sum(layer.touched_bytes(1) for layer in costs)))  # by all stages, for a token
+    read_bytes = max(SWEEP_BYTES, int(_moved_bytes(costs, 1)))  # by all stages, for a token
     parts = []
     vocabulary = model.hyperparameters.vocabulary_size
     limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
@@ -152,9 +152,14 @@ def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
             with closing(StageRunner(device.backend, model, start, end, limits, options)) as runner:
                 tries = device.size.tries.items()
                 seconds = {rows: asyncio.run(_taken_s(runner, vocabulary, rows, most, sweep)) for rows, most in tries}
-                touched = {rows: sum(layer.touched_bytes(rows) for layer in costs[start:end]) for rows in seconds}
-                parts.append(_Part(touched, seconds))
+                moved = {rows: _moved_bytes(costs[start:end], rows) for rows in seconds}
+                parts.append(_Part(moved, seconds))
     return tuple(_step_times(*parts))
+
+
+def _moved_bytes(layers: Sequence[LayerCost], rows: int) -> float:
+    """Few rows are of a sequence each, many of one prompt."""
+    return sum(layer.moved_bytes(rows, rows if rows in _DECODE_ROWS else 1) for layer in layers)
 
 
 def _first_tried(costs: Sequence[LayerCost]) -> int:

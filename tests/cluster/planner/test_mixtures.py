@@ -24,7 +24,7 @@ from support.models.tiny_model import build_tiny_model
 from support.plans.plan_inputs import LAYER, REQUEST, profile, step_time, worker
 from support.seed import SEED
 
-MIXTURE = replace(LAYER, weight_bytes=33 * MIB, idle_bytes=24 * MIB, idle_share=0.75)
+MIXTURE = replace(LAYER, weight_bytes=33 * MIB, idle_bytes=24 * MIB, idle_share=0.75, expert_bytes=32 * MIB)
 """Experts take 32 MiB, of which a token reads a quarter."""
 
 
@@ -46,6 +46,35 @@ def test_without_trials_steps_take_what_their_bytes_take() -> None:
     assert 1e3 * stages.decode_s(facts, 0, 4, 512) == pytest.approx((4 * 33 + 2) * MIB / 20e6)
     assert 1e3 * stages.prefill_s(facts, 0, 4, 1) == pytest.approx(4 * 9 * MIB / 20e6)
     assert stages.touched_bytes(0, 4) == (4 * 9 + 2) * MIB
+
+
+def test_parts_of_layers_take_together_what_the_layers_take() -> None:
+    """Also where reading bounds one part of a layer and products another."""
+    few_products = replace(MIXTURE, macs_per_token=9 * 10**6, expert_macs_per_token=10**6)
+    many_products = replace(MIXTURE, macs_per_token=900 * 10**6, expert_macs_per_token=899 * 10**6)
+    stages = StageCosts.of(ModelCosts(0, 0, 0, (few_products, many_products, LAYER)))
+    facts = worker("a", read=20, int8=1)
+    whole, experts = stages.decode_table(facts, 4), stages.experts_table(facts, 4)
+    rest = [4 * 8e6 / 1e9, max(4 * 1e6 / 1e9, MIB / 20e9)]  # bound by products
+    read_s = MIXTURE.touched_expert_bytes(4) / 20e9
+    assert [whole[i, i + 1] - experts[i, i + 1] for i in (0, 1)] == pytest.approx(rest)
+    assert [experts[0, 1], experts[1, 2]] == pytest.approx([max(read_s, 4e-3), 4 * 0.899])
+    assert whole[0, 3] == pytest.approx(whole[0, 1] + whole[1, 2] + whole[2, 3])
+
+
+def test_states_take_time_to_read_and_to_write() -> None:
+    stateful = replace(LAYER, state_bytes=5 * MIB, state_macs_per_token=10**6)
+    plain, states = (StageCosts.of(ModelCosts(0, 0, 0, (layer,) * 4)) for layer in (LAYER, stateful))
+    facts = worker("a", read=20, int8=1e6)
+    for rows in (1, 8):
+        more_s = states.decode_s(facts, 1, 3, rows) - plain.decode_s(facts, 1, 3, rows)
+        assert more_s == pytest.approx(2 * rows * 2 * 5 * MIB / 20e9), "each sequence has its own"
+    assert states.prefill_s(facts, 1, 3, 64) - plain.prefill_s(facts, 1, 3, 64) == pytest.approx(2 * 2 * 5 * MIB / 20e9)
+    tried = WorkerFacts("a", None, profile(20, 300, (step_time(1, 0.2, 30.0, 1.0), step_time(8, 0.2, 30.0, 1.0))))
+    assert states.decode_s(tried, 0, 2, 8) - plain.decode_s(tried, 0, 2, 8) == pytest.approx(2 * 8 * 10 * MIB * 30e-12)
+    slow = worker("a", read=1000, int8=1)
+    bound_s = [costs.prefill_s(slow, 0, 1, 100) for costs in (plain, states)]
+    assert bound_s[1] - bound_s[0] == pytest.approx(100 * 3 * 10**6 / 1e9), "as many products, of floats"
 
 
 def test_trials_say_what_a_touched_byte_takes() -> None:

@@ -25,7 +25,7 @@ from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.assume.paper_model import shape_model
+from llamaclust.tools.assume.assumed_model import shape_model
 from llamaclust.tools.assume.shapes import SHAPES
 from llamaclust.tools.quantize.mixes import ALIASES, MIXES
 

@@ -172,19 +172,19 @@ def plan(
     as_json: Json = False,
     assume: Annotated[
         str | None,
-        Option("--assume", metavar="MACHINES", help="Of machines that are not there: '3x16GB@40GB/s,1Gbit'."),
+        Option("--assume", metavar="MACHINES", help="Of machines that are not there: '3x16GB', '3x16GB@40GB/s,1Gbit'."),
     ] = None,
     model: Annotated[
-        str | None, Option("--model", metavar="MODEL", help="For --assume: SHAPE[:QUANTIZATION], or a model file.")
+        str | None, Option("--model", metavar="MODEL", help="For --assume: a shape, a model of the catalog or a file.")
     ] = None,
 ) -> None:
     """Show the split, its memory and its predicted speed, without starting anything."""
     if assume is not None or model is not None:
-        from llamaclust.cli.plan_on_paper import show_plan_on_paper
+        from llamaclust.cli.assumed_plan import show_assumed_plan
 
         if source is not None or workers is not None:
             raise UsageError("--assume: describes the machines: leave out FILE and --workers")
-        show_plan_on_paper(assume, model, overrides, as_json)
+        show_assumed_plan(assume, model, overrides, as_json)
         return
     from llamaclust.cli.plan import show_plan
 

@@ -46,12 +46,15 @@ _JSON_LINE_S = 0.1
 
 def announce(spec: str) -> None:
     """What is known of a model of the catalog, its licence above all, on standard error before it is downloaded."""
+    from llamaclust.tools.assume.assumed_model import with_file_size
+
     found = locate(spec)
     entry = find_entry(spec)
     if entry is None or not isinstance(found, WantedFile) or found.is_there:
         return
+    size = with_file_size(entry).shown_size
     terms = f" (to use the model is to accept it: {entry.terms})" if entry.terms else ""
-    print(f"{entry.name}: {entry.summary}; {entry.shown_size}, from {entry.source}", file=sys.stderr)
+    print(f"{entry.name}: {entry.summary}; {size}, from {entry.source}", file=sys.stderr)
     print(f"licence: {entry.licence}{terms}", file=sys.stderr)
 
 

@@ -12,6 +12,11 @@ def mib(size_bytes: float) -> int:
     return -int(-size_bytes // MIB)
 
 
+def gigabytes(size_bytes: int) -> str:
+    """Of a file, as hubs show it: '4.9 GB', '98 MB'."""
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
+
+
 def needed(parts: Mapping[str, int]) -> str:
     """'12 MiB (weights 8, KV memory 4)' of named sizes in bytes."""
     return f"{mib(sum(parts.values()))} MiB ({', '.join(f'{name} {mib(size)}' for name, size in parts.items())})"

@@ -32,7 +32,7 @@ from llamaclust.cli.options import (
 )
 from llamaclust.cli.terminal import printable
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.sizes import MIB
+from llamaclust.core.sizes import MIB, gigabytes
 
 if TYPE_CHECKING:
     from llamaclust.cluster.config.catalog import CatalogEntry
@@ -73,12 +73,13 @@ def list_models(
 ) -> None:
     """Show the models that are downloaded, and the catalog."""
     from llamaclust.cluster.config.catalog import catalog_names, find_entry, stored_models
+    from llamaclust.tools.assume.assumed_model import with_file_size
 
     everything = stored_models()
     names = {model.name for model in everything}
     known = [entry for name in catalog_names() if (entry := find_entry(name)) and entry.directory not in names]
     stored = [model for model in everything if wanted.lower() in model.name.lower()]
-    entries = [entry for entry in known if wanted.lower() in entry.name]
+    entries = [with_file_size(entry) for entry in known if wanted.lower() in entry.name]
     if as_json:
         rows = [{"name": model.name, "size_bytes": model.size_bytes, "path": str(model.path)} for model in stored]
         print(json.dumps({"models": rows + [_entry_json(entry) for entry in entries]}))
@@ -87,10 +88,10 @@ def list_models(
         print(f"no name contains {printable(wanted)}")
         return
     for model in stored:
-        print(f"{model.name:32} {_mib(model.size_bytes)}  {model.path}")
+        print(f"{model.name:32} {gigabytes(model.size_bytes):>10}  {model.path}")
     print("not downloaded; run: llamaclust model pull NAME")
     for entry in entries:
-        print(f"  {entry.name:36} {entry.shown_size:>14}  {entry.licence}; {entry.summary}")
+        print(f"  {entry.name:40} {entry.shown_size:>14}  {entry.licence}; {entry.summary}")
 
 
 def _entry_json(entry: CatalogEntry) -> dict[str, Any]:
@@ -201,7 +202,8 @@ def _print_fit(fit: Fit) -> None:
     kv = ", ".join(f"{name} {size / 1024:.1f} KiB" for name, size in fit.kv_bytes_per_token.items())
     each = fit.layer_bytes
     print(f"  weights    {_mib(fit.weight_bytes)}, a layer {_mib(min(each)).strip()} to {_mib(max(each)).strip()}")
-    print(f"  a token of context: {kv}; workspace {_mib(fit.workspace_bytes).strip()}")
+    states = f"; a state of the sequence {_mib(fit.state_bytes).strip()}" if fit.state_bytes else ""
+    print(f"  a token of context: {kv}{states}; workspace {_mib(fit.workspace_bytes).strip()}")
     print(f"  one sequence of {fit.context_length} tokens: {_mib(fit.total_bytes).strip()} in all")
     room = _mib(fit.available_bytes).strip()
     if fit.is_whole:

@@ -15,11 +15,10 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.model_sources import RemoteSource, WebFile, parse_source, shortened
 from llamaclust.cluster.config.public_models import public_models, terms_of
 from llamaclust.core.errors import UsageError
-from llamaclust.core.sizes import MIB
+from llamaclust.core.sizes import gigabytes
 from llamaclust.model.gguf.atomic_file import part_paths
 from llamaclust.model.gguf.model_file import PART_NAME
 
-_GIB: Final = 1024 * MIB
 _NEAREST = 3
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -45,8 +44,7 @@ class CatalogEntry:
 
     @property
     def shown_size(self) -> str:
-        size = self.size_bytes or self.about_bytes
-        text = f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / MIB:.0f} MiB"
+        text = gigabytes(self.size_bytes or self.about_bytes)
         return text if self.size_bytes else f"about {text}"
 
     @property

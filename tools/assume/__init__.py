@@ -1,1 +1,1 @@
-"""Plans on paper: what a set of machines would do with a model, without machines or model file."""
+"""Assumed plans: what a set of machines would do with a model, without machines or model file."""

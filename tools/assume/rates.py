@@ -5,17 +5,22 @@ docs/roadmap.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
+from llamaclust.cluster.planner.costs import EXCHANGE_BYTE_S, EXCHANGE_S
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.core.profile import DeviceProfile
-from llamaclust.tools.assume.machines import Assumed, Device, Network
+from llamaclust.tools.assume.machines import AssumedMachines, Ddr, Device, Network
 
 _GIB: Final = 1 << 30
 DECODE_SHARE: Final = 0.80
 PREFILL_SHARE: Final = 0.50
 GPU_PREFILL_SHARE: Final = 0.35
+CHANNEL_BYTES_S: Final = {3: 10e9, 4: 20e9, 5: 30e9}
+"""Of a channel of usual modules, by generation."""
+CHANNELS: Final = 2
+DEFAULT_MEMORY: Final = Ddr(4)
 SYSTEM_BYTES: Final = 2 * _GIB
 """Of each machine, for its system and the program itself."""
 GPU_RESERVED_BYTES: Final = _GIB // 2
@@ -29,13 +34,25 @@ HOP_S: Final = 0.3e-3
 """Of two processes: threads that wake up, and Python on both sides."""
 
 
+def read_bytes_s(device: Device) -> float:
+    """The bandwidth of its memory: as given, or that of its kind."""
+    memory = device.bandwidth or DEFAULT_MEMORY
+    return memory if isinstance(memory, float) else _modules_bytes_s(memory)
+
+
+def _modules_bytes_s(memory: Ddr) -> float:
+    speed = memory.megatransfers_s
+    channel_bytes_s = CHANNEL_BYTES_S[memory.generation] if speed is None else 8e6 * speed
+    return channel_bytes_s * (memory.channels or CHANNELS)
+
+
 def cpu_profile(device: Device) -> DeviceProfile:
     macs_s = threads_of(device) * THREAD_MACS_S if device.macs_s is None else device.macs_s
-    return DeviceProfile(DECODE_SHARE * device.read_bytes_s, PREFILL_SHARE * macs_s)
+    return DeviceProfile(DECODE_SHARE * read_bytes_s(device), PREFILL_SHARE * macs_s)
 
 
 def gpu_profile(device: Device) -> DeviceProfile:
-    return DeviceProfile(DECODE_SHARE * device.read_bytes_s, GPU_PREFILL_SHARE * (device.macs_s or GPU_MACS_S))
+    return DeviceProfile(DECODE_SHARE * read_bytes_s(device), GPU_PREFILL_SHARE * (device.macs_s or GPU_MACS_S))
 
 
 def threads_of(device: Device) -> int:
@@ -50,9 +67,10 @@ def links_of(network: Network, names: list[str]) -> Links:
     return Links(dict.fromkeys(pairs | {frozenset((COORDINATOR, name)) for name in names[1:]}, link))
 
 
-def assumptions(assumed: Assumed) -> Iterator[str]:
+def assumptions(assumed: AssumedMachines) -> Iterator[str]:
     """What was assumed, a line each."""
     cpus = [machine.cpu for machine in assumed.machines]
+    yield from _memories(cpus)
     gpus = [gpu for machine in assumed.machines for gpu in machine.gpus]
     yield (
         f"decode reads weights at {DECODE_SHARE:.2f} of the memory bandwidth, prefill multiplies at "
@@ -66,15 +84,30 @@ def assumptions(assumed: Assumed) -> Iterator[str]:
     if gpus:
         yield (
             f"GPUs, not measured yet: prefill at {GPU_PREFILL_SHARE:.2f} of the 8-bit peak, "
-            f"{2 * GPU_MACS_S / 1e12:.0f} TOPS unless @TOPS says; {GPU_RESERVED_BYTES >> 20} MiB left to the driver"
+            f"{2 * GPU_MACS_S / 1e12:.0f} TOPS unless @TOPS says; {GPU_RESERVED_BYTES >> 20} MiB left to the driver; "
+            f"{1e6 * EXCHANGE_S:.0f} µs a layer whose experts are in RAM, at {1e-9 / EXCHANGE_BYTE_S:.0f} GB/s"
         )
     if len(assumed.machines) > 1:
-        bits_s = assumed.network.bits_s
-        round_trip_s = ROUND_TRIP_S if assumed.network.round_trip_s is None else assumed.network.round_trip_s
-        speed = f"{(bits_s or NETWORK_BITS_S) / 1e9:g} Gbit/s" + (" (none given)" if bits_s is None else "")
-        default = " (none given)" if assumed.network.round_trip_s is None else ""
-        yield (
-            f"a network of {speed}, used to {NETWORK_SHARE:.2f}, round trip {1e3 * round_trip_s:g} ms{default}, "
-            f"and {1e3 * HOP_S:g} ms of the programs a hop"
-        )
+        yield _network(assumed.network)
     yield "short contexts: attention over thousands of tokens takes more"
+
+
+def _memories(cpus: Sequence[Device]) -> Iterator[str]:
+    """The kinds of memory whose bandwidth is not given."""
+    for kind in dict.fromkeys(cpu.bandwidth for cpu in cpus if not isinstance(cpu.bandwidth, float)):
+        memory = kind or DEFAULT_MEMORY
+        channels = {1: "one channel", 2: "two channels"}.get(memory.channels or CHANNELS, f"{memory.channels} channels")
+        speed = "" if memory.megatransfers_s is None else f"-{memory.megatransfers_s}"
+        known = f"{_modules_bytes_s(memory) / 1e9:g} GB/s, DDR{memory.generation}{speed} in {channels}"
+        advice = "" if kind else " (none given; say @DDR3, @DDR5, @DDR4x1 for one channel, or @25GB/s)"
+        yield f"memory is read at {known}{advice}"
+
+
+def _network(network: Network) -> str:
+    round_trip_s = ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s
+    advice = " (none given; say 2.5Gbit or 100Mbit behind a comma)" if network.bits_s is None else ""
+    default = " (none given)" if network.round_trip_s is None and network.bits_s is not None else ""
+    return (
+        f"a network of {(network.bits_s or NETWORK_BITS_S) / 1e9:g} Gbit/s{advice}, used to {NETWORK_SHARE:.2f}, "
+        f"round trip {1e3 * round_trip_s:g} ms{default}, and {1e3 * HOP_S:g} ms of the programs a hop"
+    )

@@ -1,4 +1,4 @@
-"""Shapes of public models by name: widths, keys and tensors, as their files have them. Data only."""
+"""Shapes of public models: widths and keys, as their files have them. Data only."""
 
 from __future__ import annotations
 
@@ -6,95 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from llamaclust.tools.assume.layer_tensors import HEAD, LAST_LAYERS, LAYERS, LEADING_LAYERS, NEXTN, OUTSIDE, Tensors
+
 Scalar = int | float | bool
-
-_NORMS = {"attn_norm.weight": ("hidden",), "ffn_norm.weight": ("hidden",)}
-_POST_NORMS = {"attn_norm.weight": ("hidden",), "post_attention_norm.weight": ("hidden",)}
-_HEAD_NORMS = {"attn_q_norm.weight": ("head_dim",), "attn_k_norm.weight": ("head_dim",)}
-_ATTENTION = {
-    "attn_q.weight": ("queries", "hidden"),
-    "attn_k.weight": ("keys", "hidden"),
-    "attn_v.weight": ("keys", "hidden"),
-    "attn_output.weight": ("hidden", "queries"),
-}
-_QKV_BIASES = {"attn_q.bias": ("queries",), "attn_k.bias": ("keys",), "attn_v.bias": ("keys",)}
-_FEED_FORWARD = {
-    "ffn_gate.weight": ("ffn", "hidden"),
-    "ffn_up.weight": ("ffn", "hidden"),
-    "ffn_down.weight": ("hidden", "ffn"),
-}
-_EXPERTS = {
-    "ffn_gate_inp.weight": ("experts", "hidden"),
-    "ffn_gate_exps.weight": ("experts", "expert_ffn", "hidden"),
-    "ffn_up_exps.weight": ("experts", "expert_ffn", "hidden"),
-    "ffn_down_exps.weight": ("experts", "hidden", "expert_ffn"),
-}
-_SHARED_EXPERT = {
-    "ffn_gate_shexp.weight": ("shared_ffn", "hidden"),
-    "ffn_up_shexp.weight": ("shared_ffn", "hidden"),
-    "ffn_down_shexp.weight": ("hidden", "shared_ffn"),
-}
-_GPT_OSS = {
-    "attn_output.bias": ("hidden",),
-    "attn_sinks.weight": ("heads",),
-    "ffn_gate_inp.bias": ("experts",),
-    "ffn_gate_exps.bias": ("experts", "expert_ffn"),
-    "ffn_up_exps.bias": ("experts", "expert_ffn"),
-    "ffn_down_exps.bias": ("experts", "hidden"),
-}
-
-_GATED_ATTENTION = {**_ATTENTION, **_HEAD_NORMS, "attn_q.weight": ("queries+gates", "hidden")}
-_DELTA_NET = {
-    "attn_qkv.weight": ("delta_mixed", "hidden"),
-    "attn_gate.weight": ("delta_values", "hidden"),
-    "ssm_alpha.weight": ("delta_heads", "hidden"),
-    "ssm_beta.weight": ("delta_heads", "hidden"),
-    "ssm_conv1d.weight": ("delta_mixed", "delta_taps"),
-    "ssm_dt.bias": ("delta_heads",),
-    "ssm_a": ("delta_heads",),
-    "ssm_norm.weight": ("delta_dim",),
-    "ssm_out.weight": ("hidden", "delta_values"),
-}
-_GATED_EXPERT = {**_SHARED_EXPERT, "ffn_gate_inp_shexp.weight": ("hidden",)}
-
-Sizes = tuple[str, ...]
-"""Of a tensor, slowest first, by the names of `Shape.sizes`."""
-
-_LAYERS: Mapping[str, Mapping[str, Sizes]] = {
-    "llama": {**_NORMS, **_ATTENTION, **_FEED_FORWARD},
-    "qwen3moe": {**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_EXPERTS},
-    "gpt-oss": {**_POST_NORMS, **_ATTENTION, **_QKV_BIASES, **_EXPERTS, **_GPT_OSS},
-    "glm4moe": {
-        **_POST_NORMS,
-        **_ATTENTION,
-        **_QKV_BIASES,
-        **_EXPERTS,
-        **_SHARED_EXPERT,
-        "exp_probs_b.bias": ("experts",),
-    },
-    "qwen35moe": {**_POST_NORMS, **_DELTA_NET, **_EXPERTS, **_GATED_EXPERT},
-}
-"""Tensors of a layer, by architecture."""
-
-_LEADING_LAYERS: Mapping[str, Mapping[str, Sizes]] = {
-    "glm4moe": {**_POST_NORMS, **_ATTENTION, **_QKV_BIASES, **_FEED_FORWARD}
-}
-"""Of layers without experts before the others."""
-
-_LAST_LAYERS: Mapping[str, Mapping[str, Sizes]] = {
-    "qwen35moe": {**_POST_NORMS, **_GATED_ATTENTION, **_EXPERTS, **_GATED_EXPERT}
-}
-"""Of the last layer of each period."""
-
-_MODEL: Mapping[str, Sizes] = {
-    "token_embd.weight": ("vocabulary", "hidden"),
-    "output_norm.weight": ("hidden",),
-    "output.weight": ("vocabulary", "hidden"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class ModelShape:
     """A public model: `ffn` of layers without experts. `mix`: how its files are usually quantized."""
 
     architecture: str
@@ -118,6 +36,8 @@ class Shape:
     delta_key_heads: int = 0
     delta_dim: int = 0
     delta_taps: int = 4
+    is_tied: bool = False  # its head is the embedding
+    has_nextn: bool = False  # the file holds a layer more, which predicts further tokens and is not loaded
     mix: str = "Q4_K_M"
     keys: Mapping[str, Scalar | str] = field(default_factory=dict)  # further ones, without the architecture's name
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -129,6 +49,9 @@ class Shape:
             "queries": queries,
             "queries+gates": 2 * queries,
             "keys": self.kv_heads * self.head_dim,
+            "queries+keys+values": queries + 2 * self.kv_heads * self.head_dim,
+            "gate+up": 2 * self.ffn,
+            "hidden+embedding": 2 * self.hidden,
             "delta_values": delta_values,
             "delta_mixed": delta_values + 2 * self.delta_key_heads * self.delta_dim,
         }
@@ -136,23 +59,24 @@ class Shape:
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor."""
-        for name, sizes in _MODEL.items():
+        for name, sizes in {**OUTSIDE, **({} if self.is_tied else HEAD)}.items():
             yield name, tuple(map(self.size, sizes))
-        for layer in range(self.layers):
-            for name, sizes in self._layer(layer).items():
+        for layer in range(self.layers + self.has_nextn):
+            for name, sizes in {**self._layer(layer), **(NEXTN if layer == self.layers else {})}.items():
                 yield f"blk.{layer}.{name}", tuple(map(self.size, sizes))
 
-    def _layer(self, layer: int) -> Mapping[str, Sizes]:
+    def _layer(self, layer: int) -> Tensors:
         is_last = self.period and (layer + 1) % self.period == 0
-        tables = _LEADING_LAYERS if layer < self.leading_layers else _LAST_LAYERS if is_last else _LAYERS
+        tables = LEADING_LAYERS if layer < self.leading_layers else LAST_LAYERS if is_last else LAYERS
         return tables[self.architecture]
 
     @property
     def parameters(self) -> int:
+        """Of the file."""
         return sum(prod(sizes) for _, sizes in self.tensors())
 
 
-_GPT_OSS_SHAPE = Shape(
+_GPT_OSS_SHAPE = ModelShape(
     architecture="gpt-oss",
     title="gpt-oss 20b",
     hidden=2880,
@@ -176,8 +100,8 @@ _GPT_OSS_SHAPE = Shape(
     },
 )
 
-SHAPES: Mapping[str, Shape] = {
-    "7b": Shape(
+SHAPES: Mapping[str, ModelShape] = {
+    "7b": ModelShape(
         architecture="llama",
         title="LLaMA 2 7B",
         hidden=4096,
@@ -189,7 +113,7 @@ SHAPES: Mapping[str, Shape] = {
         ffn=11008,
         rope_base=10000.0,
     ),
-    "8b": Shape(
+    "8b": ModelShape(
         architecture="llama",
         title="LLaMA 3.1 8B",
         hidden=4096,
@@ -201,7 +125,7 @@ SHAPES: Mapping[str, Shape] = {
         ffn=14336,
         rope_base=500000.0,
     ),
-    "70b": Shape(
+    "70b": ModelShape(
         architecture="llama",
         title="LLaMA 3.1 70B",
         hidden=8192,
@@ -215,7 +139,7 @@ SHAPES: Mapping[str, Shape] = {
     ),
     "gpt-oss-20b": _GPT_OSS_SHAPE,
     "gpt-oss-120b": replace(_GPT_OSS_SHAPE, title="gpt-oss 120b", layers=36, experts=128),
-    "qwen3-30b-a3b": Shape(
+    "qwen3-30b-a3b": ModelShape(
         architecture="qwen3moe",
         title="Qwen3 30B-A3B",
         hidden=2048,
@@ -230,7 +154,7 @@ SHAPES: Mapping[str, Shape] = {
         expert_ffn=768,
         rope_base=1000000.0,
     ),
-    "glm-4.5-air": Shape(
+    "glm-4.5-air": ModelShape(
         architecture="glm4moe",
         title="GLM 4.5 Air",
         hidden=4096,
@@ -245,6 +169,7 @@ SHAPES: Mapping[str, Shape] = {
         expert_ffn=1408,
         shared_ffn=1408,
         leading_layers=1,
+        has_nextn=True,
         rope_base=1000000.0,
         keys={
             "rope.dimension_count": 64,
@@ -255,7 +180,7 @@ SHAPES: Mapping[str, Shape] = {
             "expert_weights_scale": 1.0,
         },
     ),
-    "qwen3.5-35b-a3b": Shape(
+    "qwen3.5-35b-a3b": ModelShape(
         architecture="qwen35moe",
         title="Qwen3.5 35B-A3B",
         hidden=2048,

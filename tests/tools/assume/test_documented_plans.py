@@ -1,4 +1,4 @@
-"""Plans on paper in docs/models.md and docs/gpu.md are those that the program prints."""
+"""Assumed plans in docs/models.md and docs/gpu.md are those that the program prints."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
-from llamaclust.tools.assume import answer as answers
-from llamaclust.tools.assume.answer import KEYS, answer
-from llamaclust.tools.assume.machines import parse_machines
-from llamaclust.tools.assume.paper_model import paper_model
+from llamaclust.tools.assume.assumed_model import assumed_model
+from llamaclust.tools.assume.assumed_plan import plan_assumed
+from llamaclust.tools.assume.description import parse_machines
+from llamaclust.tools.assume.planning import KEYS, AssumedCluster
 from llamaclust.tools.assume.shapes import SHAPES
 from support.paths import ROOT
 
@@ -49,13 +49,13 @@ def test_examples_print_what_the_page_shows(command: str, printed: str) -> None:
 
 
 def test_the_page_has_examples_of_both_kinds() -> None:
-    assert len(EXAMPLES) == 3 and len(ROWS) == 4 and len(GPU_ROWS) == 6
+    assert len(EXAMPLES) == 4 and len(ROWS) == 4 and len(GPU_ROWS) == 6
     assert sum(printed.startswith("error: ") for _, printed in EXAMPLES) == 1
 
 
 @pytest.mark.parametrize(("model", "size_gb", "tok_s", "ttft_s"), ROWS)
 def test_rows_are_those_of_the_program(model: str, size_gb: str, tok_s: str, ttft_s: str) -> None:
-    found = answer("3x16GB@40GB/s,1Gbit", model, ())
+    found = plan_assumed("3x16GB@40GB/s,1Gbit", model, ())
     assert found.plan.prediction is not None
     assert found.model.file.size_bytes / 1e9 == pytest.approx(float(size_gb), abs=0.06)
     assert 1 / found.plan.prediction.token_s == pytest.approx(float(tok_s), abs=0.06)
@@ -65,8 +65,8 @@ def test_rows_are_those_of_the_program(model: str, size_gb: str, tok_s: str, ttf
 @pytest.mark.parametrize(("machines", "row"), GPU_ROWS)
 def test_rows_of_machines_with_a_gpu_are_those_of_the_program(machines: str, row: tuple[str, ...]) -> None:
     name, size_gb, gpu_gb, in_ram, tok_s, ttft_s = row
-    model = paper_model(name)
-    plan = answers._plan(parse_machines(machines), model, ())
+    model = assumed_model(name)
+    plan = AssumedCluster(parse_machines(machines)).plan(model)
     gpu, *cpus = plan.stages[0].devices
     assert plan.prediction is not None and (gpu.start, gpu.device) == (0, "cuda:0")
     assert [model.file.size_bytes / 1e9, gpu.bytes / 1e9] == pytest.approx([float(size_gb), float(gpu_gb)], abs=0.06)
@@ -92,9 +92,10 @@ def test_the_command_refuses_what_it_would_ignore() -> None:
     example = ["plan", "--assume", "16GB@40GB/s"]
     assert "leave out FILE and --workers" in output([*example, "--model", "8b", "--workers", "2"])
     assert "leave out FILE and --workers" in output(["plan", "cluster.yaml", "--assume", "16GB@40GB/s"])
-    assert "give the model too: --model PATH, or one of 7b," in output(example)
+    assert "7b: LLaMA 2 7B Q4_K_M" in output(example)
+    assert [model["name"] for model in json.loads(output([*example, "--json"]))["models"]] == list(SHAPES)
     assert "--model: is for --assume MACHINES" in output(["plan", "--model", "8b"])
     values = json.loads(output([*example, "--model", "8b", "--json"]))
     assert values["stages"][0]["worker"] == "m1" and values["model"] == "LLaMA 3.1 8B"
     with pytest.raises(InsufficientMemoryError):
-        answer("8GB@40GB/s", "70b", ())
+        plan_assumed("8GB@40GB/s", "70b", ())

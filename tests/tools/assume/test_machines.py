@@ -7,7 +7,9 @@ import random
 import pytest
 
 from llamaclust.core.errors import UsageError
-from llamaclust.tools.assume.machines import Assumed, Device, Machine, Network, parse_machines
+from llamaclust.tools.assume import rates
+from llamaclust.tools.assume.description import parse_machines
+from llamaclust.tools.assume.machines import AssumedMachines, Ddr, Device, Machine, Network
 from support.seed import SEED
 
 GIB = 1 << 30
@@ -15,19 +17,65 @@ OLD = Machine(Device(16 * GIB, 40e9))
 
 
 def test_three_old_computers() -> None:
-    assert parse_machines("3x16GB@40GB/s,1Gbit") == Assumed((OLD,) * 3, Network(1e9))
+    assert parse_machines("3x16GB@40GB/s,1Gbit") == AssumedMachines((OLD,) * 3, Network(1e9))
 
 
-@pytest.mark.parametrize("text", ["3 x 16 GB @ 40 GB/s , 1 Gbit", "3X16GiB@40gb/s,1gbit/s", "3*16G@40GB/s,1000Mbps"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3 x 16 GB @ 40 GB/s , 1 Gbit",
+        "3X16GiB@40gb/s,1gbit/s",
+        "3*16G@40GB/s,1000Mbps",
+        "3×16GB@40GB/s,1GbE",
+        "16 GB x 3 @ 40GB/s,1Gbit",
+        "16GB×3@40000MB/s,1Gbit",
+        "3x16384MB@40GB/s,1Gbit",
+    ],
+)
 def test_spelling_is_free(text: str) -> None:
-    assert parse_machines(text) == Assumed((OLD,) * 3, Network(1e9))
+    assert parse_machines(text) == AssumedMachines((OLD,) * 3, Network(1e9))
+
+
+def test_bandwidth_and_network_may_be_left_out() -> None:
+    bare = Machine(Device(16 * GIB))
+    assert parse_machines("3x16GB") == AssumedMachines((bare,) * 3)
+    assert parse_machines("16 GB x 2, 100Mbit") == AssumedMachines((bare,) * 2, Network(1e8))
+    found = parse_machines("16GB/8 + 16GB@1TOPS").machines
+    assert found == (Machine(Device(16 * GIB, threads=8)), Machine(Device(16 * GIB, macs_s=0.5e12)))
+
+
+@pytest.mark.parametrize(
+    ("text", "memory", "bytes_s"),
+    [
+        ("DDR3", Ddr(3), 20e9),
+        ("ddr4", Ddr(4), 40e9),
+        ("DDR5", Ddr(5), 60e9),
+        ("LPDDR4", Ddr(4), 40e9),
+        ("DDR4x1", Ddr(4, channels=1), 20e9),
+        ("8xDDR4", Ddr(4, channels=8), 160e9),
+        ("DDR3-1600", Ddr(3, megatransfers_s=1600), 25.6e9),
+        ("2 x DDR4-3200", Ddr(4, 2, 3200), 51.2e9),
+    ],
+)
+def test_kinds_of_memory_have_a_bandwidth(text: str, memory: Ddr, bytes_s: float) -> None:
+    (machine,) = parse_machines(f"16GB@{text}").machines
+    assert machine.cpu == Device(16 * GIB, memory)
+    assert rates.read_bytes_s(machine.cpu) == pytest.approx(bytes_s)
+
+
+def test_machines_without_a_bandwidth_have_ddr4_in_two_channels() -> None:
+    assumed = parse_machines("16GB + 8GB@DDR3x1 + 8GB@25GB/s")
+    assert [rates.read_bytes_s(machine.cpu) for machine in assumed.machines] == [40e9, 10e9, 25e9]
+    lines = [line for line in rates.assumptions(assumed) if line.startswith("memory is read at ")]
+    assert lines[0].startswith("memory is read at 40 GB/s, DDR4 in two channels (none given; say @DDR3, ")
+    assert lines[1:] == ["memory is read at 10 GB/s, DDR3 in one channel"]
 
 
 def test_unequal_machines_threads_operations_and_the_round_trip() -> None:
     found = parse_machines("16GB@40GB/s + 2x32.5GB@51.2GB/s/8+1TB@400GB/s@12.5TOPS, 2.5Gbit, 200us")
     middle = Machine(Device(int(32.5 * GIB), 51.2e9, threads=8))
     large = Machine(Device(1024 * GIB, 400e9, macs_s=6.25e12))
-    assert found == Assumed((OLD, middle, middle, large), Network(2.5e9, 200 * 1e-6))
+    assert found == AssumedMachines((OLD, middle, middle, large), Network(2.5e9, 200 * 1e-6))
 
 
 def test_gpus_are_in_the_machines_before_them() -> None:
@@ -42,36 +90,47 @@ def test_random_descriptions_are_read_back() -> None:
         machines: list[Machine] = []
         groups = []
         for _ in range(source.randint(1, 4)):
-            count, memory, read = source.randint(1, 9), source.randint(1, 512), source.randint(1, 999)
+            count, memory, read = source.randint(1, 9), source.randint(1, 512), source.choice((None, 25, 999))
             threads = source.choice((None, source.randint(1, 64)))
-            groups.append(f"{count}x{memory}GB@{read}GB/s" + (f"/{threads}" if threads else ""))
-            machines += [Machine(Device(memory * GIB, read * 1e9, threads=threads))] * count
-        assert parse_machines("+".join(groups)) == Assumed(tuple(machines)), groups
+            counted = source.choice((f"{count}x{memory}GB", f"{memory} GB x {count}", f"{count} × {memory}GB"))
+            groups.append(counted + (f"@{read}GB/s" if read else "") + (f"/{threads}" if threads else ""))
+            machines += [Machine(Device(memory * GIB, read and read * 1e9, threads=threads))] * count
+        assert parse_machines("+".join(groups)) == AssumedMachines(tuple(machines)), groups
 
 
 @pytest.mark.parametrize(
     ("text", "place", "what"),
     [
-        ("", 1, "expected machines"),
-        ("16GB", 1, "expected machines"),
-        ("three computers", 1, "expected machines"),
-        ("3x16GB@40GB/s+", 15, "expected machines"),
-        ("3x16GB@40GB/s + 16GB", 17, "expected machines"),
-        ("3x16GB@40GB/s 1Gbit", 15, 'expected "+"'),
+        ("", 1, "expected memory as 16GB, or machines as 3x16GB, found the end"),
+        ("three computers", 1, "expected memory as 16GB, or machines as 3x16GB, found 'three computers'"),
+        ("3x16", 3, "expected memory as 16GB, or machines as 3x16GB, found '16'"),
+        ("3x16GB@40GB/s+", 15, "expected memory"),
+        ("3x16GB@40", 7, "expected the bandwidth of reading memory as @25GB/s, or the kind of memory as @DDR3"),
+        ("3x16GB@40GB/s + 16GB@25GB, 1Gbit", 21, "the bandwidth of reading memory as @25GB/s"),
+        ("16GB@DDR7", 5, "or the kind of memory as @DDR3, @DDR4 or @DDR5, found '@DDR7'"),
+        ("16GB@DDR4x99", 5, "1 to 24 channels of memory"),
+        ("16GB@DDR4-000", 5, "above 0"),
+        ("3x16GB x 2", 1, "one number of machines"),
+        ("3x16GB@40GB/s 1Gbit", 15, 'expected "+" and further machines, or "," and the network'),
+        ("3x16GB 2x8GB", 8, 'expected "+" before machines that differ, as in "3x16GB + 8GB", found \'2x8GB\''),
+        ("3x16GB, 2x8GB", 9, 'expected "+" before machines that differ'),
+        ("3x16GB, 1Gbit, 8GB x 2", 16, 'expected "+" before machines that differ'),
         ("3x16GB@40GB/s,", 15, "network's speed"),
         ("3x16GB@40GB/s,0.3ms", 15, "network's speed"),
         ("3x16GB@40GB/s,0Gbit", 15, "above 0"),
-        ("3x16GB@40GB/s,1Gbit,fast", 21, "round trip"),
+        ("3x16GB@40GB/s,1Gbit,fast", 21, "round trip as 0.3ms, found 'fast'"),
         ("3x16GB@40GB/s,1Gbit,1ms,1ms", 24, 'expected "+"'),
         ("0x16GB@40GB/s", 1, "above 0"),
-        ("16GB@0GB/s", 1, "above 0"),
-        ("16GB@40GB/s/0", 1, "above 0"),
+        ("16GB@0GB/s", 5, "above 0"),
+        ("16GB@40GB/s/0", 12, "1 to 1024 threads a machine"),
+        ("16GB@40GB/s/9999", 12, "expected 1 to 1024 threads a machine, found '/9999'"),
         ("0GB@40GB/s", 1, "above 0"),
         ("999999999TB@40GB/s", 1, "1024 TB of memory at most, found '999999999TB@"),
         ("16GB@40GB/s+1025TB@900GB/s gpu", 13, "1024 TB of memory at most, found '1025TB@"),
-        ("60x16GB@40GB/s+5x16GB@40GB/s", 16, "64 machines at most"),
+        ("60x16GB@40GB/s+5x16GB@40GB/s", 16, "64 machines at most, found '5x16GB@40GB/s'"),
         ("9999x16GB@40GB/s", 1, "64 machines at most"),
         ("24GB@900GB/s gpu", 1, "machine of a GPU"),
+        ("16GB + 24GB gpu", 8, "the bandwidth of a GPU's memory"),
         ("16GB@40GB/s+24GB@900GB/s/8 gpu", 13, "no threads"),
         ("16GB@40GB/s+9x24GB@900GB/s gpu", 13, "8 GPUs"),
     ],
@@ -86,9 +145,9 @@ def test_mistakes_are_named_with_their_place_and_an_example(text: str, place: in
 
 def test_no_text_ends_in_anything_but_an_answer_or_a_usage_error() -> None:
     source = random.Random(SEED)
-    letters = "0123456789.xGTB@/s+,gpubitm \t\n\x00é×" * 2
+    letters = "0123456789.xGTB@/s+,gpubitmDR- \t\n\x00é×" * 2
     for _ in range(3000):
-        text = list("2x16GB@40GB/s/4+24GB@900GB/s@100TOPS gpu,1Gbit,0.3ms")
+        text = list("2x16GB@DDR4-3200x2/4+8GBx2@40GB/s+24GB@900GB/s@100TOPS gpu,1Gbit,0.3ms")
         for _ in range(source.randint(1, 5)):
             text[source.randrange(len(text))] = source.choice(letters)
         try:

@@ -1,4 +1,4 @@
-"""Models on paper: as large as files would be, and built into the same programs."""
+"""Assumed models: as large as files would be, and built into the same programs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamaclust.cluster.config.catalog import catalog_names, find_entry
+from llamaclust.cluster.config.public_models import public_models
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import StageLimits
+from llamaclust.core.sizes import gigabytes
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Moe
-from llamaclust.tools.assume import paper_model as paper
-from llamaclust.tools.assume.paper_model import PaperModel
-from llamaclust.tools.assume.paper_model import paper_model as model_of
-from llamaclust.tools.assume.shapes import SHAPES, Shape
+from llamaclust.tools.assume import assumed_model as module
+from llamaclust.tools.assume.assumed_model import AssumedModel, shape_model, with_file_size
+from llamaclust.tools.assume.assumed_model import assumed_model as model_of
+from llamaclust.tools.assume.public_shapes import public_shapes
+from llamaclust.tools.assume.shapes import SHAPES, ModelShape
 from llamaclust.tools.quantize.mixes import MIXES
 from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
 from llamaclust.tools.quantize.type_choice import Wishes
@@ -27,14 +31,14 @@ from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
 
-PUBLISHED = {  # billions of parameters, as their publishers say; heads that predict further tokens left out
+PUBLISHED = {  # billions of parameters of their files, as their publishers say
     "7b": 6.74,
     "8b": 8.03,
     "70b": 70.55,
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 116.8,
     "qwen3-30b-a3b": 30.5,
-    "glm-4.5-air": 106.9,
+    "glm-4.5-air": 110.5,  # 106.9 without the layer that predicts further tokens
     "qwen3.5-35b-a3b": 34.66,
 }
 FILES = {  # GB of public files of these mixes
@@ -53,8 +57,40 @@ def test_shapes_are_those_of_the_published_models(name: str) -> None:
     assert SHAPES[name].parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.005)
 
 
+@pytest.mark.parametrize("name", public_shapes())
+def test_shapes_of_the_catalog_have_its_parameters_and_are_models(name: str) -> None:
+    shape, model = public_shapes()[name], public_models().get(name)
+    if model is not None:  # the table has two or three digits
+        assert shape.parameters / 1e9 == pytest.approx(model.billions, rel=0.02)
+        assert model.name in catalog_names()
+    opened = shape_model(name, shape).opened
+    assert opened.layer_count == shape.layers
+    assert (opened.window is not None) == any("sliding_window" in key for key in shape.keys)
+
+
+def test_most_of_the_catalog_has_a_shape() -> None:
+    known = set(public_models()) & set(public_shapes())
+    assert len(known) > 0.75 * len(public_models())
+    assert set(public_shapes()) <= {*catalog_names()}
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "gpt-oss-20b", "glm-4.5-air", "gemma-3-4b-it:q8_0", "qwen3-0.6b:q6_k"])
+def test_sizes_in_the_list_are_those_of_plans(name: str) -> None:
+    entry = find_entry(name)
+    assert entry is not None
+    listed = with_file_size(entry)
+    assert listed.about_bytes == model_of(name).file.size_bytes != entry.about_bytes
+    assert listed.shown_size == f"about {gigabytes(listed.about_bytes)}"
+
+
+def test_sizes_without_a_shape_stay_estimates_and_known_ones_stay() -> None:
+    for name in ("glm-4.7-flash", "smollm2-135m-instruct"):
+        entry = find_entry(name)
+        assert entry is not None and with_file_size(entry) == entry
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_files_on_paper_are_as_large_as_public_ones(name: str) -> None:
+def test_assumed_files_are_as_large_as_public_ones(name: str) -> None:
     mix, size_gb = FILES[name]
     found = model_of(name)
     assert found.mix == mix
@@ -71,7 +107,7 @@ def test_every_shape_is_a_model_of_its_architecture(name: str) -> None:
     assert all((step.experts, step.used) == (shape.experts, shape.used) for step in mixtures)
 
 
-def small(name: str) -> Shape:
+def small(name: str) -> ModelShape:
     shape = SHAPES[name]
     changed = replace(shape, **SMALL)  # type: ignore[arg-type]
     if shape.experts:
@@ -80,9 +116,9 @@ def small(name: str) -> Shape:
 
 
 @pytest.mark.parametrize(("name", "mix"), [("8b", "Q4_K_M"), ("glm-4.5-air", "Q3_K_M"), ("gpt-oss-20b", "MXFP4_MOE")])
-def test_paper_and_file_cost_the_same(name: str, mix: str, tmp_path: Path) -> None:
+def test_assumed_model_and_file_cost_the_same(name: str, mix: str, tmp_path: Path) -> None:
     """The same shape written, and quantized by `quantize`."""
-    source, floats = np.random.default_rng(SEED), paper._file_of(name, small(name))
+    source, floats = np.random.default_rng(SEED), module._file_of(name, small(name))
     written = [
         TensorSource(tensor.name, tensor.quant_type, tensor.shape, partial(drawn, source, tensor.n_bytes))
         for tensor in floats.tensors.values()
@@ -90,9 +126,9 @@ def test_paper_and_file_cost_the_same(name: str, mix: str, tmp_path: Path) -> No
     write_gguf(tmp_path / "floats.gguf", floats.metadata, written)
     job = plan_quantizing(open_model(tmp_path / "floats.gguf"), Wishes(MIXES[mix]), None, allow_requantize=False)
     write_quantized(job, tmp_path / "quantized.gguf", 1, keep_split=False, progress=lambda *done: None)
-    file, on_paper = Model.open(tmp_path / "quantized.gguf"), Model(PaperModel("", floats, None).quantized(mix).file)
-    assert on_paper.costs(KvType.F16) == file.costs(KvType.F16)
-    workspaces = [planned_workspace_bytes(model, 0, 4, LIMITS, 2) for model in (file, on_paper)]
+    file, assumed = Model.open(tmp_path / "quantized.gguf"), Model(AssumedModel("", floats, None).quantized(mix).file)
+    assert assumed.costs(KvType.F16) == file.costs(KvType.F16)
+    workspaces = [planned_workspace_bytes(model, 0, 4, LIMITS, 2) for model in (file, assumed)]
     assert workspaces[0] == workspaces[1]
 
 
@@ -101,7 +137,7 @@ def drawn(source: np.random.Generator, n_bytes: int) -> memoryview:
     return np.full(n_bytes // 2, source.integers(0x2C00, 0x3000), np.uint16).data
 
 
-def test_a_file_is_taken_as_it_is_and_quantized_on_paper(tmp_path: Path) -> None:
+def test_a_file_is_taken_as_it_is_and_quantized_assumed(tmp_path: Path) -> None:
     path = build_tiny_model(tmp_path / "m.gguf")
     as_is, smaller = model_of(str(path)), model_of(f"{path}:q4_k")
     assert as_is.mix is None and as_is.file.identity == open_model(path).identity and as_is.title == "m"
@@ -111,19 +147,31 @@ def test_a_file_is_taken_as_it_is_and_quantized_on_paper(tmp_path: Path) -> None
     assert [cost.layers[0].kv_bytes_per_token for cost in costs] == [2 * 2 * 2 * 32] * 2
 
 
-def test_models_of_the_catalog_are_quantized_on_paper_to_what_it_lacks(
+def test_models_of_the_catalog_are_planned_by_their_shape_until_they_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMACLUST_HOME", str(tmp_path))
-    with pytest.raises(UsageError, match="run: llamaclust model pull qwen3-8b; or one of the shapes"):
-        model_of("qwen3-8b:q2_k")
+    by_shape = [model_of(name) for name in ("qwen3-8b", "Qwen3-8B:q4_k_m", "qwen3-8b:q4", "qwen3-8b:q2_k")]
+    assert [(model.title, model.mix) for model in by_shape] == [("Qwen3 8B", mix) for mix in ["Q4_K_M"] * 3 + ["Q2_K"]]
     folder = tmp_path / "models/qwen3-8b-q4_k_m"
     folder.mkdir(parents=True)
     build_tiny_model(folder / "Qwen3-8B-Q4_K_M.gguf")
-    assert model_of("qwen3-8b:q2_k").mix == "Q2_K"
+    assert [model_of(f"qwen3-8b:{mix}").mix for mix in ("q2_k", "q3")] == ["Q2_K", "Q3_K_M"]
+    assert model_of("qwen3-8b:q2_k").title == "Qwen3-8B-Q4_K_M"
     assert model_of("qwen3-8b:q4_k_m").mix is None  # the file that is there
-    with pytest.raises(UsageError, match="qwen3-8b:q9: no such quantization; the catalog has q4_k_m"):
+    assert model_of("qwen3-8b:q8_0").title == "Qwen3 8B"  # another file of the catalog, which is not
+    with pytest.raises(UsageError, match="--model: 'q9' is no quantization; known: f32, f16"):
         model_of("qwen3-8b:q9")
+
+
+def test_models_of_the_catalog_without_a_shape_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMACLUST_HOME", str(tmp_path))
+    with pytest.raises(UsageError) as error:
+        model_of("glm-4.7-flash:q6_k")
+    text = str(error.value)
+    assert "glm-4.7-flash:q6_k: its shape is not known before it is downloaded" in text
+    assert "run: llamaclust model pull glm-4.7-flash:q6_k; or take one whose shape is known: 7b, 8b, " in text
+    assert ", qwen3-32b, " in text and text.count("gpt-oss-20b") == 1
 
 
 def test_unknown_models_and_mixes_are_refused_with_what_there_is() -> None:
@@ -131,6 +179,4 @@ def test_unknown_models_and_mixes_are_refused_with_what_there_is() -> None:
         model_of("8c")
     with pytest.raises(UsageError, match=r"--model: 'q4_k_x' is no quantization; known: f32, f16, .*q4_k_m"):
         model_of("8b:q4_k_x")
-    with pytest.raises(UsageError, match=r"llamaclust model pull qwen3-8b:q4_k_m; or one of the shapes"):
-        model_of("qwen3-8b:q4_k_m")
-    assert model_of("GPT-OSS-20B:q8_0").mix == "Q8_0"
+    assert [model_of(f"GPT-OSS-20B:{mix}").mix for mix in ("q8_0", "mxfp4", "Q4")] == ["Q8_0", "MXFP4_MOE", "Q4_K_M"]

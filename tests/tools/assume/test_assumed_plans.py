@@ -1,0 +1,169 @@
+"""Plans of machines that are not there: they follow the description, and say what would help or fit."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import pytest
+
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.tools.assume import planning, rates
+from llamaclust.tools.assume.assumed_model import assumed_model
+from llamaclust.tools.assume.assumed_plan import AssumedPlan, plan_assumed, plan_shapes
+from llamaclust.tools.assume.shapes import SHAPES
+
+MIB = 1 << 20
+GIB = 1 << 30
+KIB = 1 << 10
+
+
+def token_s(found: AssumedPlan) -> float:
+    assert found.plan.prediction is not None
+    return found.plan.prediction.token_s
+
+
+def ttft_s(found: AssumedPlan) -> float:
+    assert found.plan.prediction is not None
+    return found.plan.prediction.ttft_s
+
+
+def test_decode_time_is_that_of_touched_bytes_and_of_links() -> None:
+    found = plan_assumed("3x16GB@40GB/s,1Gbit,1ms", "qwen3-30b-a3b", ())
+    stages = found.plan.stages
+    assert [stage.worker for stage in stages] == ["m1", "m2", "m3"] and stages[-1].end == 48
+    costs = Model(assumed_model("qwen3-30b-a3b").file).costs(KvType.F16)
+    touched = sum(layer.weight_bytes - layer.idle_bytes for layer in costs.layers) + costs.head_bytes
+    assert sum(stage.touched_bytes for stage in stages) == pytest.approx(touched, abs=3)
+    assert touched < sum(stage.weight_bytes for stage in stages) / 8
+    read_s = touched / (rates.DECODE_SHARE * 40e9)
+    assert token_s(found) == pytest.approx(read_s + 3 * (0.5e-3 + rates.HOP_S), rel=1e-6)
+    assert all(stage.memory_bytes == 16 * GIB - rates.SYSTEM_BYTES for stage in stages)
+
+
+def test_prefill_is_that_of_products_by_threads_or_operations() -> None:
+    by_threads = plan_assumed("64GB@40GB/s/8", "8b", ())
+    macs = Model(assumed_model("8b").file).costs(KvType.F16)
+    products = 512 * sum(layer.macs_per_token for layer in macs.layers)
+    assert ttft_s(by_threads) == pytest.approx(products / (rates.PREFILL_SHARE * 8 * rates.THREAD_MACS_S), rel=0.02)
+    by_operations = plan_assumed("64GB@40GB/s@2TOPS", "8b", ())
+    assert ttft_s(by_operations) == pytest.approx(products / (rates.PREFILL_SHARE * 1e12), rel=0.2)
+    assert token_s(by_operations) == token_s(by_threads)
+
+
+def test_a_faster_machine_holds_more_layers() -> None:
+    stages = plan_assumed("16GB@20GB/s/2 + 16GB@80GB/s/8", "8b", ("objective=throughput",)).plan.stages
+    assert stages[1].end - stages[1].start > 2 * (stages[0].end - stages[0].start)
+
+
+def test_layers_go_to_gpus_first() -> None:
+    (stage,) = plan_assumed("16GB@60GB/s + 4GB@300GB/s gpu", "8b", ()).plan.stages
+    cpu, gpu = stage.devices
+    assert (cpu.device, gpu.device) == ("cpu", "cuda:0") and gpu.end == 32
+    assert gpu.memory_bytes == 4 * GIB - rates.GPU_RESERVED_BYTES and 2 * GIB < gpu.bytes <= gpu.memory_bytes
+
+
+def test_what_gpus_do_not_compute_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: object) -> Plan:
+        raise ModelFileError("this is not computed on GPUs; set device: cpu for its workers")
+
+    monkeypatch.setattr(planning, "plan_cluster", refused)
+    with pytest.raises(UsageError, match=r"--assume: LLaMA 3.1 8B: this is not .*; leave the GPUs out"):
+        plan_assumed("64GB@60GB/s + 24GB@900GB/s gpu", "8b", ())
+    with pytest.raises(ModelFileError):
+        plan_assumed("64GB@60GB/s", "8b", ())
+
+
+def test_keys_of_the_cluster_file_are_obeyed() -> None:
+    usual, long = plan_assumed("32GB@40GB/s", "8b", ()), plan_assumed("32GB@40GB/s", "8b", ("context_length=32768",))
+    assert (usual.plan.context_length, long.plan.context_length) == (4096, 32768)
+    small = plan_assumed("32GB@40GB/s", "8b", ("kv_memory=1GiB",)).plan.stages[0]
+    half = plan_assumed("32GB@40GB/s", "8b", ("kv_memory=1GiB", "kv_type=q8_0")).plan
+    assert small.kv_bytes <= GIB and half.kv_blocks > 1.8 * small.kv_bytes / (16 * 128 * KIB)
+    by_hand = plan_assumed(
+        "2x16GB@40GB/s", "8b", ("plan=[{worker: m1, layers: [0, 30]}, {worker: m2, layers: [30, 32]}]",)
+    )
+    assert [stage.end for stage in by_hand.plan.stages] == [30, 32]
+    with pytest.raises(UsageError, match=r"--set listen: an assumed plan has no such key; it has context_length, "):
+        plan_assumed("32GB@40GB/s", "8b", ("listen=:1",))
+    with pytest.raises(UsageError, match="context_length"):
+        plan_assumed("32GB@40GB/s", "7b", ("context_length=100000",))
+
+
+def test_what_lacks_and_what_would_fit() -> None:
+    with pytest.raises(InsufficientMemoryError) as error:
+        plan_assumed("3x16GB@40GB/s,1Gbit", "70b", ())
+    text = str(error.value)
+    assert text.startswith("LLaMA 3.1 70B Q4_K_M (42.5 GB): the model does not fit: it needs ")
+    assert "MiB are missing" in text and "\n" not in text
+    assert text.endswith("what would fit: Q3_K_M, 34.3 GB; or take 1 more of 16 GB")
+    assert plan_assumed("3x16GB@40GB/s,1Gbit", "70b:q3_k_m", ()).plan and plan_assumed("4x16GB@40GB/s", "70b", ()).plan
+    assert error.value.missing_bytes is not None
+    missing = ceil(error.value.missing_bytes / MIB)
+    room = plan_assumed(f"3x{16 + (missing + 600) / 3 / 1024:.3f}GB@40GB/s,1Gbit", "70b", ())
+    assert len(room.plan.stages) == 3, "as much more is enough"
+    with pytest.raises(InsufficientMemoryError, match=r"MiB are missing"):
+        plan_assumed("3x1GB@40GB/s", "70b", ())
+
+
+def test_what_would_help_does() -> None:
+    found = plan_assumed("2x6GB@40GB/s@60TOPS,100Mbit", "8b", ())
+    texts = dict(text.split(": ", 1) for text in found.helps)
+    assert texts.keys() == {"twice the memory bandwidth", "a network of 1 Gbit/s", "Q3_K_M in place of Q4_K_M"}
+    faster, network = (
+        plan_assumed("2x6GB@80GB/s@60TOPS,100Mbit", "8b", ()),
+        plan_assumed("2x6GB@40GB/s@60TOPS,1Gbit", "8b", ()),
+    )
+    assert f"{1 / token_s(faster):.0f} tok/s" in texts["twice the memory bandwidth"]
+    assert texts["a network of 1 Gbit/s"].endswith(f"first token after {1e3 * ttft_s(network):.0f} ms")
+    few = plan_assumed("3x16GB@40GB/s,1Gbit", "8b", ()).helps
+    assert any(text.startswith("one more such machine: first token after") for text in few)
+    assert not any("network" in text for text in few), "it is no bottleneck"
+
+
+def test_the_text_says_what_was_assumed() -> None:
+    lines = list(plan_assumed("3x16GB@40GB/s", "gpt-oss-20b", ()).lines())
+    assert lines[0].startswith("gpt-oss 20b MXFP4_MOE (12.1 GB) on 3 of 3 machines: it fits, ")
+    text = "\n".join(lines)
+    assert "4 threads a machine, 90 GMAC/s" in text and "1 Gbit/s (none given; say " in text and "GPUs" not in text
+    gpu = "\n".join(plan_assumed("16GB + 24GB@900GB/s gpu", "8b", ()).lines())
+    assert "50 µs a layer whose experts are in RAM, at 12 GB/s" in gpu
+    given = "\n".join(plan_assumed("2x16GB@40GB/s@1TOPS,2.5Gbit,0.2ms", "8b", ()).lines())
+    assert "none given" not in given and "GMAC/s" not in given and "2.5 Gbit/s" in given
+    values = plan_assumed("3x16GB@40GB/s", "gpt-oss-20b", ()).json()
+    assert values["model"] == "gpt-oss 20b" and values["quantization"] == "MXFP4_MOE" and values["machines"] == 3
+    assert values["stages"][0]["touched_bytes"] > 0 and values["assumptions"] and values["token_ms"] > 0
+
+
+def test_a_survey_has_each_shape_with_its_answer() -> None:
+    named: list[str] = []
+    found = plan_shapes("3x16GB,1Gbit", (), named.append)
+    assert named == [plan.name for plan in found.plans] == list(SHAPES)
+    plans = {plan.name: plan for plan in found.plans}
+    alone = plan_assumed("3x16GB,1Gbit", "qwen3-30b-a3b", ())
+    assert plans["qwen3-30b-a3b"].plan == alone.plan and plans["qwen3-30b-a3b"].helps == alone.helps
+    with pytest.raises(InsufficientMemoryError) as error:
+        plan_assumed("3x16GB,1Gbit", "70b", ())
+    assert plans["70b"].plan is None and "; or ".join(plans["70b"].helps) == "Q3_K_M, 34.3 GB; or 1 more of 16 GB"
+    assert error.value.missing_bytes is not None
+    headings, *lines = found.lines()
+    rows = {line.split(":")[0]: line for line in lines}
+    assert f"no: {error.value.missing_bytes / MIB:.0f} MiB missing" in rows["70b"] and "fits" in headings
+    shown = rows["qwen3-30b-a3b"]
+    assert f"{1 / token_s(alone):.0f} " in shown and f"{ttft_s(alone):.1f} s" in shown and "yes, on 3 machines" in shown
+    assert any("memory is read at 40 GB/s" in line for line in lines) and "first token: of a prompt of 512" in "".join(
+        lines
+    )
+    values = found.json()
+    assert [model["fits"] for model in values["models"]] == [plan.plan is not None for plan in found.plans]
+    assert values["machines"] == 3 and values["assumptions"]
+
+
+def test_a_survey_shows_limits_of_one_model_in_its_row() -> None:
+    plans = {plan.name: plan for plan in plan_shapes("24GB", ("context_length=8192",), lambda name: None).plans}
+    assert plans["7b"].plan is None and "4096 tokens" in plans["7b"].helps[0]
+    assert plans["8b"].plan is not None and plans["8b"].plan.context_length == 8192
+    with pytest.raises(UsageError, match="context_length"):
+        plan_shapes("24GB", ("context_length=x",), lambda name: None)

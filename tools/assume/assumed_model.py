@@ -1,0 +1,205 @@
+"""Models without bytes: of a named shape or of a file's tensors, quantized without bytes by the mixes of `quantize`.
+
+They are read and built into programs as any file is, so that weights, KV memory and workspace are what they would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from llamaclust.cluster.config.catalog import CatalogEntry, find_entry, locate, resolve_model
+from llamaclust.cluster.config.public_models import public_models
+from llamaclust.core.errors import UsageError
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.tensors import FileIdentity, Tensor
+from llamaclust.model.gguf.values import MetadataValue
+from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
+from llamaclust.tools.assume.public_shapes import public_shapes
+from llamaclust.tools.assume.shapes import SHAPES, ModelShape
+from llamaclust.tools.quantize.mixes import ALIASES, MIXES, Mix
+from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
+
+_NO_FILE: Final = FileIdentity(0, 0, 0, 0)
+
+
+_MIXES: Final = {
+    **ALIASES,
+    "MXFP4": "MXFP4_MOE",
+    "Q2": "Q2_K",
+    "Q3": "Q3_K_M",
+    "Q4": "Q4_K_M",
+    "Q5": "Q5_K_M",
+    "Q6": "Q6_K",
+    "Q8": "Q8_0",
+}
+"""Further names of mixes."""
+
+
+@dataclass(frozen=True)  # without slots: it keeps the model that it opened
+class AssumedModel:
+    """A model of a set of machines. `mix`: None where the types are those of a file."""
+
+    title: str
+    file: ModelFile
+    mix: str | None
+
+    @cached_property
+    def opened(self) -> Model:
+        """Its programs and their costs, which plans share. ModelFileError where it cannot be run."""
+        return Model(self.file)
+
+    def quantized(self, mix: str) -> AssumedModel:
+        """The same model in another mix. UsageError where `quantize` does not know how."""
+        return AssumedModel(self.title, _quantized(self.file, MIXES[mix]), mix)
+
+
+def assumed_model(spec: str) -> AssumedModel:
+    """SHAPE[:MIX], a model of the catalog, downloaded or of a known shape, or the path of one, also with :MIX.
+    UsageError lists what there is."""
+    name, mix = _split(spec)
+    if (shape := SHAPES.get(name.lower())) is not None:
+        return shape_model(name.lower(), shape, mix)
+    entry = _catalog_entry(spec)
+    if entry is not None and not _is_downloaded(entry):
+        return _catalog_model(entry, spec, mix)
+    if mix is None or _quantization_of(spec) is not None:  # a file of the catalog in a quantization of its own
+        name, mix = spec, None
+    try:
+        path = resolve_model(name)
+    except UsageError as error:
+        raise UsageError(f"--model: {error}; or one of the shapes {', '.join(SHAPES)}") from error
+    found = AssumedModel(path.stem, open_model(path), None)
+    return found if mix is None else found.quantized(mix)
+
+
+def shape_model(name: str, shape: ModelShape, mix: str | None = None) -> AssumedModel:
+    """A model of such a shape in a mix of MIXES, or in its usual one."""
+    return AssumedModel(shape.title, _file_of(name, shape), None).quantized(mix or shape.mix)
+
+
+def with_file_size(entry: CatalogEntry) -> CatalogEntry:
+    """With the size of its file by its shape, as plans have it, where that is known."""
+    plain, _, quantization = entry.name.partition(":")
+    shape, mix = public_shapes().get(plain), _mix(quantization)
+    if shape is None or mix is None or entry.size_bytes is not None:
+        return entry
+    return replace(entry, about_bytes=shape_model(plain, shape, mix).file.size_bytes)
+
+
+def _catalog_entry(spec: str) -> CatalogEntry | None:
+    """Of NAME or NAME:MIX, of whatever mix."""
+    name, colon, _ = spec.rpartition(":")
+    entry = _quantization_of(spec)
+    return find_entry(name) if entry is None and colon and _split(spec)[1] is not None else entry
+
+
+def _quantization_of(spec: str) -> CatalogEntry | None:
+    """Of the catalog, as a whole, with its quantization. UsageError for one that is no mix either."""
+    try:
+        return find_entry(spec)
+    except UsageError:
+        if _split(spec)[1] is None:
+            raise
+        return None  # a model of the catalog, which has others
+
+
+def _is_downloaded(entry: CatalogEntry) -> bool:
+    found = locate(entry.name)
+    return isinstance(found, Path) or found.is_there
+
+
+def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedModel:
+    """By its shape. UsageError where that is not known."""
+    plain, _, quantization = entry.name.partition(":")
+    shape = public_shapes().get(plain)
+    if shape is None:
+        known = ", ".join(dict.fromkeys((*SHAPES, *public_shapes())))
+        why = f"its shape is not known before it is downloaded; run: llamaclust model pull {entry.name}"
+        raise UsageError(f"--model: {spec}: {why}; or take one whose shape is known: {known}")
+    return shape_model(plain, shape, mix or _mix(quantization))
+
+
+def _mix(text: str) -> str | None:
+    """The name of a mix in any spelling; None where there is none."""
+    name = _MIXES.get(text.upper(), text.upper())
+    return name if name in MIXES else None
+
+
+def _split(spec: str) -> tuple[str, str | None]:
+    """(model, mix): what stands behind the last colon, where that names a mix."""
+    name, colon, last = spec.rpartition(":")
+    if colon and (mix := _mix(last)) is not None:
+        return name, mix
+    if colon and (name.lower() in SHAPES or name.lower() in public_models()):
+        raise UsageError(f"--model: {last!r} is no quantization; known: {', '.join(MIXES).lower()}")
+    return spec, None
+
+
+def _file_of(name: str, shape: ModelShape) -> ModelFile:
+    """With matrices in F16 and everything else in F32."""
+    path = Path(name)
+    tensors = {
+        name: _tensor(path, name, QuantType.F32 if is_kept(name, sizes) else QuantType.F16, sizes)
+        for name, sizes in shape.tensors()
+    }
+    return ModelFile(
+        path=path,
+        parts=(path,),
+        size_bytes=sum(tensor.n_bytes for tensor in tensors.values()),
+        identity=sha256(name.encode()).hexdigest(),
+        metadata=_metadata(shape),
+        tensors=tensors,
+    )
+
+
+def _metadata(shape: ModelShape) -> Mapping[str, MetadataValue]:
+    own: dict[str, MetadataValue] = {
+        "context_length": shape.context,
+        "embedding_length": shape.hidden,
+        "block_count": shape.layers + shape.has_nextn,
+        "feed_forward_length": shape.ffn,
+        "vocab_size": shape.vocabulary,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": shape.rope_base,
+        "rope.dimension_count": shape.head_dim,
+    }
+    if shape.has_nextn:
+        own["nextn_predict_layers"] = 1
+    if shape.experts:
+        own |= {
+            "expert_count": shape.experts,
+            "expert_used_count": shape.used,
+            "expert_feed_forward_length": shape.expert_ffn,
+        }
+    own |= {**shape.keys, **{key: np.array(values, np.int32) for key, values in shape.arrays.items()}}
+    named = {f"{shape.architecture}.{key}": value for key, value in own.items()}
+    return {"general.architecture": shape.architecture, **named}
+
+
+def _quantized(file: ModelFile, mix: Mix) -> ModelFile:
+    types = choose_types(file, Wishes(mix))
+    tensors = {
+        name: tensor if types[name] is tensor.quant_type else _tensor(file.path, name, types[name], tensor.shape)
+        for name, tensor in file.tensors.items()
+    }
+    return replace(file, tensors=tensors, size_bytes=sum(tensor.n_bytes for tensor in tensors.values()))
+
+
+def _tensor(path: Path, name: str, quant_type: QuantType, shape: tuple[int, ...]) -> Tensor:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    n_bytes = rows * quant_type.info.row_bytes(shape[-1])
+    return Tensor(name, quant_type, shape, path, 0, n_bytes, _NO_FILE)

@@ -1,0 +1,174 @@
+"""The plan of a model on described machines: what it would bring, what would help, what lacks; or of all shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
+from llamaclust.core.sizes import MIB, gigabytes
+from llamaclust.tools.assume import rates
+from llamaclust.tools.assume.advice import shown_speed, what_fits, what_helps
+from llamaclust.tools.assume.assumed_model import AssumedModel, assumed_model
+from llamaclust.tools.assume.description import parse_machines
+from llamaclust.tools.assume.machines import AssumedMachines
+from llamaclust.tools.assume.planning import AssumedCluster, prediction_of
+from llamaclust.tools.assume.shapes import SHAPES
+
+_HEADINGS = ("model", "file", "fits", "tok/s", "first token", "what would help")
+_RIGHT = (1, 3, 4)
+"""Columns of numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class AssumedPlan:
+    """A plan that fits."""
+
+    model: AssumedModel
+    assumed: AssumedMachines
+    plan: Plan
+    helps: tuple[str, ...]
+
+    def json(self) -> dict[str, Any]:
+        """The plan's values, beside what it was made from."""
+        return plan_json(self.plan) | {
+            "model": self.model.title,
+            "quantization": self.model.mix,
+            "file_bytes": self.model.file.size_bytes,
+            "machines": len(self.assumed.machines),
+            "helps": list(self.helps),
+            "assumptions": list(rates.assumptions(self.assumed)),
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The text of `plan`, between a summary and what was assumed."""
+        prediction = prediction_of(self.plan)
+        used = len(self.plan.stages)
+        yield (
+            f"{_named(self.model)} on {used} of {_machines(len(self.assumed.machines))}: it fits, "
+            f"{shown_speed(1 / prediction.token_s)} tok/s for one request"
+        )
+        yield from plan_lines(self.plan)
+        yield from (f"  what would help: {text}" for text in self.helps)
+        yield from (f"  assumed: {text}" for text in rates.assumptions(self.assumed))
+
+
+def plan_assumed(machines: str, spec: str, overrides: Sequence[str]) -> AssumedPlan:
+    """UsageError for a wrong description, model or override; InsufficientMemoryError with the MiB that are missing, and
+    what would fit."""
+    cluster = AssumedCluster.of(parse_machines(machines), overrides)
+    model = assumed_model(spec)
+    try:
+        plan = cluster.plan(model)
+    except InsufficientMemoryError as error:
+        fitting = "; or take ".join(what_fits(cluster, model, error))
+        advice = f"; what would fit: {fitting}" if fitting else ""
+        explained = InsufficientMemoryError(f"{_named(model)}: {error}{advice}")
+        explained.missing_bytes = error.missing_bytes
+        raise explained from error
+    return AssumedPlan(model, cluster.assumed, plan, tuple(what_helps(cluster, model, prediction_of(plan))))
+
+
+@dataclass(frozen=True, slots=True)
+class ShapePlan:
+    """Of a shape: its plan, or why there is none, and what would help or fit."""
+
+    name: str
+    model: AssumedModel
+    plan: Plan | None
+    problem: str
+    helps: tuple[str, ...]
+
+    def cells(self) -> tuple[str, ...]:
+        """By _HEADINGS."""
+        title = f"{self.name}: {self.model.title} {self.model.mix}"
+        size = gigabytes(self.model.file.size_bytes)
+        if self.plan is None:
+            return title, size, self.problem, "-", "-", "; or ".join(self.helps)
+        prediction, used = prediction_of(self.plan), len(self.plan.stages)
+        speeds = shown_speed(1 / prediction.token_s), f"{prediction.ttft_s:.1f} s"
+        return title, size, f"yes, on {_machines(used)}", *speeds, self._best_help()
+
+    def _best_help(self) -> str:
+        """One that makes tokens faster, if any does."""
+        return next((text for text in self.helps if "tok/s" in text), "".join(self.helps[:1]))
+
+    def json(self) -> dict[str, Any]:
+        values: Mapping[str, Any] = {} if self.plan is None else plan_json(self.plan)
+        return {
+            **values,
+            "name": self.name,
+            "model": self.model.title,
+            "quantization": self.model.mix,
+            "file_bytes": self.model.file.size_bytes,
+            "fits": self.plan is not None,
+            "problem": self.problem or None,
+            "helps": list(self.helps),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Of all named shapes on the same machines."""
+
+    assumed: AssumedMachines
+    plans: tuple[ShapePlan, ...]
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "machines": len(self.assumed.machines),
+            "models": [plan.json() for plan in self.plans],
+            "assumptions": list(rates.assumptions(self.assumed)),
+        }
+
+    def lines(self) -> Iterator[str]:
+        """A table, and what was assumed."""
+        rows = [_HEADINGS, *(plan.cells() for plan in self.plans)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = zip(row, widths, strict=True)
+            aligned = (cell.rjust(w) if at in _RIGHT else cell.ljust(w) for at, (cell, w) in enumerate(cells))
+            yield "  ".join(aligned).rstrip()
+        prompts = {plan.plan.prompt_tokens for plan in self.plans if plan.plan is not None}
+        yield from (f"  first token: of a prompt of {tokens} tokens" for tokens in sorted(prompts))
+        yield "  the whole plan: --model NAME[:QUANTIZATION], also with a name of `llamaclust model list` or a file"
+        yield from (f"  assumed: {text}" for text in rates.assumptions(self.assumed))
+
+
+def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
+    """Each named shape in its usual quantization; `planned` is told each name before. UsageError for a wrong
+    description or override."""
+    cluster = AssumedCluster.of(parse_machines(machines), overrides)
+    plans, errors = list[ShapePlan](), list[UsageError]()
+    for name in SHAPES:
+        planned(name)
+        model = assumed_model(name)
+        try:
+            plans.append(_shape_plan(cluster, name, model))
+        except UsageError as error:  # of this model, unless all have it
+            errors.append(error)
+            plans.append(ShapePlan(name, model, None, "no", (str(error),)))
+    if len(errors) == len(plans):
+        raise errors[0]
+    return Survey(cluster.assumed, tuple(plans))
+
+
+def _shape_plan(cluster: AssumedCluster, name: str, model: AssumedModel) -> ShapePlan:
+    try:
+        plan = cluster.plan(model)
+    except InsufficientMemoryError as error:
+        missing = "" if error.missing_bytes is None else f": {error.missing_bytes / MIB:.0f} MiB missing"
+        return ShapePlan(name, model, None, f"no{missing}", tuple(what_fits(cluster, model, error)))
+    return ShapePlan(name, model, plan, "", tuple(what_helps(cluster, model, prediction_of(plan))))
+
+
+def _named(model: AssumedModel) -> str:
+    kind = "" if model.mix is None else f" {model.mix}"
+    return f"{model.title}{kind} ({gigabytes(model.file.size_bytes)})"
+
+
+def _machines(count: int) -> str:
+    return "1 machine" if count == 1 else f"{count} machines"

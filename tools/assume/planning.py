@@ -1,0 +1,91 @@
+"""Described machines with keys of a cluster file, as the planner takes them: from a model to its plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
+from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
+from llamaclust.cluster.control.resources.resource_shares import WorkerResources
+from llamaclust.cluster.planner.plan import Plan, Prediction
+from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
+from llamaclust.core.gpus import Gpu
+from llamaclust.core.profile import Profile
+from llamaclust.tools.assume import rates
+from llamaclust.tools.assume.assumed_model import AssumedModel
+from llamaclust.tools.assume.machines import AssumedMachines, Machine
+
+KEYS = ("context_length", "kv_memory", "kv_type", "max_sequences", "objective", "plan", "prefill_chunk")
+"""Of a cluster file, those that an assumed plan obeys."""
+
+
+@dataclass(frozen=True, slots=True)
+class AssumedCluster:
+    """Machines and overrides of a cluster file (KEYS)."""
+
+    assumed: AssumedMachines
+    overrides: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, assumed: AssumedMachines, overrides: Sequence[str]) -> AssumedCluster:
+        """UsageError for a key that would be ignored."""
+        for text in overrides:
+            key = text.partition("=")[0].strip()
+            if key.split(".")[0] not in KEYS:
+                raise UsageError(f"--set {key[:100]}: an assumed plan has no such key; it has {', '.join(KEYS)}")
+        return cls(assumed, tuple(overrides))
+
+    def changed(self, assumed: AssumedMachines) -> AssumedCluster:
+        return replace(self, assumed=assumed)
+
+    def with_machines(self, count: int) -> AssumedCluster:
+        """So many more like the last one."""
+        machines = self.assumed.machines
+        return self.changed(replace(self.assumed, machines=(*machines, *((machines[-1],) * count))))
+
+    def plan(self, model: AssumedModel) -> Plan:
+        """UsageError for a wrong override or GPUs that do not compute the model, InsufficientMemoryError with the MiB
+        that are missing."""
+        workers = {f"m{number}": machine for number, machine in enumerate(self.assumed.machines, 1)}
+        resources = ClusterResources(
+            workers={name: _resources(name, machine) for name, machine in workers.items()},
+            profiles={name: _profile(machine) for name, machine in workers.items()},
+            links=rates.links_of(self.assumed.network, list(workers)),
+        )
+        try:
+            return plan_cluster(self._config(list(workers)), model.opened, resources)
+        except ModelFileError as error:
+            if not any(machine.gpus for machine in self.assumed.machines):
+                raise
+            raise UsageError(f"--assume: {model.title}: {error}; leave the GPUs out") from error
+
+    def fitting_plan(self, model: AssumedModel) -> Plan | None:
+        """None where it does not fit."""
+        try:
+            return self.plan(model)
+        except InsufficientMemoryError:
+            return None
+
+    def _config(self, names: Sequence[str]) -> ClusterConfig:
+        workers = json.dumps([{"name": name} for name in names])
+        return load_config(None, ["name=assumed", "objective=latency", f"workers={workers}", *self.overrides])
+
+
+def prediction_of(plan: Plan) -> Prediction:
+    assert plan.prediction is not None  # all devices have profiles
+    return plan.prediction
+
+
+def _resources(name: str, machine: Machine) -> WorkerResources:
+    gpus = (
+        Gpu(f"cuda:{number}", "assumed", gpu.memory_bytes, max(0, gpu.memory_bytes - rates.GPU_RESERVED_BYTES))
+        for number, gpu in enumerate(machine.gpus)
+    )
+    free_bytes = max(0, machine.cpu.memory_bytes - rates.SYSTEM_BYTES)
+    return WorkerResources(name, free_bytes, gpus=tuple(gpus), threads=rates.threads_of(machine.cpu))
+
+
+def _profile(machine: Machine) -> Profile:
+    return Profile(rates.cpu_profile(machine.cpu), tuple(map(rates.gpu_profile, machine.gpus)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter_ns
@@ -53,7 +53,7 @@ Sweep = Callable[[], None]
 class ProfileSize:
     """How much is tried."""
 
-    layers_bytes: int  # of the layers that are tried together, where more than two are not above that
+    layers_bytes: int  # that a token touches of the layers tried together, where more than two are not above that
     tries: Mapping[int, int]  # at so many rows so many steps; few of sequences that decode, many of one prompt
 
     @property
@@ -68,7 +68,7 @@ class ProfileSize:
         )
 
 
-PROCESSOR = ProfileSize(96 << 20, {1: 9, 8: 5, 128: 3})
+PROCESSOR = ProfileSize(96 << 20, {1: 15, 8: 7, 128: 3})
 GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
 """A GPU reads ten times as fast, and makes more of many rows."""
 
@@ -136,25 +136,72 @@ def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
         return ()
     if any(layer.idle_bytes for layer in costs):
         device = replace(device, size=replace(device.size, tries={**device.size.tries, _PROMPT_ROWS: 3}))
-    some = max(2, min(layers - 1, device.size.layers_bytes // max(sizes[0], 1)))
+    touched = int(costs[first].touched_bytes(1))
+    some = max(2, min(layers - 1, device.size.layers_bytes // max(touched, 1)))
     while some > 2 and device.left_bytes(model, first, first + some) < SWEEP_BYTES:
         some = max(2, some * 3 // 4)
     ranges = [(first + start, first + end) for start, end in _ranges(layers, some, device.place)]
-    left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)
-    if sum(sizes[:some]) < _LEAST_BYTES or left_bytes < SWEEP_BYTES:
+    left = [device.left_bytes(model, start, end) for start, end in ranges]
+    if sum(sizes[:some]) < _LEAST_BYTES or min(left) < SWEEP_BYTES:
         return ()
     read_bytes = max(SWEEP_BYTES, int(_moved_bytes(costs, 1)))  # by all stages, for a token
-    parts = []
-    vocabulary = model.hyperparameters.vocabulary_size
-    limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
-    with device.cold(read_bytes, left_bytes) as sweep:
-        for start, end in ranges:
-            with closing(StageRunner(device.backend, model, start, end, limits, options)) as runner:
-                tries = device.size.tries.items()
-                seconds = {rows: asyncio.run(_taken_s(runner, vocabulary, rows, most, sweep)) for rows, most in tries}
-                moved = {rows: _moved_bytes(costs[start:end], rows) for rows in seconds}
-                parts.append(_Part(moved, seconds))
+    left_together = sum(left) - (len(left) - 1) * device.free_bytes
+    together = left_together >= SWEEP_BYTES
+    with device.cold(read_bytes, left_together if together else min(left)) as sweep:
+        measurement = _Measurement(device, model, sweep)
+        groups = [ranges] if together else [[tried] for tried in ranges]
+        parts = [part for group in groups for part in measurement.parts(group)]
     return tuple(_step_times(*parts))
+
+
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    device: ProfiledDevice
+    model: Model
+    sweep: Sweep
+
+    def parts(self, ranges: Sequence[tuple[int, int]]) -> list[_Part]:
+        """Of stages with these layers, in turns: what a machine's moods add is much the same for all of them."""
+        device, model = self.device, self.model
+        limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
+        with ExitStack() as opened:
+            runners = []
+            for start, end in ranges:
+                runner = StageRunner(device.backend, model, start, end, limits, options)
+                runners.append(opened.enter_context(closing(runner)))
+            tries = device.size.tries.items()
+            seconds = {rows: asyncio.run(self._taken_s(runners, rows, most)) for rows, most in tries}
+        costs = model.costs(KvType(limits.kv_type)).layers
+        return [
+            _Part(
+                {rows: _moved_bytes(costs[start:end], rows) for rows in seconds},
+                {rows: taken[index] for rows, taken in seconds.items()},
+            )
+            for index, (start, end) in enumerate(ranges)
+        ]
+
+    async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
+        """Of each the median of some steps, behind one that finds everything for the first time; of that where it takes
+        long."""
+        vocabulary = self.model.hyperparameters.vocabulary_size
+        with closing(Compute()) as compute:
+            context = StageContext("profile", compute, Counters())
+            loops = [(StageLoop(_EPOCH, runner, context, Deadlines()), runner) for runner in runners]
+            times: list[list[float]] = [[] for _ in runners]
+            for number in range(tries + 1):
+                for (loop, runner), taken in zip(loops, times, strict=True):
+                    if sum(taken) <= _ENOUGH_S:
+                        taken.append(await self._step_s(loop, runner, _task(runner, vocabulary, rows, number), number))
+        return [median(taken[1:] or taken) for taken in times]
+
+    async def _step_s(self, loop: StageLoop, runner: StageRunner, task: tuple[bytes, bytes], number: int) -> float:
+        frame, inputs = task
+        self.sweep()
+        begun_ns = perf_counter_ns()
+        if runner.program.is_last:
+            loop.dependencies.put_inputs(decode_inputs(inputs))
+        await (await loop.compute(loop.receive(frame, number)))
+        return (perf_counter_ns() - begun_ns) / 1e9
 
 
 def _moved_bytes(layers: Sequence[LayerCost], rows: int) -> float:
@@ -189,26 +236,6 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
             (low, low_s), (high, high_s) = heads
             head_s = high_s + (rows - high) / (high - low) * max(0.0, high_s - low_s)
         yield StepTime(rows, stage_s, byte_s, head_s)
-
-
-async def _taken_s(runner: StageRunner, vocabulary: int, rows: int, tries: int, sweep: Sweep) -> float:
-    """The median of some steps, behind one that finds everything for the first time; of that where it takes long."""
-    compute, times = Compute(), []
-    loop = StageLoop(_EPOCH, runner, StageContext("profile", compute, Counters()), Deadlines())
-    try:
-        for number in range(tries + 1):
-            frame, tasks = _task(runner, vocabulary, rows, number)
-            sweep()
-            begun_ns = perf_counter_ns()
-            if runner.program.is_last:
-                loop.dependencies.put_inputs(decode_inputs(tasks))
-            await (await loop.compute(loop.receive(frame, number)))
-            times.append((perf_counter_ns() - begun_ns) / 1e9)
-            if sum(times) > _ENOUGH_S:
-                break
-    finally:
-        compute.close()
-    return median(times[1:] or times)
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:

@@ -18,8 +18,10 @@ from llamaclust.core.sizes import MIB
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import LayerCost, Model, ModelCosts
+from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
 from llamaclust.worker.devices import profiler
 from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
+from llamaclust.worker.stage.stage_runner import StageRunner
 from support.models.tiny_model import build_tiny_model
 from support.plans.plan_inputs import LAYER, REQUEST, profile, step_time, worker
 from support.seed import SEED
@@ -127,6 +129,33 @@ def test_room_is_measured_for_the_layers_that_are_tried(tmp_path: Path, monkeypa
 
     try_stages(Device(backend, 1, backend.feature_level, 1 << 30), model)
     assert asked[:2] == [(2, 6), (2, 5)] and min(start for start, _ in asked) == 2
+
+
+@pytest.mark.parametrize(("left_bytes", "most"), [(1 << 30, 3), (SWEEP_BYTES, 1)])
+def test_stages_are_tried_in_turns_where_memory_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_bytes: int, most: int
+) -> None:
+    monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
+    opened: list[int] = []
+
+    class Runner(StageRunner):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            opened.append(opened[-1] + 1 if opened else 1)
+
+        def close(self) -> None:
+            opened.append(opened[-1] - 1)
+            super().close()
+
+    class Device(ProfiledDevice):
+        def left_bytes(self, model: Model, start: int, end: int) -> int:
+            return left_bytes
+
+    monkeypatch.setattr(profiler, "StageRunner", Runner)
+    backend = CpuBackend(1)
+    model = Model.open(build_tiny_model(tmp_path / "m.gguf", layers=4, context=512))
+    assert len(try_stages(Device(backend, 1, backend.feature_level, 1 << 30), model)) == 3
+    assert len(opened) == 6 and max(opened) == most and opened[-1] == 0
 
 
 def test_rows_of_a_trial_differ() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,47 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from support.models.checkpoint_files import write_hugging_face
+from support.models.originals.original import Original, keys, rope, without
 from support.models.tiny_architectures import TOKENS, VOCABULARY
 from support.paths import DATA
 
 DATA_FOLDER = DATA / "originals"
 SEED = 1
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Original:
-    """A class of transformers' and what its configuration is made of. `context`: tokens that it is set up for here.
-    `packed`: experts in MXFP4, which transformers reads and does not write."""
-
-    family: str
-    keys: Mapping[str, Any]
-    context: int = 256
-    packed: bool = False
-
-
-def _keys(**more: Any) -> dict[str, Any]:
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return common | more
-
-
-def _without(keys: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in keys.items() if name not in names}
-
-
-def _rope(kind: str, **more: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **more}}
 
 
 _MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
@@ -100,7 +65,7 @@ _OLMO3_ROTATIONS = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
     }
 }
-_MINISTRAL = _rope(
+_MINISTRAL = rope(
     "yarn",
     factor=16.0,
     original_max_position_embeddings=8,
@@ -111,14 +76,14 @@ _MINISTRAL = _rope(
     mscale_all_dim=1.0,
     llama_4_scaling_beta=0.1,
 )
-_GPT_OSS = _keys(
+_GPT_OSS = keys(
     num_local_experts=6,
     num_experts_per_tok=3,
     head_dim=32,
     sliding_window=6,
-    **_rope("yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=9.0, beta_slow=0.7, truncate=False),
+    **rope("yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=9.0, beta_slow=0.7, truncate=False),
 )
-_FALCON = _without(_keys(), "num_key_value_heads", "intermediate_size")
+_FALCON = without(keys(), "num_key_value_heads", "intermediate_size")
 _VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -132,13 +97,13 @@ MODELS: Mapping[str, Original] = MappingProxyType(
     {
         "llama-biases": Original(
             "LlamaForCausalLM",
-            _keys(head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-3),
+            keys(head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-3),
         ),
-        "llama-linear": Original("LlamaForCausalLM", _keys(**_rope("linear", factor=4.0))),
+        "llama-linear": Original("LlamaForCausalLM", keys(**rope("linear", factor=4.0))),
         "llama-llama3": Original(
             "LlamaForCausalLM",
-            _keys(
-                **_rope(
+            keys(
+                **rope(
                     "llama3",
                     factor=8.0,
                     low_freq_factor=1.0,
@@ -148,12 +113,12 @@ MODELS: Mapping[str, Original] = MappingProxyType(
             ),
         ),
         "llama-yarn": Original(
-            "LlamaForCausalLM", _keys(**_rope("yarn", factor=4.0, original_max_position_embeddings=64))
+            "LlamaForCausalLM", keys(**rope("yarn", factor=4.0, original_max_position_embeddings=64))
         ),
         "llama-yarn-factor": Original(
             "LlamaForCausalLM",
-            _keys(
-                **_rope(
+            keys(
+                **rope(
                     "yarn",
                     factor=8.0,
                     original_max_position_embeddings=32,
@@ -165,24 +130,24 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         ),
         "llama-yarn-shares": Original(
             "LlamaForCausalLM",
-            _keys(**_rope("yarn", factor=16.0, original_max_position_embeddings=16, mscale=1.9, mscale_all_dim=0.3)),
+            keys(**rope("yarn", factor=16.0, original_max_position_embeddings=16, mscale=1.9, mscale_all_dim=0.3)),
         ),
-        "llama-dynamic": Original("LlamaForCausalLM", _keys(**_rope("dynamic", factor=4.0))),
-        "mistral": Original("MistralForCausalLM", _keys(head_dim=32, sliding_window=6)),
-        "mixtral": Original("MixtralForCausalLM", _keys(num_local_experts=6, num_experts_per_tok=3, sliding_window=9)),
-        "qwen2": Original("Qwen2ForCausalLM", _keys(tie_word_embeddings=True, sliding_window=4)),
+        "llama-dynamic": Original("LlamaForCausalLM", keys(**rope("dynamic", factor=4.0))),
+        "mistral": Original("MistralForCausalLM", keys(head_dim=32, sliding_window=6)),
+        "mixtral": Original("MixtralForCausalLM", keys(num_local_experts=6, num_experts_per_tok=3, sliding_window=9)),
+        "qwen2": Original("Qwen2ForCausalLM", keys(tie_word_embeddings=True, sliding_window=4)),
         "qwen2moe": Original(
-            "Qwen2MoeForCausalLM", _keys(**_MOE, shared_expert_intermediate_size=80, norm_topk_prob=False)
+            "Qwen2MoeForCausalLM", keys(**_MOE, shared_expert_intermediate_size=80, norm_topk_prob=False)
         ),
-        "qwen3": Original("Qwen3ForCausalLM", _keys(head_dim=32, attention_bias=True, tie_word_embeddings=True)),
-        "qwen3moe": Original("Qwen3MoeForCausalLM", _keys(**_MOE, head_dim=32, norm_topk_prob=True)),
-        "qwen3next": Original("Qwen3NextForCausalLM", _keys(**_DELTA_NET, **_MOE, shared_expert_intermediate_size=48)),
-        "qwen35": Original("Qwen3_5ForCausalLM", _keys(**_DELTA_NET)),
-        "qwen35moe": Original("Qwen3_5MoeForCausalLM", _keys(**_DELTA_NET, **_MOE, shared_expert_intermediate_size=48)),
+        "qwen3": Original("Qwen3ForCausalLM", keys(head_dim=32, attention_bias=True, tie_word_embeddings=True)),
+        "qwen3moe": Original("Qwen3MoeForCausalLM", keys(**_MOE, head_dim=32, norm_topk_prob=True)),
+        "qwen3next": Original("Qwen3NextForCausalLM", keys(**_DELTA_NET, **_MOE, shared_expert_intermediate_size=48)),
+        "qwen35": Original("Qwen3_5ForCausalLM", keys(**_DELTA_NET)),
+        "qwen35moe": Original("Qwen3_5MoeForCausalLM", keys(**_DELTA_NET, **_MOE, shared_expert_intermediate_size=48)),
         "qwen35-pictures": Original(
             "Qwen3_5ForConditionalGeneration",
             {
-                "text_config": _keys(**_DELTA_NET),
+                "text_config": keys(**_DELTA_NET),
                 "vision_config": {
                     "depth": 1,
                     "hidden_size": 16,
@@ -194,47 +159,47 @@ MODELS: Mapping[str, Original] = MappingProxyType(
                 },
             },
         ),
-        "phi3": Original("Phi3ForCausalLM", _keys(partial_rotary_factor=0.75, sliding_window=7)),
+        "phi3": Original("Phi3ForCausalLM", keys(partial_rotary_factor=0.75, sliding_window=7)),
         "phi3-short": Original(
             "Phi3ForCausalLM",
-            _keys(original_max_position_embeddings=64, partial_rotary_factor=0.75, **_rope("longrope", **_LONG)),
+            keys(original_max_position_embeddings=64, partial_rotary_factor=0.75, **rope("longrope", **_LONG)),
             context=64,
         ),
         "phi3-long": Original(
             "Phi3ForCausalLM",
-            _keys(original_max_position_embeddings=16, partial_rotary_factor=0.75, **_rope("longrope", **_LONG)),
+            keys(original_max_position_embeddings=16, partial_rotary_factor=0.75, **rope("longrope", **_LONG)),
         ),
-        "gemma": Original("GemmaForCausalLM", _keys(**_GEMMA, **_rope("default"))),
+        "gemma": Original("GemmaForCausalLM", keys(**_GEMMA, **rope("default"))),
         "gemma2": Original(
             "Gemma2ForCausalLM",
-            _keys(
+            keys(
                 **_GEMMA2,
-                **_rope("default"),
+                **rope("default"),
                 num_hidden_layers=4,
                 attn_logit_softcapping=2.0,
                 final_logit_softcapping=4.0,
             ),
         ),
-        "gemma3": Original("Gemma3ForCausalLM", _keys(**_GEMMA2, **_TWO_ROTATIONS, num_hidden_layers=7)),
+        "gemma3": Original("Gemma3ForCausalLM", keys(**_GEMMA2, **_TWO_ROTATIONS, num_hidden_layers=7)),
         "gemma3-layers": Original(
             "Gemma3ForCausalLM",
-            _keys(**_GEMMA2, layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
+            keys(**_GEMMA2, layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
         ),
         "gemma3-pictures": Original(
             "Gemma3ForConditionalGeneration",
-            {"text_config": _keys(**_GEMMA2, **_TWO_ROTATIONS), "vision_config": _VISION, "mm_tokens_per_image": 4},
+            {"text_config": keys(**_GEMMA2, **_TWO_ROTATIONS), "vision_config": _VISION, "mm_tokens_per_image": 4},
         ),
         "gemma4": Original(
             "Gemma4ForCausalLM",
-            _keys(**_GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=4.0),
+            keys(**_GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=4.0),
         ),
         "gemma4-experts": Original(
             "Gemma4ForCausalLM",
-            _keys(**_GEMMA4, enable_moe_block=True, num_experts=6, top_k_experts=3, moe_intermediate_size=48),
+            keys(**_GEMMA4, enable_moe_block=True, num_experts=6, top_k_experts=3, moe_intermediate_size=48),
         ),
         "gemma4-inputs": Original(
             "Gemma4ForCausalLM",
-            _keys(
+            keys(
                 **_GEMMA4
                 | {
                     "hidden_size_per_layer_input": 32,
@@ -247,21 +212,21 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         ),
         "gemma4-pictures": Original(
             "Gemma4ForConditionalGeneration",
-            {"text_config": _keys(**_GEMMA4), "vision_config": _VISION | {"head_dim": 16}, "audio_config": None},
+            {"text_config": keys(**_GEMMA4), "vision_config": _VISION | {"head_dim": 16}, "audio_config": None},
         ),
-        "falcon": Original("FalconForCausalLM", {**_FALCON, **_rope("default")}),
+        "falcon": Original("FalconForCausalLM", {**_FALCON, **rope("default")}),
         "falcon-apart": Original("FalconForCausalLM", {**_FALCON, "multi_query": False, "ffn_hidden_size": 160}),
         "falcon-two-norms": Original(
             "FalconForCausalLM",
             {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
         ),
-        "smollm3": Original("SmolLM3ForCausalLM", _keys(num_hidden_layers=5, attention_bias=True)),
-        "ministral3": Original("Ministral3ForCausalLM", _keys(head_dim=32, **_MINISTRAL)),
+        "smollm3": Original("SmolLM3ForCausalLM", keys(num_hidden_layers=5, attention_bias=True)),
+        "ministral3": Original("Ministral3ForCausalLM", keys(head_dim=32, **_MINISTRAL)),
         "ministral3-magnitudes": Original(
             "Ministral3ForCausalLM",
-            _keys(
+            keys(
                 head_dim=16,
-                **_rope(
+                **rope(
                     "yarn",
                     factor=8.0,
                     original_max_position_embeddings=16,
@@ -274,39 +239,39 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         "mistral3-pictures": Original(
             "Mistral3ForConditionalGeneration",
             {
-                "text_config": _keys(model_type="mistral", head_dim=32, tie_word_embeddings=False),
+                "text_config": keys(model_type="mistral", head_dim=32, tie_word_embeddings=False),
                 "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16},
                 "tie_word_embeddings": False,
             },
         ),
-        "olmo2": Original("Olmo2ForCausalLM", _keys()),
-        "olmo3": Original("Olmo3ForCausalLM", _keys(**_OLMO3_ROTATIONS, num_hidden_layers=5, sliding_window=6)),
-        "seed_oss": Original("SeedOssForCausalLM", _keys(head_dim=32)),
-        "ernie4_5": Original("Ernie4_5ForCausalLM", _keys(head_dim=32, **_rope("default"))),
-        "exaone4": Original("Exaone4ForCausalLM", _keys(num_hidden_layers=5, sliding_window=6)),
-        "exaone4-plain": Original("Exaone4ForCausalLM", _keys(sliding_window=None, layer_types=["full_attention"] * 3)),
+        "olmo2": Original("Olmo2ForCausalLM", keys()),
+        "olmo3": Original("Olmo3ForCausalLM", keys(**_OLMO3_ROTATIONS, num_hidden_layers=5, sliding_window=6)),
+        "seed_oss": Original("SeedOssForCausalLM", keys(head_dim=32)),
+        "ernie4_5": Original("Ernie4_5ForCausalLM", keys(head_dim=32, **rope("default"))),
+        "exaone4": Original("Exaone4ForCausalLM", keys(num_hidden_layers=5, sliding_window=6)),
+        "exaone4-plain": Original("Exaone4ForCausalLM", keys(sliding_window=None, layer_types=["full_attention"] * 3)),
         "granite": Original(
             "GraniteForCausalLM",
-            _keys(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.7, logits_scaling=2.5),
+            keys(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.7, logits_scaling=2.5),
         ),
-        "granitemoe": Original("GraniteMoeForCausalLM", _keys(**_GRANITE_MOE, residual_multiplier=0.7)),
+        "granitemoe": Original("GraniteMoeForCausalLM", keys(**_GRANITE_MOE, residual_multiplier=0.7)),
         "granitemoe-shared": Original(
             "GraniteMoeSharedForCausalLM",
-            _keys(**_GRANITE_MOE, embedding_multiplier=3.0, logits_scaling=0.5, shared_intermediate_size=48),
+            keys(**_GRANITE_MOE, embedding_multiplier=3.0, logits_scaling=0.5, shared_intermediate_size=48),
         ),
         "ernie4_5-moe": Original(
             "Ernie4_5_MoeForCausalLM",
-            _keys(
+            keys(
                 moe_num_experts=6,
                 moe_k=3,
                 moe_intermediate_size=32,
                 moe_num_shared_experts=2,
                 moe_layer_start_index=1,
-                **_rope("default"),
+                **rope("default"),
             ),
         ),
-        "cohere2": Original("Cohere2ForCausalLM", _keys(num_hidden_layers=5, sliding_window=6, logit_scale=0.5)),
-        "starcoder2": Original("Starcoder2ForCausalLM", _keys(sliding_window=6)),
+        "cohere2": Original("Cohere2ForCausalLM", keys(num_hidden_layers=5, sliding_window=6, logit_scale=0.5)),
+        "starcoder2": Original("Starcoder2ForCausalLM", keys(sliding_window=6)),
         "gpt2": Original(
             "GPT2LMHeadModel",
             {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96},
@@ -316,7 +281,7 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         "gpt-oss-mxfp4": Original("GptOssForCausalLM", _GPT_OSS, packed=True),
         "glm4moe": Original(
             "Glm4MoeForCausalLM",
-            _keys(
+            keys(
                 head_dim=32,
                 attention_bias=True,
                 use_qk_norm=True,
@@ -330,7 +295,7 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         ),
         "glm4moe-plain": Original(
             "Glm4MoeForCausalLM",
-            _keys(
+            keys(
                 head_dim=16,
                 n_routed_experts=8,
                 n_shared_experts=2,
@@ -341,8 +306,8 @@ MODELS: Mapping[str, Original] = MappingProxyType(
                 num_nextn_predict_layers=0,
             ),
         ),
-        "glm": Original("GlmForCausalLM", _keys(head_dim=32, **_rope("default", partial_rotary_factor=0.5))),
-        "glm4": Original("Glm4ForCausalLM", _keys(head_dim=16, attention_bias=True)),
+        "glm": Original("GlmForCausalLM", keys(head_dim=32, **rope("default", partial_rotary_factor=0.5))),
+        "glm4": Original("Glm4ForCausalLM", keys(head_dim=16, attention_bias=True)),
     }
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from support.models.checkpoints.mixtures import (
 )
 from support.models.checkpoints.qwen_delta import DELTA_KEYS, MOE_KEYS, delta_layers
 from support.models.checkpoints.shapes import (
+    COMMON,
     HEAD,
     HEADS,
     HIDDEN,
@@ -31,34 +32,13 @@ from support.models.checkpoints.shapes import (
     WORDS,
     Shapes,
     attention_shapes,
+    ends,
     expert_shapes,
     gated_shapes,
+    head,
     layer_norms,
+    per_layer,
 )
-
-_COMMON = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "vocab_size": WORDS,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-}
-
-
-def _ends(**more: tuple[int, ...]) -> Shapes:
-    return {"model.embed_tokens.weight": (WORDS, HIDDEN), "model.norm.weight": (HIDDEN,), **more}
-
-
-def _head() -> Shapes:
-    return {"lm_head.weight": (WORDS, HIDDEN)}
-
-
-def _per_layer(make: Callable[[str], Shapes], prefix: str = "model.layers") -> Shapes:
-    return {name: shape for layer in range(LAYERS) for name, shape in make(f"{prefix}.{layer}").items()}
 
 
 def _llama(layer: str) -> Shapes:
@@ -278,92 +258,92 @@ _GPT2_KEYS = {
 }
 
 CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
-    "LlamaForCausalLM": (_COMMON, {**_ends(), **_head(), **_per_layer(_llama)}),
-    "MistralForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(_llama)}),
+    "LlamaForCausalLM": (COMMON, {**ends(), **head(), **per_layer(_llama)}),
+    "MistralForCausalLM": (COMMON | {"sliding_window": 64}, {**ends(), **head(), **per_layer(_llama)}),
     "SmolLM3ForCausalLM": (
-        _COMMON | {"tie_word_embeddings": True, "no_rope_layers": [1] * LAYERS},
-        {**_ends(), **_per_layer(_llama)},
+        COMMON | {"tie_word_embeddings": True, "no_rope_layers": [1] * LAYERS},
+        {**ends(), **per_layer(_llama)},
     ),
-    "Ministral3ForCausalLM": (_COMMON | _MINISTRAL, {**_ends(), **_head(), **_per_layer(_llama)}),
+    "Ministral3ForCausalLM": (COMMON | _MINISTRAL, {**ends(), **head(), **per_layer(_llama)}),
     "MixtralForCausalLM": (
-        _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
-        {**_ends(), **_head(), **_per_layer(_mixtral)},
+        COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {**ends(), **head(), **per_layer(_mixtral)},
     ),
     "BaichuanForCausalLM": (
-        _COMMON | {"num_key_value_heads": None, "max_position_embeddings": None, "model_max_length": 256},
-        {**_ends(), **_head(), **_per_layer(_baichuan)},
+        COMMON | {"num_key_value_heads": None, "max_position_embeddings": None, "model_max_length": 256},
+        {**ends(), **head(), **per_layer(_baichuan)},
     ),
-    "Qwen2ForCausalLM": (_COMMON | {"tie_word_embeddings": True}, {**_ends(), **_per_layer(_qwen2)}),
+    "Qwen2ForCausalLM": (COMMON | {"tie_word_embeddings": True}, {**ends(), **per_layer(_qwen2)}),
     "Qwen2MoeForCausalLM": (
-        _COMMON | _MOE | {"shared_expert_intermediate_size": 64},
-        {**_ends(), **_head(), **_per_layer(_qwen2moe)},
+        COMMON | _MOE | {"shared_expert_intermediate_size": 64},
+        {**ends(), **head(), **per_layer(_qwen2moe)},
     ),
-    "Qwen3ForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_qwen3)}),
+    "Qwen3ForCausalLM": (COMMON | {"head_dim": HEAD}, {**ends(), **head(), **per_layer(_qwen3)}),
     "Qwen3MoeForCausalLM": (
-        _COMMON | _MOE | {"head_dim": HEAD, "norm_topk_prob": True},
-        {**_ends(), **_head(), **_per_layer(_qwen3moe)},
+        COMMON | _MOE | {"head_dim": HEAD, "norm_topk_prob": True},
+        {**ends(), **head(), **per_layer(_qwen3moe)},
     ),
     "Qwen3NextForCausalLM": (
-        _COMMON | DELTA_KEYS | MOE_KEYS | {"mtp_num_hidden_layers": None},
-        {**_ends(), **_head(), **delta_layers("next")},
+        COMMON | DELTA_KEYS | MOE_KEYS | {"mtp_num_hidden_layers": None},
+        {**ends(), **head(), **delta_layers("next")},
     ),
-    "Qwen3_5ForCausalLM": (_COMMON | DELTA_KEYS, {**_ends(), **_head(), **delta_layers("dense")}),
+    "Qwen3_5ForCausalLM": (COMMON | DELTA_KEYS, {**ends(), **head(), **delta_layers("dense")}),
     "Qwen3_5MoeForCausalLM": (
-        _COMMON | DELTA_KEYS | MOE_KEYS | {"intermediate_size": None},
-        {**_ends(), **_head(), **delta_layers("moe")},
+        COMMON | DELTA_KEYS | MOE_KEYS | {"intermediate_size": None},
+        {**ends(), **head(), **delta_layers("moe")},
     ),
-    "ChatGLMModel": (_GLM_KEYS, {**_GLM_ENDS, **_per_layer(_chatglm, "transformer.encoder.layers")}),
-    "GlmForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_glm)}),
-    "Glm4ForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_glm4)}),
-    "Olmo2ForCausalLM": (_COMMON, {**_ends(), **_head(), **_per_layer(_olmo2)}),
-    "Olmo3ForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(_olmo2)}),
-    "SeedOssForCausalLM": (_COMMON, {**_ends(), **_head(), **_per_layer(_qwen2)}),
-    "Ernie4_5ForCausalLM": (_COMMON, {**_ends(), **_per_layer(_llama)}),
-    "Exaone4ForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(exaone4_layer)}),
-    "GraniteForCausalLM": (_COMMON | {"logits_scaling": 8.0}, {**_ends(), **_head(), **_per_layer(_llama)}),
+    "ChatGLMModel": (_GLM_KEYS, {**_GLM_ENDS, **per_layer(_chatglm, "transformer.encoder.layers")}),
+    "GlmForCausalLM": (COMMON | {"head_dim": HEAD}, {**ends(), **head(), **per_layer(_glm)}),
+    "Glm4ForCausalLM": (COMMON | {"head_dim": HEAD}, {**ends(), **head(), **per_layer(_glm4)}),
+    "Olmo2ForCausalLM": (COMMON, {**ends(), **head(), **per_layer(_olmo2)}),
+    "Olmo3ForCausalLM": (COMMON | {"sliding_window": 64}, {**ends(), **head(), **per_layer(_olmo2)}),
+    "SeedOssForCausalLM": (COMMON, {**ends(), **head(), **per_layer(_qwen2)}),
+    "Ernie4_5ForCausalLM": (COMMON, {**ends(), **per_layer(_llama)}),
+    "Exaone4ForCausalLM": (COMMON | {"sliding_window": 64}, {**ends(), **head(), **per_layer(exaone4_layer)}),
+    "GraniteForCausalLM": (COMMON | {"logits_scaling": 8.0}, {**ends(), **head(), **per_layer(_llama)}),
     "GraniteMoeSharedForCausalLM": (
-        _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
-        {**_ends(), **_head(), **_per_layer(granitemoe_layer)},
+        COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
+        {**ends(), **head(), **per_layer(granitemoe_layer)},
     ),
     "Ernie4_5_MoeForCausalLM": (
-        _COMMON | ERNIE_MOE_KEYS,
-        {**_ends(), **_per_layer(ernie_moe_layer), **ERNIE_PREDICTION},
+        COMMON | ERNIE_MOE_KEYS,
+        {**ends(), **per_layer(ernie_moe_layer), **ERNIE_PREDICTION},
     ),
     "Cohere2ForCausalLM": (
-        _COMMON | {"sliding_window": 64, "layer_norm_eps": 1e-5, "logit_scale": 0.25},
-        {**_ends(), **_per_layer(cohere2_layer)},
+        COMMON | {"sliding_window": 64, "layer_norm_eps": 1e-5, "logit_scale": 0.25},
+        {**ends(), **per_layer(cohere2_layer)},
     ),
     "GptOssForCausalLM": (
-        _COMMON | {"head_dim": HEAD, "sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
-        {**_ends(), **_head(), **_per_layer(gpt_oss_layer)},
+        COMMON | {"head_dim": HEAD, "sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {**ends(), **head(), **per_layer(gpt_oss_layer)},
     ),
     "Glm4MoeForCausalLM": (
-        _COMMON | _GLM_MOE,
-        {**_ends(), **_head(), **_per_layer(_glm4moe), **_glm4moe(f"model.layers.{LAYERS}")},
+        COMMON | _GLM_MOE,
+        {**ends(), **head(), **per_layer(_glm4moe), **_glm4moe(f"model.layers.{LAYERS}")},
     ),
     "Phi3ForCausalLM": (
-        _COMMON | {"original_max_position_embeddings": 128, "sliding_window": 200},
-        {**_ends(), **_head(), **_per_layer(_phi3)},
+        COMMON | {"original_max_position_embeddings": 128, "sliding_window": 200},
+        {**ends(), **head(), **per_layer(_phi3)},
     ),
-    "InternLM2ForCausalLM": (_COMMON, {**_INTERN_ENDS, **_per_layer(_internlm2)}),
-    "GemmaForCausalLM": (_COMMON | _GEMMA, {**_ends(), **_per_layer(_llama)}),
-    "Gemma2ForCausalLM": (_COMMON | _GEMMA, {**_ends(), **_per_layer(_gemma2)}),
-    "Gemma3ForCausalLM": (_COMMON | _GEMMA, {**_ends(), **_per_layer(_gemma3)}),
-    "Gemma4ForCausalLM experts": (_COMMON | EXPERT_KEYS, {**_ends(), **_per_layer(partial(gemma4_layer, EXPERT_KEYS))}),
+    "InternLM2ForCausalLM": (COMMON, {**_INTERN_ENDS, **per_layer(_internlm2)}),
+    "GemmaForCausalLM": (COMMON | _GEMMA, {**ends(), **per_layer(_llama)}),
+    "Gemma2ForCausalLM": (COMMON | _GEMMA, {**ends(), **per_layer(_gemma2)}),
+    "Gemma3ForCausalLM": (COMMON | _GEMMA, {**ends(), **per_layer(_gemma3)}),
+    "Gemma4ForCausalLM experts": (COMMON | EXPERT_KEYS, {**ends(), **per_layer(partial(gemma4_layer, EXPERT_KEYS))}),
     "Gemma4ForCausalLM inputs": (
-        _COMMON | INPUT_KEYS,
-        {**_ends(), **gemma4_ends(), **_per_layer(partial(gemma4_layer, INPUT_KEYS))},
+        COMMON | INPUT_KEYS,
+        {**ends(), **gemma4_ends(), **per_layer(partial(gemma4_layer, INPUT_KEYS))},
     ),
-    "FalconForCausalLM": (_COMMON | _FALCON_KEYS, {**_FALCON_ENDS, **_per_layer(_falcon, "transformer.h")}),
+    "FalconForCausalLM": (COMMON | _FALCON_KEYS, {**_FALCON_ENDS, **per_layer(_falcon, "transformer.h")}),
     "FalconForCausalLM 40b": (
-        _COMMON | _FALCON_KEYS,
-        {**_FALCON_ENDS, **_per_layer(lambda layer: _falcon(layer, ("ln_attn", "ln_mlp")), "transformer.h")},
+        COMMON | _FALCON_KEYS,
+        {**_FALCON_ENDS, **per_layer(lambda layer: _falcon(layer, ("ln_attn", "ln_mlp")), "transformer.h")},
     ),
     "Starcoder2ForCausalLM": (
-        _COMMON | {"norm_epsilon": 1e-5, "tie_word_embeddings": True},
-        {**_ends(), "model.norm.bias": (HIDDEN,), **_per_layer(_starcoder2)},
+        COMMON | {"norm_epsilon": 1e-5, "tie_word_embeddings": True},
+        {**ends(), "model.norm.bias": (HIDDEN,), **per_layer(_starcoder2)},
     ),
-    "GPT2LMHeadModel": (_GPT2_KEYS, {**_GPT2_ENDS, **_per_layer(_gpt2, "h")}),
+    "GPT2LMHeadModel": (_GPT2_KEYS, {**_GPT2_ENDS, **per_layer(_gpt2, "h")}),
 }
 
 

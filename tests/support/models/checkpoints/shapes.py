@@ -1,9 +1,36 @@
-"""Widths of the tiny random checkpoints, and shapes that layers of many architectures have, by name."""
+"""Widths and settings of the tiny random checkpoints, and shapes that layers of many architectures have, by name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, WORDS, LAYERS = 64, 4, 2, 16, 96, 320, 2
 Shapes = dict[str, tuple[int, ...]]
+
+
+COMMON = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+
+
+def ends(**more: tuple[int, ...]) -> Shapes:
+    return {"model.embed_tokens.weight": (WORDS, HIDDEN), "model.norm.weight": (HIDDEN,), **more}
+
+
+def head() -> Shapes:
+    return {"lm_head.weight": (WORDS, HIDDEN)}
+
+
+def per_layer(make: Callable[[str], Shapes], prefix: str = "model.layers") -> Shapes:
+    return {name: shape for layer in range(LAYERS) for name, shape in make(f"{prefix}.{layer}").items()}
 
 
 def layer_norms(layer: str) -> Shapes:

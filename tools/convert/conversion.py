@@ -28,6 +28,7 @@ _QUANTIZATION_VERSION: Final = 2
 _EXACT: Final = re.compile(
     r".*_norm(_2)?\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight|position_embd\.weight|rope_.*|.*\.bias"
     r"|.*\.ssm_conv1d\.weight"
+    r"|.*\.ssm_conv1d_[qkv]\.weight|.*\.ssm_a"
 )
 """Small tensors with a large effect; they are float32 in every file."""
 _MOST_THREADS: Final = 8
@@ -74,7 +75,7 @@ def write_converted(
         raise UsageError(f"--type {target.type_name}: give one of {', '.join(OUTPUT_TYPES)}")
     page = build_page(checkpoint)
     rows = page.tensors["token_embd.weight"].shape[0]
-    words = vocabulary_of(page.architecture, files, hints.tokenizer or checkpoint.vocabulary, rows)
+    words = vocabulary_of(page.vocabulary_rules, files, hints.tokenizer or checkpoint.vocabulary, rows)
     name = target.name or checkpoint.name
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     path = target.path or Path(f"{stem}-{target.type_name}.gguf")

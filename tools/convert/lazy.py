@@ -152,6 +152,21 @@ def joined(tensor: Lazy) -> Lazy:
     )
 
 
+def reshaped(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
+    """The same numbers in another shape; the tensor is read whole."""
+    return replace(tensor, shape=shape, read=lambda first, last: tensor.all().reshape(shape)[first:last])
+
+
+def in_groups(tensor: Lazy, size: int) -> Lazy:
+    """[n * size, ...] as [n, size, ...]."""
+    shape = (tensor.shape[0] // size, size, *tensor.shape[1:])
+    return replace(
+        tensor,
+        shape=shape,
+        read=lambda first, last: tensor.read(first * size, last * size).reshape(last - first, *shape[1:]),
+    )
+
+
 def columns_of(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
     """Column i is column index[i] of a matrix."""
     shape = (tensor.shape[0], len(index))

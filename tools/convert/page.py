@@ -23,7 +23,8 @@ _NOT_NEEDED: Final = re.compile(
 
 
 class Page:
-    """Collects metadata and tensors of one architecture. Keys are given without its name."""
+    """Collects metadata and tensors of one architecture. Keys are given without its name. `vocabulary_rules` names the
+    architecture whose rules hold for the vocabulary."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.settings = checkpoint.settings
@@ -31,6 +32,7 @@ class Page:
         self.metadata: dict[str, WritableValue] = {}
         self.tensors: dict[str, Lazy] = {}
         self.notes: list[str] = []
+        self.vocabulary_rules = architecture
         self._left = dict(checkpoint.tensors)
 
     def key(self, name: str, value: WritableValue) -> None:

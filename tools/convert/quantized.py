@@ -17,8 +17,8 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 KEPT_METHOD: Final = "mxfp4"
 """Blocks that GGUF has too: the page takes them as they are."""
-_SCALES: Final = ("weight_scale_inv", "weight_scale")
-"""Despite the first name, weights are multiplied by both."""
+_SCALES: Final = ("_scale_inv", "_scale")
+"""Behind the name of the weights, which despite the first name are multiplied by both."""
 _NOT_NEEDED: Final = ("input_scale", "activation_scale")
 """Scales of activations, which are not quantized here."""
 _ONE: Final = (1, 1)
@@ -136,12 +136,22 @@ def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
     block = _block(said)
     found = {}
     for name, tensor in tensors.items():
-        stem, _, part = name.rpartition(".")
-        if part in (*_SCALES, *_NOT_NEEDED) and f"{stem}.weight" in tensors:
+        if _is_scale(name, tensors):
             continue
-        scales = next((tensors[f"{stem}.{scale}"] for scale in _SCALES if f"{stem}.{scale}" in tensors), None)
-        found[name] = tensor if part != "weight" or scales is None else _scaled(tensor, scales, block)
+        scales = next((tensors[f"{name}{end}"] for end in _SCALES if f"{name}{end}" in tensors), None)
+        if scales is None:
+            found[name] = tensor
+        else:
+            found[name] = (_scaled_experts if len(tensor.shape) == 3 else _scaled)(tensor, scales, block)
     return found
+
+
+def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
+    """Of weights or of activations: beside `weight` of a module, or behind the name of a parameter."""
+    stem, _, part = name.rpartition(".")
+    ends = (*_SCALES, *(f"_{end}" for end in _NOT_NEEDED))
+    behind = any(name.endswith(end) and name.removesuffix(end) in tensors for end in ends)
+    return behind or (part in _NOT_NEEDED and f"{stem}.weight" in tensors)
 
 
 def _block(said: Settings) -> tuple[int, int] | None:
@@ -175,6 +185,31 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
         rows_of = np.arange(start, end) // height - first
         with np.errstate(over="ignore", invalid="ignore"):  # the type that is written decides what may be
             values: Array = E4M3[tensor.read(start, end)] * np.repeat(each, width, axis=1)[rows_of, :columns]
+        return values
+
+    return Lazy(tensor.shape, Storage.F32, read, tensor.origin)
+
+
+def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
+    """Matrices of experts in one tensor: a scale for each block of each one, for each one, or for all."""
+    if tensor.storage is not Storage.U8 or not scales.storage.is_real:
+        raise ModelFileError(
+            f"{tensor.origin}: {tensor.storage.name}, scales {scales.storage.name}: no eight-bit floats"
+        )
+    count, rows, columns = tensor.shape
+    height, width = block or (rows, columns)
+    blocks = (-(-rows // height), -(-columns // width))
+    shape = (1, 1, 1) if scales.shape in ((), (1,)) else (*scales.shape, 1, 1)[:3]
+    if shape not in ((1, 1, 1), (count, 1, 1), (count, *blocks)) or len(scales.shape) > 3:
+        raise ModelFileError(f"{tensor.origin}: scales of shape {list(scales.shape)} for {list(tensor.shape)}")
+    if shape[1:] == (1, 1):
+        height, width = rows, columns
+
+    def read(start: int, end: int) -> Array:
+        each = np.broadcast_to(scales.floats().reshape(shape), (count, *shape[1:]))[start:end]
+        spread = each.repeat(height, axis=1)[:, :rows].repeat(width, axis=2)[:, :, :columns]
+        with np.errstate(over="ignore", invalid="ignore"):  # the type that is written decides what may be
+            values: Array = E4M3[tensor.read(start, end)] * spread
         return values
 
     return Lazy(tensor.shape, Storage.F32, read, tensor.origin)

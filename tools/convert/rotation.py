@@ -12,6 +12,9 @@ from llamaclust.tools.convert.lazy import constant
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.settings import MAX_CONTEXT
 
+_HUNYUAN_ALPHA: Final = 1000
+_HUNYUAN_CONTEXT: Final = 1 << 18
+"""What that alpha is for, by the authors' report; some of their configurations name an eighth of it."""
 _LLAMA3: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -49,6 +52,46 @@ def rotation(
         raise said.error("rope_type", f"{kind!r} is not known; known: linear, dynamic, yarn, llama3, longrope")
 
 
+def latent_rotation(page: Page, dimensions: int) -> None:
+    """The same of latent attention. What multiplies cos and sin follows from `yarn_log_multiplier` alone, which is a
+    tenth of that of other architectures; so the two shares of YaRN's magnitude must be equal."""
+    said = _parameters(page.settings)
+    page.key("rope.freq_base", _base(said, 10000.0))
+    page.key("rope.dimension_count", dimensions)
+    kind = said.text("rope_type", "type", default="default").lower()
+    if kind == "default":
+        return
+    if kind != "yarn":
+        raise said.error("rope_type", f"{kind!r}, only yarn is supported of {page.architecture}")
+    factor, share = _yarn_keys(page, said), said.real("mscale_all_dim", default=0.0, maximum=1e3)
+    if not share or said.real("mscale", default=0.0, maximum=1e3) != share:
+        both = f"{said.values.get('mscale_all_dim')}, mscale {said.values.get('mscale')}"
+        raise said.error("mscale_all_dim", f"{both}: {page.architecture} needs two equal numbers above 0")
+    if said.real("attention_factor", "attn_factor", default=1.0) != 1:
+        raise said.error("attention_factor", f"{page.architecture} computes with 1")
+    page.key("rope.scaling.yarn_log_multiplier", share / 10)
+    if page.architecture == "mistral4" and share != 1:
+        page.key("rope.scaling.attn_factor", _growth(factor, share) / _growth(factor))
+
+
+def alpha_rotation(page: Page, dimensions: int) -> bool:
+    """A rotation that `alpha` stretches by its base, the same for texts of all lengths; False where there is none.
+    (The authors call it dynamic.)"""
+    said = _parameters(page.settings)
+    alpha = said.real("alpha", default=0.0, maximum=1e6)
+    if said.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
+        return False
+    if dimensions < 4:
+        raise said.error("alpha", f"{alpha:g} with heads of {dimensions} channels is not supported")
+    page.key("rope.freq_base", _base(said, 10000.0) * alpha ** (dimensions / (dimensions - 2)))
+    page.key("rope.dimension_count", dimensions)
+    if alpha >= _HUNYUAN_ALPHA:
+        page.key(
+            "context_length", max(_HUNYUAN_CONTEXT, page.settings.count("max_position_embeddings", maximum=MAX_CONTEXT))
+        )
+    return True
+
+
 def rotating_channels(page: Page, default_share: float = 1.0) -> int:
     """The number of rotated channels of a head; a configuration may give a share."""
     said = _parameters(page.settings)
@@ -75,14 +118,17 @@ def sections(settings: Settings, pairs: int) -> list[int]:
     return [*listed, 0, 0, 0][:4]
 
 
-def position_scale(page: Page) -> None:
-    """Queries that grow with the logarithm of their position, as `attention.temperature_scale`."""
+def position_scale(page: Page) -> int:
+    """Queries that grow with the logarithm of their position, as `attention.temperature_scale`; the number of positions
+    of each step, 0 without such a scale."""
     said = _parameters(page.settings)
     growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
-    if growth:
-        page.key("attention.temperature_scale", growth)
-        original = said.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
-        page.key("rope.scaling.original_context_length", original)
+    if not growth:
+        return 0
+    original = said.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
+    page.key("attention.temperature_scale", growth)
+    page.key("rope.scaling.original_context_length", original)
+    return original
 
 
 def local_base(settings: Settings, default: float = 10000.0) -> float:
@@ -109,14 +155,7 @@ def _base(said: Settings, default: float) -> float:
 def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
     """GGUF's magnitude factor is multiplied by YaRN's own; a configuration's replaces YaRN's. It is written only if it
     differs."""
-    factor = said.real("factor", minimum=1e-3, maximum=1e6)
-    page.key("rope.scaling.type", "yarn")
-    page.key("rope.scaling.factor", factor)
-    trained = page.settings.count("max_position_embeddings", default=0, minimum=0, maximum=MAX_CONTEXT)
-    original = said.count("original_max_position_embeddings", default=trained or None, maximum=MAX_CONTEXT)
-    page.key("rope.scaling.original_context_length", original)
-    if not said.flag("truncate", default=True):
-        page.key("rope.scaling.yarn_truncate", False)
+    factor = _yarn_keys(page, said)
     wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)
     if log_multiplier and said.has("mscale_all_dim"):
@@ -125,6 +164,18 @@ def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
         usual /= _growth(factor, divisor)
     if wanted != usual:
         page.key("rope.scaling.attn_factor", wanted / usual)
+
+
+def _yarn_keys(page: Page, said: Settings) -> float:
+    """Keys of all but the magnitude; the factor."""
+    factor = said.real("factor", minimum=1e-3, maximum=1e6)
+    page.key("rope.scaling.type", "yarn")
+    page.key("rope.scaling.factor", factor)
+    trained = page.settings.count("max_position_embeddings", default=0, minimum=0, maximum=MAX_CONTEXT)
+    original = said.count("original_max_position_embeddings", default=trained or None, maximum=MAX_CONTEXT)
+    page.key("rope.scaling.original_context_length", original)
+    if not said.flag("truncate", default=True):
+        page.key("rope.scaling.yarn_truncate", False)
     for key, name in (
         ("yarn_ext_factor", "extrapolation_factor"),
         ("yarn_beta_fast", "beta_fast"),
@@ -132,6 +183,7 @@ def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
     ):
         if said.has(name):
             page.key(f"rope.scaling.{key}", said.real(name, maximum=1e6))
+    return factor
 
 
 def _magnitude(said: Settings, factor: float) -> float:

@@ -11,14 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from support.models.checkpoints.gemma4 import EXPERT_KEYS, INPUT_KEYS, gemma4_ends, gemma4_layer
+from support.models.checkpoints.latent import LATENT_CASES
 from support.models.checkpoints.mixtures import (
+    BAILING_KEYS,
     ERNIE_MOE_KEYS,
     ERNIE_PREDICTION,
+    HUNYUAN_MOE_KEYS,
+    MINIMAX_KEYS,
+    bailing_layer,
     cohere2_layer,
     ernie_moe_layer,
     exaone4_layer,
     gpt_oss_layer,
     granitemoe_layer,
+    hunyuan_layer,
+    hunyuan_moe_layer,
+    minimax_layer,
 )
 from support.models.checkpoints.qwen_delta import DELTA_KEYS, MOE_KEYS, delta_layers
 from support.models.checkpoints.shapes import (
@@ -209,6 +217,7 @@ _FALCON_ENDS: Shapes = {
     "transformer.ln_f.bias": (HIDDEN,),
     "lm_head.weight": (WORDS, HIDDEN),
 }
+_BAILING_ENDS: Shapes = {"model.word_embeddings.weight": (WORDS, HIDDEN), "model.norm.weight": (HIDDEN,)}
 _GPT2_ENDS: Shapes = {"wte.weight": (WORDS, HIDDEN), "wpe.weight": (256, HIDDEN)} | {
     f"ln_f.{kind}": (HIDDEN,) for kind in ("weight", "bias")
 }
@@ -309,6 +318,11 @@ CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
         COMMON | ERNIE_MOE_KEYS,
         {**ends(), **per_layer(ernie_moe_layer), **ERNIE_PREDICTION},
     ),
+    "HunYuanDenseV1ForCausalLM": (COMMON | {"head_dim": HEAD}, {**ends(), **head(), **per_layer(hunyuan_layer)}),
+    "HunYuanMoEV1ForCausalLM": (COMMON | HUNYUAN_MOE_KEYS, {**ends(), **head(), **per_layer(hunyuan_moe_layer)}),
+    "BailingMoeV2ForCausalLM": (COMMON | BAILING_KEYS, {**_BAILING_ENDS, **head(), **per_layer(bailing_layer)}),
+    "MiniMaxM2ForCausalLM": (COMMON | MINIMAX_KEYS, {**ends(), **head(), **per_layer(minimax_layer)}),
+    **LATENT_CASES,
     "Cohere2ForCausalLM": (
         COMMON | {"sliding_window": 64, "layer_norm_eps": 1e-5, "logit_scale": 0.25},
         {**ends(), **per_layer(cohere2_layer)},

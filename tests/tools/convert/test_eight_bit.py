@@ -88,6 +88,35 @@ def test_scales_that_do_not_fit(said: dict[str, Any], change: Arrays, message: s
         read_all(tmp_path, {"quant_method": "fp8", **said}, tensors | change)
 
 
+@pytest.mark.parametrize(
+    ("shape", "block"), [((), None), ((3,), None), ((3, 1, 1), None), ((3, 2, 2), [8, 5]), ((3, 1, 1), [8, 5])]
+)
+def test_experts_in_one_tensor_have_scales_too(shape: tuple[int, ...], block: list[int] | None, tmp_path: Path) -> None:
+    generator = np.random.default_rng(7)
+    weights, scales = matrix(generator)[:30, :8].reshape(3, 10, 8), generator.random(shape, np.float32).reshape(shape)
+    name = "mlp.experts.gate_up_proj"
+    tensors: Arrays = {name: weights, f"{name}_scale_inv": scales, f"{name}_activation_scale": np.ones(1, np.float32)}
+    write_hugging_face(
+        tmp_path,
+        {"architectures": ["X"], "quantization_config": {"quant_method": "fp8", "weight_block_size": block}},
+        tensors,
+    )
+    with SourceFiles() as files:
+        found = read_folder(files, tmp_path).tensors
+        assert found.keys() == {name}
+        values = np.concatenate([found[name].read(0, 2), found[name].read(2, 3)])
+    wide = shape[1:] == (2, 2)
+    each = np.broadcast_to(scales.reshape((*shape, 1, 1, 1)[:3]), (3, *(shape[1:] if wide else (1, 1))))
+    spread = each.repeat(8 if wide else 10, axis=1)[:, :10].repeat(5 if wide else 8, axis=2)[:, :, :8]
+    np.testing.assert_array_equal(values, E4M3[weights] * spread)
+
+
+def test_scales_of_experts_that_do_not_fit(tmp_path: Path) -> None:
+    tensors: Arrays = {"x.down_proj": np.zeros((3, 10, 8), np.uint8), "x.down_proj_scale_inv": np.ones(2, np.float32)}
+    with pytest.raises(ModelFileError, match=r"scales of shape \[2\] for \[3, 10, 8\]"):
+        read_all(tmp_path, {"quant_method": "fp8"}, tensors)
+
+
 SHAPE = {"dim": 16, "hidden": 20, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 12, "context": 8}
 GROUP = 8  # does not divide a row of the matrix that is 20 wide
 

@@ -13,6 +13,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.vocabularies import ranks
+from llamaclust.tools.convert.vocabularies.families import vocabulary_of
 from llamaclust.tools.convert.vocabularies.probe import PROBE
 from llamaclust.tools.convert.vocabularies.reading import read_words
 from llamaclust.tools.convert.vocabularies.words import Words
@@ -67,6 +68,36 @@ def test_qwen_s_own_form(tmp_path: Path) -> None:
     assert tokenizer.encode(PROBE) == RECORDED["ids"]["qwen"]
 
 
+@pytest.mark.parametrize(("architecture", "bos"), [("hunyuan-moe", "<|bos|>"), ("hunyuan-dense", "<|startoftext|>")])
+def test_hunyuan_s_own_form(architecture: str, bos: str, tmp_path: Path) -> None:
+    """Words are cut as Qwen's; the id of BOS in config.json is of another vocabulary."""
+    write_ranks(tmp_path / "hy.tiktoken")
+    end = len(WORDS) + 3
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": end, "eod_token_id": end + 2}))
+    with SourceFiles() as files:
+        words = vocabulary_of(architecture, files, tmp_path, len(WORDS) + 210)
+    tokenizer = load_tokenizer(words.metadata())
+    assert tokenizer.encode(PROBE) == RECORDED["ids"]["qwen"]
+    assert tokenizer.token_text(tokenizer.bos_id or 0) == bos and tokenizer.eos_id == end
+    assert {end, end + 2} <= {*tokenizer.end_of_generation}
+    assert tokenizer.token_text(len(WORDS) + 209) == "<|extra_204|>"
+
+
+def test_kimi_s_own_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words behind the file are in tokenizer_config.json beside it, which leaves some out."""
+    monkeypatch.setattr(ranks, "_KIMI_WORDS", len(WORDS))
+    write_ranks(tmp_path / "tiktoken.model")
+    special = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 7: "<|im_user|>"}
+    added = {str(len(WORDS) + at): {"content": text, "special": True} for at, text in special.items()}
+    said = {"added_tokens_decoder": added, "bos_token": "[BOS]", "eos_token": "[EOS]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    words = read(tmp_path, len(WORDS) + 256)
+    assert words.pre == "kimi-k2" and words.ids["bos"] == len(WORDS) and words.ids["eos"] == len(WORDS) + 1
+    tokenizer = load_tokenizer(words.metadata())
+    assert tokenizer.decode(tokenizer.encode(PROBE, add_special=False)) == PROBE
+    assert {len(WORDS) + 1, len(WORDS) + 2} <= {*tokenizer.end_of_generation}
+
+
 def test_tekken(tmp_path: Path) -> None:
     """Special tokens come first, and words that the model has no room for are left out."""
     (tmp_path / "tekken.json").write_text(tekken_json(WORDS))
@@ -106,5 +137,5 @@ def test_damaged_tekken_files_are_named(change: dict[str, Any], message: str, tm
 
 def test_ranks_of_another_model_are_refused(tmp_path: Path) -> None:
     write_ranks(tmp_path / "tokenizer.model")
-    with pytest.raises(ModelFileError, match="700 ranks; Llama 3 has 128000, GLM-4 151329"):
+    with pytest.raises(ModelFileError, match="700 ranks; Llama 3 has 128000, GLM-4 151329, Kimi 163584"):
         read(tmp_path / "tokenizer.model", 1000)

@@ -19,6 +19,7 @@ from llamaclust.tools.convert.pages import (
     glm_moe,
     gpt,
     gpt_oss,
+    hunyuan,
     llama,
     mixtures,
     olmo,
@@ -26,6 +27,8 @@ from llamaclust.tools.convert.pages import (
     qwen,
     qwen_delta,
 )
+from llamaclust.tools.convert.pages.latent import deepseek
+from llamaclust.tools.convert.pages.recurrent import kimi
 from llamaclust.tools.convert.pages.text_parts import MULTIMODAL, text_part
 from llamaclust.tools.convert.settings import Checkpoint
 
@@ -68,6 +71,15 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "GraniteMoeForCausalLM": ("granitemoe", mixtures.build_granite),
         "GraniteMoeSharedForCausalLM": ("granitemoe", mixtures.build_granite),
         "Ernie4_5_MoeForCausalLM": ("ernie4_5-moe", mixtures.build_ernie),
+        "BailingMoeV2ForCausalLM": ("bailingmoe2", mixtures.build_bailing),
+        "MiniMaxM2ForCausalLM": ("minimax-m2", mixtures.build_minimax),
+        "HunYuanDenseV1ForCausalLM": ("hunyuan-dense", hunyuan.build_dense),
+        "HunYuanMoEV1ForCausalLM": ("hunyuan-moe", hunyuan.build_moe),
+        "DeepseekV2ForCausalLM": ("deepseek2", deepseek.build_v2),
+        "DeepseekV3ForCausalLM": ("deepseek2", deepseek.build_v3),
+        "Glm4MoeLiteForCausalLM": ("deepseek2", deepseek.build_glm_flash),
+        "Mistral4ForCausalLM": ("mistral4", deepseek.build_mistral4),
+        "KimiLinearForCausalLM": ("kimi-linear", kimi.build),
         "Cohere2ForCausalLM": ("cohere2", dense.build_cohere2),
         "GptOssForCausalLM": ("gpt-oss", gpt_oss.build),
         "FalconForCausalLM": ("falcon", falcon.build),

@@ -1,16 +1,15 @@
-"""Mixtures of experts beside what other pages have: granitemoe, ernie4_5-moe."""
+"""Mixtures of experts beside what other pages have: granitemoe, ernie4_5-moe, bailingmoe2, minimax-m2."""
 
 from __future__ import annotations
 
 from llamaclust.tools.convert.lazy import part_of_each, rows, squeezed
 from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import decoder
+from llamaclust.tools.convert.pages import decoder, experts
 from llamaclust.tools.convert.pages.dense import granite_scales
-from llamaclust.tools.convert.rotation import rotation
+from llamaclust.tools.convert.rotation import rotating_channels, rotation
 from llamaclust.tools.convert.settings import MAX_LAYERS
 
-_MAX_EXPERTS = 1 << 10
-_PARTS = ("gate_proj", "up_proj", "down_proj")
+_MIXTRAL = ("w1", "w3", "w2")
 _PREDICTIONS = ("model.mtp_block.", "model.mtp_emb_norm.", "model.mtp_hidden_norm.", "model.mtp_linear_proj.")
 
 
@@ -18,7 +17,7 @@ def build_granite(page: Page) -> None:
     """Granite 3 with experts, and with a shared one. Gate and up are one matrix, one half below the other."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
-    count = settings.count("num_local_experts", maximum=_MAX_EXPERTS)
+    count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     shared = settings.count("shared_intermediate_size", default=0, minimum=0)
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
@@ -34,12 +33,12 @@ def build_granite(page: Page) -> None:
         place, source = f"blk.{layer}", f"model.layers.{layer}"
         decoder.norms(page, layer)
         decoder.attention(page, layer)
-        experts = f"{source}.block_sparse_moe"
-        page.copy(f"{place}.ffn_gate_inp", f"{experts}.router.layer", count, hidden)
-        both = page.take(f"{experts}.input_linear.weight", count, 2 * width, hidden)
+        mixture = f"{source}.block_sparse_moe"
+        page.copy(f"{place}.ffn_gate_inp", f"{mixture}.router.layer", count, hidden)
+        both = page.take(f"{mixture}.input_linear.weight", count, 2 * width, hidden)
         page.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
         page.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))
-        page.copy(f"{place}.ffn_down_exps", f"{experts}.output_linear", count, hidden, width)
+        page.copy(f"{place}.ffn_down_exps", f"{mixture}.output_linear", count, hidden, width)
         if shared:
             whole = page.take(f"{source}.shared_mlp.input_linear.weight", 2 * shared, hidden)
             page.put(f"{place}.ffn_gate_shexp.weight", rows(whole, 0, shared))
@@ -73,27 +72,117 @@ def build_ernie(page: Page) -> None:
         else:
             decoder.feed_forward(page, layer, width)
     if page.leave(*_PREDICTIONS):
-        page.notes.append("layers that predict further tokens are not written")
+        page.notes.append(experts.NO_PREDICTIONS)
 
 
 def _ernie_keys(page: Page) -> None:
     settings = page.settings
-    count = settings.count("moe_num_experts", maximum=_MAX_EXPERTS)
-    page.key("expert_count", count)
-    page.key("expert_used_count", settings.count("moe_k", maximum=count))
-    page.key("expert_feed_forward_length", settings.count("moe_intermediate_size"))
-    shared = settings.count("moe_num_shared_experts", default=0, minimum=0, maximum=_MAX_EXPERTS)
+    count = settings.count("moe_num_experts", maximum=experts.MAX_EXPERTS)
+    experts.expert_keys(page, count, settings.count("moe_k", maximum=count), settings.count("moe_intermediate_size"))
+    shared = settings.count("moe_num_shared_experts", default=0, minimum=0, maximum=experts.MAX_EXPERTS)
     page.key("expert_shared_count", shared)
     page.key("expert_shared_feed_forward_length", shared * settings.count("moe_intermediate_size"))
 
 
 def _ernie_experts(page: Page, layer: int) -> None:
     settings, place, source = page.settings, f"blk.{layer}", f"model.layers.{layer}.mlp"
-    count, width = settings.count("moe_num_experts", maximum=_MAX_EXPERTS), settings.count("moe_intermediate_size")
-    shared = width * settings.count("moe_num_shared_experts", default=0, minimum=0, maximum=_MAX_EXPERTS)
+    count, width = (
+        settings.count("moe_num_experts", maximum=experts.MAX_EXPERTS),
+        settings.count("moe_intermediate_size"),
+    )
+    shared = width * settings.count("moe_num_shared_experts", default=0, minimum=0, maximum=experts.MAX_EXPERTS)
     page.copy(f"{place}.ffn_gate_inp", f"{source}.gate", count, page.width)
     bias = page.take(f"{source}.moe_statics.e_score_correction_bias", 1, count)
     page.put(f"{place}.exp_probs_b.bias", squeezed(bias))
-    decoder.experts(page, place, count, width, _PARTS, f"{source}.experts")
+    experts.matrices(page, place, f"{source}.experts", count, width)
     if shared:
         decoder.feed_forward(page, layer, shared, source="mlp.shared_experts", suffix="_shexp")
+
+
+def build_bailing(page: Page) -> None:
+    """Ling and Ring 2.0: q, k and v are one matrix, half of a head turns; leading dense layers, then experts of sigmoid
+    gates in groups beside shared ones. Layers that predict further tokens are left out."""
+    settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
+    for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
+        if settings.flag(name, default=wanted) is not wanted:
+            raise settings.error(name, f"{str(not wanted).lower()} is not what bailingmoe2 computes")
+    dense = experts.leading_dense(page)
+    decoder.usual_keys(page, width)
+    page.key("vocab_size", page.words)
+    decoder.rms_epsilon(page, default=1e-6)
+    rotation(page, rotating_channels(page, 0.5))
+    page.key("leading_dense_block_count", dense)
+    _bailing_keys(page)
+    page.copy("token_embd", "model.word_embeddings", page.words, hidden)
+    page.copy("output_norm", "model.norm", hidden)
+    page.output()
+    queries, packed = page.heads * page.head_width, (page.heads + 2 * page.kv_heads) * page.head_width
+    for layer in range(page.layers):
+        place, source = f"blk.{layer}", f"model.layers.{layer}.attention"
+        decoder.norms(page, layer)
+        page.copy(f"{place}.attn_qkv", f"{source}.query_key_value", packed, hidden)
+        page.copy(f"{place}.attn_q_norm", f"{source}.query_layernorm", page.head_width)
+        page.copy(f"{place}.attn_k_norm", f"{source}.key_layernorm", page.head_width)
+        page.copy(f"{place}.attn_output", f"{source}.dense", hidden, queries)
+        if layer < dense:
+            decoder.feed_forward(page, layer, width)
+        else:
+            _bailing_experts(page, layer)
+    experts.leave_further_layers(page)
+
+
+def _bailing_sizes(page: Page) -> tuple[int, int, int]:
+    """Experts, their width, and shared ones."""
+    settings = page.settings
+    shared = settings.count("num_shared_experts", maximum=experts.MAX_EXPERTS)
+    return settings.count("num_experts", maximum=experts.MAX_EXPERTS), settings.count("moe_intermediate_size"), shared
+
+
+def _bailing_keys(page: Page) -> None:
+    settings = page.settings
+    if settings.text("score_function", default="sigmoid") != "sigmoid":
+        raise settings.error("score_function", f"{settings.values['score_function']}, only sigmoid is supported")
+    count, width, shared = _bailing_sizes(page)
+    experts.expert_keys(page, count, settings.count("num_experts_per_tok", maximum=count), width)
+    page.key("expert_shared_count", shared)
+    page.key("expert_shared_feed_forward_length", width)
+    experts.weight_keys(page, experts.SIGMOID, normalized=True)
+    experts.group_keys(page, count)
+
+
+def _bailing_experts(page: Page, layer: int) -> None:
+    place, source = f"blk.{layer}", f"model.layers.{layer}.mlp"
+    count, width, shared = _bailing_sizes(page)
+    page.copy(f"{place}.ffn_gate_inp", f"{source}.gate", count, page.width)
+    if page.has(f"{source}.gate.expert_bias"):
+        page.put(f"{place}.exp_probs_b.bias", page.take(f"{source}.gate.expert_bias", count))
+    experts.matrices(page, place, f"{source}.experts", count, width)
+    decoder.feed_forward(page, layer, shared * width, source="mlp.shared_experts", suffix="_shexp")
+
+
+def build_minimax(page: Page) -> None:
+    """MiniMax M2: q and k are normed in their whole width, a part of each head turns; experts of sigmoid gates, with a
+    bias for the choice, in every layer."""
+    settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
+    count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
+    for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):
+        if settings.text(name, default=usual) != usual:
+            raise settings.error(name, f"{settings.values[name]}, only {usual} is supported")
+    decoder.usual_keys(page, width)
+    page.key("vocab_size", page.words)
+    decoder.rms_epsilon(page, default=1e-6)
+    turning = rotating_channels(page)
+    rotation(page, settings.count("rotary_dim", default=turning, maximum=page.head_width), base=5e6)
+    experts.expert_keys(page, count, settings.count("num_experts_per_tok", maximum=count), width)
+    page.key("expert_gating_func", experts.SIGMOID)
+    decoder.ends(page)
+    for layer in range(page.layers):
+        place, source = f"blk.{layer}", f"model.layers.{layer}"
+        mixture = f"{source}.block_sparse_moe"
+        decoder.norms(page, layer)
+        decoder.attention(page, layer)
+        for part, heads in (("q", page.heads), ("k", page.kv_heads)):
+            page.copy(f"{place}.attn_{part}_norm", f"{source}.self_attn.{part}_norm", heads * page.head_width)
+        page.copy(f"{place}.ffn_gate_inp", f"{mixture}.gate", count, hidden)
+        page.put(f"{place}.exp_probs_b.bias", page.take(f"{mixture}.e_score_correction_bias", count))
+        experts.matrices(page, place, f"{mixture}.experts", count, width, _MIXTRAL)

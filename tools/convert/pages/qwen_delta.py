@@ -10,16 +10,14 @@ from numpy.typing import NDArray
 
 from llamaclust.model.delta_rule import MAX_HEADS, VALUE_CHANNELS
 from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS
-from llamaclust.tools.convert.lazy import columns_of, gathered, joined, mapped, part_of_each, squeezed
+from llamaclust.tools.convert.lazy import columns_of, gathered, joined, mapped, squeezed
 from llamaclust.tools.convert.page import Page, picked
-from llamaclust.tools.convert.pages import decoder
+from llamaclust.tools.convert.pages import decoder, experts
 from llamaclust.tools.convert.rotation import rotating_channels, rotation, sections
 from llamaclust.tools.convert.settings import MAX_LAYERS
 
 _PERIOD = 4
 _SHARE = 0.25
-_MAX_EXPERTS = 1 << 10
-_PARTS = ("gate_proj", "up_proj", "down_proj")
 _KINDS = ("linear_attention", "full_attention")
 _ONE = np.float32(1)
 _PREDICTION = (
@@ -118,8 +116,8 @@ def _further_layers(page: Page) -> int:
 def _keys(page: Page, net: _DeltaNet, recurrent: list[bool], further: int, has_experts: bool) -> None:
     settings = page.settings
     decoder.activation(page, decoder.SILU, "hidden_act")
-    experts = settings.count("moe_intermediate_size") if has_experts else None
-    decoder.usual_keys(page, settings.count("intermediate_size", default=experts))
+    inner = settings.count("moe_intermediate_size") if has_experts else None
+    decoder.usual_keys(page, settings.count("intermediate_size", default=inner))
     decoder.rms_epsilon(page, default=1e-6)
     dimensions = rotating_channels(page, _SHARE)
     rotation(page, dimensions)
@@ -145,10 +143,10 @@ def _expert_keys(page: Page) -> None:
         raise settings.error("mlp_only_layers", "layers without experts among those with them are not supported")
     if not settings.flag("norm_topk_prob", default=True):
         raise settings.error("norm_topk_prob", f"false is not what {page.architecture} computes")
-    count = settings.count("num_experts", maximum=_MAX_EXPERTS)
-    page.key("expert_count", count)
-    page.key("expert_used_count", settings.count("num_experts_per_tok", maximum=count))
-    page.key("expert_feed_forward_length", settings.count("moe_intermediate_size"))
+    count = settings.count("num_experts", maximum=experts.MAX_EXPERTS)
+    experts.expert_keys(
+        page, count, settings.count("num_experts_per_tok", maximum=count), settings.count("moe_intermediate_size")
+    )
     page.key("expert_shared_feed_forward_length", settings.count("shared_expert_intermediate_size"))
 
 
@@ -219,16 +217,9 @@ def _feed_forward(page: Page, place: str, source: str, width: int, suffix: str =
 
 def _experts(page: Page, place: str, source: str) -> None:
     settings, hidden = page.settings, page.width
-    count, width = settings.count("num_experts", maximum=_MAX_EXPERTS), settings.count("moe_intermediate_size")
+    count, width = settings.count("num_experts", maximum=experts.MAX_EXPERTS), settings.count("moe_intermediate_size")
     page.copy(f"{place}.ffn_gate_inp", f"{source}.gate", count, hidden)
-    experts = f"{source}.experts"
-    if page.has(f"{experts}.gate_up_proj"):
-        both = page.take(f"{experts}.gate_up_proj", count, 2 * width, hidden)
-        for first, part in enumerate(("gate", "up")):
-            page.put(f"{place}.ffn_{part}_exps.weight", part_of_each(both, first * width, (first + 1) * width))
-        page.put(f"{place}.ffn_down_exps.weight", page.take(f"{experts}.down_proj", count, hidden, width))
-    else:
-        decoder.experts(page, place, count, width, _PARTS, experts)
+    experts.matrices(page, place, f"{source}.experts", count, width)
     shared = settings.count("shared_expert_intermediate_size")
     _feed_forward(page, place, f"{source}.shared_expert", shared, "_shexp")
     gate = page.take(f"{source}.shared_expert_gate.weight", 1, hidden)

@@ -41,7 +41,12 @@ MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
             {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}, "qwen3_5_moe_text"
         ),
         "Mistral3ForConditionalGeneration": TextPart(
-            {"ministral3": "Ministral3ForCausalLM", "mistral": "Ministral3ForCausalLM"}, "mistral"
+            {
+                "ministral3": "Ministral3ForCausalLM",
+                "mistral": "Ministral3ForCausalLM",
+                "mistral4": "Mistral4ForCausalLM",
+            },
+            "mistral",
         ),
     }
 )

@@ -22,6 +22,8 @@ _GLM_PARTS: Final = {
     "glm4moe": {"bos": "[gMASK]", "eot": _CHATGLM_TURN, "eom": "<|observation|>", "unknown": "<|endoftext|>"},
 }
 """Roles of tokens that the models' own files do not tell."""
+_HUNYUAN_BOS: Final = {"hunyuan-dense": "<|startoftext|>", "hunyuan-moe": "<|bos|>"}
+"""Of vocabularies of ranks; configurations beside them name other ids."""
 _GEMMA4: Final = "gemma4"
 _GEMMA4_VISIBLE: Final = frozenset(
     {
@@ -44,6 +46,8 @@ def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int)
         for part, text in _GLM_PARTS[architecture].items():
             if text in words.texts:
                 words.ids[part] = words.texts.index(text)
+    if words.pre == "hunyuan" and architecture in _HUNYUAN_BOS:
+        words.ids["bos"] = words.texts.index(_HUNYUAN_BOS[architecture])
     if architecture.startswith("gemma") and words.kind == "llama":
         if architecture == _GEMMA4:
             _become_gemma4(words)

@@ -1,5 +1,6 @@
-"""Lists of byte strings with ranks, as tiktoken keeps them (Llama 3, Qwen), and tekken.json, Mistral's form of them: an
-expression to cut by, byte strings by rank, special tokens before them. The merges follow from the ranks."""
+"""Lists of byte strings with ranks, as tiktoken keeps them (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and tekken.json,
+Mistral's form of them: an expression to cut by, byte strings by rank, special tokens before them. The merges follow from
+the ranks."""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ _MOST_BYTES: Final = 1 << 10  # of a word: Llama 3's longest has 128
 _MOST_PAIRS: Final = 1 << 26  # sum of squares of lengths, which finding merges takes; Llama 3 has 1 << 23
 _LLAMA3_WORDS: Final = 128_000
 _GLM4_WORDS: Final = 151_329
+_KIMI_WORDS: Final = 163_584
 _LLAMA3_SPECIAL: Final = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
     *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>"),
@@ -36,7 +38,16 @@ _LLAMA3_SPECIAL: Final = (
 )
 """256 in all, the rest reserved."""
 _LETTERS: Final = {byte[0]: letter for letter, byte in stand_ins().items()}
-_QWEN_SPECIAL: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
+_EXTRA: Final = tuple(f"<|extra_{number}|>" for number in range(205))
+_QWEN_SPECIAL: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *_EXTRA)
+_HUNYUAN_SPECIAL: Final = ("<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>", *_EXTRA)
+_HUNYUAN_FILE: Final = "hy.tiktoken"
+_BEHIND: Final = {
+    "llama-bpe": (_LLAMA3_SPECIAL, {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "eot": "<|eot_id|>"}),
+    "qwen2": (_QWEN_SPECIAL, {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
+    "hunyuan": (_HUNYUAN_SPECIAL, {"bos": "<|startoftext|>", "eos": "<|eos|>", "padding": "<|pad|>"}),
+}
+"""Control tokens behind the words, and their roles; tokenizer_config.json has those of the others."""
 _OLD_SPECIAL: Final = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
@@ -60,18 +71,13 @@ def read_ranks(path: Path, data: bytes) -> Words:
     ranks = _parse(path, data)
     texts = spelled(ranks)
     pre = _model_of(path, len(texts))
-    llama = pre == "llama-bpe"
     types = [TokenType.NORMAL] * len(texts)
     words = Words(kind="gpt2", pre=pre, origin=path, texts=texts, types=types, merges=merges_of(ranks, path))
-    words.flags["add_bos_token"] = llama
-    if pre == "chatglm-bpe":  # tokenizer_config.json beside it has the others
-        return words
-    for token_id, text in enumerate(_LLAMA3_SPECIAL if llama else _QWEN_SPECIAL, len(texts)):
+    words.flags["add_bos_token"] = pre == "llama-bpe"
+    special, parts = _BEHIND.get(pre, ((), {}))
+    for token_id, text in enumerate(special, len(texts)):
         words.add(token_id, text, special=True)
-    names = ("<|begin_of_text|>", "<|end_of_text|>") if llama else ("<|endoftext|>", "<|endoftext|>")
-    words.ids |= {part: words.texts.index(name) for part, name in zip(("bos", "eos"), names, strict=True)}
-    if llama:
-        words.ids["eot"] = words.texts.index("<|eot_id|>")
+    words.ids |= {part: words.texts.index(text) for part, text in parts.items()}
     return words
 
 
@@ -93,10 +99,10 @@ def _spell(word: bytes) -> str:
 def _model_of(path: Path, count: int) -> str:
     """The pre-tokenizer, which such files do not contain."""
     if path.suffix == ".tiktoken":
-        return "qwen2"
-    known = {_LLAMA3_WORDS: "llama-bpe", _GLM4_WORDS: "chatglm-bpe"}
+        return "hunyuan" if path.name == _HUNYUAN_FILE else "qwen2"
+    known = {_LLAMA3_WORDS: "llama-bpe", _GLM4_WORDS: "chatglm-bpe", _KIMI_WORDS: "kimi-k2"}
     if count not in known:
-        listed = f"Llama 3 has {_LLAMA3_WORDS}, GLM-4 {_GLM4_WORDS}"
+        listed = f"Llama 3 has {_LLAMA3_WORDS}, GLM-4 {_GLM4_WORDS}, Kimi {_KIMI_WORDS}"
         raise ModelFileError(f"{path}: {count} ranks; {listed}, others are not known")
     return known[count]
 

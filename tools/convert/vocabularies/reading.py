@@ -18,7 +18,8 @@ from llamaclust.tools.convert.vocabularies.tokenizer_json import read_tokenizer_
 from llamaclust.tools.convert.vocabularies.words import Words
 
 _TEKKEN: Final = "tekken.json"
-NAMES: Final = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken", _TEKKEN, "tokenizer.bin")
+_RANKS: Final = ("qwen.tiktoken", "hy.tiktoken", "tiktoken.model")
+NAMES: Final = ("tokenizer.model", "tokenizer.json", *_RANKS, _TEKKEN, "tokenizer.bin")
 _MAX_BYTES: Final = 1 << 28
 _PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 """Names of roles in Hugging Face's files and in GGUF, whose spelling of "separator" differs."""
@@ -103,8 +104,9 @@ def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], confi
             words.ids[name] = places[text]
         elif type(first) is int and first >= 0:
             words.ids[name] = first
-    ends = config.get("eos_token_id")
-    others = [end for end in ends if type(end) is int and end != words.ids.get("eos")] if isinstance(ends, list) else []
+    listed = config.get("eos_token_id")
+    ends = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
+    others = [end for end in ends if type(end) is int and end >= 0 and end != words.ids.get("eos")]
     for name, end in zip(("eot", "eom"), reversed(others), strict=False):
         words.ids.setdefault(name, end)
 

@@ -1,4 +1,4 @@
-"""Shapes of layers of gpt-oss, Granite and ERNIE 4.5 with experts, EXAONE 4, Cohere 2."""
+"""Shapes of layers of gpt-oss, Granite, ERNIE 4.5, Hunyuan, Ling and MiniMax with experts, EXAONE 4, Cohere 2."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from support.models.checkpoints.shapes import (
     HEADS,
     HIDDEN,
     INNER,
+    KV_HEADS,
     Shapes,
     attention_shapes,
     expert_shapes,
@@ -71,3 +72,62 @@ def gpt_oss_layer(layer: str) -> Shapes:
         f"{experts}.down_proj": (4, INNER, HIDDEN),
         f"{experts}.down_proj_bias": (4, HIDDEN),
     }
+
+
+HUNYUAN_MOE_KEYS = {
+    "num_experts": 4,
+    "moe_topk": [2, 2],
+    "moe_intermediate_size": [32, 32],
+    "num_shared_expert": [1, 1],
+}
+BAILING_KEYS = {
+    "head_dim": HEAD,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+}
+MINIMAX_KEYS = {"head_dim": HEAD, "rotary_dim": HEAD // 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def hunyuan_layer(layer: str) -> Shapes:
+    norms: Shapes = {f"{layer}.self_attn.{part}_layernorm.weight": (HEAD,) for part in ("query", "key")}
+    return {**layer_norms(layer), **attention_shapes(layer), **norms, **gated_shapes(f"{layer}.mlp")}
+
+
+def hunyuan_moe_layer(layer: str) -> Shapes:
+    shapes = {name: shape for name, shape in hunyuan_layer(layer).items() if ".mlp." not in name}
+    shapes |= {**expert_shapes(layer), **gated_shapes(f"{layer}.mlp.shared_mlp")}
+    shapes[f"{layer}.mlp.gate.wg.weight"] = shapes.pop(f"{layer}.mlp.gate.weight")
+    return shapes
+
+
+def bailing_layer(layer: str) -> Shapes:
+    """The first layer is dense."""
+    attention = f"{layer}.attention"
+    shapes = {
+        **layer_norms(layer),
+        f"{attention}.query_key_value.weight": ((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
+        f"{attention}.dense.weight": (HIDDEN, HEADS * HEAD),
+        **{f"{attention}.{part}_layernorm.weight": (HEAD,) for part in ("query", "key")},
+    }
+    if layer.endswith(".0"):
+        return {**shapes, **gated_shapes(f"{layer}.mlp")}
+    shapes |= {**expert_shapes(layer), **gated_shapes(f"{layer}.mlp.shared_experts", 32)}
+    return {**shapes, f"{layer}.mlp.gate.expert_bias": (4,)}
+
+
+def minimax_layer(layer: str) -> Shapes:
+    mixture = f"{layer}.block_sparse_moe"
+    shapes = {**layer_norms(layer), **attention_shapes(layer), f"{mixture}.gate.weight": (4, HIDDEN)}
+    shapes |= {
+        f"{layer}.self_attn.{part}_norm.weight": (heads * HEAD,) for part, heads in (("q", HEADS), ("k", KV_HEADS))
+    }
+    for expert in range(4):
+        shapes |= {f"{mixture}.experts.{expert}.{name}.weight": (INNER, HIDDEN) for name in ("w1", "w3")}
+        shapes[f"{mixture}.experts.{expert}.w2.weight"] = (HIDDEN, INNER)
+    return {**shapes, f"{mixture}.e_score_correction_bias": (4,)}

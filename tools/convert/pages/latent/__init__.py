@@ -1,0 +1,1 @@
+"""Pages of families with latent attention in all layers."""

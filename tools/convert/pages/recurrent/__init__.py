@@ -1,0 +1,1 @@
+"""Pages of models with a state of each sequence: convolutions, and Mamba 2."""

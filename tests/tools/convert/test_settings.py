@@ -158,8 +158,8 @@ def test_settings_that_no_key_can_say(case: str, change: dict[str, Any], message
     [
         (
             "Mistral3ForConditionalGeneration",
-            {"model_type": "mistral4"},
-            "'mistral4' in a Mistral3For.* only ministral3",
+            {"model_type": "mistral5"},
+            "'mistral5' in a Mistral3For.* only ministral3, mistral, mistral4",
         ),
         ("Gemma4ForConditionalGeneration", {"model_type": 7}, "7, text expected"),
         ("Gemma4ForConditionalGeneration", {}, "'num_hidden_layers': missing"),

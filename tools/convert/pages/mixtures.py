@@ -171,8 +171,10 @@ def build_minimax(page: Page) -> None:
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
     decoder.rms_epsilon(page, default=1e-6)
-    turning = rotating_channels(page)
-    rotation(page, settings.count("rotary_dim", default=turning, maximum=page.head_width), base=5e6)
+    turning = settings.count("rotary_dim", default=rotating_channels(page), maximum=page.head_width)
+    if turning % 2:
+        raise settings.error("rotary_dim", f"{turning}, an even number of channels expected")
+    rotation(page, turning, base=5e6)
     experts.expert_keys(page, count, settings.count("num_experts_per_tok", maximum=count), width)
     page.key("expert_gating_func", experts.SIGMOID)
     decoder.ends(page)

@@ -1,6 +1,6 @@
 """Lists of byte strings with ranks, as tiktoken keeps them (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and tekken.json,
-Mistral's form of them: an expression to cut by, byte strings by rank, special tokens before them. The merges follow from
-the ranks."""
+Mistral's form of them: an expression to cut by, byte strings by rank, special tokens before them. The merges follow
+from the ranks."""
 
 from __future__ import annotations
 

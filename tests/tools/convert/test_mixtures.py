@@ -1,0 +1,91 @@
+"""Conversion of Hunyuan, Ling 2 and MiniMax M2: keys, and what cannot be said in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.checkpoints.settings import Settings
+from llamaclust.tools.convert.lazy import constant
+from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.pages import build_page
+from llamaclust.tools.convert.settings import Checkpoint
+from support.models.checkpoints.shapes import HEAD, LAYERS
+from support.models.random_checkpoints import checkpoint
+
+DENSE, MOE = "HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM"
+BAILING, MINIMAX = "BailingMoeV2ForCausalLM", "MiniMaxM2ForCausalLM"
+
+
+def page_of(case: str, folder: Path, more: dict[str, NDArray[Any]] | None = None, **change: Any) -> Page:
+    config, tensors = checkpoint(case)
+    lazy = {name: constant(values, name) for name, values in {**tensors, **(more or {})}.items()}
+    return build_page(Checkpoint(case, Settings(config | change, "config.json"), lazy, folder, "tiny"))
+
+
+@pytest.mark.parametrize(("alpha", "context"), [(50.0, 256), (1000.0, 1 << 18)])
+@pytest.mark.parametrize("case", [DENSE, MOE])
+def test_alpha_stretches_the_base_for_texts_of_all_lengths(
+    case: str, alpha: float, context: int, tmp_path: Path
+) -> None:
+    """As published: a kind that says dynamic, with factors that are not used."""
+    said = {"type": "dynamic", "alpha": alpha, "factor": 1.0, "beta_fast": 32, "mscale": 1.0, "mscale_all_dim": 0.0}
+    page = page_of(case, tmp_path, rope_scaling=said)
+    wanted = 10000.0 * alpha ** (HEAD / (HEAD - 2))
+    assert page.metadata[f"{page.architecture}.rope.freq_base"] == pytest.approx(wanted)
+    assert page.metadata[f"{page.architecture}.context_length"] == context
+    assert not page.notes and not any(".rope.scaling" in key for key in page.metadata)
+    dynamic = page_of(case, tmp_path, rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert dynamic.metadata[f"{page.architecture}.rope.freq_base"] == 10000 and len(dynamic.notes) == 1
+
+
+def test_layers_of_predictions_of_ling_are_left_out(tmp_path: Path) -> None:
+    behind = {f"model.layers.{LAYERS}.{name}.weight": np.ones(4, np.float32) for name in ("eh_proj", "final_layernorm")}
+    page = page_of(BAILING, tmp_path, behind, num_nextn_predict_layers=1)
+    assert page.tensors.keys() == page_of(BAILING, tmp_path).tensors.keys() and len(page.notes) == 1
+    assert page.metadata["bailingmoe2.block_count"] == LAYERS
+    with pytest.raises(ModelFileError, match="no part of bailingmoe2 and 1 others"):
+        page_of(BAILING, tmp_path, behind, num_nextn_predict_layers=0)
+
+
+def test_a_part_of_each_head_turns(tmp_path: Path) -> None:
+    assert page_of(BAILING, tmp_path).metadata["bailingmoe2.rope.dimension_count"] == HEAD // 2
+    for change, wanted in (
+        ({}, HEAD // 2),
+        ({"rotary_dim": None}, HEAD),
+        ({"rotary_dim": None, "partial_rotary_factor": 0.25}, HEAD // 4),
+    ):
+        assert page_of(MINIMAX, tmp_path, **change).metadata["minimax-m2.rope.dimension_count"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        (DENSE, {"use_qk_norm": False}, "false is not what hunyuan-dense computes"),
+        (DENSE, {"use_cla": True}, "true is not what hunyuan-dense computes"),
+        (DENSE, {"rope_scaling": {"type": "dynamic", "alpha": -1}}, "-1, 0 to 1e.06 expected"),
+        (MOE, {"moe_topk": [2, 1]}, "'moe_topk': 2 numbers, 2 equal ones expected"),
+        (MOE, {"moe_topk": [2]}, "'moe_topk': 1 numbers, 2 equal ones expected"),
+        (MOE, {"moe_topk": [5, 5]}, "5, a whole number of 1 to 4"),
+        (MOE, {"moe_topk": []}, "0 numbers, 2 equal ones expected"),
+        (MOE, {"num_experts": 10**9}, "1000000000, a whole number of 1 to 1024"),
+        (MOE, {"norm_topk_prob": False}, "false is not what hunyuan-moe computes"),
+        (BAILING, {"use_qkv_bias": True}, "true is not what bailingmoe2 computes"),
+        (BAILING, {"use_qk_norm": False}, "false is not what bailingmoe2 computes"),
+        (BAILING, {"score_function": "softmax"}, "softmax, only sigmoid is supported"),
+        (BAILING, {"num_experts": 10**9}, "1000000000, a whole number of 1 to 1024"),
+        (BAILING, {"n_group": 3}, "3, which does not divide 4 experts"),
+        (MINIMAX, {"scoring_func": "softmax"}, "softmax, only sigmoid is supported"),
+        (MINIMAX, {"rotary_dim": 7}, "7, an even number"),
+        (MINIMAX, {"rotary_dim": 64}, "64, a whole number of 1 to 16"),
+        (MINIMAX, {"num_experts_per_tok": 5}, "5, a whole number of 1 to 4"),
+    ],
+)
+def test_what_no_key_can_say(case: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=message):
+        page_of(case, tmp_path, **change)

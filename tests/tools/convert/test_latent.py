@@ -70,7 +70,7 @@ def test_blocks_of_eight_bits_are_cut_too(tmp_path: Path) -> None:
 
 
 def test_layers_of_predictions_are_left_out_of_deepseek_and_kept_of_glm(tmp_path: Path) -> None:
-    config, tensors = checkpoint(V3)
+    tensors = checkpoint(V3)[1]
     behind = {name.replace("layers.1.", "layers.2."): values for name, values in tensors.items() if "layers.1." in name}
     page = page_of(V3, tmp_path, {**tensors, **behind}, num_nextn_predict_layers=1)
     assert page.tensors.keys() == page_of(V3, tmp_path).tensors.keys() and len(page.notes) == 1

@@ -49,6 +49,7 @@ WANTED = {
     "GraniteForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "GraniteMoeSharedForCausalLM": ATTENTION,
     "Ernie4_5_MoeForCausalLM": ATTENTION,
+    "HunYuanDenseV1ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Cohere2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Phi3ForCausalLM": {"attn_qkv", "attn_output", "ffn_up", "ffn_down"},
     "GemmaForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},

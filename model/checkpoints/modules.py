@@ -59,7 +59,7 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     }
 )
 """By architecture, those whose rows are the module's; only Q and K of `PAIRED` ones have them in another order."""
-PAIRED: Final = frozenset({"granite", "granitemoe", "llama", "mistral3", "smollm3"})
+PAIRED: Final = frozenset({"granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3"})
 """Architectures whose files have the rows of each head of Q and K in the order of a rotation of neighbouring pairs:
 the checkpoint's first and second half of a head in turns."""
 _MODULE: Final = re.compile(

@@ -135,6 +135,16 @@ def mapped(tensor: Lazy, change: Callable[[NDArray[np.float32]], NDArray[np.floa
     return replace(tensor, storage=Storage.F32, read=read)
 
 
+def scaled(tensor: Lazy, factors: NDArray[np.float32]) -> Lazy:
+    """Row i times factors[i], in float32."""
+    by_row = factors.reshape(-1, *[1] * (len(tensor.shape) - 1))
+
+    def read(start: int, end: int) -> Array:
+        return as_floats(tensor.read(start, end), tensor.storage) * by_row[start:end]
+
+    return replace(tensor, storage=Storage.F32, read=read)
+
+
 def squeezed(tensor: Lazy) -> Lazy:
     """A matrix of one row or one column as a vector."""
     return replace(

@@ -111,11 +111,11 @@ def sections(settings: Settings, pairs: int) -> list[int]:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
     if not isinstance(listed, list) or not all(type(count) is int and 0 <= count <= pairs for count in listed):
         raise settings.error("mrope_section", f"whole numbers of 0 to {pairs} expected")
-    if not 0 < len(listed) <= 4:
-        raise settings.error("mrope_section", f"{len(listed)} numbers, 1 to 4 expected")
+    if len(listed) not in (3, 4):
+        raise settings.error("mrope_section", f"{len(listed)} numbers, 3 or 4 expected")
     if sum(listed) > pairs:
         raise settings.error("mrope_section", f"{listed}, together at most {pairs}, the pairs that turn, expected")
-    return [*listed, 0, 0, 0][:4]
+    return [*listed, 0][:4]
 
 
 def position_scale(page: Page) -> int:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from support.models.checkpoint_files import write_hugging_face
 from support.models.originals.latent import LATENT_ORIGINALS
 from support.models.originals.mixtures import MIXTURE_ORIGINALS
+from support.models.originals.multimodal import MULTIMODAL_ORIGINALS
 from support.models.originals.original import Original, keys, rope, without
+from support.models.originals.recurrent import RECURRENT_ORIGINALS
 from support.models.tiny_architectures import TOKENS, VOCABULARY
 from support.paths import DATA
 
@@ -311,6 +313,8 @@ MODELS: Mapping[str, Original] = MappingProxyType(
         "glm": Original("GlmForCausalLM", keys(head_dim=32, **rope("default", partial_rotary_factor=0.5))),
         "glm4": Original("Glm4ForCausalLM", keys(head_dim=16, attention_bias=True)),
         **LATENT_ORIGINALS,
+        **RECURRENT_ORIGINALS,
+        **MULTIMODAL_ORIGINALS,
         **MIXTURE_ORIGINALS,
     }
 )

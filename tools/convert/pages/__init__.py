@@ -21,6 +21,7 @@ from llamaclust.tools.convert.pages import (
     gpt_oss,
     hunyuan,
     llama,
+    llama4,
     mixtures,
     olmo,
     phi3,
@@ -28,7 +29,7 @@ from llamaclust.tools.convert.pages import (
     qwen_delta,
 )
 from llamaclust.tools.convert.pages.latent import deepseek
-from llamaclust.tools.convert.pages.recurrent import kimi
+from llamaclust.tools.convert.pages.recurrent import falcon_h1, granite_hybrid, kimi, lfm2, nemotron_h
 from llamaclust.tools.convert.pages.text_parts import MULTIMODAL, text_part
 from llamaclust.tools.convert.settings import Checkpoint
 
@@ -40,6 +41,7 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "MixtralForCausalLM": ("llama", llama.build),
         "YiForCausalLM": ("llama", llama.build),
         "Meta": ("llama", llama.build_meta),
+        "Llama4ForCausalLM": ("llama4", llama4.build),
         "SmolLM3ForCausalLM": ("smollm3", llama.build_smollm3),
         "Ministral3ForCausalLM": ("mistral3", llama.build_mistral3),
         "BaichuanForCausalLM": ("baichuan", llama.build_baichuan),
@@ -51,6 +53,8 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "Qwen3NextForCausalLM": ("qwen3next", qwen_delta.build),
         "Qwen3_5ForCausalLM": ("qwen35", qwen_delta.build),
         "Qwen3_5MoeForCausalLM": ("qwen35moe", qwen_delta.build),
+        "Qwen3VLForCausalLM": ("qwen3vl", qwen.build),
+        "Qwen3VLMoeForCausalLM": ("qwen3vlmoe", qwen.build),
         "ChatGLMModel": ("chatglm", glm.build_chatglm),
         "ChatGLMForConditionalGeneration": ("chatglm", glm.build_chatglm),
         "Olmo2ForCausalLM": ("olmo2", olmo.build),
@@ -70,6 +74,7 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "GraniteForCausalLM": ("granite", dense.build_granite),
         "GraniteMoeForCausalLM": ("granitemoe", mixtures.build_granite),
         "GraniteMoeSharedForCausalLM": ("granitemoe", mixtures.build_granite),
+        "GraniteMoeHybridForCausalLM": ("granitehybrid", granite_hybrid.build),
         "Ernie4_5_MoeForCausalLM": ("ernie4_5-moe", mixtures.build_ernie),
         "BailingMoeV2ForCausalLM": ("bailingmoe2", mixtures.build_bailing),
         "MiniMaxM2ForCausalLM": ("minimax-m2", mixtures.build_minimax),
@@ -84,6 +89,11 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "GptOssForCausalLM": ("gpt-oss", gpt_oss.build),
         "FalconForCausalLM": ("falcon", falcon.build),
         "RWForCausalLM": ("falcon", falcon.build),
+        "FalconH1ForCausalLM": ("falcon-h1", falcon_h1.build),
+        "NemotronHForCausalLM": ("nemotron_h", nemotron_h.build),
+        "Lfm2ForCausalLM": ("lfm2", lfm2.build),
+        "LFM2ForCausalLM": ("lfm2", lfm2.build),
+        "Lfm2MoeForCausalLM": ("lfm2moe", lfm2.build),
         "Starcoder2ForCausalLM": ("starcoder2", gpt.build_starcoder2),
         "GPT2LMHeadModel": ("gpt2", gpt.build_gpt2),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from llamaclust.model.checkpoints.modules import PAIRED, QKV
@@ -101,3 +101,20 @@ def windowed_layers(page: Page, period: int) -> list[bool]:
     if len(listed) != page.layers or not all(kind in ("sliding_attention", "full_attention") for kind in listed):
         raise page.settings.error("layer_types", f"{len(listed)} entries, {page.layers} kinds of attention expected")
     return [kind == "sliding_attention" for kind in listed]
+
+
+def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
+    """Of each layer, what `kinds` has for its entry in the list of that name."""
+    listed = page.settings.values.get(name)
+    if not isinstance(listed, list) or not all(isinstance(kind, str) and kind in kinds for kind in listed):
+        raise page.settings.error(name, f"a list of {', '.join(kinds)} expected")
+    if len(listed) != page.layers:
+        raise page.settings.error(name, f"{len(listed)} entries for {page.layers} layers")
+    return [kinds[kind] for kind in listed]
+
+
+def refuse(page: Page, *names: str) -> None:
+    """ModelFileError if one of these flags, which the architecture has no tensor or key for, is set."""
+    for name in names:
+        if page.settings.flag(name):
+            raise page.settings.error(name, f"true is not what {page.architecture} computes")

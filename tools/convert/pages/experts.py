@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from llamaclust.tools.convert.lazy import part_of_each
+from llamaclust.tools.convert.lazy import exchanged, part_of_each
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.settings import MAX_LAYERS
@@ -54,6 +54,14 @@ def matrices(page: Page, place: str, source: str, count: int, width: int, names:
     for first, part in enumerate(("gate", "up")):
         page.put(f"{place}.ffn_{part}_exps.weight", part_of_each(both, first * width, (first + 1) * width))
     page.put(f"{place}.ffn_down_exps.weight", page.take(f"{source}.down_proj", count, page.width, width))
+
+
+def column_matrices(page: Page, place: str, source: str, count: int, width: int) -> None:
+    """The same in one tensor of all experts with columns before rows."""
+    both = exchanged(page.take(f"{source}.gate_up_proj", count, page.width, 2 * width))
+    page.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
+    page.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))
+    page.put(f"{place}.ffn_down_exps.weight", exchanged(page.take(f"{source}.down_proj", count, width, page.width)))
 
 
 def leading_dense(page: Page) -> int:

@@ -14,36 +14,53 @@ _PREDICTIONS = ("model.mtp_block.", "model.mtp_emb_norm.", "model.mtp_hidden_nor
 
 
 def build_granite(page: Page) -> None:
-    """Granite 3 with experts, and with a shared one. Gate and up are one matrix, one half below the other."""
-    settings, hidden = page.settings, page.width
+    """Granite 3 with experts, and with a shared one."""
+    settings = page.settings
     width = decoder.feed_forward_width(page)
-    count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     shared = settings.count("shared_intermediate_size", default=0, minimum=0)
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
     decoder.rms_epsilon(page)
     granite_scales(page)
     rotation(page, page.head_width)
-    page.key("expert_count", count)
-    page.key("expert_used_count", settings.count("num_experts_per_tok", maximum=count))
-    if shared:
-        page.key("expert_shared_feed_forward_length", shared)
+    granite_expert_keys(page, shared)
     decoder.ends(page)
     for layer in range(page.layers):
-        place, source = f"blk.{layer}", f"model.layers.{layer}"
         decoder.norms(page, layer)
         decoder.attention(page, layer)
-        mixture = f"{source}.block_sparse_moe"
-        page.copy(f"{place}.ffn_gate_inp", f"{mixture}.router.layer", count, hidden)
-        both = page.take(f"{mixture}.input_linear.weight", count, 2 * width, hidden)
-        page.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
-        page.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))
-        page.copy(f"{place}.ffn_down_exps", f"{mixture}.output_linear", count, hidden, width)
-        if shared:
-            whole = page.take(f"{source}.shared_mlp.input_linear.weight", 2 * shared, hidden)
-            page.put(f"{place}.ffn_gate_shexp.weight", rows(whole, 0, shared))
-            page.put(f"{place}.ffn_up_shexp.weight", rows(whole, shared, 2 * shared))
-            page.copy(f"{place}.ffn_down_shexp", f"{source}.shared_mlp.output_linear", hidden, shared)
+        granite_experts(page, layer, shared)
+
+
+def granite_expert_keys(page: Page, shared: int) -> None:
+    """`shared`: the width of an expert that every token uses, 0 without."""
+    count = page.settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
+    page.key("expert_count", count)
+    page.key("expert_used_count", page.settings.count("num_experts_per_tok", maximum=count))
+    if shared:
+        page.key("expert_shared_feed_forward_length", shared)
+
+
+def granite_experts(page: Page, layer: int, shared: int) -> None:
+    """Gate and up are one matrix, one half below the other."""
+    place, source, hidden = f"blk.{layer}", f"model.layers.{layer}.block_sparse_moe", page.width
+    count = page.settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
+    width = decoder.feed_forward_width(page)
+    page.copy(f"{place}.ffn_gate_inp", f"{source}.router.layer", count, hidden)
+    both = page.take(f"{source}.input_linear.weight", count, 2 * width, hidden)
+    page.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
+    page.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))
+    page.copy(f"{place}.ffn_down_exps", f"{source}.output_linear", count, hidden, width)
+    if shared:
+        granite_feed_forward(page, layer, shared, "_shexp")
+
+
+def granite_feed_forward(page: Page, layer: int, width: int, suffix: str = "") -> None:
+    """What every token uses, in a layer with experts or without."""
+    place, source = f"blk.{layer}", f"model.layers.{layer}.shared_mlp"
+    whole = page.take(f"{source}.input_linear.weight", 2 * width, page.width)
+    page.put(f"{place}.ffn_gate{suffix}.weight", rows(whole, 0, width))
+    page.put(f"{place}.ffn_up{suffix}.weight", rows(whole, width, 2 * width))
+    page.copy(f"{place}.ffn_down{suffix}", f"{source}.output_linear", page.width, width)
 
 
 def build_ernie(page: Page) -> None:

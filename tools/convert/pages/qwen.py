@@ -1,11 +1,14 @@
-"""qwen2, qwen2moe, qwen3, qwen3moe: Qwen 2, 2.5 and 3, dense and with experts."""
+"""qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe: Qwen 2, 2.5, 3, 3 VL (text), dense and with
+experts."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from llamaclust.tools.convert.lazy import squeezed
 from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import decoder
-from llamaclust.tools.convert.rotation import rotation
+from llamaclust.tools.convert.pages import decoder, experts
+from llamaclust.tools.convert.rotation import rotation, sections
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -18,6 +21,8 @@ def build(page: Page) -> None:
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)
     rotation(page, page.head_width, says_dimensions=False)
+    if page.architecture.startswith("qwen3vl"):
+        page.key("rope.dimension_sections", np.array(sections(page.settings, page.head_width // 2), np.int32))
     decoder.ends(page)
     count = _expert_keys(page) if page.architecture.endswith("moe") else 0
     for layer in range(page.layers):
@@ -46,17 +51,18 @@ def _expert_keys(page: Page) -> int:
         page.key("expert_shared_feed_forward_length", settings.count("shared_expert_intermediate_size"))
         if settings.flag("norm_topk_prob"):
             raise settings.error("norm_topk_prob", "true is not what qwen2moe computes")
-    elif not settings.flag("norm_topk_prob"):
-        raise settings.error("norm_topk_prob", "false is not what qwen3moe computes")
+    elif not settings.flag("norm_topk_prob", default=page.architecture == "qwen3vlmoe"):
+        raise settings.error("norm_topk_prob", f"false is not what {page.architecture} computes")
     return count
 
 
 def _experts(page: Page, layer: int, count: int) -> None:
-    prefix = f"model.layers.{layer}.mlp"
+    prefix, width = f"model.layers.{layer}.mlp", page.settings.count("moe_intermediate_size")
     page.copy(f"blk.{layer}.ffn_gate_inp", f"{prefix}.gate", count, page.width)
-    decoder.experts(
-        page, f"blk.{layer}", count, page.settings.count("moe_intermediate_size"), _PARTS, f"{prefix}.experts"
-    )
+    if page.has(f"{prefix}.experts.gate_up_proj"):
+        experts.column_matrices(page, f"blk.{layer}", f"{prefix}.experts", count, width)
+    else:
+        decoder.experts(page, f"blk.{layer}", count, width, _PARTS, f"{prefix}.experts")
     if page.architecture == "qwen2moe":
         shared = page.settings.count("shared_expert_intermediate_size")
         decoder.feed_forward(page, layer, shared, source="mlp.shared_expert", suffix="_shexp")

@@ -40,6 +40,12 @@ MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
         "Qwen3_5MoeForConditionalGeneration": TextPart(
             {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}, "qwen3_5_moe_text"
         ),
+        "Qwen3VLForConditionalGeneration": TextPart({"qwen3_vl_text": "Qwen3VLForCausalLM"}, "qwen3_vl_text"),
+        "Qwen3VLMoeForConditionalGeneration": TextPart(
+            {"qwen3_vl_moe_text": "Qwen3VLMoeForCausalLM"}, "qwen3_vl_moe_text"
+        ),
+        "Llama4ForConditionalGeneration": TextPart({"llama4_text": "Llama4ForCausalLM"}, "llama4_text"),
+        "Lfm2VlForConditionalGeneration": TextPart({"lfm2": "Lfm2ForCausalLM"}, "lfm2"),
         "Mistral3ForConditionalGeneration": TextPart(
             {
                 "ministral3": "Ministral3ForCausalLM",
@@ -60,7 +66,15 @@ _PREFIXES: Final = (
 _PICTURES: Final = tuple(
     f"{root}{part}."
     for root in ("", "model.")
-    for part in ("vision_tower", "multi_modal_projector", "visual", "embed_vision", "audio_tower", "embed_audio")
+    for part in (
+        "vision_tower",
+        "vision_model",
+        "multi_modal_projector",
+        "visual",
+        "embed_vision",
+        "audio_tower",
+        "embed_audio",
+    )
 )
 
 

@@ -1,0 +1,116 @@
+"""Configurations of LFM2, Falcon H1, Granite 4.0 H, Nemotron H, Llama 4 and Qwen 3 VL: older names say the same, and
+what no file can say is one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.loader import Model
+from support.models.converted import converted
+from support.models.original_models import SEED, Shapes, recorded_form
+
+_LIMIT = "time_step_limit"
+
+
+def changed(config: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with other settings of the text model; one that is None is left out."""
+    inner = config.get("text_config", config)
+    found = {name: value for name, value in {**inner, **change}.items() if value is not None}
+    return config | {"text_config": found} if inner is not config else found
+
+
+def with_backbone(shapes: Shapes) -> Shapes:
+    return {name.replace("model.", "backbone.", 1): shape for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("lfm2", {"layer_types": None, "full_attn_idxs": [1, 3]}),
+        ("lfm2", {"intermediate_size": None, "block_ff_dim": 96}),
+        ("lfm2-plain", {"tie_word_embeddings": None, "tie_embedding": False}),
+        ("falcon-h1", {"mamba_d_head": "auto"}),
+        ("falcon-h1", {_LIMIT: None}),
+        ("granitehybrid", {"layer_types": None, "layers_block_type": ["mamba", "attention", "mamba"]}),
+        ("granitehybrid", {"position_embedding_type": "nope"}),
+        ("nemotron_h", {"layers_block_type": None, "layer_types": None, "hybrid_override_pattern": "M-*M-"}),
+        ("nemotron_h_moe", {"layers_block_type": ["mamba", "moe", "attention", "moe"], "layer_types": None}),
+        ("nemotron_h", {"num_hidden_layers": 5, "head_dim": None, "attention_head_dim": 32}),
+        ("llama4", {"moe_layers": None, "no_rope_layers": [], "layer_types": None}),
+        ("llama4", {"attn_temperature_tuning": 4}),
+        ("llama4", {"interleave_moe_layer_step": 1, "moe_layers": [1, 3]}),
+    ],
+)
+def test_older_names_of_settings_say_the_same(name: str, change: dict[str, Any], tmp_path: Path) -> None:
+    config, shapes = recorded_form(name)
+    models: list[Model] = []
+    for folder, said in (("new", config), ("old", changed(config, change))):
+        (tmp_path / folder).mkdir()
+        models.append(converted(tmp_path / folder, said, shapes, SEED))
+    plain = [{key: str(value) for key, value in model.file.metadata.items() if "name" not in key} for model in models]
+    assert plain[0] == plain[1] and models[0].file.tensors.keys() == models[1].file.tensors.keys()
+
+
+def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note(tmp_path: Path) -> None:
+    config, shapes = recorded_form("nemotron_h_moe")
+    plain = converted(tmp_path, config, shapes, SEED).file.tensors
+    more = {**with_backbone(shapes), "mtp.layers.0.eh_proj.weight": (64, 128)}
+    (tmp_path / "more").mkdir()
+    assert converted(tmp_path / "more", config, more, SEED).file.tensors.keys() == plain.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("lfm2", {"layer_types": ["conv"]}, "1 entries for 4 layers"),
+        ("lfm2", {"layer_types": ["conv", "mamba", "conv", 5]}, "a list of conv, full_attention expected"),
+        ("lfm2", {"layer_types": None, "full_attn_idxs": [9]}, "numbers of the 4 layers expected"),
+        ("lfm2", {"conv_L_cache": 17}, "17, a whole number of 2 to 16"),
+        ("lfm2", {"conv_bias": True}, "'conv_bias': true is not what lfm2 computes"),
+        ("lfm2", {"block_ffn_dim_multiplier": 1e9}, "1000000000.0, 0.001 to 1000 expected"),
+        ("lfm2moe", {"use_expert_bias": False}, "false is not what lfm2moe computes"),
+        ("lfm2moe", {"routed_scaling_factor": 2.0}, "only 1 is what lfm2moe computes"),
+        ("lfm2moe", {"num_dense_layers": 4}, "expert_bias|no part of lfm2moe|missing"),
+        ("falcon-h1", {"mamba_n_heads": 7}, "7 heads of 16 channels are not the 96"),
+        ("falcon-h1", {"mamba_n_groups": 4}, "4, which does not divide 6 heads"),
+        ("falcon-h1", {"ssm_multipliers": [1.0]}, "1 entries, 5 numbers expected"),
+        ("falcon-h1", {"mlp_multipliers": [1.0, float("nan")]}, "holds what is no positive number"),
+        ("falcon-h1", {"key_multiplier": float("inf")}, "inf, 1e-09 to 1e.06 expected"),
+        ("falcon-h1", {_LIMIT: [0.0, 0.1]}, "time steps of 0 to infinity are computed"),
+        ("falcon-h1", {_LIMIT: 5}, "time steps of 0 to infinity are computed"),
+        ("falcon-h1-norm", {"mamba_norm_before_gate": True}, "its norm is after the gate"),
+        ("falcon-h1", {"projectors_bias": True}, "true is not what falcon-h1 computes"),
+        ("granitehybrid", {"mamba_d_conv": 1}, "1, a whole number of 2 to 16"),
+        ("granitehybrid", {"mamba_expand": 3}, "are not the 192"),
+        ("granitehybrid", {"position_embedding_type": "alibi"}, "'alibi'; only rope, nope are known"),
+        ("granitehybrid", {"layer_types": None}, "'layers_block_type': a list of mamba, linear_attention"),
+        ("nemotron_h", {"layers_block_type": ["mlp", "moe", "mlp", "mlp", "mlp"]}, "among layers with experts"),
+        ("nemotron_h", {"num_hidden_layers": 4}, "5 entries for 4 layers"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "'silu': nemotron_h computes relu2"),
+        ("nemotron_h", {"mamba_head_dim": None}, "'mamba_d_head': missing"),
+        ("nemotron_h_moe", {"n_routed_experts": 10**9}, "1000000000, a whole number of 1 to 1024"),
+        ("nemotron_h_moe", {"num_experts_per_tok": 7}, "7, a whole number of 1 to 6"),
+        ("llama4", {"use_qk_norm": False}, "false for 6 experts: only 128 are without norms"),
+        ("llama4", {"attn_temperature_tuning": False}, "false is not what llama4 computes"),
+        ("llama4", {"floor_scale": 4096}, "4096: llama4 computes with 8192"),
+        ("llama4", {"moe_layers": [0, 1, 3]}, "layers with experts at equal distances expected"),
+        ("llama4", {"no_rope_layers": [1, 1]}, "5 numbers 0 or 1 expected"),
+        ("llama4", {"no_rope_layers": 7}, "5 numbers 0 or 1 expected"),
+        ("llama4", {"no_rope_layers": [1] * 5}, "chunks in layers other than those that rotate"),
+        ("llama4", {"attention_chunk_size": -1}, "-1, a whole number of 1 to"),
+        ("qwen3vl", {"rope_parameters": {"mrope_section": [6, 5]}}, "2 numbers, 3 or 4 expected"),
+        ("qwen3vl", {"rope_parameters": {"mrope_section": [16, 5, 5]}}, "together at most 16, the pairs that turn"),
+        ("qwen3vlmoe", {"mlp_only_layers": [1]}, "layers without experts among those with them"),
+        ("qwen3vlmoe", {"norm_topk_prob": False}, "false is not what qwen3vlmoe computes"),
+    ],
+)
+def test_settings_that_no_file_can_say(name: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config, shapes = recorded_form(name)
+    with pytest.raises(ModelFileError, match=message):
+        converted(tmp_path, changed(config, change), shapes, SEED)
+    assert not list(tmp_path.glob("*.gguf"))

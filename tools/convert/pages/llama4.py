@@ -1,0 +1,102 @@
+"""llama4: Scout and Maverick, their text. Three of four layers rotate, in neighbouring pairs in the checkpoint too, and
+see a chunk of the positions; experts in each layer or every second one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.pages import decoder, experts
+from llamaclust.tools.convert.rotation import rotation
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
+
+_BASE = 500000.0
+_PERIOD = 4
+_CHUNK = 8192
+_TEMPERATURE = (("attn_scale", 0.1), ("floor_scale", 8192))
+_MAVERICK_EXPERTS = 128
+
+
+def build(page: Page) -> None:
+    settings = page.settings
+    decoder.activation(page, decoder.SILU, "hidden_act")
+    width = settings.count("intermediate_size_mlp", default=16384)
+    count, step = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS), _step(page)
+    decoder.usual_keys(page, width)
+    page.key("vocab_size", page.words)
+    decoder.rms_epsilon(page, default=1e-5)
+    rotation(page, page.head_width, base=_BASE)
+    _check_attention(page, count)
+    _chunks(page)
+    page.key("interleave_moe_layer_step", step)
+    used = settings.count("num_experts_per_tok", default=1, maximum=count)
+    experts.expert_keys(page, count, used, settings.count("intermediate_size"))
+    decoder.ends(page)
+    for layer in range(page.layers):
+        decoder.norms(page, layer)
+        decoder.attention(page, layer)
+        if (layer + 1) % step == 0:
+            _experts(page, layer, count, settings.count("intermediate_size"))
+        else:
+            decoder.feed_forward(page, layer, width, source="feed_forward")
+
+
+def _step(page: Page) -> int:
+    """Every how many layers have experts. ModelFileError for a list of layers that no number stands for."""
+    settings = page.settings
+    step = settings.count("interleave_moe_layer_step", default=1, maximum=MAX_LAYERS)
+    listed = settings.values.get("moe_layers")
+    if listed is None:
+        return step
+    for found in dict.fromkeys((step, *range(1, page.layers + 1))):
+        if listed == list(range(found - 1, page.layers, found)):
+            return found
+    raise settings.error("moe_layers", f"{str(listed)[:60]}: layers with experts at equal distances expected")
+
+
+def _check_attention(page: Page, count: int) -> None:
+    """ModelFileError for what files have no keys for: readers know norms of Q and K by the number of experts, and how
+    queries grow with their position without being told."""
+    settings = page.settings
+    has_norms = settings.flag("use_qk_norm", default=True)
+    if has_norms != (count != _MAVERICK_EXPERTS):
+        said = "true" if has_norms else "false"
+        raise settings.error("use_qk_norm", f"{said} for {count} experts: only {_MAVERICK_EXPERTS} are without norms")
+    if settings.values.get("attn_temperature_tuning", True) in (None, False, 0):
+        raise settings.error("attn_temperature_tuning", "false is not what llama4 computes")
+    for name, value in _TEMPERATURE:
+        if settings.real(name, default=value) != value:
+            raise settings.error(name, f"{settings.values[name]}: llama4 computes with {value}")
+
+
+def _chunks(page: Page) -> None:
+    """Keys for what differs from Scout and Maverick, of which public files have none."""
+    settings, rotated = page.settings, _rotated(page)
+    kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
+    if settings.has("layer_types") and settings.values["layer_types"] != kinds:
+        raise settings.error("layer_types", "chunks in layers other than those that rotate are not supported")
+    if rotated != [(layer + 1) % _PERIOD != 0 for layer in range(page.layers)]:
+        page.key("attention.sliding_window_pattern", np.array(rotated, np.bool_))
+    chunk = settings.count("attention_chunk_size", default=_CHUNK, maximum=MAX_CONTEXT)
+    if chunk != _CHUNK:
+        page.key("attention.sliding_window", chunk)
+
+
+def _rotated(page: Page) -> list[bool]:
+    """Which layers rotate: by a list, which some configurations leave empty, or all but every `no_rope_layer_interval`th one."""
+    settings = page.settings
+    listed = settings.values.get("no_rope_layers")
+    if not listed:
+        interval = settings.count("no_rope_layer_interval", default=_PERIOD, maximum=MAX_LAYERS)
+        return [(layer + 1) % interval != 0 for layer in range(page.layers)]
+    if not isinstance(listed, list) or len(listed) != page.layers or not all(flag in (0, 1) for flag in listed):
+        raise settings.error("no_rope_layers", f"{page.layers} numbers 0 or 1 expected, one for each layer")
+    return [flag == 1 for flag in listed]
+
+
+def _experts(page: Page, layer: int, count: int, width: int) -> None:
+    """And the one that every token uses."""
+    place, source = f"blk.{layer}", f"model.layers.{layer}.feed_forward"
+    page.copy(f"{place}.ffn_gate_inp", f"{source}.router", count, page.width)
+    experts.column_matrices(page, place, f"{source}.experts", count, width)
+    decoder.feed_forward(page, layer, width, source="feed_forward.shared_expert", suffix="_shexp")

@@ -1,0 +1,107 @@
+"""Mamba 2's block, as falcon-h1, granitehybrid and nemotron_h have it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamaclust.model.states import MAX_TAPS
+from llamaclust.tools.convert.lazy import Lazy, in_groups, joined, mapped
+from llamaclust.tools.convert.page import Page
+
+_MAX_HEADS, _MAX_STATE_SIZE = 1 << 14, 1 << 12
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba:
+    """`groups` of heads share their input and output matrices, of `state_size` numbers a row."""
+
+    heads: int
+    head_width: int
+    groups: int
+    state_size: int
+    taps: int
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_width
+
+    @property
+    def matrices(self) -> int:
+        """Channels of the input matrices, and of the output matrices, of all groups."""
+        return self.groups * self.state_size
+
+    @property
+    def convolved(self) -> int:
+        return self.inner + 2 * self.matrices
+
+    @property
+    def products(self) -> int:
+        """Rows of the first matrix: gate, what is convolved, time steps."""
+        return self.inner + self.convolved + self.heads
+
+
+def read_mamba(page: Page, inner: int | None) -> Mamba:
+    """`inner`: the width that all heads have together, where the configuration has one besides."""
+    settings = page.settings
+    heads = settings.count("mamba_n_heads", "mamba_num_heads", maximum=_MAX_HEADS)
+    width = None if inner is None else max(1, inner // heads)
+    if settings.values.get("mamba_d_head") != "auto":
+        width = settings.count("mamba_d_head", "mamba_head_dim", default=width)
+    if width is None or (inner is not None and heads * width != inner):
+        raise settings.error("mamba_d_head", f"{heads} heads of {width} channels are not the {inner} of the block")
+    groups = settings.count("mamba_n_groups", "n_groups", default=1, maximum=heads)
+    if heads % groups:
+        raise settings.error("mamba_n_groups", f"{groups}, which does not divide {heads} heads")
+    return Mamba(
+        heads,
+        width,
+        groups,
+        settings.count("mamba_d_state", "ssm_state_size", maximum=_MAX_STATE_SIZE),
+        settings.count("mamba_d_conv", "conv_kernel", default=4, minimum=2, maximum=MAX_TAPS),
+    )
+
+
+def mamba_keys(page: Page, mamba: Mamba) -> None:
+    _check_time_steps(page)
+    page.key("ssm.conv_kernel", mamba.taps)
+    page.key("ssm.state_size", mamba.state_size)
+    page.key("ssm.group_count", mamba.groups)
+    page.key("ssm.inner_size", mamba.inner)
+    page.key("ssm.time_step_rank", mamba.heads)
+
+
+def write_mamba(page: Page, place: str, source: str, mamba: Mamba, *, has_norm: bool = True) -> None:
+    """All tensors; decays are stored as logarithms of their amount."""
+    page.copy(f"{place}.ssm_in", f"{source}.in_proj", mamba.products, page.width)
+    page.put(f"{place}.ssm_conv1d.weight", joined(page.take(f"{source}.conv1d.weight", mamba.convolved, 1, mamba.taps)))
+    if page.has(f"{source}.conv1d.bias"):
+        page.put(f"{place}.ssm_conv1d.bias", page.take(f"{source}.conv1d.bias", mamba.convolved))
+    page.put(f"{place}.ssm_dt.bias", page.take(f"{source}.dt_bias", mamba.heads))
+    page.put(f"{place}.ssm_a", mapped(_column(page, f"{source}.A_log", mamba), lambda values: -np.exp(values)))
+    page.put(f"{place}.ssm_d", _column(page, f"{source}.D", mamba))
+    if has_norm:
+        norm = page.take(f"{source}.norm.weight", mamba.inner)
+        page.put(f"{place}.ssm_norm.weight", in_groups(norm, mamba.inner // mamba.groups))
+    page.copy(f"{place}.ssm_out", f"{source}.out_proj", page.width, mamba.inner)
+
+
+def _column(page: Page, name: str, mamba: Mamba) -> Lazy:
+    return in_groups(page.take(name, mamba.heads), 1)
+
+
+def _check_time_steps(page: Page) -> None:
+    """ModelFileError for bounds of the time steps: no key has them."""
+    names = ("time_step_limit", "mamba_dt_limit")
+    name = next((name for name in names if page.settings.has(name)), names[0])
+    said = page.settings.values.get(name)
+    if said is None:
+        return
+    bounds = (
+        [bound.get("__float__") if isinstance(bound, dict) else bound for bound in said]
+        if isinstance(said, list)
+        else []
+    )
+    if [str(bound).lower() for bound in bounds] not in (["0.0", "inf"], ["0", "inf"], ["0.0", "infinity"]):
+        raise page.settings.error(name, f"{str(said)[:60]}: time steps of 0 to infinity are computed")

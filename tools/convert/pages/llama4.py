@@ -83,7 +83,7 @@ def _chunks(page: Page) -> None:
 
 
 def _rotated(page: Page) -> list[bool]:
-    """Which layers rotate: by a list, which some configurations leave empty, or all but every `no_rope_layer_interval`th one."""
+    """Which layers rotate: by a list, which some configurations leave empty, or all but one in each interval."""
     settings = page.settings
     listed = settings.values.get("no_rope_layers")
     if not listed:

@@ -41,6 +41,11 @@ class Page:
     def has(self, name: str) -> bool:
         return name in self._left
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of a tensor that was not taken yet, None without one of that name."""
+        tensor = self._left.get(name)
+        return None if tensor is None else tensor.shape
+
     def take(self, name: str, *shape: int) -> Lazy:
         """The tensor of that name, once; ModelFileError where it is missing or has another shape."""
         tensor = self._taken(name, shape)

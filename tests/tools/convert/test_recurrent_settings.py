@@ -11,8 +11,8 @@ import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.loader import Model
-from support.models.converted import converted
-from support.models.original_models import SEED, Shapes, recorded_form
+from support.models.converted import converted, converted_checkpoint
+from support.models.original_models import SEED, Shapes, draw, recorded_form
 
 _LIMIT = "time_step_limit"
 
@@ -43,7 +43,7 @@ def with_backbone(shapes: Shapes) -> Shapes:
         ("nemotron_h", {"num_hidden_layers": 5, "head_dim": None, "attention_head_dim": 32}),
         ("llama4", {"moe_layers": None, "no_rope_layers": [], "layer_types": None}),
         ("llama4", {"attn_temperature_tuning": 4}),
-        ("llama4", {"interleave_moe_layer_step": 1, "moe_layers": [1, 3]}),
+        ("llama4-plain", {"interleave_moe_layer_step": 1, "moe_layers": [1, 3]}),
     ],
 )
 def test_older_names_of_settings_say_the_same(name: str, change: dict[str, Any], tmp_path: Path) -> None:
@@ -52,8 +52,29 @@ def test_older_names_of_settings_say_the_same(name: str, change: dict[str, Any],
     for folder, said in (("new", config), ("old", changed(config, change))):
         (tmp_path / folder).mkdir()
         models.append(converted(tmp_path / folder, said, shapes, SEED))
-    plain = [{key: str(value) for key, value in model.file.metadata.items() if "name" not in key} for model in models]
+    plain = [
+        {
+            key: str(value)
+            for key, value in model.file.metadata.items()
+            if not key.startswith(("tokenizer.", "general.name"))
+        }
+        for model in models
+    ]
     assert plain[0] == plain[1] and models[0].file.tensors.keys() == models[1].file.tensors.keys()
+
+
+def test_experts_of_qwen_3_vl_are_read_in_the_published_form_too(tmp_path: Path) -> None:
+    """Columns before rows, which transformers turns when it reads them and does not turn back."""
+    config, shapes = recorded_form("qwen3vlmoe")
+    tensors = {tensor: draw(tensor, shape, SEED) for tensor, shape in shapes.items()}
+    turned = {name: array.swapaxes(1, 2).copy() if ".experts." in name else array for name, array in tensors.items()}
+    (tmp_path / "turned").mkdir()
+    plain, other = (
+        converted_checkpoint(tmp_path, config, tensors),
+        converted_checkpoint(tmp_path / "turned", config, turned),
+    )
+    assert plain.tensors.keys() == other.tensors.keys()
+    assert all(plain.tensor(name).read() == other.tensor(name).read() for name in plain.tensors)
 
 
 def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note(tmp_path: Path) -> None:

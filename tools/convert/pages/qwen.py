@@ -10,8 +10,6 @@ from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder, experts
 from llamaclust.tools.convert.rotation import rotation, sections
 
-_PARTS = ("gate_proj", "up_proj", "down_proj")
-
 
 def build(page: Page) -> None:
     """A sliding window of the configuration is ignored: `use_sliding_window` disables it."""
@@ -59,12 +57,18 @@ def _expert_keys(page: Page) -> int:
 def _experts(page: Page, layer: int, count: int) -> None:
     prefix, width = f"model.layers.{layer}.mlp", page.settings.count("moe_intermediate_size")
     page.copy(f"blk.{layer}.ffn_gate_inp", f"{prefix}.gate", count, page.width)
-    if page.has(f"{prefix}.experts.gate_up_proj"):
+    if _has_columns_first(page, f"{prefix}.experts", count, width):
         experts.column_matrices(page, f"blk.{layer}", f"{prefix}.experts", count, width)
     else:
-        decoder.experts(page, f"blk.{layer}", count, width, _PARTS, f"{prefix}.experts")
+        experts.matrices(page, f"blk.{layer}", f"{prefix}.experts", count, width)
     if page.architecture == "qwen2moe":
         shared = page.settings.count("shared_expert_intermediate_size")
         decoder.feed_forward(page, layer, shared, source="mlp.shared_expert", suffix="_shexp")
         gate = page.take(f"{prefix}.shared_expert_gate.weight", 1, page.width)
         page.put(f"blk.{layer}.ffn_gate_inp_shexp.weight", squeezed(gate))
+
+
+def _has_columns_first(page: Page, source: str, count: int, width: int) -> bool:
+    """The published form of Qwen 3 VL; transformers has its own and writes that. One of the two may be square."""
+    both, down = page.shape(f"{source}.gate_up_proj"), page.shape(f"{source}.down_proj")
+    return both == (count, page.width, 2 * width) and down == (count, width, page.width)

@@ -12,7 +12,6 @@ _LLAMA4 = keys(
     intermediate_size_mlp=80,
     num_local_experts=6,
     num_experts_per_tok=2,
-    interleave_moe_layer_step=2,
     attention_chunk_size=7,
     head_dim=32,
 )
@@ -69,7 +68,8 @@ MULTIMODAL_ORIGINALS: Mapping[str, Original] = MappingProxyType(
             | {
                 "num_local_experts": 128,
                 "use_qk_norm": False,
-                "interleave_moe_layer_step": 1,
+                "num_experts_per_tok": 1,
+                "interleave_moe_layer_step": 2,
                 "attention_chunk_size": 8192,
                 "intermediate_size": 32,
             },

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from support.models.original_models import DATA_FOLDER, MODELS, SEED, Original, Shapes, packed_form, write_original
+from support.models.original_models import DATA_FOLDER, MODELS, SEED, Shapes, packed_form, write_original
+from support.models.originals.original import Original
 from support.models.tiny_architectures import TOKENS, VOCABULARY
 
 

@@ -44,11 +44,10 @@ def build(page: Page) -> None:
 def _step(page: Page) -> int:
     """Every how many layers have experts. ModelFileError for a list of layers that no number stands for."""
     settings = page.settings
-    step = settings.count("interleave_moe_layer_step", default=1, maximum=MAX_LAYERS)
     listed = settings.values.get("moe_layers")
     if listed is None:
-        return step
-    for found in dict.fromkeys((step, *range(1, page.layers + 1))):
+        return settings.count("interleave_moe_layer_step", default=1, maximum=MAX_LAYERS)
+    for found in range(1, page.layers + 1):
         if listed == list(range(found - 1, page.layers, found)):
             return found
     raise settings.error("moe_layers", f"{str(listed)[:60]}: layers with experts at equal distances expected")

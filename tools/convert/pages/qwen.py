@@ -9,6 +9,7 @@ from llamaclust.tools.convert.lazy import squeezed
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder, experts
 from llamaclust.tools.convert.rotation import rotation, sections
+from llamaclust.tools.convert.settings import MAX_LAYERS
 
 
 def build(page: Page) -> None:
@@ -20,7 +21,7 @@ def build(page: Page) -> None:
     decoder.rms_epsilon(page)
     rotation(page, page.head_width, says_dimensions=False)
     if page.architecture.startswith("qwen3vl"):
-        page.key("rope.dimension_sections", np.array(sections(page.settings, page.head_width // 2), np.int32))
+        _picture_keys(page)
     decoder.ends(page)
     count = _expert_keys(page) if page.architecture.endswith("moe") else 0
     for layer in range(page.layers):
@@ -35,6 +36,13 @@ def build(page: Page) -> None:
             _experts(page, layer, count)
         else:
             decoder.feed_forward(page, layer, width)
+
+
+def _picture_keys(page: Page) -> None:
+    """Of rotations by sections, and how many layers pictures add something to, for programs that see them."""
+    page.key("rope.dimension_sections", np.array(sections(page.settings, page.head_width // 2), np.int32))
+    if page.settings.has("deepstack_layers"):
+        page.key("n_deepstack_layers", page.settings.count("deepstack_layers", minimum=0, maximum=MAX_LAYERS))
 
 
 def _expert_keys(page: Page) -> int:

@@ -91,6 +91,9 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
         raise inner.error("model_type", f"{shown(said)} in a {checkpoint.family} cannot be converted, only {known}")
     values = {**(part.defaults or {}), **inner.values}
     values.pop("tie_word_embeddings", None)  # a head in the checkpoint is the head
+    added = checkpoint.settings.inner("vision_config").values.get("deepstack_visual_indexes")
+    if isinstance(added, list):
+        values["deepstack_layers"] = len(added)
     settings = Settings(values, inner.origin)
     tensors = {name: checkpoint.tensors[source] for name, source in _sources(checkpoint).items()}
     return replace(checkpoint, family=part.families[said], settings=settings, tensors=tensors)

@@ -12,6 +12,7 @@ _MAMBA = {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d
 _FALCON_H1 = keys(
     **_MAMBA | {"mamba_n_heads": 6, "mamba_d_ssm": 96, "mamba_d_head": 16},
     **rope("default"),
+    head_dim=32,
     embedding_multiplier=2.5,
     lm_head_multiplier=0.4,
     key_multiplier=0.6,

@@ -35,7 +35,7 @@ def build(page: Page) -> None:
     for layer in range(page.layers):
         place, source = f"blk.{layer}", f"model.layers.{layer}"
         page.copy(f"{place}.attn_norm", f"{source}.input_layernorm", page.width)
-        page.copy(f"{place}.ffn_norm", f"{source}.pre_ff_layernorm", page.width)
+        page.put(f"{place}.ffn_norm", page.take(f"{source}.pre_ff_layernorm.weight", page.width))  # llama.cpp's name
         decoder.attention(page, layer)
         write_mamba(page, place, f"{source}.mamba", mamba, has_norm=has_norm)
         decoder.feed_forward(page, layer, width, source="feed_forward")
@@ -77,7 +77,7 @@ def _product_factors(page: Page, mamba: Mamba) -> NDArray[np.float32]:
     """Of the rows of gate, x, input and output matrices and time steps."""
     parts = (mamba.inner, mamba.inner, mamba.matrices, mamba.matrices, mamba.heads)
     factors = _factors(page, "ssm_multipliers", len(parts))
-    return np.repeat(np.float32(factors) * np.float32(_factor(page, "ssm_in_multiplier")), parts)
+    return np.repeat(np.array(factors, np.float32) * np.float32(_factor(page, "ssm_in_multiplier")), parts)
 
 
 def _factor(page: Page, name: str) -> float:

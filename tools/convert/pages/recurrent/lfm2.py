@@ -69,7 +69,7 @@ def _keys(page: Page, width: int, kinds: list[str]) -> None:
     page.key("attention.head_count_kv", np.array([page.kv_heads * (kind != "conv") for kind in kinds], np.int32))
     page.key("shortconv.l_cache", _taps(page))
     decoder.rms_epsilon(page, "norm_eps", default=1e-5)
-    rotation(page, page.head_width, base=_BASE)
+    rotation(page, page.head_width, base=_BASE, says_dimensions=False)
 
 
 def _taps(page: Page) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ from llamaclust.tools.convert.lazy import Lazy, in_groups, joined, mapped
 from llamaclust.tools.convert.page import Page
 
 _MAX_HEADS, _MAX_STATE_SIZE = 1 << 14, 1 << 12
+_ALL_STEPS = ([0, math.inf], [0, {"__float__": "Infinity"}])
+"""The second is how transformers writes the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +95,8 @@ def _column(page: Page, name: str, mamba: Mamba) -> Lazy:
 
 
 def _check_time_steps(page: Page) -> None:
-    """ModelFileError for bounds of the time steps: no key has them."""
-    names = ("time_step_limit", "mamba_dt_limit")
-    name = next((name for name in names if page.settings.has(name)), names[0])
-    said = page.settings.values.get(name)
-    if said is None:
-        return
-    bounds = (
-        [bound.get("__float__") if isinstance(bound, dict) else bound for bound in said]
-        if isinstance(said, list)
-        else []
-    )
-    if [str(bound).lower() for bound in bounds] not in (["0.0", "inf"], ["0", "inf"], ["0.0", "infinity"]):
-        raise page.settings.error(name, f"{str(said)[:60]}: time steps of 0 to infinity are computed")
+    """ModelFileError for bounds of the time steps, which no key has."""
+    for name in ("time_step_limit", "mamba_dt_limit"):
+        said = page.settings.values.get(name)
+        if said is not None and said not in _ALL_STEPS:
+            raise page.settings.error(name, f"{str(said)[:60]}: time steps of 0 to infinity are computed")

@@ -3,6 +3,7 @@ what no file can say is one clear error."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.architectures import build_program
+from llamaclust.model.hyperparameters import read_hyperparameters
 from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
 from support.models.converted import converted, converted_checkpoint
 from support.models.original_models import SEED, Shapes, draw, recorded_form
 
@@ -75,6 +79,20 @@ def test_experts_of_qwen_3_vl_are_read_in_the_published_form_too(tmp_path: Path)
     )
     assert plain.tensors.keys() == other.tensors.keys()
     assert all(plain.tensor(name).read() == other.tensor(name).read() for name in plain.tensors)
+
+
+@pytest.mark.parametrize("name", ["lfm2moe", "falcon-h1-norm", "granitehybrid-experts", "nemotron_h_moe-latent"])
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_what_states_are_computed_with_stays_float32(name: str, kind: str, tmp_path: Path) -> None:
+    config, shapes = recorded_form(name)
+    tensors = {tensor: draw(tensor, shape, SEED) for tensor, shape in shapes.items()}
+    model = converted_checkpoint(tmp_path, config, tensors, kind)
+    exact = re.compile(
+        r".*\.(ssm_(conv1d|norm)\.weight|ssm_[ad]|ssm_dt\.bias|shortconv\.conv\.weight|ffn_gate_inp\.weight)"
+    )
+    found = [tensor for tensor in model.tensors if exact.fullmatch(tensor)]
+    assert found and all(model.tensor(tensor).quant_type is QuantType.F32 for tensor in found)
+    assert build_program(model, 0, read_hyperparameters(model).block_count)
 
 
 def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note(tmp_path: Path) -> None:

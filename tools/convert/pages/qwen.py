@@ -1,4 +1,4 @@
-"""qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe: Qwen 2, 2.5, 3, 3 VL (text), dense and with
+"""qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe: Qwen 2, 2.5, 3 and 3 VL (its text), dense and with
 experts."""
 
 from __future__ import annotations

@@ -39,9 +39,14 @@ def build(page: Page) -> None:
         else:
             _delta_net(page, layer, net.count("head_dim"), net.count("short_conv_kernel_size"))
         if layer < dense:
-            decoder.feed_forward(page, layer, width)
+            decoder.feed_forward(page, layer, width, source=_dense_module(page, layer))
         else:
             _experts(page, layer)
+
+
+def _dense_module(page: Page, layer: int) -> str:
+    """The published name, or that of mixtures, which transformers writes for every feed-forward network."""
+    return _MIXTURE if page.has(f"model.layers.{layer}.{_MIXTURE}.gate_proj.weight") else "mlp"
 
 
 def _net(page: Page) -> Settings:

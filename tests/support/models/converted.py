@@ -79,14 +79,18 @@ def errors(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[n
     return result
 
 
-def assert_close(model: Model, name: str, tokens: list[int], wanted: NDArray[np.float32]) -> None:
-    """On the CPU and by the reference; then by the reference without what float16 takes away."""
+def assert_close(
+    model: Model, name: str, tokens: list[int], wanted: NDArray[np.float32], *, may_be_tied: bool = False
+) -> None:
+    """On the CPU and by the reference; then by the reference without what float16 takes away. `may_be_tied`: rounding
+    may choose another expert for some of the tokens."""
+    rounded = np.median if may_be_tied else np.max
     for backend in (ReferenceBackend(), all_threads(1)):
         found = errors(logits(backend, model, name, tokens), wanted)
         if MODELS[name].packed and not isinstance(backend, ReferenceBackend):
             assert np.median(found) <= EIGHT_BITS, (backend, found)
         else:
-            assert found.max() <= ROUNDED, (backend, found)
+            assert rounded(found) <= ROUNDED, (backend, found)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv, "_HalfRows", WholeRows)
         found = errors(logits(ReferenceBackend(), model, name, tokens), wanted)

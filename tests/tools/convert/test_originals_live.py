@@ -21,4 +21,4 @@ pytest.importorskip("transformers", exc_type=ImportError)
 def test_other_weights_and_tokens(name: str, seed: int, tmp_path: Path) -> None:
     tokens = np.random.default_rng(seed).integers(0, VOCABULARY, 40).tolist()
     model = converted(tmp_path, *recorded_form(name), seed)
-    assert_close(model, name, tokens, original_logits(MODELS[name], tmp_path, tokens))
+    assert_close(model, name, tokens, original_logits(MODELS[name], tmp_path, tokens), may_be_tied=True)

@@ -95,6 +95,17 @@ def test_what_states_are_computed_with_stays_float32(name: str, kind: str, tmp_p
     assert build_program(model, 0, read_hyperparameters(model).block_count)
 
 
+def test_llama_cpp_finds_what_it_asks_for(tmp_path: Path) -> None:
+    """A norm of Falcon H1 by a name without a suffix, the epsilon of Nemotron H under a second key."""
+    models: dict[str, Model] = {}
+    for name in ("falcon-h1", "nemotron_h"):
+        (tmp_path / name).mkdir()
+        models[name] = converted(tmp_path / name, *recorded_form(name), SEED)
+    assert {"blk.0.ffn_norm", "blk.2.ffn_norm"} <= models["falcon-h1"].file.tensors.keys()
+    keys = models["nemotron_h"].file.metadata
+    assert keys["nemotron_h.attention.layer_norm_epsilon"] == keys["nemotron_h.attention.layer_norm_rms_epsilon"]
+
+
 def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note(tmp_path: Path) -> None:
     config, shapes = recorded_form("nemotron_h_moe")
     plain = converted(tmp_path, config, shapes, SEED).file.tensors

@@ -78,6 +78,7 @@ def _keys(page: Page, kinds: list[str], width: int) -> None:
     counts = [page.kv_heads * (kind == "attention") for kind in kinds]
     page.key("attention.head_count_kv", np.array(counts, np.int32))
     decoder.rms_epsilon(page, "layer_norm_epsilon", "rms_norm_eps", default=1e-5)
+    page.key("attention.layer_norm_epsilon", page.metadata[f"{page.architecture}.attention.layer_norm_rms_epsilon"])
 
 
 def _expert_keys(page: Page) -> None:

@@ -95,9 +95,9 @@ def _piece_bytes(step: Attention) -> int:
 
 
 def _spans(step: Attention, max_context_tokens: int) -> int:
-    """Spans that a row sees at most."""
+    """Spans that a row sees at most, and more than one wherever those of a tile do: then all are merged."""
     spans = -(-max_context_tokens // SPAN_TOKENS)
-    return spans if step.window is None else min(spans, (step.window - 2) // SPAN_TOKENS + 2)
+    return spans if step.window is None else min(spans, max(step.window - 2, 0) // SPAN_TOKENS + 2)
 
 
 def room_of(steps: tuple[Attention, ...], max_rows: int, max_context_tokens: int) -> Room:
@@ -121,6 +121,11 @@ def _few_queries(step: Attention) -> int:
     return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
+def _window(step: Attention) -> tuple[int, int]:
+    """Its length, and whether it is one of chunks."""
+    return step.window or _NO_WINDOW, int(step.chunked)
+
+
 def _parts(step: Attention, gpu: LaunchLimits) -> int:
     return -(-_group(step) // _many_queries(step, gpu))
 
@@ -139,8 +144,6 @@ def check_attention(program: Program) -> None:
             raise ModelFileError(f"{at}: keys and values of {found}, at most {most} channels")
         if step.v is not None and step.head_dim > _MAX_HEAD_DIM:
             raise ModelFileError(f"{at}: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
-        if step.chunked:
-            raise ModelFileError("attention in chunks is not computed on GPUs; set device: cpu for its workers")
 
 
 def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
@@ -149,7 +152,7 @@ def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
 
 def likeness(step: Attention) -> tuple[object, ...]:
     """Equal for layers whose rows become the same tiles on any GPU: they share a plan."""
-    return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window, step.v is None
+    return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window, step.chunked, step.v is None
 
 
 def _stage_floats(step: Attention, blocks: int) -> int:
@@ -201,7 +204,7 @@ class AttentionLaunches:
         """Once for a microbatch and likeness, before the first attention."""
         inputs, room, group = self.inputs, self.room, _group(step)
         split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self.gpu)))
-        tiles = (tile_rows(step, self.gpu), _few_queries(step) // group, step.window or _NO_WINDOW)
+        tiles = (tile_rows(step, self.gpu), _few_queries(step) // group, *_window(step))
         arrays = (inputs.rows, inputs.positions, inputs.sequence_starts, inputs.table_starts)
         figures = map(np.int32, (*tiles, room.max_rows, room.slots, split_below))
         return Launch("attention.rows.plan", (1, 1, 1), (256, 1, 1), (*arrays, *figures, plan))
@@ -237,7 +240,7 @@ class AttentionLaunches:
         self, kernel: str, grid: tuple[int, int, int], shared_bytes: int, step: Attention, at: AttentionBuffers
     ) -> Launch:
         sizes = step.heads, step.kv_heads, step.head_dim, step.value_dim, _piece_bytes(step)
-        figures = map(np.int32, (*sizes, step.window or _NO_WINDOW))
+        figures = map(np.int32, (*sizes, *_window(step)))
         scores = np.float32(step.scale), np.float32(step.soft_cap or 0.0)
         arrays = self.inputs.positions, at.tables, at.q, at.kv, at.slopes, at.sinks
         args = (*self._plan_args(at), *arrays, *figures, *scores, at.partials, at.out)

@@ -13,6 +13,7 @@ import pytest
 from llamaclust.kernels.cuda.launches.attention import (
     LaunchLimits,
     few_shared_bytes,
+    likeness,
     many_shared_bytes,
     room_of,
     tile_rows,
@@ -79,17 +80,19 @@ def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType, sin
         attender.check([(told, range(1598, 1600))])
 
 
+@pytest.mark.parametrize("chunked", [False, True], ids=["windows", "chunks"])
 @pytest.mark.parametrize("window", [1, 9, 300, 512, 520])
 @pytest.mark.parametrize("kv_type", KvType)
-def test_windows(bench: Bench, tmp_path: Path, kv_type: KvType, window: int) -> None:
-    """Windows in one span, at its edges and over two; blocks behind them are not there."""
-    step = attention(4, 2, 64, kv_type, window=window, sinks="sinks" if window % 2 else None)
+def test_windows(bench: Bench, tmp_path: Path, kv_type: KvType, window: int, chunked: bool) -> None:
+    """In one span, at its edges and over two; blocks behind them are not there."""
+    step = attention(4, 2, 64, kv_type, window=window, sinks="sinks" if window % 2 else None, chunked=chunked)
     (told,) = sequences_of(tmp_path, step, (1060,), generator())
     attender = Attender(bench, step, LARGE)
     attender.fill(told, 1015)
     attender.check([(told, range(1015, 1016))], one_row_each=True)
-    attender.check([(told, range(1016, 1058))])
-    attender.check([(told, range(1058, 1060))])
+    attender.check([(told, range(1016, 1023))])
+    attender.check([(told, range(1023, 1025))])
+    attender.check([(told, range(1025, 1060))])
 
 
 @pytest.mark.parametrize("kv_type", KvType)
@@ -163,6 +166,12 @@ def test_shared_memory_is_what_every_gpu_has() -> None:
         assert many_shared_bytes(widest, 16) + 1024 <= LEAST_SHARED_BYTES
     assert tile_rows(attention(32, 8, 128), SMALL) == 4
     assert tile_rows(attention(32, 8, 128), LARGE) == 8
+
+
+def test_windows_and_chunks_have_tiles_of_their_own() -> None:
+    """In a model that has both of one length."""
+    window, chunks = (attention(4, 1, 64, window=300, chunked=chunked) for chunked in (False, True))
+    assert likeness(window) != likeness(chunks)
 
 
 def test_sums_of_spans_take_bounded_memory() -> None:

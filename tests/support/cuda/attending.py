@@ -23,6 +23,7 @@ from llamaclust.kernels.cuda.launches.elementwise import rotation
 from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL
 from llamaclust.kernels.fuse import reads_of
+from llamaclust.kernels.reference.steps import seen_by
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.kv_type import KvType
@@ -50,12 +51,13 @@ def attention(
     soft_cap: float | None = None,
     slopes: tuple[float, ...] | None = None,
     sinks: str | None = None,
+    chunked: bool = False,
 ) -> Attention:
     q, out = (Buffer(name, heads * head_dim) for name in ("q", "out"))
     k, v = (Buffer(name, kv_heads * head_dim) for name in ("k", "v"))
     scale = float(np.float32(head_dim**-0.5))
     figures = heads, kv_heads, head_dim, scale, kv_type, window, soft_cap, slopes
-    return Attention(q, k, v, out, 1, *figures, sinks=sinks)
+    return Attention(q, k, v, out, 1, *figures, sinks=sinks, chunked=chunked)
 
 
 def latent(heads: int, key: int, value: int, kv_type: KvType = KvType.F16) -> Attention:
@@ -189,7 +191,7 @@ class Attender:
 
     def check(self, parts: Sequence[tuple[Told, range]], *, one_row_each: bool = False) -> None:
         """One batch of rows of some sequences, whose earlier rows are there: the CPU's bits."""
-        batch = windowed(batch_of([([0] * len(r), r, told.table) for told, r in parts]), parts, self.step.window)
+        batch = windowed(batch_of([([0] * len(r), r, told.table) for told, r in parts]), parts, self.step)
         rows = np.concatenate([told.rows[r.start : r.stop] for told, r in parts])
         wanted = np.concatenate([told.wanted[r.start : r.stop] for told, r in parts])
         found = self.run(batch, rows, one_row_each=one_row_each)
@@ -198,13 +200,13 @@ class Attender:
         np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
 
 
-def windowed(batch: Batch, parts: Sequence[tuple[Told, range]], window: int | None) -> Batch:
+def windowed(batch: Batch, parts: Sequence[tuple[Told, range]], step: Attention) -> Batch:
     """With -1 for blocks that no row sees any more."""
-    if window is None:
+    if step.window is None:
         return batch
     tables = []
     for told, rows in parts:
-        gone = max(0, rows.start - window + 1) // KV_BLOCK_TOKENS
+        gone = seen_by(step, rows.start, rows.stop)[0] // KV_BLOCK_TOKENS
         tables += [-1] * gone + list(told.table[gone:])
     return Batch(
         batch.tokens,

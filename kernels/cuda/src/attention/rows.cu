@@ -19,14 +19,15 @@ struct Tile {
 
 struct Cutter {
   const int32_t *positions, *sequence_starts, *table_starts;
-  int sequences, tile_rows, few_rows, window;
+  int sequences, tile_rows, few_rows;
+  Window window;
 
   // rows = 0: none begins here.
   DEVICE Tile tile(int row) const {
     const int sequence = sequence_of(row, sequence_starts, sequences);
     if ((row - sequence_starts[sequence]) % tile_rows != 0) return {0, 0, 0, 0, 0};
     const int left = sequence_starts[sequence + 1] - row, rows = left < tile_rows ? left : tile_rows;
-    const int begin = first_seen(positions[row], window) / kSpanTokens;
+    const int begin = window.first_seen(positions[row]) / kSpanTokens;
     const int end = positions[row + rows - 1] / kSpanTokens + 1;
     return {table_starts[sequence], rows, begin, end - begin, rows <= few_rows ? Work::kFew : Work::kMany};
   }
@@ -34,7 +35,7 @@ struct Cutter {
 
 DEVICE void write_rows(const Cutter& cutter, const Tile& tile, int row, int slot, const Work& work) {
   for (int i = 0; i < tile.rows; i++) {
-    const int position = cutter.positions[row + i], begin = first_seen(position, cutter.window) / kSpanTokens;
+    const int position = cutter.positions[row + i], begin = cutter.window.first_seen(position) / kSpanTokens;
     work.table(row + i) = tile.table;
     work.spans(row + i) = slot < 0 ? 0 : position / kSpanTokens + 1 - begin;
     work.slot(row + i) = slot + (begin - tile.span_begin) * tile.rows + i;
@@ -59,10 +60,10 @@ DEVICE void write_items(const Tile& tile, int row, int slot, int first, const Wo
 // slots for all their sums: those of up to few_rows rows always, the others where there are fewer tiles than split_below.
 // Long tiles come first. Once for a microbatch, whatever the number of its rows: one block of 256.
 KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t* sequence_starts,
-       const int32_t* table_starts, int32_t tile_rows, int32_t few_rows, int32_t window, int32_t max_rows,
-       int32_t slots, int32_t split_below, int32_t* to) {
+       const int32_t* table_starts, int32_t tile_rows, int32_t few_rows, int32_t window, int32_t chunked,
+       int32_t max_rows, int32_t slots, int32_t split_below, int32_t* to) {
   const Work work(to, max_rows, slots);
-  const Cutter cutter{positions, sequence_starts, table_starts, header[1], tile_rows, few_rows, window};
+  const Cutter cutter{positions, sequence_starts, table_starts, header[1], tile_rows, few_rows, {window, chunked}};
   const int rows = header[0];
   SHARED(int32_t, tiles, [2]);
   SHARED(int32_t, wanted, [2]);

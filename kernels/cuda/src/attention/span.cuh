@@ -18,7 +18,8 @@ struct Step {
   const uint8_t* kv;
   const float *slopes, *sinks;  // null: none
   float *partials, *out;
-  int heads, kv_heads, head_dim, value_dim, piece_bytes, window, slots;
+  int heads, kv_heads, head_dim, value_dim, piece_bytes, slots;
+  Window window;
   float scale, soft_cap;  // 0: none
 };
 
@@ -54,7 +55,7 @@ struct Span {
     return step.q + (row(query) * step.heads + head_of(query)) * step.head_dim;
   }
   DEVICE bool sees(int query) const { return queries.ends[query] > queries.firsts[query]; }
-  DEVICE bool begins(int query) const { return first_seen(position(query), step.window) / kSpanTokens == span; }
+  DEVICE bool begins(int query) const { return step.window.first_seen(position(query)) / kSpanTokens == span; }
   DEVICE bool ends(int query) const { return position(query) / kSpanTokens == span; }
 
   // Positions of the span, from its start, that some query sees, and that all see.
@@ -62,9 +63,9 @@ struct Span {
     const int at = position - start();
     return at < 0 ? 0 : at < kSpanTokens ? at : kSpanTokens;
   }
-  DEVICE int first() const { return within(first_seen(from, step.window)); }
+  DEVICE int first() const { return within(step.window.first_seen(from)); }
   DEVICE int end() const { return within(last() + 1); }
-  DEVICE int all_first() const { return within(first_seen(last(), step.window)); }
+  DEVICE int all_first() const { return within(step.window.first_seen(last())); }
   DEVICE int all_end() const { return within(from + 1); }
 
   DEVICE const uint8_t* piece(int at) const {
@@ -78,7 +79,7 @@ struct Span {
       queries.blocks[i] = step.tables[item.table + span * kSpanBlocks + i];
     if (i >= TQ) return;
     const bool there = i < count();
-    const int first = there ? within(first_seen(position(i), step.window)) : 0;
+    const int first = there ? within(step.window.first_seen(position(i))) : 0;
     const int end = there ? within(position(i) + 1) : 0;
     queries.firsts[i] = first < end ? first : 0;
     queries.ends[i] = first < end ? end : 0;
@@ -212,11 +213,12 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
   KERNEL_IN_BLOCKS(256, 2, name, int32_t* plan, int32_t max_rows, int32_t slots, const int32_t* positions,            \
                    const int32_t* tables, const float* q, const uint8_t* kv, const float* slopes, const float* sinks, \
                    int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t value_dim, int32_t piece_bytes,         \
-                   int32_t window, float scale, float soft_cap, float* partials, float* out) {                        \
+                   int32_t window, int32_t chunked, float scale, float soft_cap, float* partials, float* out) {       \
     float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \
     SHARED(Queries<TQ>, queries, );                                                                                   \
-    const Step step{positions, tables,   q,        kv,        slopes,      sinks,  partials, out,                     \
-                    heads,     kv_heads, head_dim, value_dim, piece_bytes, window, slots,    scale, soft_cap};        \
+    const Window seen{window, chunked};                                                                               \
+    const Step step{positions, tables,   q,        kv,        slopes,      sinks, partials, out,                      \
+                    heads,     kv_heads, head_dim, value_dim, piece_bytes, slots, seen,     scale, soft_cap};         \
     const auto values = [](const Span<Kv, TQ>& span) { add_values(span); };                                           \
     attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), kind, queries, scores, scores + (stage), values);   \
   }

@@ -57,7 +57,15 @@ struct SinkFactors {
   static DEVICE float value(float before, float keep, float gain) { return fma(0.0f, gain, mul(before, keep)); }
 };
 
-// The first position that a row sees.
-DEVICE int first_seen(int position, int window) { return position - window + 1 > 0 ? position - window + 1 : 0; }
+// What a row sees: its own position and the `length` - 1 before it; or, if `chunked`, those from the last multiple of
+// `length` on.
+struct Window {
+  int length, chunked;
+
+  DEVICE int first_seen(int position) const {
+    if (chunked != 0) return position / length * length;
+    return position - length + 1 > 0 ? position - length + 1 : 0;
+  }
+};
 
 }  // namespace llamaclust::cuda

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.cuda.executor.batch_checks import check_batch
 from llamaclust.kernels.cuda.executor.state_places import state_places
 from llamaclust.kernels.cuda.launches.inputs import Inputs
 from llamaclust.kernels.cuda.runtime.memory import aligned
@@ -23,13 +24,14 @@ class InputBuffer:
     """The parts of that buffer, tables last: of it, only what a microbatch has is copied."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
-        self._limits = limits
-        self._window, self._has_states = limits.gives_up(program.window), program.has_states
+        self._limits, self._has_states = limits, program.has_states
+        self._window = program.window if limits.gives_up(program.window) else None
         tables = limits.max_sequences * -(-limits.max_context_tokens // KV_BLOCK_TOKENS)
         starts = limits.max_sequences + 1
         rows = limits.max_batch_tokens
         states = (starts, starts, rows, rows) if self._has_states else (0, 0, 0, 0)
-        counts = (_HEADER, rows, rows, starts, starts, limits.max_outputs, *states, tables, tables * self._window)
+        window_tables = tables if self._window else 0
+        counts = (_HEADER, rows, rows, starts, starts, limits.max_outputs, *states, tables, window_tables)
         self._offsets = (0, *accumulate(aligned(_INT * count) for count in counts))
 
     @property
@@ -46,7 +48,7 @@ class InputBuffer:
     def fill(self, pinned: NDArray[np.uint8], batch: Batch) -> int:
         """Writes a microbatch's numbers; returns how many bytes of `pinned` are to be copied. ValueError where it
         exceeds the limits."""
-        self._check(batch)
+        check_batch(batch, self._limits, self._window)
         numbers = pinned.view(np.int32)
         header = (batch.rows, len(batch.sequence_starts) - 1, len(batch.output_rows))
         tables = batch.block_tables, batch.window_tables if self._window else None
@@ -67,22 +69,3 @@ class InputBuffer:
             return (), (), (), ()
         places = state_places(batch, self._limits)
         return places.before, places.starts, places.rows, places.blocks
-
-    def _check(self, batch: Batch) -> None:
-        limits, sequences = self._limits, len(batch.sequence_starts) - 1
-        for what, value, most in (
-            ("rows", batch.rows, limits.max_batch_tokens),
-            ("sequences", sequences, limits.max_sequences),
-            ("outputs", len(batch.output_rows), limits.max_outputs),
-            ("position", int(batch.positions.max()) + 1, limits.max_context_tokens),
-            ("KV block", int(batch.block_tables.max()) + 1, limits.kv_blocks),
-        ):
-            if value > most:
-                raise ValueError(f"batch: {what} {value} against {most}")
-        if not self._window:
-            return
-        entries = 0 if batch.window_tables is None else len(batch.window_tables)
-        if batch.window_tables is None or entries != len(batch.block_tables):
-            raise ValueError(f"batch: window_tables {entries} against block_tables {len(batch.block_tables)}")
-        if int(batch.window_tables.max()) >= limits.window_blocks:
-            raise ValueError(f"batch: window block {batch.window_tables.max()} against {limits.window_blocks}")

@@ -1,0 +1,117 @@
+"""Batches that are not of a stage are refused as by the CPU's executor: kernels do not meet them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from random import Random
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.kernels.backend import Batch, Stage
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.cuda.executor.batch_checks import check_batch
+from support.arithmetic.batches import batch_of, load_stage
+from support.cuda.stages import LIMITS, Open
+from support.seed import SEED
+
+WINDOW_LIMITS = replace(LIMITS, window_blocks=4)
+WINDOW = 6
+DAMAGES = 300
+
+Int32 = NDArray[np.int32]
+
+
+def whole() -> Batch:
+    """Two sequences, of which the first one has a block that no row sees any more, and one that none stores yet."""
+    batch = batch_of([([5] * 3, range(33, 36), [0, 1, 2, 7]), ([6], [0], [4])], outputs=[2, 3])
+    return replace(batch, window_tables=np.array([-1, 1, 3, -1, 2], np.int32))
+
+
+CASES: dict[str, tuple[str, Callable[[Batch], Int32]]] = {
+    "KV block -1 against": ("block_tables", lambda batch: changed(batch.block_tables, 0, -1)),
+    "KV block 24 against": ("block_tables", lambda batch: changed(batch.block_tables, 4, 24)),
+    "window block -1 against": ("window_tables", lambda batch: changed(windows(batch), 2, -1)),
+    "window block -3 against": ("window_tables", lambda batch: changed(windows(batch), 1, -3)),
+    "window block -2 against": ("window_tables", lambda batch: changed(windows(batch), 4, -2)),
+    "window block 4 against": ("window_tables", lambda batch: changed(windows(batch), 2, 4)),
+    "window_tables 3 against block_tables 5": ("window_tables", lambda batch: windows(batch)[:3]),
+    "position -1 against": ("positions", lambda batch: changed(batch.positions, 3, -1)),
+    "position 50 against 35": ("positions", lambda batch: changed(batch.positions, 2, 50)),
+    "positions of a block table 51 against 16": ("positions", lambda batch: changed(batch.positions, 3, 50)),
+    "position 128 against": ("positions", lambda batch: changed(batch.positions, 3, 128)),
+    "output row 4 against": ("output_rows", lambda batch: changed(batch.output_rows, 1, 4)),
+    "output row 2 against": ("output_rows", lambda batch: changed(batch.output_rows, 1, 2)),
+    "sequence_starts 4 against 4": ("sequence_starts", lambda batch: changed(batch.sequence_starts, 1, 4)),
+    "table_starts 4 against 5": ("table_starts", lambda batch: changed(batch.table_starts, 2, 4)),
+}
+
+
+def changed(numbers: Int32, place: int, number: int) -> Int32:
+    found = numbers.copy()
+    found[place] = number
+    return found
+
+
+def with_numbers(batch: Batch, field: str, numbers: Int32) -> Batch:
+    return replace(batch, **{field: numbers})  # type: ignore[arg-type]
+
+
+def windows(batch: Batch) -> Int32:
+    assert batch.window_tables is not None
+    return batch.window_tables
+
+
+def is_refused(check: Callable[[], object]) -> bool:
+    try:
+        check()
+    except ValueError:
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def stage(opened: Open, cpu: CpuBackend) -> Stage:
+    model = opened("gemma2")
+    assert model.window == WINDOW
+    return load_stage(cpu, model, limits=WINDOW_LIMITS)
+
+
+@pytest.mark.parametrize("message", CASES)
+def test_each_is_named(stage: Stage, message: str) -> None:
+    """A window block that no row reaches may be any; the window before the first row is reached."""
+    check_batch(whole(), WINDOW_LIMITS, WINDOW)
+    field, change = CASES[message]
+    bad = with_numbers(whole(), field, change(whole()))
+    with pytest.raises(ValueError, match=f"batch: {message}"):
+        check_batch(bad, WINDOW_LIMITS, WINDOW)
+    assert is_refused(lambda: stage.run(bad, None))
+
+
+def test_stages_refuse_before_they_compute(opened: Open, cuda: CudaBackend) -> None:
+    stage = load_stage(cuda, opened("gemma2"), limits=WINDOW_LIMITS)
+    for field, change in CASES.values():
+        with pytest.raises(ValueError, match="against"):
+            stage.run(with_numbers(whole(), field, change(whole())), None)
+    stage.close()
+
+
+def test_random_damage_is_refused_where_the_processor_refuses_it(stage: Stage) -> None:
+    random = Random(SEED)
+    fields = ("positions", "sequence_starts", "table_starts", "block_tables", "output_rows", "window_tables")
+    refused = 0
+    for _ in range(DAMAGES):
+        batch = whole()
+        for field in random.sample(fields, random.choice([1, 1, 2])):
+            numbers: Int32 = getattr(batch, field)
+            near = int(random.choice(numbers.tolist())) + random.choice([-17, -1, 0, 1, 16])
+            at = random.randrange(len(numbers))
+            batch = with_numbers(batch, field, changed(numbers, at, near))
+        by_cpu = is_refused(partial(stage.run, batch, None))
+        assert is_refused(partial(check_batch, batch, WINDOW_LIMITS, WINDOW)) == by_cpu, batch
+        refused += by_cpu
+    assert DAMAGES // 4 < refused < DAMAGES

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Batch, Float32, Int32, Progress, Stage
+from llamaclust.kernels.fuse import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Attention, Program, Step
+from llamaclust.model.program import Attention, Buffer, Join, Program, Slice, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +88,73 @@ class MultiDeviceStage:
 
 def layers_of(program: Program, start: int, end: int) -> Program:
     """The steps of layers [start, end). A layer begins with the first step that names it; steps before the first layer
-    are the embedding, steps after the last one the head."""
+    are the embedding, steps after the last one the head. What later layers read beside the hidden state goes behind
+    it."""
     assert program.start <= start < end <= program.end, (start, end)
     bounds = {program.start: 0, program.end: len(program.steps)}
     for at, step in enumerate(program.steps):
         layer = _layer(step)
         if layer is not None and layer > program.start:
             bounds.setdefault(layer, at)
-    is_last = end == program.end
+    given, sent = (_Carried.at(program, bounds[layer]) for layer in (start, end))
     steps = program.steps[bounds[start] : bounds[end]]
-    out, normed = (program.out, program.normed) if is_last else (program.hidden, None)
-    return replace(program, start=start, end=end, out=out, steps=steps, normed=normed)
+    hidden, out, normed = program.hidden, program.out, program.normed
+    if start > program.start and given is not None:
+        hidden, steps = given.whole("given"), given.unpacked(steps)
+    if end < program.end:
+        out, normed = (program.hidden, None) if sent is None else (sent.whole("sent"), None)
+        steps = steps if sent is None else (*steps, *sent.packed(0 if given is None else given.start))
+    return replace(program, start=start, end=end, hidden=hidden, out=out, steps=steps, normed=normed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Carried:
+    """What goes from layer to layer: the hidden state, and behind it channels of another buffer, from `start` on, of
+    which each layer reads a slice."""
+
+    hidden: Buffer
+    further: Buffer
+    start: int
+
+    @classmethod
+    def at(cls, program: Program, at: int) -> _Carried | None:
+        """To the steps from `at` on; None where they read the hidden state alone."""
+        whole, slices, written = set[Buffer](), dict[Buffer, int](), set[str]()  # slices: where the first one begins
+        for step in program.steps[at:]:
+            for buffer in reads_of(step):
+                if buffer.name in written:
+                    continue
+                if isinstance(step, Slice) and step.heads == 1:
+                    slices[buffer] = min(step.start, slices.get(buffer, step.start))
+                else:
+                    whole.add(buffer)
+            written.add(written_by(step).name)
+        if len(whole) != 1 or len(slices) != 1 or whole == slices.keys():
+            return None
+        (hidden,), ((further, start),) = whole, slices.items()
+        return cls(hidden, further, start)
+
+    def whole(self, name: str) -> Buffer:
+        return Buffer(name, self.hidden.width + self.further.width - self.start)
+
+    def packed(self, first: int) -> tuple[Step, Step]:
+        """Behind layers that have the further channels from `first` on."""
+        have, rest = self._from(first), Buffer("further inputs", self.further.width - self.start)
+        return Slice(have, rest, self.start - first), Join(self.hidden, rest, self.whole("sent"))
+
+    def unpacked(self, steps: Iterable[Step]) -> tuple[Step, ...]:
+        """The steps behind those that divide what they are given."""
+        given, own = self.whole("given"), self._from(self.start)
+        moved = (
+            replace(step, x=own, start=step.start - self.start)
+            if isinstance(step, Slice) and step.x == self.further
+            else step
+            for step in steps
+        )
+        return Slice(given, self.hidden, 0), Slice(given, own, self.hidden.width), *moved
+
+    def _from(self, first: int) -> Buffer:
+        return Buffer(self.further.name, self.further.width - first)
 
 
 def _layer(step: Step) -> int | None:

@@ -109,6 +109,14 @@ class ModelCosts:
     hidden_bytes: int = 0  # of one token, as it goes from stage to stage
 
     @property
+    def borders(self) -> tuple[int, ...]:
+        """Layers before which the model may be cut, and its end: not between a layer and the one whose keys and values
+        it reads."""
+        shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
+        between = {border for source, number in shared for border in range(source + 1, number + 1)}
+        return tuple(border for border in range(len(self.layers) + 1) if border not in between)
+
+    @property
     def kv_token_bytes(self) -> int:
         """KV memory of one position."""
         return sum(layer.kv_bytes_per_token for layer in self.layers)

@@ -186,10 +186,8 @@ def _experts_s(profile: DeviceProfile, layer: LayerCost, rows: int) -> float:
 
 def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
     """By start and end: no border stands between a layer and the one whose keys and values it reads."""
-    borders = np.ones(len(costs.layers) + 1, np.bool_)
-    for number, layer in enumerate(costs.layers):
-        if layer.kv_source is not None:
-            borders[layer.kv_source + 1 : number + 1] = False
+    borders = np.zeros(len(costs.layers) + 1, np.bool_)
+    borders[list(costs.borders)] = True
     return np.logical_and.outer(borders, borders)
 
 

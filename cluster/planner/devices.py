@@ -113,14 +113,15 @@ class DeviceNeeds:
 
 
 def divide(
-    worker: WorkerFacts, layers: int, needs: Callable[[WorkerFacts], DeviceNeeds], cpu_moe: int | None = 0
+    worker: WorkerFacts, possible: Flags, needs: Callable[[WorkerFacts], DeviceNeeds], cpu_moe: int | None = 0
 ) -> Division:
-    """Experts of the first `cpu_moe` layers are in RAM; None: of as many layers as the first GPU has no room for.
-    Where the user says how many layers the GPUs hold, the first GPU has to take what is left of these."""
-    devices = devices_of(worker)
-    starts, ends = np.indices((layers + 1, layers + 1))
-    wanted = layers if worker.gpu_layers is None else worker.gpu_layers
-    least = np.maximum(starts, ends - wanted)
+    """Of `possible` stages, into such. Experts of the first `cpu_moe` layers are in RAM; None: of as many layers as the
+    first GPU has no room for. Where the user says how many layers the GPUs hold, the first GPU has to take what is left
+    of these."""
+    devices, borders = devices_of(worker), possible.diagonal()
+    starts, ends = np.indices((len(borders), len(borders)))
+    wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers
+    least = np.minimum(_next_border(borders)[np.maximum(starts, ends - wanted)], ends)
     bounds: list[Counts] = [ends]
     moe_ends: list[Counts] = []
     for index in range(len(devices) - 1, 0, -1):
@@ -133,10 +134,17 @@ def divide(
         if index == 1 and worker.gpu_layers is not None:
             bounds.append(np.minimum(least, bounds[-1]))
         else:
-            first = _first_that_fits((need.excess - freed <= 0) & (starts < ends))
+            first = _first_that_fits((need.excess - freed <= 0) & (starts < ends) & borders[:, np.newaxis])
             bounds.append(np.minimum(np.maximum(least, first[bounds[-1]]), bounds[-1]))
         moe_ends.append(moe_end[bounds[-1], bounds[-2]])
     return Division(devices, (starts, *reversed(bounds)), (starts, *reversed(moe_ends)))
+
+
+def _next_border(borders: Flags) -> Counts:
+    """The first one from each layer on; the end of the model is one."""
+    places = np.where(borders, np.arange(len(borders)), len(borders) - 1)
+    found: Counts = np.minimum.accumulate(places[::-1])[::-1]
+    return found
 
 
 def _first_that_fits(fits: Flags) -> Counts:

@@ -199,7 +199,7 @@ class MemoryModel:
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
         """Of the worker's devices; where the user leaves open whether layers have their experts in RAM, the faster
         way that fits."""
-        divided = partial(divide, worker, self.stages.layers, lambda device: self._needs(device, contexts))
+        divided = partial(divide, worker, self.stages.possible, lambda device: self._needs(device, contexts))
         if self.request.cpu_moe is not None or not worker.gpus or not self.stages.expert_bytes.any():
             return divided(self.request.cpu_moe or 0)
         whole, apart = divided(0), divided(None)

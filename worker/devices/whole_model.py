@@ -5,12 +5,14 @@ cluster's workers the plan says so."""
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import missing
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
@@ -26,8 +28,10 @@ def held_layers(
     layers as the first GPU has no room for. InsufficientMemoryError where memory is short: it is taken as it is used,
     and would end the process while it answers."""
     end = model.layer_count
-    least = 0 if device.gpu_layers is None else max(0, end - device.gpu_layers)
-    choice = _Choice(device, model, limits, cpu_moe)
+    borders = model.costs(KvType(limits.kv_type)).borders
+    wanted = end if device.gpu_layers is None else device.gpu_layers
+    least = next(border for border in borders if border >= end - wanted)
+    choice = _Choice(device, model, limits, cpu_moe, borders)
     held = []
     for index in reversed(range(len(device.gpus))):
         name = device.gpus[index].device
@@ -53,6 +57,7 @@ class _Choice:
     model: Model
     limits: StageLimits
     cpu_moe: int | None
+    borders: Sequence[int]  # where layers may be divided
 
     def first_gpu(self, name: str, least: int, end: int) -> DeviceLayers | None:
         """Of the GPU behind the layers in RAM: all layers from `least`, with the experts of as few in RAM as fit. The
@@ -69,7 +74,7 @@ class _Choice:
 
     def fitting(self, name: str, least: int, end: int, *, whole: bool = True) -> DeviceLayers | None:
         """As many layers as fit; unless `whole`, with all experts in RAM where the user leaves that open."""
-        apart, starts = self._apart(end, whole=whole), range(least, end)
+        apart, starts = self._apart(end, whole=whole), [border for border in self.borders if least <= border < end]
         first = bisect_left(starts, True, key=lambda start: self._fits(_part(name, start, end, apart)))
         return _part(name, starts[first], end, apart) if first < len(starts) else None
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
-from llamaclust.cluster.planner.costs import StageCosts
+from llamaclust.cluster.planner.costs import GpuFacts, StageCosts
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import ModelCosts
-from support.plans.plan_inputs import LAYER, REQUEST, worker
+from support.plans.plan_inputs import LAYER, REQUEST, profile, worker
 
 FIRST_SHARED = 6
 COSTS = ModelCosts(
@@ -43,6 +44,31 @@ def test_a_manual_plan_between_them_is_refused() -> None:
         make_plan(COSTS, [worker("a"), worker("b")], request)
     good = make_plan(COSTS, [worker("a"), worker("b")], replace(request, manual=(("a", 0, 4), ("b", 4, 12))))
     assert [stage.end for stage in good.stages] == [4, 12]
+
+
+def devices_of_plan(gpu_mib: int, gpu_layers: int | None = None) -> list[tuple[str, int, int]]:
+    gpu = GpuFacts("cuda:0", gpu_mib * MIB, profile(400, 30_000))
+    facts = replace(worker("a"), gpus=(gpu,), gpu_layers=gpu_layers)
+    (stage,) = make_plan(COSTS, [facts], replace(REQUEST, max_sequences=1)).stages
+    return [(part.device, part.start, part.end) for part in stage.devices]
+
+
+@pytest.mark.parametrize(
+    ("gpu_mib", "gpu_layers", "first"),
+    [(1000, None, 0), (140, None, 3), (120, None, 4), (110, None, 12), (1000, 8, 4), (1000, 7, 12), (1000, 10, 2)],
+)
+def test_no_border_of_devices_stands_between_them(gpu_mib: int, gpu_layers: int | None, first: int) -> None:
+    """As many layers on the GPU as fit, or as the user allows, behind a border that may be."""
+    cpu, gpu = [("cpu", 0, first)] * (first > 0), [("cuda:0", first, 12)] * (first < 12)
+    assert devices_of_plan(gpu_mib, gpu_layers) == cpu + gpu
+
+
+def test_stages_of_several_workers_have_such_borders_of_devices() -> None:
+    """For any memory of two GPUs."""
+    for sizes in product((60, 90, 120, 150), repeat=2):
+        gpus = tuple(GpuFacts(f"cuda:{n}", mib * MIB, profile(400, 30_000)) for n, mib in enumerate(sizes))
+        plan = make_plan(COSTS, [replace(worker("a"), gpus=gpus), worker("b")], REQUEST)
+        assert {part.start for stage in plan.stages for part in stage.devices} <= set(BORDERS), sizes
 
 
 def test_workers_that_are_too_small_for_them_together_are_named() -> None:

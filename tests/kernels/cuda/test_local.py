@@ -21,6 +21,7 @@ from llamaclust.worker.devices import backends
 from support.clusters.command_line import command_line
 from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
+from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 from support.paths import TESTS
 
@@ -102,6 +103,23 @@ def test_what_does_not_fit_stays_on_the_processor(
     if request.config.getoption("--gpu", default=False):
         pytest.skip("takes two cards")
     assert answered(model, settings("cuda:0,cuda:1", None, room * MIB)) == (wanted, placement)
+
+
+@pytest.mark.parametrize(
+    ("gpu_layers", "placement"),
+    [
+        (None, "6 of 6 layers on GPUs: [0, 6) cuda:0"),
+        (5, "5 of 6 layers on GPUs: [0, 1) cpu, [1, 6) cuda:0"),
+        (4, "0 of 6 layers on GPUs: [0, 6) cpu"),
+    ],
+)
+def test_layers_that_share_keys_stay_together(
+    shim: None, tmp_path: Path, gpu_layers: int | None, placement: str
+) -> None:
+    """Gemma 4 E2B: fewer layers on the GPU than the user allows, where such layers would be divided."""
+    path = build_architecture(tmp_path / "inputs.gguf", "gemma4-inputs")
+    wanted, _ = answered(path, settings())
+    assert answered(path, settings("cuda:0", gpu_layers)) == (wanted, placement)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from llamaclust.kernels.cuda.runtime.device import Bytes, Device, Launch
 from llamaclust.kernels.multi_device import layers_of
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Buffer, Embed
+from llamaclust.model.program import Slice
 from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from support.arithmetic.batches import batch_of, load_stage
 from support.cuda.stages import LIMITS, MODELS, Free, Open, random_tokens, run, same
@@ -137,19 +137,17 @@ def test_a_gpu_that_is_lost_is_told_by_name(
     stage.close()
 
 
-@pytest.mark.parametrize(("start", "what"), [(2, "inputs"), (4, "keys and values of layer 1")])
-def test_parts_that_read_more_than_the_hidden_state_are_told_before_a_start(
-    opened: Open, start: int, what: str
-) -> None:
+def test_parts_that_read_more_than_the_hidden_state_are_told_before_a_start(opened: Open) -> None:
+    """What no plan makes: keys and values, or a buffer, of layers that are elsewhere."""
     model = opened("gemma4-inputs")
     program = model.program(0, model.layer_count)
-    part = layers_of(program, start, model.layer_count)
-    if what != "inputs":
-        part = replace(part, steps=(Embed(Buffer("inputs", 192), "per_layer_token_embd.weight"), *part.steps))
-    with pytest.raises(
-        ModelFileError, match=f"layers {start} to 6 read {what}, which are on another device; .*gpu_layers: 0"
-    ):
-        workspace_bytes(part, model.file.tensors, LIMITS)
+    first, _, *others = layers_of(program, 1, model.layer_count).steps
+    assert isinstance(first, Slice)
+    apart = replace(program, start=1, hidden=first.out, steps=tuple(others))
+    shared = layers_of(program, 4, model.layer_count)
+    for part, what in ((apart, "1 to 6 read inputs"), (shared, "4 to 6 read keys and values of layer 1")):
+        with pytest.raises(ModelFileError, match=f"layers {what}, which are on another device; .*gpu_layers: 0"):
+            workspace_bytes(part, model.file.tensors, LIMITS)
 
 
 def test_heads_that_are_too_wide_are_told_before_a_start(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from llamaclust.kernels.cuda.executor.plan import ANY_GPU, Plan
 from llamaclust.kernels.cuda.executor.stage import CudaStage
 from llamaclust.kernels.cuda.launches import attention
 from llamaclust.kernels.cuda.launches.attention import check_attention
-from llamaclust.kernels.cuda.launches.experts import check_experts
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.probe import allocate_flush, flush_cache, limits, measure
 from llamaclust.kernels.cuda.runtime.device import Device
@@ -29,7 +28,7 @@ from llamaclust.kernels.fuse import reads_of, written_by
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Adapt, Attention, Program, Scan
+from llamaclust.model.program import Adapt, Attention, Program
 
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
@@ -196,10 +195,7 @@ def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[st
         raise ModelFileError("a reranker is not computed on GPUs; set device: cpu for its workers")
     if any(isinstance(step, Adapt) for step in program.steps):
         raise UsageError("adapters are computed on processors only; set device: cpu for all workers, or leave them out")
-    if any(isinstance(step, Scan) for step in program.steps):
-        raise ModelFileError("Mamba 2's scans are not computed on GPUs; set device: cpu for its workers")
     _check_part(program)
     check_weights(program, tensors)
     check_attention(program)
-    check_experts(program)
     return {name: Weights(tensors[name].quant_type, tensors[name].shape) for name in program.weights}

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.kernels.cuda.launches.attention import check_attention
-from llamaclust.kernels.cuda.launches.experts import check_experts
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -103,14 +101,6 @@ def test_disturbances_change_no_bit(short: Model) -> None:
     """Company, cuts, prefix hits, preemption and a lost worker, with blocks that are given up behind a chunk."""
     backend = all_threads(1)
     assert disturbed(backend, short, SHORT_CHUNKS.context) == undisturbed(backend, short, SHORT_CHUNKS.context)
-
-
-def test_gpus_refuse_by_name(short: Model) -> None:
-    program = short.program(0, 5, KvType.F16, None)
-    with pytest.raises(ModelFileError, match="attention in chunks is not computed on GPUs; set device: cpu"):
-        check_attention(program)
-    with pytest.raises(ModelFileError, match="weighed inputs of experts are not computed on GPUs; set device: cpu"):
-        check_experts(program)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.kernels.reference.scan import scan
 from llamaclust.kernels.reference.states import SequenceRows
 from llamaclust.model.loader import Model
@@ -126,9 +124,3 @@ def test_layers_keep_a_state_of_each_part(model: Model) -> None:
     assert {state.part for state in states} == {StatePart.CONVOLUTION, StatePart.RECURRENCE}
     stage = load_stage(CpuBackend(1), model, limits=LIMITS)
     assert stage.kv_bytes == kv_bytes(program, LIMITS)
-
-
-def test_gpus_refuse_scans(model: Model) -> None:
-    program = model.program(0, 1)
-    with pytest.raises(ModelFileError, match="Mamba 2's scans are not computed on GPUs; set device: cpu"):
-        workspace_bytes(program, model.tensors_for(program), LIMITS)

@@ -59,8 +59,10 @@ class Emitter:
             case ir.DeltaRule():
                 inputs = tuple(self.ops.current[buffer.name] for buffer in reads_of(step))
                 yield self._states(step.state).delta_rule(step, inputs, self.ops.out(step.out))
-            case Adapts() | ir.Scan():
-                raise AssertionError("programs with adapters or scans are refused")
+            case ir.Scan():
+                yield self._scan(step)
+            case Adapts():
+                raise AssertionError("programs with adapters are refused")
             case Attend():
                 yield from self._attend(step)
             case Attended():
@@ -124,6 +126,11 @@ class Emitter:
     def _convolve(self, step: ir.Convolution) -> Iterator[Launch]:
         x, weights, bias = self.ops.current[step.x.name], self.ops.weights[step.weight], self.ops.vector(step.bias)
         yield from self._states(step.state).convolve(step, x, weights, bias, self.ops.out(step.out), self.ops.rows)
+
+    def _scan(self, step: ir.Scan) -> Launch:
+        inputs = self.ops.current[step.x.name], self.ops.current[step.dt.name]
+        weights = tuple(map(self.ops.vector, (step.bias, step.decay, step.skip)))
+        return self._states(step.state).scan(step, inputs, weights, self.ops.out(step.out))
 
     def _norm(self, step: Norm) -> Launch:
         norm, y, total = step.norm, NULL, NULL

@@ -41,12 +41,27 @@ class ExpertsEmitter:
         yield experts.group(step, self._chosen, piece, rows)
         yield from self._dequantize_biases()
         inner = self._inner
-        yield from ops.quantize(step.x, [product.weight for product in inner])
-        yield from self._products(inner, ops.current[step.x.name], self._lines(piece, step.used))
-        yield self._activated(inner)
+        yield from self._multiply_inputs(inner, piece)
+        yield from self._activated(inner)
         down = _Product(step.down, step.down_bias, ops.scratch("expert down", step.out.width, step.used))
         yield from self._products((down,), self._activations, self._lines(piece, 1))
         yield experts.combine(step, down.out, self._chosen, ops.out(step.out), rows)
+
+    def _multiply_inputs(self, inner: Sequence[_Product], piece: int) -> Iterator[Launch]:
+        """Of each row the products of its experts; of each line, where weights multiply inputs."""
+        step, ops, names = self.step, self.ops, [product.weight for product in inner]
+        if not step.options.weighs_inputs:
+            yield from ops.quantize(step.x, names)
+            yield from self._products(inner, ops.current[step.x.name], self._lines(piece, step.used))
+            return
+        name, width = "expert inputs", step.x.width
+        weighed = ops.scratch(name, width, step.used)
+        yield experts.weigh_inputs(step, ops.current[step.x.name], self._chosen, weighed, ops.rows)
+        for kind in dict.fromkeys(ops.weights[weight].activation for weight in names):
+            if kind is not ActivationFormat.F32:
+                out = ops.activations(kind, name, width, step.used)
+                yield matmul.quantize(kind, weighed, width, ops.rows.times(step.used), out)
+        yield from self._products(inner, weighed, self._lines(piece, 1))
 
     def _choose(self) -> Iterator[Launch]:
         step, ops, router = self.step, self.ops, self.ops.weights[self.step.router]
@@ -74,18 +89,25 @@ class ExpertsEmitter:
         outs = (self.ops.scratch(f"expert {place}", step.inner_width, step.used) for place in range(len(biases)))
         return tuple(map(_Product, step.inner, biases, outs))
 
-    def _activated(self, inner: Sequence[_Product]) -> Launch:
-        """What is made of gate and up: floats if down has float weights, else quantized."""
+    def _activated(self, inner: Sequence[_Product]) -> Iterator[Launch]:
+        """What is made of gate and up, or of up alone: floats if down has float weights, else quantized."""
         step, ops = self.step, self.ops
-        kernel = elementwise.gated_kernel(GatedActivation(step.options.activation))
+        lines, kind, out = ops.rows.times(step.used), ops.weights[step.down].activation, self._activations
         gate, up = inner[0].out, inner[-1].out
+        if step.gate is None and not step.fused:
+            to = out if kind is ActivationFormat.F32 else up
+            yield elementwise.elementwise(step.options.activation, (up,), to, step.used * step.ffn_width, ops.rows)
+            if kind is not ActivationFormat.F32:
+                yield matmul.quantize(kind, up, step.ffn_width, lines, out)
+            return
         if step.fused:
             up = gate + np.uint64(_FLOAT * step.ffn_width)
+        kernel = elementwise.gated_kernel(GatedActivation(step.options.activation))
         inputs = elementwise.GatedInputs(kernel, gate, up, step.inner_width)
-        lines, kind, out = ops.rows.times(step.used), ops.weights[step.down].activation, self._activations
         if kind is ActivationFormat.F32:
-            return elementwise.gated_lines(inputs, step.ffn_width, lines, out)
-        return matmul.quantize_gated(kind, inputs, step.ffn_width, lines, out)
+            yield elementwise.gated_lines(inputs, step.ffn_width, lines, out)
+        else:
+            yield matmul.quantize_gated(kind, inputs, step.ffn_width, lines, out)
 
     @property
     def _activations(self) -> np.uint64:

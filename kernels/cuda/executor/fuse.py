@@ -78,7 +78,7 @@ class _Reader:
         weights = _weights_of(reader, out)
         found = {activation for name in weights if (activation := self.type_of(name).info.activation) is not None}
         end = self.done + makers + len(_plain(reader))
-        if found and is_read(self.program, end, out.name):
+        if found and (_weighs_inputs(reader) or is_read(self.program, end, out.name)):
             found.add(ActivationFormat.F32)
         return frozenset(found)
 
@@ -107,7 +107,7 @@ def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
 
 
 def _fits(norm: ir.RmsNorm) -> bool:
-    return norm.heads == 1 and norm.width <= WIDEST_ROW
+    return norm.heads == 1 and not norm.own_weights and norm.width <= WIDEST_ROW
 
 
 def _single(formats: frozenset[ActivationFormat]) -> ActivationFormat | None:
@@ -120,8 +120,13 @@ def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
     if isinstance(step, Products) and step.x == x:
         return tuple(product.weight for product in step.steps)
     if isinstance(step, ir.Moe) and step.routed is None and step.x == x:
-        return (step.router, *step.inner)
+        return (step.router,) if _weighs_inputs(step) else (step.router, *step.inner)
     return ()
+
+
+def _weighs_inputs(step: FusedStep) -> bool:
+    """Whether it reads floats of its input beside what its router multiplies."""
+    return isinstance(step, ir.Moe) and step.options.weighs_inputs
 
 
 def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:

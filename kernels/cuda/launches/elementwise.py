@@ -9,6 +9,7 @@ import numpy as np
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.program import Join, LayerNorm, PositionScale, RmsNorm, Rope, RopeTable, SigmoidGate, Slice
+from llamaclust.model.quant_types import QuantType
 from llamaclust.model.step_options import ActivationFunction, GatedActivation, RopeStyle
 
 _BLOCK = 256
@@ -86,6 +87,11 @@ def select_rows(x: np.uint64, output_rows: np.uint64, out: np.uint64, width: int
 
 def rms_norm(step: RmsNorm, x: np.uint64, weight: np.uint64, out: np.uint64, rows: RowCount) -> Launch:
     epsilon, width = np.float32(step.epsilon), np.int32(step.width)
+    if step.own_weights:
+        tile_bytes = np.int32(QuantType.F32.info.tile_bytes(step.width))
+        return _launch(
+            "norms.rms_norm_groups", step.heads, rows, (x, weight, tile_bytes, epsilon, width, rows.address, out)
+        )
     if step.heads == 1:
         return _launch("norms.rms_norm", 1, rows, (x, weight, epsilon, width, rows.address, out))
     args = (x, weight, epsilon, np.int32(step.heads), width, rows.address, out)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cuda.launches import matmul
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
-from llamaclust.model.program import Moe, Program
+from llamaclust.model.program import Moe
 from llamaclust.model.step_options import Gating
 
 _GATINGS = tuple(Gating)
@@ -28,17 +27,6 @@ class ExpertBuffers:
     lines: np.uint64  # int32 [rows * used]: row * used + rank, ordered by expert
     items: np.uint64  # int32 [max_items, 3]: expert, first place in lines, count
     item_count: np.uint64  # int32
-
-
-def check_experts(program: Program) -> None:
-    """ModelFileError for what the kernels cannot compute."""
-    for step in program.steps:
-        if isinstance(step, Moe) and step.gate is None and not step.fused:
-            raise ModelFileError("experts without a gate are not computed on GPUs; set device: cpu for their workers")
-        if isinstance(step, Moe) and step.options.weighs_inputs:
-            raise ModelFileError(
-                "weighed inputs of experts are not computed on GPUs; set device: cpu for their workers"
-            )
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
@@ -88,8 +76,15 @@ def by_head(heads: int, places: matmul.Experts, rows: RowCount) -> Launch:
     return Launch("experts.by_head", (-(-rows.bucket * heads // _HEAD_LINES), 1, 1), (256, 1, 1), args)
 
 
+def weigh_inputs(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
+    """x float32 [rows, width], out [rows * used, width]: of each line, x times its weight."""
+    width = step.x.width
+    args = (x, places.weights, np.int32(step.used), np.int32(width), rows.address, out)
+    return Launch("experts.weigh", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)
+
+
 def combine(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
     """x float32 [rows * used, width], out [rows, width]."""
-    width = step.out.width
-    args = (x, places.weights, np.int32(step.used), np.int32(width), rows.address, out)
+    width, weights = step.out.width, NULL if step.options.weighs_inputs else places.weights
+    args = (x, weights, np.int32(step.used), np.int32(width), rows.address, out)
     return Launch("experts.combine", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)

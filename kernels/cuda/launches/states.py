@@ -8,12 +8,18 @@ import numpy as np
 
 from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
 from llamaclust.kernels.cuda.launches.matmul import Weights
-from llamaclust.kernels.cuda.runtime.device import Launch, Scalar
-from llamaclust.model.program import Convolution, Decay, DeltaRule
+from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES, Launch, Scalar
+from llamaclust.model.program import Convolution, Decay, DeltaRule, Scan
 
 _BLOCK = 256
 _DELTA_CHANNELS = 32
 """Of a block of delta_rule."""
+_SCAN_CHANNELS = (32, 16, 8, 4, 2)
+"""Likewise of scan: as many as have room for their states, of up to 4,096 numbers each."""
+
+
+def _scan_bytes(step: Scan, channels: int) -> int:
+    return 4 * step.state_size * channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,17 @@ class StateLaunches:
         grid = heads * -(-values // _DELTA_CHANNELS), self.sequences, 1
         args: tuple[Scalar, ...] = (*inputs, *figures, *self._places, out)
         return Launch("states.delta_rule", grid, (_DELTA_CHANNELS, 1, 1), args, 4 * keys * _DELTA_CHANNELS)
+
+    def scan(
+        self, step: Scan, inputs: tuple[np.uint64, np.uint64], weights: tuple[np.uint64, ...], out: np.uint64
+    ) -> Launch:
+        """`inputs`: x and dt; `weights`: bias, decay and skip, float32 [heads]."""
+        channels = step.out.width // step.heads
+        together = next(n for n in _SCAN_CHANNELS if _scan_bytes(step, n) <= PLAIN_SHARED_BYTES)
+        figures = map(np.int32, (step.heads, channels, step.groups, step.state_size))
+        grid = step.heads * -(-channels // together), self.sequences, 1
+        args: tuple[Scalar, ...] = (*inputs, *weights, *figures, *self._places, out)
+        return Launch("states.scan", grid, (together, 1, 1), args, _scan_bytes(step, together))
 
 
 def decay(step: Decay, x: np.uint64, vectors: tuple[np.uint64, np.uint64], out: np.uint64, rows: RowCount) -> Launch:

@@ -188,7 +188,17 @@ KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t expert
   }
 }
 
-// out = sum over ranks of x[line] * weight. x [rows * used, width]. Grid: (width / 1024 rounded up, rows), blocks of 256.
+// out[line] = x[row] * weight. out [rows * used, width]. Grid: (width / 1024 rounded up, rows), blocks of 256.
+KERNEL(256, weigh, const float* __restrict__ x, const float* __restrict__ weights, int32_t used, int32_t width,
+       const int32_t* rows, float* __restrict__ out) {
+  const int row = blockIdx.y, first = kPiece * blockIdx.x + 4 * threadIdx.x;
+  if (row >= *rows) return;
+  for (int i = first; i < first + 4 && i < width; i++)
+    for (int rank = 0; rank < used; rank++)
+      out[line(row * used + rank, width) + i] = mul(x[line(row, width) + i], weights[row * used + rank]);
+}
+
+// out = sum over ranks of x[line] * weight, or of x[line] where weights are null. x [rows * used, width]. Grid: (width / 1024 rounded up, rows), blocks of 256.
 KERNEL(256, combine, const float* __restrict__ x, const float* __restrict__ weights, int32_t used, int32_t width,
        const int32_t* rows, float* __restrict__ out) {
   const int row = blockIdx.y, first = kPiece * blockIdx.x + 4 * threadIdx.x;
@@ -196,7 +206,7 @@ KERNEL(256, combine, const float* __restrict__ x, const float* __restrict__ weig
   for (int i = first; i < first + 4 && i < width; i++) {
     float sum = 0.0f;
     for (int rank = 0; rank < used; rank++)
-      sum = fma(x[line(row * used + rank, width) + i], weights[row * used + rank], sum);
+      sum = fma(x[line(row * used + rank, width) + i], weights == nullptr ? 1.0f : weights[row * used + rank], sum);
     out[line(row, width) + i] = sum;
   }
 }

@@ -111,6 +111,42 @@ KERNEL(32, delta_rule, const float* __restrict__ q, const float* __restrict__ k,
   }
 }
 
+// Mamba 2's scan. A thread has a channel of a head of a sequence, with its part of the state in shared memory, and goes
+// through the state's numbers in order. Rows of x: the channels of all heads, then b and c of each group. Grid: (heads *
+// pieces, sequences) of pieces of blockDim.x of a head's `channels`. Shared memory: state_size * blockDim.x floats.
+KERNEL(32, scan, const float* __restrict__ x, const float* __restrict__ dt, const float* __restrict__ bias,
+       const float* __restrict__ rates, const float* __restrict__ skips, int32_t heads, int32_t channels, int32_t groups,
+       int32_t state_size, STATE_PARAMETERS, float* __restrict__ out) {
+  const int stride = blockDim.x, pieces = (channels + stride - 1) / stride, sequence = blockIdx.y;
+  const int head = blockIdx.x / pieces, channel = blockIdx.x % pieces * stride + threadIdx.x;
+  if (sequence >= header[1] || channel >= channels) return;
+  const StatePlaces places STATE_PLACES;
+  const int group = head / (heads / groups), inner = heads * channels, width = inner + 2 * groups * state_size;
+  const int floats = inner * state_size;
+  const float* read = state_before(before, sequence, states, floats);
+  float* state = reinterpret_cast<float*>(DYNAMIC_SHARED) + threadIdx.x;
+  const size_t place = line(head * state_size, channels) + channel;
+  for (int k = 0; k < state_size; k++) state[stride * k] = read == nullptr ? 0.0f : read[place + line(k, channels)];
+  int row = sequence_starts[sequence];
+  for (int i = places.starts[sequence]; i < places.starts[sequence + 1]; i++) {
+    for (; row <= places.rows[i]; row++) {
+      const float* own = x + line(row, width);
+      const float *b = own + inner + group * state_size, *c = b + groups * state_size;
+      const float step = softplus(add(dt[line(row, heads) + head], bias[head])), decay = exp(mul(step, rates[head]));
+      const float input = own[head * channels + channel], added = mul(input, step);
+      float sum = 0.0f;
+      for (int k = 0; k < state_size; k++) {
+        float& number = state[stride * k];
+        number = fma(number, decay, mul(b[k], added));
+        sum = fma(number, c[k], sum);
+      }
+      out[line(row, inner) + head * channels + channel] = fma(input, skips[head], sum);
+    }
+    float* to = states + line(places.blocks[i], floats) + place;
+    for (int k = 0; k < state_size; k++) to[line(k, channels)] = state[stride * k];
+  }
+}
+
 // out = exp(softplus(x + bias) * weight), a weight for each of the `heads` equal parts; out may be x. Grid: (width / 256
 // rounded up, rows), blocks of 256.
 KERNEL(256, decay, const float* x, const float* __restrict__ weight, const float* __restrict__ bias, int32_t width,

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.launches.experts import (
     ExpertBuffers,
     RouterOutput,
-    check_experts,
     choice_bytes,
     choose,
     combine,
@@ -29,7 +27,7 @@ from llamaclust.kernels.cuda.runtime.device import Buffer as Memory
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import Buffer, MatMul, Moe, Program, SiluMul
-from llamaclust.model.step_options import ActivationFunction, ExpertOptions, Gating
+from llamaclust.model.step_options import ExpertOptions, Gating
 from support.arithmetic.backends import all_threads
 from support.arithmetic.single_steps import Weight, normal, program_of, rows_at
 from support.cuda.launching import Bench
@@ -160,12 +158,6 @@ def test_the_bits_of_the_cpu(
     lines = [outputs[ids[row, rank]][row] for row in range(rows) for rank in range(used)]
     found = device.combine(np.array(lines))
     np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
-
-
-def test_experts_without_a_gate_are_refused() -> None:
-    step = replace(moe(4, 2), gate=None, options=ExpertOptions(activation=ActivationFunction.SILU))
-    with pytest.raises(ModelFileError, match="experts without a gate are not computed on GPUs; set device: cpu"):
-        check_experts(program_of(step.x, step.out, step))
 
 
 @pytest.mark.parametrize(("experts", "used", "rows", "piece"), [(128, 8, 41, 8), (5, 2, 61, 64), (40, 1, 1, 8)])

@@ -286,3 +286,15 @@ def test_launches_of_a_layer_in_decode(
         return len(Plan(program, weights, limits).launches(Shape(1, 1, decode=True)))
 
     assert launches(3) - launches(2) == count
+
+
+@pytest.mark.parametrize("weighs_inputs", [False, True])
+def test_norms_before_experts_write_what_these_read(weighs_inputs: bool) -> None:
+    """Floats for inputs that are weighed before they are quantized."""
+    x, normed, out = (Buffer(name, 256) for name in ("x", "normed", "out"))
+    options = ExpertOptions(weighs_inputs=weighs_inputs)
+    experts = Moe(normed, out, "router", "gate", "up", "down", 4, 2, 256, options)
+    program = program_of(x, out, RmsNorm(x, normed, "norm", 1e-5), experts)
+    norm, _ = fuse_for_gpu(program, lambda name: QuantType.Q4_K if name == "router" else QuantType.Q4_0)
+    other = ActivationFormat.F32 if weighs_inputs else ActivationFormat.Q8_32
+    assert isinstance(norm, Norm) and norm.formats == {ActivationFormat.Q8_256, other}

@@ -128,6 +128,19 @@ def test_rms_norm_of_parts(bench: Bench, parts: int, width: int) -> None:
     same_bits(bench.get(out, x.shape), one_part(parts * width, step, x, w=weight[:width]))
 
 
+@pytest.mark.parametrize(("groups", "width"), [(1, 64), (1, 1300), (3, 100), (17, 48), (2, 5001)])
+def test_rms_norm_of_groups_with_weights_of_their_own(bench: Bench, groups: int, width: int) -> None:
+    x, weight, _ = norm_cases(groups * width)
+    tiles, _ = tiles_of(Weight(weight.reshape(groups, width)))
+    whole, there = Buffer("x", groups * width), bench.put(x)
+    step = RmsNorm(whole, whole, "w", 1e-5, groups, own_weights=True)
+    bench.device.launch(elementwise.rms_norm(step, there.at(), bench.put(tiles).at(), there.at(), count(bench)))
+    wanted = on_cpu(
+        program_of(whole, whole, step), {"w": Weight(weight.reshape(groups, width))}, rows_at(range(ROWS)), x
+    )
+    same_bits(bench.get(there, x.shape), wanted)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_layer_norm(bench: Bench, width: int) -> None:
     x, weight, bias = norm_cases(width)

@@ -108,7 +108,9 @@ def test_graphs_of_shapes_that_were_used_last_are_kept(
         stage.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "moe", "gpt-oss-mxfp4", "gemma4-inputs", "mistral3", "lfm2", "qwen35"])
+@pytest.mark.parametrize(
+    "name", ["llama", "moe", "gpt-oss-mxfp4", "gemma4-inputs", "mistral3", "lfm2", "qwen35", "granitehybrid"]
+)
 def test_several_sequences(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
     """At different places, decoding and prefilling at once, only some rows wanted; then all decode, twice."""
     model = opened(name)

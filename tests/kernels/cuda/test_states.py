@@ -16,7 +16,7 @@ from llamaclust.kernels.cuda.executor.state_places import StatePlaces, state_pla
 from llamaclust.model.delta_rule import Decay, DeltaRule
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
-from llamaclust.model.program import Buffer, Convolution, Program
+from llamaclust.model.program import Buffer, Convolution, Program, Scan, Slice
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.batches import batch_of, load_stage
 from support.arithmetic.single_steps import Weight, normal, program_of, splitter
@@ -105,11 +105,31 @@ def test_delta_rules(
     check(tmp_path, (cpu, cuda), program_of(x, out, *copies, *steps), weights)
 
 
+@pytest.mark.parametrize(
+    ("heads", "channels", "groups", "state_size"),
+    [(1, 16, 1, 1), (4, 64, 1, 128), (6, 24, 3, 20), (16, 5, 4, 16), (2, 40, 1, 700), (1, 6, 1, 4096)],
+)
+def test_scans(
+    tmp_path: Path, cpu: CpuBackend, cuda: CudaBackend, heads: int, channels: int, groups: int, state_size: int
+) -> None:
+    """Of heads that fill a block and that do not; of states for which a block has fewer channels."""
+    source = generator()
+    x, dt = Buffer("x", heads * channels + 2 * groups * state_size), Buffer("dt", heads)
+    hidden, out = Buffer("hidden", x.width + heads), Buffer("out", heads * channels)
+    weights = {
+        "bias": Weight(normal(source, heads)),
+        "decay": Weight(-np.abs(normal(source, heads, 1))),
+        "skip": Weight(normal(source, heads, 1)),
+    }
+    steps = Slice(hidden, x, 0), Slice(hidden, dt, x.width), Scan(x, dt, out, "bias", "decay", "skip", groups, 1)
+    check(tmp_path, (cpu, cuda), program_of(hidden, out, *steps), weights)
+
+
 def own_states(before: list[int], starts: list[int], rows: list[int], blocks: list[int]) -> BatchStates:
     return BatchStates(*(np.array(numbers, np.int32) for numbers in (before, starts, rows, blocks)))
 
 
-@pytest.mark.parametrize("name", ["lfm2", "qwen35"])
+@pytest.mark.parametrize("name", ["lfm2", "qwen35", "falcon-h1"])
 def test_states_in_blocks_of_their_own(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
     """Written where they were read, but for one that stays for a sequence that goes on from it."""
     model, limits = opened(name), replace(LIMITS, state_blocks=3)

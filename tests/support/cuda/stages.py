@@ -32,6 +32,8 @@ MODELS = (
     *("mistral3", "gemma4", "gemma4-experts", "gemma4-inputs"),
     *("deepseek2", "deepseek2-lite", "deepseek2-scaled", "mistral4"),
     *("lfm2", "lfm2-windows", "lfm2moe", "qwen3next", "qwen3next-old", "qwen35", "qwen35moe", "kimi-linear"),
+    *("granitehybrid", "granitehybrid-experts", "falcon-h1", "falcon-h1-norm", "nemotron_h", "nemotron_h_moe-latent"),
+    *("llama4", "llama4-maverick"),
 )
 ROWS = 20
 

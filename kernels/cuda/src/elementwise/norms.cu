@@ -95,6 +95,18 @@ KERNEL(256, rms_norm_parts, const float* x, const float* __restrict__ weight, fl
   for (int i = threadIdx.x % kWarp; i < width; i += kWarp) out[i] = mul(mul(x[i], scale), weight[i]);
 }
 
+// The same with weights [parts, width] in tiles of 16 parts, column by column. Grid: (parts, rows), blocks of 256.
+KERNEL(256, rms_norm_groups, const float* x, const uint8_t* __restrict__ tiles, int32_t tile_bytes, float epsilon,
+       int32_t width, const int32_t* rows, float* out) {
+  const int row = blockIdx.y, part = blockIdx.x, parts = gridDim.x;
+  if (row >= *rows) return;
+  x += line(row * parts + part, width), out += line(row * parts + part, width);
+  const float* weight = reinterpret_cast<const float*>(tiles + line(part / 16, tile_bytes)) + part % 16;
+  const float squares = sum_of_row(x, width, [](float sum, float v) { return fma(v, v, sum); });
+  const float scale = norm_scale(squares, width, epsilon);
+  for (int i = threadIdx.x; i < width; i += 256) out[i] = mul(mul(x[i], scale), weight[16 * i]);
+}
+
 // out = (x - mean) * scale * weight + bias, the last two one operation; out may be x. Grid: (1, rows), blocks of 256.
 KERNEL(256, layer_norm, const float* x, const float* __restrict__ weight, const float* __restrict__ bias,
        float epsilon, int32_t width, const int32_t* rows, float* out) {

@@ -82,7 +82,9 @@ LATENT_ORIGINALS = {
     "mistral4-pictures": Original(
         "Mistral3ForConditionalGeneration",
         {
-            "text_config": _latent(48, model_type="mistral4", **_MISTRAL4, **_yarn(1.0, llama_4_scaling_beta=0.1)),
+            "text_config": _latent(
+                48, model_type="mistral4", **_MISTRAL4, **_yarn(1.0, llama_4_scaling_beta=0.1), num_experts_per_tok=8
+            ),
             "vision_config": _VISION,
             "tie_word_embeddings": False,
         },

@@ -50,6 +50,8 @@ WANTED = {
     "GraniteMoeSharedForCausalLM": ATTENTION,
     "Ernie4_5_MoeForCausalLM": ATTENTION,
     "HunYuanDenseV1ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "HunYuanMoEV1ForCausalLM": ATTENTION,
+    "MiniMaxM2ForCausalLM": ATTENTION,
     "Cohere2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Phi3ForCausalLM": {"attn_qkv", "attn_output", "ffn_up", "ffn_down"},
     "GemmaForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},

@@ -21,6 +21,8 @@ Table = NDArray[np.float64]
 
 _STATE_MACS = 4
 """A multiply-accumulate of a state is one of floats, and takes as long as so many of 8 bits."""
+LAUNCHES_S = 30e-6
+"""Of kernels of a layer on a GPU; an assumption, since no GPU was there to measure it."""
 EXCHANGE_S = 50e-6
 """Two waits for a GPU and two copies; an assumption, since no GPU was there to measure it."""
 EXCHANGE_BYTE_S = 1 / 12e9
@@ -116,7 +118,7 @@ class StageCosts:
             decode: Table = self._moved(rows, rows) * point.layers_byte_s + ends_s
             return decode
         head_s = max(self.model.head_bytes / profile.read_bytes_s, rows * self.model.head_macs / profile.int8_macs_s)
-        return self._roofline_s(profile, rows, rows) + self._head * head_s
+        return self._roofline_s(worker, rows, rows) + self._head * head_s
 
     def prefill_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
         """`prefill_s` of all stages."""
@@ -124,7 +126,7 @@ class StageCosts:
         if times := worker.profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
             return self._prefilled(rows) * point.layers_byte_s + point.stage_s
-        return self._roofline_s(worker.profile, rows, 1)
+        return self._roofline_s(worker, rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
         """What routers and experts of all stages take of a step of so many rows."""
@@ -150,11 +152,14 @@ class StageCosts:
         """The same with states of sequences."""
         return _float_sums(layer.moved_bytes(rows, sequences) for layer in self.model.layers)
 
-    def _roofline_s(self, profile: DeviceProfile, rows: int, sequences: int) -> Table:
+    def _roofline_s(self, worker: WorkerFacts, rows: int, sequences: int) -> Table:
         """Layer by layer, experts for themselves: what one is bound by does not hide what another is bound by, and a
         part of a stage takes as long wherever it is computed."""
+        profile, launches_s = worker.profile, 0.0 if worker.device == "cpu" else LAUNCHES_S
+        assert profile is not None
         return _float_sums(
-            _rest_s(profile, layer, rows, sequences) + _experts_s(profile, layer, rows) for layer in self.model.layers
+            launches_s + _rest_s(profile, layer, rows, sequences) + _experts_s(profile, layer, rows)
+            for layer in self.model.layers
         )
 
     def _prefilled(self, rows: int) -> Table:

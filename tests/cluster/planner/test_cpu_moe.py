@@ -108,12 +108,12 @@ def test_models_without_experts_are_placed_as_before() -> None:
 
 
 def test_the_prediction_is_the_sum_of_both_devices() -> None:
-    """Each reads what it touches at its own speed; each mixture adds an exchange."""
+    """Each reads what it touches at its own speed; mixtures add exchanges, a GPU's layers their launches."""
     plan, facts = make_plan(MODEL, [machine(1800)], AUTO), machine(1800)
     gpu, ram = plan.stages[0].devices
     assert plan.prediction is not None and facts.profile is not None
     reads_s = gpu.touched_bytes / 900e9 + ram.touched_bytes / facts.profile.read_bytes_s
-    exchanges_s = (gpu.cpu_moe_end - 1) * (50e-6 + 2 * 8192 / 12e9)
+    exchanges_s = (gpu.cpu_moe_end - 1) * (50e-6 + 2 * 8192 / 12e9) + (gpu.end - gpu.start) * 30e-6
     assert plan.prediction.token_s == pytest.approx(reads_s + exchanges_s, rel=1e-3)
     assert predict_again(StageCosts.of(MODEL), plan, {"a": facts}, 1, AUTO.links) == plan.prediction
 

@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.cluster.control.planning import with_gpus as add_gpus
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, share_gpus
-from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
+from llamaclust.cluster.planner.costs import LAUNCHES_S, GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
@@ -63,7 +63,7 @@ def test_all_layers_go_to_a_gpu_that_has_room() -> None:
     assert stage.memory_bytes == 11_000 * MIB
     assert stage.bytes == stage.devices[0].bytes == (160 + 9) * MIB + stage.kv_bytes
     assert plan.prediction is not None
-    assert plan.prediction.token_s == pytest.approx(140 * MIB / 400e9)
+    assert plan.prediction.token_s == pytest.approx(140 * MIB / 400e9 + 12 * LAUNCHES_S)
     assert stage.device_layers == (DeviceLayers("cuda:0", 0, 12),)
 
 
@@ -80,7 +80,7 @@ def test_what_does_not_fit_there_stays_in_ram() -> None:
         assert cpu.weight_bytes == 20 * MIB + (12 - layers) * 10 * MIB
         assert gpu_part.bytes <= free
     assert plan.prediction is not None
-    seconds = 8 * 10 * MIB / 20e9 + (4 * 10 + 20) * MIB / 400e9
+    seconds = 8 * 10 * MIB / 20e9 + (4 * 10 + 20) * MIB / 400e9 + 4 * LAUNCHES_S
     assert plan.prediction.token_s == pytest.approx(seconds)
 
 

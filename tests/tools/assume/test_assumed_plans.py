@@ -129,7 +129,7 @@ def test_the_text_says_what_was_assumed() -> None:
     text = "\n".join(lines)
     assert "4 threads a machine, 90 GMAC/s" in text and "1 Gbit/s (none given; say " in text and "GPUs" not in text
     gpu = "\n".join(plan_assumed("16GB + 24GB@900GB/s gpu", "8b", ()).lines())
-    assert "50 µs a layer whose experts are in RAM, at 12 GB/s" in gpu
+    assert "30 µs a layer to launch kernels, 50 µs more where its experts are in RAM, at 12 GB/s" in gpu
     given = "\n".join(plan_assumed("2x16GB@40GB/s@1TOPS,2.5Gbit,0.2ms", "8b", ()).lines())
     assert "none given" not in given and "GMAC/s" not in given and "2.5 Gbit/s" in given
     values = plan_assumed("3x16GB@40GB/s", "gpt-oss-20b", ()).json()

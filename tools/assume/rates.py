@@ -85,8 +85,8 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
         yield (
             f"GPUs, not measured yet: prefill at {GPU_PREFILL_SHARE:.2f} of the 8-bit peak, "
             f"{2 * GPU_MACS_S / 1e12:.0f} TOPS unless @TOPS says; {GPU_RESERVED_BYTES >> 20} MiB left to the driver; "
-            f"{1e6 * LAUNCHES_S:.0f} µs a layer to launch kernels, {1e6 * EXCHANGE_S:.0f} µs more where its experts are "
-            f"in RAM, at {1e-9 / EXCHANGE_BYTE_S:.0f} GB/s"
+            f"{1e6 * LAUNCHES_S:.0f} µs a layer to launch kernels, "
+            f"{1e6 * EXCHANGE_S:.0f} µs more where its experts are in RAM, at {1e-9 / EXCHANGE_BYTE_S:.0f} GB/s"
         )
     if len(assumed.machines) > 1:
         yield _network(assumed.network)

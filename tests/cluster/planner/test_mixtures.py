@@ -12,7 +12,9 @@ import pytest
 
 from llamaclust.cluster.control.resources.resource_shares import measurement_key, most_similar_key
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.planner.devices import Held
 from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -88,6 +90,24 @@ def test_trials_say_what_a_touched_byte_takes() -> None:
     mixture_s = stages.prefill_s(facts, 1, 2, 128) - 0.2e-3
     assert mixture_s == pytest.approx(MIXTURE.touched_bytes(128) * 900e-12)
     assert stages.prefill_s(facts, 0, 1, 128) - 0.2e-3 == pytest.approx(mixture_s), "as many products, fewer bytes"
+
+
+def test_kv_memory_of_layers_in_ram_leaves_room_for_experts_there() -> None:
+    """Also where both parts name an equal device of another object."""
+    request = replace(REQUEST, context_length=64, max_sequences=64)
+    sizes = MemoryModel(StageCosts.of(ModelCosts(0, 0, 0, (MIXTURE,) * 4)), request)
+    experts_bytes = 2 * 32 * MIB + sizes.workspace_bytes(worker("a"), 2, 3)
+
+    def kv_blocks(ram_bytes: int, *, experts: bool) -> int:
+        ram = replace(worker("a"), memory_bytes=ram_bytes)
+        gpu = replace(worker("a cuda:0"), device="cuda:0")
+        in_ram = [Held(replace(ram), 2, 4, is_experts=True)] if experts else []
+        return sizes.kv_blocks([Held(ram, 0, 2), Held(gpu, 2, 4), *in_ram])
+
+    alone = [kv_blocks(size * MIB, experts=False) for size in (72, 75, 80)]
+    beside = [kv_blocks(size * MIB + experts_bytes, experts=True) for size in (72, 75, 80)]
+    assert alone == beside and 0 < alone[0] < alone[1] < alone[2]
+    assert kv_blocks(72 * MIB, experts=True) <= 0, "they do not fit"
 
 
 def test_a_plan_says_what_a_token_reads() -> None:

@@ -88,6 +88,11 @@ class Every:
                 return found
         return []
 
+    def scores_beside(self, plan: Plan) -> list[Score]:
+        """Of all with as much KV memory as the plan has: it may have less where that makes it much faster."""
+        contexts = 4 if self._fits(self._split_of(plan), 4) else 1
+        return [self.score(split) for split in self._splits() if self._fits(split, contexts)]
+
     def score(self, split: Split) -> Score:
         stages = StageCosts.of(self.costs)
         linked = len(split) > 1  # each stage has a link in and one out
@@ -102,8 +107,11 @@ class Every:
         return Score(max(mixes), sum(stages.decode_s(*stage) for stage in split) + hops_s)
 
     def score_of(self, plan: Plan) -> Score:
+        return self.score(self._split_of(plan))
+
+    def _split_of(self, plan: Plan) -> Split:
         by_name = {worker.name: worker for worker in self.workers}
-        return self.score(tuple((by_name[stage.worker], stage.start, stage.end) for stage in plan.stages))
+        return tuple((by_name[stage.worker], stage.start, stage.end) for stage in plan.stages)
 
     def _splits(self) -> Iterator[Split]:
         layers = len(self.costs.layers)

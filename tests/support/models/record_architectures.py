@@ -1,6 +1,7 @@
-"""Records what llama.cpp computes for the models of `tiny_architectures`, two files each in data/architectures, little-
-endian: NAME.f32, logits of TOKENS in one batch, float32 [24, 320]; NAME.decode.f16, every fourth logit of 40 steps of
-one token after them, float16 [40, 80]. And llama4-long.f16, of a prompt that is longer than a chunk of its attention.
+"""Records what llama.cpp computes for the models of `tiny_architectures`, three files each in data/architectures,
+little-endian: NAME.f32, logits of TOKENS in one batch, float32 [24, 320]; NAME.decode.f16, every fourth logit of 40
+steps of one token after them, float16 [40, 80]; NAME.q8_0.f16, every fourth logit of all of these with the matrices in
+Q8_0, float16 [64, 80]. And llama4-long.f16, of a prompt that is longer than a chunk of its attention.
 To be run again when a model is added or changed, its name as an argument (all without one). LLAMA is the folder of
 llama.cpp's sources with a build in it; the library of November 2026 gives the bits of llama-cpp-python 0.3.36, which
 recorded the first models:
@@ -19,8 +20,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from support.models.tiny.llama4 import LONG_LLAMA4, LONG_RECORDED, LONG_TOKENS
+from support.models.tiny.requantized import requantized
 from support.models.tiny_architectures import (
     DECODED_STRIDE,
     DECODED_TOKENS,
@@ -36,15 +39,21 @@ FOLDER = DATA / "architectures"
 LONG = "llama4-long"
 
 
-def record(path: Path, context: int) -> tuple[bytes, bytes]:
-    """Logits of a prefill and of decode steps, keys and values in float32."""
+def logits_of(path: Path, context: int) -> NDArray[np.float32]:
+    """Of a prefill and of decode steps, keys and values in float32."""
     command = [os.environ["RECORD_LOGITS"], str(path), str(context), str(len(TOKENS))]
     tokens = " ".join(map(str, (*TOKENS, *DECODED_TOKENS))).encode()
     answer = subprocess.run(command, input=tokens, stdout=subprocess.PIPE, check=True).stdout
-    both = np.frombuffer(answer, "<f4").reshape(len(TOKENS) + len(DECODED_TOKENS), VOCABULARY)
+    return np.frombuffer(answer, "<f4").reshape(len(TOKENS) + len(DECODED_TOKENS), VOCABULARY)
+
+
+def record(path: Path, context: int) -> tuple[bytes, bytes, bytes]:
+    """Logits of a prefill, of decode steps, and of both in Q8_0."""
+    both = logits_of(path, context)
     logits, decoded = both[: len(TOKENS)], both[len(TOKENS) :, ::DECODED_STRIDE].astype("<f2")
     assert logits.std() > 0.1 and np.isfinite(decoded).all() and decoded.std() > 0.1
-    return logits.tobytes(), decoded.tobytes()
+    quantized = logits_of(requantized(path, "Q8_0"), context)[:, ::DECODED_STRIDE].astype("<f2")
+    return logits.tobytes(), decoded.tobytes(), quantized.tobytes()
 
 
 def record_long(path: Path) -> bytes:
@@ -65,9 +74,10 @@ def main() -> None:
             (FOLDER / f"{LONG}.f16").write_bytes(logits)
         for name in [name for name in sys.argv[1:] or MODELS if name != LONG]:
             path = build_architecture(Path(folder) / f"{name}.gguf", name)
-            logits, decoded = record(path, MODELS[name].context)
-            (FOLDER / f"{name}.f32").write_bytes(logits)
-            (FOLDER / f"{name}.decode.f16").write_bytes(decoded)
+            for kind, content in zip(
+                ("f32", "decode.f16", "q8_0.f16"), record(path, MODELS[name].context), strict=True
+            ):
+                (FOLDER / f"{name}.{kind}").write_bytes(content)
             print(name)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
-from llamaclust.core.sizes import MIB, gigabytes
+from llamaclust.core.sizes import gigabytes, mib
 from llamaclust.tools.assume import rates
 from llamaclust.tools.assume.advice import shown_speed, what_fits, what_helps
 from llamaclust.tools.assume.assumed_model import AssumedModel, assumed_model
@@ -160,7 +160,7 @@ def _shape_plan(cluster: AssumedCluster, name: str, model: AssumedModel) -> Shap
     try:
         plan = cluster.plan(model)
     except InsufficientMemoryError as error:
-        missing = "" if error.missing_bytes is None else f": {error.missing_bytes / MIB:.0f} MiB missing"
+        missing = "" if error.missing_bytes is None else f": {mib(error.missing_bytes)} MiB missing"
         return ShapePlan(name, model, None, f"no{missing}", tuple(what_fits(cluster, model, error)))
     return ShapePlan(name, model, plan, "", tuple(what_helps(cluster, model, prediction_of(plan))))
 

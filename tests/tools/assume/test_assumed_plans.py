@@ -8,6 +8,7 @@ import pytest
 
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
+from llamaclust.core.sizes import mib
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.tools.assume import planning, rates
@@ -150,7 +151,8 @@ def test_a_survey_has_each_shape_with_its_answer() -> None:
     assert error.value.missing_bytes is not None
     headings, *lines = found.lines()
     rows = {line.split(":")[0]: line for line in lines}
-    assert f"no: {error.value.missing_bytes / MIB:.0f} MiB missing" in rows["70b"] and "fits" in headings
+    assert f"no: {mib(error.value.missing_bytes)} MiB missing" in rows["70b"] and "fits" in headings
+    assert f"; {mib(error.value.missing_bytes)} MiB are missing" in str(error.value)
     shown = rows["qwen3-30b-a3b"]
     assert f"{1 / token_s(alone):.0f} " in shown and f"{ttft_s(alone):.1f} s" in shown and "yes, on 3 machines" in shown
     assert any("memory is read at 40 GB/s" in line for line in lines) and "first token: of a prompt of 512" in "".join(

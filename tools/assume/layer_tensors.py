@@ -81,6 +81,15 @@ LAYERS: Final[Mapping[str, Tensors]] = {
     "exaone4": {**_NORMS_AFTER, **_ATTENTION, **_HEAD_NORMS, **_FEED_FORWARD},
     "cohere2": {"attn_norm.weight": ("hidden",), **_ATTENTION, **_FEED_FORWARD},
     "qwen3moe": {**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_EXPERTS},
+    "ernie4_5-moe": {**_NORMS, **_ATTENTION, **_EXPERTS, **_SHARED_EXPERT, "exp_probs_b.bias": ("experts",)},
+    "bailingmoe2": {
+        **_NORMS,
+        **_FUSED_ATTENTION,
+        **_HEAD_NORMS,
+        **_EXPERTS,
+        **_SHARED_EXPERT,
+        "exp_probs_b.bias": ("experts",),
+    },
     "gpt-oss": {**_POST_NORMS, **_ATTENTION, **_QKV_BIASES, **_EXPERTS, **_GPT_OSS},
     "glm4moe": {
         **_POST_NORMS,
@@ -95,7 +104,9 @@ LAYERS: Final[Mapping[str, Tensors]] = {
 """Tensors of a layer, by architecture."""
 
 LEADING_LAYERS: Final[Mapping[str, Tensors]] = {
-    "glm4moe": {**_POST_NORMS, **_ATTENTION, **_QKV_BIASES, **_FEED_FORWARD}
+    "glm4moe": {**_POST_NORMS, **_ATTENTION, **_QKV_BIASES, **_FEED_FORWARD},
+    "ernie4_5-moe": _LLAMA,
+    "bailingmoe2": {**_NORMS, **_FUSED_ATTENTION, **_HEAD_NORMS, **_FEED_FORWARD},
 }
 """Of layers without experts before the others."""
 

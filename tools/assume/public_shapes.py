@@ -25,13 +25,67 @@ _LIKE: Final = {
     ),
 }
 """Named shapes, and the models of the catalog that have them."""
+_MIXTURES: Final = {
+    "ernie-4.5-21b-a3b": ModelShape(
+        architecture="ernie4_5-moe",
+        title="ERNIE 4.5 21B-A3B",
+        hidden=2560,
+        layers=28,
+        heads=20,
+        kv_heads=4,
+        vocabulary=103424,
+        context=131072,
+        ffn=12288,
+        experts=64,
+        used=6,
+        expert_ffn=1536,
+        shared_ffn=3072,
+        leading_layers=1,
+        rope_base=500000.0,
+        is_tied=True,
+        keys={
+            "interleave_moe_layer_step": 1,
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 2,
+            "expert_shared_feed_forward_length": 3072,
+        },
+    ),
+    "ling-mini-2.0": ModelShape(
+        architecture="bailingmoe2",
+        title="Ling mini 2.0",
+        hidden=2048,
+        layers=20,
+        heads=16,
+        kv_heads=4,
+        vocabulary=157184,
+        context=32768,
+        ffn=5120,
+        experts=256,
+        used=8,
+        expert_ffn=512,
+        shared_ffn=512,
+        leading_layers=1,
+        rope_base=600000.0,
+        keys={
+            "rope.dimension_count": 64,
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_shared_feed_forward_length": 512,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "expert_gating_func": 2,
+            "expert_group_count": 8,
+            "expert_group_used_count": 4,
+        },
+    ),
+}
 _LONG_CONTEXT: Final = 262144
 
 
 @lru_cache(maxsize=1)
 def public_shapes() -> Mapping[str, ModelShape]:
     """By name of the catalog, without its quantization. Models of the catalog whose shape is not known are absent."""
-    shapes = {}
+    shapes = dict(_MIXTURES)
     for shape, names in _LIKE.items():
         for name in names:
             known = SHAPES[shape]

@@ -12,6 +12,7 @@ from llamaclust.tools.convert.lazy import constant
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.settings import MAX_CONTEXT
 
+_LEAST_TURNS: Final = 1e-3
 _HUNYUAN_ALPHA: Final = 1000
 _HUNYUAN_CONTEXT: Final = 1 << 18
 """What that alpha is for, by the authors' report; some of their configurations name an eighth of it."""
@@ -81,6 +82,8 @@ def alpha_rotation(page: Page, dimensions: int) -> bool:
     alpha = said.real("alpha", default=0.0, maximum=1e6)
     if said.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
         return False
+    if alpha < 1:
+        raise said.error("alpha", f"{alpha:g}, a number of 1 and more expected")
     if dimensions < 4:
         raise said.error("alpha", f"{alpha:g} with heads of {dimensions} channels is not supported")
     page.key("rope.freq_base", _base(said, 10000.0) * alpha ** (dimensions / (dimensions - 2)))
@@ -176,13 +179,15 @@ def _yarn_keys(page: Page, said: Settings) -> float:
     page.key("rope.scaling.original_context_length", original)
     if not said.flag("truncate", default=True):
         page.key("rope.scaling.yarn_truncate", False)
-    for key, name in (
-        ("yarn_ext_factor", "extrapolation_factor"),
-        ("yarn_beta_fast", "beta_fast"),
-        ("yarn_beta_slow", "beta_slow"),
+    if _base(said, 10000.0) <= 1:
+        raise said.error("rope_theta", f"{said.values.get('rope_theta')}, more than 1 expected with yarn")
+    for key, name, least in (
+        ("yarn_ext_factor", "extrapolation_factor", 0.0),
+        ("yarn_beta_fast", "beta_fast", _LEAST_TURNS),
+        ("yarn_beta_slow", "beta_slow", _LEAST_TURNS),
     ):
         if said.has(name):
-            page.key(f"rope.scaling.{key}", said.real(name, maximum=1e6))
+            page.key(f"rope.scaling.{key}", said.real(name, minimum=least, maximum=1e6))
     return factor
 
 

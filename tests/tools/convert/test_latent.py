@@ -72,6 +72,7 @@ def test_blocks_of_eight_bits_are_cut_too(tmp_path: Path) -> None:
 def test_layers_of_predictions_are_left_out_of_deepseek_and_kept_of_glm(tmp_path: Path) -> None:
     tensors = checkpoint(V3)[1]
     behind = {name.replace("layers.1.", "layers.2."): values for name, values in tensors.items() if "layers.1." in name}
+    behind["model.layers.2.eh_proj.weight"] = np.ones((4, 8), np.float32)
     page = page_of(V3, tmp_path, {**tensors, **behind}, num_nextn_predict_layers=1)
     assert page.tensors.keys() == page_of(V3, tmp_path).tensors.keys() and len(page.notes) == 1
     glm = page_of(GLM, tmp_path)
@@ -128,6 +129,10 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
         (V3, {"n_group": 3}, "3, which does not divide 4 experts into groups of 2"),
         (V3, {"n_group": 4}, "4, which does not divide 4 experts into groups of 2"),
         (V3, {"topk_group": 3}, "3, a whole number of 1 to 2"),
+        (V3, {"num_experts_per_tok": 3}, "1 of 2 groups, too few for 3 of 4 experts"),
+        (V3, {"num_hidden_layers": 1}, "no part of deepseek2 and"),
+        (V3, {"rope_scaling": YARN | {"beta_slow": 0}}, "'beta_slow': 0, 0.001 to 1e.06 expected"),
+        (V3, {"rope_scaling": YARN, "rope_theta": 1}, "'rope_theta': 1, more than 1 expected with yarn"),
         (V3, {"v_head_dim": 8}, r"kv_b_proj.weight': shape \[256, 32\], \[128, 32\] expected"),
         (GLM, {"mlp_layer_types": ["sparse", "dense"]}, "no 2 entries, first dense, then sparse ones"),
         (GLM, {"num_nextn_predict_layers": 2}, "layers.3.input_layernorm.weight': missing"),

@@ -69,6 +69,7 @@ def test_a_part_of_each_head_turns(tmp_path: Path) -> None:
         (DENSE, {"use_qk_norm": False}, "false is not what hunyuan-dense computes"),
         (DENSE, {"use_cla": True}, "true is not what hunyuan-dense computes"),
         (DENSE, {"rope_scaling": {"type": "dynamic", "alpha": -1}}, "-1, 0 to 1e.06 expected"),
+        (DENSE, {"rope_scaling": {"type": "dynamic", "alpha": 0.5}}, "0.5, a number of 1 and more expected"),
         (MOE, {"moe_topk": [2, 1]}, "'moe_topk': 2 numbers, 2 equal ones expected"),
         (MOE, {"moe_topk": [2]}, "'moe_topk': 1 numbers, 2 equal ones expected"),
         (MOE, {"moe_topk": [5, 5]}, "5, a whole number of 1 to 4"),

@@ -32,8 +32,8 @@ def weight_keys(page: Page, gating: int, *, normalized: bool) -> None:
     page.key("expert_weights_norm", settings.flag("norm_topk_prob", "moe_renormalize", default=normalized))
 
 
-def group_keys(page: Page, count: int) -> None:
-    """Groups of which some are used, the best by the sum of their two best experts."""
+def group_keys(page: Page, count: int, chosen: int) -> None:
+    """Groups of which some are used, the best by the sum of their two best experts; `chosen` of `count` experts."""
     settings = page.settings
     groups = settings.count("n_group", "num_expert_group", default=1, maximum=count)
     used = settings.count("topk_group", default=1, maximum=groups)
@@ -41,6 +41,8 @@ def group_keys(page: Page, count: int) -> None:
         return
     if count % groups or count // groups < 2:
         raise settings.error("n_group", f"{groups}, which does not divide {count} experts into groups of 2 and more")
+    if chosen > used * (count // groups):
+        raise settings.error("topk_group", f"{used} of {groups} groups, too few for {chosen} of {count} experts")
     page.key("expert_group_count", groups)
     page.key("expert_group_used_count", used)
 
@@ -87,7 +89,9 @@ def further_layers(page: Page) -> int:
 def leave_further_layers(page: Page) -> None:
     """Drops them, with a note."""
     count = page.settings.count("num_nextn_predict_layers", default=1, minimum=0, maximum=MAX_LAYERS)
-    if page.leave(*(f"model.layers.{page.layers + number}." for number in range(count))):
+    behind = [f"model.layers.{page.layers + number}." for number in range(count)]
+    behind = [prefix for prefix in behind if page.has(f"{prefix}eh_proj.weight")]
+    if behind and page.leave(*behind):
         page.notes.append(NO_PREDICTIONS)
 
 

@@ -160,11 +160,12 @@ def _bailing_keys(page: Page) -> None:
     if settings.text("score_function", default="sigmoid") != "sigmoid":
         raise settings.error("score_function", f"{settings.values['score_function']}, only sigmoid is supported")
     count, width, shared = _bailing_sizes(page)
-    experts.expert_keys(page, count, settings.count("num_experts_per_tok", maximum=count), width)
+    used = settings.count("num_experts_per_tok", maximum=count)
+    experts.expert_keys(page, count, used, width)
     page.key("expert_shared_count", shared)
     page.key("expert_shared_feed_forward_length", width)
     experts.weight_keys(page, experts.SIGMOID, normalized=True)
-    experts.group_keys(page, count)
+    experts.group_keys(page, count, used)
 
 
 def _bailing_experts(page: Page, layer: int) -> None:

@@ -90,11 +90,12 @@ def _expert_keys(page: Page, mixture: _Mixture) -> None:
     if function != mixture.name:
         raise settings.error("scoring_func", f"{function!r}, {mixture.name} expected")
     count, width, shared = _sizes(page)
-    experts.expert_keys(page, count, settings.count("num_experts_per_tok", maximum=count), width)
+    used = settings.count("num_experts_per_tok", maximum=count)
+    experts.expert_keys(page, count, used, width)
     page.key("expert_shared_count", shared)
     experts.weight_keys(page, mixture.number, normalized=mixture.has_groups)
     if mixture.has_groups:
-        experts.group_keys(page, count)
+        experts.group_keys(page, count, used)
 
 
 def _sizes(page: Page) -> tuple[int, int, int]:

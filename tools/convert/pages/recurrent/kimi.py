@@ -94,7 +94,7 @@ def _keys(page: Page, latent: Latent, attends: list[bool], dense: int) -> None:
     experts.expert_keys(page, count, used, width)
     page.key("expert_shared_count", shared)
     experts.weight_keys(page, experts.SIGMOID, normalized=True)
-    experts.group_keys(page, count)
+    experts.group_keys(page, count, used)
 
 
 def _sizes(page: Page) -> tuple[int, int, int]:

@@ -87,7 +87,7 @@ def _expert_keys(page: Page) -> None:
     used = settings.count("num_experts_per_tok", maximum=count)
     experts.expert_keys(page, count, used, settings.count("moe_intermediate_size"))
     experts.weight_keys(page, experts.SIGMOID, normalized=True)
-    experts.group_keys(page, count)
+    experts.group_keys(page, count, used)
     page.key("expert_shared_feed_forward_length", settings.count("moe_shared_expert_intermediate_size"))
     page.key("expert_shared_count", settings.count("n_shared_experts", default=1, maximum=experts.MAX_EXPERTS))
     if settings.has("moe_latent_size"):

@@ -24,6 +24,7 @@ from llamaclust.cli.options import (
     Json,
     KeyFile,
     NCpuMoe,
+    OverrideTensors,
     Threads,
     option_value,
     text_of,
@@ -79,13 +80,14 @@ def generate(
     gpu_layers: GpuLayers = "auto",
     cpu_moe: CpuMoe = False,
     n_cpu_moe: NCpuMoe = None,
+    override_tensors: OverrideTensors = [],  # noqa: B006
     cluster: Cluster = None,
     *,
     more: dict[str, Any],
 ) -> None:
     """Complete PROMPT and stream the text."""
     text = given_or_piped(prompt)
-    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe)
+    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, override_tensors)
     target = Target(cluster, endpoint, api_key_file, model, threads, gpus=gpus, ca_file=ca_file, served=served_model)
     options: CompletionOptions = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
@@ -137,6 +139,7 @@ def chat(
     gpu_layers: GpuLayers = "auto",
     cpu_moe: CpuMoe = False,
     n_cpu_moe: NCpuMoe = None,
+    override_tensors: OverrideTensors = [],  # noqa: B006
     cluster: Cluster = None,
     *,
     more: dict[str, Any],
@@ -147,7 +150,7 @@ def chat(
     from llamaclust.cluster.client.session import ChatSession
     from llamaclust.cluster.config.values import expand_home
 
-    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe)
+    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, override_tensors)
     target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model)
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
@@ -235,7 +238,11 @@ class Target:
 
             device, gpu_layers, _ = self.gpus.parsed
             settings = LocalSettings(
-                chat_template=self.chat_template, device=device, gpu_layers=gpu_layers, cpu_moe=self.gpus.cpu_moe
+                chat_template=self.chat_template,
+                device=device,
+                gpu_layers=gpu_layers,
+                cpu_moe=self.gpus.cpu_moe,
+                placement=self.gpus.placement,
             )
             client = Client.local(resolve_model(self.model), self.threads, settings=settings)
             if client.placement:

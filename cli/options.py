@@ -19,6 +19,7 @@ from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
     from llamaclust.model.kv_type import KvType
+    from llamaclust.model.placement import PlacementRule
 
 
 class PlainCommand(TyperCommand):
@@ -67,6 +68,9 @@ class FileCommand(PlainCommand):
             if option in ("--cpu-moe", "-cmoe", "--n-cpu-moe", "-ncmoe"):
                 count = "all" if option in ("--cpu-moe", "-cmoe") else value or following or "..."
                 raise UsageError(f"{option}: is `cpu_moe` in the cluster file: --set cpu_moe={count}")
+            if option in ("--override-tensor", "-ot"):
+                rules = json.dumps((value or following or "exps=CPU").split(","))
+                raise UsageError(f"{option}: is `placement` in the cluster file: --set 'placement={rules}'")
             if key := _KEYS.get(option):
                 told = f"--set workers.0.{key}={value or following or '...'}"
                 raise UsageError(f"{option}: is a key of a worker here, `{key}` in the cluster file: {told}")
@@ -125,6 +129,15 @@ NCpuMoe = Annotated[
     int | None,
     Option("--n-cpu-moe", "-ncmoe", metavar="N", min=0, max=MAX_LAYERS, help="Experts of the first N layers in RAM."),
 ]
+OverrideTensors = Annotated[
+    list[str],
+    Option(
+        "--override-tensor",
+        "-ot",
+        metavar="PATTERN=DEVICE,...",
+        help="Tensors in RAM (CPU) or on GPUs (gpu, CUDA0) by name, such as exps=CPU; repeatable.",
+    ),
+]
 _Given = TypeVar("_Given")
 _Value = TypeVar("_Value")
 
@@ -138,6 +151,20 @@ class Gpus:
     gpu_memory: str | None = None
     all_cpu_moe: bool = False
     n_cpu_moe: int | None = None
+    override_tensors: Sequence[str] = ()
+
+    @property
+    def placement(self) -> tuple[PlacementRule, ...]:
+        """Rules for tensors. UsageError for what is none, and for rules without GPUs."""
+        from llamaclust.model.placement import MAX_RULES, read_rules
+
+        name = "--override-tensor"
+        rules = [rule for text in self.override_tensors for rule in option_value(name, list, read_rules(text))]
+        if rules and self.parsed[0] == "cpu":
+            raise UsageError(f"{name}: is for models on a GPU: give --device cuda:0 as well")
+        if len(rules) > MAX_RULES:
+            raise UsageError(f"{name}: {len(rules)} rules, at most {MAX_RULES} are taken")
+        return tuple(rules)
 
     @property
     def cpu_moe(self) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
+from llamaclust.model.placement import RuleEffect, rule_effects
 from llamaclust.worker.devices.devices import check_devices, fingerprint, gpus_of
 from llamaclust.worker.devices.system_info import available_memory_bytes, resident_bytes
 
@@ -45,7 +46,19 @@ def show_plan(file: Path | None, overrides: list[str], as_json: bool) -> None:
 
 
 def _json(config: ClusterConfig) -> dict[str, object]:
-    return plan_json(planned(config)[0]) | {"kv_disk_bytes": _on_disk(config)}
+    rules = [
+        {"tensors": each.rule.pattern, "device": each.rule.device, "count": each.tensors, "bytes": each.n_bytes}
+        for each in _effects(config)
+    ]
+    return plan_json(planned(config)[0]) | {"kv_disk_bytes": _on_disk(config), "placement": rules}
+
+
+def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
+    """What the rules of `placement` decide on."""
+    if not config.placement:
+        return ()
+    with _opened(config) as model:
+        return rule_effects(model, [entry.rule for entry in config.placement])
 
 
 def _on_disk(config: ClusterConfig) -> dict[str, int]:
@@ -58,7 +71,11 @@ def _show(config: ClusterConfig) -> None:
     on_disk = _on_disk(config)
     kv_disk = ", ".join(f"{stage.worker} {mib(on_disk[stage.worker])} MiB" for stage in plan.stages if on_disk)
     lines = (f"  KV memory on disk, at most: {kv_disk}",) if kv_disk else ()
-    print("\n".join((*plan_lines(plan), *lines, *_room(config, own_bytes))))
+    rules = (
+        f"  placement: {each.rule} decides on {each.tensors} tensors with {mib(each.n_bytes)} MiB"
+        for each in _effects(config)
+    )
+    print("\n".join((*plan_lines(plan), *rules, *lines, *_room(config, own_bytes))))
 
 
 def planned(config: ClusterConfig) -> tuple[Plan, int]:

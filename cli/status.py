@@ -158,7 +158,7 @@ def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
 
 def _device_layers(part: dict[str, Any]) -> DeviceLayers:
     start, end = part["layers"]
-    return DeviceLayers(part["device"], start, end, part["cpu_moe_end"])
+    return DeviceLayers(part["device"], start, end, tuple(part["cpu_moe"]))
 
 
 def _kv_disk_lines(workers: list[dict[str, Any]]) -> Iterator[str]:

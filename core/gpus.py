@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Annotated
 
-from llamaclust.core.bounds import MAX_LAYERS, DeviceName, Integer, Line, MemoryBytes
-from llamaclust.core.errors import ProtocolError
+from llamaclust.core.bounds import MAX_LAYERS, DeviceName, Integer, Line, MemoryBytes, Size
+from llamaclust.core.errors import ProtocolError, UsageError
 
 CUDA = "cuda:"
 
@@ -30,19 +31,22 @@ class DeviceLayers:
     device: DeviceName  # "cpu" | "cuda:N"
     start: int
     end: Annotated[int, Integer(1, MAX_LAYERS)]
-    cpu_moe_end: int = 0  # of a GPU's layers, those before this one have their experts in RAM; 0: none
+    cpu_moe: Annotated[tuple[int, ...], Size(0, MAX_LAYERS)] = ()  # of a GPU's layers, those with experts in RAM
 
     def check(self) -> None:
         if self.start >= self.end:
             raise ProtocolError(f"{self.device} holds layers [{self.start}, {self.end})")
-        if self.cpu_moe_end and not (self.start < self.cpu_moe_end <= self.end and self.device.startswith(CUDA)):
-            what = f"{self.device} holds layers [{self.start}, {self.end}), experts of those before {self.cpu_moe_end}"
-            raise ProtocolError(f"{what} are to be in RAM")
+        ascending = all(lower < upper for lower, upper in pairwise((self.start - 1, *self.cpu_moe, self.end)))
+        if self.cpu_moe and not (ascending and self.device.startswith(CUDA)):
+            what = f"{self.device} holds layers [{self.start}, {self.end})"
+            raise ProtocolError(f"{what}, experts of {self.cpu_moe[:8]} are to be in RAM")
 
-    @property
-    def cpu_moe(self) -> range:
-        """Layers whose experts are in RAM."""
-        return range(self.start, max(self.start, self.cpu_moe_end))
+
+def ranges(layers: Sequence[int]) -> str:
+    """'[0, 4), [7, 8)' of ascending numbers."""
+    numbers = enumerate(layers)
+    runs = (list(run) for _, run in groupby(numbers, lambda pair: pair[1] - pair[0]))
+    return ", ".join(f"[{run[0][1]}, {run[-1][1] + 1})" for run in runs)
 
 
 def placed(devices: Sequence[DeviceLayers]) -> str:
@@ -50,11 +54,74 @@ def placed(devices: Sequence[DeviceLayers]) -> str:
     counts = {part.device: part.end - part.start for part in devices}
     on_gpus = sum(count for device, count in counts.items() if device != "cpu")
     where = ", ".join(f"[{part.start}, {part.end}) {part.device}" for part in devices)
-    apart = (f"[{part.start}, {part.cpu_moe_end})" for part in devices if part.cpu_moe)
-    where += "".join(f", experts of {layers} cpu" for layers in apart)
+    where += "".join(f", experts of {ranges(part.cpu_moe)} cpu" for part in devices if part.cpu_moe)
     return f"{on_gpus} of {sum(counts.values())} layers on GPUs: {where}"
 
 
 def gpu_names(device: str) -> Sequence[str]:
     """The GPUs of a device as settings name it: "cuda:0,cuda:1"."""
     return device.split(",") if device.startswith(CUDA) else ()
+
+
+RAM, ANY_GPU = "ram", "gpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What the user says of where a worker with GPUs holds layers; the rest follows from memory. By layer of the model;
+    () says nothing of any."""
+
+    layers: tuple[str | None, ...] = ()  # "ram", "gpu": any one, "cuda:N"; None: open
+    experts: tuple[bool | None, ...] = ()  # of layers on a GPU, whether in RAM; None: by `cpu_moe`
+    cpu_moe: int | None = 0  # so many first layers have their experts in RAM, others on the GPU; None: open
+
+    def experts_in_ram(self, layer: int) -> bool | None:
+        """Whether they are, where the rest of the layer is on a GPU. None: open."""
+        said = self.experts[layer] if self.experts else None
+        if said is not None or self.cpu_moe is None:
+            return said
+        return layer < self.cpu_moe
+
+    def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
+        """Numbers of the devices that may hold the layer: 0 is RAM, others are the GPUs in order."""
+        said = self.layers[layer] if self.layers else None
+        if said is None:
+            return range(len(gpus) + 1)
+        if said in (RAM, ANY_GPU):
+            return range(1) if said == RAM else range(1, len(gpus) + 1)
+        return range((at := gpus.index(said) + 1), at + 1)
+
+    def check(self, gpus: Sequence[str], start: int, end: int) -> None:
+        """UsageError for what the devices of a stage of layers [start, end) cannot be: they hold layers in order, first
+        RAM, then the GPUs. Without GPUs, all is in RAM."""
+        if not gpus:
+            return
+        for said in self.layers[start:end]:
+            if said not in (None, RAM, ANY_GPU, *gpus):
+                raise UsageError(f"placement: there is no {said} among {', '.join(gpus)}; name one of these, or gpu")
+        least, held_up, first_open = 0, start, None
+        for layer in range(start, end):
+            devices = self.devices_of(layer, gpus)
+            if devices == range(1) and first_open is not None:
+                what = f"layer {layer} in RAM comes after layer {first_open}, which may be on a GPU"
+                raise UsageError(f"placement: {what}: {_ORDER}")
+            if devices[-1] < least:
+                what = f"layer {layer} on {gpus[devices[-1] - 1]} comes after layer {held_up} on {gpus[least - 1]}"
+                raise UsageError(f"placement: {what}: {_ORDER}")
+            if devices[0] > least:
+                least, held_up = devices[0], layer
+            if devices != range(1) and first_open is None:
+                first_open = layer
+
+    def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
+        """UsageError where devices hold layers elsewhere, since layers that share keys and values are on one device."""
+        for part in devices if self.layers else ():
+            allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
+            for layer in range(part.start, part.end):
+                if self.layers[layer] not in allowed:
+                    what = f"layer {layer} on {self.layers[layer]} is not possible beside the others on {part.device}"
+                    raise UsageError(f"placement: {what}: layers that share keys and values are on one device")
+
+
+NO_RULES = Placement()
+_ORDER = "of a worker's layers, the first are in RAM, the next on its first GPU; experts of any layer can be in RAM"

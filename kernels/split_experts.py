@@ -6,7 +6,7 @@ At each mixture of experts, its normed input goes to the processor, and the weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -32,12 +32,12 @@ def layer_of(step: Moe) -> int:
     return int(step.router.split(".")[1])
 
 
-def without_experts(program: Program, layers: range) -> Program:
+def without_experts(program: Program, layers: Collection[int]) -> Program:
     """The program with exchanges in place of the mixtures of these layers."""
     return replace(program, steps=tuple(_exchanged(step) if _is_of(step, layers) else step for step in program.steps))
 
 
-def experts_of(program: Program, layers: range) -> Program | None:
+def experts_of(program: Program, layers: Collection[int]) -> Program | None:
     """The mixtures of these layers alone, each from the hidden state to the result; None where there are none. What
     one reads beside its input stands behind it in the hidden state."""
     mixtures = [step for step in program.steps if isinstance(step, Moe) and _is_of(step, layers)]
@@ -59,7 +59,7 @@ def expert_parts(program: Program) -> Iterator[Program]:
             part = []
 
 
-def _is_of(step: Step, layers: range) -> bool:
+def _is_of(step: Step, layers: Collection[int]) -> bool:
     return isinstance(step, Moe) and layer_of(step) in layers
 
 
@@ -82,7 +82,7 @@ class SplitExpertsBackend:
     """See `kernels.backend.Backend`. Loads programs on `rest` but for the experts of `layers`, which `experts`
     computes."""
 
-    def __init__(self, rest: ExchangingBackend, experts: ExpertsBackend, layers: range) -> None:
+    def __init__(self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int]) -> None:
         assert rest.numerics_version == experts.numerics_version
         self.numerics_version = rest.numerics_version
         self.name = f"{rest.name}+{experts.name}"

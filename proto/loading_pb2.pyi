@@ -224,26 +224,28 @@ class DeviceLayers(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
-    CPU_MOE_END_FIELD_NUMBER: _builtins.int
+    CPU_MOE_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """"cpu" or "cuda:N"."""
     start: _builtins.int
     """First layer."""
     end: _builtins.int
     """One past the last layer."""
-    cpu_moe_end: _builtins.int
-    """Of layers on a GPU, those before this one have their experts in RAM; 0: none."""
+    @_builtins.property
+    def cpu_moe(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of layers on a GPU, those with experts in RAM, ascending."""
+
     def __init__(
         self,
         *,
         device: _builtins.str = ...,
         start: _builtins.int = ...,
         end: _builtins.int = ...,
-        cpu_moe_end: _builtins.int = ...,
+        cpu_moe: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_moe_end", b"cpu_moe_end", "device", b"device", "end", b"end", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_moe", b"cpu_moe", "device", b"device", "end", b"end", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

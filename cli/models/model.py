@@ -26,6 +26,7 @@ from llamaclust.cli.options import (
     KvTypeOption,
     LocalModel,
     NCpuMoe,
+    OverrideTensors,
     Threads,
     Workers,
     option_value,
@@ -248,6 +249,7 @@ def perplexity(
     gpu_layers: GpuLayers = "auto",
     cpu_moe: CpuMoe = False,
     n_cpu_moe: NCpuMoe = None,
+    override_tensors: OverrideTensors = [],  # noqa: B006
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     ca_file: CaFile = None,
@@ -258,6 +260,6 @@ def perplexity(
 
     evaluation = Evaluation(text, context, chunks, base, compare, hellaswag, tasks)
     evaluation.check()
-    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe)
+    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, override_tensors)
     source = Source(model, threads, workers, kv_type, endpoint, api_key_file, gpus, ca_file)
     evaluate(source, evaluation, as_json)

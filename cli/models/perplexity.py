@@ -103,6 +103,7 @@ class Source:
             device=device,
             gpu_layers=gpu_layers,
             cpu_moe=self.gpus.cpu_moe,
+            placement=self.gpus.placement,
         )
         return LocalClient(self.model, self.threads, settings=settings)
 

@@ -28,6 +28,7 @@ from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits,
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
+from llamaclust.model.placement import PlacementRule, placement_of
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
 from llamaclust.worker.devices.devices import Device
@@ -59,6 +60,7 @@ class LocalSettings:
     gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
     gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
     cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those whose experts do not fit
+    placement: tuple[PlacementRule, ...] = ()  # for tensors; the first one that matches decides, before `cpu_moe`
 
 
 class LocalClient(ServiceClient):
@@ -112,6 +114,7 @@ class LocalStage:
         self.scheduling = _scheduler_settings(self.model, settings)
         if settings.cpu_moe is not None and not self.model.hyperparameters.expert_count:
             raise UsageError(f"cpu_moe: {path} has no experts; leave it out")
+        placement = placement_of(self.model, settings.placement, settings.cpu_moe)
         device = _open_device(threads, feature_level, settings)
         self.feature_level = device.backend.feature_level
         own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
@@ -119,7 +122,7 @@ class LocalStage:
         with ExitStack() as gpus:
             for gpu in device.gpus:
                 gpus.callback(gpu.close)
-            held = held_layers(device, self.model, limits, settings.cpu_moe)
+            held = held_layers(device, self.model, limits, placement)
             self._runner = StageRunner(
                 device.backend_for(held),
                 self.model,
@@ -247,6 +250,8 @@ def _open_device(threads: int | None, feature_level: str | None, settings: Local
         raise UsageError("gpu_layers and gpu_memory_bytes are for GPUs: set device to cuda:0 as well")
     if kind == "cpu" and settings.cpu_moe is not None:
         raise UsageError("cpu_moe is for GPUs: set device to cuda:0 as well")
+    if kind == "cpu" and settings.placement:
+        raise UsageError("placement is for GPUs: set device to cuda:0 as well")
     for name, value in (("gpu_layers", settings.gpu_layers), ("cpu_moe", settings.cpu_moe)):
         if value is not None and value < 0:
             raise UsageError(f"{name}: {value}: set 0 or more")

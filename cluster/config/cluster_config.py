@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from llamaclust.cluster.config.anchors import anchored
 from llamaclust.cluster.config.document import Document, override, read_document
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.errors import PlaceError, explain, hint
-from llamaclust.cluster.config.model_sources import REMOTE_PREFIXES
 from llamaclust.cluster.config.sections import (
     AdapterConfig,
     AnyWorker,
     Api,
+    CpuMoe,
     Join,
     Lease,
     ListenTls,
     ModelEntry,
+    Placements,
     PlanEntry,
     Ray,
     Section,
@@ -45,7 +47,6 @@ from llamaclust.cluster.config.values import (
 from llamaclust.core.addresses import is_loopback, joined_address, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import MAX_ADAPTERS, MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_SEQUENCES
-from llamaclust.model.chat.template_choice import built_in_names
 from llamaclust.model.kv_type import KvType
 
 MAX_WORKERS = 256
@@ -99,8 +100,10 @@ class ClusterConfig(Section):
     """What an automatic plan is good at: one request's speed, or many requests' together."""
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
     """Type of activations between workers; f32 is exact."""
-    cpu_moe: Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)] = None
+    cpu_moe: CpuMoe = None
     """So many first layers, or all, have their experts in RAM beside a GPU; auto: as the plan is fastest."""
+    placement: Placements = ()
+    """Rules for tensors that are in RAM or on GPUs, as `-ot` of llama.cpp; the first that matches a tensor decides."""
     kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
     """Type of keys and values in KV memory; q8_0 takes about half of f16's, and gives slightly other answers."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
@@ -185,7 +188,7 @@ class ClusterConfig(Section):
         for key in ("max_loaded_models", "load_on_demand") if not self.models else ():
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise PlaceError((key,), "is for several models: give `models` in place of `model`")
-        for key in ("adapters", "plan") if self.models else ():
+        for key in ("adapters", "placement", "plan") if self.models else ():
             if getattr(self, key):
                 raise PlaceError((key,), f"is for one model: give `{key}` among `models`")
         named: set[str] = set()
@@ -208,6 +211,11 @@ class ClusterConfig(Section):
                 if entry.worker not in names:
                     what = f"unknown worker {entry.worker!r}{hint(entry.worker, names)}"
                     raise PlaceError((*place, "plan", index, "worker"), what)
+            for index, rule in enumerate(config.placement):
+                for pattern in rule.workers:
+                    if not any(fnmatchcase(name, pattern) for name in names):
+                        what = f"no worker is named {pattern!r}{hint(pattern, names)}"
+                        raise PlaceError((*place, "placement", index, "workers"), what)
         return self
 
     @model_validator(mode="after")
@@ -244,7 +252,7 @@ class ClusterConfig(Section):
                 options = " ".join(_as_option(worker, key) for key in given)
                 why = f"a worker of a static cluster gets this where it is started: llamaclust worker ... {options}"
                 raise PlaceError(("workers", index, given[0]), why)
-            for key in ("gpu_layers", "gpu_memory"):
+            for key in ("gpu_layers", "gpu_memory", "cpu_moe") if self.launcher != "static" else ():
                 if worker.device == "cpu" and getattr(worker, key) is not None:
                     why = "is for workers with a GPU: set device to cuda:0 as well"
                     raise PlaceError(("workers", index, key), why)
@@ -300,17 +308,7 @@ class ClusterConfig(Section):
 
 _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory", "kv_disk")
 """Keys of workers that are options of `llamaclust worker` of a static cluster."""
-_PATHS = (
-    ("join", "trust_dir"),
-    ("lease", "account"),
-    ("api", "adapter_folder"),
-    ("api", "slot_folder"),
-    ("listen_tls", "certificate"),
-    ("listen_tls", "key"),
-    ("telemetry", "headers_file"),
-)
-"""Keys of sections that are paths."""
-_OF_ONE_MODEL = ("chat_template", "context_length", "kv_memory", "adapters", "plan")
+_OF_ONE_MODEL = ("chat_template", "context_length", "kv_memory", "adapters", "placement", "plan")
 """Keys that each of `models` may have of its own."""
 _FOR_ONE_MODEL = {
     "model_name": "give `name` and `aliases` among `models`",
@@ -334,7 +332,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConf
 
     Relative paths in the file are relative to its folder. UsageError names the place, what is wrong and what to do.
     """
-    document = _demo() if path is None else _anchored(read_document(path), path.absolute().parent)
+    document = _demo() if path is None else anchored(read_document(path), path.absolute().parent)
     document = override(document, overrides)
     try:
         return ClusterConfig.model_validate(document.values)
@@ -357,43 +355,6 @@ def _demo() -> Document:
     values = {"name": "demo", "model": DEMO_MODEL, "workers": [{"name": "a"}, {"name": "b"}]}
     values["objective"] = "throughput"  # one request alone would be faster on one of them
     return Document("the demo cluster", values, {})
-
-
-def _anchored(document: Document, folder: Path) -> Document:
-    """The document with its relative paths made absolute."""
-    values = dict(document.values)
-    _anchor_model(values, folder)
-    if isinstance(models := values.get("models"), list):
-        values["models"] = [dict(entry) if isinstance(entry, dict) else entry for entry in models]
-        for entry in values["models"]:
-            if isinstance(entry, dict):
-                _anchor_model(entry, folder)
-    for key in ("api_keys_file", "state_dir"):
-        _anchor(values, key, folder)
-    for section, key in _PATHS:
-        if isinstance(values.get(section), dict):
-            values[section] = dict(values[section])
-            _anchor(values[section], key, folder)
-    return replace(document, values=values)
-
-
-def _anchor_model(values: dict[str, Any], folder: Path) -> None:
-    """Its file, its template and its adapters, where they are files."""
-    model = values.get("model")
-    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(REMOTE_PREFIXES):
-        _anchor(values, "model", folder)
-    if values.get("chat_template") not in built_in_names():
-        _anchor(values, "chat_template", folder)
-    if isinstance(adapters := values.get("adapters"), list):
-        values["adapters"] = [dict(adapter) if isinstance(adapter, dict) else adapter for adapter in adapters]
-        for adapter in filter(lambda adapter: isinstance(adapter, dict), values["adapters"]):
-            _anchor(adapter, "path", folder)
-
-
-def _anchor(values: dict[str, Any], key: str, folder: Path) -> None:
-    path = values.get(key)
-    if isinstance(path, str) and path:
-        values[key] = path if path.startswith("~") else str(folder / path)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def _deeper(key: str, schema: Schema) -> str:
             items = [] if "items" not in option else list(_alternatives(option["items"], schema))
             within += [name for part in (option, *items) if key in part.get("properties", ())]
     match within:
-        case ["workers"]:
+        case ["workers", *_]:
             return f"; it is a worker's: workers.0.{key}, or by its name, with --set; in files under `workers:`"
         case [name]:
             return f"; it is one of `{name}`: {name}.{key} with --set"

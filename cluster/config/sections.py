@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,15 +18,20 @@ from llamaclust.cluster.config.values import (
     Layers,
     Name,
     OrAuto,
+    OrText,
+    OrWord,
     Size,
     expand_home,
     parse_ray_address,
 )
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_CONTEXT_TOKENS
+from llamaclust.model.placement import MAX_PATTERN, MAX_RULES, PlacementRule, read_rules
 
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
 _LEAST_LEASE_S = 1.0
+CpuMoe = Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)]
+"""How many first layers have their experts in RAM beside a GPU; None: as is fastest."""
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
 _KUBERNETES = "https://kubernetes.default.svc"
 
@@ -47,6 +53,8 @@ class WorkerConfig(Section):
     """Layers on its GPUs, counted from its last one, the others on its processor; auto: as many as VRAM takes."""
     gpu_memory: Size | None = None
     """Cap on what it takes of each GPU's memory; by default what is free there."""
+    cpu_moe: CpuMoe = None
+    """As the key `cpu_moe` of the cluster, for this worker; by default the cluster's."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads that compute; by default the machine's cores, shared out among its workers."""
     memory: Size | None = None
@@ -199,6 +207,60 @@ class PlanEntry(Section):
     """Half-open range [start, end)."""
 
 
+class PlacementEntry(Section):
+    """A rule for tensors that are in RAM or on GPUs, where their layers are on a worker with GPUs."""
+
+    tensors: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
+    """Regular expression that matches anywhere in names of tensors, such as ffn_.*_exps."""
+    device: Annotated[str, Field(min_length=1, max_length=16)]
+    """ram or CPU; gpu; or CUDA0 or cuda:0 for one of several GPUs."""
+    workers: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=63)], ...], Field(max_length=64, strict=False)
+    ] = ()
+    """Names of workers that it is for, or patterns such as gpu-*; by default all."""
+
+    @property
+    def rule(self) -> PlacementRule:
+        return PlacementRule.of(self.tensors, self.device)
+
+    def is_for(self, worker: str) -> bool:
+        return not self.workers or any(fnmatchcase(worker, pattern) for pattern in self.workers)
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        try:
+            PlacementRule.of("x", self.device)
+        except ValueError as error:
+            raise PlaceError(("device",), str(error)) from error
+        try:
+            PlacementRule.of(self.tensors, "ram")
+        except ValueError as error:
+            raise PlaceError(("tensors",), str(error)) from error
+        return self
+
+
+def _read_placement(value: Any) -> Any:
+    """Items may be rules as `-ot` has them."""
+    if not isinstance(value, list):
+        return value
+    return [_entry(item) if isinstance(item, str) else item for item in value]
+
+
+def _entry(text: str) -> dict[str, str]:
+    rules = list(read_rules(text))
+    if len(rules) != 1:
+        raise ValueError(f"{text[:60]!r} has {len(rules)} rules; make each an item of its own")
+    return {"tensors": rules[0].pattern, "device": rules[0].device}
+
+
+Placements = Annotated[
+    tuple[PlacementEntry, ...],
+    Field(max_length=MAX_RULES, strict=False),
+    BeforeValidator(_read_placement),
+    OrText(),
+]
+
+
 class ModelEntry(Section):
     """One of several models."""
 
@@ -218,6 +280,8 @@ class ModelEntry(Section):
     """How long it stays loaded without requests; auto: until another model needs its memory."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
     """As the key `adapters` of the cluster."""
+    placement: Placements = ()
+    """As the key `placement` of the cluster."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
     """As the key `plan` of the cluster."""
 

@@ -217,6 +217,14 @@ class OrWord:
         return {**json, "anyOf": [{"const": self._word}, *json["anyOf"]]}
 
 
+class OrText:
+    """Marks a list of sections whose items may be texts too."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        json = handler(schema)
+        return {**json, "items": {"anyOf": [{"type": "string", "minLength": 1, "maxLength": 300}, json["items"]]}}
+
+
 class OrCount:
     """Marks a list of sections for which a number may stand: so many of `kind`, whose names say nothing."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.kv_groups import KvGroups, window_group
@@ -45,7 +46,7 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
     context_length(config, model)
     _check_frames(config, model)
     _check_kv_disk(config, model)
-    _check_cpu_moe(config, model)
+    check_placement(config, model)
     if config.plan is not None:
         entries = config.plan if config.awaits_any else ()
         names = [entry.worker for entry in entries] or [worker.name for worker in config.workers]
@@ -72,17 +73,6 @@ def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
     if model.has_states:
         why = "states of sequences are not kept on disk"
         raise UsageError(f"kv_disk: {why}, and layers of this model have some; leave it out")
-
-
-def _check_cpu_moe(config: ClusterConfig, model: Model) -> None:
-    """Of workers that start themselves, the devices are not known before they join."""
-    if config.cpu_moe is None:
-        return
-    if not model.hyperparameters.expert_count:
-        raise UsageError(f"cpu_moe: {model.file.path} has no experts; leave it out")
-    if config.launcher != "static" and all(worker.device == "cpu" for worker in config.workers):
-        count = len(config.workers)
-        raise UsageError(f"cpu_moe: none of {count} workers has a GPU, so all experts are in RAM anyway; leave it out")
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:

@@ -11,6 +11,7 @@ from functools import partial
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import context_length, manual_plan, max_batch_tokens, stage_limits
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
+from llamaclust.cluster.control.resources.placement import placements
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.resources.resource_shares import (
     WorkerResources,
@@ -28,6 +29,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.predict import predict_again
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
+from llamaclust.core.gpus import Placement
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.model.loader import Model, ModelCosts
 from llamaclust.wire.microbatch.codec import MAX_STAGES
@@ -66,9 +68,13 @@ def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResource
         max_batch_tokens=max_batch_tokens(config),
         rounding=rounding_of(model),
         rest_rounding=rounding_of(model, experts=False),
-        cpu_moe=config.cpu_moe,
     )
-    plan = _plan(model.costs(config.kv_type), _worker_facts(config, resources), request)
+    facts = _worker_facts(config, resources)
+    wanted = placements(config, model, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts})
+    facts = [replace(worker, placement=wanted[worker.name]) if worker.gpus else worker for worker in facts]
+    plan = _plan(model.costs(config.kv_type), facts, request)
+    for stage in plan.stages:
+        wanted[stage.worker].check_obeyed(stage.device_layers)
     if len(plan.stages) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
     return plan
@@ -82,21 +88,31 @@ def predict_served(config: ClusterConfig, model: Model, resources: ClusterResour
 
 
 def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """The plan. Its InsufficientMemoryError says so where only `gpu_layers` is too large."""
+    """The plan. Its InsufficientMemoryError says so where only `gpu_layers`, or rules for layers and experts, leave too
+    little."""
     try:
         return make_plan(costs, facts, request)
     except InsufficientMemoryError as error:
-        if all(worker.gpu_layers is None for worker in facts):
-            raise
-        try:
-            fitting = make_plan(costs, [replace(worker, gpu_layers=None) for worker in facts], request)
-        except InsufficientMemoryError:
-            raise error from None
-        devices = [part for stage in fitting.stages for part in stage.devices if part.device != "cpu"]
-        on_gpus = sum(part.end - part.start for part in devices)
-        raise InsufficientMemoryError(
-            f"{error}; or set gpu_layers to auto, which fits: {on_gpus} layers are on GPUs then"
-        ) from error
+        by_memory = [replace(worker, gpu_layers=None) for worker in facts]
+        open_placement = Placement(cpu_moe=None)
+        without_rules = [replace(worker, placement=open_placement) if worker.gpus else worker for worker in facts]
+        ways = {"set gpu_layers to auto": by_memory, "leave out placement and cpu_moe": without_rules}
+        for way, others in ways.items():
+            on_gpus = None if others == list(facts) else _layers_on_gpus(costs, others, request)
+            if on_gpus is not None:
+                advice = f"or {way}, which fits: {on_gpus} layers are on GPUs then"
+                raise InsufficientMemoryError(f"{error}; {advice}") from error
+        raise
+
+
+def _layers_on_gpus(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> int | None:
+    """None where the model does not fit."""
+    try:
+        plan = make_plan(costs, facts, request)
+    except InsufficientMemoryError:
+        return None
+    devices = [part for stage in plan.stages for part in stage.devices if part.device != "cpu"]
+    return sum(part.end - part.start for part in devices)
 
 
 def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[WorkerFacts]:

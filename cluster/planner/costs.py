@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cluster.planner.links import NO_REACH, Link
+from llamaclust.core.gpus import NO_RULES, Placement
 from llamaclust.core.profile import DeviceProfile, at_rows
 from llamaclust.model.loader import LayerCost, ModelCosts
 
 Counts = NDArray[np.int64]
 Table = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 
 _STATE_MACS = 4
@@ -50,6 +52,7 @@ class WorkerFacts:
     gpus: tuple[GpuFacts, ...] = ()  # beside its processor, of which all the rest is told
     gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as they have memory for
     device: str = "cpu"
+    placement: Placement = NO_RULES  # what the user says of layers on its GPUs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,9 +98,14 @@ class StageCosts:
         """Weights that a token of one sequence reads."""
         return round(float(self._touched(1)[start, end]) + self.model.head_bytes * int(self._head[start, end]))
 
-    def touched_expert_bytes(self, start: int, end: int) -> int:
-        """Of these, routers and experts."""
-        return round(sum(layer.touched_expert_bytes(1) for layer in self.model.layers[start:end]))
+    def touched_expert_bytes(self, layers: Iterable[int]) -> int:
+        """Of these, routers and experts of some layers."""
+        return round(sum(self.model.layers[layer].touched_expert_bytes(1) for layer in layers))
+
+    @property
+    def mixtures(self) -> Flags:
+        """By layer: whether it has experts."""
+        return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
         """One microbatch that decodes a token of each of `rows` sequences; `concurrent`: other stages of the machine
@@ -128,20 +136,19 @@ class StageCosts:
             return self._prefilled(rows) * point.layers_byte_s + point.stage_s
         return self._roofline_s(worker, rows, 1)
 
-    def experts_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
-        """What routers and experts of all stages take of a step of so many rows."""
-        profile, layers = worker.profile, self.model.layers
+    def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
+        """What routers and experts of `layers` take of a step of so many rows, by stage."""
+        profile = worker.profile
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
-            return (
-                _float_sums(layer.touched_expert_bytes(rows) for layer in layers) * at_rows(times, rows).layers_byte_s
-            )
-        return _float_sums(_experts_s(profile, layer, rows) for layer in layers)
+            each = [layer.touched_expert_bytes(rows) for layer in self.model.layers]
+            return _float_sums(np.where(layers, each, 0.0)) * at_rows(times, rows).layers_byte_s
+        return _float_sums(np.where(layers, [_experts_s(profile, layer, rows) for layer in self.model.layers], 0.0))
 
-    def exchange_table(self, rows: int) -> Table:
-        """What mixtures of all stages take of such a step to bring their input to another device, and the sum back."""
+    def exchange_table(self, rows: int, layers: Flags) -> Table:
+        """What mixtures of `layers` take of such a step to bring their input to another device, and the sum back."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
-        seconds: Table = _float_sums(float(layer.expert_bytes > 0) for layer in self.model.layers) * each_s
+        seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds
 
     def _touched(self, rows: int) -> Table:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
-from numpy.typing import NDArray
 
-from llamaclust.cluster.planner.costs import Counts, Table, WorkerFacts
-
-Flags = NDArray[np.bool_]
+from llamaclust.cluster.planner.costs import Counts, Flags, Table, WorkerFacts
+from llamaclust.core.gpus import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +20,28 @@ class Held:
     device: WorkerFacts
     start: int
     end: int
-    cpu_moe_end: int = 0  # experts of layers before it are in RAM; 0: none
-    is_experts: bool = False  # only these, of a GPU's layers
+    cpu_moe: tuple[int, ...] = ()  # of a GPU's layers, those with experts in RAM
+    is_experts: bool = False  # of a GPU's layers the experts of `cpu_moe`, in RAM
 
     @property
     def place(self) -> tuple[str, str]:
         """The worker's device, whose name has both."""
         return self.device.name, self.device.device
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MoeLayers:
+    """By layer of the model: whether its experts are in RAM where the rest is on a GPU."""
+
+    fixed: Flags  # in any case
+    open: Flags  # where that is the faster way, or the only one
+
+    @classmethod
+    def of(cls, placement: Placement, mixtures: Flags) -> MoeLayers:
+        """`mixtures`: the layers that have experts."""
+        said = [placement.experts_in_ram(layer) for layer in range(len(mixtures))]
+        fixed, is_open = ([where is wanted for where in said] for wanted in (True, None))
+        return cls(mixtures & np.array(fixed, np.bool_), mixtures & np.array(is_open, np.bool_))
 
 
 def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
@@ -50,28 +64,40 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """Of stages of all layers [start, end): device number i holds [bounds[i], bounds[i + 1]), without the experts of
-    [bounds[i], moe_ends[i])."""
+    """Of stages of all layers [start, end): device number i holds [bounds[i], bounds[i + 1]). In RAM are experts of
+    `moe.fixed` of a GPU's layers, and of `moe.open` those of [bounds[i], moe_ends[i])."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # tables by start and end
     moe_ends: tuple[Counts, ...]  # likewise, bounds[i] at least
+    moe: MoeLayers
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
         """The devices that hold layers of a stage; experts in RAM last."""
         at = [int(table[start, end]) for table in self.bounds]
         ends = [int(table[start, end]) for table in self.moe_ends]
         parts = [
-            Held(device, begin, until, moe_end if moe_end > begin else 0)
-            for device, begin, until, moe_end in zip(self.devices, at, at[1:], ends, strict=False)
+            Held(device, begin, until, self._cpu_moe(begin, until, moe_end) if number else ())
+            for number, (device, begin, until, moe_end) in enumerate(zip(self.devices, at, at[1:], ends, strict=False))
             if begin < until
         ]
-        apart = [Held(self.devices[0], part.start, part.cpu_moe_end, is_experts=True) for part in parts]
-        return (*parts, *(part for part in apart if part.end))
+        layers = (part.cpu_moe for part in parts if part.cpu_moe)
+        return (*parts, *(Held(self.devices[0], moved[0], moved[-1] + 1, moved, is_experts=True) for moved in layers))
+
+    def _cpu_moe(self, begin: int, until: int, moe_end: int) -> tuple[int, ...]:
+        fixed, is_open = self.moe.fixed, self.moe.open
+        return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """(device, start, end, where its experts begin) of all stages."""
+        """(device, start, end, where its open experts begin) of all stages."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
+
+    def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
+        """(GPU, layers, start, end): experts of those of these layers that are in [start, end) are in RAM."""
+        for device, begin, until, moe_end in islice(self.parts(), 1, None):
+            for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
+                if layers.any():
+                    yield device, layers, begin, end
 
     def sums(self, table: Callable[[WorkerFacts], Table]) -> Table:
         """What `table` has of each device for the layers that it holds, together; experts count where their layer
@@ -81,29 +107,29 @@ class Division:
             total += np.where(begin < until, table(device)[begin, until], 0.0)
         return total
 
-    def moved(self, experts: Callable[[WorkerFacts], Table], exchange: Table) -> Table:
-        """What changes by experts that are in RAM: `experts` has their part of `table`, `exchange` what it takes to
-        bring their inputs there."""
-        total: Table = np.zeros_like(exchange)
-        processor = experts(self.devices[0]) + exchange
-        for device, begin, _, moe_end in self.parts():
-            total += np.where(begin < moe_end, (processor - experts(device))[begin, moe_end], 0.0)
+    def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
+        """What changes by experts that are in RAM: of some layers, `experts` has their part of `table`, `exchange` what
+        it takes to bring their inputs there."""
+        total: Table = np.zeros(self.bounds[0].shape)
+        for device, layers, begin, end in self.moved_ranges():
+            change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)
+            total += np.where(begin < end, change[begin, end], 0.0)
         return total
 
     def where(self, other: Division, is_other: Flags) -> Division:
         """With the other's bounds for those stages."""
         bounds = (np.where(is_other, *pair) for pair in zip(other.bounds, self.bounds, strict=True))
         ends = (np.where(is_other, *pair) for pair in zip(other.moe_ends, self.moe_ends, strict=True))
-        return Division(self.devices, tuple(bounds), tuple(ends))
+        return Division(self.devices, tuple(bounds), tuple(ends), self.moe)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceNeeds:
-    """Bytes of stages on a device."""
+    """Bytes of stages on a device, without experts that are in RAM in any case."""
 
-    excess: Table  # needed beyond its memory with whole layers, by start and end
-    experts: Counts  # needed less where the experts of the first n layers are in RAM, by n
-    held_experts: Counts  # bytes of the experts of the first n layers, by n: rounding may make them free nothing
+    excess: Table  # needed beyond its memory with all other experts, by start and end
+    experts: Counts  # needed less where open experts of the first n layers are in RAM, by n
+    held_experts: Counts  # bytes of open experts of the first n layers, by n: rounding may make them free nothing
 
     def first_moe_end(self) -> Counts:
         """By start and end: the fewest layers from the start on whose experts have to be in RAM."""
@@ -113,10 +139,15 @@ class DeviceNeeds:
 
 
 def divide(
-    worker: WorkerFacts, possible: Flags, needs: Callable[[WorkerFacts], DeviceNeeds], cpu_moe: int | None = 0
+    worker: WorkerFacts,
+    possible: Flags,
+    needs: Callable[[WorkerFacts], DeviceNeeds],
+    moe: MoeLayers,
+    *,
+    apart: bool = False,
 ) -> Division:
-    """Of `possible` stages, into such. Experts of the first `cpu_moe` layers are in RAM; None: of as many layers as the
-    first GPU has no room for. Where the user says how many layers the GPUs hold, the first GPU has to take what is left
+    """Of `possible` stages, into such. `apart`: of open experts, those of as many layers as the first GPU has no room
+    for are in RAM; else none. Where the user says how many layers the GPUs hold, the first GPU has to take what is left
     of these."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
@@ -126,18 +157,35 @@ def divide(
     moe_ends: list[Counts] = []
     for index in range(len(devices) - 1, 0, -1):
         need = needs(devices[index])
-        is_open = cpu_moe is None and index == 1
-        moe_end = need.first_moe_end() if is_open else np.clip(0 if cpu_moe is None else cpu_moe, starts, ends)
+        moe_end = need.first_moe_end() if apart and index == 1 else starts
         moe_end = np.minimum(moe_end, ends)
         moe_end = np.where(need.held_experts[moe_end] > need.held_experts[starts], moe_end, starts)
         freed = need.experts[moe_end] - need.experts[starts]
         if index == 1 and worker.gpu_layers is not None:
-            bounds.append(np.minimum(least, bounds[-1]))
+            begin = np.minimum(least, bounds[-1])
         else:
             first = _first_that_fits((need.excess - freed <= 0) & (starts < ends) & borders[:, np.newaxis])
-            bounds.append(np.minimum(np.maximum(least, first[bounds[-1]]), bounds[-1]))
+            begin = np.minimum(np.maximum(least, first[bounds[-1]]), bounds[-1])
+        bounds.append(_allowed(worker, borders, index, begin))
         moe_ends.append(moe_end[bounds[-1], bounds[-2]])
-    return Division(devices, (starts, *reversed(bounds)), (starts, *reversed(moe_ends)))
+    return Division(devices, (starts, *reversed(bounds)), (starts, *reversed(moe_ends)), moe)
+
+
+def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
+    """`begin` of device number `index`, moved to a border where the user's rules allow it: layers that are to be on
+    devices before it end there, and those on this one or a later one have not begun."""
+    if not worker.placement.layers:
+        return begin
+    gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1
+    devices = [worker.placement.devices_of(layer, gpus) for layer in range(layers)]
+    before = [layer + 1 if devices[layer][-1] < index else 0 for layer in range(layers)]
+    behind = [layer if devices[layer][0] >= index else layers for layer in range(layers)]
+    ended = _next_border(borders)[np.maximum.accumulate([0, *before])][np.newaxis, :]
+    begun = np.minimum.accumulate([layers, *reversed(behind)])[::-1]
+    last_borders = np.maximum.accumulate(np.where(borders, np.arange(layers + 1), 0))
+    starts, ends = np.indices(begin.shape)
+    allowed: Counts = np.maximum(np.minimum(begin, last_borders[begun][:, np.newaxis]), ended)
+    return np.where(starts < ends, np.clip(allowed, starts, ends), begin)
 
 
 def _next_border(borders: Flags) -> Counts:

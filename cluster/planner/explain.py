@@ -15,6 +15,7 @@ from llamaclust.cluster.planner.plan import IdleWorker
 from llamaclust.cluster.planner.search import least_total
 from llamaclust.cluster.planner.worker_classes import worker_classes
 from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.gpus import ranges
 from llamaclust.core.sizes import MIB, mib, missing, needed
 
 _CONTEXT_STEP = 256
@@ -32,7 +33,7 @@ def split_memory_error(sizes: MemoryModel, split: Split) -> InsufficientMemoryEr
 def _lacking(sizes: MemoryModel, split: Split) -> Iterator[str]:
     for held in split:
         worker, start, end, given = held.device, held.start, held.end, sizes.request.kv_memory_bytes
-        what = f"{'experts of ' if held.is_experts else ''}layers [{start}, {end})"
+        what = f"experts of layers {ranges(held.cpu_moe)}" if held.is_experts else f"layers [{start}, {end})"
         stage, parts = f"worker {worker.name!r}: {what} need", sizes.parts(held, 1)
         context_bytes = 0 if held.is_experts else sizes.context_bytes(start, end)
         if given is not None and context_bytes > given:

@@ -8,6 +8,7 @@ from math import ceil
 from typing import Any
 
 from llamaclust.cluster.planner.plan import HeldLayers, Plan, StagePlan
+from llamaclust.core.gpus import ranges
 from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -61,11 +62,14 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
 
 def _stage_lines(stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
     """One for the stage, then one for each device of a worker with GPUs."""
-    yield f"  {stage.worker}: {_sizes(stage)}, {_number(decode_ms)} ms/token"
+    yield f"  {stage.worker}: layers [{stage.start}, {stage.end}), {_sizes(stage)}, {_number(decode_ms)} ms/token"
     for part in stage.devices:
-        what = "experts of " if part.is_experts else ""
-        apart = f", experts of [{part.start}, {part.cpu_moe_end}) in RAM" if part.cpu_moe_end else ""
-        yield f"    {part.device}: {what}{_sizes(part)}{apart}"
+        layers = ranges(part.cpu_moe)
+        if part.is_experts:
+            yield f"    {part.device}: experts of layers {layers}, {_sizes(part)}"
+        else:
+            apart = f", experts of {layers} in RAM" if layers else ""
+            yield f"    {part.device}: layers [{part.start}, {part.end}), {_sizes(part)}{apart}"
 
 
 def _sizes(held: HeldLayers) -> str:
@@ -74,7 +78,7 @@ def _sizes(held: HeldLayers) -> str:
     if held.touched_bytes < _SPARSE * held.weight_bytes:
         sizes = sizes.replace("weights", f"weights ({held.touched_bytes / MIB:.0f} read a token)")
     room = "" if held.memory_bytes is None else f" of {held.memory_bytes / MIB:.0f} MiB"
-    return f"layers [{held.start}, {held.end}), {sizes} = {held.bytes / MIB:.0f}{room}"
+    return f"{sizes} = {held.bytes / MIB:.0f}{room}"
 
 
 def _number(value: float | None) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from llamaclust.cluster.planner.adjacency import Pairs
-from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts
-from llamaclust.cluster.planner.devices import DeviceNeeds, Division, Held, devices_of, divide
+from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts, sums
+from llamaclust.cluster.planner.devices import DeviceNeeds, Division, Held, MoeLayers, devices_of, divide
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.scheduler.kv_groups import KvGroups, KvSizes
@@ -55,7 +55,6 @@ class PlanRequest:
     max_batch_tokens: int = 0  # of a microbatch
     rounding: Rounding = lambda device: 0
     rest_rounding: Rounding = lambda device: 0  # of layers without their experts
-    cpu_moe: int | None = 0  # so many first layers have their experts in RAM beside a GPU; None: the fastest choice
 
     @property
     def context_blocks(self) -> int:
@@ -70,11 +69,17 @@ class MemoryModel:
     stages: StageCosts
     request: PlanRequest
 
-    def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe_end: int = 0) -> int:
-        """What a stage takes beside weights and KV memory, without the experts of layers before `cpu_moe_end`."""
-        middle = max(start, cpu_moe_end)
-        rest, whole = self.request.rest_rounding(worker.device), self.request.rounding(worker.device)
-        return self._workspace_to(worker, end) + _at(rest, start, middle) + _at(whole, middle, end)
+    def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
+        """What a stage takes beside weights and KV memory, without the experts of `cpu_moe`."""
+        whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
+        rounding = whole if isinstance(whole, int) else int(whole[start, end])
+        return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
+
+    def _expert_rounding(self, worker: WorkerFacts) -> Counts:
+        """Rounding that experts on a device add to that of their layer, by layer."""
+        rounding = np.asarray(self.request.rounding(worker.device)) - self.request.rest_rounding(worker.device)
+        each: Counts = np.diagonal(np.broadcast_to(rounding, self.stages.held_bytes.shape), 1)
+        return each
 
     def _workspace_to(self, worker: WorkerFacts, end: int) -> int:
         place = StagePlace(worker.threads, self.request.context_length, end == self.stages.layers, worker.device)
@@ -120,14 +125,12 @@ class MemoryModel:
         return {
             "weights": self.weight_bytes(held),
             "KV memory": kv if given is None else min(kv, given),
-            "workspace": self.workspace_bytes(device, start, end, held.cpu_moe_end),
+            "workspace": self.workspace_bytes(device, start, end, held.cpu_moe),
         }
 
     def weight_bytes(self, held: Held) -> int:
-        start, end, experts = held.start, held.end, self.stages.expert_bytes
-        if held.is_experts:
-            return int(experts[start, end])
-        return self.stages.weight_bytes(start, end) - int(experts[start, max(start, held.cpu_moe_end)])
+        moved = sum(int(self.stages.expert_bytes[layer, layer + 1]) for layer in held.cpu_moe)
+        return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Split) -> int:
         """Blocks that every stage has room for: at most what all sequences at their longest take, unless the KV memory
@@ -162,7 +165,7 @@ class MemoryModel:
         total: Table = np.where(starts < ends, 0.0, np.inf)
         in_ram = self._in_ram(division)
         for number, (device, begin, until, moe_end) in enumerate(division.parts()):
-            needs = self._needs(device, contexts)
+            needs = self._needs(device, contexts, division.moe if number else None)
             excess = needs.excess[begin, until] - (needs.experts[moe_end] - needs.experts[begin])
             here = begin < until
             if number == 0 and len(division.devices) > 1:
@@ -176,33 +179,49 @@ class MemoryModel:
         """Bytes of experts of layers on GPUs, by stage."""
         total: Table = np.zeros(division.bounds[0].shape)
         workspace = self._workspace_to(division.devices[0], self.stages.layers - 1)
-        for _, begin, _, moe_end in division.parts():
-            total += np.where(begin < moe_end, self.stages.expert_bytes[begin, moe_end] + workspace, 0)
+        for held_bytes in self._in_ram_beside(division):
+            total += held_bytes + np.where(held_bytes > 0, workspace, 0)
         return total
 
-    def _needs(self, device: WorkerFacts, contexts: int) -> DeviceNeeds:
+    def _in_ram_beside(self, division: Division) -> Iterator[Counts]:
+        """Of each GPU."""
+        found: dict[str, Counts] = {}
+        for device, layers, begin, end in division.moved_ranges():
+            held_bytes = np.where(begin < end, sums(np.diagonal(self.stages.expert_bytes, 1) * layers)[begin, end], 0)
+            found[device.device] = found.get(device.device, 0) + held_bytes
+        yield from found.values()
+
+    def _needs(self, device: WorkerFacts, contexts: int, moe: MoeLayers | None) -> DeviceNeeds:
+        """`moe`: None where no experts can be elsewhere."""
         stages, given = self.stages, self.request.kv_memory_bytes
         context = self._kv_table(self.request.context_blocks)
         excess: Table = np.full(context.shape, -np.inf)
+        experts: Counts = np.diagonal(stages.expert_bytes, 1)
+        freed = np.where(experts > 0, experts + self._expert_rounding(device), 0)
+        is_open = np.zeros_like(stages.mixtures) if moe is None else moe.open
         if device.memory_bytes is not None:
             kv = self._kv_table(contexts * self.request.context_blocks)
             kv = kv if given is None else np.minimum(kv, given)
             workspace = [self._workspace_to(device, end) for end in range(stages.layers + 1)]
             held = stages.held_bytes + self.request.rounding(device.device)
+            held = held if moe is None else held - sums(freed * moe.fixed)
             excess = (held + kv + workspace - device.memory_bytes).astype(np.float64)
         if given is not None:
             excess = np.maximum(excess, np.where(context > given, context - given, -np.inf))
-        rounding = self.request.rounding(device.device) - np.asarray(self.request.rest_rounding(device.device))
-        freed: Counts = np.where(stages.expert_bytes > 0, stages.expert_bytes + rounding, 0)[0]
-        return DeviceNeeds(excess, freed, stages.expert_bytes[0])
+        return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
         """Of the worker's devices; where the user leaves open whether layers have their experts in RAM, the faster
         way that fits."""
-        divided = partial(divide, worker, self.stages.possible, lambda device: self._needs(device, contexts))
-        if self.request.cpu_moe is not None or not worker.gpus or not self.stages.expert_bytes.any():
-            return divided(self.request.cpu_moe or 0)
-        whole, apart = divided(0), divided(None)
+        moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
+
+        def needs(device: WorkerFacts) -> DeviceNeeds:
+            return self._needs(device, contexts, moe)
+
+        whole = divide(worker, possible, needs, moe)
+        if not worker.gpus or not moe.open.any():
+            return whole
+        apart = divide(worker, possible, needs, moe, apart=True)
         lacks, lacks_apart = (self._shortfall(way, contexts) for way in (whole, apart))
         is_faster = np.ones(lacks.shape, np.bool_)
         if all(device.profile is not None for device in devices_of(worker)):
@@ -211,13 +230,11 @@ class MemoryModel:
 
     def _token_s(self, division: Division) -> Table:
         stages = self.stages
-        moved = division.moved(lambda device: stages.experts_table(device, 1), stages.exchange_table(1))
+        moved = division.moved(
+            lambda device, layers: stages.experts_table(device, 1, layers), partial(stages.exchange_table, 1)
+        )
         return division.sums(stages.decode_table) + moved
 
     def held(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> tuple[Held, ...]:
         """Which of its devices hold which layers of a stage."""
         return self.division(worker, contexts).held(start, end) if worker.gpus else (Held(worker, start, end),)
-
-
-def _at(table: Counts | int, start: int, end: int) -> int:
-    return table if isinstance(table, int) else int(table[start, end])

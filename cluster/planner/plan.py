@@ -37,8 +37,8 @@ class DevicePlan(HeldLayers):
     """Layers of a stage on one of its worker's devices."""
 
     device: str
-    cpu_moe_end: int = 0  # experts of layers before it are in RAM; 0: none
-    is_experts: bool = False  # of these layers only routers and experts, in RAM
+    cpu_moe: tuple[int, ...] = ()  # of a GPU's layers, those with experts in RAM
+    is_experts: bool = False  # of a GPU's layers only routers and experts, those of `cpu_moe`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class StagePlan(HeldLayers):
     def device_layers(self) -> tuple[DeviceLayers, ...]:
         """What its worker is told of that."""
         parts = (part for part in self.devices if not part.is_experts)
-        return tuple(DeviceLayers(part.device, part.start, part.end, part.cpu_moe_end) for part in parts)
+        return tuple(DeviceLayers(part.device, part.start, part.end, part.cpu_moe) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 
 from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, violated_pair
-from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
+from llamaclust.cluster.planner.costs import Flags, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
 from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
@@ -92,7 +92,7 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
             device=part.device.device,
             start=part.start,
             end=part.end,
-            cpu_moe_end=part.cpu_moe_end,
+            cpu_moe=part.cpu_moe,
             is_experts=part.is_experts,
             weight_bytes=sizes.weight_bytes(part),
             touched_bytes=_touched_bytes(sizes.stages, part),
@@ -117,10 +117,8 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
 
 
 def _touched_bytes(costs: StageCosts, part: Held) -> int:
-    if part.is_experts:
-        return costs.touched_expert_bytes(part.start, part.end)
-    elsewhere = costs.touched_expert_bytes(part.start, part.cpu_moe_end) if part.cpu_moe_end else 0
-    return costs.touched_bytes(part.start, part.end) - elsewhere
+    moved = costs.touched_expert_bytes(part.cpu_moe)
+    return moved if part.is_experts else costs.touched_bytes(part.start, part.end) - moved
 
 
 def _is_measured(workers: Sequence[WorkerFacts]) -> bool:
@@ -183,13 +181,16 @@ def _nominal(worker: WorkerFacts) -> WorkerFacts:
     return replace(worker, profile=_NOMINAL_CPU, gpus=gpus)
 
 
+_ExpertTable = Callable[[WorkerFacts, Flags], Table]
+
+
 def _times(sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Table, Table]:
     """(seconds of the mix of work where the stage fits, seconds of one token) of each stage on a worker."""
     stages, prompt_tokens = sizes.stages, usual_prompt_tokens(sizes.request.context_length)
     answers = _ANSWER_TOKENS / _TOGETHER
     division = sizes.division(worker, contexts)
 
-    def over(table: Callable[[WorkerFacts], Table], experts: Callable[[WorkerFacts], Table], exchange: Table) -> Table:
+    def over(table: Callable[[WorkerFacts], Table], experts: _ExpertTable, exchange: Callable[[Flags], Table]) -> Table:
         if not worker.gpus:
             return table(worker)
         return division.sums(table) + division.moved(experts, exchange)
@@ -199,16 +200,22 @@ def _times(sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Tabl
             partial(stages.prefill_table, rows=prompt_tokens),
             partial(stages.decode_table, rows=_TOGETHER),
         )
-        experts = [partial(stages.experts_table, rows=rows) for rows in (prompt_tokens, _TOGETHER)]
         return over(
             lambda device: prefill(device, concurrent=concurrent) + decode(device, concurrent=concurrent) * answers,
-            lambda device: (
-                experts[0](device, concurrent=concurrent) + experts[1](device, concurrent=concurrent) * answers
+            lambda device, layers: (
+                stages.experts_table(device, prompt_tokens, layers, concurrent=concurrent)
+                + stages.experts_table(device, _TOGETHER, layers, concurrent=concurrent) * answers
             ),
-            stages.exchange_table(prompt_tokens) + stages.exchange_table(_TOGETHER) * answers,
+            lambda layers: (
+                stages.exchange_table(prompt_tokens, layers) + stages.exchange_table(_TOGETHER, layers) * answers
+            ),
         )
 
-    token = over(stages.decode_table, partial(stages.experts_table, rows=1), stages.exchange_table(1))
+    token = over(
+        stages.decode_table,
+        lambda device, layers: stages.experts_table(device, 1, layers),
+        partial(stages.exchange_table, 1),
+    )
     mix = mix_of(concurrent=True)
     mix[0, stages.layers] = mix_of(concurrent=False)[0, stages.layers]  # no other stage computes then
     fits = (sizes.shortfall_table(worker, contexts) == 0) & stages.possible

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.links import COORDINATOR, Links
@@ -55,15 +57,11 @@ class _StepTable(Protocol):
 
 def _held_s(costs: StageCosts, table: _StepTable, held: Held, rows: int, *, concurrent: bool) -> float:
     """What a device takes for its layers, or for experts of layers on a GPU with their way there and back."""
-    start, end, moe_end = held.start, held.end, max(held.start, held.cpu_moe_end)
+    start, end, moved = held.start, held.end, np.isin(np.arange(costs.layers), held.cpu_moe)
+    experts = costs.experts_table(held.device, rows, moved, concurrent=concurrent)[start, end] if held.cpu_moe else 0.0
     if held.is_experts:
-        return float(
-            (costs.experts_table(held.device, rows, concurrent=concurrent) + costs.exchange_table(rows))[start, end]
-        )
-    seconds = float(table(held.device, rows, concurrent=concurrent)[start, end])
-    if moe_end > start:
-        seconds -= float(costs.experts_table(held.device, rows, concurrent=concurrent)[start, moe_end])
-    return seconds
+        return float(experts + costs.exchange_table(rows, moved)[start, end])
+    return float(table(held.device, rows, concurrent=concurrent)[start, end] - experts)
 
 
 def predict(
@@ -105,7 +103,7 @@ def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, .
     if not stage.devices:
         return (Held(devices["cpu"], stage.start, stage.end),)
     return tuple(
-        Held(devices[part.device], part.start, part.end, part.cpu_moe_end, part.is_experts) for part in stage.devices
+        Held(devices[part.device], part.start, part.end, part.cpu_moe, part.is_experts) for part in stage.devices
     )
 
 

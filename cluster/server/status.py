@@ -154,7 +154,7 @@ def _worker(
         "feature_level": handle.registration.feature_level,
         "layers": None if order is None else (order.start, order.end),
         "device_layers": [
-            {"device": part.device, "layers": (part.start, part.end), "cpu_moe_end": part.cpu_moe_end}
+            {"device": part.device, "layers": (part.start, part.end), "cpu_moe": part.cpu_moe}
             for part in handle.devices_of(order)
         ],
         "state": str(handle.state),

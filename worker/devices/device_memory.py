@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, cast
 
-from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.gpus import DeviceLayers, ranges
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import ExpertsBackend
 from llamaclust.kernels.split_experts import experts_of, without_experts
@@ -40,7 +40,7 @@ def device_shares(
         share = DeviceShare(layers, program_memory(backend, model, rest, limits))
         found.setdefault(part.device, []).append(share)
         if experts is not None:
-            layers = f"experts of layers [{part.start}, {part.cpu_moe_end})"
+            layers = f"experts of layers {ranges(part.cpu_moe)}"
             found.setdefault(_CPU, []).append(DeviceShare(layers, _experts_memory(device, model, experts, limits)))
     return {name: _together(shares) for name, shares in found.items()}
 

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamaclust.core.errors import InsufficientMemoryError
-from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.gpus import DeviceLayers, Placement
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import missing
+from llamaclust.kernels.split_experts import layer_of
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
+from llamaclust.model.program import Moe
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
 
@@ -21,24 +23,23 @@ _CPU = "cpu"
 
 
 def held_layers(
-    device: Device, model: Model, limits: StageLimits, cpu_moe: int | None = None
+    device: Device, model: Model, limits: StageLimits, placement: Placement | None = None
 ) -> tuple[DeviceLayers, ...]:
     """Which device holds which layers. The last GPU is filled first; where the user says how many layers GPUs hold,
-    the first one has to take what is left of these. Experts of the first `cpu_moe` layers are in RAM; None: of as many
-    layers as the first GPU has no room for. InsufficientMemoryError where memory is short: it is taken as it is used,
-    and would end the process while it answers."""
-    end = model.layer_count
+    the first one has to take what is left of these. Where `placement` leaves experts open, those of as many layers are
+    in RAM as the first GPU has no room for. UsageError for a placement that cannot be; InsufficientMemoryError where
+    memory is short: it is taken as it is used, and would end the process while it answers."""
+    placement, end = placement or Placement(cpu_moe=None), model.layer_count
+    placement.check([gpu.device for gpu in device.gpus], 0, end)
     borders = model.costs(KvType(limits.kv_type)).borders
-    wanted = end if device.gpu_layers is None else device.gpu_layers
-    least = next(border for border in borders if border >= end - wanted)
-    choice = _Choice(device, model, limits, cpu_moe, borders)
+    choice = _Choice(device, model, limits, placement, _mixtures(model), borders)
     held = []
     for index in reversed(range(len(device.gpus))):
-        name = device.gpus[index].device
-        part = choice.first_gpu(name, least, end) if index == 0 else choice.fitting(name, least, end)
+        part = choice.first_gpu(end) if index == 0 else choice.fitting(index, end)
         held.append(part)
         end = end if part is None else part.start
     parts = tuple(part for part in (DeviceLayers(_CPU, 0, end) if end else None, *reversed(held)) if part is not None)
+    placement.check_obeyed(parts)
     for name, share in device_shares(device, model, parts, limits).items():
         free_bytes = device.free_bytes_of(name)
         if share.memory.total_bytes > free_bytes:
@@ -49,6 +50,12 @@ def held_layers(
     return parts
 
 
+def _mixtures(model: Model) -> frozenset[int]:
+    """Layers with experts."""
+    steps = model.program(0, model.layer_count).steps
+    return frozenset(layer_of(step) for step in steps if isinstance(step, Moe))
+
+
 @dataclass(frozen=True, slots=True)
 class _Choice:
     """Layers of a GPU, by its memory and what the user wants."""
@@ -56,37 +63,50 @@ class _Choice:
     device: Device
     model: Model
     limits: StageLimits
-    cpu_moe: int | None
+    placement: Placement
+    mixtures: frozenset[int]
     borders: Sequence[int]  # where layers may be divided
 
-    def first_gpu(self, name: str, least: int, end: int) -> DeviceLayers | None:
-        """Of the GPU behind the layers in RAM: all layers from `least`, with the experts of as few in RAM as fit. The
-        products of attention come before experts, of which a token reads few."""
-        is_mixture = self.model.hyperparameters.expert_count > 0
-        if self.cpu_moe is None and end > least and is_mixture:
+    def first_gpu(self, end: int) -> DeviceLayers | None:
+        """Of the GPU behind the layers in RAM: all layers that it may hold, with the experts of as few in RAM as fit.
+        The products of attention come before experts, of which a token reads few."""
+        least, _ = self._starts(0, end)
+        is_open = any(self.placement.experts_in_ram(layer) is None for layer in self.mixtures)
+        if is_open and end > least:
             ends = range(least, end + 1)
-            fewest = bisect_left(ends, True, key=lambda at: self._fits(_part(name, least, end, at)))
+            fewest = bisect_left(ends, True, key=lambda at: self._fits(self._part(0, least, end, at)))
             if fewest < len(ends):
-                return _part(name, least, end, ends[fewest])
+                return self._part(0, least, end, ends[fewest])
         if self.device.gpu_layers is not None:
-            return None if least == end else _part(name, least, end, self._apart(end, whole=not is_mixture))
-        return self.fitting(name, least, end, whole=not is_mixture)
+            return None if least == end else self._part(0, least, end, end)
+        return self.fitting(0, end, open_end=end)
 
-    def fitting(self, name: str, least: int, end: int, *, whole: bool = True) -> DeviceLayers | None:
-        """As many layers as fit; unless `whole`, with all experts in RAM where the user leaves that open."""
-        apart, starts = self._apart(end, whole=whole), [border for border in self.borders if least <= border < end]
-        first = bisect_left(starts, True, key=lambda start: self._fits(_part(name, start, end, apart)))
-        return _part(name, starts[first], end, apart) if first < len(starts) else None
+    def fitting(self, index: int, end: int, open_end: int = 0) -> DeviceLayers | None:
+        """As many layers as fit, and those that have to be there."""
+        least, most = self._starts(index, end)
+        starts = [border for border in self.borders if least <= border < most]
+        first = bisect_left(starts, True, key=lambda start: self._fits(self._part(index, start, end, open_end)))
+        start = starts[first] if first < len(starts) else most
+        return self._part(index, start, end, open_end) if start < end else None
 
-    def _apart(self, end: int, *, whole: bool) -> int:
-        if self.cpu_moe is not None:
-            return self.cpu_moe
-        return 0 if whole else end
+    def _starts(self, index: int, end: int) -> tuple[int, int]:
+        """The first and the last layer that its layers may begin with; the end: it may have none."""
+        number, gpus = index + 1, [gpu.device for gpu in self.device.gpus]
+        allowed = [self.placement.devices_of(layer, gpus) for layer in range(end)]
+        ended = max((layer + 1 for layer, devices in enumerate(allowed) if devices[-1] < number), default=0)
+        begun = min((layer for layer, devices in enumerate(allowed) if devices[0] >= number), default=end)
+        last_begun = max(border for border in self.borders if border <= begun)
+        first_ended = min(border for border in self.borders if border >= ended)
+        wanted = self.model.layer_count if self.device.gpu_layers is None else self.device.gpu_layers
+        least = min(border for border in self.borders if border >= self.model.layer_count - wanted)
+        return max(min(least, last_begun), first_ended), max(last_begun, first_ended)
+
+    def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
+        """With experts in RAM of layers that are to have them there, and of open ones before `open_end`."""
+        said = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
+        cpu_moe = (layer for layer, in_ram in said if in_ram or (in_ram is None and layer < open_end))
+        return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))
 
     def _fits(self, part: DeviceLayers) -> bool:
         share = device_shares(self.device, self.model, (part,), self.limits)[part.device]
         return share.memory.total_bytes <= self.device.free_bytes_of(part.device)
-
-
-def _part(name: str, start: int, end: int, cpu_moe: int) -> DeviceLayers:
-    return DeviceLayers(name, start, end, min(end, cpu_moe) if cpu_moe > start else 0)

@@ -15,14 +15,14 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.predict import predict_again
 from llamaclust.core.errors import InsufficientMemoryError
-from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.gpus import DeviceLayers, Placement
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
 from support.plans.plan_inputs import REQUEST, profile, worker
 from support.seed import SEED
 
 EXPERTS, REST = 300 * MIB, 20 * MIB
-AUTO: PlanRequest = replace(REQUEST, max_sequences=1, cpu_moe=None)
+AUTO: PlanRequest = replace(REQUEST, max_sequences=1)
 DENSE = LayerCost(weight_bytes=REST, macs_per_token=20_000_000, kv_bytes_per_token=1024)
 SPARSE = replace(
     DENSE,
@@ -36,9 +36,12 @@ SPARSE = replace(
 MODEL = ModelCosts(20 * MIB, 20 * MIB, 20_000_000, (DENSE, *[SPARSE] * 11), hidden_bytes=8192)
 
 
-def machine(gpu_mib: int, ram_mib: int = 10_000, gpu_layers: int | None = None) -> WorkerFacts:
+def machine(
+    gpu_mib: int, ram_mib: int = 10_000, gpu_layers: int | None = None, cpu_moe: int | None = None
+) -> WorkerFacts:
     gpu = GpuFacts("cuda:0", gpu_mib * MIB, profile(900, 30_000))
-    return replace(worker("a", ram_mib), gpus=(gpu,), gpu_layers=gpu_layers)
+    facts = replace(worker("a", ram_mib), gpus=(gpu,), gpu_layers=gpu_layers)
+    return replace(facts, placement=Placement(cpu_moe=cpu_moe))
 
 
 def placed(plan: Plan) -> tuple[DeviceLayers, ...]:
@@ -54,8 +57,9 @@ def test_attention_of_all_layers_comes_before_experts() -> None:
     """With room for 1800 MiB, whole layers would leave six or seven of twelve on the processor."""
     plan = make_plan(MODEL, [machine(1800)], AUTO)
     (part,) = placed(plan)
-    assert (part.device, part.start, part.end) == ("cuda:0", 0, 12) and 6 <= part.cpu_moe_end <= 8
-    whole = make_plan(MODEL, [machine(1800)], replace(AUTO, cpu_moe=0))
+    assert (part.device, part.start, part.end) == ("cuda:0", 0, 12)
+    assert part.cpu_moe in [tuple(range(1, end)) for end in (6, 7, 8)]
+    whole = make_plan(MODEL, [machine(1800, cpu_moe=0)], AUTO)
     assert placed(whole)[0].device == "cpu"
     assert plan.prediction is not None and whole.prediction is not None
     assert plan.prediction.token_s < whole.prediction.token_s
@@ -64,8 +68,9 @@ def test_attention_of_all_layers_comes_before_experts() -> None:
 def test_bytes_of_both_devices() -> None:
     plan = make_plan(MODEL, [machine(1800)], AUTO)
     gpu, ram = plan.stages[0].devices
-    moved = gpu.cpu_moe_end - 1
-    assert (ram.device, ram.is_experts, ram.start, ram.end) == ("cpu", True, 0, gpu.cpu_moe_end)
+    moved = len(gpu.cpu_moe)
+    assert (ram.device, ram.is_experts, ram.start, ram.end) == ("cpu", True, 1, moved + 1)
+    assert gpu.cpu_moe == ram.cpu_moe == tuple(range(1, moved + 1))
     assert ram.weight_bytes == moved * EXPERTS and ram.kv_bytes == 0
     assert gpu.weight_bytes == (20 + 20 + 12 * 20) * MIB + (11 - moved) * EXPERTS
     assert plan.stages[0].weight_bytes == gpu.weight_bytes + ram.weight_bytes
@@ -78,19 +83,19 @@ def test_too_little_memory_for_attention_of_all_layers() -> None:
     """The first layers are on the processor as a whole then, and experts of all others in RAM."""
     first, second = placed(make_plan(MODEL, [machine(220)], AUTO))
     assert (first.device, first.start) == ("cpu", 0) and first.end == second.start > 0
-    assert (second.end, second.cpu_moe_end) == (12, 12)
+    assert (second.end, second.cpu_moe) == (12, tuple(range(max(1, second.start), 12)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 99])
 def test_a_number_of_layers_is_obeyed(count: int) -> None:
     """The first layer has no experts, so a rule for it alone moves nothing."""
-    (part,) = placed(make_plan(MODEL, [machine(5000)], replace(AUTO, cpu_moe=count)))
-    assert part == DeviceLayers("cuda:0", 0, 12, 0 if count == 1 else min(count, 12))
+    (part,) = placed(make_plan(MODEL, [machine(5000, cpu_moe=count)], AUTO))
+    assert part == DeviceLayers("cuda:0", 0, 12, tuple(range(1, min(count, 12))))
 
 
 def test_a_number_of_layers_on_gpus_is_obeyed_too() -> None:
     first, second = placed(make_plan(MODEL, [machine(1000, gpu_layers=8)], AUTO))
-    assert first == DeviceLayers("cpu", 0, 4) and (second.start, second.end) == (4, 12) and second.cpu_moe_end > 4
+    assert first == DeviceLayers("cpu", 0, 4) and (second.start, second.end) == (4, 12) and second.cpu_moe[0] == 4
 
 
 def test_ram_for_experts_may_be_short() -> None:
@@ -98,13 +103,13 @@ def test_ram_for_experts_may_be_short() -> None:
     with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
         make_plan(MODEL, [machine(1800, ram_mib=1000)], AUTO)
     with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
-        make_plan(MODEL, [machine(5000, ram_mib=1000)], replace(AUTO, cpu_moe=12))
+        make_plan(MODEL, [machine(5000, ram_mib=1000, cpu_moe=12)], AUTO)
     make_plan(MODEL, [machine(5000, ram_mib=1000)], AUTO)
 
 
 def test_models_without_experts_are_placed_as_before() -> None:
     dense = replace(MODEL, layers=(replace(DENSE, weight_bytes=300 * MIB),) * 12)
-    assert make_plan(dense, [machine(1800)], AUTO) == make_plan(dense, [machine(1800)], replace(AUTO, cpu_moe=0))
+    assert make_plan(dense, [machine(1800)], AUTO) == make_plan(dense, [machine(1800, cpu_moe=0)], AUTO)
 
 
 def test_the_prediction_is_the_sum_of_both_devices() -> None:
@@ -113,18 +118,18 @@ def test_the_prediction_is_the_sum_of_both_devices() -> None:
     gpu, ram = plan.stages[0].devices
     assert plan.prediction is not None and facts.profile is not None
     reads_s = gpu.touched_bytes / 900e9 + ram.touched_bytes / facts.profile.read_bytes_s
-    exchanges_s = (gpu.cpu_moe_end - 1) * (50e-6 + 2 * 8192 / 12e9) + (gpu.end - gpu.start) * 30e-6
+    exchanges_s = len(gpu.cpu_moe) * (50e-6 + 2 * 8192 / 12e9) + (gpu.end - gpu.start) * 30e-6
     assert plan.prediction.token_s == pytest.approx(reads_s + exchanges_s, rel=1e-3)
     assert predict_again(StageCosts.of(MODEL), plan, {"a": facts}, 1, AUTO.links) == plan.prediction
 
 
 def test_the_text_and_json_say_it() -> None:
     plan = make_plan(MODEL, [machine(1800)], AUTO)
-    end = placed(plan)[0].cpu_moe_end
-    text = "\n".join(plan_lines(plan))
-    assert f", experts of [0, {end}) in RAM" in text and f"    cpu: experts of layers [0, {end}), " in text
+    moved = placed(plan)[0].cpu_moe
+    text, end = "\n".join(plan_lines(plan)), moved[-1] + 1
+    assert f", experts of [1, {end}) in RAM" in text and f"    cpu: experts of layers [1, {end}), " in text
     devices = plan_json(plan)["stages"][0]["devices"]
-    assert [(part["cpu_moe_end"], part["is_experts"]) for part in devices] == [(end, False), (0, True)]
+    assert [(part["cpu_moe"], part["is_experts"]) for part in devices] == [(moved, False), (moved, True)]
 
 
 def test_random_machines_hold_every_layer_and_every_expert_once() -> None:
@@ -152,5 +157,5 @@ def test_random_machines_hold_every_layer_and_every_expert_once() -> None:
 
 def test_experts_take_no_kv_memory() -> None:
     sizes = MemoryModel(StageCosts.of(MODEL), AUTO)
-    parts = sizes.parts(Held(machine(1800), 1, 3, is_experts=True), 1)
+    parts = sizes.parts(Held(machine(1800), 1, 3, (1, 2), is_experts=True), 1)
     assert parts["weights"] == 2 * EXPERTS and set(parts) == {"weights", "workspace"}

@@ -58,7 +58,7 @@ def test_parts_of_layers_take_together_what_the_layers_take() -> None:
     many_products = replace(MIXTURE, macs_per_token=900 * 10**6, expert_macs_per_token=899 * 10**6)
     stages = StageCosts.of(ModelCosts(0, 0, 0, (few_products, many_products, LAYER)))
     facts = worker("a", read=20, int8=1)
-    whole, experts = stages.decode_table(facts, 4), stages.experts_table(facts, 4)
+    whole, experts = stages.decode_table(facts, 4), stages.experts_table(facts, 4, stages.mixtures)
     rest = [4 * 8e6 / 1e9, max(4 * 1e6 / 1e9, MIB / 20e9)]  # bound by products
     read_s = MIXTURE.touched_expert_bytes(4) / 20e9
     assert [whole[i, i + 1] - experts[i, i + 1] for i in (0, 1)] == pytest.approx(rest)

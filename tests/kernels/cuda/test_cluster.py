@@ -92,8 +92,20 @@ def wanted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer
     return asyncio.run(run(model, tmp_path_factory.mktemp("one"), one)).answers
 
 
-@pytest.mark.parametrize(("rule", "end"), [("all", 3), ("2", 2)])
-def test_experts_in_ram(tmp_path: Path, rule: str, end: int) -> None:
+RULE = r"placement=[{tensors: 'blk\.[023]\.ffn_.*_exps', device: CPU, workers: [a]}]"
+
+
+@pytest.mark.parametrize(
+    ("rules", "moved"),
+    [
+        (["cpu_moe=all"], (0, 1, 2)),
+        (["cpu_moe=2"], (0, 1)),
+        (["cpu_moe=all", "workers.0.cpu_moe=1"], (0,)),
+        ([RULE], (0, 2)),
+        ([RULE, "workers.0.cpu_moe=2"], (0, 1, 2)),
+    ],
+)
+def test_experts_in_ram(tmp_path: Path, rules: list[str], moved: tuple[int, ...]) -> None:
     """Beside a worker without GPU: the plan, the load and the status have the same experts in RAM."""
     model = tmp_path / "mixture.gguf"
     small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320, "experts": 4}
@@ -102,15 +114,16 @@ def test_experts_in_ram(tmp_path: Path, rule: str, end: int) -> None:
     wanted = asyncio.run(run(model, tmp_path / "one", f"workers=[{other}]")).answers
     plan = "plan=[{worker: a, layers: [0, 3]}, {worker: b, layers: [3, 4]}]"
     gpu = "{name: a, threads: 1, device: cuda:0}"
-    done = asyncio.run(run(model, tmp_path / "two", f"workers=[{gpu}, {other}]", plan, f"cpu_moe={rule}"))
+    done = asyncio.run(run(model, tmp_path / "two", f"workers=[{gpu}, {other}]", plan, *rules))
     assert done.answers == wanted
     worker = done.status["status"]["workers"][0]
-    assert worker["device_layers"] == [{"device": "cuda:0", "layers": (0, 3), "cpu_moe_end": end}]
+    assert worker["device_layers"] == [{"device": "cuda:0", "layers": (0, 3), "cpu_moe": moved}]
     held = done.status["plan"]["stages"][0]["devices"]
     assert [(part["device"], part["start"], part["end"], part["is_experts"]) for part in held] == [
         ("cuda:0", 0, 3, False),
-        ("cpu", 0, end, True),
+        ("cpu", 0, moved[-1] + 1, True),
     ]
+    assert [part["cpu_moe"] for part in held] == [moved, moved]
 
 
 def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: list[Answer], tmp_path: Path) -> None:
@@ -127,10 +140,10 @@ def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: l
     assert done.answers == wanted
     stage, worker = done.status["plan"]["stages"][0], done.status["status"]["workers"][0]
     assert [(one["device"], one["start"], one["end"]) for one in stage["devices"]] == [("cpu", 0, 1), ("cuda:0", 1, 3)]
-    held = [("cpu", (0, 1), 0), ("cuda:0", (1, 3), 0)]
+    held = [("cpu", (0, 1), ()), ("cuda:0", (1, 3), ())]
     assert [tuple(part.values()) for part in worker["device_layers"]] == held
     (other,) = done.status["status"]["workers"][1]["device_layers"]
-    assert other == {"device": "cpu", "layers": (3, 4), "cpu_moe_end": 0}
+    assert other == {"device": "cpu", "layers": (3, 4), "cpu_moe": ()}
     told = "2 of 3 layers on GPUs: [0, 1) cpu, [1, 3) cuda:0"
     assert next(gpu_lines(done.status["status"]["workers"])) == f"a: {told}"
     assert f"layers [0, 3) are loaded as epoch 1.1, {told}" in (tmp_path / "logs" / "a.log").read_text()

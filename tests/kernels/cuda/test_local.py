@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,10 @@ from llamaclust.cli.models.perplexity import Source
 from llamaclust.cli.options import Gpus
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
+from llamaclust.core.gpus import ranges
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
+from llamaclust.model.placement import read_rules
 from llamaclust.model.quant_types import QuantType
 from llamaclust.worker.devices import backends
 from support.clusters.command_line import command_line
@@ -24,6 +28,7 @@ from support.cuda.shim_device import ShimDevice
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 from support.paths import TESTS
+from support.seed import SEED
 
 PROMPT = [5, 9, 17, 33, 65, 3, 7]
 MIB = 1 << 20
@@ -147,6 +152,81 @@ def test_experts_in_ram(shim: None, mixture: Path, cpu_moe: int | None, room: in
     wanted, _ = answered(mixture, settings())
     given = replace(settings("cuda:0", None, room * MIB), cpu_moe=cpu_moe)
     assert answered(mixture, given) == (wanted, placement)
+
+
+@pytest.mark.parametrize(
+    ("rules", "given", "placement"),
+    [
+        (r"blk\.[13]\.ffn_.*_exps=CPU", {}, "[0, 4) cuda:0, experts of [1, 2), [3, 4) cpu"),
+        (r"blk\.[13]\.ffn_.*_exps=CPU", {"cpu_moe": 1}, "[0, 4) cuda:0, experts of [0, 2), [3, 4) cpu"),
+        (r"blk\.0\.ffn_.*_exps=gpu", {"cpu_moe": 99}, "[0, 4) cuda:0, experts of [1, 4) cpu"),
+        (r"blk\.[01]\.=CPU,blk\.3\.ffn_.*_exps=CPU", {}, "[0, 2) cpu, [2, 4) cuda:0, experts of [3, 4) cpu"),
+        (r"blk\.2\.=CUDA0,exps=CPU", {"gpu_layers": 1}, "[0, 2) cpu, [2, 4) cuda:0, experts of [3, 4) cpu"),
+        (".=CPU", {}, "[0, 4) cpu"),
+        (r"blk\.3\.ffn_.*_exps=gpu", {"room": 32}, "[0, 4) cuda:0, experts of [0, 2) cpu"),
+        (r"blk\.3\.ffn_.*_exps=CPU", {"room": 32}, "[0, 4) cuda:0, experts of [0, 1), [3, 4) cpu"),
+    ],
+)
+def test_rules_for_tensors(shim: None, mixture: Path, rules: str, given: dict[str, int | None], placement: str) -> None:
+    wanted, _ = answered(mixture, settings())
+    own = settings("cuda:0", given.get("gpu_layers"), (given.get("room") or 256) * MIB)
+    ruled = replace(own, cpu_moe=given.get("cpu_moe"), placement=tuple(read_rules(rules)))
+    answer, placed = answered(mixture, ruled)
+    assert answer == wanted
+    assert placed.partition(": ")[2] == placement
+
+
+def test_random_rules_change_no_bit(shim: None, mixture: Path) -> None:
+    """Layers in RAM are the first ones; experts of any of the others."""
+    draws = random.Random(SEED)
+    wanted, _ = answered(mixture, settings())
+    for _ in range(4):
+        first, moved = draws.randint(0, 3), sorted(draws.sample(range(4), draws.randint(1, 3)))
+        rules = [rf"blk\.({'|'.join(map(str, moved))})\.ffn_.*_exps=CPU", r"blk\..*_exps=gpu"]
+        rules = [rf"blk\.[0-{first - 1}]\.=CPU", *rules] if first else rules
+        given = replace(settings("cuda:0"), placement=tuple(read_rules(",".join(rules))))
+        answer, placed = answered(mixture, given)
+        on_gpu = [layer for layer in moved if layer >= first]
+        experts = f", experts of {ranges(on_gpu)} cpu" if on_gpu else ""
+        assert (answer, placed) == (
+            wanted,
+            f"{4 - first} of 4 layers on GPUs: "
+            + (f"[0, {first}) cpu, " if first else "")
+            + f"[{first}, 4) cuda:0{experts}",
+        ), (SEED, rules)
+
+
+@pytest.mark.parametrize(
+    ("device", "rules", "told"),
+    [
+        (
+            "cuda:0",
+            r"blk\.3\.=CPU",
+            "placement: layer 3 in RAM comes after layer 0, which may be on a GPU: of a worker's",
+        ),
+        ("cuda:0", "exps=CUDA1", "placement: there is no cuda:1 among cuda:0; name one of these, or gpu"),
+        ("cuda:0", "attn_q=CPU", "placement: 'attn_q=ram' puts blk.0.attn_q.weight in RAM, but not"),
+        ("cpu", "exps=CPU", "placement is for GPUs: set device to cuda:0 as well"),
+    ],
+)
+def test_rules_that_cannot_be(shim: None, mixture: Path, device: str, rules: str, told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        answered(mixture, replace(settings(device), placement=tuple(read_rules(rules))))
+
+
+def test_rules_on_the_command_line(shim: None, mixture: Path) -> None:
+    given = Gpus(("cuda:0",), override_tensors=["exps=CPU,attn=CUDA0", "x=gpu"]).placement
+    assert list(map(str, given)) == ["'exps=ram'", "'attn=cuda:0'", "'x=gpu'"]
+    with pytest.raises(UsageError, match="--override-tensor: is for models on a GPU: give --device cuda:0 as well"):
+        assert Gpus(override_tensors=["exps=CPU"]).placement
+    with pytest.raises(UsageError, match="--override-tensor: 'exps' is no rule; write it like"):
+        assert Gpus(("cuda:0",), override_tensors=["exps"]).placement
+    with command_line() as line:
+        words = ("generate", "--model", mixture, "-t", "1", "-n", "2", "Hello", "--device", "cuda:0")
+        done = line.start(*words, "-ot", r"blk\.[13]\.ffn_.*_exps=CPU").wait()
+        assert "[0, 4) cuda:0, experts of [1, 2), [3, 4) cpu" in done.err
+        told = "-ot: is `placement` in the cluster file: --set 'placement=[\"exps=CPU\"]'"
+        assert told in line.run("plan", "-ot", "exps=CPU").error
 
 
 def test_experts_of_models_that_have_none(shim: None, model: Path, mixture: Path) -> None:

@@ -131,7 +131,7 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     replace(LOAD, limits=replace(LOAD.limits, kv_type="q8_0")),
     replace(LOAD, weights=WeightSources("cd" * 32, 9, (WeightSource("h:1", "b"), WeightSource("unix:/c", "c")))),
     replace(LOAD, devices=(DeviceLayers("cpu", 2, 3), DeviceLayers("cuda:0", 3, 4))),
-    replace(LOAD, devices=(DeviceLayers("cuda:0", 2, 4, 3),)),
+    replace(LOAD, devices=(DeviceLayers("cuda:0", 2, 4, (2, 3)),)),
     FindWeights("/models/m.gguf", "ab" * 32),
     FindWeights("/models/m.gguf", "ab" * 32, describe=True),
     Unload(3),

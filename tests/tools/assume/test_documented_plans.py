@@ -78,7 +78,7 @@ def test_rows_of_machines_with_a_gpu_are_those_of_the_program(machines: str, row
     found = re.fullmatch(r"(\S+) GB, experts of (\d+) of (\d+) layers", in_ram)
     assert found is not None and cpus[0].is_experts
     assert cpus[0].bytes / 1e9 == pytest.approx(float(found[1]), abs=0.06)
-    assert (gpu.cpu_moe_end, gpu.end) == (int(found[2]), int(found[3]))
+    assert (len(gpu.cpu_moe), gpu.end) == (int(found[2]), int(found[3]))
 
 
 def test_the_pages_name_every_shape_and_key() -> None:

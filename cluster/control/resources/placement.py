@@ -1,0 +1,60 @@
+"""What the cluster file says of where workers with GPUs hold layers and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.core.errors import UsageError
+from llamaclust.core.gpus import Placement, gpu_names
+from llamaclust.model.loader import Model
+from llamaclust.model.placement import PlacementRule, placement_of, rule_effects
+
+
+def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> dict[str, Placement]:
+    """By worker; `gpus`: the names of their GPUs. UsageError for rules that cannot be obeyed."""
+    known: dict[tuple[tuple[PlacementRule, ...], int | None], Placement] = {}
+    found = {}
+    for worker, devices in gpus.items():
+        key = _rules(config, worker), _cpu_moe(config, worker)
+        if key not in known:
+            known[key] = placement_of(model, *key)
+        found[worker] = known[key]
+        stages = [entry.layers for entry in config.plan if entry.worker == worker] if config.plan else None
+        for start, end in [(0, model.layer_count)] if stages is None else stages:
+            try:
+                known[key].check(devices, start, end)
+            except UsageError as error:
+                raise UsageError(f"{error} (worker {worker})") from error
+    return found
+
+
+def check_placement(config: ClusterConfig, model: Model) -> None:
+    """UsageError for rules and for numbers of layers that no worker can mend. The GPUs of workers that start themselves
+    are not known before they join."""
+    own = {worker.name for worker in config.workers if worker.cpu_moe is not None}
+    if (config.cpu_moe is not None or own) and not model.hyperparameters.expert_count:
+        raise UsageError(f"cpu_moe: {model.file.path} has no experts; leave it out")
+    rule_effects(model, [entry.rule for entry in config.placement])
+    gpus = {worker.name: gpu_names(worker.device) for worker in config.workers}
+    if config.launcher == "static":
+        placements(config, model, dict.fromkeys(gpus, ()))
+        return
+    if config.cpu_moe is not None and not any(gpus.values()):
+        what = f"none of {len(gpus)} workers has a GPU, so all experts are in RAM anyway"
+        raise UsageError(f"cpu_moe: {what}; leave it out")
+    for entry in config.placement:
+        if not any(gpus[worker] for worker in gpus if entry.is_for(worker)):
+            what = f"{entry.rule} is for no worker with a GPU, and all is in RAM on others"
+            raise UsageError(f"placement: {what}; leave it out")
+    placements(config, model, gpus)
+
+
+def _rules(config: ClusterConfig, worker: str) -> tuple[PlacementRule, ...]:
+    return tuple(entry.rule for entry in config.placement if entry.is_for(worker))
+
+
+def _cpu_moe(config: ClusterConfig, worker: str) -> int | None:
+    """The worker's own number of layers, or else the cluster's."""
+    own = next((each for each in config.workers if each.name == worker and "cpu_moe" in each.model_fields_set), config)
+    return own.cpu_moe

@@ -1,0 +1,198 @@
+"""Rules that put tensors in RAM or on GPUs, as llama.cpp's `-ot PATTERN=DEVICE`. What can be apart on a worker are
+whole layers, and the experts of a layer from the rest of it: rules are brought to these, or refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import TYPE_CHECKING, Self
+
+from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+from llamaclust.core.errors import UsageError
+from llamaclust.core.gpus import ANY_GPU, RAM, Placement
+from llamaclust.model.program import Moe, weights_of
+
+if TYPE_CHECKING:
+    from llamaclust.model.loader import Model
+
+MAX_RULES = 64
+MAX_PATTERN = 256
+_RULE = re.compile(r"([^=]*)=([^=,]*)(?:,|$)")
+_DEVICES = re.compile(r"(?P<ram>cpu|ram)|(?P<gpu>gpu|cuda)|cuda:?(?P<number>[0-9]{1,3})", re.IGNORECASE)
+_POSSIBLE = r"whole layers ('blk\.3\.'), or all experts of a layer ('ffn_.*_exps'), are in RAM; nothing smaller"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRule:
+    """Tensors whose names the pattern matches anywhere are on the device: "ram", "gpu" (any one) or "cuda:N"."""
+
+    pattern: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"'{self.pattern}={self.device}'"
+
+    @classmethod
+    def of(cls, pattern: str, device: str) -> Self:
+        """ValueError for a pattern or a device that cannot be."""
+        found = _DEVICES.fullmatch(device)
+        if found is None:
+            raise ValueError(f"{device[:60]!r} is no device; write CPU or ram, gpu, or CUDA0 for one of several GPUs")
+        if not 0 < len(pattern) <= MAX_PATTERN:
+            raise ValueError(f"a pattern of {len(pattern)} characters; 1 to {MAX_PATTERN} are possible")
+        if not pattern.isprintable():
+            raise ValueError(f"{pattern[:60]!r} has characters that cannot be printed, and no tensor's name has")
+        _matcher(pattern)
+        return cls(pattern, found.lastgroup if found["number"] is None else f"cuda:{int(found['number'])}")  # type: ignore[arg-type]
+
+
+def read_rules(text: str) -> Iterator[PlacementRule]:
+    """Of llama.cpp's form PATTERN=DEVICE,PATTERN=DEVICE. ValueError for another one."""
+    at = 0
+    while at < len(text):
+        found = _RULE.match(text, at)
+        if found is None:
+            raise ValueError(f"{text[at:][:60]!r} is no rule; write it like 'exps=CPU': a pattern of names, a device")
+        yield PlacementRule.of(found[1], found[2])
+        at = found.end()
+
+
+@lru_cache(256)
+def _matcher(pattern: str) -> SchemaValidator:
+    """Matches in linear time, with a bound on the compiled pattern's size. ValueError for what is no pattern."""
+    try:
+        return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
+    except SchemaError as error:
+        why = str(error).splitlines()[-1].removeprefix("error: ").removeprefix("  SchemaError: ")
+        raise ValueError(f"{pattern[:60]!r} is no regular expression: {why.strip()}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class RuleEffect:
+    """Tensors that a rule decides on: those that no rule before it matches."""
+
+    rule: PlacementRule
+    tensors: int
+    n_bytes: int
+
+
+def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffect, ...]:
+    """Of each rule. UsageError for a rule that matches no tensor."""
+    found: dict[int, list[str]] = {index: [] for index in range(len(rules))}
+    for name, index in _decided(model, rules).items():
+        found[index].append(name)
+    tensors = model.file.tensors
+    return tuple(
+        RuleEffect(rules[index], len(names), sum(tensors[name].resident_bytes for name in names))
+        for index, names in found.items()
+    )
+
+
+def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | None) -> Placement:
+    """What the rules say of layers, `cpu_moe` of the experts that they leave open. The first rule that matches a tensor
+    decides. UsageError for a rule that matches no tensor, and for rules that cannot be obeyed."""
+    if not rules:
+        return Placement(cpu_moe=cpu_moe)
+    decided = {name: rules[index] for name, index in _decided(model, rules).items()}
+    layers = [layer.place(decided) for layer in _layers(model)]
+    return Placement(tuple(device for device, _ in layers), tuple(in_ram for _, in_ram in layers), cpu_moe)
+
+
+def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
+    """The number of the rule for each tensor that one matches."""
+    decided: dict[str, int] = {}
+    names = model.program(0, model.layer_count).weights
+    for index, rule in enumerate(rules):
+        matches = _matcher(rule.pattern).isinstance_python
+        matched = [name for name in names if matches(name)]
+        if not matched:
+            kinds = {re.sub(r"\.[0-9]+\.", ".N.", name): name for name in reversed(names)}
+            near = get_close_matches(rule.pattern.replace("\\", ""), kinds.values(), 3, 0.0)
+            what = f"placement: {rule} matches none of {len(names)} tensors of {model.layer_count} layers"
+            raise UsageError(f"{what}; names are like {', '.join(near)}")
+        for name in matched:
+            decided.setdefault(name, index)
+    return decided
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Tensors that are together on a device."""
+
+    what: str
+    deciding: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # small ones, which are where those are
+
+    def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str, PlacementRule] | None:
+        """A tensor and its rule, which say where all are. None: open."""
+        ruled = [(name, decided[name]) for name in (*self.deciding, *self.others) if name in decided]
+        if not ruled:
+            return None
+        chosen = next((pair for pair in ruled if pair[1].device != ANY_GPU), ruled[0])
+        for pair in ruled:
+            if not _agree(chosen[1], pair[1]):
+                raise _conflict(chosen, pair, self.what)
+        left = next((name for name in self.deciding if name not in decided), None)
+        if chosen[1].device == RAM and left is not None:
+            what = f"placement: {chosen[1]} puts {chosen[0]} in RAM, but not {left}"
+            raise UsageError(f"{what} of {self.what}: {_POSSIBLE}")
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The parts of a layer."""
+
+    rest: _Part
+    experts: _Part
+
+    def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str | None, bool | None]:
+        """The device of the layer, and whether its experts are in RAM in any case; None: open."""
+        broad = {rule for name in self.rest.deciding if (rule := decided.get(name)) is not None}
+        follow = {name for name in self.experts.others if decided.get(name) in broad}  # named by the way
+        rest = self.rest.place(decided)
+        experts = self.experts.place({name: rule for name, rule in decided.items() if name not in follow})
+        if experts is None or experts[1].device == RAM:
+            return None if rest is None else rest[1].device, None if experts is None else True
+        if rest is None or rest[1].device == ANY_GPU:
+            return experts[1].device, False
+        if not _agree(rest[1], experts[1]):
+            raise _conflict(rest, experts, self.rest.what)
+        return rest[1].device, False
+
+
+def _agree(rule: PlacementRule, other: PlacementRule) -> bool:
+    devices = {rule.device, other.device}
+    return len(devices) == 1 or (ANY_GPU in devices and RAM not in devices)
+
+
+def _conflict(pair: tuple[str, PlacementRule], other: tuple[str, PlacementRule], what: str) -> UsageError:
+    both = " and ".join(f"{rule} is for {name}" for name, rule in (pair, other))
+    return UsageError(f"placement: {both}, which are on one device as parts of {what}: {_POSSIBLE}")
+
+
+def _layers(model: Model) -> list[_Layer]:
+    """The tensors of each layer; those of the embedding are with the first one, those of the head with the last."""
+    program = model.program(0, model.layer_count)
+    found = [
+        _Layer(_Part(f"layer {layer}"), _Part(f"the experts of layer {layer}")) for layer in range(model.layer_count)
+    ]
+    of_experts = set[str]()
+    for step in program.steps:
+        if isinstance(step, Moe):
+            names, deciding = weights_of([step]), (*step.inner, step.down)
+            part = found[int(step.router.split(".")[1])].experts
+            part.deciding.extend(deciding)
+            part.others.extend(name for name in names if name not in deciding)
+            of_experts |= set(names)
+    for name in program.weights:
+        parts = name.split(".")
+        if parts[0] != "blk":
+            found[-1 if parts[0].startswith("output") else 0].rest.others.append(name)
+        elif name not in of_experts:
+            found[int(parts[1])].rest.deciding.append(name)
+    return found

@@ -1,0 +1,174 @@
+"""Rules for tensors as llama.cpp's `-ot` has them: what they say of layers and experts, and which are refused."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from llamaclust.core.errors import UsageError
+from llamaclust.core.gpus import Placement
+from llamaclust.model.loader import Model
+from llamaclust.model.placement import MAX_PATTERN, PlacementRule, placement_of, read_rules, rule_effects
+from llamaclust.model.quant_types import QuantType
+from support.models.tiny_model import build_tiny_model
+from support.seed import SEED
+
+LAYERS = 12
+EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+REST = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm")
+KINDS = (*EXPERTS, "ffn_gate_inp", *REST)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("placement") / "mixture.gguf"
+    small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320, "experts": 4}
+    return Model.open(build_tiny_model(path, layers=LAYERS, quant_type=QuantType.Q8_0, **small))  # type: ignore[arg-type]
+
+
+def said(model: Model, text: str, cpu_moe: int | None = None) -> Placement:
+    return placement_of(model, list(read_rules(text)), cpu_moe)
+
+
+@pytest.mark.parametrize(
+    ("rules", "in_ram"),
+    [
+        ("exps=CPU", range(12)),
+        (r"\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU", range(12)),
+        ("blk.[0-9]+.ffn_.*_exps.=CPU", range(12)),
+        (r"blk\.(1[0-9])\.ffn_.*_exps=CPU", range(10, 12)),
+        (r"blk\.(?:[1-3]|1[01])\.ffn_(gate|up|down)_exps\.weight=CPU", (1, 2, 3, 10, 11)),
+        (r"([6-9]|1[0-9]).ffn_.*_exps.=ram", range(6, 12)),
+        (r"blk\.[0-9]{2}\.ffn_.{2,5}_exps=CPU", range(10, 12)),
+    ],
+)
+def test_common_rules_for_experts(model: Model, rules: str, in_ram: Sequence[int]) -> None:
+    placement = said(model, rules)
+    assert placement.layers == (None,) * LAYERS
+    assert [layer for layer, is_in_ram in enumerate(placement.experts) if is_in_ram] == list(in_ram)
+    assert set(placement.experts) <= {True, None}
+
+
+def test_the_first_rule_that_matches_decides(model: Model) -> None:
+    placement = said(model, r"blk\.(3|4)\.ffn_.*=CUDA0,exps=CPU")
+    assert placement.layers == tuple("cuda:0" if layer in (3, 4) else None for layer in range(LAYERS))
+    assert placement.experts == tuple(layer not in (3, 4) for layer in range(LAYERS))
+    assert said(model, r"exps=CPU,blk\.(3|4)\.ffn_.*_exps=CUDA0") == said(model, "exps=CPU")
+
+
+def test_rules_come_before_cpu_moe(model: Model) -> None:
+    placement = said(model, r"blk\.0\.ffn_.*_exps=gpu,blk\.9\.ffn_.*_exps=CPU", 2)
+    in_ram = [placement.experts_in_ram(layer) for layer in range(LAYERS)]
+    assert in_ram == [layer in (1, 9) for layer in range(LAYERS)]
+    assert [said(model, "exps=CPU", None).experts_in_ram(layer) for layer in (0, 11)] == [True, True]
+    assert said(model, r"blk\.3\.ffn_.*_exps=CPU").experts_in_ram(0) is None
+
+
+def test_whole_layers(model: Model) -> None:
+    assert said(model, r"blk\.[0-2]\.=CPU").layers == ("ram",) * 3 + (None,) * 9
+    assert said(model, ".=CPU").layers == ("ram",) * LAYERS
+    assert said(model, r"blk\.(4|5)\.=gpu").layers == (None,) * 4 + ("gpu",) * 2 + (None,) * 6
+    assert said(model, r"^output\.weight$=CUDA1").layers == (None,) * 11 + ("cuda:1",)
+    both = said(model, r"blk\.1\.ffn_.*_exps=CPU,blk\.[01]\.=gpu")
+    assert both.layers[:3] == ("gpu", "gpu", None) and both.experts[:3] == (False, True, None)
+
+
+@pytest.mark.parametrize(
+    ("rules", "told"),
+    [
+        (
+            "attn_q=CPU",
+            "'attn_q=ram' puts blk.0.attn_q.weight in RAM, but not blk.0.attn_norm.weight of layer 0: whole",
+        ),
+        ("ffn_.*=CPU", "puts blk.0.ffn_norm.weight in RAM, but not blk.0.attn_norm.weight of layer 0"),
+        ("ffn_(up|gate)_exps=CPU", "but not blk.0.ffn_down_exps.weight of the experts of layer 0"),
+        ("token_embd=CPU", "puts token_embd.weight in RAM, but not blk.0."),
+        ("ffn_gate_inp=CUDA0,exps=CPU", "which are on one device as parts of the experts of layer 0"),
+        ("ffn_gate_inp=CPU", "puts blk.0.ffn_gate_inp.weight in RAM, but not blk.0.ffn_.*_exps"),
+        (r"ffn_up_exps=CUDA0,exps=CPU", "which are on one device as parts of the experts of layer 0"),
+        (r"attn_q=CUDA0,attn_k=CUDA1", "which are on one device as parts of layer 0"),
+        (r"exps=CUDA1,blk=CUDA0", "which are on one device as parts of layer 0"),
+        (r"blk\.0\.ffn_.*_exps=gpu,blk\.0\.=CPU", "which are on one device as parts of"),
+        ("ffn_.*_expz=CPU", "matches none of 123 tensors of 12 layers; names are like blk.0.ffn_"),
+        (r"exps=CPU,blk\.12\.=CPU", r"'blk\.12\.=ram' matches none of 123 tensors of 12 layers"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused(model: Model, rules: str, told: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        said(model, rules)
+    line = str(refused.value)
+    assert line.startswith("placement: ") and "\n" not in line
+    assert told in line or re.search(told, line), line
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("exps", "'exps' is no rule; write it like 'exps=CPU'"),
+        ("exps=TPU", "'TPU' is no device; write CPU or ram, gpu, or CUDA0"),
+        ("=CPU", "a pattern of 0 characters; 1 to 256 are possible"),
+        ("a" * (MAX_PATTERN + 1) + "=CPU", "a pattern of 257 characters"),
+        ("(?!x)=CPU", "no regular expression: look-around"),
+        ("[=CPU", "no regular expression: unclosed character class"),
+        ("(a{1000}){1000}=CPU", "exceeds size limit"),
+        (r"(a)\1=CPU", "backreferences are not supported"),
+        ("a\n=CPU", "cannot be printed"),
+    ],
+)
+def test_what_is_no_rule(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)) as refused:
+        list(read_rules(text))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_pattern_that_backtracks_ends(model: Model) -> None:
+    """With a backtracking matcher, each name of a tensor would take 2 ** 20 steps and more."""
+    rules = list(read_rules(r"((\w|\.)+)+(\w+\.?)*!=CPU,exps=CPU"))
+    with pytest.raises(UsageError, match="matches none of"):
+        placement_of(model, rules, None)
+
+
+def test_what_rules_decide_on(model: Model) -> None:
+    first, rest = rule_effects(model, list(read_rules(r"blk\.1[01]\.ffn_.*_exps=CPU,exps=gpu")))
+    tensors = model.file.tensors
+    sizes = {name: tensors[name].resident_bytes for name in tensors if "_exps" in name}
+    assert (first.tensors, rest.tensors) == (6, 30) and first.n_bytes + rest.n_bytes == sum(sizes.values())
+
+
+def expected(rules: Sequence[PlacementRule], names: Sequence[str]) -> Mapping[str, str | None]:
+    """By Python's own matcher, one tensor at a time."""
+    return {
+        name: next((rule.device for rule in rules if re.search(rule.pattern, name) is not None), None) for name in names
+    }
+
+
+def drawn_rule(draws: random.Random) -> PlacementRule:
+    first, last = sorted(draws.choices(range(LAYERS), k=2))
+    layers = draws.choice([r"blk\.", rf"blk\.({'|'.join(map(str, range(first, last + 1)))})\."])
+    kinds = draws.choice([r"ffn_.*_exps", "", "(ffn_(up|gate)|attn_q)", "ffn_", draws.choice(KINDS), r"(attn|ffn)_.*"])
+    return PlacementRule.of(layers + kinds, draws.choice(["ram", "ram", "gpu", "cuda:0", "cuda:1"]))
+
+
+def test_random_rules_are_obeyed_to_the_tensor_or_refused(model: Model) -> None:
+    """No tensor that a rule names is elsewhere, and nothing is in RAM that no rule puts there."""
+    draws, obeyed = random.Random(SEED), 0
+    names = [name for name in model.file.tensors if name.startswith("blk.")]
+    for _ in range(300):
+        rules = [drawn_rule(draws) for _ in range(draws.randint(1, 3))]
+        try:
+            placement = placement_of(model, rules, None)
+        except UsageError:
+            continue
+        obeyed += 1
+        for name, wanted in expected(rules, names).items():
+            layer, is_expert = int(name.split(".")[1]), any(kind in name for kind in EXPERTS)
+            device, in_ram = placement.layers[layer], placement.experts[layer]
+            place = "ram" if is_expert and in_ram else device
+            if wanted is None:
+                assert place != "ram" or not name.endswith(("_exps.weight", "attn_q.weight")), (rules, name)
+            elif "ffn_gate_inp" not in name:  # it goes with its experts
+                assert place == wanted or (wanted == "gpu" and place not in (None, "ram")), (rules, name)
+    assert obeyed > 20, SEED

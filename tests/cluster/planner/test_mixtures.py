@@ -101,7 +101,7 @@ def test_kv_memory_of_layers_in_ram_leaves_room_for_experts_there() -> None:
     def kv_blocks(ram_bytes: int, *, experts: bool) -> int:
         ram = replace(worker("a"), memory_bytes=ram_bytes)
         gpu = replace(worker("a cuda:0"), device="cuda:0")
-        in_ram = [Held(replace(ram), 2, 4, is_experts=True)] if experts else []
+        in_ram = [Held(replace(ram), 2, 4, (2, 3), is_experts=True)] if experts else []
         return sizes.kv_blocks([Held(ram, 0, 2), Held(gpu, 2, 4), *in_ram])
 
     alone = [kv_blocks(size * MIB, experts=False) for size in (72, 75, 80)]

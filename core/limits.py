@@ -17,6 +17,7 @@ MAX_TOP_LOGPROBS = 128
 MAX_EMBEDDING_BYTES = 1 << 24  # of hidden states in the result of one microbatch
 MAX_VOCABULARY = 1 << 20
 MAX_KV_BLOCKS = 1 << 26
+MAX_EXPERT_SHARDS = 64  # of a layer
 MAX_ADAPTERS = 16  # of LoRA, of a model
 MAX_ADAPTER_RANK = 1024
 MAX_ADAPTER_SCALE = 1000.0  # positive or negative
@@ -50,6 +51,12 @@ class StageLimits:
     window_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
     # of states of sequences; 0: each KV block has a copy of the state behind the last of its positions computed
     state_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
+    # start and end of stages count parts of layers, so many for each: the experts of a layer are on several workers
+    expert_shards: Annotated[int, Integer(1, MAX_EXPERT_SHARDS)] = 1
+
+    def places(self, start: int, end: int) -> tuple[float, float]:
+        """Of a stage in layers, with fractions inside one whose experts are divided."""
+        return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
         """Whether a layer with this window, or none, gives up its blocks behind it: then its blocks are others."""
@@ -58,3 +65,14 @@ class StageLimits:
     def layer_blocks(self, window: int | None) -> int:
         """KV blocks of such a layer."""
         return self.window_blocks if self.gives_up(window) else self.kv_blocks
+
+
+def layer_place(part: int, expert_shards: int) -> int | float:
+    """Where a part begins, `expert_shards` of which are a layer: 4, or 4.5 behind half of the experts of layer 4. Exact
+    where the number of shards is a power of two."""
+    return part // expert_shards if part % expert_shards == 0 else part / expert_shards
+
+
+def layer_span(start: int, end: int, expert_shards: int) -> str:
+    """'[0, 4.5)' of parts [start, end)."""
+    return f"[{layer_place(start, expert_shards)}, {layer_place(end, expert_shards)})"

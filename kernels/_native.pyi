@@ -178,7 +178,17 @@ class Plan:
         selection_bias: NDArray[np.float32] | None,
         expert_scales: NDArray[np.float32] | None,
     ) -> None: ...
-    def add_expert_rows(self, choice: int, x: int, out: int, weight: PackedMatrix, used: int) -> None: ...
+    def add_expert_rows(self, choice: int, x: int, out: int, weight: PackedMatrix, used: int, first: int) -> None: ...
+    def place_experts(
+        self,
+        choice: int,
+        x: int,
+        given: tuple[int, int] | None,
+        out: int,
+        out_start: int,
+        used: int,
+        experts: tuple[int, int],
+    ) -> None: ...
     def weigh_inputs(self, choice: int, x: int, out: int, used: int) -> None: ...
     def combine_experts(self, choice: int, x: int, out: int, used: int, weighs: bool) -> None: ...
     def convolve(
@@ -224,6 +234,7 @@ class Plan:
         slot: int,
         used: int,
         per_rank: bool,
+        first: int | None = None,
     ) -> None: ...
     def multiply_heads(self, weights: Sequence[PackedMatrix], out: int, slot: int) -> None: ...
     def attend(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llamaclust.model import program as ir
+from llamaclust.model.dataflow import reads_of, written_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ FusedStep = (
     | Attend
     | ir.StateStep
     | ir.Moe
+    | ir.MixtureStep
     | ir.Exchange
     | ir.SelectRows
     | ir.RowStep
@@ -130,32 +132,6 @@ def is_read(program: ir.Program, at: int, name: str) -> bool:
     return name in {result.name for result in (program.out, program.normed) if result is not None}
 
 
-def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
-    match step:
-        case ir.Embed():
-            return ()
-        case ir.Attention():
-            if step.shares_kv:
-                return (step.q,)
-            return (step.q, step.k) if step.v is None else (step.q, step.k, step.v)
-        case ir.SiluMul():
-            return step.gate, step.up
-        case ir.Adapt():
-            return step.x, step.out
-        case ir.Add() | ir.Mul() | ir.Join() | ir.SigmoidGate():
-            return step.x, step.y
-        case ir.DeltaRule():
-            return step.q, step.k, step.v, step.decay, step.beta
-        case ir.Scan():
-            return step.x, step.dt
-        case ir.Moe(routed=ir.Buffer() as routed):
-            return step.x, routed
-        case ir.Exchange():
-            return step.reads
-        case _:
-            return (step.x,)
-
-
 Elementwise = ir.SiluMul | ir.Activate | ir.Add | ir.Mul | ir.Scale | ir.SoftCap
 
 
@@ -174,7 +150,3 @@ def elementwise(step: Elementwise) -> tuple[str, float | None]:
             return "add", None
         case ir.Mul():
             return "mul", None
-
-
-def written_by(step: ir.Step) -> ir.Buffer:
-    return step.x if isinstance(step, ir.Rope) else step.out

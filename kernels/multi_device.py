@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Batch, Float32, Int32, Progress, Stage
-from llamaclust.kernels.fuse import reads_of, written_by
+from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Attention, Buffer, Join, Program, Slice, Step
 

@@ -22,7 +22,7 @@ from llamaclust.kernels.backend import (
     Progress,
     Stage,
 )
-from llamaclust.kernels.fuse import reads_of
+from llamaclust.model.dataflow import reads_of
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Exchange, Moe, Program, Slice, Step
 

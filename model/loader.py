@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import dropwhile, takewhile
-from math import prod
-from operator import attrgetter
 from pathlib import Path
 from typing import Self
 
@@ -30,26 +28,31 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, read_hyperparameters
 from llamaclust.model.kv_type import KvType
+from llamaclust.model.mixtures.division import divided_program, mixture_of
+from llamaclust.model.mixtures.steps import shard_of, whole_name
 from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
 from llamaclust.model.program import (
-    Adapt,
     AddPosition,
     AddRow,
     Attention,
-    Convolution,
-    DeltaRule,
     Embed,
-    HeadMatMul,
-    MatMul,
+    MixtureStep,
     Moe,
     Program,
-    Scan,
     SelectRows,
     Step,
-    weights_of,
 )
-from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.model.ranking import Ranking, read_ranking
+from llamaclust.model.step_costs import (
+    all_macs,
+    file_bytes,
+    float_macs,
+    idle_bytes,
+    idle_share,
+    macs,
+    resident_bytes,
+    weight_bytes,
+)
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -76,6 +79,8 @@ class LayerCost:
     kv_source: int | None = None  # the layer whose keys and values it reads, if it has none of its own
     expert_bytes: int = 0  # of `weight_bytes`, router and experts
     expert_macs_per_token: int = 0
+    is_joined: bool = False  # no stage begins with it
+    saved_bytes: int = 0  # of a layer's first part: what all of them together take less than one by one
     state_macs_per_token: int = 0  # of `float_macs_per_token`, those of a state
 
     def moved_bytes(self, rows: int, sequences: int) -> float:
@@ -96,6 +101,10 @@ class LayerCost:
         return self.idle_bytes * self.idle_share ** (rows - 1)
 
 
+JOINED = LayerCost(0, 0, 0, is_joined=True)
+"""Of parts of a layer that is not divided."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
     """The first stage holds the embedding, the last one the head, which may be the same tensor (counted in both)."""
@@ -107,13 +116,17 @@ class ModelCosts:
     float_head_macs: int = 0
     head_file_bytes: int = 0
     hidden_bytes: int = 0  # of one token, as it goes from stage to stage
+    cut_bytes: int = 0  # the same from a stage that ends inside a layer, at most
+    expert_shards: int = 1  # so many of `layers` are the parts of one
 
     @property
     def borders(self) -> tuple[int, ...]:
         """Layers before which the model may be cut, and its end: not between a layer and the one whose keys and values
-        it reads."""
+        it reads, or inside a layer that is not divided."""
         shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
-        between = {border for source, number in shared for border in range(source + 1, number + 1)}
+        sources = ((source * self.expert_shards, number) for source, number in shared)
+        between = {border for source, number in sources for border in range(source + 1, number + 1)}
+        between |= {number for number, layer in enumerate(self.layers) if layer.is_joined}
         return tuple(border for border in range(len(self.layers) + 1) if border not in between)
 
     @property
@@ -147,7 +160,7 @@ class Model:
         self._chosen_template = None if chat_template is None else chosen_template(chat_template)
         self.hyperparameters: Hyperparameters = read_hyperparameters(file)
         self._whole = self.program(0, self.layer_count)
-        self._costs: dict[KvType, ModelCosts] = {}
+        self._costs: dict[tuple[KvType, int], ModelCosts] = {}
         self.pooling = read_pooling(file, DEFAULT if self.is_causal else Pooling.MEAN)
         self._refuse_unknown_tensors()
         self._refuse_other_uses()
@@ -178,10 +191,27 @@ class Model:
     def layer_count(self) -> int:
         return self.hyperparameters.block_count
 
-    def program(self, start: int, end: int, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
+    def program(
+        self,
+        start: int,
+        end: int,
+        kv_type: KvType = KvType.F16,
+        context_tokens: int | None = None,
+        expert_shards: int = 1,
+    ) -> Program:
         """The program of layers [start, end), for sequences of so many tokens at most (None: of any length that the
-        model was made for)."""
-        return adapted(build_program(self.file, start, end, kv_type, context_tokens), self.file)
+        model was made for). With several `expert_shards`, of parts of layers, see `Program`; UsageError for a layer
+        that cannot be divided so."""
+
+        def build(first: int, last: int) -> Program:
+            return adapted(build_program(self.file, first, last, kv_type, context_tokens), self.file)
+
+        return build(start, end) if expert_shards == 1 else divided_program(build, start, end, expert_shards)
+
+    def is_divisible(self, layer: int, expert_shards: int) -> bool:
+        """Whether a layer's experts can be divided into so many shards."""
+        mixture = mixture_of(self._whole.steps, layer)
+        return mixture is not None and mixture.experts >= expert_shards
 
     @property
     def adapter_numbers(self) -> tuple[int, ...]:
@@ -223,27 +253,52 @@ class Model:
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
         """The tensors that the program names."""
-        return {name: self.file.tensor(name) for name in program.weights}
+        return {name: shard_of(self.file.tensor(whole_name(name)), name) for name in program.weights}
 
-    def costs(self, kv_type: KvType) -> ModelCosts:
-        if kv_type not in self._costs:
-            self._costs[kv_type] = self._computed_costs(kv_type)
-        return self._costs[kv_type]
+    def costs(self, kv_type: KvType, expert_shards: int = 1) -> ModelCosts:
+        """Of layers, or of the parts that `expert_shards` divide them into."""
+        key = kv_type, expert_shards
+        if key not in self._costs:
+            self._costs[key] = self._computed_costs(*key)
+        return self._costs[key]
 
-    def _computed_costs(self, kv_type: KvType) -> ModelCosts:
+    def _computed_costs(self, kv_type: KvType, expert_shards: int) -> ModelCosts:
         tensors = self.file.tensors
         embedding = [step for step in self._whole.steps if isinstance(step, Embed | AddPosition | AddRow)]
         head = list(dropwhile(partial(_is_before_head, self._whole), self._whole.steps))
         layers = [self.program(layer, layer + 1, kv_type) for layer in range(self.layer_count)]
+        parts = [list(self._parts(layer, expert_shards)) for layer in layers]
+        costs = [
+            self._part_costs(layer, of_layer, expert_shards) for layer, of_layer in zip(layers, parts, strict=True)
+        ]
         return ModelCosts(
-            embedding_bytes=_weight_bytes(tensors, embedding),
-            head_bytes=_weight_bytes(tensors, head),
-            head_macs=_all_macs(head),
-            layers=tuple(_layer_cost(tensors, layer) for layer in layers),
-            float_head_macs=_float_macs(tensors, head),
-            head_file_bytes=_weight_bytes(tensors, head, _file_bytes),
+            embedding_bytes=weight_bytes(tensors, embedding),
+            head_bytes=weight_bytes(tensors, head),
+            head_macs=all_macs(head),
+            layers=tuple(cost for of_layer in costs for cost in of_layer),
+            float_head_macs=float_macs(tensors, head),
+            head_file_bytes=weight_bytes(tensors, head, file_bytes),
             hidden_bytes=4 * self.program(0, 1).out.width if self.layer_count > 1 else 0,
+            cut_bytes=max((4 * part.hidden.width for _, *others in parts for part in others), default=0),
+            expert_shards=expert_shards,
         )
+
+    def _parts(self, layer: Program, shards: int) -> Iterator[Program]:
+        """Of a program of one layer; itself where it cannot be divided so."""
+        if shards == 1 or not self.is_divisible(layer.start, shards):
+            yield layer
+            return
+        first = layer.start * shards
+        yield from (divided_program(lambda *_: layer, part, part + 1, shards) for part in range(first, first + shards))
+
+    def _part_costs(self, layer: Program, parts: Sequence[Program], shards: int) -> list[LayerCost]:
+        """As many as there are shards."""
+        costs = [_layer_cost(self.tensors_for(part), part) for part in parts]
+        if len(parts) == 1:
+            return [*costs, *[JOINED] * (shards - 1)]
+        whole_bytes = _layer_cost(self.file.tensors, layer).weight_bytes
+        saved_bytes = sum(cost.weight_bytes for cost in costs) - whole_bytes
+        return [replace(costs[0], saved_bytes=saved_bytes), *costs[1:]]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -295,60 +350,26 @@ def _named(path: Path) -> Iterator[None]:
         raise ModelFileError(f"{path}: {error}") from error
 
 
-_resident_bytes = attrgetter("resident_bytes")
-_file_bytes = attrgetter("n_bytes")
-
-
 def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
     """Of a program of one layer, without the embedding and the head of a first or last stage."""
     before_head = takewhile(partial(_is_before_head, program), program.steps)
     steps = [step for step in before_head if not isinstance(step, Embed | AddPosition | AddRow)]
-    mixtures = [step for step in steps if isinstance(step, Moe)]
+    mixtures = [step for step in steps if isinstance(step, Moe | MixtureStep)]
     return LayerCost(
-        weight_bytes=_weight_bytes(tensors, steps),
-        macs_per_token=_all_macs(steps),
+        weight_bytes=weight_bytes(tensors, steps),
+        macs_per_token=all_macs(steps),
         kv_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_layers),
-        idle_bytes=_idle_bytes(tensors, steps, _resident_bytes),
-        idle_share=_idle_share(steps),
+        idle_bytes=idle_bytes(tensors, steps, resident_bytes),
+        idle_share=idle_share(steps),
         window=program.window,
         state_bytes=sum(kept.n_bytes for kept in program.states),
         window_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_layers if kept.window is not None),
-        float_macs_per_token=_float_macs(tensors, steps),
-        used_file_bytes=_weight_bytes(tensors, steps, _file_bytes) - _idle_bytes(tensors, steps, _file_bytes),
+        float_macs_per_token=float_macs(tensors, steps),
+        used_file_bytes=weight_bytes(tensors, steps, file_bytes) - idle_bytes(tensors, steps, file_bytes),
         kv_source=next((step.layer for step in steps if isinstance(step, Attention) and step.shares_kv), None),
-        expert_bytes=_weight_bytes(tensors, mixtures),
-        expert_macs_per_token=_all_macs(mixtures),
-        state_macs_per_token=sum(count for step in steps for name, count in _macs(step) if name is None),
-    )
-
-
-def _weight_bytes(
-    tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Callable[[Tensor], int] = _resident_bytes
-) -> int:
-    return sum(size(tensors[name]) for name in weights_of(steps))
-
-
-def _idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Callable[[Tensor], int]) -> int:
-    """Of the experts that a token does not choose."""
-    idle = 0
-    for step in steps:
-        if isinstance(step, Moe):
-            held = sum(size(tensors[name]) for name in (*step.inner, step.down))
-            idle += held // step.experts * (step.experts - step.used)
-    return idle
-
-
-def _idle_share(steps: Iterable[Step]) -> float:
-    """Of the layer's experts, those that a token does not choose. No layer has two mixtures."""
-    return next((1 - step.used / step.experts for step in steps if isinstance(step, Moe)), 0.0)
-
-
-def _float_macs(tensors: Mapping[str, Tensor], steps: Iterable[Step]) -> int:
-    macs = (named for step in steps for named in _macs(step))
-    return sum(
-        count
-        for name, count in macs
-        if name is None or tensors[name].quant_type.info.activation is ActivationFormat.F32
+        expert_bytes=weight_bytes(tensors, mixtures),
+        expert_macs_per_token=all_macs(mixtures),
+        state_macs_per_token=sum(count for step in steps for name, count in macs(step) if name is None),
     )
 
 
@@ -356,30 +377,3 @@ def _is_before_head(program: Program, step: Step) -> bool:
     """The head begins with the norm of all rows, where there is one."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and getattr(step, "out", None) == program.normed)
-
-
-def _macs(step: Step) -> Sequence[tuple[str | None, int]]:
-    """Multiply-accumulates of each of the step's weights for one row; None: those of a state, in float32."""
-    match step:
-        case MatMul():
-            return [(step.weight, step.x.width * step.out.width)]
-        case HeadMatMul():
-            return [(step.weight, prod(step.shape))]
-        case Adapt():
-            return [(step.down, step.x.width * step.rank), (step.up, step.rank * step.out.width)]
-        case Convolution():
-            return [(step.weight, step.x.width * step.taps)]
-        case DeltaRule():
-            return [(None, 4 * prod(step.shape))]
-        case Scan():
-            return [(None, 3 * step.out.width * step.state_size)]
-        case Moe():
-            of_each = step.x.width * step.used * step.ffn_width
-            inner = [(name, step.x.width * step.used * step.inner_width) for name in step.inner]
-            return [(step.router, (step.routed or step.x).width * step.experts), *inner, (step.down, of_each)]
-        case _:
-            return []
-
-
-def _all_macs(steps: Iterable[Step]) -> int:
-    return sum(macs for step in steps for _, macs in _macs(step))

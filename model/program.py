@@ -6,16 +6,17 @@ the rows whose logits are wanted. Weights are named by their GGUF tensor names; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llamaclust.model.delta_rule import Decay, DeltaRule
-from llamaclust.model.exchange import Exchange
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.mixtures.exchange import Exchange
+from llamaclust.model.mixtures.steps import ExpertChoice, ExpertShards, ExpertSum, Moe
 from llamaclust.model.row_steps import Activate, Add, Buffer, Join, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
 from llamaclust.model.scan import Scan
 from llamaclust.model.states import Convolution, SequenceState, StatePart
-from llamaclust.model.step_options import USUAL_EXPERTS, ExpertOptions, RopeStyle
+from llamaclust.model.step_options import RopeStyle
 
 __all__ = [
     "KV_BLOCK_TOKENS",
@@ -26,7 +27,11 @@ __all__ = [
     "Decay",
     "DeltaRule",
     "Exchange",
+    "ExpertChoice",
+    "ExpertShards",
+    "ExpertSum",
     "Join",
+    "Moe",
     "Mul",
     "PositionScale",
     "Scale",
@@ -235,51 +240,6 @@ class SigmoidGate:
 
 
 @dataclass(frozen=True, slots=True)
-class Moe:
-    """Mixture of experts by its `options`. weights = gating(router @ x + router_bias), of which the `used` best are
-    chosen (ties to the lower id); they are divided by their sum where `normalized` (at least LEAST_WEIGHT_SUM), then
-    multiplied by `scale`. out = sum in rank order of weight * (down_e(activation(gate_e(x), up_e(x))) with the experts'
-    biases); without a gate, the activation is a function of up_e(x) alone.
-
-    The choice goes by weights + `selection_bias`, and with more `groups` than one only by experts of the `used_groups`
-    groups whose two best of these have the greatest sums (ties to the lower group). `expert_scales` [experts] multiply
-    the weights of the chosen experts last. With `routed`, the router reads it instead of x.
-
-    router [experts, x.width, or that of routed]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn]; biases
-    [experts] and [experts, ffn or x.width]. `fused`: up [experts, 2 * ffn, x.width] has the rows of gate, then its own.
-    """
-
-    x: Buffer
-    out: Buffer
-    router: str
-    gate: str | None
-    up: str
-    down: str
-    experts: int
-    used: int
-    ffn_width: int
-    options: ExpertOptions = USUAL_EXPERTS
-    router_bias: str | None = None
-    selection_bias: str | None = None
-    gate_bias: str | None = None
-    up_bias: str | None = None
-    down_bias: str | None = None
-    expert_scales: str | None = None
-    routed: Buffer | None = None
-    fused: bool = False
-
-    @property
-    def inner_width(self) -> int:
-        """Channels of the products with each of `inner`."""
-        return 2 * self.ffn_width if self.fused else self.ffn_width
-
-    @property
-    def inner(self) -> tuple[str, ...]:
-        """The experts' weights that multiply x."""
-        return (self.up,) if self.gate is None else (self.gate, self.up)
-
-
-@dataclass(frozen=True, slots=True)
 class SelectRows:
     """out = the rows of x whose logits are wanted (the microbatch's output rows); every later step has only these."""
 
@@ -311,7 +271,10 @@ RowStep = (
 StateStep = Convolution | DeltaRule | Scan
 """Steps that keep a state of each sequence."""
 
-Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | Exchange | SelectRows | RowStep
+MixtureStep = ExpertChoice | ExpertShards | ExpertSum
+"""Steps of a mixture whose experts are on several stages."""
+
+Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Exchange | SelectRows | RowStep
 
 KvLayer = Attention | SequenceState
 """What a part of KV memory is laid out for: of each layer at most one attention, and one state of each part."""
@@ -319,7 +282,9 @@ KvLayer = Attention | SequenceState
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The steps of layers [start, end) of a model.
+    """The steps of layers [start, end) of a model, or of parts [start, end) where the experts of each layer are divided
+    into `shards`, which are the parts of their layer: the first one has all that comes before experts, the last one all
+    that comes behind.
 
     The first stage begins with `Embed`, others are given `hidden_in`; the last stage ends with the logits in `out`
     [output rows, vocabulary], others with the hidden state [rows, embedding]. On the last stage, `normed` [rows,
@@ -334,6 +299,12 @@ class Program:
     out: Buffer
     steps: tuple[Step, ...]
     normed: Buffer | None = None
+    shards: int = 1
+
+    @property
+    def layer_range(self) -> range:
+        """The layers that it has parts of."""
+        return range(self.start // self.shards, -(-self.end // self.shards))
 
     @property
     def is_first(self) -> bool:
@@ -393,5 +364,12 @@ _WEIGHT_FIELDS = (
 
 def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
     """Names of every tensor the steps read, in first-use order, each once."""
-    names = (getattr(step, field, None) for step in steps for field in _WEIGHT_FIELDS)
+    names = (name for step in steps for name in _weights_of(step))
     return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def _weights_of(step: Step) -> Iterator[str | None]:
+    if isinstance(step, MixtureStep):
+        yield from step.weights
+    else:
+        yield from (getattr(step, field, None) for field in _WEIGHT_FIELDS)

@@ -204,7 +204,7 @@ class PlanEntry(Section):
     worker: Name
     """Name of the worker that holds these layers."""
     layers: Layers
-    """Half-open range [start, end)."""
+    """Half-open range [start, end); 4.5 divides layer 4 after half of its experts."""
 
 
 class PlacementEntry(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from llamaclust.core.addresses import split_address
 from llamaclust.core.bounds import NAME
+from llamaclust.core.limits import MAX_EXPERT_SHARDS
 
 MAX_BYTES = 1 << 50
 MAX_SECONDS = 30 * 86_400
@@ -106,14 +108,17 @@ def _parse_address(value: object) -> object:
     return value
 
 
-def _parse_layers(value: object) -> tuple[int, int]:
+def _parse_layers(value: object) -> tuple[float, float]:
     match value:
-        case [int(start), int(end)] if not isinstance(start, bool) and not isinstance(end, bool):
+        case [int() | float() as start, int() | float() as end] if not isinstance(start, bool) | isinstance(end, bool):
             pass
         case _:
             raise ValueError(f"{shown(value)} is not a layer range; write it like [0, 12], the end not included")
     if not 0 <= start < end:
         raise ValueError(f"[{start}, {end}] holds no layer; ranges are half-open: [start, end) with start < end")
+    if any(not math.isfinite(place) or place * MAX_EXPERT_SHARDS % 1 for place in (start, end)):
+        what = f"write 4.5 for half of the experts of layer 4; halves may be halved down to 1/{MAX_EXPERT_SHARDS}"
+        raise ValueError(f"{shown(value)} is not a layer range: {what}")
     return start, end
 
 
@@ -275,7 +280,14 @@ Origin = Annotated[
 ]
 FilePath = Annotated[Path, BeforeValidator(_parse_path), WithJsonSchema({"type": "string"})]
 Layers = Annotated[
-    tuple[int, int],
+    tuple[int | float, int | float],
     BeforeValidator(_parse_layers),
-    WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"type": "number", "minimum": 0, "multipleOf": 1 / MAX_EXPERT_SHARDS},
+            "minItems": 2,
+            "maxItems": 2,
+        }
+    ),
 ]

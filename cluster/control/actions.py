@@ -173,7 +173,9 @@ class ActionRunner:
             for worker in self._loaded.workers:
                 order, loaded = worker.stages[self._loaded.number]
                 total_bytes = loaded.weight_bytes
-                report(WorkerLoading(worker.name, order.start, order.end, total_bytes, total_bytes))
+                report(
+                    WorkerLoading(worker.name, *order.limits.places(order.start, order.end), total_bytes, total_bytes)
+                )
 
     async def _serve(self) -> None:
         """The engine continues on the loaded epoch. Layers of others are freed, of one that retires later."""

@@ -11,7 +11,7 @@ from itertools import count
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.failure_attribution import root_cause
-from llamaclust.cluster.control.limits import scheduler_settings, stage_limits
+from llamaclust.cluster.control.limits import plan_limits, scheduler_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observations import Suspect
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
@@ -83,7 +83,9 @@ async def load_stages(
         def loading(progress: LoadProgress) -> None:
             if report is not None:
                 done_bytes, total_bytes = progress.done_bytes, progress.total_bytes
-                report(WorkerLoading(handle.name, order.start, order.end, done_bytes, total_bytes))
+                report(
+                    WorkerLoading(handle.name, *order.limits.places(order.start, order.end), done_bytes, total_bytes)
+                )
 
         try:
             return await handle.load(order, loading, timeout_s)
@@ -249,7 +251,7 @@ class Epochs:
         return ModelReference(str(self._model.file.path), self._model.model_id, self._model.adapter_paths)
 
     @property
-    def held_layers(self) -> dict[str, tuple[int, int]]:
+    def held_layers(self) -> dict[str, tuple[float, float]]:
         """Of the model's newest stage on each worker that has one, by name."""
         workers = self._registry.present
         newest = {name: max(held) for name, worker in workers.items() if (held := self._numbers & set(worker.stages))}
@@ -275,9 +277,12 @@ class Epochs:
             await self._unload_versions()
         loads = StageLoads(
             number,
-            [StageInfo(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages],
+            [
+                StageInfo(stage.worker, stage.start, stage.end, stage.device_layers, plan.expert_shards)
+                for stage in plan.stages
+            ],
             self._reference,
-            stage_limits(self._config, plan.context_length, plan.kv_blocks, plan.window_blocks, plan.state_blocks),
+            plan_limits(self._config, plan),
             is_exclusive=is_exclusive,
             links=links,
             progress_timeout_s=self._config.timeouts.load,

@@ -15,7 +15,7 @@ _ATTRIBUTION_S = 1.0
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
     order, _ = worker.stages[epoch]
-    return StageInfo(worker.name, order.start, order.end)
+    return StageInfo(worker.name, order.start, order.end, (), order.limits.expert_shards)
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:

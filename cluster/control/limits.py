@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fractions import Fraction
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.resources.placement import check_placement
@@ -50,7 +51,9 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
     if config.plan is not None:
         entries = config.plan if config.awaits_any else ()
         names = [entry.worker for entry in entries] or [worker.name for worker in config.workers]
-        checked(manual_plan(config), names, model.layer_count)
+        shards = manual_shards(config)
+        checked(manual_plan(config), names, model.layer_count * shards, shards)
+        check_division(config, model, shards)
 
 
 def _check_frames(config: ClusterConfig, model: Model) -> None:
@@ -60,6 +63,32 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     if len(config.workers) > 1 and max_batch_tokens(config) > room:
         asked = f"prefill_chunk and max_sequences make microbatches of {max_batch_tokens(config)} tokens"
         raise UsageError(f"{asked}: {room} tokens of {4 * width} bytes fit in a message between workers; lower them")
+
+
+def says_placement(config: ClusterConfig) -> bool:
+    """Whether the user says which layers or experts are on GPUs, where shards of experts are not."""
+    return bool(config.placement) or any(each.cpu_moe is not None for each in (config, *config.workers))
+
+
+def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> None:
+    """UsageError where experts of a layer cannot be on several workers."""
+    if expert_shards == 1:
+        return
+    if model.hyperparameters.expert_count < expert_shards:
+        count = model.hyperparameters.expert_count or "no"
+        raise UsageError(
+            f"the plan divides layers into {expert_shards} parts, the model has {count} experts in a layer"
+        )
+    if says_placement(config):
+        raise UsageError("placement and cpu_moe are for whole layers, and the plan divides some; leave them out")
+    if any(worker.kv_disk for worker in config.workers):
+        raise UsageError("kv_disk: it is for stages of whole layers, and the plan divides some; leave it out")
+    row_bytes = model.costs(config.kv_type, expert_shards).cut_bytes
+    room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
+    if max_batch_tokens(config) > room:
+        asked = f"prefill_chunk and max_sequences make microbatches of {max_batch_tokens(config)} tokens"
+        what = f"{room} tokens of {row_bytes} bytes fit in a message between parts of a layer"
+        raise UsageError(f"{asked}: {what}; lower them")
 
 
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
@@ -76,8 +105,16 @@ def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """The assignments that the cluster file names; empty where the planner decides."""
-    return tuple((entry.worker, *entry.layers) for entry in config.plan or ())
+    """The assignments that the cluster file names, in parts of layers; empty where the planner decides."""
+    shards = manual_shards(config)
+    parts = ((entry.worker, *entry.layers) for entry in config.plan or ())
+    return tuple((worker, int(start * shards), int(end * shards)) for worker, start, end in parts)
+
+
+def manual_shards(config: ClusterConfig) -> int:
+    """Into so many shards the cluster file's plan divides the experts of each layer."""
+    places = (place for entry in config.plan or () for place in entry.layers)
+    return max((Fraction(place).denominator for place in places), default=1)
 
 
 def max_batch_tokens(config: ClusterConfig) -> int:
@@ -90,7 +127,12 @@ def max_outputs(config: ClusterConfig) -> int:
 
 
 def stage_limits(
-    config: ClusterConfig, context_length: int, kv_blocks: int, window_blocks: int = 0, state_blocks: int = 0
+    config: ClusterConfig,
+    context_length: int,
+    kv_blocks: int,
+    window_blocks: int = 0,
+    state_blocks: int = 0,
+    expert_shards: int = 1,
 ) -> StageLimits:
     """The limits that every stage of a plan is loaded with."""
     return StageLimits(
@@ -102,7 +144,14 @@ def stage_limits(
         kv_type=config.kv_type.value,
         window_blocks=window_blocks,
         state_blocks=state_blocks,
+        expert_shards=expert_shards,
     )
+
+
+def plan_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
+    """Of the stages of a plan."""
+    counts = plan.kv_blocks, plan.window_blocks, plan.state_blocks
+    return stage_limits(config, plan.context_length, *counts, plan.expert_shards)
 
 
 def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> SchedulerSettings:

@@ -74,12 +74,14 @@ class MemoryLedger:
 
     def loaded(self, worker: WorkerHandle) -> dict[str, int]:
         """What a worker's stages take of its devices, as they were planned."""
-        orders = {(order.model_id, order.start, order.end, order.devices) for order, _ in worker.stages.values()}
+        held = [order for order, _ in worker.stages.values()]
+        orders = {(o.model_id, o.limits.expert_shards, o.start, o.end, o.devices) for o in held}
         use = MemoryUse()
         for model_id, plans in self._plans.items():
-            for stage in (stage for plan in plans for stage in plan.stages if stage.worker == worker.name):
-                if (model_id, stage.start, stage.end, stage.device_layers) in orders:
-                    use += _stage_use(stage)
+            for plan in plans:
+                for stage in (stage for stage in plan.stages if stage.worker == worker.name):
+                    if (model_id, plan.expert_shards, stage.start, stage.end, stage.device_layers) in orders:
+                        use += _stage_use(stage)
         return {device: n_bytes for (_, device), n_bytes in use.items()}
 
 

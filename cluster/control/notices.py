@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.limits import layer_span
 
 
 def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
@@ -18,13 +19,15 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
     return f"{error}; {waits}" if waits else str(error)
 
 
-def moving_text(plan: Plan, held: Mapping[str, tuple[int, int]]) -> str:
+def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
     """The new plan, and how many layers each worker has to load: `held` are the layers that workers have."""
     parts = []
     for stage in plan.stages:
         start, end = held.get(stage.worker, (0, 0))
-        load = sum(not start <= layer < end for layer in range(stage.start, stage.end))
-        parts.append(f"{stage.worker} [{stage.start}, {stage.end}){f', {load} to load' if load else ''}")
+        shards = plan.expert_shards
+        load = sum(not start <= part / shards < end for part in range(stage.start, stage.end)) / shards
+        layers = layer_span(stage.start, stage.end, shards)
+        parts.append(f"{stage.worker} {layers}{f', {load:g} to load' if load else ''}")
     return f"new plan: {', '.join(parts)}"
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.limits import context_length, manual_plan, max_batch_tokens, stage_limits
+from llamaclust.cluster.control.limits import (
+    check_division,
+    context_length,
+    manual_plan,
+    manual_shards,
+    max_batch_tokens,
+    says_placement,
+    stage_limits,
+)
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.resources.placement import placements
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
@@ -30,9 +39,13 @@ from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.predict import predict_again
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
 from llamaclust.core.gpus import Placement
+from llamaclust.core.limits import MAX_EXPERT_SHARDS
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.model.loader import Model, ModelCosts
 from llamaclust.wire.microbatch.codec import MAX_STAGES
+
+_MOST_PARTS = 1024
+"""Of a divided model: the time of a plan grows with their square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +68,54 @@ def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResource
 
     Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, NetworkPartitionError.
     """
-    length = context_length(config, model)
+    if config.plan is not None:
+        return _divided_plan(config, model, resources, manual_shards(config))
+    try:
+        return _divided_plan(config, model, resources, 1)
+    except InsufficientMemoryError as error:
+        for expert_shards in _divisions(config, model, resources):
+            with suppress(InsufficientMemoryError, UsageError):
+                return _divided_plan(config, model, resources, expert_shards)
+        raise error
+
+
+def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources) -> Iterator[int]:
+    """Into how many shards the experts of layers may be divided where whole layers do not fit, and where that may be of
+    use. Shards are in RAM, so experts on GPUs, where the user wants some there, are not divided."""
+    on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
+    rooms = [facts.memory_bytes for facts in _worker_facts(config, resources)]
+    needed_bytes = StageCosts.of(model.costs(config.kv_type)).weight_bytes(0, model.layer_count)
+    if on_gpus or (None not in rooms and sum(room or 0 for room in rooms) < needed_bytes):
+        return
+    shards = 2
+    while shards <= min(MAX_EXPERT_SHARDS, model.hyperparameters.expert_count, _MOST_PARTS // model.layer_count):
+        yield shards
+        shards *= 2
+
+
+def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResources, expert_shards: int) -> Plan:
+    """The plan with borders after whole layers, or after shards of their experts. Raises as `plan_cluster`."""
+    check_division(config, model, expert_shards)
+    length, facts = context_length(config, model), _worker_facts(config, resources)
+    if expert_shards > 1:
+        facts = [replace(worker, gpus=(), gpu_layers=None) for worker in facts]
     request = PlanRequest(
         context_length=length,
         max_sequences=config.max_sequences,
-        workspace=workspace_of(model, stage_limits(config, length, kv_blocks=1)),
+        workspace=workspace_of(model, stage_limits(config, length, kv_blocks=1, expert_shards=expert_shards)),
         objective=config.objective,
         manual=None if config.plan is None else manual_plan(config),
         kv_memory_bytes=config.kv_memory,
         links=resources.links,
         partitions=resources.partitions,
         max_batch_tokens=max_batch_tokens(config),
-        rounding=rounding_of(model),
-        rest_rounding=rounding_of(model, experts=False),
+        rounding=rounding_of(model) if expert_shards == 1 else lambda device: 0,
+        rest_rounding=rounding_of(model, experts=False) if expert_shards == 1 else lambda device: 0,
     )
-    facts = _worker_facts(config, resources)
     wanted = placements(config, model, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts})
     facts = [replace(worker, placement=wanted[worker.name]) if worker.gpus else worker for worker in facts]
-    plan = _plan(model.costs(config.kv_type), facts, request)
-    for stage in plan.stages:
+    plan = _plan(model.costs(config.kv_type, expert_shards), facts, request)
+    for stage in plan.stages if expert_shards == 1 else ():
         wanted[stage.worker].check_obeyed(stage.device_layers)
     if len(plan.stages) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
@@ -82,7 +124,8 @@ def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResource
 
 def predict_served(config: ClusterConfig, model: Model, resources: ClusterResources, plan: Plan) -> Prediction | None:
     """What a plan of before brings by the present profiles and links. None where that is unknown."""
-    costs, workers = StageCosts.of(model.costs(config.kv_type)), _worker_facts(config, resources)
+    costs = StageCosts.of(model.costs(config.kv_type, plan.expert_shards))
+    workers = _worker_facts(config, resources)
     by_name = {worker.name: worker for worker in workers}
     return predict_again(costs, plan, by_name, config.max_sequences, resources.links)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from llamaclust.cluster.control.observations import Incarnation
 from llamaclust.cluster.planner.plan import Plan, Prediction
@@ -39,9 +40,12 @@ class Serving:
         )
 
 
-def _ranges(plan: Plan) -> list[tuple[int, int]]:
-    return [(stage.start, stage.end) for stage in plan.stages]
+def _ranges(plan: Plan) -> list[tuple[Fraction, Fraction]]:
+    """Of layers and parts of layers."""
+    shards = plan.expert_shards
+    return [(Fraction(stage.start, shards), Fraction(stage.end, shards)) for stage in plan.stages]
 
 
-def _layers(plan: Plan) -> list[tuple[str, int, int, tuple[DeviceLayers, ...]]]:
-    return [(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages]
+def _layers(plan: Plan) -> list[tuple[str, tuple[Fraction, Fraction], tuple[DeviceLayers, ...]]]:
+    named = zip(plan.stages, _ranges(plan), strict=True)
+    return [(stage.worker, layers, stage.device_layers) for stage, layers in named]

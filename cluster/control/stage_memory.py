@@ -34,10 +34,25 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
         if (limits, place) not in known:
             end = model.layer_count if place.is_last else max(1, model.layer_count - 1)
             at = replace(limits, max_context_tokens=place.context_length)
-            known[limits, place] = planned_workspace_bytes(model, 0, end, at, place.threads, place.device)
+            whole = planned_workspace_bytes(model, 0, end, replace(at, expert_shards=1), place.threads, place.device)
+            known[limits, place] = whole + _division_bytes(model, at, place)
         return known[limits, place]
 
     return bytes_at
+
+
+def _division_bytes(model: Model, limits: StageLimits, place: StagePlace) -> int:
+    """What a stage takes beside that where it may begin and end inside a layer: as much as the smallest stage that does
+    both, or one with two shards."""
+    shards = limits.expert_shards
+    if shards == 1:
+        return 0
+    layers = (layer for layer in range(model.layer_count) if model.is_divisible(layer, shards))
+    return max(
+        planned_workspace_bytes(model, part, part + 1, limits, place.threads, place.device)
+        for layer in layers
+        for part in (layer * shards, layer * shards + shards // 2, (layer + 1) * shards - 1)
+    )
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:

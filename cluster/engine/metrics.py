@@ -50,7 +50,7 @@ class StageReport:
     """One stage so far; means are over all its microbatches, shares and rates over the last ten seconds."""
 
     worker: str
-    layers: tuple[int, int]  # half-open
+    layers: tuple[float, float]  # half-open, with fractions inside a layer
     microbatches: int
     rows: int
     compute_ms: float  # mean of a microbatch
@@ -127,7 +127,7 @@ class _StageMeter:
         utilization, tokens_per_s = self._recent.rates(now_ns, self._since_ns)
         return StageReport(
             worker=self.stage.worker,
-            layers=(self.stage.start, self.stage.end),
+            layers=self.stage.layers,
             microbatches=self.microbatches,
             rows=self.rows,
             compute_ms=self.compute_ns / each,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.limits import layer_place
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 
@@ -18,6 +19,12 @@ class StageInfo:
     start: int
     end: int
     devices: tuple[DeviceLayers, ...] = ()
+    expert_shards: int = 1  # start and end count parts of layers, so many for each
+
+    @property
+    def layers(self) -> tuple[float, float]:
+        """With fractions inside a layer whose experts are divided."""
+        return layer_place(self.start, self.expert_shards), layer_place(self.end, self.expert_shards)
 
 
 class KvDisks(Protocol):

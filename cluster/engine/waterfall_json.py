@@ -62,5 +62,4 @@ def _phase(phase: WaterfallPhase, start_ns: int) -> dict[str, Any]:
 
 def _stage(phase: WaterfallPhase, index: int, stage: StageInfo) -> dict[str, Any]:
     compute, queue, wire = (ns / 1e9 for ns in phase.stage_ns(index))
-    layers = [stage.start, stage.end]
-    return {"worker": stage.worker, "layers": layers, "compute": compute, "queue": queue, "send": wire}
+    return {"worker": stage.worker, "layers": list(stage.layers), "compute": compute, "queue": queue, "send": wire}

@@ -125,10 +125,10 @@ class WorkerHandle:
         return WorkerState.READY if self.stages else WorkerState.JOINED
 
     @property
-    def layers(self) -> tuple[int, int] | None:
+    def layers(self) -> tuple[float, float] | None:
         """The layers of its newest stage, loaded or being loaded."""
         order = self.loading or (self.stages[max(self.stages)][0] if self.stages else None)
-        return None if order is None else (order.start, order.end)
+        return None if order is None else order.limits.places(order.start, order.end)
 
     def epochs_of(self, model_id: str) -> list[int]:
         """Of its stages of a model."""
@@ -138,9 +138,9 @@ class WorkerHandle:
         """Whether it has stages of other models than this one."""
         return any(order.model_id != model_id for order, _ in self.stages.values())
 
-    def layers_of(self, epoch: int) -> tuple[int, int]:
+    def layers_of(self, epoch: int) -> tuple[float, float]:
         order, _ = self.stages[epoch]
-        return order.start, order.end
+        return order.limits.places(order.start, order.end)
 
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:

@@ -63,7 +63,9 @@ class StageCosts:
     """
 
     layers: int
-    hidden_bytes: int  # of a row, between stages
+    hidden_bytes: int  # of a row, between stages that are whole layers
+    border_bytes: Counts  # the same before each layer, and behind the last one; more inside a mixture
+    expert_shards: int  # so many of `layers` are the parts of a layer
     held_bytes: Counts  # weights
     kv_token_bytes: Counts  # KV memory of a token
     state_bytes: Counts  # of a state of a sequence
@@ -81,7 +83,9 @@ class StageCosts:
         return cls(
             layers=len(costs.layers),
             hidden_bytes=costs.hidden_bytes,
-            held_bytes=read + last * costs.head_bytes + first * costs.embedding_bytes,
+            border_bytes=_border_bytes(costs),
+            expert_shards=costs.expert_shards,
+            held_bytes=read + last * costs.head_bytes + first * costs.embedding_bytes - _saved_bytes(costs),
             kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),
             state_bytes=sums(layer.state_bytes for layer in costs.layers),
             window_token_bytes=sums(layer.window_bytes_per_token for layer in costs.layers),
@@ -197,10 +201,27 @@ def _experts_s(profile: DeviceProfile, layer: LayerCost, rows: int) -> float:
 
 
 def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
-    """By start and end: no border stands between a layer and the one whose keys and values it reads."""
+    """By start and end: no border stands between a layer and the one whose keys and values it reads, or inside a layer
+    that is not divided."""
     borders = np.zeros(len(costs.layers) + 1, np.bool_)
     borders[list(costs.borders)] = True
     return np.logical_and.outer(borders, borders)
+
+
+def _saved_bytes(costs: ModelCosts) -> Counts:
+    """What stages take less than the parts of their layers, where they have whole ones."""
+    shards, layers = costs.expert_shards, costs.layers
+    before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
+    borders = np.arange(len(layers) + 1)
+    starts, ends = -(-borders // shards), borders // shards
+    saved: Counts = np.maximum(before[ends] - before[starts][:, np.newaxis], 0)
+    return saved
+
+
+def _border_bytes(costs: ModelCosts) -> Counts:
+    inside = np.arange(len(costs.layers) + 1) % costs.expert_shards > 0
+    crossing: Counts = np.where(inside, costs.cut_bytes, costs.hidden_bytes)
+    return crossing
 
 
 def sums(values: Iterable[int]) -> Counts:

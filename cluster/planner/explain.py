@@ -16,6 +16,7 @@ from llamaclust.cluster.planner.search import least_total
 from llamaclust.cluster.planner.worker_classes import worker_classes
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import ranges
+from llamaclust.core.limits import layer_span
 from llamaclust.core.sizes import MIB, mib, missing, needed
 
 _CONTEXT_STEP = 256
@@ -33,7 +34,8 @@ def split_memory_error(sizes: MemoryModel, split: Split) -> InsufficientMemoryEr
 def _lacking(sizes: MemoryModel, split: Split) -> Iterator[str]:
     for held in split:
         worker, start, end, given = held.device, held.start, held.end, sizes.request.kv_memory_bytes
-        what = f"experts of layers {ranges(held.cpu_moe)}" if held.is_experts else f"layers [{start}, {end})"
+        layers = layer_span(start, end, sizes.stages.expert_shards)
+        what = f"experts of layers {ranges(held.cpu_moe)}" if held.is_experts else f"layers {layers}"
         stage, parts = f"worker {worker.name!r}: {what} need", sizes.parts(held, 1)
         context_bytes = 0 if held.is_experts else sizes.context_bytes(start, end)
         if given is not None and context_bytes > given:
@@ -102,7 +104,8 @@ def _reason(sizes: MemoryModel, worker: WorkerFacts, used: Collection[str], cont
     rooms = [device.memory_bytes for device in devices_of(worker)]
     room = max(least if memory_bytes is None else memory_bytes for memory_bytes in rooms)
     if room < least:
-        return f"too little memory: it has {room // MIB} MiB, a stage of one layer needs {mib(least)} MiB"
+        what = "a stage of one layer" if sizes.stages.expert_shards == 1 else "the smallest part of a layer"
+        return f"too little memory: it has {room // MIB} MiB, {what} needs {mib(least)} MiB"
     if stages == layers:
         return f"the model has {layers} layers, one for each of the others"
     return "it would make the others slower"

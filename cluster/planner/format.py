@@ -9,6 +9,7 @@ from typing import Any
 
 from llamaclust.cluster.planner.plan import HeldLayers, Plan, StagePlan
 from llamaclust.core.gpus import ranges
+from llamaclust.core.limits import layer_place, layer_span
 from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -29,11 +30,19 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "bottleneck": predicted and predicted.bottleneck,
     }
     times = [None] * len(plan.stages) if predicted is None else predicted.stages
+    del values["expert_shards"]  # places in layers have fractions instead
     stages = [
-        asdict(stage) | {"decode_ms": time and 1e3 * time.decode_s, "prefill_ms": time and 1e3 * time.prefill_s}
+        _in_layers(asdict(stage), plan)
+        | {"decode_ms": time and 1e3 * time.decode_s, "prefill_ms": time and 1e3 * time.prefill_s}
         for stage, time in zip(plan.stages, times, strict=True)
     ]
     return values | {"stages": stages}
+
+
+def _in_layers(stage: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    places = {key: layer_place(stage[key], plan.expert_shards) for key in ("start", "end")}
+    devices = {"devices": [_in_layers(part, plan) for part in stage["devices"]]} if "devices" in stage else {}
+    return stage | places | devices
 
 
 def plan_lines(plan: Plan) -> tuple[str, ...]:
@@ -54,22 +63,23 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
         kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
     if plan.state_blocks:
         kv += f"; {plan.state_blocks} states of sequences"
-    lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms))
+    lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms, plan.expert_shards))
     predicted = f"  predicted: {', '.join(expected)}"
     unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []
     return ("plan:", *lines, *idle_workers, kv, predicted, *unknown, *bound)
 
 
-def _stage_lines(stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
+def _stage_lines(stage: StagePlan, decode_ms: float | None, shards: int) -> Iterator[str]:
     """One for the stage, then one for each device of a worker with GPUs."""
-    yield f"  {stage.worker}: layers [{stage.start}, {stage.end}), {_sizes(stage)}, {_number(decode_ms)} ms/token"
+    layers = layer_span(stage.start, stage.end, shards)
+    yield f"  {stage.worker}: layers {layers}, {_sizes(stage)}, {_number(decode_ms)} ms/token"
     for part in stage.devices:
-        layers = ranges(part.cpu_moe)
+        moved = ranges(part.cpu_moe)
         if part.is_experts:
-            yield f"    {part.device}: experts of layers {layers}, {_sizes(part)}"
+            yield f"    {part.device}: experts of layers {moved}, {_sizes(part)}"
         else:
-            apart = f", experts of {layers} in RAM" if layers else ""
-            yield f"    {part.device}: layers [{part.start}, {part.end}), {_sizes(part)}{apart}"
+            apart = f", experts of {moved} in RAM" if moved else ""
+            yield f"    {part.device}: layers {layer_span(part.start, part.end, shards)}, {_sizes(part)}{apart}"
 
 
 def _sizes(held: HeldLayers) -> str:

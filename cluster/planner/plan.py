@@ -95,6 +95,7 @@ class Plan:
     window_blocks: int = 0  # of layers with a window, where they have blocks of their own
     state_blocks: int = 0  # of states of sequences
     optimality_gap: float | None = None  # from the optimum, at most; None: it is the optimum, or a manual plan
+    expert_shards: int = 1  # starts and ends of stages count parts of layers, so many for each
 
     @property
     def prompt_tokens(self) -> int:

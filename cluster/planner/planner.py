@@ -57,8 +57,8 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     stages = StageCosts.of(costs)
     sizes = MemoryModel(stages, request)
     if request.manual is not None:
-        by_hand = checked(request.manual, [worker.name for worker in workers], stages.layers)
-        check_possible(by_hand, stages.possible)
+        by_hand = checked(request.manual, [worker.name for worker in workers], stages.layers, stages.expert_shards)
+        check_possible(by_hand, stages.possible, stages.expert_shards)
         _check_adjacency([name for name, _, _ in by_hand], request.partitions)
         found = _Found(by_hand, contexts=1, optimality_gap=None)
     else:
@@ -83,6 +83,7 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
         idle_workers=idle_workers(sizes, workers, {stage.worker for stage in parts}, contexts),
         prediction=prediction,
         optimality_gap=found.optimality_gap,
+        expert_shards=stages.expert_shards,
     )
 
 
@@ -219,9 +220,9 @@ def _times(sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Tabl
     mix = mix_of(concurrent=True)
     mix[0, stages.layers] = mix_of(concurrent=False)[0, stages.layers]  # no other stage computes then
     fits = (sizes.shortfall_table(worker, contexts) == 0) & stages.possible
-    prompt_bytes = prompt_tokens * stages.hidden_bytes
+    crossing = prompt_tokens * stages.border_bytes
     others = np.ones_like(mix)
     others[0, stages.layers] = 0  # a stage of all layers has no links
-    sent_s = others * 2 * worker.reach.byte_s * prompt_bytes  # in and out, while it computes
+    sent_s = others * worker.reach.byte_s * (crossing[:, np.newaxis] + crossing)  # in and out, while it computes
     hops_s = others * 2 * worker.reach.one_way_s
     return np.where(fits, np.maximum(mix, sent_s), np.inf), token + hops_s + _STAGE_S

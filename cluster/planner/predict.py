@@ -27,13 +27,14 @@ class _Path:
     row_s: tuple[float, ...]  # what each row adds between stages
 
     @classmethod
-    def of(cls, links: Links, stages: list[str], hidden_bytes: int) -> _Path:
+    def of(cls, links: Links, stages: list[str], crossing_bytes: Sequence[int]) -> _Path:
+        """`crossing_bytes`: of a row, behind each stage but the last one."""
         ring = links.round(stages)
         ends = [links.between(COORDINATOR, stages[0]), links.between(stages[-1], COORDINATOR)]
         return cls(
             round_s=sum(link.one_way_s for link in ring),
             there_s=sum(link.one_way_s for link in (*ring[:-1], *ends)),
-            row_s=tuple(link.byte_s * hidden_bytes for link in ring[:-1]),
+            row_s=tuple(link.byte_s * n_bytes for link, n_bytes in zip(ring[:-1], crossing_bytes, strict=True)),
         )
 
 
@@ -43,6 +44,11 @@ class StageParts:
 
     worker: str
     parts: tuple[Held, ...]
+
+    @property
+    def end(self) -> int:
+        """One past its last layer."""
+        return max(part.end for part in self.parts)
 
     def decode_s(self, costs: StageCosts, rows: int = 1, *, concurrent: bool = False) -> float:
         return sum(_held_s(costs, costs.decode_table, part, rows, concurrent=concurrent) for part in self.parts)
@@ -68,7 +74,8 @@ def predict(
     costs: StageCosts, split: Sequence[StageParts], prompt_tokens: int, max_sequences: int, links: Links
 ) -> Prediction:
     """Of stages whose workers were all measured."""
-    path = _Path.of(links, [stage.worker for stage in split], costs.hidden_bytes)
+    crossing_bytes = [int(costs.border_bytes[stage.end]) for stage in split[:-1]]
+    path = _Path.of(links, [stage.worker for stage in split], crossing_bytes)
     stages = tuple(
         StagePrediction(stage.decode_s(costs), stage.prefill_s(costs, prompt_tokens) / prompt_tokens) for stage in split
     )

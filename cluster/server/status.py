@@ -152,10 +152,11 @@ def _worker(
         "threads": handle.registration.threads,
         "kv_disk_bytes": handle.registration.kv_disk_bytes,
         "feature_level": handle.registration.feature_level,
-        "layers": None if order is None else (order.start, order.end),
+        "layers": None if order is None else order.limits.places(order.start, order.end),
         "device_layers": [
-            {"device": part.device, "layers": (part.start, part.end), "cpu_moe": part.cpu_moe}
+            {"device": part.device, "layers": order.limits.places(part.start, part.end), "cpu_moe": part.cpu_moe}
             for part in handle.devices_of(order)
+            if order is not None
         ],
         "state": str(handle.state),
         "memory_bytes": handle.held_bytes,

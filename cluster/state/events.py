@@ -48,8 +48,8 @@ class WorkerLoading:
     """A worker has made `done_bytes` of `total_bytes` of weights ready."""
 
     worker: str
-    start: int
-    end: int
+    start: float  # of its layers, with fractions inside a layer
+    end: float
     done_bytes: int
     total_bytes: int
 

@@ -12,22 +12,20 @@ from llamaclust.kernels._native import Plan
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.buffers import Buffers
 from llamaclust.kernels.cpu.plan_decay import add_decay
+from llamaclust.kernels.cpu.plan_experts import PlanExperts
 from llamaclust.kernels.cpu.plan_kv import PlanKv
 from llamaclust.kernels.cpu.plan_scan import add_norm, add_scan
 from llamaclust.kernels.cpu.ranges import check_ranges
-from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse, reads_of, written_by
+from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.kernels.split_experts import expert_parts
 from llamaclust.model import program as ir
+from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.model.step_options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating, RopeStyle
+from llamaclust.model.step_options import RopeStyle
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""
-
-_GATINGS = tuple(Gating)
-"""Likewise: the native enum has the order of these."""
-
 
 _SLOTS = 4
 """Inputs of products that the native module keeps at once."""
@@ -87,6 +85,8 @@ class _Compiler:
         self._kv = PlanKv(self.plan, limits)
         self._rotations: dict[ir.RopeTable, int] = {}
         self._scales: dict[tuple[int, float, int], RowScales] = {}  # by adapter, factor and rank
+        copy = None if observed is None else self._copy
+        self._experts = PlanExperts(self.plan, self._buffers, weights, self._quantize, self._observe, copy)
 
     def run(self) -> Compiled:
         if not self._program.is_first:
@@ -131,8 +131,8 @@ class _Compiler:
             case ir.Scan():
                 x, dt, layer = buffers.read(step.x), buffers.read(step.dt), self._kv.state(step.state)
                 add_scan(self.plan, step, (x, dt, buffers.write(step.out)), layer, self._weights)
-            case ir.Moe():
-                self._experts(step)
+            case ir.Moe() | ir.ExpertChoice() | ir.ExpertShards() | ir.ExpertSum():
+                self._experts.emit(step)
             case ir.SelectRows():
                 x = buffers.read(step.x)
                 if (normed := self._program.normed) is not None:
@@ -299,92 +299,8 @@ class _Compiler:
         layer, out = self._kv.state(step.state), self._buffers.write(step.out)
         self.plan.delta_rule(q, k, v, decay, beta, out, layer, step.heads, step.key_heads, step.tiled)
 
-    def _experts(self, step: ir.Moe) -> None:
-        buffers, used, inputs, weighed = self._buffers, step.used, step.x, step.options.weighs_inputs
-        x, choice, chosen = buffers.read(step.x), *self._choose_experts(step)
-        if weighed:
-            inputs = ir.Buffer("expert inputs", step.x.width)
-            self.plan.weigh_inputs(choice, x, buffers.write(inputs, used, private=True), used)
-        self._observe(step.inner, inputs, chosen, used if weighed else 1)
-        parts = [ir.Buffer(f"expert {part}", step.inner_width) for part, _ in enumerate(step.inner)]
-        products = [(self._weights[name], part) for name, part in zip(step.inner, parts, strict=True)]
-        outs = [(weight, buffers.write(part, used)) for weight, part in products]
-        self._multiply_experts(buffers.read(inputs), outs, choice, used, per_rank=weighed)
-        biases = (step.up_bias,) if step.gate is None else (step.gate_bias, step.up_bias)
-        inner = [self._add_expert_bias(part, bias, step, choice) for part, bias in zip(parts, biases, strict=True)]
-        result, down = ir.Buffer("expert activated", step.ffn_width), ir.Buffer("expert down", step.out.width)
-        activated = self._activate_experts(step, self._halves(step, inner[0]) if step.fused else inner, result)
-        self._observe([step.down], result, chosen, used)
-        outs = [(self._weights[step.down], buffers.write(down, used))]
-        self._multiply_experts(activated, outs, choice, used, per_rank=True)
-        projected = self._add_expert_bias(down, step.down_bias, step, choice)
-        self.plan.combine_experts(choice, projected, buffers.write(step.out, private=True), used, not weighed)
-
-    def _halves(self, step: ir.Moe, x: int) -> list[int]:
-        """Gate and up of a fused product."""
-        parts = [ir.Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up")]
-        halves = [self._buffers.write(part, step.used, private=True) for part in parts]
-        for number, half in enumerate(halves):
-            self.plan.copy_channels(x, half, 1, number * step.ffn_width, 0, step.ffn_width)
-        return halves
-
-    def _activate_experts(self, step: ir.Moe, inner: Sequence[int], result: ir.Buffer) -> int:
-        """The buffer with what experts make of gate and up, or of up alone."""
-        activated, activation = self._buffers.write(result, step.used, private=True), step.options.activation
-        if activation is GatedActivation.GELU_MUL:
-            self.plan.elementwise(ActivationFunction.GELU_TANH, inner[0], inner[0], activated, 0)
-            self.plan.elementwise("mul", activated, inner[1], activated, 0)
-        else:
-            limit = SWIGLU_LIMIT if activation is GatedActivation.CLAMPED_SWIGLU else 0
-            self.plan.elementwise(activation, inner[0], inner[-1], activated, limit)
-        return activated
-
-    def _choose_experts(self, step: ir.Moe) -> tuple[int, int | None]:
-        """The buffer with the choice, and a copy of it if inputs are observed."""
-        buffers, used, router = self._buffers, step.used, self._weights[step.router]
-        routed = step.routed or step.x
-        self._observe([step.router], routed)
-        logits = buffers.write(ir.Buffer("router logits", step.experts))
-        (slot,) = self._quantize(buffers.read(routed), [router.quant_type])
-        self.plan.multiply([(router.matrix, self._vector(step.router_bias), logits, slot)])
-        choice = buffers.write(ir.Buffer("chosen experts", 2 * used), private=True)
-        self.plan.choose_experts(
-            logits,
-            choice,
-            step.experts,
-            used,
-            _GATINGS.index(step.options.gating),
-            step.options.normalized,
-            step.options.scale,
-            (step.options.groups, step.options.used_groups),
-            self._vector(step.selection_bias),
-            self._vector(step.expert_scales),
-        )
-        return choice, None if self._observed is None else self._copy(choice, 2 * used)
-
-    def _add_expert_bias(self, x: ir.Buffer, bias: str | None, step: ir.Moe, choice: int) -> int:
-        """x, or a copy to which each line's expert has added its row of the bias."""
-        if bias is None:
-            return self._buffers.read(x)
-        product = self._buffers.read(x)
-        biased = self._buffers.write(x, step.used, private=True)
-        self.plan.add_expert_rows(choice, product, biased, self._weights[bias].matrix, step.used)
-        return biased
-
     def _vector(self, name: str | None) -> Float32 | None:
         return None if name is None else self._weights[name].vector
-
-    def _multiply_experts(
-        self, x: int, products: Sequence[tuple[Weight, int]], choice: int, used: int, per_rank: bool
-    ) -> None:
-        slots = self._quantize(x, [weight.quant_type for weight, _ in products])
-        for slot in dict.fromkeys(slots):
-            chosen = [
-                (list(weight.matrices), out)
-                for (weight, out), its_slot in zip(products, slots, strict=True)
-                if its_slot == slot
-            ]
-            self.plan.multiply_experts(chosen, choice, slot, used, per_rank)
 
 
 def compile_program(

@@ -46,4 +46,4 @@ class PlanKv:
         for kept in program.kv_memory:
             part = kept.part if isinstance(kept, SequenceState) else None
             layers.setdefault(kept.layer, []).append(self._numbers[kept.layer, part])
-        return tuple(tuple(layers.get(layer, ())) for layer in range(program.start, program.end))
+        return tuple(tuple(layers.get(layer, ())) for layer in program.layer_range)

@@ -24,11 +24,11 @@ from llamaclust.kernels.cuda.probe import allocate_flush, flush_cache, limits, m
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
-from llamaclust.kernels.fuse import reads_of, written_by
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
+from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Adapt, Attention, Program
+from llamaclust.model.program import Adapt, Attention, MixtureStep, Program
 
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
@@ -189,6 +189,8 @@ def _plan(
 
 def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weights]:
     """Without addresses. ModelFileError or UsageError for a program that is not computed."""
+    if any(isinstance(step, MixtureStep) for step in program.steps):
+        raise ModelFileError("a part of the experts of a layer is not computed on GPUs; set device: cpu for its worker")
     if not program.is_causal:
         raise ModelFileError("an encoder is not computed on GPUs; set device: cpu for its workers")
     if program.is_last and not program.has_logits:

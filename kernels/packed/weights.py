@@ -13,6 +13,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels._native import PackedMatrix, quant_types
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.mixtures.steps import shard_name
 from llamaclust.model.program import (
     Adapt,
     AddPosition,
@@ -21,6 +22,8 @@ from llamaclust.model.program import (
     Convolution,
     Decay,
     Embed,
+    ExpertChoice,
+    ExpertShards,
     HeadMatMul,
     LayerNorm,
     MatMul,
@@ -81,14 +84,26 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             for name in step.inner:
                 yield name, (step.experts, step.inner_width, step.x.width)
             yield step.down, (step.experts, step.out.width, step.ffn_width)
-            yield from _expert_vectors(step)
+            yield from _choice_vectors(step)
+            yield from _expert_biases(step)
+        case ExpertChoice(mixture):
+            yield mixture.router, (mixture.experts, step.x.width)
+            yield from _choice_vectors(mixture)
+        case ExpertShards(mixture):
+            inner = ((name, (mixture.inner_width, step.x.width)) for name in mixture.inner)
+            down = mixture.down, (mixture.out.width, mixture.ffn_width)
+            biases = ((name, shape[1:]) for name, shape in _expert_biases(mixture))
+            for name, shape in (*inner, down, *biases):
+                yield from ((shard_name(name, shard), (len(shard), *shape)) for shard in step.shards)
 
 
-def _expert_vectors(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _choice_vectors(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
+    names = step.router_bias, step.selection_bias, step.expert_scales
+    yield from ((name, (step.experts,)) for name in names if name is not None)
+
+
+def _expert_biases(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
     shapes = (
-        (step.router_bias, (step.experts,)),
-        (step.selection_bias, (step.experts,)),
-        (step.expert_scales, (step.experts,)),
         (step.gate_bias, (step.experts, step.ffn_width)),
         (step.up_bias, (step.experts, step.ffn_width)),
         (step.down_bias, (step.experts, step.out.width)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from llamaclust.kernels.reference.kv import Float64, LayerKv
 from llamaclust.kernels.reference.scan import scan
 from llamaclust.kernels.reference.states import StateMemory, convolve
 from llamaclust.model import program as ir
+from llamaclust.model.mixtures.steps import shard_name
 from llamaclust.model.step_options import (
     LEAST_WEIGHT_SUM,
     SWIGLU_LIMIT,
@@ -69,6 +70,12 @@ def run_step(step: ir.Step, state: State) -> None:
             state[step.out] = scan(step, state[step.x], state[step.dt], state.weights, sequences)
         case ir.Moe():
             state[step.out] = moe(step, state)
+        case ir.ExpertChoice():
+            state[step.out] = expert_choice(step.mixture, state)
+        case ir.ExpertShards():
+            state[step.out] = expert_shards(step, state)
+        case ir.ExpertSum():
+            state[step.out] = expert_sum(step.mixture, state[step.choice], state[step.x])
         case ir.SelectRows():
             state[step.out] = state[step.x][state.batch.output_rows]
         case ir.RmsNorm():
@@ -273,11 +280,14 @@ def softmax(x: Float64) -> Float64:
 
 
 def moe(step: ir.Moe, state: State) -> Float64:
-    x, weights = state[step.x], state.weights
-    logits = matmul(
-        state[step.routed or step.x], weights[step.router], weights[step.router_bias] if step.router_bias else None
-    )
-    scores = _SCORES[step.options.gating](logits)
+    choice = expert_choice(step, state)
+    return expert_sum(step, choice, expert_results(step, state, choice, range(step.experts)))
+
+
+def expert_choice(step: ir.Moe, state: State) -> Float32:
+    """[rows, 2 * used]: ids of the chosen experts, then their weights."""
+    weights, bias = state.weights, state.weights[step.router_bias] if step.router_bias else None
+    scores = _SCORES[step.options.gating](matmul(state[step.routed or step.x], weights[step.router], bias))
     chosen = np.argsort(-_selection(step, scores, weights), axis=1, kind="stable")[:, : step.used]
     shares = np.take_along_axis(scores, chosen, axis=1)
     if step.options.gating is Gating.SOFTMAX_OF_CHOSEN:
@@ -287,15 +297,43 @@ def moe(step: ir.Moe, state: State) -> Float64:
     shares = shares * step.options.scale
     if step.expert_scales:
         shares = shares * weights[step.expert_scales][chosen]
-    out = np.zeros(x.shape)
-    for row, experts in enumerate(chosen):
-        for share, expert in zip(shares[row], experts, strict=True):
-            if step.options.weighs_inputs:
-                weighed = x[row : row + 1] * np.float32(share)
-                out[row] += _expert(step, weights, int(expert), weighed)[0]
-            else:
-                out[row] += share * _expert(step, weights, int(expert), x[row : row + 1])[0]
+    return np.concatenate((chosen, shares), axis=1, dtype=np.float32, casting="same_kind")
+
+
+def expert_results(
+    step: ir.Moe, state: State, choice: Float32, experts: range, given: Float32 | None = None
+) -> Float32:
+    """[rows, used * width] of those `experts`, at the ranks that were chosen; others are as `given`, or 0."""
+    x, width = state[step.x], step.out.width
+    out = np.zeros((len(x), step.used * width), np.float32) if given is None else given.copy()
+    for row, (ids, shares) in enumerate(zip(choice[:, : step.used].astype(int), choice[:, step.used :], strict=True)):
+        for rank, expert in enumerate(ids):
+            if expert in experts:
+                weighed = x[row : row + 1] * (shares[rank] if step.options.weighs_inputs else np.float32(1))
+                out[row, rank * width : (rank + 1) * width] = _expert(step, state.weights, int(expert), weighed)[0]
     return out
+
+
+def expert_sum(step: ir.Moe, choice: Float32, results: Float32) -> Float64:
+    shares = choice[:, step.used :, None].astype(np.float64)
+    out = np.zeros((len(choice), step.out.width))
+    for rank in range(step.used):
+        part = of_heads(results, step.used)[:, rank]
+        out += part if step.options.weighs_inputs else part * shares[:, rank]
+    return out
+
+
+def expert_shards(step: ir.ExpertShards, state: State) -> Float32:
+    choice, mixture = state[step.choice], step.mixture
+    names = [name for name in (*mixture.inner, mixture.down, *step.biases, mixture.down_bias) if name is not None]
+    parts = {name: [state.weights[shard_name(name, shard)] for shard in step.shards] for name in names}
+    before = {name: np.zeros((step.experts.start, *found[0].shape[1:]), np.float32) for name, found in parts.items()}
+    weights = {name: np.concatenate((before[name], *found)) for name, found in parts.items()}
+    given = None if step.given is None else state[step.given][:, -step.results_width :]
+    results = expert_results(mixture, replace(state, weights=weights), choice, step.experts, given)
+    if step.carried is None:
+        return results
+    return np.concatenate([*(state[buffer] for buffer in step.carried), choice, results], axis=1)
 
 
 def _selection(step: ir.Moe, scores: Float64, weights: Mapping[str, Float32]) -> Float64:

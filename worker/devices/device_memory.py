@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, cast
 
 from llamaclust.core.gpus import DeviceLayers, ranges
-from llamaclust.core.limits import StageLimits
+from llamaclust.core.limits import StageLimits, layer_span
 from llamaclust.kernels.backend import ExpertsBackend
 from llamaclust.kernels.split_experts import experts_of, without_experts
 from llamaclust.model.loader import Model
@@ -34,7 +34,10 @@ def device_shares(
     """By the name of the device; experts in RAM count there. ModelFileError for what a device cannot compute."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
-        backend, layers = device.backend_of(part.device), f"layers [{part.start}, {part.end})"
+        backend, layers = (
+            device.backend_of(part.device),
+            f"layers {layer_span(part.start, part.end, limits.expert_shards)}",
+        )
         program = model_program(model, part.start, part.end, limits)
         rest, experts = without_experts(program, part.cpu_moe), experts_of(program, part.cpu_moe)
         share = DeviceShare(layers, program_memory(backend, model, rest, limits))

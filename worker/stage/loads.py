@@ -10,6 +10,7 @@ from functools import partial
 from llamaclust.core.epochs import epoch_text, term_of
 from llamaclust.core.errors import DeadlineError, LoadCancelledError, ProtocolError, UsageError, WorkerError
 from llamaclust.core.gpus import placed
+from llamaclust.core.limits import layer_span
 from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, UnloadFailed
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
@@ -23,9 +24,16 @@ _log = logging.getLogger(__name__)
 
 def _check_kv_disk(order: Load) -> None:
     """UsageError where KV memory of the stage cannot be kept on disk."""
+    if order.limits.expert_shards > 1:
+        what = "KV memory is not kept on disk where the experts of a layer are on several workers"
+        raise UsageError(f"kv_disk: {what}; start this worker without it")
     if order.limits.window_blocks or order.limits.state_blocks:
         what = "KV memory of layers with a window or a state is not kept on disk"
         raise UsageError(f"kv_disk: {what}, and this model has some; start this worker without it")
+
+
+def _span(order: Load) -> str:
+    return layer_span(order.start, order.end, order.limits.expert_shards)
 
 
 class Loads:
@@ -38,7 +46,7 @@ class Loads:
         self._loading: dict[int, asyncio.Task[Loaded]] = {}  # by epoch
 
     async def load(self, order: Load) -> None:
-        layers = f"layers [{order.start}, {order.end}) of epoch {epoch_text(order.epoch)}"
+        layers = f"layers {_span(order)} of epoch {epoch_text(order.epoch)}"
         await self._session.answer(self._loaded(order), partial(LoadFailed, order.epoch), layers)
 
     async def _loaded(self, order: Load) -> Loaded:
@@ -83,7 +91,7 @@ class Loads:
         try:
             runner = await service.take_kept(order)
             if runner is not None:
-                _log.info("layers [%d, %d): its weights were kept", order.start, order.end)
+                _log.info("layers %s: its weights were kept", _span(order))
             else:
                 runner = await load_stage(order, self._worker.device, session.send, weights, session.peer)
         finally:
@@ -99,7 +107,7 @@ class Loads:
         service.add(StageStreams(order.epoch, runner, context, session.deadlines, neighbours))
         memory = runner.memory
         epoch, where = epoch_text(order.epoch), f", {placed(order.devices)}" if order.devices else ""
-        _log.info("layers [%d, %d) are loaded as epoch %s%s", order.start, order.end, epoch, where)
+        _log.info("layers %s are loaded as epoch %s%s", _span(order), epoch, where)
         fetched_bytes = weights.received_bytes - received_bytes
         return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
-from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, max_embedded_rows
+from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
 from llamaclust.core.sampling import RowResult, second_draw
 from llamaclust.kernels.backend import Backend, Float32, KvInRam, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
@@ -66,16 +66,17 @@ def program_memory(backend: Backend, model: Model, program: Program, limits: Sta
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:
     """The program of layers [start, end), for the limits' KV type and context; UsageError where the model has no such
-    layers."""
-    if not 0 <= start < end <= model.layer_count:
-        raise UsageError(f"layers [{start}, {end}) of a model that has {model.layer_count}")
-    return model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens)
+    layers, or they cannot be divided so."""
+    shards = limits.expert_shards
+    if not 0 <= start < end <= model.layer_count * shards:
+        raise UsageError(f"layers {layer_span(start, end, shards)} of a model that has {model.layer_count}")
+    return model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens, shards)
 
 
 def kv_content(model: Model, limits: StageLimits) -> str:
     """Hexadecimal digits for all that the content of KV memory depends on beside the tokens, equal for every cut: the
     arithmetic, the model, the KV type, and the steps, whose rotations may depend on the context length."""
-    steps = model_program(model, 0, model.layer_count, limits).steps
+    steps = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
     return sha256(repr((NUMERICS_VERSION, model.model_id, limits.kv_type, steps)).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from dataclasses import astuple
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError
 from llamaclust.core.sizes import missing
 from llamaclust.model.loader import Model
+from llamaclust.model.mixtures.steps import whole_name
 from llamaclust.wire.control.messages import Load, LoadProgress
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
@@ -48,7 +49,8 @@ async def _load(order: Load, device: Device, weights: Weights, reach: Reach, pro
     async with RemoteModel(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as remote:
         outline = await remote.outline()
         planned = await asyncio.to_thread(_planned, order, device, outline)
-        names = model_program(outline, order.start, order.end, order.limits).weights
+        program = model_program(outline, order.start, order.end, order.limits)
+        names = tuple(dict.fromkeys(map(whole_name, program.weights)))
         progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + remote.missing_bytes(names)
         progress.weight_bytes = planned.weight_bytes
         model = await remote.complete(names)

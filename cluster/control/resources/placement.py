@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil, floor
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.core.errors import UsageError
@@ -23,7 +24,7 @@ def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[
         stages = [entry.layers for entry in config.plan if entry.worker == worker] if config.plan else None
         for start, end in [(0, model.layer_count)] if stages is None else stages:
             try:
-                known[key].check(devices, start, end)
+                known[key].check(devices, floor(start), ceil(end))
             except UsageError as error:
                 raise UsageError(f"{error} (worker {worker})") from error
     return found

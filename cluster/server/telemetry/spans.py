@@ -119,8 +119,8 @@ def _phase_spans(phase: WaterfallPhase, sequence: Span, unix_ns: int) -> Iterato
         times: dict[str, Value] = {
             "llamaclust.worker.name": stage.worker,
             "llamaclust.stage.index": index,
-            "llamaclust.layers.start": stage.start,
-            "llamaclust.layers.end": stage.end,
+            "llamaclust.layers.start": stage.layers[0],
+            "llamaclust.layers.end": stage.layers[1],
             "llamaclust.compute_seconds": compute / 1e9,
             "llamaclust.queue_seconds": queue / 1e9,
             "llamaclust.send_seconds": wire / 1e9,

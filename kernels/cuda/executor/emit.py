@@ -14,9 +14,10 @@ from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm
 from llamaclust.kernels.cuda.executor.operands import Operands, kv_name
 from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul, states
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
-from llamaclust.kernels.fuse import Adapts, Attend, Products, reads_of, written_by
+from llamaclust.kernels.fuse import Adapts, Attend, Products
 from llamaclust.kernels.fuse import elementwise as operation_of
 from llamaclust.model import program as ir
+from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.quant_types import ActivationFormat
 
 
@@ -73,6 +74,8 @@ class Emitter:
                 yield self._gated(step)
             case ir.Moe():
                 yield from ExpertsEmitter(self.ops, step).launches()
+            case ir.ExpertChoice() | ir.ExpertShards() | ir.ExpertSum():
+                raise AssertionError("programs with a part of the experts of a layer are refused")
             case ir.Exchange():
                 self.ops.out(step.out)
                 yield step

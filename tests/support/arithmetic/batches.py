@@ -43,23 +43,23 @@ def _starts(parts: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
 def load_stage(
     backend: Backend, model: Model, start: int = 0, end: int | None = None, limits: StageLimits = LIMITS
 ) -> Stage:
-    program = model.program(
-        start, model.layer_count if end is None else end, KvType(limits.kv_type), limits.max_context_tokens
-    )
+    shards = limits.expert_shards
+    last = model.layer_count * shards if end is None else end
+    program = model.program(start, last, KvType(limits.kv_type), limits.max_context_tokens, shards)
     return backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
 
 
-def possible_cuts(model: Model, cuts: Iterable[int]) -> tuple[int, ...]:
-    """Those that do not divide layers which read the same keys and values."""
-    possible = StageCosts.of(model.costs(KvType.F16)).possible
+def possible_cuts(model: Model, cuts: Iterable[int], expert_shards: int = 1) -> tuple[int, ...]:
+    """Those that do not divide layers which read the same keys and values, or layers without a mixture."""
+    possible = StageCosts.of(model.costs(KvType.F16, expert_shards)).possible
     return tuple(cut for cut in cuts if possible[cut, cut])
 
 
 class Chain:
-    """A model cut into stages at layers `cuts`."""
+    """A model cut into stages at layers `cuts`, or at parts of layers as the limits say."""
 
     def __init__(self, backend: Backend, model: Model, cuts: Sequence[int] = (), limits: StageLimits = LIMITS) -> None:
-        bounds = [0, *cuts, model.layer_count]
+        bounds = [0, *cuts, model.layer_count * limits.expert_shards]
         self.stages = [load_stage(backend, model, start, end, limits) for start, end in pairwise(bounds)]
 
     def run(self, batch: Batch) -> Float32:

@@ -4,7 +4,7 @@ stage, or disturbed by cuts, chunks, company, short KV memory, prefix hits and a
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -36,12 +36,15 @@ _CHECKPOINTS = 8  # states beside those of the sequences
 
 
 class CutModel(FakeModel):
-    """The stages of a real model, one after the other, in place of the fake one."""
+    """The stages of a real model, one after the other, in place of the fake one; `cuts` count parts of layers, which
+    have so many `shards`."""
 
-    def __init__(self, backend: Backend, model: Model, cuts: Sequence[int], settings: SchedulerSettings) -> None:
+    def __init__(
+        self, backend: Backend, model: Model, cuts: Iterable[int], settings: SchedulerSettings, shards: int = 1
+    ) -> None:
         super().__init__(settings.kv_blocks)
-        limits = _limits(settings, (settings.kv_blocks, 0))
-        bounds = (0, *possible_cuts(model, cuts), model.layer_count)
+        limits = replace(_limits(settings, (settings.kv_blocks, 0)), expert_shards=shards)
+        bounds = (0, *possible_cuts(model, cuts, shards), model.layer_count * shards)
         self.runners = [StageRunner(backend, model, start, end, limits) for start, end in pairwise(bounds)]
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
@@ -89,12 +92,18 @@ def undisturbed(backend: Backend, model: Model, context: int) -> list[Answer]:
         stages.close()
 
 
-def disturbed(backend: Backend, model: Model, context: int) -> list[Answer]:
+Cuts = tuple[int, Sequence[int]]
+"""Into how many parts layers are divided, and the parts that stages begin with."""
+
+
+def disturbed(backend: Backend, model: Model, context: int, ways: tuple[Cuts, Cuts] | None = None) -> list[Answer]:
     """All requests together in chunks of five tokens, KV memory for less than two of them. The workers of two stages
-    are lost while tokens are generated, and up to six stages go on. Then two requests once more, of which prompts are
-    in the prefix cache."""
+    are lost while tokens are generated, and up to six stages go on, or others as `ways` says. Then two requests once
+    more, of which prompts are in the prefix cache."""
     settings = _settings(model, context, _SHORT, LocalSettings(context, max_sequences=4, prefill_chunk=5))
-    first = CutModel(backend, model, (model.layer_count // 2,), settings)
+    count = model.layer_count
+    (shards, cuts), (later_shards, later) = ways or ((1, (count // 2,)), (1, range(1, count, -(-count // 5))))
+    first = CutModel(backend, model, cuts, settings, shards)
     run = _simulation(settings, first)
     keys = [run.add(request) for request in requests(settings.vocabulary)]
     while len(run.rows(keys[0])) < _LOST_AFTER:
@@ -102,7 +111,7 @@ def disturbed(backend: Backend, model: Model, context: int) -> list[Answer]:
     run.send_all()
     run.sent.clear()
     first.close()
-    second = CutModel(backend, model, range(1, model.layer_count, -(-model.layer_count // 5)), settings)
+    second = CutModel(backend, model, later, settings, later_shards)
     run.stages = _stages(second)
     run.scheduler.restart(settings, 2, len(second.runners))
     try:

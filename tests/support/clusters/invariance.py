@@ -8,6 +8,7 @@ import struct
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,10 @@ _CHAINS = (
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to run the same requests. `cut`: bounds of the stages, one worker a stage."""
+    """One way to run the same requests. `cut`: bounds of the stages, one worker a stage; 1.5 divides the experts of
+    layer 1."""
 
-    cut: tuple[int, ...]
+    cut: tuple[float, ...]
     threads: int = 1
     company: bool = False  # all requests at once, else one after the other
     prefill_chunk: int | None = None
@@ -136,7 +138,7 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
         f"kv_type={way.kv_type}",
     ]
     if way.preempted:
-        most_layers = max(b - a for a, b in pairwise(way.cut))
+        most_layers = ceil(max(b - a for a, b in pairwise(way.cut)))
         tokens = -(-work.longest // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
         layer_bytes = work.kv_heads * way.kv_type.pair_bytes(work.head_dim)
         overrides += [f"kv_memory={tokens * most_layers * layer_bytes}B", f"context_length={work.longest}"]

@@ -122,13 +122,21 @@ void add_products(PlanBuilder& builder,
 }
 
 void add_experts(PlanBuilder& builder, const std::vector<std::pair<std::vector<nb::object>, int>>& products, int choice,
-                 int slot, int used, bool per_rank) {
-  ExpertsStep step{{}, choice, slot, used, per_rank};
+                 int slot, int used, bool per_rank, std::optional<int> first) {
+  ExpertsStep step{{}, choice, slot, used, per_rank, first.value_or(0), first.has_value()};
   for (const auto& [experts, out] : products) {
     step.products.push_back({{}, out});
     for (const nb::object& expert : experts) step.products.back().experts.push_back(builder.keep(expert));
   }
   builder.plan.add(std::move(step));
+}
+
+// given: a buffer, and where in its lines the ranks begin; experts: [first, end).
+void add_placed(PlanBuilder& builder, int choice, int x, std::optional<std::pair<int, int>> given, int out,
+                int out_start, int used, std::pair<int, int> experts) {
+  require(!given || given->first >= 0, "unknown buffer");
+  builder.plan.add(PlaceExpertsStep{choice, x, given ? given->first : -1, out, given ? given->second : 0, out_start,
+                                    used, experts.first, experts.second - experts.first});
 }
 
 void add_heads(PlanBuilder& builder, const std::vector<nb::object>& weights, int out, int slot) {
@@ -232,7 +240,9 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
              b.plan.add(QuantizeStep{x, slot, static_cast<ActivationFormat>(format), parts});
            },
            "x"_a, "slot"_a, "format"_a, "parts"_a = 1)
-      .def("add_expert_rows", &add<ExpertRowStep, int, int, int, nb::handle, int>)
+      .def("add_expert_rows", &add<ExpertRowStep, int, int, int, nb::handle, int, int>)
+      .def("place_experts", &add_placed, "choice"_a, "x"_a, "given"_a.none(), "out"_a, "out_start"_a, "used"_a,
+           "experts"_a)
       .def("weigh_inputs", &add<WeighStep, int, int, int, int>)
       .def("combine_experts", &add<CombineStep, int, int, int, int, bool>)
       .def("convolve", &add_convolution)
@@ -281,7 +291,8 @@ void bind_executor(nb::module_& module) {
       .def("leave_adapter", [](PlanBuilder& b) { b.plan.leave_adapter(); })
       .def("begin_part", [](PlanBuilder& b) { b.plan.begin_part(); })
       .def("multiply", &add_products)
-      .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
+      .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a,
+           "first"_a.none() = nb::none())
       .def("multiply_heads", &add_heads, "weights"_a, "out"_a, "slot"_a)
       .def("attend", &add_attention, "q"_a, "kv"_a.none(), "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dims"_a,
            "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none(),

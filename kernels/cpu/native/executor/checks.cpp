@@ -193,9 +193,21 @@ struct Plan::Checks {
     require(buffer(step.choice).width == 2 * step.used && is_line(step.choice), "choice width");
     require(buffer(step.x).multiple == step.used, "a line for each expert used");
     require(is_supported(step.weight.type) && buffer(step.out).width == step.weight.cols, "rows of another width");
-    require(plan.choosable_ > 0 && static_cast<size_t>(step.weight.rows) >= plan.choosable_,
-            "as many experts as may be chosen");
+    require(step.first >= 0 && step.weight.rows > 0, "rows of experts");
     return {{step.choice, step.x}, {step.out}, true};
+  }
+
+  Access operator()(const PlaceExpertsStep& step) const {
+    const auto holds = [&](BufferId id, int start) {
+      const int64_t ranks = int64_t{buffer(step.x).width} * step.used;
+      return start >= 0 && start + ranks <= int64_t{buffer(id).width} * buffer(id).multiple;
+    };
+    require(buffer(step.choice).width == 2 * step.used && is_line(step.choice), "choice width");
+    require(buffer(step.x).multiple == step.used && step.first >= 0 && step.count > 0, "a line for each expert used");
+    require(step.x != step.out && step.given != step.out && holds(step.out, step.out_start), "ranks beyond a line");
+    if (step.given < 0) return {{step.choice, step.x}, {step.out}, true};
+    require(holds(step.given, step.given_start), "ranks beyond a line");
+    return {{step.choice, step.x, step.given}, {step.out}, true};
   }
 
   // A line for each expert used, and one for all of them.
@@ -235,11 +247,13 @@ struct Plan::Checks {
 
   Access operator()(const ExpertsStep& step) const {
     Access access{{step.choice}, {}, false};
-    require(!step.products.empty() && plan.choosable_ > 0, "a step of no experts");
+    require(!step.products.empty() && !step.products[0].experts.empty() && step.first >= 0, "a step of no experts");
+    require(step.is_shard || (plan.choosable_ > 0 && step.first == 0), "a choice of experts");
     require(buffer(step.choice).width == 2 * step.used, "choice width");
     require(slot(step.slot).multiple == (step.per_rank ? step.used : 1), "as many activations as ranks");
     for (const ExpertProduct& product : step.products) {
-      require(product.experts.size() >= plan.choosable_, "as many experts as may be chosen");
+      require(step.is_shard || product.experts.size() >= plan.choosable_, "as many experts as may be chosen");
+      require(product.experts.size() == step.products[0].experts.size(), "products of the same experts");
       require(buffer(product.out).multiple == step.used, "a line for each expert used");
       require(std::ranges::count(access.writes, product.out) == 0, "two products into one buffer");
       for (const Matrix& expert : product.experts) check_product(expert, {}, buffer(product.out).width, step.slot);

@@ -58,16 +58,16 @@ struct ExpertWork {
 // Every thread for itself: that is quicker than to wait for another.
 ExpertLines Worker::group_by_expert(const ExpertsStep& step) const {
   const ExpertLines groups = stage_.workspace.expert_lines(thread_);
-  const size_t experts = step.products[0].experts.size();
-  const auto chosen = [&](int index) -> int32_t& {
-    return groups.starts[static_cast<size_t>(line(step.choice, index / step.used)[index % step.used])];
-  };
+  const ExpertIds own = step.ids();
+  const auto chosen = [&](int index) { return line(step.choice, index / step.used)[index % step.used]; };
   const int lines = rows_ * step.used;
-  std::fill_n(groups.starts, experts + 1, 0);
-  for (int index = 0; index < lines; index++) chosen(index)++;
-  std::partial_sum(groups.starts, groups.starts + experts + 1, groups.starts);
+  std::fill_n(groups.starts, own.count + 1, 0);
+  for (int index = 0; index < lines; index++)
+    if (own.has(chosen(index))) groups.starts[own.place(chosen(index))]++;
+  std::partial_sum(groups.starts, groups.starts + own.count + 1, groups.starts);
   for (int index = lines - 1; index >= 0; index--) {
-    const int32_t place = --chosen(index);
+    if (!own.has(chosen(index))) continue;
+    const int32_t place = --groups.starts[own.place(chosen(index))];
     groups.lines[place] = index;
     groups.rows[place] = index / step.used;
   }

@@ -104,7 +104,9 @@ Sync Plan::sync_before(const Access& access, bool waits) {
 
 void Plan::add(Step step) {
   const Access access = check(step);
-  const bool output = std::holds_alternative<OutputStep>(step);
+  const bool placed = std::holds_alternative<PlaceExpertsStep>(step) || std::holds_alternative<CopyChannelsStep>(step);
+  const bool output =
+      std::holds_alternative<OutputStep>(step) || (placed && !buffer(access.writes[0]).private_copy);
   const bool in_place = std::holds_alternative<AddAdaptedStep>(step) ||
                         (std::holds_alternative<ElementwiseStep>(step) && !buffer(access.writes[0]).private_copy);
   require(!adapter_ || is_of_adapters(step), "a step of an adapter that others depend on");

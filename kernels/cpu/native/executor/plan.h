@@ -142,10 +142,28 @@ struct ChooseStep {  // out [2 * used] holds ids, then weights
   std::vector<float> selection_bias;  // added to weights for the choice; empty: none
   std::vector<float> expert_scales;   // of the weights, one an expert; empty: none
 };
+// The experts that a step has, of all that a choice may name. Ids outside are skipped: they may come from elsewhere.
+struct ExpertIds {
+  int first;
+  size_t count;
+  bool has(float id) const {
+    const float from = static_cast<float>(first);
+    return id >= from && id < from + static_cast<float>(count);
+  }
+  size_t place(float id) const { return static_cast<size_t>(id) - static_cast<size_t>(first); }
+};
 struct ExpertRowStep {  // line `rank` of out = that of x + the weight's row of the rank's expert
   BufferId choice, x, out;
   Matrix weight;
   int used;
+  int first;  // the expert that the first row is of; lines of experts without a row stay as they are
+  ExpertIds ids() const { return {first, static_cast<size_t>(weight.rows)}; }
+};
+struct PlaceExpertsStep {  // line `rank` of out = that of x, or of `given` (-1: 0) where the step has not the rank's expert
+  BufferId choice, x, given, out;
+  int given_start, out_start;  // channels of a line before the first rank's
+  int used, first, count;
+  ExpertIds ids() const { return {first, static_cast<size_t>(count)}; }
 };
 struct WeighStep {  // line `rank` of out = the rank's weight * x
   BufferId choice, x, out;
@@ -186,7 +204,10 @@ struct ExpertsStep {  // line r * used + rank of every out = the rank's expert @
   std::vector<ExpertProduct> products;
   BufferId choice;
   int slot, used;
-  bool per_rank;  // activations differ from rank to rank
+  bool per_rank;   // activations differ from rank to rank
+  int first;       // the first of its experts; lines of ranks whose expert it has not stay as they are
+  bool is_shard;   // it need not have all experts that may be chosen
+  ExpertIds ids() const { return {first, products[0].experts.size()}; }
 };
 struct HeadsStep {  // each part of out = the part's matrix @ its activations
   std::vector<Matrix> weights;
@@ -238,9 +259,9 @@ struct ScanStep {  // Mamba 2: x has the channels of all heads, then b and c of 
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
                           ElementwiseStep, AddAdaptedStep, PositionScaleStep, CopyChannelsStep, SigmoidGateStep,
-                          DecayStep, QuantizeStep, ChooseStep, ExpertRowStep, WeighStep, CombineStep, SelectStep,
-                          OutputStep, MatmulStep, ExpertsStep, HeadsStep, AttentionStep, ConvolveStep, DeltaRuleStep,
-                          ScanStep>;
+                          DecayStep, QuantizeStep, ChooseStep, ExpertRowStep, PlaceExpertsStep, WeighStep, CombineStep,
+                          SelectStep, OutputStep, MatmulStep, ExpertsStep, HeadsStep, AttentionStep, ConvolveStep,
+                          DeltaRuleStep, ScanStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
 enum class Sync { None, IfShared, Always };

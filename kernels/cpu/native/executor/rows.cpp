@@ -105,6 +105,7 @@ struct RowStep {
   }
 
   void operator()(const CopyChannelsStep& step) const {
+    if (!worker.buffer(step.out).private_copy && is_done_elsewhere()) return;
     const Buffer &x = worker.buffer(step.x), &out = worker.buffer(step.out);
     const float* from = line(step.x) + step.x_start;
     float* to = line(step.out) + step.out_start;
@@ -174,9 +175,27 @@ struct RowStep {
     const int width = worker.buffer(step.out).width;
     const float *ids = line(step.choice), *x = line(step.x);
     float* out = line(step.out);
+    const ExpertIds own = step.ids();
     for (int rank = 0; rank < step.used; rank++, x += width, out += width) {
-      matmul().dequantize_row(step.weight, static_cast<int>(ids[rank]), out);
+      if (!own.has(ids[rank])) continue;
+      matmul().dequantize_row(step.weight, static_cast<int>(own.place(ids[rank])), out);
       vector().elementwise(RowOp::add, x, out, 0, width, out);
+    }
+  }
+
+  void operator()(const PlaceExpertsStep& step) const {
+    if (!worker.buffer(step.out).private_copy && is_done_elsewhere()) return;
+    const size_t width = static_cast<size_t>(worker.buffer(step.x).width);
+    const float *ids = line(step.choice), *x = line(step.x);
+    const float* given = step.given < 0 ? nullptr : line(step.given) + step.given_start;
+    float* out = line(step.out) + step.out_start;
+    const ExpertIds own = step.ids();
+    for (int rank = 0; rank < step.used; rank++, x += width, out += width) {
+      const float* from = own.has(ids[rank]) ? x : given == nullptr ? nullptr : given + static_cast<size_t>(rank) * width;
+      if (from == nullptr)
+        memset(out, 0, width * sizeof(float));
+      else
+        memcpy(out, from, width * sizeof(float));
     }
   }
 

@@ -1,0 +1,169 @@
+"""Mixtures of experts in a plan of the native executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llamaclust.kernels._native import PackedMatrix, Plan
+from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.cpu.buffers import Buffers
+from llamaclust.kernels.packed.weights import Weight
+from llamaclust.model import program as ir
+from llamaclust.model.mixtures.steps import shard_name
+from llamaclust.model.quant_types import QuantType
+from llamaclust.model.step_options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating
+
+_GATINGS = tuple(Gating)
+"""The native enum has the order of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanExperts:
+    """`quantize`: a buffer for weights of some types, to activation slots. `observe`: copies the inputs of weights if
+    they are observed; `copy`: a buffer, None where nothing is."""
+
+    plan: Plan
+    buffers: Buffers
+    weights: Mapping[str, Weight]
+    quantize: Callable[[int, Sequence[QuantType]], list[int]]
+    observe: Callable[[Sequence[str], ir.Buffer, int | None, int], None]
+    copy: Callable[[int, int], int] | None
+
+    def emit(self, step: ir.Moe | ir.MixtureStep) -> None:
+        match step:
+            case ir.Moe():
+                choice = self._choose(step, ir.Buffer("chosen experts", 2 * step.used))
+                chosen = None if self.copy is None else self.copy(choice, 2 * step.used)
+                results = _Experts(self, step, None, chosen).compute(choice)
+                self._sum(step, choice, results)
+            case ir.ExpertChoice():
+                self._choose(step.mixture, step.out)
+            case ir.ExpertShards():
+                choice = self.buffers.read(step.choice)
+                self._place(step, choice, _Experts(self, step.mixture, step.shards, None).compute(choice))
+            case ir.ExpertSum():
+                self._sum(step.mixture, self.buffers.read(step.choice), self.buffers.read(step.x))
+
+    def vector(self, name: str | None) -> Float32 | None:
+        return None if name is None else self.weights[name].vector
+
+    def _choose(self, step: ir.Moe, out: ir.Buffer) -> int:
+        """The buffer with the choice."""
+        buffers, router, routed = self.buffers, self.weights[step.router], step.routed or step.x
+        self.observe([step.router], routed, None, 1)
+        logits = buffers.write(ir.Buffer("router logits", step.experts))
+        (slot,) = self.quantize(buffers.read(routed), [router.quant_type])
+        self.plan.multiply([(router.matrix, self.vector(step.router_bias), logits, slot)])
+        choice = buffers.write(out, private=True)
+        self.plan.choose_experts(
+            logits,
+            choice,
+            step.experts,
+            step.used,
+            _GATINGS.index(step.options.gating),
+            step.options.normalized,
+            step.options.scale,
+            (step.options.groups, step.options.used_groups),
+            self.vector(step.selection_bias),
+            self.vector(step.expert_scales),
+        )
+        return choice
+
+    def _sum(self, step: ir.Moe, choice: int, results: int) -> None:
+        out = self.buffers.write(step.out, private=True)
+        self.plan.combine_experts(choice, results, out, step.used, not step.options.weighs_inputs)
+
+    def _place(self, step: ir.ExpertShards, choice: int, results: int) -> None:
+        """The results beside those that were given: for the sum, or with all that another stage needs."""
+        buffers, used, start = self.buffers, step.mixture.used, 0
+        given = None if step.given is None else (buffers.read(step.given), step.given.width - step.results_width)
+        if step.carried is None:
+            out = buffers.write(ir.Buffer(step.out.name, step.mixture.out.width), used, private=True)
+        else:
+            sources = [(buffers.read(buffer), buffer.width) for buffer in (*step.carried, step.choice)]
+            out = buffers.write(step.out)
+            for source, width in sources:
+                self.plan.copy_channels(source, out, 1, 0, start, width)
+                start += width
+        self.plan.place_experts(choice, results, given, out, start, used, (step.experts.start, step.experts.stop))
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """The products of experts: of all, or of some `shards`; `chosen`: a copy of the choice if inputs are observed."""
+
+    plan_experts: PlanExperts
+    step: ir.Moe
+    shards: tuple[range, ...] | None
+    chosen: int | None
+
+    def compute(self, choice: int) -> int:
+        """The buffer with a result for each rank of a row."""
+        step, buffers, used, inputs = self.step, self.plan_experts.buffers, self.step.used, self.step.x
+        if weighed := step.options.weighs_inputs:
+            inputs = ir.Buffer("expert inputs", step.x.width)
+            x = buffers.read(step.x)
+            self.plan_experts.plan.weigh_inputs(choice, x, buffers.write(inputs, used, private=True), used)
+        self.plan_experts.observe(step.inner, inputs, self.chosen, used if weighed else 1)
+        parts = [ir.Buffer(f"expert {part}", step.inner_width) for part, _ in enumerate(step.inner)]
+        self._multiply(inputs, list(zip(step.inner, parts, strict=True)), choice, per_rank=weighed)
+        biases = (step.up_bias,) if step.gate is None else (step.gate_bias, step.up_bias)
+        inner = [self._add_bias(part, bias, choice) for part, bias in zip(parts, biases, strict=True)]
+        result, down = ir.Buffer("expert activated", step.ffn_width), ir.Buffer("expert down", step.out.width)
+        self._activate(self._halves(inner[0]) if step.fused else inner, result)
+        self.plan_experts.observe([step.down], result, self.chosen, used)
+        self._multiply(result, [(step.down, down)], choice, per_rank=True)
+        return self._add_bias(down, step.down_bias, choice)
+
+    def _halves(self, x: int) -> list[int]:
+        """Gate and up of a fused product."""
+        step, experts = self.step, self.plan_experts
+        parts = [ir.Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up")]
+        halves = [experts.buffers.write(part, step.used, private=True) for part in parts]
+        for number, half in enumerate(halves):
+            experts.plan.copy_channels(x, half, 1, number * step.ffn_width, 0, step.ffn_width)
+        return halves
+
+    def _activate(self, inner: Sequence[int], result: ir.Buffer) -> None:
+        """What experts make of gate and up, or of up alone."""
+        plan, activation = self.plan_experts.plan, self.step.options.activation
+        activated = self.plan_experts.buffers.write(result, self.step.used, private=True)
+        if activation is GatedActivation.GELU_MUL:
+            plan.elementwise(ActivationFunction.GELU_TANH, inner[0], inner[0], activated, 0)
+            plan.elementwise("mul", activated, inner[1], activated, 0)
+        else:
+            limit = SWIGLU_LIMIT if activation is GatedActivation.CLAMPED_SWIGLU else 0
+            plan.elementwise(activation, inner[0], inner[-1], activated, limit)
+
+    def _add_bias(self, x: ir.Buffer, bias: str | None, choice: int) -> int:
+        """x, or a copy to which each line's expert has added its row of the bias."""
+        product = self.plan_experts.buffers.read(x)
+        if bias is None:
+            return product
+        biased = self.plan_experts.buffers.write(x, self.step.used, private=True)
+        for first, weight in self._held(bias):
+            self.plan_experts.plan.add_expert_rows(choice, product, biased, weight.matrix, self.step.used, first)
+        return biased
+
+    def _held(self, name: str) -> list[tuple[int, Weight]]:
+        """The weights of a tensor that are here, each with its first expert."""
+        weights = self.plan_experts.weights
+        if self.shards is None:
+            return [(0, weights[name])]
+        return [(shard.start, weights[shard_name(name, shard)]) for shard in self.shards]
+
+    def _multiply(
+        self, x: ir.Buffer, products: Sequence[tuple[str, ir.Buffer]], choice: int, *, per_rank: bool
+    ) -> None:
+        experts, used, first = self.plan_experts, self.step.used, None if self.shards is None else self.shards[0].start
+        held = [[weight for _, weight in self._held(name)] for name, _ in products]
+        slots = experts.quantize(experts.buffers.read(x), [weights[0].quant_type for weights in held])
+        outs = [experts.buffers.write(out, used) for _, out in products]
+        for slot in dict.fromkeys(slots):
+            chosen: list[tuple[list[PackedMatrix], int]] = [
+                ([matrix for weight in weights for matrix in weight.matrices], out)
+                for weights, out, its_slot in zip(held, outs, slots, strict=True)
+                if its_slot == slot
+            ]
+            experts.plan.multiply_experts(chosen, choice, slot, used, per_rank, first)

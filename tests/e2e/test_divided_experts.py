@@ -1,0 +1,126 @@
+"""The experts of a layer on several workers: the bits of one worker, for any families, cuts and chunks, and while
+workers are lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from llamaclust.core.errors import UsageError
+from llamaclust.kernels.backend import Backend, Float32
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Moe
+from support.arithmetic.backends import BACKENDS, all_threads
+from support.arithmetic.batches import LIMITS, Chain, possible_cuts
+from support.arithmetic.disturbed import disturbed, undisturbed
+from support.clusters.invariance import Way, check_answers, make_work, run
+from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
+from support.models.tiny_model import build_tiny_model
+from support.seed import SEED
+
+FAMILIES = tuple(name for name, tiny in MODELS.items() if tiny.experts)
+DISTURBED = ("llama-experts", "qwen2moe", "gpt-oss-mxfp4", "bailingmoe2", "gemma4-experts", "llama4", "nemotron_h_moe")
+"""Biases, shared experts with and without gates, groups, clamped SwiGLU, fused experts, weighed inputs, no gate."""
+
+
+@cache
+def opened(folder: Path, name: str) -> Model:
+    return Model.open(build_architecture(folder / f"{name}.gguf", name))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("divided")
+
+
+def mixtures(model: Model) -> dict[int, Moe]:
+    steps = model.program(0, model.layer_count).steps
+    return {int(step.router.split(".")[1]): step for step in steps if isinstance(step, Moe)}
+
+
+def random_cut(model: Model, source: Random) -> tuple[int, tuple[int, ...]]:
+    """Shards of each mixture, and up to three borders, at least one of them inside a mixture."""
+    found = mixtures(model)
+    shards = source.randint(2, max(mixture.experts for mixture in found.values()))
+    possible = possible_cuts(model, range(1, model.layer_count * shards), shards)
+    inside = [part for part in possible if part % shards]
+    others = source.sample(possible, min(len(possible), source.randint(0, 2)))
+    return shards, tuple(sorted({source.choice(inside), *others}))
+
+
+def logits(
+    backend: Backend, model: Model, name: str, chunk: int | None, shards: int = 1, cuts: Iterable[int] = ()
+) -> Float32:
+    limits = replace(LIMITS, max_context_tokens=MODELS[name].context, expert_shards=shards)
+    chain = Chain(backend, model, tuple(cuts), limits)
+    try:
+        return chain.logits(TOKENS, chunk)
+    finally:
+        chain.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_shards_and_chunks_give_the_same_bits(folder: Path, name: str, backend: str) -> None:
+    model, source, computing = opened(folder, name), Random(f"{SEED} {name} {backend}"), BACKENDS[backend]()
+    whole = logits(computing, model, name, None)
+    for chunk in (None, 1, source.randint(2, 9)):
+        shards, cuts = random_cut(model, source)
+        found = logits(computing, model, name, chunk, shards, cuts)
+        what = f"seed {SEED}: {shards} shards, cuts {cuts}, chunks of {chunk}"
+        np.testing.assert_array_equal(found.view(np.uint32), whole.view(np.uint32), what)
+
+
+@pytest.mark.parametrize("name", DISTURBED)
+def test_disturbances_change_no_bit(folder: Path, name: str) -> None:
+    """Two stages are lost in the middle of answers, and others go on, which divide other layers."""
+    model, context, source = opened(folder, name), MODELS[name].context, Random(f"{SEED} {name}")
+    ways = random_cut(model, source), random_cut(model, source)
+    print(f"seed {SEED}: {ways}")
+    assert disturbed(all_threads(2), model, context, ways) == undisturbed(all_threads(1), model, context)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "glm4moe", "llama-experts"])
+def test_parts_of_a_layer_have_its_weights_between_them(folder: Path, name: str) -> None:
+    """Each tensor once, so that plans are sums: the parts of a layer in any grouping hold as much as all of it, but for
+    the rows of biases, which are held in tiles."""
+    model = opened(folder, name)
+    layer, mixture = max(mixtures(model).items())
+    whole = model.tensors_for(model.program(layer, layer + 1))
+    for shards in range(2, mixture.experts + 1):
+        parts = [
+            model.program(layer * shards + part, layer * shards + part + 1, expert_shards=shards)
+            for part in range(shards)
+        ]
+        held = [tensor for part in parts for tensor in model.tensors_for(part).values()]
+        assert sum(tensor.n_bytes for tensor in held) == sum(tensor.n_bytes for tensor in whole.values())
+        matrices = [tensor.resident_bytes for tensor in held if len(tensor.shape) == 3]
+        assert sum(matrices) == sum(tensor.resident_bytes for tensor in whole.values() if len(tensor.shape) == 3)
+
+
+def test_layers_without_experts_are_not_divided(folder: Path) -> None:
+    model = opened(folder, "glm4moe")
+    dense = next(layer for layer in range(model.layer_count) if layer not in mixtures(model))
+    with pytest.raises(UsageError, match=f"layer {dense} has no experts"):
+        model.program(0, 2 * dense + 1, expert_shards=2)
+    layer, mixture = max(mixtures(model).items())
+    many = mixture.experts + 1
+    with pytest.raises(UsageError, match=f"layer {layer} has {mixture.experts} experts, too few for {many} shards"):
+        model.program(0, many * layer + 1, expert_shards=many)
+
+
+@pytest.mark.parametrize("cut", [(0, 2.5, 6), (0, 0.25, 3.75, 4.5, 6), (0, 1.25, 1.5, 1.75, 6)])
+def test_processes_with_parts_of_layers(
+    cut: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of their own, whose cuts the cluster file names; of the last one, two hold nothing but experts."""
+    model = build_tiny_model(tmp_path / "moe.gguf", experts=4, ffn=256)
+    work = make_work(SEED % 1000, 320, 2, 32)
+    expected = run(model, Way((0, 6), every=True), work, tmp_path, monkeypatch)
+    check_answers(run(model, Way(cut, company=True, prefill_chunk=7), work, tmp_path, monkeypatch), expected)

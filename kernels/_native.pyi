@@ -178,7 +178,9 @@ class Plan:
         selection_bias: NDArray[np.float32] | None,
         expert_scales: NDArray[np.float32] | None,
     ) -> None: ...
-    def add_expert_rows(self, choice: int, x: int, out: int, weight: PackedMatrix, used: int, first: int) -> None: ...
+    def add_expert_rows(
+        self, choice: int, x: int, out: int, weight: PackedMatrix, used: int, first: int = 0
+    ) -> None: ...
     def place_experts(
         self,
         choice: int,

@@ -143,7 +143,8 @@ class _Experts:
             return product
         biased = self.plan_experts.buffers.write(x, self.step.used, private=True)
         for first, weight in self._held(bias):
-            self.plan_experts.plan.add_expert_rows(choice, product, biased, weight.matrix, self.step.used, first)
+            row = choice, product, biased, weight.matrix, self.step.used
+            self.plan_experts.plan.add_expert_rows(*row, *([first] if first else []))
         return biased
 
     def _held(self, name: str) -> list[tuple[int, Weight]]:
@@ -166,4 +167,4 @@ class _Experts:
                 for weights, out, its_slot in zip(held, outs, slots, strict=True)
                 if its_slot == slot
             ]
-            experts.plan.multiply_experts(chosen, choice, slot, used, per_rank, first)
+            experts.plan.multiply_experts(chosen, choice, slot, used, per_rank, *([] if first is None else [first]))

@@ -240,7 +240,8 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
              b.plan.add(QuantizeStep{x, slot, static_cast<ActivationFormat>(format), parts});
            },
            "x"_a, "slot"_a, "format"_a, "parts"_a = 1)
-      .def("add_expert_rows", &add<ExpertRowStep, int, int, int, nb::handle, int, int>)
+      .def("add_expert_rows", &add<ExpertRowStep, int, int, int, nb::handle, int, int>, "choice"_a, "x"_a, "out"_a,
+           "weight"_a, "used"_a, "first"_a = 0)
       .def("place_experts", &add_placed, "choice"_a, "x"_a, "given"_a.none(), "out"_a, "out_start"_a, "used"_a,
            "experts"_a)
       .def("weigh_inputs", &add<WeighStep, int, int, int, int>)

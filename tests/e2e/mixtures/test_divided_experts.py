@@ -3,6 +3,7 @@ workers are lost."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
@@ -20,6 +21,8 @@ from support.arithmetic.backends import BACKENDS, all_threads
 from support.arithmetic.batches import LIMITS, Chain, possible_cuts
 from support.arithmetic.disturbed import disturbed, undisturbed
 from support.clusters.invariance import Way, check_answers, make_work, run
+from support.clusters.recovering import config, generations, recovering
+from support.clusters.recovering import undisturbed as undisturbed_answers
 from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
@@ -124,3 +127,19 @@ def test_processes_with_parts_of_layers(
     work = make_work(SEED % 1000, 320, 2, 32)
     expected = run(model, Way((0, 6), every=True), work, tmp_path, monkeypatch)
     check_answers(run(model, Way(cut, company=True, prefill_chunk=7), work, tmp_path, monkeypatch), expected)
+
+
+async def test_a_killed_worker_with_parts_of_layers_costs_a_pause(tmp_path: Path) -> None:
+    """Of three, the one whose layers begin and end inside mixtures."""
+    model = build_tiny_model(tmp_path / "moe.gguf", experts=4, ffn=256)
+    requests = generations(SEED % 1000)
+    expected = await asyncio.to_thread(undisturbed_answers, model, requests)
+    places = {"a": [0, 1.25], "b": [1.25, 3.75], "c": [3.75, 6]}
+    plan = [{"worker": name, "layers": layers} for name, layers in places.items()]
+    async with recovering(config(model, tmp_path, plan=plan)) as cluster:
+        tasks = cluster.start(requests)
+        await cluster.token(Random(SEED).randrange(1, 200))
+        cluster.hurt("b")
+        assert await asyncio.gather(*tasks) == expected
+        assert any("worker b (layers [1.25, 3.75)) is lost" in text for text in cluster.told), cluster.told
+        await cluster.whole()

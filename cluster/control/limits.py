@@ -67,7 +67,8 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
 
 def says_placement(config: ClusterConfig) -> bool:
     """Whether the user says which layers or experts are on GPUs, where shards of experts are not."""
-    return bool(config.placement) or any(each.cpu_moe is not None for each in (config, *config.workers))
+    numbers = [config.cpu_moe, *(worker.cpu_moe for worker in config.workers)]
+    return bool(config.placement) or any(number is not None for number in numbers)
 
 
 def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> None:

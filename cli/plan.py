@@ -13,6 +13,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import check_distinct
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
+from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.control.resources.profiling import stated_speeds
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, measurement_key
 from llamaclust.cluster.launchers.worker_settings import worker_settings
@@ -90,6 +91,7 @@ def planned(config: ClusterConfig) -> tuple[Plan, int]:
     read_api_keys(config.api_keys_file)
     own_bytes, specs = resident_bytes(), worker_settings(config)
     with _opened(config) as model:
+        check_placement(config, model)
         gpus = {spec.name: gpus_of(spec.device, spec.gpu_memory_bytes) for spec in specs}
         fingerprints = {
             spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level, gpus[spec.name])

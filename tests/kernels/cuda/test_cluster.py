@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import struct
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from llamaclust.cli.plan import planned
+from llamaclust.cli.plan import planned, show_plan
 from llamaclust.cli.status import gpu_lines
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
@@ -21,7 +22,7 @@ from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
-from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.model.quant_types import QuantType
@@ -227,3 +228,31 @@ def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkey
     told = r"a cuda:0 2;.* MiB are missing.*; or set gpu_layers to auto, which fits: [0-3] layers are on GPUs then"
     with pytest.raises(InsufficientMemoryError, match=told):
         planned(load_config(None, [*given, "workers=[{name: a, device: cuda, gpu_layers: 4}]"]))
+
+
+def test_a_plan_shows_what_rules_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "open_gpu", lambda name, threads, *_: CudaBackend(name, ShimDevice(build()), threads))
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
+    model = tmp_path / "mixture.gguf"
+    small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320, "experts": 4}
+    build_tiny_model(model, layers=4, quant_type=QuantType.Q8_0, **small)  # type: ignore[arg-type]
+    given = [f"model={model}", "context_length=64", "workers=[{name: a, device: cuda}, {name: b}]", "max_sequences=2"]
+    given.append("plan=[{worker: a, layers: [0, 4]}]")
+    rule = r"blk\.[13]\.ffn_.*_exps"
+    show_plan(None, [*given, f"placement=['{rule}=CPU']"], as_json=False)
+    shown = capsys.readouterr().out
+    assert "    cpu: experts of layers [1, 2), [3, 4), " in shown
+    assert f"  placement: '{rule}=ram' decides on 6 tensors with " in shown
+    show_plan(None, [*given, f"placement=['{rule}=CPU']"], as_json=True)
+    (told,) = json.loads(capsys.readouterr().out)["placement"]
+    assert (told["tensors"], told["device"], told["count"]) == (rule, "ram", 6) and told["bytes"] > 0
+    for mistake, line in {
+        "placement=[expz=CPU]": "placement: 'expz=ram' matches none of ",
+        "placement=['blk.3.=CPU']": "placement: layer 3 in RAM comes after layer 0, .* (worker a)",
+        "placement=[exps=CUDA7]": "placement: there is no cuda:7 among cuda:0; name one of these, or gpu (worker a)",
+        "placement=[{tensors: exps, device: CPU, workers: [b]}]": "is for no worker with a GPU, and all is in RAM",
+    }.items():
+        with pytest.raises(UsageError, match=line.replace("(", r"\(").replace(")", r"\)")):
+            planned(load_config(None, [*given, mistake]))

@@ -33,7 +33,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.links import UNKNOWN, Links
-from llamaclust.cluster.planner.memory import PlanRequest
+from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.predict import predict_again
@@ -44,7 +44,7 @@ from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.model.loader import Model, ModelCosts
 from llamaclust.wire.microbatch.codec import MAX_STAGES
 
-_MOST_PARTS = 1024
+_MOST_PARTS = 512
 """Of a divided model: the time of a plan grows with their square."""
 
 
@@ -83,14 +83,24 @@ def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources)
     """Into how many shards the experts of layers may be divided where whole layers do not fit, and where that may be of
     use. Shards are in RAM, so experts on GPUs, where the user wants some there, are not divided."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
-    rooms = [facts.memory_bytes for facts in _worker_facts(config, resources)]
-    needed_bytes = StageCosts.of(model.costs(config.kv_type)).weight_bytes(0, model.layer_count)
-    if on_gpus or (None not in rooms and sum(room or 0 for room in rooms) < needed_bytes):
+    if on_gpus or not model.hyperparameters.expert_count or not _have_room(config, model, resources):
         return
     shards = 2
     while shards <= min(MAX_EXPERT_SHARDS, model.hyperparameters.expert_count, _MOST_PARTS // model.layer_count):
         yield shards
         shards *= 2
+
+
+def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources) -> bool:
+    """Whether all memory but that for workspaces holds the weights, however divided."""
+    length, costs = context_length(config, model), StageCosts.of(model.costs(config.kv_type))
+    workspace = workspace_of(model, stage_limits(config, length, kv_blocks=1))
+    left = costs.weight_bytes(0, model.layer_count)
+    for worker in _worker_facts(config, resources):
+        if worker.memory_bytes is None:
+            return True
+        left -= max(0, worker.memory_bytes - workspace(StagePlace(worker.threads, length, False)))
+    return left <= 0
 
 
 def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResources, expert_shards: int) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -86,6 +87,21 @@ class Stage(Protocol):
         """Frees weights and KV memory; the stage must not run again."""
 
 
+@dataclass(frozen=True, slots=True)
+class CacheCounts:
+    """Of a cache of experts, since the stage was loaded. A microbatch that uses an expert of a layer counts once,
+    however many rows do."""
+
+    hits: int = 0
+    misses: int = 0
+    copied_bytes: int = 0
+    used_bytes: int = 0  # of experts that are there now
+
+    def __add__(self, other: CacheCounts) -> CacheCounts:
+        hits, misses = self.hits + other.hits, self.misses + other.misses
+        return CacheCounts(hits, misses, self.copied_bytes + other.copied_bytes, self.used_bytes + other.used_bytes)
+
+
 @runtime_checkable
 class KvInRam(Protocol):
     """A stage whose KV memory lies in RAM, where no layer gives up blocks behind a window."""
@@ -95,9 +111,9 @@ class KvInRam(Protocol):
         while it is referenced, also after `close`."""
 
 
-Experts = Callable[[int, Float32], Float32]
+Experts = Callable[[int, Float32], Float32 | None]
 """Computes the exchange of that number, in the order of steps, for rows of what it reads [rows, widths together]. The
-result [rows, width] is overwritten by the next call."""
+result [rows, width] is overwritten by the next call; None: it is in its place already."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -120,7 +136,37 @@ class ExpertsStage(Protocol):
         """Computes the mixture of that number, in the order of steps, for rows of a batch. The result is overwritten by
         the next call."""
 
+    def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
+        """The experts of each row [rows, used] and their weights, by rank. This and all below: of experts that were
+        loaded with `lines`."""
+
+    def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
+        """What expert experts[i] of the mixture makes of x[i], not weighed. The result is overwritten by the next
+        call."""
+
+    def expert_weights(self, number: int, expert: int) -> tuple[NDArray[np.uint8], ...]:
+        """The bytes of its matrices, as `Moe.inner` and `Moe.down` have them, then of its rows of biases, float32."""
+
     def close(self) -> None: ...
+
+
+class ExpertsCache(Protocol):
+    """Copies of often used experts on the device of a stage with exchanges."""
+
+    n_bytes: int
+
+    @property
+    def counts(self) -> CacheCounts: ...
+
+    def step(self) -> AbstractContextManager[None]:
+        """Around a run of the stage: experts that it uses stay until it ends. DeviceLostError where a copy found the
+        device lost."""
+
+    def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None:
+        """See `Experts`."""
+
+    def close(self) -> None:
+        """Waits for a run that is under way; later ones compute without the cache."""
 
 
 class Backend(Protocol):
@@ -147,16 +193,31 @@ class ExchangingBackend(Backend, Protocol):
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> ExchangingStage: ...
 
+    def cache_experts(
+        self,
+        stage: ExchangingStage,
+        experts: ExpertsStage,
+        program: Program,
+        tensors: Mapping[str, Tensor],
+        limits: StageLimits,
+        n_bytes: int,
+    ) -> ExpertsCache | None:
+        """A cache of `experts`, which were loaded of this program, in at most so many bytes beside a stage of this
+        backend; None where that holds no expert."""
+
 
 class ExpertsBackend(Backend, Protocol):
     """A device that computes experts for another one."""
 
     def load_experts(
-        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
+        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress, lines: int = 0
     ) -> ExpertsStage:
-        """Of a program of `kernels.split_experts.experts_of`."""
+        """Of a program of `kernels.split_experts.experts_of`. `lines`: rows, once for each of their experts, that
+        `route` and `run_lines` compute at most."""
 
-    def experts_workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
+    def experts_workspace_bytes(
+        self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, lines: int = 0
+    ) -> int:
         """What those will take beside weights."""
 
 

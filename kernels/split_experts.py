@@ -16,6 +16,7 @@ from llamaclust.kernels.backend import (
     ExchangingBackend,
     ExchangingStage,
     ExpertsBackend,
+    ExpertsCache,
     ExpertsStage,
     Float32,
     Int32,
@@ -25,6 +26,9 @@ from llamaclust.kernels.backend import (
 from llamaclust.model.dataflow import reads_of
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Exchange, Moe, Program, Slice, Step
+
+MOST_CACHED_ROWS = 64
+"""Microbatches of more rows use most experts of a layer: one device computes all of these."""
 
 
 def layer_of(step: Moe) -> int:
@@ -40,13 +44,38 @@ def without_experts(program: Program, layers: Collection[int]) -> Program:
 def experts_of(program: Program, layers: Collection[int]) -> Program | None:
     """The mixtures of these layers alone, each from the hidden state to the result; None where there are none. What
     one reads beside its input stands behind it in the hidden state."""
-    mixtures = [step for step in program.steps if isinstance(step, Moe) and _is_of(step, layers)]
+    mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None
     hidden = Buffer("experts in", sum(buffer.width for buffer in reads_of(mixtures[0])))
     out = Buffer("experts out", mixtures[0].out.width)
     steps = tuple(step for mixture in mixtures for step in _from_hidden(mixture, hidden, out))
     return replace(program, hidden=hidden, out=out, normed=None, steps=steps)
+
+
+def mixtures_of(program: Program) -> tuple[Moe, ...]:
+    """In the order of their numbers."""
+    return tuple(step for step in program.steps if isinstance(step, Moe))
+
+
+def biases_of(step: Moe) -> tuple[str, ...]:
+    """Of the experts' products."""
+    return tuple(name for name in (step.gate_bias, step.up_bias, step.down_bias) if name is not None)
+
+
+def cached_lines(program: Program, limits: StageLimits) -> int:
+    """For a program of experts: lines (a row and one of its experts) of the largest microbatch that a cache of experts
+    serves. 0 where no expert is computed by itself: those of weighed inputs, or without a gate."""
+    mixtures = mixtures_of(program)
+    figures = {(step.used, step.experts, step.x.width, step.out.width) for step in mixtures}
+    is_divisible = all((step.gate or step.fused) and not step.options.weighs_inputs for step in mixtures)
+    rows = min(limits.max_batch_tokens, MOST_CACHED_ROWS)
+    return rows * mixtures[0].used if is_divisible and len(figures) == 1 else 0
+
+
+def lines_limits(lines: int) -> StageLimits:
+    """Of a stage that computes as many lines."""
+    return StageLimits(lines, lines, 1, lines, 1)
 
 
 def expert_parts(program: Program) -> Iterator[Program]:
@@ -82,33 +111,48 @@ class SplitExpertsBackend:
     """See `kernels.backend.Backend`. Loads programs on `rest` but for the experts of `layers`, which `experts`
     computes."""
 
-    def __init__(self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int]) -> None:
+    def __init__(
+        self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int], cache_bytes: int = 0
+    ) -> None:
+        """Often used experts are copied to `rest`, into at most `cache_bytes` there."""
         assert rest.numerics_version == experts.numerics_version
         self.numerics_version = rest.numerics_version
         self.name = f"{rest.name}+{experts.name}"
         self.feature_level = f"{rest.feature_level}+{experts.feature_level}"
-        self.rest, self.experts, self.layers = rest, experts, layers
+        self.rest, self.experts, self.layers, self.cache_bytes = rest, experts, layers, cache_bytes
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage:
         """What was loaded is freed again where the experts cannot be."""
         rest, experts = self.divided(program)
         if experts is None:
             return self.rest.load(program, tensors, limits, progress)
+        lines, cache = self._lines(experts, limits), None
         with ExitStack() as loaded:
             stage = self.rest.load(rest, _named(tensors, rest), limits, progress)
             loaded.callback(stage.close)
-            mixtures = self.experts.load_experts(experts, _named(tensors, experts), limits, progress)
+            own = _named(tensors, experts)
+            mixtures = self.experts.load_experts(experts, own, limits, progress, lines)
+            loaded.callback(mixtures.close)
+            if lines:
+                cache = self.rest.cache_experts(stage, mixtures, experts, own, limits, self.cache_bytes)
             loaded.pop_all()
-        return SplitExpertsStage(stage, mixtures)
+        return SplitExpertsStage(stage, mixtures, cache)
+
+    def _lines(self, experts: Program, limits: StageLimits) -> int:
+        return cached_lines(experts, limits) if self.cache_bytes else 0
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         rest, experts = self.divided(program)
         return self.rest.held_bytes(rest, tensors) + (self.experts.held_bytes(experts, tensors) if experts else 0)
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
+        """Without the cache."""
         rest, experts = self.divided(program)
-        in_ram = self.experts.experts_workspace_bytes(experts, _named(tensors, experts), limits) if experts else 0
-        return in_ram + self.rest.workspace_bytes(rest, _named(tensors, rest), limits)
+        n_bytes = self.rest.workspace_bytes(rest, _named(tensors, rest), limits)
+        if experts is None:
+            return n_bytes
+        own = _named(tensors, experts)
+        return n_bytes + self.experts.experts_workspace_bytes(experts, own, limits, self._lines(experts, limits))
 
     def divided(self, program: Program) -> tuple[Program, Program | None]:
         """What either device computes."""
@@ -122,8 +166,8 @@ def _named(tensors: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]
 class SplitExpertsStage:
     """See `kernels.backend.Stage`."""
 
-    def __init__(self, rest: ExchangingStage, experts: ExpertsStage) -> None:
-        self.rest, self.experts = rest, experts
+    def __init__(self, rest: ExchangingStage, experts: ExpertsStage, cache: ExpertsCache | None = None) -> None:
+        self.rest, self.experts, self.cache = rest, experts, cache
         self.weight_bytes = rest.weight_bytes + experts.weight_bytes
         self.kv_bytes = rest.kv_bytes
         self.workspace_bytes = rest.workspace_bytes + experts.workspace_bytes
@@ -133,11 +177,17 @@ class SplitExpertsStage:
         return self.rest.weights, self.experts.weights
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
-        return self.rest.run(batch, hidden, lambda number, x: self.experts.run_mixture(number, batch, x))
+        cache = self.cache
+        if cache is None:
+            return self.rest.run(batch, hidden, lambda number, x: self.experts.run_mixture(number, batch, x))
+        with cache.step():
+            return self.rest.run(batch, hidden, lambda number, x: cache.run_mixture(number, batch, x))
 
     def normed(self, rows: Int32) -> Float32:
         return self.rest.normed(rows)
 
     def close(self) -> None:
+        if self.cache is not None:
+            self.cache.close()
         self.rest.close()
         self.experts.close()

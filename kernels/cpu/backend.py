@@ -14,11 +14,14 @@ from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.sizes import needed
 from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Batch, Float32, Int32, Progress, kv_bytes
-from llamaclust.kernels.cpu.compile import Compiled, Observed, compile_experts, compile_program
+from llamaclust.kernels.cpu.compile import Compiled, Observed, compile_program
+from llamaclust.kernels.cpu.compile_experts import compile_experts, compile_lines
+from llamaclust.kernels.cpu.experts import CpuExperts, ExpertLines
 from llamaclust.kernels.cpu.weight_store import WeightStore
 from llamaclust.kernels.packed.cache import PackedCache
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import Weight, shapes_only
+from llamaclust.kernels.split_experts import lines_limits, mixtures_of
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
 
@@ -121,10 +124,18 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
         return _native.workspace_bytes(compile_program(program, shapes_only(program, tensors), limits).plan, threads)
 
 
-def experts_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int) -> int:
+def experts_workspace_bytes(
+    program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int, lines: int = 0
+) -> int:
     """The same of experts that are computed for another device."""
+    weights = shapes_only(program, tensors)
     with _explained(program):
-        return _native.workspace_bytes(compile_experts(program, shapes_only(program, tensors), limits).plan, threads)
+        n_bytes = _native.workspace_bytes(compile_experts(program, weights, limits).plan, threads)
+        if lines == 0:
+            return n_bytes
+        compiled = compile_lines(program, weights, lines_limits(lines))
+        input_bytes = 4 * lines * (compiled.read + mixtures_of(program)[0].experts)
+        return n_bytes + _native.workspace_bytes(compiled.plan, threads) + input_bytes
 
 
 @contextmanager
@@ -185,12 +196,19 @@ class CpuBackend:
             return self._stage(weights, compiled, found)
 
     def load_experts(
-        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
-    ) -> CpuStage:
+        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress, lines: int = 0
+    ) -> CpuExperts:
         """See `kernels.backend.ExpertsBackend`. Errors as of `load`."""
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)
-            return self._stage(weights, compile_experts(program, weights, limits))
+            mixtures = self._stage(weights, compile_experts(program, weights, limits))
+            return CpuExperts(mixtures, program, weights, self._lines(program, weights, lines) if lines else None)
+
+    def _lines(self, program: Program, weights: dict[str, Weight], lines: int) -> ExpertLines:
+        compiled = compile_lines(program, weights, lines_limits(lines))
+        native = _native.Stage(compiled.plan, self.feature_level, self._pool)
+        native.touch()
+        return ExpertLines(native, compiled, lines, mixtures_of(program)[0].experts)
 
     def _stage(self, weights: dict[str, Weight], compiled: Compiled, observed: Sequence[Observed] = ()) -> CpuStage:
         native = _native.Stage(compiled.plan, self.feature_level, self._pool)
@@ -211,8 +229,10 @@ class CpuBackend:
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         return workspace_bytes(program, tensors, limits, self.threads)
 
-    def experts_workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        return experts_workspace_bytes(program, tensors, limits, self.threads)
+    def experts_workspace_bytes(
+        self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, lines: int = 0
+    ) -> int:
+        return experts_workspace_bytes(program, tensors, limits, self.threads, lines)
 
     def _memory_error_text(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
         parts = {

@@ -18,7 +18,6 @@ from llamaclust.kernels.cpu.plan_scan import add_norm, add_scan
 from llamaclust.kernels.cpu.ranges import check_ranges
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse
 from llamaclust.kernels.packed.weights import Weight
-from llamaclust.kernels.split_experts import expert_parts
 from llamaclust.model import program as ir
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.quant_types import ActivationFormat, QuantType
@@ -63,7 +62,9 @@ class Compiled:
     kv_layers: tuple[tuple[int, ...], ...] = ()  # the plan's numbers of the KV memory of each layer
 
 
-class _Compiler:
+class Compiler:
+    """Adds a program's steps to a plan."""
+
     def __init__(
         self, program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None
     ) -> None:
@@ -95,19 +96,6 @@ class _Compiler:
             self._emit(step)
         self._finish(self._program.out)
         return Compiled(self.plan, self.normed, tuple(self._scales.values()), self._kv.by_layer(self._program))
-
-    def run_parts(self) -> Compiled:
-        """Parts that run one by one, each from the hidden state to the result."""
-        program = self._program
-        result = self.plan.add_buffer(program.out.width, 1, False, False)
-        for part in expert_parts(program):
-            self.plan.begin_part()
-            self.plan.read_hidden(self._buffers.write(program.hidden, private=True))
-            for step in fuse(part):
-                self._emit(step)
-            self.plan.write_result(self._buffers.read(program.out), result)
-        self.plan.set_result(result)
-        return Compiled(self.plan, None)
 
     def _emit(self, step: FusedStep) -> None:
         buffers = self._buffers
@@ -308,9 +296,4 @@ def compile_program(
 ) -> Compiled:
     """ValueError where the program does not hold together (widths, heads, ranges). To a list of what is `observed`,
     what each product multiplies is added, and the plan then keeps copies of it; results are the same."""
-    return _Compiler(program, weights, limits, observed).run()
-
-
-def compile_experts(program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits) -> Compiled:
-    """The same of a program of experts alone, each of whose mixtures is a part of the plan."""
-    return _Compiler(program, weights, limits, None).run_parts()
+    return Compiler(program, weights, limits, observed).run()

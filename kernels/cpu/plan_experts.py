@@ -14,7 +14,7 @@ from llamaclust.model.mixtures.steps import shard_name
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.step_options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating
 
-_GATINGS = tuple(Gating)
+GATINGS = tuple(Gating)
 """The native enum has the order of these."""
 
 
@@ -33,12 +33,12 @@ class PlanExperts:
     def emit(self, step: ir.Moe | ir.MixtureStep) -> None:
         match step:
             case ir.Moe():
-                choice = self._choose(step, ir.Buffer("chosen experts", 2 * step.used))
+                choice = self.choose(step, ir.Buffer("chosen experts", 2 * step.used))
                 chosen = None if self.copy is None else self.copy(choice, 2 * step.used)
                 results = _Experts(self, step, None, chosen).compute(choice)
                 self._sum(step, choice, results)
             case ir.ExpertChoice():
-                self._choose(step.mixture, step.out)
+                self.choose(step.mixture, step.out)
             case ir.ExpertShards():
                 choice = self.buffers.read(step.choice)
                 self._place(step, choice, _Experts(self, step.mixture, step.shards, None).compute(choice))
@@ -48,7 +48,11 @@ class PlanExperts:
     def vector(self, name: str | None) -> Float32 | None:
         return None if name is None else self.weights[name].vector
 
-    def _choose(self, step: ir.Moe, out: ir.Buffer) -> int:
+    def lines(self, step: ir.Moe, choice: int) -> int:
+        """The buffer with a result for each rank of a row, not yet weighed."""
+        return _Experts(self, step, None, None).compute(choice)
+
+    def choose(self, step: ir.Moe, out: ir.Buffer) -> int:
         """The buffer with the choice."""
         buffers, router, routed = self.buffers, self.weights[step.router], step.routed or step.x
         self.observe([step.router], routed, None, 1)
@@ -61,7 +65,7 @@ class PlanExperts:
             choice,
             step.experts,
             step.used,
-            _GATINGS.index(step.options.gating),
+            GATINGS.index(step.options.gating),
             step.options.normalized,
             step.options.scale,
             (step.options.groups, step.options.used_groups),

@@ -7,16 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import groupby
+from weakref import WeakSet
 
 from llamaclust.core.errors import ModelFileError, UsageError
-from llamaclust.core.gpus import Gpu
+from llamaclust.core.gpus import Gpu, cache_room
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.profile import DeviceProfile
-from llamaclust.kernels.backend import Progress, kv_bytes
+from llamaclust.kernels.backend import ExchangingStage, ExpertsStage, Progress, kv_bytes
 from llamaclust.kernels.cuda.device_weights import DeviceWeights, LayerMemory, LoadProgress, layers_of_weights
 from llamaclust.kernels.cuda.executor.distinct_layers import distinct_layers
 from llamaclust.kernels.cuda.executor.plan import ANY_GPU, Plan
 from llamaclust.kernels.cuda.executor.stage import CudaStage
+from llamaclust.kernels.cuda.experts_cache.cache import CudaExpertsCache
+from llamaclust.kernels.cuda.experts_cache.opening import open_cache, plan_cache, slots_in
 from llamaclust.kernels.cuda.launches import attention
 from llamaclust.kernels.cuda.launches.attention import check_attention
 from llamaclust.kernels.cuda.launches.matmul import Weights
@@ -26,6 +29,7 @@ from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
+from llamaclust.kernels.split_experts import MOST_CACHED_ROWS
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Adapt, Attention, MixtureStep, Program
@@ -57,12 +61,14 @@ class CudaBackend:
         self._graphs = graphs
         self._gpu_lock = GpuLock(name, device)
         self._weights = DeviceWeights(self._gpu_lock, threads, packed_cache)
+        self._caches: WeakSet[CudaExpertsCache] = WeakSet()
 
     @property
     def free_bytes(self) -> int:
-        """Without what kernels and graphs will take."""
+        """Without what kernels and graphs will take; caches of experts give theirs back."""
+        cached_bytes = sum(cache.n_bytes for cache in tuple(self._caches))
         with self._gpu_lock.driver_errors():
-            return max(0, self._device.free_bytes - self._device.memory_bytes // _RESERVED_SHARE)
+            return max(0, self._device.free_bytes + cached_bytes - self._device.memory_bytes // _RESERVED_SHARE)
 
     def gpu(self) -> Gpu:
         device = self._device
@@ -96,8 +102,10 @@ class CudaBackend:
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
         """ModelFileError for weights without kernels or figures that do not fit together; InsufficientMemoryError
-        where the device has too little memory."""
-        plan = _plan(program, tensors, limits, attention.LaunchLimits(self._device.sms, self._device.shared_bytes))
+        where the device has too little memory. Caches of experts that are there end."""
+        for cache in tuple(self._caches):
+            cache.close()
+        plan = _plan(program, tensors, limits, self._launch_limits)
         memories = self._weights_and_kernels(plan, tensors, progress)
         weights = {name: weight for memory in memories for name, weight in memory.weights.items()}
         with self._gpu_lock.exclusive(), ExitStack() as held:
@@ -106,6 +114,31 @@ class CudaBackend:
             plan.bind(self._device, {name: weights[name] for name in program.weights}, buffers, kv)
             held.pop_all()
         return CudaStage(self._gpu_lock, plan, memories, kv, buffers, self._graphs)
+
+    @property
+    def _launch_limits(self) -> attention.LaunchLimits:
+        return attention.LaunchLimits(self._device.sms, self._device.shared_bytes)
+
+    def cache_experts(
+        self,
+        stage: ExchangingStage,
+        experts: ExpertsStage,
+        program: Program,
+        tensors: Mapping[str, Tensor],
+        limits: StageLimits,
+        n_bytes: int,
+    ) -> CudaExpertsCache | None:
+        """See `kernels.backend.ExchangingBackend`."""
+        assert isinstance(stage, CudaStage)
+        weights = {name: Weights(tensors[name].quant_type, tensors[name].shape) for name in program.weights}
+        rows = min(limits.max_batch_tokens, MOST_CACHED_ROWS)
+        plan = plan_cache(program, weights, rows, self._launch_limits)
+        slots = slots_in(plan, min(n_bytes, cache_room(self.free_bytes, None)))
+        if not any(slots.values()):
+            return None
+        cache = open_cache(self._gpu_lock, plan, slots, stage, experts, self._graphs)
+        self._caches.add(cache)
+        return cache
 
     def _weights_and_kernels(
         self, plan: Plan, tensors: Mapping[str, Tensor], progress: Progress

@@ -37,7 +37,8 @@ class PackedLayer:
             *count, rows, cols = tensor.shape
             offsets = range(offset, offset + tensor.resident_bytes, tensor.resident_bytes // prod(count))
             matrices = (PackedMatrix(int(tensor.quant_type), rows, cols, memory, at) for at in offsets)
-            weights[tensor.name] = Weight(tensor.quant_type, tuple(matrices))
+            tiles = memory.view[offset : offset + tensor.resident_bytes]
+            weights[tensor.name] = Weight(tensor.quant_type, tuple(matrices), tiles=tiles)
         return weights
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels._native import PackedMatrix, quant_types
@@ -119,6 +120,7 @@ class Weight:
     matrices: tuple[PackedMatrix, ...] = ()
     vector: Float32 = field(default_factory=lambda: np.empty(0, np.float32))
     is_shape_only: bool = False
+    tiles: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))  # of all matrices, in their order
 
     @property
     def matrix(self) -> PackedMatrix:

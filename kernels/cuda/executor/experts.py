@@ -40,12 +40,17 @@ class ExpertsEmitter:
         piece = matmul.expert_piece(rows.bucket * step.used, step.experts)
         yield experts.group(step, self._chosen, piece, rows)
         yield from self._dequantize_biases()
-        inner = self._inner
+        down = ops.scratch("expert down", step.out.width, step.used)
+        yield from self.line_products(piece, down)
+        yield experts.combine(step, down, self._chosen, ops.out(step.out), rows)
+
+    def line_products(self, piece: int, out: np.uint64) -> Iterator[Launch]:
+        """What experts make of their lines; `piece` as lines were grouped."""
+        step, inner = self.step, self._inner
         yield from self._multiply_inputs(inner, piece)
         yield from self._activated(inner)
-        down = _Product(step.down, step.down_bias, ops.scratch("expert down", step.out.width, step.used))
+        down = _Product(step.down, step.down_bias, out)
         yield from self._products((down,), self._activations, self._lines(piece, 1))
-        yield experts.combine(step, down.out, self._chosen, ops.out(step.out), rows)
 
     def _multiply_inputs(self, inner: Sequence[_Product], piece: int) -> Iterator[Launch]:
         """Of each row the products of its experts; of each line, where weights multiply inputs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import finalize
 
 import numpy as np
@@ -24,11 +24,21 @@ _MAX_SHAPES = 64
 """Graphs take memory of the driver, lists of launches memory of the host: the least recently used are dropped."""
 
 
+class SegmentPlan(Protocol):
+    """Launches in segments."""
+
+    @property
+    def exchanges(self) -> Sequence[object]:
+        """Where the host computes."""
+
+    def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]: ...
+
+
 class LaunchCache:
     """Launches of each shape, in segments between which the host computes. A shape is captured at its second use, each
     segment as a graph."""
 
-    def __init__(self, device: Device, plan: Plan, graphs: bool) -> None:
+    def __init__(self, device: Device, plan: SegmentPlan, graphs: bool) -> None:
         self._device = device
         self._plan = plan
         self._captures = graphs
@@ -137,10 +147,18 @@ class CudaStage:
                 at += n_bytes
             device.synchronize()
         result = experts(number, read[0] if len(read) == 1 else np.concatenate(read, axis=1))
+        if result is None:
+            return
         with self._gpu_lock.exclusive():
             staged = self._exchanged[: _FLOAT * rows * step.out.width]
             np.copyto(staged.view(np.float32).reshape(rows, step.out.width), result)
             device.copy_in(self._buffers, plan.offset(step.out), staged)
+
+    def exchanged(self, number: int) -> tuple[np.uint64, np.uint64]:
+        """Where an exchange's first input and its result are on the device."""
+        step = self._plan.exchanges[number]
+        places = (self._buffers.at(self._plan.offset(buffer)) for buffer in (step.reads[0], step.out))
+        return next(places), next(places)
 
     def _fetch(self, batch: Batch) -> Float32:
         plan, device = self._plan, self._gpu_lock.device

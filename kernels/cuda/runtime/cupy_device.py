@@ -73,6 +73,7 @@ class CupyDevice:
             gpu = gpu_properties(self._cupy, index)
             self._select()  # creates the CUDA context of this process
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
+            self._background = self._cupy.cuda.Stream(non_blocking=True)
         except self.failures as error:
             words = " ".join(str(error).split())
             raise UsageError(
@@ -137,10 +138,18 @@ class CupyDevice:
         self.synchronize()
 
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
+        self._copy_in(buffer, offset_bytes, pinned, self._stream)
+
+    def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
+        for offset_bytes, pinned in parts:
+            self._copy_in(buffer, offset_bytes, pinned, self._background)
+        return self._event(self._background)
+
+    def _copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes, stream: Any) -> None:
         assert pinned.flags.c_contiguous
         to, runtime = _part(buffer, offset_bytes, pinned.nbytes), self._runtime
         self._select()
-        runtime.memcpyAsync(to, pinned.ctypes.data, pinned.nbytes, runtime.memcpyHostToDevice, self._stream.ptr)
+        runtime.memcpyAsync(to, pinned.ctypes.data, pinned.nbytes, runtime.memcpyHostToDevice, stream.ptr)
 
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
         assert pinned.flags.c_contiguous
@@ -169,9 +178,12 @@ class CupyDevice:
         graph.launch(stream=self._stream)
 
     def event(self) -> Event:
+        return self._event(self._stream)
+
+    def _event(self, stream: Any) -> Event:
         self._select()
         event = self._cupy.cuda.Event(disable_timing=True)
-        event.record(self._stream)
+        event.record(stream)
         return cast(Event, event)
 
     def synchronize(self) -> None:

@@ -99,6 +99,10 @@ class Device(Protocol):
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
         """In order with launches; `pinned`, a part of an array of `pinned`, must stay as it is until then."""
 
+    def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
+        """Copies pinned memory to offsets, beside launches and in no order with these; when the event is reached, all
+        of it is there."""
+
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
         """Fills `pinned`, in order with launches: it is there after `synchronize`, or when an event is reached."""
 

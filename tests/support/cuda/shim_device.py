@@ -140,6 +140,12 @@ class ShimDevice:
         place = _view(buffer, offset_bytes, pinned.nbytes)
         self._do(lambda: np.copyto(place, pinned))
 
+    def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> ShimEvent:
+        """Also while a graph is captured, which it is no part of."""
+        for offset_bytes, pinned in parts:
+            np.copyto(_view(buffer, offset_bytes, pinned.nbytes), pinned)
+        return ShimEvent()
+
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
         place = _view(buffer, offset_bytes, pinned.nbytes)
         self._do(lambda: np.copyto(pinned, place))

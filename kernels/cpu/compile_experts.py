@@ -1,0 +1,90 @@
+"""Mixtures of experts that are computed for another device, as parts of a plan: each as a whole, or their choice and
+single experts apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels._native import Plan
+from llamaclust.kernels.cpu.compile import Compiled, Compiler
+from llamaclust.kernels.cpu.plan_experts import GATINGS
+from llamaclust.kernels.fuse import fuse
+from llamaclust.kernels.packed.weights import Weight
+from llamaclust.kernels.split_experts import expert_parts, mixtures_of
+from llamaclust.model import program as ir
+from llamaclust.model.dataflow import reads_of
+from llamaclust.model.step_options import Gating
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledLines:
+    """A plan whose part 2 * i is the choice of mixture i, and part 2 * i + 1 its experts, one for each line."""
+
+    plan: Plan
+    choice: int  # the buffer with ids, then weights, of each row
+    lines: int  # the buffer with what the expert makes of each line
+    read: int  # channels of a row that mixtures read; those behind them say which expert a line is for
+
+
+class _ExpertsCompiler(Compiler):
+    def run_parts(self) -> Compiled:
+        """Parts that run one by one, each from the hidden state to the result."""
+        program = self._program
+        result = self.plan.add_buffer(program.out.width, 1, False, False)
+        for part in expert_parts(program):
+            self.plan.begin_part()
+            self.plan.read_hidden(self._buffers.write(program.hidden, private=True))
+            for step in fuse(part):
+                self._emit(step)
+            self.plan.write_result(self._buffers.read(program.out), result)
+        self.plan.set_result(result)
+        return Compiled(self.plan, None)
+
+    def run_lines(self) -> CompiledLines:
+        """A line is a row and one of its experts, which has 1 among the `experts` channels behind the row's own, where
+        others have 0: so a line can name no expert that is not there."""
+        first, *_ = mixtures = mixtures_of(self._program)
+        read = sum(buffer.width for buffer in reads_of(first))
+        choice = self.plan.add_buffer(2 * first.used, 1, False, False)
+        lines = self.plan.add_buffer(first.out.width, 1, False, False)
+        for step in mixtures:
+            hidden = self._begin(read + step.experts)
+            routed = self._channels(hidden, step.x.width if step.routed else 0, (step.routed or step.x).width)
+            chosen = ir.Buffer("chosen experts", 2 * step.used)
+            self.plan.write_result(self._experts.choose(replace(step, x=routed, routed=None), chosen), choice)
+            self.plan.write_result(self._line(step, self._begin(read + step.experts), read), lines)
+        self.plan.set_result(lines)
+        return CompiledLines(self.plan, choice, lines, read)
+
+    def _line(self, step: ir.Moe, hidden: int, read: int) -> int:
+        """The buffer with what the line's expert makes of it."""
+        x, experts = self._channels(hidden, 0, step.x.width), self._channels(hidden, read, step.experts)
+        choice = self._buffers.write(ir.Buffer("line choice", 2), private=True)
+        gating = GATINGS.index(Gating.SOFTMAX_OF_CHOSEN)  # of one: its weight is 1
+        logits = self._buffers.read(experts)
+        self.plan.choose_experts(logits, choice, step.experts, 1, gating, False, 1.0, (1, 1), None, None)
+        return self._experts.lines(replace(step, x=x, used=1, routed=None), choice)
+
+    def _begin(self, width: int) -> int:
+        """Begins a part; the buffer with the rows that it reads."""
+        self.plan.begin_part()
+        hidden = self._buffers.write(ir.Buffer("line", width), private=True)
+        self.plan.read_hidden(hidden)
+        return hidden
+
+    def _channels(self, hidden: int, start: int, count: int) -> ir.Buffer:
+        buffer = ir.Buffer(f"line channels from {start}", count)
+        self.plan.copy_channels(hidden, self._buffers.write(buffer, private=True), 1, start, 0, count)
+        return buffer
+
+
+def compile_experts(program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits) -> Compiled:
+    """A plan whose parts are the mixtures of a program of experts alone. ValueError where it does not hold together."""
+    return _ExpertsCompiler(program, weights, limits, None).run_parts()
+
+
+def compile_lines(program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits) -> CompiledLines:
+    """The same with choices and experts apart, for as many lines as the limits have tokens."""
+    return _ExpertsCompiler(program, weights, limits, None).run_lines()

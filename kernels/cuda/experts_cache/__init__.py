@@ -1,0 +1,1 @@
+"""Copies of often used experts on a GPU, beside which experts are in RAM."""

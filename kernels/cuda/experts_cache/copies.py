@@ -1,0 +1,92 @@
+"""Brings experts to a cache, one at a time, on a thread of its own and beside the launches of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import Condition, Thread, current_thread
+
+import numpy as np
+
+from llamaclust.kernels.cuda.experts_cache.launches import PoolPlace
+from llamaclust.kernels.cuda.experts_cache.table import Copy, ExpertTable
+from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes
+from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
+
+Parts = Callable[[int, int], Sequence[Bytes]]
+"""The bytes of an expert of a mixture, see `ExpertsStage.expert_weights`."""
+
+
+class ExpertCopies:
+    """The table is used under `lock` alone."""
+
+    def __init__(
+        self, gpu_lock: GpuLock, buffer: Buffer, pools: Sequence[PoolPlace], table: ExpertTable, parts: Parts
+    ) -> None:
+        """`pools` in the order of the table's, in the buffer."""
+        self.lock = Condition()
+        self.copied_bytes = 0
+        self.error: Exception | None = None  # what ended the copies
+        self._gpu_lock, self._buffer, self.pools = gpu_lock, buffer, pools
+        self._table, self._parts = table, parts
+        with gpu_lock.driver_errors():
+            self._staging = gpu_lock.device.pinned(max(pool.layout.expert_bytes for pool in pools))
+        self._is_closed = self._is_awake = self._is_busy = False
+        self._thread = Thread(target=self._run, name="copy-experts", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """The table may want other experts now. Under `lock`."""
+        if not self._is_closed and self.error is None:
+            self._is_awake = True
+            self.lock.notify_all()
+
+    def settle(self, timeout_s: float) -> bool:
+        """Waits until nothing is left to copy; whether that came about."""
+        with self.lock:
+            return self.lock.wait_for(lambda: not self._is_awake and not self._is_busy, timeout_s)
+
+    def close(self) -> None:
+        """Waits for the copy that is under way."""
+        with self.lock:
+            self._is_closed, self._is_awake = True, False
+            self.lock.notify_all()
+        if current_thread() is not self._thread:  # as where a collection there finalizes the cache
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (copy := self._next()) is not None:
+                self._bring(copy)
+        except Exception as error:  # noqa: BLE001  the border of the thread; the next step reports it
+            with self.lock:
+                self.error, self._is_awake, self._is_busy = error, False, False
+                self.lock.notify_all()
+
+    def _next(self) -> Copy | None:
+        """Waits for it; None: there is no more to come."""
+        with self.lock:
+            while not self._is_closed:
+                copy = self._table.next_copy() if self._is_awake else None
+                self._is_busy = copy is not None
+                if copy is not None:
+                    return copy
+                self._is_awake = False
+                self.lock.notify_all()
+                self.lock.wait_for(lambda: self._is_awake or self._is_closed)
+            return None
+
+    def _bring(self, copy: Copy) -> None:
+        pool, at = self.pools[copy.pool], 0
+        places = pool.layout.places(pool.slots, copy.slot)
+        staged: list[tuple[int, Bytes]] = []
+        for place, part in zip(places, self._parts(copy.mixture, copy.expert), strict=True):
+            staged.append((int(pool.address) - self._buffer.address + place, self._staging[at : at + part.nbytes]))
+            np.copyto(staged[-1][1], part)
+            at += part.nbytes
+        with self._gpu_lock.exclusive():
+            event = self._gpu_lock.device.copy_in_background(self._buffer, staged)
+        with self._gpu_lock.driver_errors():
+            event.synchronize()
+        with self.lock:
+            self._table.complete()
+            self.copied_bytes += at

@@ -1,0 +1,125 @@
+"""Which experts are in a cache, and which one is to come next: those that were used most of late. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.kernels.backend import Int32
+
+_HALF_LIFE_STEPS = 256
+"""After so many steps a use counts half."""
+_LEAD_USES = 1.0
+"""Uses of now by which an expert has to lead for a slot of another one."""
+_GREATEST_WEIGHT = 1e100
+_FREE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Slots for the experts of some mixtures."""
+
+    mixtures: tuple[int, ...]  # their numbers
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """An expert that is to be copied to a slot of a pool, where no other is meanwhile."""
+
+    mixture: int
+    expert: int
+    pool: int
+    slot: int
+
+
+class ExpertTable:
+    """A use is a step of the stage in which any row goes to the expert. Its weight doubles every `_HALF_LIFE_STEPS`, so
+    that sums of uses keep their order as time goes by."""
+
+    def __init__(self, pools: Sequence[Pool], experts: int) -> None:
+        """Each mixture has as many experts."""
+        self._pools = tuple(pools)
+        mixtures = 1 + max(number for pool in pools for number in pool.mixtures)
+        self._pool_of = {number: index for index, pool in enumerate(pools) for number in pool.mixtures}
+        self._places: Int32 = np.full((mixtures, experts), _FREE, np.int32)
+        self._uses: NDArray[np.float64] = np.zeros((mixtures, experts))
+        self._owners: list[NDArray[np.int64]] = [np.full((pool.slots, 2), _FREE, np.int64) for pool in pools]
+        self._in_use = [np.zeros(pool.slots, np.bool_) for pool in pools]  # by the step that runs
+        self._weight = 1.0
+        self._copying: Copy | None = None
+        self.hits = self.misses = 0
+
+    def use(self, mixture: int, experts: Int32) -> Int32:
+        """Counts a use of each of them. Their slots, which stay theirs until `end_step`; -1 where there is none."""
+        used = np.unique(experts)
+        self._uses[mixture, used] += self._weight
+        places = self._places[mixture, used]
+        there = places[places != _FREE]
+        self._in_use[self._pool_of[mixture]][there] = True
+        self.hits += len(there)
+        self.misses += len(used) - len(there)
+        found: Int32 = self._places[mixture, experts]
+        return found
+
+    def end_step(self) -> None:
+        for flags in self._in_use:
+            flags[:] = False
+        self._weight *= 2 ** (1 / _HALF_LIFE_STEPS)
+        if self._weight > _GREATEST_WEIGHT:
+            self._uses /= self._weight
+            self._weight = 1.0
+
+    def next_copy(self) -> Copy | None:
+        """The most used expert that has no slot, where one is free or its owner was used clearly less, by a use of now,
+        and not by the step that runs; that one has it no more. To be completed before the next one."""
+        assert self._copying is None, "one at a time"
+        found = [(copy, uses) for index in range(len(self._pools)) for copy, uses in self._copies(index)]
+        if not found:
+            return None
+        copy, _ = max(found, key=lambda pair: pair[1])
+        mixture, expert = self._owners[copy.pool][copy.slot]
+        if mixture != _FREE:
+            self._places[mixture, expert] = _FREE
+            self._owners[copy.pool][copy.slot] = _FREE
+        self._copying = copy
+        return copy
+
+    def complete(self) -> None:
+        """The copy is done: its expert is there."""
+        copy = self._copying
+        assert copy is not None
+        self._places[copy.mixture, copy.expert] = copy.slot
+        self._owners[copy.pool][copy.slot] = copy.mixture, copy.expert
+        self._copying = None
+
+    @property
+    def held(self) -> Sequence[int]:
+        """How many slots of each pool have an expert."""
+        return [int((owners[:, 0] != _FREE).sum()) for owners in self._owners]
+
+    def _copies(self, index: int) -> Sequence[tuple[Copy, float]]:
+        """The pool's best one, if there is any, with the uses of its expert."""
+        pool = self._pools[index]
+        if not pool.slots:
+            return ()
+        rows = np.array(pool.mixtures)
+        uses = np.where(self._places[rows] == _FREE, self._uses[rows], 0.0)
+        at, expert = np.unravel_index(int(uses.argmax()), uses.shape)
+        best = float(uses[at, expert])
+        slot, least = self._least_used(index)
+        if best <= 0.0 or best < least:
+            return ()
+        return ((Copy(int(rows[at]), int(expert), index, slot), best),)
+
+    def _least_used(self, index: int) -> tuple[int, float]:
+        """A slot, and the uses that another expert needs to get it."""
+        owners = self._owners[index]
+        mixture, expert = owners.T
+        needed = np.where(mixture == _FREE, 0.0, self._uses[mixture, expert] + _LEAD_USES * self._weight)
+        needed[self._in_use[index]] = np.inf
+        slot = int(needed.argmin())
+        return slot, float(needed[slot])

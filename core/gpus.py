@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Annotated
 
@@ -11,6 +11,9 @@ from llamaclust.core.bounds import MAX_LAYERS, DeviceName, Integer, Line, Memory
 from llamaclust.core.errors import ProtocolError, UsageError
 
 CUDA = "cuda:"
+
+_UNIT_BYTES = 2 << 20
+"""Drivers of GPUs give out memory in units of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class DeviceLayers:
     start: int
     end: Annotated[int, Integer(1, MAX_LAYERS)]
     cpu_moe: Annotated[tuple[int, ...], Size(0, MAX_LAYERS)] = ()  # of a GPU's layers, those with experts in RAM
+    # for copies of these experts; layers with more or less of it are the same
+    experts_cache_bytes: MemoryBytes = field(default=0, compare=False)
 
     def check(self) -> None:
         if self.start >= self.end:
@@ -47,6 +52,12 @@ def ranges(layers: Sequence[int]) -> str:
     numbers = enumerate(layers)
     runs = (list(run) for _, run in groupby(numbers, lambda pair: pair[1] - pair[0]))
     return ", ".join(f"[{run[0][1]}, {run[-1][1] + 1})" for run in runs)
+
+
+def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
+    """Memory of a GPU for a cache of experts, where all else leaves so much; `limit_bytes` None: all of that."""
+    most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
+    return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
 
 def placed(devices: Sequence[DeviceLayers]) -> str:

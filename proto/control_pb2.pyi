@@ -411,7 +411,7 @@ Global___Gpu: _TypeAlias = Gpu  # noqa: Y015
 
 @_typing.final
 class Admitted(_message.Message):
-    """Membership, and its intervals and timeouts."""
+    """Membership, and its intervals and timeouts. Again where the coordinator's term grows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -586,6 +586,10 @@ class Heartbeat(_message.Message):
     KV_DISK_WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
     KV_DISK_READ_BYTES_FIELD_NUMBER: _builtins.int
     KV_DISK_USED_BYTES_FIELD_NUMBER: _builtins.int
+    EXPERTS_CACHE_HITS_FIELD_NUMBER: _builtins.int
+    EXPERTS_CACHE_MISSES_FIELD_NUMBER: _builtins.int
+    EXPERTS_CACHE_COPIED_BYTES_FIELD_NUMBER: _builtins.int
+    EXPERTS_CACHE_USED_BYTES_FIELD_NUMBER: _builtins.int
     busy: _builtins.float
     """Share of the last interval spent computing, 0 to 1."""
     microbatches: _builtins.int
@@ -614,6 +618,14 @@ class Heartbeat(_message.Message):
     """Bytes of KV memory read from disk."""
     kv_disk_used_bytes: _builtins.int
     """What KV memory takes of its disk, in bytes."""
+    experts_cache_hits: _builtins.int
+    """Experts of layers that microbatches used and that GPUs had copies of."""
+    experts_cache_misses: _builtins.int
+    """Those that GPUs had no copies of."""
+    experts_cache_copied_bytes: _builtins.int
+    """Bytes of experts copied to GPUs."""
+    experts_cache_used_bytes: _builtins.int
+    """Bytes of experts that GPUs have copies of."""
     @_builtins.property
     def gpu_free_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What it may still take of each of its GPUs, in bytes, in the order of its registration."""
@@ -636,10 +648,14 @@ class Heartbeat(_message.Message):
         kv_disk_written_bytes: _builtins.int = ...,
         kv_disk_read_bytes: _builtins.int = ...,
         kv_disk_used_bytes: _builtins.int = ...,
+        experts_cache_hits: _builtins.int = ...,
+        experts_cache_misses: _builtins.int = ...,
+        experts_cache_copied_bytes: _builtins.int = ...,
+        experts_cache_used_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "computing_s", b"computing_s", "free_memory_bytes", b"free_memory_bytes", "gpu_free_bytes", b"gpu_free_bytes", "kv_disk_read_bytes", b"kv_disk_read_bytes", "kv_disk_used_bytes", b"kv_disk_used_bytes", "kv_disk_written_bytes", b"kv_disk_written_bytes", "last_error", b"last_error", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "computing_s", b"computing_s", "experts_cache_copied_bytes", b"experts_cache_copied_bytes", "experts_cache_hits", b"experts_cache_hits", "experts_cache_misses", b"experts_cache_misses", "experts_cache_used_bytes", b"experts_cache_used_bytes", "free_memory_bytes", b"free_memory_bytes", "gpu_free_bytes", b"gpu_free_bytes", "kv_disk_read_bytes", b"kv_disk_read_bytes", "kv_disk_used_bytes", b"kv_disk_used_bytes", "kv_disk_written_bytes", b"kv_disk_written_bytes", "last_error", b"last_error", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

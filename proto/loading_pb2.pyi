@@ -229,12 +229,15 @@ class DeviceLayers(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     CPU_MOE_FIELD_NUMBER: _builtins.int
+    EXPERTS_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """"cpu" or "cuda:N"."""
     start: _builtins.int
     """First layer."""
     end: _builtins.int
     """One past the last layer."""
+    experts_cache_bytes: _builtins.int
+    """Memory of the GPU for copies of often used ones of these experts, at most; 0: none."""
     @_builtins.property
     def cpu_moe(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Of layers on a GPU, those with experts in RAM, ascending."""
@@ -246,10 +249,11 @@ class DeviceLayers(_message.Message):
         start: _builtins.int = ...,
         end: _builtins.int = ...,
         cpu_moe: _abc.Iterable[_builtins.int] | None = ...,
+        experts_cache_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_moe", b"cpu_moe", "device", b"device", "end", b"end", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_moe", b"cpu_moe", "device", b"device", "end", b"end", "experts_cache_bytes", b"experts_cache_bytes", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -151,12 +151,13 @@ class Member:
     async def _send_heartbeats(self, session: Session) -> None:
         """Until the stream ends, which its reader reports."""
         counters, device, weights = session.counters, self._worker.device, self._worker.weights
-        kv_disk = self._worker.kv_disk
+        kv_disk, service = self._worker.kv_disk, self._worker.service
         last_ns, busy_ns = perf_counter_ns(), counters.busy_ns
         try:
             while True:
                 await asyncio.sleep(session.deadlines.heartbeat_s)
                 now_ns, total_ns = perf_counter_ns(), counters.busy_ns
+                cache = service.experts_cache
                 heartbeat = messages.Heartbeat(
                     busy=min(1.0, (total_ns - busy_ns) / (now_ns - last_ns)),
                     microbatches=counters.microbatches,
@@ -173,6 +174,10 @@ class Member:
                     kv_disk_written_bytes=0 if kv_disk is None else kv_disk.traffic.written_bytes,
                     kv_disk_read_bytes=0 if kv_disk is None else kv_disk.traffic.read_bytes,
                     kv_disk_used_bytes=0 if kv_disk is None else kv_disk.traffic.used_bytes,
+                    experts_cache_hits=cache.hits,
+                    experts_cache_misses=cache.misses,
+                    experts_cache_copied_bytes=cache.copied_bytes,
+                    experts_cache_used_bytes=cache.used_bytes,
                 )
                 await session.send(heartbeat)
                 last_ns, busy_ns = now_ns, total_ns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -61,6 +61,7 @@ class LocalSettings:
     gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
     cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those whose experts do not fit
     placement: tuple[PlacementRule, ...] = ()  # for tensors; the first one that matches decides, before `cpu_moe`
+    experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: what is left
 
 
 class LocalClient(ServiceClient):
@@ -112,8 +113,9 @@ class LocalStage:
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model = Model.open(path, settings.chat_template)
         self.scheduling = _scheduler_settings(self.model, settings)
-        if settings.cpu_moe is not None and not self.model.hyperparameters.expert_count:
-            raise UsageError(f"cpu_moe: {path} has no experts; leave it out")
+        if not self.model.hyperparameters.expert_count:
+            for name in _of_experts(settings):
+                raise UsageError(f"{name}: {path} has no experts; leave it out")
         placement = placement_of(self.model, settings.placement, settings.cpu_moe)
         device = _open_device(threads, feature_level, settings)
         self.feature_level = device.backend.feature_level
@@ -122,7 +124,7 @@ class LocalStage:
         with ExitStack() as gpus:
             for gpu in device.gpus:
                 gpus.callback(gpu.close)
-            held = held_layers(device, self.model, limits, placement)
+            held = held_layers(device, self.model, limits, placement, settings.experts_cache_bytes)
             self._runner = StageRunner(
                 device.backend_for(held),
                 self.model,
@@ -248,11 +250,15 @@ def _open_device(threads: int | None, feature_level: str | None, settings: Local
         raise UsageError(f"device: {error}") from error
     if kind == "cpu" and (settings.gpu_layers is not None or settings.gpu_memory_bytes is not None):
         raise UsageError("gpu_layers and gpu_memory_bytes are for GPUs: set device to cuda:0 as well")
-    if kind == "cpu" and settings.cpu_moe is not None:
-        raise UsageError("cpu_moe is for GPUs: set device to cuda:0 as well")
+    for name in _of_experts(settings) if kind == "cpu" else ():
+        raise UsageError(f"{name} is for GPUs: set device to cuda:0 as well")
     if kind == "cpu" and settings.placement:
         raise UsageError("placement is for GPUs: set device to cuda:0 as well")
-    for name, value in (("gpu_layers", settings.gpu_layers), ("cpu_moe", settings.cpu_moe)):
+    for name, value in (
+        ("gpu_layers", settings.gpu_layers),
+        ("cpu_moe", settings.cpu_moe),
+        ("experts_cache_bytes", settings.experts_cache_bytes),
+    ):
         if value is not None and value < 0:
             raise UsageError(f"{name}: {value}: set 0 or more")
     own = WorkerSettings(
@@ -264,6 +270,14 @@ def _open_device(threads: int | None, feature_level: str | None, settings: Local
         gpu_memory_bytes=settings.gpu_memory_bytes,
     )
     return Device.open(with_caches(own))
+
+
+def _of_experts(settings: LocalSettings) -> Iterator[str]:
+    """Names of settings that are for experts in RAM beside a GPU, of those that are given."""
+    if settings.cpu_moe is not None:
+        yield "cpu_moe"
+    if settings.experts_cache_bytes:
+        yield "experts_cache_bytes"
 
 
 def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSettings:

@@ -102,6 +102,8 @@ class ClusterConfig(Section):
     """Type of activations between workers; f32 is exact."""
     cpu_moe: CpuMoe = None
     """So many first layers, or all, have their experts in RAM beside a GPU; auto: as the plan is fastest."""
+    experts_cache: Annotated[Size | Literal[0] | None, OrAuto()] = None
+    """Memory of each GPU for copies of often used experts that are in RAM, at most; auto: all that is left; 0: none."""
     placement: Placements = ()
     """Rules for tensors that are in RAM or on GPUs, as `-ot` of llama.cpp; the first that matches a tensor decides."""
     kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
@@ -311,8 +313,7 @@ _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory", "kv_dis
 _OF_ONE_MODEL = ("chat_template", "context_length", "kv_memory", "adapters", "placement", "plan")
 """Keys that each of `models` may have of its own."""
 _FOR_ONE_MODEL = {
-    "model_name": "give `name` and `aliases` among `models`",
-    "aliases": "give `name` and `aliases` among `models`",
+    **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` among `models`"),
     "strict_model": "of several, a request names one or none",
     "tags": "several have none",
     "pull": "of several, each is named in the cluster file; use `llamaclust model pull`",

@@ -121,6 +121,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
         max_batch_tokens=max_batch_tokens(config),
         rounding=rounding_of(model) if expert_shards == 1 else lambda device: 0,
         rest_rounding=rounding_of(model, experts=False) if expert_shards == 1 else lambda device: 0,
+        experts_cache_bytes=config.experts_cache,
     )
     wanted = placements(config, model, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts})
     facts = [replace(worker, placement=wanted[worker.name]) if worker.gpus else worker for worker in facts]

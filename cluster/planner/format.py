@@ -79,6 +79,8 @@ def _stage_lines(stage: StagePlan, decode_ms: float | None, shards: int) -> Iter
             yield f"    {part.device}: experts of layers {moved}, {_sizes(part)}"
         else:
             apart = f", experts of {moved} in RAM" if moved else ""
+            if part.experts_cache_bytes:
+                apart += f", up to {part.experts_cache_bytes // MIB} MiB for copies of some of them"
             yield f"    {part.device}: layers {layer_span(part.start, part.end, shards)}, {_sizes(part)}{apart}"
 
 

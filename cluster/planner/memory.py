@@ -55,6 +55,7 @@ class PlanRequest:
     max_batch_tokens: int = 0  # of a microbatch
     rounding: Rounding = lambda device: 0
     rest_rounding: Rounding = lambda device: 0  # of layers without their experts
+    experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: all that is left
 
     @property
     def context_blocks(self) -> int:

@@ -39,6 +39,7 @@ class DevicePlan(HeldLayers):
     device: str
     cpu_moe: tuple[int, ...] = ()  # of a GPU's layers, those with experts in RAM
     is_experts: bool = False  # of a GPU's layers only routers and experts, those of `cpu_moe`
+    experts_cache_bytes: int = 0  # of a GPU, beside its layers, for copies of often used ones of their experts in RAM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,9 @@ class StagePlan(HeldLayers):
     def device_layers(self) -> tuple[DeviceLayers, ...]:
         """What its worker is told of that."""
         parts = (part for part in self.devices if not part.is_experts)
-        return tuple(DeviceLayers(part.device, part.start, part.end, part.cpu_moe) for part in parts)
+        return tuple(
+            DeviceLayers(part.device, part.start, part.end, part.cpu_moe, part.experts_cache_bytes) for part in parts
+        )
 
 
 @dataclass(frozen=True, slots=True)

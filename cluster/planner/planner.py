@@ -30,6 +30,7 @@ from llamaclust.cluster.planner.predict import StageParts, predict
 from llamaclust.cluster.planner.search import Best, best_split
 from llamaclust.cluster.planner.worker_classes import WorkerClass, worker_classes
 from llamaclust.core.errors import NetworkPartitionError
+from llamaclust.core.gpus import cache_room
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.loader import ModelCosts
 
@@ -103,6 +104,7 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
         )
         for part in stage.parts
     )
+    parts = tuple(_with_cache(part, sizes.request.experts_cache_bytes) for part in parts)
     rooms = [device.memory_bytes for device in devices_of(worker)]
     return StagePlan(
         worker=worker.name,
@@ -115,6 +117,13 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
         memory_bytes=None if None in rooms else sum(room or 0 for room in rooms),
         devices=parts if worker.gpus else (),
     )
+
+
+def _with_cache(part: DevicePlan, limit_bytes: int | None) -> DevicePlan:
+    """With what its layers leave for copies of their experts in RAM."""
+    if part.is_experts or not part.cpu_moe or part.memory_bytes is None:
+        return part
+    return replace(part, experts_cache_bytes=cache_room(part.memory_bytes - part.bytes, limit_bytes))
 
 
 def _touched_bytes(costs: StageCosts, part: Held) -> int:

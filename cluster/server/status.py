@@ -154,7 +154,12 @@ def _worker(
         "feature_level": handle.registration.feature_level,
         "layers": None if order is None else order.limits.places(order.start, order.end),
         "device_layers": [
-            {"device": part.device, "layers": order.limits.places(part.start, part.end), "cpu_moe": part.cpu_moe}
+            {
+                "device": part.device,
+                "layers": order.limits.places(part.start, part.end),
+                "cpu_moe": part.cpu_moe,
+                "experts_cache_bytes": part.experts_cache_bytes,
+            }
             for part in handle.devices_of(order)
             if order is not None
         ],

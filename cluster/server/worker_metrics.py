@@ -17,6 +17,9 @@ _COUNTERS = {
     "weight_received_bytes": ("weight_bytes_received", "Bytes of weights fetched from other workers"),
     "worker_kv_disk_written_bytes": ("kv_disk_written_bytes", "Bytes of KV memory that a worker wrote to disk"),
     "worker_kv_disk_read_bytes": ("kv_disk_read_bytes", "Bytes of KV memory that a worker read from disk"),
+    "worker_experts_cache_hits": ("experts_cache_hits", "Experts of layers used by microbatches, with copies on GPUs"),
+    "worker_experts_cache_misses": ("experts_cache_misses", "The same without copies on GPUs"),
+    "worker_experts_cache_copied_bytes": ("experts_cache_copied_bytes", "Bytes of experts copied to a worker's GPUs"),
 }
 """Name, field of the heartbeat, help."""
 _GAUGES = {
@@ -24,6 +27,7 @@ _GAUGES = {
     "worker_resident_memory_bytes": ("resident_bytes", "Resident memory of a worker's process"),
     "worker_free_memory_bytes": ("free_memory_bytes", "Memory that a worker's process may still take"),
     "worker_kv_disk_bytes": ("kv_disk_used_bytes", "KV memory on a worker's disk, of all workers with its folder"),
+    "worker_experts_cache_bytes": ("experts_cache_used_bytes", "Bytes of experts that a worker's GPUs have copies of"),
 }
 
 

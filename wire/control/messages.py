@@ -1,7 +1,6 @@
 """Control messages between workers and their coordinator: membership, requests, loads, heartbeats.
 
-A message of a new kind is a dataclass here, its place in one of the unions at the end, and a proto message of the same
-name with the same fields.
+A new kind is a dataclass here, its place in one of the unions at the end, and a proto message of its name and fields.
 """
 
 from __future__ import annotations
@@ -278,6 +277,10 @@ class Heartbeat:
     kv_disk_written_bytes: int = 0
     kv_disk_read_bytes: int = 0
     kv_disk_used_bytes: MemoryBytes = 0
+    experts_cache_hits: int = 0  # experts of layers that microbatches used, of which GPUs had copies
+    experts_cache_misses: int = 0
+    experts_cache_copied_bytes: int = 0  # to GPUs
+    experts_cache_used_bytes: MemoryBytes = 0  # of experts that are there
 
 
 @dataclass(frozen=True, slots=True)

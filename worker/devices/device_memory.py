@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from llamaclust.core.gpus import DeviceLayers, ranges
 from llamaclust.core.limits import StageLimits, layer_span
 from llamaclust.kernels.backend import ExpertsBackend
-from llamaclust.kernels.split_experts import experts_of, without_experts
+from llamaclust.kernels.split_experts import cached_lines, experts_of, without_experts
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
 from llamaclust.worker.stage.stage_runner import StageMemory, model_program, program_memory
@@ -31,7 +31,8 @@ class DeviceShare:
 def device_shares(
     device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits
 ) -> dict[str, DeviceShare]:
-    """By the name of the device; experts in RAM count there. ModelFileError for what a device cannot compute."""
+    """By the name of the device; experts in RAM count there, caches of them do not: these take what is left.
+    ModelFileError for what a device cannot compute."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
         backend, layers = (
@@ -44,14 +45,16 @@ def device_shares(
         found.setdefault(part.device, []).append(share)
         if experts is not None:
             layers = f"experts of layers {ranges(part.cpu_moe)}"
-            found.setdefault(_CPU, []).append(DeviceShare(layers, _experts_memory(device, model, experts, limits)))
+            lines = cached_lines(experts, limits) if part.experts_cache_bytes else 0
+            memory = _experts_memory(device, model, experts, limits, lines)
+            found.setdefault(_CPU, []).append(DeviceShare(layers, memory))
     return {name: _together(shares) for name, shares in found.items()}
 
 
-def _experts_memory(device: Device, model: Model, experts: Program, limits: StageLimits) -> StageMemory:
+def _experts_memory(device: Device, model: Model, experts: Program, limits: StageLimits, lines: int) -> StageMemory:
     tensors, backend = model.tensors_for(experts), cast(ExpertsBackend, device.backend)
     weight_bytes = sum(tensor.resident_bytes for tensor in tensors.values())
-    workspace_bytes = backend.experts_workspace_bytes(experts, tensors, limits)
+    workspace_bytes = backend.experts_workspace_bytes(experts, tensors, limits, lines)
     return StageMemory(weight_bytes, 0, workspace_bytes, backend.held_bytes(experts, tensors))
 
 

@@ -92,7 +92,7 @@ class Device:
         if gpu is None:
             raise ProtocolError(f"a load with experts in RAM for {part.device}, which this worker does not have")
         experts = cast(ExpertsBackend, self.backend)  # beside GPUs it is a CPU's
-        return SplitExpertsBackend(gpu, experts, part.cpu_moe)
+        return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
     def measure(self, model: Model | None = None) -> Profile:
         """What the machine reaches, and what steps of the model take; blocks for a second, longer for large layers."""

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamaclust.core.errors import InsufficientMemoryError
-from llamaclust.core.gpus import DeviceLayers, Placement
+from llamaclust.core.gpus import DeviceLayers, Placement, cache_room
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import missing
 from llamaclust.kernels.split_experts import layer_of
@@ -23,11 +23,16 @@ _CPU = "cpu"
 
 
 def held_layers(
-    device: Device, model: Model, limits: StageLimits, placement: Placement | None = None
+    device: Device,
+    model: Model,
+    limits: StageLimits,
+    placement: Placement | None = None,
+    experts_cache: int | None = None,
 ) -> tuple[DeviceLayers, ...]:
     """Which device holds which layers. The last GPU is filled first; where the user says how many layers GPUs hold,
     the first one has to take what is left of these. Where `placement` leaves experts open, those of as many layers are
-    in RAM as the first GPU has no room for. UsageError for a placement that cannot be; InsufficientMemoryError where
+    in RAM as the first GPU has no room for; what is left there is for copies of these, up to `experts_cache` bytes.
+    UsageError for a placement that cannot be; InsufficientMemoryError where
     memory is short: it is taken as it is used, and would end the process while it answers."""
     placement, end = placement or Placement(cpu_moe=None), model.layer_count
     placement.check([gpu.device for gpu in device.gpus], 0, end)
@@ -39,6 +44,7 @@ def held_layers(
         held.append(part)
         end = end if part is None else part.start
     parts = tuple(part for part in (DeviceLayers(_CPU, 0, end) if end else None, *reversed(held)) if part is not None)
+    parts = tuple(_with_cache(device, model, limits, part, experts_cache) for part in parts)
     placement.check_obeyed(parts)
     for name, share in device_shares(device, model, parts, limits).items():
         free_bytes = device.free_bytes_of(name)
@@ -48,6 +54,17 @@ def held_layers(
             what = f"{model.file.path}{which} needs {missing(share.memory.parts, free_bytes)}"
             raise InsufficientMemoryError(f"{what}; take {fewer}a smaller context_length")
     return parts
+
+
+def _with_cache(
+    device: Device, model: Model, limits: StageLimits, part: DeviceLayers, limit_bytes: int | None
+) -> DeviceLayers:
+    """With the memory for copies of its experts in RAM."""
+    if not part.cpu_moe:
+        return part
+    share = device_shares(device, model, (part,), limits)[part.device]
+    left_bytes = device.free_bytes_of(part.device) - share.memory.total_bytes
+    return replace(part, experts_cache_bytes=cache_room(left_bytes, limit_bytes))
 
 
 def _mixtures(model: Model) -> frozenset[int]:

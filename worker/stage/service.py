@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.kernels.backend import CacheCounts
 from llamaclust.wire.control.messages import Load
 from llamaclust.wire.rpc.client import ECHO, FORWARD, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.link_probe import serve_echo
@@ -23,6 +24,7 @@ class StageService:
         self._worker = worker
         self._stages: dict[int, StageStreams] = {}
         self._kept: list[StageStreams] = []
+        self._ended = CacheCounts()  # of stages that were freed
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
@@ -49,7 +51,17 @@ class StageService:
         """Frees the stage of an epoch, if it is there."""
         streams = self._stages.pop(epoch, None)
         if streams is not None:
-            await streams.close()
+            await self._close(streams)
+
+    async def _close(self, streams: StageStreams) -> None:
+        self._ended += replace(streams.runner.experts_cache, used_bytes=0)
+        await streams.close()
+
+    @property
+    def experts_cache(self) -> CacheCounts:
+        """Of all stages since the worker's start."""
+        there = (*self._stages.values(), *self._kept)
+        return sum((streams.runner.experts_cache for streams in there), self._ended)
 
     def runner(self, epoch: int) -> StageRunner:
         """WorkerError where no stage of the epoch is there."""
@@ -75,7 +87,7 @@ class StageService:
             if runner is None and _serves(streams.runner, order):
                 runner = await streams.release()
             else:
-                await streams.close()
+                await self._close(streams)
         return runner
 
     async def clear(self, model_id: str) -> list[object]:

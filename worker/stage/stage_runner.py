@@ -14,7 +14,7 @@ from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
 from llamaclust.core.sampling import RowResult, second_draw
-from llamaclust.kernels.backend import Backend, Float32, KvInRam, Progress, kv_bytes
+from llamaclust.kernels.backend import Backend, CacheCounts, Float32, KvInRam, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.kernels.split_experts import SplitExpertsStage
@@ -184,6 +184,13 @@ class StageRunner:
                 taken[part.device] -= in_ram
                 taken["cpu"] = taken.get("cpu", 0) + in_ram
         return taken
+
+    @property
+    def experts_cache(self) -> CacheCounts:
+        """Of caches on all of its GPUs."""
+        stages = self._stage.stages if isinstance(self._stage, MultiDeviceStage) else (self._stage,)
+        caches = (stage.cache for stage in stages if isinstance(stage, SplitExpertsStage))
+        return sum((cache.counts for cache in caches if cache is not None), CacheCounts())
 
     @property
     def weights(self) -> object:

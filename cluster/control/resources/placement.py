@@ -36,6 +36,8 @@ def check_placement(config: ClusterConfig, model: Model) -> None:
     own = {worker.name for worker in config.workers if worker.cpu_moe is not None}
     if (config.cpu_moe is not None or own) and not model.hyperparameters.expert_count:
         raise UsageError(f"cpu_moe: {model.file.path} has no experts; leave it out")
+    if config.experts_cache and not model.hyperparameters.expert_count:
+        raise UsageError(f"experts_cache: {model.file.path} has no experts; leave it out")
     rule_effects(model, [entry.rule for entry in config.placement])
     gpus = {worker.name: gpu_names(worker.device) for worker in config.workers}
     if config.launcher == "static":
@@ -44,6 +46,8 @@ def check_placement(config: ClusterConfig, model: Model) -> None:
     if config.cpu_moe is not None and not any(gpus.values()):
         what = f"none of {len(gpus)} workers has a GPU, so all experts are in RAM anyway"
         raise UsageError(f"cpu_moe: {what}; leave it out")
+    if config.experts_cache and not any(gpus.values()):
+        raise UsageError(f"experts_cache: none of {len(gpus)} workers has a GPU; leave it out")
     for entry in config.placement:
         if not any(gpus[worker] for worker in gpus if entry.is_for(worker)):
             what = f"{entry.rule} is for no worker with a GPU, and all is in RAM on others"

@@ -159,3 +159,21 @@ def test_experts_take_no_kv_memory() -> None:
     sizes = MemoryModel(StageCosts.of(MODEL), AUTO)
     parts = sizes.parts(Held(machine(1800), 1, 3, (1, 2), is_experts=True), 1)
     assert parts["weights"] == 2 * EXPERTS and set(parts) == {"weights", "workspace"}
+
+
+def test_memory_for_copies_of_experts() -> None:
+    """All that is left, in units of 2 MiB, or as much as the user gives; layers are the same ones."""
+    plan = make_plan(MODEL, [machine(1951)], AUTO)
+    gpu, ram = plan.stages[0].devices
+    assert gpu.memory_bytes is not None and ram.experts_cache_bytes == 0
+    assert 0 <= gpu.memory_bytes - gpu.bytes - gpu.experts_cache_bytes < 2 * MIB
+    assert gpu.experts_cache_bytes % (2 * MIB) == 0 < gpu.experts_cache_bytes
+    assert plan.stages[0].device_layers[0].experts_cache_bytes == gpu.experts_cache_bytes
+    shown = f"in RAM, up to {gpu.experts_cache_bytes // MIB} MiB for copies of some of them"
+    assert any(shown in line for line in plan_lines(plan))
+    for limit_bytes, given in ((0, 0), (5 * MIB, 4 * MIB), (1 << 40, gpu.experts_cache_bytes)):
+        limited = make_plan(MODEL, [machine(1951)], replace(AUTO, experts_cache_bytes=limit_bytes))
+        assert limited.stages[0].devices[0] == replace(gpu, experts_cache_bytes=given)
+        assert limited.prediction == plan.prediction and placed(limited) == placed(plan)
+    (whole,) = make_plan(MODEL, [machine(5000)], AUTO).stages[0].devices
+    assert whole.experts_cache_bytes == 0, "no experts are in RAM"

@@ -12,7 +12,8 @@ _SAME_ANSWERS = frozenset(
     {
         *("name", "launcher", "join", "ray", "insecure", "listen", "listen_also", "listen_tls", "workers"),
         *("models", "max_loaded_models", "load_on_demand", "plan", "objective"),
-        *("kv_memory", "max_sequences", "max_waiting", "prefill_chunk", "prefix_cache", "cpu_moe", "placement"),
+        *("kv_memory", "max_sequences", "max_waiting", "prefill_chunk", "prefix_cache"),
+        *("cpu_moe", "experts_cache", "placement"),
         *("allowed_hosts", "allowed_origins", "api_keys_file", "state_dir", "lease", "telemetry", "timeouts"),
     }
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,15 +100,16 @@ RULE = r"placement=[{tensors: 'blk\.[023]\.ffn_.*_exps', device: CPU, workers: [
 @pytest.mark.parametrize(
     ("rules", "moved"),
     [
-        (["cpu_moe=all"], (0, 1, 2)),
-        (["cpu_moe=2"], (0, 1)),
+        (["cpu_moe=all", "experts_cache=4MiB"], (0, 1, 2)),
+        (["cpu_moe=2", "experts_cache=0"], (0, 1)),
         (["cpu_moe=all", "workers.0.cpu_moe=1"], (0,)),
         ([RULE], (0, 2)),
         ([RULE, "workers.0.cpu_moe=2"], (0, 1, 2)),
     ],
 )
 def test_experts_in_ram(tmp_path: Path, rules: list[str], moved: tuple[int, ...]) -> None:
-    """Beside a worker without GPU: the plan, the load and the status have the same experts in RAM."""
+    """Beside a worker without GPU: the plan, the load and the status have the same experts in RAM, and the same memory
+    for copies of them, which are used."""
     model = tmp_path / "mixture.gguf"
     small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320, "experts": 4}
     build_tiny_model(model, layers=4, quant_type=QuantType.Q8_0, **small)  # type: ignore[arg-type]
@@ -118,8 +120,16 @@ def test_experts_in_ram(tmp_path: Path, rules: list[str], moved: tuple[int, ...]
     done = asyncio.run(run(model, tmp_path / "two", f"workers=[{gpu}, {other}]", plan, *rules))
     assert done.answers == wanted
     worker = done.status["status"]["workers"][0]
-    assert worker["device_layers"] == [{"device": "cuda:0", "layers": (0, 3), "cpu_moe": moved}]
     held = done.status["plan"]["stages"][0]["devices"]
+    cache_bytes = held[0]["experts_cache_bytes"]
+    assert worker["device_layers"] == [
+        {"device": "cuda:0", "layers": (0, 3), "cpu_moe": moved, "experts_cache_bytes": cache_bytes}
+    ]
+    if "experts_cache=4MiB" in rules:
+        assert cache_bytes == 4 << 20
+    assert (cache_bytes == 0) == ("experts_cache=0" in rules)
+    counts = dict(re.findall(r'worker_experts_cache_(\w+)\{worker="a"\} (\S+)', done.metrics))
+    assert (float(counts["hits_total"]) > 0) == (float(counts["copied_bytes_total"]) > 0) == (cache_bytes > 0)
     assert [(part["device"], part["start"], part["end"], part["is_experts"]) for part in held] == [
         ("cuda:0", 0, 3, False),
         ("cpu", 0, moved[-1] + 1, True),
@@ -141,10 +151,10 @@ def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: l
     assert done.answers == wanted
     stage, worker = done.status["plan"]["stages"][0], done.status["status"]["workers"][0]
     assert [(one["device"], one["start"], one["end"]) for one in stage["devices"]] == [("cpu", 0, 1), ("cuda:0", 1, 3)]
-    held = [("cpu", (0, 1), ()), ("cuda:0", (1, 3), ())]
+    held = [("cpu", (0, 1), (), 0), ("cuda:0", (1, 3), (), 0)]
     assert [tuple(part.values()) for part in worker["device_layers"]] == held
     (other,) = done.status["status"]["workers"][1]["device_layers"]
-    assert other == {"device": "cpu", "layers": (3, 4), "cpu_moe": ()}
+    assert other == {"device": "cpu", "layers": (3, 4), "cpu_moe": (), "experts_cache_bytes": 0}
     told = "2 of 3 layers on GPUs: [0, 1) cpu, [1, 3) cuda:0"
     assert next(gpu_lines(done.status["status"]["workers"])) == f"a: {told}"
     assert f"layers [0, 3) are loaded as epoch 1.1, {told}" in (tmp_path / "logs" / "a.log").read_text()

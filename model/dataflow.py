@@ -20,8 +20,10 @@ def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
             return step.gate, step.up
         case ir.Adapt():
             return step.x, step.out
-        case ir.Add() | ir.Mul() | ir.Join() | ir.SigmoidGate():
+        case ir.Add() | ir.Mul() | ir.Join() | ir.SigmoidGate() | ir.MatchMagnitude():
             return step.x, step.y
+        case ir.Mix():
+            return (step.x, step.y) if step.coefficients is None else (step.x, step.y, step.coefficients)
         case ir.DeltaRule():
             return step.q, step.k, step.v, step.decay, step.beta
         case ir.Scan():

@@ -211,6 +211,17 @@ class ModelKeys:
             raise self.error(key, f"{shown(str(value))}, an array of whole numbers expected")
         return tuple(map(int, value))
 
+    def reals(self, key: str, layers: int) -> tuple[float, ...]:
+        """A number, perhaps infinite or none, for each of the first `layers`."""
+        value: Any = self.model.metadata.get(self._recorded(key))
+        if value is None:
+            raise self.error(key, "missing")
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            raise self.error(key, f"{shown(str(value))}, an array of numbers for {layers} layers expected")
+        if len(value) < layers:
+            raise self.error(key, f"{len(value)} numbers for {layers} layers")
+        return tuple(map(float, value[:layers]))
+
     def real(self, key: str, default: float | None = None, *, minimum: float, maximum: float) -> float:
         return self.model.metadata_float(self._recorded(key), default, minimum=minimum, maximum=maximum)
 

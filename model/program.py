@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from llamaclust.model.delta_rule import Decay, DeltaRule
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
+from llamaclust.model.mixing import GaussianTopK, MatchMagnitude, Mix, MixingStep, ScaleByWeight
 from llamaclust.model.mixtures.exchange import Exchange
 from llamaclust.model.mixtures.steps import ExpertChoice, ExpertShards, ExpertSum, Moe
 from llamaclust.model.row_steps import Activate, Add, Buffer, Join, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
@@ -30,11 +31,15 @@ __all__ = [
     "ExpertChoice",
     "ExpertShards",
     "ExpertSum",
+    "GaussianTopK",
     "Join",
+    "MatchMagnitude",
+    "Mix",
     "Moe",
     "Mul",
     "PositionScale",
     "Scale",
+    "ScaleByWeight",
     "Scan",
     "SequenceState",
     "SiluMul",
@@ -221,15 +226,6 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleByWeight:
-    """out = x * the number in `weight` [1]; out may be x."""
-
-    x: Buffer
-    out: Buffer
-    weight: str
-
-
-@dataclass(frozen=True, slots=True)
 class SigmoidGate:
     """out = y * 1 / (1 + exp(-x . weight)), weight [x.width]: one number weighs a whole row; out may be y."""
 
@@ -258,7 +254,7 @@ RowStep = (
     | Add
     | Mul
     | Scale
-    | ScaleByWeight
+    | MixingStep
     | PositionScale
     | SoftCap
     | Slice

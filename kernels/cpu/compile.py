@@ -14,6 +14,7 @@ from llamaclust.kernels.cpu.buffers import Buffers
 from llamaclust.kernels.cpu.plan_decay import add_decay
 from llamaclust.kernels.cpu.plan_experts import PlanExperts
 from llamaclust.kernels.cpu.plan_kv import PlanKv
+from llamaclust.kernels.cpu.plan_mixing import add_mixing
 from llamaclust.kernels.cpu.plan_scan import add_norm, add_scan
 from llamaclust.kernels.cpu.ranges import check_ranges
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse
@@ -157,8 +158,8 @@ class Compiler:
             case ir.SiluMul() | ir.Activate() | ir.Add() | ir.Mul() | ir.Scale() | ir.SoftCap():
                 op, number = elementwise(step)
                 plan.elementwise(op, x, y, out, number or 0)
-            case ir.ScaleByWeight():
-                plan.elementwise("scale", x, x, out, float(self._weights[step.weight].vector[0]))
+            case ir.ScaleByWeight() | ir.Mix() | ir.MatchMagnitude() | ir.GaussianTopK():
+                add_mixing(plan, step, (x, *others), out, self._weights)
             case ir.Slice():
                 plan.copy_channels(x, out, step.heads, step.start, 0, step.out.width // step.heads)
             case ir.Join():

@@ -70,7 +70,7 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
         case SigmoidGate():
             yield step.weight, (step.x.width,)
         case ScaleByWeight():
-            yield step.weight, (1,)
+            yield step.weight, (step.x.width if step.by_channel else 1,)
         case MatMul():
             yield step.weight, (step.out.width, step.x.width)
             if step.bias is not None:

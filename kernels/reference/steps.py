@@ -11,6 +11,7 @@ import numpy as np
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.reference.delta_rule import decay, delta_rule
 from llamaclust.kernels.reference.kv import Float64, LayerKv
+from llamaclust.kernels.reference.mixing import gaussian_top_k, match_magnitude, mix
 from llamaclust.kernels.reference.scan import scan
 from llamaclust.kernels.reference.states import StateMemory, convolve
 from llamaclust.model import program as ir
@@ -113,6 +114,13 @@ def run_step(step: ir.Step, state: State) -> None:
         case ir.Join():
             parts = [of_heads(state[part], step.heads) for part in (step.x, step.y)]
             state[step.out] = np.concatenate(parts, axis=2).reshape(-1, step.out.width)
+        case ir.Mix():
+            coefficients = None if step.coefficients is None else state[step.coefficients]
+            state[step.out] = mix(step, state[step.x], state[step.y], coefficients)
+        case ir.MatchMagnitude():
+            state[step.out] = match_magnitude(step, state[step.x], state[step.y])
+        case ir.GaussianTopK():
+            state[step.out] = gaussian_top_k(state[step.x], step.factor)
         case ir.SigmoidGate():
             state[step.out] = state[step.y] * sigmoid(matmul(state[step.x], state.weights[step.weight][None]))
 

@@ -8,8 +8,6 @@ from types import MappingProxyType
 from llamaclust.model.architectures import (
     bert,
     cohere,
-    gemma,
-    gemma4,
     glm,
     gpt,
     gpt_oss,
@@ -22,6 +20,7 @@ from llamaclust.model.architectures import (
     qwen,
 )
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
+from llamaclust.model.architectures.gemma import gemma, gemma3n, gemma4
 from llamaclust.model.architectures.latent import deepseek
 from llamaclust.model.architectures.recurrent import falcon_h1, granite_hybrid, kimi, nemotron_h
 from llamaclust.model.architectures.recurrent import qwen as recurrent_qwen
@@ -47,6 +46,7 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "gemma": gemma.gemma,
         "gemma2": gemma.gemma2,
         "gemma3": gemma.gemma3,
+        "gemma3n": gemma3n.gemma3n,
         "gemma4": gemma4.gemma4,
         "gemma-embedding": gemma.gemma_embedding,
         "glm4": glm.glm4,

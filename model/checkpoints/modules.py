@@ -34,6 +34,7 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "gemma": _DECODER,
         "gemma2": _DECODER,
         "gemma3": _DECODER,
+        "gemma3n": _DECODER,
         "gemma4": _DECODER,
         "glm4": _GLM,
         "glm4moe": _ATTENTION,

@@ -14,7 +14,7 @@ import pytest
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.architectures import build_program
-from llamaclust.model.architectures.tensors import FACTOR_TENSORS
+from llamaclust.model.architectures.tensors import FACTOR_TENSORS, idle_kv_tensors
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import FileIdentity
 from llamaclust.model.kv_type import KvType
@@ -68,9 +68,12 @@ def tables(model: ModelFile) -> list[RopeTable]:
 def test_every_tensor_is_named_checked_and_counted(make: Callable[..., ModelFile], name: str) -> None:
     file = make(name)
     program = whole(file)
-    assert set(program.weights) == set(file.tensors) - set(FACTOR_TENSORS)
+    unread = {*FACTOR_TENSORS, *idle_kv_tensors(file)}
+    assert set(program.weights) == set(file.tensors) - unread
     cut = [build_program(file, layer, layer + 1) for layer in range(program.layers)]
-    carried = (Slice, Join) if name == "gemma4-inputs" else ()  # each stage has the inputs of its layers and later ones
+    carried = (
+        (Slice, Join) if name in ("gemma3n", "gemma4-inputs") else ()
+    )  # each stage has the inputs of its layers and later ones
     steps = [step for stage in cut for step in stage.steps if not isinstance(step, carried)]
     assert steps == [step for step in program.steps if not isinstance(step, carried)]
     assert [stage.hidden.width for stage in cut[1:]] == [stage.out.width for stage in cut[:-1]]
@@ -79,7 +82,7 @@ def test_every_tensor_is_named_checked_and_counted(make: Callable[..., ModelFile
     held = costs.head_bytes + sum(layer.weight_bytes for layer in costs.layers)
     held += costs.embedding_bytes - (file.tensor("token_embd.weight").resident_bytes if MODELS[name].tied else 0)
     tensors = opened.file.tensors  # in the shapes that programs read
-    assert held == sum(tensor.resident_bytes for name, tensor in tensors.items() if name not in FACTOR_TENSORS)
+    assert held == sum(tensor.resident_bytes for name, tensor in tensors.items() if name not in unread)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -90,7 +93,7 @@ def test_missing_and_wrong_tensors_are_named(make: Callable[..., ModelFile], nam
         - qwen_biases(file)
     )
     for tensor in file.tensors.values():
-        if tensor.name in FACTOR_TENSORS:
+        if tensor.name in {*FACTOR_TENSORS, *idle_kv_tensors(file)}:
             continue
         wrong = replace(tensor, shape=(*tensor.shape[:-1], tensor.shape[-1] + 1))
         with pytest.raises(ModelFileError, match=rf"tensor {tensor.name}: shape \[.*\] expected"):

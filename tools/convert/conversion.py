@@ -27,7 +27,7 @@ _MXFP4_EXPERTS: Final = 38
 _QUANTIZATION_VERSION: Final = 2
 _EXACT: Final = re.compile(
     r".*_norm(_2)?\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight|position_embd\.weight|rope_.*|.*\.bias"
-    r"|.*\.(ssm_conv1d(_[qkv])?|shortconv\.conv)\.weight|.*\.ssm_[ad]"
+    r"|.*\.(ssm_conv1d(_[qkv])?|shortconv\.conv)\.weight|.*\.ssm_[ad]|.*\.altup_.*"
 )
 """Small tensors with a large effect; they are float32 in every file."""
 _MOST_THREADS: Final = 8

@@ -12,7 +12,7 @@ from llamaclust.kernels._native import log
 from llamaclust.kernels.cuda.executor.experts import ExpertsEmitter
 from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm, fuse_for_gpu
 from llamaclust.kernels.cuda.executor.operands import Operands, kv_name
-from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul, states
+from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul, mixing, states
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.fuse import Adapts, Attend, Products
 from llamaclust.kernels.fuse import elementwise as operation_of
@@ -179,8 +179,13 @@ class Emitter:
                 positions = self.ops.inputs.positions
                 yield elementwise.scale_by_position(step, x, self._factors(step), positions, out, rows)
             case ir.ScaleByWeight():
-                by = self.ops.vector(step.weight)
-                yield elementwise.elementwise("scale_by_weight", (x, by), out, width, rows)
+                yield mixing.scale_by_weight(step, x, self.ops.vector(step.weight), out, rows)
+            case ir.Mix():
+                yield mixing.mix(step, (x, *others), out, rows)
+            case ir.MatchMagnitude():
+                yield mixing.match_magnitude(step, x, others[0], out, rows)
+            case ir.GaussianTopK():
+                yield mixing.gaussian_top_k(step, x, out, rows)
             case ir.Join():
                 yield elementwise.join_rows(step, x, others[0], out, rows)
             case ir.Rope():

@@ -15,9 +15,13 @@ from numpy.typing import NDArray
 from llamaclust.kernels.reference.steps import State, gelu_erf, gelu_tanh, run_step
 from llamaclust.model.program import (
     Activate,
+    Add,
     Attention,
     Buffer,
+    GaussianTopK,
+    MatchMagnitude,
     MatMul,
+    Mix,
     Moe,
     Mul,
     PositionScale,
@@ -157,6 +161,79 @@ def test_sigmoid_gates(tmp_path: Path, width: int) -> None:
     hidden = [normal(generator, rows, x.width) for rows in (1, 3, 40)]
     program = program_of(x, b, *copies, SigmoidGate(a, b, b, "gate"))
     check_conformance(tmp_path, case_of(program, weights, hidden), EXACT)
+
+
+def split_case(parts: list[Buffer], out: Buffer, *steps: Step, rows: tuple[int, ...] = (1, 3, 40)) -> Case:
+    """The steps over random `parts`, which private copies and shared buffers hold in turn."""
+    x = Buffer("x", sum(part.width for part in parts))
+    generator, (copies, weights) = generator_of(parts, steps), splitter(x, parts)
+    first = Scale(parts[0], parts[0], 1.5)
+    hidden = [normal(generator, count, x.width) for count in rows]
+    return case_of(program_of(x, out, *copies, first, *steps), weights, hidden)
+
+
+@pytest.mark.parametrize(("width", "x_parts", "parts"), [(64, 4, 4), (100, 1, 3), (37, 2, 1), (16, 5, 2)])
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("first", [0, 1])
+def test_mixed_parts(tmp_path: Path, width: int, x_parts: int, parts: int, in_place: bool, first: int) -> None:
+    x, y, other = Buffer("from", x_parts * width), Buffer("to", parts * width), Buffer("out", parts * width)
+    coefficients, out = Buffer("coefficients", x_parts * parts), y if in_place else other
+    weighed = Mix(x, y, out, width, coefficients, 0.75, first)
+    check_conformance(tmp_path, split_case([x, y, coefficients], out, weighed), EXACT)
+    check_conformance(tmp_path, split_case([x, y], out, Mix(x, y, out, width, first=first)), EXACT)
+
+
+def test_mixed_parts_are_sums_by_coefficients() -> None:
+    """Of the rows of a matrix, each with its own coefficients; a part before the first one is a copy."""
+    x, y, coefficients = Buffer("x", 4), Buffer("y", 6), Buffer("coefficients", 6)
+    state = State({}, {}, rows_at(range(1)))
+    state[x], state[y] = np.array([[1, 2, 10, 20]], np.float32), np.array([[1, 1, 2, 2, 3, 3]], np.float32)
+    state[coefficients] = np.array([[1, 2, 3, 4, 5, 6]], np.float32)
+    run_step(Mix(x, y, y, 2, coefficients, 1.0, 1), state)
+    np.testing.assert_array_equal(state[y], [[1, 1, 2 + 4 + 50, 2 + 8 + 100, 3 + 6 + 70, 3 + 12 + 140]])
+
+
+@pytest.mark.parametrize(("width", "parts"), [(64, 3), (100, 1), (1, 5), (48, 9)])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_magnitudes(tmp_path: Path, width: int, parts: int, in_place: bool) -> None:
+    """Also of parts that are almost zero, whose magnitude counts as that of the epsilon."""
+    x, y, other = Buffer("from", parts * width), Buffer("like", width), Buffer("out", parts * width)
+    out = x if in_place else other
+    for epsilon in (1e-5, 0.5):
+        check_conformance(tmp_path, split_case([x, y], out, MatchMagnitude(x, y, out, epsilon)), EXACT)
+    state = State({}, {}, rows_at(range(1)))
+    state[x] = np.concatenate([np.full((1, x.width - width), 7), np.full((1, width), 1e-3)], axis=1)
+    state[y] = np.full((1, width), -2.0, np.float32)
+    run_step(MatchMagnitude(x, y, out, 1e-4), state)
+    wanted = np.concatenate([np.full((1, x.width - width), 2), np.full((1, width), 0.2)], axis=1)
+    np.testing.assert_allclose(state[out], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 16, 100, 1024])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_activations_above_a_quantile(tmp_path: Path, width: int, in_place: bool) -> None:
+    x, other = Buffer("from", width), Buffer("out", width)
+    out = x if in_place else other
+    for factor in (1.6448533535003662, -0.5) if width > 1 else (-0.5,):
+        steps = GaussianTopK(x, out, factor), Add(out, Buffer("rest", width), out)
+        check_conformance(tmp_path, split_case([x, Buffer("rest", width)], out, *steps), EXACT)
+
+
+def test_a_twentieth_of_normal_numbers_is_left() -> None:
+    x = Buffer("x", 20000)
+    state = State({}, {}, rows_at(range(1)))
+    state[x] = normal(generator_of("normal"), 1, 20000) * np.float32(3) + np.float32(5)
+    before = state[x].copy()
+    run_step(GaussianTopK(x, x, 1.6448533535003662), state)
+    left = state[x] > 0
+    assert 0.045 < left.mean() < 0.055 and before[left].min() > before[~left].max()
+    np.testing.assert_allclose((before - state[x])[left], 5 + 3 * 1.645, rtol=0.02)
+
+
+def test_factors_of_channels(tmp_path: Path) -> None:
+    x, generator = Buffer("x", 100), generator_of("channels")
+    program, hidden = program_of(x, x, ScaleByWeight(x, x, "w", by_channel=True)), [normal(generator, 9, 100)]
+    check_conformance(tmp_path, case_of(program, {"w": Weight(normal(generator, 100))}, hidden), EXACT)
 
 
 @pytest.mark.parametrize(("experts", "used"), [(3, 3), (40, 6)])

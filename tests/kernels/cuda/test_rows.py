@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.kernels import _native
 from llamaclust.kernels.cuda.executor.emit import position_factors
-from llamaclust.kernels.cuda.launches import elementwise
+from llamaclust.kernels.cuda.launches import elementwise, mixing
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
 from llamaclust.kernels.cuda.runtime.device import Scalar
@@ -21,8 +21,11 @@ from llamaclust.model.program import (
     Add,
     Buffer,
     Embed,
+    GaussianTopK,
     Join,
     LayerNorm,
+    MatchMagnitude,
+    Mix,
     Mul,
     PositionScale,
     RmsNorm,
@@ -223,9 +226,52 @@ def test_scale_by_a_weight(bench: Bench, width: int) -> None:
     x, number = awkward(random_source(), ROWS, width), random_source().standard_normal(1, np.float32)
     there, rows = bench.put(x), count(bench)
     out = bench.room(x.nbytes)
-    by_weight = elementwise.elementwise("scale_by_weight", (there.at(), bench.put(number).at()), out.at(), width, rows)
-    bench.device.launch(by_weight)
-    same_bits(bench.get(out, x.shape), one_part(width, lambda a, b: ScaleByWeight(a, b, "w"), x, w=number))
+    hidden, channels = Buffer("x", width), random_source().standard_normal(width, np.float32)
+    for weight in (number, channels):
+        step = ScaleByWeight(hidden, hidden, "w", by_channel=len(weight) > 1)
+        bench.device.launch(mixing.scale_by_weight(step, there.at(), bench.put(weight).at(), out.at(), rows))
+        wanted = on_cpu(program_of(hidden, hidden, step), {"w": Weight(weight)}, rows_at(range(ROWS)), x)
+        same_bits(bench.get(out, x.shape), wanted)
+
+
+@pytest.mark.parametrize(("width", "x_parts", "parts"), [(1, 1, 1), (64, 4, 4), (700, 1, 3), (37, 5, 2)])
+@pytest.mark.parametrize("first", [0, 1])
+def test_mixed_parts(bench: Bench, width: int, x_parts: int, parts: int, first: int) -> None:
+    """With coefficients and without."""
+    source, rows, sizes = random_source(), count(bench), (x_parts * width, parts * width, x_parts * parts)
+    data = [awkward(source, ROWS, size) for size in sizes]
+    places, (x, y, factors) = list(map(bench.put, data)), map(Buffer, ("a", "b", "c"), sizes)
+    hidden = Buffer("x", sum(sizes))
+    starts = [0, sizes[0], sizes[0] + sizes[1]]
+    slices = [Slice(hidden, part, start) for part, start in zip((x, y, factors), starts, strict=True)]
+    for step in (Mix(x, y, y, width, factors, 0.7, first), Mix(x, y, y, width, first=first)):
+        out, reads = bench.put(data[1]), [places[0].at(), places[1].at(), places[2].at()]
+        reads[1] = out.at()  # in place
+        bench.device.launch(mixing.mix(step, reads if step.coefficients else reads[:2], out.at(), rows))
+        wanted = on_cpu(program_of(hidden, y, *slices, step), {}, rows_at(range(ROWS)), np.concatenate(data, axis=1))
+        same_bits(bench.get(out, data[1].shape), wanted)
+
+
+@pytest.mark.parametrize(("width", "parts"), [(1, 1), (64, 3), (100, 9), (2048, 3)])
+def test_magnitudes(bench: Bench, width: int, parts: int) -> None:
+    source, rows = random_source(), count(bench)
+    like, data = awkward(source, ROWS, width), awkward(source, ROWS, parts * width)
+    hidden, y, x = Buffer("x", (parts + 1) * width), Buffer("a", width), Buffer("b", parts * width)
+    step, there = MatchMagnitude(x, y, x, 1e-5), bench.put(data)
+    bench.device.launch(mixing.match_magnitude(step, there.at(), bench.put(like).at(), there.at(), rows))
+    program = program_of(hidden, x, Slice(hidden, y, 0), Slice(hidden, x, width), step)
+    same_bits(bench.get(there, data.shape), on_cpu(program, {}, rows_at(range(ROWS)), np.hstack([like, data])))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_activations_above_a_quantile(bench: Bench, width: int) -> None:
+    x, hidden = awkward(random_source(), ROWS, width), Buffer("x", width)
+    for factor in (1.6448533535003662, -0.3):
+        there = bench.put(x)
+        step = GaussianTopK(hidden, hidden, factor)
+        bench.device.launch(mixing.gaussian_top_k(step, there.at(), there.at(), count(bench)))
+        wanted = one_part(width, lambda a, b, by=factor: GaussianTopK(a, b, by), x)  # type: ignore[misc]
+        same_bits(bench.get(there, x.shape), wanted)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4, 12])

@@ -29,7 +29,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 MODELS = (
     *(*QUANTIZED, "llama-experts", "gemma2", "gpt2", "qwen2moe", "qwen3", "cohere2"),
     *("gpt-oss", "gpt-oss-mxfp4", "glm4moe", "ernie4_5-moe", "hunyuan-moe", "bailingmoe2", "minimax-m2", "granitemoe"),
-    *("mistral3", "gemma4", "gemma4-experts", "gemma4-inputs"),
+    *("mistral3", "gemma4", "gemma4-experts", "gemma4-inputs", "gemma3n"),
     *("deepseek2", "deepseek2-lite", "deepseek2-scaled", "mistral4"),
     *("lfm2", "lfm2-windows", "lfm2moe", "qwen3next", "qwen3next-old", "qwen35", "qwen35moe", "kimi-linear"),
     *("granitehybrid", "granitehybrid-experts", "falcon-h1", "falcon-h1-norm", "nemotron_h", "nemotron_h_moe-latent"),

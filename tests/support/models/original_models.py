@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from support.models.checkpoint_files import write_hugging_face
+from support.models.checkpoints.gemma3n import ORIGINAL_KEYS
 from support.models.originals.latent import LATENT_ORIGINALS
 from support.models.originals.mixtures import MIXTURE_ORIGINALS
 from support.models.originals.multimodal import MULTIMODAL_ORIGINALS
@@ -193,6 +194,7 @@ MODELS: Mapping[str, Original] = MappingProxyType(
             "Gemma3ForConditionalGeneration",
             {"text_config": keys(**_GEMMA2, **_TWO_ROTATIONS), "vision_config": _VISION, "mm_tokens_per_image": 4},
         ),
+        "gemma3n": Original("Gemma3nForCausalLM", keys(**ORIGINAL_KEYS)),
         "gemma4": Original(
             "Gemma4ForCausalLM",
             keys(**_GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=4.0),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from support.models.checkpoints.gemma3n import GEMMA3N_KEYS, gemma3n_ends, gemma3n_layer
 from support.models.checkpoints.gemma4 import EXPERT_KEYS, INPUT_KEYS, gemma4_ends, gemma4_layer
 from support.models.checkpoints.latent import LATENT_CASES
 from support.models.checkpoints.mixtures import (
@@ -343,6 +344,7 @@ CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
     "GemmaForCausalLM": (COMMON | _GEMMA, {**ends(), **per_layer(_llama)}),
     "Gemma2ForCausalLM": (COMMON | _GEMMA, {**ends(), **per_layer(_gemma2)}),
     "Gemma3ForCausalLM": (COMMON | _GEMMA, {**ends(), **per_layer(_gemma3)}),
+    "Gemma3nForCausalLM": (COMMON | GEMMA3N_KEYS, {**ends(), **gemma3n_ends(), **per_layer(gemma3n_layer)}),
     "Gemma4ForCausalLM experts": (COMMON | EXPERT_KEYS, {**ends(), **per_layer(partial(gemma4_layer, EXPERT_KEYS))}),
     "Gemma4ForCausalLM inputs": (
         COMMON | INPUT_KEYS,

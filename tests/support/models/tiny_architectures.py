@@ -10,6 +10,7 @@ from typing import Any
 
 from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
+from support.models.tiny.gemma3n import GEMMA3N, ends_of_gemma3n, layer_of_gemma3n
 from support.models.tiny.gemma4 import GEMMA4, inputs_of_gemma4, layer_of_gemma4
 from support.models.tiny.latent_models import LATENT_MODELS
 from support.models.tiny.llama4 import TEXT_MODELS
@@ -245,6 +246,7 @@ MODELS = MappingProxyType(
             whole_norms=True,
             keys={"rope.dimension_count": 8, "expert_gating_func": 2},
         ),
+        **GEMMA3N,
         **GEMMA4,
         **LATENT_MODELS,
         **TEXT_MODELS,
@@ -259,9 +261,10 @@ def build_architecture(path: Path, name: str) -> Path:
 
 def build_tiny(path: Path, tiny: Tiny) -> Path:
     """Writes a model of random weights to `path` and returns it. The same bytes on every machine."""
-    tensors = [*_ends(tiny), *inputs_of_gemma4(tiny, VOCABULARY)]
+    tensors = [*_ends(tiny), *inputs_of_gemma4(tiny, VOCABULARY), *ends_of_gemma3n(tiny, VOCABULARY)]
+    layer_of = {"gemma3n": layer_of_gemma3n, "gemma4": layer_of_gemma4}.get(tiny.architecture, _layer)
     for layer in range(tiny.layers):
-        tensors += layer_of_gemma4(tiny, layer) if tiny.architecture == "gemma4" else _layer(tiny, layer)
+        tensors += layer_of(tiny, layer)
     sources = [source_of(tensor, _type(tiny, tensor.name), seed=1) for tensor in tensors]
     write_gguf(path, _metadata(tiny), sources)
     return path

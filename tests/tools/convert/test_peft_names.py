@@ -57,6 +57,7 @@ WANTED = {
     "GemmaForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Gemma2ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Gemma3ForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
+    "Gemma3nForCausalLM": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Gemma4ForCausalLM experts": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Gemma4ForCausalLM inputs": ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"},
     "Starcoder2ForCausalLM": ATTENTION | {"ffn_up", "ffn_down"},

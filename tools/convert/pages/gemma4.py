@@ -11,6 +11,7 @@ from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.tools.convert.lazy import constant
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
+from llamaclust.tools.convert.pages.layer_inputs import layer_input, projected_inputs
 from llamaclust.tools.convert.rotation import local_base
 from llamaclust.tools.convert.settings import MAX_CAP, MAX_CONTEXT
 
@@ -64,7 +65,7 @@ def build(page: Page) -> None:
         if experts:
             _experts(page, layer, experts)
         if form.inputs:
-            _layer_input(page, layer, form.inputs)
+            layer_input(page, layer, form.inputs)
         page.put(f"blk.{layer}.layer_output_scale.weight", page.take(f"model.layers.{layer}.layer_scalar", 1))
 
 
@@ -216,12 +217,4 @@ def _inputs(page: Page, form: _Form) -> None:
     if words != page.words:
         raise page.settings.error("vocab_size_per_layer_input", f"{words}, the vocabulary has {page.words}")
     page.copy("per_layer_token_embd", "model.embed_tokens_per_layer", page.words, width)
-    page.copy("per_layer_model_proj", "model.per_layer_model_projection", width, page.width)
-    page.copy("per_layer_proj_norm", "model.per_layer_projection_norm", form.inputs)
-
-
-def _layer_input(page: Page, layer: int, width: int) -> None:
-    place, source = f"blk.{layer}", f"model.layers.{layer}"
-    page.copy(f"{place}.inp_gate", f"{source}.per_layer_input_gate", width, page.width)
-    page.copy(f"{place}.proj", f"{source}.per_layer_projection", page.width, width)
-    page.copy(f"{place}.post_norm", f"{source}.post_per_layer_input_norm", page.width)
+    projected_inputs(page, form.inputs)

@@ -32,9 +32,22 @@ _GEMMA3: Final = MappingProxyType(
         "query_pre_attn_scalar": 256,
     }
 )
+_GEMMA3N: Final = MappingProxyType(
+    {
+        "vocab_size": 262400,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 35,
+        "max_position_embeddings": 32768,
+    }
+)
 MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
     {
         "Gemma3ForConditionalGeneration": TextPart({"gemma3_text": "Gemma3ForCausalLM"}, "gemma3_text", _GEMMA3),
+        "Gemma3nForConditionalGeneration": TextPart({"gemma3n_text": "Gemma3nForCausalLM"}, "gemma3n_text", _GEMMA3N),
         "Gemma4ForConditionalGeneration": TextPart({"gemma4_text": "Gemma4ForCausalLM"}, "gemma4_text"),
         "Qwen3_5ForConditionalGeneration": TextPart({"qwen3_5_text": "Qwen3_5ForCausalLM"}, "qwen3_5_text"),
         "Qwen3_5MoeForConditionalGeneration": TextPart(

@@ -197,6 +197,12 @@ void add_scan(PlanBuilder& builder, int x, int dt, int out, int layer, int group
                             rows_of(builder.keep(skip))});
 }
 
+void add_mix(PlanBuilder& builder, int x, int y, int out, std::optional<int> coefficients, int width, int first,
+             float offset) {
+  require(!coefficients || *coefficients >= 0, "unknown buffer");
+  builder.plan.add(MixStep{x, y, out, coefficients.value_or(-1), width, first, offset});
+}
+
 void add_norm(PlanBuilder& builder, int x, int out, const Floats& weight, float epsilon) {
   builder.plan.add(NormStep{x, out, vector_of(weight), epsilon, static_cast<int>(weight.size())});
 }
@@ -233,6 +239,10 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("add_adapted", &add<AddAdaptedStep, int, int, int>)
       .def("scale_by_position", &add<PositionScaleStep, int, int, double, int, int>)
       .def("copy_channels", &add<CopyChannelsStep, int, int, int, int, int, int>)
+      .def("mix", &add_mix, "x"_a, "y"_a, "out"_a, "coefficients"_a.none(), "width"_a, "first"_a, "offset"_a)
+      .def("match_magnitude", &add<MagnitudeStep, int, int, int, float>)
+      .def("gaussian_top_k", &add<TopKStep, int, int, float>)
+      .def("scale_channels", &add<ChannelScaleStep, int, int, Floats>)
       .def("sigmoid_gate", &add<SigmoidGateStep, int, int, int, Floats>)
       .def("quantize",
            [](PlanBuilder& b, int x, int slot, int format, int parts) {

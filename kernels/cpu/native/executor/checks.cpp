@@ -144,6 +144,41 @@ struct Plan::Checks {
     return {{step.x}, {step.out}, true};
   }
 
+  Access operator()(const MixStep& step) const {
+    const bool weighed = step.coefficients >= 0;
+    check_alike(step.y, step.out);
+    require(is_line(step.x) && is_line(step.y) && step.x != step.out, "parts of a row mixed in place");
+    require(step.width > 0 && buffer(step.x).width % step.width == 0 && buffer(step.out).width % step.width == 0,
+            "equal parts");
+    const int64_t from = buffer(step.x).width / step.width, to = buffer(step.out).width / step.width;
+    require(step.first >= 0 && step.first <= to && std::isfinite(step.offset), "parts of a row out of range");
+    if (!weighed) return {{step.x, step.y}, {step.out}, true};
+    require(is_line(step.coefficients) && step.coefficients != step.out && buffer(step.coefficients).width == from * to,
+            "a coefficient for each two parts");
+    return {{step.x, step.y, step.coefficients}, {step.out}, true};
+  }
+
+  Access operator()(const MagnitudeStep& step) const {
+    check_alike(step.x, step.out);
+    require(is_line(step.x) && is_line(step.y) && step.y != step.out, "a magnitude of one line");
+    require(buffer(step.x).width % buffer(step.y).width == 0, "parts as wide as the magnitude's line");
+    check_epsilon(step.epsilon);
+    return {{step.x, step.y}, {step.out}, true};
+  }
+
+  Access operator()(const TopKStep& step) const {
+    check_alike(step.x, step.out);
+    require(is_line(step.x) && std::isfinite(step.factor), "a quantile that is no number");
+    return {{step.x}, {step.out}, true};
+  }
+
+  Access operator()(const ChannelScaleStep& step) const {
+    check_alike(step.x, step.out);
+    require(is_line(step.x) && step.weight.size() == static_cast<size_t>(buffer(step.x).width),
+            "channels scaled by a weight of another width");
+    return {{step.x}, {step.out}, true};
+  }
+
   Access operator()(const SigmoidGateStep& step) const {
     check_alike(step.y, step.out);
     require(is_line(step.x) && is_line(step.y), "a gate is one number a row");

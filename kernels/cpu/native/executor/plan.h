@@ -119,6 +119,25 @@ struct CopyChannelsStep {  // of each part of a line of x channels [x_start, x_s
   BufferId x, out;
   int parts, x_start, out_start, channels;
 };
+struct MixStep {  // part i of out = that of y + the sum over j of (coefficients[i][j] + offset) * part j of x, of `width`
+                  // channels each; those before `first` are copied
+  BufferId x, y, out;
+  BufferId coefficients;  // -1: each factor is 1
+  int width, first;
+  float offset;
+};
+struct MagnitudeStep {  // each part of out = that of x with the magnitude of y
+  BufferId x, y, out;
+  float epsilon;
+};
+struct TopKStep {  // out = max(x - mean - factor * standard deviation, 0)
+  BufferId x, out;
+  float factor;
+};
+struct ChannelScaleStep {  // out = x * weight
+  BufferId x, out;
+  std::vector<float> weight;
+};
 struct SigmoidGateStep {  // out = y * sigmoid(x . weight)
   BufferId x, y, out;
   std::vector<float> weight;
@@ -259,6 +278,7 @@ struct ScanStep {  // Mamba 2: x has the channels of all heads, then b and c of 
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
                           ElementwiseStep, AddAdaptedStep, PositionScaleStep, CopyChannelsStep, SigmoidGateStep,
+                          MixStep, MagnitudeStep, TopKStep, ChannelScaleStep,
                           DecayStep, QuantizeStep, ChooseStep, ExpertRowStep, PlaceExpertsStep, WeighStep, CombineStep,
                           SelectStep, OutputStep, MatmulStep, ExpertsStep, HeadsStep, AttentionStep, ConvolveStep,
                           DeltaRuleStep, ScanStep>;

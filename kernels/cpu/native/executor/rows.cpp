@@ -113,6 +113,31 @@ struct RowStep {
       memcpy(to, from, static_cast<size_t>(step.channels) * sizeof(float));
   }
 
+  void operator()(const MixStep& step) const {
+    const int width = step.width, parts = worker.line_width(step.x) / width;
+    const float *y = line(step.y), *factors = step.coefficients < 0 ? nullptr : line(step.coefficients);
+    float* out = line(step.out);
+    if (step.out != step.y) copy(y, step.out);
+    for (int i = step.first; i < worker.line_width(step.out) / width; i++)
+      for (int j = 0; j < parts; j++)
+        vector().add_scaled(line(step.x) + j * width, factors == nullptr ? 1.0f : factors[i * parts + j] + step.offset,
+                            width, out + i * width);
+  }
+
+  void operator()(const MagnitudeStep& step) const {
+    const int width = worker.line_width(step.y);
+    for (int i = 0; i < worker.line_width(step.x); i += width)
+      vector().match_magnitude(line(step.x) + i, line(step.y), step.epsilon, width, line(step.out) + i);
+  }
+
+  void operator()(const TopKStep& step) const {
+    vector().gaussian_top_k(line(step.x), step.factor, worker.line_width(step.x), line(step.out));
+  }
+
+  void operator()(const ChannelScaleStep& step) const {
+    vector().elementwise(RowOp::mul, line(step.x), step.weight.data(), 0, worker.line_width(step.out), line(step.out));
+  }
+
   void operator()(const SigmoidGateStep& step) const {
     const float *y = line(step.y), *weight = step.weight.data();
     const float factor = vector().sigmoid_dot(line(step.x), weight, static_cast<int>(step.weight.size()));

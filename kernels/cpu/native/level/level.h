@@ -43,6 +43,10 @@ struct VectorOps {
   void (*softmax)(float* x, int n);
   // out = exp(weight * softplus(x + bias)); out may be x.
   void (*decay)(const float* x, const float* weight, const float* bias, int n, float* out);
+  // out = x * (sqrt(mean(y^2)) / sqrt(max(mean(x^2), epsilon))); out may be x. Sums are taken in 64 interleaved lanes.
+  void (*match_magnitude)(const float* x, const float* y, float epsilon, int n, float* out);
+  // out = max((x - mean) - factor * sqrt(mean((x - mean)^2)), 0), NaN of NaN; out may be x. Likewise.
+  void (*gaussian_top_k)(const float* x, float factor, int n, float* out);
 };
 
 inline constexpr int kRankBlock = 64;

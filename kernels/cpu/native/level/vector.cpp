@@ -29,13 +29,17 @@ INLINE F32x16 sum_of(const float* x, int n) {
   return broadcast(sum_interleaved(n, [x](F32x16 sum, int i, auto read) { return add(sum, read(x + i)); }));
 }
 
-// 1 / sqrt(mean(x^2) + epsilon)
-INLINE F32x16 inverse_root(const float* x, float epsilon, int n) {
+INLINE float mean_of_squares(const float* x, int n) {
   const float squares = sum_interleaved(n, [x](F32x16 sum, int i, auto read) {
     const F32x16 v = read(x + i);
     return fma(v, v, sum);
   });
-  return broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + epsilon));
+  return squares / static_cast<float>(n);
+}
+
+// 1 / sqrt(mean(x^2) + epsilon)
+INLINE F32x16 inverse_root(const float* x, float epsilon, int n) {
+  return broadcast(1.0f / __builtin_sqrtf(mean_of_squares(x, n) + epsilon));
 }
 
 void rms_norm(const float* x, const float* weight, float epsilon, int n, float* out) {
@@ -43,9 +47,14 @@ void rms_norm(const float* x, const float* weight, float epsilon, int n, float* 
   each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(mul(read(x + i), scale), read(weight + i))); });
 }
 
-void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int n, float* out) {
+// out = x - mean(x)
+INLINE void centre(const float* x, int n, float* out) {
   const F32x16 mean = div(sum_of(x, n), broadcast(static_cast<float>(n)));
   each_lanes(n, [&](int i, auto read, auto write) { write(out + i, sub(read(x + i), mean)); });
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int n, float* out) {
+  centre(x, n, out);
   const F32x16 scale = inverse_root(out, epsilon, n);
   each_lanes(n, [&](int i, auto read, auto write) {
     write(out + i, fma(mul(read(out + i), scale), read(weight + i), read(bias + i)));
@@ -119,9 +128,22 @@ void decay(const float* x, const float* weight, const float* bias, int n, float*
   });
 }
 
+void match_magnitude(const float* x, const float* y, float epsilon, int n, float* out) {
+  const float mean = mean_of_squares(x, n), least = epsilon > mean ? epsilon : mean;  // NaN of NaN
+  const F32x16 factor = broadcast(__builtin_sqrtf(mean_of_squares(y, n)) / __builtin_sqrtf(least));
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(read(x + i), factor)); });
+}
+
+void gaussian_top_k(const float* x, float factor, int n, float* out) {
+  centre(x, n, out);
+  const F32x16 cutoff = broadcast(factor * __builtin_sqrtf(mean_of_squares(out, n)));
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, max(zero(), sub(read(out + i), cutoff))); });
+}
+
 }  // namespace
 
 extern const VectorOps vector_ops;
-const VectorOps vector_ops = {rms_norm, layer_norm, rope, elementwise, sigmoid_dot, add_scaled, softmax, decay};
+const VectorOps vector_ops = {rms_norm,   layer_norm, rope,  elementwise,     sigmoid_dot,
+                              add_scaled, softmax,    decay, match_magnitude, gaussian_top_k};
 
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -1,0 +1,32 @@
+"""Steps that mix the parts of a row, in NumPy: each in float64, a row by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.reference.kv import Float64
+from llamaclust.model import program as ir
+
+
+def mix(step: ir.Mix, x: Float32, y: Float32, coefficients: Float32 | None) -> Float64:
+    parts, out = (rows.reshape(len(rows), -1, step.width).astype(np.float64) for rows in (x, y))
+    shape = len(x), out.shape[1], parts.shape[1]
+    factors = np.ones(shape) if coefficients is None else coefficients.reshape(shape).astype(np.float64) + step.offset
+    added: Float64 = np.einsum("rij,rjc->ric", factors, parts)
+    out[:, step.first :] += added[:, step.first :]
+    return out.reshape(y.shape)
+
+
+def match_magnitude(step: ir.MatchMagnitude, x: Float32, y: Float32) -> Float64:
+    parts = x.reshape(len(x), -1, step.y.width).astype(np.float64)
+    wanted = np.mean(y.astype(np.float64) ** 2, axis=1)[:, None, None]
+    found = np.maximum(np.mean(parts**2, axis=2, keepdims=True), np.float32(step.epsilon))
+    return np.asarray(parts * np.sqrt(wanted / found)).reshape(x.shape)
+
+
+def gaussian_top_k(x: Float32, factor: float) -> Float64:
+    wide = x.astype(np.float64)
+    centred: Float64 = wide - np.mean(wide, axis=1, keepdims=True)
+    deviation = np.sqrt(np.mean(centred**2, axis=1, keepdims=True))
+    return np.maximum(centred - np.float32(factor) * deviation, 0)

@@ -1,0 +1,1 @@
+"""Gemma and what its later versions have in common."""

@@ -1,0 +1,81 @@
+"""Attention of Gemma's E models and of Gemma 4: layers of two kinds, scores that are not scaled, normed values, and
+last layers that read the keys and values of others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from llamaclust.model import program as ir
+from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.hyperparameters import SHARED_KV_KEY, ModelKeys
+from llamaclust.model.program import Buffer, RopeTable
+from llamaclust.model.step_options import RopeStyle
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """Channels of a head, rotation and window of windowed layers, or of the others."""
+
+    head_dim: int
+    table: RopeTable
+    window: int | None = None
+
+
+def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
+    """The layer whose keys and values each layer reads: its own, or of the last layers the last one of its kind before
+    them."""
+    layers = len(windowed)
+    first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
+    last = {windowed[layer]: layer for layer in range(first)}
+    for layer in range(first, layers):
+        if windowed[layer] not in last:
+            raise keys.error(SHARED_KV_KEY, f"{layers - first}, and no layer before has the window of layer {layer}")
+    return [layer if layer < first else last[windowed[layer]] for layer in range(layers)]
+
+
+def attention(
+    builder: ProgramBuilder, layer: int, source: int, kind: LayerKind, buffers: tuple[Buffer, Buffer]
+) -> Iterator[ir.Step]:
+    """Of the first of the buffers into the second one. `source`: the layer whose keys and values are read."""
+    hp, prefix, (normed, projected) = builder.hyperparameters, f"blk.{layer}", buffers
+    kv_heads, shares_kv = builder.kv_heads(layer), source != layer
+    query, out = (Buffer(name, hp.head_count * kind.head_dim) for name in ("query", "attended"))
+    key, value = (Buffer(name, kv_heads * kind.head_dim) for name in ("key", "value"))
+    yield builder.product(f"{prefix}.attn_q", normed, query)
+    if not shares_kv:
+        yield from _keys_and_values(builder, prefix, kind, normed, (key, value))
+    yield _norm(builder, f"{prefix}.attn_q_norm", query, kind)
+    for x, heads in ((query, hp.head_count), (key, kv_heads))[: 1 if shares_kv else 2]:
+        yield ir.Rope(x, heads, kind.head_dim, RopeStyle.NEOX, kind.table)
+    yield ir.Attention(
+        *(query, key, value, out, source),
+        heads=hp.head_count,
+        kv_heads=kv_heads,
+        head_dim=kind.head_dim,
+        scale=1.0,
+        kv_type=builder.kv_type,
+        window=kind.window,
+        shares_kv=shares_kv,
+    )
+    yield builder.product(f"{prefix}.attn_output", out, projected)
+
+
+def _keys_and_values(
+    builder: ProgramBuilder, prefix: str, kind: LayerKind, normed: Buffer, stored: tuple[Buffer, Buffer]
+) -> Iterator[ir.Step]:
+    """Both normed; where values have no weight, they are the keys before those are normed."""
+    key, value = stored
+    yield builder.product(f"{prefix}.attn_k", normed, key)
+    is_apart = builder.has(f"{prefix}.attn_v.weight")
+    if is_apart:
+        yield builder.product(f"{prefix}.attn_v", normed, value)
+    heads = value.width // kind.head_dim
+    yield ir.RmsNorm(value if is_apart else key, value, None, builder.rms_epsilon, heads)
+    yield _norm(builder, f"{prefix}.attn_k_norm", key, kind)
+
+
+def _norm(builder: ProgramBuilder, name: str, x: Buffer, kind: LayerKind) -> ir.RmsNorm:
+    """Of each head."""
+    weight = builder.vector(f"{name}.weight", kind.head_dim)
+    return ir.RmsNorm(x, x, weight, builder.rms_epsilon, x.width // kind.head_dim)

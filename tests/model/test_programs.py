@@ -19,7 +19,18 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import FileIdentity
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Attention, Join, Moe, Program, RmsNorm, Rope, RopeTable, Slice, SoftCap
+from llamaclust.model.program import (
+    Attention,
+    GaussianTopK,
+    Join,
+    Moe,
+    Program,
+    RmsNorm,
+    Rope,
+    RopeTable,
+    Slice,
+    SoftCap,
+)
 from llamaclust.model.step_options import Gating
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
 from llamaclust.worker.stage.stage_runner import model_program
@@ -131,6 +142,34 @@ def test_last_layers_read_the_keys_and_values_of_others(make: Callable[..., Mode
     assert [step.shares_kv for step in attention] == [False] * 3 + [True] * 3
     with pytest.raises(ModelFileError, match="shared_kv_layers': 5, and no layer before has the window of layer 2"):
         whole(make("gemma4-inputs", attention__shared_kv_layers=5))
+
+
+def test_sparse_layers_of_gemma_3n_are_those_of_the_file(make: Callable[..., ModelFile]) -> None:
+    """Layers of -inf have no such step; the number is that of the file."""
+    scales = np.array([1.5, -np.inf, -0.25] + [-np.inf] * 19, np.float32)
+    steps = whole(make("gemma3n", activation_sparsity_scale=scales)).steps
+    assert [step.factor for step in steps if isinstance(step, GaussianTopK)] == [1.5, -0.25]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("activation_sparsity_scale", np.ones(21, np.float32), "21 numbers for 22 layers"),
+        ("activation_sparsity_scale", np.full(22, np.nan, np.float32), "nan, -inf or -16 to 16 expected"),
+        ("activation_sparsity_scale", np.full(22, np.inf, np.float32), "inf, -inf or -16 to 16 expected"),
+        ("activation_sparsity_scale", 1.5, "an array of numbers for 22 layers expected"),
+        ("activation_sparsity_scale", None, "missing"),
+        ("altup__num_inputs", 1, "1, 2 to 16 expected"),
+        ("altup__num_inputs", None, "missing"),
+        ("altup__active_idx", 4, "4, 0 to 3 expected"),
+        ("attention__shared_kv_layers", None, "missing"),
+        ("attention__sliding_window", 0, "0, 1 to"),
+        ("embedding_length_per_layer_input", 0, "0, 1 to"),
+    ],
+)
+def test_keys_of_gemma_3n_are_checked(make: Callable[..., ModelFile], key: str, value: object, message: str) -> None:
+    with pytest.raises(ModelFileError, match=f"{key.replace('__', '.')}'?: .*{message}"):
+        whole(make("gemma3n", **{key: value}))
 
 
 def test_a_layer_without_kv_heads_has_no_attention(make: Callable[..., ModelFile]) -> None:

@@ -251,6 +251,11 @@ class Model:
         with _named(self.file.path):
             return read_ranking(self.file.metadata, self.tokenizer, of_last=self.is_causal)
 
+    @property
+    def hidden_bytes(self) -> int:
+        """Of one token, as it goes from stage to stage: at most, behind the first layer. 0 for a single layer."""
+        return 4 * self.program(0, 1).out.width if self.layer_count > 1 else 0
+
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
         """The tensors that the program names."""
         return {name: shard_of(self.file.tensor(whole_name(name)), name) for name in program.weights}
@@ -278,7 +283,7 @@ class Model:
             layers=tuple(cost for of_layer in costs for cost in of_layer),
             float_head_macs=float_macs(tensors, head),
             head_file_bytes=weight_bytes(tensors, head, file_bytes),
-            hidden_bytes=4 * self.program(0, 1).out.width if self.layer_count > 1 else 0,
+            hidden_bytes=self.hidden_bytes,
             cut_bytes=max((4 * part.hidden.width for _, *others in parts for part in others), default=0),
             expert_shards=expert_shards,
         )

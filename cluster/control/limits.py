@@ -58,11 +58,12 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
 
 def _check_frames(config: ClusterConfig, model: Model) -> None:
     """A microbatch and its hidden state cross a link as one message."""
-    width = model.hyperparameters.embedding_length
-    room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // (4 * width)
-    if len(config.workers) > 1 and max_batch_tokens(config) > room:
+    if len(config.workers) < 2 or not (token_bytes := model.hidden_bytes):
+        return
+    room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
+    if max_batch_tokens(config) > room:
         asked = f"prefill_chunk and max_sequences make microbatches of {max_batch_tokens(config)} tokens"
-        raise UsageError(f"{asked}: {room} tokens of {4 * width} bytes fit in a message between workers; lower them")
+        raise UsageError(f"{asked}: {room} tokens of {token_bytes} bytes fit in a message between workers; lower them")
 
 
 def says_placement(config: ClusterConfig) -> bool:

@@ -90,6 +90,7 @@ def test_every_tensor_is_named_checked_and_counted(make: Callable[..., ModelFile
     assert [stage.hidden.width for stage in cut[1:]] == [stage.out.width for stage in cut[:-1]]
     opened = Model(file)
     costs = opened.costs(KvType.F16)
+    assert costs.hidden_bytes == opened.hidden_bytes == max(4 * stage.out.width for stage in cut[:-1])
     held = costs.head_bytes + sum(layer.weight_bytes for layer in costs.layers)
     held += costs.embedding_bytes - (file.tensor("token_embd.weight").resident_bytes if MODELS[name].tied else 0)
     tensors = opened.file.tensors  # in the shapes that programs read

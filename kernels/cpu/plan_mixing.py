@@ -22,6 +22,6 @@ def add_mixing(plan: Plan, step: MixingStep, reads: Sequence[int], out: int, wei
             y, *coefficients = others
             plan.mix(x, y, out, coefficients[0] if coefficients else None, step.width, step.first, step.offset)
         case ir.MatchMagnitude():
-            plan.match_magnitude(x, *others, out, step.epsilon)
+            plan.match_magnitude(x, others[0], out, step.epsilon)
         case ir.GaussianTopK():
             plan.gaussian_top_k(x, out, step.factor)

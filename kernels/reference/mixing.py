@@ -29,4 +29,4 @@ def gaussian_top_k(x: Float32, factor: float) -> Float64:
     wide = x.astype(np.float64)
     centred: Float64 = wide - np.mean(wide, axis=1, keepdims=True)
     deviation = np.sqrt(np.mean(centred**2, axis=1, keepdims=True))
-    return np.maximum(centred - np.float32(factor) * deviation, 0)
+    return np.asarray(np.maximum(centred - np.float32(factor) * deviation, 0))

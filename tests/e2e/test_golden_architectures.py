@@ -90,6 +90,7 @@ CHECKSUMS = {
     "hunyuan-moe": "181f6c7a",
     "bailingmoe2": "7b0ea894",
     "minimax-m2": "eb420101",
+    "gemma3n": "36b8b827",
     "gemma4": "39c2f2c9",
     "gemma4-experts": "bbcedb29",
     "gemma4-inputs": "137c8395",

@@ -42,7 +42,11 @@ def borders_of(model: Model) -> tuple[int, ...]:
     return model.costs(KvType.F16).borders
 
 
-@pytest.mark.parametrize("name", MODELS)
+UNDIVIDED = ("gemma3n",)
+"""Models whose layers are on one device of a worker: further buffers than one go between them."""
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in UNDIVIDED])
 def test_layers_are_those_that_the_architecture_emits(open_model: Callable[[str], Model], name: str) -> None:
     model = open_model(name)
     whole, borders = model.program(0, model.layer_count), borders_of(model)

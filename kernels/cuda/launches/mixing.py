@@ -31,8 +31,9 @@ def scale_by_weight(step: ScaleByWeight, x: np.uint64, weight: np.uint64, out: n
 def mix(step: Mix, reads: Sequence[np.uint64], out: np.uint64, rows: RowCount) -> Launch:
     """`reads`: x, y, and the coefficients if there are any."""
     x, y, coefficients = (*reads, NULL)[:3]
-    figures = step.width, step.first, step.x.width // step.width, step.out.width // step.width
-    args = (x, y, coefficients, np.float32(step.offset), *map(np.int32, figures), rows.address, out)
+    x_parts, parts = np.int32(step.x.width // step.width), np.int32(step.out.width // step.width)
+    figures = np.float32(step.offset), np.int32(step.width), np.int32(step.first), x_parts, parts
+    args = (x, y, coefficients, *figures, rows.address, out)
     return _launch("mix", -(-step.out.width // _BLOCK_CHANNELS), rows, args)
 
 

@@ -47,6 +47,8 @@ _PACKED = (
     "router.per_expert_scale",
     "kv_b_proj",
     "self_attn.A_log",
+    "altup_projections.",
+    "altup_unembed_projections.",
 )
 """Tensors that become several, or become one with others, or belong to another tensor."""
 
@@ -74,7 +76,7 @@ def as_in_table(name: str) -> str:
     """The name that llama.cpp's conversion looks up."""
     for ours, theirs in _OTHER_NAMES:
         name = name.replace(ours, theirs)
-    return f"{name}.weight" if name.endswith((".sinks", ".layer_scalar")) else name
+    return f"{name}.weight" if name.endswith((".sinks", ".layer_scalar", ".correct_output_scale")) else name
 
 
 def named(table: gguf.TensorNameMap, name: str) -> str | None:

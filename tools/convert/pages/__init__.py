@@ -13,9 +13,6 @@ from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import (
     dense,
     falcon,
-    gemma,
-    gemma3n,
-    gemma4,
     glm,
     glm_moe,
     gpt,
@@ -29,6 +26,7 @@ from llamaclust.tools.convert.pages import (
     qwen,
     qwen_delta,
 )
+from llamaclust.tools.convert.pages.gemma import gemma, gemma3n, gemma4
 from llamaclust.tools.convert.pages.latent import deepseek
 from llamaclust.tools.convert.pages.recurrent import falcon_h1, granite_hybrid, kimi, lfm2, nemotron_h
 from llamaclust.tools.convert.pages.text_parts import MULTIMODAL, text_part

@@ -12,7 +12,7 @@ GEMMA3N_KEYS: dict[str, Any] = {
     "sliding_window": 64,
     "layer_types": ["full_attention"] * LAYERS,
     "num_kv_shared_layers": 1,
-    "vocab_size_per_layer_input": WORDS - 20,
+    "vocab_size_per_layer_input": WORDS,
     "hidden_size_per_layer_input": _INPUT,
     "laurel_rank": _RANK,
     "altup_num_inputs": _COPIES,
@@ -41,7 +41,7 @@ def gemma3n_ends() -> Shapes:
     """What is in no layer, beside the embedding and its norm."""
     matrices = [f"model.{name}.{copy}" for name in _PROJECTIONS for copy in range(_COPIES - 1)]
     return {
-        "model.embed_tokens_per_layer.weight": (WORDS - 20, LAYERS * _INPUT),
+        "model.embed_tokens_per_layer.weight": (WORDS, LAYERS * _INPUT),
         "model.per_layer_model_projection.weight": (LAYERS * _INPUT, HIDDEN),
         "model.per_layer_projection_norm.weight": (_INPUT,),
         **{f"{name}.weight": (HIDDEN, HIDDEN) for name in matrices},

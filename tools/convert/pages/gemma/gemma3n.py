@@ -12,7 +12,7 @@ from llamaclust.model.checkpoints.settings import MAX_WIDTH
 from llamaclust.tools.convert.lazy import gathered, stacked
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
-from llamaclust.tools.convert.pages.layer_inputs import layer_input, projected_inputs
+from llamaclust.tools.convert.pages.gemma.layer_inputs import layer_input, projected_inputs
 from llamaclust.tools.convert.rotation import local_base, rotation
 from llamaclust.tools.convert.settings import MAX_CAP, MAX_CONTEXT, MAX_WORDS
 

@@ -11,7 +11,7 @@ from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.tools.convert.lazy import constant
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
-from llamaclust.tools.convert.pages.layer_inputs import layer_input, projected_inputs
+from llamaclust.tools.convert.pages.gemma.layer_inputs import layer_input, projected_inputs
 from llamaclust.tools.convert.rotation import local_base
 from llamaclust.tools.convert.settings import MAX_CAP, MAX_CONTEXT
 

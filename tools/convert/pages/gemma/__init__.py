@@ -1,0 +1,1 @@
+"""Gemma, and what its E models have in common."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from llamaclust.kernels.backend import Float32
@@ -9,7 +11,9 @@ from llamaclust.kernels.reference.kv import Float64
 from llamaclust.model import program as ir
 
 
-def mix(step: ir.Mix, x: Float32, y: Float32, coefficients: Float32 | None) -> Float64:
+def mix(step: ir.Mix, buffers: Mapping[str, Float32]) -> Float64:
+    x, y = buffers[step.x.name], buffers[step.y.name]
+    coefficients = None if step.coefficients is None else buffers[step.coefficients.name]
     parts, out = (rows.reshape(len(rows), -1, step.width).astype(np.float64) for rows in (x, y))
     shape = len(x), out.shape[1], parts.shape[1]
     factors = np.ones(shape) if coefficients is None else coefficients.reshape(shape).astype(np.float64) + step.offset

@@ -115,8 +115,7 @@ def run_step(step: ir.Step, state: State) -> None:
             parts = [of_heads(state[part], step.heads) for part in (step.x, step.y)]
             state[step.out] = np.concatenate(parts, axis=2).reshape(-1, step.out.width)
         case ir.Mix():
-            coefficients = None if step.coefficients is None else state[step.coefficients]
-            state[step.out] = mix(step, state[step.x], state[step.y], coefficients)
+            state[step.out] = mix(step, state.buffers)
         case ir.MatchMagnitude():
             state[step.out] = match_magnitude(step, state[step.x], state[step.y])
         case ir.GaussianTopK():

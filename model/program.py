@@ -11,10 +11,25 @@ from dataclasses import dataclass
 
 from llamaclust.model.delta_rule import Decay, DeltaRule
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
-from llamaclust.model.mixing import GaussianTopK, MatchMagnitude, Mix, MixingStep, ScaleByWeight
 from llamaclust.model.mixtures.exchange import Exchange
 from llamaclust.model.mixtures.steps import ExpertChoice, ExpertShards, ExpertSum, Moe
-from llamaclust.model.row_steps import Activate, Add, Buffer, Join, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
+from llamaclust.model.row_steps import (
+    Activate,
+    Add,
+    Buffer,
+    GaussianTopK,
+    Join,
+    MatchMagnitude,
+    Mix,
+    MixingStep,
+    Mul,
+    PositionScale,
+    Scale,
+    ScaleByWeight,
+    SiluMul,
+    Slice,
+    SoftCap,
+)
 from llamaclust.model.scan import Scan
 from llamaclust.model.states import Convolution, SequenceState, StatePart
 from llamaclust.model.step_options import RopeStyle

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from llamaclust.kernels._native import Plan
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
-from llamaclust.model.mixing import MixingStep
+from llamaclust.model.row_steps import MixingStep
 
 
 def add_mixing(plan: Plan, step: MixingStep, reads: Sequence[int], out: int, weights: Mapping[str, Weight]) -> None:

@@ -94,22 +94,28 @@ class Placement:
         return layer < self.cpu_moe
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
-        """Numbers of the devices that may hold the layer: 0 is RAM, others are the GPUs in order."""
+        """Numbers of the devices that may hold the layer: 0 is RAM, others are the GPUs in order. All of them where the
+        rules name a GPU of another worker: no stage of this one has the layer (`check`)."""
         said = self.layers[layer] if self.layers else None
-        if said is None:
+        if said is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
         if said in (RAM, ANY_GPU):
             return range(1) if said == RAM else range(1, len(gpus) + 1)
         return range((at := gpus.index(said) + 1), at + 1)
+
+    def missing(self, gpus: Sequence[str], start: int, end: int) -> str | None:
+        """A GPU that the rules name for layers [start, end), and that is not among these."""
+        known = (None, RAM, ANY_GPU, *gpus)
+        return next((said for said in self.layers[start:end] if said not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
         """UsageError for what the devices of a stage of layers [start, end) cannot be: they hold layers in order, first
         RAM, then the GPUs. Without GPUs, all is in RAM."""
         if not gpus:
             return
-        for said in self.layers[start:end]:
-            if said not in (None, RAM, ANY_GPU, *gpus):
-                raise UsageError(f"placement: there is no {said} among {', '.join(gpus)}; name one of these, or gpu")
+        missing = self.missing(gpus, start, end)
+        if missing is not None:
+            raise UsageError(f"placement: there is no {missing} among {', '.join(gpus)}; name one of these, or gpu")
         least, held_up, first_open = 0, start, None
         for layer in range(start, end):
             devices = self.devices_of(layer, gpus)

@@ -23,11 +23,19 @@ def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[
         found[worker] = known[key]
         stages = [entry.layers for entry in config.plan if entry.worker == worker] if config.plan else None
         for start, end in [(0, model.layer_count)] if stages is None else stages:
-            try:
-                known[key].check(devices, floor(start), ceil(end))
-            except UsageError as error:
-                raise UsageError(f"{error} (worker {worker})") from error
+            _check_stage(known[key], worker, gpus, floor(start), ceil(end))
     return found
+
+
+def _check_stage(placement: Placement, worker: str, gpus: Mapping[str, Sequence[str]], start: int, end: int) -> None:
+    """UsageError for what a worker's stage of layers [start, end) cannot be."""
+    try:
+        placement.check(gpus[worker], start, end)
+    except UsageError as error:
+        own = placement.missing(gpus[worker], start, end)
+        others = [name for name, devices in gpus.items() if own in devices]
+        where = f", or limit the rule to workers that have it: workers: [{', '.join(others)}]" if others else ""
+        raise UsageError(f"{error}{where} (worker {worker})") from error
 
 
 def check_placement(config: ClusterConfig, model: Model) -> None:

@@ -1,0 +1,77 @@
+"""Plans of clusters whose workers have different GPUs: rules for one of them, and layers that are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.limits import check_plan
+from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
+from llamaclust.cluster.control.resources.resource_shares import WorkerResources
+from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.core.errors import UsageError
+from llamaclust.core.gpus import Gpu
+from llamaclust.core.sizes import MIB
+from llamaclust.model.loader import Model
+from support.models.tiny_architectures import build_architecture
+from support.models.tiny_model import build_tiny_model
+
+DEVICES = {"w1": "cuda:0", "w2": "cuda:0,cuda:1"}
+BY_HAND = [{"worker": "w1", "layers": [0, 1]}, {"worker": "w2", "layers": [1, 3]}]
+RULE = {"tensors": r"blk\.2\.", "device": "CUDA1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Three layers with experts."""
+    return Model.open(build_architecture(tmp_path_factory.mktemp("gpus") / "m.gguf", "llama-experts"))
+
+
+def planned(
+    model: Model,
+    devices: Mapping[str, str],
+    memory_bytes: int = 8192 * MIB,
+    gpu_bytes: int = 1024 * MIB,
+    **values: object,
+) -> Plan:
+    """Of workers that have so much memory, and their GPUs so much each; what `up` checks first is checked."""
+    workers = [{"name": name, "device": device, "threads": 1} for name, device in devices.items()]
+    settings = {"model": "m.gguf", "workers": workers, "context_length": 64, "max_sequences": 1, **values}
+    config = ClusterConfig.model_validate(settings)
+    check_plan(config, model)
+    resources = {
+        name: WorkerResources(
+            threads=1,
+            free_memory_bytes=memory_bytes,
+            machine=name,
+            machine_free_bytes=0,
+            gpus=tuple(Gpu(gpu, "G", gpu_bytes, gpu_bytes) for gpu in device.split(",") if gpu != "cpu"),
+        )
+        for name, device in devices.items()
+    }
+    return plan_cluster(config, model, ClusterResources(resources, {}))
+
+
+def test_a_rule_for_a_gpu_of_one_worker(model: Model) -> None:
+    """Another worker has no such GPU, and none of the rule's layers."""
+    plan = planned(model, DEVICES, plan=BY_HAND, placement=[RULE])
+    (first, second) = plan.stages
+    assert (first.worker, second.worker) == ("w1", "w2")
+    assert [part.device for part in second.device_layers if part.start <= 2 < part.end] == ["cuda:1"]
+    limited = planned(model, DEVICES, placement=[{**RULE, "workers": ["w2"]}])
+    held = [part for stage in limited.stages if stage.worker == "w2" for part in stage.device_layers]
+    assert all(part.device == "cuda:1" for part in held if part.start <= 2 < part.end)
+
+
+def test_a_gpu_that_one_of_the_workers_lacks_is_named_with_the_others(model: Model) -> None:
+    for values in ({}, {"plan": [{"worker": "w2", "layers": [0, 1]}, {"worker": "w1", "layers": [1, 3]}]}):
+        with pytest.raises(UsageError) as refused:
+            planned(model, DEVICES, placement=[RULE], **values)
+        told = "there is no cuda:1 among cuda:0; name one of these, or gpu, or limit the rule to workers that have it"
+        assert str(refused.value) == f"placement: {told}: workers: [w2] (worker w1)"
+    with pytest.raises(UsageError, match=r"name one of these, or gpu \(worker w1\)"):
+        planned(model, DEVICES, placement=[{**RULE, "device": "CUDA7"}])

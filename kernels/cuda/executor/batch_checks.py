@@ -19,17 +19,15 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
     """`window`: the largest one of layers that give up KV blocks behind it. ValueError where it exceeds the limits."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
-    for what, value, most in (
-        ("rows", rows, limits.max_batch_tokens),
-        ("sequences", len(starts) - 1, limits.max_sequences),
-        ("outputs", len(outputs), limits.max_outputs),
-    ):
-        if value > most:
-            raise ValueError(f"batch: {what} {value} against {most}")
+    _check_range("rows", rows, 1, limits.max_batch_tokens + 1)
     _check_starts("sequence_starts", starts, rows, 1)
+    _check_range("sequences", len(starts) - 1, 1, limits.max_sequences + 1)
+    _check_range("outputs", len(outputs), 0, limits.max_outputs + 1)
     _check_starts("table_starts", table_starts, blocks, 0)
     if len(table_starts) != len(starts):
         raise ValueError(f"batch: table_starts {len(table_starts)} against {len(starts)}")
+    if len(batch.tokens) != rows:
+        raise ValueError(f"batch: tokens {len(batch.tokens)} against {rows}")
     least = 0
     for row in outputs:
         _check_range("output row", row, least, rows)

@@ -48,6 +48,8 @@ CASES: dict[str, tuple[str, Callable[[Batch], Int32]]] = {
     "output row 2 against": ("output_rows", lambda batch: changed(batch.output_rows, 1, 2)),
     "sequence_starts 4 against 4": ("sequence_starts", lambda batch: changed(batch.sequence_starts, 1, 4)),
     "table_starts 4 against 5": ("table_starts", lambda batch: changed(batch.table_starts, 2, 4)),
+    "tokens 3 against 4": ("tokens", lambda batch: batch.tokens[:3]),
+    "outputs 65 against": ("output_rows", lambda batch: np.arange(65, dtype=np.int32)),
 }
 
 
@@ -64,6 +66,12 @@ def with_numbers(batch: Batch, field: str, numbers: Int32) -> Batch:
 def windows(batch: Batch) -> Int32:
     assert batch.window_tables is not None
     return batch.window_tables
+
+
+def empty() -> Batch:
+    none = np.array([], np.int32)
+    starts = np.zeros(1, np.int32)
+    return Batch(none, none, starts, starts, none, none, window_tables=none)
 
 
 def is_refused(check: Callable[[], object]) -> bool:
@@ -92,6 +100,12 @@ def test_each_is_named(stage: Stage, message: str) -> None:
     assert is_refused(lambda: stage.run(bad, None))
 
 
+def test_an_empty_batch_is_refused(stage: Stage) -> None:
+    with pytest.raises(ValueError, match="batch: rows 0 against"):
+        check_batch(empty(), WINDOW_LIMITS, WINDOW)
+    assert is_refused(lambda: stage.run(empty(), None))
+
+
 def test_stages_refuse_before_they_compute(opened: Open, cuda: CudaBackend) -> None:
     stage = load_stage(cuda, opened("gemma2"), limits=WINDOW_LIMITS)
     for field, change in CASES.values():
@@ -100,17 +114,23 @@ def test_stages_refuse_before_they_compute(opened: Open, cuda: CudaBackend) -> N
     stage.close()
 
 
+def damaged(random: Random, field: str, numbers: Int32) -> Int32:
+    """With another number in one place, or with some less or more of them; tokens are not of the GPU's checks."""
+    if field == "tokens" or random.random() < 0.3:
+        kept = numbers[: random.randrange(len(numbers) + 1)]
+        return random.choice([kept, np.append(numbers, numbers[-1:] + random.choice([0, 1])), kept[:0]])
+    near = int(random.choice(numbers.tolist())) + random.choice([-17, -1, 0, 1, 16])
+    return changed(numbers, random.randrange(len(numbers)), near)
+
+
 def test_random_damage_is_refused_where_the_processor_refuses_it(stage: Stage) -> None:
     random = Random(SEED)
-    fields = ("positions", "sequence_starts", "table_starts", "block_tables", "output_rows", "window_tables")
+    fields = ("positions", "sequence_starts", "table_starts", "block_tables", "output_rows", "window_tables", "tokens")
     refused = 0
     for _ in range(DAMAGES):
         batch = whole()
         for field in random.sample(fields, random.choice([1, 1, 2])):
-            numbers: Int32 = getattr(batch, field)
-            near = int(random.choice(numbers.tolist())) + random.choice([-17, -1, 0, 1, 16])
-            at = random.randrange(len(numbers))
-            batch = with_numbers(batch, field, changed(numbers, at, near))
+            batch = with_numbers(batch, field, damaged(random, field, getattr(batch, field)))
         by_cpu = is_refused(partial(stage.run, batch, None))
         assert is_refused(partial(check_batch, batch, WINDOW_LIMITS, WINDOW)) == by_cpu, batch
         refused += by_cpu

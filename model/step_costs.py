@@ -85,9 +85,9 @@ def macs(step: Step) -> Sequence[tuple[str | None, int]]:
         case Scan():
             return [(None, 3 * step.out.width * step.state_size)]
         case Moe():
-            of_each = step.x.width * step.used * step.ffn_width
+            down = step.used * step.ffn_width * step.out.width
             inner = [(name, step.x.width * step.used * step.inner_width) for name in step.inner]
-            return [(step.router, (step.routed or step.x).width * step.experts), *inner, (step.down, of_each)]
+            return [(step.router, (step.routed or step.x).width * step.experts), *inner, (step.down, down)]
         case ExpertChoice():
             return [(step.mixture.router, step.x.width * step.mixture.experts)]
         case ExpertShards():
@@ -99,8 +99,9 @@ def macs(step: Step) -> Sequence[tuple[str | None, int]]:
 def _shard_macs(step: ExpertShards, name: str) -> int:
     """Of a token that chooses experts evenly."""
     mixture, (start, end) = step.mixture, map(int, re.findall(r"\d+", name.rpartition("[")[2]))
-    width = mixture.ffn_width if whole_name(name) == mixture.down else mixture.inner_width
-    return mixture.x.width * mixture.used * width * (end - start) // mixture.experts
+    is_down = whole_name(name) == mixture.down
+    size = mixture.ffn_width * mixture.out.width if is_down else mixture.inner_width * mixture.x.width
+    return mixture.used * size * (end - start) // mixture.experts
 
 
 def all_macs(steps: Iterable[Step]) -> int:

@@ -20,8 +20,10 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Attention, Embed, MatMul, Moe, Program, Rope, SelectRows
+from llamaclust.model.mixtures.steps import ExpertChoice, ExpertShards
+from llamaclust.model.program import Attention, Buffer, Embed, MatMul, Moe, Program, Rope, SelectRows
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.step_costs import all_macs, macs
 from llamaclust.model.step_options import RopeStyle
 from support.models.tiny_model import build_tiny_model
 
@@ -286,6 +288,20 @@ def test_costs_add_up_to_all_tensors(make: Callable[..., ModelFile], experts: in
     assert layer.kv_bytes_per_token == 2 * 32 * 2
     assert model.costs(KvType.Q8_0).layers[1].kv_bytes_per_token == 2 * 2 * (16 + 2)
     assert (costs.head_macs, costs.embedding_bytes) == (64 * 320, 64 * 320 * 2)
+
+
+@pytest.mark.parametrize(("gate", "fused"), [("gate", False), ("gate", True), (None, False)])
+def test_products_of_experts_are_counted_by_the_widths_of_both_sides(gate: str | None, fused: bool) -> None:
+    """Of a mixture whose result is wider than its input; its shards have as many together."""
+    x, out, routed = Buffer("x", 48), Buffer("out", 80), Buffer("routed", 96)
+    inner = None if fused else gate
+    mixture = Moe(x, out, "router", inner, "up", "down", experts=8, used=2, ffn_width=32, routed=routed, fused=fused)
+    up = 2 * 2 * 32 * 48 if gate is not None else 2 * 32 * 48
+    assert all_macs([mixture]) == 96 * 8 + up + 2 * 32 * 80
+    assert dict(macs(mixture))["down"] == 2 * 32 * 80
+    choice = ExpertChoice(mixture, Buffer("choice", 4))
+    shards = [ExpertShards(mixture, choice.out, Buffer("results", 160), (range(at, at + 2),)) for at in range(0, 8, 2)]
+    assert all_macs([choice, *shards]) == all_macs([mixture])
 
 
 def test_a_stage_is_given_its_own_tensors_only(make: Callable[..., ModelFile]) -> None:

@@ -153,7 +153,9 @@ def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
         for gpu in worker.get("gpus", ()):
             name = terminal.printable(gpu["name"])
             taken = (gpu["total_bytes"] - gpu["free_bytes"]) / MIB
-            yield f"{worker['name']}: {gpu['device']} {name}, {taken:.0f} of {gpu['total_bytes'] / MIB:.0f} MiB taken"
+            unused = f"; unused: {gpu['unused']}" if gpu.get("unused") else ""
+            total = gpu["total_bytes"] / MIB
+            yield f"{worker['name']}: {gpu['device']} {name}, {taken:.0f} of {total:.0f} MiB taken{unused}"
 
 
 def _device_layers(part: dict[str, Any]) -> DeviceLayers:

@@ -69,6 +69,10 @@ def placed(devices: Sequence[DeviceLayers]) -> str:
     return f"{on_gpus} of {sum(counts.values())} layers on GPUs: {where}"
 
 
+UNUSED_BY_PARTS = "layers are divided by their experts, and parts of layers are computed on processors only"
+"""Why all GPUs of a cluster are unused where whole layers do not fit."""
+
+
 def gpu_names(device: str) -> Sequence[str]:
     """The GPUs of a device as settings name it: "cuda:0,cuda:1"."""
     return device.split(",") if device.startswith(CUDA) else ()

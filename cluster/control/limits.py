@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
@@ -12,6 +12,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.kv_groups import KvGroups, window_group
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import UsageError
+from llamaclust.core.gpus import UNUSED_BY_PARTS, gpu_names
 from llamaclust.core.limits import StageLimits, max_embedded_rows
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES
@@ -54,6 +55,7 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
         shards = manual_shards(config)
         checked(manual_plan(config), names, model.layer_count * shards, shards)
         check_division(config, model, shards)
+        check_parts_on_gpus(config, shards, {worker.name: gpu_names(worker.device) for worker in config.workers})
 
 
 def _check_frames(config: ClusterConfig, model: Model) -> None:
@@ -91,6 +93,15 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
         asked = f"prefill_chunk and max_sequences make microbatches of {max_batch_tokens(config)} tokens"
         what = f"{room} tokens of {row_bytes} bytes fit in a message between parts of a layer"
         raise UsageError(f"{asked}: {what}; lower them")
+
+
+def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
+    """UsageError where the user's plan divides layers and has workers with GPUs, which would not be used. `gpus`: by
+    worker."""
+    for entry in config.plan or () if expert_shards > 1 else ():
+        if devices := gpus.get(entry.worker):
+            what = f"{', '.join(devices)} of {entry.worker} would be unused: {UNUSED_BY_PARTS}"
+            raise UsageError(f"the plan: {what}; set device: cpu for {entry.worker}, or divide no layer")
 
 
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import (
     check_division,
+    check_parts_on_gpus,
     context_length,
     manual_plan,
     manual_shards,
@@ -34,11 +35,11 @@ from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
-from llamaclust.cluster.planner.plan import Plan, Prediction
+from llamaclust.cluster.planner.plan import Plan, Prediction, UnusedGpu
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.predict import predict_again
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
-from llamaclust.core.gpus import Placement
+from llamaclust.core.gpus import UNUSED_BY_PARTS, Placement
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.model.loader import Model, ModelCosts
@@ -107,6 +108,11 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     """The plan with borders after whole layers, or after shards of their experts. Raises as `plan_cluster`."""
     check_division(config, model, expert_shards)
     length, facts = context_length(config, model), _worker_facts(config, resources)
+    if config.plan is not None:
+        check_parts_on_gpus(
+            config, expert_shards, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts}
+        )
+    unused = _unused_gpus(facts) if expert_shards > 1 else ()
     if expert_shards > 1:
         facts = [replace(worker, gpus=(), gpu_layers=None) for worker in facts]
     request = PlanRequest(
@@ -130,7 +136,13 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
         wanted[stage.worker].check_obeyed(stage.device_layers)
     if len(plan.stages) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
-    return plan
+    held = {stage.worker for stage in plan.stages}
+    return replace(plan, unused_gpus=tuple(gpu for gpu in unused if gpu.worker in held))
+
+
+def _unused_gpus(facts: Iterable[WorkerFacts]) -> tuple[UnusedGpu, ...]:
+    """All of them."""
+    return tuple(UnusedGpu(worker.name, gpu.device, UNUSED_BY_PARTS) for worker in facts for gpu in worker.gpus)
 
 
 def predict_served(config: ClusterConfig, model: Model, resources: ClusterResources, plan: Plan) -> Prediction | None:

@@ -58,6 +58,7 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
     bound = [] if gap is None else [f"  within {max(1, ceil(100 * gap))} % of the best that could be"]
     stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
     idle_workers = (f"  {idle.worker}: not used: {idle.reason}" for idle in plan.idle_workers)
+    unused_gpus = (f"  {gpu.device} of {gpu.worker} is unused: {gpu.reason}" for gpu in plan.unused_gpus)
     kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
     if plan.window_blocks:
         kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
@@ -66,7 +67,7 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
     lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms, plan.expert_shards))
     predicted = f"  predicted: {', '.join(expected)}"
     unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []
-    return ("plan:", *lines, *idle_workers, kv, predicted, *unknown, *bound)
+    return ("plan:", *lines, *idle_workers, *unused_gpus, kv, predicted, *unknown, *bound)
 
 
 def _stage_lines(stage: StagePlan, decode_ms: float | None, shards: int) -> Iterator[str]:

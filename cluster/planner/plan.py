@@ -67,6 +67,15 @@ class IdleWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class UnusedGpu:
+    """A GPU of a worker that has layers, none of them there, and why."""
+
+    worker: str
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StagePrediction:
     """How long a stage computes."""
 
@@ -98,6 +107,7 @@ class Plan:
     window_blocks: int = 0  # of layers with a window, where they have blocks of their own
     state_blocks: int = 0  # of states of sequences
     optimality_gap: float | None = None  # from the optimum, at most; None: it is the optimum, or a manual plan
+    unused_gpus: tuple[UnusedGpu, ...] = ()
     expert_shards: int = 1  # starts and ends of stages count parts of layers, so many for each
 
     @property

@@ -21,6 +21,7 @@ from llamaclust.cluster.planner.plan import Plan, StagePrediction
 from llamaclust.cluster.scheduler.sequences import Sequence as ScheduledSequence
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.epochs import epoch_text
+from llamaclust.core.gpus import UNUSED_BY_PARTS
 
 if TYPE_CHECKING:
     from llamaclust.cluster.server.coordinator import Cluster, ServedModel
@@ -143,12 +144,13 @@ def _worker(
 ) -> dict[str, Any]:
     """Layers are those of this model."""
     order = handle.order_of(model_id)
+    unused = UNUSED_BY_PARTS if order is not None and order.limits.expert_shards > 1 else None
     return {
         "name": handle.name,
         "pid": handle.registration.pid,
         "address": handle.registration.address,
         "device": handle.registration.device,
-        "gpus": [asdict(gpu) for gpu in handle.gpus],
+        "gpus": [asdict(gpu) | {"unused": unused} for gpu in handle.gpus],
         "threads": handle.registration.threads,
         "kv_disk_bytes": handle.registration.kv_disk_bytes,
         "feature_level": handle.registration.feature_level,

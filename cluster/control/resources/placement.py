@@ -16,7 +16,7 @@ def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[
     """By worker; `gpus`: the names of their GPUs. UsageError for rules that cannot be obeyed."""
     known: dict[tuple[tuple[PlacementRule, ...], int | None], Placement] = {}
     found = {}
-    for worker, devices in gpus.items():
+    for worker in gpus:
         key = _rules(config, worker), _cpu_moe(config, worker)
         if key not in known:
             known[key] = placement_of(model, *key)

@@ -75,3 +75,26 @@ def test_a_gpu_that_one_of_the_workers_lacks_is_named_with_the_others(model: Mod
         assert str(refused.value) == f"placement: {told}: workers: [w2] (worker w1)"
     with pytest.raises(UsageError, match=r"name one of these, or gpu \(worker w1\)"):
         planned(model, DEVICES, placement=[{**RULE, "device": "CUDA7"}])
+
+
+def test_layers_divided_by_hand_are_refused_beside_gpus(model: Model) -> None:
+    by_hand = [{"worker": "w1", "layers": [0, 1.5]}, {"worker": "w2", "layers": [1.5, 3]}]
+    with pytest.raises(UsageError) as refused:
+        planned(model, DEVICES, plan=by_hand)
+    assert str(refused.value).startswith("the plan: cuda:0 of w1 would be unused: layers are divided")
+    assert str(refused.value).endswith("; set device: cpu for w1, or divide no layer")
+    plan = planned(model, {"w1": "cpu", "w2": "cpu", "w3": "cuda:0"}, plan=by_hand)
+    assert plan.expert_shards == 2 and plan.unused_gpus == (), "one without layers has no part"
+
+
+def test_gpus_that_divided_layers_leave_unused_are_told(tmp_path: Path) -> None:
+    """Two layers with 48 MiB of experts each, on machines of which none holds one."""
+    names = dict.fromkeys("abcdef", "cpu") | {"b": "cuda:0,cuda:1"}
+    with Model.open(build_tiny_model(tmp_path / "moe.gguf", layers=2, experts=64, ffn=512)) as large:
+        plans = (planned(large, names, mib * MIB, MIB) for mib in range(100, 20, -4))
+        plan = next(plan for plan in plans if plan.expert_shards > 1)
+        lines, values = "\n".join(plan_lines(plan)), plan_json(plan)
+        for gpu in ("cuda:0", "cuda:1"):
+            assert f"\n  {gpu} of b is unused: layers are divided by their experts, and parts of" in lines
+        assert [(gpu["worker"], gpu["device"]) for gpu in values["unused_gpus"]] == [("b", "cuda:0"), ("b", "cuda:1")]
+        assert planned(large, names, 400 * MIB, MIB).unused_gpus == ()

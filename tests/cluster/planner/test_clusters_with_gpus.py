@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,9 @@ def test_a_rule_for_a_gpu_of_one_worker(model: Model) -> None:
 
 
 def test_a_gpu_that_one_of_the_workers_lacks_is_named_with_the_others(model: Model) -> None:
-    for values in ({}, {"plan": [{"worker": "w2", "layers": [0, 1]}, {"worker": "w1", "layers": [1, 3]}]}):
+    by_hand = [{"worker": "w2", "layers": [0, 1]}, {"worker": "w1", "layers": [1, 3]}]
+    cases: tuple[dict[str, Any], ...] = ({}, {"plan": by_hand})
+    for values in cases:
         with pytest.raises(UsageError) as refused:
             planned(model, DEVICES, placement=[RULE], **values)
         told = "there is no cuda:1 among cuda:0; name one of these, or gpu, or limit the rule to workers that have it"

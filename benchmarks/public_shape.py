@@ -86,8 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write random weights in the shape of a public model.")
     parser.add_argument("shape", help=f"NAME[:QUANTIZATION], a name of {', '.join(SHAPES)}")
     parser.add_argument("path", type=Path)
-    for size in SIZES:
-        parser.add_argument(f"--{size}", type=int, help="instead of the shape's own number")
+    for size in ("--layers", "--experts", "--vocabulary"):
+        parser.add_argument(size, type=int, help="instead of the shape's own number")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     started = time.perf_counter()

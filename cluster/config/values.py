@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from llamaclust.core.addresses import split_address
-from llamaclust.core.bounds import NAME
+from llamaclust.core.bounds import MAX_LAYERS, NAME
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 
 MAX_BYTES = 1 << 50
@@ -115,8 +114,10 @@ def _parse_layers(value: object) -> tuple[float, float]:
         case _:
             raise ValueError(f"{shown(value)} is not a layer range; write it like [0, 12], the end not included")
     if not 0 <= start < end:
-        raise ValueError(f"[{start}, {end}] holds no layer; ranges are half-open: [start, end) with start < end")
-    if any(not math.isfinite(place) or place * MAX_EXPERT_SHARDS % 1 for place in (start, end)):
+        raise ValueError(f"{shown(value)} holds no layer; ranges are half-open: [start, end) with start < end")
+    if end > MAX_LAYERS:
+        raise ValueError(f"{shown(value)} is not a layer range: no model has more than {MAX_LAYERS} layers")
+    if any(place * MAX_EXPERT_SHARDS % 1 for place in (start, end)):
         what = f"write 4.5 for half of the experts of layer 4; halves may be halved down to 1/{MAX_EXPERT_SHARDS}"
         raise ValueError(f"{shown(value)} is not a layer range: {what}")
     return start, end

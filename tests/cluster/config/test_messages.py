@@ -95,6 +95,18 @@ TOP_KEYS = {
     "plan: [{worker: a, layers: [3, 3]}]": (
         "plan[0].layers: [3, 3] holds no layer; ranges are half-open: [start, end) with start < end"
     ),
+    f"plan: [{{worker: a, layers: [0, {'9' * 400}]}}]": (
+        f"plan[0].layers: [0, {'9' * 56}... is not a layer range: no model has more than 65536 layers"
+    ),
+    f"plan: [{{worker: a, layers: [{'9' * 400}, 0]}}]": (
+        f"plan[0].layers: [{'9' * 59}... holds no layer; ranges are half-open: [start, end) with start < end"
+    ),
+    "plan: [{worker: a, layers: [0, .inf]}]": (
+        "plan[0].layers: [0, inf] is not a layer range: no model has more than 65536 layers"
+    ),
+    "plan: [{worker: a, layers: [0, .nan]}]": (
+        "plan[0].layers: [0, nan] holds no layer; ranges are half-open: [start, end) with start < end"
+    ),
     "plan: [{worker: c, layers: [0, 3]}]": "plan[0].worker: unknown worker 'c'; known: a, b",
     "allowed_hosts: x.org": "allowed_hosts: 'x.org' is not possible; give a list of 0 to 64 items",
     "allowed_hosts: [5]": "allowed_hosts[0]: 5 is not possible; give text",

@@ -217,6 +217,8 @@ def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
     """Divides low frequencies by `factor`, keeps high ones and interpolates between them."""
     defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
     factor, low, high, original = (said.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
+    if low >= high:
+        raise said.error("low_freq_factor", f"{low:g}, less than the high_freq_factor of {high:g} expected")
     frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, dimensions, 2, dtype=np.float32) / dimensions)
     factors = []
     for length in (2 * math.pi / frequencies).tolist():
@@ -231,7 +233,7 @@ def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
 
 
 def _longrope(page: Page, said: Settings, dimensions: int) -> None:
-    original = said.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
+    original = said.count("original_max_position_embeddings", minimum=2, maximum=MAX_CONTEXT)
     context = page.settings.count("max_position_embeddings", default=original, maximum=MAX_CONTEXT)
     page.key("rope.scaling.type", "longrope")
     page.key("rope.scaling.original_context_length", original)

@@ -12,6 +12,8 @@ from support.models.converted import converted_checkpoint as converted
 from support.models.random_checkpoints import checkpoint
 
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_LONG = {"type": "longrope", "factor": 2.0, "long_factor": [1.0] * 8, "short_factor": [1.0] * 8}
+_LLAMA3 = {"rope_type": "llama3", "original_max_position_embeddings": 64}
 
 _QWEN35 = "Qwen3_5ForCausalLM"
 _GEMMA4 = "Gemma4ForCausalLM experts"
@@ -51,6 +53,19 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
     ("case", "change", "message"),
     [
         ("LlamaForCausalLM", {"hidden_act": "gelu"}, "'hidden_act': 'gelu': llama computes silu"),
+        (
+            "LlamaForCausalLM",
+            {"rope_scaling": _LONG | {"original_max_position_embeddings": 1}},
+            "'original_max_position_embeddings': 1, a whole number of 2 to",
+        ),
+        *(
+            (
+                "LlamaForCausalLM",
+                {"rope_scaling": _LLAMA3 | {"low_freq_factor": low, "high_freq_factor": 1.5}},
+                f"'low_freq_factor': {low:g}, less than the high_freq_factor of 1.5 expected",
+            )
+            for low in (1.5, 4.0)
+        ),
         ("Starcoder2ForCausalLM", {"hidden_act": "silu"}, "'silu': starcoder2 computes gelu_pytorch_tanh"),
         ("LlamaForCausalLM", {"rope_scaling": _YARN | {"truncate": 0}}, "'truncate': 0, true or false expected"),
         ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "false is not what qwen3moe computes"),

@@ -150,9 +150,15 @@ def test_what_no_key_can_say(case: str, change: dict[str, Any], message: str, tm
         page_of(case, tmp_path, **change)
 
 
-@pytest.mark.parametrize("listed", [[0], [3], ["2"], [2.0]])
-def test_numbers_of_kimi_s_attention_layers_count_from_one(listed: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        *[([number], "numbers of 1 to 2 expected") for number in (0, 3, "2", 2.0)],
+        ([2] * 3, "3 entries for 2 layers"),
+    ],
+)
+def test_numbers_of_kimi_s_attention_layers_count_from_one(listed: list[Any], message: str, tmp_path: Path) -> None:
     config, _ = checkpoint(KIMI)
     said = config["linear_attn_config"] | {"full_attn_layers": listed}
-    with pytest.raises(ModelFileError, match="numbers of 1 to 2 expected"):
+    with pytest.raises(ModelFileError, match=f"'full_attn_layers': {message}"):
         page_of(KIMI, tmp_path, linear_attn_config=said)

@@ -119,7 +119,8 @@ def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note
     [
         ("lfm2", {"layer_types": ["conv"]}, "1 entries for 4 layers"),
         ("lfm2", {"layer_types": ["conv", "mamba", "conv", 5]}, "a list of conv, full_attention expected"),
-        ("lfm2", {"layer_types": None, "full_attn_idxs": [9]}, "numbers of the 4 layers expected"),
+        ("lfm2", {"layer_types": None, "full_attn_idxs": [9]}, "'full_attn_idxs': numbers of 0 to 3 expected"),
+        ("lfm2", {"layer_types": None, "full_attn_idxs": [1] * 5}, "'full_attn_idxs': 5 entries for 4 layers"),
         ("lfm2", {"conv_L_cache": 17}, "17, a whole number of 2 to 16"),
         ("lfm2", {"conv_bias": True}, "'conv_bias': true is not what lfm2 computes"),
         ("lfm2", {"block_ffn_dim_multiplier": 1e9}, "1000000000.0, 0.001 to 1000 expected"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from llamaclust.model.checkpoints.modules import PAIRED, QKV
 from llamaclust.model.gguf.values import shown
@@ -111,6 +111,16 @@ def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
     if len(listed) != page.layers:
         raise page.settings.error(name, f"{len(listed)} entries for {page.layers} layers")
     return [kinds[kind] for kind in listed]
+
+
+def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0) -> set[int]:
+    """The numbers in a list of layers, which count from `first`. ModelFileError for what is no number of a layer."""
+    if len(listed) > page.layers:
+        raise page.settings.error(name, f"{len(listed)} entries for {page.layers} layers")
+    last = first + page.layers - 1
+    if not all(type(number) is int and first <= number <= last for number in listed):
+        raise page.settings.error(name, f"numbers of {first} to {last} expected")
+    return set(listed)
 
 
 def refuse(page: Page, *names: str) -> None:

@@ -71,9 +71,8 @@ def _attends(page: Page) -> list[bool]:
     settings = page.settings
     listed: Any = settings.inner("linear_attn_config").values.get("full_attn_layers")
     if isinstance(listed, list):
-        if not all(type(number) is int and 0 < number <= page.layers for number in listed):
-            raise settings.error("full_attn_layers", f"numbers of 1 to {page.layers} expected")
-        return [layer + 1 in listed for layer in range(page.layers)]
+        attends = decoder.numbered_layers(page, "full_attn_layers", listed, first=1)
+        return [layer + 1 in attends for layer in range(page.layers)]
     kinds = settings.values.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != page.layers or not all(kind in _KINDS for kind in kinds):
         raise settings.error("layer_types", f"{page.layers} of {', '.join(_KINDS)} expected")

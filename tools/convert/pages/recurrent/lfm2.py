@@ -46,9 +46,8 @@ def _kinds(page: Page) -> list[str]:
     listed = page.settings.values.get("full_attn_idxs")
     if page.settings.has("layer_types") or not isinstance(listed, list):
         return decoder.layer_kinds(page, "layer_types", _KINDS)
-    if not all(type(number) is int and 0 <= number < page.layers for number in listed):
-        raise page.settings.error("full_attn_idxs", f"numbers of the {page.layers} layers expected")
-    return ["attention" if layer in listed else "conv" for layer in range(page.layers)]
+    attends = decoder.numbered_layers(page, "full_attn_idxs", listed)
+    return ["attention" if layer in attends else "conv" for layer in range(page.layers)]
 
 
 def _adjusted_width(page: Page) -> int:

@@ -149,13 +149,14 @@ class _Layer:
 
     rest: _Part
     experts: _Part
+    vectors: set[str] = field(default_factory=set)  # of the rest, norms and biases
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str | None, bool | None]:
         """The device of the layer, and whether its experts are in RAM in any case; None: open."""
         broad = {rule for name in self.rest.deciding if (rule := decided.get(name)) is not None}
         follow = {name for name in self.experts.others if decided.get(name) in broad}  # named by the way
-        rest = self.rest.place(decided)
-        experts = self.experts.place({name: rule for name, rule in decided.items() if name not in follow})
+        own = {name: rule for name, rule in decided.items() if name not in follow | self._following_vectors(decided)}
+        rest, experts = self.rest.place(own), self.experts.place(own)
         if experts is None or experts[1].device == RAM:
             return None if rest is None else rest[1].device, None if experts is None else True
         if rest is None or rest[1].device == ANY_GPU:
@@ -163,6 +164,14 @@ class _Layer:
         if not _agree(rest[1], experts[1]):
             raise _conflict(rest, experts, self.rest.what)
         return rest[1].device, False
+
+    def _following_vectors(self, decided: Mapping[str, PlacementRule]) -> set[str]:
+        """Vectors that are where the rest is: a rule for the experts names them by the way, as 'ffn_.*' ffn_norm."""
+        of_rest = {decided[name] for name in self.rest.deciding if name in decided and name not in self.vectors}
+        if any(rule.device == RAM for rule in of_rest):
+            return set()
+        of_experts = {decided[name] for name in self.experts.deciding if name in decided}
+        return {name for name in self.vectors if decided.get(name) in of_experts - of_rest}
 
 
 def _agree(rule: PlacementRule, other: PlacementRule) -> bool:
@@ -195,4 +204,6 @@ def _layers(model: Model) -> list[_Layer]:
             found[-1 if parts[0].startswith("output") else 0].rest.others.append(name)
         elif name not in of_experts:
             found[int(parts[1])].rest.deciding.append(name)
+            if len(model.file.tensors[name].shape) == 1:
+                found[int(parts[1])].vectors.add(name)
     return found

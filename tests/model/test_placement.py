@@ -39,6 +39,8 @@ def said(model: Model, text: str, cpu_moe: int | None = None) -> Placement:
         ("exps=CPU", range(12)),
         (r"\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU", range(12)),
         ("blk.[0-9]+.ffn_.*_exps.=CPU", range(12)),
+        ("ffn_.*=CPU", range(12)),
+        (r"blk\.[01]\.ffn_.*=CPU", (0, 1)),
         (r"blk\.(1[0-9])\.ffn_.*_exps=CPU", range(10, 12)),
         (r"blk\.(?:[1-3]|1[01])\.ffn_(gate|up|down)_exps\.weight=CPU", (1, 2, 3, 10, 11)),
         (r"([6-9]|1[0-9]).ffn_.*_exps.=ram", range(6, 12)),
@@ -57,6 +59,14 @@ def test_the_first_rule_that_matches_decides(model: Model) -> None:
     assert placement.layers == tuple("cuda:0" if layer in (3, 4) else None for layer in range(LAYERS))
     assert placement.experts == tuple(layer not in (3, 4) for layer in range(LAYERS))
     assert said(model, r"exps=CPU,blk\.(3|4)\.ffn_.*_exps=CUDA0") == said(model, "exps=CPU")
+
+
+def test_norms_are_where_the_matrices_are(model: Model) -> None:
+    """A rule for experts that matches a norm by the way does not move the layer, nor contradict its rule."""
+    apart = said(model, r"ffn_.*=CPU,attn_.*=CUDA0")
+    assert (set(apart.layers), set(apart.experts)) == ({"cuda:0"}, {True})
+    assert set(said(model, r"ffn_.*=CPU,attn_.*=CPU").layers) == {"ram"}
+    assert set(said(model, r"ffn_.*=gpu").experts) == {False}
 
 
 def test_rules_come_before_cpu_moe(model: Model) -> None:
@@ -83,7 +93,8 @@ def test_whole_layers(model: Model) -> None:
             "attn_q=CPU",
             "'attn_q=ram' puts blk.0.attn_q.weight in RAM, but not blk.0.attn_norm.weight of layer 0: whole",
         ),
-        ("ffn_.*=CPU", "puts blk.0.ffn_norm.weight in RAM, but not blk.0.attn_norm.weight of layer 0"),
+        ("ffn_(norm|gate_inp)=CPU", "puts blk.0.ffn_norm.weight in RAM, but not blk.0.attn_norm.weight of layer 0"),
+        ("exps=CPU,ffn_norm=CPU", "puts blk.0.ffn_norm.weight in RAM, but not blk.0.attn_norm.weight of layer 0"),
         ("ffn_(up|gate)_exps=CPU", "but not blk.0.ffn_down_exps.weight of the experts of layer 0"),
         ("token_embd=CPU", "puts token_embd.weight in RAM, but not blk.0."),
         ("ffn_gate_inp=CUDA0,exps=CPU", "which are on one device as parts of the experts of layer 0"),
@@ -169,6 +180,6 @@ def test_random_rules_are_obeyed_to_the_tensor_or_refused(model: Model) -> None:
             place = "ram" if is_expert and in_ram else device
             if wanted is None:
                 assert place != "ram" or not name.endswith(("_exps.weight", "attn_q.weight")), (rules, name)
-            elif "ffn_gate_inp" not in name:  # it goes with its experts
+            elif not name.endswith(("ffn_gate_inp.weight", "_norm.weight")):  # these go with the matrices
                 assert place == wanted or (wanted == "gpu" and place not in (None, "ram")), (rules, name)
     assert obeyed > 20, SEED

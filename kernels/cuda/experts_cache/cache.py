@@ -33,7 +33,7 @@ class CudaExpertsCache:
         graphs: bool,
     ) -> None:
         """`plan` is bound to the buffer, which is freed with the cache."""
-        finalize(self, _end, copies, buffer)
+        finalize(self, copies.abandon)
         self._gpu_lock, self._plan, self._buffer = gpu_lock, plan, buffer
         self._copies, self._table, self._experts = copies, table, experts
         self._launches = LaunchCache(gpu_lock.device, plan, graphs)
@@ -115,8 +115,3 @@ class CudaExpertsCache:
             with self._gpu_lock.exclusive():
                 self._launches.close()
                 self._buffer.close()
-
-
-def _end(copies: ExpertCopies, buffer: Buffer) -> None:
-    copies.close()
-    buffer.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import Condition, Thread, current_thread
+from threading import Condition, Thread
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class ExpertCopies:
         with gpu_lock.driver_errors():
             self._staging = gpu_lock.device.pinned(max(pool.layout.expert_bytes for pool in pools))
         self._is_closed = self._is_awake = self._is_busy = False
+        self._is_abandoned = self._has_ended = False
         self._thread = Thread(target=self._run, name="copy-experts", daemon=True)
         self._thread.start()
 
@@ -48,12 +49,32 @@ class ExpertCopies:
     def close(self) -> None:
         """Waits for the copy that is under way."""
         with self.lock:
-            self._is_closed, self._is_awake = True, False
-            self.lock.notify_all()
-        if current_thread() is not self._thread:  # as where a collection there finalizes the cache
-            self._thread.join()
+            self._end()
+        self._thread.join()
+
+    def abandon(self) -> None:
+        """Ends the copies and frees the buffer behind the one that is under way, without waiting for it: a collection
+        may call it on any thread, also on one that a copy waits for."""
+        with self.lock:
+            self._end()
+            self._is_abandoned = True
+            is_free = self._has_ended
+        if is_free:
+            self._buffer.close()
+
+    def _end(self) -> None:
+        self._is_closed, self._is_awake = True, False
+        self.lock.notify_all()
 
     def _run(self) -> None:
+        self._copy_all()
+        with self.lock:
+            self._has_ended = True
+            is_free = self._is_abandoned
+        if is_free:
+            self._buffer.close()
+
+    def _copy_all(self) -> None:
         try:
             while (copy := self._next()) is not None:
                 self._bring(copy)

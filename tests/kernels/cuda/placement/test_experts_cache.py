@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from threading import Event as Flag
 from threading import Thread
+from time import monotonic, sleep
 
 import numpy as np
 import pytest
@@ -243,6 +244,39 @@ def test_a_cache_ends_behind_the_step_that_runs(
     run_alike(plain, stage, batches[7:])
     for each in (plain, stage):
         each.close()
+
+
+def test_a_cache_that_is_collected_waits_for_no_copy(
+    opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collecting thread may hold what the copy waits for. The buffer is freed behind the copy."""
+    model = opened("moe")
+    stage = load_cached(cuda, cpu, model, bytes_for(model, 4))
+    is_inside, may_go_on, copied = Flag(), Flag(), device.copy_in_background
+
+    def copy(buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
+        is_inside.set()
+        assert may_go_on.wait(SETTLE_S)
+        return copied(buffer, parts)
+
+    monkeypatch.setattr(device, "copy_in_background", copy)
+    first, *_ = random_batches(model)
+    stage.run(first, None)
+    assert is_inside.wait(SETTLE_S)
+    held, cached_bytes = [stage.cache], cache_of(stage).n_bytes
+    stage.cache = None
+    collecting = Thread(target=held.clear)
+    collecting.start()
+    collecting.join(SETTLE_S / 4)
+    before = device.free_bytes
+    assert not collecting.is_alive()
+    may_go_on.set()
+    deadline = monotonic() + SETTLE_S
+    while device.free_bytes == before and monotonic() < deadline:
+        sleep(0.001)
+    if isinstance(device, ShimDevice):
+        assert device.free_bytes == before + cached_bytes
+    stage.close()
 
 
 def test_memory_in_ram_is_planned(opened: Open, cpu: CpuBackend, cuda: CudaBackend) -> None:

@@ -87,7 +87,7 @@ def generate(
 ) -> None:
     """Complete PROMPT and stream the text."""
     text = given_or_piped(prompt)
-    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, override_tensors)
+    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, tuple(override_tensors))
     target = Target(cluster, endpoint, api_key_file, model, threads, gpus=gpus, ca_file=ca_file, served=served_model)
     options: CompletionOptions = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
@@ -150,7 +150,7 @@ def chat(
     from llamaclust.cluster.client.session import ChatSession
     from llamaclust.cluster.config.values import expand_home
 
-    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, override_tensors)
+    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, tuple(override_tensors))
     target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model)
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]

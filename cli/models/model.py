@@ -260,6 +260,6 @@ def perplexity(
 
     evaluation = Evaluation(text, context, chunks, base, compare, hellaswag, tasks)
     evaluation.check()
-    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, override_tensors)
+    gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, tuple(override_tensors))
     source = Source(model, threads, workers, kv_type, endpoint, api_key_file, gpus, ca_file)
     evaluate(source, evaluation, as_json)

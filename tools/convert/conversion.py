@@ -89,7 +89,7 @@ def write_converted(
     metadata = general | page.metadata | words.metadata()
     _check_replaceable(path)
     write_stream(path, metadata, outputs, on_progress, thread_count(), files.check_unchanged)
-    return Converted(path, page.architecture, len(outputs), tuple(page.notes))
+    return Converted(path, page.architecture, len(outputs), (*page.notes, *words.notes))
 
 
 def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:

@@ -14,6 +14,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.values import shown
 from llamaclust.model.tokenizers.byte_pairs import splitter, stand_ins
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.pre_tokenizers import known_pre_tokenizers
@@ -198,8 +199,31 @@ def test_added_words_ends_and_template_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [319, 321, 320]}))
     ids = read(tmp_path, 330).ids
     assert (ids["eos"], ids["eot"], ids["eom"]) == (319, 320, 321)
+    assert not read(tmp_path, 330).notes
     (tmp_path / "chat_template.jinja").write_text("{{ 2 }}")
     assert read(tmp_path, 330).template == "{{ 2 }}"
+
+
+@pytest.mark.parametrize(
+    ("listed", "eod", "ends"),
+    [
+        ([319, 5], 5, (5, None)),
+        ([319, 5, 5, 319], 6, (5, 6)),
+        (319, 330, (None, None)),
+        ([319, 6, 10**30, -1, 330, [5], "5", True], 7, (6, 7)),
+        ([319, 5, 6, 7], 8, (7, 6)),
+    ],
+)
+def test_each_end_is_written_once_and_is_a_word(
+    listed: Any, eod: int, ends: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": listed, "eod_token_id": eod}))
+    words = read(tmp_path, 330)
+    assert words.ids["eos"] == 319 and (words.ids.get("eot"), words.ids.get("eom")) == ends
+    left = [5, 8] if ends == (7, 6) else []
+    assert len(words.notes) == bool(left)
+    assert all(shown(words.texts[end]) in words.notes[0] for end in left)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ NAMES: Final = ("tokenizer.model", "tokenizer.json", *_RANKS, _TEKKEN, "tokenize
 _MAX_BYTES: Final = 1 << 28
 _PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 """Names of roles in Hugging Face's files and in GGUF, whose spelling of "separator" differs."""
+_ENDS: Final = ("eot", "eom")
 _NUMBER: Final = re.compile("[0-9]{1,9}")
 _MAX_TEMPLATE_BYTES: Final = 1 << 22
 
@@ -42,7 +43,7 @@ def read_words(
             words.add(token_id, text, special=True)
     if place.is_dir():
         config = _json(place / "config.json") | _json(place / "generation_config.json")
-        _read_special(words, place, config)
+        _read_special(words, place, config, rows)
     words.fit(rows)
     return words
 
@@ -71,7 +72,7 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _read_special(words: Words, folder: Path, config: dict[str, Any]) -> None:
+def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int) -> None:
     """Adds the contents of tokenizer_config.json, added_tokens.json, config.json and chat templates to `words`."""
     said = _json(folder / "tokenizer_config.json")
     for text, token_id in _json(folder / "added_tokens.json").items():
@@ -82,6 +83,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any]) -> None:
         if _NUMBER.fullmatch(number) and isinstance(token, dict) and isinstance(token.get("content"), str):
             words.add(int(number), token["content"], token.get("special") is True)
     _read_parts(words, said, _json(folder / "special_tokens_map.json"), config)
+    _read_ends(words, config, rows)
     for name in ("bos", "eos"):
         flag = f"add_{name}_token"
         if isinstance(said.get(flag), bool):
@@ -104,11 +106,18 @@ def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], confi
             words.ids[name] = places[text]
         elif type(first) is int and first >= 0:
             words.ids[name] = first
+
+
+def _read_ends(words: Words, config: dict[str, Any], rows: int) -> None:
+    """Tokens that end an answer besides EOS, for the roles that are free: the last ones, which are those of chats."""
     listed = config.get("eos_token_id")
-    ends = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
-    others = [end for end in ends if type(end) is int and end >= 0 and end != words.ids.get("eos")]
-    for name, end in zip(("eot", "eom"), reversed(others), strict=False):
-        words.ids.setdefault(name, end)
+    said = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
+    ends = dict.fromkeys(end for end in reversed(said) if type(end) is int and 0 <= end < rows)
+    known = {words.ids.get(role) for role in ("eos", *_ENDS)}
+    others = [end for end in ends if end not in known]
+    for role, end in zip([role for role in _ENDS if role not in words.ids], others, strict=False):
+        words.ids[role] = end
+    words.ends = tuple(others)
 
 
 def _content(entry: Any) -> str | None:

@@ -11,11 +11,12 @@ import numpy as np
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.gguf.writer import WritableValue
-from llamaclust.model.tokenizers.vocabulary import TokenType, key
+from llamaclust.model.tokenizers.vocabulary import END_OF_GENERATION_TEXTS, TokenType, key
 from llamaclust.tools.convert.settings import MAX_WORDS
 
 ADDED_SCORE: Final = -1000.0
 _PADDING_SCORE: Final = -10000.0
+_MOST_NAMED: Final = 8
 _FREE_ROWS: Final = 256
 _FREE_SHARE: Final = 0.05
 _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
@@ -36,6 +37,8 @@ class Words:
     ids: dict[str, int] = field(default_factory=dict)
     """Ids of special tokens by role: bos, eos, eot, unknown, padding, ..."""
     flags: dict[str, bool] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
+    """Tokens besides EOS that end an answer, as the checkpoint says; not all of them may have a role."""
     template: str | None = None
     charsmap: bytes = b""
     """SentencePiece's precompiled normalization of characters."""
@@ -69,6 +72,19 @@ class Words:
         for number in range(count, rows):
             self._append(f"[PAD{number}]", TokenType.UNUSED, _PADDING_SCORE)
         self.ids = {name: token_id for name, token_id in self.ids.items() if 0 <= token_id < rows}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the file cannot say: GGUF has keys for three ends, and some texts are known to be ends without one."""
+        written = self.ids.values()
+        left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
+        if not left:
+            return ()
+        named = ", ".join(left[:_MOST_NAMED]) + (", ..." if len(left) > _MOST_NAMED else "")
+        return (f"GGUF has keys for 3 tokens that end an answer, none for {named}: give requests these as `stop`",)
+
+    def _ends_by_text(self, token_id: int) -> bool:
+        return self.texts[token_id] in END_OF_GENERATION_TEXTS
 
     def metadata(self) -> dict[str, WritableValue]:
         self._check_distinct()

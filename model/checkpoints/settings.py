@@ -23,6 +23,10 @@ class Settings:
     def error(self, name: str, what: str) -> ModelFileError:
         return ModelFileError(f"{self.origin}: {shown(name)}: {what}")
 
+    def shown(self, name: str) -> str:
+        """A value as it may stand in a message of one line."""
+        return _shown(self.values.get(name))
+
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
 

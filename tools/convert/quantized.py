@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.model.checkpoints.storage import Storage
+from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
@@ -42,9 +43,9 @@ def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent)
         return _eight_bit(tensors, said)
     if method not in ("gptq", "awq"):
         known = ", ".join(("gptq", "awq", *_EIGHT_BIT_METHODS, KEPT_METHOD))
-        raise said.error("quant_method", f"{method!r} is not supported, only {known}")
+        raise said.error("quant_method", f"{shown(method)} is not supported, only {known}")
     if said.count("bits", "w_bit", default=4, maximum=32) != 4:
-        raise said.error("bits", f"{said.values.get('bits')}, only 4 are supported")
+        raise said.error("bits", f"{said.shown('bits')}, only 4 are supported")
     found = {name: tensor for name, tensor in tensors.items() if not _is_part(name, tensors)}
     zero_offset = 0 if method == "awq" or said.text("checkpoint_format", default="gptq") == "gptq_v2" else 1
     for stem in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):

@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 
 from llamaclust.model.checkpoints.settings import Settings
+from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.lazy import constant
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.settings import MAX_CONTEXT
@@ -50,7 +51,7 @@ def rotation(
     elif kind == "dynamic":
         _dynamic(page, said)
     elif kind != "default":
-        raise said.error("rope_type", f"{kind!r} is not known; known: linear, dynamic, yarn, llama3, longrope")
+        raise said.error("rope_type", f"{shown(kind)} is not known; known: linear, dynamic, yarn, llama3, longrope")
 
 
 def latent_rotation(page: Page, dimensions: int) -> None:
@@ -63,10 +64,10 @@ def latent_rotation(page: Page, dimensions: int) -> None:
     if kind == "default":
         return
     if kind != "yarn":
-        raise said.error("rope_type", f"{kind!r}, only yarn is supported of {page.architecture}")
+        raise said.error("rope_type", f"{shown(kind)}, only yarn is supported of {page.architecture}")
     factor, share = _yarn_keys(page, said), said.real("mscale_all_dim", default=0.0, maximum=1e3)
     if not share or said.real("mscale", default=0.0, maximum=1e3) != share:
-        both = f"{said.values.get('mscale_all_dim')}, mscale {said.values.get('mscale')}"
+        both = f"{said.shown('mscale_all_dim')}, mscale {said.shown('mscale')}"
         raise said.error("mscale_all_dim", f"{both}: {page.architecture} needs two equal numbers above 0")
     if said.real("attention_factor", "attn_factor", default=1.0) != 1:
         raise said.error("attention_factor", f"{page.architecture} computes with 1")
@@ -180,7 +181,7 @@ def _yarn_keys(page: Page, said: Settings) -> float:
     if not said.flag("truncate", default=True):
         page.key("rope.scaling.yarn_truncate", False)
     if _base(said, 10000.0) <= 1:
-        raise said.error("rope_theta", f"{said.values.get('rope_theta')}, more than 1 expected with yarn")
+        raise said.error("rope_theta", f"{said.shown('rope_theta')}, more than 1 expected with yarn")
     for key, name, least in (
         ("yarn_ext_factor", "extrapolation_factor", 0.0),
         ("yarn_beta_fast", "beta_fast", _LEAST_TURNS),

@@ -22,6 +22,7 @@ _GEMMA4 = "Gemma4ForCausalLM experts"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rope_scaling": {"type": "a" * 9999}}, r"'a{61}\.\.\.' is not known"),
         ({"rope_scaling": {"type": "magic"}}, "'magic' is not known"),
         ({"num_hidden_layers": 10**9}, "1000000000, a whole number of 1 to 1024 expected"),
         ({"hidden_size": -1}, "-1, a whole number"),

@@ -153,7 +153,7 @@ def read_tencent_pretrain(
     said = Settings(read_json(place), str(place))
     for name, wanted in _TENCENT_SETTINGS.items():
         if said.values.get(name, wanted) != wanted:
-            raise said.error(name, f"{said.values[name]!r}; LLaMA has {wanted!r}, other models are not supported")
+            raise said.error(name, f"{said.shown(name)}; LLaMA has {wanted!r}, other models are not supported")
     renamed = {_meta_name(name, path): tensor for name, tensor in tensors.items()}
     values = _tencent_settings(said, renamed, path, context_length)
     return Checkpoint("Meta", Settings(values, str(place)), renamed, path.with_name("tokenizer.model"), path.stem)

@@ -107,7 +107,7 @@ def build_cohere2(page: Page) -> None:
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     if settings.real("rotary_pct", default=1.0) != 1:
-        raise settings.error("rotary_pct", f"{settings.values['rotary_pct']}, only 1 is supported")
+        raise settings.error("rotary_pct", f"{settings.shown('rotary_pct')}, only 1 is supported")
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
     decoder.norm_epsilon(page, "layer_norm_eps")

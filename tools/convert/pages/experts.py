@@ -76,7 +76,7 @@ def leading_dense(page: Page) -> int:
             raise settings.error("mlp_layer_types", f"no {layers} entries, first dense, then sparse ones")
         return count
     if settings.count("moe_layer_freq", default=1) != 1:
-        raise settings.error("moe_layer_freq", f"{settings.values['moe_layer_freq']}, only 1 is supported")
+        raise settings.error("moe_layer_freq", f"{settings.shown('moe_layer_freq')}, only 1 is supported")
     return settings.count("first_k_dense_replace", default=0, minimum=0, maximum=MAX_LAYERS)
 
 

@@ -13,7 +13,7 @@ def build(page: Page) -> None:
     has them."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.count("n_group", default=1) != 1:
-        raise settings.error("n_group", f"{settings.values['n_group']}, only one group of experts is supported")
+        raise settings.error("n_group", f"{settings.shown('n_group')}, only one group of experts is supported")
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page, default=1e-5)
     rotation(page, rotating_channels(page, 0.5))

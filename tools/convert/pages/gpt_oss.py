@@ -22,7 +22,7 @@ def build(page: Page) -> None:
     width = decoder.feed_forward_width(page)
     for name, usual in (("swiglu_limit", _CLAMP), ("swiglu_alpha", _GAIN)):
         if settings.real(name, default=usual) != usual:
-            raise settings.error(name, f"{settings.values[name]}: gpt-oss computes with {usual}")
+            raise settings.error(name, f"{settings.shown(name)}: gpt-oss computes with {usual}")
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page, default=1e-5)
     rotation(page, page.head_width, base=150000.0, says_dimensions=False)

@@ -68,7 +68,7 @@ def build_mistral3(page: Page) -> None:
     decoder.usual_keys(page, width)
     context = settings.count("max_position_embeddings", maximum=MAX_CONTEXT)
     if settings.count("sliding_window", default=context, maximum=MAX_CONTEXT) < context:
-        what = f"{settings.values['sliding_window']} for a context of {context}: mistral3 has no window"
+        what = f"{settings.shown('sliding_window')} for a context of {context}: mistral3 has no window"
         raise settings.error("sliding_window", what)
     page.key("vocab_size", page.words)
     decoder.rms_epsilon(page, default=1e-5)

@@ -50,7 +50,9 @@ def _step(page: Page) -> int:
     for found in range(1, page.layers + 1):
         if listed == list(range(found - 1, page.layers, found)):
             return found
-    raise settings.error("moe_layers", f"{str(listed)[:60]}: layers with experts at equal distances expected")
+    raise settings.error(
+        "moe_layers", f"{settings.shown('moe_layers')}: layers with experts at equal distances expected"
+    )
 
 
 def _check_attention(page: Page, count: int) -> None:
@@ -65,7 +67,7 @@ def _check_attention(page: Page, count: int) -> None:
         raise settings.error("attn_temperature_tuning", "false is not what llama4 computes")
     for name, value in _TEMPERATURE:
         if settings.real(name, default=value) != value:
-            raise settings.error(name, f"{settings.values[name]}: llama4 computes with {value}")
+            raise settings.error(name, f"{settings.shown(name)}: llama4 computes with {value}")
 
 
 def _chunks(page: Page) -> None:

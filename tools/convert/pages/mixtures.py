@@ -158,7 +158,7 @@ def _bailing_sizes(page: Page) -> tuple[int, int, int]:
 def _bailing_keys(page: Page) -> None:
     settings = page.settings
     if settings.text("score_function", default="sigmoid") != "sigmoid":
-        raise settings.error("score_function", f"{settings.values['score_function']}, only sigmoid is supported")
+        raise settings.error("score_function", f"{settings.shown('score_function')}, only sigmoid is supported")
     count, width, shared = _bailing_sizes(page)
     used = settings.count("num_experts_per_tok", maximum=count)
     experts.expert_keys(page, count, used, width)
@@ -185,7 +185,7 @@ def build_minimax(page: Page) -> None:
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):
         if settings.text(name, default=usual) != usual:
-            raise settings.error(name, f"{settings.values[name]}, only {usual} is supported")
+            raise settings.error(name, f"{settings.shown(name)}, only {usual} is supported")
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
     decoder.rms_epsilon(page, default=1e-6)

@@ -34,7 +34,7 @@ def build_olmo3(page: Page) -> None:
 def _build(page: Page, base: float | None) -> None:
     settings, hidden = page.settings, page.width
     if settings.has("clip_qkv"):
-        raise settings.error("clip_qkv", f"{settings.values['clip_qkv']}: olmo2 does not clip")
+        raise settings.error("clip_qkv", f"{settings.shown('clip_qkv')}: olmo2 does not clip")
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page, default=1e-5)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamaclust.model.checkpoints.settings import Settings
+from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.lazy import constant
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
@@ -144,7 +145,7 @@ def _rotation(page: Page, form: _Form) -> None:
     usual = 1.0 if settings.inner("rope_parameters").has("full_attention") else _SHARE
     kind = said.text("rope_type", default="proportional")
     if kind not in ("proportional", "default") or said.real("factor", default=1.0) != 1:
-        raise said.error("rope_type", f"{kind!r}, only a proportional rotation that is not stretched is supported")
+        raise said.error("rope_type", f"{shown(kind)}, only a proportional rotation that is not stretched is supported")
     if settings.inner("rope_parameters").inner("sliding_attention").real("partial_rotary_factor", default=1.0) != 1:
         raise settings.error("rope_parameters", "layers with a window that rotate a part of a head are not supported")
     share = said.real("partial_rotary_factor", default=usual, maximum=1.0)

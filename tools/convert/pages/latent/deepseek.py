@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llamaclust.model.gguf.values import shown
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder, experts
 from llamaclust.tools.convert.pages.latent.attention import latent_attention, latent_keys, read_latent
@@ -33,7 +34,9 @@ def build_v2(page: Page) -> None:
     settings = page.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:
-        raise settings.error("topk_method", f"{method!r}: groups of experts chosen by their best one are not supported")
+        raise settings.error(
+            "topk_method", f"{shown(method)}: groups of experts chosen by their best one are not supported"
+        )
     if settings.flag("norm_topk_prob"):
         raise settings.error("norm_topk_prob", "true is not what DeepSeek V2 computes")
     _build(page, _V2)
@@ -88,7 +91,7 @@ def _expert_keys(page: Page, mixture: _Mixture) -> None:
     settings = page.settings
     function = settings.text("scoring_func", default=mixture.name)
     if function != mixture.name:
-        raise settings.error("scoring_func", f"{function!r}, {mixture.name} expected")
+        raise settings.error("scoring_func", f"{shown(function)}, {mixture.name} expected")
     count, width, shared = _sizes(page)
     used = settings.count("num_experts_per_tok", maximum=count)
     experts.expert_keys(page, count, used, width)

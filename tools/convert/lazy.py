@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.checkpoints.storage import Storage
 from llamaclust.model.quant_types import QuantType
 
 Array = NDArray[Any]
 Rows = Callable[[int, int], Array]
 
+_MAX_LOGARITHM = 88.0
+"""About that of the largest float32."""
 _WASTE = 4
 """Permuted rows are read as one range if the range has at most this many times their number of rows."""
 
@@ -135,12 +138,30 @@ def mapped(tensor: Lazy, change: Callable[[NDArray[np.float32]], NDArray[np.floa
     return replace(tensor, storage=Storage.F32, read=read)
 
 
+def decay(logarithms: Lazy) -> Lazy:
+    """Decays of states of their logarithms, both float32. ModelFileError for a logarithm that is too large."""
+
+    def change(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        if (values > _MAX_LOGARITHM).any():
+            what = f"{np.nanmax(values):g} is too large a logarithm of a decay"
+            raise ModelFileError(f"{logarithms.origin}: {what}, {_MAX_LOGARITHM:g} at most expected")
+        return -np.exp(values)
+
+    return mapped(logarithms, change)
+
+
 def scaled(tensor: Lazy, factors: NDArray[np.float32]) -> Lazy:
-    """Row i times factors[i], in float32."""
+    """Row i times factors[i], in float32. ModelFileError for a result that this cannot hold."""
     by_row = factors.reshape(-1, *[1] * (len(tensor.shape) - 1))
 
     def read(start: int, end: int) -> Array:
-        return as_floats(tensor.read(start, end), tensor.storage) * by_row[start:end]
+        values, factors = as_floats(tensor.read(start, end), tensor.storage), by_row[start:end]
+        try:
+            with np.errstate(over="raise", invalid="ignore"):  # the type that is written decides on infinity
+                return values * factors
+        except FloatingPointError:
+            what = f"weights of up to {np.nanmax(np.abs(values)):g} times {factors.max():g} do not fit float32"
+            raise ModelFileError(f"{tensor.origin}: {what}") from None
 
     return replace(tensor, storage=Storage.F32, read=read)
 

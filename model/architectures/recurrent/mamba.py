@@ -31,6 +31,25 @@ class MambaShape:
         """Channels of the convolution: those of the heads, then of the input and output matrices."""
         return self.inner + 2 * self.groups * self.state_size
 
+    @property
+    def fault(self) -> tuple[str, str] | None:
+        """A key and what is wrong with it, of a block that does not divide or is too large."""
+        if self.inner % self.heads:
+            return "ssm.inner_size", f"{self.inner}, which {self.heads} heads do not divide"
+        if self.heads % self.groups:
+            return "ssm.group_count", f"{self.groups}, which does not divide {self.heads} heads"
+        if self.inner * self.state_size > MAX_STATE_FLOATS:
+            what = f"{self.state_size} for each of {self.inner} channels"
+            return "ssm.state_size", f"{what}, together at most {MAX_STATE_FLOATS} expected"
+        if (self.taps - 1) * self.convolved > MAX_STATE_FLOATS:
+            what = f"{self.groups} groups of {self.state_size} numbers, {self.convolved} channels of the convolution"
+            most = MAX_STATE_FLOATS // (self.taps - 1)
+            return "ssm.group_count", f"{what}; for {self.taps} taps at most {most} channels expected"
+        if self.inner % KV_BLOCK_TOKENS or self.convolved % KV_BLOCK_TOKENS:
+            what = f"{self.inner}, and {self.convolved} channels of the convolution"
+            return "ssm.inner_size", f"{what}: multiples of {KV_BLOCK_TOKENS} expected"
+        return None
+
 
 def read_mamba_shape(keys: ModelKeys) -> MambaShape:
     """ModelFileError for numbers that do not divide each other."""
@@ -39,22 +58,8 @@ def read_mamba_shape(keys: ModelKeys) -> MambaShape:
     groups = keys.count("ssm.group_count", maximum=_MAX_HEADS)
     state_size = keys.count("ssm.state_size", maximum=_MAX_STATE_SIZE)
     shape = MambaShape(keys.count("ssm.conv_kernel", minimum=2, maximum=MAX_TAPS), inner, state_size, heads, groups)
-    if inner % heads:
-        raise keys.error("ssm.inner_size", f"{inner}, which {heads} heads do not divide")
-    if heads % groups:
-        raise keys.error("ssm.group_count", f"{groups}, which does not divide {heads} heads")
-    if inner * state_size > MAX_STATE_FLOATS:
-        what = f"{state_size} for each of {inner} channels, together at most {MAX_STATE_FLOATS} expected"
-        raise keys.error("ssm.state_size", what)
-    if (shape.taps - 1) * shape.convolved > MAX_STATE_FLOATS:
-        what = f"{groups} groups of {state_size} numbers, {shape.convolved} channels of the convolution; for"
-        raise keys.error(
-            "ssm.group_count",
-            f"{what} {shape.taps} taps at most {MAX_STATE_FLOATS // (shape.taps - 1)} channels expected",
-        )
-    if inner % KV_BLOCK_TOKENS or shape.convolved % KV_BLOCK_TOKENS:
-        what = f"{inner}, and {shape.convolved} channels of the convolution: multiples of {KV_BLOCK_TOKENS} expected"
-        raise keys.error("ssm.inner_size", what)
+    if shape.fault is not None:
+        raise keys.error(*shape.fault)
     return shape
 
 

@@ -111,6 +111,8 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
     ("case", "change", "message"),
     [
         (V2, {"topk_method": "group_limited_greedy", "n_group": 2}, "groups of experts chosen by their best one"),
+        (V2, {"topk_method": "a" * 9999, "n_group": 2}, r"'a{61}\.\.\.': groups of experts"),
+        (V2, {"rope_scaling": {"type": "a" * 9999}}, r"'a{61}\.\.\.', only yarn is supported"),
         (V2, {"norm_topk_prob": True}, "true is not what DeepSeek V2 computes"),
         (V2, {"scoring_func": "sigmoid"}, "'sigmoid', softmax expected"),
         (V2, {"moe_layer_freq": 2}, "'moe_layer_freq': 2, only 1 is supported"),
@@ -125,6 +127,8 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
         (V3, {"attention_bias": True}, "true is not what deepseek2 computes"),
         (V3, {"rope_interleave": False}, "false is not supported, only a rotation of neighbouring channels"),
         (V3, {"num_key_value_heads": 2}, "2 for 4 heads: latent attention has none"),
+        (V3, {"qk_rope_head_dim": 7}, "'qk_rope_head_dim': 7, an even number of channels expected"),
+        (KIMI, {"qk_rope_head_dim": 7}, "'qk_rope_head_dim': 7, an even number of channels expected"),
         (V3, {"kv_lora_rank": 10**9}, "1000000000, a whole number of 1 to 4096"),
         (V3, {"n_group": 3}, "3, which does not divide 4 experts into groups of 2"),
         (V3, {"n_group": 4}, "4, which does not divide 4 experts into groups of 2"),

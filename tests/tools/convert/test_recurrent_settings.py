@@ -133,6 +133,7 @@ def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note
         ("falcon-h1", {"mlp_multipliers": [1.0, float("nan")]}, "holds what is no positive number"),
         ("falcon-h1", {"key_multiplier": float("inf")}, "inf, 1e-09 to 1e.06 expected"),
         ("falcon-h1", {_LIMIT: [0.0, 0.1]}, "time steps of 0 to infinity are computed"),
+        ("falcon-h1", {_LIMIT: "a\nb\x1b[2J"}, r"'time_step_limit': 'a\\nb\\x1b\[2J': time steps"),
         ("falcon-h1", {_LIMIT: 5}, "time steps of 0 to infinity are computed"),
         ("falcon-h1-norm", {"mamba_norm_before_gate": True}, "its norm is after the gate"),
         ("falcon-h1", {"projectors_bias": True}, "true is not what falcon-h1 computes"),
@@ -143,6 +144,12 @@ def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note
         ("nemotron_h", {"layers_block_type": ["mlp", "moe", "mlp", "mlp", "mlp"]}, "among layers with experts"),
         ("nemotron_h", {"num_hidden_layers": 4}, "5 entries for 4 layers"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "'silu': nemotron_h computes relu2"),
+        (
+            "nemotron_h",
+            {"mamba_head_dim": 1, "n_groups": None},
+            r"'mamba_d_head': \d+, and \d+ channels of the convolution: multiples of 16 expected",
+        ),
+        ("nemotron_h", {"mamba_head_dim": 1 << 20}, "'mamba_d_state': .* together at most 67108864 expected"),
         ("nemotron_h", {"mamba_head_dim": None}, "'mamba_d_head': missing"),
         ("nemotron_h_moe", {"n_routed_experts": 10**9}, "1000000000, a whole number of 1 to 1024"),
         ("nemotron_h_moe", {"num_experts_per_tok": 7}, "7, a whole number of 1 to 6"),
@@ -150,6 +157,7 @@ def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note
         ("llama4", {"attn_temperature_tuning": False}, "false is not what llama4 computes"),
         ("llama4", {"floor_scale": 4096}, "4096: llama4 computes with 8192"),
         ("llama4", {"moe_layers": [0, 1, 3]}, "layers with experts at equal distances expected"),
+        ("llama4", {"moe_layers": "a\nb"}, r"'moe_layers': 'a\\nb': layers with experts"),
         ("llama4", {"no_rope_layers": [1, 1]}, "5 numbers 0 or 1 expected"),
         ("llama4", {"no_rope_layers": 7}, "5 numbers 0 or 1 expected"),
         ("llama4", {"no_rope_layers": [1] * 5}, "chunks in layers other than those that rotate"),
@@ -164,4 +172,32 @@ def test_settings_that_no_file_can_say(name: str, change: dict[str, Any], messag
     config, shapes = recorded_form(name)
     with pytest.raises(ModelFileError, match=message):
         converted(tmp_path, changed(config, change), shapes, SEED)
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["falcon-h1", "kimi-linear", "qwen3next"])
+def test_decays_that_no_float32_holds(name: str, tmp_path: Path) -> None:
+    config, shapes = recorded_form(name)
+    tensors = {tensor: draw(tensor, shape, SEED) for tensor, shape in shapes.items()}
+    named = next(tensor for tensor in sorted(tensors) if tensor.endswith(".A_log"))
+    for value, is_possible in ((88.0, True), (200.0, False)):
+        tensors[named].reshape(-1)[-1] = value
+        (folder := tmp_path / str(value)).mkdir()
+        if is_possible:
+            assert converted_checkpoint(folder, config, tensors)
+            continue
+        with pytest.raises(ModelFileError, match=r"A_log.*: 200 is too large a logarithm of a decay, 88 at most"):
+            converted_checkpoint(folder, config, tensors)
+        assert not list(folder.glob("*.gguf"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_multiplied_weights_that_no_float32_holds(tmp_path: Path) -> None:
+    config, shapes = recorded_form("falcon-h1")
+    tensors = {tensor: draw(tensor, shape, SEED) for tensor, shape in shapes.items()}
+    tensors["model.embed_tokens.weight"][0, 0] = 3e37
+    said = changed(config, {"embedding_multiplier": 1e6})
+    with pytest.raises(ModelFileError, match=r"embed_tokens.*: weights of up to 3e.37 times 1e.06 do not fit float32"):
+        converted_checkpoint(tmp_path, said, tensors)
     assert not list(tmp_path.glob("*.gguf"))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llamaclust.model.delta_rule import MAX_HEADS, VALUE_CHANNELS
 from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS
-from llamaclust.tools.convert.lazy import columns_of, gathered, joined, mapped, squeezed
+from llamaclust.tools.convert.lazy import columns_of, decay, gathered, joined, mapped, squeezed
 from llamaclust.tools.convert.page import Page, picked
 from llamaclust.tools.convert.pages import decoder, experts
 from llamaclust.tools.convert.rotation import rotating_channels, rotation, sections
@@ -186,8 +186,8 @@ def _delta_net(page: Page, place: str, source: str, net: _DeltaNet) -> None:
         for name, module, width in (("attn_gate", "z", net.width), ("ssm_beta", "b", 1), ("ssm_alpha", "a", 1)):
             found = page.take(f"{source}.in_proj_{module}.weight", net.heads * width, page.width)
             page.put(f"{place}.{name}.weight", gathered(found, net.order(width)))
-    decay = mapped(page.take(f"{source}.A_log", net.heads), lambda values: -np.exp(values))
-    page.put(f"{place}.ssm_a", gathered(decay, net.order(1)))
+    logarithms = page.take(f"{source}.A_log", net.heads)
+    page.put(f"{place}.ssm_a", gathered(decay(logarithms), net.order(1)))
     page.put(f"{place}.ssm_dt.bias", gathered(page.take(f"{source}.dt_bias", net.heads), net.order(1)))
     page.copy(f"{place}.ssm_norm", f"{source}.norm", net.width)
     out = page.take(f"{source}.out_proj.weight", page.width, net.values)

@@ -36,9 +36,12 @@ def read_latent(page: Page) -> Latent:
         raise settings.error(
             "num_key_value_heads", f"{page.kv_heads} for {page.heads} heads: latent attention has none"
         )
+    rotated = settings.count("qk_rope_head_dim", maximum=_MAX_HEAD)
+    if rotated % 2:
+        raise settings.error("qk_rope_head_dim", f"{rotated}, an even number of channels expected")
     return Latent(
         rank=settings.count("kv_lora_rank", maximum=_MAX_HEAD),
-        rotated=settings.count("qk_rope_head_dim", maximum=_MAX_HEAD),
+        rotated=rotated,
         plain=settings.count("qk_nope_head_dim", maximum=_MAX_HEAD),
         value=settings.count("v_head_dim", maximum=_MAX_HEAD),
         query_rank=settings.count("q_lora_rank", default=0, minimum=0, maximum=_MAX_RANK),

@@ -8,8 +8,9 @@ import numpy as np
 
 from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.model.delta_rule import VALUE_CHANNELS
+from llamaclust.model.gguf.values import shown
 from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS
-from llamaclust.tools.convert.lazy import mapped, reshaped
+from llamaclust.tools.convert.lazy import decay, reshaped
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder, experts
 from llamaclust.tools.convert.pages.latent.attention import Latent, latent_attention, latent_keys, read_latent
@@ -59,9 +60,9 @@ def _net(page: Page) -> Settings:
         names["short_conv_kernel_size"] = "linear_conv_kernel_dim"
         said = Settings({name: settings.values.get(other) for name, other in names.items()}, settings.origin)
     if said.count("num_heads") != page.heads:
-        raise said.error("num_heads", f"{said.values['num_heads']}, attention has {page.heads}: not supported")
+        raise said.error("num_heads", f"{said.shown('num_heads')}, attention has {page.heads}: not supported")
     if said.count("head_dim", maximum=MAX_KEY_CHANNELS) % VALUE_CHANNELS:
-        raise said.error("head_dim", f"{said.values['head_dim']}, a multiple of {VALUE_CHANNELS} expected")
+        raise said.error("head_dim", f"{said.shown('head_dim')}, a multiple of {VALUE_CHANNELS} expected")
     said.count("short_conv_kernel_size", minimum=2, maximum=MAX_TAPS)
     return said
 
@@ -87,7 +88,7 @@ def _keys(page: Page, latent: Latent, attends: list[bool], dense: int) -> None:
     page.key("leading_dense_block_count", dense)
     function = settings.text("moe_router_activation_func", default="sigmoid")
     if function != "sigmoid":
-        raise settings.error("moe_router_activation_func", f"{function!r}, sigmoid expected")
+        raise settings.error("moe_router_activation_func", f"{shown(function)}, sigmoid expected")
     count, width, shared = _sizes(page)
     used = settings.count("num_experts_per_token", "num_experts_per_tok", maximum=count)
     experts.expert_keys(page, count, used, width)
@@ -114,8 +115,7 @@ def _delta_net(page: Page, layer: int, head: int, taps: int) -> None:
         rows, columns = (head, page.width) if name.endswith("_a") else (inner, head)
         page.copy(f"{place}.{name}", f"{source}.{module}", rows, columns)
     page.copy(f"{place}.ssm_beta", f"{source}.b_proj", heads, page.width)
-    decay = reshaped(page.take(f"{source}.A_log", 1, 1, heads, 1), (heads, 1))
-    page.put(f"{place}.ssm_a", mapped(decay, lambda values: -np.exp(values)))
+    page.put(f"{place}.ssm_a", decay(reshaped(page.take(f"{source}.A_log", 1, 1, heads, 1), (heads, 1))))
     page.put(f"{place}.ssm_dt.bias", page.take(f"{source}.dt_bias", inner))
     page.copy(f"{place}.ssm_norm", f"{source}.o_norm", head)
     page.copy(f"{place}.attn_output", f"{source}.o_proj", page.width, inner)

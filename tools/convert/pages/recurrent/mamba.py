@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 
-import numpy as np
-
+from llamaclust.model.architectures.recurrent.mamba import MambaShape
 from llamaclust.model.states import MAX_TAPS
-from llamaclust.tools.convert.lazy import Lazy, in_groups, joined, mapped
+from llamaclust.tools.convert.lazy import Lazy, decay, in_groups, joined
 from llamaclust.tools.convert.page import Page
 
 _MAX_HEADS, _MAX_STATE_SIZE = 1 << 14, 1 << 12
+_NAMES = MappingProxyType(
+    {"ssm.inner_size": "mamba_d_head", "ssm.state_size": "mamba_d_state", "ssm.group_count": "mamba_n_groups"}
+)
 _ALL_STEPS = ([0, math.inf], [0, {"__float__": "Infinity"}])
 """The second is how transformers writes the first."""
 
@@ -55,15 +58,12 @@ def read_mamba(page: Page, inner: int | None) -> Mamba:
     if width is None or (inner is not None and heads * width != inner):
         raise settings.error("mamba_d_head", f"{heads} heads of {width} channels are not the {inner} of the block")
     groups = settings.count("mamba_n_groups", "n_groups", default=1, maximum=heads)
-    if heads % groups:
-        raise settings.error("mamba_n_groups", f"{groups}, which does not divide {heads} heads")
-    return Mamba(
-        heads,
-        width,
-        groups,
-        settings.count("mamba_d_state", "ssm_state_size", maximum=_MAX_STATE_SIZE),
-        settings.count("mamba_d_conv", "conv_kernel", default=4, minimum=2, maximum=MAX_TAPS),
-    )
+    state_size = settings.count("mamba_d_state", "ssm_state_size", maximum=_MAX_STATE_SIZE)
+    taps = settings.count("mamba_d_conv", "conv_kernel", default=4, minimum=2, maximum=MAX_TAPS)
+    fault = MambaShape(taps, heads * width, state_size, heads, groups).fault
+    if fault is not None:
+        raise settings.error(_NAMES[fault[0]], fault[1])
+    return Mamba(heads, width, groups, state_size, taps)
 
 
 def mamba_keys(page: Page, mamba: Mamba) -> None:
@@ -82,7 +82,7 @@ def write_mamba(page: Page, place: str, source: str, mamba: Mamba, *, has_norm: 
     if page.has(f"{source}.conv1d.bias"):
         page.put(f"{place}.ssm_conv1d.bias", page.take(f"{source}.conv1d.bias", mamba.convolved))
     page.put(f"{place}.ssm_dt.bias", page.take(f"{source}.dt_bias", mamba.heads))
-    page.put(f"{place}.ssm_a", mapped(_column(page, f"{source}.A_log", mamba), lambda values: -np.exp(values)))
+    page.put(f"{place}.ssm_a", decay(_column(page, f"{source}.A_log", mamba)))
     page.put(f"{place}.ssm_d", _column(page, f"{source}.D", mamba))
     if has_norm:
         norm = page.take(f"{source}.norm.weight", mamba.inner)
@@ -99,4 +99,4 @@ def _check_time_steps(page: Page) -> None:
     for name in ("time_step_limit", "mamba_dt_limit"):
         said = page.settings.values.get(name)
         if said is not None and said not in _ALL_STEPS:
-            raise page.settings.error(name, f"{str(said)[:60]}: time steps of 0 to infinity are computed")
+            raise page.settings.error(name, f"{page.settings.shown(name)}: time steps of 0 to infinity are computed")

@@ -22,8 +22,8 @@ _NOISE = 0.1
 class Link:
     """Between two processes, whichever of them sends."""
 
-    one_way_s: float  # of one token's hidden state
-    byte_s: float  # that each further byte takes
+    one_way_s: float  # of a message that carries nothing
+    byte_s: float  # that each byte takes
 
 
 USUAL = Link(one_way_s=1.5e-4, byte_s=1e-9)

@@ -233,5 +233,7 @@ def _times(sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Tabl
     others = np.ones_like(mix)
     others[0, stages.layers] = 0  # a stage of all layers has no links
     sent_s = others * worker.reach.byte_s * (crossing[:, np.newaxis] + crossing)  # in and out, while it computes
-    hops_s = others * 2 * worker.reach.one_way_s
+    row_bytes = stages.border_bytes.copy()
+    row_bytes[[0, -1]] = 0  # a token id comes back from the last stage to the first one
+    hops_s = others * (2 * worker.reach.one_way_s + worker.reach.byte_s * (row_bytes[:, np.newaxis] + row_bytes))
     return np.where(fits, np.maximum(mix, sent_s), np.inf), token + hops_s + _STAGE_S

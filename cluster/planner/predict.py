@@ -24,7 +24,7 @@ class _Path:
 
     round_s: float  # from the first stage through all others to the first one again
     there_s: float  # from the coordinator through all of them to the coordinator
-    row_s: tuple[float, ...]  # what each row adds between stages
+    row_s: tuple[float, ...]  # what the bytes of each row add between stages
 
     @classmethod
     def of(cls, links: Links, stages: list[str], crossing_bytes: Sequence[int]) -> _Path:
@@ -36,6 +36,11 @@ class _Path:
             there_s=sum(link.one_way_s for link in (*ring[:-1], *ends)),
             row_s=tuple(link.byte_s * n_bytes for link, n_bytes in zip(ring[:-1], crossing_bytes, strict=True)),
         )
+
+    @property
+    def token_s(self) -> float:
+        """A round with the row of one sequence."""
+        return self.round_s + sum(self.row_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +87,8 @@ def predict(
     slowest = max(range(len(split)), key=lambda index: stages[index].decode_s)
     return Prediction(
         stages=stages,
-        token_s=sum(stage.decode_s for stage in stages) + path.round_s,
-        links_s=path.round_s,
+        token_s=sum(stage.decode_s for stage in stages) + path.token_s,
+        links_s=path.token_s,
         ttft_s=min(_ttft_s(costs, split, prompt_tokens, chunks, path) for chunks in _CHUNKS),
         tokens_per_s=max(_tokens_per_s(costs, split, max_sequences, groups, path) for groups in _CHUNKS),
         bottleneck=split[slowest].worker,

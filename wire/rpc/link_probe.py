@@ -15,7 +15,7 @@ from llamaclust.wire.rpc.server import ServerStream
 _SERVE_S = 60.0
 _MEASURE_S = 20.0
 _ANSWER = b"here"
-_PING_BYTES = 8192  # about what one token's hidden state takes
+PING_BYTES = 8192  # about what one token's hidden state takes
 _WARM_UP, _PINGS = 3, 12
 _BETWEEN_S = 0.002  # the other side is ready by then
 _FIRST_BYTES, _FRAME_BYTES, _MOST_BYTES = 1 << 16, 1 << 19, 1 << 25
@@ -33,7 +33,7 @@ async def serve_echo(stream: ServerStream) -> None:
             if (data := await stream.read()) is None:
                 return
             await stream.write(_ANSWER)
-            if len(data) == _PING_BYTES:
+            if len(data) == PING_BYTES:
                 if caches is None:
                     caches = await asyncio.to_thread(CacheFlush)
                 await caches.sweep_in_turns()
@@ -71,7 +71,7 @@ async def _round_trip(stream: ClientStream) -> float:
     for _ in range(_WARM_UP + _PINGS):
         await caches.sweep_in_turns()
         await asyncio.sleep(_BETWEEN_S)
-        times.append(await _sent(stream, _PING_BYTES))
+        times.append(await _sent(stream, PING_BYTES))
     return median(times[_WARM_UP:])
 
 

@@ -24,7 +24,7 @@ from llamaclust.core.profile import Profile
 from llamaclust.wire.control.messages import Register
 from llamaclust.wire.control.profiles import LinkProfile
 from llamaclust.wire.rpc.client import Peer
-from llamaclust.wire.rpc.link_probe import measure_link
+from llamaclust.wire.rpc.link_probe import PING_BYTES, measure_link
 from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import Credentials, Principal
 
@@ -166,7 +166,13 @@ async def _measured(
     except LlamaclustError as error:
         report(Notice(f"the link between {source or 'the coordinator'} and {target} could not be measured: {error}"))
         return None
-    return Link(speed.round_trip_s / 2, 1 / speed.bytes_s)
+    return _link(speed)
+
+
+def _link(speed: LinkProfile) -> Link:
+    """Without the bytes of a ping, which plans count as those of a token's hidden state."""
+    byte_s = 1 / speed.bytes_s
+    return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s)
 
 
 async def _from_here(worker: WorkerHandle, credentials: Credentials) -> LinkProfile:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.control.resources import link_profiling
-from llamaclust.cluster.control.resources.link_profiling import _keys, _newest, _places, _wanted, measure_links
+from llamaclust.cluster.control.resources.link_profiling import _keys, _link, _newest, _places, _wanted, measure_links
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.links import COORDINATOR, NO_REACH, USUAL, Link, Links
 from llamaclust.cluster.planner.memory import PlanRequest
@@ -24,6 +24,8 @@ from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
 from llamaclust.wire.control.messages import Register
+from llamaclust.wire.control.profiles import LinkProfile
+from llamaclust.wire.rpc.link_probe import PING_BYTES
 from support.clusters.real_cluster import real_cluster
 from support.plans.plan_inputs import link as link_ms
 from support.plans.plan_inputs import profile
@@ -112,7 +114,9 @@ def test_a_slow_link_makes_prompts_take_longer() -> None:
     assert slow.prediction is not None and fast.prediction is not None
     sent_s = 512 * 16_384 * 80e-9
     assert slow.prediction.ttft_s > sent_s
-    assert slow.prediction.token_s == pytest.approx(fast.prediction.token_s)
+    token_s = slow.prediction.token_s - fast.prediction.token_s
+    assert token_s == pytest.approx(16_384 * 79e-9), "the hidden state goes there, a token id comes back"
+    assert slow.prediction.links_s - fast.prediction.links_s == pytest.approx(token_s)
 
 
 def test_links_that_were_not_measured_are_sums_of_what_their_ends_add() -> None:
@@ -123,6 +127,12 @@ def test_links_that_were_not_measured_are_sums_of_what_their_ends_add() -> None:
     assert links.measured.keys() == whole.measured.keys(), "nothing is known of x"
     assert links.between("a", "c").one_way_s == pytest.approx(whole.between("a", "c").one_way_s)
     assert all(links.measured[pair] == measured[pair] for pair in measured)
+
+
+def test_bytes_of_a_ping_are_no_latency() -> None:
+    link = _link(LinkProfile(2e-3 + PING_BYTES * 8e-7, 1 / 8e-7))
+    assert [link.one_way_s, link.byte_s] == pytest.approx([1e-3, 8e-7])
+    assert _link(LinkProfile(1e-3, 1e6)).one_way_s == 0.0
 
 
 # -- measured ----------------------------------------------------------------------------------------------------------

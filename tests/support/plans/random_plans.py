@@ -103,7 +103,11 @@ class Every:
             )
             for stage in split
         )
-        hops_s = sum(linked * 2 * worker.reach.one_way_s for worker, _, _ in split)
+        layers = len(self.costs.layers)
+        hops_s = sum(
+            linked * (2 * worker.reach.one_way_s + worker.reach.byte_s * 16_384 * ((start > 0) + (end < layers)))
+            for worker, start, end in split
+        )
         return Score(max(mixes), sum(stages.decode_s(*stage) for stage in split) + hops_s)
 
     def score_of(self, plan: Plan) -> Score:

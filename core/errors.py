@@ -39,6 +39,10 @@ class InsufficientMemoryError(LlamaclustError):
     code = "insufficient_memory"
     missing_bytes: float | None = None
     """Of a plan for all workers, where that is known."""
+    problem: str | None = None
+    """Of such a plan, the message without its advice."""
+    fitting_context: int | None = None
+    """Of such a plan, the longest context that fits; None where none does."""
 
 
 class RequestError(LlamaclustError):

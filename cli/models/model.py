@@ -32,7 +32,7 @@ from llamaclust.cli.options import (
     option_value,
 )
 from llamaclust.cli.terminal import printable
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.sizes import MIB, gigabytes
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def pull(
 ) -> None:
     """Download models. An interrupted download is resumed, and the bytes are checked before use."""
     from llamaclust.cli.progress import JsonLines, announce, shown_progress
-    from llamaclust.tools.hub.pull import check_known, pull_model
+    from llamaclust.tools.hub.pull import pull_model
 
     for model in models:
-        check_known(model)
+        _check_known(model)
     for model in models:
         if as_lines:
             pull_model(model, JsonLines())
@@ -68,6 +68,18 @@ def pull(
         print(path)
 
 
+def _check_known(model: str) -> None:
+    """UsageError for what cannot be pulled, with a hint where it is a name of `plan --assume`."""
+    from llamaclust.tools.assume.public_shapes import no_file_hint
+    from llamaclust.tools.hub.pull import check_known
+
+    try:
+        check_known(model)
+    except UsageError as error:
+        hint = no_file_hint(model)
+        raise error if hint is None else UsageError(hint) from error
+
+
 def list_models(
     wanted: Annotated[str, Argument(metavar="FILTER", help="Only names that contain this text.")] = "",
     as_json: Json = False,
@@ -75,6 +87,8 @@ def list_models(
     """Show the models that are downloaded, and the catalog."""
     from llamaclust.cluster.config.catalog import catalog_names, find_entry, stored_models
     from llamaclust.tools.assume.assumed_model import with_file_size
+    from llamaclust.tools.assume.public_shapes import no_file_hint
+    from llamaclust.tools.assume.shapes import SHAPES
 
     everything = stored_models()
     names = {model.name for model in everything}
@@ -86,7 +100,8 @@ def list_models(
         print(json.dumps({"models": rows + [_entry_json(entry) for entry in entries]}))
         return
     if wanted and not stored and not entries:
-        print(f"no name contains {printable(wanted)}")
+        hints = filter(None, (no_file_hint(name) for name in SHAPES if wanted.lower() in name))
+        print("\n".join(hints) or f"no name contains {printable(wanted)}")
         return
     for model in stored:
         print(f"{model.name:32} {gigabytes(model.size_bytes):>10}  {model.path}")

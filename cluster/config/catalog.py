@@ -133,10 +133,15 @@ def catalog_names() -> list[str]:
 
 def nearest_names(name: str, names: Iterable[str]) -> str:
     """A question with the nearest of the names, those that begin with `name` first; empty if none is near."""
-    known, text = list(names), name.lower().replace(":", "-")
-    near = [each for each in known if text and each.startswith(text)][:_NEAREST]
-    near = near or difflib.get_close_matches(text, known, n=_NEAREST, cutoff=0.5)
+    near = near_names(name, names)
     return f", did you mean {' or '.join(near)}?" if near else ""
+
+
+def near_names(name: str, names: Iterable[str]) -> list[str]:
+    """Three of the names at most, those that begin with `name` or else similar ones."""
+    known, text = list(names), name[:_LONGEST_NAME].lower().replace(":", "-")
+    near = [each for each in known if text and each.startswith(text)][:_NEAREST]
+    return near or difflib.get_close_matches(text, known, n=_NEAREST, cutoff=0.5)
 
 
 def _billions(count: float) -> str:
@@ -242,7 +247,7 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
         return stored[spec]
     if not spec:
         raise UsageError("the model's name is empty; `llamaclust model list` shows those that are known")
-    hint = nearest_names(spec[:_LONGEST_NAME], [*catalog_names(), *stored])
+    hint = nearest_names(spec, [*catalog_names(), *stored])
     raise UsageError(f"{name}: neither a file nor a model known by name{hint}; `llamaclust model list` shows those")
 
 

@@ -64,8 +64,11 @@ class ClusterResources:
     """Bytes that other models hold of workers' devices."""
 
 
-def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
+def plan_cluster(
+    config: ClusterConfig, model: Model, resources: ClusterResources, *, max_expert_shards: int = MAX_EXPERT_SHARDS
+) -> Plan:
     """The plan of the workers in `resources`: first those that `config` names, in its order, then others by name.
+    `max_expert_shards`: experts of a layer are divided into so many parts at most; each number takes a search.
 
     Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, NetworkPartitionError.
     """
@@ -74,20 +77,20 @@ def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResource
     try:
         return _divided_plan(config, model, resources, 1)
     except InsufficientMemoryError as error:
-        for expert_shards in _divisions(config, model, resources):
+        for expert_shards in _divisions(config, model, resources, max_expert_shards):
             with suppress(InsufficientMemoryError, UsageError):
                 return _divided_plan(config, model, resources, expert_shards)
         raise error
 
 
-def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources) -> Iterator[int]:
-    """Into how many shards the experts of layers may be divided where whole layers do not fit, and where that may be of
-    use. Shards are in RAM, so experts on GPUs, where the user wants some there, are not divided."""
+def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
+    """Into how many shards, `most` at most, the experts of layers may be divided where whole layers do not fit, and
+    where that may be of use. Shards are in RAM, so experts are not divided where the user wants some on GPUs."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
-    if on_gpus or not model.hyperparameters.expert_count or not _have_room(config, model, resources):
+    if most < 2 or on_gpus or not model.hyperparameters.expert_count or not _have_room(config, model, resources):
         return
     shards = 2
-    while shards <= min(MAX_EXPERT_SHARDS, model.hyperparameters.expert_count, _MOST_PARTS // model.layer_count):
+    while shards <= min(most, model.hyperparameters.expert_count, _MOST_PARTS // model.layer_count):
         yield shards
         shards *= 2
 

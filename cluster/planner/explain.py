@@ -53,13 +53,16 @@ def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> In
     given, have = sizes.request.kv_memory_bytes, [device for device in devices if device.memory_bytes is not None]
     rooms = [f"{worker.name} {(worker.memory_bytes or 0) // MIB}" for worker in have]
     missing_bytes = _least_shortfall(sizes, workers)
-    error = InsufficientMemoryError(
+    fitting_context = _fitting_context(sizes, workers)
+    problem = (
         f"the model does not fit: it needs {needed(parts)} for {sizes.request.context_length} tokens of context, and "
         f"up to {mib(workspace)} MiB of workspace a worker; the workers have, in MiB: {', '.join(rooms) or '?'}"
         f"{'' if given is None else f', and kv_memory is {given // MIB} MiB each'}; "
-        f"{mib(missing_bytes)} MiB are missing. Add a worker, give them more memory{_shorter_context(sizes, workers)}"
+        f"{mib(missing_bytes)} MiB are missing"
     )
-    error.missing_bytes = missing_bytes
+    smaller = f"set context_length to {fitting_context} or less" if fitting_context else "take a smaller model"
+    error = InsufficientMemoryError(f"{problem}. Add a worker, give them more memory, or {smaller}")
+    error.problem, error.missing_bytes, error.fitting_context = problem, missing_bytes, fitting_context
     return error
 
 
@@ -73,8 +76,8 @@ def _least_shortfall(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> floa
     return least_total(worker_classes([replace(worker, profile=None) for worker in workers], tables))
 
 
-def _shorter_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str:
-    """The longest context that fits, as a piece of advice."""
+def _fitting_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> int | None:
+    """The longest context that fits; None where none does."""
 
     def is_too_long(length: int) -> bool:
         request = replace(sizes.request, context_length=length)
@@ -82,7 +85,7 @@ def _shorter_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str:
 
     lengths = range(_CONTEXT_STEP, sizes.request.context_length + 1, _CONTEXT_STEP)
     fitting = bisect_left(lengths, True, key=is_too_long)
-    return f", or set context_length to {lengths[fitting - 1]} or less" if fitting else ", or take a smaller model"
+    return lengths[fitting - 1] if fitting else None
 
 
 def idle_workers(

@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 
-from llamaclust.cluster.planner.plan import Prediction
+from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.sizes import gigabytes
 from llamaclust.tools.assume import rates
 from llamaclust.tools.assume.assumed_model import AssumedModel
 from llamaclust.tools.assume.machines import MAX_MACHINES, AssumedMachines, Device, Machine
-from llamaclust.tools.assume.planning import AssumedCluster, prediction_of
+from llamaclust.tools.assume.planning import AssumedCluster, prediction_of, room_bytes
 
 _GIB = 1 << 30
-_SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+_SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_M", "IQ2_XXS")
+_FEW_BITS = 3.0
+"""Of a weight: with fewer, answers are clearly worse."""
 _FURTHER = 3
 """So many machines more than memory alone asks for are tried."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
@@ -23,31 +25,31 @@ _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """The largest quantization that fits, and the fewest further machines like the last one."""
-    machines = cluster.assumed.machines
-    most_bytes = sum(device.memory_bytes for machine in machines for device in (machine.cpu, *machine.gpus))
+    """The largest quantization that fits, one of the catalog if any does, and the fewest further machines like the last
+    one. Each with whole layers: where they do not fit, dividing experts would take many searches."""
     for smaller in _smaller(model):
-        if smaller.file.size_bytes < most_bytes and cluster.fitting_plan(smaller) is not None:
-            yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}"
+        if cluster.fitting_plan(smaller) is not None:
+            yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"
             break
+    machines = cluster.assumed.machines
     last = machines[-1]
-    room_bytes = last.cpu.memory_bytes - rates.SYSTEM_BYTES
-    if error.missing_bytes is None or room_bytes <= 0:
+    if error.missing_bytes is None or not room_bytes(last):
         return
-    least = max(1, ceil(error.missing_bytes / room_bytes))
+    least = max(1, ceil(error.missing_bytes / room_bytes(last)))
     for count in range(least, min(least + _FURTHER, MAX_MACHINES - len(machines)) + 1):
         if cluster.with_machines(count).fitting_plan(model) is not None:
             yield f"{count} more of {_memory(last.cpu)}"
             return
 
 
-def what_helps(cluster: AssumedCluster, model: AssumedModel, now: Prediction) -> Iterator[str]:
-    """Changes that would make one request clearly faster."""
+def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
+    """Changes that would make one request clearly faster than by `plan`."""
+    now, expert_shards = prediction_of(plan), plan.expert_shards
     for what, changed, instead in _changes(cluster, model):
-        plan = changed.fitting_plan(instead)
-        if plan is None:
+        other = changed.fitting_plan(instead, max_expert_shards=expert_shards)
+        if other is None:
             continue
-        then, gains = prediction_of(plan), []
+        then, gains = prediction_of(other), []
         if then.token_s < _WORTH_DECODE * now.token_s:
             gains.append(f"{shown_speed(1 / then.token_s)} tok/s")
         if then.ttft_s < _WORTH_PROMPT * now.ttft_s:
@@ -59,21 +61,40 @@ def what_helps(cluster: AssumedCluster, model: AssumedModel, now: Prediction) ->
 def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str, AssumedCluster, AssumedModel]]:
     assumed = cluster.assumed
     if len(assumed.machines) < MAX_MACHINES:
-        yield "one more such machine", cluster.with_machines(1), model
+        yield _one_more(assumed), cluster.with_machines(1), model
     yield "twice the memory bandwidth", cluster.changed(_faster_memory(assumed)), model
     if len(assumed.machines) > 1:
         faster = 10 * (assumed.network.bits_s or rates.NETWORK_BITS_S)
         network = replace(assumed.network, bits_s=faster)
         yield f"a network of {faster / 1e9:g} Gbit/s", cluster.changed(replace(assumed, network=network)), model
-    if (smaller := next(_smaller(model), None)) is not None:
-        yield f"{smaller.mix} in place of {model.mix or 'the file'}", cluster, smaller
+    smaller = next((one for one in _smaller(model) if one.bits_per_weight >= _FEW_BITS), None)
+    if smaller is not None:
+        yield f"{smaller.mix}{_remark(smaller)} in place of {model.shown_mix or 'the file'}", cluster, smaller
 
 
 def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
-    """In smaller mixes, the largest first."""
+    """In smaller mixes, those of the catalog first, then the largest first. Experts in MXFP4 have none: as they are
+    published, only little beside them could be smaller."""
+    if model.has_mxfp4:
+        return
     mixes = (model.quantized(mix) for mix in _SMALLER_MIXES)
     smaller = [one for one in mixes if one.file.size_bytes < 0.95 * model.file.size_bytes]
-    yield from sorted(smaller, key=lambda one: -one.file.size_bytes)
+    yield from sorted(smaller, key=lambda one: (not one.is_in_catalog, -one.file.size_bytes))
+
+
+def _remark(model: AssumedModel) -> str:
+    """Where its file comes from, if not by `model pull`, and what is to be said of its quality."""
+    made = "" if model.is_in_catalog else "by `llamaclust model quantize`"
+    bits = model.bits_per_weight
+    quality = "" if bits >= _FEW_BITS else f"{bits:.1f} bits a weight: clearly worse answers"
+    remarks = "; ".join(filter(None, (made, quality)))
+    return f" ({remarks})" if remarks else ""
+
+
+def _one_more(assumed: AssumedMachines) -> str:
+    *others, last = assumed.machines
+    is_like_all = all(machine == last for machine in others)
+    return "one more such machine" if is_like_all else f"one more like m{len(others) + 1} ({_memory(last.cpu)})"
 
 
 def _faster_memory(assumed: AssumedMachines) -> AssumedMachines:

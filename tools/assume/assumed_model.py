@@ -9,12 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from llamaclust.cluster.config.catalog import CatalogEntry, find_entry, locate, resolve_model
+from llamaclust.cluster.config.catalog import (
+    CatalogEntry,
+    find_entry,
+    locate,
+    near_names,
+    nearest_names,
+    resolve_model,
+)
+from llamaclust.cluster.config.model_sources import shortened
 from llamaclust.cluster.config.public_models import public_models
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.model_file import ModelFile, open_model
@@ -22,13 +31,13 @@ from llamaclust.model.gguf.tensors import FileIdentity, Tensor
 from llamaclust.model.gguf.values import MetadataValue
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.assume.public_shapes import public_shapes
+from llamaclust.tools.assume.public_shapes import IN_CATALOG, public_shapes
 from llamaclust.tools.assume.shapes import SHAPES, ModelShape
 from llamaclust.tools.quantize.mixes import ALIASES, MIXES, Mix
 from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
 
 _NO_FILE: Final = FileIdentity(0, 0, 0, 0)
-
+_ALL: Final = "`llamaclust plan --assume MACHINES` lists all shapes, `llamaclust model list` the catalog"
 
 _MIXES: Final = {
     **ALIASES,
@@ -50,6 +59,7 @@ class AssumedModel:
     title: str
     file: ModelFile
     mix: str | None
+    catalog_name: str = ""  # without a quantization; empty where the catalog does not have it
 
     @cached_property
     def opened(self) -> Model:
@@ -58,7 +68,26 @@ class AssumedModel:
 
     def quantized(self, mix: str) -> AssumedModel:
         """The same model in another mix. UsageError where `quantize` does not know how."""
-        return AssumedModel(self.title, _quantized(self.file, MIXES[mix]), mix)
+        return AssumedModel(self.title, _quantized(self.file, MIXES[mix]), mix, self.catalog_name)
+
+    @property
+    def shown_mix(self) -> str | None:
+        """As the catalog names it."""
+        return "MXFP4" if self.mix == "MXFP4_MOE" else self.mix
+
+    @property
+    def is_in_catalog(self) -> bool:
+        """Whether `model pull` has its file."""
+        model = public_models().get(self.catalog_name)
+        return model is not None and self.mix in map(_mix, model.quantizations)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.file.size_bytes / sum(prod(tensor.shape) for tensor in self.file.tensors.values())
+
+    @property
+    def has_mxfp4(self) -> bool:
+        return any(tensor.quant_type is QuantType.MXFP4 for tensor in self.file.tensors.values())
 
 
 def assumed_model(spec: str) -> AssumedModel:
@@ -75,14 +104,16 @@ def assumed_model(spec: str) -> AssumedModel:
     try:
         path = resolve_model(name)
     except UsageError as error:
-        raise UsageError(f"--model: {error}; or one of the shapes {', '.join(SHAPES)}") from error
-    found = AssumedModel(path.stem, open_model(path), None)
+        raise _unknown_error(name, error) from error
+    found = AssumedModel(path.stem, open_model(path), None, "" if entry is None else entry.name.partition(":")[0])
     return found if mix is None else found.quantized(mix)
 
 
 def shape_model(name: str, shape: ModelShape, mix: str | None = None) -> AssumedModel:
     """A model of such a shape in a mix of MIXES, or in its usual one."""
-    return AssumedModel(shape.title, _file_of(name, shape), None).quantized(mix or shape.mix)
+    return AssumedModel(shape.title, _file_of(name, shape), None, IN_CATALOG.get(name, name)).quantized(
+        mix or shape.mix
+    )
 
 
 def with_file_size(entry: CatalogEntry) -> CatalogEntry:
@@ -121,10 +152,22 @@ def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedMo
     plain, _, quantization = entry.name.partition(":")
     shape = public_shapes().get(plain)
     if shape is None:
-        known = ", ".join(dict.fromkeys((*SHAPES, *public_shapes())))
-        why = f"its shape is not known before it is downloaded; run: llamaclust model pull {entry.name}"
-        raise UsageError(f"--model: {spec}: {why}; or take one whose shape is known: {known}")
+        near = near_names(plain, _known_names())
+        like = f"; similar names with a known shape: {', '.join(near)}" if near else ""
+        raise UsageError(f"--model: {spec}: of {entry.shown_size}, but its shape is not known{like}; {_ALL}")
     return shape_model(plain, shape, mix or _mix(quantization))
+
+
+def _unknown_error(name: str, error: UsageError) -> UsageError:
+    """With the nearest names; for a path or an address, with what is wrong with it."""
+    if "/" in name or ":" in name or name.endswith(".gguf"):
+        return UsageError(f"--model: {error}")
+    near = nearest_names(name, _known_names())
+    return UsageError(f"--model: {shortened(name)}: neither a file nor a model of a known shape{near}; {_ALL}")
+
+
+def _known_names() -> list[str]:
+    return list(dict.fromkeys((*SHAPES, *public_shapes())))
 
 
 def _mix(text: str) -> str | None:
@@ -144,12 +187,9 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 
 def _file_of(name: str, shape: ModelShape) -> ModelFile:
-    """With matrices in F16 and everything else in F32."""
+    """With matrices in F16 and everything else in F32, but experts in MXFP4 where they are published so."""
     path = Path(name)
-    tensors = {
-        name: _tensor(path, name, QuantType.F32 if is_kept(name, sizes) else QuantType.F16, sizes)
-        for name, sizes in shape.tensors()
-    }
+    tensors = {name: _tensor(path, name, _source_type(shape, name, sizes), sizes) for name, sizes in shape.tensors()}
     return ModelFile(
         path=path,
         parts=(path,),
@@ -158,6 +198,12 @@ def _file_of(name: str, shape: ModelShape) -> ModelFile:
         metadata=_metadata(shape),
         tensors=tensors,
     )
+
+
+def _source_type(shape: ModelShape, name: str, sizes: tuple[int, ...]) -> QuantType:
+    if is_kept(name, sizes):
+        return QuantType.F32
+    return QuantType.MXFP4 if shape.mix == "MXFP4_MOE" and len(sizes) == 3 else QuantType.F16
 
 
 def _metadata(shape: ModelShape) -> Mapping[str, MetadataValue]:
@@ -189,12 +235,16 @@ def _metadata(shape: ModelShape) -> Mapping[str, MetadataValue]:
 
 
 def _quantized(file: ModelFile, mix: Mix) -> ModelFile:
+    """Tensors in MXFP4 stay where they would become larger."""
     types = choose_types(file, Wishes(mix))
-    tensors = {
-        name: tensor if types[name] is tensor.quant_type else _tensor(file.path, name, types[name], tensor.shape)
-        for name, tensor in file.tensors.items()
-    }
+    tensors = {name: _retyped(tensor, types[name]) for name, tensor in file.tensors.items()}
     return replace(file, tensors=tensors, size_bytes=sum(tensor.n_bytes for tensor in tensors.values()))
+
+
+def _retyped(tensor: Tensor, quant_type: QuantType) -> Tensor:
+    changed = _tensor(tensor.path, tensor.name, quant_type, tensor.shape)
+    is_kept_smaller = tensor.quant_type is QuantType.MXFP4 and changed.n_bytes > tensor.n_bytes
+    return tensor if quant_type is tensor.quant_type or is_kept_smaller else changed
 
 
 def _tensor(path: Path, name: str, quant_type: QuantType, shape: tuple[int, ...]) -> Tensor:

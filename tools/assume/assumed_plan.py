@@ -36,7 +36,7 @@ class AssumedPlan:
         """The plan's values, beside what it was made from."""
         return plan_json(self.plan) | {
             "model": self.model.title,
-            "quantization": self.model.mix,
+            "quantization": self.model.shown_mix,
             "file_bytes": self.model.file.size_bytes,
             "machines": len(self.assumed.machines),
             "helps": list(self.helps),
@@ -64,12 +64,14 @@ def plan_assumed(machines: str, spec: str, overrides: Sequence[str]) -> AssumedP
     try:
         plan = cluster.plan(model)
     except InsufficientMemoryError as error:
-        fitting = "; or take ".join(what_fits(cluster, model, error))
-        advice = f"; what would fit: {fitting}" if fitting else ""
-        explained = InsufficientMemoryError(f"{_named(model)}: {error}{advice}")
+        ways = [*what_fits(cluster, model, error)]
+        if error.fitting_context is not None:
+            ways.append(f"--set context_length={error.fitting_context}")
+        told = error if error.problem is None or not ways else f"{error.problem}. What would fit: {'; or '.join(ways)}"
+        explained = InsufficientMemoryError(f"{_named(model)}: {told}")
         explained.missing_bytes = error.missing_bytes
         raise explained from error
-    return AssumedPlan(model, cluster.assumed, plan, tuple(what_helps(cluster, model, prediction_of(plan))))
+    return AssumedPlan(model, cluster.assumed, plan, tuple(what_helps(cluster, model, plan)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class ShapePlan:
 
     def cells(self) -> tuple[str, ...]:
         """By _HEADINGS."""
-        title = f"{self.name}: {self.model.title} {self.model.mix}"
+        title = f"{self.name}: {self.model.title} {self.model.shown_mix}"
         size = gigabytes(self.model.file.size_bytes)
         if self.plan is None:
             return title, size, self.problem, "-", "-", "; or ".join(self.helps)
@@ -102,7 +104,7 @@ class ShapePlan:
             **values,
             "name": self.name,
             "model": self.model.title,
-            "quantization": self.model.mix,
+            "quantization": self.model.shown_mix,
             "file_bytes": self.model.file.size_bytes,
             "fits": self.plan is not None,
             "problem": self.problem or None,
@@ -162,11 +164,11 @@ def _shape_plan(cluster: AssumedCluster, name: str, model: AssumedModel) -> Shap
     except InsufficientMemoryError as error:
         missing = "" if error.missing_bytes is None else f": {mib(error.missing_bytes)} MiB missing"
         return ShapePlan(name, model, None, f"no{missing}", tuple(what_fits(cluster, model, error)))
-    return ShapePlan(name, model, plan, "", tuple(what_helps(cluster, model, prediction_of(plan))))
+    return ShapePlan(name, model, plan, "", tuple(what_helps(cluster, model, plan)))
 
 
 def _named(model: AssumedModel) -> str:
-    kind = "" if model.mix is None else f" {model.mix}"
+    kind = "" if model.shown_mix is None else f" {model.shown_mix}"
     return f"{model.title}{kind} ({gigabytes(model.file.size_bytes)})"
 
 

@@ -48,6 +48,9 @@ _ROUND_TRIP = _pattern(rf"(?P<time>{_NUMBER})\s*(?P<unit>ms|us|µs)(?![a-z])")
 _TERAOPS_MACS = 0.5e12
 """A multiply-accumulate is two operations."""
 _BANDWIDTH = "the bandwidth of reading memory as @25GB/s, or the kind of memory as @DDR3, @DDR4 or @DDR5"
+_GPU_BANDWIDTH = (
+    "the bandwidth of a GPU's memory, as in 12GB@360GB/s gpu (in GB/s, an RTX 3060 has 360, a 3090 936, a 4090 1008)"
+)
 _SHOWN = 30
 """Characters of a mistake."""
 
@@ -192,7 +195,7 @@ def _add(groups: list[list[Machine]], group: _Group, reader: _Reader) -> None:
     if not groups:
         raise reader.error(f"the machine of a GPU before it, as in {GPU_EXAMPLE!r}", group.begun)
     if not isinstance(group.device.bandwidth, float):
-        raise reader.error("the bandwidth of a GPU's memory, as in 24GB@900GB/s gpu", group.begun)
+        raise reader.error(_GPU_BANDWIDTH, group.begun)
     if group.device.threads is not None:
         raise reader.error("@TOPS: a GPU has no threads", group.begun)
     gpus = (*groups[-1][0].gpus, *((group.device,) * min(group.count, MAX_GPUS_EACH + 1)))

@@ -12,6 +12,7 @@ from llamaclust.cluster.control.resources.resource_shares import WorkerResources
 from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.core.gpus import Gpu
+from llamaclust.core.limits import MAX_EXPERT_SHARDS
 from llamaclust.core.profile import Profile
 from llamaclust.tools.assume import rates
 from llamaclust.tools.assume.assumed_model import AssumedModel
@@ -19,6 +20,8 @@ from llamaclust.tools.assume.machines import AssumedMachines, Machine
 
 KEYS = ("context_length", "kv_memory", "kv_type", "max_sequences", "objective", "plan", "prefill_chunk")
 """Of a cluster file, those that an assumed plan obeys."""
+_LOADED = 0.95
+"""Of a file, at least: some have layers more, which predict further tokens and are not loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class AssumedCluster:
         machines = self.assumed.machines
         return self.changed(replace(self.assumed, machines=(*machines, *((machines[-1],) * count))))
 
-    def plan(self, model: AssumedModel) -> Plan:
+    def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
         """UsageError for a wrong override or GPUs that do not compute the model, InsufficientMemoryError with the MiB
         that are missing."""
         workers = {f"m{number}": machine for number, machine in enumerate(self.assumed.machines, 1)}
@@ -55,16 +58,26 @@ class AssumedCluster:
             links=rates.links_of(self.assumed.network, list(workers)),
         )
         try:
-            return plan_cluster(self._config(list(workers)), model.opened, resources)
+            config = self._config(list(workers))
+            return plan_cluster(config, model.opened, resources, max_expert_shards=max_expert_shards)
         except ModelFileError as error:
             if not any(machine.gpus for machine in self.assumed.machines):
                 raise
             raise UsageError(f"--assume: {model.title}: {error}; leave the GPUs out") from error
 
-    def fitting_plan(self, model: AssumedModel) -> Plan | None:
-        """None where it does not fit."""
+    @property
+    def memory_bytes(self) -> int:
+        """Memory for weights, KV memory and workspaces, of processors and GPUs together."""
+        machines = self.assumed.machines
+        gpus = [gpu.memory_bytes - rates.GPU_RESERVED_BYTES for machine in machines for gpu in machine.gpus]
+        return sum(max(0, n_bytes) for n_bytes in (*gpus, *map(room_bytes, machines)))
+
+    def fitting_plan(self, model: AssumedModel, *, max_expert_shards: int = 1) -> Plan | None:
+        """None where it does not fit, by default with the experts of a layer on one machine."""
+        if _LOADED * model.file.size_bytes > self.memory_bytes:
+            return None
         try:
-            return self.plan(model)
+            return self.plan(model, max_expert_shards=max_expert_shards)
         except InsufficientMemoryError:
             return None
 
@@ -78,13 +91,17 @@ def prediction_of(plan: Plan) -> Prediction:
     return plan.prediction
 
 
+def room_bytes(machine: Machine) -> int:
+    """Of its RAM, beside its system."""
+    return max(0, machine.cpu.memory_bytes - rates.SYSTEM_BYTES)
+
+
 def _resources(name: str, machine: Machine) -> WorkerResources:
     gpus = (
         Gpu(f"cuda:{number}", "assumed", gpu.memory_bytes, max(0, gpu.memory_bytes - rates.GPU_RESERVED_BYTES))
         for number, gpu in enumerate(machine.gpus)
     )
-    free_bytes = max(0, machine.cpu.memory_bytes - rates.SYSTEM_BYTES)
-    return WorkerResources(name, free_bytes, gpus=tuple(gpus), threads=rates.threads_of(machine.cpu))
+    return WorkerResources(name, room_bytes(machine), gpus=tuple(gpus), threads=rates.threads_of(machine.cpu))
 
 
 def _profile(machine: Machine) -> Profile:

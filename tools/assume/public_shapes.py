@@ -25,6 +25,9 @@ _LIKE: Final = {
     ),
 }
 """Named shapes, and the models of the catalog that have them."""
+IN_CATALOG: Final = {"8b": "llama-3.1-8b-instruct", "70b": "llama-3.3-70b-instruct"}
+"""Named shapes that have another name in the catalog."""
+_AS_LARGE: Final = {**IN_CATALOG, "7b": "mistral-7b-instruct-v0.3"}
 _MIXTURES: Final = {
     "ernie-4.5-21b-a3b": ModelShape(
         architecture="ernie4_5-moe",
@@ -94,6 +97,15 @@ def public_shapes() -> Mapping[str, ModelShape]:
         for row in csv.DictReader(file):
             shapes |= dict.fromkeys(row["name"].split(), _shape(row))
     return MappingProxyType(shapes)
+
+
+def no_file_hint(name: str) -> str | None:
+    """What to pull instead of a named shape that the catalog does not have; None for other names."""
+    plain = name.lower().partition(":")[0]
+    if plain not in SHAPES or plain in _LIKE:
+        return None
+    of_catalog = f"; a model of that size is {_AS_LARGE[plain]}" if plain in _AS_LARGE else ""
+    return f"{plain}: a shape known to `plan --assume` only{of_catalog}; a file of the hub is hf:OWNER/REPO/FILE.gguf"
 
 
 def _shape(row: Mapping[str, str]) -> ModelShape:

@@ -80,6 +80,8 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
         default = "" if all(cpu.threads for cpu in cpus if cpu.macs_s is None) else f"{THREADS} threads a machine, "
         peak = f"{THREAD_MACS_S / 1e9:.0f} GMAC/s a thread"
         yield f"{default}{peak} (AVX2 at 3 GHz; say /THREADS or @TOPS where you know better)"
+        if any(cpu.macs_s is None and _is_old(cpu) for cpu in cpus):
+            yield "DDR3 machines before 2013 have no AVX2: several times slower prefill than predicted"
     yield f"{SYSTEM_BYTES // _GIB} GiB of each machine are left to its system and the program"
     if gpus:
         yield (
@@ -91,6 +93,10 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
     if len(assumed.machines) > 1:
         yield _network(assumed.network)
     yield "short contexts: attention over thousands of tokens takes more"
+
+
+def _is_old(cpu: Device) -> bool:
+    return isinstance(cpu.bandwidth, Ddr) and cpu.bandwidth.generation == 3
 
 
 def _memories(cpus: Sequence[Device]) -> Iterator[str]:

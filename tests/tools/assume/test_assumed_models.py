@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from llamaclust.cli.app import app
 from llamaclust.cluster.config.catalog import catalog_names, find_entry
 from llamaclust.cluster.config.public_models import public_models
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import gigabytes
 from llamaclust.model.gguf.model_file import open_model
@@ -22,9 +25,9 @@ from llamaclust.model.program import Moe
 from llamaclust.tools.assume import assumed_model as module
 from llamaclust.tools.assume.assumed_model import AssumedModel, shape_model, with_file_size
 from llamaclust.tools.assume.assumed_model import assumed_model as model_of
-from llamaclust.tools.assume.public_shapes import public_shapes
+from llamaclust.tools.assume.public_shapes import IN_CATALOG, no_file_hint, public_shapes
 from llamaclust.tools.assume.shapes import SHAPES, ModelShape
-from llamaclust.tools.quantize.mixes import MIXES
+from llamaclust.tools.quantize.mixes import FLOATS, MIXES
 from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
 from llamaclust.tools.quantize.type_choice import Wishes
 from llamaclust.worker.devices.workspace import planned_workspace_bytes
@@ -169,14 +172,55 @@ def test_models_of_the_catalog_without_a_shape_say_so(tmp_path: Path, monkeypatc
     with pytest.raises(UsageError) as error:
         model_of("glm-4.7-flash:q6_k")
     text = str(error.value)
-    assert "glm-4.7-flash:q6_k: its shape is not known before it is downloaded" in text
-    assert "run: llamaclust model pull glm-4.7-flash:q6_k; or take one whose shape is known: 7b, 8b, " in text
-    assert ", qwen3-32b, " in text and text.count("gpt-oss-20b") == 1
+    assert text.startswith("--model: glm-4.7-flash:q6_k: of about 24.7 GB, but its shape is not known; similar names ")
+    assert "glm-4.5-air" in text and "`llamaclust plan --assume MACHINES` lists all" in text and len(text) < 300
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_published_experts_in_mxfp4_never_grow(mix: str) -> None:
+    own, other = (model_of(f"gpt-oss-20b:{name}") for name in ("mxfp4", mix))
+    assert own.shown_mix == "MXFP4" and own.has_mxfp4 and other.has_mxfp4
+    if MIXES[mix].base not in FLOATS:
+        assert other.file.size_bytes <= own.file.size_bytes
+    assert all(
+        tensor.n_bytes <= own.file.tensors[name].n_bytes
+        for name, tensor in other.file.tensors.items()
+        if "_exps." in name
+    )
+
+
+def test_the_catalog_says_which_quantizations_can_be_pulled() -> None:
+    found = {spec: model_of(spec).is_in_catalog for spec in ("8b:iq4_xs", "qwen3-8b:iq4_xs", "7b", "gpt-oss-20b")}
+    assert found == {"8b:iq4_xs": True, "qwen3-8b:iq4_xs": False, "7b": False, "gpt-oss-20b": True}
+    assert model_of("qwen3.5-35b-a3b").is_in_catalog is False
+    assert {*IN_CATALOG.values()} <= {*catalog_names()}
+    assert all(SHAPES[name].parameters == public_shapes()[same].parameters for name, same in IN_CATALOG.items())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_without_a_file_of_the_catalog_say_what_to_pull(name: str) -> None:
+    hint = no_file_hint(f"{name}:q4_k_m")
+    assert (hint is None) == (find_entry(name) is not None)
+    if hint is not None:
+        assert hint.startswith(f"{name}: a shape known to `plan --assume` only; ") and "hf:OWNER/REPO/FILE.gguf" in hint
+        of_catalog = re.search(r"a model of that size is ([^;]*);", hint)
+        assert of_catalog is None or find_entry(of_catalog[1]) is not None
+        with pytest.raises(LlamaclustError, match=re.escape(hint)):
+            CliRunner().invoke(app, ["model", "pull", name], catch_exceptions=False)
+        assert (hint in CliRunner().invoke(app, ["model", "list", name]).stdout) == (name == "qwen3.5-35b-a3b")
 
 
 def test_unknown_models_and_mixes_are_refused_with_what_there_is() -> None:
-    with pytest.raises(UsageError, match=r"--model: .*8c.*; or one of the shapes 7b, 8b, 70b, gpt-oss-20b"):
+    with pytest.raises(UsageError, match=r"^--model: 8c: neither a file nor .*, did you mean 8b.*MACHINES` lists all"):
         model_of("8c")
+    with pytest.raises(UsageError, match=r"shape, did you mean qwen3\.5-35b-a3b\?; `llamaclust plan --assume"):
+        model_of("qwen3.5")
+    for name in ("x" * 5000, "qwen3", "gemma-3:q4_k_m"):
+        with pytest.raises(UsageError) as error:
+            model_of(name)
+        assert len(str(error.value)) < 330 and "--assume MACHINES" in str(error.value), name
+    with pytest.raises(UsageError, match=r"^--model: no/such/file.gguf: no such file$"):
+        model_of("no/such/file.gguf")
     with pytest.raises(UsageError, match=r"--model: 'q4_k_x' is no quantization; known: f32, f16, .*q4_k_m"):
         model_of("8b:q4_k_x")
     assert [model_of(f"GPT-OSS-20B:{mix}").mix for mix in ("q8_0", "mxfp4", "Q4")] == ["Q8_0", "MXFP4_MOE", "Q4_K_M"]

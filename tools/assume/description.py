@@ -23,6 +23,7 @@ from llamaclust.tools.assume.machines import (
 
 _GIB = 1 << 30
 _UNIT_BYTES = {"M": 1 << 20, "G": _GIB, "T": _GIB << 10}
+_RATE_BYTES = {"M": 1e6, "G": 1e9, "MI": float(1 << 20), "GI": float(_GIB)}
 _NUMBER = r"\d{1,9}(?:\.\d{1,6})?"
 _TIMES = r"[xX*×]"
 
@@ -35,7 +36,7 @@ _COUNT = _pattern(rf"(?P<count>\d{{1,4}})\s*{_TIMES}\s*(?=\d)")
 _COUNT_BEHIND = _pattern(rf"{_TIMES}\s*(?P<count>\d{{1,4}})(?![\d.]|\s*[MGT]i?B)")
 _MEMORY = _pattern(rf"(?P<memory>{_NUMBER})\s*(?P<unit>[MGT])(?:i?B)?(?![a-wyz]|/s)")
 _AT = re.compile("@")
-_RATE = _pattern(rf"(?P<read>{_NUMBER})\s*(?P<unit>[MG])i?B/s(?:ec)?(?![a-z])")
+_RATE = _pattern(rf"(?P<read>{_NUMBER})\s*(?P<unit>[MG]i?)B/s(?:ec)?(?![a-z])")
 _DDR = _pattern(
     rf"(?:(?P<before>\d{{1,3}})\s*{_TIMES}\s*)?(?:LP)?DDR(?P<generation>[345])(?!\d)(?:-(?P<speed>\d{{3,5}}))?"
     rf"(?:\s*{_TIMES}\s*(?P<behind>\d{{1,3}}))?(?![a-z\d])"
@@ -152,7 +153,7 @@ def _bandwidth(reader: _Reader) -> float | Ddr | None:
     if reader.take(_AT) is None:
         return None
     if (rate := reader.take(_RATE)) is not None:
-        read_bytes_s = float(rate["read"]) * (1e9 if rate["unit"].upper() == "G" else 1e6)
+        read_bytes_s = float(rate["read"]) * _RATE_BYTES[rate["unit"].upper()]
         if not read_bytes_s:
             raise reader.error("numbers above 0", begun)
         return read_bytes_s

@@ -71,6 +71,11 @@ def test_machines_without_a_bandwidth_have_ddr4_in_two_channels() -> None:
     assert lines[1:] == ["memory is read at 10 GB/s, DDR3 in one channel"]
 
 
+@pytest.mark.parametrize(("rate", "bytes_s"), [("40GB/s", 40e9), ("40GiB/s", 40 * 2**30), ("512MiB/s", 2**29)])
+def test_rates_have_the_units_that_are_written(rate: str, bytes_s: float) -> None:
+    assert parse_machines(f"16GB@{rate}").machines[0].cpu.bandwidth == bytes_s
+
+
 def test_unequal_machines_threads_operations_and_the_round_trip() -> None:
     found = parse_machines("16GB@40GB/s + 2x32.5GB@51.2GB/s/8+1TB@400GB/s@12.5TOPS, 2.5Gbit, 200us")
     middle = Machine(Device(int(32.5 * GIB), 51.2e9, threads=8))

@@ -77,10 +77,17 @@ def plan_cluster(
     try:
         return _divided_plan(config, model, resources, 1)
     except InsufficientMemoryError as error:
+        tried: list[int] = []
         for expert_shards in _divisions(config, model, resources, max_expert_shards):
             with suppress(InsufficientMemoryError, UsageError):
                 return _divided_plan(config, model, resources, expert_shards)
-        raise error
+            tried.append(expert_shards)
+        if not tried:
+            raise
+        what = f"with the experts of each layer divided into up to {tried[-1]} parts, it does not fit either"
+        told = InsufficientMemoryError(f"{error}; {what}")
+        told.missing_bytes = error.missing_bytes
+        raise told from error
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:

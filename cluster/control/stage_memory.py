@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
@@ -27,32 +27,42 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
     """Of stages that are loaded with these limits, whatever their context. A stage is taken to hold all layers: weights
-    of several types may make it take a little more than it will."""
+    of several types may make it take a little more than it will. Where layers are divided, it is the largest of that
+    and of stages that begin or end inside a layer."""
     known = _known.setdefault(model, _Known()).workspaces
 
     def bytes_at(place: StagePlace) -> int:
         if (limits, place) not in known:
             end = model.layer_count if place.is_last else max(1, model.layer_count - 1)
             at = replace(limits, max_context_tokens=place.context_length)
+            ways = _divided_stages(model, limits.expert_shards, place) if limits.expert_shards > 1 else ()
             whole = planned_workspace_bytes(model, 0, end, replace(at, expert_shards=1), place.threads, place.device)
-            known[limits, place] = whole + _division_bytes(model, at, place)
+            divided = (planned_workspace_bytes(model, *parts, at, place.threads, place.device) for parts in ways)
+            known[limits, place] = max((whole, *divided))
         return known[limits, place]
 
     return bytes_at
 
 
-def _division_bytes(model: Model, limits: StageLimits, place: StagePlace) -> int:
-    """What a stage takes beside that where it may begin and end inside a layer: as much as the smallest stage that does
-    both, or one with two shards."""
-    shards = limits.expert_shards
-    if shards == 1:
-        return 0
-    layers = (layer for layer in range(model.layer_count) if model.is_divisible(layer, shards))
-    return max(
-        planned_workspace_bytes(model, part, part + 1, limits, place.threads, place.device)
-        for layer in layers
-        for part in (layer * shards, layer * shards + shards // 2, (layer + 1) * shards - 1)
-    )
+def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tuple[int, int]]:
+    """Stages that begin or end inside a layer, of which one takes as much as any: the longest ones, and of each layer
+    those that begin, end, and do both there. In parts of layers."""
+    layers = [layer for layer in range(model.layer_count) if model.is_divisible(layer, shards)]
+    half = shards // 2
+    if not layers:
+        return
+    first, last = layers[0] * shards + half, layers[-1] * shards + half
+    yield 0, last
+    if first < last:
+        yield first, last
+    if place.is_last:
+        yield first, model.layer_count * shards
+    for layer in layers:
+        start, end = layer * shards, (layer + 1) * shards
+        yield start, start + half
+        yield start + half, end
+        if shards > 2:
+            yield start + 1, end - 1
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:

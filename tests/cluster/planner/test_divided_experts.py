@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -12,15 +14,20 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import check_plan, plan_limits
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
+from llamaclust.cluster.control.stage_memory import workspace_of
 from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
+from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
+from support.seed import SEED
 
 MIB = 1 << 20
 
@@ -100,9 +107,27 @@ def test_costs_of_all_cuts_are_what_stages_hold(tmp_path: Path, name: str) -> No
                 assert stages.weight_bytes(start, end) == sum(t.resident_bytes for t in tensors.values()), (start, end)
 
 
+@pytest.mark.parametrize("name", ["llama-experts", "gpt-oss", "glm4moe", "nemotron_h_moe", "llama4"])
+@pytest.mark.parametrize("shards", [2, 4])
+def test_no_stage_takes_more_than_planned(tmp_path: Path, name: str, shards: int) -> None:
+    """Wherever it begins and ends; and one of them takes as much."""
+    model, rows = Model.open(build_architecture(tmp_path / f"{name}.gguf", name)), Random(SEED).randint(64, 512)
+    limits = StageLimits(rows, 16, 8, 1024, 300, expert_shards=shards)
+    costs, workspace = model.costs(KvType.F16, shards), workspace_of(model, limits)
+    shares = []
+    for start, end in combinations(costs.borders, 2):
+        promised = workspace(StagePlace(2, 1024, end == len(costs.layers)))
+        shares.append(planned_workspace_bytes(model, start, end, limits, 2) / promised)
+    assert max(shares) == 1.0, SEED
+
+
 def test_the_error_is_that_of_whole_layers_where_nothing_fits(model: Model) -> None:
-    with pytest.raises(InsufficientMemoryError, match="the model does not fit: it needs"):
+    with pytest.raises(InsufficientMemoryError, match="the model does not fit: it needs") as refused:
         planned(model, config(2), 40 * MIB)
+    assert "divided" not in str(refused.value), "all memory together holds less than the weights"
+    with pytest.raises(InsufficientMemoryError, match=r"into up to 64 parts, it does not fit either$") as refused:
+        planned(model, config(4), 40 * MIB)
+    assert str(refused.value).startswith("the model does not fit: it needs") and refused.value.missing_bytes
 
 
 def test_mistakes_of_plans_by_hand(model: Model) -> None:

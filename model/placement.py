@@ -61,20 +61,14 @@ def read_rules(text: str) -> Iterator[PlacementRule]:
         at = found.end()
 
 
+@lru_cache(256)
 def _matcher(pattern: str) -> SchemaValidator:
-    """Matches in linear time, with a bound on the compiled pattern's size, which may be some MiB: it is not kept.
-    ValueError for what is no pattern."""
+    """Matches in linear time, with a bound on the compiled pattern's size. ValueError for what is no pattern."""
     try:
         return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
     except SchemaError as error:
         why = str(error).splitlines()[-1].removeprefix("error: ").removeprefix("  SchemaError: ")
         raise ValueError(f"{pattern[:60]!r} is no regular expression: {why.strip()}") from error
-
-
-@lru_cache(MAX_RULES)
-def _matched(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    matches = _matcher(pattern).isinstance_python
-    return tuple(name for name in names if matches(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +107,8 @@ def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
     decided: dict[str, int] = {}
     names = model.program(0, model.layer_count).weights
     for index, rule in enumerate(rules):
-        matched = _matched(rule.pattern, names)
+        matches = _matcher(rule.pattern).isinstance_python
+        matched = [name for name in names if matches(name)]
         if not matched:
             kinds = {re.sub(r"\.[0-9]+\.", ".N.", name): name for name in reversed(names)}
             near = get_close_matches(rule.pattern.replace("\\", ""), kinds.values(), 3, 0.0)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -185,26 +183,3 @@ def test_random_rules_are_obeyed_to_the_tensor_or_refused(model: Model) -> None:
             elif not name.endswith(("ffn_gate_inp.weight", "_norm.weight")):  # these go with the matrices
                 assert place == wanted or (wanted == "gpu" and place not in (None, "ram")), (rules, name)
     assert obeyed > 20, SEED
-
-
-_LARGE = r"""
-import resource, sys
-from llamaclust.model.loader import Model
-from llamaclust.model.placement import placement_of, read_rules, rule_effects
-
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-model = Model.open(sys.argv[1])
-placement_of(model, list(read_rules("exps=CPU")), None)
-before = peak()
-rules = list(read_rules(",".join(rf"exps|\w{{100}}{number}=CPU" for number in range(24))))
-placement_of(model, rules, None)
-rule_effects(model, rules)
-print(peak() - before)
-"""
-
-
-def test_large_patterns_are_not_all_in_memory(model: Model) -> None:
-    """One takes about 7 MiB."""
-    run = subprocess.run([sys.executable, "-c", _LARGE, model.file.path], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 80

@@ -54,7 +54,7 @@ def test_plans_predict_what_was_tried_and_what_a_hop_takes() -> None:
     plan = make_plan(MODEL, workers, request)
     assert plan.prediction is not None
     assert [1e3 * stage.decode_s for stage in plan.prediction.stages] == pytest.approx([0.2 + 15, 0.2 + 15 + 1.0])
-    assert 1e3 * plan.prediction.token_s == pytest.approx(2 * 0.2 + 30 + 1.0 + 2 * 0.5)
+    assert 1e3 * plan.prediction.token_s == pytest.approx(2 * 0.2 + 30 + 1.0 + 2 * 0.5 + 8192 / 1e6), "at 1 GB/s"
     costs = StageCosts.of(MODEL)
     assert 1e3 * costs.decode_s(workers[0], 0, 5, 8) == pytest.approx(0.3 + 45)
     assert 1e3 * costs.decode_s(workers[0], 0, 5, 8, concurrent=True) == pytest.approx(0.3 + 90)

@@ -105,6 +105,8 @@ def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | No
 def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
     """The number of the rule for each tensor that one matches."""
     decided: dict[str, int] = {}
+    if not rules:
+        return decided
     names = model.program(0, model.layer_count).weights
     for index, rule in enumerate(rules):
         matches = _matcher(rule.pattern).isinstance_python

@@ -82,6 +82,8 @@ class RuleEffect:
 
 def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffect, ...]:
     """Of each rule. UsageError for a rule that matches no tensor."""
+    if not rules:
+        return ()
     found: dict[int, list[str]] = {index: [] for index in range(len(rules))}
     for name, index in _decided(model, rules).items():
         found[index].append(name)
@@ -105,8 +107,6 @@ def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | No
 def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
     """The number of the rule for each tensor that one matches."""
     decided: dict[str, int] = {}
-    if not rules:
-        return decided
     names = model.program(0, model.layer_count).weights
     for index, rule in enumerate(rules):
         matches = _matcher(rule.pattern).isinstance_python

@@ -87,8 +87,6 @@ class Compiler:
         self._kv = PlanKv(self.plan, limits)
         self._rotations: dict[ir.RopeTable, int] = {}
         self._scales: dict[tuple[int, float, int], RowScales] = {}  # by adapter, factor and rank
-        copy = None if observed is None else self._copy
-        self._experts = PlanExperts(self.plan, self._buffers, weights, self._quantize, self._observe, copy)
 
     def run(self) -> Compiled:
         if not self._program.is_first:
@@ -121,7 +119,8 @@ class Compiler:
                 x, dt, layer = buffers.read(step.x), buffers.read(step.dt), self._kv.state(step.state)
                 add_scan(self.plan, step, (x, dt, buffers.write(step.out)), layer, self._weights)
             case ir.Moe() | ir.ExpertChoice() | ir.ExpertShards() | ir.ExpertSum():
-                self._experts.emit(step)
+                copy = None if self._observed is None else self._copy
+                PlanExperts(self.plan, buffers, self._weights, self._quantize, self._observe, copy).emit(step)
             case ir.SelectRows():
                 x = buffers.read(step.x)
                 if (normed := self._program.normed) is not None:

@@ -89,7 +89,7 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
         raise WorkerError("no connection")
 
     monkeypatch.setattr(WorkerHandle, "unload", partialmethod(WorkerHandle.unload, deadline_s=0.05))
-    monkeypatch.setattr(epochs, "stage_limits", lambda *_: LOAD.limits)
+    monkeypatch.setattr(epochs, "plan_limits", lambda *_: LOAD.limits)
     monkeypatch.setattr(RemotePipeline, "open", refused)
     workers = {
         "a": worker_handle("a", unload_failure=unload_failure),

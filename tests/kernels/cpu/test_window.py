@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamaclust.cluster.client import local
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
-from llamaclust.cluster.planner import memory as memory_module
+from llamaclust.cluster.scheduler import kv_groups
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import StageLimits
@@ -146,7 +145,7 @@ def test_a_model_in_this_process_keeps_windows_and_says_the_same(path: Path, mon
             return [(list(one.token_ids), list(one.logprobs)) for one in replies], rows.tobytes(), memory
 
     less = said()
-    monkeypatch.setattr(local, "window_group", lambda *figures: None)
+    monkeypatch.setattr(kv_groups, "window_group", lambda *figures: None)
     whole = said()
     assert less[:2] == whole[:2]
     assert less[2] < whole[2]
@@ -160,6 +159,6 @@ def test_a_cluster_keeps_windows_and_says_the_same(
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     less = run(path, Way(cut, company=True, prefill_chunk=48, cached=True), work, tmp_path / "a", monkeypatch)
-    monkeypatch.setattr(memory_module, "window_group", lambda *figures: None)
+    monkeypatch.setattr(kv_groups, "window_group", lambda *figures: None)
     whole = run(path, Way((0, 7), company=True), work, tmp_path / "b", monkeypatch)
     assert less == whole

@@ -31,8 +31,8 @@ async def send(page: Page, text: str) -> None:
 
 
 async def use_key(page: Page, key: str) -> None:
-    if not await page.get_by_label("Key", exact=True).is_visible():
-        await page.get_by_role("button", name="API key").click()
+    """The dialog may open by itself at any time, and then covers the button."""
+    await page.get_by_role("button", name="API key").dispatch_event("click")
     await page.get_by_label("Key", exact=True).fill(key)
     await page.get_by_role("button", name="Use").click()
 

@@ -88,6 +88,12 @@ class Compiler:
         self._rotations: dict[ir.RopeTable, int] = {}
         self._scales: dict[tuple[int, float, int], RowScales] = {}  # by adapter, factor and rank
 
+    @property
+    def _experts(self) -> PlanExperts:
+        """Not kept: it has methods of this object, which would then live on with all weights until it is collected."""
+        copy = None if self._observed is None else self._copy
+        return PlanExperts(self.plan, self._buffers, self._weights, self._quantize, self._observe, copy)
+
     def run(self) -> Compiled:
         if not self._program.is_first:
             self.plan.read_hidden(self._buffers.write(self._program.hidden, private=True))
@@ -119,8 +125,7 @@ class Compiler:
                 x, dt, layer = buffers.read(step.x), buffers.read(step.dt), self._kv.state(step.state)
                 add_scan(self.plan, step, (x, dt, buffers.write(step.out)), layer, self._weights)
             case ir.Moe() | ir.ExpertChoice() | ir.ExpertShards() | ir.ExpertSum():
-                copy = None if self._observed is None else self._copy
-                PlanExperts(self.plan, buffers, self._weights, self._quantize, self._observe, copy).emit(step)
+                self._experts.emit(step)
             case ir.SelectRows():
                 x = buffers.read(step.x)
                 if (normed := self._program.normed) is not None:

@@ -1,0 +1,39 @@
+"""The interface of drafters. A draft changes how fast an answer is computed, never which tokens it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+CLASSES = 12
+"""Of confidence. Of these, n-gram drafters use: """
+SUBSTITUTED = 1
+"""A match of 8 tokens or more went on behind one that differs from the sequence's last one."""
+SHORT = 2
+"""A match of 2 or 3 tokens; three classes: other tokens followed elsewhere, it is the only one, one token followed."""
+MIDDLE = 5
+"""Of 4 to 7; likewise three classes."""
+LONG = 8
+"""Of 8 to 15, and of more."""
+SHARED = 10
+"""In answers to other requests: of less than 16, and of more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens that may follow."""
+
+    tokens: tuple[int, ...]
+    confidence: int
+    """Its class, in [0, CLASSES): drafts of one class are accepted about as often."""
+
+
+NO_DRAFT = Draft((), 0)
+
+
+class Drafter(Protocol):
+    """Of one sequence."""
+
+    def draft(self, tokens: Sequence[int], most: int) -> Draft:
+        """Up to `most` tokens that may follow `tokens`: prompt and answer, which only ever grow between calls."""

@@ -1,0 +1,105 @@
+"""Earlier places of the last few tokens, newest first: hash chains as in LZ77 compressors."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NONE = -1
+"""No place; also no token."""
+LONGEST = 32
+"""Tokens of a match at most; longer ones are not told apart."""
+CANDIDATES = 8
+"""Places that a search looks at. Clients choose the tokens, and may choose some whose chains are long."""
+STEP_TOKENS = 1024
+"""That an index takes in at once: less than half a millisecond."""
+_FIRST_BUCKETS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Tokens (place - length, place] are the last `length` ones."""
+
+    place: int
+    length: int
+    followers: int = 1  # candidates that were looked at
+    agree: bool = True  # the same token follows all of them
+
+
+NO_MATCH = Match(NONE, 0, 0)
+
+
+class HashChains:
+    """Of a text that grows: the newest place of each hash of `order` tokens, and of each place the one before it.
+
+    A place is where the last of the tokens is. Different tokens may share a chain: those who follow it compare."""
+
+    def __init__(self, order: int) -> None:
+        self._order = order
+        self._newest = array("i", [NONE]) * _FIRST_BUCKETS
+        self._previous = array("i")  # by place
+
+    def __len__(self) -> int:
+        """Tokens that it has taken in."""
+        return len(self._previous)
+
+    @property
+    def size_bytes(self) -> int:
+        return sys.getsizeof(self._newest) + sys.getsizeof(self._previous)
+
+    def take_in(self, text: Sequence[int]) -> bool:
+        """Some of the tokens that are new in the text; whether these were all."""
+        while len(self._newest) < len(text):
+            self._newest.extend(self._newest)  # both halves go on with the chains so far
+        previous, newest, order, mask = self._previous, self._newest, self._order, len(self._newest) - 1
+        end = min(len(text), len(previous) + STEP_TOKENS)
+        previous.extend([NONE] * (min(order - 1, end) - len(previous)))
+        start = len(previous)
+        columns = [text[start - shift : end - shift] for shift in range(order - 1, -1, -1)]
+        for place, window in enumerate(zip(*columns, strict=True), start):
+            bucket = hash(window) & mask
+            previous.append(newest[bucket])
+            newest[bucket] = place
+        return end == len(text)
+
+    @property
+    def before_last(self) -> int:
+        """The first place to look at for the last tokens that were taken in."""
+        return self._previous[-1]
+
+    def newest(self, window: tuple[int, ...]) -> int:
+        """The first place to look at for `order` tokens."""
+        return self._newest[hash(window) & len(self._newest) - 1]
+
+    def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
+        """The longest match of the text's tokens, at `place` and before it, with `tail`, up to `LONGEST`, of the
+        text's type; the newest one of these. Tokens follow each place that matches."""
+        order, window = self._order, tail[-self._order :]
+        found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
+        for _ in range(CANDIDATES):
+            if place < order - 1:
+                break
+            if text[place - order + 1 : place + 1] == window:
+                agree = agree and (not followers or text[place + 1] == follower)
+                followers, follower = followers + 1, text[place + 1]
+                longer = extended(text, place, tail, length)
+                if longer > length:
+                    found, length = place, longer
+                    if length == LONGEST:
+                        break
+            place = self._previous[place]
+        return Match(found, length, followers, agree) if found != NONE else NO_MATCH
+
+
+def extended(text: Sequence[int], place: int, tail: Sequence[int], length: int) -> int:
+    """Tokens up to `place` that are the last ones of the tail, if more than `length`; else `length`."""
+    end = len(tail)
+    most = min(LONGEST, end, place + 1)
+    if length >= most or text[place - length : place + 1] != tail[end - length - 1 :]:
+        return length
+    length += 1
+    while length < most and text[place - length] == tail[end - length - 1]:
+        length += 1
+    return length

@@ -1,1 +1,1 @@
-"""Pure: guesses at the next tokens of a sequence, which the pipeline verifies. Knows no requests, pipelines or messages."""
+"""Pure: guesses at the next tokens of a sequence, which the pipeline verifies. Knows no requests and no pipeline."""

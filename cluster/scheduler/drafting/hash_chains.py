@@ -51,6 +51,7 @@ class HashChains:
 
     def take_in(self, text: Sequence[int]) -> bool:
         """Some of the tokens that are new in the text; whether these were all."""
+        assert len(text) >= len(self._previous)
         while len(self._newest) < len(text):
             self._newest.extend(self._newest)  # both halves go on with the chains so far
         previous, newest, order, mask = self._previous, self._newest, self._order, len(self._newest) - 1
@@ -75,15 +76,15 @@ class HashChains:
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
         """The longest match of the text's tokens, at `place` and before it, with `tail`, up to `LONGEST`, of the
-        text's type; the newest one of these. Tokens follow each place that matches."""
+        text's type; the newest one of these. `NONE` in the text matches nothing, and what precedes it is no match."""
         order, window = self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):
             if place < order - 1:
                 break
-            if text[place - order + 1 : place + 1] == window:
-                agree = agree and (not followers or text[place + 1] == follower)
-                followers, follower = followers + 1, text[place + 1]
+            if text[place - order + 1 : place + 1] == window and (next_ := text[place + 1]) != NONE:
+                agree = agree and (not followers or next_ == follower)
+                followers, follower = followers + 1, next_
                 longer = extended(text, place, tail, length)
                 if longer > length:
                     found, length = place, longer

@@ -9,7 +9,7 @@ from llamaclust.cluster.scheduler.drafting.drafter import LONG, MIDDLE, NO_DRAFT
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
-"""Tokens of the shortest match. Pairs that one token always followed are right four times in five, in prose and code."""
+"""Tokens of the shortest match. Where one token always followed a pair, it follows four times in five."""
 _BEFORE_SUBSTITUTED = 8
 """Tokens before one that differs from a match's: after so many, what follows is probably the match's again."""
 
@@ -31,7 +31,9 @@ class NgramDrafter:
 
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
         """None until the index has taken in all of a long prompt, some of it at each call."""
-        return self.continued(tokens, self.match(tokens), most) if self.take_in(tokens) else NO_DRAFT
+        if not self.take_in(tokens) or most < 1:
+            return NO_DRAFT
+        return self.continued(tokens, self.match(tokens), most)
 
     def match(self, tokens: Sequence[int]) -> Match:
         """Of the last tokens, all of which were taken in."""

@@ -1,0 +1,101 @@
+"""Drafts from answers to other requests: a bounded store of recent ones. What it has is visible to others, since
+answers that repeat some of it are computed faster: only requests of one key see each other's."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Hashable, Sequence
+
+from llamaclust.cluster.scheduler.drafting.drafter import NO_DRAFT, SHARED, Draft
+from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, NONE, HashChains, Match
+from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
+
+_ORDER = 4
+"""Tokens of the shortest match: of fewer, many answers have some by chance."""
+_KEY_TOKENS = 128
+"""That the place of one key counts as: its empty index takes about 2 KiB."""
+
+
+class _Answers:
+    """Of one key, one behind another."""
+
+    def __init__(self) -> None:
+        self.tokens = array("i")
+        self._chains = HashChains(_ORDER)
+
+    @property
+    def size_bytes(self) -> int:
+        return sys.getsizeof(self.tokens) + self._chains.size_bytes
+
+    def add(self, tokens: Sequence[int]) -> None:
+        self.tokens.extend(tokens)
+        self.tokens.append(NONE)  # no match has tokens of two answers
+        self._chains.take_in(self.tokens)
+
+    def match(self, tail: array[int]) -> Match:
+        """Among what the index has taken in: some more at each call."""
+        self._chains.take_in(self.tokens)
+        return self._chains.longest(self.tokens, self._chains.newest(tuple(tail[-_ORDER:])), tail)
+
+    def after(self, place: int, most: int) -> tuple[int, ...]:
+        drafted = tuple(self.tokens[place + 1 : place + 1 + most])
+        return drafted[: drafted.index(NONE)] if NONE in drafted else drafted
+
+
+class SharedAnswers:
+    """`most_tokens` of recent answers at most, about 17 bytes each. Once half of them is full, the older half is
+    dropped and a new one begun."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self._most_tokens = most_tokens // 2
+        self._newer: dict[Hashable, _Answers] = {}
+        self._older: dict[Hashable, _Answers] = {}
+        self._count = 0  # tokens of the newer ones, keys included
+
+    @property
+    def size_bytes(self) -> int:
+        halves = (self._newer, self._older)
+        return sum(sys.getsizeof(half) + sum(answers.size_bytes for answers in half.values()) for half in halves)
+
+    def add(self, tokens: Sequence[int], key: Hashable) -> None:
+        """An answer, for requests of this key (cache salt and adapters) alone; the end of a very long one."""
+        kept = tokens[-max(self._most_tokens - _KEY_TOKENS - 1, 0) :]
+        added = len(kept) + 1 + _KEY_TOKENS * (key not in self._newer)
+        if len(kept) <= _ORDER or added > self._most_tokens:
+            return
+        if self._count + added > self._most_tokens:
+            self._older, self._newer, self._count = self._newer, {}, 0
+            added = len(kept) + 1 + _KEY_TOKENS
+        self._newer.setdefault(key, _Answers()).add(kept)
+        self._count += added
+
+    def draft(self, tokens: Sequence[int], most: int, key: Hashable, least: int) -> Draft:
+        """What followed the longest match of `least` tokens or more; of two that are equal, the newer."""
+        tail, found, place = array("i", tokens[-LONGEST:]), NO_MATCH, None
+        for half in (self._newer, self._older):
+            answers = half.get(key)
+            match = NO_MATCH if answers is None else answers.match(tail)
+            if match.length > found.length:
+                found, place = match, answers
+        if place is None or found.length < least:
+            return NO_DRAFT
+        return Draft(place.after(found.place, most), SHARED + (found.length >= 16))
+
+
+class SharedDrafter:
+    """Of one sequence: looks into the answers where a longer match may be there than in the sequence itself."""
+
+    def __init__(self, answers: SharedAnswers, key: Hashable) -> None:
+        self._answers, self._key = answers, key
+        self._own = NgramDrafter()
+
+    def draft(self, tokens: Sequence[int], most: int) -> Draft:
+        if not self._own.take_in(tokens) or most < 1:
+            return NO_DRAFT
+        match = self._own.match(tokens)
+        if match.length < LONGEST:
+            shared = self._answers.draft(tokens, most, self._key, max(match.length + 1, _ORDER))
+            if shared.tokens:
+                return shared
+        return self._own.continued(tokens, match, most)

@@ -75,8 +75,8 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """The longest match of the text's tokens, at `place` and before it, with `tail`, up to `LONGEST`, of the
-        text's type; the newest one of these. `NONE` in the text matches nothing, and what precedes it is no match."""
+        """The longest match of the text's tokens, at `place` and before it, with `tail` (`LONGEST` tokens at
+        most, of the text's type); the newest one of these. `NONE` in the text matches nothing, and what precedes it is no match."""
         order, window = self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):
@@ -97,7 +97,7 @@ class HashChains:
 def extended(text: Sequence[int], place: int, tail: Sequence[int], length: int) -> int:
     """Tokens up to `place` that are the last ones of the tail, if more than `length`; else `length`."""
     end = len(tail)
-    most = min(LONGEST, end, place + 1)
+    most = min(end, place + 1)
     if length >= most or text[place - length : place + 1] != tail[end - length - 1 :]:
         return length
     length += 1

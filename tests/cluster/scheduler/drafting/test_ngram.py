@@ -28,8 +28,8 @@ from support.seed import SEED
 SEEDS = [SEED + number for number in range(20)]
 MOST_READS = 2 * CANDIDATES * (LONGEST + 4) + 4 * LONGEST
 """Tokens that a draft may look at, however many there are."""
-BYTES_A_TOKEN = 16
-"""Of 64 that issue and roadmap allow."""
+BYTES_A_TOKEN = 13
+"""Of the 64 that would be too many."""
 
 
 @pytest.fixture

@@ -74,6 +74,16 @@ def test_the_older_half_is_dropped() -> None:
         assert all(kept[first:]) and sum(kept) in ([number + 1] if number < 3 else [3, 4])
 
 
+def test_the_longer_match_of_both_halves_is_drafted() -> None:
+    answers = SharedAnswers(2000)
+    answers.add([1, 2, 3, 4, 5, 6], "")
+    answers.add(range(1000, 1700), "")
+    answers.add([*range(2000, 2300), 2, 3, 4, 5, 7], "")
+    assert drafted(answers, [1, 2, 3, 4, 5]).tokens == (6,)
+    assert drafted(answers, [9, 2, 3, 4, 5]).tokens == (7,)
+    assert drafted(answers, [2299, 2, 3, 4, 5]).tokens == (7,)
+
+
 def test_of_an_answer_that_is_too_long_the_end_is_kept() -> None:
     answers = SharedAnswers(2000)
     answers.add(range(5000), "")

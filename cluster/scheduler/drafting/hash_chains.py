@@ -75,8 +75,8 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """The longest match of the text's tokens, at `place` and before it, with `tail` (`LONGEST` tokens at
-        most, of the text's type); the newest one of these. `NONE` in the text matches nothing, and what precedes it is no match."""
+        """The longest match of the text's tokens, at `place` and before it, with `tail` (`LONGEST` tokens at most, of
+        the text's type); the newest one of these. `NONE` in the text matches nothing; what precedes it is no match."""
         order, window = self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):

@@ -48,7 +48,7 @@ class SharedAnswers:
     dropped and a new one begun."""
 
     def __init__(self, most_tokens: int) -> None:
-        self._most_tokens = most_tokens // 2
+        self._half_tokens = most_tokens // 2
         self._newer: dict[Hashable, _Answers] = {}
         self._older: dict[Hashable, _Answers] = {}
         self._count = 0  # tokens of the newer ones, keys included
@@ -60,11 +60,11 @@ class SharedAnswers:
 
     def add(self, tokens: Sequence[int], key: Hashable) -> None:
         """An answer, for requests of this key (cache salt and adapters) alone; the end of a very long one."""
-        kept = tokens[-max(self._most_tokens - _KEY_TOKENS - 1, 0) :]
+        kept = tokens[-max(self._half_tokens - _KEY_TOKENS - 1, 0) :]
         added = len(kept) + 1 + _KEY_TOKENS * (key not in self._newer)
-        if len(kept) <= _ORDER or added > self._most_tokens:
+        if len(kept) <= _ORDER or added > self._half_tokens:
             return
-        if self._count + added > self._most_tokens:
+        if self._count + added > self._half_tokens:
             self._older, self._newer, self._count = self._newer, {}, 0
             added = len(kept) + 1 + _KEY_TOKENS
         self._newer.setdefault(key, _Answers()).add(kept)

@@ -164,7 +164,7 @@ def test_structured(folder: Path) -> None:
 
 
 def test_drafting(folder: Path) -> None:
-    text = output(folder, "drafting.py", "--tokens", "64,1100", "--answer", "150", "--most", "4")
+    text = output(folder, "models/drafting.py", "--tokens", "64,1100", "--answer", "150", "--most", "4")
     rows = re.findall(r"^ +(64|1100) ([a-zE31 ,]+?) +[\d.]+ +[\d.]+ +[\d.]+ +\d+ +([1-5]\.\d+)$", text, re.MULTILINE)
     assert len(rows) == 22 and ("1100", "one token", "5.00") in rows
     assert re.search(r"^ +4 +[1-9]\d* +[01]\.\d+ +\d\.\d+$", text, re.MULTILINE)

@@ -1,6 +1,6 @@
 """Drafters without a model: bytes of their index, times of a draft, and how much of a text they foresee.
 
-    python benchmarks/drafting.py [MODEL] [--tokens 1024,8192,32768] [--answer 1000] [--most 8] [--seed 1]
+    python benchmarks/models/drafting.py [MODEL] [--tokens 1024,8192,32768] [--answer 1000] [--most 8] [--seed 1]
 
 Texts: random tokens, repetitions, this repository's documents (English) and programs (code), edited copies of these.
 The last ones are drafted as an answer to those before it. Times are of a draft behind one new token; `prompt` is the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pathlib import Path
 from statistics import mean, median
 from time import perf_counter_ns
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from compare import listed, positive
 
 from llamaclust.cli.interrupts import ends_in_one_line
@@ -31,7 +33,7 @@ from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.worker.devices.system_info import processor_name
 
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _PIECE = re.compile(r" ?[A-Za-z]{1,6}| ?\d| ?[^\sA-Za-z\d]|\s+")
 _VOCABULARY = 50_000
 _EDITED = 0.02
